@@ -1,0 +1,37 @@
+"""Functions that stand in for softmax, GeLU, LayerNorm and their kin, written once in torch style.
+
+Each takes a ``torch.Tensor`` (then it is the plaintext reference) or a symbolic value with the same operators (then it records the
+primitive operations that protocols carry out). Uses torch alone.
+
+primitives    what a value must offer: piecewise polynomials, e^-x, row maximum
+fits          minimax polynomials (Remez exchange)
+division      reciprocal and inverse square root by range reduction
+activations   relu, gelu, tanh, sigmoid, silu, abs
+softmax       softmax and attention, clipped before the row sum
+norms         layer_norm, l2_normalize
+"""
+
+from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
+from approximations.division import reciprocal, rsqrt
+from approximations.norms import l2_normalize, layer_norm
+from approximations.primitives import Piece, exp_neg, maximum, piecewise
+from approximations.softmax import attend, softmax
+
+__all__ = [
+    "Piece",
+    "absolute",
+    "attend",
+    "exp_neg",
+    "gelu",
+    "l2_normalize",
+    "layer_norm",
+    "maximum",
+    "piecewise",
+    "reciprocal",
+    "relu",
+    "rsqrt",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "tanh",
+]

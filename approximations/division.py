@@ -1,0 +1,73 @@
+"""Reciprocal and inverse square root of a positive value in a known range, by range reduction.
+
+x is compared with powers of 2^(1/4); the secret segment bits give u = c x just below 1 and the matching c^-p as piecewise linear
+functions, and a minimax cubic does the rest: x^p = u^p c^-p. All comparisons come from one opening. Values in need of this are few
+(one a row), so segments are cheap and rounds are not: no Newton or Goldschmidt step follows.
+Relative error: ``reciprocal_error()``, ``rsqrt_error()`` (about 2e-5 and 1e-5) plus fixed-point rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from approximations.fits import minimax
+from approximations.primitives import Piece, Value, constant, piecewise, precise_product
+
+PER_OCTAVE, DEGREE = 4, 3
+# u's range: a segment, what rounding c adds, and what a comparison with dropped bits puts into the neighbouring segment
+_LOWEST, _HIGHEST = 2.0 ** (-1 / PER_OCTAVE) * (1 - 2**-6) * (1 - 2**-7), 1 + 2**-6
+
+
+def _power_of(x: Tensor, exponent: float) -> Tensor:
+    return x**exponent
+
+
+_POWERS = {p: partial(_power_of, exponent=p) for p in (-1.0, -0.5)}
+
+
+def _power(x: Value, exponent: float, low: float, high: float, scale: float) -> Value:
+    if not 0 < low < high:
+        raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
+    first, last = math.floor(PER_OCTAVE * math.log2(low)) + 1, math.ceil(PER_OCTAVE * math.log2(high))
+    tops = [2.0 ** (i / PER_OCTAVE) for i in range(first, last + 1)]  # segment i ends at tops[i]
+    shrinks = [_dyadic(1 / top) for top in tops]
+    extra = max(0, math.ceil(-math.log2(scale * high**exponent)))  # keep small results as precise as large ones
+    mantissa = piecewise(x, tops[:-1], [Piece((0.0, c)) for c in shrinks], low / 128)
+    factor = piecewise(x, tops[:-1], [constant(scale * c**-exponent) for c in shrinks], low / 128, extra)
+    root, _ = minimax(_POWERS[exponent], _LOWEST, _HIGHEST, DEGREE)
+    return precise_product(piecewise(mantissa, [], [root]), factor, extra)
+
+
+def _dyadic(c: float) -> float:
+    """c to six significant bits: exact in fixed point, and x^p = (c x)^p c^-p holds for any c."""
+    unit = 2.0 ** (math.floor(math.log2(c)) - 5)
+    return round(c / unit) * unit
+
+
+def reciprocal(x: Value, low: float, high: float) -> Value:
+    """1 / x for low <= x <= high."""
+    return _power(x, -1.0, low, high, 1.0)
+
+
+def rsqrt(x: Value, low: float, high: float, scale: float = 1.0) -> Value:
+    """scale / sqrt(x) for low <= x <= high."""
+    return _power(x, -0.5, low, high, scale)
+
+
+def reciprocal_error() -> float:
+    """Largest relative error of the polynomial alone."""
+    return _relative_error(-1.0)
+
+
+def rsqrt_error() -> float:
+    return _relative_error(-0.5)
+
+
+def _relative_error(exponent: float) -> float:
+    u = torch.linspace(_LOWEST, _HIGHEST, 10001, dtype=torch.float64)
+    piece, _ = minimax(_POWERS[exponent], _LOWEST, _HIGHEST, DEGREE)
+    return float((piece(u) / u**exponent - 1).abs().max())

@@ -1,0 +1,27 @@
+"""LayerNorm and L2 normalization: both scale-invariant, which saves the divisions by n.
+
+With d = n x - sum(x), LayerNorm is d sqrt(n) / sqrt(sum d^2): the mean is never rounded, and the power of two that brings d back
+to size is free (PUMA section 4.5 likewise takes the sum of squares and one inverse square root).
+"""
+
+from __future__ import annotations
+
+import math
+
+from approximations.division import rsqrt
+from approximations.primitives import Value
+
+
+def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, high: float) -> Value:
+    """Over the last dimension; ``low``, ``high``: the range of the variance."""
+    n = x.shape[-1]
+    shrink = 2.0 ** -math.ceil(math.log2(n))
+    d = (x * float(n) - x.sum(-1, keepdim=True)) * shrink  # (n shrink)(x - mean), n shrink in (1/2, 1]
+    unit = n * (n * shrink) ** 2  # sum d^2 = unit * variance
+    scale = rsqrt(d.square().sum(-1, keepdim=True) + unit * eps, unit * (low + eps), unit * (high + eps), math.sqrt(n))
+    return d * scale * weight + bias
+
+
+def l2_normalize(x: Value, low: float, high: float) -> Value:
+    """x / |x| over the last dimension; ``low``, ``high``: the range of |x|^2."""
+    return x * rsqrt(x.square().sum(-1, keepdim=True), low, high)

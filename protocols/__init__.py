@@ -1,0 +1,17 @@
+"""Rings, sharing, randomness and protocols: knows circuits of protocols, not models. Nothing here moves bytes.
+
+In dependency order, one line a module:
+
+ring         arithmetic in Z_2^k on int64 tensors
+bits         bits of many elements, packed
+wire         tensors as bytes
+fixedpoint   how real numbers stand in the ring
+limbs        exact matrix products through float64
+prg          AES-CTR streams, keys
+protocol     what a protocol is; exchanges, openings, draws, costs
+steps        merging and driving steps; the in-memory channel
+local        steps without messages: sums, shapes, truncation
+two_party/   the protocols between client and server with a dealer
+weights      what each party holds of the server's weights
+circuit      lists of protocols: execute, prepare, deal, reference
+"""

@@ -1,0 +1,32 @@
+"""Bits of many elements, packed eight to a byte: the form in which Boolean shares are kept, combined and sent.
+
+A *plane* holds one bit of each of n elements in ceil(n / 8) bytes (``torch.uint8``, element i at bit i % 8 of byte
+i // 8); a stack of planes has shape (planes, ceil(n / 8)). XOR and AND of planes work on eight elements a byte.
+Bits past the last element are junk.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def plane_bytes(elements: int) -> int:
+    return -(-elements // 8)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """(n,) int64 of which only the lowest bit counts -> (ceil(n / 8),) uint8."""
+    if bits.is_meta:
+        return torch.empty(plane_bytes(bits.numel()), dtype=torch.uint8, device="meta")
+    low = (bits & 1).to(torch.uint8).reshape(-1).numpy()
+    return torch.from_numpy(np.packbits(low, bitorder="little"))
+
+
+def unpack(plane: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(ceil(n / 8),) uint8 -> int64 zeros and ones of ``shape``."""
+    if plane.is_meta:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+    count = math.prod(shape)
+    return torch.from_numpy(np.unpackbits(plane.numpy(), count=count, bitorder="little").astype(np.int64)).reshape(shape)

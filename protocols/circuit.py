@@ -1,0 +1,242 @@
+"""Circuits: a flat list of protocols and what they read, and its four readings.
+
+``execute``   one party's online part, as one step that merges everything ready into one round
+``prepare``   the client's offline part: results that need no input (its shares of linear layers)
+``deal``      the dealer's part: corrections for the server, in the circuit's order
+``reference`` plain fixed-point arithmetic on residues: INSECURE, for tests and accuracy reports
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from protocols import wire
+from protocols.prg import Key, Stream
+from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Protocol, Step, Weights
+from protocols.steps import merge
+from protocols.two_party.endpoints import Input
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A protocol and the instructions whose results it reads, by position."""
+
+    protocol: Protocol
+    inputs: tuple[int, ...] = ()
+
+
+Circuit = Sequence[Instruction]
+Observer = Callable[[Sequence[int]], None]  # told the instructions that wait, before each exchange
+
+
+class CorrelationReused(RuntimeError):
+    """A correlation was asked for twice; it was burnt the first time."""
+
+
+class Correlations:
+    """One query's correlated randomness of one party. Taking an entry burns it."""
+
+    def __init__(self, party: int, key: Key, corrections: Mapping[int, bytes] | None = None) -> None:
+        """``corrections``: the dealer's bytes by instruction (server); the client has none."""
+        self._party, self._key = party, key
+        self._corrections = dict(corrections or {})
+        self._taken: set[int] = set()
+
+    def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
+        """The material of instruction ``index``; raises CorrelationReused the second time."""
+        draws = protocol.draws
+        if not draws:
+            return {}
+        if index in self._taken:
+            raise CorrelationReused(f"the correlation of instruction {index} ({protocol.kind}) was already used")
+        self._taken.add(index)
+        stream = self._key.stream(index)
+        corrected = self._party == SERVER
+        material = {d.name: draw(d, stream) for d in draws if _holds(d, self._party) and not (corrected and d.derived)}
+        if corrected:
+            material |= _split(self._corrections.pop(index, b""), [d for d in draws if d.derived])
+        return material
+
+
+def draw(spec: Draw, stream: Stream) -> Tensor:
+    return stream.planes(spec.shape) if spec.planes else stream.words(spec.shape)
+
+
+def _holds(spec: Draw, party: int) -> bool:
+    return spec.holder is None or spec.holder == party
+
+
+def _split(payload: bytes, draws: Sequence[Draw]) -> dict[str, Tensor]:
+    expected = sum(d.wire.size for d in draws)
+    if len(payload) != expected:
+        raise wire.FrameError(f"a correction has {expected} bytes here, got {len(payload)}")
+    view, start, out = memoryview(payload), 0, {}
+    for d in draws:
+        out[d.name] = wire.decode(view[start : start + d.wire.size], d.wire)
+        start += d.wire.size
+    return out
+
+
+class _Values:
+    """Results by instruction, dropped after their last use."""
+
+    def __init__(self, circuit: Circuit, outputs: Sequence[int]) -> None:
+        self._uses = [0] * len(circuit)
+        for instruction in circuit:
+            for i in instruction.inputs:
+                self._uses[i] += 1
+        for i in outputs:
+            self._uses[i] += 1
+        self._values: dict[int, Any] = {}
+
+    def put(self, index: int, value: Any) -> None:
+        if self._uses[index]:
+            self._values[index] = value
+
+    def take(self, inputs: Sequence[int]) -> tuple[Any, ...]:
+        out = tuple(self._values[i] for i in inputs)
+        for i in inputs:
+            self._uses[i] -= 1
+            if not self._uses[i]:
+                self._values.pop(i, None)
+        return out
+
+
+def execute(
+    circuit: Circuit,
+    outputs: Sequence[int],
+    party: int,
+    correlations: Correlations,
+    weights: Weights,
+    inputs: Mapping[str, Tensor] | None = None,
+    prepared: Mapping[int, Any] | None = None,
+    observer: Observer | None = None,
+) -> Step[list[Any]]:
+    """Run a circuit as dataflow: what is ready runs until it must exchange, then all of that leaves as one round.
+
+    The order depends on the circuit alone, so both parties merge the same messages. ``inputs``: the client's integers
+    by name; ``prepared``: the client's results of ``prepare``.
+    """
+    values, prepared = _Values(circuit, outputs), prepared or {}
+    missing = [len(set(i.inputs)) for i in circuit]
+    readers: list[list[int]] = [[] for _ in circuit]
+    for index, instruction in enumerate(circuit):
+        for i in set(instruction.inputs):
+            readers[i].append(index)
+    ready = [i for i, m in enumerate(missing) if m == 0]
+    waiting: list[tuple[int, Step[Any], Exchange]] = []
+
+    def finish(index: int, value: Any) -> None:
+        values.put(index, value)
+        for reader in readers[index]:
+            missing[reader] -= 1
+            if not missing[reader]:
+                heapq.heappush(ready, reader)
+
+    def start(index: int) -> None:
+        instruction = circuit[index]
+        protocol, operands = instruction.protocol, values.take(instruction.inputs)
+        if isinstance(protocol, Input):
+            operands = (inputs[protocol.name] if inputs is not None and party == CLIENT else None,)
+        material = {} if index in prepared else correlations.take(index, protocol)
+        if index in prepared:
+            known = prepared[index]
+            if not isinstance(known, Mapping):  # the result itself; otherwise the material, drawn beforehand
+                finish(index, known)
+                return
+            material = known
+        step = protocol.run(party, material, operands, weights)
+        try:
+            waiting.append((index, step, next(step)))
+        except StopIteration as stop:
+            finish(index, stop.value)
+
+    while ready or waiting:
+        while ready:
+            start(heapq.heappop(ready))
+        if not waiting:
+            break
+        current, waiting = sorted(waiting, key=lambda w: w[0]), []
+        if observer is not None:
+            observer([index for index, _, _ in current])
+        answers = yield merge([exchange for _, _, exchange in current])
+        at = 0
+        for index, step, exchange in current:
+            received = answers[at : at + len(exchange.receive)]
+            at += len(exchange.receive)
+            try:
+                waiting.append((index, step, step.send(received)))
+            except StopIteration as stop:
+                finish(index, stop.value)
+    return list(values.take(outputs))
+
+
+def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> dict[int, Any]:
+    """The client's work before a query: its masks of deliveries and its shares of linear layers.
+
+    Returns, by instruction, the material (a mapping) of deliveries and the finished result of what needs no input.
+    """
+    out: dict[int, Any] = {}
+    values: dict[int, Any] = {}
+    for index, instruction in enumerate(circuit):
+        protocol = instruction.protocol
+        if type(protocol).offline is Protocol.offline:
+            continue
+        material = correlations.take(index, protocol)
+        operands = tuple(values[i] for i in instruction.inputs if i in values)
+        values[index] = protocol.offline(material, operands, weights)
+        out[index] = values[index] if operands else material
+    return out
+
+
+def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, bytes]]:
+    """The dealer's corrections, (instruction, bytes) in order, for one query whose party keys are ``server`` and ``client``."""
+    masks = _Values(circuit, ())
+    for index, instruction in enumerate(circuit):
+        protocol, draws = instruction.protocol, instruction.protocol.draws
+        operands = masks.take(instruction.inputs)
+        if not draws:
+            masks.put(index, None)
+            continue
+        streams = (server.stream(index), client.stream(index))
+        plain: dict[str, Tensor] = {}
+        client_shares: dict[str, Tensor] = {}
+        # each party reads its own stream in the order of ``draws``: the client all of it, the server only the masks
+        for d in draws:
+            shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p) and not (d.derived and p == SERVER)]
+            if d.derived:
+                (client_shares[d.name],) = shares
+            else:
+                plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
+        totals, mask = protocol.deal(plain, operands, weights)
+        masks.put(index, mask)
+        derived = [d for d in draws if d.derived]
+        if derived:
+            yield index, b"".join(wire.encode(d.remove(totals[d.name], client_shares[d.name]), d.wire) for d in derived)
+
+
+def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]) -> list[Any]:
+    """INSECURE: the same circuit on plain residues, as if there were one party. Exact fixed point; for comparison only."""
+    values = _Values(circuit, outputs)
+    for index, instruction in enumerate(circuit):
+        protocol, operands = instruction.protocol, values.take(instruction.inputs)
+        if isinstance(protocol, Input):
+            operands = (inputs[protocol.name],)
+        values.put(index, protocol.clear(operands, weights))
+    return list(values.take(outputs))
+
+
+def total_cost(circuit: Circuit) -> Cost:
+    """Bytes of all instructions; rounds of the dataflow schedule (what ``execute`` takes), not of the sum."""
+    finished = [0] * len(circuit)
+    total = Cost()
+    for index, instruction in enumerate(circuit):
+        cost = instruction.protocol.cost()
+        total = total + cost
+        finished[index] = max((finished[i] for i in instruction.inputs), default=0) + cost.rounds
+    return Cost(max(finished, default=0), total.to_server, total.to_client, total.offline_to_server)

@@ -1,0 +1,30 @@
+"""How real numbers stand in the ring: a literal checked into a frozen object."""
+
+from dataclasses import asdict, dataclass
+
+
+class FixedPointError(ValueError):
+    """A fixed-point parameter is out of its range."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Fraction bits of activations and weights, and the safety margin on calibrated ranges.
+
+    fraction_bits: a settled activation x is round(x * 2^fraction_bits); one unit is 2^-fraction_bits.
+    weight_fraction_bits: the same for the server's weights.
+    margin_bits: a value seen up to v at calibration may grow to v * 2^margin_bits before the ring overflows.
+    """
+
+    fraction_bits: int = 16
+    weight_fraction_bits: int = 14
+    margin_bits: int = 1
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("fraction_bits", 8, 20), ("weight_fraction_bits", 6, 20), ("margin_bits", 0, 6)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise FixedPointError(f"fixed point: {name} is an integer from {low} to {high}, got {value!r}")
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)

@@ -1,0 +1,202 @@
+"""Steps that each party takes alone: sums, shapes, public constants, truncation. No rounds, no bytes, no correlations.
+
+Constants are added by the server only, so that the sum of the shares moves by the constant once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from protocols import ring
+from protocols.protocol import SERVER, Local, Shape, Weights
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class _Shaped(Local):
+    shape: Shape
+    ring: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+
+@dataclass(frozen=True)
+class Add(_Shaped):
+    """[x] + [y], broadcast; the ring is the narrower of the two."""
+
+    kind: ClassVar[str] = "add"
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        x, y = operands
+        return x + y
+
+
+@dataclass(frozen=True)
+class Sub(_Shaped):
+    """[x] - [y], broadcast."""
+
+    kind: ClassVar[str] = "sub"
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        x, y = operands
+        return x - y
+
+
+@dataclass(frozen=True)
+class AddConstant(_Shaped):
+    """[x] + c for a public integer c."""
+
+    kind: ClassVar[str] = "add_constant"
+    constant: int
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return x + ring.wrap(self.constant) if party == SERVER else x
+
+
+@dataclass(frozen=True)
+class MulConstant(_Shaped):
+    """[x] * c for a public integer c."""
+
+    kind: ClassVar[str] = "mul_constant"
+    constant: int
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return x * ring.wrap(self.constant)
+
+
+@dataclass(frozen=True)
+class AddWeight(_Shaped):
+    """[x] + w for a tensor w that the server holds (a bias, position embeddings): the server adds it to its share."""
+
+    kind: ClassVar[str] = "add_weight"
+    weight: str
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return x + weights.plain(self.weight) if party == SERVER else x.expand(self.shape)
+
+
+@dataclass(frozen=True)
+class Sum(_Shaped):
+    """The sum over ``dims`` (kept with length one)."""
+
+    kind: ClassVar[str] = "sum"
+    dims: tuple[int, ...]
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return x.sum(dim=self.dims, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Reshape(_Shaped):
+    kind: ClassVar[str] = "reshape"
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0].reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Expand(_Shaped):
+    kind: ClassVar[str] = "expand"
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0].expand(self.shape)
+
+
+@dataclass(frozen=True)
+class Permute(_Shaped):
+    kind: ClassVar[str] = "permute"
+    dims: tuple[int, ...]
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0].permute(self.dims)
+
+
+@dataclass(frozen=True)
+class Slice(_Shaped):
+    """Elements start, start + step, ... below stop along ``dim``."""
+
+    kind: ClassVar[str] = "slice"
+    dim: int
+    start: int
+    stop: int
+    step: int
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        index = [slice(None)] * x.dim()
+        index[self.dim] = slice(self.start, self.stop, self.step)
+        return x[tuple(index)]
+
+
+@dataclass(frozen=True)
+class Concat(_Shaped):
+    kind: ClassVar[str] = "concat"
+    dim: int
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return torch.cat(operands, dim=self.dim)
+
+
+@dataclass(frozen=True)
+class Truncate(Local):
+    """[x] in a ring of ``ring`` bits -> [x / 2^shift] in a ring of ``ring - shift`` bits (truncate-reduce, SIGMA).
+
+    Each party shifts its own share; the carry out of the low parts is lost, and 2^shift added beforehand centres the
+    error. Never wrong at the top, since the ring narrows along with the shares: what fails in local truncation
+    *within* one ring (SecureML) is the wrap, which here stays a multiple of the new modulus.
+    Error: result - x / 2^shift lies in (-1, 1], mean zero for uniform shares.
+    """
+
+    kind: ClassVar[str] = "truncate"
+    error: ClassVar[str] = "within one unit in the last place"
+    shape: Shape
+    ring: int
+    shift: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring - self.shift)
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return ring.drop_low(x + (1 << self.shift) if party == SERVER else x, self.shift, self.ring)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        half = 1 << (self.shift - 1) if self.shift else 0
+        return ring.drop_low(x + half, self.shift, self.ring)
+
+
+@dataclass(frozen=True)
+class Indicators(Local):
+    """Stacked XORs of chosen planes, each optionally negated: from comparisons [x < t_j], the segments t_j <= x < t_{j+1}."""
+
+    kind: ClassVar[str] = "indicators"
+    width: int  # bytes of a plane
+    rows: tuple[tuple[int, ...], ...]
+    negate: tuple[bool, ...]
+
+    @property
+    def out(self) -> Wire:
+        return Wire((len(self.rows), self.width), planes=True)
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (planes,) = operands
+        return torch.stack([self._one(planes, *row, party=party) for row in zip(self.rows, self.negate, strict=True)])
+
+    @staticmethod
+    def _one(planes: Tensor, rows: tuple[int, ...], negate: bool, party: int) -> Tensor:
+        out: Tensor = planes[rows[0]]
+        for row in rows[1:]:
+            out = out ^ planes[row]
+        return ~out if negate and party == SERVER else out

@@ -1,0 +1,74 @@
+"""Pseudorandom streams: AES-128 in counter mode, keyed with HKDF-SHA-256 over fresh randomness of both sides.
+
+Every stream is named by (key, index): the key belongs to one (session, query number, party), the index is that of the
+instruction in the Program (or of the weight), and the 128-bit counter block is index * 2^64 + position. Two
+different names therefore never share a block, whatever was retried or reordered; reuse of a name is the caller's
+to exclude, and queries do so by burning their number before anything is drawn.
+"""
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+KEY_BYTES = 16
+SEED_BYTES = 32
+
+_ZEROS = np.zeros(1 << 20, dtype=np.uint8)
+
+
+def fresh_seed() -> bytes:
+    """32 bytes from the operating system's generator."""
+    return secrets.token_bytes(SEED_BYTES)
+
+
+def derive_key(seed: bytes, *names: str | int) -> bytes:
+    """An AES key bound to a seed and a purpose; different names give independent keys (HKDF-SHA-256, RFC 5869)."""
+    if len(seed) < KEY_BYTES:
+        raise ValueError(f"a seed has at least {KEY_BYTES} bytes, got {len(seed)}")
+    info = "/".join(["unseen", *map(str, names)]).encode()
+    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(seed)
+
+
+@dataclass(frozen=True, repr=False)
+class Key:
+    """An AES key whose repr never shows it."""
+
+    value: bytes
+
+    def __repr__(self) -> str:
+        return "Key(...)"
+
+    def stream(self, index: int) -> "Stream":
+        """The stream of instruction ``index``; read it once."""
+        return Stream(self, index)
+
+
+class Stream:
+    """Bytes of one named stream, read front to back."""
+
+    def __init__(self, key: Key, index: int) -> None:
+        counter = index.to_bytes(8, "big") + bytes(8)
+        self._encryptor = Cipher(algorithms.AES(key.value), modes.CTR(counter)).encryptor()
+
+    def read(self, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        out = np.empty(size, dtype=np.uint8)
+        for start in range(0, size, len(_ZEROS)):
+            part = out[start : start + len(_ZEROS)]
+            self._encryptor.update_into(_ZEROS[: len(part)], part)
+        return out
+
+    def words(self, shape: tuple[int, ...]) -> Tensor:
+        """Uniform int64 elements of ``shape`` (8 bytes of stream each, whatever the ring: junk above it is harmless)."""
+        count = int(np.prod(shape, dtype=np.int64))
+        return torch.from_numpy(self.read(8 * count).view(np.int64)).reshape(shape)
+
+    def planes(self, shape: tuple[int, ...]) -> Tensor:
+        """Uniform bytes of ``shape``."""
+        count = int(np.prod(shape, dtype=np.int64))
+        return torch.from_numpy(self.read(count)).reshape(shape)

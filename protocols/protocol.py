@@ -1,0 +1,195 @@
+"""What every protocol is: a frozen object of sizes whose verbs are local steps; nothing here moves a byte.
+
+A protocol says
+
+- which correlated randomness it needs (``draws``) and how the dealer completes it (``deal``),
+- what the parties do online (``run``, a generator that yields what it must exchange and is resumed with what came back),
+- what it means on plain residues (``clear``), and what it costs (``cost``, as formulas that tests measure).
+
+Values at run time are torch tensors or small tuples of them:
+
+- a *share*: int64 tensor, this party's summand of x modulo 2^ring;
+- an *opening*: ``Opening(z, r)``: z = x + r is known to both parties, r is this party's share of the mask;
+- a *delivery*: ``Delivery(x - r)`` at the server, whose client alone knows r;
+- *bits*: packed planes, this party's XOR share; and a *bit opening* ``Opening(c, beta)``, the same with XOR.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from protocols import bits, ring
+from protocols.wire import Wire
+
+SERVER, CLIENT = 0, 1
+PARTY_NAMES = ("server", "client")
+
+Shape = tuple[int, ...]
+T = TypeVar("T")
+
+
+class Exchange(NamedTuple):
+    """One round: the tensors to send, and the forms of those to receive (either may be empty)."""
+
+    send: tuple[tuple[Tensor, Wire], ...] = ()
+    receive: tuple[Wire, ...] = ()
+
+
+Step = Generator[Exchange, tuple[Tensor, ...], T]
+
+
+class Opening(NamedTuple):
+    """A masked value that both parties know, and this party's share of the mask."""
+
+    value: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One tensor of correlated randomness.
+
+    A *mask* is drawn by its holders from their own streams, and the dealer knows the sum (or XOR). A *derived* draw is
+    a function of masks that only the dealer can compute: the client's share comes from its stream, the server's is a
+    correction that the dealer sends; being masked by the client's share, it is uniform to the server.
+    """
+
+    name: str
+    shape: Shape
+    bits: int = ring.WORD
+    planes: bool = False  # packed bits, shared by XOR
+    xor: bool = False  # 64-bit words shared by XOR
+    derived: bool = False
+    holder: int | None = None  # a mask that one party alone holds; None: both hold a share
+
+    @property
+    def wire(self) -> Wire:
+        return Wire(self.shape, self.bits, self.planes)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        return a ^ b if self.planes or self.xor else a + b
+
+    def remove(self, total: Tensor, share: Tensor) -> Tensor:
+        """The other share."""
+        return total ^ share if self.planes or self.xor else ring.reduce(total - share, self.bits)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Rounds and bytes of one run. Bytes are payload; framing is the channel's."""
+
+    rounds: int = 0
+    to_server: int = 0
+    to_client: int = 0
+    offline_to_server: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Costs in sequence."""
+        return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def astuple(self) -> tuple[int, int, int, int]:
+        return (self.rounds, self.to_server, self.to_client, self.offline_to_server)
+
+
+Material = Mapping[str, Tensor]
+
+
+class Weights(ABC):
+    """What a party holds of the server's weights: the integers (server), W - B (client) or B (dealer)."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        """x @ held(name) (or x * held(name)) modulo 2^ring_bits."""
+
+    @abstractmethod
+    def plain(self, name: str) -> Tensor:
+        """The server's integer tensor itself (an added vector or matrix); only the server has it."""
+
+
+class Protocol(ABC):
+    """Base of every protocol; subclasses are frozen dataclasses whose fields are integers, strings and tuples."""
+
+    kind: ClassVar[str]
+    error: ClassVar[str] = "exact"
+    registry: ClassVar[dict[str, type[Protocol]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            Protocol.registry[cls.kind] = cls
+
+    @property
+    @abstractmethod
+    def out(self) -> Wire:
+        """Shape and ring of the result (planes for bits)."""
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return ()
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
+        """Dealer: from the plain masks drawn here and those of the operands, the derived totals and this result's mask."""
+        return {}, None
+
+    def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        """Client, before the query: what of the result is known without any input (None: nothing)."""
+        return None
+
+    @abstractmethod
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        """One party's online part."""
+
+    @abstractmethod
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        """The same function of plain residues: the fixed-point reference (no security)."""
+
+    def cost(self) -> Cost:
+        return Cost()
+
+
+class Local(Protocol):
+    """A protocol without messages or correlations: each party applies ``apply`` to its shares."""
+
+    @abstractmethod
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any: ...
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        return self.apply(party, operands, weights)
+        yield  # makes this a generator that never yields
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self.apply(SERVER, operands, weights)
+
+
+def count(shape: Shape) -> int:
+    return math.prod(shape)
+
+
+def bytes_of(shape: Shape, ring_bits: int) -> int:
+    """Wire bytes of a tensor of ring elements."""
+    return count(shape) * -(-ring_bits // 8)
+
+
+def plane_shape(shape: Shape, planes: int = 1) -> Shape:
+    """The packed form of ``planes`` bits of each element of a tensor."""
+    return (planes, bits.plane_bytes(count(shape)))
+
+
+def receive_one(wire: Wire) -> Exchange:
+    return Exchange((), (wire,))
+
+
+def swap(x: Tensor, wire: Wire) -> Exchange:
+    """Send a tensor and receive one of the same form."""
+    return Exchange(((x, wire),), (wire,))
+
+
+def empty_like(wire: Wire, device: str = "cpu") -> Tensor:
+    return torch.empty(wire.shape, dtype=wire.dtype, device=device)

@@ -1,0 +1,39 @@
+"""Two parties and a dealer: the protocols, one file each, in dependency order.
+
+opening       open a secret under a fresh mask; open bits
+linear        products with weights that the server holds: deliver, linear
+extension     from a narrow ring to a wider one
+product       elementwise and matrix products of opened secrets
+polynomial    powers and public polynomials of one opened secret
+bitproducts   (helper) products of up to four secret bits in one round
+comparison    an opened secret against public thresholds
+selection     secret bits times an opened secret: piecewise linear functions; bits as numbers
+exponential   e^-x of an opened secret
+endpoints     the client's input, the revealed output
+"""
+
+from protocols.two_party.comparison import Compare
+from protocols.two_party.endpoints import Input, Reveal
+from protocols.two_party.exponential import Exponential
+from protocols.two_party.extension import Extend
+from protocols.two_party.linear import Deliver, Linear
+from protocols.two_party.opening import Open, OpenBits
+from protocols.two_party.polynomial import Polynomial, Powers
+from protocols.two_party.product import Product
+from protocols.two_party.selection import Select
+
+__all__ = [
+    "Compare",
+    "Deliver",
+    "Exponential",
+    "Extend",
+    "Input",
+    "Linear",
+    "Open",
+    "OpenBits",
+    "Polynomial",
+    "Powers",
+    "Product",
+    "Reveal",
+    "Select",
+]

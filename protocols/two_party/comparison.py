@@ -1,0 +1,218 @@
+"""Compare an opened secret with public thresholds, on as few bits as its range needs.
+
+x = z - r with z public; |x - t| < 2^(width-1) for every threshold t. Then x < t is the top bit of x - t modulo 2^width, and with
+zeta = z - t: msb(x - t) = msb(zeta) XOR msb(r) XOR [low(zeta) < low(r)], low being the width - 1 bits below.
+The last term compares a public number with a secret that the dealer knows, digit by digit (radix 16):
+1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the bits [d < rho] for d = 0..15: looked up at the
+   public digit d they give shares of "less", and next to it those of "equal", with no message. One table serves all thresholds.
+2. less = l_3 XOR e_3 l_2 XOR e_3 e_2 l_1 XOR e_3 e_2 e_1 l_0: the products of up to four bits take one round (``bitproducts``); beyond
+   four digits a second round combines groups of four the same way.
+The lowest ``drop`` bits may be left out: then x in [t - 2^drop, t) may count as not below t, which continuous piecewise functions
+do not mind.
+Seen by a party: masked bits (six or seven a group of digits and threshold), each under its own one-time mask;
+the server also its corrections of the tables, masked by the client's shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from protocols import bits, ring
+from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, count, plane_shape, swap
+from protocols.two_party import bitproducts
+from protocols.two_party.bitproducts import Term
+from protocols.wire import Wire
+
+DIGIT = 4  # bits of a digit
+GROUP = 4  # digits combined in one round: their unary codes fill one 64-bit word
+WINDOW = DIGIT * GROUP
+_FIRST = ring.wrap(0x0001_0001_0001_0001)  # "0 <= rho" at the start of every digit's table
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One combining round of ``groups`` groups, each of ``sizes[g]`` (less, equal) pairs, lowest first.
+
+    Variables of a group of m: e_1..e_{m-1}, l_0..l_{m-2}, and e_0 where "equal" is wanted too (all groups but the lowest).
+    """
+
+    sizes: tuple[int, ...]
+
+    def names(self, group: int) -> list[tuple[str, int]]:
+        m = self.sizes[group]
+        low = 0 if group > 0 else 1
+        return [("e", i) for i in range(low, m)] + [("l", i) for i in range(m - 1)] if m > 1 else []
+
+    def terms(self, group: int) -> tuple[Term, ...]:
+        m, names = self.sizes[group], self.names(group)
+        index = {name: i for i, name in enumerate(names)}
+        if m == 1:
+            return ()
+        less = [frozenset([index["l", j], *(index["e", i] for i in range(j + 1, m))]) for j in range(m - 1)]
+        equal = [frozenset(index["e", i] for i in range(m))] if group > 0 else []
+        return tuple(less + equal)
+
+    @property
+    def variables(self) -> int:
+        return sum(len(self.names(g)) for g in range(len(self.sizes)))
+
+    @property
+    def dealt(self) -> int:
+        return sum(len(bitproducts.mask_products(self.terms(g))) for g in range(len(self.sizes)))
+
+
+def _levels(digits: int) -> tuple[_Level, ...]:
+    levels = []
+    while digits > 1:
+        sizes = tuple(min(GROUP, digits - start) for start in range(0, digits, GROUP))
+        levels.append(_Level(sizes))
+        digits = len(sizes)
+    return tuple(levels)
+
+
+@dataclass(frozen=True)
+class Compare(Protocol):
+    """Bits [x < t] for every threshold t, stacked: planes of shape (thresholds, ceil(n / 8)).
+
+    With g(d) the combining levels for d = ceil((width - 1 - drop) / 4) digits (one round each; one up to 4 digits, two up to 16):
+    rounds len(g); thresholds * variables(g) bits an element each way; offline, to the server, 8 ceil(d / 4) bytes and
+    one bit plus thresholds * dealt(g) bits an element. For d = 4: 6 bits online each way, 8 bytes and 1 + 15 bits offline.
+    Error: exact for |x - t| < 2^(width-1), but x in [t - 2^drop, t) may count as not below t.
+    """
+
+    kind: ClassVar[str] = "compare"
+    error: ClassVar[str] = "exact but for x within 2^drop below a threshold"
+    shape: Shape
+    width: int
+    drop: int
+    thresholds: tuple[int, ...]
+
+    @property
+    def digits(self) -> int:
+        return max(1, -(-(self.width - 1 - self.drop) // DIGIT))
+
+    @property
+    def levels(self) -> tuple[_Level, ...]:
+        return _levels(self.digits)
+
+    @property
+    def words(self) -> int:
+        return -(-self.digits // GROUP)
+
+    @property
+    def out(self) -> Wire:
+        return Wire(plane_shape(self.shape, len(self.thresholds)), planes=True)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        each, m = plane_shape(self.shape)[1], len(self.thresholds)
+        masks = [Draw(f"mask{i}", (level.variables * m, each), planes=True) for i, level in enumerate(self.levels)]
+        dealt = [
+            Draw(f"dealt{i}", (level.dealt * m, each), planes=True, derived=True) for i, level in enumerate(self.levels)
+        ]
+        table = Draw("table", (self.words, count(self.shape)), xor=True, derived=True)
+        return (*masks, table, Draw("top", (each,), planes=True, derived=True), *dealt)
+
+    def _digit(self, low: Tensor, index: int) -> Tensor:
+        return ring.right(low, DIGIT * index) & (2**DIGIT - 1)
+
+    def _low(self, x: Tensor) -> Tensor:
+        return ring.right(x & ring.low_mask(self.width - 1), self.drop).reshape(-1)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (r,) = operands
+        low = self._low(r)
+        words = []
+        for word in range(self.words):
+            digits = range(GROUP * word, min(GROUP * (word + 1), self.digits))
+            unary = [(1 << self._digit(low, d)) - 1 for d in digits]
+            table = unary[0]
+            for place, code in enumerate(unary[1:], 1):
+                table = table | ring.left(code, 2**DIGIT * place)
+            words.append(table)
+        out = {"table": torch.stack(words), "top": bits.pack(ring.top_bit(r, self.width))}
+        for i, level in enumerate(self.levels):
+            parts, start = [], 0
+            for _ in self.thresholds:
+                for group in range(len(level.sizes)):
+                    terms, width = level.terms(group), len(level.names(group))
+                    if terms:
+                        parts.append(bitproducts.deal(terms, masks[f"mask{i}"][start : start + width]))
+                    start += width
+            out[f"dealt{i}"] = torch.cat(parts)
+        return out, None
+
+    def _lookup(self, party: int, low: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Shares of (public digit < secret digit, equal) of every digit, as planes, lowest digit first."""
+        out = []
+        for word in range(self.words):
+            less = table[word]
+            at_most = ring.left(less, 1)  # [d <= rho] is [d - 1 < rho], and true for d = 0
+            if party == SERVER:
+                at_most = at_most ^ _FIRST
+            equal = less ^ at_most
+            for place in range(min(GROUP, self.digits - GROUP * word)):
+                position = self._digit(low, GROUP * word + place) | (2**DIGIT * place)
+                out.append((bits.pack(less >> position), bits.pack(equal >> position)))
+        return out
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((z, _),) = operands
+        tops, pairs = [], []
+        for t in self.thresholds:
+            zeta = z - ring.wrap(t)
+            tops.append(bits.pack(ring.top_bit(zeta, self.width)))
+            pairs.append(self._lookup(party, self._low(zeta), material["table"]))
+        for i, level in enumerate(self.levels):
+            pairs = yield from self._combine(party, level, pairs, material[f"mask{i}"], material[f"dealt{i}"])
+        out = []
+        for top, ((less, _),) in zip(tops, pairs, strict=True):
+            share = less ^ material["top"]
+            out.append(share ^ top if party == SERVER else share)
+        return torch.stack(out)
+
+    def _combine(
+        self, party: int, level: _Level, pairs: list[list[tuple[Tensor, Tensor]]], masks: Tensor, dealt: Tensor
+    ) -> Step[list[list[tuple[Tensor, Tensor]]]]:
+        variables = []
+        for digits in pairs:
+            for group in range(len(level.sizes)):
+                for name, i in level.names(group):
+                    less, equal = digits[GROUP * group + i]
+                    variables.append(equal if name == "e" else less)
+        mine = torch.stack(variables) ^ masks
+        (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
+        opened = mine ^ theirs
+        out, at, used = [], 0, 0
+        for digits in pairs:
+            groups = []
+            for group, size in enumerate(level.sizes):
+                top, terms = digits[GROUP * group + size - 1], level.terms(group)
+                if not terms:
+                    groups.append(top)
+                    continue
+                width, dealt_width = len(level.names(group)), len(bitproducts.mask_products(terms))
+                chosen = slice(at, at + width)
+                shares = bitproducts.evaluate(terms, party, opened[chosen], masks[chosen], dealt[used : used + dealt_width])
+                less = top[0]
+                for share in shares[: size - 1]:
+                    less = less ^ share
+                groups.append((less, shares[-1]))
+                at, used = at + width, used + dealt_width
+            out.append(groups)
+        return out
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        below = [bits.pack(ring.top_bit(x - ring.wrap(t), self.width)) for t in self.thresholds]
+        return torch.stack(below)
+
+    def cost(self) -> Cost:
+        each, m = plane_shape(self.shape)[1], len(self.thresholds)
+        online = sum(level.variables for level in self.levels) * m * each
+        dealt = sum(level.dealt for level in self.levels) * m * each
+        return Cost(len(self.levels), online, online, 8 * self.words * count(self.shape) + each + dealt)

@@ -1,0 +1,73 @@
+"""Where values enter and leave: the client's private input, and the output that goes to the client alone.
+
+An input is the client's share by itself (the server's is zero), so it costs no message; the first opening masks it.
+``Reveal``: the server sends its share of the output. The client learns the output, including the last-place noise of the truncations
+before it, which depends on the shares' low bits (a unit in the last place, not fresh randomness; see SECURITY.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from protocols import ring
+from protocols.protocol import SERVER, Cost, Exchange, Material, Protocol, Shape, Step, Weights, bytes_of, receive_one
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Input(Protocol):
+    """The client's integers as a sharing (0, x). Rounds 0, bytes 0. The client's operand is the tensor, the server's None."""
+
+    kind: ClassVar[str] = "input"
+    shape: Shape
+    ring: int
+    name: str
+    fraction: int
+    low: float  # the client clamps to [low, high] before it encodes, so that a mask's -inf fits
+    high: float
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The client's real numbers as integers of the ring."""
+        return ring.encode(x.to(torch.float64).clamp(self.low, self.high), self.fraction)
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        return torch.zeros(self.shape, dtype=torch.int64) if party == SERVER else x
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0]
+
+
+@dataclass(frozen=True)
+class Reveal(Protocol):
+    """The client learns x modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element to the client. The server gets None."""
+
+    kind: ClassVar[str] = "reveal"
+    shape: Shape
+    ring: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        if party == SERVER:
+            yield Exchange(((x, self.out),))
+            return None
+        (theirs,) = yield receive_one(self.out)
+        return ring.reduce(x + theirs, self.ring)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return ring.reduce(operands[0], self.ring)
+
+    def cost(self) -> Cost:
+        return Cost(1, to_client=bytes_of(self.shape, self.ring))

@@ -1,0 +1,91 @@
+"""Extend shares from Z_2^k to a wider ring Z_2^K, exactly.
+
+x lies in [-2^(k-2), 2^(k-2)), so x' = x + 2^(k-2) lies in [0, 2^(k-1)): its top bit is zero. Then over the integers
+x' = x'_S + x'_C - w 2^k, and the wrap w is a OR b for a = msb(x'_S), b = msb(x'_C): with both zero the sum is below 2^k, with
+both one it is not, and with exactly one it can only be x' + 2^k because x' itself has no top bit (Cheetah and
+SIRNN use the same fact under the name "known MSB"). a is the server's bit and b the client's, so w = a + b - ab costs one
+product of private bits:
+1. The server sends s = a XOR alpha, the client t = b XOR beta (alpha, beta each known to one party).
+2. ab = (s XOR alpha)(t XOR beta), linear in alpha (server's), beta (client's) and alpha beta (dealt shares modulo 2^(K-k)).
+Seen by a party: one bit an element under the peer's one-time mask.
+Out of range (|x| >= 2^(k-2)): the result is off by a multiple of 2^k, and nobody notices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from protocols import bits, ring
+from protocols.protocol import (
+    CLIENT,
+    SERVER,
+    Cost,
+    Draw,
+    Material,
+    Protocol,
+    Shape,
+    Step,
+    Weights,
+    bytes_of,
+    plane_shape,
+    swap,
+)
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Extend(Protocol):
+    """[x] modulo 2^ring -> [x] modulo 2^wide, for |x| < 2^(ring-2).
+
+    Rounds 1; one bit an element each way; offline ceil((wide - ring) / 8) bytes an element to the server.
+    """
+
+    kind: ClassVar[str] = "extend"
+    shape: Shape
+    ring: int
+    wide: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.wide)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        plane = plane_shape(self.shape)[1:]
+        return (
+            Draw("alpha", plane, planes=True, holder=SERVER),
+            Draw("beta", plane, planes=True, holder=CLIENT),
+            Draw("product", self.shape, self.wide - self.ring, derived=True),
+        )
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {"product": bits.unpack(masks["alpha"] & masks["beta"], self.shape)}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        offset = 1 << (self.ring - 2)
+        if party == SERVER:
+            x = x + offset
+        x = ring.reduce(x, self.ring)
+        top = ring.top_bit(x, self.ring)
+        mine = bits.pack(top) ^ material["alpha" if party == SERVER else "beta"]
+        (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
+        # the client's terms in step 2 are s b, the server's t a - s t; t a - s t = t (a - s), and both add their part of alpha beta
+        other = bits.unpack(theirs, self.shape)
+        own = bits.unpack(mine, self.shape)
+        both = other * top if party == CLIENT else other * (top - own)
+        flipped = bits.unpack(mine ^ theirs, self.shape)  # (1 - 2s)(1 - 2t) = 1 - 2 (s XOR t)
+        product = material["product"]
+        both = both + torch.where(flipped.bool(), -product, product)
+        x = x + ring.left(both - top, self.ring)
+        return x - offset if party == SERVER else x
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return ring.signed(operands[0], self.ring)
+
+    def cost(self) -> Cost:
+        size = plane_shape(self.shape)[1]
+        return Cost(1, size, size, bytes_of(self.shape, self.wide - self.ring))

@@ -1,0 +1,113 @@
+"""Linear layers whose weights the server holds in the clear: y = x W, with no message at all from the server.
+
+Once per model: dealer and server expand a mask B for W from a seed; the server gives the client D = W - B.
+Per query, before it: the client draws r; the dealer gives the server u = r B + s, and the client keeps c = r D - s.
+1. (``Deliver``) The client sends x_C - r; the server knows x - r. One delivery serves every layer that reads x.
+2. (``Linear``) The server's share is (x - r) W + u, the client's c: they sum to (x - r) W + r B + r D = x W.
+The client does no online work and knows its share beforehand. (The idea is Delphi's, with a dealer for its encryption; the
+weight mask is reused as in CrypTen's caching and ABY2.0.)
+Seen by the server: x_C - r and u, masked by r and s that it never learns. Seen by the client: D, masked by B, once.
+B belongs to one set of weights: under two, D_1 - D_2 would show their difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from protocols.protocol import (
+    CLIENT,
+    SERVER,
+    Cost,
+    Draw,
+    Exchange,
+    Material,
+    Protocol,
+    Shape,
+    Step,
+    Weights,
+    bytes_of,
+    receive_one,
+)
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Deliver(Protocol):
+    """The server learns x - r. Rounds 1; ceil(ring / 8) bytes an element to the server; nothing back, nothing offline."""
+
+    kind: ClassVar[str] = "deliver"
+    shape: Shape
+    ring: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("r", self.shape, self.ring, holder=CLIENT),)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, masks["r"]
+
+    def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return material["r"]
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        if party == CLIENT:
+            yield Exchange(((x - material["r"], self.out),))
+            return material["r"]
+        (masked,) = yield receive_one(self.out)
+        return x + masked
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0]
+
+    def cost(self) -> Cost:
+        return Cost(1, to_server=bytes_of(self.shape, self.ring))
+
+
+@dataclass(frozen=True)
+class Linear(Protocol):
+    """[x W] modulo 2^ring from a delivery of x; ``diagonal``: the elementwise product with a vector.
+
+    Rounds 0; offline ceil(ring / 8) bytes an output element to the server. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "linear"
+    shape: Shape  # of the result
+    ring: int
+    weight: str
+    diagonal: bool = False
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("u", self.shape, self.ring, derived=True),)
+
+    def _product(self, x: Any, weights: Weights) -> Any:
+        return weights.multiply(x, self.weight, self.ring, diagonal=self.diagonal)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {"u": self._product(operands[0], weights)}, None
+
+    def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self._product(operands[0], weights) + material["u"]
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        # the client comes here only when nothing was prepared: r D - s is the same number then
+        return self._product(operands[0], weights) + material["u"]
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self._product(operands[0], weights)
+
+    def cost(self) -> Cost:
+        return Cost(offline_to_server=bytes_of(self.shape, self.ring))
+
+

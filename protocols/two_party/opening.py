@@ -1,0 +1,82 @@
+"""Open a secret under a fresh mask: the one message from which all products of a tensor follow.
+
+[x] in Z_2^k; the dealer knows r = r_S + r_C (each party draws its summand from its own stream).
+1. Each party sends x_p + r_p.  2. Both know z = x + r mod 2^k.
+Whatever reads x (products, powers, comparisons, selections, exponentials) is then local, given correlations of r.
+Seen by a party: its peer's x_p + r_p, uniform because the peer's r_p is and is used in this opening alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from protocols import ring
+from protocols.protocol import Cost, Draw, Material, Opening, Protocol, Shape, Step, Weights, bytes_of, plane_shape, swap
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Open(Protocol):
+    """z = x + r modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element each way; nothing offline."""
+
+    kind: ClassVar[str] = "open"
+    shape: Shape
+    ring: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("r", self.shape, self.ring),)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, masks["r"]
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        mine = x + material["r"]
+        (theirs,) = yield swap(mine, self.out)
+        return Opening(ring.reduce(mine + theirs, self.ring), material["r"])
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return ring.reduce(operands[0], self.ring)
+
+    def cost(self) -> Cost:
+        size = bytes_of(self.shape, self.ring)
+        return Cost(1, size, size)
+
+
+@dataclass(frozen=True)
+class OpenBits(Protocol):
+    """c = b XOR beta for ``planes`` stacked bits of each element. Rounds 1; ``planes`` bits an element each way."""
+
+    kind: ClassVar[str] = "open_bits"
+    shape: Shape  # of the tensor whose bits these are
+    planes: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(plane_shape(self.shape, self.planes), planes=True)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("beta", self.out.shape, planes=True),)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, masks["beta"]
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (b,) = operands
+        mine = b ^ material["beta"]
+        (theirs,) = yield swap(mine, self.out)
+        return Opening(mine ^ theirs, material["beta"])
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0]
+
+    def cost(self) -> Cost:
+        size = self.out.size
+        return Cost(1, size, size)

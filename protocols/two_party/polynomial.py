@@ -1,0 +1,99 @@
+"""Polynomials with public coefficients of one opened secret: every power from a single opening, no further round.
+
+x = z - r; with a public centre a and v = z - a, sum_j C_j (x - a)^j = sum_i r^i (-1)^i sum_{j>=i} C_j binom(j, i) v^(j-i): linear in the powers of
+r, of which the dealer gives shares (r itself is the opening's mask). Integer arithmetic modulo 2^ring throughout: the caller
+chooses scales so that the true value fits; where it does not (outside a segment), the result is
+junk that a selection must discard.
+Seen by the server: its corrections of r^2, ..., r^d, masked by the client's shares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from protocols import ring
+from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Powers(Protocol):
+    """Shares of r^2, ..., r^degree of an opening's mask, so that any polynomial of that degree is local.
+
+    Rounds 0; offline (degree - 1) * ceil(ring / 8) bytes an element to the server. The result is (z, (r, r^2, ...)).
+    """
+
+    kind: ClassVar[str] = "powers"
+    shape: Shape
+    ring: int
+    degree: int
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return tuple(Draw(f"r{i}", self.shape, self.ring, derived=True) for i in range(2, self.degree + 1))
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (r,) = operands
+        out, power = {}, r
+        for i in range(2, self.degree + 1):
+            power = power * r
+            out[f"r{i}"] = power
+        return out, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((z, r),) = operands
+        return z, (r, *(material[f"r{i}"] for i in range(2, self.degree + 1)))
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0]
+
+    def cost(self) -> Cost:
+        return Cost(offline_to_server=(self.degree - 1) * bytes_of(self.shape, self.ring))
+
+
+@dataclass(frozen=True)
+class Polynomial(Protocol):
+    """[sum_j coefficients[j] (x - centre)^j] modulo 2^ring, from ``Powers`` of x. Rounds 0, bytes 0; exact modulo 2^ring."""
+
+    kind: ClassVar[str] = "polynomial"
+    shape: Shape
+    ring: int
+    centre: int
+    coefficients: tuple[int, ...]
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def _shifted(self, v: Tensor, power: int) -> Tensor:
+        """sum_{j>=i} C_j binom(j, i) v^(j-i), by Horner's rule."""
+        terms = [c * math.comb(j, power) for j, c in enumerate(self.coefficients) if j >= power]
+        total: Tensor = v * ring.wrap(terms[-1]) if len(terms) > 1 else v.new_full((1,), ring.wrap(terms[-1]))
+        for rank, term in enumerate(reversed(terms[:-1])):
+            total = total + ring.wrap(term)
+            if rank < len(terms) - 2:
+                total = total * v
+        return total
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((z, powers),) = operands
+        v = z - ring.wrap(self.centre)
+        total = self._shifted(v, 0) if party == SERVER else None
+        for i in range(1, len(self.coefficients)):
+            term = self._shifted(v, i) * powers[i - 1]
+            total = (-term if i % 2 else term) if total is None else (total - term if i % 2 else total + term)
+        return v * 0 if total is None else total.expand(self.shape)
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return self._shifted(x - ring.wrap(self.centre), 0).expand(self.shape)

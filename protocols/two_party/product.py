@@ -1,0 +1,55 @@
+"""Products of opened secrets: elementwise, and batched matrix products for attention. Local, given openings.
+
+x = z_x - r_x, y = z_y - r_y, so x y = z_x z_y - z_x r_y - r_x z_y + r_x r_y, where both parties know z_x and z_y and the dealer
+gives shares of r_x r_y. A tensor is opened once, however many products read it (Turbospeedz, ABY2.0;
+Beaver's triple is the case of one reader); the same opening twice is a square.
+Seen by the server: its correction of r_x r_y, masked by the client's share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from protocols import limbs
+from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Product(Protocol):
+    """[x y] modulo 2^ring, broadcast elementwise, or x @ y with ``matrix``.
+
+    Rounds 0; offline ceil(ring / 8) bytes an output element to the server. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "product"
+    shape: Shape  # of the result
+    ring: int
+    matrix: bool = False
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("rr", self.shape, self.ring, derived=True),)
+
+    def _times(self, a: Any, b: Any) -> Any:
+        return limbs.matmul(a, b, self.ring) if self.matrix else a * b
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {"rr": self._times(*operands)}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (zx, rx), (zy, ry) = operands
+        # z_x (z_y - r_y) - r_x z_y, where only the server counts z_x z_y
+        return self._times(zx, zy - ry if party == SERVER else -ry) - self._times(rx, zy) + material["rr"]
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self._times(*operands)
+
+    def cost(self) -> Cost:
+        return Cost(offline_to_server=bytes_of(self.shape, self.ring))

@@ -1,0 +1,87 @@
+"""Secret bits times numbers: piecewise linear functions of an opened secret, and bits as numbers. Local, given openings.
+
+With c = b XOR beta known to both, b = c + (1 - 2c) beta. For x = z - r,
+b x = c x + (1 - 2c)(z beta - beta r): linear in shares of beta and beta r, which the dealer gives.
+Seen by the server: its corrections of beta and beta r, masked by the client's shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from protocols import bits, ring
+from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Select(Protocol):
+    """[sum_s b_s (slopes[s] x + offsets[s])] modulo 2^ring, from one opening of the stacked bits b and one of x.
+
+    Slopes and offsets are public integers; x is not read where all slopes are zero (then this turns bits into numbers). One bit,
+    slope 1: a selection. With S bits of which T have a slope: rounds 0; offline (S + T) * ceil(ring / 8) bytes an element
+    to the server. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "select"
+    shape: Shape
+    ring: int
+    slopes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def _sloped(self) -> list[int]:
+        return [s for s, slope in enumerate(self.slopes) if slope]
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        beta = Draw("beta", (len(self.slopes), *self.shape), self.ring, derived=True)
+        if not self._sloped:
+            return (beta,)
+        return (beta, Draw("beta_r", (len(self._sloped), *self.shape), self.ring, derived=True))
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        beta = torch.stack([bits.unpack(plane, self.shape) for plane in operands[0]])
+        if not self._sloped:
+            return {"beta": beta}, None
+        return {"beta": beta, "beta_r": beta[self._sloped] * operands[1]}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        planes, beta = operands[0].value, material["beta"]
+        z, r = operands[1] if self._sloped else (None, None)
+        x = None if z is None else (z - r if party == SERVER else -r)
+        total = None
+        sloped = 0
+        for s, (slope, offset) in enumerate(zip(self.slopes, self.offsets, strict=True)):
+            masked: Any = 0  # (1 - 2c) of this is the part that depends on beta
+            whole: Any = ring.wrap(offset) if party == SERVER else 0  # slope x + offset
+            if slope:
+                masked = z * beta[s] - material["beta_r"][sloped]
+                masked = masked if slope == 1 else masked * ring.wrap(slope)
+                whole = whole + (x if slope == 1 else x * ring.wrap(slope))
+                sloped += 1
+            if offset:
+                masked = masked + beta[s] * ring.wrap(offset)
+            part = torch.where(bits.unpack(planes[s], self.shape).bool(), whole - masked, masked)
+            total = part if total is None else total + part
+        return total
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        total = torch.zeros(self.shape, dtype=torch.int64)
+        for plane, slope, offset in zip(operands[0], self.slopes, self.offsets, strict=True):
+            value: Any = ring.wrap(offset)
+            if slope:
+                value = value + operands[1] * ring.wrap(slope)
+            total = total + bits.unpack(plane, self.shape) * value
+        return total
+
+    def cost(self) -> Cost:
+        return Cost(offline_to_server=(len(self.slopes) + len(self._sloped)) * bytes_of(self.shape, self.ring))

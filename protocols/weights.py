@@ -1,0 +1,81 @@
+"""What each party holds of the server's weights: the server the integers W, the dealer a mask B, the client D = W - B.
+
+B is expanded from a seed that the server and the dealer share, one stream a weight, as uniform 64-bit words; modulo a
+narrower ring its low bits are used. D is public to the client only, made once per model, and holds ``ring`` bits an
+element: enough for the widest product that a Program of that model takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from protocols import limbs, ring
+from protocols.prg import Key
+from protocols.protocol import Weights
+
+
+class _Held(Weights):
+    """Integer tensors by name, packed for matrix products once per ring."""
+
+    signed_bits: int | None = None
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._packed: dict[tuple[str, int], limbs.Packed] = {}
+
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        if diagonal:
+            return x * self._tensors[name]
+        if x.is_meta:
+            return torch.empty((*x.shape[:-1], self._tensors[name].shape[-1]), dtype=torch.int64, device="meta")
+        key = (name, ring_bits)
+        if key not in self._packed:
+            self._packed[key] = self._pack(self._tensors[name], ring_bits)
+        return limbs.matmul(x, self._packed[key], ring_bits)
+
+    def _pack(self, tensor: Tensor, ring_bits: int) -> limbs.Packed:
+        return limbs.pack(tensor, ring_bits, signed=False, ring=ring_bits)
+
+    def plain(self, name: str) -> Tensor:
+        raise LookupError(f"only the server holds {name!r} in the clear")
+
+
+class ServerWeights(_Held):
+    """The integers themselves. ``plain`` gives an added tensor (bias, positions); products use true signed widths."""
+
+    def _pack(self, tensor: Tensor, ring_bits: int) -> limbs.Packed:
+        largest = int(tensor.abs().max()) if tensor.numel() else 0
+        return limbs.pack(tensor, largest.bit_length() + 1, signed=True, ring=ring_bits)
+
+    def plain(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> dict[str, Tensor]:
+        """D = W - B for the weights that products use, reduced to ``rings`` bits each: what the client gets."""
+        return {name: ring.reduce(self._tensors[name] - mask.mask(name), bits) for name, bits in rings.items()}
+
+
+class ClientWeights(_Held):
+    """D = W - B. Being uniform without B, it says nothing of W."""
+
+
+class DealerWeights(_Held):
+    """B, from the seed's key and the weights' shapes; expanded on first use."""
+
+    def __init__(self, key: Key, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__({})
+        self._key, self._shapes = key, dict(shapes)
+
+    def mask(self, name: str) -> Tensor:
+        """B of one weight: uniform 64-bit words. The stream's number comes from the name, so that Programs may share B."""
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        return self._key.stream(number).words(self._shapes[name])
+
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = self.mask(name)
+        return super().multiply(x, name, ring_bits, diagonal=diagonal)

@@ -1,0 +1,66 @@
+"""Ranges of traced values, learnt from calibration inputs, and how many bits they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from secure.trace import Trace, evaluate
+
+_SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
+
+
+def dyadic(value: float) -> tuple[int, int]:
+    """(m, q) with value = m 2^-q, exact if m takes at most 14 bits, else rounded to 14 significant bits; m odd or zero."""
+    if value == 0:
+        return 0, 0
+    q = _SIGNIFICANT - 1 - math.floor(math.log2(abs(value)))
+    m = round(value * 2.0**q)
+    while m % 2 == 0:
+        m, q = m // 2, q - 1
+    return m, q
+
+
+class Ranges:
+    """[low, high] of every primitive of a trace over the calibration inputs, widened by ``margin_bits``.
+
+    A primitive "bounded" replaces what was seen by what its caller knows, without a margin.
+    """
+
+    def __init__(self, trace: Trace, margin_bits: int) -> None:
+        n = len(trace.primitives)
+        self._trace, self._margin = trace, 2.0**margin_bits
+        self._low, self._high = [math.inf] * n, [-math.inf] * n
+
+    def observe(self, index: int, value: Tensor) -> None:
+        self._low[index] = min(self._low[index], float(value.min()))
+        self._high[index] = max(self._high[index], float(value.max()))
+
+    @classmethod
+    def calibrate(
+        cls, trace: Trace, samples: Sequence[Mapping[str, Tensor]], weights: Mapping[str, Tensor], margin_bits: int
+    ) -> Ranges:
+        """Evaluate the trace in floating point on every sample."""
+        if not samples:
+            raise ValueError("calibration needs at least one input")
+        ranges = cls(trace, margin_bits)
+        for sample in samples:
+            evaluate(trace, sample, weights, ranges.observe)
+        return ranges
+
+    def magnitude(self, index: int) -> float:
+        """The largest absolute value that the ring is made for."""
+        p = self._trace.primitives[index]
+        if p.op == "bounded":
+            return float(max(abs(p.attrs["low"]), abs(p.attrs["high"])))
+        return max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
+
+    def bits(self, index: int) -> int:
+        """Integer bits m >= 0 with magnitude <= 2^m (the sign not counted)."""
+        return max(0, math.ceil(math.log2(self.magnitude(index))))
+
+    def seen(self, index: int) -> tuple[float, float]:
+        """The range as it was observed."""
+        return self._low[index], self._high[index]

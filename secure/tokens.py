@@ -1,0 +1,104 @@
+"""From text to token ids, with the ``tokenizers`` library alone: what a client needs, and no model code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class InputTooLong(ValueError):
+    """A text has more tokens than the length it is to be padded to."""
+
+
+class EmptyInput(ValueError):
+    """A text has no tokens of its own."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer that neither truncates nor pads, the id it pads with, and whether text is lowercased before."""
+
+    tokenizer: Tokenizer = field(repr=False)
+    pad_id: int
+    lowercase: bool = False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return document
+
+
+def load_tokenizer(directory: str | Path) -> TextTokenizer:
+    """Load ``tokenizer.json`` of a model directory."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ImportError("the tokenizers library is not installed\nhint: pip install tokenizers") from None
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer.json\n"
+            "hint: give the model's directory; save_pretrained of a fast tokenizer writes this file"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    pad_id = _pad_id(tokenizer, directory)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    lowercase = bool(read_json(directory / "sentence_bert_config.json").get("do_lower_case", False))
+    return TextTokenizer(tokenizer, pad_id, lowercase)
+
+
+def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
+    """The padding id: of the tokenizer, of its padding token by name, or of the model."""
+    if tokenizer.padding is not None:
+        return int(tokenizer.padding["pad_id"])
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_json(directory / name).get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if found is not None:
+            return int(found)
+    configured = read_json(directory / "config.json").get("pad_token_id")
+    return configured if isinstance(configured, int) and configured >= 0 else 0
+
+
+def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of a text, each of shape (1, length), padded on the right."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half a surrogate pair, which is no character\nhint: decode it again") from None
+    encoding = tokenizer.tokenizer.encode(text.lower() if tokenizer.lowercase else text)
+    count = len(encoding.ids)
+    if count == sum(encoding.special_tokens_mask):
+        raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
+    if count > length:
+        raise InputTooLong(
+            f"the text has {count} tokens (special tokens included), the limit is {length}\n"
+            "hint: shorten or split the text, or use a longer input length"
+        )
+    ids = torch.full((1, length), tokenizer.pad_id, dtype=torch.int64)
+    mask = torch.zeros((1, length), dtype=torch.int64)
+    ids[0, :count] = torch.tensor(encoding.ids, dtype=torch.int64)
+    mask[0, :count] = 1
+    return ids, mask

@@ -1,0 +1,211 @@
+"""Symbolic values: running a function on them records the primitive operations that it is made of.
+
+The recorded trace is float-level: shapes, weights by name, no rings yet. It has its own interpreter, ``evaluate``, which is how
+calibration learns the range of every intermediate value and how the approximations alone can be measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approximations.primitives import Piece, exp_neg, piecewise
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """One recorded operation: ``attrs`` are plain Python values, ``inputs`` positions in the trace."""
+
+    op: str
+    inputs: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    shape: Shape
+    path: str
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """A tensor that the server holds, standing in an expression: ``x * ref``, ``x + ref``."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass
+class Trace:
+    """Primitives in the order of recording; ``path`` labels what is recorded next."""
+
+    primitives: list[Primitive] = field(default_factory=list)
+    path: str = ""
+
+    @contextmanager
+    def within(self, path: str) -> Iterator[None]:
+        before, self.path = self.path, path
+        try:
+            yield
+        finally:
+            self.path = before
+
+    def record(self, op: str, inputs: Sequence[Symbol], shape: Shape, **attrs: Any) -> Symbol:
+        self.primitives.append(Primitive(op, tuple(x.id for x in inputs), attrs, tuple(shape), self.path))
+        return Symbol(self, len(self.primitives) - 1)
+
+    def input(self, name: str, shape: Shape) -> Symbol:
+        return self.record("input", (), shape, name=name)
+
+
+def _broadcast(a: Shape, b: Shape) -> Shape:
+    return tuple(torch.broadcast_shapes(a, b))
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A value that does not exist yet; its operators record."""
+
+    trace: Trace = field(repr=False)
+    id: int
+
+    @property
+    def shape(self) -> Shape:
+        return self.trace.primitives[self.id].shape
+
+    def _same(self, op: str, **attrs: Any) -> Symbol:
+        return self.trace.record(op, (self,), self.shape, **attrs)
+
+    def _two(self, op: str, other: Symbol, **attrs: Any) -> Symbol:
+        return self.trace.record(op, (self, other), _broadcast(self.shape, other.shape), **attrs)
+
+    def __add__(self, other: Symbol | WeightRef | float) -> Symbol:
+        if isinstance(other, WeightRef):
+            return self.trace.record("add_weight", (self,), _broadcast(self.shape, other.shape), weight=other.name)
+        return self._two("add", other) if isinstance(other, Symbol) else self._same("offset", value=float(other))
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Symbol:
+        return self._same("scale", value=-1.0)
+
+    def __sub__(self, other: Symbol | float) -> Symbol:
+        return self._two("sub", other) if isinstance(other, Symbol) else self + -float(other)
+
+    def __rsub__(self, other: float) -> Symbol:
+        return -self + other
+
+    def __mul__(self, other: Symbol | WeightRef | float) -> Symbol:
+        if isinstance(other, WeightRef):
+            return self.trace.record("mul_weight", (self,), _broadcast(self.shape, other.shape), weight=other.name)
+        if not isinstance(other, Symbol):
+            return self if other == 1 else self._same("scale", value=float(other))
+        return self._two("mul", other, extra=0)
+
+    __rmul__ = __mul__
+
+    def __matmul__(self, other: Symbol) -> Symbol:
+        batch = _broadcast(self.shape[:-2], other.shape[:-2])
+        return self.trace.record("matmul", (self, other), (*batch, self.shape[-2], other.shape[-1]))
+
+    def linear(self, weight: WeightRef) -> Symbol:
+        """x @ W for a weight of shape (in, out)."""
+        return self.trace.record("linear", (self,), (*self.shape[:-1], weight.shape[-1]), weight=weight.name)
+
+    def square(self) -> Symbol:
+        return self._two("mul", self, extra=0)
+
+    def precise_product(self, other: Symbol, extra_bits: int) -> Symbol:
+        return self._two("mul", other, extra=extra_bits)
+
+    def sum(self, dim: int | Sequence[int], keepdim: bool = False) -> Symbol:
+        dims = tuple(sorted(d % len(self.shape) for d in ([dim] if isinstance(dim, int) else dim)))
+        kept = tuple(1 if i in dims else n for i, n in enumerate(self.shape))
+        out = self.trace.record("sum", (self,), kept, dims=dims)
+        return out if keepdim else out.reshape(tuple(n for i, n in enumerate(self.shape) if i not in dims))
+
+    def mean(self, dim: int | Sequence[int], keepdim: bool = False) -> Symbol:
+        total = self.sum(dim, keepdim)
+        return total * (math.prod(total.shape) / math.prod(self.shape))
+
+    def reshape(self, shape: Shape) -> Symbol:
+        return self if tuple(shape) == self.shape else self.trace.record("reshape", (self,), shape)
+
+    def expand(self, shape: Shape) -> Symbol:
+        return self if tuple(shape) == self.shape else self.trace.record("expand", (self,), shape)
+
+    def permute(self, dims: Sequence[int]) -> Symbol:
+        return self.trace.record("permute", (self,), tuple(self.shape[d] for d in dims), dims=tuple(dims))
+
+    def slice(self, dim: int, start: int, stop: int, step: int = 1) -> Symbol:
+        shape = list(self.shape)
+        shape[dim] = len(range(start, stop, step))
+        return self.trace.record("slice", (self,), tuple(shape), dim=dim, start=start, stop=stop, step=step)
+
+    def piecewise(self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int) -> Symbol:
+        return self._same("piecewise", knots=knots, pieces=pieces, tolerance=tolerance, extra=extra)
+
+    def exp_neg(self) -> Symbol:
+        return self._same("exp_neg")
+
+    def maximum(self, tolerance: float) -> Symbol:
+        return self.trace.record("maximum", (self,), (*self.shape[:-1], 1), tolerance=tolerance)
+
+    def bounded(self, low: float, high: float) -> Symbol:
+        return self._same("bounded", low=low, high=high)
+
+
+def concatenate(parts: Sequence[Symbol], dim: int) -> Symbol:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(p.shape[dim] for p in parts)
+    return parts[0].trace.record("cat", parts, tuple(shape), dim=dim)
+
+
+def _slice(x: Tensor, a: Mapping[str, Any]) -> Tensor:
+    return x[(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
+
+
+_EVALUATE: Mapping[str, Callable[..., Tensor]] = {
+    "add": lambda a, p, w, x, y: x + y,
+    "sub": lambda a, p, w, x, y: x - y,
+    "mul": lambda a, p, w, x, y: x * y,
+    "matmul": lambda a, p, w, x, y: x @ y,
+    "linear": lambda a, p, w, x: x @ w[a["weight"]],
+    "mul_weight": lambda a, p, w, x: x * w[a["weight"]],
+    "add_weight": lambda a, p, w, x: x + w[a["weight"]],
+    "offset": lambda a, p, w, x: x + a["value"],
+    "scale": lambda a, p, w, x: x * a["value"],
+    "sum": lambda a, p, w, x: x.sum(a["dims"], keepdim=True),
+    "reshape": lambda a, p, w, x: x.reshape(p.shape),
+    "expand": lambda a, p, w, x: x.expand(p.shape),
+    "permute": lambda a, p, w, x: x.permute(a["dims"]),
+    "slice": lambda a, p, w, x: _slice(x, a),
+    "cat": lambda a, p, w, *x: torch.cat(x, a["dim"]),
+    "piecewise": lambda a, p, w, x: piecewise(x, a["knots"], a["pieces"]),
+    "exp_neg": lambda a, p, w, x: exp_neg(x),
+    "maximum": lambda a, p, w, x: x.amax(-1, keepdim=True),
+    "bounded": lambda a, p, w, x: x,
+}
+
+
+def evaluate(
+    trace: Trace,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    observe: Callable[[int, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Every primitive's value in floating point. ``observe`` is told each as it comes."""
+    values: list[Tensor] = []
+    for index, p in enumerate(trace.primitives):
+        if p.op == "input":
+            value = inputs[p.attrs["name"]]
+        else:
+            value = _EVALUATE[p.op](p.attrs, p, weights, *(values[i] for i in p.inputs))
+        values.append(value)
+        if observe is not None:
+            observe(index, value)
+    return values
