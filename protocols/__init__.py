@@ -7,6 +7,7 @@ bits         bits of many elements, packed
 wire         tensors as bytes
 fixedpoint   how real numbers stand in the ring
 limbs        exact matrix products through float64
+matmul       the faster of two exact kernels
 prg          AES-CTR streams, keys
 protocol     what a protocol is; exchanges, openings, draws, costs
 steps        merging and driving steps; the in-memory channel

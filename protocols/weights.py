@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from protocols import limbs, ring
+from protocols import ring
+from protocols.matmul import Matrix
 from protocols.prg import Key
 from protocols.protocol import Weights
 
@@ -21,24 +21,19 @@ from protocols.protocol import Weights
 class _Held(Weights):
     """Integer tensors by name, packed for matrix products once per ring."""
 
-    signed_bits: int | None = None
+    signed = False
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._packed: dict[tuple[str, int], limbs.Packed] = {}
+        self._packed: dict[tuple[str, int], Matrix] = {}
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         if diagonal:
             return x * self._tensors[name]
-        if x.is_meta:
-            return torch.empty((*x.shape[:-1], self._tensors[name].shape[-1]), dtype=torch.int64, device="meta")
         key = (name, ring_bits)
         if key not in self._packed:
-            self._packed[key] = self._pack(self._tensors[name], ring_bits)
-        return limbs.matmul(x, self._packed[key], ring_bits)
-
-    def _pack(self, tensor: Tensor, ring_bits: int) -> limbs.Packed:
-        return limbs.pack(tensor, ring_bits, signed=False, ring=ring_bits)
+            self._packed[key] = Matrix(self._tensors[name], ring_bits, signed=self.signed)
+        return self._packed[key].times(x)
 
     def plain(self, name: str) -> Tensor:
         raise LookupError(f"only the server holds {name!r} in the clear")
@@ -47,9 +42,7 @@ class _Held(Weights):
 class ServerWeights(_Held):
     """The integers themselves. ``plain`` gives an added tensor (bias, positions); products use true signed widths."""
 
-    def _pack(self, tensor: Tensor, ring_bits: int) -> limbs.Packed:
-        largest = int(tensor.abs().max()) if tensor.numel() else 0
-        return limbs.pack(tensor, largest.bit_length() + 1, signed=True, ring=ring_bits)
+    signed = True
 
     def plain(self, name: str) -> Tensor:
         return self._tensors[name]

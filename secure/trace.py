@@ -86,7 +86,9 @@ class Symbol:
     def __add__(self, other: Symbol | WeightRef | float) -> Symbol:
         if isinstance(other, WeightRef):
             return self.trace.record("add_weight", (self,), _broadcast(self.shape, other.shape), weight=other.name)
-        return self._two("add", other) if isinstance(other, Symbol) else self._same("offset", value=float(other))
+        if isinstance(other, Symbol):
+            return self._two("add", other)
+        return self if other == 0 else self._same("offset", value=float(other))
 
     __radd__ = __add__
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protocols import limbs
+from protocols.matmul import matmul
 from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
@@ -37,7 +37,7 @@ class Product(Protocol):
         return (Draw("rr", self.shape, self.ring, derived=True),)
 
     def _times(self, a: Any, b: Any) -> Any:
-        return limbs.matmul(a, b, self.ring) if self.matrix else a * b
+        return matmul(a, b, self.ring) if self.matrix else a * b
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"rr": self._times(*operands)}, None

@@ -1,0 +1,337 @@
+"""From a model's graph to a trace of primitives: every operation becomes its approximation, run on symbolic values.
+
+Before that, one floating-point pass over the calibration inputs finds what the approximations need to know: the range of every
+variance, of every squared norm, and how far a masked score must be pushed down.
+Weights that only the server knows are evaluated here, in the clear; what only the client knows stays a graph of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from approximations import attend, gelu, l2_normalize, layer_norm, relu, rsqrt, silu, softmax, tanh
+from approximations.softmax import CLIP
+from secure.graph import MASKED, Graph, Node, UnsupportedOperation, evaluate, run
+from secure.trace import Symbol, Trace, WeightRef, concatenate
+
+EMBEDDINGS = ("one-hot", "client-table")
+
+
+@dataclass(frozen=True)
+class ClientInput:
+    """How the client makes one input of the circuit: from output ``output`` of its own graph, as it is or encoded."""
+
+    name: str
+    output: int
+    encoding: str  # "plain", "one-hot" or "client-table"
+    size: int  # rows of the token table (one-hot, client-table), else 0
+    shape: tuple[int, ...]
+    table: str = ""  # the weight that the client holds (client-table)
+
+
+@dataclass
+class Observed:
+    """What calibration on the graph itself showed, by node."""
+
+    variance: dict[int, tuple[float, float]] = field(default_factory=dict)
+    magnitude: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Lowered:
+    trace: Trace
+    outputs: list[Symbol]
+    weights: dict[str, Tensor]
+    client_graph: Graph
+    client_inputs: list[ClientInput]
+    clamps: dict[str, float]  # inputs that are additive masks: how low they need to go
+
+
+def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
+    """Run the graph in float64 on the calibration inputs and keep the ranges that approximations ask for."""
+    readers: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("layer_norm", "l2_normalize", "rsqrt") and node.visibility == "shared":
+            readers.setdefault(node.inputs[0], []).append(node)
+    seen = Observed()
+
+    def look(node: Node, value: Tensor) -> None:
+        if value.is_floating_point() and value.numel():
+            seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), float(value.abs().max()))
+        for reader in readers.get(node.id, ()):
+            if reader.op == "layer_norm":
+                measured = value.var(dim=tuple(reader.attrs["axes"]), unbiased=False)
+            elif reader.op == "l2_normalize":
+                measured = value.square().sum(dim=reader.attrs["dim"])
+            else:
+                measured = value
+            low, high = seen.variance.get(reader.id, (math.inf, 0.0))
+            seen.variance[reader.id] = (min(low, float(measured.min())), max(high, float(measured.max())))
+
+    for sample in samples:
+        run(graph, sample, parameters, look)
+    return seen
+
+
+def lower(
+    graph: Graph, parameters: Mapping[str, Tensor], seen: Observed, margin_bits: int, embedding: str, gelu_form: str
+) -> Lowered:
+    """Trace the graph through the approximations. ``parameters`` are float64."""
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"unknown embedding {embedding!r}\nhint: one of {', '.join(EMBEDDINGS)}")
+    return _Lowering(graph, parameters, seen, margin_bits, embedding, gelu_form).run()
+
+
+class _Lowering:
+    def __init__(
+        self,
+        graph: Graph,
+        parameters: Mapping[str, Tensor],
+        seen: Observed,
+        margin_bits: int,
+        embedding: str,
+        gelu_form: str,
+    ) -> None:
+        self.graph, self.parameters, self.seen = graph, parameters, seen
+        self.margin, self.embedding, self.gelu_form = 2.0**margin_bits, embedding, gelu_form
+        self.readers = graph.consumers()
+        self.trace = Trace()
+        self.symbols: dict[int, Symbol] = {}
+        self.server: dict[int, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.client_outputs: list[int] = []
+        self.client_inputs: dict[tuple[int, str], ClientInput] = {}
+        self.clamps: dict[str, float] = {}
+        self.factors, self.folded = self._fold_scalars()
+
+    def run(self) -> Lowered:
+        for node in self.graph.nodes:
+            if node.visibility in ("public", "server"):
+                self._evaluate(node)
+            elif node.visibility == "shared":
+                with self.trace.within(node.path):
+                    self.symbols[node.id] = self._lower(node)
+        for o in self.graph.outputs:
+            if o not in self.symbols:
+                raise UnsupportedOperation(
+                    "an output does not depend on both the client's input and the server's weights, so it needs no protocol\n"
+                    "hint: compute it in the clear"
+                )
+        outputs = [self.symbols[o] for o in self.graph.outputs]
+        client_graph = _subgraph(self.graph, self.client_outputs)
+        return Lowered(self.trace, outputs, self.weights, client_graph, list(self.client_inputs.values()), self.clamps)
+
+    def _evaluate(self, node: Node) -> None:
+        if node.op == "parameter":
+            value = self.parameters[node.attrs["name"]]
+        else:
+            value = evaluate(node, [self.server[i] for i in node.inputs], torch.float64)
+        self.server[node.id] = value
+
+    def _fold_scalars(self) -> tuple[dict[int, float], set[int]]:
+        """Scalar factors of a product (attention's 1/sqrt(d)) move into the weights of the linear layer behind its left operand."""
+        factors: dict[int, float] = {}
+        folded: set[int] = set()
+        for node in self.graph.nodes:
+            if node.op != "mul" or "scalar" not in node.attrs:
+                continue
+            source = self.graph.nodes[node.inputs[0]]
+            while source.op in ("matmul", "reshape", "permute") and len(self.readers[source.id]) == 1:
+                source = self.graph.nodes[source.inputs[0]]
+            if source.op == "linear" and source.visibility == "shared" and len(self.readers[source.id]) == 1:
+                factors[source.id] = factors.get(source.id, 1.0) * float(node.attrs["scalar"])
+                folded.add(node.id)
+        return factors, folded
+
+    # operands
+
+    def _weight(self, i: int, suffix: str = "", value: Tensor | None = None) -> WeightRef:
+        node = self.graph.nodes[i]
+        name = (node.attrs["name"] if node.op == "parameter" else f"node{i}") + suffix
+        self.weights[name] = (self.server[i] if value is None else value).to(torch.float64)
+        return WeightRef(name, tuple(self.weights[name].shape))
+
+    def _client(self, i: int, encoding: str = "plain", size: int = 0, shape: tuple[int, ...] | None = None) -> Symbol:
+        """An input of the circuit that the client computes: node ``i`` of its graph."""
+        node, key = self.graph.nodes[i], (i, encoding)
+        if key not in self.client_inputs:
+            if i not in self.client_outputs:
+                self.client_outputs.append(i)
+            name = f"{encoding}{i}"
+            self.client_inputs[key] = ClientInput(
+                name, self.client_outputs.index(i), encoding, size, shape if shape is not None else node.shape
+            )
+            self.symbols[i if encoding == "plain" else -1 - i] = self.trace.input(name, self.client_inputs[key].shape)
+        return self.symbols[i if encoding == "plain" else -1 - i]
+
+    def _symbol(self, i: int) -> Symbol:
+        node = self.graph.nodes[i]
+        if node.visibility == "shared":
+            return self.symbols[i]
+        if node.visibility == "client":
+            return self._client(i)
+        raise UnsupportedOperation(f"{node.path or 'model'}: a {node.visibility} operand cannot stand here")
+
+    def _operand(self, i: int) -> Symbol | WeightRef:
+        return self._weight(i) if self.graph.nodes[i].visibility in ("server", "public") else self._symbol(i)
+
+    # operations
+
+    def _lower(self, node: Node) -> Symbol:
+        handler = getattr(self, f"_{node.op}", None)
+        if handler is not None:
+            return cast(Symbol, handler(node))
+        x, a = self._symbol(node.inputs[0]), node.attrs
+        simple: dict[str, Any] = {
+            "neg": lambda: -x,
+            "square": lambda: x.square(),
+            "sum": lambda: x.sum(a["dims"], a["keepdim"]),
+            "mean": lambda: x.mean(a["dims"], a["keepdim"]),
+            "reshape": lambda: x.reshape(node.shape),
+            "expand": lambda: x.expand(node.shape),
+            "permute": lambda: x.permute(a["dims"]),
+            "slice": lambda: x.slice(a["dim"], a["start"], a["stop"], a["step"]),
+            "gelu": lambda: gelu(x, self.gelu_form),
+            "relu": lambda: relu(x),
+            "silu": lambda: silu(x),
+            "tanh": lambda: tanh(x),
+        }
+        if node.op not in simple:
+            known = sorted({*simple, *(n[1:] for n in dir(self) if n.startswith("_") and n[1:] in _HANDLED)})
+            raise UnsupportedOperation(
+                f"{node.path or 'model'}: no protocol for '{node.op}'\nhint: supported are {', '.join(known)}"
+            )
+        return cast(Symbol, simple[node.op]())
+
+    def _add(self, node: Node) -> Symbol:
+        if "scalar" in node.attrs:
+            return self._symbol(node.inputs[0]) + float(node.attrs["scalar"])
+        a, b = node.inputs
+        for mask, other in ((a, b), (b, a)):
+            self._note_mask(mask, other)
+        left, right = self._operand(a), self._operand(b)
+        return right + left if isinstance(left, WeightRef) else left + right  # type: ignore[operator]
+
+    def _note_mask(self, mask: int, other: int) -> None:
+        """An additive attention mask of the client: as low as it takes, not as low as it comes."""
+        if self.graph.nodes[mask].visibility != "client" or self.seen.magnitude.get(mask, 0.0) < -MASKED:
+            return
+        self._client(mask)
+        name = self.client_inputs[mask, "plain"].name
+        reach = 2 * self.seen.magnitude[other] * self.margin + CLIP + 1
+        self.clamps[name] = max(self.clamps.get(name, 0.0), reach)
+
+    def _sub(self, node: Node) -> Symbol:
+        a, b = (self._operand(i) for i in node.inputs)
+        if isinstance(a, WeightRef):
+            return -cast(Symbol, b) + a
+        if isinstance(b, WeightRef):
+            return a + self._weight(node.inputs[1], ".neg", -self.server[node.inputs[1]])
+        return a - b
+
+    def _mul(self, node: Node) -> Symbol:
+        if "scalar" in node.attrs:
+            x = self._symbol(node.inputs[0])
+            return x if node.id in self.folded else x * float(node.attrs["scalar"])
+        left, right = (self._operand(i) for i in node.inputs)
+        return right * left if isinstance(left, WeightRef) else left * right  # type: ignore[operator]
+
+    def _matmul(self, node: Node) -> Symbol:
+        left, right = node.inputs
+        softmaxed = self.graph.nodes[left]
+        if softmaxed.op == "softmax" and left != right and self._divides_later(softmaxed):
+            return attend(self._symbol(softmaxed.inputs[0]), self._symbol(right))
+        return self._symbol(left) @ self._symbol(right)
+
+    def _softmax(self, node: Node) -> Symbol:
+        x = self._symbol(node.inputs[0])
+        if node.attrs["dim"] != len(node.shape) - 1:
+            raise UnsupportedOperation(
+                f"{node.path or 'model'}: softmax over dimension {node.attrs['dim']}\nhint: only the last dimension is supported"
+            )
+        return x if self._divides_later(node) else softmax(x)
+
+    def _divides_later(self, node: Node) -> bool:
+        """Whether the softmax is only ever the left operand of one matrix product, which can divide after it."""
+        readers = [self.graph.nodes[i] for i in self.readers[node.id]]
+        return len(readers) == 1 and readers[0].op == "matmul" and readers[0].inputs[0] == node.id
+
+    def _linear(self, node: Node) -> Symbol:
+        x, factor = self._symbol(node.inputs[0]), self.factors.get(node.id, 1.0)
+        suffix = f"*{factor:.17g}" if factor != 1.0 else ""
+        out = x.linear(self._weight(node.inputs[1], ".T" + suffix, self.server[node.inputs[1]].T * factor))
+        if len(node.inputs) > 2:
+            out = out + self._weight(node.inputs[2], suffix, self.server[node.inputs[2]] * factor)
+        return out
+
+    def _embedding(self, node: Node) -> Symbol:
+        ids, table = node.inputs
+        rows, width = self.graph.nodes[table].shape
+        if self.embedding == "one-hot":
+            return self._client(ids, "one-hot", rows, (*self.graph.nodes[ids].shape, rows)).linear(self._weight(table))
+        ref = self._weight(table)
+        out = self._client(ids, "client-table", rows, (*self.graph.nodes[ids].shape, width))
+        key = (ids, "client-table")
+        entry = self.client_inputs[key]
+        self.client_inputs[key] = ClientInput(entry.name, entry.output, entry.encoding, rows, entry.shape, ref.name)
+        return out
+
+    def _layer_norm(self, node: Node) -> Symbol:
+        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
+        if list(node.attrs["axes"]) != [len(node.shape) - 1]:
+            raise UnsupportedOperation(f"{node.path or 'model'}: layer_norm over axes {node.attrs['axes']}")
+        # an absent weight is one, an absent bias zero
+        weight = self._weight(node.inputs[1]) if len(node.inputs) > 1 else 1.0
+        bias = self._weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
+        return cast(Symbol, layer_norm(x, weight, bias, float(node.attrs["eps"]), low, high))
+
+    def _l2_normalize(self, node: Node) -> Symbol:
+        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
+        if node.attrs["dim"] != len(node.shape) - 1:
+            raise UnsupportedOperation(f"{node.path or 'model'}: normalize over dimension {node.attrs['dim']}")
+        return cast(Symbol, l2_normalize(x, low, high))
+
+    def _rsqrt(self, node: Node) -> Symbol:
+        return cast(Symbol, rsqrt(self._symbol(node.inputs[0]), *self._variance(node)))
+
+    def _variance(self, node: Node) -> tuple[float, float]:
+        """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides."""
+        low, high = self.seen.variance[node.id]
+        if not low > 0:
+            raise UnsupportedOperation(
+                f"{node.path or 'model'}: '{node.op}' met a value of {low:.3g} at calibration, where a positive one is needed\n"
+                "hint: check the calibration inputs"
+            )
+        return low / (2 * self.margin), high * 2 * self.margin
+
+    def _cat(self, node: Node) -> Symbol:
+        return concatenate([self._symbol(i) for i in node.inputs], node.attrs["dim"])
+
+
+_HANDLED = ("add", "sub", "mul", "matmul", "softmax", "linear", "embedding", "layer_norm", "l2_normalize", "rsqrt", "cat")
+
+
+def _subgraph(graph: Graph, outputs: Sequence[int]) -> Graph:
+    """The part of a graph that ``outputs`` depend on, renumbered; its inputs all stay, so that every client gives the same."""
+    wanted = {node.id for node in graph.nodes if node.op == "input"}
+    stack = list(outputs)
+    while stack:
+        i = stack.pop()
+        if i not in wanted:
+            wanted.add(i)
+            stack.extend(graph.nodes[i].inputs)
+    order = sorted(wanted)
+    number = {old: new for new, old in enumerate(order)}
+    nodes = []
+    for old in order:
+        n = graph.nodes[old]
+        nodes.append(
+            Node(number[old], n.op, tuple(number[i] for i in n.inputs), n.attrs, n.shape, n.dtype, n.visibility, n.path)
+        )
+    return Graph(tuple(nodes), tuple(number[o] for o in outputs))
