@@ -1,7 +1,7 @@
 """Functions that stand in for softmax, GeLU, LayerNorm and their kin, written once in torch style.
 
-Each takes a ``torch.Tensor`` (then it is the plaintext reference) or a symbolic value with the same operators (then it records the
-primitive operations that protocols carry out). Uses torch alone.
+Each takes a ``torch.Tensor`` (then it is the plaintext reference) or a symbolic value with the same operators (then
+it records the primitive operations that protocols carry out). Uses torch alone.
 
 primitives    what a value must offer: piecewise polynomials, e^-x, row maximum
 fits          minimax polynomials (Remez exchange)

@@ -1,8 +1,9 @@
 """Reciprocal and inverse square root of a positive value in a known range, by range reduction.
 
-x is compared with powers of 2^(1/4); the secret segment bits give u = c x just below 1 and the matching c^-p as piecewise linear
-functions, and a minimax cubic does the rest: x^p = u^p c^-p. All comparisons come from one opening. Values in need of this are few
-(one a row), so segments are cheap and rounds are not: no Newton or Goldschmidt step follows.
+x is compared with powers of 2^(1/4); the secret segment bits give u = c x just below 1 and the matching c^-p as
+piecewise linear functions, and a minimax cubic does the rest: x^p = u^p c^-p. All comparisons come from one opening.
+Values in need of this are few (one a row), so segments are cheap and rounds are not: no Newton or Goldschmidt step
+follows.
 Relative error: ``reciprocal_error()``, ``rsqrt_error()`` (about 2e-5 and 1e-5) plus fixed-point rounding.
 """
 

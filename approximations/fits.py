@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _alternation(error: Tensor, count: int) -> Tensor | None:
     """Indices of ``count`` extrema of alternating sign, the largest run there is; None if the error has fewer."""
     change = torch.nonzero(torch.sign(error[1:]) != torch.sign(error[:-1])).flatten() + 1
     bounds = [0, *change.tolist(), len(error)]
-    extrema = [a + int(error[a:b].abs().argmax()) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    extrema = [a + int(error[a:b].abs().argmax()) for a, b in pairwise(bounds) if b > a]
     while len(extrema) > count:  # drop the weaker end, which keeps the signs alternating
         extrema.pop(0 if abs(error[extrema[0]]) < abs(error[extrema[-1]]) else -1)
     return torch.tensor(extrema) if len(extrema) == count else None

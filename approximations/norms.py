@@ -1,7 +1,7 @@
 """LayerNorm and L2 normalization: both scale-invariant, which saves the divisions by n.
 
-With d = n x - sum(x), LayerNorm is d sqrt(n) / sqrt(sum d^2): the mean is never rounded, and the power of two that brings d back
-to size is free (PUMA section 4.5 likewise takes the sum of squares and one inverse square root).
+With d = n x - sum(x), LayerNorm is d sqrt(n) / sqrt(sum d^2): the mean is never rounded, and the power of two that
+brings d back to size is free (PUMA section 4.5 likewise takes the sum of squares and one inverse square root).
 """
 
 from __future__ import annotations

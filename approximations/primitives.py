@@ -1,7 +1,7 @@
 """The primitives that approximations are made of, on tensors and on symbolic values alike.
 
-A symbolic value offers ``+ - * @`` with its like and with Python numbers, ``sum``, ``square``, ``shape``, and the methods that the functions here
-call when their argument is not a tensor.
+A symbolic value offers ``+ - * @`` with its like and with Python numbers, ``sum``, ``square``, ``shape``, and the
+methods that the functions here call when their argument is not a tensor.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ def piecewise(
 ) -> Value:
     """pieces[i](x) where knots[i-1] <= x < knots[i]; one piece more than knots, knots ascending.
 
-    Under the protocol an x less than ``tolerance`` below a knot may be taken for one above it; ``extra_bits`` as in ``precise_product``.
+    Under the protocol an x less than ``tolerance`` below a knot may be taken for one above it; ``extra_bits`` as in
+    ``precise_product``.
 
-    Under the protocol the knots cost one comparison each, all from one opening of x, and functions of the same x share them.
+    Under the protocol the knots cost one comparison each, all from one opening of x, and functions of the same x
+    share them.
     """
     if len(pieces) != len(knots) + 1 or list(knots) != sorted(knots):
         raise ValueError(f"{len(knots)} ascending knots take {len(knots) + 1} pieces, got {len(pieces)}")

@@ -1,7 +1,7 @@
 """Softmax: subtract the row maximum, clip, exponentiate, then divide by the row sum.
 
-y = max - x is clipped at CLIP *before* the row sum: e^-CLIP is below one unit, and nothing that the clip removes can ever
-enter the sum (PUMA's Algorithm 2 as printed clips after the division, where (1 + x/32)^32 has grown again).
+y = max - x is clipped at CLIP *before* the row sum: e^-CLIP is below one unit, and nothing that the clip removes can
+ever enter the sum (PUMA's Algorithm 2 as printed clips after the division, where (1 + x/32)^32 has grown again).
 The maximum may be short by TOLERANCE, which softmax does not see, as long as y stays positive: hence the offset.
 """
 
@@ -32,6 +32,8 @@ def softmax(x: Value) -> Value:
 
 
 def attend(scores: Value, values: Value) -> Value:
-    """softmax(scores) @ values, dividing after the product: a head's width of products a row instead of a row's length."""
+    """softmax(scores) @ values, dividing after the product:
+    a head's width of products a row instead of a row's length.
+    """
     e, inverse = _exponentials(scores)
     return (e @ values) * inverse

@@ -29,4 +29,5 @@ def unpack(plane: Tensor, shape: tuple[int, ...]) -> Tensor:
     if plane.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
     count = math.prod(shape)
-    return torch.from_numpy(np.unpackbits(plane.numpy(), count=count, bitorder="little").astype(np.int64)).reshape(shape)
+    unpacked = np.unpackbits(plane.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(unpacked.astype(np.int64)).reshape(shape)

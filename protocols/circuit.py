@@ -17,7 +17,7 @@ from torch import Tensor
 
 from protocols import wire
 from protocols.prg import Key, Stream
-from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Protocol, Step, Weights
+from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Material, Protocol, Step, Weights
 from protocols.steps import merge
 from protocols.two_party.endpoints import Input
 
@@ -143,7 +143,7 @@ def execute(
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
         if isinstance(protocol, Input):
             operands = (inputs[protocol.name] if inputs is not None and party == CLIENT else None,)
-        material = {} if index in prepared else correlations.take(index, protocol)
+        material: Material = {} if index in prepared else correlations.take(index, protocol)
         if index in prepared:
             known = prepared[index]
             if not isinstance(known, Mapping):  # the result itself; otherwise the material, drawn beforehand
@@ -195,7 +195,9 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> d
 
 
 def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, bytes]]:
-    """The dealer's corrections, (instruction, bytes) in order, for one query whose party keys are ``server`` and ``client``."""
+    """The dealer's corrections, (instruction, bytes) in order,
+    for one query whose party keys are ``server`` and ``client``.
+    """
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
         protocol, draws = instruction.protocol, instruction.protocol.draws
@@ -221,7 +223,10 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
 
 
 def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]) -> list[Any]:
-    """INSECURE: the same circuit on plain residues, as if there were one party. Exact fixed point; for comparison only."""
+    """INSECURE: the same circuit on plain residues, as if there were one party.
+
+    Exact fixed point; for comparison only.
+    """
     values = _Values(circuit, outputs)
     for index, instruction in enumerate(circuit):
         protocol, operands = instruction.protocol, values.take(instruction.inputs)

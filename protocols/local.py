@@ -179,7 +179,9 @@ class Truncate(Local):
 
 @dataclass(frozen=True)
 class Indicators(Local):
-    """Stacked XORs of chosen planes, each optionally negated: from comparisons [x < t_j], the segments t_j <= x < t_{j+1}."""
+    """Stacked XORs of chosen planes, each optionally negated:
+    from comparisons [x < t_j], the segments t_j <= x < t_{j+1}.
+    """
 
     kind: ClassVar[str] = "indicators"
     width: int  # bytes of a plane

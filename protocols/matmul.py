@@ -1,8 +1,8 @@
 """Matrix products modulo 2^ring, by the faster of two exact kernels.
 
-torch multiplies int64 matrices with a just-in-time AVX-512 kernel where the processor has it (13-32 GMAC/s a thread on Zen 5) and with
-a plain loop elsewhere (0.3 GMAC/s on Zen 3); ``limbs`` goes through float64 products and takes 2-28 GMAC/s on both. Wrap-around
-makes both exact, and they agree bit for bit, so two parties may choose differently.
+torch multiplies int64 matrices with a just-in-time AVX-512 kernel where the processor has it (13-32 GMAC/s a thread
+on Zen 5) and with a plain loop elsewhere (0.3 GMAC/s on Zen 3); ``limbs`` goes through float64 products and takes
+2-28 GMAC/s on both. Wrap-around makes both exact, and they agree bit for bit, so two parties may choose differently.
 """
 
 from __future__ import annotations

@@ -60,11 +60,13 @@ class Stream:
         out = np.empty(size, dtype=np.uint8)
         for start in range(0, size, len(_ZEROS)):
             part = out[start : start + len(_ZEROS)]
-            self._encryptor.update_into(_ZEROS[: len(part)], part)
+            self._encryptor.update_into(_ZEROS[: len(part)].data, part.data)
         return out
 
     def words(self, shape: tuple[int, ...]) -> Tensor:
-        """Uniform int64 elements of ``shape`` (8 bytes of stream each, whatever the ring: junk above it is harmless)."""
+        """Uniform int64 elements of ``shape``
+        (8 bytes of stream each, whatever the ring: junk above it is harmless).
+        """
         count = int(np.prod(shape, dtype=np.int64))
         return torch.from_numpy(self.read(8 * count).view(np.int64)).reshape(shape)
 

@@ -3,7 +3,8 @@
 A protocol says
 
 - which correlated randomness it needs (``draws``) and how the dealer completes it (``deal``),
-- what the parties do online (``run``, a generator that yields what it must exchange and is resumed with what came back),
+- what the parties do online (``run``, a generator that yields what it must exchange and is resumed with
+  what came back),
 - what it means on plain residues (``clear``), and what it costs (``cost``, as formulas that tests measure).
 
 Values at run time are torch tensors or small tuples of them:
@@ -135,7 +136,9 @@ class Protocol(ABC):
         return ()
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
-        """Dealer: from the plain masks drawn here and those of the operands, the derived totals and this result's mask."""
+        """Dealer: from the plain masks drawn here and those of the operands,
+        the derived totals and this result's mask.
+        """
         return {}, None
 
     def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:

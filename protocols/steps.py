@@ -1,4 +1,6 @@
-"""Running protocol steps: merge independent ones into shared rounds, and drive them against a channel or in one process."""
+"""Running protocol steps: merge independent ones into shared rounds,
+and drive them against a channel or in one process.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,8 @@ def drive(step: Step[T], channel: Channel) -> T:
         try:
             exchange = next(step) if answer is None else step.send(answer)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            result: T = stop.value
+            return result
         if exchange.send:
             channel.send(pack_frame(exchange))
         answer = ()
@@ -128,20 +131,20 @@ class Traffic:
 def run_pair(server: Step[Any], client: Step[Any], traffic: Traffic | None = None) -> tuple[Any, Any]:
     """Run both parties' steps in this thread, in lockstep, through real byte frames; returns both results."""
     traffic = traffic if traffic is not None else Traffic()
-    steps, results, answers = (server, client), [None, None], [None, None]
-    done = [False, False]
+    results: list[Any] = []
+    answers: list[tuple[Tensor, ...] | None] = [None, None]
     while True:
-        exchanges: list[Exchange | None] = [None, None]
-        for party, step in enumerate(steps):
+        exchanges: list[Exchange] = []
+        for step, answer in zip((server, client), answers, strict=True):
             try:
-                exchanges[party] = next(step) if answers[party] is None else step.send(answers[party])
+                exchanges.append(next(step) if answer is None else step.send(answer))
             except StopIteration as stop:
-                results[party], done[party] = stop.value, True
-        if all(done):
+                results.append(stop.value)
+        if len(results) == 2:
             return results[0], results[1]
-        if any(done):
+        if results:
             raise RuntimeError("one party finished while the other waits for a message")
-        from_server, from_client = (pack_frame(e) for e in exchanges)  # type: ignore[arg-type]
+        from_server, from_client = (pack_frame(e) for e in exchanges)
         traffic.rounds += 1
         traffic.to_client += len(from_server)
         traffic.to_server += len(from_client)
@@ -149,5 +152,5 @@ def run_pair(server: Step[Any], client: Step[Any], traffic: Traffic | None = Non
             traffic.frames_to_server.append(from_client)
         if traffic.frames_to_client is not None:
             traffic.frames_to_client.append(from_server)
-        answers[0] = unpack_frame(from_client, exchanges[0])  # type: ignore[call-overload, arg-type]
-        answers[1] = unpack_frame(from_server, exchanges[1])  # type: ignore[call-overload, arg-type]
+        answers[0] = unpack_frame(from_client, exchanges[0])
+        answers[1] = unpack_frame(from_server, exchanges[1])

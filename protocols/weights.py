@@ -64,7 +64,10 @@ class DealerWeights(_Held):
         self._key, self._shapes = key, dict(shapes)
 
     def mask(self, name: str) -> Tensor:
-        """B of one weight: uniform 64-bit words. The stream's number comes from the name, so that Programs may share B."""
+        """B of one weight: uniform 64-bit words.
+
+        The stream's number comes from the name, so that Programs may share B.
+        """
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
         return self._key.stream(number).words(self._shapes[name])
 

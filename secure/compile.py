@@ -40,7 +40,9 @@ class Compiled:
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256 over the integer weights by name: two servers with equal digests hold the same model at the same scales."""
+        """SHA-256 over the integer weights by name:
+        two servers with equal digests hold the same model at the same scales.
+        """
         total = hashlib.sha256()
         for name in sorted(self.integers):
             value = self.integers[name].contiguous()
@@ -49,7 +51,7 @@ class Compiled:
         return total.hexdigest()
 
 
-def compile(  # noqa: A001 - the verb that torch uses; always written secure.compile
+def compile(  # the verb that torch uses; always written secure.compile
     model: nn.Module,
     example_inputs: Sample,
     *,
@@ -121,8 +123,6 @@ def _finish(
 
 def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:
     """The range that the ring of an input was made for."""
-    index = next(
-        i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name
-    )
+    index = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name)
     reach = ranges.magnitude(index)
     return (-lowered.clamps[spec.name], reach) if spec.name in lowered.clamps else (-reach, reach)

@@ -1,19 +1,20 @@
 """From a float-level trace and its calibrated ranges to a circuit: rings, scales, and where shares must be extended.
 
-Ring width is a level, like the modulus in CKKS: a product of scales f and g with a result below 2^m needs m + f + g + 2 bits, truncation
-gives f of them back by narrowing the ring, and ``Extend`` (one round, one bit an element each way) widens it again.
+Ring width is a level, like the modulus in CKKS: a product of scales f and g with a result below 2^m needs m + f + g +
+2 bits, truncation gives f of them back by narrowing the ring, and ``Extend`` (one round, one bit an element each way)
+widens it again.
 Two passes over the trace:
 
-1. ``_Plan`` walks backwards and notes what every reader of a value needs: the ring it must have (``base``), the ring that would spare its
-   readers extensions of their own (``wish``), the ring in which it is opened, the ring in which it is delivered to the server.
-2. ``Emitter`` walks forwards, emits protocols, truncates each result to its settled scale, and extends it, once, where its ring
-   falls short of ``base``.
+1. ``_Plan`` walks backwards and notes what every reader of a value needs: the ring it must have (``base``), the ring
+   that would spare its readers extensions of their own (``wish``), the ring in which it is opened, the ring in which
+   it is delivered to the server.
+2. ``Emitter`` walks forwards, emits protocols, truncates each result to its settled scale, and extends it, once,
+   where its ring falls short of ``base``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from protocols import local
@@ -22,8 +23,10 @@ from protocols.circuit import Instruction
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Protocol
 from protocols.ring import WORD
+from secure.functions import emit_exponential, emit_maximum, emit_piecewise
 from secure.ranges import Ranges, dyadic
 from secure.trace import Primitive, Trace
+from secure.values import Val
 
 EXPONENT_BITS = 4  # e^-x takes x below 2^4
 _SHAPED = ("reshape", "expand", "permute", "slice", "cat", "bounded")
@@ -32,15 +35,6 @@ _LOCAL = (*_SHAPED, "add", "sub", "offset", "sum", "add_weight")
 
 class DoesNotFit(ValueError):
     """A value cannot be held in a 64-bit ring with this fixed point and these ranges."""
-
-
-@dataclass(frozen=True)
-class Val:
-    """A share in the circuit: instruction, ring, fraction bits."""
-
-    index: int
-    ring: int
-    fraction: int
 
 
 class Plan:
@@ -70,7 +64,9 @@ class Plan:
         return f + int(p.attrs.get("extra", 0))
 
     def own(self, i: int) -> int:
-        """The narrowest ring that holds value i at its settled scale, with the sign and the spare bit that extension needs."""
+        """The narrowest ring that holds value i at its settled scale,
+        with the sign and the spare bit that extension needs.
+        """
         return self.ranges.bits(i) + self.fraction[i] + 2
 
     def want(self, i: int) -> int:
@@ -86,8 +82,9 @@ class Plan:
         bits = self.ranges.bits(i) + scale + 2
         if bits > WORD:
             raise DoesNotFit(
-                f"{p.path or 'the function'}: the product '{p.op}' reaches {self.ranges.magnitude(i):.3g} and needs {bits} bits "
-                f"with {scale} fraction bits, a ring has {WORD}\nhint: fewer fraction bits, or narrower calibration inputs"
+                f"{p.path or 'the function'}: the product '{p.op}' reaches {self.ranges.magnitude(i):.3g} and needs "
+                f"{bits} bits with {scale} fraction bits, a ring has {WORD}\n"
+                "hint: fewer fraction bits, or narrower calibration inputs"
             )
         return bits
 
@@ -163,8 +160,6 @@ class Emitter:
 
     def run(self, inputs: Mapping[str, tuple[float, float]]) -> None:
         """Emit every primitive. ``inputs``: the range to which the client clamps each input."""
-        from secure.functions import emit_exponential, emit_maximum, emit_piecewise
-
         special = {"piecewise": emit_piecewise, "exp_neg": emit_exponential, "maximum": emit_maximum}
         for i, p in enumerate(self.trace.primitives):
             self._path = p.path

@@ -14,18 +14,19 @@ from protocols.ring import WORD
 from protocols.two_party.comparison import DIGIT, GROUP, WINDOW
 from secure.ranges import dyadic
 from secure.trace import Primitive
+from secure.values import Val
 
 if TYPE_CHECKING:
-    from secure.emit import Emitter, Val
+    from secure.emit import Emitter
 
 _SHORT = 8  # bits of a slope that is applied exactly
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
 
 
 def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
-    """Linear pieces are selections of the opened x itself; others polynomials of x at a scale whose powers fit 64 bits."""
-    from secure.emit import Val
-
+    """Linear pieces are selections of the opened x itself;
+    others polynomials of x at a scale whose powers fit 64 bits.
+    """
     (x,) = p.inputs
     pieces, knots = p.attrs["pieces"], p.attrs["knots"]
     curved = [s for s, piece in enumerate(pieces) if not _is_linear(piece)]
@@ -88,12 +89,8 @@ def _span(e: Emitter, x: int, knots: tuple[float, ...], s: int) -> tuple[float, 
     return (knots[s - 1] if s else -reach), (knots[s] if s < len(knots) else reach)
 
 
-def _polynomials(
-    e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]
-) -> list[Val]:
+def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Val]:
     """All curved pieces from one opening of x at ``fx`` fraction bits; results settled, junk outside their segments."""
-    from secure.emit import Val
-
     if not pieces:
         return []
     shape, settled = e.trace.primitives[i].shape, e.plan.fraction[i]
@@ -144,17 +141,13 @@ def compare(
 def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], shape: tuple[int, ...]) -> int:
     """The opening of the bits "x is in segment s"."""
     last = len(rows)
-    chosen = tuple(
-        (rows[0],) if s == 0 else (rows[-1],) if s == last else (rows[s - 1], rows[s]) for s in segments
-    )
+    chosen = tuple((rows[0],) if s == 0 else (rows[-1],) if s == last else (rows[s - 1], rows[s]) for s in segments)
     negate = tuple(s == last for s in segments)
     stacked = e.emit(local.Indicators(plane_bytes(count(shape)), chosen, negate), bits)
     return e.emit(tp.OpenBits(shape, len(segments)), stacked)
 
 
 def emit_exponential(e: Emitter, i: int, p: Primitive) -> Val:
-    from secure.emit import Val
-
     (x,) = p.inputs
     ring, fraction = e.plan.opened[x], e.plan.fraction[x]
     opened = e.opened(x)
@@ -164,8 +157,6 @@ def emit_exponential(e: Emitter, i: int, p: Primitive) -> Val:
 
 def emit_maximum(e: Emitter, i: int, p: Primitive) -> Val:
     """A tournament over the last dimension: each level m = b + [a >= b] (a - b) for the two halves."""
-    from secure.emit import Val
-
     (x,) = p.inputs
     ring, fraction = e.plan.own(x) + 1, e.plan.fraction[x]
     value, shape = e.get(x, ring), e.trace.primitives[x].shape

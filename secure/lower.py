@@ -1,8 +1,9 @@
 """From a model's graph to a trace of primitives: every operation becomes its approximation, run on symbolic values.
 
-Before that, one floating-point pass over the calibration inputs finds what the approximations need to know: the range of every
-variance, of every squared norm, and how far a masked score must be pushed down.
-Weights that only the server knows are evaluated here, in the clear; what only the client knows stays a graph of its own.
+Before that, one floating-point pass over the calibration inputs finds what the approximations need to know: the range
+of every variance, of every squared norm, and how far a masked score must be pushed down.
+Weights that only the server knows are evaluated here, in the clear; what only the client knows stays a graph
+of its own.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class _Lowering:
         for o in self.graph.outputs:
             if o not in self.symbols:
                 raise UnsupportedOperation(
-                    "an output does not depend on both the client's input and the server's weights, so it needs no protocol\n"
+                    "an output does not depend on both the client's input and the server's weights, "
+                    "so it needs no protocol\n"
                     "hint: compute it in the clear"
                 )
         outputs = [self.symbols[o] for o in self.graph.outputs]
@@ -135,7 +137,9 @@ class _Lowering:
         self.server[node.id] = value
 
     def _fold_scalars(self) -> tuple[dict[int, float], set[int]]:
-        """Scalar factors of a product (attention's 1/sqrt(d)) move into the weights of the linear layer behind its left operand."""
+        """Scalar factors of a product (attention's 1/sqrt(d)) move into the weights
+        of the linear layer behind its left operand.
+        """
         factors: dict[int, float] = {}
         folded: set[int] = set()
         for node in self.graph.nodes:
@@ -216,7 +220,7 @@ class _Lowering:
         for mask, other in ((a, b), (b, a)):
             self._note_mask(mask, other)
         left, right = self._operand(a), self._operand(b)
-        return right + left if isinstance(left, WeightRef) else left + right  # type: ignore[operator]
+        return cast(Symbol, right) + left if isinstance(left, WeightRef) else left + right
 
     def _note_mask(self, mask: int, other: int) -> None:
         """An additive attention mask of the client: as low as it takes, not as low as it comes."""
@@ -240,20 +244,21 @@ class _Lowering:
             x = self._symbol(node.inputs[0])
             return x if node.id in self.folded else x * float(node.attrs["scalar"])
         left, right = (self._operand(i) for i in node.inputs)
-        return right * left if isinstance(left, WeightRef) else left * right  # type: ignore[operator]
+        return cast(Symbol, right) * left if isinstance(left, WeightRef) else left * right
 
     def _matmul(self, node: Node) -> Symbol:
         left, right = node.inputs
         softmaxed = self.graph.nodes[left]
         if softmaxed.op == "softmax" and left != right and self._divides_later(softmaxed):
-            return attend(self._symbol(softmaxed.inputs[0]), self._symbol(right))
+            return cast(Symbol, attend(self._symbol(softmaxed.inputs[0]), self._symbol(right)))
         return self._symbol(left) @ self._symbol(right)
 
     def _softmax(self, node: Node) -> Symbol:
         x = self._symbol(node.inputs[0])
         if node.attrs["dim"] != len(node.shape) - 1:
             raise UnsupportedOperation(
-                f"{node.path or 'model'}: softmax over dimension {node.attrs['dim']}\nhint: only the last dimension is supported"
+                f"{node.path or 'model'}: softmax over dimension {node.attrs['dim']}\n"
+                "hint: only the last dimension is supported"
             )
         return x if self._divides_later(node) else softmax(x)
 
@@ -305,7 +310,8 @@ class _Lowering:
         low, high = self.seen.variance[node.id]
         if not low > 0:
             raise UnsupportedOperation(
-                f"{node.path or 'model'}: '{node.op}' met a value of {low:.3g} at calibration, where a positive one is needed\n"
+                f"{node.path or 'model'}: '{node.op}' met a value of {low:.3g} at calibration, "
+                "where a positive one is needed\n"
                 "hint: check the calibration inputs"
             )
         return low / (2 * self.margin), high * 2 * self.margin
@@ -314,11 +320,25 @@ class _Lowering:
         return concatenate([self._symbol(i) for i in node.inputs], node.attrs["dim"])
 
 
-_HANDLED = ("add", "sub", "mul", "matmul", "softmax", "linear", "embedding", "layer_norm", "l2_normalize", "rsqrt", "cat")
+_HANDLED = (
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "softmax",
+    "linear",
+    "embedding",
+    "layer_norm",
+    "l2_normalize",
+    "rsqrt",
+    "cat",
+)
 
 
 def _subgraph(graph: Graph, outputs: Sequence[int]) -> Graph:
-    """The part of a graph that ``outputs`` depend on, renumbered; its inputs all stay, so that every client gives the same."""
+    """The part of a graph that ``outputs`` depend on, renumbered;
+    its inputs all stay, so that every client gives the same.
+    """
     wanted = {node.id for node in graph.nodes if node.op == "input"}
     stack = list(outputs)
     while stack:

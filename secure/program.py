@@ -1,8 +1,9 @@
 """Programs: what client, server and dealer agree on before they compute. No weights, no inputs; public to all three.
 
-A Program is a circuit with its shapes, rings and approximations, the graph of what the client computes in the clear, and the scales of
-its result. It has one canonical encoding (sorted JSON, no floats that JSON cannot write) and a SHA-256 digest of it. Decoding trusts
-nothing: every instruction is checked against its protocol's fields, and its operands and sizes against what precedes it.
+A Program is a circuit with its shapes, rings and approximations, the graph of what the client computes in the clear,
+and the scales of its result. It has one canonical encoding (sorted JSON, no floats that JSON cannot write) and a
+SHA-256 digest of it. Decoding trusts nothing: every instruction is checked against its protocol's fields, and its
+operands and sizes against what precedes it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Program:
 
     @property
     def failure_bound(self) -> float:
-        """Probability that a query within its calibrated ranges goes wrong: no protocol of this family has a probabilistic step."""
+        """Probability that a query within its calibrated ranges goes wrong:
+        no protocol of this family has a probabilistic step.
+        """
         return 0.0
 
     # the client's side

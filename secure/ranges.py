@@ -13,7 +13,9 @@ _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
 
 
 def dyadic(value: float) -> tuple[int, int]:
-    """(m, q) with value = m 2^-q, exact if m takes at most 14 bits, else rounded to 14 significant bits; m odd or zero."""
+    """(m, q) with value = m 2^-q, exact if m takes at most 14 bits, else rounded to 14 significant bits;
+    m odd or zero.
+    """
     if value == 0:
         return 0, 0
     q = _SIGNIFICANT - 1 - math.floor(math.log2(abs(value)))

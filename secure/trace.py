@@ -1,7 +1,8 @@
 """Symbolic values: running a function on them records the primitive operations that it is made of.
 
-The recorded trace is float-level: shapes, weights by name, no rings yet. It has its own interpreter, ``evaluate``, which is how
-calibration learns the range of every intermediate value and how the approximations alone can be measured.
+The recorded trace is float-level: shapes, weights by name, no rings yet. It has its own interpreter, ``evaluate``,
+which is how calibration learns the range of every intermediate value and how the approximations alone can be
+measured.
 """
 
 from __future__ import annotations

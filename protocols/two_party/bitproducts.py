@@ -1,7 +1,7 @@
 """Products of several secret bits in one round: fan-in m AND by opening every factor once under its own mask.
 
-With v' = v XOR mu known to both, the product over a set S of variables is the XOR over its subsets T of
-(product of mu over T) AND (product of v' over S minus T), so shares of all mask products of two or more factors make it local.
+With v' = v XOR mu known to both, the product over a set S of variables is the XOR over its subsets T of (product of
+mu over T) AND (product of v' over S minus T), so shares of all mask products of two or more factors make it local.
 A set of m factors takes 2^m - m - 1 dealt bits; sets that overlap share them.
 """
 
@@ -32,16 +32,16 @@ def deal(terms: tuple[Term, ...], masks: Tensor) -> Tensor:
 
 
 def evaluate(terms: tuple[Term, ...], party: int, opened: Tensor, masks: Tensor, dealt: Tensor) -> list[Tensor]:
-    """This party's share of every term, from the opened variables, its mask shares and its dealt shares (all stacked planes)."""
+    """This party's share of every term, from the opened variables, its mask shares and its dealt shares
+    (all stacked planes).
+    """
     shares: dict[Term, Tensor] = {s: dealt[i] for i, s in enumerate(mask_products(terms))}
     shares |= {frozenset((v,)): masks[v] for t in terms for v in t}
     public: dict[Term, Tensor] = {}
     return [_share(term, party, opened, shares, public) for term in terms]
 
 
-def _share(
-    term: Term, party: int, opened: Tensor, shares: Mapping[Term, Tensor], public: dict[Term, Tensor]
-) -> Tensor:
+def _share(term: Term, party: int, opened: Tensor, shares: Mapping[Term, Tensor], public: dict[Term, Tensor]) -> Tensor:
     def known(subset: Term) -> Tensor:
         if subset not in public:
             first, *rest = sorted(subset)

@@ -1,14 +1,16 @@
 """Compare an opened secret with public thresholds, on as few bits as its range needs.
 
-x = z - r with z public; |x - t| < 2^(width-1) for every threshold t. Then x < t is the top bit of x - t modulo 2^width, and with
-zeta = z - t: msb(x - t) = msb(zeta) XOR msb(r) XOR [low(zeta) < low(r)], low being the width - 1 bits below.
+x = z - r with z public; |x - t| < 2^(width-1) for every threshold t. Then x < t is the top bit of x - t modulo
+2^width, and with zeta = z - t: msb(x - t) = msb(zeta) XOR msb(r) XOR [low(zeta) < low(r)], low being the width - 1
+bits below.
 The last term compares a public number with a secret that the dealer knows, digit by digit (radix 16):
-1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the bits [d < rho] for d = 0..15: looked up at the
-   public digit d they give shares of "less", and next to it those of "equal", with no message. One table serves all thresholds.
-2. less = l_3 XOR e_3 l_2 XOR e_3 e_2 l_1 XOR e_3 e_2 e_1 l_0: the products of up to four bits take one round (``bitproducts``); beyond
-   four digits a second round combines groups of four the same way.
-The lowest ``drop`` bits may be left out: then x in [t - 2^drop, t) may count as not below t, which continuous piecewise functions
-do not mind.
+1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the bits [d < rho] for d = 0..15:
+   looked up at the public digit d they give shares of "less", and next to it those of "equal", with no message. One
+   table serves all thresholds.
+2. less = l_3 XOR e_3 l_2 XOR e_3 e_2 l_1 XOR e_3 e_2 e_1 l_0: the products of up to four bits take one round
+   (``bitproducts``); beyond four digits a second round combines groups of four the same way.
+The lowest ``drop`` bits may be left out: then x in [t - 2^drop, t) may count as not below t, which continuous
+piecewise functions do not mind.
 Seen by a party: masked bits (six or seven a group of digits and threshold), each under its own one-time mask;
 the server also its corrections of the tables, masked by the client's shares.
 """
@@ -37,7 +39,8 @@ _FIRST = ring.wrap(0x0001_0001_0001_0001)  # "0 <= rho" at the start of every di
 class _Level:
     """One combining round of ``groups`` groups, each of ``sizes[g]`` (less, equal) pairs, lowest first.
 
-    Variables of a group of m: e_1..e_{m-1}, l_0..l_{m-2}, and e_0 where "equal" is wanted too (all groups but the lowest).
+    Variables of a group of m: e_1..e_{m-1}, l_0..l_{m-2}, and e_0 where "equal" is wanted too
+    (all groups but the lowest).
     """
 
     sizes: tuple[int, ...]
@@ -78,9 +81,10 @@ def _levels(digits: int) -> tuple[_Level, ...]:
 class Compare(Protocol):
     """Bits [x < t] for every threshold t, stacked: planes of shape (thresholds, ceil(n / 8)).
 
-    With g(d) the combining levels for d = ceil((width - 1 - drop) / 4) digits (one round each; one up to 4 digits, two up to 16):
-    rounds len(g); thresholds * variables(g) bits an element each way; offline, to the server, 8 ceil(d / 4) bytes and
-    one bit plus thresholds * dealt(g) bits an element. For d = 4: 6 bits online each way, 8 bytes and 1 + 15 bits offline.
+    With g(d) the combining levels for d = ceil((width - 1 - drop) / 4) digits (one round each; one up to 4 digits,
+    two up to 16): rounds len(g); thresholds * variables(g) bits an element each way; offline, to the server,
+    8 ceil(d / 4) bytes and one bit plus thresholds * dealt(g) bits an element. For d = 4: 6 bits online each way,
+    8 bytes and 1 + 15 bits offline.
     Error: exact for |x - t| < 2^(width-1), but x in [t - 2^drop, t) may count as not below t.
     """
 
@@ -118,7 +122,7 @@ class Compare(Protocol):
         return (*masks, table, Draw("top", (each,), planes=True, derived=True), *dealt)
 
     def _digit(self, low: Tensor, index: int) -> Tensor:
-        return ring.right(low, DIGIT * index) & (2**DIGIT - 1)
+        return ring.right(low, DIGIT * index) & ((1 << DIGIT) - 1)
 
     def _low(self, x: Tensor) -> Tensor:
         return ring.right(x & ring.low_mask(self.width - 1), self.drop).reshape(-1)
@@ -197,7 +201,9 @@ class Compare(Protocol):
                     continue
                 width, dealt_width = len(level.names(group)), len(bitproducts.mask_products(terms))
                 chosen = slice(at, at + width)
-                shares = bitproducts.evaluate(terms, party, opened[chosen], masks[chosen], dealt[used : used + dealt_width])
+                shares = bitproducts.evaluate(
+                    terms, party, opened[chosen], masks[chosen], dealt[used : used + dealt_width]
+                )
                 less = top[0]
                 for share in shares[: size - 1]:
                     less = less ^ share

@@ -1,8 +1,9 @@
 """Where values enter and leave: the client's private input, and the output that goes to the client alone.
 
 An input is the client's share by itself (the server's is zero), so it costs no message; the first opening masks it.
-``Reveal``: the server sends its share of the output. The client learns the output, including the last-place noise of the truncations
-before it, which depends on the shares' low bits (a unit in the last place, not fresh randomness; see SECURITY.md).
+``Reveal``: the server sends its share of the output. The client learns the output, including the last-place noise of
+the truncations before it, which depends on the shares' low bits (a unit in the last place, not fresh randomness; see
+SECURITY.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Input(Protocol):
-    """The client's integers as a sharing (0, x). Rounds 0, bytes 0. The client's operand is the tensor, the server's None."""
+    """The client's integers as a sharing (0, x).
+
+    Rounds 0, bytes 0. The client's operand is the tensor, the server's None.
+    """
 
     kind: ClassVar[str] = "input"
     shape: Shape
@@ -48,7 +52,10 @@ class Input(Protocol):
 
 @dataclass(frozen=True)
 class Reveal(Protocol):
-    """The client learns x modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element to the client. The server gets None."""
+    """The client learns x modulo 2^ring.
+
+    Rounds 1; ceil(ring / 8) bytes an element to the client. The server gets None.
+    """
 
     kind: ClassVar[str] = "reveal"
     shape: Shape

@@ -1,14 +1,15 @@
 """e^-x of an opened secret x >= 0, with no further round: e^-(z - r) = e^-z e^r, a public factor times a dealt one.
 
-x in [0, 2^(k-1)) (units of 2^-f) is opened modulo 2^k as z = x + r. Over the integers x = z - rho, where rho = r if z is in
-the upper half and the signed representative of r if it is in the lower: x has no top bit, so the wrap is known from z's and r's
-top bits (as in ``extension``). With H = 2^(k-1) and t = H - (z mod H), in (0, H]:
-e^-x = e^(t / f-units) * P, P = e^(r - 2^k) for the upper and e^(signed(r) - H) for the lower half; both P <= 1 are dealt with
-``mask_fraction`` fraction bits, and the party picks by z. Source of the idea: additive shares of an exponent are
-multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
+x in [0, 2^(k-1)) (units of 2^-f) is opened modulo 2^k as z = x + r. Over the integers x = z - rho, where rho = r if z
+is in the upper half and the signed representative of r if it is in the lower: x has no top bit, so the wrap is known
+from z's and r's top bits (as in ``extension``). With H = 2^(k-1) and t = H - (z mod H), in (0, H]:
+e^-x = e^(t / f-units) * P, P = e^(r - 2^k) for the upper and e^(signed(r) - H) for the lower half; both P <= 1 are
+dealt with ``mask_fraction`` fraction bits, and the party picks by z. Source of the idea: additive shares of an
+exponent are multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
 
-Dangerous line: both parties must use the *same integer* for the public factor, as their shares of P are uniform and a difference of one
-unit would make the sum random. So it comes from integer tables made with decimal arithmetic, never from libm.
+Dangerous line: both parties must use the *same integer* for the public factor, as their shares of P are uniform and a
+difference of one unit would make the sum random. So it comes from integer tables made with decimal arithmetic, never
+from libm.
 Seen by the server: its corrections of both P, masked by the client's shares.
 """
 
@@ -32,7 +33,9 @@ _COARSE, _FINE = 17, 22  # fraction bits of the tables: a product stays below 2^
 
 @lru_cache(maxsize=16)
 def _tables(half_bits: int, fraction: int) -> tuple[Tensor, Tensor]:
-    """(e^(i 2^LOW / 2^f) for i = 0..2^(k-1-LOW), e^(j / 2^f) for j < 2^LOW), rounded integers; the same on every machine."""
+    """(e^(i 2^LOW / 2^f) for i = 0..2^(k-1-LOW), e^(j / 2^f) for j < 2^LOW), rounded integers;
+    the same on every machine.
+    """
     with decimal.localcontext(prec=40):
         unit = decimal.Decimal(2) ** -fraction
 
@@ -46,7 +49,8 @@ def _tables(half_bits: int, fraction: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Exponential(Protocol):
-    """[e^-x] with ``mask_fraction + public_fraction`` fraction bits modulo 2^64, for 0 <= x < 2^(ring - 1 - fraction) <= 16.
+    """[e^-x] with ``mask_fraction + public_fraction`` fraction bits modulo 2^64,
+    for 0 <= x < 2^(ring - 1 - fraction) <= 16.
 
     Rounds 0; offline 16 bytes an element to the server.
     Error: at most 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) absolute (1.5e-5 for 16 and 40).

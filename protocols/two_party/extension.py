@@ -1,12 +1,13 @@
 """Extend shares from Z_2^k to a wider ring Z_2^K, exactly.
 
 x lies in [-2^(k-2), 2^(k-2)), so x' = x + 2^(k-2) lies in [0, 2^(k-1)): its top bit is zero. Then over the integers
-x' = x'_S + x'_C - w 2^k, and the wrap w is a OR b for a = msb(x'_S), b = msb(x'_C): with both zero the sum is below 2^k, with
-both one it is not, and with exactly one it can only be x' + 2^k because x' itself has no top bit (Cheetah and
-SIRNN use the same fact under the name "known MSB"). a is the server's bit and b the client's, so w = a + b - ab costs one
-product of private bits:
+x' = x'_S + x'_C - w 2^k, and the wrap w is a OR b for a = msb(x'_S), b = msb(x'_C): with both zero the sum is below
+2^k, with both one it is not, and with exactly one it can only be x' + 2^k because x' itself has no top bit (Cheetah
+and SIRNN use the same fact under the name "known MSB"). a is the server's bit and b the client's, so w = a + b - ab
+costs one product of private bits:
 1. The server sends s = a XOR alpha, the client t = b XOR beta (alpha, beta each known to one party).
-2. ab = (s XOR alpha)(t XOR beta), linear in alpha (server's), beta (client's) and alpha beta (dealt shares modulo 2^(K-k)).
+2. ab = (s XOR alpha)(t XOR beta), linear in alpha (server's), beta (client's) and alpha beta (dealt shares modulo
+   2^(K-k)).
 Seen by a party: one bit an element under the peer's one-time mask.
 Out of range (|x| >= 2^(k-2)): the result is off by a multiple of 2^k, and nobody notices.
 """
@@ -73,7 +74,8 @@ class Extend(Protocol):
         top = ring.top_bit(x, self.ring)
         mine = bits.pack(top) ^ material["alpha" if party == SERVER else "beta"]
         (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
-        # the client's terms in step 2 are s b, the server's t a - s t; t a - s t = t (a - s), and both add their part of alpha beta
+        # the client's terms in step 2 are s b, the server's t a - s t; t a - s t = t (a - s),
+        # and both add their part of alpha beta
         other = bits.unpack(theirs, self.shape)
         own = bits.unpack(mine, self.shape)
         both = other * top if party == CLIENT else other * (top - own)

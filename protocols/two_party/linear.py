@@ -4,8 +4,8 @@ Once per model: dealer and server expand a mask B for W from a seed; the server 
 Per query, before it: the client draws r; the dealer gives the server u = r B + s, and the client keeps c = r D - s.
 1. (``Deliver``) The client sends x_C - r; the server knows x - r. One delivery serves every layer that reads x.
 2. (``Linear``) The server's share is (x - r) W + u, the client's c: they sum to (x - r) W + r B + r D = x W.
-The client does no online work and knows its share beforehand. (The idea is Delphi's, with a dealer for its encryption; the
-weight mask is reused as in CrypTen's caching and ABY2.0.)
+The client does no online work and knows its share beforehand. (The idea is Delphi's, with a dealer for its encryption;
+the weight mask is reused as in CrypTen's caching and ABY2.0.)
 Seen by the server: x_C - r and u, masked by r and s that it never learns. Seen by the client: D, masked by B, once.
 B belongs to one set of weights: under two, D_1 - D_2 would show their difference.
 """
@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 from protocols.protocol import (
     CLIENT,
-    SERVER,
     Cost,
     Draw,
     Exchange,
@@ -34,7 +33,10 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Deliver(Protocol):
-    """The server learns x - r. Rounds 1; ceil(ring / 8) bytes an element to the server; nothing back, nothing offline."""
+    """The server learns x - r.
+
+    Rounds 1; ceil(ring / 8) bytes an element to the server; nothing back, nothing offline.
+    """
 
     kind: ClassVar[str] = "deliver"
     shape: Shape
@@ -109,5 +111,3 @@ class Linear(Protocol):
 
     def cost(self) -> Cost:
         return Cost(offline_to_server=bytes_of(self.shape, self.ring))
-
-

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols import ring
-from protocols.protocol import Cost, Draw, Material, Opening, Protocol, Shape, Step, Weights, bytes_of, plane_shape, swap
+from protocols.protocol import (
+    Cost,
+    Draw,
+    Material,
+    Opening,
+    Protocol,
+    Shape,
+    Step,
+    Weights,
+    bytes_of,
+    plane_shape,
+    swap,
+)
 from protocols.wire import Wire
 
 

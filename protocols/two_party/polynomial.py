@@ -1,9 +1,9 @@
 """Polynomials with public coefficients of one opened secret: every power from a single opening, no further round.
 
-x = z - r; with a public centre a and v = z - a, sum_j C_j (x - a)^j = sum_i r^i (-1)^i sum_{j>=i} C_j binom(j, i) v^(j-i): linear in the powers of
-r, of which the dealer gives shares (r itself is the opening's mask). Integer arithmetic modulo 2^ring throughout: the caller
-chooses scales so that the true value fits; where it does not (outside a segment), the result is
-junk that a selection must discard.
+x = z - r; with a public centre a and v = z - a, sum_j C_j (x - a)^j = sum_i r^i (-1)^i sum_{j>=i} C_j binom(j, i)
+v^(j-i): linear in the powers of r, of which the dealer gives shares (r itself is the opening's mask). Integer
+arithmetic modulo 2^ring throughout: the caller chooses scales so that the true value fits; where it does not (outside
+a segment), the result is junk that a selection must discard.
 Seen by the server: its corrections of r^2, ..., r^d, masked by the client's shares.
 """
 
@@ -62,7 +62,10 @@ class Powers(Protocol):
 
 @dataclass(frozen=True)
 class Polynomial(Protocol):
-    """[sum_j coefficients[j] (x - centre)^j] modulo 2^ring, from ``Powers`` of x. Rounds 0, bytes 0; exact modulo 2^ring."""
+    """[sum_j coefficients[j] (x - centre)^j] modulo 2^ring, from ``Powers`` of x.
+
+    Rounds 0, bytes 0; exact modulo 2^ring.
+    """
 
     kind: ClassVar[str] = "polynomial"
     shape: Shape

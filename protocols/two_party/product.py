@@ -1,7 +1,7 @@
 """Products of opened secrets: elementwise, and batched matrix products for attention. Local, given openings.
 
-x = z_x - r_x, y = z_y - r_y, so x y = z_x z_y - z_x r_y - r_x z_y + r_x r_y, where both parties know z_x and z_y and the dealer
-gives shares of r_x r_y. A tensor is opened once, however many products read it (Turbospeedz, ABY2.0;
+x = z_x - r_x, y = z_y - r_y, so x y = z_x z_y - z_x r_y - r_x z_y + r_x r_y, where both parties know z_x and z_y and
+the dealer gives shares of r_x r_y. A tensor is opened once, however many products read it (Turbospeedz, ABY2.0;
 Beaver's triple is the case of one reader); the same opening twice is a square.
 Seen by the server: its correction of r_x r_y, masked by the client's share.
 """

@@ -1,4 +1,6 @@
-"""Secret bits times numbers: piecewise linear functions of an opened secret, and bits as numbers. Local, given openings.
+"""Secret bits times numbers: piecewise linear functions of an opened secret, and bits as numbers.
+
+Local, given openings.
 
 With c = b XOR beta known to both, b = c + (1 - 2c) beta. For x = z - r,
 b x = c x + (1 - 2c)(z beta - beta r): linear in shares of beta and beta r, which the dealer gives.
@@ -21,9 +23,9 @@ from protocols.wire import Wire
 class Select(Protocol):
     """[sum_s b_s (slopes[s] x + offsets[s])] modulo 2^ring, from one opening of the stacked bits b and one of x.
 
-    Slopes and offsets are public integers; x is not read where all slopes are zero (then this turns bits into numbers). One bit,
-    slope 1: a selection. With S bits of which T have a slope: rounds 0; offline (S + T) * ceil(ring / 8) bytes an element
-    to the server. Exact modulo 2^ring.
+    Slopes and offsets are public integers; x is not read where all slopes are zero (then this turns bits into
+    numbers). One bit, slope 1: a selection. With S bits of which T have a slope: rounds 0; offline
+    (S + T) * ceil(ring / 8) bytes an element to the server. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "select"
@@ -55,8 +57,11 @@ class Select(Protocol):
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         planes, beta = operands[0].value, material["beta"]
-        z, r = operands[1] if self._sloped else (None, None)
-        x = None if z is None else (z - r if party == SERVER else -r)
+        z: Any = None  # what was opened of x, and this party's share of x
+        x: Any = None
+        if self._sloped:
+            z, r = operands[1]
+            x = z - r if party == SERVER else -r
         total = None
         sloped = 0
         for s, (slope, offset) in enumerate(zip(self.slopes, self.offsets, strict=True)):

@@ -1,0 +1,18 @@
+"""Client, server and dealer as processes over gRPC: the only place where bytes move.
+
+In dependency order, one line a module:
+
+errors       what can go wrong between parties, in words for the person at the keyboard
+endpoints    host:port, the loopback rule, channels
+frames       byte strings as parts of about 1 MB; one round as a frame
+sessions     seeds, query keys, and what a session has burnt
+files        once-per-model files: masked weights, token table; the client's cache
+watchdog     deadlines for waits
+dealer       the dealer's service
+model        loading and compiling what a server serves; the weight-mask seed
+server       the server's service
+client       the client: connect, prepare, embed
+hosting      starting a service: ports, start-up line, shutdown
+demo         three processes on loopback
+cli          the command ``unseen``
+"""

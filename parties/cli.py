@@ -1,0 +1,261 @@
+"""The command ``unseen``: a few verbs, errors in words, no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from approximations.activations import GELU_FORMS
+from parties import demo as demonstration
+from parties import hosting
+from parties.client import Connection, connect
+from parties.dealer import DealerService
+from parties.endpoints import Endpoint
+from parties.errors import PartyError
+from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
+from parties.server import InferenceService
+from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
+from protocols.fixedpoint import FixedPoint
+from secure.lower import EMBEDDINGS
+from secure.tokens import load_tokenizer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Private transformer inference: the server never sees the input, the client never gets the weights (semi-honest parties).",
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})
+Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})
+
+Threads = Annotated[int, typer.Option(help="Threads of local arithmetic; 0: as many as there are processors.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
+Announce = Annotated[bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
+Deadline = Annotated[float, typer.Option(min=1, help="Seconds to wait for any one message of the peer.")]
+Model = Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")]
+Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]
+
+
+def _threads(count: int) -> None:
+    torch.set_num_threads(count or os.cpu_count() or 1)
+
+
+def _announce(address: Endpoint, what: str, announce: bool) -> None:
+    err.print(f"unseen {what}: listening on {address} (semi-honest: it is assumed to follow the protocol)")
+    if announce:
+        out.file.write(json.dumps({"listening": str(address)}) + "\n")
+        out.file.flush()
+
+
+@app.command()
+def dealer(
+    listen: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:50052",
+    threads: Threads = 0,
+    insecure: Insecure = False,
+    announce: Announce = False,
+    verbose: Verbose = False,
+) -> None:
+    """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
+    _threads(threads)
+    hosting.log_to_stderr(verbose)
+    service = DealerService()
+    server, address = hosting.start(
+        Endpoint.parse(listen, what="--listen"),
+        lambda s: add_DealerServicer_to_server(service, s),
+        insecure=insecure,
+        what="the dealer",
+    )
+    _announce(address, "dealer", announce)
+    hosting.run_until_stopped(server)
+
+
+@app.command()
+def serve(
+    model: Model = PACKAGED,
+    dealer: Annotated[str, typer.Option(help="The dealer's host:port.")] = "127.0.0.1:50052",
+    listen: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:50051",
+    length: Length = 128,
+    embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
+    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    calibration: Annotated[Path | None, typer.Option(help="A text file, one sentence a line, that sets the ranges.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Where the weight-mask seed is kept.")] = None,
+    deadline: Deadline = 60.0,
+    threads: Threads = 0,
+    insecure: Insecure = False,
+    announce: Announce = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a model that nobody gets to see."""
+    _threads(threads)
+    hosting.log_to_stderr(verbose)
+    listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
+    listening.require_private(insecure=insecure, what="the server")
+    fixed, sentences = FixedPoint(fraction_bits=fraction_bits), _sentences(calibration)
+    compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, *sentences)
+    ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
+    service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline)
+    server, address = hosting.start(
+        listening, lambda s: add_InferenceServicer_to_server(service, s), insecure=insecure, what="the server"
+    )
+    cost = compiled.program.cost
+    err.print(
+        f"unseen serve: {model}, {length} tokens, embedding {embedding.value}: {cost.rounds} rounds, "
+        f"{_mb(cost.to_server + cost.to_client)} online, {_mb(cost.offline_to_server)} offline a query; "
+        f"Program {compiled.program.digest[:16]}..."
+    )
+    _announce(address, "serve", announce)
+    hosting.run_until_stopped(server)
+
+
+def _sentences(path: Path | None) -> tuple[list[str], ...]:
+    if path is None:
+        return ()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PartyError(f"--calibration: {path} cannot be read: {error}") from None
+    if not lines:
+        raise PartyError(f"--calibration: {path} has no sentences")
+    return (lines,)
+
+
+@app.command()
+def embed(
+    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    server: Annotated[str, typer.Option(help="The server's host:port.")] = "127.0.0.1:50051",
+    dealer: Annotated[str, typer.Option(help="The dealer's host:port.")] = "127.0.0.1:50052",
+    compare_with: Annotated[
+        str | None, typer.Option(help="Also run this model here, in the clear, and print how close the answers are.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print embeddings and costs as JSON.")] = False,
+    program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None,
+    cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
+    deadline: Deadline = 60.0,
+    threads: Threads = 0,
+    insecure: Insecure = False,
+) -> None:
+    """Embed texts that the server never sees."""
+    _threads(threads)
+    with connect(
+        server, dealer, insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
+    ) as connection:
+        vectors = connection.embed(texts)
+        if as_json:
+            _print_json(texts, vectors, connection)
+            return
+        _print_report(texts, vectors, connection, compare_with)
+
+
+def _print_json(texts: list[str], vectors: list[torch.Tensor], connection: Connection) -> None:
+    rows = [
+        {
+            "text": text,
+            "embedding": vector.tolist(),
+            "rounds": r.cost.rounds,
+            "bytes_to_server": r.cost.to_server,
+            "bytes_to_client": r.cost.to_client,
+            "offline_bytes_to_server": r.cost.offline_to_server,
+            "online_seconds": r.online_seconds,
+            "offline_seconds": r.offline_seconds,
+        }
+        for text, vector, r in zip(texts, vectors, connection.reports, strict=True)
+    ]
+    out.file.write(json.dumps(rows) + "\n")
+
+
+def _print_report(
+    texts: list[str], vectors: list[torch.Tensor], connection: Connection, compare_with: str | None
+) -> None:
+    program = connection.program
+    table = Table(title="private embeddings" + (" against the plaintext model" if compare_with else ""))
+    table.add_column("text", overflow="ellipsis", no_wrap=True, max_width=44)
+    table.add_column("embedding")
+    columns = ["cosine"] if compare_with else []
+    for column in [*columns, "online s", "offline s", "of it dealer", "rounds", "to server", "to client", "offline"]:
+        table.add_column(column, justify="right")
+    plain = _plain(compare_with, texts, connection.length) if compare_with else [None] * len(texts)
+    for text, vector, reference, r in zip(texts, vectors, plain, connection.reports, strict=True):
+        cells = [text, " ".join(f"{v:+.3f}" for v in vector[:3].tolist()) + " …"]
+        if reference is not None:
+            cells.append(f"{torch.nn.functional.cosine_similarity(vector, reference, dim=0):.7f}")
+        cells += [f"{r.online_seconds:.2f}", f"{r.offline_seconds:.2f}", f"{r.dealer_seconds:.2f}", str(r.cost.rounds)]
+        cells += [_mb(r.cost.to_server), _mb(r.cost.to_client), _mb(r.cost.offline_to_server)]
+        table.add_row(*cells)
+    out.print(table)
+    if len(vectors) > 1:
+        out.print(f"similarity of the first two texts: {vectors[0] @ vectors[1]:.4f}")
+    once = ", ".join(f"{name} {_mb(size)}" for name, size in connection.files.items())
+    out.print(f"once per model, to the client: {once}; a query's offline phase sends the client nothing but seeds")
+    out.print(f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} (every step is exact)")
+    out.print(_who_learns(program.labels["embedding"]))
+
+
+def _plain(model: str, texts: list[str], length: int) -> list[torch.Tensor | None]:
+    from secure.models import load_sentence_encoder
+
+    directory = model_directory(model)
+    encoder, tokenizer = load_sentence_encoder(directory).double(), load_tokenizer(directory)
+    with torch.no_grad():
+        return [encoder(**text_inputs(tokenizer, text, length))[0] for text in texts]
+
+
+def _who_learns(embedding: str) -> Table:
+    table = Table(title="who learns what (semi-honest parties; the dealer must not collude with either)")
+    for column in ("", "client", "server", "dealer"):
+        table.add_column(column)
+    table.add_row("texts, token ids, true lengths", "its own", "nothing", "nothing")
+    tables = "the token table; of the rest nothing" if embedding == "client-table" else "nothing"
+    table.add_row("weights", tables, "its own", "nothing")
+    table.add_row("embeddings (the answer)", "its own", "nothing", "nothing")
+    table.add_row("architecture, padded length, approximations, ranges", "all", "all", "all")
+    table.add_row("when and how many queries", "its own", "all", "all")
+    return table
+
+
+@app.command()
+def demo(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed; three of ours by default.")] = None,
+    model: Annotated[str, typer.Option(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
+    length: Length = 128,
+    embedding: Annotated[Embedding, typer.Option(help="How the client's tokens are looked up.")] = Embedding["one-hot"],
+    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+) -> None:
+    """Run dealer, server and client as three processes on this machine and embed a few sentences privately."""
+    chosen = texts or list(demonstration.SENTENCES)
+    raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen))
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def app_main() -> None:
+    """Entry point: errors that a user can cause end with a message and code 1."""
+    try:
+        app()
+    except (PartyError, ValueError, ImportError, OSError) as error:
+        first, *rest = str(error).splitlines() or [type(error).__name__]
+        err.print(f"unseen: error: {first}", markup=False, soft_wrap=True)
+        for line in rest:
+            err.print(line, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app_main()

@@ -1,0 +1,72 @@
+"""``unseen demo``: dealer, server and client as three processes on this machine, on real input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from parties.errors import PartyError
+
+SENTENCES = (
+    "My doctor says the test results are not good.",
+    "The patient has received bad news about her health.",
+    "The stadium sold out within an hour of tickets going on sale.",
+)
+
+
+@contextmanager
+def process(console: Console, name: str, colour: str, arguments: Sequence[str]) -> Iterator[str]:
+    """Run ``unseen ARGUMENTS`` until the block ends; yields the address that it announces on its standard output."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "parties.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdout is not None
+    output, address = child.stdout, ""
+    for line in output:
+        _echo(console, name, colour, line)
+        if line.startswith("{"):
+            address = json.loads(line)["listening"]
+            break
+    if not address:
+        child.wait()
+        raise PartyError(f"the {name} did not start (exit code {child.returncode})", "see its output above")
+    reader = threading.Thread(target=lambda: [_echo(console, name, colour, line) for line in output], daemon=True)
+    reader.start()
+    try:
+        yield address
+    finally:
+        child.terminate()
+        child.wait(timeout=10)
+        reader.join(timeout=2)
+
+
+def _echo(console: Console, name: str, colour: str, line: str) -> None:
+    console.print(f"[{colour}]{name:>7}[/] │ ", end="")
+    console.print(line.rstrip(), markup=False, highlight=False)
+
+
+def run(console: Console, model: str, length: int, embedding: str, gelu: str, texts: Sequence[str]) -> int:
+    """The client's exit code."""
+    with ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-"))
+        dealer = stack.enter_context(
+            process(console, "dealer", "magenta", ["dealer", "--listen", "127.0.0.1:0", "--threads", "1", "--announce"])
+        )
+        served = ["serve", model, "--dealer", dealer, "--listen", "127.0.0.1:0", "--length", str(length)]
+        served += ["--embedding", embedding, "--gelu", gelu, "--state", str(Path(state) / "server")]
+        server = stack.enter_context(process(console, "server", "blue", [*served, "--threads", "1", "--announce"]))
+        client = ["embed", *texts, "--server", server, "--dealer", dealer, "--compare-with", model, "--threads", "1"]
+        console.rule("client")
+        return subprocess.call([sys.executable, "-m", "parties.cli", *client, "--no-cache"], stdin=subprocess.DEVNULL)

@@ -1,0 +1,56 @@
+"""Byte strings in parts of about 1 MB, as larger gRPC messages are slower and very large ones fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from proto.unseen_pb2 import Chunk, Frame
+
+PART = 1 << 20
+
+
+def parts(payload: bytes) -> Iterator[bytes]:
+    """At least one part, in order."""
+    view = memoryview(payload)
+    for start in range(0, max(1, len(payload)), PART):
+        yield bytes(view[start : start + PART])
+
+
+def to_frames(payload: bytes) -> Iterator[Frame]:
+    if len(payload) <= PART:
+        yield Frame(data=payload, last=True)
+        return
+    total = 0
+    for part in parts(payload):
+        total += len(part)
+        yield Frame(data=part, last=total == len(payload))
+
+
+def to_chunks(pieces: Iterable[bytes]) -> Iterator[Chunk]:
+    """Regroup byte strings of any sizes into chunks of PART bytes, the last one shorter."""
+    buffer = bytearray()
+    for piece in pieces:
+        buffer += piece
+        while len(buffer) >= PART:
+            yield Chunk(data=bytes(buffer[:PART]))
+            del buffer[:PART]
+    if buffer:
+        yield Chunk(data=bytes(buffer))
+
+
+class FrameReader:
+    """Collects the parts of one frame; refuses more bytes than the Program prescribes."""
+
+    def __init__(self, expected: int) -> None:
+        self._expected, self._size = expected, 0
+        self._parts: list[bytes] = []
+
+    def add(self, frame: Frame) -> bytes | None:
+        """The whole payload after the last part, else None. ValueError on a wrong size."""
+        self._size += len(frame.data)
+        if self._size > self._expected or (frame.last and self._size != self._expected):
+            raise ValueError(f"a frame of {self._size} bytes or more, where the Program prescribes {self._expected}")
+        self._parts.append(frame.data)
+        if not frame.last:
+            return None
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

@@ -1,0 +1,243 @@
+"""The server's service: describes the model, hands out its public files, and computes on shares with one client a session.
+
+The handler of a session is itself the driver: it yields the frames of the circuit's rounds and reads the client's, so no
+thread stands between the computation and the wire.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from parties.endpoints import Endpoint, open_channel
+from parties.errors import DealerError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
+from parties.frames import FrameReader, to_chunks, to_frames
+from parties.model import ServedModel
+from parties.sessions import DEPLOYMENT, Burnt, query_key
+from parties.watchdog import Watchdog
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
+from protocols.circuit import Circuit, Correlations, execute
+from protocols.prg import fresh_seed
+from protocols.protocol import SERVER
+from protocols.steps import pack_frame, unpack_frame
+from secure.program import VERSION
+
+log = logging.getLogger("unseen.server")
+
+MAXIMUM_PREPARED = 2  # queries whose corrections one session may have waiting (each is held in memory)
+
+
+class InferenceService(InferenceServicer):
+    """Serves one compiled model. ``deadline``: seconds that a session waits for its client before it gives up."""
+
+    def __init__(self, model: ServedModel, dealer: Endpoint, *, insecure: bool = False, deadline: float = 60.0) -> None:
+        self._model, self._deadline = model, deadline
+        self._dealer_address = dealer
+        self._dealer = DealerStub(open_channel(dealer, insecure=insecure, what="the dealer"))
+        self._register()
+
+    def _register(self) -> None:
+        program = self._model.compiled.program
+        request = pb.RegisterRequest(
+            program=program.encoded, weights_digest=self._model.weights_digest, mask_seed=self._model.mask_seed
+        )
+        with self._asking_the_dealer("registering the Program"):
+            reply = self._dealer.Register(request, timeout=30)
+        if not hmac.compare_digest(reply.program_digest, program.digest):
+            raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
+
+    @contextmanager
+    def _asking_the_dealer(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            detail = error.details() if isinstance(error, grpc.Call) else str(error)
+            raise DealerError(
+                f"the dealer at {self._dealer_address} failed while {doing}: {detail}",
+                f"start it with: unseen dealer --listen {self._dealer_address}",
+            ) from None
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: N802
+        m = self._model
+        return pb.Description(
+            version=VERSION,
+            deployment=DEPLOYMENT,
+            program=m.compiled.program.encoded,
+            weights_digest=m.weights_digest,
+            files=m.descriptions,
+            tokenizer=m.tokenizer_json,
+            pad_id=m.pad_id,
+            lowercase=m.lowercase,
+        )
+
+    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:  # noqa: N802
+        payload = self._model.files.get(request.sha256)
+        if payload is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such file\nhint: connect again, the server may have changed")
+        yield from to_chunks([payload])
+
+    def Session(  # noqa: N802
+        self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.ServerMessage]:
+        session = _Session(self, requests, context)
+        try:
+            yield from session.run()
+        except PartyError as error:
+            log.warning("session ended: %s", str(error).splitlines()[0])
+            yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
+        finally:
+            session.close()
+
+
+class _Session:
+    """One client's stream."""
+
+    def __init__(
+        self, service: InferenceService, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
+    ) -> None:
+        self._service, self._requests, self._context = service, requests, context
+        self._model = service._model
+        self._program = self._model.compiled.program
+        self._prepared: dict[int, dict[int, bytes]] = {}
+        self._burnt = Burnt()
+        self._seed, self._id = fresh_seed(), b""
+        self._watch = Watchdog(service._deadline, context.cancel)
+        self._waiting: Sequence[int] = ()
+
+    def close(self) -> None:
+        self._watch.stop()
+        self._prepared.clear()
+
+    def run(self) -> Iterator[pb.ServerMessage]:
+        first = self._next("the handshake")
+        if first is None:
+            return
+        self._greet(first)
+        yield pb.ServerMessage(welcome=pb.Welcome())
+        while (message := self._next("the next query", patient=True)) is not None:
+            kind = message.WhichOneof("content")
+            if kind == "prepare":
+                yield self._prepare(message.prepare.query)
+            elif kind == "query":
+                yield from self._query(message.query.query)
+            else:
+                raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
+
+    def _next(self, what: str, *, patient: bool = False) -> pb.ClientMessage | None:
+        """The client's next message; None when it has ended the stream. ``patient``: an idle client may take its time."""
+        try:
+            if patient:
+                return next(self._requests, None)
+            with self._watch:
+                return next(self._requests, None)
+        except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
+            late = " in time" if self._watch.fired else ""
+            raise PeerLost(f"the client did not send {what}{late} ({type(error).__name__})") from None
+
+    def _greet(self, message: pb.ClientMessage) -> None:
+        if message.WhichOneof("content") != "hello":
+            raise HandshakeError("the session does not begin with a handshake")
+        hello, program = message.hello, self._program
+        fixed = json.dumps(program.fixed.as_dict(), sort_keys=True)
+        for what, theirs, ours in (
+            ("version", str(hello.version), str(VERSION)),
+            ("deployment", hello.deployment, DEPLOYMENT),
+            ("fixed point", hello.fixed_point, fixed),
+            ("Program digest", hello.program_digest, program.digest),
+            ("weights digest", hello.weights_digest, self._model.weights_digest),
+        ):
+            if not hmac.compare_digest(theirs.encode(), ours.encode()):
+                raise HandshakeError(
+                    f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}",
+                    "connect again to fetch the server's Program, and use the same version of unseen on both sides",
+                )
+        self._id = hello.session
+        request = pb.JoinRequest(
+            session=self._id,
+            program_digest=program.digest,
+            weights_digest=self._model.weights_digest,
+            server_seed=self._seed,
+        )
+        with self._service._asking_the_dealer("joining the client's session"):
+            self._service._dealer.Join(request, timeout=30)
+
+    def _prepare(self, query: int) -> pb.ServerMessage:
+        """Fetch a query's corrections. The dealer burns the number, so they can be fetched only once."""
+        if len(self._prepared) >= MAXIMUM_PREPARED:
+            raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
+        start, size = time.perf_counter(), self._program.cost.offline_to_server
+        request, buffer = pb.DealRequest(session=self._id, query=query), bytearray()
+        with self._service._asking_the_dealer(f"sending the corrections of query {query}"):
+            for chunk in self._service._dealer.Deal(request, timeout=600):
+                buffer += chunk.data
+        if len(buffer) != size:
+            raise DealerError(f"the dealer sent {len(buffer)} bytes of corrections, the Program prescribes {size}")
+        self._prepared[query] = split_corrections(self._program.circuit, buffer)
+        seconds = time.perf_counter() - start
+        return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
+
+    def _query(self, query: int) -> Iterator[pb.ServerMessage]:
+        self._burnt.burn(query)  # before anything else: whatever happens from here on, this number is used
+        corrections = self._prepared.pop(query, None)
+        if corrections is None:
+            raise QueryError(f"query {query} was not prepared")
+        program = self._program
+        key = query_key(self._seed, "server", self._id, program.digest, query)
+        step = execute(
+            program.circuit,
+            [program.output],
+            SERVER,
+            Correlations(SERVER, key, corrections),
+            self._model.weights,
+            observer=self._observe,
+        )
+        start, answer = time.perf_counter(), None
+        while True:
+            try:
+                exchange = next(step) if answer is None else step.send(answer)
+            except StopIteration:
+                break
+            if exchange.send:
+                for frame in to_frames(pack_frame(exchange)):
+                    yield pb.ServerMessage(frame=frame)
+            answer = unpack_frame(self._receive(exchange), exchange) if exchange.receive else ()
+        log.info("query %d answered in %.2f s", query, time.perf_counter() - start)
+        yield pb.ServerMessage(finished=pb.Finished(query=query))
+
+    def _observe(self, waiting: Sequence[int]) -> None:
+        self._waiting = waiting
+
+    def _receive(self, exchange: Any) -> bytes:
+        path = self._program.paths[self._waiting[0]] or "the model's input"
+        reader = FrameReader(sum(w.size for w in exchange.receive))
+        while True:
+            message = self._next(f"its message of module '{path}'")
+            if message is None:
+                raise PeerLost(f"the client ended the stream before its message of module '{path}'")
+            if message.WhichOneof("content") != "frame":
+                raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")
+            try:
+                payload = reader.add(message.frame)
+            except ValueError as error:
+                raise ProtocolError(f"module '{path}': {error}") from None
+            if payload is not None:
+                return payload
+
+
+def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, bytes]:
+    """The dealer's stream cut by instruction; sizes follow from the circuit."""
+    out, start, view = {}, 0, memoryview(payload)
+    for index, instruction in enumerate(circuit):
+        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        if size:
+            out[index] = bytes(view[start : start + size])
+            start += size
+    return out

@@ -1,0 +1,57 @@
+"""Private inference of torch models: compile, run, connect.
+
+``compile`` a module, ``connect`` to a server, or run everything in one process (which protects nothing, and says so by its name).
+
+In dependency order, one line a module:
+
+tokens       text to token ids
+clear        operations that one party evaluates in the clear
+graph        a model as a flat list of typed operations
+shapes, rules, builder, capture    from torch.export to a graph
+models       sentence encoders in sentence-transformers' format
+calibration  public sentences that set ranges
+trace        symbolic values that record primitives
+values, ranges    ranges of values, and how many bits they take
+lower        from a graph to a trace, through the approximations
+functions, emit    from a trace to a circuit
+program      Programs: circuit, digest, canonical encoding
+compile      all of it in one call
+inprocess    all parties in one process: insecure, by name
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from protocols.fixedpoint import FixedPoint, FixedPointError
+from secure.compile import Compiled, compile
+from secure.emit import DoesNotFit
+from secure.graph import UnsupportedOperation
+from secure.inprocess import InsecureInProcess, plain_reference
+from secure.program import InvalidProgram, Program
+
+if TYPE_CHECKING:
+    from parties.client import Connection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compiled",
+    "DoesNotFit",
+    "FixedPoint",
+    "FixedPointError",
+    "InsecureInProcess",
+    "InvalidProgram",
+    "Program",
+    "UnsupportedOperation",
+    "compile",
+    "connect",
+    "plain_reference",
+]
+
+
+def connect(server: str, dealer: str, **options: Any) -> Connection:
+    """Connect to a server and a dealer; see ``parties.client.connect``. The one place where ``secure`` reaches up to ``parties``."""
+    from parties.client import connect as connect_parties
+
+    return connect_parties(server, dealer, **options)
