@@ -181,26 +181,31 @@ def _print_report(
     texts: list[str], vectors: list[torch.Tensor], connection: Connection, compare_with: str | None
 ) -> None:
     program = connection.program
-    table = Table(title="private embeddings" + (" against the plaintext model" if compare_with else ""))
-    table.add_column("text", overflow="ellipsis", no_wrap=True, max_width=44)
-    table.add_column("embedding")
-    columns = ["cosine"] if compare_with else []
-    for column in [*columns, "online s", "offline s", "of it dealer", "rounds", "to server", "to client", "offline"]:
-        table.add_column(column, justify="right")
     plain = _plain(compare_with, texts, connection.length) if compare_with else [None] * len(texts)
     for text, vector, reference, r in zip(texts, vectors, plain, connection.reports, strict=True):
-        cells = [text, " ".join(f"{v:+.3f}" for v in vector[:3].tolist()) + " …"]
+        out.print(f"\n{text!r}", markup=False, style="bold")
         if reference is not None:
-            cells.append(f"{torch.nn.functional.cosine_similarity(vector, reference, dim=0):.7f}")
-        cells += [f"{r.online_seconds:.2f}", f"{r.offline_seconds:.2f}", f"{r.dealer_seconds:.2f}", str(r.cost.rounds)]
-        cells += [_mb(r.cost.to_server), _mb(r.cost.to_client), _mb(r.cost.offline_to_server)]
-        table.add_row(*cells)
-    out.print(table)
+            cosine = torch.nn.functional.cosine_similarity(vector, reference, dim=0)
+            out.print(f"  cosine to the plaintext model   {cosine:.7f}")
+        first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
+        out.print(f"  embedding ({len(vector)} numbers)         {first} …")
+        out.print(
+            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {_mb(r.cost.to_server)} to the server, "
+            f"{_mb(r.cost.to_client)} to the client"
+        )
+        out.print(
+            f"  offline   {r.offline_seconds:6.2f} s   {_mb(r.cost.offline_to_server)} from the dealer to the server "
+            f"({r.dealer_seconds:.2f} s), none to the client (which computes {r.client_seconds:.2f} s)"
+        )
     if len(vectors) > 1:
-        out.print(f"similarity of the first two texts: {vectors[0] @ vectors[1]:.4f}")
+        out.print("\ncosine similarities between the texts:")
+        for i, row in enumerate(torch.stack(vectors) @ torch.stack(vectors).T):
+            out.print("  " + " ".join(f"{v:7.3f}" for v in row.tolist()) + f"   {texts[i][:40]!r}", markup=False)
     once = ", ".join(f"{name} {_mb(size)}" for name, size in connection.files.items())
-    out.print(f"once per model, to the client: {once}; a query's offline phase sends the client nothing but seeds")
-    out.print(f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} (every step is exact)")
+    out.print(f"\nonce per model, to the client: {once}")
+    out.print(
+        f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} (no step is probabilistic)"
+    )
     out.print(_who_learns(program.labels["embedding"]))
 
 
@@ -214,14 +219,14 @@ def _plain(model: str, texts: list[str], length: int) -> list[torch.Tensor | Non
 
 
 def _who_learns(embedding: str) -> Table:
-    table = Table(title="who learns what (semi-honest parties; the dealer must not collude with either)")
+    table = Table(title="who learnt what (semi-honest; the dealer must not collude with either)", title_justify="left")
     for column in ("", "client", "server", "dealer"):
         table.add_column(column)
-    table.add_row("texts, token ids, true lengths", "its own", "nothing", "nothing")
+    table.add_row("texts, tokens, true lengths", "its own", "nothing", "nothing")
     tables = "the token table; of the rest nothing" if embedding == "client-table" else "nothing"
     table.add_row("weights", tables, "its own", "nothing")
     table.add_row("embeddings (the answer)", "its own", "nothing", "nothing")
-    table.add_row("architecture, padded length, approximations, ranges", "all", "all", "all")
+    table.add_row("architecture, padded length, ranges", "all", "all", "all")
     table.add_row("when and how many queries", "its own", "all", "all")
     return table
 

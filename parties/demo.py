@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from parties.errors import PartyError
 
@@ -53,8 +54,8 @@ def process(console: Console, name: str, colour: str, arguments: Sequence[str]) 
 
 
 def _echo(console: Console, name: str, colour: str, line: str) -> None:
-    console.print(f"[{colour}]{name:>7}[/] │ ", end="")
-    console.print(line.rstrip(), markup=False, highlight=False)
+    if not line.startswith("{"):
+        console.print(f"[{colour}]{name:>7}[/] │ {escape(line.rstrip())}", highlight=False, soft_wrap=True)
 
 
 def run(console: Console, model: str, length: int, embedding: str, gelu: str, texts: Sequence[str]) -> int:

@@ -135,12 +135,20 @@ class _Session:
         """The client's next message; None when it has ended the stream. ``patient``: an idle client may take its time."""
         try:
             if patient:
-                return next(self._requests, None)
+                return self._next_or_gone()
             with self._watch:
                 return next(self._requests, None)
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             late = " in time" if self._watch.fired else ""
             raise PeerLost(f"the client did not send {what}{late} ({type(error).__name__})") from None
+
+    def _next_or_gone(self) -> pb.ClientMessage | None:
+        """Between queries a client may leave in any way."""
+        try:
+            return next(self._requests, None)
+        except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
+            log.info("a client left between queries")
+            return None
 
     def _greet(self, message: pb.ClientMessage) -> None:
         if message.WhichOneof("content") != "hello":
