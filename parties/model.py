@@ -19,7 +19,7 @@ from protocols.fixedpoint import FixedPoint
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.calibration import SENTENCES
-from secure.compile import Compiled, compile
+from secure.compiler import Compiled, compile
 from secure.tokens import TextTokenizer, load_tokenizer, tokenize
 
 PACKAGED = "all-MiniLM-L6-v2"

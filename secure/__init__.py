@@ -15,7 +15,7 @@ values, ranges    ranges of values, and how many bits they take
 lower        from a graph to a trace, through the approximations
 functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
-compile      all of it in one call
+compiler     all of it in one call
 inprocess    all parties in one process: insecure, by name
 """
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from protocols.fixedpoint import FixedPoint, FixedPointError
-from secure.compile import Compiled, compile
+from secure.compiler import Compiled, compile
 from secure.emit import DoesNotFit
 from secure.graph import UnsupportedOperation
 from secure.inprocess import InsecureInProcess, plain_reference

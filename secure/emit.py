@@ -5,7 +5,7 @@ Ring width is a level, like the modulus in CKKS: a product of scales f and g wit
 widens it again.
 Two passes over the trace:
 
-1. ``_Plan`` walks backwards and notes what every reader of a value needs: the ring it must have (``base``), the ring
+1. ``Plan`` walks backwards and notes what every reader of a value needs: the ring it must have (``base``), the ring
    that would spare its readers extensions of their own (``wish``), the ring in which it is opened, the ring in which
    it is delivered to the server.
 2. ``Emitter`` walks forwards, emits protocols, truncates each result to its settled scale, and extends it, once,
@@ -58,7 +58,7 @@ class Plan:
             self._readers_need(i, trace.primitives[i])
 
     def _fraction(self, p: Primitive) -> int:
-        f = self.fixed.fraction_bits
+        f = 0 if p.attrs.get("integer") else self.fixed.fraction_bits
         if p.op in ("scale", *_LOCAL) and p.inputs:
             return max(self.fraction[i] for i in p.inputs)
         return f + int(p.attrs.get("extra", 0))

@@ -17,7 +17,7 @@ from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER, Cost
 from protocols.steps import Traffic, run_pair
 from protocols.weights import ClientWeights, DealerWeights
-from secure.compile import Compiled
+from secure.compiler import Compiled
 
 
 @dataclass(frozen=True)

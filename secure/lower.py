@@ -171,7 +171,9 @@ class _Lowering:
             self.client_inputs[key] = ClientInput(
                 name, self.client_outputs.index(i), encoding, size, shape if shape is not None else node.shape
             )
-            self.symbols[i if encoding == "plain" else -1 - i] = self.trace.input(name, self.client_inputs[key].shape)
+            self.symbols[i if encoding == "plain" else -1 - i] = self.trace.input(
+                name, self.client_inputs[key].shape, integer=encoding == "one-hot"
+            )
         return self.symbols[i if encoding == "plain" else -1 - i]
 
     def _symbol(self, i: int) -> Symbol:
@@ -270,10 +272,9 @@ class _Lowering:
     def _linear(self, node: Node) -> Symbol:
         x, factor = self._symbol(node.inputs[0]), self.factors.get(node.id, 1.0)
         suffix = f"*{factor:.17g}" if factor != 1.0 else ""
-        out = x.linear(self._weight(node.inputs[1], ".T" + suffix, self.server[node.inputs[1]].T * factor))
-        if len(node.inputs) > 2:
-            out = out + self._weight(node.inputs[2], suffix, self.server[node.inputs[2]] * factor)
-        return out
+        weight, *bias = (self.server[i] if factor == 1.0 else self.server[i] * factor for i in node.inputs[1:])
+        out = x.linear(self._weight(node.inputs[1], ".T" + suffix, weight.T))
+        return out + self._weight(node.inputs[2], suffix, bias[0]) if bias else out
 
     def _embedding(self, node: Node) -> Symbol:
         ids, table = node.inputs

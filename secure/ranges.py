@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -42,14 +42,14 @@ class Ranges:
 
     @classmethod
     def calibrate(
-        cls, trace: Trace, samples: Sequence[Mapping[str, Tensor]], weights: Mapping[str, Tensor], margin_bits: int
+        cls, trace: Trace, samples: Iterable[Mapping[str, Tensor]], weights: Mapping[str, Tensor], margin_bits: int
     ) -> Ranges:
         """Evaluate the trace in floating point on every sample."""
-        if not samples:
-            raise ValueError("calibration needs at least one input")
         ranges = cls(trace, margin_bits)
         for sample in samples:
             evaluate(trace, sample, weights, ranges.observe)
+        if math.inf in ranges._low:
+            raise ValueError("calibration needs at least one input")
         return ranges
 
     def magnitude(self, index: int) -> float:

@@ -59,8 +59,9 @@ class Trace:
         self.primitives.append(Primitive(op, tuple(x.id for x in inputs), attrs, tuple(shape), self.path))
         return Symbol(self, len(self.primitives) - 1)
 
-    def input(self, name: str, shape: Shape) -> Symbol:
-        return self.record("input", (), shape, name=name)
+    def input(self, name: str, shape: Shape, *, integer: bool = False) -> Symbol:
+        """A client's input; ``integer``: whole numbers, which need no fraction bits (one-hot rows)."""
+        return self.record("input", (), shape, name=name, integer=integer)
 
 
 def _broadcast(a: Shape, b: Shape) -> Shape:
@@ -200,15 +201,21 @@ def evaluate(
     inputs: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     observe: Callable[[int, Tensor], None] | None = None,
+    outputs: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Every primitive's value in floating point. ``observe`` is told each as it comes."""
-    values: list[Tensor] = []
+    """The values of ``outputs`` in floating point. ``observe`` is told every primitive's value as it comes."""
+    last = {i: index for index, p in enumerate(trace.primitives) for i in p.inputs}
+    last |= dict.fromkeys(outputs, len(trace.primitives))
+    values: dict[int, Tensor] = {}
     for index, p in enumerate(trace.primitives):
         if p.op == "input":
             value = inputs[p.attrs["name"]]
         else:
             value = _EVALUATE[p.op](p.attrs, p, weights, *(values[i] for i in p.inputs))
-        values.append(value)
+        values[index] = value
         if observe is not None:
             observe(index, value)
-    return values
+        for i in {index, *p.inputs}:
+            if last.get(i, -1) <= index:
+                del values[i]
+    return [values[i] for i in outputs]

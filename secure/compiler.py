@@ -77,7 +77,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     seen = observe(graph, samples, parameters)
     lowered = lower(graph, parameters, seen, fixed.margin_bits, embedding, gelu)
     tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    clear_inputs = [_trace_inputs(lowered, s, tables) for s in samples]
+    clear_inputs = (_trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     return _finish(lowered, ranges, fixed, tables, {"embedding": embedding, "gelu": gelu, **(labels or {})})
 

@@ -1,0 +1,154 @@
+"""The main job, measured: private embeddings with dealer, server and client as separate processes over loopback gRPC.
+
+    python -m benchmarks.main_job [--length 128] [--embedding client-table] [--accuracy FILE|builtin] [--write]
+
+Speed: the median of five warm queries. Memory: each process's own peak. Accuracy: every sentence's cosine to the float64 plaintext model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sentences import sentences
+from parties.model import PACKAGED, model_directory, text_inputs
+from secure.models import load_sentence_encoder
+from secure.tokens import load_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "command": " ".join([Path(sys.executable).name, "-m", "benchmarks.main_job", *sys.argv[1:]]),
+    }
+
+
+class Service:
+    """``unseen ARGUMENTS`` as a child process; ``peak`` after ``stop`` is its peak memory in MB."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "parties.cli", *arguments, "--threads", "1", "--announce"]
+        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._child.stdout is not None
+        self.address = json.loads(self._child.stdout.readline())["listening"]
+        self.peak = 0.0
+
+    def stop(self) -> None:
+        self._child.terminate()
+        _, _, usage = os.wait4(self._child.pid, 0)
+        self.peak, self._child.returncode = usage.ru_maxrss / 1024, 0
+
+
+def ask(texts: list[str], server: str, dealer: str) -> tuple[list[dict[str, Any]], float]:
+    """Run the client process on texts; its rows and its peak memory in MB."""
+    command = [sys.executable, "-m", "parties.cli", "embed", *texts, "--server", server, "--dealer", dealer, "--json"]
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen([*command, "--threads", "1"], stdout=output)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = status
+        output.seek(0)
+        if status:
+            raise SystemExit("the client failed")
+        return json.loads(output.read()), usage.ru_maxrss / 1024
+
+
+def cosines(rows: list[dict[str, Any]], length: int) -> list[float]:
+    directory = model_directory(PACKAGED)
+    encoder, tokenizer = load_sentence_encoder(directory).double(), load_tokenizer(directory)
+    out = []
+    with torch.no_grad():
+        for row in rows:
+            plain = encoder(**text_inputs(tokenizer, row["text"], length))[0]
+            private = torch.tensor(row["embedding"], dtype=torch.float64)
+            out.append(float(torch.nn.functional.cosine_similarity(plain, private, dim=0)))
+    return out
+
+
+def fitting(texts: list[str], length: int) -> list[str]:
+    tokenizer = load_tokenizer(model_directory(PACKAGED))
+    return [t for t in texts if len(tokenizer.tokenizer.encode(t).ids) <= length]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--embedding", default="client-table")
+    parser.add_argument("--gelu", default="cubic")
+    parser.add_argument("--accuracy", help="a file of sentences, one a line, or 'builtin'")
+    parser.add_argument("--count", type=int, default=100, help="sentences for accuracy")
+    parser.add_argument("--write", action="store_true", help="write a results file")
+    options = parser.parse_args()
+    length = options.length
+    report: dict[str, Any] = {"machine": machine(), "length": length, "embedding": options.embedding, "gelu": options.gelu}
+    with ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory())
+        os.environ["XDG_CACHE_HOME"] = state
+        dealer = Service("dealer", "--listen", "127.0.0.1:0")
+        stack.callback(dealer.stop)
+        served = ["serve", PACKAGED, "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--length", str(length)]
+        server = Service(*served, "--embedding", options.embedding, "--gelu", options.gelu, "--state", state)
+        stack.callback(server.stop)
+        rows, client_peak = ask(fitting(sentences(), length)[:6], server.address, dealer.address)
+        report |= summary(rows[1:])
+        if options.accuracy:
+            texts = sentences() if options.accuracy == "builtin" else Path(options.accuracy).read_text("latin-1").splitlines()
+            texts = fitting([t for t in texts if t.strip()], length)[: options.count]
+            found = cosines(ask(texts, server.address, dealer.address)[0], length)
+            report["accuracy"] = {
+                "source": Path(options.accuracy).name,
+                "sentences": len(found),
+                "lowest cosine": min(found),
+                "mean cosine": statistics.fmean(found),
+            }
+    report["peak MB"] = {"client": round(client_peak), "server": round(server.peak), "dealer": round(dealer.peak)}
+    print(json.dumps(report, indent=2))
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        name = f"main_job-{length}-{options.embedding}.json"
+        (RESULTS / name).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def median(name: str) -> float:
+        return round(statistics.median(row[name] for row in rows), 3)
+
+    first = rows[0]
+    return {
+        "queries": len(rows),
+        "online s": median("online_seconds"),
+        "online s, each": [round(row["online_seconds"], 3) for row in rows],
+        "offline s": median("offline_seconds"),
+        "rounds": first["rounds"],
+        "online MB to server": first["bytes_to_server"] / 1e6,
+        "online MB to client": first["bytes_to_client"] / 1e6,
+        "offline MB to server": first["offline_bytes_to_server"] / 1e6,
+        "offline bytes to client": 0,
+    }
+
+
+if __name__ == "__main__":
+    main()

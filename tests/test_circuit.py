@@ -1,0 +1,492 @@
+"""Circuits: rounds, order, lifetimes, one-time correlations, frames and channels."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from protocols import local
+from protocols import two_party as tp
+from protocols.circuit import (
+    CorrelationReused,
+    Correlations,
+    Instruction,
+    deal,
+    execute,
+    prepare,
+    reference,
+    total_cost,
+)
+from protocols.protocol import CLIENT, SERVER, Cost, Exchange, Local, Protocol, Shape, Step, Weights
+from protocols.steps import ChannelClosed, MemoryChannel, Traffic, drive, gather, run_pair, unpack_frame
+from protocols.weights import ServerWeights
+from protocols.wire import FrameError, Wire
+from tests.helpers import combine, deal_circuit, integers, key, run_circuit, shared, words
+
+SHAPE: Shape = (5,)
+RING = 40
+NUMBERS = {name: torch.arange(5) * 1000 + offset for name, offset in (("x", -2000), ("y", 7))}
+MATRIX = {"w": torch.arange(35).reshape(5, 7) - 17, "v": torch.arange(35).reshape(5, 7) % 11}
+ROW = (1, 5)
+
+
+def sources(rng: np.random.Generator | None = None) -> list[Instruction]:
+    rng = rng or np.random.default_rng(0)
+    return [Instruction(shared(name, SHAPE, RING, words(rng, SHAPE))) for name in NUMBERS]
+
+
+def product_circuit() -> list[Instruction]:
+    """(x y + x) y, with x extended on the side."""
+    return [
+        *sources(),  # 0, 1
+        Instruction(tp.Open(SHAPE, RING), (0,)),  # 2
+        Instruction(tp.Open(SHAPE, RING), (1,)),  # 3
+        Instruction(tp.Product(SHAPE, RING), (2, 3)),  # 4
+        Instruction(local.Add(SHAPE, RING), (4, 0)),  # 5
+        Instruction(tp.Open(SHAPE, RING), (5,)),  # 6
+        Instruction(tp.Product(SHAPE, RING), (6, 3)),  # 7
+        Instruction(tp.Extend(SHAPE, RING, 64), (0,)),  # 8
+        Instruction(tp.Reveal(SHAPE, RING), (7,)),  # 9
+    ]
+
+
+def linear_circuit() -> list[Instruction]:
+    """Two layers that read one delivery, a third behind them."""
+    return [
+        Instruction(shared("x", ROW, RING, words(np.random.default_rng(1), ROW))),
+        Instruction(tp.Deliver(ROW, RING), (0,)),
+        Instruction(tp.Linear((1, 7), RING, "w"), (1,)),
+        Instruction(tp.Linear((1, 7), 30, "v"), (1,)),
+        Instruction(local.Truncate((1, 7), RING, 3), (2,)),
+        Instruction(tp.Deliver((1, 7), RING - 3), (4,)),
+        Instruction(tp.Linear((1, 7), RING - 3, "d", True), (5,)),
+        Instruction(tp.Reveal((1, 7), RING - 3), (6,)),
+        Instruction(tp.Reveal((1, 7), 30), (3,)),
+    ]
+
+
+LINEAR_WEIGHTS = {**MATRIX, "d": torch.arange(7) - 3}
+LINEAR_INPUT = {"x": torch.arange(5).reshape(1, 5) * 100}
+
+
+# results, rounds and order
+
+
+def test_products_in_two_rounds_and_a_reveal() -> None:
+    circuit = product_circuit()
+    outcome = run_circuit(circuit, NUMBERS, [9, 8])
+    x, y = (integers(NUMBERS[n], signed=True) for n in "xy")
+    assert (integers(outcome.client[0], RING, signed=True) == (x * y + x) * y).all()
+    assert (integers(outcome.value(1), signed=True) == x).all()
+    assert outcome.cost == total_cost(circuit)
+    assert outcome.cost.rounds == 3  # the two openings and the extension share one
+
+
+def test_independent_exchanges_share_a_round() -> None:
+    circuit = sources()
+    circuit += [Instruction(tp.Open(SHAPE, k), (i % 2,)) for i, k in enumerate(range(1, 41))]
+    circuit += [Instruction(tp.Compare(SHAPE, 17, 0, (i,)), (41,)) for i in range(3)]
+    outcome = run_circuit(circuit, NUMBERS, range(len(circuit)))
+    assert outcome.cost == total_cost(circuit)
+    assert outcome.cost.rounds == 2
+
+
+def test_both_parties_wait_for_the_same_instructions() -> None:
+    dealt = deal_circuit(product_circuit(), NUMBERS, [9])
+    seen: dict[int, list[list[int]]] = {SERVER: [], CLIENT: []}
+    steps = [
+        execute(
+            dealt.circuit,
+            dealt.outputs,
+            party,
+            Correlations(party, dealt.keys[party], dealt.corrections if party == SERVER else None),
+            dealt.server_weights if party == SERVER else dealt.client_weights,
+            NUMBERS if party == CLIENT else None,
+            observer=lambda indices, party=party: seen[party].append(list(indices)),  # type: ignore[misc]
+        )
+        for party in (SERVER, CLIENT)
+    ]
+    run_pair(*steps)
+    assert seen[SERVER] == seen[CLIENT] == [[2, 3, 8], [6], [9]]
+
+
+@st.composite
+def circuits(draw: st.DrawFn) -> list[Instruction]:
+    """Random circuits of exact protocols over one shape and ring."""
+    circuit, shares, openings = sources(), [0, 1], []
+    for _ in range(draw(st.integers(1, 25))):
+        kinds = ["add", "open", "extend", "deliver"] + (["product", "polynomial", "compare"] if openings else [])
+        kind = draw(st.sampled_from(kinds))
+
+        def share() -> int:
+            return draw(st.sampled_from(shares))
+
+        def opening() -> int:
+            return draw(st.sampled_from(openings))
+
+        protocol: Protocol
+        at, result = len(circuit), shares
+        if kind == "add":
+            protocol, inputs = local.Add(SHAPE, RING), (share(), share())
+        elif kind == "open":
+            protocol, inputs, result = tp.Open(SHAPE, RING), (share(),), openings
+        elif kind == "extend":
+            # far out of range as often as not: the result is right modulo the narrower ring
+            protocol, inputs = tp.Extend(SHAPE, RING, 64), (share(),)
+        elif kind == "deliver":
+            # never straight behind a linear layer: see test_a_linear_layer_straight_behind_another
+            circuit.append(Instruction(local.AddConstant(SHAPE, RING, 1), (share(),)))
+            circuit.append(Instruction(tp.Deliver(SHAPE, RING), (at,)))
+            protocol, inputs, at = tp.Linear(SHAPE, RING, "d", True), (at + 1,), at + 2
+        elif kind == "product":
+            protocol, inputs = tp.Product(SHAPE, RING), (opening(), opening())
+        elif kind == "polynomial":
+            circuit.append(Instruction(tp.Powers(SHAPE, RING, 3), (opening(),)))
+            protocol, inputs, at = tp.Polynomial(SHAPE, RING, 5, (1, -2, 3, 4)), (at,), at + 1
+        else:
+            circuit.append(Instruction(tp.Compare(SHAPE, 20, 0, (0,)), (opening(),)))
+            circuit.append(Instruction(tp.OpenBits(SHAPE, 1), (at,)))
+            protocol, inputs, at = tp.Select(SHAPE, RING, (0,), (3,)), (at + 1,), at + 2
+        circuit.append(Instruction(protocol, inputs))
+        result.append(at)
+    return circuit
+
+
+@settings(deadline=None, max_examples=60)
+@given(circuit=circuits(), prepared=st.booleans())
+def test_any_circuit(circuit: list[Instruction], prepared: bool) -> None:
+    """Results modulo 2^40 as in plain arithmetic; cost as computed."""
+    weights = {"d": torch.arange(5) - 2}
+    exact = [i for i, c in enumerate(circuit) if c.protocol.out.bits in (RING, 64) and c.protocol.kind != "powers"]
+    exact = [i for i in exact if not c_planes(circuit[i].protocol)]
+    outcome = run_circuit(circuit, NUMBERS, exact, weights, prepared=prepared)
+    plain = reference(circuit, exact, ServerWeights(weights), NUMBERS)
+    for position, expected in enumerate(plain):
+        assert (integers(outcome.value(position), RING) == integers(expected, RING)).all()
+    assert outcome.cost == total_cost(circuit)
+
+
+def c_planes(protocol: Protocol) -> bool:
+    return protocol.out.planes
+
+
+# the client's preparation
+
+
+def test_a_prepared_client_is_the_same_client() -> None:
+    circuit = linear_circuit()
+    results = [
+        run_circuit(circuit, LINEAR_INPUT, [7, 8], LINEAR_WEIGHTS, prepared=prepared) for prepared in (False, True)
+    ]
+    x = integers(LINEAR_INPUT["x"])
+    w, v = (integers(MATRIX[n], signed=True) for n in "wv")
+    for outcome in results:
+        assert (integers(outcome.client[1], 30, signed=True) == x @ v).all()
+        d = integers(outcome.client[0], RING - 3, signed=True) / (np.arange(7) - 3).astype(object).clip(1)
+        assert (abs(d[:, 4:] * 8 - (x @ w)[:, 4:]) <= 8).all()
+        assert outcome.cost == total_cost(circuit)
+    assert results[0].cost == results[1].cost
+
+
+def test_preparation_takes_no_input_and_finishes_linear_layers() -> None:
+    circuit = linear_circuit()
+    dealt = deal_circuit(circuit, {}, [7], LINEAR_WEIGHTS)
+    known = prepare(circuit, Correlations(CLIENT, dealt.keys[CLIENT]), dealt.client_weights)
+    assert sorted(known) == [1, 2, 3, 5, 6]
+    assert all(isinstance(known[i], Tensor) for i in (2, 3, 6))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="prepare takes a delivery of a prepared result for a finished result: its message never leaves"
+)
+def test_a_linear_layer_straight_behind_another() -> None:
+    circuit = [
+        Instruction(shared("x", ROW, RING, torch.zeros(ROW, dtype=torch.int64))),
+        Instruction(tp.Deliver(ROW, RING), (0,)),
+        Instruction(tp.Linear((1, 7), RING, "w"), (1,)),
+        Instruction(tp.Deliver((1, 7), RING), (2,)),
+        Instruction(tp.Linear((1, 7), RING, "d", True), (3,)),
+    ]
+    outcome = run_circuit(circuit, LINEAR_INPUT, weights=LINEAR_WEIGHTS, prepared=True)
+    expected = integers(LINEAR_INPUT["x"] @ MATRIX["w"] * LINEAR_WEIGHTS["d"], RING)
+    assert (integers(outcome.value(), RING) == expected).all()
+
+
+@pytest.mark.parametrize("ring", [20, 21, 32, 37, 48, 63, 64])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_linear_layers_are_exact_in_every_ring(ring: int, diagonal: bool) -> None:
+    """Several layers of several rings behind one delivery, whose D serves them all."""
+    rng = np.random.default_rng(ring)
+    n, m, p = 4, 65, 65 if diagonal else 33
+    x = words(rng, (n, m))
+    weights = {
+        name: torch.from_numpy(rng.integers(-(1 << 20), 1 << 20, (m,) if diagonal else (m, p))) for name in ("a", "b")
+    }
+    circuit = [
+        Instruction(shared("x", (n, m), 64, words(rng, (n, m)))),
+        Instruction(tp.Deliver((n, m), 64), (0,)),
+        Instruction(tp.Linear((n, p), ring, "a", diagonal), (1,)),
+        Instruction(tp.Linear((n, p), 64, "a", diagonal), (1,)),
+        Instruction(tp.Linear((n, p), ring, "b", diagonal), (1,)),
+    ]
+    for prepared in (False, True):
+        outcome = run_circuit(circuit, {"x": x}, [2, 3, 4], weights, prepared=prepared)
+        for position, (name, k) in enumerate((("a", ring), ("a", 64), ("b", ring))):
+            w = integers(weights[name])
+            expected = (integers(x) * w if diagonal else integers(x) @ w) % (1 << k)
+            assert (integers(outcome.value(position), k) == expected).all()
+        assert outcome.cost == total_cost(circuit)
+        assert outcome.cost.to_server == 8 * n * m
+
+
+# correlations
+
+
+def test_a_correlation_is_burnt_by_its_use() -> None:
+    for party in (SERVER, CLIENT):
+        correlations = Correlations(party, key(), {3: bytes(5 * 5)})
+        product, opening = tp.Product(SHAPE, RING), tp.Open(SHAPE, RING)
+        correlations.take(3, product)
+        correlations.take(4, opening)
+        with pytest.raises(CorrelationReused, match=r"instruction 3 \(product\) was already used"):
+            correlations.take(3, product)
+        with pytest.raises(CorrelationReused, match=r"instruction 4 \(open\) was already used"):
+            correlations.take(4, opening)
+        add = local.Add(SHAPE, RING)
+        assert correlations.take(5, add) == correlations.take(5, add) == {}
+
+
+def test_a_correlation_that_does_not_fit_is_burnt_too() -> None:
+    correlations = Correlations(SERVER, key(), {0: bytes(3)})
+    with pytest.raises(FrameError, match="a correction has 25 bytes here, got 3"):
+        correlations.take(0, tp.Product(SHAPE, RING))
+    with pytest.raises(CorrelationReused):
+        correlations.take(0, tp.Product(SHAPE, RING))
+
+
+def test_a_second_run_with_the_same_correlations_is_refused() -> None:
+    dealt = deal_circuit(product_circuit(), NUMBERS, [9])
+    run_pair(dealt.server(), dealt.client())
+    correlations = Correlations(CLIENT, dealt.keys[CLIENT])
+    for _ in range(2):
+        step = execute(dealt.circuit, [9], CLIENT, correlations, dealt.client_weights, NUMBERS)
+        if correlations._taken:
+            with pytest.raises(CorrelationReused):
+                next(step)
+        else:
+            next(step)
+
+
+def test_preparation_burns() -> None:
+    circuit = linear_circuit()
+    dealt = deal_circuit(circuit, LINEAR_INPUT, [7], LINEAR_WEIGHTS)
+    correlations = Correlations(CLIENT, dealt.keys[CLIENT])
+    prepare(circuit, correlations, dealt.client_weights)
+    with pytest.raises(CorrelationReused):
+        prepare(circuit, correlations, dealt.client_weights)
+    with pytest.raises(CorrelationReused):
+        next(execute(circuit, [7], CLIENT, correlations, dealt.client_weights, LINEAR_INPUT))
+
+
+def test_missing_corrections_are_noticed() -> None:
+    dealt = deal_circuit(product_circuit(), NUMBERS, [9])
+    dealt.corrections.pop(4)
+    with pytest.raises(FrameError, match="a correction has 25 bytes here, got 0"):
+        run_pair(dealt.server(), dealt.client())
+
+
+def test_dealing_depends_on_the_keys_alone() -> None:
+    circuit, keys = product_circuit(), (key(), key())
+    none = ServerWeights({})
+    first, second = dict(deal(circuit, *keys, none)), dict(deal(circuit, *keys, none))
+    other = dict(deal(circuit, keys[0], key(), none))
+    assert first == second
+    assert list(first) == sorted(first) == [4, 7, 8]
+    assert all(first[i] != other[i] for i in first)
+
+
+def test_wrong_corrections_give_wrong_results() -> None:
+    """The dealer's bytes matter: the test of the results above can fail."""
+    dealt = deal_circuit(product_circuit(), NUMBERS, [9])
+    dealt.corrections[4] = bytes(len(dealt.corrections[4]))
+    _, (result,) = run_pair(dealt.server(), dealt.client())
+    expected = reference(product_circuit(), [9], ServerWeights({}), NUMBERS)[0]
+    assert not torch.equal(result, expected)
+
+
+# lifetimes
+
+
+@dataclass(frozen=True, eq=False)
+class Watched(Local):
+    """x + 1, of which it tells how many results are alive."""
+
+    alive: list[weakref.ref[Tensor]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    @property
+    def out(self) -> Wire:
+        return Wire(SHAPE, RING)
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        out = operands[0] + 1
+        self.alive.append(weakref.ref(out))
+        self.counts.append(sum(r() is not None for r in self.alive))
+        return out
+
+
+def test_results_are_freed_after_their_last_use() -> None:
+    watched = Watched()
+    circuit = sources()[:1]
+    for i in range(50):
+        circuit.append(Instruction(watched, (i,)))
+    circuit += [Instruction(watched, (0,)) for _ in range(20)]  # which nobody reads
+    weights = ServerWeights({})
+    step = execute(circuit, [50], CLIENT, Correlations(CLIENT, key()), weights, {"x": NUMBERS["x"]})
+    with pytest.raises(StopIteration) as stop:
+        next(step)
+    assert len(watched.counts) == 70
+    assert max(watched.counts) <= 4
+    assert len(stop.value.value) == 1
+    reference(circuit, [50], weights, {"x": NUMBERS["x"]})
+    assert max(watched.counts[70:]) <= 4
+
+
+def test_a_result_may_be_an_output_several_times() -> None:
+    circuit = [*sources(), Instruction(local.Add(SHAPE, RING), (0, 0))]
+    outcome = run_circuit(circuit, NUMBERS, [2, 2, 0])
+    assert torch.equal(outcome.value(0), outcome.value(1))
+    assert torch.equal(outcome.value(0), 2 * NUMBERS["x"])
+    assert torch.equal(outcome.value(2), NUMBERS["x"])
+
+
+# steps and channels
+
+
+def counting(rounds: int, tag: int) -> Step[int]:
+    """Sends its number each round, returns the sum of what came."""
+    total, form = 0, Wire((1,), 64)
+    for i in range(rounds):
+        (got,) = yield Exchange(((torch.tensor([tag * 100 + i]), form),), (form,))
+        total += int(got)
+    return total
+
+
+def test_gather_merges_rounds_and_keeps_the_order() -> None:
+    traffic = Traffic()
+    server = gather(counting(3, 1), counting(0, 2), counting(1, 3))
+    client = gather(counting(3, 4), counting(0, 5), counting(1, 6))
+    mine, theirs = run_pair(server, client, traffic)
+    assert traffic.rounds == 3
+    assert traffic.cost == Cost(3, 32, 32)
+    assert mine == [400 + 401 + 402, 0, 600]
+    assert theirs == [100 + 101 + 102, 0, 300]
+
+
+def test_gather_of_nothing_and_of_gathers() -> None:
+    assert run_pair(gather(), gather()) == ([], [])
+    nested = run_pair(gather(gather(counting(2, 1)), counting(1, 2)), gather(gather(counting(2, 3)), counting(1, 4)))
+    assert nested == ([[300 + 301], 400], [[100 + 101], 200])
+
+
+def test_run_pair_notices_a_party_that_ends_early() -> None:
+    with pytest.raises(RuntimeError, match="one party finished while the other waits"):
+        run_pair(counting(1, 1), counting(2, 2))
+
+
+def both(server: Callable[[], Any], client: Callable[[], Any]) -> tuple[Any, Any]:
+    """Two parties in two threads."""
+    results: list[Any] = [None, None]
+
+    def call(party: int, function: Callable[[], Any]) -> None:
+        try:
+            results[party] = function()
+        except Exception as error:
+            results[party] = error
+
+    threads = [threading.Thread(target=call, args=pair) for pair in enumerate((server, client))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return results[0], results[1]
+
+
+def test_two_threads_compute_what_one_does() -> None:
+    for circuit, inputs, weights in (
+        (product_circuit(), NUMBERS, {}),
+        (linear_circuit(), LINEAR_INPUT, LINEAR_WEIGHTS),
+    ):
+        dealt = deal_circuit(circuit, inputs, range(len(circuit)), weights)
+        at_server, at_client = MemoryChannel.pair()
+        threaded = both(lambda: drive(dealt.server(), at_server), lambda: drive(dealt.client(prepared=True), at_client))  # noqa: B023
+        together = run_pair(dealt.server(), dealt.client(prepared=True))
+        for left, right in zip(threaded, together, strict=True):
+            assert len(left) == len(right) == len(circuit)
+            for a, b in zip(left, right, strict=True):
+                assert all(torch.equal(p, q) for p, q in zip(flat(a), flat(b), strict=True))
+
+
+def flat(value: Any) -> list[Tensor]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
+
+
+def test_a_silent_peer_closes_the_channel() -> None:
+    channel, _ = MemoryChannel.pair(timeout=0.05)
+    with pytest.raises(ChannelClosed, match=r"nothing came within 0.05 s \(waiting for 8 bytes\)"):
+        drive(counting(1, 1), channel)
+    assert issubclass(ChannelClosed, ConnectionError)
+
+
+class Cut(MemoryChannel):
+    """Changes the length of what it receives."""
+
+    def receive(self, size: int) -> bytes:
+        return super().receive(size)[:-1]
+
+
+def test_frames_of_another_size_are_refused() -> None:
+    here, there = MemoryChannel.pair()
+    for payload in (bytes(7), bytes(9), b""):
+        there.send(payload)
+        with pytest.raises(FrameError, match=rf"prescribes a frame of 8 bytes here, got {len(payload)}"):
+            drive(counting(1, 1), here)
+    with pytest.raises(FrameError):
+        unpack_frame(bytes(5), Exchange((), (Wire((2,), 20),)))
+    dealt = deal_circuit(product_circuit(), NUMBERS, [9])
+    at_server, at_client = MemoryChannel.pair(timeout=1.0)
+    at_client.__class__ = Cut
+    _, client = both(lambda: drive(dealt.server(), at_server), lambda: drive(dealt.client(), at_client))
+    assert isinstance(client, FrameError)
+
+
+def test_nothing_is_sent_where_nothing_is_to_send() -> None:
+    circuit = [*sources(), Instruction(tp.Reveal(SHAPE, RING), (0,))]
+    dealt = deal_circuit(circuit, NUMBERS)
+    at_server, at_client = MemoryChannel.pair(timeout=0.05)
+    _, (result,) = both(lambda: drive(dealt.server(), at_server), lambda: drive(dealt.client(), at_client))
+    assert (integers(result, RING) == integers(NUMBERS["x"], RING)).all()
+    with pytest.raises(ChannelClosed):  # no frame went to the server
+        at_server.receive(0)
+
+
+def test_frames_are_kept_on_request() -> None:
+    outcome = run_circuit(product_circuit(), NUMBERS, [9], views=True)
+    frames = outcome.traffic.frames_to_server, outcome.traffic.frames_to_client
+    assert [len(f or []) for f in frames] == [3, 3]
+    assert sum(map(len, frames[0] or [])) == outcome.cost.to_server
+    assert sum(map(len, frames[1] or [])) == outcome.cost.to_client
+    assert combine(torch.tensor([1]), torch.tensor([2])).tolist() == [3]

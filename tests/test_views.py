@@ -1,0 +1,374 @@
+"""What each party sees is uniform, whatever the secret: frames, corrections, and every pair of them.
+
+The checks can fail: each is also run on a protocol that forgets a mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from protocols import bits
+from protocols import two_party as tp
+from protocols.circuit import Instruction
+from protocols.protocol import CLIENT, SERVER, Draw, Exchange, Material, Opening, Protocol, Step, Weights, swap
+from protocols.weights import DealerWeights, ServerWeights
+from protocols.wire import Wire, decode
+from tests.helpers import key, octets, run_circuit, shared, shared_bits, words
+
+N = 1 << 15
+CERTAIN = 1e-10  # a false alarm once in ten thousand million checks
+View = tuple[str, Tensor, int]  # name, elements (int64 residues or bytes), bits of each
+
+
+# uniformity
+
+
+def upper_tail(chi_square: float, freedom: int) -> float:
+    """P(chi-square of that many degrees of freedom >= value), by Wilson and Hilferty's normal approximation."""
+    spread = 2 / (9 * freedom)
+    return 0.5 * math.erfc(((chi_square / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(2 * spread))
+
+
+def suspicious(x: Tensor, width: int) -> str | None:
+    """What is not uniform about the low ``width`` bits of many elements, or None."""
+    values = x.reshape(-1).numpy().view(np.uint64 if x.dtype == torch.int64 else np.uint8).astype(np.uint64)
+    for start in range(0, width, 8):
+        size = min(8, width - start)
+        column = ((values >> np.uint64(start)) & np.uint64((1 << size) - 1)).astype(np.int64)
+        counts = np.bincount(column, minlength=1 << size)
+        expected = len(values) / (1 << size)
+        p = upper_tail(float(((counts - expected) ** 2).sum() / expected), (1 << size) - 1)
+        if p < CERTAIN:
+            return f"bits {start}..{start + size - 1} are not uniform (p = {p:.1e})"
+        for bit in range(size):
+            ones = int(((column >> bit) & 1).sum())
+            p = math.erfc(abs(ones - len(values) / 2) / math.sqrt(len(values) / 2))
+            if p < CERTAIN:
+                return f"bit {start + bit} is one {ones} times of {len(values)}"
+    return None
+
+
+def difference(x: Tensor, y: Tensor) -> Tensor:
+    return x ^ y if x.dtype == torch.uint8 else x - y
+
+
+def leaks(views: list[View]) -> list[str]:
+    """Every reason to think that a party learns something: of single tensors, of neighbours, of pairs of tensors."""
+    found = []
+    for name, x, width in views:
+        flat = x.reshape(-1)
+        for what, values in ((name, flat), (f"{name}, neighbours", difference(flat[1:], flat[:-1]))):
+            reason = suspicious(values, width)
+            if reason:
+                found.append(f"{what}: {reason}")
+    for (a, x, p), (b, y, q) in itertools.combinations(views, 2):
+        if x.shape == y.shape and x.dtype == y.dtype:
+            reason = suspicious(difference(x, y), min(p, q))
+            if reason:
+                found.append(f"{a} and {b}: {reason}")
+    return found
+
+
+def test_the_check_itself() -> None:
+    rng = np.random.default_rng(0)
+    x = words(rng, (N,))
+    assert not leaks([("x", x, 64), ("y", words(rng, (N,)), 64), ("b", octets(rng, (N,)), 8)])
+    assert leaks([("x", x, 64), ("y", x + 1, 64)])  # one mask for two values
+    assert leaks([("x", x[:1].expand(N), 64)])  # one mask for all elements
+    assert leaks([("x", x & ~4, 64)])
+    assert leaks([("x", x | (x << 1), 64)])
+    assert leaks([("b", octets(rng, (N,)) & octets(rng, (N,)), 8)])
+    assert upper_tail(255.0, 255) == pytest.approx(0.488, abs=0.01)
+    assert upper_tail(406.0, 255) == pytest.approx(5.31e-9, rel=0.1)
+
+
+# views of circuits
+
+
+def party_views(circuit: list[Instruction], secret: dict[str, Tensor], weights: dict[str, Tensor]) -> list[View]:
+    """Everything that both parties receive in one run, and their own masks where those are known, by party."""
+    outcome = run_circuit(circuit, secret, weights=weights, views=True)
+    views: list[View] = []
+    frames = (outcome.traffic.frames_to_server, outcome.traffic.frames_to_client)
+    for party, received in zip(("server", "client"), frames, strict=True):
+        last = circuit[-1].protocol
+        opens = [i.protocol for i in circuit if isinstance(i.protocol, (tp.Open, tp.OpenBits, tp.Deliver))]
+        forms = _forms(opens, last, SERVER if party == "server" else CLIENT)
+        payload = b"".join(received or [])
+        for name, form in forms:
+            part, payload = payload[: form.size], payload[form.size :]
+            views.append((f"{party}: {name}", decode(part, form), 8 if form.planes else form.bits))
+        assert not payload
+    for index, correction in outcome.corrections.items():
+        for d in circuit[index].protocol.draws:
+            if d.derived:
+                part, correction = correction[: d.wire.size], correction[d.wire.size :]
+                views.append((f"server: correction {index}.{d.name}", decode(part, d.wire), 8 if d.planes else d.bits))
+        assert not correction
+    return views
+
+
+def _forms(opens: list[Any], last: Protocol, receiver: int) -> list[tuple[str, Wire]]:
+    """The messages that one party receives, in order: of the openings (all in round one), then of the last protocol."""
+    out = []
+    for p in opens:
+        if not (isinstance(p, tp.Deliver) and receiver == CLIENT):
+            out.append((p.kind, p.out))
+    if isinstance(last, tp.Extend):
+        out.append(("extend", Wire((bits.plane_bytes(N),), planes=True)))
+    if isinstance(last, tp.Compare):
+        each = bits.plane_bytes(N)
+        for i, level in enumerate(last.levels):
+            out.append((f"compare {i}", Wire((level.variables * len(last.thresholds), each), planes=True)))
+    if isinstance(last, tp.Reveal) and receiver == CLIENT:
+        out.append(("reveal", last.out))
+    return out
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A protocol with its openings, made for a ring, and the range of its secrets."""
+
+    protocol: Protocol
+    ring: int
+    low: int
+    high: int
+    second: bool = False  # two secrets
+    bits: int = 0  # planes of secret bits
+
+
+def scenes() -> Iterator[tuple[str, Scene]]:
+    shape = (N,)
+    for ring in (64, 37, 16):
+        low, high = -(1 << (ring - 1)), (1 << (ring - 1)) - 1
+        yield f"open-{ring}", Scene(tp.Open(shape, ring), ring, low, high)
+        yield f"deliver-{ring}", Scene(tp.Deliver(shape, ring), ring, low, high)
+        yield f"linear-{ring}", Scene(tp.Linear((N // 4, 3), ring, "w"), ring, low, high)
+        yield f"diagonal-{ring}", Scene(tp.Linear((N // 4, 4), ring, "v", True), ring, low, high)
+        yield f"product-{ring}", Scene(tp.Product(shape, ring), ring, low, high, second=True)
+        yield f"square-{ring}", Scene(tp.Product(shape, ring), ring, low, high)
+        yield f"powers-{ring}", Scene(tp.Powers(shape, ring, 4), ring, low, high)
+        yield f"select-{ring}", Scene(tp.Select(shape, ring, (1, 0, -3), (0, 5, 1)), ring, low, high, bits=3)
+        yield f"extend-{ring}", Scene(tp.Extend(shape, ring - 1, 64), ring - 1, low // 4, high // 4)
+        compare = tp.Compare(shape, ring, min(4, ring - 10), (0, 3))
+        yield f"compare-{ring}", Scene(compare, ring, low // 2, high // 2)
+        yield f"reveal-{ring}", Scene(tp.Reveal(shape, ring), ring, low, high)
+    yield "open_bits", Scene(tp.OpenBits(shape, 3), 8, 0, 0, bits=3)
+    yield "exponential-21", Scene(tp.Exponential(shape, 21, 16, 40, 16), 21, 0, (1 << 20) - 1)
+    yield "compare-2-thresholds-64", Scene(tp.Compare(shape, 64, 0, (0, 1)), 64, -(2**62), 2**62)
+
+
+SCENES = dict(scenes())
+
+
+def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict[str, Tensor], dict[str, Tensor]]:
+    """The circuit around a protocol, all of whose secrets are one value; shared at random."""
+    rng = np.random.default_rng(abs(value) % 997 + plane)
+    protocol, ring = scene.protocol, scene.ring
+    shape = {"linear": (N // 4, 4)}.get(protocol.kind, (N,))
+    weights = {"w": torch.tensor([[1, 2, 3]] * 4), "v": torch.tensor([1, 2, 3, -4])}
+    circuit: list[Instruction] = []
+    inputs: dict[str, Tensor] = {}
+    operands: list[int] = []
+
+    def add(p: Protocol, *reads: int) -> int:
+        circuit.append(Instruction(p, reads))
+        return len(circuit) - 1
+
+    if scene.bits:
+        planes = (scene.bits, bits.plane_bytes(N))
+        inputs["b"] = torch.full(planes, plane, dtype=torch.uint8)
+        operands.append(add(shared_bits("b", planes, octets(rng, planes))))
+        if protocol.kind != "open_bits":
+            operands.append(add(tp.OpenBits((N,), scene.bits), operands.pop()))
+    if protocol.kind != "open_bits":
+        for name in ("x", "y") if scene.second else ("x",):
+            inputs[name] = torch.full(shape, value, dtype=torch.int64)
+            index = add(shared(name, shape, ring, words(rng, shape)))
+            if protocol.kind == "linear":
+                index = add(tp.Deliver(shape, ring), index)
+            elif protocol.kind not in ("open", "deliver", "extend", "reveal"):
+                index = add(tp.Open(shape, ring), index)
+            operands.append(index)
+    if protocol.kind == "product" and not scene.second:
+        operands *= 2
+    add(protocol, *operands)
+    return circuit, inputs, weights if protocol.kind == "linear" else {}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_views_are_uniform(name: str) -> None:
+    """Of two extreme secrets alike, and of the two runs together: no key serves twice."""
+    scene = SCENES[name]
+    runs = [party_views(*stage(scene, *secret)) for secret in ((scene.low, 0), (scene.high, 255))]
+    assert [n for n, _, _ in runs[0]] == [n for n, _, _ in runs[1]]
+    assert all(runs)
+    for views in runs:
+        assert not leaks([v for v in views if v[0].startswith("server")])
+        assert not leaks([v for v in views if v[0].startswith("client")])
+    for (view, x, width), (_, y, _) in zip(*runs, strict=True):
+        assert suspicious(difference(x, y), width) is None, view
+
+
+def test_every_protocol_with_messages_is_looked_at() -> None:
+    seen = {scene.protocol.kind for scene in SCENES.values()}
+    silent = {kind for kind, p in Protocol.registry.items() if p.draws is Protocol.draws and p.cost is Protocol.cost}
+    assert seen == set(Protocol.registry) - silent
+
+
+def test_the_client_sees_uniform_weights() -> None:
+    """D = W - B of extreme weights, and each weight under a mask of its own."""
+    for bits_ in (64, 40):
+        for w in (0, -(1 << 20)):
+            held = {name: torch.full((256, 256), w) for name in ("a", "b")}
+            dealer = DealerWeights(key(), {name: (256, 256) for name in held})
+            masked = ServerWeights(held).masked(dealer, dict.fromkeys(held, bits_))
+            assert not leaks([(name, d, bits_) for name, d in masked.items()])
+
+
+def test_weight_masks_belong_to_one_set_of_weights() -> None:
+    """Why a mask serves one set of weights only: under two, D_1 - D_2 = W_1 - W_2."""
+    dealer = DealerWeights(key(), {"w": (8, 8)})
+    assert torch.equal(dealer.mask("w"), dealer.mask("w"))
+    assert not torch.equal(dealer.mask("w"), DealerWeights(key(), {"w": (8, 8)}).mask("w"))
+    first, second = (torch.full((8, 8), w) for w in (3, 7))
+    d1, d2 = (ServerWeights({"w": w}).masked(dealer, {"w": 64})["w"] for w in (first, second))
+    assert torch.equal(d1 - d2, first - second)
+
+
+# broken protocols, which the same check must catch
+
+
+@dataclass(frozen=True)
+class BareOpen(tp.Open):
+    """Sends its share without a mask."""
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        mine = x + (material["r"] if party == SERVER else 0)
+        (theirs,) = yield swap(mine, self.out)
+        return Opening(mine + theirs, material["r"])
+
+
+@dataclass(frozen=True)
+class SharedMaskOpen(tp.Open):
+    """One mask for all elements."""
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("r", (1,), self.ring),)
+
+
+@dataclass(frozen=True)
+class BareOpenBits(tp.OpenBits):
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (theirs,) = yield swap(operands[0] & 0xFE | material["beta"] & 1, self.out)
+        return theirs
+
+
+@dataclass(frozen=True)
+class BareDeliver(tp.Deliver):
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        if party == CLIENT:
+            yield Exchange(((x, self.out),))
+        else:
+            yield Exchange((), (self.out,))
+        return x
+
+
+@dataclass(frozen=True)
+class BareExtend(tp.Extend):
+    """The parties' own bits without masks."""
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        name = "alpha" if party == SERVER else "beta"
+        silent = {**material, name: torch.zeros_like(material[name])}
+        return (yield from super().run(party, silent, operands, weights))
+
+
+@dataclass(frozen=True)
+class BareCompare(tp.Compare):
+    """The last round without masks."""
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        name = f"mask{len(self.levels) - 1}"
+        silent = {**material, name: torch.zeros_like(material[name])}
+        return (yield from super().run(party, silent, operands, weights))
+
+
+@dataclass(frozen=True)
+class BareDraw(Draw):
+    """A derived draw of which the server gets the whole."""
+
+    def remove(self, total: Tensor, share: Tensor) -> Tensor:
+        return total
+
+
+def bare(protocol: Protocol, name: str) -> Protocol:
+    """The same protocol whose correction ``name`` is not masked."""
+
+    class Bare(type(protocol)):  # type: ignore[misc]
+        @property
+        def draws(self) -> tuple[Draw, ...]:
+            made = super().draws
+            return tuple(BareDraw(**{**vars(d)}) if d.name == name else d for d in made)
+
+    broken: Protocol = Bare(**sizes(protocol))
+    return broken
+
+
+def sizes(protocol: Any) -> dict[str, Any]:
+    return {f.name: getattr(protocol, f.name) for f in fields(protocol)}
+
+
+def replaced(scene: str, cls: Callable[..., Protocol]) -> Scene:
+    return replace(SCENES[scene], protocol=cls(**sizes(SCENES[scene].protocol)))
+
+
+BROKEN = {
+    "open": replaced("open-64", BareOpen),
+    "open, one mask": replaced("open-37", SharedMaskOpen),
+    "open_bits": replaced("open_bits", BareOpenBits),
+    "deliver": replaced("deliver-37", BareDeliver),
+    "extend": replaced("extend-16", BareExtend),
+    "compare": replaced("compare-37", BareCompare),
+} | {
+    f"{name}.{draw}": replace(SCENES[name], protocol=bare(SCENES[name].protocol, draw))
+    for name, draw in (
+        ("product-64", "rr"),
+        ("square-16", "rr"),
+        ("powers-37", "r3"),
+        ("select-64", "beta"),
+        ("select-16", "beta_r"),
+        ("extend-16", "product"),
+        ("compare-16", "table"),
+        ("compare-37", "dealt0"),
+        ("exponential-21", "upper"),
+        ("exponential-21", "lower"),
+        ("diagonal-64", "u"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_protocols_are_caught(name: str) -> None:
+    scene = BROKEN[name]
+    circuit, inputs, weights = stage(scene, scene.low, 0)
+    # an unmasked share is uniform by itself where sharing is random: the client then holds the secret alone
+    plain = [
+        replace(i, protocol=replace(i.protocol, mask=torch.zeros_like(i.protocol.mask)))  # type: ignore[type-var]
+        if hasattr(i.protocol, "mask")
+        else i
+        for i in circuit
+    ]
+    assert leaks(party_views(plain, inputs, weights))
