@@ -107,7 +107,7 @@ def run(model: nn.Module, samples: Sequence[Inputs]) -> float:
     print(f"cosine to the float64 model {cosine:.7f}, largest difference {float((answer - exact).abs().max()):.1e}")
 
     fixed = secure.plain_reference(compiled, query)  # the same Program on plain integers: no sharing either
-    print(f"of which without sharing    {float((fixed - exact).abs().max()):.1e}  (approximations and fixed point)")
+    print(f"the same without sharing    {float((fixed - exact).abs().max()):.1e}  (approximations and fixed point)")
     return cosine
 
 

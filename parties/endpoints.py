@@ -10,11 +10,12 @@ import grpc
 
 from parties.errors import EndpointError
 
-MESSAGE_LIMIT = 4 << 20  # bytes of one gRPC message; frames are cut well below
+# Bytes of one gRPC message: frames are of about 1 MB, but a Program goes to the dealer in one, and Program and tokenizer to the client.
+SERVICE_LIMIT, CLIENT_LIMIT = 16 << 20, 64 << 20
 OPTIONS = (
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT),
-    ("grpc.max_send_message_length", MESSAGE_LIMIT),
+    ("grpc.max_send_message_length", CLIENT_LIMIT),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+    ("grpc.enable_http_proxy", 0),  # a proxy would carry even loopback traffic off this machine
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -29,10 +30,10 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, *, what: str) -> Endpoint:
-        """"host:port"; port 0 lets the system choose (listening only)."""
-        host, colon, port = text.rpartition(":")
+        """``host:port``; port 0 lets the system choose (listening only)."""
+        host, colon, port = text.strip().rpartition(":")
         host = host.strip("[]")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
+        if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
             raise EndpointError(f"{what}: {text!r} is not host:port", "for example 127.0.0.1:50051")
         return cls(host, int(port))
 
@@ -43,7 +44,7 @@ class Endpoint:
         """Whether every address that the host resolves to is this machine's own."""
         try:
             found = socket.getaddrinfo(self.host, None)
-        except OSError:
+        except (OSError, UnicodeError):
             raise EndpointError(f"the host {self.host!r} cannot be resolved") from None
         return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
@@ -58,4 +59,6 @@ class Endpoint:
 
 def open_channel(endpoint: Endpoint, *, insecure: bool, what: str) -> grpc.Channel:
     endpoint.require_private(insecure=insecure, what=what)
-    return grpc.insecure_channel(str(endpoint), options=OPTIONS)
+    return grpc.insecure_channel(
+        str(endpoint), options=(*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT))
+    )

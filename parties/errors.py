@@ -54,6 +54,11 @@ class DownloadError(PartyError):
     code = "download"
 
 
+def printable(text: str) -> str:
+    """What a peer wrote, safe for a terminal or a log."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:2000])
+
+
 def from_code(code: str, message: str) -> PartyError:
     """The exception that a Failure message stands for."""
     for kind in PartyError.__subclasses__():

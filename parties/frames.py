@@ -39,7 +39,7 @@ def to_chunks(pieces: Iterable[bytes]) -> Iterator[Chunk]:
 
 
 class FrameReader:
-    """Collects the parts of one frame; refuses more bytes than the Program prescribes."""
+    """Collects the parts of one frame; refuses more bytes than the Program prescribes, and parts too small to end soon."""
 
     def __init__(self, expected: int) -> None:
         self._expected, self._size = expected, 0
@@ -50,6 +50,8 @@ class FrameReader:
         self._size += len(frame.data)
         if self._size > self._expected or (frame.last and self._size != self._expected):
             raise ValueError(f"a frame of {self._size} bytes or more, where the Program prescribes {self._expected}")
+        if not frame.last and len(frame.data) != PART:
+            raise ValueError(f"a part of {len(frame.data)} bytes that is not the last, where it has {PART}")
         self._parts.append(frame.data)
         if not frame.last:
             return None

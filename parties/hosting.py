@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import logging
+import queue
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from parties.endpoints import OPTIONS, Endpoint
+from parties.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.errors import EndpointError
 
 MAXIMUM_STREAMS = 32  # sessions and calls served at a time; each takes a thread
 
 
-def start(listen: Endpoint, add: Callable[[grpc.Server], None], *, insecure: bool, what: str) -> tuple[grpc.Server, Endpoint]:
+def start(
+    listen: Endpoint, add: Callable[[grpc.Server], None], *, insecure: bool, what: str
+) -> tuple[grpc.Server, Endpoint]:
     """Bind and start; returns the server and the address with its real port."""
     listen.require_private(insecure=insecure, what=what)
-    server = grpc.server(ThreadPoolExecutor(MAXIMUM_STREAMS), options=OPTIONS, maximum_concurrent_rpcs=MAXIMUM_STREAMS)
+    server = grpc.server(
+        ThreadPoolExecutor(MAXIMUM_STREAMS),
+        options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
+        maximum_concurrent_rpcs=MAXIMUM_STREAMS,
+    )
     add(server)
     try:
         port = server.add_insecure_port(str(listen))
     except RuntimeError:
         port = 0
     if port == 0:
-        raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", "choose another port, or 0 for any free one")
+        raise EndpointError(
+            f"{what}: the address {listen} cannot be used; it may be in use",
+            "choose another port, or 0 for any free one",
+        )
     server.start()
     return server, Endpoint(listen.host, port)
 
 
-def run_until_stopped(server: grpc.Server) -> None:
-    """Block until SIGINT or SIGTERM; running queries get two seconds to end."""
-    stopped = threading.Event()
+def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:
+    """``announce`` the service, then block until SIGINT or SIGTERM; running queries get two seconds to end."""
+    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, safe to fill from a signal handler
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
+        signal.signal(number, lambda caught, _: stopped.put(caught))
+    announce()
+    stopped.get()
     server.stop(2).wait()
 
 

@@ -9,64 +9,72 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
+from urllib.parse import unquote
 
 import grpc
 
+from parties.calls import answering, calling, unexpected
 from parties.endpoints import Endpoint, open_channel
-from parties.errors import DealerError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
-from parties.frames import FrameReader, to_chunks, to_frames
+from parties.errors import DealerError, DownloadError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
+from parties.frames import FrameReader, parts, to_frames
 from parties.model import ServedModel
-from parties.sessions import DEPLOYMENT, Burnt, query_key
+from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, Burnt, query_key
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
 from protocols.circuit import Circuit, Correlations, execute
 from protocols.prg import fresh_seed
-from protocols.protocol import SERVER
+from protocols.protocol import SERVER, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from secure.program import VERSION
 
 log = logging.getLogger("unseen.server")
 
-MAXIMUM_PREPARED = 2  # queries whose corrections one session may have waiting (each is held in memory)
+MAXIMUM_SESSIONS = 16  # at a time; fewer than the threads of the service, which also answers Describe and Download
+IDLE = 1800.0  # seconds that a client may keep its session between queries
 
 
 class InferenceService(InferenceServicer):
     """Serves one compiled model. ``deadline``: seconds that a session waits for its client before it gives up."""
 
     def __init__(self, model: ServedModel, dealer: Endpoint, *, insecure: bool = False, deadline: float = 60.0) -> None:
-        self._model, self._deadline = model, deadline
-        self._dealer_address = dealer
-        self._dealer = DealerStub(open_channel(dealer, insecure=insecure, what="the dealer"))
-        self._register()
+        self.model, self.deadline = model, deadline
+        self._dealer_at = dealer
+        self._channel = open_channel(dealer, insecure=insecure, what="the dealer")
+        self.dealer = DealerStub(self._channel)
+        self._free = threading.BoundedSemaphore(MAXIMUM_SESSIONS)
+        try:
+            self._register()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give up the channel to the dealer."""
+        self._channel.close()
 
     def _register(self) -> None:
-        program = self._model.compiled.program
+        program = self.model.compiled.program
         request = pb.RegisterRequest(
-            program=program.encoded, weights_digest=self._model.weights_digest, mask_seed=self._model.mask_seed
+            program=program.encoded, weights_digest=self.model.weights_digest, mask_seed=self.model.mask_seed
         )
-        with self._asking_the_dealer("registering the Program"):
-            reply = self._dealer.Register(request, timeout=30)
-        if not hmac.compare_digest(reply.program_digest, program.digest):
+        with self.asking_the_dealer("registering the Program"):
+            reply = self.dealer.Register(request, timeout=30)
+        if reply.program_digest != program.digest:
             raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
 
-    @contextmanager
-    def _asking_the_dealer(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            detail = error.details() if isinstance(error, grpc.Call) else str(error)
-            raise DealerError(
-                f"the dealer at {self._dealer_address} failed while {doing}: {detail}",
-                f"start it with: unseen dealer --listen {self._dealer_address}",
-            ) from None
+    def asking_the_dealer(self, doing: str) -> AbstractContextManager[None]:
+        hint = f"start it with: unseen dealer --listen {self._dealer_at}"
+        return calling("the dealer", self._dealer_at, hint, doing=doing, kind=DealerError)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: N802
-        m = self._model
+        m = self.model
+        with answering(context, log):
+            self._register()  # again: the dealer may have been restarted since
         return pb.Description(
             version=VERSION,
             deployment=DEPLOYMENT,
@@ -79,22 +87,31 @@ class InferenceService(InferenceServicer):
         )
 
     def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:  # noqa: N802
-        payload = self._model.files.get(request.sha256)
-        if payload is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, "no such file\nhint: connect again, the server may have changed")
-        yield from to_chunks([payload])
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, log):
+                payload = self.model.files.get(request.sha256)
+                if payload is None:
+                    raise DownloadError("it has no such file", "connect again, the server may have changed")
+                yield from watch.sending(pb.Chunk(data=part) for part in parts(payload))
+        finally:
+            watch.stop()
 
     def Session(  # noqa: N802
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
-        session = _Session(self, requests, context)
+        if not self._free.acquire(blocking=False):
+            busy = f"the server has {MAXIMUM_SESSIONS} sessions, which is its limit\nhint: try again later"
+            yield pb.ServerMessage(failure=pb.Failure(code=PartyError.code, message=busy))
+            return
         try:
-            yield from session.run()
-        except PartyError as error:
-            log.warning("session ended: %s", str(error).splitlines()[0])
-            yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
+            session = _Session(self, requests, context)
+            try:
+                yield from session.watch.sending(session.run())
+            finally:
+                session.close()
         finally:
-            session.close()
+            self._free.release()
 
 
 class _Session:
@@ -103,51 +120,80 @@ class _Session:
     def __init__(
         self, service: InferenceService, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> None:
-        self._service, self._requests, self._context = service, requests, context
-        self._model = service._model
+        self._service, self._requests = service, requests
+        self._who = unquote(context.peer())
+        self._model = service.model
         self._program = self._model.compiled.program
         self._prepared: dict[int, dict[int, bytes]] = {}
         self._burnt = Burnt()
         self._seed, self._id = fresh_seed(), b""
-        self._watch = Watchdog(service._deadline, context.cancel)
         self._waiting: Sequence[int] = ()
+        self._doing = "the handshake"
+        self._dealing: grpc.Call | None = None
+        self.watch = Watchdog(service.deadline, context.cancel)
+        context.add_callback(self._give_up_dealing)
 
     def close(self) -> None:
-        self._watch.stop()
+        self.watch.stop()
         self._prepared.clear()
 
+    def _give_up_dealing(self) -> None:
+        if self._dealing is not None:
+            self._dealing.cancel()
+
     def run(self) -> Iterator[pb.ServerMessage]:
+        """Everything that this client is told; a failure is the last of it."""
+        try:
+            yield from self._run()
+        except PartyError as error:
+            log.warning("session of %s ended: %s", self._who, str(error).splitlines()[0])
+            yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
+        except GeneratorExit:
+            late = " did not read in time" if self.watch.fired else " is gone"
+            log.warning("session of %s ended: the client%s (%s)", self._who, late, self._doing)
+            raise
+        except Exception as error:
+            unexpected(error, log)
+            message = f"internal error ({self._doing})"
+            yield pb.ServerMessage(failure=pb.Failure(code=PartyError.code, message=message))
+
+    def _run(self) -> Iterator[pb.ServerMessage]:
         first = self._next("the handshake")
         if first is None:
             return
         self._greet(first)
         yield pb.ServerMessage(welcome=pb.Welcome())
-        while (message := self._next("the next query", patient=True)) is not None:
+        while (message := self._next_or_gone()) is not None:
             kind = message.WhichOneof("content")
             if kind == "prepare":
+                self._doing = f"preparing query {message.prepare.query}"
                 yield self._prepare(message.prepare.query)
             elif kind == "query":
+                self._doing = f"query {message.query.query}"
                 yield from self._query(message.query.query)
             else:
                 raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
 
-    def _next(self, what: str, *, patient: bool = False) -> pb.ClientMessage | None:
-        """The client's next message; None when it has ended the stream. ``patient``: an idle client may take its time."""
+    def _next(self, what: str) -> pb.ClientMessage | None:
+        """The client's next message; None when it has ended the stream."""
         try:
-            if patient:
-                return self._next_or_gone()
-            with self._watch:
-                return next(self._requests, None)
+            with self.watch.guard():
+                message = next(self._requests, None)
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
-            late = " in time" if self._watch.fired else ""
+            late = " in time" if self.watch.fired else ""
             raise PeerLost(f"the client did not send {what}{late} ({type(error).__name__})") from None
+        if message is None and self.watch.fired:
+            raise PeerLost(f"the client did not send {what} in time")
+        return message
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
-        """Between queries a client may leave in any way."""
+        """Between queries a client may take its time, and leave in any way."""
+        self._doing = "between queries"
         try:
-            return next(self._requests, None)
+            with self.watch.guard(IDLE):
+                return next(self._requests, None)
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
-            log.info("a client left between queries")
+            log.info("%s %s between queries", self._who, "was idle too long" if self.watch.fired else "left")
             return None
 
     def _greet(self, message: pb.ClientMessage) -> None:
@@ -174,8 +220,8 @@ class _Session:
             weights_digest=self._model.weights_digest,
             server_seed=self._seed,
         )
-        with self._service._asking_the_dealer("joining the client's session"):
-            self._service._dealer.Join(request, timeout=30)
+        with self._service.asking_the_dealer("joining the client's session"):
+            self._service.dealer.Join(request, timeout=30)
 
     def _prepare(self, query: int) -> pb.ServerMessage:
         """Fetch a query's corrections. The dealer burns the number, so they can be fetched only once."""
@@ -183,9 +229,13 @@ class _Session:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         start, size = time.perf_counter(), self._program.cost.offline_to_server
         request, buffer = pb.DealRequest(session=self._id, query=query), bytearray()
-        with self._service._asking_the_dealer(f"sending the corrections of query {query}"):
-            for chunk in self._service._dealer.Deal(request, timeout=600):
+        with self._service.asking_the_dealer(f"sending the corrections of query {query}"):
+            self._dealing = call = self._service.dealer.Deal(request, timeout=600)
+            for chunk in call:
                 buffer += chunk.data
+                if len(buffer) > size:
+                    call.cancel()
+                    break
         if len(buffer) != size:
             raise DealerError(f"the dealer sent {len(buffer)} bytes of corrections, the Program prescribes {size}")
         self._prepared[query] = split_corrections(self._program.circuit, buffer)
@@ -196,7 +246,7 @@ class _Session:
         self._burnt.burn(query)  # before anything else: whatever happens from here on, this number is used
         corrections = self._prepared.pop(query, None)
         if corrections is None:
-            raise QueryError(f"query {query} was not prepared")
+            raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
         program = self._program
         key = query_key(self._seed, "server", self._id, program.digest, query)
         step = execute(
@@ -222,10 +272,13 @@ class _Session:
 
     def _observe(self, waiting: Sequence[int]) -> None:
         self._waiting = waiting
+        self._doing = f"query {self._burnt.last}, module '{self._path()}'"
 
-    def _receive(self, exchange: Any) -> bytes:
-        path = self._program.paths[self._waiting[0]] or "the model's input"
-        reader = FrameReader(sum(w.size for w in exchange.receive))
+    def _path(self) -> str:
+        return self._program.paths[self._waiting[0]] or "the model's input"
+
+    def _receive(self, exchange: Exchange) -> bytes:
+        path, reader = self._path(), FrameReader(sum(w.size for w in exchange.receive))
         while True:
             message = self._next(f"its message of module '{path}'")
             if message is None:

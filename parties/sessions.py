@@ -16,6 +16,7 @@ from protocols.prg import Key, derive_key
 DEPLOYMENT = "two-party"
 SESSION_BYTES = 16
 MAXIMUM_QUERY = 1 << 40
+MAXIMUM_PREPARED = 2  # queries that one session may have waiting: the server holds the corrections of each in memory
 
 
 def new_session() -> bytes:
@@ -36,7 +37,7 @@ class Burnt:
     """The query numbers of a session that were used. Numbers only go up, so one integer remembers them all."""
 
     def __init__(self) -> None:
-        self._last = -1
+        self.last = -1
         self._lock = threading.Lock()
 
     def burn(self, query: int) -> None:
@@ -44,8 +45,8 @@ class Burnt:
         with self._lock:
             if not 0 <= query < MAXIMUM_QUERY:
                 raise QueryError(f"query number {query} is out of range")
-            if query <= self._last:
+            if query <= self.last:
                 raise QueryError(
                     f"query {query} was already used: its correlations are burnt", "prepare a new query and repeat it"
                 )
-            self._last = query
+            self.last = query

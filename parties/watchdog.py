@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Watchdog:
@@ -12,24 +16,34 @@ class Watchdog:
 
     def __init__(self, seconds: float, action: Callable[[], object]) -> None:
         self._seconds, self._action = seconds, action
-        self._since: float | None = None
+        self._until: float | None = None
         self._ended = threading.Event()
         self.fired = False
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, name="unseen-watchdog", daemon=True).start()
 
-    def __enter__(self) -> None:
-        self._since = time.monotonic()
+    @contextmanager
+    def guard(self, seconds: float | None = None) -> Iterator[None]:
+        """One wait, of ``seconds`` at most if given."""
+        self._until = time.monotonic() + (seconds or self._seconds)
+        try:
+            yield
+        finally:
+            self._until = None
 
-    def __exit__(self, *_: object) -> None:
-        self._since = None
+    def sending(self, messages: Iterable[T]) -> Iterator[T]:
+        """The messages, each guarded while its consumer, which may be a peer that does not read, holds it."""
+        for message in messages:
+            with self.guard():
+                yield message
 
     def stop(self) -> None:
+        """End the thread; the action will not be called any more."""
         self._ended.set()
 
     def _run(self) -> None:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
-            since = self._since
-            if since is not None and time.monotonic() - since > self._seconds:
+            until = self._until
+            if until is not None and time.monotonic() > until:
                 self.fired = True
                 self._action()
                 return

@@ -5,6 +5,7 @@ In dependency order, one line a module:
 ring         arithmetic in Z_2^k on int64 tensors
 bits         bits of many elements, packed
 wire         tensors as bytes
+kernels      hot loops over elements and packed bits, compiled
 fixedpoint   how real numbers stand in the ring
 limbs        exact matrix products through float64
 matmul       the faster of two exact kernels

@@ -14,6 +14,7 @@ Two passes over the trace:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,10 +49,12 @@ class Plan:
             self.fraction[i] = self._fraction(p)
         self.base, self.wish, self.opened, self.delivered = [0] * n, [0] * n, [0] * n, [0] * n
         self.knots: dict[int, tuple[float, ...]] = {}
+        self.tolerance: dict[int, float] = {}
         for p in trace.primitives:
             if p.op == "piecewise":
                 (x,) = p.inputs
                 self.knots[x] = tuple(sorted({*self.knots.get(x, ()), *p.attrs["knots"]}))
+                self.tolerance[x] = min(self.tolerance.get(x, math.inf), p.attrs["tolerance"])
         for i in outputs:
             self.base[i] = self.own(i)
         for i in reversed(range(n)):
@@ -123,8 +126,9 @@ class Plan:
             raise AssertionError(f"no rule for {p.op}")
 
     def compare_width(self, x: int) -> int:
-        """Bits of x - t, sign included, for every knot t of any function of x."""
-        reach = self.ranges.magnitude(x) + max((abs(k) for k in self.knots.get(x, ())), default=0.0)
+        """Bits of x - t, sign included, for every knot t of any function of x, and a tolerance to spare at the top."""
+        knots, tolerance = self.knots.get(x, ()), self.tolerance.get(x, 0.0)
+        reach = self.ranges.magnitude(x) + max((abs(k) for k in knots), default=0.0) + tolerance
         return int(reach * 2.0 ** self.fraction[x] + 1).bit_length() + 1
 
     def slope_bits(self, i: int) -> int:

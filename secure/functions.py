@@ -35,7 +35,7 @@ def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
         if polynomials:
             return polynomials[0]
         raise AssertionError("a linear function of one piece is written with * and +")
-    bits = _below(e, x, p.attrs["tolerance"])
+    bits = _below(e, x)
     rows = [e.plan.knots[x].index(k) for k in knots]
     total: Val | None = None
 
@@ -121,11 +121,11 @@ def _rounding(piece: Piece, low: float, high: float, fx: int, scale: int) -> flo
     return slope * 2.0**-fx + sum((2.0 ** (j * fx - scale - 1)) * reach**j for j in range(len(piece.coefficients)))
 
 
-def _below(e: Emitter, x: int, tolerance: float) -> int:
+def _below(e: Emitter, x: int) -> int:
     """Stacked bits [x < t] for all knots of x, from its one opening."""
     fraction, shape = e.plan.fraction[x], e.trace.primitives[x].shape
     thresholds = tuple(round(k * 2.0**fraction) for k in e.plan.knots[x])
-    return compare(e, e.opened(x), shape, e.plan.compare_width(x), thresholds, tolerance * 2.0**fraction)
+    return compare(e, e.opened(x), shape, e.plan.compare_width(x), thresholds, e.plan.tolerance[x] * 2.0**fraction)
 
 
 def compare(

@@ -213,15 +213,16 @@ def run_function(
     weights: Mapping[str, Tensor] | None = None,
     calibration: Sequence[Sequence[Tensor]] = (),
 ) -> FunctionRun:
-    """Trace a function of symbols, calibrate it on these inputs, make a circuit of it, and run that.
+    """Trace a function of symbols, calibrate it, make a circuit of it, and run that on the inputs.
 
-    The function's arguments are one symbol for each input; weights stand in it as ``WeightRef``.
+    ``calibration``: inputs that set the ranges, by default these themselves. The function's arguments are one symbol for each input; weights stand in it as ``WeightRef``.
     """
     fixed, weights = fixed_point or FixedPoint(), weights or {}
     names = [f"x{i}" for i in range(len(inputs))]
     trace = Trace()
     out = function(*(trace.input(name, tuple(x.shape)) for name, x in zip(names, inputs, strict=True)))
-    samples = [dict(zip(names, (x.to(torch.float64) for x in s), strict=True)) for s in (inputs, *calibration)]
+    samples = [dict(zip(names, (x.to(torch.float64) for x in s), strict=True)) for s in (calibration or (inputs,))]
+    given = dict(zip(names, (x.to(torch.float64) for x in inputs), strict=True))
     real = {name: w.to(torch.float64) for name, w in weights.items()}
     ranges = Ranges.calibrate(trace, samples, real, fixed.margin_bits)
     emitter = Emitter(Plan(trace, ranges, fixed, [out.id]))
@@ -235,14 +236,14 @@ def run_function(
             name, fraction = split_weight_key(p.weight)
             held[p.weight] = ring.encode(real[name], fraction)
     encoders = {i.protocol.name: i.protocol for i in emitter.circuit if isinstance(i.protocol, Input)}
-    encoded = {name: encoders[name].encode(samples[0][name]) for name in names if name in encoders}
+    encoded = {name: encoders[name].encode(given[name]) for name in names if name in encoders}
     circuit = randomize(emitter.circuit)
     outcome = run_circuit(circuit, encoded, weights=held, prepared=True)
     (plain,) = reference(circuit, [len(circuit) - 1], ServerWeights(held), encoded)
     return FunctionRun(
         ring.decode(outcome.client[0], value.ring, value.fraction),
         ring.decode(plain, value.ring, value.fraction),
-        evaluate(trace, samples[0], real)[out.id],
+        evaluate(trace, given, real, outputs=[out.id])[0],
         outcome.cost,
         circuit,
     )

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from protocols import bits, ring
+from protocols import bits, kernels, ring
 from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, count, plane_shape, swap
 from protocols.two_party import bitproducts
 from protocols.two_party.bitproducts import Term
@@ -85,7 +85,7 @@ class Compare(Protocol):
     two up to 16): rounds len(g); thresholds * variables(g) bits an element each way; offline, to the server,
     8 ceil(d / 4) bytes and one bit plus thresholds * dealt(g) bits an element. For d = 4: 6 bits online each way,
     8 bytes and 1 + 15 bits offline.
-    Error: exact for |x - t| < 2^(width-1), but x in [t - 2^drop, t) may count as not below t.
+    Error: exact for -2^(width-1) <= x - t < 2^(width-1) - 2^drop, but x in [t - 2^drop, t) may count as not below t.
     """
 
     kind: ClassVar[str] = "compare"
@@ -113,11 +113,10 @@ class Compare(Protocol):
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        each, m = plane_shape(self.shape)[1], len(self.thresholds)
-        masks = [Draw(f"mask{i}", (level.variables * m, each), planes=True) for i, level in enumerate(self.levels)]
-        dealt = [
-            Draw(f"dealt{i}", (level.dealt * m, each), planes=True, derived=True) for i, level in enumerate(self.levels)
-        ]
+        each, levels = plane_shape(self.shape)[1], list(enumerate(self.levels))
+        row = each * len(self.thresholds)  # bytes of one bit of every element and threshold
+        masks = [Draw(f"mask{i}", (level.variables, row), planes=True) for i, level in levels]
+        dealt = [Draw(f"dealt{i}", (level.dealt, row), planes=True, derived=True) for i, level in levels]
         table = Draw("table", (self.words, count(self.shape)), xor=True, derived=True)
         return (*masks, table, Draw("top", (each,), planes=True, derived=True), *dealt)
 
@@ -141,75 +140,47 @@ class Compare(Protocol):
         out = {"table": torch.stack(words), "top": bits.pack(ring.top_bit(r, self.width))}
         for i, level in enumerate(self.levels):
             parts, start = [], 0
-            for _ in self.thresholds:
-                for group in range(len(level.sizes)):
-                    terms, width = level.terms(group), len(level.names(group))
-                    if terms:
-                        parts.append(bitproducts.deal(terms, masks[f"mask{i}"][start : start + width]))
-                    start += width
+            for group in range(len(level.sizes)):
+                terms, width = level.terms(group), len(level.names(group))
+                if terms:
+                    parts.append(bitproducts.deal(terms, masks[f"mask{i}"][start : start + width]))
+                start += width
             out[f"dealt{i}"] = torch.cat(parts)
         return out, None
 
-    def _lookup(self, party: int, low: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Shares of (public digit < secret digit, equal) of every digit, as planes, lowest digit first."""
-        out = []
-        for word in range(self.words):
-            less = table[word]
-            at_most = ring.left(less, 1)  # [d <= rho] is [d - 1 < rho], and true for d = 0
-            if party == SERVER:
-                at_most = at_most ^ _FIRST
-            equal = less ^ at_most
-            for place in range(min(GROUP, self.digits - GROUP * word)):
-                position = self._digit(low, GROUP * word + place) | (2**DIGIT * place)
-                out.append((bits.pack(less >> position), bits.pack(equal >> position)))
-        return out
-
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
-        tops, pairs = [], []
-        for t in self.thresholds:
-            zeta = z - ring.wrap(t)
-            tops.append(bits.pack(ring.top_bit(zeta, self.width)))
-            pairs.append(self._lookup(party, self._low(zeta), material["table"]))
+        first = _FIRST if party == SERVER else 0  # [d <= rho] is [d - 1 < rho], and true for d = 0
+        top, *found = kernels.digit_planes(
+            z, material["table"], self.thresholds, self.width, self.drop, self.digits, first
+        )
+        pairs = list(zip(found[::2], found[1::2], strict=True))  # (less, equal) of every digit, lowest first
         for i, level in enumerate(self.levels):
             pairs = yield from self._combine(party, level, pairs, material[f"mask{i}"], material[f"dealt{i}"])
-        out = []
-        for top, ((less, _),) in zip(tops, pairs, strict=True):
-            share = less ^ material["top"]
-            out.append(share ^ top if party == SERVER else share)
-        return torch.stack(out)
+        share = pairs[0][0].reshape(self.out.shape) ^ material["top"]
+        return share ^ top.reshape(self.out.shape) if party == SERVER else share
 
     def _combine(
-        self, party: int, level: _Level, pairs: list[list[tuple[Tensor, Tensor]]], masks: Tensor, dealt: Tensor
-    ) -> Step[list[list[tuple[Tensor, Tensor]]]]:
-        variables = []
-        for digits in pairs:
-            for group in range(len(level.sizes)):
-                for name, i in level.names(group):
-                    less, equal = digits[GROUP * group + i]
-                    variables.append(equal if name == "e" else less)
-        mine = torch.stack(variables) ^ masks
+        self, party: int, level: _Level, pairs: list[tuple[Tensor, Tensor]], masks: Tensor, dealt: Tensor
+    ) -> Step[list[tuple[Tensor, Tensor]]]:
+        """One round: groups of up to four (less, equal) pairs become one pair each."""
+        named = [(pairs[GROUP * g + i], name) for g in range(len(level.sizes)) for name, i in level.names(g)]
+        mine = torch.stack([equal if name == "e" else less for (less, equal), name in named]) ^ masks
         (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
         opened = mine ^ theirs
         out, at, used = [], 0, 0
-        for digits in pairs:
-            groups = []
-            for group, size in enumerate(level.sizes):
-                top, terms = digits[GROUP * group + size - 1], level.terms(group)
-                if not terms:
-                    groups.append(top)
-                    continue
-                width, dealt_width = len(level.names(group)), len(bitproducts.mask_products(terms))
-                chosen = slice(at, at + width)
-                shares = bitproducts.evaluate(
-                    terms, party, opened[chosen], masks[chosen], dealt[used : used + dealt_width]
-                )
-                less = top[0]
+        for group, size in enumerate(level.sizes):
+            less, equal = pairs[GROUP * group + size - 1]
+            terms = level.terms(group)
+            if terms:
+                here = slice(at, at + len(level.names(group)))
+                given = slice(used, used + len(bitproducts.mask_products(terms)))
+                shares = bitproducts.evaluate(terms, party, opened[here], masks[here], dealt[given])
                 for share in shares[: size - 1]:
                     less = less ^ share
-                groups.append((less, shares[-1]))
-                at, used = at + width, used + dealt_width
-            out.append(groups)
+                equal = shares[-1]
+                at, used = here.stop, given.stop
+            out.append((less, equal))
         return out
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:

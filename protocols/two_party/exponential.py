@@ -28,7 +28,7 @@ from protocols.protocol import Cost, Draw, Material, Protocol, Shape, Step, Weig
 from protocols.wire import Wire
 
 _LOW = 10  # bits of the finer of the two tables
-_COARSE, _FINE = 17, 22  # fraction bits of the tables: a product stays below 2^63 for exponents up to 16
+_COARSE, _FINE = 19, 20  # fraction bits of the tables: a product stays below 2^63 for exponents up to 16
 
 
 @lru_cache(maxsize=16)
@@ -53,11 +53,11 @@ class Exponential(Protocol):
     for 0 <= x < 2^(ring - 1 - fraction) <= 16.
 
     Rounds 0; offline 16 bytes an element to the server.
-    Error: at most 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) absolute (1.5e-5 for 16 and 40).
+    Error: at most 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19 absolute (1.4e-5 for 16 and 40).
     """
 
     kind: ClassVar[str] = "exponential"
-    error: ClassVar[str] = "absolute 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-20"
+    error: ClassVar[str] = "absolute 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19"
     shape: Shape
     ring: int  # of the opening
     fraction: int
@@ -95,7 +95,8 @@ class Exponential(Protocol):
         if z.is_meta:
             return t
         high, low = ring.right(t, low_bits), t & ring.low_mask(low_bits)
-        return ring.right(coarse[high] * fine[low], _COARSE + _FINE - self.public_fraction)
+        excess = _COARSE + _FINE - self.public_fraction
+        return ring.right(coarse[high] * fine[low] + (1 << (excess - 1)), excess)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands

@@ -17,9 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from protocols import bits, ring
+from protocols import bits, kernels, ring
 from protocols.protocol import (
     CLIENT,
     SERVER,
@@ -67,23 +65,13 @@ class Extend(Protocol):
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         (x,) = operands
-        offset = 1 << (self.ring - 2)
-        if party == SERVER:
-            x = x + offset
-        x = ring.reduce(x, self.ring)
-        top = ring.top_bit(x, self.ring)
-        mine = bits.pack(top) ^ material["alpha" if party == SERVER else "beta"]
+        client = party == CLIENT
+        plane = kernels.bit_plane(x, 0 if client else 1 << (self.ring - 2), self.ring - 1)
+        mine = plane ^ material["beta" if client else "alpha"]
         (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
-        # the client's terms in step 2 are s b, the server's t a - s t; t a - s t = t (a - s),
-        # and both add their part of alpha beta
-        other = bits.unpack(theirs, self.shape)
-        own = bits.unpack(mine, self.shape)
-        both = other * top if party == CLIENT else other * (top - own)
-        flipped = bits.unpack(mine ^ theirs, self.shape)  # (1 - 2s)(1 - 2t) = 1 - 2 (s XOR t)
-        product = material["product"]
-        both = both + torch.where(flipped.bool(), -product, product)
-        x = x + ring.left(both - top, self.ring)
-        return x - offset if party == SERVER else x
+        # the client's terms in step 2 are s b, the server's t a - s t = t (a - s), and both add their part of alpha beta,
+        # whose sign (1 - 2s)(1 - 2t) is that of s XOR t
+        return kernels.extended(x, mine, theirs, material["product"], self.ring, client=client)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.signed(operands[0], self.ring)

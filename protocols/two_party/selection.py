@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from protocols import bits, ring
+from protocols import bits, kernels, ring
 from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
@@ -62,20 +62,11 @@ class Select(Protocol):
         if self._sloped:
             z, r = operands[1]
             x = z - r if party == SERVER else -r
-        total = None
-        sloped = 0
-        for s, (slope, offset) in enumerate(zip(self.slopes, self.offsets, strict=True)):
-            masked: Any = 0  # (1 - 2c) of this is the part that depends on beta
-            whole: Any = ring.wrap(offset) if party == SERVER else 0  # slope x + offset
-            if slope:
-                masked = z * beta[s] - material["beta_r"][sloped]
-                masked = masked if slope == 1 else masked * ring.wrap(slope)
-                whole = whole + (x if slope == 1 else x * ring.wrap(slope))
-                sloped += 1
-            if offset:
-                masked = masked + beta[s] * ring.wrap(offset)
-            part = torch.where(bits.unpack(planes[s], self.shape).bool(), whole - masked, masked)
-            total = part if total is None else total + part
+        total = torch.zeros(self.shape, dtype=torch.int64, device=beta.device)
+        one = 1 if party == SERVER else 0
+        for s, line in enumerate(zip(self.slopes, self.offsets, strict=True)):
+            opened = (z, x, material["beta_r"][self._sloped.index(s)]) if line[0] else None
+            kernels.select_add(total, planes[s], line, beta[s], opened, one)
         return total
         yield
 

@@ -1,0 +1,211 @@
+"""The hot loops over elements and their packed bits, compiled by numba for CPU tensors.
+
+Each function here has one meaning and two forms: one pass over memory in compiled code, and whole-tensor torch operations (``portable``)
+for other devices and as the oracle of the tests. numba is an optional speed-up of the same integers: parties may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocols import bits, ring
+
+try:
+    from numba import njit
+except ImportError:  # pragma: no cover - a package of the project's requirements, but nothing else depends on it
+    njit = None
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    if njit is None:
+        return function
+    result: Callable[..., Any] = njit(function, cache=True, nogil=True)
+    return result
+
+
+def _fast(x: Tensor) -> bool:
+    return njit is not None and x.device.type == "cpu"
+
+
+def _flat(x: Tensor) -> Array:
+    return x.reshape(-1).numpy()
+
+
+# packed bits
+
+
+@compiled
+def _bit_plane(x: Array, offset: int, bit: int) -> Array:
+    n = x.size
+    out = np.zeros((n + 7) // 8, np.uint8)
+    for byte in range(out.size):
+        total = np.int64(0)
+        for i in range(8 * byte, min(n, 8 * byte + 8)):
+            total |= (((x[i] + offset) >> bit) & 1) << (i & 7)
+        out[byte] = total
+    return out
+
+
+def bit_plane(x: Tensor, offset: int, bit: int) -> Tensor:
+    """Bit ``bit`` of x + offset, packed."""
+    if _fast(x):
+        return torch.from_numpy(_bit_plane(_flat(x), ring.wrap(offset), bit))
+    return bits.pack(ring.right(x + ring.wrap(offset), bit))
+
+
+# comparison: looking a public digit up in shares of a unary code
+
+
+@compiled
+def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: int, digits: int, first: int) -> Array:
+    n = z.size
+    each = (n + 7) // 8
+    out = np.zeros((1 + 2 * digits, thresholds.size * each), np.uint8)
+    mask = (np.int64(1) << (width - 1)) - 1
+    for byte in range(out.shape[1]):
+        threshold = thresholds[byte // each]
+        start = 8 * (byte % each)
+        stop = min(n, start + 8)
+        top = np.int64(0)
+        for i in range(start, stop):
+            top |= (((z[i] - threshold) >> (width - 1)) & 1) << (i & 7)
+        out[0, byte] = top
+        for word in range(table.shape[0]):
+            less0 = less1 = less2 = less3 = equal0 = equal1 = equal2 = equal3 = np.int64(0)
+            for i in range(start, stop):
+                k = i & 7
+                low = (((z[i] - threshold) & mask) >> drop) >> (16 * word)
+                less = table[word, i]
+                equal = less ^ ((less << 1) ^ first)
+                p = low & 15
+                less0 |= ((less >> p) & 1) << k
+                equal0 |= ((equal >> p) & 1) << k
+                p = ((low >> 4) & 15) | 16
+                less1 |= ((less >> p) & 1) << k
+                equal1 |= ((equal >> p) & 1) << k
+                p = ((low >> 8) & 15) | 32
+                less2 |= ((less >> p) & 1) << k
+                equal2 |= ((equal >> p) & 1) << k
+                p = ((low >> 12) & 15) | 48
+                less3 |= ((less >> p) & 1) << k
+                equal3 |= ((equal >> p) & 1) << k
+            d = 1 + 8 * word
+            out[d, byte], out[d + 1, byte] = less0, equal0
+            if 4 * word + 1 < digits:
+                out[d + 2, byte], out[d + 3, byte] = less1, equal1
+            if 4 * word + 2 < digits:
+                out[d + 4, byte], out[d + 5, byte] = less2, equal2
+            if 4 * word + 3 < digits:
+                out[d + 6, byte], out[d + 7, byte] = less3, equal3
+    return out
+
+
+def digit_planes(
+    z: Tensor, table: Tensor, thresholds: tuple[int, ...], width: int, drop: int, digits: int, first: int
+) -> Tensor:
+    """Planes of zeta = z - threshold: its bit width - 1, then for each digit of its lower bits without the ``drop`` lowest
+    (radix 16, lowest first) the looked-up bits "less" and "equal".
+
+    z: n elements. table: (ceil(digits / 4), n) words, the unary codes of four digits each. first: the constant that turns "less"
+    into "at most" (see ``two_party.comparison``). Returns (1 + 2 digits, thresholds * ceil(n / 8)): the thresholds' planes in a row.
+    """
+    at = torch.tensor([ring.wrap(t) for t in thresholds], device=z.device)
+    if _fast(z):
+        return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at.numpy(), width, drop, digits, first))
+    rows: list[list[Tensor]] = [[] for _ in range(1 + 2 * digits)]
+    for threshold in at:
+        zeta = z.reshape(-1) - threshold
+        low = ring.right(zeta & ring.low_mask(width - 1), drop)
+        rows[0].append(bits.pack(ring.top_bit(zeta, width)))
+        for digit in range(digits):
+            less = table[digit // 4]
+            equal = less ^ (ring.left(less, 1) ^ first)
+            position = (ring.right(low, 4 * digit) & 15) | (16 * (digit % 4))
+            rows[1 + 2 * digit].append(bits.pack(less >> position))
+            rows[2 + 2 * digit].append(bits.pack(equal >> position))
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+# selection
+
+
+@compiled
+def _select(out: Array, plane: Array, z: Array, x: Array, beta: Array, beta_r: Array, slope: int, offset: int, one: int) -> None:
+    for i in range(out.size):
+        masked = slope * (z[i] * beta[i] - beta_r[i]) + offset * beta[i]
+        if (plane[i >> 3] >> (i & 7)) & 1:
+            masked = slope * x[i] + one * offset - masked
+        out[i] += masked
+
+
+@compiled
+def _select_constant(out: Array, plane: Array, beta: Array, offset: int, one: int) -> None:
+    for i in range(out.size):
+        masked = offset * beta[i]
+        out[i] += one * offset - masked if (plane[i >> 3] >> (i & 7)) & 1 else masked
+
+
+def select_add(
+    out: Tensor, plane: Tensor, line: tuple[int, int], beta: Tensor, opened: tuple[Tensor, Tensor, Tensor] | None, one: int
+) -> None:
+    """out += this party's share of b (slope x + offset), for b = c XOR beta with c in ``plane``.
+
+    line: (slope, offset). beta: share of the mask bit. opened: (z, this party's share of x, share of beta r), None for slope 0.
+    one: 1 for the party that counts constants, 0 for the other. ``out`` is contiguous.
+    """
+    slope, offset = (ring.wrap(v) for v in line)
+    if _fast(out):
+        flat, mask = out.view(-1).numpy(), _flat(plane)
+        if opened is None:
+            _select_constant(flat, mask, _flat(beta), offset, one)
+        else:
+            z, x, beta_r = (_flat(t) for t in opened)
+            _select(flat, mask, z, x, _flat(beta), beta_r, slope, offset, one)
+        return
+    masked, whole = beta * offset, torch.full_like(beta, one * offset)
+    if opened is not None:
+        z, x, beta_r = opened
+        masked, whole = masked + (z * beta - beta_r) * slope, whole + x * slope
+    out += torch.where(bits.unpack(plane, tuple(out.shape)).bool(), whole - masked, masked)
+
+
+# extension
+
+
+@compiled
+def _extended(x: Array, mine: Array, theirs: Array, product: Array, offset: int, width: int, client: bool) -> Array:
+    out = np.empty_like(x)
+    mask = (np.int64(1) << width) - 1
+    for i in range(x.size):
+        value = x[i] if client else x[i] + offset
+        value &= mask
+        top = value >> (width - 1)
+        own = np.int64((mine[i >> 3] >> (i & 7)) & 1)
+        other = np.int64((theirs[i >> 3] >> (i & 7)) & 1)
+        both = other * (top if client else top - own)
+        both += -product[i] if own ^ other else product[i]
+        value += (both - top) << width
+        out[i] = value if client else value - offset
+    return out
+
+
+def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: int, *, client: bool) -> Tensor:
+    """Step 2 of ``two_party.extension``: this party's share in the wide ring."""
+    offset = 1 << (width - 2)
+    if _fast(x):
+        flat = _extended(_flat(x), _flat(mine), _flat(theirs), _flat(product), offset, width, client)
+        return torch.from_numpy(flat).reshape(x.shape)
+    value = ring.reduce(x if client else x + offset, width)
+    top, shape = ring.top_bit(value, width), tuple(x.shape)
+    own, other = bits.unpack(mine, shape), bits.unpack(theirs, shape)
+    both = other * (top if client else top - own)
+    both = both + torch.where((own ^ other).bool(), -product, product)
+    value = value + ring.left(both - top, width)
+    return value if client else value - offset

@@ -1,0 +1,339 @@
+"""Approximations: their error on real numbers, and again under the protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from approximations import (
+    Piece,
+    absolute,
+    attend,
+    exp_neg,
+    gelu,
+    l2_normalize,
+    layer_norm,
+    maximum,
+    piecewise,
+    reciprocal,
+    relu,
+    rsqrt,
+    sigmoid,
+    silu,
+    softmax,
+    tanh,
+)
+from approximations.activations import GELU_FORMS
+from approximations.division import reciprocal_error, rsqrt_error
+from approximations.fits import minimax
+from approximations.primitives import bounded
+from protocols.fixedpoint import FixedPoint
+from secure.emit import DoesNotFit
+from secure.trace import Trace, WeightRef, concatenate
+from tests.helpers import run_function
+
+Function = Callable[..., Any]
+BIG = 1.0e4
+
+ACTIVATIONS: dict[str, tuple[Function, Function, float, float]] = {
+    # the function, what it stands for, its largest error, and what fixed point adds to it on [-8, 8]
+    "gelu-cubic": (partial(gelu, form="cubic"), F.gelu, 6e-4, 4e-4),
+    "gelu-quartic": (partial(gelu, form="quartic"), F.gelu, 2e-3, 1.5e-3),
+    "gelu-puma": (partial(gelu, form="puma"), F.gelu, 2.1e-2, 1e-2),
+    "silu": (silu, F.silu, 1.2e-3, 4e-4),
+    "tanh": (tanh, torch.tanh, 3e-4, 4e-4),
+    "sigmoid": (sigmoid, torch.sigmoid, 1.5e-4, 2e-4),
+    "relu": (relu, torch.relu, 1e-12, 2**-16),
+    "absolute": (absolute, torch.abs, 1e-12, 2**-16),
+}
+
+
+def largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
+
+
+# activations
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_keep_their_error(name: str) -> None:
+    function, original, error, _ = ACTIVATIONS[name]
+    x = torch.linspace(-30, 30, 300_001, dtype=torch.float64)
+    assert largest(function(x) - original(x)) <= error
+    assert error <= 1e-12 or largest(function(x) - original(x)) > error / 2  # what is declared is what it is
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_under_the_protocol(name: str) -> None:
+    function, original, error, added = ACTIVATIONS[name]
+    x = torch.cat([torch.linspace(-8, 8, 4001, dtype=torch.float64), normal(96)])
+    run = run_function(function, x)
+    assert largest(run.result - original(x)) <= error + added
+    assert largest(run.fixed - original(x)) <= error + added
+
+
+def test_gelu_forms_are_named() -> None:
+    assert GELU_FORMS == ("cubic", "quartic", "puma")
+    with pytest.raises(ValueError, match=r"unknown GeLU form 'exact'\nhint: one of cubic, quartic, puma"):
+        gelu(torch.zeros(1), "exact")
+
+
+def test_gelu_over_a_wide_range() -> None:
+    """Far outside its curved segments, where the ring leaves the polynomial the fewest bits."""
+    x = torch.cat([normal(500) * 3, torch.tensor([100.0, -100.0, 63.9, -63.9])])
+    assert largest(run_function(gelu, x).result - F.gelu(x)) <= 2e-3
+
+
+# division
+
+
+RANGES = ((1.0, 2.0), (0.769, 32.0), (0.1, 5.0), (1e-3, 1e3), (0.25, 0.2501))
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_division_keeps_its_error(low: float, high: float) -> None:
+    x = torch.logspace(math.log10(low), math.log10(high), 50_001, dtype=torch.float64).clamp(low, high)
+    assert largest(reciprocal(x, low, high) * x - 1) <= reciprocal_error() * 1.01 < 2e-5
+    assert largest(rsqrt(x, low, high) * x.sqrt() - 1) <= rsqrt_error() * 1.01 < 1e-5
+    assert largest(rsqrt(x, low, high, 3.0) * x.sqrt() - 3) <= 3 * rsqrt_error() * 1.01
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (0.769, 32.0), (0.1, 5.0), (1.0, 1000.0)])
+def test_division_under_the_protocol(low: float, high: float) -> None:
+    x = torch.logspace(math.log10(low), math.log10(high), 2001, dtype=torch.float64).clamp(low, high)
+    input_error = 2**-17 / low  # of rounding x
+    for function, original, power in ((reciprocal, torch.reciprocal, 1.0), (rsqrt, torch.rsqrt, 0.5)):
+        run = run_function(partial(function, low=low, high=high), x)
+        assert largest(run.result / original(x) - 1) <= 8e-5 + power * input_error
+
+
+def test_division_needs_a_positive_range() -> None:
+    for low, high in ((0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0)):
+        with pytest.raises(ValueError, match="a positive range is needed"):
+            reciprocal(torch.ones(1), low, high)
+
+
+# maximum, exponential
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 31])
+@pytest.mark.parametrize("tolerance", [2.0**-10, 0.125, 1.0])
+def test_maximum_is_short_by_its_tolerance_at_most(length: int, tolerance: float) -> None:
+    spread = torch.tensor([1e-3, 0.05, 0.3, 5.0, 400.0]).repeat_interleave(40)[:, None]
+    x = normal(200, length, seed=length) * spread
+    run = run_function(lambda v: maximum(v, tolerance), x)
+    short = x.amax(-1, keepdim=True) - run.result
+    assert float(short.min()) >= -(2**-16)
+    assert float(short.max()) <= tolerance + 2**-16
+    assert largest(maximum(x, tolerance) - x.amax(-1, keepdim=True)) == 0
+
+
+def test_exponential_under_the_protocol() -> None:
+    x = torch.linspace(0, 15.99, 5001, dtype=torch.float64)
+    assert largest(run_function(exp_neg, x).result - torch.exp(-x)) <= 3 * 2**-16
+    assert torch.equal(exp_neg(x), torch.exp(-x))
+
+
+# softmax
+
+
+def score_rows(length: int) -> Tensor:
+    """Ordinary rows; rows of equal scores; one huge score; masked scores; all of it shifted."""
+    ordinary = normal(30, length) * 4
+    equal = torch.full((4, length), -3.0, dtype=torch.float64)
+    huge = normal(10, length)
+    huge[:, 0] += 300.0
+    low = normal(10, length)
+    low[:, -1] -= 300.0
+    masked = normal(20, length)
+    masked[:, (length + 1) // 2 :] -= BIG
+    gone = normal(5, length) - BIG
+    return torch.cat([ordinary, ordinary + 50.0, equal, huge, low, masked, gone])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 33])
+def test_softmax_of_extreme_rows(length: int) -> None:
+    x = score_rows(length)
+    expected = torch.softmax(x, -1)
+    assert largest(softmax(x) - expected) <= 3e-5
+    run = run_function(softmax, x)
+    assert largest(run.result - expected) <= 2.5e-4
+    assert largest(run.result.sum(-1) - 1) <= 2.5e-4 + 2**-16 * length
+    if length > 3:
+        assert largest(run.result[expected == 0]) <= 2**-15  # what is masked stays out
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 33])
+def test_attention(length: int) -> None:
+    scores = torch.stack([score_rows(length)[i : i + 10] for i in (0, 64, 74, 84)])
+    values = normal(4, length, 6, seed=1)
+    expected = torch.softmax(scores, -1) @ values
+    assert largest(attend(scores, values) - expected) <= 2e-4
+    assert largest(run_function(attend, scores, values).result - expected) <= 6e-4
+
+
+# norms
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 16, 48, 384])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 6.0])
+def test_layer_norm(width: int, scale: float) -> None:
+    x = normal(20, width, seed=width) * scale + 1.5
+    if width < 3:
+        x = torch.tensor([[1.0], [2.5]]) * scale if width == 1 else torch.tensor([[1.0, 2.0], [0.5, -0.3]]) * scale
+        x = x.to(torch.float64)
+    w, b = normal(width, seed=1), normal(width, seed=2)
+    variance = x.var(-1, unbiased=False)
+    low, high = float(variance.min()) / 4 + 1e-3 * (width == 1), float(variance.max()) * 4 + 1e-2
+    eps = 1e-5
+    expected = F.layer_norm(x, (width,), w, b, eps)
+    assert largest(layer_norm(x, w, b, eps, low, high) - expected) <= 1e-4
+    run = run_function(
+        lambda v: layer_norm(v, WeightRef("w", (width,)), WeightRef("b", (width,)), eps, low, high),
+        x,
+        weights={"w": w, "b": b},
+    )
+    assert largest(run.result - expected) <= 3e-3
+
+
+@pytest.mark.parametrize("width", [1, 3, 32])
+def test_l2_normalization(width: int) -> None:
+    x = normal(20, width, seed=width)
+    x = x + torch.sign(x) * 0.3
+    squares = x.square().sum(-1)
+    low, high = float(squares.min()) / 2, float(squares.max()) * 2
+    expected = F.normalize(x, dim=-1)
+    assert largest(l2_normalize(x, low, high) - expected) <= 2e-5
+    assert largest(run_function(lambda v: l2_normalize(v, low, high), x).result - expected) <= 1e-3
+
+
+# fits and pieces
+
+FITS: tuple[tuple[Callable[[Tensor], Tensor], float, float, int], ...] = (
+    (torch.exp, 0.0, 1.0, 3),
+    (torch.tanh, 0.0, 0.7, 3),
+    (torch.sin, -1.0, 2.0, 5),
+    (torch.rsqrt, 0.5, 1.0, 2),
+    (torch.erf, -1.0, 3.0, 6),
+)
+
+
+@pytest.mark.parametrize(("function", "low", "high", "degree"), FITS)
+def test_minimax_fits_beat_their_neighbours(
+    function: Callable[[Tensor], Tensor], low: float, high: float, degree: int
+) -> None:
+    piece, error = minimax(function, low, high, degree)
+    x = torch.linspace(low, high, 20_001, dtype=torch.float64)
+    reached = largest(piece(x) - function(x))
+    assert reached == pytest.approx(error, rel=1e-3)
+    half = (high - low) / 2
+    for seed in range(200):
+        noise = normal(degree + 1, seed=seed) * error * 0.1
+        near = Piece(
+            tuple(c + float(n) / half**j for j, (c, n) in enumerate(zip(piece.coefficients, noise, strict=True))),
+            piece.centre,
+        )
+        assert largest(near(x) - function(x)) > reached * (1 - 1e-4)
+
+
+@pytest.mark.parametrize(("function", "low", "high", "degree"), FITS)
+def test_minimax_errors_alternate(
+    function: Callable[[Tensor], Tensor], low: float, high: float, degree: int
+) -> None:
+    """Chebyshev's criterion: degree + 2 extremes of equal size and alternating sign."""
+    piece, error = minimax(function, low, high, degree)
+    x = torch.linspace(low, high, 20_001, dtype=torch.float64)
+    difference = piece(x) - function(x)
+    extreme = difference[difference.abs() > error * (1 - 1e-2)].sign()
+    assert int((extreme[1:] != extreme[:-1]).sum()) + 1 >= degree + 2
+
+
+def test_pieces() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.5, 1.0, 3.0], dtype=torch.float64)
+    p = Piece((1.0, 2.0, 3.0), 0.5)
+    assert torch.allclose(p(x), 1 + 2 * (x - 0.5) + 3 * (x - 0.5) ** 2)
+    assert torch.allclose(p.mirrored()(x), p(-x))
+    assert torch.allclose(p.mirrored(-1.0)(x), -p(-x))
+    steps = [Piece(()), Piece((1.0,)), Piece((0.0, 1.0))]
+    assert piecewise(x, [-1.0, 1.0], steps).tolist() == [0.0, 1.0, 1.0, 1.0, 3.0]
+    for knots, pieces in (([0.0], steps), ([1.0, -1.0], steps), ([], steps)):
+        with pytest.raises(ValueError, match="ascending knots take"):
+            piecewise(x, knots, pieces)
+
+
+def test_pieces_under_the_protocol() -> None:
+    """Jumps, slopes that are short binary fractions, slopes that are not, and functions that share comparisons."""
+    x = torch.linspace(-4, 4, 1601, dtype=torch.float64)
+    x = x[((x + 1).abs() > 2**-7) & ((x - 2).abs() > 2**-7)]  # a jump may come early by the tolerance
+
+    def function(v: Any) -> Any:
+        first = piecewise(v, [-1.0, 2.0], [Piece((3.0,)), Piece((0.25, -0.375)), Piece((0.0, 0.3))])
+        return first + piecewise(v, [-1.0], [Piece(()), Piece((1.0, 2.0, -0.7), 0.5)])
+
+    run = run_function(function, x)
+    assert largest(run.result - function(x)) <= 3e-4
+
+
+# primitives of traces
+
+
+def test_primitives_under_the_protocol() -> None:
+    x, y = normal(3, 4), normal(3, 4, seed=1)
+    w, v = normal(4, 5, seed=2), normal(4, seed=3)
+
+    def function(a: Any, b: Any) -> Any:
+        c = (a * 0.3 - b + 1.25) * a + (2.0 - b).square()
+        d = concatenate([c, -a], 1).slice(1, 1, 7, 2)  # (3, 3)
+        e = (b.linear(WeightRef("w", (4, 5))) * 0.5).slice(1, 0, 3)
+        f = (a * WeightRef("v", (4,)) + WeightRef("v", (4,))).mean(1, keepdim=True)
+        return (d @ e.permute((1, 0))) + f.expand((3, 3)) + b.sum(1).reshape((3, 1))
+
+    c = (x * 0.3 - y + 1.25) * x + (2.0 - y) ** 2
+    d = torch.cat([c, -x], 1)[:, 1:7:2]
+    expected = d @ (y @ w * 0.5)[:, :3].T + (x * v + v).mean(1, keepdim=True) + y.sum(1, keepdim=True)
+    run = run_function(function, x, y, weights={"w": w, "v": v})
+    assert largest(run.floating - expected) <= 1e-12
+    assert largest(run.result - expected) <= 2e-3
+
+
+@pytest.mark.parametrize("fixed", [FixedPoint(), FixedPoint(12, 10, 2), FixedPoint(18, 16, 0), FixedPoint(8, 6, 1)])
+def test_every_fixed_point(fixed: FixedPoint) -> None:
+    x = normal(40, 6)
+    run = run_function(lambda v: gelu(v * v + 1.0) * 0.5, x, fixed_point=fixed)
+    assert largest(run.result - F.gelu(x * x + 1) * 0.5) <= 1e-3 + 40 * 2.0**-fixed.fraction_bits
+
+
+def test_values_at_the_calibrated_bound_and_its_margin() -> None:
+    """A value may grow to twice what calibration saw before a ring overflows: here the cube does, at the end."""
+    seen = normal(200)
+    x = 1.259 * float(seen.abs().max()) * torch.sign(seen)
+    run = run_function(lambda v: (v * v) * v, x, calibration=[[seen]])
+    assert largest(run.result - x**3) <= 5e-3
+
+
+def test_what_no_ring_can_hold_is_refused() -> None:
+    with pytest.raises(DoesNotFit, match=r"the product 'mul' reaches .*\nhint: "):
+        run_function(lambda v: v * v * 1e9 * v, normal(5) * 1e6)
+
+
+def test_bounded_replaces_what_was_seen() -> None:
+    x = torch.zeros(4, dtype=torch.float64)
+    assert torch.equal(bounded(x, -8.0, 8.0), x)
+    trace = Trace()
+    symbol = bounded(trace.input("x", (4,)), -8.0, 8.0)
+    assert symbol.trace.primitives[symbol.id].attrs == {"low": -8.0, "high": 8.0}
