@@ -2,7 +2,8 @@
 
     python -m benchmarks.main_job [--length 128] [--embedding client-table] [--accuracy FILE|builtin] [--write]
 
-Speed: the median of five warm queries. Memory: each process's own peak. Accuracy: every sentence's cosine to the float64 plaintext model.
+Speed: the median of five warm queries. Memory: each process's own peak. Accuracy: every sentence's cosine to the
+float64 plaintext model.
 """
 
 from __future__ import annotations
@@ -32,10 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -103,7 +102,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write a results file")
     options = parser.parse_args()
     length = options.length
-    report: dict[str, Any] = {"machine": machine(), "length": length, "embedding": options.embedding, "gelu": options.gelu}
+    report: dict[str, Any] = {"machine": machine(), "length": length}
+    report |= {"embedding": options.embedding, "gelu": options.gelu}
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ["XDG_CACHE_HOME"] = state
@@ -115,7 +115,8 @@ def main() -> None:
         rows, client_peak = ask(fitting(sentences(), length)[:6], server.address, dealer.address)
         report |= summary(rows[1:])
         if options.accuracy:
-            texts = sentences() if options.accuracy == "builtin" else Path(options.accuracy).read_text("latin-1").splitlines()
+            builtin = options.accuracy == "builtin"
+            texts = sentences() if builtin else Path(options.accuracy).read_text("latin-1").splitlines()
             texts = fitting([t for t in texts if t.strip()], length)[: options.count]
             found = cosines(ask(texts, server.address, dealer.address)[0], length)
             report["accuracy"] = {
@@ -134,7 +135,7 @@ def main() -> None:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def median(name: str) -> float:
-        return round(statistics.median(row[name] for row in rows), 3)
+        return float(round(statistics.median(row[name] for row in rows), 3))
 
     first = rows[0]
     return {

@@ -4,6 +4,7 @@ In dependency order, one line a module:
 
 errors       what can go wrong between parties, in words for the person at the keyboard
 endpoints    host:port, the loopback rule, channels
+calls        errors of gRPC calls, in words on both ends
 frames       byte strings as parts of about 1 MB; one round as a frame
 sessions     seeds, query keys, and what a session has burnt
 files        once-per-model files: masked weights, token table; the client's cache

@@ -16,7 +16,7 @@ from parties.errors import PartyError, PeerLost, printable
 def calling(
     who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type[PartyError] = PeerLost
 ) -> Iterator[None]:
-    """Turn a gRPC error into one that says who failed at what, and what to do; the peer's own hint goes before ``hint``."""
+    """Turn a gRPC error into one that says who failed at what, and what to do: the peer's own hint, else ``hint``."""
     try:
         yield
     except grpc.RpcError as error:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import torch
 import typer
 from rich.console import Console
@@ -31,18 +32,22 @@ from secure.tokens import load_tokenizer
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Private transformer inference: the server never sees the input, the client never gets the weights (semi-honest parties).",
+    help="Private transformer inference: the server never sees the input, "
+    "the client never gets the weights (semi-honest parties).",
     pretty_exceptions_enable=False,
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})
-Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})
+# Enums for typer's choices; their members come from the library.
+Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
+Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 
 Threads = Annotated[int, typer.Option(help="Threads of local arithmetic; 0: as many as there are processors.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
-Announce = Annotated[bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)]
+Announce = Annotated[
+    bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
 Deadline = Annotated[float, typer.Option(min=1, help="Seconds to wait for any one message of the peer.")]
 Model = Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")]
@@ -53,11 +58,18 @@ def _threads(count: int) -> None:
     torch.set_num_threads(count or os.cpu_count() or 1)
 
 
-def _announce(address: Endpoint, what: str, announce: bool) -> None:
-    err.print(f"unseen {what}: listening on {address} (semi-honest: it is assumed to follow the protocol)")
-    if announce:
-        out.file.write(json.dumps({"listening": str(address)}) + "\n")
-        out.file.flush()
+def _run(server: grpc.Server, address: Endpoint, what: str, announce: bool) -> None:
+    def tell() -> None:
+        _say(f"unseen {what}: listening on {address} (semi-honest: it is assumed to follow the protocol)")
+        if announce:
+            out.file.write(json.dumps({"listening": str(address)}) + "\n")
+            out.file.flush()
+
+    hosting.run_until_stopped(server, tell)
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -78,8 +90,7 @@ def dealer(
         insecure=insecure,
         what="the dealer",
     )
-    _announce(address, "dealer", announce)
-    hosting.run_until_stopped(server)
+    _run(server, address, "dealer", announce)
 
 
 @app.command()
@@ -91,7 +102,9 @@ def serve(
     embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
     gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
-    calibration: Annotated[Path | None, typer.Option(help="A text file, one sentence a line, that sets the ranges.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file, one sentence a line, that sets the ranges.")
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="Where the weight-mask seed is kept.")] = None,
     deadline: Deadline = 60.0,
     threads: Threads = 0,
@@ -112,13 +125,12 @@ def serve(
         listening, lambda s: add_InferenceServicer_to_server(service, s), insecure=insecure, what="the server"
     )
     cost = compiled.program.cost
-    err.print(
+    _say(
         f"unseen serve: {model}, {length} tokens, embedding {embedding.value}: {cost.rounds} rounds, "
         f"{_mb(cost.to_server + cost.to_client)} online, {_mb(cost.offline_to_server)} offline a query; "
         f"Program {compiled.program.digest[:16]}..."
     )
-    _announce(address, "serve", announce)
-    hosting.run_until_stopped(server)
+    _run(server, address, "serve", announce)
 
 
 def _sentences(path: Path | None) -> tuple[list[str], ...]:
@@ -150,6 +162,8 @@ def embed(
 ) -> None:
     """Embed texts that the server never sees."""
     _threads(threads)
+    if compare_with:
+        model_directory(compare_with)  # a mistake in it shows before anything is sent
     with connect(
         server, dealer, insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
     ) as connection:
@@ -204,9 +218,10 @@ def _print_report(
     once = ", ".join(f"{name} {_mb(size)}" for name, size in connection.files.items())
     out.print(f"\nonce per model, to the client: {once}")
     out.print(
-        f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} (no step is probabilistic)"
+        f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} "
+        "(no step is probabilistic)"
     )
-    out.print(_who_learns(program.labels["embedding"]))
+    out.print(_who_learns(program.labels.get("embedding", "")))
 
 
 def _plain(model: str, texts: list[str], length: int) -> list[torch.Tensor | None]:
@@ -254,9 +269,9 @@ def app_main() -> None:
         app()
     except (PartyError, ValueError, ImportError, OSError) as error:
         first, *rest = str(error).splitlines() or [type(error).__name__]
-        err.print(f"unseen: error: {first}", markup=False, soft_wrap=True)
+        _say(f"unseen: error: {first}")
         for line in rest:
-            err.print(line, markup=False, soft_wrap=True)
+            _say(line)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,30 +1,40 @@
 """The client: connects to server and dealer, prepares queries ahead, and gets answers that only it can read.
 
-It holds no weights and needs no model code: the Program, the masked weights and the tokenizer come from the server and are checked by
-digest; the token table too, if the owner lets clients hold it.
+It holds no weights and needs no model code: the Program, the masked weights and the tokenizer come from the server and
+are checked by digest; the token table too, if the owner lets clients hold it.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
-from safetensors.torch import load
 from torch import Tensor
 
+from parties.calls import calling
 from parties.endpoints import Endpoint, open_channel
-from parties.errors import DealerError, HandshakeError, PartyError, PeerLost, ProtocolError, from_code
-from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, cache_directory, fetch, unpack_masked
+from parties.errors import (
+    DealerError,
+    HandshakeError,
+    PartyError,
+    PeerLost,
+    ProtocolError,
+    QueryError,
+    from_code,
+    printable,
+)
+from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, cache_directory, fetch, unpack_masked, unpack_tables
 from parties.frames import FrameReader, to_frames
-from parties.sessions import DEPLOYMENT, query_key
+from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, query_key
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceStub
@@ -62,7 +72,8 @@ class _Ready:
 class Connection:
     """A session with a server and a dealer; a context manager. One query at a time.
 
-    deadline: seconds to wait for any one message before PeerLost. cache: where once-per-model files are kept (None: not at all).
+    deadline: seconds to wait for any one message before PeerLost.
+    cache: where once-per-model files are kept (None: not at all).
     program_digest: refuse a server whose Program has another digest.
     """
 
@@ -78,41 +89,51 @@ class Connection:
     ) -> None:
         self._server_at = Endpoint.parse(server, what="the server")
         self._dealer_at = Endpoint.parse(dealer, what="the dealer")
-        self._deadline = deadline
-        self._channels = [
-            open_channel(self._server_at, insecure=insecure, what="the server"),
-            open_channel(self._dealer_at, insecure=insecure, what="the dealer"),
-        ]
-        self._inference = InferenceStub(self._channels[0])
-        self._ready: list[_Ready] = []
-        self._next_query = 0
+        self._deadline, self._lock = deadline, threading.RLock()
+        self._ended = ""  # why nothing can be asked any more
+        self._next_query, self._ready = 0, list[_Ready]()
         self.reports: list[QueryReport] = []
-        self._describe(program_digest, cache)
-        self._open_session()
+        with ExitStack() as stack:  # whatever fails on the way closes what was opened
+            self._open = stack
+            self._inference = InferenceStub(self._channel(self._server_at, "the server", insecure))
+            self._dealer = DealerStub(self._channel(self._dealer_at, "the dealer", insecure))
+            self._describe(program_digest, cache)
+            self._open_session()
+            self._open = stack.pop_all()
 
     # setting up
 
+    def _channel(self, where: Endpoint, what: str, insecure: bool) -> grpc.Channel:
+        channel = open_channel(where, insecure=insecure, what=what)
+        self._open.callback(channel.close)
+        return channel
+
     def _describe(self, pinned: str | None, cache: Path | None) -> None:
-        with _blaming("the server", self._server_at, "start it with: unseen serve"):
+        with calling("the server", self._server_at, f"start it with: unseen serve --listen {self._server_at}"):
             description = self._inference.Describe(pb.DescribeRequest(), timeout=self._deadline)
         if (description.version, description.deployment) != (VERSION, DEPLOYMENT):
             raise HandshakeError(
-                f"the server speaks version {description.version} of {description.deployment!r}, "
-                f"this client version {VERSION} of {DEPLOYMENT!r}",
+                f"version: the server speaks '{description.version}' of {description.deployment!r}, "
+                f"this client '{VERSION}' of {DEPLOYMENT!r}",
                 "use the same version of unseen on both sides",
             )
         self.program = Program.from_bytes(description.program)
-        if pinned is not None and not hmac.compare_digest(pinned, self.program.digest):
-            raise HandshakeError(f"the server's Program has digest {self.program.digest}, expected {pinned}")
+        if pinned is not None and pinned != self.program.digest:
+            raise HandshakeError(
+                f"Program digest: the server has {self.program.digest!r}, this client expects {pinned!r}",
+                "ask the server's owner which Program it serves",
+            )
         self.weights_digest = description.weights_digest
         self.files = {f.name: f.size for f in description.files}
         payloads = {}
         for file in description.files:
-            with _blaming("the server", self._server_at, "try again"):
-                payloads[file.name] = fetch(file, lambda sha=file.sha256: self._download(sha), cache)
-        masked = unpack_masked(payloads.pop(MASKED_WEIGHTS), self.program.weight_rings, self.program.weight_shapes)
+            if file.name in (MASKED_WEIGHTS, TOKEN_TABLE):
+                with calling("the server", self._server_at, "try again"):
+                    payloads[file.name] = fetch(file, self._download, cache)
+        masked = unpack_masked(payloads.get(MASKED_WEIGHTS), self.program.weight_rings, self.program.weight_shapes)
         self._weights = ClientWeights(masked)
-        self._tables = load(payloads[TOKEN_TABLE]) if TOKEN_TABLE in payloads else {}
+        tables = {c.table: c.size for c in self.program.client_inputs if c.encoding == "client-table"}
+        self._tables = unpack_tables(payloads.get(TOKEN_TABLE), tables)
         self._tokenizer = _tokenizer(description)
 
     def _download(self, sha256: str) -> Iterator[bytes]:
@@ -128,11 +149,12 @@ class Connection:
             client_seed=self._seed,
         )
         hint = f"start it with: unseen dealer --listen {self._dealer_at}"
-        with _blaming("the dealer", self._dealer_at, hint, DealerError):
-            self._session = DealerStub(self._channels[1]).Open(request, timeout=self._deadline).session
+        with calling("the dealer", self._dealer_at, hint, doing="opening a session", kind=DealerError):
+            self._session = self._dealer.Open(request, timeout=self._deadline).session
         self._outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
         self._call = self._inference.Session(iter(self._outbox.get, None))
         self._watch = Watchdog(self._deadline, self._call.cancel)
+        self._open.callback(self._end, "it was closed")
         self._send(
             hello=pb.Hello(
                 version=VERSION,
@@ -151,11 +173,13 @@ class Connection:
     def _expect(self, kind: str, what: str) -> Any:
         """The server's next message, which must be of one kind."""
         try:
-            with self._watch:
+            with self._watch.guard():
                 message = next(self._call)
         except (grpc.RpcError, StopIteration) as error:
             if self._watch.fired:
                 reason = f"did not answer within {self._deadline:g} s"
+            elif isinstance(error, grpc.Call) and error.code() not in _GONE:
+                reason = f"refused ({printable(error.details() or '')})"
             else:
                 reason = "is gone" if isinstance(error, grpc.RpcError) else "ended the session"
             raise PeerLost(
@@ -163,7 +187,7 @@ class Connection:
             ) from None
         found = message.WhichOneof("content")
         if found == "failure":
-            raise from_code(message.failure.code, f"the server reports: {message.failure.message}")
+            raise from_code(message.failure.code, f"the server reports: {printable(message.failure.message)}")
         if found != kind:
             raise ProtocolError(f"the server sent {found!r} where {kind!r} was expected ({what})")
         return getattr(message, kind)
@@ -173,7 +197,7 @@ class Connection:
     @property
     def length(self) -> int:
         """Tokens that a text may have, special ones included."""
-        return int(self.program.labels["length"])
+        return int(self.program.labels.get("length", 0))
 
     @property
     def ready(self) -> int:
@@ -181,7 +205,16 @@ class Connection:
         return len(self._ready)
 
     def prepare(self) -> None:
-        """The offline phase of one query: the dealer deals to the server, this client computes its shares of linear layers."""
+        """The offline phase of one query: the dealer deals to the server, the client makes its shares of linear layers."""
+        with self._lock:
+            if len(self._ready) >= MAXIMUM_PREPARED:
+                raise QueryError(
+                    f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first"
+                )
+            with self._in_session():
+                self._prepare()
+
+    def _prepare(self) -> None:
         number, self._next_query = self._next_query, self._next_query + 1
         start = time.perf_counter()
         self._send(prepare=pb.Prepare(query=number))
@@ -190,23 +223,44 @@ class Connection:
         prepared = prepare(self.program.circuit, correlations, self._weights)
         own = time.perf_counter() - start
         answer = self._expect("prepared", f"the corrections of query {number}, which the server gets from the dealer")
+        if answer.query != number:
+            raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
         seconds = time.perf_counter() - start
         self._ready.append(_Ready(number, correlations, prepared, seconds, own, answer.seconds, answer.bytes))
 
     def query(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's answer (float64) on the model's own arguments; its report is the last of ``reports``."""
         values = self.program.client_values(inputs, self._tables)
-        if not self._ready:
-            self.prepare()
-        ready = self._ready.pop(0)  # taken before the first message: a failed query never uses it again
-        start = time.perf_counter()
-        self._send(query=pb.Query(query=ready.query))
-        result, cost = self._run(ready, values)
-        self._expect("finished", "the end of the query")
-        online = time.perf_counter() - start
-        total = Cost(cost.rounds, cost.to_server, cost.to_client, ready.corrections)
-        self.reports.append(QueryReport(total, online, ready.seconds, ready.dealer_seconds, ready.client_seconds))
+        with self._lock, self._in_session():
+            if not self._ready:
+                self._prepare()
+            ready = self._ready.pop(0)  # taken before the first message: a failed query never uses it again
+            start = time.perf_counter()
+            self._send(query=pb.Query(query=ready.query))
+            result, cost = self._run(ready, values)
+            self._expect("finished", "the end of the query")
+            online = time.perf_counter() - start
+            total = Cost(cost.rounds, cost.to_server, cost.to_client, ready.corrections)
+            self.reports.append(QueryReport(total, online, ready.seconds, ready.dealer_seconds, ready.client_seconds))
         return self.program.decode(result)
+
+    @contextmanager
+    def _in_session(self) -> Iterator[None]:
+        """Whatever goes wrong inside leaves the two sides at different places: the session is over then."""
+        if self._ended:
+            raise PeerLost(f"this connection has ended: {self._ended}", "connect again")
+        try:
+            yield
+        except BaseException as error:
+            self._end(str(error).partition("\n")[0] or type(error).__name__)
+            raise
+
+    def _end(self, why: str) -> None:
+        self._ended = self._ended or why
+        self._watch.stop()
+        self._ready.clear()
+        self._outbox.put(None)
+        self._call.cancel()
 
     def _run(self, ready: _Ready, values: Mapping[str, Tensor]) -> tuple[Tensor, Cost]:
         program, waiting = self.program, [0]
@@ -215,9 +269,17 @@ class Connection:
             waiting[0] = indices[0]
 
         step = execute(
-            program.circuit, [program.output], CLIENT, ready.correlations, self._weights, values, ready.prepared, observe
+            program.circuit,
+            [program.output],
+            CLIENT,
+            ready.correlations,
+            self._weights,
+            values,
+            ready.prepared,
+            observe,
         )
-        rounds, sent, received, answer = 0, 0, 0, None
+        rounds, sent, received = 0, 0, 0
+        answer: tuple[Tensor, ...] | None = None
         while True:
             try:
                 exchange = next(step) if answer is None else step.send(answer)
@@ -238,7 +300,9 @@ class Connection:
     def _receive(self, exchange: Exchange, path: str, rounds: int) -> bytes:
         reader = FrameReader(sum(w.size for w in exchange.receive))
         while True:
-            frame = self._expect("frame", f"its message of module '{path}' (round {rounds} of {self.program.cost.rounds})")
+            frame = self._expect(
+                "frame", f"its message of module '{path}' (round {rounds} of {self.program.cost.rounds})"
+            )
             try:
                 payload = reader.add(frame)
             except ValueError as error:
@@ -247,7 +311,7 @@ class Connection:
                 return payload
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
-        """One embedding (float64 vector) a text. Texts are tokenized here; too long or empty ones raise before anything is sent."""
+        """One embedding (float64 vector) a text. Too long or empty texts raise before anything is sent."""
         if self._tokenizer is None:
             raise PartyError("this server's model takes no text", "use query with the model's own arguments")
         pairs = [tokenize(self._tokenizer, text, self.length) for text in texts]
@@ -257,12 +321,7 @@ class Connection:
 
     def close(self) -> None:
         """End the session; what was prepared and not used is discarded by both sides."""
-        self._outbox.put(None)
-        self._watch.stop()
-        self._ready.clear()
-        self._call.cancel()
-        for channel in self._channels:
-            channel.close()
+        self._open.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -273,23 +332,7 @@ class Connection:
         self.close()
 
 
-class _blaming:  # noqa: N801 - reads as a phrase: with _blaming("the dealer", ...)
-    """Turn a gRPC error into one that says who failed and what to do."""
-
-    def __init__(self, who: str, where: Endpoint, hint: str, kind: type[PartyError] = PeerLost) -> None:
-        self._who, self._where, self._hint, self._kind = who, where, hint, kind
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, grpc.RpcError):
-            unreachable = isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE
-            detail = error.details() if isinstance(error, grpc.Call) else str(error)
-            message, _, hint = str(detail).partition("\nhint: ")
-            if unreachable:
-                raise self._kind(f"{self._who} at {self._where} cannot be reached", self._hint) from None
-            raise self._kind(f"{self._who} at {self._where}: {message}", hint or self._hint) from None
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def _tokenizer(description: pb.Description) -> TextTokenizer | None:
@@ -297,7 +340,10 @@ def _tokenizer(description: pb.Description) -> TextTokenizer | None:
         return None
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(description.tokenizer.decode())
+    try:
+        tokenizer = Tokenizer.from_str(description.tokenizer.decode())
+    except Exception as error:  # the library raises Exception itself
+        raise HandshakeError(f"the server's tokenizer cannot be read: {printable(str(error))[:200]}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return TextTokenizer(tokenizer, description.pad_id, description.lowercase)
@@ -312,7 +358,7 @@ def connect(
     cache: bool | Path = True,
     program_digest: str | None = None,
 ) -> Connection:
-    """Connect to ``server`` and ``dealer`` ("host:port"); see ``Connection``. ``cache``: True for the user's cache directory."""
+    """Connect to ``server`` and ``dealer`` ("host:port"), see ``Connection``. ``cache`` True: the user's cache directory."""
     directory = cache_directory() if cache is True else (cache or None)
     return Connection(
         server, dealer, insecure=insecure, deadline=deadline, cache=directory, program_digest=program_digest

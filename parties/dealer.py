@@ -1,7 +1,8 @@
 """The dealer's service: hands out correlated randomness, and sees neither input nor weight nor share.
 
-It learns Programs (public), the weight-mask seed of every registered model, and the seeds of both parties of every session: together
-with either party's messages these would show everything, which is why the dealer must not collude with either.
+It learns Programs (public), the weight-mask seed of every registered model, and the seeds of both parties of every
+session: together with either party's messages these would show everything, which is why the dealer must not collude
+with either.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class DealerService(DealerServicer):
         self._models: OrderedDict[tuple[str, str], _Model] = OrderedDict()
         self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
 
-    def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterReply:  # noqa: N802
+    def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterReply:
         with answering(context, log):
             return pb.RegisterReply(program_digest=self._register(request))
 
@@ -97,7 +98,7 @@ class DealerService(DealerServicer):
         weights = DealerWeights(mask_key(request.mask_seed, request.weights_digest), program.weight_shapes)
         return _Model(program, request.weights_digest, weights, request.mask_seed)
 
-    def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:  # noqa: N802
+    def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
         with answering(context, log):
             if request.version != VERSION:
                 raise HandshakeError(
@@ -118,7 +119,7 @@ class DealerService(DealerServicer):
                     self._sessions.popitem(last=False)
             return pb.OpenReply(session=session)
 
-    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:  # noqa: N802
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:
         with answering(context, log):
             _require_seed(request.server_seed)
             session = self._session(request.session)
@@ -126,12 +127,14 @@ class DealerService(DealerServicer):
             if (request.program_digest, request.weights_digest) != agreed:
                 raise HandshakeError("the session was opened for another Program or other weights", "connect again")
             with self._lock:
-                if session.server_seed is not None:  # a second seed could pair one client's masks with two of the server's
+                if (
+                    session.server_seed is not None
+                ):  # a second seed could pair one client's masks with two of the server's
                     raise ProtocolError("the session was already joined", "connect again")
                 session.server_seed = request.server_seed
             return pb.JoinReply()
 
-    def Deal(self, request: pb.DealRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:  # noqa: N802
+    def Deal(self, request: pb.DealRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         watch = Watchdog(READING, context.cancel)
         try:
             with answering(context, log):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -34,23 +34,33 @@ def process(console: Console, name: str, colour: str, arguments: Sequence[str]) 
         text=True,
     )
     assert child.stdout is not None
-    output, address = child.stdout, ""
-    for line in output:
+    with child.stdout as output:
+        try:
+            address = ""
+            for line in output:
+                _echo(console, name, colour, line)
+                if line.startswith("{"):
+                    address = json.loads(line)["listening"]
+                    break
+            if not address:
+                raise PartyError(f"the {name} did not start (exit code {child.wait()})", "see its output above")
+            reader = threading.Thread(target=_echo_all, args=(console, name, colour, output), daemon=True)
+            reader.start()
+            yield address
+        finally:
+            child.terminate()
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            if address:
+                reader.join()
+
+
+def _echo_all(console: Console, name: str, colour: str, lines: Iterable[str]) -> None:
+    for line in lines:
         _echo(console, name, colour, line)
-        if line.startswith("{"):
-            address = json.loads(line)["listening"]
-            break
-    if not address:
-        child.wait()
-        raise PartyError(f"the {name} did not start (exit code {child.returncode})", "see its output above")
-    reader = threading.Thread(target=lambda: [_echo(console, name, colour, line) for line in output], daemon=True)
-    reader.start()
-    try:
-        yield address
-    finally:
-        child.terminate()
-        child.wait(timeout=10)
-        reader.join(timeout=2)
 
 
 def _echo(console: Console, name: str, colour: str, line: str) -> None:

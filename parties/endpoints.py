@@ -10,7 +10,8 @@ import grpc
 
 from parties.errors import EndpointError
 
-# Bytes of one gRPC message: frames are of about 1 MB, but a Program goes to the dealer in one, and Program and tokenizer to the client.
+# Bytes of one gRPC message. Frames are of about 1 MB, but a Program goes to the dealer in one message, and Program and
+# tokenizer to the client.
 SERVICE_LIMIT, CLIENT_LIMIT = 16 << 20, 64 << 20
 OPTIONS = (
     ("grpc.max_send_message_length", CLIENT_LIMIT),
@@ -49,16 +50,15 @@ class Endpoint:
         return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
     def require_private(self, *, insecure: bool, what: str) -> None:
-        """Refuse an unencrypted channel that leaves this machine: whoever reads it there learns seeds, and so inputs and weights."""
+        """Refuse an unencrypted channel that leaves this machine: who reads it learns seeds, so inputs and weights."""
         if not insecure and not self.is_loopback():
             raise EndpointError(
                 f"{what}: {self} is not on this machine, and the channel would not be encrypted",
-                "use a loopback address behind an encrypted tunnel, or --insecure where nobody else can read the network",
+                "use a loopback address behind an encrypted tunnel, "
+                "or --insecure (insecure=True) where nobody else can read the network",
             )
 
 
 def open_channel(endpoint: Endpoint, *, insecure: bool, what: str) -> grpc.Channel:
     endpoint.require_private(insecure=insecure, what=what)
-    return grpc.insecure_channel(
-        str(endpoint), options=(*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT))
-    )
+    return grpc.insecure_channel(str(endpoint), options=(*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT)))

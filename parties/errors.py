@@ -1,4 +1,4 @@
-"""What can go wrong between parties. Messages are lower case, quote the value, and end with a ``hint:`` where one helps."""
+"""What can go wrong between parties. Messages quote the value, and end with a ``hint:`` where one helps."""
 
 from __future__ import annotations
 

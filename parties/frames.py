@@ -39,7 +39,7 @@ def to_chunks(pieces: Iterable[bytes]) -> Iterator[Chunk]:
 
 
 class FrameReader:
-    """Collects the parts of one frame; refuses more bytes than the Program prescribes, and parts too small to end soon."""
+    """Collects the parts of one frame; refuses more bytes than the Program prescribes, and parts that are too small."""
 
     def __init__(self, expected: int) -> None:
         self._expected, self._size = expected, 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from parties.errors import PartyError
-from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, describe, pack_masked
+from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, describe, pack_masked, store
 from parties.sessions import mask_key
 from proto.unseen_pb2 import File
 from protocols.fixedpoint import FixedPoint
@@ -32,7 +33,7 @@ class ServedModel:
     compiled: Compiled
     weights: ServerWeights
     weights_digest: str
-    mask_seed: bytes
+    mask_seed: bytes = field(repr=False)
     files: Mapping[str, bytes]  # by SHA-256
     descriptions: Sequence[File]
     tokenizer_json: bytes
@@ -76,9 +77,7 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
     for start in range(0, max(1, len(ids) - length), length):
         part = ids[start : start + length]
         if len(part) == length:
-            samples.append(
-                {"input_ids": part[None], "attention_mask": torch.ones((1, length), dtype=torch.int64)}
-            )
+            samples.append({"input_ids": part[None], "attention_mask": torch.ones((1, length), dtype=torch.int64)})
     return samples
 
 
@@ -131,20 +130,17 @@ def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: by
 def load_mask_seed(state: Path, weights_digest: str) -> bytes:
     """The seed of B for these weights: made once, kept in a file that only its owner may read.
 
-    Kept, so that clients' copies of D stay valid over restarts. It belongs to the weights' digest: other weights, or the same at
-    other scales, get another B, because two D under one B would show their difference.
+    Kept, so that clients' copies of D stay valid over restarts. It belongs to the weights' digest: other weights, or the
+    same at other scales, get another B, because two D under one B would show their difference.
     """
     path = state / f"weight-mask-{weights_digest}.seed"
-    if path.is_file():
-        seed = path.read_bytes()
-        if len(seed) == SEED_BYTES:
-            return seed
-        raise PartyError(f"{path} is damaged", "delete it: clients will fetch the masked weights again")
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    seed = fresh_seed()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(seed)
+    with suppress(FileExistsError):  # made before, or by another server this moment
+        if not path.exists():
+            store(path, fresh_seed(), replace=False)
+    seed = path.read_bytes()
+    if len(seed) != SEED_BYTES:
+        raise PartyError(f"{path} is damaged", "delete it: clients will fetch the masked weights again")
     return seed
 
 

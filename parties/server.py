@@ -1,7 +1,7 @@
-"""The server's service: describes the model, hands out its public files, and computes on shares with one client a session.
+"""The server's service: describes the model, hands out its public files, computes on shares with one client a session.
 
-The handler of a session is itself the driver: it yields the frames of the circuit's rounds and reads the client's, so no
-thread stands between the computation and the wire.
+The handler of a session is itself the driver: it yields the frames of the circuit's rounds and reads the client's, so
+no thread stands between the computation and the wire.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from secure.program import VERSION
 log = logging.getLogger("unseen.server")
 
 MAXIMUM_SESSIONS = 16  # at a time; fewer than the threads of the service, which also answers Describe and Download
+BETWEEN = "between queries"
 IDLE = 1800.0  # seconds that a client may keep its session between queries
 
 
@@ -71,7 +72,7 @@ class InferenceService(InferenceServicer):
         hint = f"start it with: unseen dealer --listen {self._dealer_at}"
         return calling("the dealer", self._dealer_at, hint, doing=doing, kind=DealerError)
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: N802
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         m = self.model
         with answering(context, log):
             self._register()  # again: the dealer may have been restarted since
@@ -86,7 +87,7 @@ class InferenceService(InferenceServicer):
             lowercase=m.lowercase,
         )
 
-    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:  # noqa: N802
+    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, log):
@@ -97,7 +98,7 @@ class InferenceService(InferenceServicer):
         finally:
             watch.stop()
 
-    def Session(  # noqa: N802
+    def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
         if not self._free.acquire(blocking=False):
@@ -129,6 +130,7 @@ class _Session:
         self._seed, self._id = fresh_seed(), b""
         self._waiting: Sequence[int] = ()
         self._doing = "the handshake"
+        self._active = context.is_active
         self._dealing: grpc.Call | None = None
         self.watch = Watchdog(service.deadline, context.cancel)
         context.add_callback(self._give_up_dealing)
@@ -149,8 +151,9 @@ class _Session:
             log.warning("session of %s ended: %s", self._who, str(error).splitlines()[0])
             yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
         except GeneratorExit:
-            late = " did not read in time" if self.watch.fired else " is gone"
-            log.warning("session of %s ended: the client%s (%s)", self._who, late, self._doing)
+            late = "did not read in time" if self.watch.fired else "is gone"
+            level = logging.INFO if self._doing == BETWEEN else logging.WARNING
+            log.log(level, "session of %s ended: the client %s (%s)", self._who, late, self._doing)
             raise
         except Exception as error:
             unexpected(error, log)
@@ -163,6 +166,7 @@ class _Session:
             return
         self._greet(first)
         yield pb.ServerMessage(welcome=pb.Welcome())
+        self._doing = BETWEEN
         while (message := self._next_or_gone()) is not None:
             kind = message.WhichOneof("content")
             if kind == "prepare":
@@ -188,7 +192,6 @@ class _Session:
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
         """Between queries a client may take its time, and leave in any way."""
-        self._doing = "between queries"
         try:
             with self.watch.guard(IDLE):
                 return next(self._requests, None)
@@ -231,6 +234,8 @@ class _Session:
         request, buffer = pb.DealRequest(session=self._id, query=query), bytearray()
         with self._service.asking_the_dealer(f"sending the corrections of query {query}"):
             self._dealing = call = self._service.dealer.Deal(request, timeout=600)
+            if not self._active():
+                call.cancel()
             for chunk in call:
                 buffer += chunk.data
                 if len(buffer) > size:
@@ -240,6 +245,7 @@ class _Session:
             raise DealerError(f"the dealer sent {len(buffer)} bytes of corrections, the Program prescribes {size}")
         self._prepared[query] = split_corrections(self._program.circuit, buffer)
         seconds = time.perf_counter() - start
+        self._doing = BETWEEN
         return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
 
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
@@ -268,6 +274,7 @@ class _Session:
                     yield pb.ServerMessage(frame=frame)
             answer = unpack_frame(self._receive(exchange), exchange) if exchange.receive else ()
         log.info("query %d answered in %.2f s", query, time.perf_counter() - start)
+        self._doing = BETWEEN
         yield pb.ServerMessage(finished=pb.Finished(query=query))
 
     def _observe(self, waiting: Sequence[int]) -> None:

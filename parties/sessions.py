@@ -1,8 +1,8 @@
 """Keys of a session's queries, and the rule that a query number is used once.
 
-Each party gives the dealer a fresh seed of its own when a session begins, over its own channel; nobody else sees it. The key of a
-query is derived from that seed, the session, the Program and the query's number, so no two queries ever share a stream. A number is
-burnt before anything is drawn from its key, and stays burnt when the query fails.
+Each party gives the dealer a fresh seed of its own when a session begins, over its own channel; nobody else sees it.
+The key of a query is derived from that seed, the session, the Program and the query's number, so no two queries ever
+share a stream. A number is burnt before anything is drawn from its key, and stays burnt when the query fails.
 """
 
 from __future__ import annotations

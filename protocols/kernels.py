@@ -1,7 +1,7 @@
 """The hot loops over elements and their packed bits, compiled by numba for CPU tensors.
 
-Each function here has one meaning and two forms: one pass over memory in compiled code, and whole-tensor torch operations (``portable``)
-for other devices and as the oracle of the tests. numba is an optional speed-up of the same integers: parties may differ.
+Each function has one meaning and two forms: one pass over memory in compiled code, and whole-tensor torch operations
+for other devices, which are also the oracle of the tests. Both give the same integers, so parties may differ in this.
 """
 
 from __future__ import annotations
@@ -11,27 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from protocols import bits, ring
-
-try:
-    from numba import njit
-except ImportError:  # pragma: no cover - a package of the project's requirements, but nothing else depends on it
-    njit = None
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    if njit is None:
-        return function
     result: Callable[..., Any] = njit(function, cache=True, nogil=True)
     return result
 
 
 def _fast(x: Tensor) -> bool:
-    return njit is not None and x.device.type == "cpu"
+    return x.device.type == "cpu"
 
 
 def _flat(x: Tensor) -> Array:
@@ -110,11 +104,12 @@ def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: i
 def digit_planes(
     z: Tensor, table: Tensor, thresholds: tuple[int, ...], width: int, drop: int, digits: int, first: int
 ) -> Tensor:
-    """Planes of zeta = z - threshold: its bit width - 1, then for each digit of its lower bits without the ``drop`` lowest
-    (radix 16, lowest first) the looked-up bits "less" and "equal".
+    """Planes of zeta = z - threshold: its bit width - 1, then for each digit of its lower bits without the ``drop``
+    lowest (radix 16, lowest first) the looked-up bits "less" and "equal".
 
-    z: n elements. table: (ceil(digits / 4), n) words, the unary codes of four digits each. first: the constant that turns "less"
-    into "at most" (see ``two_party.comparison``). Returns (1 + 2 digits, thresholds * ceil(n / 8)): the thresholds' planes in a row.
+    z: n elements. table: (ceil(digits / 4), n) words, the unary codes of four digits each. first: the constant that
+    turns "less" into "at most" (see ``two_party.comparison``). Returns (1 + 2 digits, thresholds * ceil(n / 8)): the
+    thresholds' planes in a row.
     """
     at = torch.tensor([ring.wrap(t) for t in thresholds], device=z.device)
     if _fast(z):
@@ -137,7 +132,9 @@ def digit_planes(
 
 
 @compiled
-def _select(out: Array, plane: Array, z: Array, x: Array, beta: Array, beta_r: Array, slope: int, offset: int, one: int) -> None:
+def _select(
+    out: Array, plane: Array, z: Array, x: Array, beta: Array, beta_r: Array, slope: int, offset: int, one: int
+) -> None:
     for i in range(out.size):
         masked = slope * (z[i] * beta[i] - beta_r[i]) + offset * beta[i]
         if (plane[i >> 3] >> (i & 7)) & 1:
@@ -153,12 +150,17 @@ def _select_constant(out: Array, plane: Array, beta: Array, offset: int, one: in
 
 
 def select_add(
-    out: Tensor, plane: Tensor, line: tuple[int, int], beta: Tensor, opened: tuple[Tensor, Tensor, Tensor] | None, one: int
+    out: Tensor,
+    plane: Tensor,
+    line: tuple[int, int],
+    beta: Tensor,
+    opened: tuple[Tensor, Tensor, Tensor] | None,
+    one: int,
 ) -> None:
     """out += this party's share of b (slope x + offset), for b = c XOR beta with c in ``plane``.
 
-    line: (slope, offset). beta: share of the mask bit. opened: (z, this party's share of x, share of beta r), None for slope 0.
-    one: 1 for the party that counts constants, 0 for the other. ``out`` is contiguous.
+    line: (slope, offset). beta: share of the mask bit. opened: (z, this party's share of x, share of beta r), None for
+    slope 0. one: 1 for the party that counts constants, 0 for the other. ``out`` is contiguous.
     """
     slope, offset = (ring.wrap(v) for v in line)
     if _fast(out):
@@ -166,8 +168,8 @@ def select_add(
         if opened is None:
             _select_constant(flat, mask, _flat(beta), offset, one)
         else:
-            z, x, beta_r = (_flat(t) for t in opened)
-            _select(flat, mask, z, x, _flat(beta), beta_r, slope, offset, one)
+            z_flat, x_flat, beta_r_flat = (_flat(t) for t in opened)
+            _select(flat, mask, z_flat, x_flat, _flat(beta), beta_r_flat, slope, offset, one)
         return
     masked, whole = beta * offset, torch.full_like(beta, one * offset)
     if opened is not None:
@@ -209,3 +211,13 @@ def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: in
     both = both + torch.where((own ^ other).bool(), -product, product)
     value = value + ring.left(both - top, width)
     return value if client else value - offset
+
+
+def warm_up() -> None:
+    """Compile every kernel (or load it from the cache beside this file), so that no query waits for the compiler."""
+    x, plane = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
+    bit_plane(x, 0, 1)
+    digit_planes(x, x.reshape(1, 8), (0,), 17, 0, 4, 0)
+    select_add(x.clone(), plane, (0, 1), x, None, 1)
+    select_add(x.clone(), plane, (1, 0), x, (x, x, x), 1)
+    extended(x, plane, plane, x, 8, client=True)

@@ -1,6 +1,7 @@
 """Private inference of torch models: compile, run, connect.
 
-``compile`` a module, ``connect`` to a server, or run everything in one process (which protects nothing, and says so by its name).
+``compile`` a module, ``connect`` to a server, or run everything in one process (which protects nothing, and says so by
+its name).
 
 In dependency order, one line a module:
 
@@ -51,7 +52,10 @@ __all__ = [
 
 
 def connect(server: str, dealer: str, **options: Any) -> Connection:
-    """Connect to a server and a dealer; see ``parties.client.connect``. The one place where ``secure`` reaches up to ``parties``."""
+    """Connect to a server and a dealer; see ``parties.client.connect``.
+
+    The one place where ``secure`` reaches up to ``parties``: users find everything under one name.
+    """
     from parties.client import connect as connect_parties
 
     return connect_parties(server, dealer, **options)

@@ -6,7 +6,7 @@ SENTENCES = (
     "The quick brown fox jumps over the lazy dog, again and again, until it is tired of jumping.",
     "How do I reset the password of my account?",
     "Quarterly revenue rose by 14.2 % to $3.7 million, while costs fell slightly.",
-    "She said: \"No, thank you!\" and left without another word.",
+    'She said: "No, thank you!" and left without another word.',
     "Die Katze schläft, während es draußen regnet.",
     "Le ministre a annoncé une réforme qui ne plaît à personne.",
     "def add(a, b): return a + b  # adds two numbers",

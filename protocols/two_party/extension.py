@@ -69,8 +69,8 @@ class Extend(Protocol):
         plane = kernels.bit_plane(x, 0 if client else 1 << (self.ring - 2), self.ring - 1)
         mine = plane ^ material["beta" if client else "alpha"]
         (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
-        # the client's terms in step 2 are s b, the server's t a - s t = t (a - s), and both add their part of alpha beta,
-        # whose sign (1 - 2s)(1 - 2t) is that of s XOR t
+        # the client's terms in step 2 are s b, the server's t a - s t = t (a - s), and both add their part of
+        # alpha beta, whose sign (1 - 2s)(1 - 2t) is that of s XOR t
         return kernels.extended(x, mine, theirs, material["product"], self.ring, client=client)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
