@@ -205,7 +205,7 @@ class Connection:
         return len(self._ready)
 
     def prepare(self) -> None:
-        """The offline phase of one query: the dealer deals to the server, the client makes its shares of linear layers."""
+        """The offline phase of one query: the dealer deals to the server, the client makes its shares of layers."""
         with self._lock:
             if len(self._ready) >= MAXIMUM_PREPARED:
                 raise QueryError(
@@ -358,7 +358,7 @@ def connect(
     cache: bool | Path = True,
     program_digest: str | None = None,
 ) -> Connection:
-    """Connect to ``server`` and ``dealer`` ("host:port"), see ``Connection``. ``cache`` True: the user's cache directory."""
+    """Connect to ``server`` and ``dealer`` ("host:port"), see ``Connection``. ``cache`` True: the user's own."""
     directory = cache_directory() if cache is True else (cache or None)
     return Connection(
         server, dealer, insecure=insecure, deadline=deadline, cache=directory, program_digest=program_digest

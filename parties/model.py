@@ -130,8 +130,8 @@ def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: by
 def load_mask_seed(state: Path, weights_digest: str) -> bytes:
     """The seed of B for these weights: made once, kept in a file that only its owner may read.
 
-    Kept, so that clients' copies of D stay valid over restarts. It belongs to the weights' digest: other weights, or the
-    same at other scales, get another B, because two D under one B would show their difference.
+    Kept, so that clients' copies of D stay valid over restarts. It belongs to the weights' digest: other weights, or
+    the same at other scales, get another B, because two D under one B would show their difference.
     """
     path = state / f"weight-mask-{weights_digest}.seed"
     state.mkdir(parents=True, exist_ok=True, mode=0o700)

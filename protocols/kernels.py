@@ -6,6 +6,7 @@ for other devices, which are also the oracle of the tests. Both give the same in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,49 +134,56 @@ def digit_planes(
 
 @compiled
 def _select(
-    out: Array, plane: Array, z: Array, x: Array, beta: Array, beta_r: Array, slope: int, offset: int, one: int
-) -> None:
-    for i in range(out.size):
-        masked = slope * (z[i] * beta[i] - beta_r[i]) + offset * beta[i]
-        if (plane[i >> 3] >> (i & 7)) & 1:
-            masked = slope * x[i] + one * offset - masked
-        out[i] += masked
+    planes: Array, slopes: Array, offsets: Array, beta: Array, beta_r: Array, z: Array, x: Array, one: int
+) -> Array:
+    out = np.zeros(beta.shape[1], np.int64)
+    sloped = 0
+    for s in range(slopes.size):
+        plane, slope, constant = planes[s], slopes[s], one * offsets[s]
+        if slope != 0:
+            for i in range(out.size):
+                masked = slope * (z[i] * beta[s, i] - beta_r[sloped, i]) + offsets[s] * beta[s, i]
+                chosen = (plane[i >> 3] >> (i & 7)) & 1
+                out[i] += slope * x[i] + constant - masked if chosen else masked
+            sloped += 1
+        else:
+            for i in range(out.size):
+                masked = offsets[s] * beta[s, i]
+                out[i] += constant - masked if (plane[i >> 3] >> (i & 7)) & 1 else masked
+    return out
 
 
-@compiled
-def _select_constant(out: Array, plane: Array, beta: Array, offset: int, one: int) -> None:
-    for i in range(out.size):
-        masked = offset * beta[i]
-        out[i] += one * offset - masked if (plane[i >> 3] >> (i & 7)) & 1 else masked
-
-
-def select_add(
-    out: Tensor,
-    plane: Tensor,
-    line: tuple[int, int],
+def select(
+    planes: Tensor,
+    slopes: tuple[int, ...],
+    offsets: tuple[int, ...],
     beta: Tensor,
     opened: tuple[Tensor, Tensor, Tensor] | None,
-    one: int,
-) -> None:
-    """out += this party's share of b (slope x + offset), for b = c XOR beta with c in ``plane``.
+    *,
+    server: bool,
+) -> Tensor:
+    """This party's share of sum_s b_s (slopes[s] x + offsets[s]), for b_s = c_s XOR beta_s with c_s in ``planes[s]``.
 
-    line: (slope, offset). beta: share of the mask bit. opened: (z, this party's share of x, share of beta r), None for
-    slope 0. one: 1 for the party that counts constants, 0 for the other. ``out`` is contiguous.
+    beta: (S, *shape), shares of the mask bits. opened: (z, this party's share of x, (T, *shape) shares of beta_s r for
+    the T nonzero slopes), None if there are none. The server counts the constants.
     """
-    slope, offset = (ring.wrap(v) for v in line)
-    if _fast(out):
-        flat, mask = out.view(-1).numpy(), _flat(plane)
-        if opened is None:
-            _select_constant(flat, mask, _flat(beta), offset, one)
-        else:
-            z_flat, x_flat, beta_r_flat = (_flat(t) for t in opened)
-            _select(flat, mask, z_flat, x_flat, _flat(beta), beta_r_flat, slope, offset, one)
-        return
-    masked, whole = beta * offset, torch.full_like(beta, one * offset)
-    if opened is not None:
-        z, x, beta_r = opened
-        masked, whole = masked + (z * beta - beta_r) * slope, whole + x * slope
-    out += torch.where(bits.unpack(plane, tuple(out.shape)).bool(), whole - masked, masked)
+    m, q = (torch.tensor([ring.wrap(v) for v in values], device=beta.device) for values in (slopes, offsets))
+    one = 1 if server else 0
+    if _fast(beta):
+        flat = beta.reshape(len(slopes), -1).numpy()
+        z, x, beta_r = opened if opened is not None else (beta, beta, beta)  # not read without a slope
+        rows = beta_r.reshape(beta_r.shape[0], -1).numpy()
+        total = _select(planes.numpy(), m.numpy(), q.numpy(), flat, rows, _flat(z), _flat(x), one)
+        return torch.from_numpy(total).reshape(beta.shape[1:])
+    out, sloped = torch.zeros_like(beta[0]), 0
+    for s, slope in enumerate(slopes):
+        masked, whole = beta[s] * q[s], one * q[s]
+        if slope and opened is not None:
+            z, x, beta_r = opened
+            masked, whole = masked + (z * beta[s] - beta_r[sloped]) * m[s], whole + x * m[s]
+            sloped += 1
+        out += torch.where(bits.unpack(planes[s], tuple(out.shape)).bool(), whole - masked, masked)
+    return out
 
 
 # extension
@@ -213,11 +221,51 @@ def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: in
     return value if client else value - offset
 
 
+# polynomials
+
+
+@compiled
+def _cubic(z: Array, r: Array, r2: Array, r3: Array, centre: int, t: Array, server: bool) -> Array:
+    out = np.empty_like(z)
+    a0, a1, a2, a3 = t[0, 0], t[0, 1], t[0, 2], t[0, 3]
+    b1, b2, b3, c2, c3, d3 = t[1, 1], t[1, 2], t[1, 3], t[2, 2], t[2, 3], t[3, 3]
+    if not server:
+        a0 = a1 = a2 = a3 = np.int64(0)
+    for i in range(z.size):  # no calls and no branches: this loop is vectorized
+        v = z[i] - centre
+        mine = a0 + v * (a1 + v * (a2 + v * a3))
+        out[i] = mine + r[i] * (b1 + v * (b2 + v * b3)) + r2[i] * (c2 + v * c3) + r3[i] * d3
+    return out
+
+
+def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients: tuple[int, ...], first: int) -> Tensor:
+    """sum_{k >= first} (-1)^k r^k sum_{j >= k} C_j binom(j, k) (z - centre)^(j - k), with r^k in ``powers[k - 1]``.
+
+    first: 0 for the party that counts the term without r, 1 for the other. Arithmetic modulo 2^64.
+    """
+    degree = len(coefficients) - 1
+    table = torch.zeros((max(degree, 3) + 1, max(degree, 3) + 1), dtype=torch.int64)
+    for k in range(degree + 1):
+        for j in range(k, degree + 1):
+            table[k, j] = ring.wrap((-1) ** k * math.comb(j, k) * coefficients[j])
+    if _fast(z) and 1 <= degree <= 3:
+        r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # those past the degree meet zeros
+        flat = _cubic(_flat(z), r, r2, r3, ring.wrap(centre), table.numpy(), first == 0)
+        return torch.from_numpy(flat).reshape(z.shape)
+    v, total = z - ring.wrap(centre), torch.zeros_like(z)
+    for k in range(first, degree + 1):
+        inner = torch.zeros_like(z)
+        for j in range(degree, k - 1, -1):
+            inner = inner * v + int(table[k, j])
+        total = total + (inner * powers[k - 1] if k else inner)
+    return total
+
+
 def warm_up() -> None:
     """Compile every kernel (or load it from the cache beside this file), so that no query waits for the compiler."""
     x, plane = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
     bit_plane(x, 0, 1)
     digit_planes(x, x.reshape(1, 8), (0,), 17, 0, 4, 0)
-    select_add(x.clone(), plane, (0, 1), x, None, 1)
-    select_add(x.clone(), plane, (1, 0), x, (x, x, x), 1)
+    select(plane.reshape(1, 1), (1,), (0,), x.reshape(1, 8), (x, x, x.reshape(1, 8)), server=True)
     extended(x, plane, plane, x, 8, client=True)
+    polynomial(x, (x,), 0, (1, 1), 0)

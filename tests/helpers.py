@@ -215,7 +215,8 @@ def run_function(
 ) -> FunctionRun:
     """Trace a function of symbols, calibrate it, make a circuit of it, and run that on the inputs.
 
-    ``calibration``: inputs that set the ranges, by default these themselves. The function's arguments are one symbol for each input; weights stand in it as ``WeightRef``.
+    ``calibration``: inputs that set the ranges, by default these themselves. The function's arguments are one symbol
+    for each input; weights stand in it as ``WeightRef``.
     """
     fixed, weights = fixed_point or FixedPoint(), weights or {}
     names = [f"x{i}" for i in range(len(inputs))]
@@ -226,7 +227,7 @@ def run_function(
     real = {name: w.to(torch.float64) for name, w in weights.items()}
     ranges = Ranges.calibrate(trace, samples, real, fixed.margin_bits)
     emitter = Emitter(Plan(trace, ranges, fixed, [out.id]))
-    emitter.run({name: (-1e9, 1e9) for name in names})
+    emitter.run(dict.fromkeys(names, (-1000000000.0, 1000000000.0)))
     value = emitter.get(out.id, 0)
     emitter.emit(tp.Reveal(out.shape, value.ring), value.index)
     held = {}

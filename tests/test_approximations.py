@@ -36,6 +36,7 @@ from approximations.fits import minimax
 from approximations.primitives import bounded
 from protocols.fixedpoint import FixedPoint
 from secure.emit import DoesNotFit
+from secure.ranges import Ranges, dyadic
 from secure.trace import Trace, WeightRef, concatenate
 from tests.helpers import run_function
 
@@ -252,9 +253,7 @@ def test_minimax_fits_beat_their_neighbours(
 
 
 @pytest.mark.parametrize(("function", "low", "high", "degree"), FITS)
-def test_minimax_errors_alternate(
-    function: Callable[[Tensor], Tensor], low: float, high: float, degree: int
-) -> None:
+def test_minimax_errors_alternate(function: Callable[[Tensor], Tensor], low: float, high: float, degree: int) -> None:
     """Chebyshev's criterion: degree + 2 extremes of equal size and alternating sign."""
     piece, error = minimax(function, low, high, degree)
     x = torch.linspace(low, high, 20_001, dtype=torch.float64)
@@ -287,6 +286,31 @@ def test_pieces_under_the_protocol() -> None:
 
     run = run_function(function, x)
     assert largest(run.result - function(x)) <= 3e-4
+
+
+# ranges
+
+
+def test_short_binary_fractions() -> None:
+    for value in (0.0, 1.0, -1.0, 0.375, -12.0, 1023 / 1024, 2.0**-30):
+        m, q = dyadic(value)
+        assert m * 2.0**-q == value
+        assert m % 2 or value == 0
+    for value in (0.3, math.pi, -1e-5, 1e7 / 3):
+        m, q = dyadic(value)
+        assert abs(m) < 2**14
+        assert m * 2.0**-q == pytest.approx(value, rel=2.0**-14)
+
+
+def test_calibration_needs_an_input() -> None:
+    trace = Trace()
+    trace.input("x", (3,))
+    with pytest.raises(ValueError, match="at least one input"):
+        Ranges.calibrate(trace, [], {}, 1)
+    ranges = Ranges.calibrate(trace, [{"x": torch.tensor([-3.0, 0, 2])}, {"x": torch.tensor([1.0, 5, 2])}], {}, 2)
+    assert ranges.seen(0) == (-3.0, 5.0)
+    assert ranges.magnitude(0) == 20.0
+    assert ranges.bits(0) == 5
 
 
 # primitives of traces

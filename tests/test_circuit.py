@@ -116,25 +116,27 @@ def test_both_parties_wait_for_the_same_instructions() -> None:
         )
         for party in (SERVER, CLIENT)
     ]
-    run_pair(*steps)
+    run_pair(steps[SERVER], steps[CLIENT])
     assert seen[SERVER] == seen[CLIENT] == [[2, 3, 8], [6], [9]]
 
 
 @st.composite
 def circuits(draw: st.DrawFn) -> list[Instruction]:
     """Random circuits of exact protocols over one shape and ring."""
-    circuit, shares, openings = sources(), [0, 1], []
+    circuit, shares = sources(), [0, 1]
+    openings: list[int] = []
     for _ in range(draw(st.integers(1, 25))):
         kinds = ["add", "open", "extend", "deliver"] + (["product", "polynomial", "compare"] if openings else [])
         kind = draw(st.sampled_from(kinds))
 
         def share() -> int:
-            return draw(st.sampled_from(shares))
+            return int(draw(st.sampled_from(shares)))
 
         def opening() -> int:
-            return draw(st.sampled_from(openings))
+            return int(draw(st.sampled_from(openings)))
 
         protocol: Protocol
+        inputs: tuple[int, ...]
         at, result = len(circuit), shares
         if kind == "add":
             protocol, inputs = local.Add(SHAPE, RING), (share(), share())

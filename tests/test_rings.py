@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols import bits, matmul, ring, wire
+from protocols import bits, kernels, matmul, ring, wire
 from protocols.fixedpoint import FixedPoint, FixedPointError
 from protocols.prg import KEY_BYTES, Key, derive_key, fresh_seed
 from protocols.wire import FrameError, Wire
-from tests.helpers import integers, tensor, words
+from tests.helpers import integers, octets, tensor, words
 
 WORDS = st.one_of(
     st.integers(-(2**63), 2**63 - 1), st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63), 2**62, -(2**62), 2**32])
@@ -114,6 +114,43 @@ def test_packed_bits(values: list[int]) -> None:
     assert bits.unpack(plane, (len(values),)).tolist() == [v & 1 for v in values]
 
 
+# compiled kernels
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), width=st.integers(2, 64), data=st.data())
+def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    drop = data.draw(st.integers(0, width - 2))
+    digits = max(1, -(-(width - 1 - drop) // 4))
+    thresholds = tuple(data.draw(st.lists(WORDS, min_size=1, max_size=3)))
+    line = (data.draw(WORDS), data.draw(WORDS))
+    z, x, beta, beta_r, start = (words(rng, (n,)) for _ in range(5))
+    table, mine, theirs = words(rng, (-(-digits // 4), n)), *(octets(rng, (bits.plane_bytes(n),)) for _ in range(2))
+
+    def results() -> list[torch.Tensor]:
+        narrow = min(width, 63)
+        out = [kernels.bit_plane(z, line[1], width - 1)]
+        for first in (0, 0x0001_0001_0001_0001):
+            out.append(kernels.digit_planes(z, table, thresholds, width, drop, digits, first))
+        for one in (0, 1):
+            for opened in (None, (z, x, beta_r)):
+                total = start.clone()
+                kernels.select_add(total, mine, line if opened else (0, line[1]), beta, opened, one)
+                out.append(total)
+            out.append(kernels.extended(x, mine, theirs, beta, narrow, client=bool(one)))
+        return out
+
+    fast = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_fast", lambda x: False)
+        slow = results()
+    for a, b in zip(fast, slow, strict=True):
+        used = torch.uint8 if a.dtype == torch.uint8 else torch.int64
+        assert a.dtype == b.dtype == used
+        assert torch.equal(a, b)
+
+
 # wire
 
 
@@ -174,7 +211,7 @@ def test_decoded_tensors_can_be_written() -> None:
 
 def test_streams_are_counter_mode_with_the_index_on_top() -> None:
     key, index = bytes(range(16)), 5
-    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305 - the definition of counter mode
+    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     blocks = b"".join(encryptor.update((index << 64 | i).to_bytes(16, "big")) for i in range(20))
     assert bytes(Key(key).stream(index).read(320)) == blocks
     stream = Key(key).stream(index)

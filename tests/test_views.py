@@ -230,7 +230,7 @@ def test_the_client_sees_uniform_weights() -> None:
     for bits_ in (64, 40):
         for w in (0, -(1 << 20)):
             held = {name: torch.full((256, 256), w) for name in ("a", "b")}
-            dealer = DealerWeights(key(), {name: (256, 256) for name in held})
+            dealer = DealerWeights(key(), dict.fromkeys(held, (256, 256)))
             masked = ServerWeights(held).masked(dealer, dict.fromkeys(held, bits_))
             assert not leaks([(name, d, bits_) for name, d in masked.items()])
 
@@ -321,7 +321,7 @@ def bare(protocol: Protocol, name: str) -> Protocol:
         @property
         def draws(self) -> tuple[Draw, ...]:
             made = super().draws
-            return tuple(BareDraw(**{**vars(d)}) if d.name == name else d for d in made)
+            return tuple(BareDraw(**vars(d)) if d.name == name else d for d in made)
 
     broken: Protocol = Bare(**sizes(protocol))
     return broken

@@ -9,13 +9,12 @@ Seen by the server: its corrections of r^2, ..., r^d, masked by the client's sha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
 
-from protocols import ring
+from protocols import kernels, ring
 from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
@@ -77,26 +76,14 @@ class Polynomial(Protocol):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
 
-    def _shifted(self, v: Tensor, power: int) -> Tensor:
-        """sum_{j>=i} C_j binom(j, i) v^(j-i), by Horner's rule."""
-        terms = [c * math.comb(j, power) for j, c in enumerate(self.coefficients) if j >= power]
-        total: Tensor = v * ring.wrap(terms[-1]) if len(terms) > 1 else v.new_full((1,), ring.wrap(terms[-1]))
-        for rank, term in enumerate(reversed(terms[:-1])):
-            total = total + ring.wrap(term)
-            if rank < len(terms) - 2:
-                total = total * v
-        return total
-
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, powers),) = operands
-        v = z - ring.wrap(self.centre)
-        total = self._shifted(v, 0) if party == SERVER else None
-        for i in range(1, len(self.coefficients)):
-            term = self._shifted(v, i) * powers[i - 1]
-            total = (-term if i % 2 else term) if total is None else (total - term if i % 2 else total + term)
-        return v * 0 if total is None else total.expand(self.shape)
+        return kernels.polynomial(z, powers, self.centre, self.coefficients, 0 if party == SERVER else 1)
         yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        (x,) = operands
-        return self._shifted(x - ring.wrap(self.centre), 0).expand(self.shape)
+        v = operands[0] - ring.wrap(self.centre)
+        total = torch.zeros_like(v)
+        for c in reversed(self.coefficients):
+            total = total * v + ring.wrap(c)
+        return total

@@ -56,18 +56,12 @@ class Select(Protocol):
         return {"beta": beta, "beta_r": beta[self._sloped] * operands[1]}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        planes, beta = operands[0].value, material["beta"]
-        z: Any = None  # what was opened of x, and this party's share of x
-        x: Any = None
+        planes, beta, server = operands[0].value, material["beta"], party == SERVER
+        opened = None
         if self._sloped:
             z, r = operands[1]
-            x = z - r if party == SERVER else -r
-        total = torch.zeros(self.shape, dtype=torch.int64, device=beta.device)
-        one = 1 if party == SERVER else 0
-        for s, line in enumerate(zip(self.slopes, self.offsets, strict=True)):
-            opened = (z, x, material["beta_r"][self._sloped.index(s)]) if line[0] else None
-            kernels.select_add(total, planes[s], line, beta[s], opened, one)
-        return total
+            opened = (z, z - r if server else -r, material["beta_r"])
+        return kernels.select(planes, self.slopes, self.offsets, beta, opened, server=server)
         yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
