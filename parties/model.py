@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,14 +26,14 @@ from secure.tokens import TextTokenizer, load_tokenizer, tokenize
 PACKAGED = "all-MiniLM-L6-v2"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ServedModel:
     """A compiled model with everything that a server needs beside it. ``mask_seed`` is secret."""
 
     compiled: Compiled
     weights: ServerWeights
     weights_digest: str
-    mask_seed: bytes = field(repr=False)
+    mask_seed: bytes
     files: Mapping[str, bytes]  # by SHA-256
     descriptions: Sequence[File]
     tokenizer_json: bytes

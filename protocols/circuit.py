@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from protocols import wire
+from protocols import bits, wire
 from protocols.prg import Key, Stream
 from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Material, Protocol, Step, Weights
 from protocols.steps import merge
 from protocols.two_party.endpoints import Input
+from protocols.two_party.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,10 @@ def execute(
             operands = (inputs[protocol.name] if inputs is not None and party == CLIENT else None,)
         material: Material = {} if index in prepared else correlations.take(index, protocol)
         if index in prepared:
-            known = prepared[index]
-            if not isinstance(known, Mapping):  # the result itself; otherwise the material, drawn beforehand
-                finish(index, known)
+            if protocol.finished_offline:
+                finish(index, prepared[index])
                 return
-            material = known
+            material = prepared[index]
         step = protocol.run(party, material, operands, weights)
         try:
             waiting.append((index, step, next(step)))
@@ -190,7 +191,7 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> d
         material = correlations.take(index, protocol)
         operands = tuple(values[i] for i in instruction.inputs if i in values)
         values[index] = protocol.offline(material, operands, weights)
-        out[index] = values[index] if operands else material
+        out[index] = values[index] if protocol.finished_offline else material
     return out
 
 
@@ -245,3 +246,64 @@ def total_cost(circuit: Circuit) -> Cost:
         total = total + cost
         finished[index] = max((finished[i] for i in instruction.inputs), default=0) + cost.rounds
     return Cost(max(finished, default=0), total.to_server, total.to_client, total.offline_to_server)
+
+
+class CircuitError(ValueError):
+    """A circuit does not hold together."""
+
+
+def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check a circuit that somebody else made: fields, kinds, rings and shapes of all operands. No data, little memory.
+
+    The shapes matter for secrecy too: a mask must have the shape of what it hides. CircuitError names the instruction.
+    """
+    shapes: list[Any] = []
+    weights = _Shapes(weight_shapes)
+    for index, instruction in enumerate(circuit):
+        p = instruction.protocol
+        try:
+            p.validate()
+            _check_operands(circuit, instruction)
+            if isinstance(p, Input):
+                result = torch.empty(p.shape, dtype=torch.int64, device="meta")
+            else:
+                result = p.clear(tuple(shapes[i] for i in instruction.inputs), weights)
+            if tuple(result.shape) != p.out.shape:
+                raise ValueError(f"its result has shape {tuple(result.shape)}, it declares {p.out.shape}")
+        except (ValueError, RuntimeError, IndexError, TypeError, LookupError, NotImplementedError) as error:
+            raise CircuitError(f"instruction {index} ({p.kind}): {error}") from None
+        shapes.append(result)
+
+
+def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
+    kinds, p = list(instruction.protocol.operand_kinds), instruction.protocol
+    if kinds and kinds[-1] == "...":
+        kinds = [kinds[0]] * max(1, len(instruction.inputs))
+    if len(kinds) != len(instruction.inputs):
+        raise ValueError(f"it reads {len(kinds)} operands, got {len(instruction.inputs)}")
+    for kind, i in zip(kinds, instruction.inputs, strict=True):
+        operand = circuit[i].protocol
+        if operand.gives != kind:
+            raise ValueError(f"it reads a {kind}, instruction {i} gives a {operand.gives}")
+        if not operand.out.planes and operand.out.bits < p.operand_ring:
+            raise ValueError(f"it needs a ring of {p.operand_ring} bits, instruction {i} has {operand.out.bits}")
+        same = kind in ("delivery", "powers") or p.gives in ("opening", "delivery", "result", "powers")
+        if same and not isinstance(p, Linear) and operand.out.shape != p.out.shape:
+            raise ValueError(f"its operand has shape {operand.out.shape}, it is made for {p.out.shape}")
+        of_bits = getattr(p, "shape", ()) if kind in ("bits", "bit opening") else ()
+        if of_bits and operand.out.shape[-1] != bits.plane_bytes(torch.Size(of_bits).numel()):
+            raise ValueError(f"its bits are those of another number of elements than {of_bits}")
+
+
+class _Shapes(Weights):
+    """Weights without data, by their shapes."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        weight = torch.empty(self._shapes[name], dtype=torch.int64, device="meta")
+        return x * weight if diagonal else x @ weight
+
+    def plain(self, name: str) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device="meta")  # added, so only ever broadcast to the result's shape

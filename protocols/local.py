@@ -31,6 +31,7 @@ class Add(_Shaped):
     """[x] + [y], broadcast; the ring is the narrower of the two."""
 
     kind: ClassVar[str] = "add"
+    reads: ClassVar[tuple[str, ...]] = ("share", "share")
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         x, y = operands
@@ -42,6 +43,7 @@ class Sub(_Shaped):
     """[x] - [y], broadcast."""
 
     kind: ClassVar[str] = "sub"
+    reads: ClassVar[tuple[str, ...]] = ("share", "share")
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         x, y = operands
@@ -66,6 +68,11 @@ class MulConstant(_Shaped):
 
     kind: ClassVar[str] = "mul_constant"
     constant: int
+
+    @property
+    def operand_ring(self) -> int:
+        """x 2^d is known modulo 2^(k + d) when x is modulo 2^k."""
+        return self.ring - (self.constant & -self.constant).bit_length() + 1 if self.constant else 0
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
@@ -141,6 +148,7 @@ class Slice(_Shaped):
 @dataclass(frozen=True)
 class Concat(_Shaped):
     kind: ClassVar[str] = "concat"
+    reads: ClassVar[tuple[str, ...]] = ("share", "...")
     dim: int
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
@@ -167,6 +175,10 @@ class Truncate(Local):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring - self.shift)
 
+    def validate(self) -> None:
+        if not 0 <= self.shift < self.ring:
+            raise ValueError(f"a shift of {self.shift} in a ring of {self.ring} bits")
+
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
         return ring.drop_low(x + (1 << self.shift) if party == SERVER else x, self.shift, self.ring)
@@ -184,6 +196,8 @@ class Indicators(Local):
     """
 
     kind: ClassVar[str] = "indicators"
+    reads: ClassVar[tuple[str, ...]] = ("bits",)
+    gives: ClassVar[str] = "bits"
     width: int  # bytes of a plane
     rows: tuple[tuple[int, ...], ...]
     negate: tuple[bool, ...]
@@ -191,6 +205,10 @@ class Indicators(Local):
     @property
     def out(self) -> Wire:
         return Wire((len(self.rows), self.width), planes=True)
+
+    def validate(self) -> None:
+        if not self.rows or len(self.rows) != len(self.negate) or not all(row and min(row) >= 0 for row in self.rows):
+            raise ValueError(f"{len(self.rows)} rows and {len(self.negate)} signs")
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (planes,) = operands

@@ -1,4 +1,4 @@
-"""Pseudorandom streams: AES-128 in counter mode, keyed with HKDF-SHA-256 over fresh randomness of both sides.
+"""Pseudorandom streams: AES-128 in counter mode, keyed with HKDF-SHA-256 over a fresh seed.
 
 Every stream is named by (key, index): the key belongs to one (session, query number, party), the index is that of the
 instruction in the Program (or of the weight), and the 128-bit counter block is index * 2^64 + position. Two

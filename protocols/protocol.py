@@ -119,6 +119,9 @@ class Protocol(ABC):
 
     kind: ClassVar[str]
     error: ClassVar[str] = "exact"
+    reads: ClassVar[tuple[str, ...]] = ("share",)  # kinds of the operands; "..." repeats the one before it
+    gives: ClassVar[str] = "share"
+    finished_offline: ClassVar[bool] = False  # whether the client's ``offline`` is already its result
     registry: ClassVar[dict[str, type[Protocol]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -134,6 +137,19 @@ class Protocol(ABC):
     @property
     def draws(self) -> tuple[Draw, ...]:
         return ()
+
+    @property
+    def operand_kinds(self) -> tuple[str, ...]:
+        """``reads``, where it depends on the fields."""
+        return self.reads
+
+    @property
+    def operand_ring(self) -> int:
+        """The ring that operands must at least have for the result to be right; 0 where they are bits or absent."""
+        return int(getattr(self, "ring", 0))
+
+    def validate(self) -> None:  # noqa: B027 - most protocols have nothing to check
+        """ValueError where the fields make no sense by themselves; sizes against operands are ``circuit.check``'s."""
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
         """Dealer: from the plain masks drawn here and those of the operands,

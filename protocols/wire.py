@@ -40,7 +40,12 @@ class Wire:
 
 
 def encode(x: Tensor, wire: Wire) -> bytes:
-    """The bytes of one tensor; ring elements are reduced first, so junk above the ring never leaves."""
+    """The bytes of one tensor; ring elements are reduced first, so junk above the ring never leaves.
+
+    A tensor of another shape is refused: had a one-time mask been broadcast over it, this is where it would leak.
+    """
+    if tuple(x.shape) != wire.shape:
+        raise FrameError(f"a tensor of shape {tuple(x.shape)} where one of shape {wire.shape} is to be sent")
     if wire.planes:
         return x.contiguous().numpy().tobytes()
     width = wire.element_bytes

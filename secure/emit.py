@@ -67,10 +67,19 @@ class Plan:
         return f + int(p.attrs.get("extra", 0))
 
     def own(self, i: int) -> int:
-        """The narrowest ring that holds value i at its settled scale,
-        with the sign and the spare bit that extension needs.
-        """
-        return self.ranges.bits(i) + self.fraction[i] + 2
+        """The narrowest ring that holds value i at its settled scale, with the sign and the spare bit of extension."""
+        return self._fitting(i, self.fraction[i])
+
+    def _fitting(self, i: int, scale: int) -> int:
+        bits = self.ranges.bits(i) + scale + 2
+        if bits > WORD:
+            p = self.trace.primitives[i]
+            raise DoesNotFit(
+                f"{p.path or 'the function'}: '{p.op}' reaches {self.ranges.magnitude(i):.3g} and needs {bits} bits "
+                f"with {scale} fraction bits, a ring has {WORD}\n"
+                "hint: fewer fraction bits, or narrower calibration inputs"
+            )
+        return bits
 
     def want(self, i: int) -> int:
         return min(WORD, max(self.own(i), self.wish[i]))
@@ -82,14 +91,7 @@ class Plan:
             scale = self.fraction[p.inputs[0]] + self.fixed.weight_fraction_bits
         else:
             scale = sum(self.fraction[x] for x in p.inputs)
-        bits = self.ranges.bits(i) + scale + 2
-        if bits > WORD:
-            raise DoesNotFit(
-                f"{p.path or 'the function'}: the product '{p.op}' reaches {self.ranges.magnitude(i):.3g} and needs "
-                f"{bits} bits with {scale} fraction bits, a ring has {WORD}\n"
-                "hint: fewer fraction bits, or narrower calibration inputs"
-            )
-        return bits
+        return self._fitting(i, scale)
 
     def _readers_need(self, i: int, p: Primitive) -> None:
         def need(x: int, base: int, wish: int, *, opened: int = 0, delivered: int = 0) -> None:
@@ -103,8 +105,8 @@ class Plan:
                 lift = self.fraction[i] - self.fraction[x]
                 need(x, self.own(i) - lift, self.want(i) - lift)
         elif p.op == "scale":
-            _, q = dyadic(p.attrs["value"])
-            need(p.inputs[0], self.own(i) + max(q, 0), self.want(i) + max(q, 0))
+            q = max(0, dyadic(p.attrs["value"])[1])
+            need(p.inputs[0], self._fitting(i, self.fraction[i] + q), self.want(i) + q)
         elif p.op in ("mul", "matmul"):
             ring = self.product_ring(i)
             for x in p.inputs:

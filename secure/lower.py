@@ -226,7 +226,15 @@ class _Lowering:
 
     def _note_mask(self, mask: int, other: int) -> None:
         """An additive attention mask of the client: as low as it takes, not as low as it comes."""
-        if self.graph.nodes[mask].visibility != "client" or self.seen.magnitude.get(mask, 0.0) < -MASKED:
+        node = self.graph.nodes[mask]
+        if node.visibility != "client":
+            return
+        if not self.seen.magnitude.get(mask, 0.0):
+            raise ValueError(
+                f"{node.path or 'model'}: what the client adds here was zero in every calibration input, so its range "
+                "is unknown\nhint: for an attention mask, add a padded input to the calibration"
+            )
+        if self.seen.magnitude[mask] < -MASKED:
             return
         self._client(mask)
         name = self.client_inputs[mask, "plain"].name

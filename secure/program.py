@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from protocols import ring
-from protocols.circuit import Circuit, Instruction, total_cost
+from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Cost, Protocol
 from protocols.two_party import Input, Linear, Reveal
@@ -31,6 +31,7 @@ from secure.lower import ClientInput
 VERSION = 1
 MAXIMUM_ELEMENTS = 1 << 30  # of one tensor of a Program that somebody else sent
 MAXIMUM_INSTRUCTIONS = 1 << 20
+ENCODINGS = ("plain", "one-hot", "client-table")
 
 
 class InvalidProgram(ValueError):
@@ -149,7 +150,7 @@ class Program:
             _check(program)
         except InvalidProgram:
             raise
-        except (KeyError, TypeError, ValueError, IndexError, ValidationError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, RecursionError, ValidationError) as error:
             raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
         return program
 
@@ -196,8 +197,12 @@ def _check(program: Program) -> None:
         program.circuit[program.output].protocol, Reveal
     ):
         raise InvalidProgram("the output is not a Reveal")
+    check(program.circuit, program.weight_shapes)
+    if not 0 <= program.fraction <= ring.WORD:
+        raise InvalidProgram(f"a result with {program.fraction} fraction bits")
     names = {i.protocol.name for i in program.circuit if isinstance(i.protocol, Input)}
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")
-    if any(c.output >= len(program.client_graph.outputs) for c in program.client_inputs):
-        raise InvalidProgram("an input reads an output that the client's graph does not have")
+    outputs = len(program.client_graph.outputs)
+    if any(not 0 <= c.output < outputs or c.encoding not in ENCODINGS for c in program.client_inputs):
+        raise InvalidProgram("an input is not made from an output of the client's graph in a known way")

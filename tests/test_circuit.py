@@ -208,9 +208,6 @@ def test_preparation_takes_no_input_and_finishes_linear_layers() -> None:
     assert all(isinstance(known[i], Tensor) for i in (2, 3, 6))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="prepare takes a delivery of a prepared result for a finished result: its message never leaves"
-)
 def test_a_linear_layer_straight_behind_another() -> None:
     circuit = [
         Instruction(shared("x", ROW, RING, torch.zeros(ROW, dtype=torch.int64))),

@@ -144,7 +144,8 @@ def test_a_host_that_is_none() -> None:
 # errors in words
 
 
-class Refused(grpc.RpcError, grpc.Call):  # type: ignore[misc]
+@grpc.Call.register
+class Refused(grpc.RpcError):
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         self._code, self._details = code, details
 
@@ -153,9 +154,6 @@ class Refused(grpc.RpcError, grpc.Call):  # type: ignore[misc]
 
     def details(self) -> str:
         return self._details
-
-
-Refused.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

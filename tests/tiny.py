@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import queue
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 import torch
 from torch import Tensor
 
+from approximations.activations import GELU_FORMS
 from parties import hosting
+from parties import server as server_module
+from parties.client import Connection, connect
 from parties.dealer import DealerService
-from parties.endpoints import Endpoint
+from parties.endpoints import Endpoint, open_channel
+from parties.files import unpack_masked
 from parties.model import ServedModel, compile_text_model, serve_ready, text_inputs
 from parties.server import InferenceService
-from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
+from parties.sessions import DEPLOYMENT, query_key
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import (
+    DealerStub,
+    InferenceStub,
+    add_DealerServicer_to_server,
+    add_InferenceServicer_to_server,
+)
+from protocols.circuit import Correlations, execute, prepare
 from protocols.fixedpoint import FixedPoint
+from protocols.protocol import CLIENT
+from protocols.steps import pack_frame, unpack_frame
+from protocols.weights import ClientWeights
 from secure.models import load_sentence_encoder
+from secure.program import VERSION
 from secure.tokens import load_tokenizer
 
 LENGTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = tuple(f"zq{consonant}{vowel}" for consonant in "bcdfghjklmnprstvwxyz" for vowel in "aeiou")[:96]
+TEXT = " ".join(WORDS[:4])
+FIRST = "encoder.embeddings"  # the module whose message the client sends first
 LOOPBACK = Endpoint("127.0.0.1", 0)
 
 
@@ -34,7 +56,12 @@ def write_model(directory: Path, seed: int = 0) -> Path:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     BertModel(BertConfig(vocab_size=100, max_position_embeddings=16, **sizes)).eval().save_pretrained(directory)
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -47,7 +74,7 @@ def write_model(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def sentences(count: int = 30, words: int = LENGTH - 2) -> list[str]:
+def sentences(count: int = 12, words: int = LENGTH - 2) -> list[str]:
     generator = random.Random(1)
     return [" ".join(generator.choices(WORDS, k=generator.randint(1, words))) for _ in range(count)]
 
@@ -56,7 +83,7 @@ def ready(directory: Path, state: Path, embedding: str = "one-hot", **fixed: int
     """The model of ``directory``, compiled and with its files."""
     fixed_point = FixedPoint(**fixed)
     compiled, tokenizer, raw = compile_text_model(
-        str(directory), LENGTH, embedding, "minimax8", fixed_point, sentences()
+        str(directory), LENGTH, embedding, GELU_FORMS[0], fixed_point, sentences()
     )
     return serve_ready(compiled, tokenizer, raw, state)
 
@@ -108,3 +135,118 @@ def serving(
     finally:
         served.stop()
         service.close()
+
+
+def dial(server: Served, dealer: Served, **options: Any) -> Connection:
+    return connect(server.address, dealer.address, cache=False, **{"deadline": 20.0, **options})
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
+        time.sleep(0.01)
+
+
+def works(server: Served, dealer: Served) -> None:
+    with dial(server, dealer) as connection:
+        assert connection.embed([TEXT])[0].isfinite().all()
+
+
+def session_count(server: Served) -> int:
+    return server_module.MAXIMUM_SESSIONS - int(server.service._free._value)
+
+
+# a client that says what it likes
+
+
+class Raw:
+    """The wire format by hand."""
+
+    def __init__(self, server: Served, dealer: Served, model: ServedModel) -> None:
+        self.model, self.program = model, model.compiled.program
+        self.channels = [open_channel(s.endpoint, insecure=False, what="x") for s in (server, dealer)]
+        self.dealer = DealerStub(self.channels[1])
+        self.token = self.dealer.Open(self.open_request()).session
+        self.outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
+        self.call = InferenceStub(self.channels[0]).Session(iter(self.outbox.get, None))
+
+    def open_request(self, **other: Any) -> pb.OpenRequest:
+        fields = {"version": VERSION, "program_digest": self.program.digest, "client_seed": bytes(32)}
+        return pb.OpenRequest(**{**fields, "weights_digest": self.model.weights_digest, **other})
+
+    def say(self, **content: Any) -> None:
+        self.outbox.put(pb.ClientMessage(**content))
+
+    def hear(self) -> Any:
+        message = next(self.call)
+        return getattr(message, message.WhichOneof("content"))
+
+    def hear_failure(self) -> pb.Failure:
+        """After the frames that the server had sent before."""
+        while isinstance(message := self.hear(), pb.Frame):
+            pass
+        assert isinstance(message, pb.Failure)
+        return message
+
+    def greet(self) -> None:
+        fixed = json.dumps(self.program.fixed.as_dict(), sort_keys=True)
+        self.say(
+            hello=pb.Hello(
+                version=VERSION,
+                deployment=DEPLOYMENT,
+                program_digest=self.program.digest,
+                fixed_point=fixed,
+                weights_digest=self.model.weights_digest,
+                session=self.token,
+            )
+        )
+        assert isinstance(self.hear(), pb.Welcome)
+
+    def prepare(self, number: int) -> None:
+        self.say(prepare=pb.Prepare(query=number))
+        assert self.hear().query == number
+
+    def start(self, number: int = 0) -> None:
+        """Up to the middle of a query: the server waits for the client's first message."""
+        self.greet()
+        self.prepare(number)
+        self.say(query=pb.Query(query=number))
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.outbox.put(None)
+        self.call.cancel()
+        for channel in self.channels:
+            channel.close()
+
+
+def refused(raw: Raw, code: str, message: str) -> None:
+    failure = raw.hear_failure()
+    assert failure.code == code
+    assert message in failure.message
+    with pytest.raises(StopIteration):
+        next(raw.call)
+
+
+def run_query(raw: Raw, number: int) -> None:
+    """All of a prepared query, by hand."""
+    key = query_key(bytes(32), "client", raw.token, raw.program.digest, number)
+    correlations, payload = Correlations(CLIENT, key), next(iter(raw.model.files.values()))
+    weights = ClientWeights(unpack_masked(payload, raw.program.weight_rings, raw.program.weight_shapes))
+    ids = torch.full((1, LENGTH), 5)
+    values = raw.program.client_values({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
+    prepared = prepare(raw.program.circuit, correlations, weights)
+    step = execute(raw.program.circuit, [raw.program.output], CLIENT, correlations, weights, values, prepared)
+    exchange = next(step)
+    while True:
+        if exchange.send:
+            raw.say(frame=pb.Frame(data=pack_frame(exchange), last=True))
+        answer = unpack_frame(raw.hear().data, exchange) if exchange.receive else ()
+        try:
+            exchange = step.send(answer)
+        except StopIteration:
+            break
+    assert raw.hear().query == number

@@ -89,11 +89,21 @@ class Compare(Protocol):
     """
 
     kind: ClassVar[str] = "compare"
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    gives: ClassVar[str] = "bits"
     error: ClassVar[str] = "exact but for x within 2^drop below a threshold"
     shape: Shape
     width: int
     drop: int
     thresholds: tuple[int, ...]
+
+    @property
+    def operand_ring(self) -> int:
+        return self.width
+
+    def validate(self) -> None:
+        if not 2 <= self.width <= ring.WORD or not 0 <= self.drop < self.width - 1 or not self.thresholds:
+            raise ValueError(f"width {self.width}, drop {self.drop}, {len(self.thresholds)} thresholds")
 
     @property
     def digits(self) -> int:
@@ -166,7 +176,7 @@ class Compare(Protocol):
         """One round: groups of up to four (less, equal) pairs become one pair each."""
         named = [(pairs[GROUP * g + i], name) for g in range(len(level.sizes)) for name, i in level.names(g)]
         mine = torch.stack([equal if name == "e" else less for (less, equal), name in named]) ^ masks
-        (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
+        (theirs,) = yield swap(mine, Wire((level.variables, self.out.size), planes=True))
         opened = mine ^ theirs
         out, at, used = [], 0, 0
         for group, size in enumerate(level.sizes):

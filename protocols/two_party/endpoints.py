@@ -26,6 +26,7 @@ class Input(Protocol):
     """
 
     kind: ClassVar[str] = "input"
+    reads: ClassVar[tuple[str, ...]] = ()
     shape: Shape
     ring: int
     name: str
@@ -58,6 +59,7 @@ class Reveal(Protocol):
     """
 
     kind: ClassVar[str] = "reveal"
+    gives: ClassVar[str] = "result"
     shape: Shape
     ring: int
 

@@ -51,6 +51,10 @@ class Extend(Protocol):
     def out(self) -> Wire:
         return Wire(self.shape, self.wide)
 
+    def validate(self) -> None:
+        if not 2 <= self.ring < self.wide <= ring.WORD:
+            raise ValueError(f"from {self.ring} to {self.wide} bits")
+
     @property
     def draws(self) -> tuple[Draw, ...]:
         plane = plane_shape(self.shape)[1:]
@@ -68,7 +72,7 @@ class Extend(Protocol):
         client = party == CLIENT
         plane = kernels.bit_plane(x, 0 if client else 1 << (self.ring - 2), self.ring - 1)
         mine = plane ^ material["beta" if client else "alpha"]
-        (theirs,) = yield swap(mine, Wire(tuple(mine.shape), planes=True))
+        (theirs,) = yield swap(mine, Wire(plane_shape(self.shape)[1:], planes=True))
         # the client's terms in step 2 are s b, the server's t a - s t = t (a - s), and both add their part of
         # alpha beta, whose sign (1 - 2s)(1 - 2t) is that of s XOR t
         return kernels.extended(x, mine, theirs, material["product"], self.ring, client=client)

@@ -39,6 +39,7 @@ class Deliver(Protocol):
     """
 
     kind: ClassVar[str] = "deliver"
+    gives: ClassVar[str] = "delivery"
     shape: Shape
     ring: int
 
@@ -79,6 +80,8 @@ class Linear(Protocol):
     """
 
     kind: ClassVar[str] = "linear"
+    reads: ClassVar[tuple[str, ...]] = ("delivery",)
+    finished_offline: ClassVar[bool] = True
     shape: Shape  # of the result
     ring: int
     weight: str

@@ -33,6 +33,7 @@ class Open(Protocol):
     """z = x + r modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element each way; nothing offline."""
 
     kind: ClassVar[str] = "open"
+    gives: ClassVar[str] = "opening"
     shape: Shape
     ring: int
 
@@ -66,6 +67,8 @@ class OpenBits(Protocol):
     """c = b XOR beta for ``planes`` stacked bits of each element. Rounds 1; ``planes`` bits an element each way."""
 
     kind: ClassVar[str] = "open_bits"
+    reads: ClassVar[tuple[str, ...]] = ("bits",)
+    gives: ClassVar[str] = "bit opening"
     shape: Shape  # of the tensor whose bits these are
     planes: int
 

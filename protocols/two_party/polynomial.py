@@ -27,6 +27,8 @@ class Powers(Protocol):
     """
 
     kind: ClassVar[str] = "powers"
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    gives: ClassVar[str] = "powers"
     shape: Shape
     ring: int
     degree: int
@@ -34,6 +36,10 @@ class Powers(Protocol):
     @property
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
+
+    def validate(self) -> None:
+        if not 1 <= self.degree <= 16:
+            raise ValueError(f"degree {self.degree}")
 
     @property
     def draws(self) -> tuple[Draw, ...]:
@@ -67,6 +73,7 @@ class Polynomial(Protocol):
     """
 
     kind: ClassVar[str] = "polynomial"
+    reads: ClassVar[tuple[str, ...]] = ("powers",)
     shape: Shape
     ring: int
     centre: int
@@ -75,6 +82,10 @@ class Polynomial(Protocol):
     @property
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
+
+    def validate(self) -> None:
+        if not self.coefficients:
+            raise ValueError("a polynomial without coefficients")
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, powers),) = operands

@@ -24,6 +24,7 @@ class Product(Protocol):
     """
 
     kind: ClassVar[str] = "product"
+    reads: ClassVar[tuple[str, ...]] = ("opening", "opening")
     shape: Shape  # of the result
     ring: int
     matrix: bool = False

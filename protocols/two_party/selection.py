@@ -39,6 +39,18 @@ class Select(Protocol):
         return Wire(self.shape, self.ring)
 
     @property
+    def operand_kinds(self) -> tuple[str, ...]:
+        return ("bit opening", "opening") if self._sloped else ("bit opening",)
+
+    @property
+    def operand_ring(self) -> int:
+        return self.ring if self._sloped else 0
+
+    def validate(self) -> None:
+        if len(self.slopes) != len(self.offsets) or not self.slopes:
+            raise ValueError(f"{len(self.slopes)} slopes and {len(self.offsets)} offsets")
+
+    @property
     def _sloped(self) -> list[int]:
         return [s for s, slope in enumerate(self.slopes) if slope]
 
@@ -65,7 +77,7 @@ class Select(Protocol):
         yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        total = torch.zeros(self.shape, dtype=torch.int64)
+        total = torch.zeros(self.shape, dtype=torch.int64, device=operands[0].device)
         for plane, slope, offset in zip(operands[0], self.slopes, self.offsets, strict=True):
             value: Any = ring.wrap(offset)
             if slope:

