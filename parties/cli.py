@@ -116,7 +116,8 @@ def serve(
     _threads(threads)
     hosting.log_to_stderr(verbose)
     listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
-    listening.require_private(insecure=insecure, what="the server")
+    listening.require_private(insecure=insecure, what="the server")  # these two before the model is compiled
+    dealing.require_private(insecure=insecure, what="the dealer")
     fixed, sentences = FixedPoint(fraction_bits=fraction_bits), _sentences(calibration)
     compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, *sentences)
     ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
@@ -139,9 +140,12 @@ def _sentences(path: Path | None) -> tuple[list[str], ...]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise PartyError(f"--calibration: {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise PartyError(
+            f"--calibration: {path} cannot be read: {reason}", "a text file, one sentence a line"
+        ) from None
     if not lines:
-        raise PartyError(f"--calibration: {path} has no sentences")
+        raise PartyError(f"--calibration: {path} has no sentences", "a text file, one sentence a line")
     return (lines,)
 
 

@@ -90,7 +90,7 @@ def compile_text_model(
     directory = model_directory(model)
     encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)
     if not 2 < length <= encoder.maximum_length:
-        raise PartyError(f"a length of {length} tokens: the model takes 3 to {encoder.maximum_length}")
+        raise PartyError(f"the model takes no length of {length} tokens", f"3 to {encoder.maximum_length}")
     samples = calibration_inputs(tokenizer, length, sentences)
     compiled = compile(
         encoder,

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from protocols import bits, wire
+from protocols.local import AddWeight
 from protocols.prg import Key, Stream
 from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Material, Protocol, Step, Weights
 from protocols.steps import merge
 from protocols.two_party.endpoints import Input
-from protocols.two_party.linear import Linear
+from protocols.two_party.polynomial import Polynomial, Powers
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,11 @@ def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> Non
         try:
             p.validate()
             _check_operands(circuit, instruction)
-            if isinstance(p, Input):
+            if isinstance(
+                p, AddWeight
+            ):  # the weight's own shape is the server's affair: the others expand to the result's
+                result = shapes[instruction.inputs[0]].expand(p.shape)
+            elif isinstance(p, Input):
                 result = torch.empty(p.shape, dtype=torch.int64, device="meta")
             else:
                 result = p.clear(tuple(shapes[i] for i in instruction.inputs), weights)
@@ -287,9 +292,12 @@ def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
             raise ValueError(f"it reads a {kind}, instruction {i} gives a {operand.gives}")
         if not operand.out.planes and operand.out.bits < p.operand_ring:
             raise ValueError(f"it needs a ring of {p.operand_ring} bits, instruction {i} has {operand.out.bits}")
-        same = kind in ("delivery", "powers") or p.gives in ("opening", "delivery", "result", "powers")
-        if same and not isinstance(p, Linear) and operand.out.shape != p.out.shape:
-            raise ValueError(f"its operand has shape {operand.out.shape}, it is made for {p.out.shape}")
+        if p.elementwise and kind not in ("bits", "bit opening"):
+            made_for = getattr(p, "shape", p.out.shape)
+            if operand.out.shape != made_for:
+                raise ValueError(f"its operand has shape {operand.out.shape}, it is made for {made_for}")
+        if isinstance(p, Polynomial) and isinstance(operand, Powers) and operand.degree < len(p.coefficients) - 1:
+            raise ValueError(f"degree {len(p.coefficients) - 1} of powers up to {operand.degree}")
         of_bits = getattr(p, "shape", ()) if kind in ("bits", "bit opening") else ()
         if of_bits and operand.out.shape[-1] != bits.plane_bytes(torch.Size(of_bits).numel()):
             raise ValueError(f"its bits are those of another number of elements than {of_bits}")
@@ -306,4 +314,4 @@ class _Shapes(Weights):
         return x * weight if diagonal else x @ weight
 
     def plain(self, name: str) -> Tensor:
-        return torch.zeros((), dtype=torch.int64, device="meta")  # added, so only ever broadcast to the result's shape
+        raise LookupError(f"no data of {name!r} here")

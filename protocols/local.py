@@ -166,6 +166,7 @@ class Truncate(Local):
     """
 
     kind: ClassVar[str] = "truncate"
+    elementwise: ClassVar[bool] = True
     error: ClassVar[str] = "within one unit in the last place"
     shape: Shape
     ring: int

@@ -121,6 +121,7 @@ class Protocol(ABC):
     error: ClassVar[str] = "exact"
     reads: ClassVar[tuple[str, ...]] = ("share",)  # kinds of the operands; "..." repeats the one before it
     gives: ClassVar[str] = "share"
+    elementwise: ClassVar[bool] = False  # masks or loops over its operands' elements, so their shape must be its own
     finished_offline: ClassVar[bool] = False  # whether the client's ``offline`` is already its result
     registry: ClassVar[dict[str, type[Protocol]]] = {}
 

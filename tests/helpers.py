@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class Shared(Input):
 @dataclass(frozen=True, eq=False)
 class SharedBits(Shared):
     """The same for packed bits, shared by XOR."""
+
+    gives: ClassVar[str] = "bits"
 
     @property
     def out(self) -> Wire:

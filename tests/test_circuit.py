@@ -18,9 +18,11 @@ from torch import Tensor
 from protocols import local
 from protocols import two_party as tp
 from protocols.circuit import (
+    CircuitError,
     CorrelationReused,
     Correlations,
     Instruction,
+    check,
     deal,
     execute,
     prepare,
@@ -146,10 +148,8 @@ def circuits(draw: st.DrawFn) -> list[Instruction]:
             # far out of range as often as not: the result is right modulo the narrower ring
             protocol, inputs = tp.Extend(SHAPE, RING, 64), (share(),)
         elif kind == "deliver":
-            # never straight behind a linear layer: see test_a_linear_layer_straight_behind_another
-            circuit.append(Instruction(local.AddConstant(SHAPE, RING, 1), (share(),)))
-            circuit.append(Instruction(tp.Deliver(SHAPE, RING), (at,)))
-            protocol, inputs, at = tp.Linear(SHAPE, RING, "d", True), (at + 1,), at + 2
+            circuit.append(Instruction(tp.Deliver(SHAPE, RING), (share(),)))
+            protocol, inputs, at = tp.Linear(SHAPE, RING, "d", True), (at,), at + 1
         elif kind == "product":
             protocol, inputs = tp.Product(SHAPE, RING), (opening(), opening())
         elif kind == "polynomial":
@@ -180,6 +180,82 @@ def test_any_circuit(circuit: list[Instruction], prepared: bool) -> None:
 
 def c_planes(protocol: Protocol) -> bool:
     return protocol.out.planes
+
+
+# circuits that somebody else made
+
+EIGHT: Shape = (8,)
+OPENED = [
+    Instruction(tp.Input(EIGHT, RING, "x", 0, -1.0, 1.0)),
+    Instruction(tp.Open(EIGHT, RING), (0,)),
+    Instruction(tp.Compare(EIGHT, 17, 0, (0, 1)), (1,)),
+    Instruction(tp.OpenBits(EIGHT, 2), (2,)),
+    Instruction(tp.Powers(EIGHT, RING, 2), (1,)),
+    Instruction(tp.Input((1,), RING, "y", 0, -1.0, 1.0)),
+    Instruction(tp.Open((1,), RING), (5,)),
+]
+MISFITS: dict[str, Instruction] = {
+    "reads a result that does not exist": Instruction(local.Reshape(EIGHT, RING), (7,)),
+    "too few operands": Instruction(local.Add(EIGHT, RING), (0,)),
+    "too many operands": Instruction(tp.Open(EIGHT, RING), (0, 0)),
+    "a share where an opening is read": Instruction(tp.Product(EIGHT, RING), (0, 0)),
+    "an opening where a share is read": Instruction(tp.Open(EIGHT, RING), (1,)),
+    "bits where numbers are read": Instruction(tp.Open((2, 1), RING), (2,)),
+    "one mask for eight numbers": Instruction(tp.Open((1,), RING), (0,)),
+    "one delivery mask for eight numbers": Instruction(tp.Deliver((1,), RING), (0,)),
+    "eight masks for one number": Instruction(tp.Open(EIGHT, RING), (5,)),
+    "a mask of another shape": Instruction(tp.Open((2, 4), RING), (0,)),
+    "masks of fewer bits": Instruction(tp.OpenBits(EIGHT, 1), (2,)),
+    "a wider opening than its secret": Instruction(tp.Open(EIGHT, RING + 1), (0,)),
+    "a wider product than its openings": Instruction(tp.Product(EIGHT, RING + 1), (1, 1)),
+    "an extension from a wider ring": Instruction(tp.Extend(EIGHT, RING + 1, 64), (0,)),
+    "an extension of another shape": Instruction(tp.Extend((1,), RING, 64), (0,)),
+    "a comparison wider than the opening": Instruction(tp.Compare(EIGHT, RING + 1, 0, (0,)), (1,)),
+    "a comparison of fewer elements": Instruction(tp.Compare((7,), 17, 0, (0,)), (1,)),
+    "a comparison of more elements": Instruction(tp.Compare((2, 8), 17, 0, (0,)), (1,)),
+    "a comparison of one number as eight": Instruction(tp.Compare(EIGHT, 17, 0, (0,)), (6,)),
+    "an exponential of one number as eight": Instruction(tp.Exponential(EIGHT, 20, 16, 40, 16), (6,)),
+    "a selection of one number as eight": Instruction(tp.Select(EIGHT, RING, (1, 1), (0, 0)), (3, 6)),
+    "a selection by fewer bits": Instruction(tp.Select(EIGHT, RING, (1, 1, 1), (0, 0, 0)), (3, 1)),
+    "a selection by bits of other elements": Instruction(tp.Select((9,), RING, (0, 0), (1, 1)), (3,)),
+    "a selection of nothing": Instruction(tp.Select(EIGHT, RING, (), ()), (3,)),
+    "a slope that is zero modulo 2^64 alone": Instruction(tp.Select(EIGHT, RING, (1 << 64, 1), (0, 0)), (3, 1)),
+    "powers of another shape": Instruction(tp.Powers((1,), RING, 2), (1,)),
+    "a polynomial beyond its powers": Instruction(tp.Polynomial(EIGHT, RING, 0, (1, 2, 3, 4)), (4,)),
+    "a polynomial of another shape": Instruction(tp.Polynomial((1,), RING, 0, (1, 2)), (4,)),
+    "indicators of planes that are not there": Instruction(local.Indicators(1, ((2,),), (False,)), (2,)),
+    "indicators of longer planes": Instruction(local.Indicators(2, ((0,),), (False,)), (2,)),
+    "a slice past the end": Instruction(local.Slice((4,), RING, 0, 6, 10, 1), (0,)),
+    "a slice of another dimension": Instruction(local.Slice((4,), RING, 1, 0, 4, 1), (0,)),
+    "a reshape to more": Instruction(local.Reshape((9,), RING), (0,)),
+    "a permutation that is none": Instruction(local.Permute(EIGHT, RING, (1,)), (0,)),
+    "a truncation of a wider ring": Instruction(local.Truncate(EIGHT, RING + 1, 4), (0,)),
+    "a layer without its weight": Instruction(tp.Linear(EIGHT, RING, "w", True), (0,)),
+    "an answer of another shape": Instruction(tp.Reveal((1,), RING), (0,)),
+    "an answer wider than it is": Instruction(tp.Reveal(EIGHT, 64), (0,)),
+}
+
+
+def test_the_circuit_around_misfits_is_fit() -> None:
+    check(OPENED, {})
+    check([*OPENED, Instruction(tp.Select(EIGHT, RING, (1, 0), (0, 5)), (3, 1))], {})
+
+
+@pytest.mark.parametrize("how", MISFITS)
+def test_misfits_are_refused(how: str) -> None:
+    """Masks must cover what they hide, and compiled loops trust the sizes that they are given."""
+    with pytest.raises(CircuitError, match="instruction 7 "):
+        check([*OPENED, MISFITS[how]], {})
+
+
+@settings(deadline=None, max_examples=30)
+@given(circuit=circuits())
+def test_every_fit_circuit_is_accepted(circuit: list[Instruction]) -> None:
+    check(circuit, {"d": (5,)})
+
+
+def test_a_weight_that_broadcasts_its_operand_is_accepted() -> None:
+    check([*OPENED, Instruction(local.AddWeight((3, 8), RING, "w"), (0,))], {"w": (3, 8)})
 
 
 # the client's preparation

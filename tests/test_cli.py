@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -18,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from parties import cli, demo
+from parties import cli, demo, hosting
 from parties.client import Connection, connect
-from parties.errors import PeerLost
+from parties.errors import PartyError, PeerLost
 from tests.tiny import LENGTH, TEXT, WORDS, Served, expected, sentences
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     threads = torch.get_num_threads()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(cli.hosting, "log_to_stderr", lambda _: None)
+    monkeypatch.setattr(hosting, "log_to_stderr", lambda _: None)
 
     def ask(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["unseen", *arguments])
@@ -64,8 +66,8 @@ def in_words(ended: Ended, message: str, hint: str) -> None:
     assert ended.out == ""
     first, *rest = ended.err.strip().splitlines()
     assert re.fullmatch(f"unseen: error: .*{message}.*", first)
-    assert re.fullmatch(f"hint: .*{hint}.*", rest[-1])
-    assert len(rest) == 1
+    (last,) = rest
+    assert re.fullmatch(f"hint: .*{hint}.*", last)
 
 
 # help
@@ -112,17 +114,27 @@ def test_wrong_usage(arguments: list[str], run: Run) -> None:
         (["serve", "--listen", "0.0.0.0:0"], "the server: 0.0.0.0:0 is not on this machine", "--insecure"),
         (["serve", "--dealer", "192.0.2.1:5", "--listen", "x"], "--listen: 'x' is not host:port", "for example"),
         (["serve", "/no/model"], "no model at '/no/model'", "save_pretrained"),
-        (["serve", "--fraction-bits", "99"], "fraction_bits is an integer from 8 to 20, got 99", ""),
-        (["serve", "--calibration", "/no/file"], "--calibration: /no/file cannot be read", ""),
+        (["serve", "--dealer", "192.0.2.1:5"], "the dealer: 192.0.2.1:5 is not on this machine", "--insecure"),
+        (
+            ["serve", "--calibration", "/no/file"],
+            "--calibration: /no/file cannot be read: No such",
+            "one sentence a line",
+        ),
     ],
 )
 def test_mistakes_in_words(arguments: list[str], message: str, hint: str, run: Run) -> None:
     in_words(run(*arguments), message, hint)
 
 
+def test_a_mistake_that_needs_no_hint(run: Run) -> None:
+    ended = run("serve", "--fraction-bits", "99")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == "unseen: error: fixed point: fraction_bits is an integer from 8 to 20, got 99\n"
+
+
 def test_mistakes_about_a_model(run: Run, directory: Path, tmp_path: Path) -> None:
     model = str(directory)
-    in_words(run("serve", model, "--length", "400"), "a length of 400 tokens", "the model takes 3 to 16")
+    in_words(run("serve", model, "--length", "400"), "takes no length of 400 tokens", "3 to 16")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     in_words(run("serve", model, "--calibration", str(empty)), "has no sentences", "one sentence a line")
@@ -231,7 +243,7 @@ def serve(directory: Path, dealer: Process, log: Path, state: Path, texts: Path,
 
 def test_three_processes(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of it: an answer, a server that is killed in the middle, clean ends, and logs that tell nothing."""
-    texts = tmp_path / "texts.txt"
+    texts, cache = tmp_path / "texts.txt", tmp_path / "cache" / "unseen"
     texts.write_text("\n".join(sentences()))
     logs = [tmp_path / name for name in ("dealer.log", "first.log", "second.log")]
     with process(logs[0], "dealer", "--listen", "127.0.0.1:0", "--verbose") as dealer:
@@ -257,19 +269,15 @@ def test_three_processes(directory: Path, tmp_path: Path, monkeypatch: pytest.Mo
                 send(self, **content)
 
             monkeypatch.setattr(Connection, "_send", killing)
-            with connect(
-                server.address, dealer.address, cache=tmp_path / "cache" / "unseen", deadline=20
-            ) as connection:
+            with connect(server.address, dealer.address, cache=cache, deadline=20) as connection:
                 message = r"is gone; this client waited for its message of module 'encoder[^']*' \(round \d+ of"
                 with pytest.raises(PeerLost, match=message):
                     connection.embed([TEXT])
             monkeypatch.undo()
         with serve(directory, dealer, logs[2], tmp_path / "state", texts, "--verbose") as server:  # knows its seed yet
-            with connect(
-                server.address, dealer.address, cache=tmp_path / "cache" / "unseen", deadline=20
-            ) as connection:
+            with connect(server.address, dealer.address, cache=cache, deadline=20) as connection:
                 connection.embed([TEXT])
-            assert len(list((tmp_path / "cache" / "unseen").iterdir())) == 1
+            assert len(list(cache.iterdir())) == 1
             assert server.end() == 0
         assert dealer.end() == 0
     (seed,) = [file.read_bytes() for file in (tmp_path / "state").iterdir()]
@@ -290,16 +298,12 @@ def test_a_signal_at_once_ends_cleanly(how: signal.Signals, tmp_path: Path) -> N
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_the_demo_says_which_process_did_not_start(run: Run) -> None:
-    from rich.console import Console
-
-    console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
-    with (
-        console.file,
-        pytest.raises(Exception, match=r"the dealer did not start \(exit code 1\)\nhint: see its output"),
-    ):
-        with demo.process(console, "dealer", "red", ["dealer", "--listen", "nowhere"]):
-            pass
+def test_the_demo_says_which_process_did_not_start() -> None:
+    told, message = io.StringIO(), r"the dealer did not start \(exit code 1\)\nhint: see its output"
+    failing = demo.process(Console(file=told), "dealer", "red", ["dealer", "--listen", "nowhere"])
+    with pytest.raises(PartyError, match=message), failing:
+        pass
+    assert "unseen: error: --listen: 'nowhere' is not host:port" in told.getvalue()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch import Tensor
 from protocols import bits, kernels, local
 from protocols import two_party as tp
 from protocols.circuit import Instruction, reference, total_cost
+from protocols.circuit import check as check_circuit
 from protocols.protocol import Cost, Protocol, Shape
 from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
 from protocols.weights import ServerWeights
@@ -494,6 +495,8 @@ def test_conforms(kind: str, data: st.DataObject) -> None:
     check = CASES[kind](setup)
     protocol, size = setup.circuit[-1].protocol, len(setup.circuit)
     assert protocol.kind == kind
+    if kind != "add_weight":  # see test_a_weight_that_broadcasts_its_operand_is_accepted
+        check_circuit(setup.circuit, {name: tuple(w.shape) for name, w in setup.weights.items()})
 
     prepared, portable = (data.draw(st.booleans(), label=label) for label in ("prepared", "portable"))
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -16,29 +17,14 @@ pytest.importorskip("tokenizers")
 
 from parties import server as server_module
 from parties.dealer import DealerService
-from parties.errors import (
-    DealerError,
-    PartyError,
-    PeerLost,
-    ProtocolError,
-)
+from parties.endpoints import open_channel
+from parties.errors import DealerError, PartyError, PeerLost, ProtocolError
 from parties.frames import PART
 from parties.model import ServedModel
 from parties.server import InferenceService
 from proto import unseen_pb2 as pb
-from tests.tiny import (
-    FIRST,
-    TEXT,
-    Raw,
-    Served,
-    dealing,
-    dial,
-    refused,
-    serving,
-    session_count,
-    wait_until,
-    works,
-)
+from proto.unseen_pb2_grpc import InferenceStub
+from tests.tiny import FIRST, TEXT, Raw, Served, dealing, dial, refused, serving, session_count, wait_until, works
 
 # failures in the middle
 
@@ -193,6 +179,20 @@ def test_a_client_that_is_lost_in_a_query(
         assert f"module '{FIRST}" in line
         assert "Traceback" not in caplog.text
         works(server, dealer)
+
+
+def test_a_client_that_does_not_read(model: ServedModel, dealer: Served) -> None:
+    """It fills its window and no more; the server does not wait for it for ever."""
+    large = dataclasses.replace(model, files={"0" * 64: bytes(64 << 20)})
+    with serving(large, dealer.address, deadline=0.5) as server:
+        channel = open_channel(server.endpoint, insecure=False, what="x")
+        chunks = InferenceStub(channel).Download(pb.DownloadRequest(sha256="0" * 64))
+        next(chunks)
+        time.sleep(1.5)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(chunks)
+        assert caught.value.code() == grpc.StatusCode.CANCELLED
+        channel.close()
 
 
 def test_a_client_that_says_nothing(model: ServedModel, dealer: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,11 +18,7 @@ pytest.importorskip("tokenizers")
 from parties import client as client_module
 from parties import server as server_module
 from parties.client import Connection, connect
-from parties.errors import (
-    DealerError,
-    DownloadError,
-    PartyError,
-)
+from parties.errors import DealerError, DownloadError, PartyError
 from parties.files import describe, fetch, unpack_masked
 from parties.model import ServedModel, load_mask_seed, serve_ready
 from parties.server import InferenceService

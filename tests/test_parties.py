@@ -18,14 +18,7 @@ pytest.importorskip("tokenizers")
 from parties import hosting
 from parties.client import connect
 from parties.endpoints import Endpoint, open_channel
-from parties.errors import (
-    DealerError,
-    DownloadError,
-    EndpointError,
-    HandshakeError,
-    PeerLost,
-    QueryError,
-)
+from parties.errors import DealerError, DownloadError, EndpointError, HandshakeError, PeerLost, QueryError
 from parties.model import ServedModel
 from parties.server import InferenceService
 from parties.sessions import DEPLOYMENT

@@ -14,23 +14,12 @@ pytest.importorskip("tokenizers")
 from parties import client as client_module
 from parties import server as server_module
 from parties.dealer import DealerService
-from parties.errors import (
-    PeerLost,
-)
+from parties.errors import PeerLost
 from parties.frames import to_frames
 from parties.model import ServedModel
 from parties.sessions import query_key
 from proto import unseen_pb2 as pb
-from tests.tiny import (
-    TEXT,
-    Raw,
-    Served,
-    dealing,
-    dial,
-    refused,
-    run_query,
-    serving,
-)
+from tests.tiny import TEXT, Raw, Served, dealing, dial, refused, run_query, serving
 
 
 def test_the_server_refuses_a_burnt_number(server: Served, dealer: Served, model: ServedModel) -> None:

@@ -89,6 +89,7 @@ class Compare(Protocol):
     """
 
     kind: ClassVar[str] = "compare"
+    elementwise: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     gives: ClassVar[str] = "bits"
     error: ClassVar[str] = "exact but for x within 2^drop below a threshold"

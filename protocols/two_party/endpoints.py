@@ -59,6 +59,7 @@ class Reveal(Protocol):
     """
 
     kind: ClassVar[str] = "reveal"
+    elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "result"
     shape: Shape
     ring: int

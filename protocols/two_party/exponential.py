@@ -57,6 +57,7 @@ class Exponential(Protocol):
     """
 
     kind: ClassVar[str] = "exponential"
+    elementwise: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     error: ClassVar[str] = "absolute 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19"
     shape: Shape

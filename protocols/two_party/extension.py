@@ -43,6 +43,7 @@ class Extend(Protocol):
     """
 
     kind: ClassVar[str] = "extend"
+    elementwise: ClassVar[bool] = True
     shape: Shape
     ring: int
     wide: int

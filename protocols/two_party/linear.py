@@ -39,6 +39,7 @@ class Deliver(Protocol):
     """
 
     kind: ClassVar[str] = "deliver"
+    elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "delivery"
     shape: Shape
     ring: int

@@ -33,6 +33,7 @@ class Open(Protocol):
     """z = x + r modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element each way; nothing offline."""
 
     kind: ClassVar[str] = "open"
+    elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "opening"
     shape: Shape
     ring: int

@@ -27,6 +27,7 @@ class Powers(Protocol):
     """
 
     kind: ClassVar[str] = "powers"
+    elementwise: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     gives: ClassVar[str] = "powers"
     shape: Shape
@@ -73,6 +74,7 @@ class Polynomial(Protocol):
     """
 
     kind: ClassVar[str] = "polynomial"
+    elementwise: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("powers",)
     shape: Shape
     ring: int

@@ -29,6 +29,7 @@ class Select(Protocol):
     """
 
     kind: ClassVar[str] = "select"
+    elementwise: ClassVar[bool] = True
     shape: Shape
     ring: int
     slopes: tuple[int, ...]
@@ -49,6 +50,8 @@ class Select(Protocol):
     def validate(self) -> None:
         if len(self.slopes) != len(self.offsets) or not self.slopes:
             raise ValueError(f"{len(self.slopes)} slopes and {len(self.offsets)} offsets")
+        if any(slope and ring.wrap(slope) == 0 for slope in self.slopes):
+            raise ValueError("a slope that is a multiple of 2^64")
 
     @property
     def _sloped(self) -> list[int]:
