@@ -28,11 +28,11 @@ MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
 MAXIMUM_FILE = 1 << 37  # bytes; more is not believed, whoever announces it
 
 
-def pack_masked(masked: Mapping[str, Tensor], rings: Mapping[str, int]) -> bytes:
+def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
     """D as a file; ``rings``: bits of each weight."""
     packed = {}
-    for name in sorted(masked):
-        raw = wire.encode(masked[name], Wire(tuple(masked[name].shape), rings[name]))
+    for name, value in masked:
+        raw = wire.encode(value, Wire(tuple(value.shape), rings[name]))
         packed[name] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return save(packed)
 

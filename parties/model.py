@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -106,8 +107,9 @@ def compile_text_model(
 
 def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: bytes, state: Path) -> ServedModel:
     """Make the masked weights and everything else that clients ask for."""
-    digest = compiled.weights_digest
-    seed = load_mask_seed(state, digest)
+    seed = load_mask_seed(state, compiled.weights_digest)
+    # others see a keyed digest: a plain one would let them confirm a guess of the weights
+    digest = hmac.digest(seed, compiled.weights_digest.encode(), "sha256").hex()
     weights, rings = compiled.server_weights, compiled.program.weight_rings
     masked = weights.masked(DealerWeights(mask_key(seed, digest), compiled.program.weight_shapes), rings)
     payloads = {MASKED_WEIGHTS: pack_masked(masked, rings)}

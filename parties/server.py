@@ -125,7 +125,7 @@ class _Session:
         self._who = unquote(context.peer())
         self._model = service.model
         self._program = self._model.compiled.program
-        self._prepared: dict[int, dict[int, bytes]] = {}
+        self._prepared: dict[int, dict[int, memoryview]] = {}
         self._burnt = Burnt()
         self._seed, self._id = fresh_seed(), b""
         self._waiting: Sequence[int] = ()
@@ -231,18 +231,19 @@ class _Session:
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         start, size = time.perf_counter(), self._program.cost.offline_to_server
-        request, buffer = pb.DealRequest(session=self._id, query=query), bytearray()
+        request, buffer, filled = pb.DealRequest(session=self._id, query=query), bytearray(size), 0
         with self._service.asking_the_dealer(f"sending the corrections of query {query}"):
             self._dealing = call = self._service.dealer.Deal(request, timeout=600)
             if not self._active():
                 call.cancel()
             for chunk in call:
-                buffer += chunk.data
-                if len(buffer) > size:
+                filled += len(chunk.data)
+                if filled > size:
                     call.cancel()
                     break
-        if len(buffer) != size:
-            raise DealerError(f"the dealer sent {len(buffer)} bytes of corrections, the Program prescribes {size}")
+                buffer[filled - len(chunk.data) : filled] = chunk.data
+        if filled != size:
+            raise DealerError(f"the dealer sent {filled} bytes of corrections, the Program prescribes {size}")
         self._prepared[query] = split_corrections(self._program.circuit, buffer)
         seconds = time.perf_counter() - start
         self._doing = BETWEEN
@@ -300,12 +301,12 @@ class _Session:
                 return payload
 
 
-def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, bytes]:
-    """The dealer's stream cut by instruction; sizes follow from the circuit."""
+def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
+    """The dealer's stream cut by instruction, without copies; sizes follow from the circuit."""
     out, start, view = {}, 0, memoryview(payload)
     for index, instruction in enumerate(circuit):
         size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
         if size:
-            out[index] = bytes(view[start : start + size])
+            out[index] = view[start : start + size]
             start += size
     return out

@@ -44,7 +44,7 @@ class CorrelationReused(RuntimeError):
 class Correlations:
     """One query's correlated randomness of one party. Taking an entry burns it."""
 
-    def __init__(self, party: int, key: Key, corrections: Mapping[int, bytes] | None = None) -> None:
+    def __init__(self, party: int, key: Key, corrections: Mapping[int, bytes | memoryview] | None = None) -> None:
         """``corrections``: the dealer's bytes by instruction (server); the client has none."""
         self._party, self._key = party, key
         self._corrections = dict(corrections or {})
@@ -74,7 +74,7 @@ def _holds(spec: Draw, party: int) -> bool:
     return spec.holder is None or spec.holder == party
 
 
-def _split(payload: bytes, draws: Sequence[Draw]) -> dict[str, Tensor]:
+def _split(payload: bytes | memoryview, draws: Sequence[Draw]) -> dict[str, Tensor]:
     expected = sum(d.wire.size for d in draws)
     if len(payload) != expected:
         raise wire.FrameError(f"a correction has {expected} bytes here, got {len(payload)}")

@@ -8,7 +8,7 @@ element: enough for the widest product that a Program of that model takes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -47,9 +47,10 @@ class ServerWeights(_Held):
     def plain(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> dict[str, Tensor]:
-        """D = W - B for the weights that products use, reduced to ``rings`` bits each: what the client gets."""
-        return {name: ring.reduce(self._tensors[name] - mask.mask(name), bits) for name, bits in rings.items()}
+    def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+        """D = W - B, one by one, for the weights that products use, reduced to ``rings`` bits: what the client gets."""
+        for name, bits in rings.items():
+            yield name, ring.reduce(self._tensors[name] - mask.mask(name), bits)
 
 
 class ClientWeights(_Held):

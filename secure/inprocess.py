@@ -38,7 +38,7 @@ class InsecureInProcess:
         self.program, self._tables = program, compiled.client_tables
         self._dealer = DealerWeights(_key(), program.weight_shapes)
         self._server = compiled.server_weights
-        self._client = ClientWeights(self._server.masked(self._dealer, program.weight_rings))
+        self._client = ClientWeights(dict(self._server.masked(self._dealer, program.weight_rings)))
 
     def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
         """The model's answer (float64) and what it took."""

@@ -171,7 +171,7 @@ def deal_circuit(
             rings[p.weight] = max(p.ring, rings.get(p.weight, 0))
     dealer = DealerWeights(key(), {name: tuple(w.shape) for name, w in weights.items()})
     server = ServerWeights(weights)
-    client = ClientWeights(server.masked(dealer, rings))
+    client = ClientWeights(dict(server.masked(dealer, rings)))
     keys = (key(), key())
     corrections = dict(deal(circuit, *keys, dealer))
     chosen = outputs if outputs is not None else [len(circuit) - 1]

@@ -101,7 +101,7 @@ def test_masked_weights_that_are_none(model: ServedModel) -> None:
 
 
 def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, tmp_path: Path) -> None:
-    digest = model.weights_digest
+    digest = model.compiled.weights_digest
     state = tmp_path / "new" / "state"
     seed = load_mask_seed(state, digest)
     (file,) = state.iterdir()
@@ -113,6 +113,8 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, t
     again = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
     assert again.mask_seed == seed
     assert again.files.keys() != model.files.keys()  # another seed, another D
+    # others learn a digest under the seed: a plain one would confirm a guess of the weights
+    assert len({digest, again.weights_digest, model.weights_digest}) == 3
     same = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
     assert same.files == again.files
     file.write_bytes(seed[:5])
@@ -149,10 +151,13 @@ def test_other_weights_get_another_seed(directory: Path, state: Path, model: Ser
 def test_two_servers_with_two_seeds_at_one_dealer(
     directory: Path, model: ServedModel, server: Served, dealer: Served, tmp_path: Path
 ) -> None:
-    """The dealer knows one mask for a model; the second server would give answers that are wrong."""
+    """Each has its own mask under its own name; nobody can put another mask under a name that is taken."""
     second = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, tmp_path)
+    with serving(second, dealer.address) as other:
+        works(other, dealer)
+        works(server, dealer)
     with pytest.raises(DealerError, match=r"another mask seed.*\nhint: give all servers of a model the same --state"):
-        InferenceService(second, dealer.endpoint)
+        InferenceService(dataclasses.replace(model, mask_seed=second.mask_seed), dealer.endpoint)
     works(server, dealer)
 
 

@@ -231,7 +231,7 @@ def test_the_client_sees_uniform_weights() -> None:
         for w in (0, -(1 << 20)):
             held = {name: torch.full((256, 256), w) for name in ("a", "b")}
             dealer = DealerWeights(key(), dict.fromkeys(held, (256, 256)))
-            masked = ServerWeights(held).masked(dealer, dict.fromkeys(held, bits_))
+            masked = dict(ServerWeights(held).masked(dealer, dict.fromkeys(held, bits_)))
             assert not leaks([(name, d, bits_) for name, d in masked.items()])
 
 
@@ -241,7 +241,7 @@ def test_weight_masks_belong_to_one_set_of_weights() -> None:
     assert torch.equal(dealer.mask("w"), dealer.mask("w"))
     assert not torch.equal(dealer.mask("w"), DealerWeights(key(), {"w": (8, 8)}).mask("w"))
     first, second = (torch.full((8, 8), w) for w in (3, 7))
-    d1, d2 = (ServerWeights({"w": w}).masked(dealer, {"w": 64})["w"] for w in (first, second))
+    d1, d2 = (dict(ServerWeights({"w": w}).masked(dealer, {"w": 64}))["w"] for w in (first, second))
     assert torch.equal(d1 - d2, first - second)
 
 
