@@ -64,9 +64,9 @@ class Service:
 
 def ask(texts: list[str], server: str, dealer: str) -> tuple[list[dict[str, Any]], float]:
     """Run the client process on texts; its rows and its peak memory in MB."""
-    command = [sys.executable, "-m", "parties.cli", "embed", *texts, "--server", server, "--dealer", dealer, "--json"]
+    command = [sys.executable, "-m", "parties.cli", "embed", "--server", server, "--dealer", dealer, "--json"]
     with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen([*command, "--threads", "1"], stdout=output)
+        child = subprocess.Popen([*command, "--threads", "1", "--", *texts], stdout=output)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = status
         output.seek(0)

@@ -58,11 +58,10 @@ class QueryReport:
     client_seconds: float  # of which the client computed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # holds masks
 class _Ready:
     query: int
     correlations: Correlations
-    prepared: Mapping[int, Any]
     seconds: float
     client_seconds: float
     dealer_seconds: float
@@ -220,13 +219,13 @@ class Connection:
         self._send(prepare=pb.Prepare(query=number))
         key = query_key(self._seed, "client", self._session, self.program.digest, number)
         correlations = Correlations(CLIENT, key)
-        prepared = prepare(self.program.circuit, correlations, self._weights)
+        prepare(self.program.circuit, correlations, self._weights)
         own = time.perf_counter() - start
         answer = self._expect("prepared", f"the corrections of query {number}, which the server gets from the dealer")
         if answer.query != number:
             raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
         seconds = time.perf_counter() - start
-        self._ready.append(_Ready(number, correlations, prepared, seconds, own, answer.seconds, answer.bytes))
+        self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes))
 
     def query(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's answer (float64) on the model's own arguments; its report is the last of ``reports``."""
@@ -275,7 +274,6 @@ class Connection:
             ready.correlations,
             self._weights,
             values,
-            ready.prepared,
             observe,
         )
         rounds, sent, received = 0, 0, 0

@@ -22,7 +22,16 @@ import grpc
 from parties.calls import answering
 from parties.errors import HandshakeError, PartyError, ProtocolError, QueryError
 from parties.frames import to_chunks
-from parties.sessions import SESSION_BYTES, Burnt, mask_key, new_session, query_key
+from parties.sessions import (
+    MAXIMUM_QUERY,
+    SESSION_BYTES,
+    Burnt,
+    deal_proof,
+    join_proof,
+    mask_key,
+    new_session,
+    query_key,
+)
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer
@@ -126,10 +135,13 @@ class DealerService(DealerServicer):
             agreed = (session.model.program.digest, session.model.weights_digest)
             if (request.program_digest, request.weights_digest) != agreed:
                 raise HandshakeError("the session was opened for another Program or other weights", "connect again")
+            proof = join_proof(session.model.mask_seed, request.session, *agreed, request.server_seed)
+            if not hmac.compare_digest(proof, request.proof):
+                raise HandshakeError("only the server of this model can join its sessions")
             with self._lock:
                 if (
                     session.server_seed is not None
-                ):  # a second seed could pair one client's masks with two of the server's
+                ):  # a second seed would pair one client's masks with two of the server's
                     raise ProtocolError("the session was already joined", "connect again")
                 session.server_seed = request.server_seed
             return pb.JoinReply()
@@ -138,14 +150,16 @@ class DealerService(DealerServicer):
         watch = Watchdog(READING, context.cancel)
         try:
             with answering(context, log):
-                yield from watch.sending(self._deal(request.session, request.query))
+                yield from watch.sending(self._deal(request.session, request.query, request.proof))
         finally:
             watch.stop()
 
-    def _deal(self, token: bytes, query: int) -> Iterator[pb.Chunk]:
+    def _deal(self, token: bytes, query: int, proof: bytes) -> Iterator[pb.Chunk]:
         session = self._session(token)
         if session.server_seed is None:
             raise QueryError("the session was not joined by a server")
+        if query >= MAXIMUM_QUERY or not hmac.compare_digest(deal_proof(session.server_seed, token, query), proof):
+            raise QueryError("only the server that joined the session gets its corrections")
         session.burnt.burn(query)
         program = session.model.program
         server = query_key(session.server_seed, "server", token, program.digest, query)

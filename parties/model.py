@@ -18,7 +18,7 @@ from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, describe, pack_masked, st
 from parties.sessions import mask_key
 from proto.unseen_pb2 import File
 from protocols.fixedpoint import FixedPoint
-from protocols.prg import SEED_BYTES, fresh_seed
+from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.calibration import SENTENCES
 from secure.compiler import Compiled, compile
@@ -107,9 +107,11 @@ def compile_text_model(
 
 def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: bytes, state: Path) -> ServedModel:
     """Make the masked weights and everything else that clients ask for."""
-    seed = load_mask_seed(state, compiled.weights_digest)
-    # others see a keyed digest: a plain one would let them confirm a guess of the weights
-    digest = hmac.digest(seed, compiled.weights_digest.encode(), "sha256").hex()
+    root = load_root_seed(state, compiled.weights_digest)
+    # the dealer gets the mask seed; others, it included, see the weights' digest under a key of the server's own,
+    # as a plain one would let them confirm a guess of the weights
+    seed = derive_seed(root, "mask")
+    digest = hmac.digest(derive_seed(root, "digest"), compiled.weights_digest.encode(), "sha256").hex()
     weights, rings = compiled.server_weights, compiled.program.weight_rings
     masked = weights.masked(DealerWeights(mask_key(seed, digest), compiled.program.weight_shapes), rings)
     payloads = {MASKED_WEIGHTS: pack_masked(masked, rings)}
@@ -129,8 +131,8 @@ def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: by
     )
 
 
-def load_mask_seed(state: Path, weights_digest: str) -> bytes:
-    """The seed of B for these weights: made once, kept in a file that only its owner may read.
+def load_root_seed(state: Path, weights_digest: str) -> bytes:
+    """The seed behind B and the public digest of these weights: made once, kept in a file that only its owner may read.
 
     Kept, so that clients' copies of D stay valid over restarts. It belongs to the weights' digest: other weights, or
     the same at other scales, get another B, because two D under one B would show their difference.

@@ -22,7 +22,7 @@ from parties.endpoints import Endpoint, open_channel
 from parties.errors import DealerError, DownloadError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
 from parties.frames import FrameReader, parts, to_frames
 from parties.model import ServedModel
-from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, Burnt, query_key
+from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, MAXIMUM_QUERY, Burnt, deal_proof, join_proof, query_key
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
@@ -222,6 +222,7 @@ class _Session:
             program_digest=program.digest,
             weights_digest=self._model.weights_digest,
             server_seed=self._seed,
+            proof=join_proof(self._model.mask_seed, self._id, program.digest, self._model.weights_digest, self._seed),
         )
         with self._service.asking_the_dealer("joining the client's session"):
             self._service.dealer.Join(request, timeout=30)
@@ -231,7 +232,10 @@ class _Session:
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         start, size = time.perf_counter(), self._program.cost.offline_to_server
-        request, buffer, filled = pb.DealRequest(session=self._id, query=query), bytearray(size), 0
+        if not 0 <= query < MAXIMUM_QUERY:
+            raise QueryError(f"query number {query} is out of range")
+        request = pb.DealRequest(session=self._id, query=query, proof=deal_proof(self._seed, self._id, query))
+        buffer, filled = bytearray(size), 0
         with self._service.asking_the_dealer(f"sending the corrections of query {query}"):
             self._dealing = call = self._service.dealer.Deal(request, timeout=600)
             if not self._active():
@@ -252,6 +256,7 @@ class _Session:
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
         self._burnt.burn(query)  # before anything else: whatever happens from here on, this number is used
         corrections = self._prepared.pop(query, None)
+        self._prepared = {number: kept for number, kept in self._prepared.items() if number > query}  # burnt too
         if corrections is None:
             raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
         program = self._program

@@ -7,6 +7,7 @@ share a stream. A number is burnt before anything is drawn from its key, and sta
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import threading
 
@@ -31,6 +32,22 @@ def query_key(seed: bytes, party: str, session: bytes, program_digest: str, quer
 def mask_key(seed: bytes, weights_digest: str) -> Key:
     """The AES key that expands to the mask B of one set of weights."""
     return Key(derive_key(seed, "weight-mask", weights_digest))
+
+
+def join_proof(mask_seed: bytes, session: bytes, program_digest: str, weights_digest: str, server_seed: bytes) -> bytes:
+    """What only the server of a model can show to its dealer: clients know the session, but not the mask seed.
+
+    Without it a client could join its own session as the server, and read the weights' mask out of the corrections.
+    """
+    key = derive_key(mask_seed, "join")
+    return hmac.digest(
+        key, b"/".join([session, program_digest.encode(), weights_digest.encode(), server_seed]), "sha256"
+    )
+
+
+def deal_proof(server_seed: bytes, session: bytes, query: int) -> bytes:
+    """What only the server that joined can show: corrections are for nobody else."""
+    return hmac.digest(derive_key(server_seed, "deal"), session + query.to_bytes(8, "big"), "sha256")
 
 
 class Burnt:

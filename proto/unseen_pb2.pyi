@@ -47,28 +47,32 @@ class OpenReply(_message.Message):
     def __init__(self, session: _Optional[bytes] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("session", "program_digest", "weights_digest", "server_seed")
+    __slots__ = ("session", "program_digest", "weights_digest", "server_seed", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SERVER_SEED_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     program_digest: str
     weights_digest: str
     server_seed: bytes
-    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., server_seed: _Optional[bytes] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., server_seed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DealRequest(_message.Message):
-    __slots__ = ("session", "query")
+    __slots__ = ("session", "query", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     query: int
-    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

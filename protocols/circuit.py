@@ -19,7 +19,7 @@ from torch import Tensor
 from protocols import bits, wire
 from protocols.local import AddWeight
 from protocols.prg import Key, Stream
-from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Material, Protocol, Step, Weights
+from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Protocol, Step, Weights
 from protocols.steps import merge
 from protocols.two_party.endpoints import Input
 from protocols.two_party.polynomial import Polynomial, Powers
@@ -49,12 +49,16 @@ class Correlations:
         self._party, self._key = party, key
         self._corrections = dict(corrections or {})
         self._taken: set[int] = set()
+        self._drawn: dict[int, dict[str, Tensor]] = {}
+        self._finished: dict[int, Any] = {}
 
     def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
         """The material of instruction ``index``; raises CorrelationReused the second time."""
         draws = protocol.draws
         if not draws:
             return {}
+        if index in self._drawn:
+            return self._drawn.pop(index)
         if index in self._taken:
             raise CorrelationReused(f"the correlation of instruction {index} ({protocol.kind}) was already used")
         self._taken.add(index)
@@ -64,6 +68,23 @@ class Correlations:
         if corrected:
             material |= _split(self._corrections.pop(index, b""), [d for d in draws if d.derived])
         return material
+
+    def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
+        """Client, before the query: draw an instruction's material and compute what needs no input, for one use."""
+        material = self.take(index, protocol)
+        value = protocol.offline(material, operands, weights)
+        if protocol.finished_offline:
+            self._finished[index] = value
+        else:
+            self._drawn[index] = material
+        return value
+
+    def is_finished(self, index: int) -> bool:
+        """Whether ``prepare`` left the result itself; ``finished`` then gives it, once."""
+        return index in self._finished
+
+    def finished(self, index: int) -> Any:
+        return self._finished.pop(index)
 
 
 def draw(spec: Draw, stream: Stream) -> Tensor:
@@ -117,15 +138,14 @@ def execute(
     correlations: Correlations,
     weights: Weights,
     inputs: Mapping[str, Tensor] | None = None,
-    prepared: Mapping[int, Any] | None = None,
     observer: Observer | None = None,
 ) -> Step[list[Any]]:
     """Run a circuit as dataflow: what is ready runs until it must exchange, then all of that leaves as one round.
 
     The order depends on the circuit alone, so both parties merge the same messages. ``inputs``: the client's integers
-    by name; ``prepared``: the client's results of ``prepare``.
+    by name.
     """
-    values, prepared = _Values(circuit, outputs), prepared or {}
+    values = _Values(circuit, outputs)
     missing = [len(set(i.inputs)) for i in circuit]
     readers: list[list[int]] = [[] for _ in circuit]
     for index, instruction in enumerate(circuit):
@@ -146,12 +166,10 @@ def execute(
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
         if isinstance(protocol, Input):
             operands = (inputs[protocol.name] if inputs is not None and party == CLIENT else None,)
-        material: Material = {} if index in prepared else correlations.take(index, protocol)
-        if index in prepared:
-            if protocol.finished_offline:
-                finish(index, prepared[index])
-                return
-            material = prepared[index]
+        if correlations.is_finished(index):
+            finish(index, correlations.finished(index))
+            return
+        material = correlations.take(index, protocol)
         step = protocol.run(party, material, operands, weights)
         try:
             waiting.append((index, step, next(step)))
@@ -178,22 +196,14 @@ def execute(
     return list(values.take(outputs))
 
 
-def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> dict[int, Any]:
-    """The client's work before a query: its masks of deliveries and its shares of linear layers.
-
-    Returns, by instruction, the material (a mapping) of deliveries and the finished result of what needs no input.
-    """
-    out: dict[int, Any] = {}
+def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> None:
+    """The client's work before a query, kept in ``correlations``: masks of deliveries, shares of linear layers."""
     values: dict[int, Any] = {}
     for index, instruction in enumerate(circuit):
         protocol = instruction.protocol
-        if type(protocol).offline is Protocol.offline:
-            continue
-        material = correlations.take(index, protocol)
-        operands = tuple(values[i] for i in instruction.inputs if i in values)
-        values[index] = protocol.offline(material, operands, weights)
-        out[index] = values[index] if protocol.finished_offline else material
-    return out
+        if type(protocol).offline is not Protocol.offline:
+            operands = tuple(values[i] for i in instruction.inputs if i in values)
+            values[index] = correlations.prepare(index, protocol, operands, weights)
 
 
 def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, bytes]]:
@@ -275,7 +285,7 @@ def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> Non
                 result = p.clear(tuple(shapes[i] for i in instruction.inputs), weights)
             if tuple(result.shape) != p.out.shape:
                 raise ValueError(f"its result has shape {tuple(result.shape)}, it declares {p.out.shape}")
-        except (ValueError, RuntimeError, IndexError, TypeError, LookupError, NotImplementedError) as error:
+        except (ValueError, RuntimeError, ArithmeticError, TypeError, LookupError) as error:
             raise CircuitError(f"instruction {index} ({p.kind}): {error}") from None
         shapes.append(result)
 

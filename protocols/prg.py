@@ -29,10 +29,19 @@ def fresh_seed() -> bytes:
 
 def derive_key(seed: bytes, *names: str | int) -> bytes:
     """An AES key bound to a seed and a purpose; different names give independent keys (HKDF-SHA-256, RFC 5869)."""
+    return _derive(seed, KEY_BYTES, names)
+
+
+def derive_seed(seed: bytes, *names: str | int) -> bytes:
+    """Another seed, of SEED_BYTES bytes, that says nothing of the first."""
+    return _derive(seed, SEED_BYTES, names)
+
+
+def _derive(seed: bytes, length: int, names: tuple[str | int, ...]) -> bytes:
     if len(seed) < KEY_BYTES:
         raise ValueError(f"a seed has at least {KEY_BYTES} bytes, got {len(seed)}")
     info = "/".join(["unseen", *map(str, names)]).encode()
-    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(seed)
+    return HKDF(algorithm=hashes.SHA256(), length=length, salt=None, info=info).derive(seed)
 
 
 @dataclass(frozen=True, repr=False)

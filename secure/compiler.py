@@ -46,7 +46,7 @@ class Compiled:
         total = hashlib.sha256()
         for name in sorted(self.integers):
             value = self.integers[name].contiguous()
-            total.update(f"{name}:{tuple(value.shape)}:".encode())
+            total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # names cannot run into what follows
             total.update(value.numpy().tobytes())
         return total.hexdigest()
 

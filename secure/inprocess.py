@@ -48,13 +48,13 @@ class InsecureInProcess:
         corrections = dict(deal(circuit, server_key, client_key, self._dealer))
         dealt = time.perf_counter()
         client_correlations = Correlations(CLIENT, client_key)
-        prepared = prepare(circuit, client_correlations, self._client)
+        prepare(circuit, client_correlations, self._client)
         ready = time.perf_counter()
         values = program.client_values(inputs, self._tables)
         outputs, traffic = [program.output], Traffic()
         _, (result,) = run_pair(
             execute(circuit, outputs, SERVER, Correlations(SERVER, server_key, corrections), self._server),
-            execute(circuit, outputs, CLIENT, client_correlations, self._client, values, prepared),
+            execute(circuit, outputs, CLIENT, client_correlations, self._client, values),
             traffic,
         )
         done = time.perf_counter()

@@ -157,7 +157,7 @@ class _Lowering:
 
     def _weight(self, i: int, suffix: str = "", value: Tensor | None = None) -> WeightRef:
         node = self.graph.nodes[i]
-        name = (node.attrs["name"] if node.op == "parameter" else f"node{i}") + suffix
+        name = (node.attrs["name"] if node.op == "parameter" else f"%{i}") + suffix
         self.weights[name] = (self.server[i] if value is None else value).to(torch.float64)
         return WeightRef(name, tuple(self.weights[name].shape))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -148,9 +149,10 @@ class Program:
                 labels={str(k): str(v) for k, v in d["labels"].items()},
             )
             _check(program)
+            _ = program.digest  # encodes, which fails for numbers that JSON cannot write
         except InvalidProgram:
             raise
-        except (KeyError, TypeError, ValueError, IndexError, RecursionError, ValidationError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, ValidationError) as error:
             raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
         return program
 
@@ -197,6 +199,9 @@ def _check(program: Program) -> None:
         program.circuit[program.output].protocol, Reveal
     ):
         raise InvalidProgram("the output is not a Reveal")
+    for name, shape in program.weight_shapes.items():
+        if not all(size > 0 for size in shape) or math.prod(shape) > MAXIMUM_ELEMENTS:
+            raise InvalidProgram(f"the weight {name!r} has the impossible shape {shape}")
     check(program.circuit, program.weight_shapes)
     if not 0 <= program.fraction <= ring.WORD:
         raise InvalidProgram(f"a result with {program.fraction} fraction bits")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secure.trace import Trace, evaluate
 
+_ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
 _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
 
 
@@ -60,8 +61,8 @@ class Ranges:
         return max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
 
     def bits(self, index: int) -> int:
-        """Integer bits m >= 0 with magnitude <= 2^m (the sign not counted)."""
-        return max(0, math.ceil(math.log2(self.magnitude(index))))
+        """Integer bits m >= 0 with magnitude < 2^m, and room for the error of fixed point (the sign not counted)."""
+        return max(0, math.floor(math.log2(self.magnitude(index) * _ROOM)) + 1)
 
     def seen(self, index: int) -> tuple[float, float]:
         """The range as it was observed."""

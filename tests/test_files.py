@@ -20,7 +20,7 @@ from parties import server as server_module
 from parties.client import Connection, connect
 from parties.errors import DealerError, DownloadError, PartyError
 from parties.files import describe, fetch, unpack_masked
-from parties.model import ServedModel, load_mask_seed, serve_ready
+from parties.model import ServedModel, load_root_seed, serve_ready
 from parties.server import InferenceService
 from proto import unseen_pb2 as pb
 from secure.tokens import load_tokenizer
@@ -103,13 +103,13 @@ def test_masked_weights_that_are_none(model: ServedModel) -> None:
 def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, tmp_path: Path) -> None:
     digest = model.compiled.weights_digest
     state = tmp_path / "new" / "state"
-    seed = load_mask_seed(state, digest)
+    seed = load_root_seed(state, digest)
     (file,) = state.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
-    assert load_mask_seed(state, digest) == seed == file.read_bytes()
+    assert load_root_seed(state, digest) == seed == file.read_bytes()
     assert len(seed) == 32
-    assert load_mask_seed(state, "0" * 64) != seed
+    assert load_root_seed(state, "0" * 64) != seed
     again = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
     assert again.mask_seed == seed
     assert again.files.keys() != model.files.keys()  # another seed, another D
@@ -119,7 +119,7 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, t
     assert same.files == again.files
     file.write_bytes(seed[:5])
     with pytest.raises(PartyError, match="is damaged\nhint: delete it"):
-        load_mask_seed(state, digest)
+        load_root_seed(state, digest)
 
 
 def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
 
     def run() -> None:
         barrier.wait()
-        seeds.append(load_mask_seed(tmp_path, "0" * 64))
+        seeds.append(load_root_seed(tmp_path, "0" * 64))
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:

@@ -8,6 +8,7 @@ SECURITY.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,13 +39,23 @@ class Input(Protocol):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
 
+    def validate(self) -> None:
+        if not (-math.inf < self.low <= self.high < math.inf and 0 <= self.fraction < ring.WORD):
+            raise ValueError(f"an input of {self.fraction} fraction bits in [{self.low}, {self.high}]")
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The client's real numbers as integers of the ring."""
         return ring.encode(x.to(torch.float64).clamp(self.low, self.high), self.fraction)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         (x,) = operands
-        return torch.zeros(self.shape, dtype=torch.int64) if party == SERVER else x
+        if party == SERVER:
+            return torch.zeros(self.shape, dtype=torch.int64)
+        if tuple(x.shape) != self.shape:  # compiled loops trust sizes
+            raise ValueError(
+                f"the input {self.name!r} has shape {tuple(x.shape)}, the Program is made for {self.shape}"
+            )
+        return x
         yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
