@@ -15,5 +15,6 @@ server       the server's service
 client       the client: connect, prepare, embed
 hosting      starting a service: ports, start-up line, shutdown
 demo         three processes on loopback
+reports      costs as tables and JSON
 cli          the command ``unseen``
 """

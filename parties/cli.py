@@ -17,16 +17,18 @@ from rich.table import Table
 
 from approximations.activations import GELU_FORMS
 from parties import demo as demonstration
-from parties import hosting
+from parties import hosting, reports
 from parties.client import Connection, connect
 from parties.dealer import DealerService
 from parties.endpoints import Endpoint
 from parties.errors import PartyError
 from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
+from parties.reports import mb
 from parties.server import InferenceService
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
 from protocols.fixedpoint import FixedPoint
 from secure.lower import EMBEDDINGS
+from secure.profile import NETWORKS, module, profile, total_seconds
 from secure.tokens import load_tokenizer
 
 app = typer.Typer(
@@ -127,10 +129,11 @@ def serve(
     )
     cost = compiled.program.cost
     _say(
-        f"unseen serve: {model}, {length} tokens, embedding {embedding.value}: {cost.rounds} rounds, "
-        f"{_mb(cost.to_server + cost.to_client)} online, {_mb(cost.offline_to_server)} offline a query; "
+        f"unseen serve: {model}, {length} tokens: {cost.rounds} rounds, "
+        f"{mb(cost.to_server + cost.to_client)} online, {mb(cost.offline_to_server)} offline a query; "
         f"Program {compiled.program.digest[:16]}..."
     )
+    _say(f"unseen serve: embedding {reports.embedding_price(compiled.program)}")
     _run(server, address, "serve", announce)
 
 
@@ -208,18 +211,18 @@ def _print_report(
         first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
         out.print(f"  embedding ({len(vector)} numbers)         {first} …")
         out.print(
-            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {_mb(r.cost.to_server)} to the server, "
-            f"{_mb(r.cost.to_client)} to the client"
+            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {mb(r.cost.to_server)} to the server, "
+            f"{mb(r.cost.to_client)} to the client"
         )
         out.print(
-            f"  offline   {r.offline_seconds:6.2f} s   {_mb(r.cost.offline_to_server)} from the dealer to the server "
+            f"  offline   {r.offline_seconds:6.2f} s   {mb(r.cost.offline_to_server)} from the dealer to the server "
             f"({r.dealer_seconds:.2f} s), none to the client (which computes {r.client_seconds:.2f} s)"
         )
     if len(vectors) > 1:
         out.print("\ncosine similarities between the texts:")
         for i, row in enumerate(torch.stack(vectors) @ torch.stack(vectors).T):
             out.print("  " + " ".join(f"{v:7.3f}" for v in row.tolist()) + f"   {texts[i][:40]!r}", markup=False)
-    once = ", ".join(f"{name} {_mb(size)}" for name, size in connection.files.items())
+    once = ", ".join(f"{name} {mb(size)}" for name, size in connection.files.items())
     out.print(f"\nonce per model, to the client: {once}")
     out.print(
         f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} "
@@ -250,6 +253,35 @@ def _who_learns(embedding: str) -> Table:
     return table
 
 
+@app.command(name="profile")
+def profile_command(
+    model: Model = PACKAGED,
+    length: Length = 128,
+    embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
+    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    depth: Annotated[int, typer.Option(min=1, help="Parts of a module path to tell apart.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
+) -> None:
+    """What a query will cost, before anything runs: rounds and bytes by module and by protocol, exactly."""
+    fixed = FixedPoint(fraction_bits=fraction_bits)
+    program = compile_text_model(model, length, embedding.value, gelu.value, fixed)[0].program
+    found = profile(program)
+    if as_json:
+        out.file.write(json.dumps(reports.profile_json(program, found, depth)) + "\n")
+        return
+    total = found.total
+    out.print(reports.profile_table("by module", found.by(lambda line: module(line.path, depth))))
+    out.print(reports.profile_table("by protocol", found.by(lambda line: line.kind)))
+    out.print(f"embedding {reports.embedding_price(program)}")
+    out.print(
+        f"a query: {total.rounds} rounds (merged), {mb(total.to_server)} to the server, {mb(total.to_client)} to the "
+        f"client; offline {mb(total.offline_to_server)} to the server, none to the client"
+    )
+    for name, seconds in total_seconds(NETWORKS, total).items():
+        out.print(f"waiting for the network, without computation: {seconds:6.2f} s on {name}")
+
+
 @app.command()
 def demo(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed; three of ours by default.")] = None,
@@ -261,10 +293,6 @@ def demo(
     """Run dealer, server and client as three processes on this machine and embed a few sentences privately."""
     chosen = texts or list(demonstration.SENTENCES)
     raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen))
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def app_main() -> None:

@@ -269,7 +269,7 @@ def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> Non
     The shapes matter for secrecy too: a mask must have the shape of what it hides. CircuitError names the instruction.
     """
     shapes: list[Any] = []
-    weights = _Shapes(weight_shapes)
+    weights = MetaWeights(weight_shapes)
     for index, instruction in enumerate(circuit):
         p = instruction.protocol
         try:
@@ -313,7 +313,7 @@ def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
             raise ValueError(f"its bits are those of another number of elements than {of_bits}")
 
 
-class _Shapes(Weights):
+class MetaWeights(Weights):
     """Weights without data, by their shapes."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

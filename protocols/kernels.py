@@ -112,6 +112,9 @@ def digit_planes(
     turns "less" into "at most" (see ``two_party.comparison``). Returns (1 + 2 digits, thresholds * ceil(n / 8)): the
     thresholds' planes in a row.
     """
+    if z.is_meta:
+        row = len(thresholds) * bits.plane_bytes(z.numel())
+        return torch.empty((1 + 2 * digits, row), dtype=torch.uint8, device="meta")
     at = torch.tensor([ring.wrap(t) for t in thresholds], device=z.device)
     if _fast(z):
         return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at.numpy(), width, drop, digits, first))

@@ -18,6 +18,7 @@ functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compiler     all of it in one call
 inprocess    all parties in one process: insecure, by name
+profile      what a Program costs, before anything runs
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from secure.compiler import Compiled, compile
 from secure.emit import DoesNotFit
 from secure.graph import UnsupportedOperation
 from secure.inprocess import InsecureInProcess, plain_reference
+from secure.profile import Network, Profile, profile
 from secure.program import InvalidProgram, Program
 
 if TYPE_CHECKING:
@@ -43,11 +45,14 @@ __all__ = [
     "FixedPointError",
     "InsecureInProcess",
     "InvalidProgram",
+    "Network",
+    "Profile",
     "Program",
     "UnsupportedOperation",
     "compile",
     "connect",
     "plain_reference",
+    "profile",
 ]
 
 

@@ -209,5 +209,9 @@ def _check(program: Program) -> None:
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")
     outputs = len(program.client_graph.outputs)
-    if any(not 0 <= c.output < outputs or c.encoding not in ENCODINGS for c in program.client_inputs):
-        raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
+    for c in program.client_inputs:
+        rows = 0 if c.encoding == "plain" else c.size
+        if not 0 <= c.output < outputs or c.encoding not in ENCODINGS:
+            raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
+        if not 0 <= rows <= MAXIMUM_ELEMENTS or (c.encoding == "client-table") != bool(c.table):
+            raise InvalidProgram(f"the input {c.name!r} looks up {c.size} rows of the table {c.table!r}")

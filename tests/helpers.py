@@ -152,8 +152,9 @@ class Dealt:
 
     def client(self, *, prepared: bool = False) -> Step[list[Any]]:
         correlations = Correlations(CLIENT, self.keys[CLIENT])
-        known = prepare(self.circuit, correlations, self.client_weights) if prepared else None
-        return execute(self.circuit, self.outputs, CLIENT, correlations, self.client_weights, self.inputs, known)
+        if prepared:
+            prepare(self.circuit, correlations, self.client_weights)
+        return execute(self.circuit, self.outputs, CLIENT, correlations, self.client_weights, self.inputs)
 
 
 def deal_circuit(

@@ -350,6 +350,35 @@ def test_values_at_the_calibrated_bound_and_its_margin() -> None:
     assert largest(run.result - x**3) <= 5e-3
 
 
+@pytest.mark.parametrize(("margin", "value"), [(0, 1.0), (0, -1.0), (1, 2.0), (1, -2.0)])
+def test_a_value_exactly_at_the_bound_is_right(margin: int, value: float) -> None:
+    """A power of two, and the weights' rounding pushes past it: five times 3277 / 16384 is above one."""
+    rows = 200_000
+    weights = {"w": torch.full((5, 1), 0.2 - 1e-7, dtype=torch.float64), "v": torch.full((1, 1), 0.3).double()}
+    w, v = WeightRef("w", (5, 1)), WeightRef("v", (1, 1))
+    seen, x = torch.ones(1, 5).double().expand(rows, 5), torch.full((rows, 5), value, dtype=torch.float64)
+    fixed = FixedPoint(margin_bits=margin)
+    run = run_function(lambda u: u.linear(w).linear(v), x, fixed_point=fixed, weights=weights, calibration=[[seen]])
+    assert largest(run.result - 0.3 * value) <= 1e-3
+
+
+@pytest.mark.parametrize("margin", [0, 1, 3])
+@pytest.mark.parametrize("seen", [2.0**-20, 0.25, 0.98, 0.99, 1.0, 1.5, 3.99, 4.0, 2.0**20])
+def test_rings_have_room_above_what_was_seen(margin: int, seen: float) -> None:
+    trace = Trace()
+    x = trace.input("x", (1,))
+    ranges = Ranges.calibrate(trace, [{"x": torch.tensor([-seen], dtype=torch.float64)}], {}, margin)
+    top = 2.0 ** ranges.bits(x.id)
+    assert ranges.magnitude(x.id) * (1 + 2**-6) < top
+    assert top == 1 or ranges.magnitude(x.id) * (1 + 2**-6) >= top / 2  # and not a bit more
+
+
+def test_an_exponential_at_the_finest_scale() -> None:
+    x = normal(3, 8)
+    run = run_function(lambda v: softmax(v), x, fixed_point=FixedPoint(20, 20, 0))
+    assert largest(run.result - torch.softmax(x, -1)) <= 1e-3
+
+
 def test_what_no_ring_can_hold_is_refused() -> None:
     with pytest.raises(DoesNotFit, match=r"'mul' reaches .* a ring has 64\nhint: "):
         run_function(lambda v: v * v * 1e9 * v, normal(5) * 1e6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -233,6 +234,13 @@ MISFITS: dict[str, Instruction] = {
     "a layer without its weight": Instruction(tp.Linear(EIGHT, RING, "w", True), (0,)),
     "an answer of another shape": Instruction(tp.Reveal((1,), RING), (0,)),
     "an answer wider than it is": Instruction(tp.Reveal(EIGHT, 64), (0,)),
+    "an input without a lower end": Instruction(tp.Input(EIGHT, RING, "z", 0, -math.inf, 1.0)),
+    "an input without an upper end": Instruction(tp.Input(EIGHT, RING, "z", 0, -1.0, math.inf)),
+    "an input above what is no number": Instruction(tp.Input(EIGHT, RING, "z", 0, math.nan, 1.0)),
+    "an input below what is no number": Instruction(tp.Input(EIGHT, RING, "z", 0, -1.0, math.nan)),
+    "an input of an empty range": Instruction(tp.Input(EIGHT, RING, "z", 0, 1.0, -1.0)),
+    "an input of too many fraction bits": Instruction(tp.Input(EIGHT, RING, "z", 64, -1.0, 1.0)),
+    "an input of negative fraction bits": Instruction(tp.Input(EIGHT, RING, "z", -1, -1.0, 1.0)),
 }
 
 
@@ -279,9 +287,19 @@ def test_a_prepared_client_is_the_same_client() -> None:
 def test_preparation_takes_no_input_and_finishes_linear_layers() -> None:
     circuit = linear_circuit()
     dealt = deal_circuit(circuit, {}, [7], LINEAR_WEIGHTS)
-    known = prepare(circuit, Correlations(CLIENT, dealt.keys[CLIENT]), dealt.client_weights)
-    assert sorted(known) == [1, 2, 3, 5, 6]
-    assert all(isinstance(known[i], Tensor) for i in (2, 3, 6))
+    correlations = Correlations(CLIENT, dealt.keys[CLIENT])
+    prepare(circuit, correlations, dealt.client_weights)
+    assert [i for i in range(len(circuit)) if correlations.is_finished(i)] == [2, 3, 6]
+    for index in (2, 3, 6):
+        assert isinstance(correlations.finished(index), Tensor)
+        assert not correlations.is_finished(index)
+        with pytest.raises(KeyError):
+            correlations.finished(index)
+    for index in (1, 5):  # the deliveries' masks, which the query itself takes
+        assert correlations.take(index, circuit[index].protocol)
+    for index in (1, 2, 3, 5, 6):
+        with pytest.raises(CorrelationReused):
+            correlations.take(index, circuit[index].protocol)
 
 
 def test_a_linear_layer_straight_behind_another() -> None:
@@ -369,8 +387,42 @@ def test_preparation_burns() -> None:
     prepare(circuit, correlations, dealt.client_weights)
     with pytest.raises(CorrelationReused):
         prepare(circuit, correlations, dealt.client_weights)
+    step = execute(circuit, [7], CLIENT, correlations, dealt.client_weights, LINEAR_INPUT)
+    run_pair(dealt.server(), step)  # with what the first preparation left
     with pytest.raises(CorrelationReused):
-        next(execute(circuit, [7], CLIENT, correlations, dealt.client_weights, LINEAR_INPUT))
+        prepare(circuit, correlations, dealt.client_weights)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_prepared_serves_one_query(finished: bool) -> None:
+    """Two inputs under one prepared mask would show their difference: nothing of the second may leave."""
+    circuit = linear_circuit()
+    dealt = deal_circuit(circuit, LINEAR_INPUT, [7], LINEAR_WEIGHTS)
+    correlations = Correlations(CLIENT, dealt.keys[CLIENT])
+    prepare(circuit, correlations, dealt.client_weights)
+    first = execute(circuit, [7], CLIENT, correlations, dealt.client_weights, LINEAR_INPUT)
+    if finished:
+        run_pair(dealt.server(), first)
+    else:
+        assert next(first).send  # the message is made; the query then breaks
+    other = {"x": LINEAR_INPUT["x"] + 1}
+    for _ in range(2):
+        with pytest.raises(CorrelationReused, match=r"instruction 1 \(deliver\) was already used"):
+            next(execute(circuit, [7], CLIENT, correlations, dealt.client_weights, other))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_input_of_another_shape_is_refused(prepared: bool) -> None:
+    circuit = [
+        Instruction(tp.Input(ROW, RING, "x", 0, -1.0, 1.0)),
+        Instruction(tp.Deliver(ROW, RING), (0,)),
+        Instruction(tp.Linear((1, 7), RING, "w"), (1,)),
+        Instruction(tp.Reveal((1, 7), RING), (2,)),
+    ]
+    for shape in ((5,), (1, 4), (1, 6), (2, 5), (1, 1, 5), ()):
+        dealt = deal_circuit(circuit, {"x": torch.zeros(shape, dtype=torch.int64)}, weights={"w": MATRIX["w"]})
+        with pytest.raises(ValueError, match=r"the input 'x' has shape .* is made for \(1, 5\)"):
+            next(dealt.client(prepared=prepared))
 
 
 def test_missing_corrections_are_noticed() -> None:

@@ -665,6 +665,26 @@ def test_exponential_refuses_larger_exponents() -> None:
         tp.Exponential((1,), 22, 16, 40, 16)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (64, 60, 40, 16),  # whose tables would take all memory
+        (27, 23, 40, 16),
+        (1, 0, 40, 16),
+        (21, -1, 40, 16),
+        (20, 16, 41, 16),
+        (20, 16, 0, 16),
+        (20, 16, -70, 16),
+        (20, 16, 40, 21),
+        (20, 16, 40, 0),
+        (20, 16, 40, 5000),
+    ],
+)
+def test_exponential_refuses_absurd_sizes(fields: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"exponent below 16|ring .*, scales "):
+        tp.Exponential((1,), *fields)
+
+
 def test_masks_of_narrow_tests_are_words() -> None:
     """The helpers themselves: residues survive the way to tensors and back."""
     x = np.array([-(2**63), 2**63 - 1, -1, 0, 2**64 - 1, 2**64], dtype=object)

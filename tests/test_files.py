@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hmac
 import logging
 import stat
 import threading
@@ -23,6 +24,7 @@ from parties.files import describe, fetch, unpack_masked
 from parties.model import ServedModel, load_root_seed, serve_ready
 from parties.server import InferenceService
 from proto import unseen_pb2 as pb
+from protocols.prg import derive_key, derive_seed
 from secure.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Served, dealing, dial, serving, works
 
@@ -111,15 +113,32 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, t
     assert len(seed) == 32
     assert load_root_seed(state, "0" * 64) != seed
     again = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
-    assert again.mask_seed == seed
+    assert again.mask_seed == derive_seed(seed, "mask") != seed
     assert again.files.keys() != model.files.keys()  # another seed, another D
-    # others learn a digest under the seed: a plain one would confirm a guess of the weights
+    # others learn a digest under a key: a plain one would confirm a guess of the weights
     assert len({digest, again.weights_digest, model.weights_digest}) == 3
     same = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
     assert same.files == again.files
     file.write_bytes(seed[:5])
     with pytest.raises(PartyError, match="is damaged\nhint: delete it"):
         load_root_seed(state, digest)
+
+
+def test_the_public_digest_tells_the_dealer_nothing(
+    directory: Path, model: ServedModel, dealer: Served, server: Served, state: Path
+) -> None:
+    """Who knows the mask seed, as the dealer does, cannot check a guess of the weights against their public name."""
+    known = [m for m in dealer.service._models.values() if m.weights_digest == model.weights_digest]
+    assert [m.mask_seed for m in known] == [model.mask_seed]
+    plain, root = model.compiled.weights_digest, load_root_seed(state, model.compiled.weights_digest)
+    seed = model.mask_seed
+    for key in (seed, derive_seed(seed, "digest"), derive_seed(seed, "mask"), derive_key(seed, "digest"), b""):
+        assert hmac.digest(key, plain.encode(), "sha256").hex() != model.weights_digest
+    assert plain != model.weights_digest
+    # the server itself can, so that its clients' copies stay valid over restarts
+    assert hmac.digest(derive_seed(root, "digest"), plain.encode(), "sha256").hex() == model.weights_digest
+    assert len({root, seed, derive_seed(root, "digest")}) == 3
+    assert serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state).files == model.files
 
 
 def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
@@ -169,10 +188,15 @@ def bug(*_: object) -> None:
 
 
 def test_nothing_secret_is_logged_or_shown(
-    model: ServedModel, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: ServedModel,
+    directory: Path,
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    seeds, shown = [model.mask_seed], list[str]()
+    root = load_root_seed(state, model.compiled.weights_digest)
+    seeds, shown = [model.mask_seed, root, derive_seed(root, "digest")], list[str]()
     for module in (client_module, server_module):
         real = module.fresh_seed
 
@@ -188,7 +212,9 @@ def test_nothing_secret_is_logged_or_shown(
                 with pytest.raises(ValueError, match="the text") as caught:
                     connection.embed([text])
                 shown.append(str(caught.value))
-            shown += [repr(connection), repr(connection.reports)]
+            connection.prepare()
+            assert [repr(ready) for ready in connection._ready] == [object.__repr__(r) for r in connection._ready]
+            shown += [repr(connection), repr(connection.reports), repr(connection._ready)]
             with monkeypatch.context() as patch:
                 patch.setattr(server_module, "unpack_frame", bug)
                 with pytest.raises(PartyError) as broken:
@@ -201,7 +227,7 @@ def test_nothing_secret_is_logged_or_shown(
         shown += [repr(s) for s in dealer.service._sessions.values()]
         shown += [repr(m) for m in dealer.service._models.values()] + [repr(model)]
     everything = caplog.text + "\n".join(shown)
-    assert len(seeds) == 4
+    assert len(seeds) == 6
     for seed in seeds:
         for form in (seed.hex(), repr(seed)[2:-1], base64.b64encode(seed).decode(), str(list(seed))[1:-1]):
             assert form not in everything

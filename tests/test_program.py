@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -248,10 +249,36 @@ TAMPERED: dict[str, Callable[[Any], Any]] = {
     "extends to less": change("kind:extend/1/wide", 3),
     "truncates everything": change("kind:truncate/1/shift", 64),
     "too large an exponent": change("kind:exponential/1/fraction", 4),
+    "an exponential of a huge mask scale": change("kind:exponential/1/mask_fraction", 5000),
+    "an exponential of a mask scale too large": change("kind:exponential/1/mask_fraction", 41),
+    "an exponential of no mask scale": change("kind:exponential/1/mask_fraction", 0),
+    "an exponential of a negative mask scale": change("kind:exponential/1/mask_fraction", -70),
+    "an exponential of a huge public scale": change("kind:exponential/1/public_fraction", 5000),
+    "an exponential of a public scale too large": change("kind:exponential/1/public_fraction", 21),
+    "an exponential of no public scale": change("kind:exponential/1/public_fraction", 0),
+    "an exponential of a negative scale": change("kind:exponential/1/fraction", -1),
+    "an exponential of two to the sixty entries": lambda d: find(d, "exponential")[1].update(ring=64, fraction=60),
+    "an exponential without a number": change("kind:exponential/1/ring", 1),
     "output out of range": change("output", 10**6),
     "output before the first": change("output", -1),
     "output is no Reveal": change("output", 0),
     "no output": change("output", None),
+    "an infinite output": change("output", math.inf),
+    "an output that is no number": change("output", math.nan),
+    "an infinite operand": lambda d: d["instructions"][3].__setitem__(2, [math.inf]),
+    "an input without a lower end": change("kind:input/1/low", -math.inf),
+    "an input without an upper end": change("kind:input/1/high", math.inf),
+    "an input above what is no number": change("kind:input/1/low", math.nan),
+    "an input below what is no number": change("kind:input/1/high", math.nan),
+    "an input of an empty range": lambda d: find(d, "input")[1].update(low=5.0, high=-5.0),
+    "an input of a huge scale": change("kind:input/1/fraction", 5000),
+    "an input of a negative scale": change("kind:input/1/fraction", -5000),
+    "a weight of negative size": lambda d: d["weight_shapes"].update(more=[-1]),
+    "a weight of two negative sizes": lambda d: d["weight_shapes"].update(more=[-1, -8]),
+    "a weight of no size": lambda d: d["weight_shapes"].update(more=[0]),
+    "a weight that is too large": lambda d: d["weight_shapes"].update(more=[1 << 62]),
+    "a weight whose size overflows": lambda d: d["weight_shapes"].update(more=[1 << 32, 1 << 32]),
+    "a weight of infinite size": lambda d: d["weight_shapes"].update(more=[math.inf]),
     "fixed point out of range": change("fixed/fraction_bits", 40),
     "unknown fixed point": change("fixed/other", 1),
     "an unknown weight": change("kind:linear/1/weight", "nobody"),
@@ -263,6 +290,9 @@ TAMPERED: dict[str, Callable[[Any], Any]] = {
     "a path out of range": lambda d: d["instructions"][3].__setitem__(3, 10**6),
     "three parts": lambda d: d["instructions"][3].pop(),
     "a graph that is none": change("client_graph", "{}"),
+    "a graph with what JSON cannot write": lambda d: d.__setitem__(
+        "client_graph", d["client_graph"].replace('"attrs":{', '"attrs":{"more":Infinity,')
+    ),
     "a graph with an unknown operation": lambda d: d.__setitem__(
         "client_graph", d["client_graph"].replace('"op":"input"', '"op":"system"')
     ),
@@ -337,6 +367,17 @@ def test_no_program_makes_a_client_send_two_numbers_under_one_mask() -> None:
         return
     sent = torch.frombuffer(bytearray(frame), dtype=torch.int32).to(torch.int64)
     assert not torch.equal(sent[1:] - sent[:-1], secret["x"][1:] - secret["x"][:-1])
+
+
+def test_a_client_graph_that_makes_inputs_of_another_shape_is_noticed() -> None:
+    """Nothing of such a Program is wrong by itself; compiled loops trust the shape that its circuit names."""
+    (one, four) = (classifier(rows)[1] for rows in (1, 4))
+    for circuit, graph, rows in ((one, four, 4), (four, one, 1)):
+        mixed = dataclasses.replace(circuit.program, client_graph=graph.program.client_graph)
+        program = Program.from_bytes(mixed.encoded)
+        process = InsecureInProcess(dataclasses.replace(circuit, program=program))
+        with pytest.raises(ValueError, match=rf"has shape \({rows}, 6\), the Program is made for"):
+            process.query(points(rows, 5))
 
 
 def test_other_versions_are_named() -> None:

@@ -17,7 +17,7 @@ from parties.dealer import DealerService
 from parties.errors import PeerLost
 from parties.frames import to_frames
 from parties.model import ServedModel
-from parties.sessions import query_key
+from parties.sessions import MAXIMUM_QUERY, join_proof, query_key
 from proto import unseen_pb2 as pb
 from tests.tiny import TEXT, Raw, Served, dealing, dial, refused, run_query, serving
 
@@ -40,38 +40,75 @@ def test_the_server_limits_what_is_prepared(server: Served, dealer: Served, mode
         refused(raw, "query", "2 queries are prepared already")
 
 
+def test_a_query_drops_what_was_prepared_before_it(
+    server: Served, dealer: Served, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller numbers are burnt with it: their corrections neither stay in memory nor take up the limit."""
+    sessions, real = list[Any](), server_module._Session.__init__
+
+    def recorded(self: Any, *arguments: Any) -> None:
+        sessions.append(self)
+        real(self, *arguments)
+
+    monkeypatch.setattr(server_module._Session, "__init__", recorded)
+    with Raw(server, dealer, model) as raw:
+        raw.greet()
+        raw.prepare(0)
+        raw.prepare(1)
+        raw.say(query=pb.Query(query=1))
+        run_query(raw, 1)
+        assert list(sessions[-1]._prepared) == []
+        raw.prepare(2)
+        raw.prepare(5)
+        raw.say(query=pb.Query(query=2))
+        run_query(raw, 2)
+        assert list(sessions[-1]._prepared) == [5]  # larger ones stay
+        raw.prepare(6)
+        raw.say(query=pb.Query(query=5))
+        run_query(raw, 5)
+        raw.say(query=pb.Query(query=0))
+        refused(raw, "query", "query 0 was already used")
+
+
+def test_the_server_refuses_numbers_out_of_range(server: Served, dealer: Served, model: ServedModel) -> None:
+    for number in (MAXIMUM_QUERY, (1 << 64) - 1):
+        for content in ({"prepare": pb.Prepare(query=number)}, {"query": pb.Query(query=number)}):
+            with Raw(server, dealer, model) as raw:
+                raw.greet()
+                raw.say(**content)
+                refused(raw, "query", f"query number {number} is out of range")
+
+
 def test_the_dealer_deals_a_number_once(server: Served, dealer: Served, model: ServedModel) -> None:
     with Raw(server, dealer, model) as raw:
         raw.greet()
         raw.prepare(3)
+        seed = dealer.service._sessions[raw.token].server_seed
         for number in (3, 2, 0):
             with pytest.raises(grpc.RpcError, match=f"query {number} was already used"):
-                list(raw.dealer.Deal(pb.DealRequest(session=raw.token, query=number)))
-        with pytest.raises(grpc.RpcError, match="out of range"):
-            list(raw.dealer.Deal(pb.DealRequest(session=raw.token, query=1 << 50)))
+                raw.deal(seed, number)
+        with pytest.raises(grpc.RpcError, match="only the server that joined"):
+            raw.deal(seed, 1 << 50)
         raw.say(prepare=pb.Prepare(query=3))
         refused(raw, "dealer", "query 3 was already used")
 
 
 def test_a_session_is_joined_once(server: Served, dealer: Served, model: ServedModel) -> None:
-    def join(**other: Any) -> pb.JoinRequest:
-        fields = {"session": raw.token, "program_digest": raw.program.digest, "weights_digest": model.weights_digest}
-        return pb.JoinRequest(**{**fields, "server_seed": bytes(32), **other})
-
     with Raw(server, dealer, model) as raw:
         with pytest.raises(grpc.RpcError, match="was not joined"):
-            list(raw.dealer.Deal(pb.DealRequest(session=raw.token, query=0)))
-        for wrong in ({"program_digest": "0" * 64}, {"weights_digest": "0" * 64}):
+            raw.deal(bytes(32), 0)
+        wrong: tuple[dict[str, Any], ...] = ({"program_digest": "0" * 64}, {"weights_digest": "0" * 64})
+        for fields in wrong:
             with pytest.raises(grpc.RpcError, match="opened for another Program or other weights"):
-                raw.dealer.Join(join(**wrong))
+                raw.dealer.Join(raw.join(model.mask_seed, **fields))
         with pytest.raises(grpc.RpcError, match="a seed has 32 bytes, not 5"):
-            raw.dealer.Join(join(server_seed=b"short"))
+            raw.dealer.Join(raw.join(model.mask_seed, server_seed=b"short"))
         raw.greet()
         with pytest.raises(grpc.RpcError, match="already joined"):
-            raw.dealer.Join(join())
+            raw.dealer.Join(raw.join(model.mask_seed))
         raw.prepare(0)
     with Raw(server, dealer, model) as raw:  # and two of a server's streams cannot share one session
-        raw.dealer.Join(join())
+        raw.dealer.Join(raw.join(model.mask_seed))
         with pytest.raises(AssertionError):
             raw.greet()
 
@@ -81,11 +118,11 @@ def test_a_session_is_joined_for_its_own_weights(dealer: Served, server: Served,
     with Raw(server, dealer, model) as raw:
         other = "a" * 64
         raw.dealer.Register(pb.RegisterRequest(program=raw.program.encoded, weights_digest=other, mask_seed=bytes(32)))
-        request = pb.JoinRequest(
-            session=raw.token, program_digest=raw.program.digest, weights_digest=other, server_seed=bytes(32)
-        )
+        proof = join_proof(bytes(32), raw.token, raw.program.digest, other, bytes(32))
         with pytest.raises(grpc.RpcError, match="other weights"):
-            raw.dealer.Join(request)
+            raw.dealer.Join(raw.join(model.mask_seed, weights_digest=other, proof=proof))
+        with pytest.raises(grpc.RpcError, match="only the server of this model"):
+            raw.dealer.Join(raw.join(model.mask_seed, proof=proof))
 
 
 def test_the_dealer_checks_what_is_registered(dealer: Served, server: Served, model: ServedModel) -> None:

@@ -25,7 +25,7 @@ from parties.endpoints import Endpoint, open_channel
 from parties.files import unpack_masked
 from parties.model import ServedModel, compile_text_model, serve_ready, text_inputs
 from parties.server import InferenceService
-from parties.sessions import DEPLOYMENT, query_key
+from parties.sessions import DEPLOYMENT, deal_proof, join_proof, query_key
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import (
     DealerStub,
@@ -175,6 +175,18 @@ class Raw:
         fields = {"version": VERSION, "program_digest": self.program.digest, "client_seed": bytes(32)}
         return pb.OpenRequest(**{**fields, "weights_digest": self.model.weights_digest, **other})
 
+    def join(self, mask_seed: bytes, seed: bytes = bytes(32), **other: Any) -> pb.JoinRequest:
+        """What the server tells the dealer, as somebody says it who knows this mask seed."""
+        program, weights = self.program.digest, self.model.weights_digest
+        fields = {"session": self.token, "program_digest": program, "weights_digest": weights, "server_seed": seed}
+        proof = join_proof(mask_seed, self.token, program, weights, seed)
+        return pb.JoinRequest(**{**fields, "proof": proof, **other})
+
+    def deal(self, seed: bytes, query: int, **other: Any) -> bytes:
+        """The corrections of a query, as far as the dealer gives them to somebody with this server seed."""
+        fields = {"session": self.token, "query": query, "proof": deal_proof(seed, self.token, query)}
+        return b"".join(chunk.data for chunk in self.dealer.Deal(pb.DealRequest(**{**fields, **other})))
+
     def say(self, **content: Any) -> None:
         self.outbox.put(pb.ClientMessage(**content))
 
@@ -238,8 +250,8 @@ def run_query(raw: Raw, number: int) -> None:
     weights = ClientWeights(unpack_masked(payload, raw.program.weight_rings, raw.program.weight_shapes))
     ids = torch.full((1, LENGTH), 5)
     values = raw.program.client_values({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
-    prepared = prepare(raw.program.circuit, correlations, weights)
-    step = execute(raw.program.circuit, [raw.program.output], CLIENT, correlations, weights, values, prepared)
+    prepare(raw.program.circuit, correlations, weights)
+    step = execute(raw.program.circuit, [raw.program.output], CLIENT, correlations, weights, values)
     exchange = next(step)
     while True:
         if exchange.send:

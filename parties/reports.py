@@ -1,0 +1,79 @@
+"""What the command line prints of costs: rich tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from protocols.protocol import Cost
+from protocols.two_party import Input
+from secure.profile import NETWORKS, Profile, module, total_seconds
+from secure.program import Program
+
+
+def mb(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def embedding_price(program: Program) -> str:
+    """What the chosen look-up of tokens costs a query and shows to clients, in words."""
+    read = {i: c.protocol.name for i, c in enumerate(program.circuit) if isinstance(c.protocol, Input)}
+    one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
+    size = sum(c.protocol.cost().to_server for c in program.circuit if {read.get(i) for i in c.inputs} & one_hot)
+    if one_hot:
+        return (
+            f"one-hot: {mb(size)} of a query's bytes, and shows nothing (client-table: none, but shows the token table)"
+        )
+    rows = sum(spec.size * spec.shape[-1] for spec in program.client_inputs if spec.encoding == "client-table")
+    return f"client-table: no bytes a query, but shows clients the token table ({mb(4 * rows)}, once)"
+
+
+def _cost(cost: Cost) -> dict[str, int]:
+    return {
+        "rounds": cost.rounds,
+        "bytes_to_server": cost.to_server,
+        "bytes_to_client": cost.to_client,
+        "offline_bytes_to_server": cost.offline_to_server,
+    }
+
+
+def profile_json(program: Program, profile: Profile, depth: int) -> dict[str, Any]:
+    """The whole profile: totals, by module, by kind, projected waiting times."""
+
+    def rows(found: dict[str, tuple[Cost, int, int]]) -> dict[str, dict[str, int]]:
+        return {
+            name: {**_cost(cost), "multiply_accumulates": products, "comparisons": comparisons}
+            for name, (cost, products, comparisons) in found.items()
+        }
+
+    return {
+        "program_digest": program.digest,
+        "labels": dict(program.labels),
+        "total": {
+            **_cost(profile.total),
+            "offline_bytes_to_client": 0,
+            "multiply_accumulates": profile.products,
+            "comparisons": profile.comparisons,
+        },
+        "failure_probability": program.failure_bound,
+        "modules": rows(profile.by(lambda line: module(line.path, depth))),
+        "kinds": rows(profile.by(lambda line: line.kind)),
+        "waiting_seconds": total_seconds(NETWORKS, profile.total),
+    }
+
+
+def profile_table(title: str, found: dict[str, tuple[Cost, int, int]]) -> Table:
+    """One row a module or kind, dearest first; what costs nothing is left out."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("rounds, unmerged", "to server", "to client", "offline", "MMAC", "comparisons"):
+        table.add_column(column, justify="right")
+    dearest = sorted(found.items(), key=lambda item: -item[1][0].to_server - item[1][0].to_client)
+    for name, (cost, products, comparisons) in dearest:
+        if cost == Cost() and not products:
+            continue
+        sizes = (mb(size) for size in (cost.to_server, cost.to_client, cost.offline_to_server))
+        table.add_row(name, str(cost.rounds), *sizes, f"{products / 1e6:.0f}", str(comparisons))
+    return table
