@@ -69,7 +69,7 @@ class Exponential(Protocol):
     def __post_init__(self) -> None:
         if self.ring - 1 - self.fraction > 4:
             raise ValueError(f"an exponent below 16 is supported, the ring of {self.ring} bits allows more")
-        scales = self.fraction >= 0 and 0 < self.mask_fraction <= 40 and 0 < self.public_fraction <= 20
+        scales = 0 <= self.fraction < self.ring and 0 < self.mask_fraction <= 40 and 0 < self.public_fraction <= 20
         if not (2 <= self.ring <= 26 and scales):
             raise ValueError(f"ring {self.ring}, scales {self.fraction}, {self.mask_fraction}, {self.public_fraction}")
 
