@@ -27,6 +27,8 @@ def calling(
             raise kind(f"{who} at {where} cannot be reached{during}", hint) from None
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
             raise kind(f"{who} at {where} did not answer in time{during}", hint) from None
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            raise kind(f"what answers at {where} is not {who}{during}", "check the addresses and ports") from None
         message, _, theirs = printable(error.details() or "").partition("\nhint: ")
         raise kind(f"{who} at {where} refused{during}: {message}", theirs or hint) from None
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import secure
 from approximations.activations import GELU_FORMS
 from parties import demo as demonstration
 from parties import hosting, reports
@@ -38,6 +39,17 @@ app = typer.Typer(
     "the client never gets the weights (semi-honest parties).",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if show:
+        out.print(f"unseen {secure.__version__}")
+        raise typer.Exit
+
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -45,7 +57,7 @@ err = Console(stderr=True, highlight=False)
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 
-Threads = Annotated[int, typer.Option(help="Threads of local arithmetic; 0: as many as there are processors.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
 Announce = Annotated[
     bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
@@ -77,7 +89,7 @@ def _say(line: str) -> None:
 @app.command()
 def dealer(
     listen: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:50052",
-    threads: Threads = 0,
+    threads: Threads = 1,
     insecure: Insecure = False,
     announce: Announce = False,
     verbose: Verbose = False,
@@ -105,11 +117,11 @@ def serve(
     gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     calibration: Annotated[
-        Path | None, typer.Option(help="A text file, one sentence a line, that sets the ranges.")
+        Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
     ] = None,
     state: Annotated[Path | None, typer.Option(help="Where the weight-mask seed is kept.")] = None,
     deadline: Deadline = 60.0,
-    threads: Threads = 0,
+    threads: Threads = 1,
     insecure: Insecure = False,
     announce: Announce = False,
     verbose: Verbose = False,
@@ -121,6 +133,9 @@ def serve(
     listening.require_private(insecure=insecure, what="the server")  # these two before the model is compiled
     dealing.require_private(insecure=insecure, what="the dealer")
     fixed, sentences = FixedPoint(fraction_bits=fraction_bits), _sentences(calibration)
+    model_directory(model)  # what can be seen to be wrong, before the model is compiled
+    hosting.check(listening, dealing)
+    _say(f"unseen serve: compiling {model} for {length} tokens ...")
     compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, *sentences)
     ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
     service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline)
@@ -131,7 +146,7 @@ def serve(
     _say(
         f"unseen serve: {model}, {length} tokens: {cost.rounds} rounds, "
         f"{mb(cost.to_server + cost.to_client)} online, {mb(cost.offline_to_server)} offline a query; "
-        f"Program {compiled.program.digest[:16]}..."
+        f"Program {compiled.program.digest}"
     )
     _say(f"unseen serve: embedding {reports.embedding_price(compiled.program)}")
     _run(server, address, "serve", announce)
@@ -154,7 +169,10 @@ def _sentences(path: Path | None) -> tuple[list[str], ...]:
 
 @app.command()
 def embed(
-    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts; none: one a line from standard input, which other users cannot see."),
+    ] = None,
     server: Annotated[str, typer.Option(help="The server's host:port.")] = "127.0.0.1:50051",
     dealer: Annotated[str, typer.Option(help="The dealer's host:port.")] = "127.0.0.1:50052",
     compare_with: Annotated[
@@ -164,21 +182,30 @@ def embed(
     program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
     deadline: Deadline = 60.0,
-    threads: Threads = 0,
+    threads: Threads = 1,
     insecure: Insecure = False,
 ) -> None:
     """Embed texts that the server never sees."""
     _threads(threads)
+    typed = [] if texts or sys.stdin.isatty() else sys.stdin
+    given = texts or [line.strip() for line in typed if line.strip()]
+    if not given:
+        raise PartyError("no text", "give texts as arguments, or one a line on standard input")
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     with connect(
         server, dealer, insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
     ) as connection:
-        vectors = connection.embed(texts)
-        if as_json:
-            _print_json(texts, vectors, connection)
-            return
-        _print_report(texts, vectors, connection, compare_with)
+        vectors: list[torch.Tensor] = []
+        try:
+            for vector in connection.embed_each(given):
+                vectors.append(vector)
+        finally:  # answers that came before a failure are paid for, so they are shown
+            done = given[: len(connection.reports)]
+            if done and as_json:
+                _print_json(done, vectors, connection)
+            elif done:
+                _print_report(done, vectors, connection, compare_with)
 
 
 def _print_json(texts: list[str], vectors: list[torch.Tensor], connection: Connection) -> None:

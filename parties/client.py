@@ -310,10 +310,22 @@ class Connection:
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         """One embedding (float64 vector) a text. Too long or empty texts raise before anything is sent."""
+        return list(self.embed_each(texts))
+
+    def embed_each(self, texts: Sequence[str]) -> Iterator[Tensor]:
+        """The same one by one, so that a failure leaves the answers before it."""
         if self._tokenizer is None:
             raise PartyError("this server's model takes no text", "use query with the model's own arguments")
-        pairs = [tokenize(self._tokenizer, text, self.length) for text in texts]
-        return [self.query({"input_ids": ids, "attention_mask": mask})[0] for ids, mask in pairs]
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise PartyError("embed takes a list of texts", 'for example embed(["A sentence."])')
+        pairs = []
+        for number, text in enumerate(texts, 1):
+            try:
+                pairs.append(tokenize(self._tokenizer, text, self.length))
+            except ValueError as error:
+                which = f"text {number} of {len(texts)}: " if len(texts) > 1 else ""
+                raise type(error)(f"{which}{error}") from None
+        return (self.query({"input_ids": ids, "attention_mask": mask})[0] for ids, mask in pairs)
 
     # closing
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import queue
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from parties.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
-from parties.errors import EndpointError
+from parties.errors import DealerError, EndpointError
 
+IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_STREAMS = 32  # sessions and calls served at a time; each takes a thread
 
 
@@ -34,10 +36,26 @@ def start(
     if port == 0:
         raise EndpointError(
             f"{what}: the address {listen} cannot be used; it may be in use",
-            "choose another port, or 0 for any free one",
+            IN_USE,
         )
     server.start()
     return server, Endpoint(listen.host, port)
+
+
+def check(listen: Endpoint, dealer: Endpoint) -> None:
+    """Before anything takes long: the port is free, and something listens at the dealer's address."""
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((listen.host, listen.port))
+        except OSError:
+            raise EndpointError(f"the server: the address {listen} cannot be used; it may be in use", IN_USE) from None
+    try:
+        socket.create_connection((dealer.host, dealer.port), timeout=5).close()
+    except OSError:
+        hint = f"start it with: unseen dealer --listen {dealer}"
+        raise DealerError(f"the dealer at {dealer} cannot be reached", hint) from None
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:

@@ -83,7 +83,7 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
 
 
 def compile_text_model(
-    model: str, length: int, embedding: str, gelu: str, fixed_point: FixedPoint, sentences: Sequence[str] = SENTENCES
+    model: str, length: int, embedding: str, gelu: str, fixed_point: FixedPoint, sentences: Sequence[str] = ()
 ) -> tuple[Compiled, TextTokenizer, bytes]:
     """A sentence encoder compiled for one padded length, its tokenizer, and the tokenizer's file."""
     from secure.models import load_sentence_encoder
@@ -92,7 +92,7 @@ def compile_text_model(
     encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)
     if not 2 < length <= encoder.maximum_length:
         raise PartyError(f"the model takes no length of {length} tokens", f"3 to {encoder.maximum_length}")
-    samples = calibration_inputs(tokenizer, length, sentences)
+    samples = calibration_inputs(tokenizer, length, [*SENTENCES, *sentences])
     compiled = compile(
         encoder,
         samples[0],

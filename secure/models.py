@@ -49,13 +49,16 @@ class SentenceEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings (batch, hidden) of token ids and their mask, both (batch, length)."""
         mask = attention_mask.to(self._dtype())
-        summand = ((1.0 - mask) * MASKED).unsqueeze(1).unsqueeze(1)
-        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=summand).last_hidden_state
+        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=self.summand(mask)).last_hidden_state
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
             pooled = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(1) @ hidden).squeeze(1)
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def summand(self, attention_mask: Tensor) -> Tensor:
+        """The mask as it is added to attention scores."""
+        return ((1.0 - attention_mask.to(self._dtype())) * MASKED).unsqueeze(1).unsqueeze(1)
 
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), torch.float32)
@@ -74,7 +77,22 @@ def load_sentence_encoder(directory: str | Path) -> SentenceEncoder:
         settings.get("max_position_embeddings"),
     ]
     maximum = min([limit for limit in limits if isinstance(limit, int)], default=512)
-    return SentenceEncoder(encoder, pooling=pooling, normalize=normalize, maximum_length=maximum).eval()
+    model = SentenceEncoder(encoder, pooling=pooling, normalize=normalize, maximum_length=maximum).eval()
+    _check_masking(model, str(settings.get("model_type", "?")))
+    return model
+
+
+def _check_masking(model: SentenceEncoder, kind: str) -> None:
+    """Refuse a model that needs more than a padding mask: with SentenceEncoder's mask a causal one would be lost."""
+    ids, mask = torch.arange(3, 9).unsqueeze(0), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        ours = model.encoder(input_ids=ids, attention_mask=model.summand(mask)).last_hidden_state[:, :4]
+        theirs = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, :4]
+    if float((ours - theirs).abs().max()) > 1e-3 * float(theirs.abs().max()):
+        raise ValueError(
+            f"a model of type {kind!r} masks more than padding (a decoder's causal mask?), which is not supported\n"
+            "hint: use an encoder, such as BERT, RoBERTa, MPNet or DistilBERT"
+        )
 
 
 def _read_modules(directory: Path) -> tuple[Path, str, bool]:
@@ -125,6 +143,9 @@ def _load_encoder(directory: Path) -> nn.Module:
     logging.disable_progress_bar()
     try:
         model: Any = AutoModel.from_pretrained(str(directory), local_files_only=True, attn_implementation="eager")
+    except Exception as error:  # every format of weights raises its own
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{directory} cannot be loaded: {type(error).__name__}: {reason[:300]}") from None
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -64,7 +64,8 @@ def in_words(ended: Ended, message: str, hint: str) -> None:
     """A mistake of the user: code 1, the message, then the hint, and no more."""
     assert ended.code == 1
     assert ended.out == ""
-    first, *rest = ended.err.strip().splitlines()
+    lines = ended.err.strip().splitlines()
+    first, *rest = [line for line in lines if not line.startswith("unseen serve: compiling")]
     assert re.fullmatch(f"unseen: error: .*{message}.*", first)
     (last,) = rest
     assert re.fullmatch(f"hint: .*{hint}.*", last)
@@ -84,8 +85,20 @@ def test_help(run: Run) -> None:
     assert "semi-honest" in ended.out
 
 
+def test_texts_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n\n"))
+    ended = run("embed")
+    assert ended.code == 1
+    assert "unseen: error: no text\nhint: give texts as arguments" in ended.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("A secret line.\n"))
+    ended = run("embed", "--server", "127.0.0.1:1")
+    assert "the server at 127.0.0.1:1 cannot be reached" in ended.err
+    assert "secret" not in ended.err
+
+
 @pytest.mark.parametrize(
-    "arguments", [["embed"], ["embed", "x", "--deadline", "0"], ["serve", "--embedding", "x"], ["no"]]
+    "arguments",
+    [["embed", "x", "--threads", "-1"], ["embed", "x", "--deadline", "0"], ["serve", "--embedding", "x"], ["no"]],
 )
 def test_wrong_usage(arguments: list[str], run: Run) -> None:
     ended = run(*arguments)
@@ -132,9 +145,10 @@ def test_a_mistake_that_needs_no_hint(run: Run) -> None:
     assert ended.err == "unseen: error: fixed point: fraction_bits is an integer from 8 to 20, got 99\n"
 
 
-def test_mistakes_about_a_model(run: Run, directory: Path, tmp_path: Path) -> None:
+def test_mistakes_about_a_model(run: Run, directory: Path, tmp_path: Path, dealer: Served) -> None:
     model = str(directory)
-    in_words(run("serve", model, "--length", "400"), "takes no length of 400 tokens", "3 to 16")
+    free = ["--listen", "127.0.0.1:0", "--dealer", dealer.address]
+    in_words(run("serve", model, "--length", "400", *free), "takes no length of 400 tokens", "3 to 16")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     in_words(run("serve", model, "--calibration", str(empty)), "has no sentences", "one sentence a line")
