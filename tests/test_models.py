@@ -232,3 +232,16 @@ def test_a_client_needs_no_model_code() -> None:
         for name in node.names
     }
     assert imported <= {"__future__", "dataclasses", "json", "pathlib", "tokenizers", "torch", "typing"}
+
+
+@needs_transformers
+def test_a_decoder_is_refused(tmp_path: Path) -> None:
+    """Its causal mask would be lost, and every answer be wrong."""
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    GPT2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"type 'gpt2' masks more than padding.*\nhint: use an encoder"):
+        load_sentence_encoder(tmp_path)
