@@ -37,7 +37,7 @@ class Small(nn.Module):
 def sample(seed: int) -> dict[str, Tensor]:
     """Rows of standard deviation 0.7 to 3: inside the calibrated range of the LayerNorm, a condition of the claim.
 
-    (A row of variance 0.05, where calibration saw no less than 0.5, is answered with an error of 0.04, always the same.)
+    (A row of variance 0.05, where calibration saw no less than 0.5, is answered with an error of 0.04, every time.)
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn((1, 4, 8), generator=generator)
