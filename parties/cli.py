@@ -27,6 +27,7 @@ from parties.model import PACKAGED, compile_text_model, model_directory, serve_r
 from parties.reports import mb
 from parties.server import InferenceService
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
+from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.lower import EMBEDDINGS
 from secure.profile import NETWORKS, module, profile, total_seconds
@@ -69,7 +70,9 @@ Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; publi
 
 
 def _threads(count: int) -> None:
+    """How this process computes: its threads, and kernels that are compiled before the first query waits for them."""
     torch.set_num_threads(count or os.cpu_count() or 1)
+    kernels.warm_up()
 
 
 def _run(server: grpc.Server, address: Endpoint, what: str, announce: bool) -> None:
