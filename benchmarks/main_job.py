@@ -147,7 +147,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "online MB to server": first["bytes_to_server"] / 1e6,
         "online MB to client": first["bytes_to_client"] / 1e6,
         "offline MB to server": first["offline_bytes_to_server"] / 1e6,
-        "offline bytes to client": 0,
+        "offline bytes to client": first["offline_bytes_to_client"],
     }
 
 

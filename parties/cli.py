@@ -220,6 +220,7 @@ def _print_json(texts: list[str], vectors: list[torch.Tensor], connection: Conne
             "bytes_to_server": r.cost.to_server,
             "bytes_to_client": r.cost.to_client,
             "offline_bytes_to_server": r.cost.offline_to_server,
+            "offline_bytes_to_client": r.offline_to_client,
             "online_seconds": r.online_seconds,
             "offline_seconds": r.offline_seconds,
         }

@@ -56,6 +56,9 @@ class QueryReport:
     offline_seconds: float  # from asking until both sides were ready
     dealer_seconds: float  # of which the server waited for the dealer
     client_seconds: float  # of which the client computed
+    offline_to_client: (
+        int  # bytes of the server's message that a query is prepared; the dealer sends the client nothing
+    )
 
 
 @dataclass(frozen=True, repr=False)  # holds masks
@@ -66,6 +69,7 @@ class _Ready:
     client_seconds: float
     dealer_seconds: float
     corrections: int
+    received: int
 
 
 class Connection:
@@ -225,7 +229,7 @@ class Connection:
         if answer.query != number:
             raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
         seconds = time.perf_counter() - start
-        self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes))
+        self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize()))
 
     def query(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's answer (float64) on the model's own arguments; its report is the last of ``reports``."""
@@ -240,7 +244,8 @@ class Connection:
             self._expect("finished", "the end of the query")
             online = time.perf_counter() - start
             total = Cost(cost.rounds, cost.to_server, cost.to_client, ready.corrections)
-            self.reports.append(QueryReport(total, online, ready.seconds, ready.dealer_seconds, ready.client_seconds))
+            times = (online, ready.seconds, ready.dealer_seconds, ready.client_seconds)
+            self.reports.append(QueryReport(total, *times, ready.received))
         return self.program.decode(result)
 
     @contextmanager

@@ -53,7 +53,6 @@ def profile_json(program: Program, profile: Profile, depth: int) -> dict[str, An
         "labels": dict(program.labels),
         "total": {
             **_cost(profile.total),
-            "offline_bytes_to_client": 0,
             "multiply_accumulates": profile.products,
             "comparisons": profile.comparisons,
         },
