@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +44,7 @@ from protocols.protocol import CLIENT, Cost, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
 from secure.program import VERSION, Program
+from secure.timeline import Recorder, Timeline
 from secure.tokens import TextTokenizer, tokenize
 
 
@@ -59,6 +60,7 @@ class QueryReport:
     offline_to_client: (
         int  # bytes of the server's message that a query is prepared; the dealer sends the client nothing
     )
+    timeline: Timeline = field(repr=False)  # the client's online part, step by step
 
 
 @dataclass(frozen=True, repr=False)  # holds masks
@@ -240,12 +242,12 @@ class Connection:
             ready = self._ready.pop(0)  # taken before the first message: a failed query never uses it again
             start = time.perf_counter()
             self._send(query=pb.Query(query=ready.query))
-            result, cost = self._run(ready, values)
+            result, timeline = self._run(ready, values)
             self._expect("finished", "the end of the query")
             online = time.perf_counter() - start
-            total = Cost(cost.rounds, cost.to_server, cost.to_client, ready.corrections)
+            total = timeline.cost + Cost(offline_to_server=ready.corrections)
             times = (online, ready.seconds, ready.dealer_seconds, ready.client_seconds)
-            self.reports.append(QueryReport(total, *times, ready.received))
+            self.reports.append(QueryReport(total, *times, ready.received, timeline))
         return self.program.decode(result)
 
     @contextmanager
@@ -266,12 +268,8 @@ class Connection:
         self._outbox.put(None)
         self._call.cancel()
 
-    def _run(self, ready: _Ready, values: Mapping[str, Tensor]) -> tuple[Tensor, Cost]:
-        program, waiting = self.program, [0]
-
-        def observe(indices: Sequence[int]) -> None:
-            waiting[0] = indices[0]
-
+    def _run(self, ready: _Ready, values: Mapping[str, Tensor]) -> tuple[Tensor, Timeline]:
+        program, recorder = self.program, Recorder("client")
         step = execute(
             program.circuit,
             [program.output],
@@ -279,26 +277,26 @@ class Connection:
             ready.correlations,
             self._weights,
             values,
-            observe,
+            recorder,
         )
-        rounds, sent, received = 0, 0, 0
+        recorder.start()
         answer: tuple[Tensor, ...] | None = None
         while True:
             try:
                 exchange = next(step) if answer is None else step.send(answer)
             except StopIteration as stop:
-                return stop.value[0], Cost(rounds, sent, received)
-            rounds += 1
-            if exchange.send:
-                payload = pack_frame(exchange)
-                sent += len(payload)
-                for frame in to_frames(payload):
-                    self._send(frame=frame)
-            answer = ()
-            if exchange.receive:
-                payload = self._receive(exchange, program.paths[waiting[0]] or "the model's input", rounds)
-                received += len(payload)
-                answer = unpack_frame(payload, exchange)
+                recorder.stop()
+                return stop.value[0], recorder.timeline
+            recorder.packing()
+            payload = pack_frame(exchange)
+            for frame in to_frames(payload) if exchange.send else ():
+                self._send(frame=frame)
+            recorder.sent(len(payload))
+            path = program.paths[recorder.waiting] or "the model's input"
+            came = self._receive(exchange, path, len(recorder.timeline.rounds) + 1) if exchange.receive else b""
+            recorder.received(len(came))
+            answer = unpack_frame(came, exchange)
+            recorder.unpacked()
 
     def _receive(self, exchange: Exchange, path: str, rounds: int) -> bytes:
         reader = FrameReader(sum(w.size for w in exchange.receive))

@@ -11,11 +11,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from urllib.parse import unquote
 
 import grpc
+from torch import Tensor
 
 from parties.calls import answering, calling, unexpected
 from parties.endpoints import Endpoint, open_channel
@@ -31,6 +32,7 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from secure.program import VERSION
+from secure.timeline import Recorder
 
 log = logging.getLogger("unseen.server")
 
@@ -128,7 +130,6 @@ class _Session:
         self._prepared: dict[int, dict[int, memoryview]] = {}
         self._burnt = Burnt()
         self._seed, self._id = fresh_seed(), b""
-        self._waiting: Sequence[int] = ()
         self._doing = "the handshake"
         self._active = context.is_active
         self._dealing: grpc.Call | None = None
@@ -259,39 +260,35 @@ class _Session:
         self._prepared = {number: kept for number, kept in self._prepared.items() if number > query}  # burnt too
         if corrections is None:
             raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
-        program = self._program
-        key = query_key(self._seed, "server", self._id, program.digest, query)
-        step = execute(
-            program.circuit,
-            [program.output],
-            SERVER,
-            Correlations(SERVER, key, corrections),
-            self._model.weights,
-            observer=self._observe,
-        )
-        start, answer = time.perf_counter(), None
+        program, recorder = self._program, Recorder("server")
+        key = query_key(self._seed, "server", self._id, self._program.digest, query)
+        correlations = Correlations(SERVER, key, corrections)
+        step = execute(program.circuit, [program.output], SERVER, correlations, self._model.weights, observer=recorder)
+        recorder.start()
+        answer: tuple[Tensor, ...] | None = None
         while True:
             try:
                 exchange = next(step) if answer is None else step.send(answer)
             except StopIteration:
                 break
-            if exchange.send:
-                for frame in to_frames(pack_frame(exchange)):
-                    yield pb.ServerMessage(frame=frame)
-            answer = unpack_frame(self._receive(exchange), exchange) if exchange.receive else ()
-        log.info("query %d answered in %.2f s", query, time.perf_counter() - start)
+            recorder.packing()
+            path = program.paths[recorder.waiting] or "the model's input"
+            self._doing = f"query {query}, module '{path}'"
+            payload = pack_frame(exchange)
+            for frame in to_frames(payload) if exchange.send else ():
+                yield pb.ServerMessage(frame=frame)
+            recorder.sent(len(payload))
+            came = self._receive(exchange, path) if exchange.receive else b""
+            recorder.received(len(came))
+            answer = unpack_frame(came, exchange)
+            recorder.unpacked()
+        recorder.stop()
+        log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
         self._doing = BETWEEN
         yield pb.ServerMessage(finished=pb.Finished(query=query))
 
-    def _observe(self, waiting: Sequence[int]) -> None:
-        self._waiting = waiting
-        self._doing = f"query {self._burnt.last}, module '{self._path()}'"
-
-    def _path(self) -> str:
-        return self._program.paths[self._waiting[0]] or "the model's input"
-
-    def _receive(self, exchange: Exchange) -> bytes:
-        path, reader = self._path(), FrameReader(sum(w.size for w in exchange.receive))
+    def _receive(self, exchange: Exchange, path: str) -> bytes:
+        reader = FrameReader(sum(w.size for w in exchange.receive))
         while True:
             message = self._next(f"its message of module '{path}'")
             if message is None:

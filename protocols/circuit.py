@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,19 @@ class Instruction:
 
 
 Circuit = Sequence[Instruction]
-Observer = Callable[[Sequence[int]], None]  # told the instructions that wait, before each exchange
+
+
+class Observer:
+    """Told what one party's ``execute`` does, instruction by instruction; this one ignores it all."""
+
+    def computing(self, index: int) -> None:
+        """An instruction starts, or goes on with what came back."""
+
+    def computed(self, index: int) -> None:
+        """It stops: finished, or waiting for an exchange."""
+
+    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
+        """Every instruction that waits, in order, and what it exchanges in the round that comes now."""
 
 
 class CorrelationReused(RuntimeError):
@@ -145,7 +157,7 @@ def execute(
     The order depends on the circuit alone, so both parties merge the same messages. ``inputs``: the client's integers
     by name.
     """
-    values = _Values(circuit, outputs)
+    values, told = _Values(circuit, outputs), observer or Observer()
     missing = [len(set(i.inputs)) for i in circuit]
     readers: list[list[int]] = [[] for _ in circuit]
     for index, instruction in enumerate(circuit):
@@ -169,12 +181,19 @@ def execute(
         if correlations.is_finished(index):
             finish(index, correlations.finished(index))
             return
+        told.computing(index)
         material = correlations.take(index, protocol)
-        step = protocol.run(party, material, operands, weights)
+        resume(index, protocol.run(party, material, operands, weights), None)
+
+    def resume(index: int, step: Step[Any], received: tuple[Tensor, ...] | None) -> None:
         try:
-            waiting.append((index, step, next(step)))
+            exchange = next(step) if received is None else step.send(received)
         except StopIteration as stop:
+            told.computed(index)
             finish(index, stop.value)
+        else:
+            told.computed(index)
+            waiting.append((index, step, exchange))
 
     while ready or waiting:
         while ready:
@@ -182,17 +201,14 @@ def execute(
         if not waiting:
             break
         current, waiting = sorted(waiting, key=lambda w: w[0]), []
-        if observer is not None:
-            observer([index for index, _, _ in current])
+        told.exchanging([(index, exchange) for index, _, exchange in current])
         answers = yield merge([exchange for _, _, exchange in current])
         at = 0
         for index, step, exchange in current:
             received = answers[at : at + len(exchange.receive)]
             at += len(exchange.receive)
-            try:
-                waiting.append((index, step, step.send(received)))
-            except StopIteration as stop:
-                finish(index, stop.value)
+            told.computing(index)
+            resume(index, step, received)
     return list(values.take(outputs))
 
 

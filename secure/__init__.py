@@ -18,6 +18,7 @@ functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compiler     all of it in one call
 inprocess    all parties in one process: insecure, by name
+timeline     when a party did what in one query, measured or predicted
 profile      what a Program costs, before anything runs
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from protocols.circuit import (
     CorrelationReused,
     Correlations,
     Instruction,
+    Observer,
     check,
     deal,
     execute,
@@ -115,12 +116,20 @@ def test_both_parties_wait_for_the_same_instructions() -> None:
             Correlations(party, dealt.keys[party], dealt.corrections if party == SERVER else None),
             dealt.server_weights if party == SERVER else dealt.client_weights,
             NUMBERS if party == CLIENT else None,
-            observer=lambda indices, party=party: seen[party].append(list(indices)),  # type: ignore[misc]
+            observer=_Seen(seen[party]),
         )
         for party in (SERVER, CLIENT)
     ]
     run_pair(steps[SERVER], steps[CLIENT])
     assert seen[SERVER] == seen[CLIENT] == [[2, 3, 8], [6], [9]]
+
+
+class _Seen(Observer):
+    def __init__(self, rounds: list[list[int]]) -> None:
+        self.rounds = rounds
+
+    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
+        self.rounds.append([index for index, _ in parts])
 
 
 @st.composite
