@@ -45,6 +45,9 @@ class Observer:
     def computed(self, index: int) -> None:
         """It stops: finished, or waiting for an exchange."""
 
+    def finished(self, index: int) -> None:
+        """Its result is there; those of its operands that nobody else reads are dropped."""
+
     def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
         """Every instruction that waits, in order, and what it exchanges in the round that comes now."""
 
@@ -168,6 +171,7 @@ def execute(
 
     def finish(index: int, value: Any) -> None:
         values.put(index, value)
+        told.finished(index)
         for reader in readers[index]:
             missing[reader] -= 1
             if not missing[reader]:
@@ -340,4 +344,6 @@ class MetaWeights(Weights):
         return x * weight if diagonal else x @ weight
 
     def plain(self, name: str) -> Tensor:
-        raise LookupError(f"no data of {name!r} here")
+        return torch.empty(
+            (), dtype=torch.int64, device="meta"
+        )  # of any shape, as it is added to what has the result's

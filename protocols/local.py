@@ -87,8 +87,8 @@ class AddWeight(_Shaped):
     weight: str
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
-        (x,) = operands
-        return x + weights.plain(self.weight) if party == SERVER else x.expand(self.shape)
+        x = operands[0].expand(self.shape)
+        return x + weights.plain(self.weight) if party == SERVER else x
 
 
 @dataclass(frozen=True)

@@ -94,20 +94,28 @@ def _trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]
 def _finish(
     lowered: Lowered, ranges: Ranges, fixed: FixedPoint, tables: Mapping[str, Tensor], labels: Mapping[str, str]
 ) -> Compiled:
+    program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
+    integers = {}
+    for key in weight_keys(program):
+        name, fraction = split_weight_key(key)
+        integers[key] = ring.encode(lowered.weights[name], fraction)
+    return Compiled(program, integers, {name: table.to(torch.float32) for name, table in tables.items()})
+
+
+def weight_keys(program: Program) -> list[str]:
+    """The server's integers that a Program reads, by name and scale."""
+    return list({i.protocol.weight: None for i in program.circuit if isinstance(i.protocol, (Linear, AddWeight))})
+
+
+def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
+    """The circuit of a lowered model; of its weights only the shapes are read."""
     (output,) = lowered.outputs
     emitter = Emitter(Plan(lowered.trace, ranges, fixed, [output.id]))
     emitter.run({c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs})
     value = emitter.get(output.id, 0)
     emitter.emit(tp.Reveal(output.shape, value.ring), value.index)
-    integers, shapes = {}, {}
-    for instruction in emitter.circuit:
-        p = instruction.protocol
-        if isinstance(p, (Linear, AddWeight)) and p.weight not in integers:
-            name, fraction = split_weight_key(p.weight)
-            integers[p.weight] = ring.encode(lowered.weights[name], fraction)
-        if isinstance(p, Linear):
-            shapes[p.weight] = tuple(integers[p.weight].shape)
-    program = Program(
+    read = {i.protocol.weight for i in emitter.circuit if isinstance(i.protocol, Linear)}
+    return Program(
         circuit=tuple(emitter.circuit),
         paths=tuple(emitter.paths),
         output=len(emitter.circuit) - 1,
@@ -115,10 +123,9 @@ def _finish(
         fixed=fixed,
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
-        weight_shapes=shapes,
+        weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
         labels=dict(labels),
     )
-    return Compiled(program, integers, {name: table.to(torch.float32) for name, table in tables.items()})
 
 
 def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:

@@ -101,6 +101,7 @@ class _Lowering:
     ) -> None:
         self.graph, self.parameters, self.seen = graph, parameters, seen
         self.margin, self.embedding, self.gelu_form = 2.0**margin_bits, embedding, gelu_form
+        self.device = next((v.device for v in parameters.values()), torch.device("cpu"))  # "meta": shapes alone
         self.readers = graph.consumers()
         self.trace = Trace()
         self.symbols: dict[int, Symbol] = {}
@@ -133,7 +134,8 @@ class _Lowering:
         if node.op == "parameter":
             value = self.parameters[node.attrs["name"]]
         else:
-            value = evaluate(node, [self.server[i] for i in node.inputs], torch.float64)
+            with torch.device(self.device):
+                value = evaluate(node, [self.server[i] for i in node.inputs], torch.float64)
         self.server[node.id] = value
 
     def _fold_scalars(self) -> tuple[dict[int, float], set[int]]:

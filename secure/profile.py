@@ -6,15 +6,19 @@ What is counted is what the generators really exchange and draw, so it equals a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from protocols.circuit import Instruction, MetaWeights
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost, Exchange
+from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, execute
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost, Exchange, Protocol, Step
+from protocols.two_party import Input
 from secure.program import Program
+from secure.timeline import Part
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,34 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that a query needs of one party beside the weights: at most ``live`` at once in shares and openings between
+    two steps (8 bytes a ring element), and ``correlations`` held ready before it.
+    """
+
+    live: int
+    correlations: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a party computes, in order, until it must exchange; then what every waiting instruction exchanges."""
+
+    work: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
 class Profile:
-    """``total.rounds`` are those of the merged schedule; every other figure is the sum over ``lines``."""
+    """``total.rounds`` are those of the merged schedule; every other figure is the sum over ``lines``.
+
+    ``schedules``, ``memory``: of the server and of the client.
+    """
 
     lines: tuple[Line, ...]
     total: Cost
+    schedules: tuple[tuple[Stage, ...], tuple[Stage, ...]]
+    memory: tuple[Memory, Memory]
 
     def by(self, key: Callable[[Line], str]) -> dict[str, tuple[Cost, int, int]]:
         """(summed cost, products, comparisons) by any property of a line, e.g. its kind or a prefix of its path."""
@@ -71,53 +98,115 @@ class Profile:
     def comparisons(self) -> int:
         return sum(line.comparisons for line in self.lines)
 
+    @property
+    def correlations(self) -> dict[str, int]:
+        """Bytes of corrections by the kind of protocol that uses them up."""
+        found = {kind: cost.offline_to_server for kind, (cost, _, _) in self.by(lambda line: line.kind).items()}
+        return {kind: size for kind, size in found.items() if size}
+
 
 def profile(program: Program) -> Profile:
-    """Run both parties of every instruction on ``meta`` tensors and count."""
-    weights = MetaWeights(program.weight_shapes)
-    values: list[tuple[Any, Any]] = []
-    finished: list[int] = []
-    lines = []
-    for instruction, path in zip(program.circuit, program.paths, strict=True):
-        results, cost = _run(instruction, values, weights)
-        values.append(results)
-        finished.append(max((finished[i] for i in instruction.inputs), default=0) + cost.rounds)
-        lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
-    summed = sum((line.cost for line in lines), Cost())
-    rounds = max(finished, default=0)
-    return Profile(tuple(lines), Cost(rounds, summed.to_server, summed.to_client, summed.offline_to_server))
-
-
-def _run(instruction: Instruction, values: list[tuple[Any, Any]], weights: MetaWeights) -> tuple[tuple[Any, Any], Cost]:
-    """Both parties' results, and what they exchanged and drew."""
-    protocol = instruction.protocol
-    material = {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}
-    offline = sum(d.wire.size for d in protocol.draws if d.derived)
-    if protocol.kind in ("input", "add_weight"):  # they read what is not in the circuit, and exchange nothing
-        shares = torch.empty(protocol.out.shape, dtype=torch.int64, device="meta")
-        return (shares, shares), Cost()
+    """Run both parties' ``execute`` on ``meta`` tensors, in lockstep, and count."""
+    weights, circuit = MetaWeights(program.weight_shapes), program.circuit
+    parties = [_Counter(circuit, program.output), _Counter(circuit, program.output)]
     steps = [
-        protocol.run(party, material, tuple(values[i][party] for i in instruction.inputs), weights)
+        execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
         for party in (SERVER, CLIENT)
     ]
-    rounds, sent, results = 0, [0, 0], [None, None]
     answers: list[Any] = [None, None]
     while True:
-        exchanges: list[Exchange | None] = [None, None]
-        for party, step in enumerate(steps):
-            try:
-                exchanges[party] = step.send(answers[party])
-            except StopIteration as stop:
-                results[party] = stop.value
-        if None in exchanges:
-            if exchanges != [None, None]:
-                raise AssertionError(f"{protocol.kind}: only the {PARTY_NAMES[exchanges[0] is None]} goes on")
-            return (results[0], results[1]), Cost(rounds, sent[CLIENT], sent[SERVER], offline)
-        rounds += 1
-        for party, exchange in enumerate(exchanges):
-            assert exchange is not None
-            sent[party] += sum(wire.size for _, wire in exchange.send)
-            answers[party] = tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in exchange.receive)
+        going = [_advance(step, answer) for step, answer in zip(steps, answers, strict=True)]
+        if None in going:
+            if going != [None, None]:
+                raise AssertionError(f"only the {PARTY_NAMES[going[0] is None]} goes on")
+            for party in parties:
+                party.end()
+            break
+        answers = [
+            tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in e.receive) for e in going if e is not None
+        ]
+    lines = []
+    for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
+        offline = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        rounds, up, down = (parties[CLIENT].rounds[index], parties[CLIENT].sent[index], parties[SERVER].sent[index])
+        cost = Cost(rounds, up, down, offline)
+        lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
+    summed = sum((line.cost for line in lines), Cost())
+    total = Cost(len(parties[SERVER].stages) - 1, summed.to_server, summed.to_client, summed.offline_to_server)
+    prepared = sum(_held(i.protocol) for i in circuit if type(i.protocol).offline is not Protocol.offline)
+    server, client = parties
+    memory = (Memory(server.most, total.offline_to_server), Memory(client.most, prepared))
+    return Profile(tuple(lines), total, (tuple(server.stages), tuple(client.stages)), memory)
+
+
+def _advance(step: Step[list[Any]], answer: tuple[Tensor, ...] | None) -> Exchange | None:
+    try:
+        return next(step) if answer is None else step.send(answer)
+    except StopIteration:
+        return None
+
+
+class _NoData(Correlations):
+    """Correlations of the right shapes, on ``meta``. The client's finished results are ready, as after ``prepare``."""
+
+    def __init__(self, circuit: Circuit, party: int) -> None:
+        self._circuit, self._client = circuit, party == CLIENT
+
+    def is_finished(self, index: int) -> bool:
+        protocol = self._circuit[index].protocol
+        return isinstance(protocol, Input) or (self._client and protocol.finished_offline)
+
+    def finished(self, index: int) -> Tensor:
+        return torch.empty(self._circuit[index].protocol.out.shape, dtype=torch.int64, device="meta")
+
+    def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
+        return {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}
+
+
+class _Counter(Observer):
+    """One party's schedule, and the largest set of results that it holds at a time."""
+
+    def __init__(self, circuit: Circuit, output: int) -> None:
+        self.rounds, self.sent = [0] * len(circuit), [0] * len(circuit)
+        self.stages: list[Stage] = []
+        self.most = 0
+        self._circuit, self._work = circuit, list[int]()
+        self._held, self._uses = 0, [0] * len(circuit)
+        for instruction in circuit:
+            for i in instruction.inputs:
+                self._uses[i] += 1
+        self._uses[output] += 1
+
+    def computing(self, index: int) -> None:
+        self._work.append(index)
+
+    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
+        exchanged = tuple(Part.of(index, exchange) for index, exchange in parts)
+        self.stages.append(Stage(tuple(self._work), exchanged))
+        self._work = []
+        for part in exchanged:
+            self.rounds[part.index] += 1
+            self.sent[part.index] += part.sent
+
+    def finished(self, index: int) -> None:
+        if self._uses[index]:
+            self._held += _held(self._circuit[index].protocol)
+        self.most = max(self.most, self._held)
+        for i in self._circuit[index].inputs:
+            self._uses[i] -= 1
+            if not self._uses[i]:
+                self._held -= _held(self._circuit[i].protocol)
+
+    def end(self) -> None:
+        """What is computed after the last exchange."""
+        self.stages.append(Stage(tuple(self._work), ()))
+
+
+def _held(protocol: Protocol) -> int:
+    """Bytes of a result in memory: an opening is two tensors, bits are packed, ring elements take 8 bytes."""
+    form = protocol.out
+    size = math.prod(form.shape) * (1 if form.planes else 8)
+    return 2 * size if protocol.gives in ("opening", "bit opening") else size
 
 
 def _arithmetic(instruction: Instruction, program: Program) -> tuple[int, int]:

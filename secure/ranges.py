@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
-from secure.trace import Trace, evaluate
+from approximations.primitives import piecewise
+from secure.trace import Primitive, Trace, evaluate
 
 _ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
 _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
@@ -53,6 +55,19 @@ class Ranges:
             raise ValueError("calibration needs at least one input")
         return ranges
 
+    @classmethod
+    def assume(cls, trace: Trace, reach: float) -> Ranges:
+        """No calibration: inputs, matrix products, linear layers and sums are taken to stay within ``reach``.
+
+        Other primitives follow from their operands by interval arithmetic. Good to a few bits, for costs only: nothing
+        may be computed with such ranges.
+        """
+        ranges = cls(trace, 0)
+        for index, p in enumerate(trace.primitives):
+            low, high = _assumed(p, [(ranges._low[i], ranges._high[i]) for i in p.inputs], reach, trace)
+            ranges._low[index], ranges._high[index] = low, high
+        return ranges
+
     def magnitude(self, index: int) -> float:
         """The largest absolute value that the ring is made for."""
         p = self._trace.primitives[index]
@@ -67,3 +82,27 @@ class Ranges:
     def seen(self, index: int) -> tuple[float, float]:
         """The range as it was observed."""
         return self._low[index], self._high[index]
+
+
+def _assumed(p: Primitive, operands: list[tuple[float, float]], reach: float, trace: Trace) -> tuple[float, float]:
+    if p.op in ("input", "linear", "matmul", "add", "add_weight"):
+        return (0.0, 1.0) if p.attrs.get("integer") else (-reach, reach)
+    low, high = operands[0]
+    if p.op == "sub":
+        return low - operands[1][1], high - operands[1][0]
+    if p.op in ("mul", "scale", "mul_weight"):
+        factors = operands[1] if p.op == "mul" else (1.0, 1.0) if p.op == "mul_weight" else (p.attrs["value"],) * 2
+        corners = [a * b for a in (low, high) for b in factors]
+        square = p.op == "mul" and p.inputs[0] == p.inputs[1]
+        return (0.0 if square else min(corners)), max(corners)
+    if p.op == "sum":
+        n = math.prod(trace.primitives[p.inputs[0]].shape) // math.prod(p.shape)
+        return n * low, n * high
+    if p.op == "offset":
+        return low + p.attrs["value"], high + p.attrs["value"]
+    if p.op == "piecewise":
+        values = piecewise(torch.linspace(low, high, 513, dtype=torch.float64), p.attrs["knots"], p.attrs["pieces"])
+        return float(values.min()), float(values.max())
+    if p.op == "exp_neg":
+        return 0.0, 1.0
+    return (p.attrs["low"], p.attrs["high"]) if p.op == "bounded" else (low, high)

@@ -31,6 +31,10 @@ class Part:
     sent: int
     received: int
 
+    @classmethod
+    def of(cls, index: int, exchange: Exchange) -> Part:
+        return cls(index, sum(w.size for _, w in exchange.send), sum(w.size for w in exchange.receive))
+
 
 @dataclass(frozen=True)
 class Round:
@@ -145,9 +149,7 @@ class Recorder(Observer):
         self.timeline.work.append(Work(index, self._since, self._clock() - self._since))
 
     def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
-        self._parts = tuple(
-            Part(index, sum(w.size for _, w in e.send), sum(w.size for w in e.receive)) for index, e in parts
-        )
+        self._parts = tuple(Part.of(index, exchange) for index, exchange in parts)
 
     def packing(self) -> None:
         self._began = self._clock()
