@@ -11,68 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import common
+from benchmarks.common import RESULTS, Service
 from benchmarks.sentences import sentences
 from parties.model import PACKAGED, model_directory, text_inputs
 from secure.models import load_sentence_encoder
 from secure.tokens import load_tokenizer
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": " ".join([Path(sys.executable).name, "-m", "benchmarks.main_job", *sys.argv[1:]]),
-    }
-
-
-class Service:
-    """``unseen ARGUMENTS`` as a child process; ``peak`` after ``stop`` is its peak memory in MB."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "parties.cli", *arguments, "--threads", "1", "--announce"]
-        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self._child.stdout is not None
-        self.address = json.loads(self._child.stdout.readline())["listening"]
-        self.peak = 0.0
-
-    def stop(self) -> None:
-        self._child.terminate()
-        _, _, usage = os.wait4(self._child.pid, 0)
-        self.peak, self._child.returncode = usage.ru_maxrss / 1024, 0
-
 
 def ask(texts: list[str], server: str, dealer: str) -> tuple[list[dict[str, Any]], float]:
     """Run the client process on texts; its rows and its peak memory in MB."""
     command = [sys.executable, "-m", "parties.cli", "embed", "--server", server, "--dealer", dealer, "--json"]
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen([*command, "--threads", "1", "--", *texts], stdout=output)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = status
-        output.seek(0)
-        if status:
-            raise SystemExit("the client failed")
-        return json.loads(output.read()), usage.ru_maxrss / 1024
+    output, peak = common.run([*command, "--threads", "1", "--", *texts])
+    return json.loads(output), peak
 
 
 def cosines(rows: list[dict[str, Any]], length: int) -> list[float]:
@@ -102,15 +62,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write a results file")
     options = parser.parse_args()
     length = options.length
-    report: dict[str, Any] = {"machine": machine(), "length": length}
+    report: dict[str, Any] = {"machine": common.machine("benchmarks.main_job"), "length": length}
     report |= {"embedding": options.embedding, "gelu": options.gelu}
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ["XDG_CACHE_HOME"] = state
-        dealer = Service("dealer", "--listen", "127.0.0.1:0")
+        dealer = common.dealer()
         stack.callback(dealer.stop)
         served = ["serve", PACKAGED, "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--length", str(length)]
-        server = Service(*served, "--embedding", options.embedding, "--gelu", options.gelu, "--state", state)
+        served += ["--embedding", options.embedding, "--gelu", options.gelu, "--state", state]
+        server = Service("parties.cli", *served, "--threads", "1", "--announce")
         stack.callback(server.stop)
         rows, client_peak = ask(fitting(sentences(), length)[:6], server.address, dealer.address)
         report |= summary(rows[1:])

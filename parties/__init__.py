@@ -8,6 +8,8 @@ calls        errors of gRPC calls, in words on both ends
 frames       byte strings as parts of about 1 MB; one round as a frame
 sessions     seeds, query keys, and what a session has burnt
 files        once-per-model files: masked weights, token table; the client's cache
+traces       one party's timeline of a query as a file
+merging      both parties' traces on one time line
 watchdog     deadlines for waits
 dealer       the dealer's service
 model        loading and compiling what a server serves; the weight-mask seed
@@ -16,5 +18,6 @@ client       the client: connect, prepare, embed
 hosting      starting a service: ports, start-up line, shutdown
 demo         three processes on loopback
 reports      costs as tables and JSON
+measured     a client's queries as they ran, next to what was predicted
 cli          the command ``unseen``
 """

@@ -23,9 +23,12 @@ from parties.client import Connection, connect
 from parties.dealer import DealerService
 from parties.endpoints import Endpoint
 from parties.errors import PartyError
+from parties.measured import Measurements
+from parties.merging import merged
 from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
 from parties.reports import mb
 from parties.server import InferenceService
+from parties.traces import TraceDirectory
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
@@ -66,6 +69,10 @@ Announce = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
 Deadline = Annotated[float, typer.Option(min=1, help="Seconds to wait for any one message of the peer.")]
 Model = Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")]
+Traces = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="DIRECTORY", help="Write what each query did when to a trace file there."),
+]
 Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]
 
 
@@ -123,6 +130,7 @@ def serve(
         Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
     ] = None,
     state: Annotated[Path | None, typer.Option(help="Where the weight-mask seed is kept.")] = None,
+    traces: Traces = None,
     deadline: Deadline = 60.0,
     threads: Threads = 1,
     insecure: Insecure = False,
@@ -138,10 +146,11 @@ def serve(
     fixed, sentences = FixedPoint(fraction_bits=fraction_bits), _sentences(calibration)
     model_directory(model)  # what can be seen to be wrong, before the model is compiled
     hosting.check(listening, dealing)
+    directory = TraceDirectory(traces) if traces else None
     _say(f"unseen serve: compiling {model} for {length} tokens ...")
     compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, *sentences)
     ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
-    service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline)
+    service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline, traces=directory)
     server, address = hosting.start(
         listening, lambda s: add_InferenceServicer_to_server(service, s), insecure=insecure, what="the server"
     )
@@ -184,6 +193,7 @@ def embed(
     as_json: Annotated[bool, typer.Option("--json", help="Print embeddings and costs as JSON.")] = False,
     program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
+    traces: Traces = None,
     deadline: Deadline = 60.0,
     threads: Threads = 1,
     insecure: Insecure = False,
@@ -196,6 +206,7 @@ def embed(
         raise PartyError("no text", "give texts as arguments, or one a line on standard input")
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
+    measured = Measurements(traces) if traces else None  # likewise
     with connect(
         server, dealer, insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
     ) as connection:
@@ -203,12 +214,18 @@ def embed(
         try:
             for vector in connection.embed_each(given):
                 vectors.append(vector)
+                if measured:
+                    measured.add(connection)
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(connection.reports)]
             if done and as_json:
                 _print_json(done, vectors, connection)
             elif done:
                 _print_report(done, vectors, connection, compare_with)
+            if measured:
+                measured.show(err if as_json else out, connection.program)
+        if measured:
+            measured.check()
 
 
 def _print_json(texts: list[str], vectors: list[torch.Tensor], connection: Connection) -> None:
@@ -314,16 +331,27 @@ def profile_command(
 
 
 @app.command()
+def timeline(
+    client: Annotated[Path, typer.Argument(help="The client's trace of a query, from embed --profile.")],
+    server: Annotated[Path, typer.Argument(help="The server's trace of the same query, from serve --profile.")],
+    output: Annotated[Path, typer.Option(help="The file to write, for Perfetto or chrome://tracing.")],
+) -> None:
+    """Put both parties' traces of a query on one time line."""
+    out.print(merged([client, server], output), markup=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed; three of ours by default.")] = None,
     model: Annotated[str, typer.Option(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
     length: Length = 128,
     embedding: Annotated[Embedding, typer.Option(help="How the client's tokens are looked up.")] = Embedding["one-hot"],
     gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    traces: Traces = None,
 ) -> None:
     """Run dealer, server and client as three processes on this machine and embed a few sentences privately."""
     chosen = texts or list(demonstration.SENTENCES)
-    raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen))
+    raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen, traces))
 
 
 def app_main() -> None:

@@ -34,7 +34,7 @@ from parties.errors import (
 )
 from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, cache_directory, fetch, unpack_masked, unpack_tables
 from parties.frames import FrameReader, to_frames
-from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, query_key
+from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, query_key, session_label
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceStub
@@ -60,6 +60,7 @@ class QueryReport:
     offline_to_client: (
         int  # bytes of the server's message that a query is prepared; the dealer sends the client nothing
     )
+    query: int  # its number in the session
     timeline: Timeline = field(repr=False)  # the client's online part, step by step
 
 
@@ -205,6 +206,11 @@ class Connection:
         return int(self.program.labels.get("length", 0))
 
     @property
+    def session_label(self) -> str:
+        """What both parties' traces call this session, whose id stays between the parties."""
+        return session_label(self._session)
+
+    @property
     def ready(self) -> int:
         """Queries that are prepared and not yet used."""
         return len(self._ready)
@@ -247,7 +253,7 @@ class Connection:
             online = time.perf_counter() - start
             total = timeline.cost + Cost(offline_to_server=ready.corrections)
             times = (online, ready.seconds, ready.dealer_seconds, ready.client_seconds)
-            self.reports.append(QueryReport(total, *times, ready.received, timeline))
+            self.reports.append(QueryReport(total, *times, ready.received, ready.query, timeline))
         return self.program.decode(result)
 
     @contextmanager

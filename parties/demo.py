@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from parties.errors import PartyError
+from parties.merging import merged
+from parties.traces import TraceDirectory
 
 SENTENCES = (
     "My doctor says the test results are not good.",
@@ -68,16 +70,41 @@ def _echo(console: Console, name: str, colour: str, line: str) -> None:
         console.print(f"[{colour}]{name:>7}[/] │ {escape(line.rstrip())}", highlight=False, soft_wrap=True)
 
 
-def run(console: Console, model: str, length: int, embedding: str, gelu: str, texts: Sequence[str]) -> int:
-    """The client's exit code."""
+def run(
+    console: Console,
+    model: str,
+    length: int,
+    embedding: str,
+    gelu: str,
+    texts: Sequence[str],
+    traces: Path | None = None,
+) -> int:
+    """The client's exit code. ``traces``: where both parties leave theirs, and what they are together."""
+    directory = TraceDirectory(traces).path if traces else None
+    before = set(directory.iterdir()) if directory else set()
+    profiling = ["--profile", str(directory)] if directory else []
+    code = _run(console, model, [*_served(length, embedding, gelu), *profiling], [*texts, *profiling])
+    # the server has ended by now, so its last trace is there too
+    for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():
+        name = path.name.removeprefix("client-")
+        both = merged([path, path.with_name(f"server-{name}")], path.with_name(f"both-{name}"))
+        console.print(both, markup=False, soft_wrap=True)
+    return code
+
+
+def _served(length: int, embedding: str, gelu: str) -> list[str]:
+    return ["--length", str(length), "--embedding", embedding, "--gelu", gelu]
+
+
+def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[str]) -> int:
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-"))
         dealer = stack.enter_context(
             process(console, "dealer", "magenta", ["dealer", "--listen", "127.0.0.1:0", "--threads", "1", "--announce"])
         )
-        served = ["serve", model, "--dealer", dealer, "--listen", "127.0.0.1:0", "--length", str(length)]
-        served += ["--embedding", embedding, "--gelu", gelu, "--state", str(Path(state) / "server")]
+        served = ["serve", model, "--dealer", dealer, "--listen", "127.0.0.1:0", *serving]
+        served += ["--state", str(Path(state) / "server")]
         server = stack.enter_context(process(console, "server", "blue", [*served, "--threads", "1", "--announce"]))
-        client = ["embed", *texts, "--server", server, "--dealer", dealer, "--compare-with", model, "--threads", "1"]
+        client = ["embed", *asking, "--server", server, "--dealer", dealer, "--compare-with", model, "--threads", "1"]
         console.rule("client")
         return subprocess.call([sys.executable, "-m", "parties.cli", *client, "--no-cache"], stdin=subprocess.DEVNULL)

@@ -23,7 +23,17 @@ from parties.endpoints import Endpoint, open_channel
 from parties.errors import DealerError, DownloadError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
 from parties.frames import FrameReader, parts, to_frames
 from parties.model import ServedModel
-from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, MAXIMUM_QUERY, Burnt, deal_proof, join_proof, query_key
+from parties.sessions import (
+    DEPLOYMENT,
+    MAXIMUM_PREPARED,
+    MAXIMUM_QUERY,
+    Burnt,
+    deal_proof,
+    join_proof,
+    query_key,
+    session_label,
+)
+from parties.traces import TraceDirectory
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
@@ -32,7 +42,7 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from secure.program import VERSION
-from secure.timeline import Recorder
+from secure.timeline import Recorder, Timeline
 
 log = logging.getLogger("unseen.server")
 
@@ -42,10 +52,21 @@ IDLE = 1800.0  # seconds that a client may keep its session between queries
 
 
 class InferenceService(InferenceServicer):
-    """Serves one compiled model. ``deadline``: seconds that a session waits for its client before it gives up."""
+    """Serves one compiled model. ``deadline``: seconds that a session waits for its client before it gives up.
 
-    def __init__(self, model: ServedModel, dealer: Endpoint, *, insecure: bool = False, deadline: float = 60.0) -> None:
-        self.model, self.deadline = model, deadline
+    ``traces``: where every query leaves its timeline, if anywhere.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        dealer: Endpoint,
+        *,
+        insecure: bool = False,
+        deadline: float = 60.0,
+        traces: TraceDirectory | None = None,
+    ) -> None:
+        self.model, self.deadline, self.traces = model, deadline, traces
         self._dealer_at = dealer
         self._channel = open_channel(dealer, insecure=insecure, what="the dealer")
         self.dealer = DealerStub(self._channel)
@@ -285,7 +306,21 @@ class _Session:
         recorder.stop()
         log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
         self._doing = BETWEEN
-        yield pb.ServerMessage(finished=pb.Finished(query=query))
+        try:
+            yield pb.ServerMessage(finished=pb.Finished(query=query))
+        finally:  # after the client's last message, so that it does not wait; also if it leaves upon it
+            self._keep(recorder.timeline, query)
+
+    def _keep(self, timeline: Timeline, query: int) -> None:
+        """Write the trace. That it cannot be written is the server's affair: the client has its answer."""
+        if self._service.traces is None:
+            return
+        try:
+            path = self._service.traces.write(timeline, self._program, query, session_label(self._id))
+        except PartyError as error:
+            log.error("query %d left no trace: %s", query, str(error).replace("\n", "; "))
+        else:
+            log.info("query %d: trace in %s", query, path)
 
     def _receive(self, exchange: Exchange, path: str) -> bytes:
         reader = FrameReader(sum(w.size for w in exchange.receive))

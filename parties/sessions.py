@@ -7,6 +7,7 @@ share a stream. A number is burnt before anything is drawn from its key, and sta
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import secrets
 import threading
@@ -22,6 +23,11 @@ MAXIMUM_PREPARED = 2  # queries that one session may have waiting: the server ho
 
 def new_session() -> bytes:
     return secrets.token_bytes(SESSION_BYTES)
+
+
+def session_label(session: bytes) -> str:
+    """A name for a session that tells nothing of its id, which is what lets a party join it."""
+    return hashlib.sha256(session).hexdigest()[:16]
 
 
 def query_key(seed: bytes, party: str, session: bytes, program_digest: str, query: int) -> Key:

@@ -1,0 +1,94 @@
+"""The suite's child processes: a server of one work, and a client that asks it and writes down what it took.
+
+    python -m benchmarks.hosting serve WORK --dealer HOST:PORT --state DIRECTORY
+    python -m benchmarks.hosting ask --server HOST:PORT --dealer HOST:PORT --inputs FILE --answer FILE --runs N
+
+Both use the services and the client of ``unseen`` as they are, one thread each; the dealer is ``unseen dealer``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import secure
+from benchmarks import common, works
+from parties import hosting
+from parties.endpoints import Endpoint
+from parties.model import serve_ready
+from parties.server import InferenceService
+from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
+from protocols import kernels
+
+DEADLINE = 600.0  # seconds; the offline phase of a large model is one long wait
+
+
+def serve(name: str, dealer: str, state: Path) -> None:
+    start = time.perf_counter()
+    compiled, tokenizer, raw = works.make(name).build()
+    seconds = time.perf_counter() - start
+    ready = serve_ready(compiled, tokenizer, raw, state)
+    service = InferenceService(ready, Endpoint.parse(dealer, what="--dealer"), deadline=DEADLINE)
+    listen = Endpoint("127.0.0.1", 0)
+    server, address = hosting.start(
+        listen, lambda s: add_InferenceServicer_to_server(service, s), insecure=False, what="the server"
+    )
+    said = {"listening": str(address), "compile s": round(seconds, 2), "compile peak MB": round(common.peak())}
+    common.forget_peak()
+    hosting.run_until_stopped(server, lambda: print(json.dumps(said), flush=True))
+
+
+def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None:
+    with np.load(inputs) as archive:
+        given = {name: torch.from_numpy(archive[name]) for name in archive.files}
+    with secure.connect(server, dealer, cache=False, deadline=DEADLINE) as connection:
+        for _ in range(1 + runs):
+            result = connection.query(given)
+        reports, predicted = connection.reports, connection.program.cost
+    if any(report.cost != predicted for report in reports):
+        raise SystemExit(f"a query took {reports[-1].cost}, its Program promises {predicted}")
+    np.save(answer, result.numpy())
+    document = {
+        "online s, each": [report.online_seconds for report in reports[1:]],
+        "offline s, each": [report.offline_seconds for report in reports[1:]],
+        "offline s of the dealer": statistics.median(report.dealer_seconds for report in reports[1:]),
+        "offline s of the client": statistics.median(report.client_seconds for report in reports[1:]),
+        "rounds": predicted.rounds,
+        "online bytes to server": predicted.to_server,
+        "online bytes to client": predicted.to_client,
+        "offline bytes to server": predicted.offline_to_server,
+        "offline bytes to client": reports[-1].offline_to_client,
+        "peak MB": round(common.peak()),
+    }
+    print(json.dumps(document))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    roles = parser.add_subparsers(dest="role", required=True)
+    of_server, of_client = roles.add_parser("serve"), roles.add_parser("ask")
+    of_server.add_argument("name")
+    of_server.add_argument("--state", type=Path, required=True)
+    of_client.add_argument("--server", required=True)
+    of_client.add_argument("--inputs", type=Path, required=True)
+    of_client.add_argument("--answer", type=Path, required=True)
+    of_client.add_argument("--runs", type=int, required=True)
+    for role in (of_server, of_client):
+        role.add_argument("--dealer", required=True)
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    kernels.warm_up()
+    if o.role == "serve":
+        serve(o.name, o.dealer, o.state)
+    else:
+        ask(o.server, o.dealer, o.inputs, o.answer, o.runs)
+
+
+if __name__ == "__main__":
+    main()

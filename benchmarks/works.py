@@ -1,0 +1,269 @@
+"""Our side of the works: each as a compiled Program, with the client's inputs and the float64 result.
+
+Names and arrays are those of ``benchmarks.peers.works``, and a few works more. One operation is a Program of its own:
+each secret operand x enters as shares, x - m the client's input and m a tensor of the server's, so that nobody knows
+it; the operation follows; the result is revealed to the client, which is one message and part of what is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import secure
+from approximations.activations import GELU_FORMS
+from benchmarks.peers import works as peers
+from benchmarks.peers.works import Array
+from parties.model import PACKAGED, compile_text_model, model_directory, text_inputs
+from protocols import ring
+from protocols.circuit import Instruction
+from protocols.fixedpoint import FixedPoint
+from protocols.local import AddWeight, Indicators
+from protocols.protocol import Protocol, plane_shape
+from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
+from secure.compiler import Compiled
+from secure.tokens import TextTokenizer
+
+Built = tuple[Compiled, TextTokenizer, bytes]
+
+MATMULS = tuple(name for name in peers.WORKS if name.startswith("matmul"))
+COUNTERPARTS = {name.replace("matmul", "product", 1): name for name in MATMULS}
+"""Ours with two secret operands, which is what a peer's "matmul" is."""
+
+WORKS = (*MATMULS, *COUNTERPARTS, *(name for name in peers.WORKS if name not in MATMULS), "bert-base 128")
+
+COMPARED_FRACTION = 58  # |x| < 16, so that the compared integers fill the ring of 64 bits
+TRAINED = 0.036  # 1 / sqrt(768): random weights of the size that training leaves, not of BERT's initialization (0.02)
+CALIBRATION = 3  # other inputs from the same distribution that set the ranges
+
+HOW = {
+    "matmul": "input of the client, weight held by the server: one masked delivery, then a local product",
+    "product": "both operands secret: each opened under a mask once, then a local product",
+    "gelu": "secret input; the default form of GeLU",
+    "softmax": "secret input",
+    "layernorm": "secret input; weight and bias held by the server",
+    "compare": "x > 0 for all 64 bits of x, nothing left out; opening of x included, then bit to number and reveal",
+    "multiply": "both operands secret: each opened under a mask once, then a local product and a truncation",
+    "bert": "one encoder layer on the client's hidden states, no mask; weights held by the server",
+    "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table",
+    "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """``build`` takes long; so may ``expected``."""
+
+    name: str
+    inputs: dict[str, Tensor]  # the client's
+    build: Callable[[], Built]
+    expected: Callable[[], Tensor]
+
+    @property
+    def kind(self) -> str:
+        return self.name.split()[0]
+
+    @property
+    def transformer(self) -> bool:
+        return self.kind in ("bert", "minilm", "bert-base")
+
+    @property
+    def elementwise(self) -> bool:
+        return self.kind in ("gelu", "compare", "multiply")
+
+
+def counterpart(name: str) -> str | None:
+    """The name of a peer's work that is the same."""
+    found = COUNTERPARTS.get(name, name)
+    return found if found in peers.WORKS else None
+
+
+# modules
+
+
+class Shared(nn.Module):
+    """An operation on secrets: of each operand the client gives x - m, and the server has m."""
+
+    def __init__(self, function: Callable[..., Tensor], masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.function, self.operands = function, tuple(masks)
+        self.masks = nn.ParameterDict({name: nn.Parameter(mask, requires_grad=False) for name, mask in masks.items()})
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x = x + self.masks["x"]
+        return self.function(x) if y is None else self.function(x, y + self.masks["y"])
+
+
+class Layer(nn.Module):
+    """The encoder layer that ``benchmarks.peers.works.encode`` computes."""
+
+    def __init__(self, arrays: Mapping[str, Array], heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        parts: dict[str, nn.Module] = {}
+        for name in peers.LAYER[::2]:
+            weight, bias = (torch.from_numpy(arrays[f"0.{n}"]) for n in (name, f"{name}.bias"))
+            module: Any = nn.Linear(*weight.shape) if weight.dim() == 2 else nn.LayerNorm(len(weight), eps=1e-12)
+            module.load_state_dict({"weight": weight.t().contiguous() if weight.dim() == 2 else weight, "bias": bias})
+            parts[name.replace(" ", "_")] = module
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        p = self.parts
+        q, k, v = (self._split(p[name](input)) for name in ("query", "key", "value"))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
+        context = (weights @ v).transpose(0, 1).reshape(input.shape)
+        x = p["attention_norm"](input + p["output"](context))
+        out: Tensor = p["norm"](x + p["down"](nn.functional.gelu(p["up"](x))))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], self.heads, -1).transpose(0, 1)
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "softmax": lambda x: torch.softmax(x, -1),
+    "compare": torch.relu,  # for its shapes alone, see ``comparison``
+    "multiply": torch.mul,
+    "product": torch.matmul,
+}
+
+
+def module(work: peers.Work, kind: str, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A work of one operation, or one layer, as a module."""
+    arrays = {name: torch.from_numpy(value) for name, value in work.arrays.items()}
+    if kind == "encoder":
+        return Layer(work.arrays, work.heads)
+    if kind == "matmul":
+        linear: Any = nn.Linear(arrays["y"].shape[0], arrays["y"].shape[1], bias=False)
+        linear.load_state_dict({"weight": arrays["y"].t().contiguous()})
+        return linear  # type: ignore[no-any-return]
+    if kind == "layernorm":
+        norm = nn.LayerNorm(len(arrays["weight"]), eps=1e-12)
+        norm.load_state_dict({"weight": arrays["weight"], "bias": arrays["bias"]})
+        return Shared(norm, masks)
+    return Shared(FUNCTIONS[kind], masks)
+
+
+def comparison(pattern: Compiled, mask: Tensor) -> Compiled:
+    """x > 0 as a Program, put together by hand, as no module may end in a comparison; its input is ``pattern``'s."""
+    program = pattern.program
+    (spec,) = program.client_inputs
+    shape, width = spec.shape, plane_shape(spec.shape, 1)[1]
+    reach = 2.0 ** (63 - COMPARED_FRACTION)
+    steps: list[tuple[Protocol, tuple[int, ...]]] = [
+        (Input(shape, 64, spec.name, COMPARED_FRACTION, 1 - reach, reach - 1), ()),
+        (AddWeight(shape, 64, "mask"), (0,)),
+        (Open(shape, 64), (1,)),
+        (Compare(shape, width=64, drop=0, thresholds=(1,)), (2,)),
+        (Indicators(width, rows=((0,),), negate=(True,)), (3,)),
+        (OpenBits(shape, 1), (4,)),
+        (Select(shape, 2, slopes=(0,), offsets=(1,)), (5,)),
+        (Reveal(shape, 2), (6,)),
+    ]
+    circuit = tuple(Instruction(protocol, inputs) for protocol, inputs in steps)
+    made = dataclasses.replace(
+        program, circuit=circuit, paths=("",) * len(circuit), output=len(circuit) - 1, fraction=0, weight_shapes={}
+    )
+    integers = {"mask": ring.encode(mask, COMPARED_FRACTION)}
+    return Compiled(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
+
+
+# jobs
+
+
+def without_text(compiled: Compiled) -> Built:
+    none: Any = None
+    return compiled, TextTokenizer(none, 0), b""
+
+
+def like(x: Tensor, seed: int) -> Tensor:
+    """Another tensor from the same distribution; in steps of 1/1024, so that differences are exact in float32."""
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) * x.std()
+    return torch.round(drawn * 1024) / 1024
+
+
+def operation(name: str) -> Job:
+    """A work whose arrays are the peers'."""
+    work = peers.make(COUNTERPARTS.get(name, name.replace("product", "matmul", 1)))
+    kind = name.split()[0] if work.kind != "encoder" else "encoder"
+    secrets = ("x", "y") if kind in ("product", "multiply") else ("x",)
+    actual = {n: torch.from_numpy(work.arrays[n]) for n in secrets}
+    masks, given = {n: like(x, 100 + i) for i, (n, x) in enumerate(actual.items())}, "x"
+    if kind in ("matmul", "encoder"):  # their input is the client's
+        masks, given = {}, "input"
+
+    def inputs(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {given if n == "x" else n: x - masks[n] if masks else x for n, x in values.items()}
+
+    def build() -> Built:
+        first, *others = (inputs({n: like(x, seed) for n, x in actual.items()}) for seed in range(CALIBRATION))
+        compiled = secure.compile(module(work, kind, masks).eval(), first, calibration=others)
+        return without_text(comparison(compiled, masks["x"]) if kind == "compare" else compiled)
+
+    return Job(name, inputs(actual), build, lambda: torch.from_numpy(np.asarray(work.expected[0], np.float64)))
+
+
+def minilm(name: str) -> Job:
+    """The main job, on the sentence that the peers get."""
+    from benchmarks.peers.export_minilm import fitting
+    from secure.models import load_sentence_encoder, load_tokenizer
+
+    length, directory = int(name.split()[1]), model_directory(PACKAGED)
+    tokenizer = load_tokenizer(directory)
+    inputs = text_inputs(tokenizer, fitting(tokenizer, length), length)
+
+    def build() -> Built:
+        return compile_text_model(PACKAGED, length, "client-table", GELU_FORMS[0], FixedPoint())
+
+    def expected() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = load_sentence_encoder(directory).double()(**inputs)
+        return out
+
+    return Job(name, inputs, build, expected)
+
+
+def bert_base(name: str) -> Job:
+    """BERT-base of random weights, the same in every process."""
+    length = int(name.split()[1])
+
+    def model() -> nn.Module:
+        from transformers import BertConfig, BertModel
+
+        from secure.models import SentenceEncoder
+
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"initializer_range": TRAINED, "attn_implementation": "eager"}
+        configuration = BertConfig(**options)
+        return SentenceEncoder(BertModel(configuration), normalize=False).eval()
+
+    def ids(seed: int, real: int = length) -> dict[str, Tensor]:
+        drawn = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": drawn, "attention_mask": (torch.arange(length) < real).long()[None]}
+
+    def build() -> Built:
+        # one is padded, as the range of the mask comes from calibration too
+        first, *others = (ids(seed, length // seed) for seed in range(1, CALIBRATION + 1))
+        return without_text(secure.compile(model(), first, calibration=others, embedding="client-table"))
+
+    def expected() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model().double()(**ids(0))
+        return out
+
+    return Job(name, ids(0), build, expected)
+
+
+def make(name: str) -> Job:
+    """The work of that name, the same at every call."""
+    makers = {"minilm": minilm, "bert-base": bert_base}
+    return makers.get(name.split()[0], operation)(name)
