@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def machine(module: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "command": " ".join([Path(sys.executable).name, "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.executable).name, "-m", module, *sys.argv[1:]]),
     }
 
 
@@ -100,5 +101,5 @@ def run(command: list[str]) -> tuple[bytes, float]:
         log.seek(0)
         if child.returncode:
             said = log.read().decode(errors="replace")[-2000:]
-            raise ChildFailed(f"exit code {child.returncode} of: {' '.join(command[:6])} ...\n{said}")
+            raise ChildFailed(f"exit code {child.returncode} of {' '.join(command[1:5])} ...\n{said}")
         return output.read(), usage.ru_maxrss / 1024

@@ -57,8 +57,8 @@ def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None
     document = {
         "online s, each": [report.online_seconds for report in reports[1:]],
         "offline s, each": [report.offline_seconds for report in reports[1:]],
-        "offline s of the dealer": statistics.median(report.dealer_seconds for report in reports[1:]),
-        "offline s of the client": statistics.median(report.client_seconds for report in reports[1:]),
+        "offline s of the dealer": round(statistics.median(report.dealer_seconds for report in reports[1:]), 4),
+        "offline s of the client": round(statistics.median(report.client_seconds for report in reports[1:]), 4),
         "rounds": predicted.rounds,
         "online bytes to server": predicted.to_server,
         "online bytes to client": predicted.to_client,

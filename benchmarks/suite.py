@@ -41,6 +41,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def failed(error: common.ChildFailed) -> dict[str, str]:
+    """What stands in the results for a work that failed; the whole of it goes to the terminal."""
+    say(str(error))
+    return {"failed": str(error).partition("\n")[0]}
+
+
 # ours
 
 
@@ -64,9 +70,9 @@ def measure(name: str, runs: int) -> dict[str, Any]:
         found, result = json.loads(output), torch.from_numpy(np.load(answer))
     peaks = {"client": found.pop("peak MB"), "server": round(server.peak), "dealer": round(dealer.peak)}
     row: dict[str, Any] = {"how": works.HOW[job.kind], "elements": max(x.numel() for x in job.inputs.values())}
-    for phase in ("online", "offline"):
-        row[f"{phase} s"] = round(statistics.median(found[f"{phase} s, each"]), 4)
-        row[f"{phase} s, each"] = [round(s, 4) for s in found.pop(f"{phase} s, each")]
+    for phase in ("online s", "offline s"):
+        each = found.pop(f"{phase}, each")
+        row |= {phase: round(statistics.median(each), 4), f"{phase}, each": [round(s, 4) for s in each]}
     row |= found | {"peak MB": peaks, "compile s": server.announced["compile s"]}
     row["compile peak MB"] = server.announced["compile peak MB"]
     row["online bytes"] = row["online bytes to server"] + row["online bytes to client"]
@@ -137,8 +143,7 @@ def add_peers(results: dict[str, Any], peers: list[Peer], work: str, runs: int, 
         try:
             report = peer.measure(work, runs, weights)
         except common.ChildFailed as error:
-            rows["work"][work] = {"failed": str(error)}
-            say(str(error))
+            rows["work"][work] = failed(error)
             continue
         rows["work"] |= report.pop("work")
         rows |= report
@@ -163,7 +168,7 @@ def run(names: list[str], runs: int, peers: list[Peer], weights: Path | None, wr
         try:
             results["ours"][name] = measure(name, runs)
         except common.ChildFailed as error:
-            results["ours"][name] = {"failed": str(error)}
+            results["ours"][name] = failed(error)
         say(f"  {results['ours'][name]}")
         same = works.counterpart(name)
         if same is not None:

@@ -1,4 +1,4 @@
-"""What a message takes between two processes of this machine: an echo over the same gRPC streams that queries use."""
+"""What a round takes between two processes of this machine, over the same gRPC streams that queries use."""
 
 from __future__ import annotations
 
@@ -14,34 +14,46 @@ import grpc
 from parties import hosting
 from parties.endpoints import Endpoint, open_channel
 from parties.errors import PartyError
-from parties.frames import to_frames
+from parties.frames import FrameReader, to_frames
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
 from secure.projection import Transport
 
 SIZES = (64, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 ROUNDS = 12
+PLAN = [size for size in SIZES for _ in range(ROUNDS)]
 
 
-class Echo(InferenceServicer):
-    """Answers every frame with one of the same size."""
+class Swap(InferenceServicer):
+    """Sends a frame of each planned size and reads one of the same, as both parties of a query do at once."""
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
-        for message in requests:
-            yield pb.ServerMessage(frame=message.frame)
+        for size in PLAN:
+            payload = bytes(size)
+            next(requests)  # a barrier, so that a round begins at the same moment on both sides
+            yield pb.ServerMessage()
+            for frame in to_frames(payload):
+                yield pb.ServerMessage(frame=frame)
+            _read(size, (message.frame for message in requests))
 
 
-def measure_transport(rounds: int = ROUNDS) -> Transport:
-    """Half a round trip for messages of several sizes, fitted by a line."""
+def _read(size: int, frames: Iterator[pb.Frame]) -> None:
+    reader = FrameReader(size)
+    while reader.add(next(frames)) is None:
+        pass
+
+
+def measure_transport() -> Transport:
+    """Rounds in which both sides send messages of several sizes at once, fitted by a line."""
     child = subprocess.Popen([sys.executable, "-m", "parties.transport"], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         address = child.stdout.readline().strip()
         if not address:
-            raise PartyError("the echo process did not start", "see its output above")
-        return _fit(_ping(address, rounds))
+            raise PartyError("the other process did not start", "see its output above")
+        return _fit(_swap(address))
     finally:
         child.terminate()
         child.wait()
@@ -49,24 +61,23 @@ def measure_transport(rounds: int = ROUNDS) -> Transport:
             child.stdout.close()
 
 
-def _ping(address: str, rounds: int) -> dict[int, float]:
-    """Median seconds one way, by size."""
+def _swap(address: str) -> dict[int, float]:
+    """Median seconds of a round, by the size that each side sends."""
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-    found = {}
-    with open_channel(Endpoint.parse(address, what="the echo"), insecure=False, what="the echo") as channel:
+    times: dict[int, list[float]] = {}
+    with open_channel(Endpoint.parse(address, what="the other process"), insecure=False, what="it") as channel:
         answers = InferenceStub(channel).Session(iter(outbox.get, None))
-        for size in SIZES:
-            payload, times = bytes(size), []
-            for _ in range(rounds):
-                start, frames = time.perf_counter(), list(to_frames(payload))
-                for frame in frames:
-                    outbox.put(pb.ClientMessage(frame=frame))
-                for _ in frames:
-                    next(answers)
-                times.append(time.perf_counter() - start)
-            found[size] = statistics.median(times[2:]) / 2
+        for size in PLAN:
+            payload = bytes(size)
+            outbox.put(pb.ClientMessage())
+            next(answers)
+            start = time.perf_counter()
+            for frame in to_frames(payload):
+                outbox.put(pb.ClientMessage(frame=frame))
+            _read(size, (message.frame for message in answers))
+            times.setdefault(size, []).append(time.perf_counter() - start)
         outbox.put(None)
-    return found
+    return {size: statistics.median(found[2:]) for size, found in times.items()}
 
 
 def _fit(found: dict[int, float]) -> Transport:
@@ -77,14 +88,19 @@ def _fit(found: dict[int, float]) -> Transport:
     return Transport(message, statistics.median(slopes))
 
 
+def _announce(address: str) -> None:
+    sys.stdout.write(address + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     server, address = hosting.start(
-        Endpoint.parse("127.0.0.1:0", what="the echo"),
-        lambda s: add_InferenceServicer_to_server(Echo(), s),
+        Endpoint.parse("127.0.0.1:0", what="the other process"),
+        lambda s: add_InferenceServicer_to_server(Swap(), s),
         insecure=False,
-        what="the echo",
+        what="the other process",
     )
-    hosting.run_until_stopped(server, lambda: print(address, flush=True))
+    hosting.run_until_stopped(server, lambda: _announce(str(address)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ What is counted is what the generators really exchange and draw, so it equals a 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from secure.timeline import Part
 class Network:
     """Round-trip time and bandwidth between the parties; each direction has the bandwidth for itself."""
 
+    key: str
     name: str
     round_trip: float  # seconds
     bandwidth: float  # bytes a second
@@ -35,10 +37,29 @@ class Network:
 
 
 NETWORKS = (
-    Network("LAN, 5 Gbps, 1 ms", 1e-3, 5e9 / 8),
-    Network("WAN, 400 Mbps, 10 ms", 10e-3, 400e6 / 8),
-    Network("WAN, 100 Mbps, 80 ms", 80e-3, 100e6 / 8),
+    Network("lan", "LAN, 5 Gbps, 1 ms", 1e-3, 5e9 / 8),
+    Network("wan", "WAN, 400 Mbps, 10 ms", 10e-3, 400e6 / 8),
+    Network("slow-wan", "WAN, 100 Mbps, 80 ms", 80e-3, 100e6 / 8),
 )
+LOOPBACK = "loopback"
+
+
+def find_network(text: str) -> Network | None:
+    """A network by its short name, or one given as "MBPS,ROUND_TRIP_MS" ("250,20"); None for loopback."""
+    if text == LOOPBACK:
+        return None
+    for network in NETWORKS:
+        if text in (network.key, network.name):
+            return network
+    numbers = re.fullmatch(r"\s*([0-9.]+)\s*,\s*([0-9.]+)\s*", text)
+    try:
+        mbps, milliseconds = map(float, numbers.groups()) if numbers else (0.0, 0.0)
+    except ValueError:  # two points in a number
+        mbps = 0.0
+    if mbps <= 0:
+        known = ", ".join([LOOPBACK, *(n.key for n in NETWORKS)])
+        raise ValueError(f"unknown network {text!r}\nhint: one of {known}, or MBPS,ROUND_TRIP_MS such as 250,20")
+    return Network(text, f"{mbps:g} Mbps, {milliseconds:g} ms", milliseconds / 1e3, mbps * 1e6 / 8)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """What this machine's processor takes for each step of a Program, measured on random data of the right shapes.
 
 Every distinct instruction is run for both parties, alone, a few times: no weights, no input and no dealer are needed,
-and layers that repeat are measured once.
+and layers that repeat are measured once. In a query an instruction finds some of what it reads in the processor's cache
+and some not, so half of the runs are with a warm cache and half after it was flushed; the figure is the mean of the two
+medians.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from protocols.wire import Wire
 from secure.program import Program
 
 REPEATS = 3
+_CACHES = 6 << 20  # words, more than processors' caches hold
 _SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
 
 
@@ -53,8 +55,6 @@ class Timings:
         return sum(s.compute for segments in self.segments[party] for s in segments)
 
 
-_COLD = torch.zeros(6 << 20, dtype=torch.int64)
-_COLD = torch.zeros(6 << 20, dtype=torch.int64)
 _known: dict[Any, tuple[Segments, Segments]] = {}  # measured before in this process
 
 
@@ -74,7 +74,7 @@ def _key(program: Program, instruction: Instruction) -> Any:
     p: Any = instruction.protocol
     weight: Any = None
     if hasattr(p, "weight"):
-        weight, p = program.weight_shapes.get(p.weight), dataclasses.replace(p, weight="")
+        weight, p = program.weight_shapes.get(p.weight), replace(p, weight="")
     forms = tuple((o.gives, o.out) for o in (program.circuit[i].protocol for i in instruction.inputs))
     return type(p), p, weight, forms, torch.get_num_threads()
 
@@ -90,17 +90,24 @@ def _measure(program: Program, instruction: Instruction, repeats: int) -> tuple[
         if party == CLIENT and p.finished_offline:
             both.append((Segment(0.0),))
             continue
-        runs = [_run(party, p, operands, weights) for _ in range(repeats + 1)][1:]
-        both.append(tuple(map(_median, zip(*runs, strict=True))))
+        kinds = []
+        for flush in (False, True):
+            runs = [_run(party, p, operands, weights, flush) for _ in range(repeats + (not flush))][not flush :]
+            kinds.append([_median(segments) for segments in zip(*runs, strict=True)])
+        both.append(tuple(Segment(*map(_mean, astuple(w), astuple(c))) for w, c in zip(*kinds, strict=True)))
     return both[SERVER], both[CLIENT]
 
 
+def _mean(warm: float, cold: float) -> float:
+    return (warm + cold) / 2
+
+
 def _median(segments: tuple[Segment, ...]) -> Segment:
-    columns = zip(*map(dataclasses.astuple, segments), strict=True)
+    columns = zip(*map(astuple, segments), strict=True)
     return Segment(*(statistics.median(column) for column in columns))
 
 
-def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights) -> list[Segment]:
+def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, flush: bool) -> list[Segment]:
     size = sum(d.wire.size for d in p.draws if d.derived)
     corrections = {0: memoryview(fresh_seed() * (size // len(fresh_seed()) + 1))[:size]} if party == SERVER else {}
     correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), corrections)
@@ -109,7 +116,7 @@ def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights) -
     out: list[Segment] = []
     answer: tuple[Tensor, ...] | None = None
     clock = time.perf_counter
-    _COLD.add_(1)
+    _evict(flush)
     start = clock()
     step = p.run(party, correlations.take(0, p), operands, weights)
     while True:
@@ -120,14 +127,20 @@ def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights) -
         computed = clock()
         pack_frame(exchange)
         packed = clock()
-        _COLD.add_(1)
+        _evict(flush)
         payload = b"".join(bytes(w.size) for w in exchange.receive)
         received = clock()
         answer = unpack_frame(payload, exchange)
         unpacked = clock()
         out.append(Segment(computed - start, packed - computed, unpacked - received))
-        _COLD.add_(1)
+        _evict(flush)
         start = clock()
+
+
+def _evict(flush: bool) -> None:
+    """Fill the caches with something else."""
+    if flush:
+        torch.zeros(_CACHES, dtype=torch.int64)
 
 
 class _MadeUp(ServerWeights):

@@ -64,7 +64,7 @@ def test_sums_by_module_and_kind_agree(compiled: secure.Compiled) -> None:
 
 
 def test_a_network_waits_half_a_round_trip_a_round() -> None:
-    network = Network("test", round_trip=0.1, bandwidth=1000)
+    network = Network("test", "test", round_trip=0.1, bandwidth=1000)
     assert network.seconds(Cost(10, 500, 2000, 10**9)) == pytest.approx(10 * 0.05 + 2)
 
 
