@@ -19,5 +19,6 @@ hosting      starting a service: ports, start-up line, shutdown
 demo         three processes on loopback
 reports      costs as tables and JSON
 measured     a client's queries as they ran, next to what was predicted
+comparing    variants of a model, side by side
 cli          the command ``unseen``
 """

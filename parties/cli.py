@@ -20,6 +20,7 @@ from approximations.activations import GELU_FORMS
 from parties import demo as demonstration
 from parties import hosting, reports
 from parties.client import Connection, connect
+from parties.comparing import compare_command
 from parties.dealer import DealerService
 from parties.endpoints import Endpoint
 from parties.errors import PartyError
@@ -78,6 +79,7 @@ Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; publi
 
 def _threads(count: int) -> None:
     """How this process computes: its threads, and kernels that are compiled before the first query waits for them."""
+    hosting.keep_freed_memory()
     torch.set_num_threads(count or os.cpu_count() or 1)
     kernels.warm_up()
 
@@ -328,6 +330,9 @@ def profile_command(
     )
     for name, seconds in total_seconds(NETWORKS, total).items():
         out.print(f"waiting for the network, without computation: {seconds:6.2f} s on {name}")
+
+
+app.command(name="compare")(compare_command)
 
 
 @app.command()

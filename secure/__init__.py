@@ -10,7 +10,7 @@ clear        operations that one party evaluates in the clear
 graph        a model as a flat list of typed operations
 shapes, rules, builder, capture    from torch.export to a graph
 models       sentence encoders in sentence-transformers' format
-calibration  public sentences that set ranges
+calibration  public sentences that set ranges, and others to try a model out on
 trace        symbolic values that record primitives
 values, ranges    ranges of values, and how many bits they take
 lower        from a graph to a trace, through the approximations
@@ -20,6 +20,7 @@ compiler     all of it in one call
 inprocess    all parties in one process: insecure, by name
 timeline     when a party did what in one query, measured or predicted
 profile      what a Program costs, before anything runs
+whatif       variants of a model side by side, and the cheapest that will do
 """
 
 from __future__ import annotations

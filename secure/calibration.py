@@ -1,4 +1,8 @@
-"""Public sentences that set a text model's ranges, written for this project; give your own for another domain."""
+"""Public sentences, written for this project; give your own for another domain.
+
+``SENTENCES`` set a text model's ranges. ``HELD_OUT`` are others, for trying out how close a compiled model stays: they
+must not calibrate. The last is long enough to fill 128 tokens; texts are cut to a shorter length.
+"""
 
 SENTENCES = (
     "A cat sits on the mat.",
@@ -27,4 +31,22 @@ SENTENCES = (
     "Train 7421 to Utrecht is delayed by twenty-five minutes because of works on the track.",
     "人工智能正在改变世界。",
     "Он не знал, что сказать.",
+)
+
+HELD_OUT = (
+    "The library opens at nine, but the reading room stays locked until the caretaker has found his keys.",
+    "Can I return these shoes if I have already worn them once?",
+    "thanks",
+    "Der Zug nach Hamburg fällt heute leider aus; bitte nehmen Sie den nächsten.",
+    "for i in range(10): print(i ** 2, end=', ')",
+    "Shares of the airline lost 6.8 % after it had cut its forecast for 2027 to €410 million.",
+    "Honestly the best pizza I've had in years!! Slow service though :/",
+    "When the surveyors reached the valley in the spring of 1911, they found a river that no map had shown, two "
+    "villages whose inhabitants spoke different languages, and a bridge of rope between them that nobody remembered "
+    "building. The older of the two guides refused to cross it. He had been told as a boy that it would hold exactly "
+    "one thousand people, and he was sure that somebody must have been counting ever since. The engineers laughed, "
+    "measured the ropes, tested the knots, and wrote in their report that the bridge was sound; then they walked four"
+    " miles upstream and waded through the cold water with their instruments on their heads. In the evening they "
+    "agreed that this part of the journey need not be mentioned, and it was not, until one of them told his "
+    "granddaughter.",
 )

@@ -85,12 +85,12 @@ def _measure(program: Program, instruction: Instruction, repeats: int) -> tuple[
         return (Segment(0.0),), (Segment(0.0),)
     weights = _weights(program, p)
     operands = tuple(_random_operand(program.circuit[i].protocol) for i in instruction.inputs)
-    both = []
+    both: list[Segments] = []
     for party in (SERVER, CLIENT):
         if party == CLIENT and p.finished_offline:
             both.append((Segment(0.0),))
             continue
-        kinds = []
+        kinds: list[list[Segment]] = []
         for flush in (False, True):
             runs = [_run(party, p, operands, weights, flush) for _ in range(repeats + (not flush))][not flush :]
             kinds.append([_median(segments) for segments in zip(*runs, strict=True)])

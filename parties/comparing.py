@@ -1,0 +1,232 @@
+"""The command ``unseen compare``: variants of a model side by side, and the cheapest that is accurate enough."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from approximations.activations import GELU_FORMS
+from parties.errors import PartyError, printable
+from parties.model import PACKAGED, calibration_inputs, model_directory, text_inputs
+from parties.transport import measure_transport
+from protocols import kernels
+from protocols.fixedpoint import FixedPoint
+from secure.calibration import HELD_OUT, SENTENCES
+from secure.lower import EMBEDDINGS
+from secure.profile import LOOPBACK, NETWORKS, Network, find_network
+from secure.tokens import TextTokenizer, load_tokenizer
+from secure.whatif import (
+    FRACTION_BITS,
+    Outcome,
+    Samples,
+    Seconds,
+    Variant,
+    cheapest,
+    compare,
+    projected,
+    variants,
+    waiting,
+)
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
+Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
+
+LENGTH = 128
+MARK = "*"
+
+
+def compare_command(
+    model: Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
+    length: Annotated[list[int] | None, typer.Option(min=3, help=f"Padded length; {LENGTH} by default.")] = None,
+    embedding: Annotated[list[Embedding] | None, typer.Option(help="One-hot by default.")] = None,
+    gelu: Annotated[list[Gelu] | None, typer.Option(help="Form of GeLU; all of them by default.")] = None,
+    fraction_bits: Annotated[
+        list[int] | None, typer.Option(help=f"Fraction bits of activations; {FRACTION_BITS} by default.")
+    ] = None,
+    accuracy: Annotated[float, typer.Option(min=-1, max=1, help="The lowest cosine that will do.")] = 0.9999,
+    network: Annotated[
+        str, typer.Option(help=f"Where it shall be cheap: {LOOPBACK}, {', '.join(n.key for n in NETWORKS)} or MBPS,MS.")
+    ] = "wan",
+    texts: Annotated[
+        Path | None, typer.Option(help="A text file, one text a line, to compare answers on, in place of ours.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Compare answers on so many texts at most.")] = None,
+    waiting_only: Annotated[
+        bool, typer.Option("--waiting-only", help="Leave computation out of the seconds, and the timing of it.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare variants of a model: cost, seconds and accuracy of each. Give an option again for one more value."""
+    asked = find_network(network)
+    key = asked.key if asked else LOOPBACK
+    if waiting_only and asked is None:
+        raise PartyError("--waiting-only says nothing about loopback", "leave it out, or name another --network")
+    for bits in fraction_bits or ():
+        FixedPoint(fraction_bits=bits)
+    chosen = variants(
+        length or [LENGTH],
+        [e.value for e in embedding or [Embedding[EMBEDDINGS[0]]]],
+        [g.value for g in gelu or Gelu],
+        fraction_bits or [FRACTION_BITS],
+    )
+    held_out = (_texts(texts) if texts else HELD_OUT)[:count]
+    directory = model_directory(model)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, waiting_only)):
+            outcomes.append(outcome)
+    finally:  # also what was found before an interruption
+        if outcomes:
+            best = cheapest(outcomes, accuracy, key)
+            if as_json:
+                out.file.write(json.dumps(document(outcomes, best, accuracy, key)) + "\n")
+            else:
+                _show(model, outcomes, best, accuracy, key)
+    if all(o.problem for o in outcomes):
+        raise PartyError("no variant of the model works", _first_line(outcomes[0].problem or ""))
+
+
+def _outcomes(
+    directory: Path, model: str, chosen: Sequence[Variant], texts: Sequence[str], seconds: Seconds
+) -> Iterator[Outcome]:
+    from secure.models import load_sentence_encoder
+
+    encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)
+
+    def samples(length: int) -> Samples:
+        if not 2 < length <= encoder.maximum_length:
+            raise ValueError(f"the model takes no length of {length} tokens\nhint: 3 to {encoder.maximum_length}")
+        held_out = [_cut(tokenizer, text, length) for text in texts]
+        if cut := sum(shorter for _, shorter in held_out):
+            _say(f"{cut} of {len(texts)} texts cut to {length} tokens")
+        return Samples(calibration_inputs(tokenizer, length, SENTENCES), [inputs for inputs, _ in held_out])
+
+    found = compare(encoder, chosen, samples, seconds, labels={"model": Path(model).name})
+    for number, variant in enumerate(chosen, 1):
+        _say(f"{number} of {len(chosen)}: {variant.name} ...")
+        yield next(found)
+
+
+def _cut(tokenizer: TextTokenizer, text: str, length: int) -> tuple[dict[str, Tensor], bool]:
+    """As many of a text's words as fit, and whether that is not all of them."""
+    words = text.split()
+    for kept in range(len(words), 0, -1):
+        try:
+            return text_inputs(tokenizer, " ".join(words[:kept]), length), kept < len(words)
+        except ValueError:
+            continue
+    raise ValueError(
+        f"a text has a first word of more than {length} tokens\nhint: leave it out, or take a larger length"
+    )
+
+
+def _seconds(asked: Network | None, waiting_only: bool) -> Seconds:
+    """On the usual networks and the one asked for."""
+    networks = {n.key: n for n in (*NETWORKS, *([asked] if asked else ()))}
+    if waiting_only:
+        return waiting(networks.values())
+    kernels.warm_up()
+    return projected({LOOPBACK: None, **networks}, measure_transport())
+
+
+def _texts(path: Path) -> list[str]:
+    hint = "a text file, one text a line"
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise PartyError(f"--texts: {path} cannot be read: {reason}", hint) from None
+    if not lines:
+        raise PartyError(f"--texts: {path} has no texts", hint)
+    return lines
+
+
+def document(outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str) -> dict[str, Any]:
+    """The comparison for programs."""
+    return {
+        "variants": [_row(outcome, accuracy) for outcome in outcomes],
+        "chosen": best.variant.name if best else None,
+        "asked_accuracy": accuracy,
+        "asked_network": network,
+    }
+
+
+def _row(outcome: Outcome, accuracy: float) -> dict[str, Any]:
+    cost = outcome.cost
+    return {
+        "name": outcome.variant.name,
+        "settings": outcome.variant.settings,
+        "rounds": cost and cost.rounds,
+        "bytes_online": cost and {"to_server": cost.to_server, "to_client": cost.to_client},
+        "bytes_offline": cost and cost.offline_to_server,
+        "seconds": dict(outcome.seconds),
+        "lowest_cosine": outcome.lowest_cosine,
+        "meets": outcome.meets(accuracy),
+        "problem": outcome.problem,
+    }
+
+
+def _show(model: str, outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str) -> None:
+    out.print(table(model, outcomes, best))
+    for outcome in outcomes:
+        if outcome.problem:
+            out.print(f"{outcome.variant.name}: {printable(outcome.problem)}", markup=False, soft_wrap=True)
+    if best:
+        seconds = best.seconds[network]
+        said = f"{MARK} the cheapest on {network} with a lowest cosine of {accuracy:g} or more: {best.variant.name}"
+        out.print(f"{said} ({seconds:.2f} s)", markup=False, soft_wrap=True)
+        return
+    out.print(f"none has a lowest cosine of {accuracy:g} or more", markup=False, soft_wrap=True)
+
+
+def table(model: str, outcomes: Sequence[Outcome], best: Outcome | None) -> Table:
+    """One row a variant. What all have in common is in the title."""
+    words = [o.variant.words for o in outcomes]
+    common = {k: v for k, v in words[0].items() if all(w.get(k) == v for w in words)}
+    title = ", ".join([printable(model), *common.values()])
+    shown = Table(title=escape(title), title_justify="left", show_edge=False, box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.padding = (0, 1, 0, 0)
+    shown.add_column("")
+    networks = list(next((o.seconds for o in outcomes if o.seconds), {}))
+    columns = ["rounds", "MB to\nserver", "MB to\nclient", "MB\noffline", *(f"s on\n{n}" for n in networks)]
+    for column in (*columns, "lowest\ncosine"):
+        shown.add_column(column, justify="right")
+    for outcome, named in zip(outcomes, words, strict=True):
+        own = ", ".join(v for k, v in named.items() if k not in common) or outcome.variant.name
+        marked = f"{MARK if outcome is best else ' '} {own}"
+        shown.add_row(escape(marked), *_cells(outcome, networks), style="bold" if outcome is best else "")
+    return shown
+
+
+def _cells(outcome: Outcome, networks: Sequence[str]) -> list[str]:
+    cost, cosine = outcome.cost, outcome.lowest_cosine
+    if cost is None:
+        return ["-"] * (5 + len(networks))
+    sizes = (f"{size / 1e6:.1f}" for size in (cost.to_server, cost.to_client, cost.offline_to_server))
+    times = (f"{outcome.seconds[n]:.2f}" for n in networks)
+    return [str(cost.rounds), *sizes, *times, "-" if cosine is None else f"{cosine:.7f}"]
+
+
+def _say(line: str) -> None:
+    err.print(f"unseen compare: {line}", markup=False, soft_wrap=True)
+
+
+def _first_line(text: str) -> str:
+    return printable(text.splitlines()[0]) if text else ""
