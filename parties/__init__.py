@@ -19,6 +19,9 @@ hosting      starting a service: ports, start-up line, shutdown
 demo         three processes on loopback
 reports      costs as tables and JSON
 measured     a client's queries as they ran, next to what was predicted
+transport    what a round takes between two processes of this machine
+html_report  a profile as one HTML page with charts
+profiling    the command ``unseen profile``
 comparing    variants of a model, side by side
 cli          the command ``unseen``
 """

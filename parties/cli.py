@@ -27,6 +27,7 @@ from parties.errors import PartyError
 from parties.measured import Measurements
 from parties.merging import merged
 from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
+from parties.profiling import profile_command
 from parties.reports import mb
 from parties.server import InferenceService
 from parties.traces import TraceDirectory
@@ -34,7 +35,6 @@ from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceSer
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.lower import EMBEDDINGS
-from secure.profile import NETWORKS, module, profile, total_seconds
 from secure.tokens import load_tokenizer
 
 app = typer.Typer(
@@ -303,35 +303,7 @@ def _who_learns(embedding: str) -> Table:
     return table
 
 
-@app.command(name="profile")
-def profile_command(
-    model: Model = PACKAGED,
-    length: Length = 128,
-    embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
-    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
-    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
-    depth: Annotated[int, typer.Option(min=1, help="Parts of a module path to tell apart.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
-) -> None:
-    """What a query will cost, before anything runs: rounds and bytes by module and by protocol, exactly."""
-    fixed = FixedPoint(fraction_bits=fraction_bits)
-    program = compile_text_model(model, length, embedding.value, gelu.value, fixed)[0].program
-    found = profile(program)
-    if as_json:
-        out.file.write(json.dumps(reports.profile_json(program, found, depth)) + "\n")
-        return
-    total = found.total
-    out.print(reports.profile_table("by module", found.by(lambda line: module(line.path, depth))))
-    out.print(reports.profile_table("by protocol", found.by(lambda line: line.kind)))
-    out.print(f"embedding {reports.embedding_price(program)}")
-    out.print(
-        f"a query: {total.rounds} rounds (merged), {mb(total.to_server)} to the server, {mb(total.to_client)} to the "
-        f"client; offline {mb(total.offline_to_server)} to the server, none to the client"
-    )
-    for name, seconds in total_seconds(NETWORKS, total).items():
-        out.print(f"waiting for the network, without computation: {seconds:6.2f} s on {name}")
-
-
+app.command(name="profile")(profile_command)
 app.command(name="compare")(compare_command)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from approximations.activations import GELU_FORMS
 from parties.errors import PartyError, printable
+from parties.hosting import keep_freed_memory
 from parties.model import PACKAGED, calibration_inputs, model_directory, text_inputs
 from parties.transport import measure_transport
 from protocols import kernels
@@ -48,6 +49,13 @@ Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 
 LENGTH = 128
 MARK = "*"
+HEADINGS = {
+    "length": "tokens",
+    "embedding": "embedding",
+    "gelu": "GeLU",
+    "fraction_bits": "bits",
+    "deployment": "deployment",
+}
 
 
 def compare_command(
@@ -66,8 +74,8 @@ def compare_command(
         Path | None, typer.Option(help="A text file, one text a line, to compare answers on, in place of ours.")
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Compare answers on so many texts at most.")] = None,
-    waiting_only: Annotated[
-        bool, typer.Option("--waiting-only", help="Leave computation out of the seconds, and the timing of it.")
+    time: Annotated[
+        bool, typer.Option(help="Time this machine's kernels, for seconds with computation; a minute a variant.")
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
@@ -75,8 +83,8 @@ def compare_command(
     """Compare variants of a model: cost, seconds and accuracy of each. Give an option again for one more value."""
     asked = find_network(network)
     key = asked.key if asked else LOOPBACK
-    if waiting_only and asked is None:
-        raise PartyError("--waiting-only says nothing about loopback", "leave it out, or name another --network")
+    if asked is None and not time:
+        raise PartyError("on loopback a query waits for computation alone", "give --time, or another --network")
     for bits in fraction_bits or ():
         FixedPoint(fraction_bits=bits)
     chosen = variants(
@@ -90,15 +98,15 @@ def compare_command(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     outcomes: list[Outcome] = []
     try:
-        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, waiting_only)):
+        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, time)):
             outcomes.append(outcome)
     finally:  # also what was found before an interruption
         if outcomes:
             best = cheapest(outcomes, accuracy, key)
             if as_json:
-                out.file.write(json.dumps(document(outcomes, best, accuracy, key)) + "\n")
+                out.file.write(json.dumps(document(outcomes, best, accuracy, key, time)) + "\n")
             else:
-                _show(model, outcomes, best, accuracy, key)
+                _show(model, outcomes, best, accuracy, key, time)
     if all(o.problem for o in outcomes):
         raise PartyError("no variant of the model works", _first_line(outcomes[0].problem or ""))
 
@@ -137,11 +145,12 @@ def _cut(tokenizer: TextTokenizer, text: str, length: int) -> tuple[dict[str, Te
     )
 
 
-def _seconds(asked: Network | None, waiting_only: bool) -> Seconds:
+def _seconds(asked: Network | None, timed: bool) -> Seconds:
     """On the usual networks and the one asked for."""
     networks = {n.key: n for n in (*NETWORKS, *([asked] if asked else ()))}
-    if waiting_only:
+    if not timed:
         return waiting(networks.values())
+    keep_freed_memory()
     kernels.warm_up()
     return projected({LOOPBACK: None, **networks}, measure_transport())
 
@@ -158,13 +167,16 @@ def _texts(path: Path) -> list[str]:
     return lines
 
 
-def document(outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str) -> dict[str, Any]:
+def document(
+    outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str, timed: bool
+) -> dict[str, Any]:
     """The comparison for programs."""
     return {
         "variants": [_row(outcome, accuracy) for outcome in outcomes],
         "chosen": best.variant.name if best else None,
         "asked_accuracy": accuracy,
         "asked_network": network,
+        "seconds_with_computation": timed,
     }
 
 
@@ -183,11 +195,15 @@ def _row(outcome: Outcome, accuracy: float) -> dict[str, Any]:
     }
 
 
-def _show(model: str, outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str) -> None:
+def _show(
+    model: str, outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str, timed: bool
+) -> None:
     out.print(table(model, outcomes, best))
     for outcome in outcomes:
         if outcome.problem:
             out.print(f"{outcome.variant.name}: {printable(outcome.problem)}", markup=False, soft_wrap=True)
+    kind = "a query, with this machine's computation" if timed else "waiting for the network, without computation"
+    out.print(f"seconds: {kind}; of latencies and bandwidths, not measured on a network")
     if best:
         seconds = best.seconds[network]
         said = f"{MARK} the cheapest on {network} with a lowest cosine of {accuracy:g} or more: {best.variant.name}"
@@ -197,21 +213,24 @@ def _show(model: str, outcomes: Sequence[Outcome], best: Outcome | None, accurac
 
 
 def table(model: str, outcomes: Sequence[Outcome], best: Outcome | None) -> Table:
-    """One row a variant. What all have in common is in the title."""
+    """One row a variant. What all have in common is in the title, what tells them apart has columns."""
     words = [o.variant.words for o in outcomes]
-    common = {k: v for k, v in words[0].items() if all(w.get(k) == v for w in words)}
-    title = ", ".join([printable(model), *common.values()])
+    common = [word for setting, word in words[0].items() if all(w.get(setting) == word for w in words)]
+    differing = [k for k in HEADINGS if len({o.variant.settings[k] for o in outcomes}) > 1]
+    title = ", ".join([printable(model), *common])
     shown = Table(title=escape(title), title_justify="left", show_edge=False, box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.padding = (0, 1, 0, 0)
-    shown.add_column("")
+    shown.padding = (0, 0, 0, 0)  # the box has a space between columns
+    for heading in ("", *(HEADINGS[k] for k in differing)):
+        shown.add_column(heading, overflow="fold")
     networks = list(next((o.seconds for o in outcomes if o.seconds), {}))
-    columns = ["rounds", "MB to\nserver", "MB to\nclient", "MB\noffline", *(f"s on\n{n}" for n in networks)]
-    for column in (*columns, "lowest\ncosine"):
-        shown.add_column(column, justify="right")
-    for outcome, named in zip(outcomes, words, strict=True):
-        own = ", ".join(v for k, v in named.items() if k not in common) or outcome.variant.name
-        marked = f"{MARK if outcome is best else ' '} {own}"
-        shown.add_row(escape(marked), *_cells(outcome, networks), style="bold" if outcome is best else "")
+    places = [n.replace("-", "-\n").replace(LOOPBACK, "loop-\nback") for n in networks]
+    columns = ["rounds", "MB to\nserver", "MB to\nclient", "MB\noff-\nline", *(f"s on\n{place}" for place in places)]
+    for heading in (*columns, "lowest\ncosine"):
+        shown.add_column(heading, justify="right", overflow="fold")
+    for outcome in outcomes:
+        own = (str(outcome.variant.settings[k]) for k in differing)
+        marked = (MARK, "bold") if outcome is best else ("", "")
+        shown.add_row(marked[0], *own, *_cells(outcome, networks), style=marked[1])
     return shown
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from protocols.protocol import Cost
+from parties.sessions import DEPLOYMENT
+from protocols.protocol import PARTY_NAMES, Cost
 from protocols.two_party import Input
-from secure.profile import NETWORKS, Profile, module, total_seconds
+from secure.profile import NETWORKS, Network, Profile, module, total_seconds
 from secure.program import Program
+from secure.projection import Projection
+from secure.timeline import Usage
 
 
 def mb(size: int) -> str:
@@ -51,16 +56,47 @@ def profile_json(program: Program, profile: Profile, depth: int) -> dict[str, An
     return {
         "program_digest": program.digest,
         "labels": dict(program.labels),
+        "deployment": DEPLOYMENT,
         "total": {
             **_cost(profile.total),
             "multiply_accumulates": profile.products,
             "comparisons": profile.comparisons,
         },
         "failure_probability": program.failure_bound,
+        "memory": {name: asdict(memory) for name, memory in zip(PARTY_NAMES, profile.memory, strict=True)},
+        "correlations": profile.correlations,
         "modules": rows(profile.by(lambda line: module(line.path, depth))),
         "kinds": rows(profile.by(lambda line: line.kind)),
         "waiting_seconds": total_seconds(NETWORKS, profile.total),
     }
+
+
+def projection_json(name: str, network: Network | None, projection: Projection) -> dict[str, Any]:
+    """One network's line of the profile: seconds of a query, and what each party spends them on."""
+    return {
+        "name": network.name if network else name,
+        "round_trip_ms": network.round_trip * 1e3 if network else 0.0,
+        "mbps": network.bandwidth * 8 / 1e6 if network else None,
+        "seconds": projection.seconds,
+        **{timeline.party: _usage(timeline.total) for timeline in (projection.client, projection.server)},
+    }
+
+
+def _usage(usage: Usage) -> dict[str, float]:
+    return {"compute": usage.compute, "wire": usage.wire, "waiting": usage.waiting}
+
+
+def projection_table(networks: Sequence[Mapping[str, Any]]) -> Table:
+    """Seconds of a query by network."""
+    table = Table(title="a query, projected from this machine's kernels (client's seconds)", title_justify="left")
+    table.add_column("")
+    for column in ("seconds", "computing", "packing", "waiting", "server computes"):
+        table.add_column(column, justify="right")
+    for row in networks:
+        client = row["client"]
+        figures = (row["seconds"], client["compute"], client["wire"], client["waiting"], row["server"]["compute"])
+        table.add_row(row["name"], *(f"{value:.2f}" for value in figures))
+    return table
 
 
 def profile_table(title: str, found: dict[str, tuple[Cost, int, int]]) -> Table:

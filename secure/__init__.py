@@ -20,6 +20,9 @@ compiler     all of it in one call
 inprocess    all parties in one process: insecure, by name
 timeline     when a party did what in one query, measured or predicted
 profile      what a Program costs, before anything runs
+outline      a Program of a model without its weights, for its costs
+timing       what this machine takes for each step of a Program
+projection   how long a query takes on a network
 whatif       variants of a model side by side, and the cheapest that will do
 """
 

