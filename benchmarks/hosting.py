@@ -82,6 +82,7 @@ def main() -> None:
     for role in (of_server, of_client):
         role.add_argument("--dealer", required=True)
     o = parser.parse_args()
+    hosting.keep_freed_memory()
     torch.set_num_threads(1)
     kernels.warm_up()
     if o.role == "serve":

@@ -61,7 +61,7 @@ class _Clock:
 
     def __init__(self, party: int, timings: Timings) -> None:
         self.now = 0.0
-        self._segments, self._step = timings.segments[party], timings.step
+        self._segments = timings.segments[party]
         self._passed = [0] * len(self._segments)
         self._timeline = Timeline(PARTY_NAMES[party])
         self._began = self._sent_at = 0.0
@@ -72,7 +72,7 @@ class _Clock:
             seconds = self._segments[index][self._passed[index]].compute
             self._timeline.work.append(Work(index, self.now, seconds))
             self._passed[index] += 1
-            self.now += seconds + self._step
+            self.now += seconds
         self._began = self.now
         self.now += sum(self._at(part.index).pack for part in stage.parts)
         self._sent_at = self.now

@@ -2,8 +2,8 @@
 
 Every distinct instruction is run for both parties, alone, a few times: no weights, no input and no dealer are needed,
 and layers that repeat are measured once. In a query an instruction finds some of what it reads in the processor's cache
-and some not, so half of the runs are with a warm cache and half after it was flushed; the figure is the mean of the two
-medians.
+and some not, so it is timed with a warm cache (the median of a few runs) and after the cache was flushed; the
+figure is the mean of the two.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocols.circuit import Correlations, Instruction, execute
-from protocols.local import AddConstant
+from protocols.circuit import Correlations, Instruction
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, SERVER, Exchange, Opening, Protocol, Weights
+from protocols.protocol import CLIENT, SERVER, Exchange, Opening, Protocol, Weights, count
 from protocols.steps import pack_frame, unpack_frame
 from protocols.two_party import Input, Linear
 from protocols.two_party.polynomial import Powers
@@ -29,8 +28,8 @@ from protocols.wire import Wire
 from secure.program import Program
 
 REPEATS = 3
-_CHAIN = 200
-_CACHES = 6 << 20  # words, more than processors' caches hold
+_SMALL = 1 << 18  # bytes; for less than this it is enough to flush the inner caches
+_other = torch.zeros(6 << 20, dtype=torch.int64)  # 48 MB, more than processors' caches hold
 _SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
 
 
@@ -51,7 +50,6 @@ class Timings:
     """``segments[party][instruction]``; an instruction that exchanges n times has n + 1 segments."""
 
     segments: tuple[tuple[Segments, ...], tuple[Segments, ...]]
-    step: float = 0.0  # seconds that ``execute`` itself takes for each segment
 
     def compute(self, party: int) -> float:
         """Seconds of computing of one party in one query."""
@@ -70,24 +68,7 @@ def measure(program: Program, repeats: int = REPEATS) -> Timings:
             _known[key] = _measure(program, instruction, repeats)
         for party in (SERVER, CLIENT):
             found[party].append(_known[key][party])
-    return Timings((tuple(found[SERVER]), tuple(found[CLIENT])), _step())
-
-
-def _step() -> float:
-    """What the executor adds to an instruction: a chain of tiny ones, against the same calls made directly."""
-    chain = [Instruction(Input((1,), 64, "x", 0, 0.0, 0.0))]
-    chain += [Instruction(AddConstant((1,), 64, 1), (i,)) for i in range(_CHAIN)]
-    x, weights, clock, best = torch.zeros(1, dtype=torch.int64), _MadeUp({}), time.perf_counter, []
-    for _ in range(REPEATS):
-        correlations = Correlations(CLIENT, Key(fresh_seed()[:KEY_BYTES]))
-        start = clock()
-        for _ in execute(chain, [_CHAIN], CLIENT, correlations, weights, {"x": x}):
-            raise AssertionError("nothing to exchange here")
-        middle = clock()
-        for instruction in chain[1:]:
-            instruction.protocol.clear((x,), weights)
-        best.append((middle - start) - (clock() - middle))
-    return max(0.0, min(best) / _CHAIN)
+    return Timings((tuple(found[SERVER]), tuple(found[CLIENT])))
 
 
 def _key(program: Program, instruction: Instruction) -> Any:
@@ -111,8 +92,10 @@ def _measure(program: Program, instruction: Instruction, repeats: int) -> tuple[
             both.append((Segment(0.0),))
             continue
         kinds: list[list[Segment]] = []
-        for flush in (False, True):
-            runs = [_run(party, p, operands, weights, flush) for _ in range(repeats + (not flush))][not flush :]
+        large = sum(8 * count(program.circuit[i].protocol.out.shape) for i in instruction.inputs) > _SMALL
+        _run(party, p, operands, weights, 0)  # to warm up
+        for flush in (0, 48 << 20 if large else 4 << 20):
+            runs = [_run(party, p, operands, weights, flush) for _ in range(1 if flush else repeats)]
             kinds.append([_median(segments) for segments in zip(*runs, strict=True)])
         both.append(tuple(Segment(*map(_mean, astuple(w), astuple(c))) for w, c in zip(*kinds, strict=True)))
     return both[SERVER], both[CLIENT]
@@ -127,7 +110,7 @@ def _median(segments: tuple[Segment, ...]) -> Segment:
     return Segment(*(statistics.median(column) for column in columns))
 
 
-def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, flush: bool) -> list[Segment]:
+def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, flush: int) -> list[Segment]:
     size = sum(d.wire.size for d in p.draws if d.derived)
     corrections = {0: memoryview(fresh_seed() * (size // len(fresh_seed()) + 1))[:size]} if party == SERVER else {}
     correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), corrections)
@@ -136,7 +119,8 @@ def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, f
     out: list[Segment] = []
     answer: tuple[Tensor, ...] | None = None
     clock = time.perf_counter
-    _evict(flush)
+    if flush:
+        evict_caches(flush)
     start = clock()
     step = p.run(party, correlations.take(0, p), operands, weights)
     while True:
@@ -147,20 +131,21 @@ def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, f
         computed = clock()
         pack_frame(exchange)
         packed = clock()
-        _evict(flush)
+        if flush:
+            evict_caches(flush)
         payload = b"".join(bytes(w.size) for w in exchange.receive)
         received = clock()
         answer = unpack_frame(payload, exchange)
         unpacked = clock()
         out.append(Segment(computed - start, packed - computed, unpacked - received))
-        _evict(flush)
+        if flush:
+            evict_caches(flush)
         start = clock()
 
 
-def _evict(flush: bool) -> None:
-    """Fill the caches with something else."""
-    if flush:
-        torch.zeros(_CACHES, dtype=torch.int64)
+def evict_caches(size: int = 48 << 20) -> None:
+    """Fill the processor's caches with something else, ``size`` bytes of it."""
+    _other[: size // 8].fill_(1)
 
 
 class _MadeUp(ServerWeights):

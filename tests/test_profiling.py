@@ -1,0 +1,100 @@
+"""``unseen profile``: formats, networks, and reports that cannot be written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from parties import profiling
+from parties.cli import app
+from parties.errors import PartyError
+
+SMALL = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 300,
+}
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    pytest.importorskip("transformers")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SMALL))
+    return str(file)
+
+
+def run(*arguments: str) -> tuple[int, str, BaseException | None]:
+    result = CliRunner().invoke(app, ["profile", *arguments])
+    return result.exit_code, result.output, result.exception
+
+
+def test_json_has_everything_and_exact_sums(shape: str) -> None:
+    code, output, _ = run(shape, "--length", "8", "--no-time", "--json")
+    assert code == 0
+    document = json.loads(output)
+    total = document["total"]
+    for group in ("modules", "kinds"):
+        for key in ("bytes_to_server", "bytes_to_client", "offline_bytes_to_server", "comparisons"):
+            assert sum(row[key] for row in document[group].values()) == total[key]
+    assert sum(document["correlations"].values()) == total["offline_bytes_to_server"]
+    assert document["memory"]["server"]["correlations"] == total["offline_bytes_to_server"]
+    assert document["networks"] == []
+    assert document["deployment"] == "two-party"
+    assert document["failure_probability"] == 0
+
+
+def test_seconds_grow_with_the_network(shape: str, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    networks = [option for name in ("loopback", "lan", "wan", "slow-wan") for option in ("--network", name)]
+    code, _, _ = run(shape, "--length", "8", *networks, "--format", "json", "--output", str(output))
+    assert code == 0
+    seconds = [row["seconds"] for row in json.loads(output.read_text())["networks"]]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == 4
+
+
+def test_the_table_names_the_failure_bound_and_the_memory(shape: str) -> None:
+    code, output, _ = run(shape, "--length", "8", "--no-time")
+    assert code == 0
+    assert "failure probability within the ranges (assumed" in " ".join(output.split())
+    assert "memory of the server" in output
+
+
+def test_an_unknown_network_fails_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_program", lambda *_: pytest.fail("compiled"))
+    code, _, error = run("bert-base", "--network", "moon")
+    assert code != 0
+    assert "loopback, lan, wan, slow-wan" in str(error)
+
+
+def test_an_unknown_format_lists_the_known_ones() -> None:
+    code, output, _ = run("bert-base", "--format", "pdf")
+    assert code != 0
+    assert all(name in output for name in ("table", "json", "html"))
+
+
+def test_a_missing_directory_is_noticed_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(profiling, "_program", lambda *_: pytest.fail("compiled"))
+    code, _, error = run("bert-base", "--output", str(tmp_path / "none" / "report.json"))
+    assert code != 0
+    assert "there is no directory" in str(error)
+
+
+def test_a_report_that_cannot_be_written_is_printed(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profiling, "store", full)
+    target = str(tmp_path / "report.json")
+    code, output, error = run(shape, "--length", "8", "--no-time", "--json", "--output", target)
+    assert code != 0
+    assert json.loads(output)["total"]["rounds"] > 0
+    assert isinstance(error, PartyError)
+    assert "No space left" in str(error)
