@@ -1,0 +1,106 @@
+"""The HTML report: every number, no script of anybody else's, nothing from a network, and charts in a browser."""
+
+import copy
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("plotly")
+
+from parties.html_report import MOST, html_report
+
+COST = {
+    "rounds": 3,
+    "bytes_to_server": 1_234_567,
+    "bytes_to_client": 7_654_321,
+    "offline_bytes_to_server": 1_111_111,
+    "multiply_accumulates": 2_222_222,
+    "comparisons": 3_333,
+}
+EVIL = "</script><script>document.title='owned'</script>"
+USED = {"compute": 0.125, "wire": 0.25, "waiting": 0.5}
+DOCUMENT: dict[str, Any] = {
+    "program_digest": "ab" * 32,
+    "labels": {"model": EVIL, "length": "8"},
+    "deployment": "two-party",
+    "total": COST,
+    "failure_probability": 0.0,
+    "memory": {party: {"live": 5_000_000, "correlations": 6_000_000} for party in ("server", "client")},
+    "modules": {"encoder.layer.0": COST, EVIL: COST},
+    "kinds": {"compare": COST},
+    "correlations": {"compare": 1_111_111},
+    "networks": [
+        {"name": "loopback", "round_trip_ms": 0.0, "mbps": None, "seconds": 0.875, "client": USED, "server": USED},
+        {"name": "far", "round_trip_ms": 80.0, "mbps": 100.0, "seconds": 87.5, "client": USED, "server": USED},
+    ],
+    "variants": [
+        {"name": "one", "rounds": 5, "seconds": {"wan": 2.5}, "lowest_cosine": 0.9999, "problem": None},
+        {"name": "two", "rounds": None, "seconds": {}, "lowest_cosine": None, "problem": "does not fit"},
+    ],
+    "chosen": "one",
+}
+
+
+def own(page: str) -> str:
+    """The page without plotly's bundle."""
+    return re.sub(r"</style><script>.*?</script></head>", "</style></head>", page, count=1, flags=re.S)
+
+
+def test_names_of_others_are_text() -> None:
+    page = own(html_report(DOCUMENT))
+    assert EVIL not in page
+    assert "&lt;/script&gt;&lt;script&gt;document.title" in page
+    assert page.count("</script>") == 1
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    page = html_report(DOCUMENT)
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|<link|@import", own(page))
+
+
+def test_every_number_is_in_a_table() -> None:
+    page = own(html_report(DOCUMENT))
+    for number in ("1,234,567", "7,654,321", "1,111,111", "2,222,222", "3,333", "0.125", "87.500", "does not fit"):
+        assert number in page
+    assert "one (chosen)" in page
+
+
+@pytest.mark.parametrize("missing", ["networks", "variants", "correlations", "memory", "modules", "kinds"])
+def test_parts_may_be_missing(missing: str) -> None:
+    document = copy.deepcopy(DOCUMENT)
+    del document[missing]
+    assert "<h1>" in html_report(document)
+
+
+def test_without_timings_the_waiting_is_shown() -> None:
+    document = {**DOCUMENT, "networks": [], "waiting_seconds": {"far": 12.5}}
+    assert "12.500" in own(html_report(document))
+
+
+def test_many_modules_end_as_others() -> None:
+    document = {**DOCUMENT, "modules": {f"layer.{i}": COST for i in range(MOST + 9)}}
+    page = own(html_report(document))
+    assert '"others"' in page
+    assert f"layer.{MOST + 8}</td>" in page
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_charts(tmp_path: Path) -> None:
+    browser = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+    )
+    if not browser:
+        pytest.skip("no Chromium here")
+    page = tmp_path / "report.html"
+    page.write_text(html_report(DOCUMENT), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+    command = [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.stdout.count("main-svg") >= 5
+    assert "<title>unseen profile: &lt;/script" in done.stdout  # the name's script did not run
+    assert "CONSOLE" not in done.stderr
