@@ -93,10 +93,10 @@ def test_python_blocks_are_python(page: str) -> None:
 
 
 def commands() -> list[str]:
-    """Every indented line of the pages that begins with ``unseen``, without its comment."""
+    """Every indented line of the pages that begins with ``unseen``, with those that continue it, without its comment."""
     found = []
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+        text = re.sub(r" \\\n +", " ", (ROOT / page).read_text(encoding="utf-8"))
         found += [line.partition("  #")[0] for line in re.findall(r"^    (unseen .*)$", text, re.MULTILINE)]
     return found
 
