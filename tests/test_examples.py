@@ -93,7 +93,7 @@ def test_python_blocks_are_python(page: str) -> None:
 
 
 def commands() -> list[str]:
-    """Every indented line of the pages that begins with ``unseen``, with those that continue it, without its comment."""
+    """Every indented line of the pages that begins with ``unseen``, with what continues it, without its comment."""
     found = []
     for page in PAGES:
         text = re.sub(r" \\\n +", " ", (ROOT / page).read_text(encoding="utf-8"))
