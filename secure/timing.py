@@ -2,15 +2,15 @@
 
 Every distinct instruction is run for both parties, alone, a few times: no weights, no input and no dealer are needed,
 and layers that repeat are measured once. In a query an instruction finds some of what it reads in the processor's cache
-and some not, so it is timed with a warm cache (the median of a few runs) and after the cache was flushed; the
-figure is the mean of the two.
+and some not: one with large operands is timed with warm caches (the median of a few runs) and after all were flushed,
+and the figure is the mean of the two; a small one, whose time is the interpreter's, after the inner caches were flushed.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -28,8 +28,9 @@ from protocols.wire import Wire
 from secure.program import Program
 
 REPEATS = 3
-_SMALL = 1 << 18  # bytes; for less than this it is enough to flush the inner caches
-_other = torch.zeros(6 << 20, dtype=torch.int64)  # 48 MB, more than processors' caches hold
+_SMALL = 1 << 18  # bytes of operands
+_INNER, _ALL = 4 << 20, 48 << 20  # bytes to write, so that those caches hold nothing else
+_other = torch.zeros(6 << 20, dtype=torch.int64)
 _SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
 
 
@@ -94,20 +95,15 @@ def _measure(program: Program, instruction: Instruction, repeats: int) -> tuple[
         kinds: list[list[Segment]] = []
         large = sum(8 * count(program.circuit[i].protocol.out.shape) for i in instruction.inputs) > _SMALL
         _run(party, p, operands, weights, 0)  # to warm up
-        for flush in (0, 48 << 20 if large else 4 << 20):
-            runs = [_run(party, p, operands, weights, flush) for _ in range(1 if flush else repeats)]
-            kinds.append([_median(segments) for segments in zip(*runs, strict=True)])
-        both.append(tuple(Segment(*map(_mean, astuple(w), astuple(c))) for w, c in zip(*kinds, strict=True)))
+        for flush in (0, _ALL) if large else (_INNER,):
+            runs = [_run(party, p, operands, weights, flush) for _ in range(1 if flush == _ALL else repeats)]
+            kinds.append([_over(segments, statistics.median) for segments in zip(*runs, strict=True)])
+        both.append(tuple(_over(segments, statistics.fmean) for segments in zip(*kinds, strict=True)))
     return both[SERVER], both[CLIENT]
 
 
-def _mean(warm: float, cold: float) -> float:
-    return (warm + cold) / 2
-
-
-def _median(segments: tuple[Segment, ...]) -> Segment:
-    columns = zip(*map(astuple, segments), strict=True)
-    return Segment(*(statistics.median(column) for column in columns))
+def _over(segments: tuple[Segment, ...], average: Callable[[tuple[float, ...]], float]) -> Segment:
+    return Segment(*(average(column) for column in zip(*map(astuple, segments), strict=True)))
 
 
 def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, flush: int) -> list[Segment]:
@@ -143,7 +139,7 @@ def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, f
         start = clock()
 
 
-def evict_caches(size: int = 48 << 20) -> None:
+def evict_caches(size: int = _ALL) -> None:
     """Fill the processor's caches with something else, ``size`` bytes of it."""
     _other[: size // 8].fill_(1)
 
