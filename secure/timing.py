@@ -3,7 +3,7 @@
 Every distinct instruction is run for both parties, alone, a few times: no weights, no input and no dealer are needed,
 and layers that repeat are measured once. In a query an instruction finds some of what it reads in the processor's cache
 and some not: one with large operands is timed with warm caches (the median of a few runs) and after all were flushed,
-and the figure is the mean of the two; a small one, whose time is the interpreter's, after the inner caches were flushed.
+and the figure is the mean of the two; a small one, whose time is the interpreter's, after the inner ones were flushed.
 """
 
 from __future__ import annotations

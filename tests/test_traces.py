@@ -323,7 +323,7 @@ def test_a_merged_trace(queries: Queries) -> None:
 
 
 def inside(event: dict[str, Any], slices: list[dict[str, Any]]) -> list[str]:
-    """The names of the slices that an arrow's end can be bound to; times in a file are rounded, to a nanosecond or so."""
+    """The names of the slices that an arrow's end can be bound to; times in a file are rounded."""
     return [
         s["name"]
         for s in slices
