@@ -1,9 +1,13 @@
 """The HTML report: every number, no script of anybody else's, nothing from a network, and charts in a browser."""
 
 import copy
+import hashlib
+import math
 import re
 import shutil
 import subprocess
+import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 
 pytest.importorskip("plotly")
 
-from parties.html_report import MOST, html_report
+from parties.html_report import DRAW, MOST, html_report
 
 COST = {
     "rounds": 3,
@@ -38,7 +42,7 @@ DOCUMENT: dict[str, Any] = {
         {"name": "far", "round_trip_ms": 80.0, "mbps": 100.0, "seconds": 87.5, "client": USED, "server": USED},
     ],
     "variants": [
-        {"name": "one", "rounds": 5, "seconds": {"wan": 2.5}, "lowest_cosine": 0.9999, "problem": None},
+        {"name": "one", "rounds": 5, "seconds": {"wan": 2.5}, "lowest_cosine": 0.999991, "problem": None},
         {"name": "two", "rounds": None, "seconds": {}, "lowest_cosine": None, "problem": "does not fit"},
     ],
     "chosen": "one",
@@ -54,7 +58,22 @@ def test_names_of_others_are_text() -> None:
     page = own(html_report(DOCUMENT))
     assert EVIL not in page
     assert "&lt;/script&gt;&lt;script&gt;document.title" in page
-    assert page.count("</script>") == 1
+    assert page.count("</script>") == 2  # the charts' data, and what draws them
+
+
+def test_what_cannot_be_printed_can_be_written() -> None:
+    page = own(html_report({**DOCUMENT, "modules": {"a\ud800b": COST, "c\u202ed": COST}}))
+    assert "a?b" in page
+    assert "c?d" in page
+    page.encode()
+
+
+def test_only_the_scripts_of_the_page_may_run() -> None:
+    from plotly.offline import get_plotlyjs  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    (scripts,) = re.findall(r"script-src ([^;\"]*)", html_report(DOCUMENT).split("<style>")[0])
+    digests = [hashlib.sha256(script.encode()).digest() for script in (get_plotlyjs(), DRAW)]
+    assert scripts.split() == [f"'sha256-{b64encode(digest).decode()}'" for digest in digests]
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:
@@ -65,9 +84,48 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 def test_every_number_is_in_a_table() -> None:
     page = own(html_report(DOCUMENT))
-    for number in ("1,234,567", "7,654,321", "1,111,111", "2,222,222", "3,333", "0.125", "87.500", "does not fit"):
+    for number in (
+        "1,234,567",
+        "7,654,321",
+        "1,111,111",
+        "2,222,222",
+        "3,333",
+        "0.125",
+        "87.500",
+        "does not fit",
+        "0.999991",
+    ):
         assert number in page
     assert "one (chosen)" in page
+
+
+def test_what_costs_nothing_is_in_the_table_alone() -> None:
+    page = own(html_report({**DOCUMENT, "kinds": {"reshape": dict.fromkeys(COST, 0)}}))
+    assert page.count("reshape") == 1
+    assert "reshape</th>" in page
+
+
+def test_variants_say_what_they_cost_and_whether_they_will_do() -> None:
+    known = {"rounds": 5, "bytes_online": {"to_server": 1_000_000, "to_client": 234_567}, "bytes_offline": 7_654_000}
+    seconds = {"lan": 0.5, "wan": 2.5}
+    variants = [
+        {"name": name, **known, "seconds": seconds, "lowest_cosine": cosine, "meets": cosine > 0.999}
+        for name, cosine in (("fine", 1.0), ("rough", 0.99), ("broken", math.nan))
+    ]
+    asked = {"chosen": None, "asked_accuracy": 0.999, "asked_network": "wan"}
+    page = own(html_report({**DOCUMENT, "variants": variants, **asked}))
+    for text in (
+        "1,234,567",
+        "7,654,000",
+        "<td>yes</td>",
+        "<td>no</td>",
+        "None is chosen",
+        '"seconds, wan"',
+        "asked: 0.999",
+    ):
+        assert text in page
+    assert '"text": ["1"]' in page
+    assert '"3"' not in page  # no place on the chart
 
 
 @pytest.mark.parametrize("missing", ["networks", "variants", "correlations", "memory", "modules", "kinds"])
@@ -85,8 +143,19 @@ def test_without_timings_the_waiting_is_shown() -> None:
 def test_many_modules_end_as_others() -> None:
     document = {**DOCUMENT, "modules": {f"layer.{i}": COST for i in range(MOST + 9)}}
     page = own(html_report(document))
-    assert '"others"' in page
-    assert f"layer.{MOST + 8}</td>" in page
+    assert '"others (9)"' in page
+    assert f"layer.{MOST + 8}</th>" in page
+
+
+@pytest.mark.parametrize("empty", ["networks", "variants", "correlations", "memory", "modules", "kinds"])
+def test_parts_may_be_empty(empty: str) -> None:
+    assert "<h1>" in html_report({**DOCUMENT, empty: type(DOCUMENT[empty])()})
+
+
+def test_without_plotly_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ImportError, match=r"plotly is not installed\nhint: pip install 'unseen\[report\]'"):
+        html_report(DOCUMENT)
 
 
 @pytest.mark.slow
