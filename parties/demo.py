@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from parties import hosting
 from parties.errors import PartyError
 from parties.merging import merged
 from parties.traces import TraceDirectory
@@ -28,8 +28,10 @@ SENTENCES = (
 @contextmanager
 def process(console: Console, name: str, colour: str, arguments: Sequence[str]) -> Iterator[str]:
     """Run ``unseen ARGUMENTS`` until the block ends; yields the address that it announces on its standard output."""
+    command, environment = hosting.child("parties.cli", *arguments)
     child = subprocess.Popen(
-        [sys.executable, "-m", "parties.cli", *arguments],
+        command,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -107,4 +109,5 @@ def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[
         server = stack.enter_context(process(console, "server", "blue", [*served, "--threads", "1", "--announce"]))
         client = ["embed", *asking, "--server", server, "--dealer", dealer, "--compare-with", model, "--threads", "1"]
         console.rule("client")
-        return subprocess.call([sys.executable, "-m", "parties.cli", *client, "--no-cache"], stdin=subprocess.DEVNULL)
+        command, environment = hosting.child("parties.cli", *client, "--no-cache")
+        return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)

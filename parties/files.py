@@ -7,6 +7,7 @@ is what the owner lets clients hold.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -118,8 +119,11 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
 def store(path: Path, payload: bytes, *, replace: bool = True) -> None:
     """Write beside, then rename: a kill leaves either nothing or the whole file. Only its owner may read it.
 
-    ``replace`` False: FileExistsError if the file is there already.
+    ``replace`` False: FileExistsError if the file is there already. What is there and no ordinary file (a device, a
+    link) is never replaced: OSError.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise FileExistsError(errno.EEXIST, "it is no ordinary file")
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as part:
         try:
             part.write(payload)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import queue
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 
@@ -75,6 +78,15 @@ def log_to_stderr(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+
+
+def child(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment that run one of our modules in a process of its own.
+
+    ``-P`` keeps the working directory off the path: a file there that bears a module's name must not run in its place.
+    """
+    ours = str(Path(__file__).resolve().parent.parent)
+    return [sys.executable, "-P", "-m", module, *arguments], {**os.environ, "PYTHONPATH": ours}
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """One party's timeline of a query as a file that Perfetto and chrome://tracing open.
 
 A file holds what the public Program prescribes, and when it happened: no share, no seed, no text, no session id.
+A server's times show as much of its weights as timing does (SECURITY.md): give its traces to nobody else lightly.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class TraceDirectory:
     def __init__(self, directory: Path) -> None:
         self.path = directory
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
             raise PartyError(

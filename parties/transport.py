@@ -49,7 +49,8 @@ def _read(size: int, frames: Iterator[pb.Frame]) -> None:
 
 def measure_transport() -> Transport:
     """Rounds in which both sides send messages of several sizes at once, fitted by a line."""
-    child = subprocess.Popen([sys.executable, "-m", "parties.transport"], stdout=subprocess.PIPE, text=True)
+    command, environment = hosting.child("parties.transport")
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         address = child.stdout.readline().strip()

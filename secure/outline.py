@@ -92,7 +92,7 @@ def outline(
     }
     lowered = lower(graph, shapes, _assume(graph, reach), 0, embedding, gelu)
     ranges = Ranges.assume(lowered.trace, reach)
-    named = {"embedding": embedding, "gelu": gelu, "ranges": f"assumed, up to {reach:g}", **(labels or {})}
+    named = {"embedding": embedding, "gelu": gelu, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     return emit_program(lowered, ranges, fixed, named)
 
 
@@ -133,7 +133,9 @@ def outline_shape(
     else:
         settings = json.loads(Path(shape).read_text(encoding="utf-8"))
     configuration = AutoConfig.for_model(**settings)
-    model = _Encoder(hollow(lambda: AutoModel.from_config(configuration, attn_implementation="eager")))
+    model = _Encoder(
+        hollow(lambda: AutoModel.from_config(configuration, trust_remote_code=False, attn_implementation="eager"))
+    )
     inputs = {"input_ids": torch.zeros((1, length), dtype=torch.int64)}
     labels = {"model": shape if shape in SHAPES else Path(shape).parent.name, "length": str(length)}
     return outline(model, inputs, embedding=embedding, gelu=gelu, fixed_point=fixed_point, labels=labels)
