@@ -1,8 +1,8 @@
 """When one party did what during one query: measured by a ``Recorder``, or predicted (``secure.projection``).
 
-Times are seconds on the party's own monotonic clock. The order, the sizes and the kinds of all
-steps follow from the public Program. Durations do not depend on inputs, but a server's may on its weights: without AVX-512
-the number of limbs of a matrix product follows from the layer's largest weight.
+Times are seconds on the party's own monotonic clock. The order, the sizes and the kinds of all steps follow from the
+public Program. Durations do not depend on inputs, but a server's may on its weights: without AVX-512 the number of
+limbs of a matrix product follows from the layer's largest weight.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """``unseen profile``: formats, networks, and reports that cannot be written."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from parties import profiling
+from parties import hosting, profiling
 from parties.cli import app
 from parties.errors import PartyError
 
@@ -83,6 +84,28 @@ def test_a_missing_directory_is_noticed_first(monkeypatch: pytest.MonkeyPatch, t
     code, _, error = run("bert-base", "--output", str(tmp_path / "none" / "report.json"))
     assert code != 0
     assert "there is no directory" in str(error)
+
+
+def test_a_file_in_the_working_directory_is_not_run(tmp_path: Path) -> None:
+    planted = tmp_path / "parties"
+    planted.mkdir()
+    (planted / "__init__.py").write_text("raise SystemExit('planted')")
+    command, environment = hosting.child("parties.cli", "--version")
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("unseen ")
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(shape: str, tmp_path: Path) -> None:
+    (tmp_path / "kept.json").write_text("kept")
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "kept.json")
+    code, output, error = run(shape, "--length", "8", "--no-time", "--json", "--output", str(link))
+    assert code != 0
+    assert json.loads(output)["total"]["rounds"] > 0
+    assert "no ordinary file" in str(error)
+    assert link.is_symlink()
+    assert link.read_text() == "kept"
 
 
 def test_a_report_that_cannot_be_written_is_printed(
