@@ -15,6 +15,7 @@ dealer       the dealer's service
 model        loading and compiling what a server serves; the weight-mask seed
 server       the server's service
 client       the client: connect, prepare, embed
+options      options that several commands take
 hosting      starting a service: ports, start-up line, shutdown
 demo         three processes on loopback
 reports      costs as tables and JSON

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 import secure
-from approximations.activations import GELU_FORMS
 from parties import demo as demonstration
 from parties import hosting, reports
 from parties.client import Connection, connect
@@ -27,6 +25,7 @@ from parties.errors import PartyError
 from parties.measured import Measurements
 from parties.merging import merged
 from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
+from parties.options import BEST_GELU, ONE_HOT, Form, Length, Lookup, Threads, read_texts
 from parties.profiling import profile_command
 from parties.reports import mb
 from parties.server import InferenceService
@@ -34,7 +33,6 @@ from parties.traces import TraceDirectory
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
-from secure.lower import EMBEDDINGS
 from secure.tokens import load_tokenizer
 
 app = typer.Typer(
@@ -58,11 +56,6 @@ def version(
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-# Enums for typer's choices; their members come from the library.
-Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
-Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
-
-Threads = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
 Announce = Annotated[
     bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
@@ -74,7 +67,6 @@ Traces = Annotated[
     Path | None,
     typer.Option("--profile", metavar="DIRECTORY", help="Write what each query did when to a trace file there."),
 ]
-Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]
 
 
 def _threads(count: int) -> None:
@@ -125,8 +117,8 @@ def serve(
     dealer: Annotated[str, typer.Option(help="The dealer's host:port.")] = "127.0.0.1:50052",
     listen: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:50051",
     length: Length = 128,
-    embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
-    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    embedding: Lookup = ONE_HOT,
+    gelu: Form = BEST_GELU,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     calibration: Annotated[
         Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
@@ -145,12 +137,13 @@ def serve(
     listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
     listening.require_private(insecure=insecure, what="the server")  # these two before the model is compiled
     dealing.require_private(insecure=insecure, what="the dealer")
-    fixed, sentences = FixedPoint(fraction_bits=fraction_bits), _sentences(calibration)
+    fixed = FixedPoint(fraction_bits=fraction_bits)
+    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
     model_directory(model)  # what can be seen to be wrong, before the model is compiled
     hosting.check(listening, dealing)
     directory = TraceDirectory(traces) if traces else None
     _say(f"unseen serve: compiling {model} for {length} tokens ...")
-    compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, *sentences)
+    compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, sentences)
     ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
     service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline, traces=directory)
     server, address = hosting.start(
@@ -164,21 +157,6 @@ def serve(
     )
     _say(f"unseen serve: embedding {reports.embedding_price(compiled.program)}")
     _run(server, address, "serve", announce)
-
-
-def _sentences(path: Path | None) -> tuple[list[str], ...]:
-    if path is None:
-        return ()
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise PartyError(
-            f"--calibration: {path} cannot be read: {reason}", "a text file, one sentence a line"
-        ) from None
-    if not lines:
-        raise PartyError(f"--calibration: {path} has no sentences", "a text file, one sentence a line")
-    return (lines,)
 
 
 @app.command()
@@ -322,8 +300,8 @@ def demo(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed; three of ours by default.")] = None,
     model: Annotated[str, typer.Option(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
     length: Length = 128,
-    embedding: Annotated[Embedding, typer.Option(help="How the client's tokens are looked up.")] = Embedding["one-hot"],
-    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    embedding: Lookup = ONE_HOT,
+    gelu: Form = BEST_GELU,
     traces: Traces = None,
 ) -> None:
     """Run dealer, server and client as three processes on this machine and embed a few sentences privately."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,7 +61,6 @@ class QueryReport:
         int  # bytes of the server's message that a query is prepared; the dealer sends the client nothing
     )
     query: int  # its number in the session
-    timeline: Timeline = field(repr=False)  # the client's online part, step by step
 
 
 @dataclass(frozen=True, repr=False)  # holds masks
@@ -99,6 +98,7 @@ class Connection:
         self._ended = ""  # why nothing can be asked any more
         self._next_query, self._ready = 0, list[_Ready]()
         self.reports: list[QueryReport] = []
+        self.timeline: Timeline | None = None  # of the last query alone, as it has an entry for every step
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._open = stack
             self._inference = InferenceStub(self._channel(self._server_at, "the server", insecure))
@@ -253,7 +253,8 @@ class Connection:
             online = time.perf_counter() - start
             total = timeline.cost + Cost(offline_to_server=ready.corrections)
             times = (online, ready.seconds, ready.dealer_seconds, ready.client_seconds)
-            self.reports.append(QueryReport(total, *times, ready.received, ready.query, timeline))
+            self.reports.append(QueryReport(total, *times, ready.received, ready.query))
+            self.timeline = timeline
         return self.program.decode(result)
 
     @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,15 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from approximations.activations import GELU_FORMS
 from parties.errors import PartyError, printable
 from parties.hosting import keep_freed_memory
 from parties.model import PACKAGED, calibration_inputs, model_directory, text_inputs
+from parties.options import ONE_HOT, Embedding, Gelu, Threads, read_texts
 from parties.transport import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.calibration import HELD_OUT, SENTENCES
-from secure.lower import EMBEDDINGS
 from secure.profile import LOOPBACK, NETWORKS, Network, find_network
 from secure.tokens import TextTokenizer, load_tokenizer
 from secure.whatif import (
@@ -43,9 +41,6 @@ from secure.whatif import (
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
-Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 
 LENGTH = 128
 MARK = "*"
@@ -77,7 +72,7 @@ def compare_command(
     time: Annotated[
         bool, typer.Option(help="Time this machine's kernels, for seconds with computation; a minute a variant.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")] = 1,
+    threads: Threads = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare variants of a model: cost, seconds and accuracy of each. Give an option again for one more value."""
@@ -89,11 +84,11 @@ def compare_command(
         FixedPoint(fraction_bits=bits)
     chosen = variants(
         length or [LENGTH],
-        [e.value for e in embedding or [Embedding[EMBEDDINGS[0]]]],
+        [e.value for e in embedding or [ONE_HOT]],
         [g.value for g in gelu or Gelu],
         fraction_bits or [FRACTION_BITS],
     )
-    held_out = (_texts(texts) if texts else HELD_OUT)[:count]
+    held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]
     directory = model_directory(model)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     outcomes: list[Outcome] = []
@@ -153,18 +148,6 @@ def _seconds(asked: Network | None, timed: bool) -> Seconds:
     keep_freed_memory()
     kernels.warm_up()
     return projected({LOOPBACK: None, **networks}, measure_transport())
-
-
-def _texts(path: Path) -> list[str]:
-    hint = "a text file, one text a line"
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise PartyError(f"--texts: {path} cannot be read: {reason}", hint) from None
-    if not lines:
-        raise PartyError(f"--texts: {path} has no texts", hint)
-    return lines
 
 
 def document(

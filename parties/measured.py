@@ -64,14 +64,15 @@ class Measurements:
 
     def add(self, connection: Connection) -> None:
         """The connection's last query."""
-        report = connection.reports[-1]
+        report, timeline = connection.reports[-1], connection.timeline
+        assert timeline is not None  # as there was a query
         self._predicted = self._predicted or profile(connection.program)
         path = None
         try:
-            path = self._traces.write(report.timeline, connection.program, report.query, connection.session_label)
+            path = self._traces.write(timeline, connection.program, report.query, connection.session_label)
         except PartyError as error:
             self._failures.append(error)
-        if found := differences(report.timeline, self._predicted):
+        if found := differences(timeline, self._predicted):
             self._failures.append(
                 ProtocolError(
                     f"query {report.query} did not take what was predicted, in {len(found)} places: "
@@ -80,7 +81,7 @@ class Measurements:
                 )
             )
         self.traces.append(path)
-        self.timelines.append(report.timeline)
+        self.timelines.append(timeline)
 
     def show(self, out: Console, program: Program) -> None:
         """The table, whether measured equals predicted, and where the traces are."""

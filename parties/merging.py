@@ -92,7 +92,11 @@ def _delay(sender: Sequence[Stamps], receiver: Sequence[Stamps]) -> float:
 
 
 def _shifted(event: Event, seconds: float) -> Event:
-    return event if event["ph"] == "M" else event | {"ts": round(float(event["ts"]) + seconds * 1e6, 3)}
+    return event if event["ph"] == "M" else event | {"ts": _moved(float(event["ts"]), seconds)}
+
+
+def _moved(ts: float, seconds: float) -> float:
+    return round(ts + seconds * 1e6, 3)
 
 
 def _arrows(sender: Head, receiver: Head, shifts: dict[str, float]) -> list[Event]:
@@ -101,8 +105,9 @@ def _arrows(sender: Head, receiver: Head, shifts: dict[str, float]) -> list[Even
     for number, (s, r) in enumerate(zip(sender.rounds, receiver.rounds, strict=True), 1):
         if s.sent:
             about = {"cat": "message", "name": f"to {receiver.party}", "id": f"{receiver.party}-{number}", "tid": WIRE}
-            left = microseconds(s.start + shifts[sender.party])
-            came = microseconds((r.received_at + r.stop) / 2 + shifts[receiver.party])  # inside "unpack"
+            # rounded as the slices "pack" and "unpack" are, so that an arrow's end is at a slice's very beginning
+            left = _moved(microseconds(s.start), shifts[sender.party])
+            came = _moved(microseconds(r.received_at), shifts[receiver.party])
             events.append({"ph": "s", "pid": PROCESSES[sender.party], "ts": left, **about})
             events.append({"ph": "f", "bp": "e", "pid": PROCESSES[receiver.party], "ts": came, **about})
     return events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -13,26 +14,23 @@ import torch
 import typer
 from rich.console import Console
 
-from approximations.activations import GELU_FORMS
 from parties import reports
 from parties.errors import PartyError
 from parties.files import store
 from parties.hosting import keep_freed_memory
 from parties.model import PACKAGED, compile_text_model
+from parties.options import BEST_GELU, ONE_HOT, Form, Length, Lookup, Threads
 from parties.reports import mb
 from parties.transport import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import PARTY_NAMES
-from secure.lower import EMBEDDINGS
 from secure.outline import SHAPES, is_shape, outline_shape
 from secure.profile import LOOPBACK, NETWORKS, Profile, find_network, module, profile
 from secure.program import Program
 from secure.projection import Projection, project
 from secure.timing import measure
 
-Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
-Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 Format = StrEnum("Format", {f: f for f in ("table", "json", "html")})  # type: ignore[misc]
 
 out = Console(highlight=False)
@@ -42,16 +40,16 @@ KNOWN = f"A model directory, {PACKAGED!r}; or, without any weights: {', '.join(m
 
 def profile_command(
     model: Annotated[str, typer.Argument(help=KNOWN)] = PACKAGED,
-    length: Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")] = 128,
-    embedding: Annotated[Embedding, typer.Option(help="How a client's tokens are looked up.")] = Embedding["one-hot"],
-    gelu: Annotated[Gelu, typer.Option(help="The approximation of GeLU.")] = Gelu[GELU_FORMS[0]],
+    length: Length = 128,
+    embedding: Lookup = ONE_HOT,
+    gelu: Form = BEST_GELU,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     network: Annotated[
         list[str] | None,
         typer.Option(help=f"{LOOPBACK}, {', '.join(n.key for n in NETWORKS)}, or MBPS,ROUND_TRIP_MS; may be repeated."),
     ] = None,
     time: Annotated[bool, typer.Option(help="Time this machine's kernels, to project seconds.")] = True,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")] = 1,
+    threads: Threads = 1,
     depth: Annotated[int, typer.Option(min=1, help="Parts of a module path to tell apart.")] = 3,
     form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
@@ -62,6 +60,11 @@ def profile_command(
     chosen = "json" if as_json else form.value
     if output is not None and not output.absolute().parent.is_dir():
         raise PartyError(f"--output: there is no directory {output.absolute().parent}", "make it first")
+    if chosen == "html":  # what would be found missing after minutes of work
+        if output is None and out.is_terminal:
+            raise PartyError("an HTML page is not for a terminal", "give --output FILE")
+        if importlib.util.find_spec("plotly") is None:
+            raise PartyError("plotly is not installed", "pip install 'unseen[report]'")
     keep_freed_memory()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits))

@@ -169,6 +169,12 @@ def write(path: Path, encoded: bytes) -> None:
         ) from None
 
 
+def _is_of(party: str, event: Event) -> bool:
+    """Whether it is a name or a span of the party's own lanes: a peer's file must not draw into ours."""
+    known = event.get("ph") == "M" or (event["ph"] == "X" and float(event["ts"]) >= 0)
+    return known and event["pid"] == PROCESSES[party] and event.get("tid", WIRE) in (COMPUTE, WIRE)
+
+
 def read(path: Path) -> Trace:
     """A file of ``TraceDirectory``; PartyError where it is none."""
     hint = "give the client's and the server's files, as --profile wrote them"
@@ -176,7 +182,7 @@ def read(path: Path) -> Trace:
         document = json.loads(path.read_bytes())
         head = TypeAdapter(Head).validate_python(document["otherData"])
         events = TypeAdapter(list[Event]).validate_python(document["traceEvents"])
-        if not all(event.get("ph") == "M" or (event["ph"] == "X" and float(event["ts"]) >= 0) for event in events):
+        if not all(_is_of(head.party, event) for event in events):
             raise PartyError(f"{path} holds events that no party's trace has", hint)
     except OSError as error:
         raise PartyError(f"the trace {path} cannot be read: {error.strerror}", hint) from None

@@ -36,8 +36,17 @@ class Instruction:
 Circuit = Sequence[Instruction]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one instruction sends and receives in a round, in bytes."""
+
+    index: int
+    sent: int
+    received: int
+
+
 class Observer:
-    """Told what one party's ``execute`` does, instruction by instruction; this one ignores it all."""
+    """Told what one party's ``execute`` does, instruction by instruction, and no data; this one ignores it all."""
 
     def computing(self, index: int) -> None:
         """An instruction starts, or goes on with what came back."""
@@ -48,8 +57,8 @@ class Observer:
     def finished(self, index: int) -> None:
         """Its result is there; those of its operands that nobody else reads are dropped."""
 
-    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
-        """Every instruction that waits, in order, and what it exchanges in the round that comes now."""
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        """Every instruction that waits, in order, and how much it exchanges in the round that comes now."""
 
 
 class CorrelationReused(RuntimeError):
@@ -205,7 +214,7 @@ def execute(
         if not waiting:
             break
         current, waiting = sorted(waiting, key=lambda w: w[0]), []
-        told.exchanging([(index, exchange) for index, _, exchange in current])
+        told.exchanging([_part(index, exchange) for index, _, exchange in current])
         answers = yield merge([exchange for _, _, exchange in current])
         at = 0
         for index, step, exchange in current:
@@ -214,6 +223,10 @@ def execute(
             told.computing(index)
             resume(index, step, received)
     return list(values.take(outputs))
+
+
+def _part(index: int, exchange: Exchange) -> Part:
+    return Part(index, sum(w.size for _, w in exchange.send), sum(w.size for w in exchange.receive))
 
 
 def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> None:
@@ -344,6 +357,4 @@ class MetaWeights(Weights):
         return x * weight if diagonal else x @ weight
 
     def plain(self, name: str) -> Tensor:
-        return torch.empty(
-            (), dtype=torch.int64, device="meta"
-        )  # of any shape, as it is added to what has the result's
+        raise LookupError(f"no data of {name!r} here")

@@ -131,7 +131,7 @@ def outline_shape(
     if shape in SHAPES:
         settings = dict(SHAPES[shape])
     else:
-        settings = json.loads(Path(shape).read_text(encoding="utf-8"))
+        settings = _read(Path(shape))
     configuration = AutoConfig.for_model(**settings)
     model = _Encoder(
         hollow(lambda: AutoModel.from_config(configuration, trust_remote_code=False, attn_implementation="eager"))
@@ -139,6 +139,17 @@ def outline_shape(
     inputs = {"input_ids": torch.zeros((1, length), dtype=torch.int64)}
     labels = {"model": shape if shape in SHAPES else Path(shape).parent.name, "length": str(length)}
     return outline(model, inputs, embedding=embedding, gelu=gelu, fixed_point=fixed_point, labels=labels)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    hint = "give a Hugging Face config.json, whose model_type says what it is"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}\nhint: {hint}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise ValueError(f"{path} has no model_type\nhint: {hint}")
+    return settings
 
 
 class _Encoder(nn.Module):

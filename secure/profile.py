@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, execute
+from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost, Exchange, Protocol, Step
-from protocols.two_party import Input
+from protocols.two_party import Input, Powers
 from secure.program import Program
-from secure.timeline import Part
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a query needs of one party beside the weights: at most ``live`` at once in shares and openings between
-    two steps (8 bytes a ring element), and ``correlations`` held ready before it.
+    """Bytes that a query needs of one party beside the weights: at most ``live`` at once in results between two steps
+    (8 bytes a ring element; results that are views of others are counted as if they were not), and ``correlations``
+    held ready before it. What a step needs while it runs is not counted.
     """
 
     live: int
@@ -128,7 +128,7 @@ class Profile:
 
 def profile(program: Program) -> Profile:
     """Run both parties' ``execute`` on ``meta`` tensors, in lockstep, and count."""
-    weights, circuit = MetaWeights(program.weight_shapes), program.circuit
+    weights, circuit = _NoWeights(program.weight_shapes), program.circuit
     parties = [_Counter(circuit, program.output), _Counter(circuit, program.output)]
     steps = [
         execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
@@ -184,6 +184,11 @@ class _NoData(Correlations):
         return {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}
 
 
+class _NoWeights(MetaWeights):
+    def plain(self, name: str) -> Tensor:
+        return torch.empty((), dtype=torch.int64, device="meta")  # it is added to a tensor of the result's shape
+
+
 class _Counter(Observer):
     """One party's schedule, and the largest set of results that it holds at a time."""
 
@@ -201,11 +206,10 @@ class _Counter(Observer):
     def computing(self, index: int) -> None:
         self._work.append(index)
 
-    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
-        exchanged = tuple(Part.of(index, exchange) for index, exchange in parts)
-        self.stages.append(Stage(tuple(self._work), exchanged))
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        self.stages.append(Stage(tuple(self._work), tuple(parts)))
         self._work = []
-        for part in exchanged:
+        for part in parts:
             self.rounds[part.index] += 1
             self.sent[part.index] += part.sent
 
@@ -224,9 +228,13 @@ class _Counter(Observer):
 
 
 def _held(protocol: Protocol) -> int:
-    """Bytes of a result in memory: an opening is two tensors, bits are packed, ring elements take 8 bytes."""
+    """Bytes of a result in memory: an opening is two tensors, powers are an opening's value and a mask for each, bits
+    are packed, ring elements take 8 bytes.
+    """
     form = protocol.out
     size = math.prod(form.shape) * (1 if form.planes else 8)
+    if isinstance(protocol, Powers):
+        return (1 + protocol.degree) * size
     return 2 * size if protocol.gives in ("opening", "bit opening") else size
 
 

@@ -1,7 +1,8 @@
 """How long a query takes on a network: both parties' schedules, timed kernels and messages, as two clocks.
 
 Each party computes, packs, sends, waits for the peer's message of the same round, unpacks, and goes on. A message of n
-bytes that leaves at t is there at t + latency + n / bandwidth. The result has the form of a measured ``Timeline``.
+bytes that leaves at t, or when the one before it has passed, is there latency + n / bandwidth later. The result has the
+form of a measured ``Timeline``.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ class Transport:
     message: float
     byte: float
 
-    def seconds(self, size: int, network: Network | None) -> float:
-        """From handing a payload over to having all of it at the other side."""
-        if network is None:
-            return self.message + size * self.byte
-        slower = max(self.byte, 1 / network.bandwidth)  # the two overlap, as a payload leaves in parts
-        return self.message + network.round_trip / 2 + size * slower
+    def latency(self, network: Network | None) -> float:
+        """From handing an empty payload over to having it at the other side."""
+        return self.message + (network.round_trip / 2 if network else 0.0)
+
+    def passing(self, size: int, network: Network | None) -> float:
+        """How long a payload keeps its direction of the link busy."""
+        slower = max(self.byte, 1 / network.bandwidth) if network else self.byte  # they overlap: it leaves in parts
+        return size * slower
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,16 @@ class Projection:
 def project(profile: Profile, timings: Timings, transport: Transport, network: Network | None = None) -> Projection:
     """Play one query. ``network`` None: both parties on this machine."""
     clocks = [_Clock(party, timings) for party in (SERVER, CLIENT)]
-    clocks[SERVER].now = transport.seconds(0, network)  # the client's message that the query begins
+    free = [0.0, 0.0]  # when each party's direction of the link has passed on what was sent
+    latency = transport.latency(network)
+    clocks[SERVER].now = latency  # of the client's message that the query begins
     for stages in zip(*profile.schedules, strict=True):
         left = [clock.send(stage) for clock, stage in zip(clocks, stages, strict=True)]
         for party, stage in enumerate(stages):
-            peer = stages[1 - party]
-            size = sum(part.sent for part in peer.parts)
-            arrival = left[1 - party] + transport.seconds(size, network) if size else 0.0
+            peer, arrival = 1 - party, 0.0
+            if size := sum(part.sent for part in stages[peer].parts):
+                free[peer] = max(free[peer], left[peer]) + transport.passing(size, network)
+                arrival = free[peer] + latency
             clocks[party].receive(stage, arrival)
     server, client = (clock.end() for clock in clocks)
     return Projection(server, client)

@@ -59,8 +59,8 @@ class Ranges:
     def assume(cls, trace: Trace, reach: float) -> Ranges:
         """No calibration: inputs, matrix products, linear layers and sums are taken to stay within ``reach``.
 
-        Other primitives follow from their operands by interval arithmetic. Good to a few bits, for costs only: nothing
-        may be computed with such ranges.
+        Other primitives follow from their operands by interval arithmetic, elementwise weights being taken for 1. Good
+        to a few bits, for costs only: nothing may be computed with such ranges.
         """
         ranges = cls(trace, 0)
         for index, p in enumerate(trace.primitives):
@@ -105,4 +105,6 @@ def _assumed(p: Primitive, operands: list[tuple[float, float]], reach: float, tr
         return float(values.min()), float(values.max())
     if p.op == "exp_neg":
         return 0.0, 1.0
+    if p.op == "cat":
+        return min(low for low, _ in operands), max(high for _, high in operands)
     return (p.attrs["low"], p.attrs["high"]) if p.op == "bounded" else (low, high)

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from protocols.circuit import Observer
-from protocols.protocol import Cost, Exchange
+from protocols.circuit import Observer, Part
+from protocols.protocol import Cost
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,6 @@ class Work:
     index: int
     start: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one instruction sends and receives in a round, in bytes."""
-
-    index: int
-    sent: int
-    received: int
-
-    @classmethod
-    def of(cls, index: int, exchange: Exchange) -> Part:
-        return cls(index, sum(w.size for _, w in exchange.send), sum(w.size for w in exchange.receive))
 
 
 @dataclass(frozen=True)
@@ -149,8 +136,8 @@ class Recorder(Observer):
     def computed(self, index: int) -> None:
         self.timeline.work.append(Work(index, self._since, self._clock() - self._since))
 
-    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
-        self._parts = tuple(Part.of(index, exchange) for index, exchange in parts)
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
 
     def packing(self) -> None:
         self._began = self._clock()

@@ -24,6 +24,7 @@ from protocols.circuit import (
     Correlations,
     Instruction,
     Observer,
+    Part,
     check,
     deal,
     execute,
@@ -128,8 +129,8 @@ class _Seen(Observer):
     def __init__(self, rounds: list[list[int]]) -> None:
         self.rounds = rounds
 
-    def exchanging(self, parts: Sequence[tuple[int, Exchange]]) -> None:
-        self.rounds.append([index for index, _ in parts])
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        self.rounds.append([part.index for part in parts])
 
 
 @st.composite

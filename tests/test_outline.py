@@ -97,6 +97,19 @@ def test_a_decoder_has_an_outline_too() -> None:
     assert {"linear", "exponential", "compare"} <= {i.protocol.kind for i in program.circuit}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "has no model_type"), ('{"hidden_size": 8}', "model_type")],
+)
+def test_a_configuration_that_is_none_says_so(tmp_path: Path, text: str, message: str) -> None:
+    pytest.importorskip("transformers")
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        outline_shape(str(file), 8)
+    assert "hint:" in str(raised.value)
+
+
 def test_an_unknown_shape_is_no_shape() -> None:
     assert not is_shape("gpt-17")
     assert not is_shape("/nowhere/config.json")

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import secure
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER
-from secure.profile import NETWORKS, Network, Profile, find_network, profile
+from protocols.circuit import Part
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost
+from secure.profile import NETWORKS, Memory, Network, Profile, Stage, find_network, profile
 from secure.projection import Transport, project
 from secure.timeline import Timeline
 from secure.timing import Segment, Timings, measure
@@ -38,25 +39,52 @@ def made_up(found: Profile, compute: float) -> Timings:
     return Timings((rows, rows))
 
 
-def test_without_computation_a_query_takes_the_networks_time(found: Profile) -> None:
-    """Both send at once, so a round takes one way, and so does the message that begins the query."""
-    network = Network("test", "test", 0.2, 1e12)
-    projection = project(found, made_up(found, 0.0), Transport(0.0, 0.0), network)
-    assert projection.seconds == pytest.approx(0.1 * found.total.rounds, rel=0.25)
+def by_hand(*exchanges: tuple[int, int]) -> Profile:
+    """One instruction a stage; ``exchanges``: bytes to the server and to the client."""
+
+    def stages(mine: int) -> tuple[Stage, ...]:
+        swaps = (Stage((i,), (Part(i, e[mine], e[1 - mine]),)) for i, e in enumerate(exchanges))
+        return (*swaps, Stage((len(exchanges),), ()))
+
+    return Profile((), Cost(), (stages(1), stages(0)), (Memory(0, 0), Memory(0, 0)))
+
+
+def equal(stages: int, server: float, client: float) -> Timings:
+    """The same seconds for every stage of a party."""
+    return Timings(tuple(((Segment(each),),) * stages for each in (server, client)))  # type: ignore[arg-type]
+
+
+def test_both_send_at_once_so_a_round_takes_one_way() -> None:
+    network = Network("test", "test", 0.2, 1e9)
+    projection = project(by_hand((8, 8), (8, 8)), equal(3, 0, 0), Transport(0.001, 0.0), network)
+    # The query's first message and the client's first round are at the server after one way. Its answers to the first
+    # round and to the second, which needs nothing newer, are back after two. The client's second arrives after three.
+    assert projection.seconds == pytest.approx(2 * 0.101, abs=1e-7)
+    assert projection.server.seconds == pytest.approx(3 * 0.101, abs=1e-7)
     assert projection.client.total.compute == 0
 
 
-def test_bandwidth_is_paid_for_every_byte(found: Profile) -> None:
-    slow = project(found, made_up(found, 0.0), Transport(0.0, 0.0), Network("test", "test", 0.0, 1000.0))
-    heavier = max(found.total.to_server, found.total.to_client)
-    assert heavier / 1000 <= slow.seconds <= (found.total.to_server + found.total.to_client) / 1000 + 1e-9
+def test_a_message_waits_for_the_one_before_it_on_its_link() -> None:
+    network = Network("test", "test", 0.0, 1000.0)
+    projection = project(by_hand((500, 0), (500, 1), (0, 1)), equal(4, 0, 0), Transport(0.0, 0.0), network)
+    # the client sends twice 500 bytes at once, half a second each; the server answers the second after a second
+    assert [r.received_at for r in projection.server.rounds] == pytest.approx([0.5, 1.0, 1.0])
+    assert projection.seconds == pytest.approx(1.0 + 0.001)
 
 
-def test_computation_without_a_network_is_the_slower_partys(found: Profile) -> None:
-    projection = project(found, made_up(found, 1.0), Transport(0.0, 0.0))
-    work = [sum(len(stage.work) for stage in found.schedules[party]) for party in (SERVER, CLIENT)]
-    assert max(work) - 1 <= projection.server.seconds <= sum(work)
-    assert projection.client.total.compute == work[CLIENT]
+def test_each_direction_has_the_bandwidth_for_itself() -> None:
+    network = Network("test", "test", 0.0, 1000.0)
+    projection = project(by_hand((300, 700)), equal(2, 0, 0), Transport(0.0, 0.0), network)
+    assert projection.client.seconds == pytest.approx(0.7)
+    assert projection.server.seconds == pytest.approx(0.3)
+
+
+def test_the_slower_party_sets_the_pace() -> None:
+    projection = project(by_hand((8, 8), (8, 8)), equal(3, 3.0, 1.0), Transport(0.0, 0.0))
+    # three stages; the client waits for the server's first two and then computes its own last
+    assert projection.client.seconds == pytest.approx(3 + 3 + 1)
+    assert projection.server.seconds == pytest.approx(9)
+    assert projection.client.total.waiting == pytest.approx(4)
 
 
 def test_projected_traffic_is_the_profiles(found: Profile) -> None:

@@ -29,11 +29,12 @@ from parties.measured import Measurements, costs, differences
 from parties.merging import merge
 from parties.model import PACKAGED, ServedModel, compile_text_model, serve_ready
 from parties.traces import COMPUTE, PROCESSES, WIRE, Head, Stamps, Trace, TraceDirectory, read, trace, write
+from protocols.circuit import Part
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Cost
 from secure.profile import Profile, profile
 from secure.program import Program
-from secure.timeline import Part, Round, Timeline
+from secure.timeline import Round, Timeline
 from tests.tiny import LENGTH, TEXT, WORDS, Served, dial, serving, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ AHEAD = 7.25  # seconds
 
 
 class Keeping(TraceDirectory):
-    """A server's directory that also keeps the timelines themselves."""
+    """A directory that also keeps the timelines themselves."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -67,10 +68,12 @@ def ask(model: ServedModel, dealer: Served, directory: Path, texts: list[str]) -
     kept = Keeping(directory)
     with serving(model, dealer.address, traces=kept) as server:
         with dial(server, dealer) as connection:
-            connection.embed(texts)
-            ours = TraceDirectory(directory)
-            for report in connection.reports:
-                ours.write(report.timeline, connection.program, report.query, connection.session_label)
+            ours = Keeping(directory)
+            for text in texts:
+                connection.embed([text])
+                assert connection.timeline is not None
+                number = connection.reports[-1].query
+                ours.write(connection.timeline, connection.program, number, connection.session_label)
             secrets = {"session": connection._session, "seed": connection._seed, "mask": model.mask_seed}
             label = connection.session_label
         # the client may be told of the end, and leave, before the server's last trace is there
@@ -78,7 +81,7 @@ def ask(model: ServedModel, dealer: Served, directory: Path, texts: list[str]) -
     numbers = range(len(texts))
     return Queries(
         connection.program,
-        {"client": [r.timeline for r in connection.reports], "server": kept.timelines},
+        {"client": ours.timelines, "server": kept.timelines},
         {party: [directory / f"{party}-{label}-{q}.json" for q in numbers] for party in PROCESSES},
         secrets,
     )
@@ -318,16 +321,16 @@ def test_a_merged_trace(queries: Queries) -> None:
         end = ends[name]
         assert start["pid"] != end["pid"]
         assert start["ts"] <= end["ts"], "no message comes before it is sent"
-        assert "pack" in inside(start, slices)
-        assert "unpack" in inside(end, slices)
+        assert inside(start, slices) == ["pack"]
+        assert inside(end, slices) == ["unpack"]
 
 
 def inside(event: dict[str, Any], slices: list[dict[str, Any]]) -> list[str]:
-    """The names of the slices that an arrow's end can be bound to; times in a file are rounded."""
+    """The names of the slices that an arrow's end can be bound to; half of a file's last digit for how floats add."""
     return [
         s["name"]
         for s in slices
-        if s["pid"] == event["pid"] and s["ts"] - 0.02 <= event["ts"] < s["ts"] + s["dur"] + 0.02
+        if s["pid"] == event["pid"] and s["ts"] - 5e-4 <= event["ts"] < s["ts"] + s["dur"] - 5e-4
     ]
 
 
@@ -338,6 +341,11 @@ def edited(path: Path, to: Path, change: Callable[[Any], object]) -> Path:
     return to
 
 
+def test_two_traces_of_one_party_are_refused(queries: Queries) -> None:
+    with pytest.raises(PartyError, match="one of the client and one of the server"):
+        merge([queries.paths["client"][0]] * 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -346,7 +354,9 @@ def edited(path: Path, to: Path, change: Callable[[Any], object]) -> Path:
         (lambda d: d["otherData"].update(program_digest="0" * 64), "Program digest"),
         (lambda d: d["otherData"]["rounds"].pop(), "number of rounds"),
         (lambda d: d["otherData"]["rounds"][1].__setitem__(4, 10**6), "different bytes in round 2: the client sent"),
-        (lambda d: d["otherData"].update(party="client"), "one of the client and one of the server"),
+        (lambda d: d["otherData"].update(party="client"), "events that no party's trace has"),
+        (lambda d: d["traceEvents"][-1].update(pid=1), "events that no party's trace has"),
+        (lambda d: d["traceEvents"][-1].update(tid=3), "events that no party's trace has"),
         (lambda d: d["otherData"].update(more=1), "is not one party's trace"),
         (lambda d: d["otherData"].update(format=2), "is not one party's trace"),
         (lambda d: d.pop("traceEvents"), "is not one party's trace"),
