@@ -34,6 +34,7 @@ def serve(name: str, dealer: str, state: Path) -> None:
     compiled, tokenizer, raw = works.make(name).build()
     seconds = time.perf_counter() - start
     ready = serve_ready(compiled, tokenizer, raw, state)
+    hosting.keep_freed_memory()  # after compiling, as `unseen serve` does
     service = InferenceService(ready, Endpoint.parse(dealer, what="--dealer"), deadline=DEADLINE)
     listen = Endpoint("127.0.0.1", 0)
     server, address = hosting.start(
@@ -45,6 +46,7 @@ def serve(name: str, dealer: str, state: Path) -> None:
 
 
 def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None:
+    hosting.keep_freed_memory()
     with np.load(inputs) as archive:
         given = {name: torch.from_numpy(archive[name]) for name in archive.files}
     with secure.connect(server, dealer, cache=False, deadline=DEADLINE) as connection:
@@ -82,7 +84,6 @@ def main() -> None:
     for role in (of_server, of_client):
         role.add_argument("--dealer", required=True)
     o = parser.parse_args()
-    hosting.keep_freed_memory()
     torch.set_num_threads(1)
     kernels.warm_up()
     if o.role == "serve":

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from secure.program import Program
 REPEATS = 3
 _SMALL = 1 << 18  # bytes of operands
 _INNER, _ALL = 4 << 20, 48 << 20  # bytes to write, so that those caches hold nothing else
-_other = torch.zeros(6 << 20, dtype=torch.int64)
 _SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
 
 
@@ -141,7 +141,12 @@ def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, f
 
 def evict_caches(size: int = _ALL) -> None:
     """Fill the processor's caches with something else, ``size`` bytes of it."""
-    _other[: size // 8].fill_(1)
+    _something()[:size].fill_(1)
+
+
+@cache
+def _something() -> Tensor:  # made when first needed: most processes time nothing
+    return torch.empty(_ALL, dtype=torch.uint8)
 
 
 class _MadeUp(ServerWeights):
