@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,18 +34,40 @@ def _flat(x: Tensor) -> Array:
     return x.reshape(-1).numpy()
 
 
-# packed bits
+# packed bits: a block of elements at a time, one flag a byte and then eight flags a byte, as only such loops vectorize
+
+BLOCK = 2048  # elements whose flags stay in the innermost cache
+_LOWEST = np.uint64(0x0101010101010101)  # the lowest bit of every byte of a word ...
+_GATHER = np.uint64(0x0102040810204080)  # ... times this: the eight of them side by side in the top byte
+_TOP_BYTE = np.uint64(56)
+
+
+@compiled
+def _gathered(flags: Array, bit: int, out: Array, at: int, size: int) -> None:
+    """Bit ``bit`` of every byte of ``flags``, packed into out[at : at + size]."""
+    words, shift = flags.view(np.uint64), np.uint64(bit)
+    for j in range(size):
+        out[at + j] = np.uint8((((words[j] >> shift) & _LOWEST) * _GATHER) >> _TOP_BYTE)
+
+
+@compiled
+def _spread(plane: Array, at: int, out: Array, size: int) -> None:
+    """The bits of plane[at : at + size] as int64 masks, 0 or -1."""
+    for byte in range(size):
+        packed = np.int64(plane[at + byte])
+        for k in range(8):
+            out[8 * byte + k] = -((packed >> k) & 1)
 
 
 @compiled
 def _bit_plane(x: Array, offset: int, bit: int) -> Array:
-    n = x.size
-    out = np.zeros((n + 7) // 8, np.uint8)
-    for byte in range(out.size):
-        total = np.int64(0)
-        for i in range(8 * byte, min(n, 8 * byte + 8)):
-            total |= (((x[i] + offset) >> bit) & 1) << (i & 7)
-        out[byte] = total
+    out = np.empty((x.size + 7) // 8, np.uint8)
+    flags = np.zeros(BLOCK, np.uint8)
+    for start in range(0, x.size, BLOCK):
+        here = x[start : start + BLOCK]
+        for i in range(here.size):
+            flags[i] = ((here[i] + offset) >> bit) & 1
+        _gathered(flags, 0, out, start >> 3, (here.size + 7) >> 3)
     return out
 
 
@@ -62,43 +85,27 @@ def bit_plane(x: Tensor, offset: int, bit: int) -> Tensor:
 def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: int, digits: int, first: int) -> Array:
     n = z.size
     each = (n + 7) // 8
-    out = np.zeros((1 + 2 * digits, thresholds.size * each), np.uint8)
+    out = np.empty((1 + 2 * digits, thresholds.size * each), np.uint8)
     mask = (np.int64(1) << (width - 1)) - 1
-    for byte in range(out.shape[1]):
-        threshold = thresholds[byte // each]
-        start = 8 * (byte % each)
-        stop = min(n, start + 8)
-        top = np.int64(0)
-        for i in range(start, stop):
-            top |= (((z[i] - threshold) >> (width - 1)) & 1) << (i & 7)
-        out[0, byte] = top
-        for word in range(table.shape[0]):
-            less0 = less1 = less2 = less3 = equal0 = equal1 = equal2 = equal3 = np.int64(0)
-            for i in range(start, stop):
-                k = i & 7
-                low = (((z[i] - threshold) & mask) >> drop) >> (16 * word)
-                less = table[word, i]
-                equal = less ^ ((less << 1) ^ first)
-                p = low & 15
-                less0 |= ((less >> p) & 1) << k
-                equal0 |= ((equal >> p) & 1) << k
-                p = ((low >> 4) & 15) | 16
-                less1 |= ((less >> p) & 1) << k
-                equal1 |= ((equal >> p) & 1) << k
-                p = ((low >> 8) & 15) | 32
-                less2 |= ((less >> p) & 1) << k
-                equal2 |= ((equal >> p) & 1) << k
-                p = ((low >> 12) & 15) | 48
-                less3 |= ((less >> p) & 1) << k
-                equal3 |= ((equal >> p) & 1) << k
-            d = 1 + 8 * word
-            out[d, byte], out[d + 1, byte] = less0, equal0
-            if 4 * word + 1 < digits:
-                out[d + 2, byte], out[d + 3, byte] = less1, equal1
-            if 4 * word + 2 < digits:
-                out[d + 4, byte], out[d + 5, byte] = less2, equal2
-            if 4 * word + 3 < digits:
-                out[d + 6, byte], out[d + 7, byte] = less3, equal3
+    low, flags = np.empty(BLOCK, np.int64), np.zeros(BLOCK, np.uint8)
+    for t in range(thresholds.size):
+        for start in range(0, n, BLOCK):
+            here, at = z[start : start + BLOCK], t * each + (start >> 3)
+            size = (here.size + 7) >> 3
+            for i in range(here.size):
+                zeta = here[i] - thresholds[t]
+                flags[i] = (zeta >> (width - 1)) & 1
+                low[i] = (zeta & mask) >> drop
+            _gathered(flags, 0, out[0], at, size)
+            for d in range(digits):
+                codes, shift, place = table[d >> 2, start : start + BLOCK], 4 * d, 16 * (d & 3)
+                for i in range(here.size):
+                    less = codes[i]
+                    equal = less ^ ((less << 1) ^ first)
+                    position = ((low[i] >> shift) & 15) | place
+                    flags[i] = ((less >> position) & 1) | (((equal >> position) & 1) << 1)
+                _gathered(flags, 0, out[1 + 2 * d], at, size)
+                _gathered(flags, 1, out[2 + 2 * d], at, size)
     return out
 
 
@@ -140,19 +147,25 @@ def _select(
     planes: Array, slopes: Array, offsets: Array, beta: Array, beta_r: Array, z: Array, x: Array, one: int
 ) -> Array:
     out = np.zeros(beta.shape[1], np.int64)
-    sloped = 0
-    for s in range(slopes.size):
-        plane, slope, constant = planes[s], slopes[s], one * offsets[s]
-        if slope != 0:
-            for i in range(out.size):
-                masked = slope * (z[i] * beta[s, i] - beta_r[sloped, i]) + offsets[s] * beta[s, i]
-                chosen = (plane[i >> 3] >> (i & 7)) & 1
-                out[i] += slope * x[i] + constant - masked if chosen else masked
-            sloped += 1
-        else:
-            for i in range(out.size):
-                masked = offsets[s] * beta[s, i]
-                out[i] += constant - masked if (plane[i >> 3] >> (i & 7)) & 1 else masked
+    chosen = np.empty(BLOCK, np.int64)
+    for start in range(0, out.size, BLOCK):
+        total = out[start : start + BLOCK]
+        sloped = 0
+        for s in range(slopes.size):
+            slope, offset, constant = slopes[s], offsets[s], one * offsets[s]
+            _spread(planes[s], start >> 3, chosen, (total.size + 7) >> 3)
+            b = beta[s, start : start + BLOCK]
+            # a mask instead of a branch, which random bits would mispredict every other time
+            if slope != 0:
+                br, v, mine = beta_r[sloped, start : start + BLOCK], z[start : start + BLOCK], x[start : start + BLOCK]
+                for i in range(total.size):
+                    masked = slope * (v[i] * b[i] - br[i]) + offset * b[i]
+                    total[i] += masked + ((slope * mine[i] + constant - 2 * masked) & chosen[i])
+                sloped += 1
+            else:
+                for i in range(total.size):
+                    masked = offset * b[i]
+                    total[i] += masked + ((constant - 2 * masked) & chosen[i])
     return out
 
 
@@ -196,32 +209,53 @@ def select(
 def _extended(x: Array, mine: Array, theirs: Array, product: Array, offset: int, width: int, client: bool) -> Array:
     out = np.empty_like(x)
     mask = (np.int64(1) << width) - 1
-    for i in range(x.size):
-        value = x[i] if client else x[i] + offset
-        value &= mask
-        top = value >> (width - 1)
-        own = np.int64((mine[i >> 3] >> (i & 7)) & 1)
-        other = np.int64((theirs[i >> 3] >> (i & 7)) & 1)
-        both = other * (top if client else top - own)
-        both += -product[i] if own ^ other else product[i]
-        value += (both - top) << width
-        out[i] = value if client else value - offset
+    own, other = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    for start in range(0, x.size, BLOCK):
+        here, given, wide = x[start : start + BLOCK], product[start : start + BLOCK], out[start : start + BLOCK]
+        size = (here.size + 7) >> 3
+        _spread(mine, start >> 3, own, size)
+        _spread(theirs, start >> 3, other, size)
+        for i in range(here.size):
+            value = (here[i] + offset) & mask
+            top = value >> (width - 1)
+            sign = own[i] ^ other[i]
+            both = other[i] & (top if client else top + own[i])
+            both += (given[i] ^ sign) - sign
+            wide[i] = value + ((both - top) << width) - offset
     return out
 
 
 def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: int, *, client: bool) -> Tensor:
     """Step 2 of ``two_party.extension``: this party's share in the wide ring."""
-    offset = 1 << (width - 2)
+    offset = 0 if client else 1 << (width - 2)
     if _fast(x):
         flat = _extended(_flat(x), _flat(mine), _flat(theirs), _flat(product), offset, width, client)
         return torch.from_numpy(flat).reshape(x.shape)
-    value = ring.reduce(x if client else x + offset, width)
+    value = ring.reduce(x + offset, width)
     top, shape = ring.top_bit(value, width), tuple(x.shape)
     own, other = bits.unpack(mine, shape), bits.unpack(theirs, shape)
     both = other * (top if client else top - own)
     both = both + torch.where((own ^ other).bool(), -product, product)
-    value = value + ring.left(both - top, width)
-    return value if client else value - offset
+    return value + ring.left(both - top, width) - offset
+
+
+# truncation
+
+
+@compiled
+def _dropped(x: Array, offset: int, shift: int, mask: int) -> Array:
+    out = np.empty_like(x)
+    for i in range(x.size):
+        out[i] = ((x[i] + offset) >> shift) & mask
+    return out
+
+
+def dropped(x: Tensor, offset: int, shift: int, bits: int) -> Tensor:
+    """floor((x + offset) / 2^shift) of the representative in [0, 2^bits)."""
+    if _fast(x) and shift:
+        flat = _dropped(_flat(x), ring.wrap(offset), shift, ring.low_mask(bits - shift))
+        return torch.from_numpy(flat).reshape(x.shape)
+    return ring.drop_low(x + ring.wrap(offset), shift, bits)
 
 
 # polynomials
@@ -264,6 +298,47 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
     return total
 
 
+# bytes on the wire
+
+
+@cache
+def _loops(width: int) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """A pair of functions for each width, as the inner loops vectorize when their length is known."""
+
+    def store(x: Array, mask: int) -> Array:
+        out = np.empty(x.size * width, np.uint8)
+        for i in range(x.size):
+            value = x[i] & mask
+            for k in range(width):
+                out[i * width + k] = np.uint8(value >> (8 * k))
+        return out
+
+    def load(stored: Array) -> Array:
+        out = np.empty(stored.size // width, np.int64)
+        for i in range(out.size):
+            value = np.int64(0)
+            for k in range(width):
+                value |= np.int64(stored[i * width + k]) << (8 * k)
+            out[i] = value
+        return out
+
+    return compiled(store), compiled(load)
+
+
+def stored(x: Array, width: int, mask: int) -> Array:
+    """x & mask, each in ``width`` bytes, little-endian."""
+    store, _ = _loops(width)
+    out: Array = store(x, mask)
+    return out
+
+
+def loaded(raw: Array, width: int) -> Array:
+    """The int64 elements that ``stored`` made ``raw`` of."""
+    _, load = _loops(width)
+    out: Array = load(raw)
+    return out
+
+
 def warm_up() -> None:
     """Compile every kernel (or load it from the cache beside this file), so that no query waits for the compiler."""
     x, plane = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
@@ -271,4 +346,7 @@ def warm_up() -> None:
     digit_planes(x, x.reshape(1, 8), (0,), 17, 0, 4, 0)
     select(plane.reshape(1, 1), (1,), (0,), x.reshape(1, 8), (x, x, x.reshape(1, 8)), server=True)
     extended(x, plane, plane, x, 8, client=True)
+    dropped(x, 0, 1, 8)
+    for width in range(1, 9):
+        loaded(stored(x.numpy(), width, -1), width)
     polynomial(x, (x,), 0, (1, 1), 0)

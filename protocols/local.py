@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from protocols import ring
+from protocols import kernels, ring
 from protocols.protocol import SERVER, Local, Shape, Weights
 from protocols.wire import Wire
 
@@ -182,7 +182,7 @@ class Truncate(Local):
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
-        return ring.drop_low(x + (1 << self.shift) if party == SERVER else x, self.shift, self.ring)
+        return kernels.dropped(x, (1 << self.shift) if party == SERVER else 0, self.shift, self.ring)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
