@@ -34,7 +34,7 @@ def serve(name: str, dealer: str, state: Path) -> None:
     compiled, tokenizer, raw = works.make(name).build()
     seconds = time.perf_counter() - start
     ready = serve_ready(compiled, tokenizer, raw, state)
-    hosting.keep_freed_memory()  # after compiling, as `unseen serve` does
+    hosting.settle()  # after compiling, as `unseen serve` does
     service = InferenceService(ready, Endpoint.parse(dealer, what="--dealer"), deadline=DEADLINE)
     listen = Endpoint("127.0.0.1", 0)
     server, address = hosting.start(
@@ -46,7 +46,7 @@ def serve(name: str, dealer: str, state: Path) -> None:
 
 
 def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None:
-    hosting.keep_freed_memory()
+    hosting.settle()
     with np.load(inputs) as archive:
         given = {name: torch.from_numpy(archive[name]) for name in archive.files}
     with secure.connect(server, dealer, cache=False, deadline=DEADLINE) as connection:

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.common import RESULTS, machine
 from benchmarks.sentences import sentences
-from parties.hosting import keep_freed_memory
+from parties.hosting import settle
 from parties.model import PACKAGED, compile_text_model
 from parties.transport import measure_transport
 from protocols import kernels
@@ -188,7 +188,7 @@ def _script(space: str, text: str) -> Iterator[str]:
 
 def compare(length: int, runs: int, networks: Sequence[Network | None]) -> list[dict[str, Any]]:
     """One row a network."""
-    keep_freed_memory()
+    settle()
     torch.set_num_threads(1)
     kernels.warm_up()
     program = compile_text_model(PACKAGED, length, "client-table", "cubic", FixedPoint())[0].program

@@ -99,7 +99,7 @@ def dealer(
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     _threads(threads)
-    hosting.keep_freed_memory()
+    hosting.settle()
     hosting.log_to_stderr(verbose)
     service = DealerService()
     server, address = hosting.start(
@@ -145,7 +145,7 @@ def serve(
     _say(f"unseen serve: compiling {model} for {length} tokens ...")
     compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, sentences)
     ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
-    hosting.keep_freed_memory()  # from here on: what compiling took is given back
+    hosting.settle()  # from here on: what compiling took is given back
     service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline, traces=directory)
     server, address = hosting.start(
         listening, lambda s: add_InferenceServicer_to_server(service, s), insecure=insecure, what="the server"
@@ -181,7 +181,7 @@ def embed(
 ) -> None:
     """Embed texts that the server never sees."""
     _threads(threads)
-    hosting.keep_freed_memory()
+    hosting.settle()
     typed = [] if texts or sys.stdin.isatty() else sys.stdin
     given = texts or [line.strip() for line in typed if line.strip()]
     if not given:

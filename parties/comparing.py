@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from parties.errors import PartyError, printable
-from parties.hosting import keep_freed_memory
+from parties.hosting import settle
 from parties.model import PACKAGED, calibration_inputs, model_directory, text_inputs
 from parties.options import ONE_HOT, Embedding, Gelu, Threads, read_texts
 from parties.transport import measure_transport
@@ -145,7 +145,7 @@ def _seconds(asked: Network | None, timed: bool) -> Seconds:
     networks = {n.key: n for n in (*NETWORKS, *([asked] if asked else ()))}
     if not timed:
         return waiting(networks.values())
-    keep_freed_memory()
+    settle()
     kernels.warm_up()
     return projected({LOOPBACK: None, **networks}, measure_transport())
 

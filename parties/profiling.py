@@ -17,7 +17,7 @@ from rich.console import Console
 from parties import reports
 from parties.errors import PartyError
 from parties.files import store
-from parties.hosting import keep_freed_memory
+from parties.hosting import settle
 from parties.model import PACKAGED, compile_text_model
 from parties.options import BEST_GELU, ONE_HOT, Form, Length, Lookup, Threads
 from parties.reports import mb
@@ -65,7 +65,7 @@ def profile_command(
             raise PartyError("an HTML page is not for a terminal", "give --output FILE")
         if importlib.util.find_spec("plotly") is None:
             raise PartyError("plotly is not installed", "pip install 'unseen[report]'")
-    keep_freed_memory()
+    settle()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits))
     found = profile(program)

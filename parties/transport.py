@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import grpc
+import numpy as np
 
 from parties import hosting
 from parties.endpoints import Endpoint, open_channel
@@ -20,31 +21,38 @@ from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_Inferenc
 from secure.projection import Transport
 from secure.timing import evict_caches
 
-SIZES = (64, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-ROUNDS = 12
-PLAN = [size for size in SIZES for _ in range(ROUNDS)]
+SIZES = (64, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 21)
+SMALL, LARGE = 1 << 12, 1 << 18  # sizes that cost a message, and those that cost their bytes
+ROUNDS = 24
+PLAN = [size for _ in range(ROUNDS) for size in SIZES]
+BUSY = 4 << 20  # bytes that each side writes before a round: in a query it computes then, and its caches and the
+# threads that carry messages cool down
 
 
 class Swap(InferenceServicer):
-    """Sends a frame of each planned size and reads one of the same, as both parties of a query do at once."""
+    """Sends a frame of each planned size and reads one of the same, as both parties of a query do at once; tells at
+    the end how long it waited each time.
+    """
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
+        waits = []
         for size in PLAN:
-            payload = bytes(size)
-            evict_caches()  # as what is sent in a query was made, and used, a while ago
-            next(requests)  # a barrier, so that a round begins at the same moment on both sides
-            yield pb.ServerMessage()
-            for frame in to_frames(payload):
+            evict_caches(BUSY)
+            start = time.perf_counter()
+            for frame in to_frames(bytes(size)):
                 yield pb.ServerMessage(frame=frame)
             _read(size, (message.frame for message in requests))
+            waits.append(time.perf_counter() - start)
+        yield pb.ServerMessage(frame=pb.Frame(data=np.array(waits).tobytes(), last=True))
 
 
-def _read(size: int, frames: Iterator[pb.Frame]) -> None:
+def _read(size: int, frames: Iterator[pb.Frame]) -> bytes:
     reader = FrameReader(size)
-    while reader.add(next(frames)) is None:
+    while (payload := reader.add(next(frames))) is None:
         pass
+    return payload
 
 
 def measure_transport() -> Transport:
@@ -65,31 +73,31 @@ def measure_transport() -> Transport:
 
 
 def _swap(address: str) -> dict[int, float]:
-    """Median seconds of a round, by the size that each side sends."""
+    """Median seconds of a round, by the size that each side sends: of the side that came last, as the other one waits
+    for it too.
+    """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-    times: dict[int, list[float]] = {}
+    waits = []
     with open_channel(Endpoint.parse(address, what="the other process"), insecure=False, what="it") as channel:
-        answers = InferenceStub(channel).Session(iter(outbox.get, None))
+        answers = (message.frame for message in InferenceStub(channel).Session(iter(outbox.get, None)))
         for size in PLAN:
-            payload = bytes(size)
-            evict_caches()
-            outbox.put(pb.ClientMessage())
-            next(answers)
+            evict_caches(BUSY)
             start = time.perf_counter()
-            for frame in to_frames(payload):
+            for frame in to_frames(bytes(size)):
                 outbox.put(pb.ClientMessage(frame=frame))
-            _read(size, (message.frame for message in answers))
-            times.setdefault(size, []).append(time.perf_counter() - start)
+            _read(size, answers)
+            waits.append(time.perf_counter() - start)
+        theirs = np.frombuffer(_read(8 * len(PLAN), answers))
         outbox.put(None)
-    return {size: statistics.median(found[2:]) for size, found in times.items()}
+    by_round = np.minimum(waits, theirs).reshape(ROUNDS, len(SIZES))
+    return dict(zip(SIZES, np.median(by_round[2:], axis=0).tolist(), strict=True))
 
 
 def _fit(found: dict[int, float]) -> Transport:
-    """The line through the smallest message whose slope fits the others best, relative to their sizes."""
-    first = min(found)
-    message = found[first]
-    slopes = [(seconds - message) / size for size, seconds in found.items() if size > 1 << 17]
-    return Transport(message, statistics.median(slopes))
+    """Through the smallest messages, with the slope that fits the largest best, relative to their sizes."""
+    message = statistics.median(seconds for size, seconds in found.items() if size <= SMALL)
+    slopes = [(seconds - message) / size for size, seconds in found.items() if size >= LARGE]
+    return Transport(message, max(0.0, statistics.median(slopes)))
 
 
 def _announce(address: str) -> None:
@@ -98,7 +106,7 @@ def _announce(address: str) -> None:
 
 
 def main() -> None:
-    hosting.keep_freed_memory()
+    hosting.settle()
     server, address = hosting.start(
         Endpoint.parse("127.0.0.1:0", what="the other process"),
         lambda s: add_InferenceServicer_to_server(Swap(), s),

@@ -1,36 +1,43 @@
-"""What this machine's processor takes for each step of a Program, measured on random data of the right shapes.
+"""What this machine's processor takes for each step of a Program: each party runs its side of a query, alone.
 
-Every distinct instruction is run for both parties, alone, a few times: no weights, no input and no dealer are needed,
-and layers that repeat are measured once. In a query an instruction finds some of what it reads in the processor's cache
-and some not: one with large operands is timed with warm caches (the median of a few runs) and after all were flushed,
-and the figure is the mean of the two; a small one, whose time is the interpreter's, after the inner ones were flushed.
+The party gets zeros for what its peer and the dealer would send; no input, no weights and no peer are needed. The order
+is a query's, so that an instruction finds in the processor's caches what it would find there. Layers that repeat are
+run ``OCCURRENCES`` times and stood in for by zeros after that, so that neither the time that this takes nor its memory
+grows with a model's depth. Meanwhile another process streams through memory, as the other party does in a query on the
+same machine: parties on machines of their own compute up to a third faster than this says.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from protocols.circuit import Correlations, Instruction
+from protocols.circuit import Circuit, Correlations, Instruction, execute, prepare
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, SERVER, Exchange, Opening, Protocol, Weights, count
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Local, Opening, Protocol, Weights
 from protocols.steps import pack_frame, unpack_frame
-from protocols.two_party import Input, Linear
+from protocols.two_party import Deliver, Input
 from protocols.two_party.polynomial import Powers
 from protocols.weights import ServerWeights
 from protocols.wire import Wire
 from secure.program import Program
+from secure.timeline import Recorder, Timeline
 
-REPEATS = 3
-_SMALL = 1 << 18  # bytes of operands
-_INNER, _ALL = 4 << 20, 48 << 20  # bytes to write, so that those caches hold nothing else
+REPEATS, ENOUGH = 3, 10.0  # runs of each party, and the seconds after which no further one begins
+OCCURRENCES = 3  # of one and the same instruction in a run
+_ALL = 48 << 20  # bytes that the processor's caches do not hold
+_STREAM = 2 << 20  # eight-byte words that the neighbour reads, twice, and writes over and over
 _SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
 
 
@@ -61,15 +68,25 @@ _known: dict[Any, tuple[Segments, Segments]] = {}  # measured before in this pro
 
 
 def measure(program: Program, repeats: int = REPEATS) -> Timings:
-    """Time every distinct instruction of a Program with torch's present number of threads."""
-    found: tuple[list[Segments], list[Segments]] = ([], [])
-    for instruction in program.circuit:
-        key = _key(program, instruction)
-        if key not in _known:
-            _known[key] = _measure(program, instruction, repeats)
-        for party in (SERVER, CLIENT):
-            found[party].append(_known[key][party])
-    return Timings((tuple(found[SERVER]), tuple(found[CLIENT])))
+    """Medians for every distinct instruction of a Program, with torch's present number of threads."""
+    keys = [_key(program, instruction) for instruction in program.circuit]
+    new = [key if key not in _known else None for key in keys]
+    if any(new):
+        weights, began = _MadeUp(program), time.monotonic()
+        runs: dict[Any, tuple[list[Segments], list[Segments]]] = {key: ([], []) for key in new if key}
+        _rehearse(program, _chosen(program, new, 1), weights)  # loads, packs weights, gets memory
+        chosen = _chosen(program, new, OCCURRENCES)
+        with _neighbour():
+            for number in range(repeats):
+                if number and time.monotonic() - began > ENOUGH:
+                    break
+                for party, found in enumerate(_rehearse(program, chosen, weights)):
+                    for index, segments in found.items():
+                        if key := new[index]:
+                            runs[key][party].append(segments)
+        _known.update({key: (_median(server), _median(client)) for key, (server, client) in runs.items()})
+    both = [_known[key] for key in keys]
+    return Timings((tuple(server for server, _ in both), tuple(client for _, client in both)))
 
 
 def _key(program: Program, instruction: Instruction) -> Any:
@@ -81,100 +98,152 @@ def _key(program: Program, instruction: Instruction) -> Any:
     return type(p), p, weight, forms, torch.get_num_threads()
 
 
-def _measure(program: Program, instruction: Instruction, repeats: int) -> tuple[Segments, Segments]:
-    p = instruction.protocol
-    if isinstance(p, Input):
-        return (Segment(0.0),), (Segment(0.0),)
-    weights = _weights(program, p)
-    operands = tuple(_random_operand(program.circuit[i].protocol) for i in instruction.inputs)
-    both: list[Segments] = []
-    for party in (SERVER, CLIENT):
-        if party == CLIENT and p.finished_offline:
-            both.append((Segment(0.0),))
-            continue
-        kinds: list[list[Segment]] = []
-        large = sum(8 * count(program.circuit[i].protocol.out.shape) for i in instruction.inputs) > _SMALL
-        _run(party, p, operands, weights, 0)  # to warm up
-        for flush in (0, _ALL) if large else (_INNER,):
-            runs = [_run(party, p, operands, weights, flush) for _ in range(1 if flush == _ALL else repeats)]
-            kinds.append([_over(segments, statistics.median) for segments in zip(*runs, strict=True)])
-        both.append(tuple(_over(segments, statistics.fmean) for segments in zip(*kinds, strict=True)))
-    return both[SERVER], both[CLIENT]
+def _chosen(program: Program, keys: Sequence[Any], occurrences: int) -> set[int]:
+    """The first instructions of every key that is not None, and the deliveries that they read, which the client
+    cannot do without.
+    """
+    seen: Counter[Any] = Counter()
+    out: set[int] = set()
+    for index, key in enumerate(keys):
+        if key is not None and seen[key] < occurrences:
+            seen[key] += 1
+            inputs = program.circuit[index].inputs
+            out |= {index, *(i for i in inputs if isinstance(program.circuit[i].protocol, Deliver))}
+    return out
 
 
-def _over(segments: tuple[Segment, ...], average: Callable[[tuple[float, ...]], float]) -> Segment:
-    return Segment(*(average(column) for column in zip(*map(astuple, segments), strict=True)))
+def _median(runs: Sequence[Segments]) -> Segments:
+    def over(segments: tuple[Segment, ...]) -> Segment:
+        return Segment(*map(statistics.median, zip(*map(astuple, segments), strict=True)))
+
+    return tuple(over(segments) for segments in zip(*runs, strict=True))
 
 
-def _run(party: int, p: Protocol, operands: tuple[Any, ...], weights: Weights, flush: int) -> list[Segment]:
-    size = sum(d.wire.size for d in p.draws if d.derived)
-    corrections = {0: memoryview(fresh_seed() * (size // len(fresh_seed()) + 1))[:size]} if party == SERVER else {}
-    correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), corrections)
-    if party == CLIENT and type(p).offline is not Protocol.offline:
-        correlations.prepare(0, p, operands, weights)
-    out: list[Segment] = []
-    answer: tuple[Tensor, ...] | None = None
-    clock = time.perf_counter
-    if flush:
-        evict_caches(flush)
-    start = clock()
-    step = p.run(party, correlations.take(0, p), operands, weights)
-    while True:
-        try:
-            exchange: Exchange = next(step) if answer is None else step.send(answer)
-        except StopIteration:
-            return [*out, Segment(clock() - start)]
-        computed = clock()
-        pack_frame(exchange)
-        packed = clock()
-        if flush:
-            evict_caches(flush)
-        payload = b"".join(bytes(w.size) for w in exchange.receive)
-        received = clock()
-        answer = unpack_frame(payload, exchange)
-        unpacked = clock()
-        out.append(Segment(computed - start, packed - computed, unpacked - received))
-        if flush:
-            evict_caches(flush)
-        start = clock()
+# one party alone
 
 
-def evict_caches(size: int = _ALL) -> None:
-    """Fill the processor's caches with something else, ``size`` bytes of it."""
-    _something()[:size].fill_(1)
+@dataclass(frozen=True)
+class _StandIn(Local):
+    """A result of the right form at no cost."""
 
+    kind: ClassVar[str] = "stand-in"
+    of: Protocol
 
-@cache
-def _something() -> Tensor:  # made when first needed: most processes time nothing
-    return torch.empty(_ALL, dtype=torch.uint8)
+    @property
+    def out(self) -> Wire:
+        return self.of.out
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        value = torch.zeros(self.out.shape, dtype=self.out.dtype)
+        if self.of.gives in ("opening", "bit opening"):
+            return Opening(value, value)
+        return (value, (value,) * self.of.degree) if isinstance(self.of, Powers) else value
 
 
 class _MadeUp(ServerWeights):
-    """Weights of the right shapes; what is added is zero."""
+    """Weights of the right shapes, one for all of the same shape; what is added is zero."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__({})
+        self._shapes = program.weight_shapes
+
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        shape, high = self._shapes[name], 1 << (_SIGNED_BITS - 1)
+        if (alike := str(shape)) not in self._tensors:
+            self._tensors[alike] = torch.randint(-high, high, shape)
+        return super().multiply(x, alike, ring_bits, diagonal=diagonal)
 
     def plain(self, name: str) -> Tensor:
         return torch.zeros(1, dtype=torch.int64)
 
 
-def _weights(program: Program, p: Protocol) -> Weights:
-    tensors: Mapping[str, Tensor] = {}
-    if isinstance(p, Linear):
-        high = 1 << (_SIGNED_BITS - 1)
-        tensors = {p.weight: torch.randint(-high, high, program.weight_shapes[p.weight])}
-    return _MadeUp(tensors)
+def _rehearse(
+    program: Program, chosen: Collection[int], weights: Weights
+) -> tuple[dict[int, Segments], dict[int, Segments]]:
+    """Run both parties, one after the other; what the chosen instructions took."""
+    circuit = [
+        instruction if index in chosen else Instruction(_StandIn(instruction.protocol), instruction.inputs)
+        for index, instruction in enumerate(program.circuit)
+    ]
+    inputs = {
+        p.name: torch.zeros(p.shape, dtype=torch.int64) for p in (i.protocol for i in circuit) if isinstance(p, Input)
+    }
+    timelines = (_run(party, circuit, program.output, weights, inputs) for party in (SERVER, CLIENT))
+    server, client = (_segments(timeline, chosen) for timeline in timelines)
+    return server, client
 
 
-def _random(form: Wire) -> Tensor:
-    if form.planes:
-        return torch.randint(0, 256, form.shape, dtype=torch.uint8)
-    return torch.randint(-(1 << 62), 1 << 62, form.shape) & ((1 << form.bits) - 1 if form.bits < 63 else -1)
+def _run(party: int, circuit: Circuit, output: int, weights: Weights, inputs: Mapping[str, Tensor]) -> Timeline:
+    correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), _corrections(circuit) if party == SERVER else {})
+    if party == CLIENT:
+        prepare(circuit, correlations, weights)
+    recorder = Recorder(PARTY_NAMES[party])
+    step = execute(circuit, [output], party, correlations, weights, inputs, recorder)
+    recorder.start()
+    answer: tuple[Tensor, ...] | None = None
+    while True:
+        try:
+            exchange = next(step) if answer is None else step.send(answer)
+        except StopIteration:
+            recorder.stop()
+            return recorder.timeline
+        recorder.packing()
+        recorder.sent(len(pack_frame(exchange)))
+        came = bytes(sum(form.size for form in exchange.receive))
+        recorder.received(len(came))
+        answer = unpack_frame(came, exchange)
+        recorder.unpacked()
 
 
-def _random_operand(p: Protocol) -> Any:
-    """Something of the kind that protocol ``p`` gives. Not secret, so from torch's generator."""
-    value = _random(p.out)
-    if p.gives in ("opening", "bit opening"):
-        return Opening(value, _random(p.out))
-    if isinstance(p, Powers):
-        return value, tuple(_random(p.out) for _ in range(p.degree))
-    return value
+def _corrections(circuit: Circuit) -> dict[int, memoryview]:
+    """Zeros, from here and there in a large piece of memory, so that no cache holds them."""
+    memory, at, out = _zeros().numpy().data, 0, dict[int, memoryview]()
+    for index, instruction in enumerate(circuit):
+        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        at = at if at + size <= len(memory) else 0
+        out[index] = memory[at : at + size] if size <= len(memory) else memoryview(bytes(size))
+        at += size
+    return out
+
+
+def _segments(timeline: Timeline, chosen: Collection[int]) -> dict[int, Segments]:
+    """Seconds by instruction; a round's packing is shared among its parts by their bytes."""
+    computed: dict[int, list[float]] = {index: [] for index in chosen}
+    wire: dict[int, list[tuple[float, float]]] = {index: [] for index in chosen}
+    for work in timeline.work:
+        if work.index in chosen:
+            computed[work.index].append(work.seconds)
+    for r in timeline.rounds:
+        for part in r.parts:
+            pack = (r.sent_at - r.start) * part.sent / max(1, r.sent)
+            unpack = (r.stop - r.received_at) * part.received / max(1, r.received)
+            wire[part.index].append((pack, unpack))
+    return {
+        index: tuple(Segment(each, *moved) for each, moved in zip(found, [*wire[index], (0.0, 0.0)], strict=True))
+        if found
+        else (Segment(0.0),)  # finished before the query
+        for index, found in computed.items()
+    }
+
+
+@contextmanager
+def _neighbour() -> Iterator[None]:
+    code = f"import numpy; a = numpy.zeros({_STREAM}); b = a + 1; print(flush=True)\nwhile True: a += b"
+    child = subprocess.Popen([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@cache
+def _zeros() -> Tensor:  # made when first needed: most processes time nothing
+    return torch.empty(_ALL, dtype=torch.uint8).zero_()
+
+
+def evict_caches(size: int = _ALL) -> None:
+    """Fill the processor's caches with something else, ``size`` bytes of it."""
+    _zeros()[:size].zero_()

@@ -7,6 +7,7 @@ from torch import nn
 import secure
 from protocols.circuit import Part
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost
+from secure import timing
 from secure.profile import NETWORKS, Memory, Network, Profile, Stage, find_network, profile
 from secure.projection import Transport, project
 from secure.timeline import Timeline
@@ -104,6 +105,19 @@ def test_every_instruction_is_timed(program: secure.Program, found: Profile) -> 
     assert timings.compute(SERVER) > 0
     projection = project(found, timings, Transport(1e-4, 1e-9), NETWORKS[0])
     assert projection.seconds > found.total.rounds * NETWORKS[0].round_trip / 2
+
+
+def test_what_repeats_is_run_a_few_times_and_stood_in_for_after_that(program: secure.Program) -> None:
+    alike = ["the same"] * len(program.circuit)
+    assert timing._chosen(program, alike, 3) == {0, 1, 2}
+    linear = next(i for i, instruction in enumerate(program.circuit) if instruction.protocol.kind == "linear")
+    only = [None] * linear + ["this"] + [None] * (len(program.circuit) - linear - 1)
+    kept = timing._chosen(program, only, 3)  # with the delivery that it reads, as the client's share comes from there
+    assert kept == {linear, *program.circuit[linear].inputs}
+    server, client = timing._rehearse(program, kept, timing._MadeUp(program))
+    assert set(server) == set(client) == kept
+    assert server[linear][0].compute > 0
+    assert client[linear] == (Segment(0.0),)  # the client had its share before the query
 
 
 def _segments(found: Profile, party: int) -> list[int]:
