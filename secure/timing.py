@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,9 +124,8 @@ def _median(runs: Sequence[Segments]) -> Segments:
 
 @dataclass(frozen=True)
 class _StandIn(Local):
-    """A result of the right form at no cost."""
+    """A result of the right form at no cost. Without a kind, so that no Program can name it."""
 
-    kind: ClassVar[str] = "stand-in"
     of: Protocol
 
     @property
