@@ -4,8 +4,9 @@ Each takes a ``torch.Tensor`` (then it is the plaintext reference) or a symbolic
 it records the primitive operations that protocols carry out). Uses torch alone.
 
 primitives    what a value must offer: piecewise polynomials, e^-x, row maximum
-fits          minimax polynomials (Remez exchange)
+fits          minimax polynomials (Remez exchange), least squares
 division      reciprocal and inverse square root by range reduction
+powers        forms without comparisons: polynomials, inverse powers, Power-Softmax
 activations   relu, gelu, tanh, sigmoid, silu, abs
 softmax       softmax and attention, clipped before the row sum
 norms         layer_norm, l2_normalize
@@ -13,7 +14,8 @@ norms         layer_norm, l2_normalize
 
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
 from approximations.division import reciprocal, rsqrt
-from approximations.norms import l2_normalize, layer_norm
+from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm
+from approximations.powers import polynomial, power, power_attend, power_scores
 from approximations.primitives import Piece, exp_neg, maximum, piecewise
 from approximations.softmax import attend, softmax
 
@@ -27,6 +29,11 @@ __all__ = [
     "layer_norm",
     "maximum",
     "piecewise",
+    "polynomial",
+    "polynomial_layer_norm",
+    "power",
+    "power_attend",
+    "power_scores",
     "reciprocal",
     "relu",
     "rsqrt",

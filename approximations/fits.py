@@ -1,7 +1,8 @@
-"""Minimax polynomial fits by the Remez exchange algorithm, in float64."""
+"""Polynomial fits in float64: minimax by the Remez exchange algorithm, and least squares under a distribution."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
@@ -18,25 +19,32 @@ _ROUNDS = 40
 
 
 @lru_cache(maxsize=128)
-def minimax(function: Function, low: float, high: float, degree: int) -> tuple[Piece, float]:
-    """The polynomial of ``degree`` on [low, high] with the smallest maximal error, about the middle, and that error."""
+def minimax(function: Function, low: float, high: float, degree: int, *, relative: bool = False) -> tuple[Piece, float]:
+    """The polynomial of ``degree`` on [low, high] with the smallest maximal error, about the middle, and that error;
+    ``relative``: the error divided by the function, which must not vanish there.
+    """
     centre, half = (low + high) / 2, (high - low) / 2
     grid = torch.cos(torch.linspace(torch.pi, 0, _GRID, dtype=torch.float64))
     target = function(centre + half * grid)
+    basis = grid[:, None] ** torch.arange(degree + 1)
+    if relative:
+        basis, target = basis / target[:, None], torch.ones_like(target)
     nodes = torch.round(torch.linspace(0, _GRID - 1, degree + 2)).to(torch.int64)
     signs = (-1.0) ** torch.arange(degree + 2, dtype=torch.float64)
-    coefficients = torch.zeros(degree + 1, dtype=torch.float64)
+    best, smallest = torch.zeros(degree + 1, dtype=torch.float64), math.inf
     for _ in range(_ROUNDS):
-        system = torch.cat([grid[nodes, None] ** torch.arange(degree + 1), signs[:, None]], dim=1)
+        system = torch.cat([basis[nodes], signs[:, None]], dim=1)
         solution = torch.linalg.solve(system, target[nodes])
         coefficients = solution[:-1]
-        error = target - (grid[:, None] ** torch.arange(degree + 1)) @ coefficients
+        error = target - basis @ coefficients
+        if (largest := float(error.abs().max())) < smallest:  # rounding can make the exchange go round in circles
+            best, smallest = coefficients, largest
         new = _alternation(error, degree + 2)
         if new is None or torch.equal(new, nodes):
             break
         nodes = new
-    scaled = tuple(float(c) / half**j for j, c in enumerate(coefficients))
-    return Piece(scaled, centre), float(error.abs().max())
+    scaled = tuple(float(c) / half**j for j, c in enumerate(best))
+    return Piece(scaled, centre), smallest
 
 
 def _alternation(error: Tensor, count: int) -> Tensor | None:
@@ -47,3 +55,18 @@ def _alternation(error: Tensor, count: int) -> Tensor | None:
     while len(extrema) > count:  # drop the weaker end, which keeps the signs alternating
         extrema.pop(0 if abs(error[extrema[0]]) < abs(error[extrema[-1]]) else -1)
     return torch.tensor(extrema) if len(extrema) == count else None
+
+
+def least_squares(function: Function, samples: Tensor, degree: int) -> tuple[Piece, float]:
+    """The polynomial of ``degree`` closest to a function where its arguments lie, and the root mean square error there.
+
+    samples: arguments as they occur (one dimension).
+    """
+    x = samples.to(torch.float64)
+    scale = float(x.abs().max().clamp_min(1e-9))
+    basis = (x[:, None] / scale) ** torch.arange(degree + 1)
+    target = function(x)
+    solution = torch.linalg.lstsq(basis, target[:, None]).solution.squeeze(-1)
+    error = target - basis @ solution
+    coefficients = tuple(float(c) / scale**j for j, c in enumerate(solution))
+    return Piece(coefficients), float(error.square().mean().sqrt())

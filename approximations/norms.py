@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from approximations.division import rsqrt
+from approximations.powers import power
 from approximations.primitives import Value
 
 
@@ -19,6 +20,23 @@ def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, hig
     d = (x * float(n) - x.sum(-1, keepdim=True)) * shrink  # (n shrink)(x - mean), n shrink in (1/2, 1]
     unit = n * (n * shrink) ** 2  # sum d^2 = unit * variance
     scale = rsqrt(d.square().sum(-1, keepdim=True) + unit * eps, unit * (low + eps), unit * (high + eps), math.sqrt(n))
+    return d * scale * weight + bias
+
+
+def polynomial_layer_norm(
+    x: Value, weight: Value, bias: Value, eps: float, low: float, high: float, degree: int, steps: int
+) -> Value:
+    """The same without comparisons: the inverse square root is ``power`` on [low, high], the range of the variance."""
+    n = x.shape[-1]
+    shrink = 2.0 ** -math.ceil(math.log2(n))
+    d = (x * float(n) - x.sum(-1, keepdim=True)) * shrink
+    unit = n * (n * shrink) ** 2
+    halves = round(math.log2(unit * math.sqrt((low + eps) * (high + eps))))  # what is rooted lies around one then
+    total = (d.square().sum(-1, keepdim=True) + unit * eps) * 2.0**-halves
+    unit *= 2.0**-halves
+    scale = power(
+        total, -0.5, unit * (low + eps), unit * (high + eps), degree, steps, math.sqrt(n) * 2 ** (-halves / 2)
+    )
     return d * scale * weight + bias
 
 

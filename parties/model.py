@@ -64,7 +64,9 @@ def text_inputs(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, T
 
 
 def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequence[str]) -> list[dict[str, Tensor]]:
-    """The sentences one by one, and all of them run together, cut to the full length."""
+    """The sentences one by one, and all of them run together, cut to the full length; each begins and ends as a
+    tokenized text does, because models treat other beginnings oddly.
+    """
     samples = []
     for text in sentences:
         words = text.split()
@@ -76,8 +78,9 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
                 words = words[:-1]
     ids = torch.cat([s["input_ids"][0][s["attention_mask"][0].bool()] for s in samples])
     for start in range(0, max(1, len(ids) - length), length):
-        part = ids[start : start + length]
+        part = ids[start : start + length].clone()
         if len(part) == length:
+            part[0], part[-1] = ids[0], ids[-1]
             samples.append({"input_ids": part[None], "attention_mask": torch.ones((1, length), dtype=torch.int64)})
     return samples
 

@@ -8,12 +8,15 @@ In dependency order, one line a module:
 tokens       text to token ids
 clear        operations that one party evaluates in the clear
 graph        a model as a flat list of typed operations
-shapes, rules, builder, capture    from torch.export to a graph
+operations   what torch.export keeps whole, for models in polynomial form
+shapes, rules, polynomial_rules, builder, capture    from torch.export to a graph
 models       sentence encoders in sentence-transformers' format
 calibration  public sentences that set ranges, and others to try a model out on
+polynomial   modules that replace softmax, activations and norms by polynomials, and the recipe
+training     distillation into that form, in stages that a killed run resumes
 trace        symbolic values that record primitives
 values, ranges    ranges of values, and how many bits they take
-lower        from a graph to a trace, through the approximations
+normalizations, lower    from a graph to a trace, through the approximations
 functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compiler     all of it in one call

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_unflatten
 
-import secure.shapes  # noqa: F401  (registers rules)
+import secure.polynomial_rules
+import secure.shapes  # noqa: F401  (both register rules)
 from secure.builder import Builder, Norm, Root, Value, shape_of
 from secure.clear import CLEAR_OPERATIONS, CREATION_OPERATIONS, kind_of
 from secure.graph import Graph, Node, UnsupportedOperation

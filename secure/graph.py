@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from approximations.norms import polynomial_layer_norm
+from approximations.powers import power
+from approximations.primitives import Piece
 from secure.clear import dtype_of, evaluate_clear, kind_of
 
 MASKED = -1.0e4
@@ -65,6 +68,15 @@ def _slice(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
     return x[0][(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
 
 
+def _polynomial_norm(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+    form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
+    return torch.as_tensor(polynomial_layer_norm(x[0], x[1], x[2], *form))
+
+
+def _power(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+    return torch.as_tensor(power(x[0], a["exponent"], a["low"], a["high"], a["degree"], a["steps"]))
+
+
 def _layer_norm(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
     shape = [x[0].shape[axis] for axis in a["axes"]]
     return F.layer_norm(x[0], shape, x[1] if len(x) > 1 else None, x[2] if len(x) > 2 else None, a["eps"])
@@ -84,6 +96,9 @@ SHARED_OPERATIONS: Mapping[str, Callable[[Sequence[Tensor], Mapping[str, Any]], 
     "mul": _pair(lambda x, s: x * s, torch.mul),
     "neg": lambda x, a: -x[0],
     "permute": lambda x, a: x[0].permute(a["dims"]),
+    "polynomial": lambda x, a: Piece(tuple(a["coefficients"]), a["centre"])(x[0]),
+    "polynomial_norm": _polynomial_norm,
+    "power": _power,
     "relu": lambda x, a: torch.relu(x[0]),
     "reshape": lambda x, a: x[0].reshape(a["shape"]),
     "rsqrt": lambda x, a: torch.rsqrt(x[0]),

@@ -16,11 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from approximations import attend, gelu, l2_normalize, layer_norm, relu, rsqrt, silu, softmax, tanh
+from approximations import attend, gelu, relu, silu, softmax, tanh
 from approximations.softmax import CLIP
 from secure.graph import MASKED, Graph, Node, UnsupportedOperation, evaluate, run
+from secure.normalizations import Normalizations
 from secure.trace import Symbol, Trace, WeightRef, concatenate
 
+POLYNOMIAL = frozenset({"polynomial", "power", "polynomial_norm"})  # operations of models in polynomial form
+COMPARING = frozenset({"softmax", "gelu", "relu", "silu", "tanh", "layer_norm"})
 EMBEDDINGS = ("one-hot", "client-table")
 
 
@@ -58,7 +61,10 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
     """Run the graph in float64 on the calibration inputs and keep the ranges that approximations ask for."""
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if node.op in ("layer_norm", "l2_normalize", "rsqrt") and node.visibility == "shared":
+        if (
+            node.op in ("layer_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
+            and node.visibility == "shared"
+        ):
             readers.setdefault(node.inputs[0], []).append(node)
     seen = Observed()
 
@@ -66,8 +72,8 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
         if value.is_floating_point() and value.numel():
             seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), float(value.abs().max()))
         for reader in readers.get(node.id, ()):
-            if reader.op == "layer_norm":
-                measured = value.var(dim=tuple(reader.attrs["axes"]), unbiased=False)
+            if reader.op in ("layer_norm", "polynomial_norm"):
+                measured = value.var(dim=tuple(reader.attrs.get("axes", (-1,))), unbiased=False)
             elif reader.op == "l2_normalize":
                 measured = value.square().sum(dim=reader.attrs["dim"])
             else:
@@ -89,7 +95,7 @@ def lower(
     return _Lowering(graph, parameters, seen, margin_bits, embedding, gelu_form).run()
 
 
-class _Lowering:
+class _Lowering(Normalizations):
     def __init__(
         self,
         graph: Graph,
@@ -111,6 +117,9 @@ class _Lowering:
         self.client_inputs: dict[tuple[int, str], ClientInput] = {}
         self.clamps: dict[str, float] = {}
         self.factors, self.folded = self._fold_scalars()
+        self.unscaled: dict[int, Symbol] = {}  # results of normalizations before their weight and bias
+        shared = {node.op for node in graph.nodes if node.visibility == "shared"}
+        self.compares = bool(shared & COMPARING) or not shared & POLYNOMIAL
 
     def run(self) -> Lowered:
         for node in self.graph.nodes:
@@ -280,11 +289,22 @@ class _Lowering:
         return len(readers) == 1 and readers[0].op == "matmul" and readers[0].inputs[0] == node.id
 
     def _linear(self, node: Node) -> Symbol:
-        x, factor = self._symbol(node.inputs[0]), self.factors.get(node.id, 1.0)
+        source, factor = node.inputs[0], self.factors.get(node.id, 1.0)
         suffix = f"*{factor:.17g}" if factor != 1.0 else ""
         weight, *bias = (self.server[i] if factor == 1.0 else self.server[i] * factor for i in node.inputs[1:])
+        if source in self.unscaled:  # weight and bias of the normalization move into these, and what it delivers to
+            # the server for its own weight serves here too: two rounds less
+            x, suffix = self.unscaled[source], f"{suffix}*%{source}"
+            scale, shift = self._affine(self.graph.nodes[source])
+            bias = [sum(bias, weight @ shift)] if shift is not None else bias
+            weight = weight * scale if scale is not None else weight
+        else:
+            x = self._symbol(source)
         out = x.linear(self._weight(node.inputs[1], ".T" + suffix, weight.T))
-        return out + self._weight(node.inputs[2], suffix, bias[0]) if bias else out
+        if not bias:
+            return out
+        key = node.inputs[2] if len(node.inputs) > 2 else node.inputs[1]
+        return out + self._weight(key, (".bias" if key == node.inputs[1] else "") + suffix, bias[0])
 
     def _embedding(self, node: Node) -> Symbol:
         ids, table = node.inputs
@@ -297,35 +317,6 @@ class _Lowering:
         entry = self.client_inputs[key]
         self.client_inputs[key] = ClientInput(entry.name, entry.output, entry.encoding, rows, entry.shape, ref.name)
         return out
-
-    def _layer_norm(self, node: Node) -> Symbol:
-        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
-        if list(node.attrs["axes"]) != [len(node.shape) - 1]:
-            raise UnsupportedOperation(f"{node.path or 'model'}: layer_norm over axes {node.attrs['axes']}")
-        # an absent weight is one, an absent bias zero
-        weight = self._weight(node.inputs[1]) if len(node.inputs) > 1 else 1.0
-        bias = self._weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
-        return cast(Symbol, layer_norm(x, weight, bias, float(node.attrs["eps"]), low, high))
-
-    def _l2_normalize(self, node: Node) -> Symbol:
-        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
-        if node.attrs["dim"] != len(node.shape) - 1:
-            raise UnsupportedOperation(f"{node.path or 'model'}: normalize over dimension {node.attrs['dim']}")
-        return cast(Symbol, l2_normalize(x, low, high))
-
-    def _rsqrt(self, node: Node) -> Symbol:
-        return cast(Symbol, rsqrt(self._symbol(node.inputs[0]), *self._variance(node)))
-
-    def _variance(self, node: Node) -> tuple[float, float]:
-        """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides."""
-        low, high = self.seen.variance[node.id]
-        if not low > 0:
-            raise UnsupportedOperation(
-                f"{node.path or 'model'}: '{node.op}' met a value of {low:.3g} at calibration, "
-                "where a positive one is needed\n"
-                "hint: check the calibration inputs"
-            )
-        return low / (2 * self.margin), high * 2 * self.margin
 
     def _cat(self, node: Node) -> Symbol:
         return concatenate([self._symbol(i) for i in node.inputs], node.attrs["dim"])
@@ -343,6 +334,9 @@ _HANDLED = (
     "l2_normalize",
     "rsqrt",
     "cat",
+    "polynomial",
+    "polynomial_norm",
+    "power",
 )
 
 

@@ -1,0 +1,100 @@
+"""Forms without comparisons: polynomials, inverse powers by polynomials, and Power-Softmax.
+
+``power`` is x^-1 or x^-1/2 on a range [low, high] that its argument must keep: a minimax polynomial y of small
+relative error, then ``steps`` corrections y (1 - e)^exponent with e = 1 - x y^(-1/exponent), the last factor by three
+terms of its series: an error e becomes about e^4. Outside of the range it is wrong without notice, so models are
+trained to stay inside (``secure.polynomial``).
+
+Power-Softmax (Zimerman et al., arXiv 2410.09457): x^p / sum x^p for even p. Here with weights w of the keys (zero where
+masked, else one over the number of keys: the mean of the length-agnostic form):
+    sum_j w_j x_j^p v_j / (eps + sum_j w_j x_j^p).
+2Quad (MPCFormer, arXiv 2211.01452) is the case p = 2 of x + c.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from approximations.fits import minimax
+from approximations.primitives import Piece, Value, piecewise
+
+_SERIES = {-1.0: (1.0, 1.0, 1.0, 1.0), -0.5: (1.0, 0.5, 0.375, 0.3125)}
+
+
+def polynomial(x: Value, piece: Piece) -> Value:
+    """piece(x) everywhere: all powers of x come from one opening."""
+    c = piece.coefficients
+    if isinstance(x, Tensor) or len(c) > 2:
+        return piece(x) if isinstance(x, Tensor) else piecewise(x, [], [piece])
+    slope = c[1] if len(c) == 2 else 0.0
+    return x * slope + (c[0] - slope * piece.centre)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return 1 / x
+
+
+_ROOTS = {-1.0: _inverse, -0.5: torch.rsqrt}
+
+
+def power(
+    x: Value, exponent: float, low: float, high: float, degree: int = 3, steps: int = 0, scale: float = 1.0
+) -> Value:
+    """scale * x^exponent for low <= x <= high; exponent -1 or -1/2. Relative error: ``power_error``."""
+    if not 0 < low < high:
+        raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
+    start, _ = minimax(_ROOTS[exponent], low, high, degree, relative=True)
+    y = polynomial(x, start if steps else _times(start, scale))
+    for step in range(steps):
+        squared = y if exponent == -1.0 else y * y
+        e = 1.0 - x * squared
+        series = Piece(_SERIES[exponent])
+        y = y * polynomial(e, series if step < steps - 1 else _times(series, scale))
+    return y
+
+
+def _times(piece: Piece, scale: float) -> Piece:
+    return Piece(tuple(scale * c for c in piece.coefficients), piece.centre)
+
+
+def power_error(exponent: float, low: float, high: float, degree: int = 3, steps: int = 0) -> float:
+    """The largest relative error on the range, of the polynomials alone."""
+    x = torch.exp(torch.linspace(math.log(low), math.log(high), 4001, dtype=torch.float64))
+    return float((power(x, exponent, low, high, degree, steps) / x**exponent - 1).abs().max())
+
+
+def steps_for(exponent: float, low: float, high: float, degree: int, error: float) -> int:
+    """How many corrections bring the relative error to ``error``; ValueError where none do."""
+    for steps in range(5):
+        if power_error(exponent, low, high, degree, steps) <= error:
+            return steps
+    raise ValueError(
+        f"no polynomial form of x^{exponent:g} on [{low:g}, {high:g}] reaches a relative error of {error:g}\n"
+        "hint: train the model with a stronger range loss, or compile with comparisons"
+    )
+
+
+def power_scores(scores: Value, p: int, shift: float = 0.0) -> Value:
+    """(scores + shift)^p, p even: one opening, no comparison."""
+    if p < 2 or p % 2:
+        raise ValueError(f"the power of Power-Softmax is even and positive, got {p}")
+    return polynomial(scores, Piece((*(0.0,) * p, 1.0), -shift))
+
+
+def power_attend(
+    scores: Tensor, values: Tensor, weights: Tensor, p: int, eps: float, shift: float = 0.0, *, stable: bool = False
+) -> Tensor:
+    """Power-Softmax attention with an exact division: the training form.
+
+    scores (..., T, L), values (..., L, d), weights (..., 1 or T, L): per key, zero where masked, adding up to one.
+    stable: scores are divided by their largest magnitude first, and eps to match, which changes nothing but overflow.
+    """
+    if stable:
+        largest = (scores + shift).abs().amax(-1, keepdim=True).clamp_min(1e-6)
+        e = torch.as_tensor(power_scores((scores + shift) / largest, p)) * weights
+        return (e @ values) / (eps / largest**p + e.sum(-1, keepdim=True))
+    e = torch.as_tensor(power_scores(scores, p, shift)) * weights
+    return (e @ values) / (eps + e.sum(-1, keepdim=True))

@@ -1,0 +1,316 @@
+"""Distil a model into its polynomial form, in stages, so that a killed run goes on where it was.
+
+1. *Swap*: Power-Softmax and polynomial activations stand in from the first step; divisions stay exact. The student
+   follows the teacher's hidden states and embeddings, and a range loss keeps arguments of divisions together.
+2. *Substitute*: ranges are frozen on what was seen, inverse powers become polynomials on them, and training goes on.
+
+The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), no dropout. A
+checkpoint holds weights, the optimizer's moments, the step and the recipe, as safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from approximations.fits import least_squares
+from approximations.powers import power_scores
+from secure.polynomial import (
+    Form,
+    PolynomialActivation,
+    PolynomialNorm,
+    PowerAttention,
+    Recipe,
+    described,
+    forms,
+    key_weights,
+)
+
+FRESH = 2  # batches from which gains, coefficients and centres are taken
+SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
+FREEZING = 24  # batches whose ranges are frozen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: of both stages; ``substitute``: the share of them after which ranges are frozen."""
+
+    steps: int = 1500
+    batch: int = 48
+    rate: float = 3e-4
+    seed: int = 0
+    warm_up: int = 50
+    substitute: float = 0.6
+    blend_steps: int = 100  # over which polynomials take over from exact divisions
+    range_weight: float = 0.3
+    checkpoint_seconds: float = 180.0
+    patience: int = 0  # evaluations without improvement before it stops; 0: never
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 2 or not 0 < self.substitute < 1:
+            raise ValueError(f"settings out of range: {self}\nhint: steps from 1, batch from 2, substitute in (0, 1)")
+
+
+@dataclass
+class Progress:
+    """What a run tells after every step."""
+
+    step: int
+    steps: int
+    loss: float
+    parts: dict[str, float]
+    stage: str
+    seconds: float
+
+
+class Diverged(ValueError):
+    """The loss is not finite; the last checkpoint is kept."""
+
+
+class RangeLost(ValueError):
+    """Training could not hold a range."""
+
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[Batch], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass
+class Trainer:
+    """student: in polynomial form; loss: of one batch, without ranges; batches: the data, in order."""
+
+    student: nn.Module
+    recipe: Recipe
+    loss: Loss
+    data: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    settings: Settings
+    directory: Path | None = None
+    forward: Callable[[Batch], object] | None = None  # of the student alone; by default with the batch as keywords
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        decay = [p for p in self.parameters.values() if p.dim() > 1]
+        rest = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.rate)
+        self._saved = time.monotonic()
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if (self.directory / STATE).is_file():
+                self._resume()
+
+    # data
+
+    def batch(self, step: int) -> Batch:
+        per_epoch = max(1, len(self.data) // self.settings.batch)
+        epoch, place = divmod(step, per_epoch)
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.data), generator=generator)
+        chosen = order[place * self.settings.batch : (place + 1) * self.settings.batch]
+        return self.collate([self.data[i] for i in chosen.tolist()])
+
+    # stages
+
+    def run(self, told: Callable[[Progress], None] | None = None, until: int | None = None) -> Recipe:
+        """Train to the last step (or ``until``); returns the recipe with ranges and coefficients."""
+        s, began = self.settings, time.monotonic()
+        freezing = round(s.steps * s.substitute)
+        if self.step == 0 and not self._started:
+            self._prepare()
+        self._watch(True)
+        while self.step < min(s.steps, until or s.steps):
+            if self.step == freezing and not self._frozen:
+                self._freeze()
+            for _, form in forms(self.student):
+                form.blend = min(1.0, (self.step - freezing + 1) / s.blend_steps) if self._frozen else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.rate * self._schedule(self.step)
+            loss, parts = self.loss(self.batch(self.step))
+            ranges = self._range_loss()
+            total = loss + s.range_weight * ranges
+            if not bool(torch.isfinite(total)):
+                raise Diverged(
+                    f"the loss is not finite at step {self.step}"
+                    + (f"; the checkpoint in {self.directory} is from before" if self.directory else "")
+                    + "\nhint: a lower rate, or a smaller spread in the recipe"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self.optimizer.step()
+            for _, form in forms(self.student):
+                form.seen.clear()
+            self.step += 1
+            parts = {**parts, "range": float(ranges)}
+            self.history.append({"step": self.step, "loss": float(loss), **parts})
+            if self.directory is not None and time.monotonic() - self._saved > s.checkpoint_seconds:
+                self.save()
+            if told is not None:
+                stage = "substitute" if self._frozen else "swap"
+                told(Progress(self.step, s.steps, float(loss), parts, stage, time.monotonic() - began))
+        self._watch(False)
+        if self.directory is not None:
+            self.save()
+        return described(self.student, self.recipe)
+
+    @property
+    def _started(self) -> bool:
+        return any(form.found for _, form in forms(self.student))
+
+    @property
+    def _frozen(self) -> bool:
+        return any(form.frozen for _, form in forms(self.student) if not isinstance(form, PolynomialActivation))
+
+    def _watch(self, on: bool) -> None:
+        for _, form in forms(self.student):
+            form.watching, form.range_loss = on, None
+            form.seen.clear()
+
+    def _range_loss(self) -> Tensor:
+        losses = [form.range_loss for _, form in forms(self.student) if form.range_loss is not None]
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def _schedule(self, step: int) -> float:
+        s = self.settings
+        if step < s.warm_up:
+            return (step + 1) / s.warm_up
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - s.warm_up) / max(1, s.steps - s.warm_up)))
+
+    def _forward(self, batch: Batch) -> None:
+        with torch.no_grad():
+            self.forward(batch) if self.forward is not None else self.student(**batch)
+
+    def _prepare(self) -> None:
+        """Gains and coefficients, module by module in the order of the computation as each changes what follows; then
+        the centres of the norms, which are exact until ranges are frozen.
+        """
+        batches = [self.batch(i) for i in range(FRESH)]
+        order = _in_order(self.student, lambda: self._forward(batches[0]))
+        norms: list[Form] = [form for form in order if isinstance(form, PolynomialNorm)]
+        groups: list[list[Form]] = [[form] for form in order if not isinstance(form, PolynomialNorm)]
+        for group in [*groups, norms]:
+            with _arguments(group) as captured:
+                for batch in batches:
+                    self._forward(batch)
+            for form, arguments in captured.items():
+                _start(form, arguments)
+
+    def _freeze(self) -> None:
+        self._watch(True)
+        for i in range(FREEZING):
+            self._forward(self.batch(self.settings.steps + i))
+        for _, form in forms(self.student):
+            form.freeze()
+            form.seen.clear()
+        if self.directory is not None:
+            self.save()
+
+    # checkpoints
+
+    def save(self) -> None:
+        """Whole or not at all: written beside, then renamed."""
+        assert self.directory is not None
+        tensors = {f"model.{n}": p.detach().contiguous() for n, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone().contiguous()
+        about = {
+            "step": self.step,
+            "settings": asdict(self.settings),
+            "recipe": described(self.student, self.recipe).model_dump(),
+            "history": self.history,
+        }
+        _atomically(self.directory / TENSORS, lambda path: save_file(tensors, path))
+        _atomically(self.directory / STATE, lambda path: path.write_text(json.dumps(about)))
+        self._saved = time.monotonic()
+
+    def _resume(self) -> None:
+        assert self.directory is not None
+        about = json.loads((self.directory / STATE).read_text())
+        if about["settings"] != asdict(self.settings):
+            raise ValueError(
+                f"{self.directory} holds a run with other settings: {about['settings']}\n"
+                "hint: give the same settings to go on, or another directory"
+            )
+        tensors = load_file(self.directory / TENSORS)
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"model.{name}"])
+                moments = {
+                    k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors
+                }
+                if moments:
+                    self.optimizer.state[p] = moments
+        found = about["recipe"]["layers"]
+        for path, form in forms(self.student):
+            form.found = found.get(path, {})
+        self.step, self.history = int(about["step"]), list(about["history"])
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+STATE, TENSORS = "training.json", "training.safetensors"
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(path.name + ".new")
+    write(beside)
+    beside.replace(path)
+
+
+def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:
+    order: list[Form] = []
+    hooks = [form.register_forward_pre_hook(lambda m, _: order.append(m)) for _, form in forms(model)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+@contextmanager
+def _arguments(group: Sequence[Form]) -> Iterator[dict[Form, list[Tensor]]]:
+    """What these modules are called with (their first four arguments), one call after the other."""
+    captured: dict[Form, list[Tensor]] = {form: [] for form in group}
+    hooks = [form.register_forward_pre_hook(lambda m, args: captured[m].extend(args[:4])) for form in group]
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _start(form: Form, captured: list[Tensor]) -> None:
+    """What a module needs before the first step, from its own arguments."""
+    if isinstance(form, PolynomialActivation):
+        samples = torch.cat([x.reshape(-1) for x in captured])
+        samples = samples[:: max(1, samples.numel() // SAMPLES)]
+        piece, _ = least_squares(form.original, samples, form.recipe.activation_degree)
+        form.found = {
+            "coefficients": list(piece.coefficients),
+            "reach": float(samples.abs().quantile(0.9999)),
+        }
+    elif isinstance(form, PowerAttention):
+        totals = []
+        for query, key, _, weights in zip(*(captured[i::4] for i in range(4)), strict=True):
+            scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+            powers = power_scores(scores, form.recipe.exponent, form.recipe.shift) * key_weights(weights, scores)
+            totals.append(powers.sum(-1).reshape(-1))
+        median = float(torch.cat(totals).median())
+        gain = median ** (-1 / form.recipe.exponent) if not form.recipe.shift else 1.0
+        form.found = {"gain": gain, "centre": 1.0 if not form.recipe.shift else median}
+    else:
+        variance = torch.cat([x.var(-1, unbiased=False).reshape(-1) for x in captured])
+        form.found = {"centre": float(variance.log().mean().exp())}
