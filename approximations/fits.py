@@ -68,5 +68,6 @@ def least_squares(function: Function, samples: Tensor, degree: int) -> tuple[Pie
     target = function(x)
     solution = torch.linalg.lstsq(basis, target[:, None]).solution.squeeze(-1)
     error = target - basis @ solution
-    coefficients = tuple(float(c) / scale**j for j, c in enumerate(solution))
+    # to twelve digits: the last ones differ from run to run, and a resumed training must not
+    coefficients = tuple(float(f"{float(c) / scale**j:.12g}") for j, c in enumerate(solution))
     return Piece(coefficients), float(error.square().mean().sqrt())

@@ -30,6 +30,7 @@ from parties.profiling import profile_command
 from parties.reports import mb
 from parties.server import InferenceService
 from parties.traces import TraceDirectory
+from parties.training import train_command
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
@@ -285,6 +286,7 @@ def _who_learns(embedding: str) -> Table:
 
 app.command(name="profile")(profile_command)
 app.command(name="compare")(compare_command)
+app.command(name="train")(train_command)
 
 
 @app.command()
@@ -305,8 +307,17 @@ def demo(
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
     traces: Traces = None,
+    digits: Annotated[
+        bool, typer.Option("--digits", help="Train and serve a small vision transformer on scikit-learn's digits.")
+    ] = False,
+    layers: Annotated[int, typer.Option(min=1, max=4, help="Layers of that model.")] = 1,
+    images: Annotated[int, typer.Option(min=1, max=360, help="Test images to ask it about.")] = 50,
 ) -> None:
     """Run dealer, server and client as three processes on this machine and embed a few sentences privately."""
+    if digits:
+        from parties import digits as on_digits
+
+        raise typer.Exit(on_digits.run(out, images, layers))
     chosen = texts or list(demonstration.SENTENCES)
     raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen, traces))
 

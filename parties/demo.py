@@ -26,9 +26,13 @@ SENTENCES = (
 
 
 @contextmanager
-def process(console: Console, name: str, colour: str, arguments: Sequence[str]) -> Iterator[str]:
-    """Run ``unseen ARGUMENTS`` until the block ends; yields the address that it announces on its standard output."""
-    command, environment = hosting.child("parties.cli", *arguments)
+def process(
+    console: Console, name: str, colour: str, arguments: Sequence[str], module: str = "parties.cli"
+) -> Iterator[str]:
+    """Run ``unseen ARGUMENTS`` (or another module of ours) until the block ends; yields the address that it announces
+    on its standard output.
+    """
+    command, environment = hosting.child(module, *arguments)
     child = subprocess.Popen(
         command,
         env=environment,

@@ -108,8 +108,8 @@ def compile_text_model(
     return compiled, tokenizer, (directory / "tokenizer.json").read_bytes()
 
 
-def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: bytes, state: Path) -> ServedModel:
-    """Make the masked weights and everything else that clients ask for."""
+def serve_ready(compiled: Compiled, tokenizer: TextTokenizer | None, tokenizer_json: bytes, state: Path) -> ServedModel:
+    """Make the masked weights and everything else that clients ask for; without a tokenizer, not of texts."""
     root = load_root_seed(state, compiled.weights_digest)
     # the dealer gets the mask seed; others, it included, see the weights' digest under a key of the server's own,
     # as a plain one would let them confirm a guess of the weights
@@ -129,8 +129,8 @@ def serve_ready(compiled: Compiled, tokenizer: TextTokenizer, tokenizer_json: by
         {d.sha256: payloads[d.name] for d in descriptions},
         descriptions,
         tokenizer_json,
-        tokenizer.pad_id,
-        tokenizer.lowercase,
+        tokenizer.pad_id if tokenizer else 0,
+        tokenizer.lowercase if tokenizer else False,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -301,41 +300,43 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
 # bytes on the wire
 
 
-@cache
-def _loops(width: int) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """A pair of functions for each width, as the inner loops vectorize when their length is known."""
+@compiled
+def _stored(x: Array, mask: int, width: tuple[int, ...]) -> Array:
+    out = np.empty(x.size * len(width), np.uint8)
+    for i in range(x.size):
+        value = x[i] & mask
+        for k in range(len(width)):
+            out[i * len(width) + k] = np.uint8(value >> (8 * k))
+    return out
 
-    def store(x: Array, mask: int) -> Array:
-        out = np.empty(x.size * width, np.uint8)
-        for i in range(x.size):
-            value = x[i] & mask
-            for k in range(width):
-                out[i * width + k] = np.uint8(value >> (8 * k))
-        return out
 
-    def load(stored: Array) -> Array:
-        out = np.empty(stored.size // width, np.int64)
-        for i in range(out.size):
-            value = np.int64(0)
-            for k in range(width):
-                value |= np.int64(stored[i * width + k]) << (8 * k)
-            out[i] = value
-        return out
+@compiled
+def _loaded(raw: Array, width: tuple[int, ...]) -> Array:
+    out = np.empty(raw.size // len(width), np.int64)
+    for i in range(out.size):
+        value = np.int64(0)
+        for k in range(len(width)):
+            value |= np.int64(raw[i * len(width) + k]) << (8 * k)
+        out[i] = value
+    return out
 
-    return compiled(store), compiled(load)
+
+def _known(width: int) -> tuple[int, ...]:
+    """A width that the compiler knows, so that inner loops vectorize: the length of a tuple is a part of its type."""
+    return (0,) * width
 
 
 def stored(x: Array, width: int, mask: int) -> Array:
     """x & mask, each in ``width`` bytes, little-endian."""
-    store, _ = _loops(width)
-    out: Array = store(x, mask)
+    out: Array = _stored(x, mask, _known(width))
     return out
 
 
 def loaded(raw: Array, width: int) -> Array:
     """The int64 elements that ``stored`` made ``raw`` of."""
-    _, load = _loops(width)
-    out: Array = load(raw)
+    bytes_ = raw.view()
+    bytes_.flags.writeable = False  # as most are that come in, and another type to the compiler
+    out: Array = _loaded(bytes_, _known(width))
     return out
 
 

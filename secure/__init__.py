@@ -10,10 +10,11 @@ clear        operations that one party evaluates in the clear
 graph        a model as a flat list of typed operations
 operations   what torch.export keeps whole, for models in polynomial form
 shapes, rules, polynomial_rules, builder, capture    from torch.export to a graph
-models       sentence encoders in sentence-transformers' format
-calibration  public sentences that set ranges, and others to try a model out on
 polynomial   modules that replace softmax, activations and norms by polynomials, and the recipe
-training     distillation into that form, in stages that a killed run resumes
+models       sentence encoders in sentence-transformers' format
+training, distillation    of a model into that form, in stages that a killed run resumes
+digits       a small vision transformer in polynomial form
+calibration  public sentences that set ranges, and others to try a model out on
 trace        symbolic values that record primitives
 values, ranges    ranges of values, and how many bits they take
 normalizations, lower    from a graph to a trace, through the approximations

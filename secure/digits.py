@@ -67,7 +67,10 @@ class DigitsModel(nn.Module):
     def __init__(self, layers: int = 1, width: int = 64, heads: int = 4, recipe: Recipe | None = None) -> None:
         super().__init__()
         self.recipe = recipe or Recipe()
-        self.embed, self.positions = nn.Linear(PIXELS, width), nn.Parameter(0.1 * torch.randn(TOKENS, width))
+        self.embed, self.positions = (
+            nn.Linear(PIXELS, width),
+            nn.Parameter(torch.empty(TOKENS, width).normal_(0.0, 0.1)),
+        )
         self.blocks = nn.ModuleList(_Block(width, heads, self.recipe) for _ in range(layers))
         self.norm, self.head = _Norm(width), nn.Linear(width, CLASSES)
 
@@ -156,10 +159,14 @@ def _augmented(images: Tensor) -> Tensor:
     """Some of the images moved by a pixel, and noise on all."""
     n, places = len(images), torch.arange(SIDE)
     square = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1))
-    down, right = (torch.where(torch.rand(n) < MOVED, torch.randint(0, 3, (n,)), 1) for _ in range(2))
+    down, right = (torch.where(_uniform(n) < MOVED, torch.randint(0, 3, (n,)), 1) for _ in range(2))
     rows, columns = (down[:, None] + places)[:, :, None], (right[:, None] + places)[:, None, :]
     shifted = square[torch.arange(n)[:, None, None], rows, columns].reshape(n, -1)
     return (shifted + NOISE * torch.randn_like(shifted)).clamp(0, 1)
+
+
+def _uniform(n: int) -> Tensor:
+    return torch.empty(n).uniform_()  # for training; nothing here is a secret
 
 
 def _watch(found: list[Form], on: bool) -> None:

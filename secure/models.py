@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.graph import MASKED
+from secure.polynomial import polynomialize, read_recipe
 from secure.tokens import EmptyInput, InputTooLong, TextTokenizer, load_tokenizer, read_json, tokenize
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 POOLINGS = ("mean", "cls")
+RECIPE = "polynomial.json"  # beside the weights of a model in polynomial form
 
 
 class SentenceEncoder(nn.Module):
@@ -79,6 +81,8 @@ def load_sentence_encoder(directory: str | Path) -> SentenceEncoder:
     maximum = min([limit for limit in limits if isinstance(limit, int)], default=512)
     model = SentenceEncoder(encoder, pooling=pooling, normalize=normalize, maximum_length=maximum).eval()
     _check_masking(model, str(settings.get("model_type", "?")))
+    if (recipe := transformer / RECIPE).is_file():
+        polynomialize(encoder, read_recipe(recipe), prefix="encoder.")
     return model
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from approximations.norms import polynomial_layer_norm
@@ -26,7 +27,7 @@ from approximations.primitives import Piece
 from secure.operations import layer_norm_operation, polynomial_operation, power_operation
 
 INTERFACE = "unseen-power"  # the name of our attention in transformers' registry
-RANGE_ROOM = 1.5  # a frozen range reaches this far beyond what was seen
+RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
 
 
 class Recipe(BaseModel):
@@ -221,9 +222,18 @@ def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:
 _ACTIVATIONS = ("GELU", "SiLU", "ReLU", "QuickGELU", "NewGELU", "Tanh")
 
 
-def polynomialize(model: nn.Module, recipe: Recipe) -> nn.Module:
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file; ValueError where it is none."""
+    try:
+        return Recipe.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} is no recipe: {error.errors()[0]['msg']}\nhint: unseen train writes it") from None
+
+
+def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Module:
     """Swap a model's softmax, activations and layer norms, in place; ``recipe.layers`` restores what was found before.
 
+    prefix: of the model's own path in those names.
     Weights and their names stay. ValueError for an architecture without a known recipe: it names what was found.
     """
     attention = [(n, m) for n, m in model.named_modules() if _goes_through_interface(m)]
@@ -239,12 +249,12 @@ def polynomialize(model: nn.Module, recipe: Recipe) -> nn.Module:
             "(BERT, RoBERTa, DistilBERT, ViT and their kin), nn.LayerNorm, and activations GeLU, SiLU, ReLU"
         )
     for path, module in attention:
-        module.add_module("polynomial", PowerAttention(recipe, recipe.layers.get(f"{path}.polynomial")))
+        module.add_module("polynomial", PowerAttention(recipe, recipe.layers.get(f"{prefix}{path}.polynomial")))
         module.config._attn_implementation = INTERFACE
     for path, module in norms:
-        _replace(model, path, PolynomialNorm(module, recipe, recipe.layers.get(path)))
+        _replace(model, path, PolynomialNorm(module, recipe, recipe.layers.get(prefix + path)))
     for path, module in activations:
-        _replace(model, path, PolynomialActivation(module, recipe, recipe.layers.get(path)))
+        _replace(model, path, PolynomialActivation(module, recipe, recipe.layers.get(prefix + path)))
     _register()
     return model
 

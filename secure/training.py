@@ -38,7 +38,7 @@ from secure.polynomial import (
 
 FRESH = 2  # batches from which gains, coefficients and centres are taken
 SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
-FREEZING = 24  # batches whose ranges are frozen
+FREEZING = 48  # batches whose ranges are frozen
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Settings:
     warm_up: int = 50
     substitute: float = 0.6
     blend_steps: int = 100  # over which polynomials take over from exact divisions
-    range_weight: float = 0.3
+    range_weight: float = 1.0
     checkpoint_seconds: float = 180.0
     patience: int = 0  # evaluations without improvement before it stops; 0: never
 
@@ -155,13 +155,13 @@ class Trainer:
             for _, form in forms(self.student):
                 form.seen.clear()
             self.step += 1
-            parts = {**parts, "range": float(ranges)}
-            self.history.append({"step": self.step, "loss": float(loss), **parts})
+            parts = {**parts, "range": ranges.item()}
+            self.history.append({"step": self.step, "loss": loss.item(), **parts})
             if self.directory is not None and time.monotonic() - self._saved > s.checkpoint_seconds:
                 self.save()
             if told is not None:
                 stage = "substitute" if self._frozen else "swap"
-                told(Progress(self.step, s.steps, float(loss), parts, stage, time.monotonic() - began))
+                told(Progress(self.step, s.steps, loss.item(), parts, stage, time.monotonic() - began))
         self._watch(False)
         if self.directory is not None:
             self.save()
@@ -213,8 +213,12 @@ class Trainer:
         self._watch(True)
         for i in range(FREEZING):
             self._forward(self.batch(self.settings.steps + i))
-        for _, form in forms(self.student):
-            form.freeze()
+        for path, form in forms(self.student):
+            low, high = form.range_seen()
+            try:
+                form.freeze()
+            except ValueError as error:
+                raise RangeLost(f"{path}: arguments from {low:.3g} to {high:.3g}: {error}") from None
             form.seen.clear()
         if self.directory is not None:
             self.save()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,3 +288,20 @@ def test_fixed_point_refuses(name: str, value: object) -> None:
 def test_helpers_are_exact() -> None:
     x = np.array([2**63, -(2**63) - 1, 5], dtype=object)
     assert (integers(tensor(x), 64) == x % 2**64).all()
+
+
+def test_compiled_loops_of_several_processes_share_a_cache(tmp_path: Path) -> None:
+    """Widths that different processes compiled must not be taken for one another."""
+    script = (
+        "import sys, numpy as np\n"
+        "from protocols import kernels\n"
+        "x = np.arange(-9, 99)\n"
+        "for w in map(int, sys.argv[1:]):\n"
+        "    mask = -1 if w == 8 else (1 << 8 * w) - 1\n"
+        "    raw = np.frombuffer(kernels.stored(x, w, mask).tobytes(), np.uint8)\n"
+        "    assert (kernels.loaded(raw, w) == x & mask).all(), w\n"
+    )
+    here = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
+    for widths in ("4 5", "8 7", "1 7 4", "2 3 6 8"):
+        subprocess.run([sys.executable, "-c", script, *widths.split()], env=environment, check=True)

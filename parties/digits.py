@@ -1,0 +1,109 @@
+"""``unseen demo --digits``: train a small vision transformer, serve it, and ask it about images that it never sees.
+
+The server is a process of its own that trains on scikit-learn's training images; the client asks about test images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from parties import hosting
+from parties.client import connect
+from parties.demo import process
+from parties.endpoints import Endpoint
+from parties.model import serve_ready
+from parties.reports import mb
+from parties.server import InferenceService
+from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
+from protocols import kernels
+from secure.compiler import Compiled, compile
+from secure.digits import DigitsModel, load_digits, train_digits
+
+CALIBRATION = 400  # training images from which ranges are taken
+
+
+def compile_digits(model: DigitsModel) -> Compiled:
+    """For one image a query."""
+    images = load_digits().train[0][:CALIBRATION]
+    samples = [{"images": image[None]} for image in images]
+    return compile(model, samples[0], calibration=samples[1:], labels={"model": "digits", "length": "1"})
+
+
+def serve(dealer: str, state: Path, layers: int) -> None:
+    """The server process: train, compile, serve; says in one line of JSON where it listens."""
+    torch.set_num_threads(1)
+    kernels.warm_up()
+    sys.stdout.write(f"training {layers} layer(s) on scikit-learn's digits ...\n")
+    sys.stdout.flush()
+    model, reached = train_digits(layers)
+    compiled = compile_digits(model)
+    cost = compiled.program.cost
+    sys.stdout.write(
+        f"accuracy on the test images {reached:.4f}; a query takes {cost.rounds} rounds and "
+        f"{mb(cost.to_server + cost.to_client)}, no comparison\n"
+    )
+    ready = serve_ready(compiled, None, b"", state)
+    hosting.settle()
+    service = InferenceService(ready, Endpoint.parse(dealer, what="the dealer"))
+    server, address = hosting.start(
+        Endpoint("127.0.0.1", 0),
+        lambda s: add_InferenceServicer_to_server(service, s),
+        insecure=False,
+        what="the server",
+    )
+    hosting.run_until_stopped(server, lambda: _announce(str(address)))
+
+
+def _announce(address: str) -> None:
+    sys.stdout.write(json.dumps({"listening": address}) + "\n")
+    sys.stdout.flush()
+
+
+def run(console: Console, count: int, layers: int) -> int:
+    """Dealer and server as processes, the client here; 0 if as many answers as promised are right."""
+    images, labels = load_digits().test
+    with ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-digits-"))
+        dealing = ["dealer", "--listen", "127.0.0.1:0", "--threads", "1", "--announce"]
+        dealer = stack.enter_context(process(console, "dealer", "magenta", dealing))
+        serving = [dealer, str(Path(state) / "server"), str(layers)]
+        server = stack.enter_context(process(console, "server", "blue", serving, module="parties.digits"))
+        console.rule("client")
+        right = 0
+        with connect(server, dealer, cache=False) as connection:
+            for number, (image, label) in enumerate(zip(images[:count], labels[:count], strict=True), 1):
+                answer = int(connection.query({"images": image[None]}).argmax())
+                right += answer == int(label)
+                if number <= SHOWN:
+                    console.print(_drawn(image), highlight=False, markup=False)
+                    console.print(f"is a {answer} (label {int(label)})", highlight=False)
+            reports = connection.reports[1:] or connection.reports
+        seconds = sorted(r.online_seconds for r in reports)[len(reports) // 2]
+        cost = reports[-1].cost
+        console.print(
+            f"{right} of {count} right; online {seconds:.3f} s, {cost.rounds} rounds, "
+            f"{mb(cost.to_server + cost.to_client)} an image; offline {mb(cost.offline_to_server)}",
+            highlight=False,
+        )
+    return 0 if right >= WANTED * count else 1
+
+
+SHOWN = 3  # images that are drawn
+WANTED = 0.95  # of the answers
+
+
+def _drawn(image: torch.Tensor) -> str:
+    shades = " .:-=+*#@"
+    rows = (image.reshape(8, 8) * (len(shades) - 1)).round().int().tolist()
+    return "\n".join("".join(shades[v] * 2 for v in row) for row in rows)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,173 @@
+"""Distil a sentence encoder into polynomial form: data, loss, report. The training itself is ``secure.training``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secure.models import RECIPE, SentenceEncoder, load_sentence_encoder, load_tokenizer
+from secure.polynomial import Recipe, polynomialize
+from secure.tokens import TextTokenizer, tokenize
+from secure.training import Batch, Progress, Settings, Trainer
+
+LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
+JOINED = 4  # sentences to a long one
+ONE_IN = 6  # batches that are of long ones
+COSINE, SIMILARITY = 5.0, 10.0  # weights of the loss beside the hidden states' mean square error
+
+Row = Tensor  # the token ids of one sentence, special ones included
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a model's embeddings are to another's on the same sentences.
+
+    spearman: rank correlation of all pairwise cosine similarities. nearest: share of sentences whose nearest neighbour
+    is the same.
+    """
+
+    sentences: int
+    spearman: float
+    nearest: float
+    mean_cosine: float
+    lowest_cosine: float
+
+
+def rows(tokenizer: TextTokenizer, texts: Sequence[str], length: int = LENGTH) -> list[Row]:
+    """Token ids of each text that is not empty, cut by words to ``length`` tokens."""
+    out = []
+    for text in texts:
+        words = text.split()
+        while words:
+            try:
+                ids, mask = tokenize(tokenizer, " ".join(words), length)
+            except ValueError:
+                words = words[: min(len(words) - 1, length)]
+            else:
+                out.append(ids[0][mask[0].bool()])
+                break
+    return out
+
+
+def collate(chosen: Sequence[Row], pad: int) -> Batch:
+    """Padded to the longest; one batch in ``ONE_IN``, told by its first sentence, is joined into long ones."""
+    if int(chosen[0].sum()) % ONE_IN == 0 and len(chosen) >= JOINED:
+        chosen = [_joined(chosen[i : i + JOINED]) for i in range(0, len(chosen) - JOINED + 1, JOINED)]
+    longest = max(len(row) for row in chosen)
+    ids = torch.full((len(chosen), longest), pad)
+    mask = torch.zeros((len(chosen), longest), dtype=torch.int64)
+    for i, row in enumerate(chosen):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _joined(parts: Sequence[Row]) -> Row:
+    inner = torch.cat([part[1:-1] for part in parts])[: LONG - 2]
+    return torch.cat([parts[0][:1], inner, parts[0][-1:]])
+
+
+def hidden_states(model: SentenceEncoder, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Of every layer, and the embeddings, of length one."""
+    mask = batch["attention_mask"].to(next(model.parameters()).dtype)
+    out: Any = model.encoder(
+        input_ids=batch["input_ids"], attention_mask=model.summand(mask), output_hidden_states=True
+    )
+    if model.pooling == "cls":
+        pooled = out.last_hidden_state[:, 0]
+    else:
+        pooled = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(1) @ out.last_hidden_state).squeeze(1)
+    return out.hidden_states, F.normalize(pooled, dim=-1)
+
+
+def distillation_loss(teacher: SentenceEncoder, student: SentenceEncoder) -> Callable[[Batch], Any]:
+    """Hidden states (mean square error), embeddings (cosine), and the similarities within a batch."""
+
+    def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            theirs, wanted = hidden_states(teacher, batch)
+        ours, found = hidden_states(student, batch)
+        mask = batch["attention_mask"].to(wanted.dtype).unsqueeze(-1)
+        count = mask.sum() * wanted.shape[-1]
+        apart = [((a - b).square() * mask).sum() / count for a, b in zip(ours[1:], theirs[1:], strict=True)]
+        hidden = torch.stack(apart).mean()
+        cosine = 1 - (found * wanted).sum(-1).mean()
+        similarity = (found @ found.T - wanted @ wanted.T).square().mean()
+        parts = {"hidden": hidden.item(), "cosine": cosine.item(), "similarity": similarity.item()}
+        return hidden + COSINE * cosine + SIMILARITY * similarity, parts
+
+    return loss
+
+
+def distil(
+    directory: Path,
+    texts: Sequence[str],
+    recipe: Recipe,
+    settings: Settings,
+    output: Path,
+    told: Callable[[Progress], None] | None = None,
+) -> Recipe:
+    """Train the model of ``directory`` and leave it in ``output``, with its recipe, as a model that can be served.
+
+    Killed and started again with the same arguments, it goes on from the last checkpoint in ``output``.
+    """
+    tokenizer = load_tokenizer(directory)
+    data = rows(tokenizer, texts)
+    if len(data) < settings.batch:
+        raise ValueError(f"{len(data)} sentences are fewer than a batch of {settings.batch}\nhint: give more text")
+    teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
+    teacher.requires_grad_(False)
+    polynomialize(student.encoder, recipe, prefix="encoder.")
+    trainer = Trainer(
+        student,
+        recipe,
+        distillation_loss(teacher, student),
+        data,
+        lambda chosen: collate(chosen, tokenizer.pad_id),
+        settings,
+        output,
+        forward=lambda batch: hidden_states(student, batch),
+    )
+    found = trainer.run(told)
+    save(student, found, directory, output)
+    return found
+
+
+def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path) -> None:
+    """The weights in the place of the original's, every other file beside them, and the recipe."""
+    if output.resolve() == original.resolve():
+        raise ValueError(f"{output} is the original model's directory\nhint: give another one")
+    ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "__pycache__", "*.py")
+    shutil.copytree(original, output, ignore=ignored, dirs_exist_ok=True)
+    encoder: Any = student.encoder
+    encoder.save_pretrained(output)
+    (output / RECIPE).write_text(recipe.model_dump_json(indent=1))
+
+
+def agreement(model: nn.Module, original: nn.Module, inputs: Sequence[Batch]) -> Agreement:
+    """Compare two sentence encoders, both in floating point."""
+    with torch.no_grad():
+        a, b = (torch.cat([F.normalize(m(**x), dim=-1) for x in inputs]).double() for m in (model, original))
+    return agreement_of(a, b)
+
+
+def agreement_of(a: Tensor, b: Tensor) -> Agreement:
+    """Of embeddings of length one, (sentences, width) each."""
+    pairs = torch.triu_indices(len(a), len(a), 1)
+    similar, wanted = a @ a.T, b @ b.T
+    spearman = torch.corrcoef(torch.stack([_ranks(s[pairs[0], pairs[1]]) for s in (similar, wanted)]))[0, 1]
+    own = torch.eye(len(a), dtype=torch.bool)
+    nearest = [s.masked_fill(own, -2).argmax(-1) for s in (similar, wanted)]
+    cosines = (a * b).sum(-1)
+    same = (nearest[0] == nearest[1]).double().mean()
+    return Agreement(len(a), float(spearman), float(same), float(cosines.mean()), float(cosines.min()))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double()

@@ -1,0 +1,254 @@
+"""Forms without comparisons: inverse powers, Power-Softmax, the modules, their training, and their Programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import secure
+from approximations import power, power_attend, power_scores
+from approximations.fits import least_squares, minimax
+from approximations.powers import power_error, steps_for
+from secure.digits import DigitsModel
+from secure.distillation import agreement_of, collate
+from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, Recipe, forms, polynomialize
+from secure.training import Diverged, RangeLost, Settings, Trainer
+
+COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([-1.0, -0.5]), st.floats(1e-3, 1e2), st.floats(1.5, 60.0), st.integers(1, 3), st.integers(0, 2))
+def test_inverse_powers_within_their_bound(exponent: float, low: float, spread: float, degree: int, steps: int) -> None:
+    x = torch.linspace(low, low * spread, 501, dtype=torch.float64)
+    bound = power_error(exponent, low, low * spread, degree, steps)
+    relative = power(x, exponent, low, low * spread, degree, steps, scale=3.0) / (3.0 * x**exponent) - 1
+    assert float(relative.abs().max()) <= bound * 1.01 + 1e-9
+
+
+@pytest.mark.parametrize("spread", [4.0, 8.0, 16.0, 40.0])
+def test_the_reciprocal_fit_is_the_chebyshev_optimum(spread: float) -> None:
+    """min max |1 - x p(x)| over cubics is 1 / T_4((k + 1) / (k - 1)) on [1, k]."""
+    z = (spread + 1) / (spread - 1)
+    optimum = 1 / (8 * z**4 - 8 * z**2 + 1)
+    _, error = minimax(lambda x: 1 / x, 1.0, spread, 3, relative=True)
+    assert error == pytest.approx(optimum, rel=1e-3)
+
+
+def test_corrections_are_as_many_as_it_takes() -> None:
+    assert steps_for(-0.5, 0.5, 2.0, 3, 0.01) == 0
+    assert power_error(-1.0, 0.2, 5.0, 3, steps_for(-1.0, 0.2, 5.0, 3, 1e-4)) <= 1e-4
+    with pytest.raises(ValueError, match="range loss"):
+        steps_for(-1.0, 1e-4, 1e4, 3, 1e-4)
+
+
+def test_least_squares_is_exact_where_it_can_be() -> None:
+    x = torch.linspace(-3, 2, 101)
+    piece, error = least_squares(lambda v: 2 - v + 3 * v**2, x, 2)
+    assert error < 1e-9
+    assert piece.coefficients == pytest.approx((2.0, -1.0, 3.0))
+
+
+def test_stable_power_softmax_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    scores, values = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    weights = torch.tensor([0.25, 0.25, 0.25, 0.25, 0, 0, 0], dtype=torch.float64)
+    plain = power_attend(scores, values, weights, 4, 1e-3)
+    assert torch.allclose(plain, power_attend(scores, values, weights, 4, 1e-3, stable=True), atol=1e-12)
+    changed = values.clone()
+    changed[..., 4:, :] = 100.0
+    assert torch.equal(plain, power_attend(scores, changed, weights, 4, 1e-3))  # what is masked has no effect
+    with pytest.raises(ValueError, match="even"):
+        power_scores(scores, 3)
+
+
+# models
+
+
+def encoder() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=60, max_position_embeddings=16, num_attention_heads=2, **sizes)
+    model: nn.Module = BertModel(config, add_pooling_layer=False).eval()
+    return model
+
+
+class Encoder(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.float()
+        summand = ((1.0 - mask) * -1.0e4)[:, None, None]
+        hidden = self.inner(input_ids=input_ids, attention_mask=summand).last_hidden_state
+        pooled: Tensor = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(1) @ hidden).squeeze(1)
+        return F.normalize(pooled, dim=-1)
+
+
+def batch(rows: int, seed: int = 0, length: int = 8) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 60, (rows, length), generator=generator)
+    mask = (torch.arange(length) < torch.randint(3, length + 1, (rows, 1), generator=generator)).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def trainer(student: nn.Module, directory: Path | None = None, **changes: Any) -> Trainer:
+    teacher = Encoder(encoder())
+    data = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(64)]
+
+    def loss(b: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            wanted = teacher(**b)
+        return (student(**b) - wanted).square().sum(-1).mean(), {}
+
+    def together(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
+    chosen: dict[str, Any] = {"steps": 12, "batch": 8, "warm_up": 2, "blend_steps": 3, **changes}
+    return Trainer(student, RECIPE, loss, data, together, Settings(**chosen), directory)
+
+
+RECIPE = Recipe(power=2, spread=16.0, eps=0.2)
+
+
+def polynomial_encoder() -> Encoder:
+    student = Encoder(encoder())
+    polynomialize(student.inner, RECIPE, prefix="inner.")
+    return student
+
+
+@pytest.fixture(scope="module")
+def trained() -> Encoder:
+    student = polynomial_encoder()
+    trainer(student).run()
+    return student
+
+
+def test_weights_keep_their_names() -> None:
+    original = encoder().state_dict()
+    changed = polynomialize(encoder(), RECIPE).state_dict()
+    assert {k: v.shape for k, v in original.items()} == {k: v.shape for k, v in changed.items()}
+
+
+def test_every_form_is_swapped_in(trained: Encoder) -> None:
+    kinds = sorted(type(form).__name__ for _, form in forms(trained))
+    assert kinds == ["PolynomialActivation"] + ["PolynomialNorm"] * 3 + ["PowerAttention"]
+    for _, form in forms(trained):
+        assert isinstance(form, PolynomialActivation | PolynomialNorm | PowerAttention)
+        assert "coefficients" in form.found or form.frozen
+
+
+def test_a_polynomial_program_compares_nothing_and_agrees(trained: Encoder) -> None:
+    samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(40)]  # what it was trained on
+    compiled = secure.compile(trained, samples[0], calibration=samples[1:])
+    kinds = {instruction.protocol.kind for instruction in compiled.program.circuit}
+    assert not kinds & COMPARING
+    exact = secure.compile(Encoder(encoder()), samples[0], calibration=samples[1:])
+    assert compiled.program.cost.rounds < exact.program.cost.rounds
+    answer, report = secure.InsecureInProcess(compiled).query(samples[3])
+    assert report.cost == compiled.program.cost
+    with torch.no_grad():
+        expected = trained(**samples[3])
+    assert float(F.cosine_similarity(answer.float(), expected).min()) > 0.9999
+
+
+def test_a_range_that_calibration_leaves_is_refused(trained: Encoder) -> None:
+    samples = [{k: v[i : i + 1] for k, v in batch(4, seed=5).items()} for i in range(4)]
+    path, norm = next((p, f) for p, f in forms(trained) if isinstance(f, PolynomialNorm))
+    before = dict(norm.found)
+    norm.found["high"] = norm.found["low"] * 1.001
+    try:
+        with pytest.raises(ValueError, match=rf"{path}.*made for") as caught:
+            secure.compile(trained, samples[0], calibration=samples[1:])
+        assert "hint:" in str(caught.value)
+    finally:
+        norm.found = before
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
+    whole, parts = polynomial_encoder(), polynomial_encoder()
+    trainer(whole).run()
+    trainer(parts, tmp_path / "run").run(until=9)  # past the moment when ranges are frozen
+    again = polynomial_encoder()
+    found = trainer(again, tmp_path / "run").run()
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert found.layers.keys() == {path for path, _ in forms(whole)}
+    with pytest.raises(ValueError, match="other settings"):
+        trainer(polynomial_encoder(), tmp_path / "run", steps=13)
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["step"] == 12
+
+
+def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    student = polynomial_encoder()
+    run = trainer(student, tmp_path, checkpoint_seconds=0.0)
+    run.run(until=4)
+    kept = (tmp_path / "training.safetensors").read_bytes()
+    run.loss = lambda _: (next(student.parameters()).sum() * math.nan, {})
+    with pytest.raises(Diverged, match="step 4"):
+        run.run()
+    assert (tmp_path / "training.safetensors").read_bytes() == kept
+
+
+def test_a_range_that_training_does_not_hold_names_the_layer() -> None:
+    student = polynomial_encoder()
+    run = trainer(student)
+    run.run(until=2)
+    form = next(form for _, form in forms(student) if isinstance(form, PowerAttention))
+    form.range_seen = lambda: (1e-6, 1e6)  # type: ignore[method-assign]
+    with pytest.raises(RangeLost, match="inner.encoder.layer.0.attention.self.polynomial") as caught:
+        run.run()
+    assert "1e-06" in str(caught.value)
+
+
+def test_an_architecture_without_a_recipe_names_what_was_found() -> None:
+    with pytest.raises(ValueError, match="Linear") as caught:
+        polynomialize(nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), RECIPE)
+    assert "Softmax cannot be replaced" in str(caught.value)
+    assert "hint: supported are" in str(caught.value)
+
+
+def test_long_batches_are_told_by_their_first_sentence() -> None:
+    rows = [torch.tensor([2, 9, 8, 3]) for _ in range(8)]  # adds up to 22
+    assert collate(rows, 0)["input_ids"].shape == (8, 4)
+    rows[0] = torch.tensor([2, 9, 10, 3])  # 24
+    joined = collate(rows, 0)
+    assert joined["input_ids"].tolist() == [[2, 9, 10, 9, 8, 9, 8, 9, 8, 3], [2, 9, 8, 9, 8, 9, 8, 9, 8, 3]]
+
+
+def test_agreement_of_equal_and_of_shuffled_embeddings() -> None:
+    a = F.normalize(torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    same = agreement_of(a, a)
+    assert same.spearman == pytest.approx(1.0)
+    assert same.nearest == 1.0
+    assert abs(agreement_of(a, a.flip(0).roll(7, 1)).spearman) < 0.5
+
+
+def test_the_digits_model_is_polynomial_too() -> None:
+    pytest.importorskip("sklearn")
+    from secure.digits import load_digits, train_digits
+
+    model, _ = train_digits(epochs=8)
+    images, _ = load_digits().train
+    samples = [{"images": image[None]} for image in images[:60]]
+    compiled = secure.compile(model, samples[0], calibration=samples[1:])
+    assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
+    query = secure.InsecureInProcess(compiled)
+    with torch.no_grad():
+        expected = torch.cat([model(**s) for s in samples[:20]])
+    answers = torch.cat([query.query(s)[0] for s in samples[:20]])
+    assert float((answers - expected).abs().max()) < 0.05
+    assert isinstance(model, DigitsModel)
