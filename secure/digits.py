@@ -135,7 +135,7 @@ def train_digits(
         for chosen in torch.randperm(len(images)).split(batch)[:per_epoch]:
             loss = F.cross_entropy(model(_augmented(images[chosen])), labels[chosen], label_smoothing=0.05)
             ranges = [form.range_loss for form in found if form.range_loss is not None]
-            total = loss + 0.1 * torch.stack(ranges).sum() if ranges else loss
+            total = loss + 0.3 * torch.stack(ranges).sum() if ranges else loss
             optimizer.zero_grad()
             total.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
