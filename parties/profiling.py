@@ -26,7 +26,7 @@ from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import PARTY_NAMES
 from secure.outline import SHAPES, is_shape, outline_shape
-from secure.profile import LOOPBACK, NETWORKS, Profile, find_network, module, profile
+from secure.profile import LOOPBACK, NETWORKS, Profile, find_network, module, profile, total_seconds
 from secure.program import Program
 from secure.projection import Projection, project
 from secure.timing import measure
@@ -57,9 +57,13 @@ def profile_command(
 ) -> None:
     """What a query will cost, before anything runs: rounds, bytes and memory exactly, seconds on given networks."""
     networks = {name: find_network(name) for name in network or [LOOPBACK, *(n.key for n in NETWORKS)]}
+    if as_json and form.value == "html":
+        raise PartyError("--json and --format html exclude each other", "give one of them")
     chosen = "json" if as_json else form.value
     if output is not None and not output.absolute().parent.is_dir():
         raise PartyError(f"--output: there is no directory {output.absolute().parent}", "make it first")
+    if output is not None and output.is_dir():
+        raise PartyError(f"--output: {output} is a directory", "give a file")
     if chosen == "html":  # what would be found missing after minutes of work
         if output is None and out.is_terminal:
             raise PartyError("an HTML page is not for a terminal", "give --output FILE")
@@ -75,6 +79,8 @@ def profile_command(
         timings, transport = measure(program), measure_transport()
         projections = {name: project(found, timings, transport, n) for name, n in networks.items()}
     document = reports.profile_json(program, found, depth)
+    if network:
+        document["waiting_seconds"] = total_seconds([n for n in networks.values() if n], found.total)
     document["networks"] = [reports.projection_json(name, networks[name], p) for name, p in projections.items()]
     if chosen == "table" and output is None:
         _print_tables(program, found, depth, document)
