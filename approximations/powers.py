@@ -1,8 +1,8 @@
 """Forms without comparisons: polynomials, inverse powers by polynomials, and Power-Softmax.
 
 ``power`` is x^-1 or x^-1/2 on a range [low, high] that its argument must keep: a minimax polynomial y of small
-relative error, then ``steps`` corrections y (1 - e)^exponent with e = 1 - x y^(-1/exponent), the last factor by three
-terms of its series: an error e becomes about e^4. Outside of the range it is wrong without notice, so models are
+relative error, then ``steps`` corrections y (1 - e)^exponent with e = 1 - x y^(-1/exponent), the last factor by its
+series up to e^3: what is left is of the order of e^4. Outside of the range it is wrong without notice, so models are
 trained to stay inside (``secure.polynomial``).
 
 Power-Softmax (Zimerman et al., arXiv 2410.09457): x^p / sum x^p for even p. Here with weights w of the keys (zero where

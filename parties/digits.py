@@ -27,13 +27,15 @@ from secure.compiler import Compiled, compile
 from secure.digits import DigitsModel, load_digits, train_digits
 
 CALIBRATION = 400  # training images from which ranges are taken
+SHOWN = 3  # images that are drawn
+WANTED = 0.95  # of the answers
 
 
 def compile_digits(model: DigitsModel) -> Compiled:
     """For one image a query."""
     images = load_digits().train[0][:CALIBRATION]
     samples = [{"images": image[None]} for image in images]
-    return compile(model, samples[0], calibration=samples[1:], labels={"model": "digits", "length": "1"})
+    return compile(model, samples[0], calibration=samples[1:], labels={"model": "digits"})
 
 
 def serve(dealer: str, state: Path, layers: int) -> None:
@@ -67,7 +69,7 @@ def _announce(address: str) -> None:
 
 
 def run(console: Console, count: int, layers: int) -> int:
-    """Dealer and server as processes, the client here; 0 if as many answers as promised are right."""
+    """Dealer and server as processes, the client here. The exit code: 1 if fewer than ``WANTED`` answers are right."""
     images, labels = load_digits().test
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-digits-"))
@@ -93,10 +95,6 @@ def run(console: Console, count: int, layers: int) -> int:
             highlight=False,
         )
     return 0 if right >= WANTED * count else 1
-
-
-SHOWN = 3  # images that are drawn
-WANTED = 0.95  # of the answers
 
 
 def _drawn(image: torch.Tensor) -> str:

@@ -22,6 +22,7 @@ from secure.training import Progress as Step
 from secure.training import Settings
 
 Attention = StrEnum("Attention", {a: a for a in ("power", "quad")})  # type: ignore[misc]
+LENGTH = 64  # tokens of the report's inputs
 out = Console(highlight=False)
 
 
@@ -65,14 +66,12 @@ def train_command(
 
         distil(directory, texts, recipe, settings, output, told)
     tokenizer = load_tokenizer(directory)
-    inputs = calibration_inputs(tokenizer, LENGTH, others)[: len(others)]
-    found = agreement(load_sentence_encoder(output), load_sentence_encoder(directory), inputs)
-    table = Table(title=f"against the original, {found.sentences} sentences that it was not trained on")
+    trained, original = load_sentence_encoder(output), load_sentence_encoder(directory)
+    inputs = calibration_inputs(tokenizer, min(LENGTH, original.maximum_length), others)[: len(others)]
+    found = agreement(trained, original, inputs)
+    table = Table(title=f"against the original, on {found.sentences} held-out sentences")
     for column in ("Spearman of similarities", "same nearest neighbour", "mean cosine", "lowest cosine"):
         table.add_column(column)
     table.add_row(*(f"{v:.4f}" for v in (found.spearman, found.nearest, found.mean_cosine, found.lowest_cosine)))
     out.print(table)
     out.print(f"serve it with: unseen serve {output}", markup=False)
-
-
-LENGTH = 64  # tokens of the report's inputs

@@ -40,7 +40,8 @@ class Wire:
 
 
 def encode(x: Tensor, wire: Wire) -> memoryview:
-    """The bytes of one tensor; ring elements are reduced first, so junk above the ring never leaves.
+    """The bytes of one tensor; ring elements are reduced first, so junk above the ring never leaves. Planes are not
+    copied: the bytes are those of x.
 
     A tensor of another shape is refused: had a one-time mask been broadcast over it, this is where it would leak.
     """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secure.polynomial import Form, PowerAttention, Recipe, forms
 
 SIDE, PATCH, CLASSES = 8, 2, 10
+BATCH, RANGE_WEIGHT = 64, 0.3
 MOVED, NOISE = 0.4, 0.04  # of the images in training
 TOKENS, PIXELS = (SIDE // PATCH) ** 2, PATCH * PATCH
 
@@ -67,10 +68,8 @@ class DigitsModel(nn.Module):
     def __init__(self, layers: int = 1, width: int = 64, heads: int = 4, recipe: Recipe | None = None) -> None:
         super().__init__()
         self.recipe = recipe or Recipe()
-        self.embed, self.positions = (
-            nn.Linear(PIXELS, width),
-            nn.Parameter(torch.empty(TOKENS, width).normal_(0.0, 0.1)),
-        )
+        self.embed = nn.Linear(PIXELS, width)
+        self.positions = nn.Parameter(torch.empty(TOKENS, width).normal_(0.0, 0.1))
         self.blocks = nn.ModuleList(_Block(width, heads, self.recipe) for _ in range(layers))
         self.norm, self.head = _Norm(width), nn.Linear(width, CLASSES)
 
@@ -121,7 +120,7 @@ def train_digits(
     data, model = load_digits(), DigitsModel(layers, recipe=recipe)
     images, labels = data.train
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
-    per_epoch, batch = len(images) // 64, 64
+    per_epoch = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * per_epoch)
     found = [form for _, form in forms(model)]
     _watch(found, True)
@@ -132,10 +131,10 @@ def train_digits(
         if epoch == epochs - epochs // 4:
             _freeze(model, found, images)
         losses = []
-        for chosen in torch.randperm(len(images)).split(batch)[:per_epoch]:
+        for chosen in torch.randperm(len(images)).split(BATCH)[:per_epoch]:
             loss = F.cross_entropy(model(_augmented(images[chosen])), labels[chosen], label_smoothing=0.05)
             ranges = [form.range_loss for form in found if form.range_loss is not None]
-            total = loss + 0.3 * torch.stack(ranges).sum() if ranges else loss
+            total = loss + RANGE_WEIGHT * torch.stack(ranges).sum() if ranges else loss
             optimizer.zero_grad()
             total.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -56,20 +56,22 @@ def rows(tokenizer: TextTokenizer, texts: Sequence[str], length: int = LENGTH) -
     return out
 
 
-def collate(chosen: Sequence[Row], pad: int) -> Batch:
-    """Padded to the longest; one batch in ``ONE_IN``, told by its first sentence, is joined into long ones."""
+def collate(chosen: Sequence[Row], pad: int, longest: int = LONG) -> Batch:
+    """Padded together; one batch in ``ONE_IN``, told by its first sentence, is joined into long ones of up
+    to ``longest`` tokens.
+    """
     if int(chosen[0].sum()) % ONE_IN == 0 and len(chosen) >= JOINED:
-        chosen = [_joined(chosen[i : i + JOINED]) for i in range(0, len(chosen) - JOINED + 1, JOINED)]
-    longest = max(len(row) for row in chosen)
-    ids = torch.full((len(chosen), longest), pad)
-    mask = torch.zeros((len(chosen), longest), dtype=torch.int64)
+        chosen = [_joined(chosen[i : i + JOINED], longest) for i in range(0, len(chosen) - JOINED + 1, JOINED)]
+    width = max(len(row) for row in chosen)
+    ids = torch.full((len(chosen), width), pad)
+    mask = torch.zeros((len(chosen), width), dtype=torch.int64)
     for i, row in enumerate(chosen):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _joined(parts: Sequence[Row]) -> Row:
-    inner = torch.cat([part[1:-1] for part in parts])[: LONG - 2]
+def _joined(parts: Sequence[Row], longest: int) -> Row:
+    inner = torch.cat([part[1:-1] for part in parts])[: longest - 2]
     return torch.cat([parts[0][:1], inner, parts[0][-1:]])
 
 
@@ -117,11 +119,14 @@ def distil(
 
     Killed and started again with the same arguments, it goes on from the last checkpoint in ``output``.
     """
+    if output.resolve() == directory.resolve():
+        raise ValueError(f"{output} is the original model's directory\nhint: give another one")
     tokenizer = load_tokenizer(directory)
-    data = rows(tokenizer, texts)
+    teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
+    longest = min(LONG, student.maximum_length)
+    data = rows(tokenizer, texts, min(LENGTH, longest))
     if len(data) < settings.batch:
         raise ValueError(f"{len(data)} sentences are fewer than a batch of {settings.batch}\nhint: give more text")
-    teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
     teacher.requires_grad_(False)
     polynomialize(student.encoder, recipe, prefix="encoder.")
     trainer = Trainer(
@@ -129,7 +134,7 @@ def distil(
         recipe,
         distillation_loss(teacher, student),
         data,
-        lambda chosen: collate(chosen, tokenizer.pad_id),
+        lambda chosen: collate(chosen, tokenizer.pad_id, longest),
         settings,
         output,
         forward=lambda batch: hidden_states(student, batch),
@@ -141,8 +146,6 @@ def distil(
 
 def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path) -> None:
     """The weights in the place of the original's, every other file beside them, and the recipe."""
-    if output.resolve() == original.resolve():
-        raise ValueError(f"{output} is the original model's directory\nhint: give another one")
     ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "__pycache__", "*.py")
     shutil.copytree(original, output, ignore=ignored, dirs_exist_ok=True)
     encoder: Any = student.encoder

@@ -245,8 +245,8 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
         raise ValueError(
             f"{type(model).__name__} has no known polynomial form: "
             + (f"{', '.join(others)} cannot be replaced" if others else "no attention that can be replaced")
-            + f"; its modules are {', '.join(kinds)}\\nhint: supported are attention through transformers' interface "
-            "(BERT, RoBERTa, DistilBERT, ViT and their kin), nn.LayerNorm, and activations GeLU, SiLU, ReLU"
+            + f"; its modules are {', '.join(kinds)}\nhint: supported are attention through transformers' interface "
+            "(BERT, RoBERTa, DistilBERT, ViT, GPT-2), nn.LayerNorm, and the activations GeLU, SiLU, ReLU and tanh"
         )
     for path, module in attention:
         module.add_module("polynomial", PowerAttention(recipe, recipe.layers.get(f"{prefix}{path}.polynomial")))

@@ -5,7 +5,7 @@
 2. *Substitute*: ranges are frozen on what was seen, inverse powers become polynomials on them, and training goes on.
 
 The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), no dropout. A
-checkpoint holds weights, the optimizer's moments, the step and the recipe, as safetensors and JSON.
+checkpoint is one file, of weights, the optimizer's moments and, as JSON in its header, the step and the recipe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from approximations.fits import least_squares
@@ -54,7 +55,6 @@ class Settings:
     blend_steps: int = 100  # over which polynomials take over from exact divisions
     range_weight: float = 1.0
     checkpoint_seconds: float = 180.0
-    patience: int = 0  # evaluations without improvement before it stops; 0: never
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 2 or not 0 < self.substitute < 1:
@@ -110,8 +110,8 @@ class Trainer:
         self._saved = time.monotonic()
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if (self.directory / STATE).is_file():
-                self._resume()
+            if (self.directory / CHECKPOINT).is_file():
+                self._resume(self.directory / CHECKPOINT)
 
     # data
 
@@ -163,6 +163,8 @@ class Trainer:
                 stage = "substitute" if self._frozen else "swap"
                 told(Progress(self.step, s.steps, loss.item(), parts, stage, time.monotonic() - began))
         self._watch(False)
+        for _, form in forms(self.student):
+            form.blend = 1.0
         if self.directory is not None:
             self.save()
         return described(self.student, self.recipe)
@@ -238,41 +240,37 @@ class Trainer:
             "recipe": described(self.student, self.recipe).model_dump(),
             "history": self.history,
         }
-        _atomically(self.directory / TENSORS, lambda path: save_file(tensors, path))
-        _atomically(self.directory / STATE, lambda path: path.write_text(json.dumps(about)))
+        path = self.directory / CHECKPOINT
+        beside = path.with_name(path.name + ".new")
+        save_file(tensors, beside, metadata={_ABOUT: json.dumps(about)})
+        beside.replace(path)
         self._saved = time.monotonic()
 
-    def _resume(self) -> None:
-        assert self.directory is not None
-        about = json.loads((self.directory / STATE).read_text())
-        if about["settings"] != asdict(self.settings):
-            raise ValueError(
-                f"{self.directory} holds a run with other settings: {about['settings']}\n"
-                "hint: give the same settings to go on, or another directory"
-            )
-        tensors = load_file(self.directory / TENSORS)
+    def _resume(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()[_ABOUT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        found = about["recipe"].pop("layers")
+        wanted = {"settings": asdict(self.settings), "recipe": self.recipe.model_dump(exclude={"layers"})}
+        for what, ours in wanted.items():
+            if about[what] != ours:
+                raise ValueError(
+                    f"{path} is a run with other {what}: {about[what]}\n"
+                    "hint: give the same to go on, or another directory"
+                )
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"model.{name}"])
-                moments = {
-                    k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors
-                }
+                moments = {k: tensors[f"{k}.{name}"] for k in _MOMENTS if f"{k}.{name}" in tensors}
                 if moments:
                     self.optimizer.state[p] = moments
-        found = about["recipe"]["layers"]
-        for path, form in forms(self.student):
-            form.found = found.get(path, {})
+        for path_, form in forms(self.student):
+            form.found = found.get(path_, {})
         self.step, self.history = int(about["step"]), list(about["history"])
 
 
+CHECKPOINT, _ABOUT = "training.safetensors", "unseen"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-STATE, TENSORS = "training.json", "training.safetensors"
-
-
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(path.name + ".new")
-    write(beside)
-    beside.replace(path)
 
 
 def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,13 @@ import secure
 from approximations import power, power_attend, power_scores
 from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
+from parties.model import text_inputs
 from secure.digits import DigitsModel
 from secure.distillation import agreement_of, collate
+from secure.models import load_sentence_encoder, load_tokenizer
 from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, Recipe, forms, polynomialize
 from secure.training import Diverged, RangeLost, Settings, Trainer
+from tests.tiny import LENGTH, sentences, write_model
 
 COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
 
@@ -105,7 +107,7 @@ def batch(rows: int, seed: int = 0, length: int = 8) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def trainer(student: nn.Module, directory: Path | None = None, **changes: Any) -> Trainer:
+def trainer(student: nn.Module, directory: Path | None = None, recipe: Recipe | None = None, **changes: Any) -> Trainer:
     teacher = Encoder(encoder())
     data = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(64)]
 
@@ -118,15 +120,15 @@ def trainer(student: nn.Module, directory: Path | None = None, **changes: Any) -
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
 
     chosen: dict[str, Any] = {"steps": 12, "batch": 8, "warm_up": 2, "blend_steps": 3, **changes}
-    return Trainer(student, RECIPE, loss, data, together, Settings(**chosen), directory)
+    return Trainer(student, recipe or RECIPE, loss, data, together, Settings(**chosen), directory)
 
 
 RECIPE = Recipe(power=2, spread=16.0, eps=0.2)
 
 
-def polynomial_encoder() -> Encoder:
+def polynomial_encoder(recipe: Recipe = RECIPE) -> Encoder:
     student = Encoder(encoder())
-    polynomialize(student.inner, RECIPE, prefix="inner.")
+    polynomialize(student.inner, recipe, prefix="inner.")
     return student
 
 
@@ -165,6 +167,24 @@ def test_a_polynomial_program_compares_nothing_and_agrees(trained: Encoder) -> N
     assert float(F.cosine_similarity(answer.float(), expected).min()) > 0.9999
 
 
+def test_mpcformers_2quad_too() -> None:
+    recipe = Recipe(attention="quad", eps=0.2)
+    student = polynomial_encoder(recipe)
+    trainer(student, recipe=recipe).run()
+    samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(20)]
+    compiled = secure.compile(student, samples[0], calibration=samples[1:])
+    assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
+    answer, _ = secure.InsecureInProcess(compiled).query(samples[3])
+    with torch.no_grad():
+        assert float(F.cosine_similarity(answer.float(), student(**samples[3])).min()) > 0.9999
+
+
+def test_blending_ends_with_training() -> None:
+    student = polynomial_encoder()
+    trainer(student, blend_steps=1000).run()
+    assert {form.blend for _, form in forms(student)} == {1.0}
+
+
 def test_a_range_that_calibration_leaves_is_refused(trained: Encoder) -> None:
     samples = [{k: v[i : i + 1] for k, v in batch(4, seed=5).items()} for i in range(4)]
     path, norm = next((p, f) for p, f in forms(trained) if isinstance(f, PolynomialNorm))
@@ -186,10 +206,12 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     found = trainer(again, tmp_path / "run").run()
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert found.layers.keys() == {path for path, _ in forms(whole)}
+    assert found.layers == {path: form.found for path, form in forms(whole)}
     with pytest.raises(ValueError, match="other settings"):
         trainer(polynomial_encoder(), tmp_path / "run", steps=13)
-    assert json.loads((tmp_path / "run" / "training.json").read_text())["step"] == 12
+    with pytest.raises(ValueError, match="other recipe"):
+        trainer(polynomial_encoder(), tmp_path / "run", recipe=Recipe(power=4, eps=0.2))
+    assert trainer(polynomial_encoder(), tmp_path / "run").step == 12
 
 
 def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
@@ -218,7 +240,30 @@ def test_an_architecture_without_a_recipe_names_what_was_found() -> None:
     with pytest.raises(ValueError, match="Linear") as caught:
         polynomialize(nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), RECIPE)
     assert "Softmax cannot be replaced" in str(caught.value)
-    assert "hint: supported are" in str(caught.value)
+    assert "\nhint: supported are" in str(caught.value)
+
+
+def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from parties.cli import app
+
+    model = write_model(tmp_path / "model")
+    text, output = tmp_path / "text", tmp_path / "out"
+    text.write_text("\n".join(sentences(40)))
+    arguments = ["train", str(model), "--text", str(text), "--output", str(output), "--threads", "1"]
+    few = ["--batch", "8", "--steps", "12", "--power", "2", "--held-out", str(text)]
+    result = CliRunner().invoke(app, [*arguments, *few])
+    assert result.exit_code == 0, result.output
+    assert "Spearman" in result.output
+    trained, tokenizer = load_sentence_encoder(output), load_tokenizer(output)
+    inputs = [text_inputs(tokenizer, line, LENGTH) for line in sentences(40)]
+    compiled = secure.compile(trained, inputs[0], calibration=inputs[1:], embedding="client-table")
+    assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
+    odd = CliRunner().invoke(app, [*arguments, "--power", "3"])
+    assert "--power" in str(odd.exception)
+    same = CliRunner().invoke(app, ["train", str(model), "--text", str(text), "--output", str(model)])
+    assert "original model's directory" in str(same.exception)
 
 
 def test_long_batches_are_told_by_their_first_sentence() -> None:
