@@ -8,7 +8,9 @@ trained to stay inside (``secure.polynomial``).
 Power-Softmax (Zimerman et al., arXiv 2410.09457): x^p / sum x^p for even p. Here with weights w of the keys (zero where
 masked, else one over the number of keys: the mean of the length-agnostic form):
     sum_j w_j x_j^p v_j / (eps + sum_j w_j x_j^p).
-2Quad (MPCFormer, arXiv 2211.01452) is the case p = 2 of x + c.
+With a shift c the power is (1 + x/c)^p, and c = p makes it the limit form of the exponential: all-MiniLM-L6-v2 without
+any training keeps a rank correlation of 0.95 (p = 4), 0.97 (6) and 0.98 (8) to its own similarities, and 0.1 without
+the shift. 2Quad (MPCFormer, arXiv 2211.01452) is p = 2, c = 5.
 """
 
 from __future__ import annotations
@@ -60,16 +62,16 @@ def _times(piece: Piece, scale: float) -> Piece:
     return Piece(tuple(scale * c for c in piece.coefficients), piece.centre)
 
 
-def power_error(exponent: float, low: float, high: float, degree: int = 3, steps: int = 0) -> float:
+def power_error(exponent: float, degree: int, low: float, high: float, steps: int = 0) -> float:
     """The largest relative error on the range, of the polynomials alone."""
     x = torch.exp(torch.linspace(math.log(low), math.log(high), 4001, dtype=torch.float64))
     return float((power(x, exponent, low, high, degree, steps) / x**exponent - 1).abs().max())
 
 
-def steps_for(exponent: float, low: float, high: float, degree: int, error: float) -> int:
+def steps_for(exponent: float, degree: int, low: float, high: float, error: float) -> int:
     """How many corrections bring the relative error to ``error``; ValueError where none do."""
     for steps in range(5):
-        if power_error(exponent, low, high, degree, steps) <= error:
+        if power_error(exponent, degree, low, high, steps) <= error:
             return steps
     raise ValueError(
         f"no polynomial form of x^{exponent:g} on [{low:g}, {high:g}] reaches a relative error of {error:g}\n"
@@ -78,10 +80,21 @@ def steps_for(exponent: float, low: float, high: float, degree: int, error: floa
 
 
 def power_scores(scores: Value, p: int, shift: float = 0.0) -> Value:
-    """(scores + shift)^p, p even: one opening, no comparison."""
+    """(1 + scores / shift)^p, or scores^p without a shift; p even: no comparison, one opening up to p = 4, two above."""
+    for piece in power_pieces(p, shift):
+        scores = polynomial(scores, piece)
+    return scores
+
+
+def power_pieces(p: int, shift: float) -> list[Piece]:
+    """That power as polynomials one after the other: 64 bits hold the fourth power of a fixed-point number to a good
+    precision, and not the sixth.
+    """
     if p < 2 or p % 2:
         raise ValueError(f"the power of Power-Softmax is even and positive, got {p}")
-    return polynomial(scores, Piece((*(0.0,) * p, 1.0), -shift))
+    first = p if p <= 4 else 2
+    pieces = [Piece((*(0.0,) * first, (shift or 1.0) ** -first), -shift)]
+    return pieces if p == first else [*pieces, Piece((*(0.0,) * (p // 2), 1.0))]
 
 
 def power_attend(
@@ -90,11 +103,13 @@ def power_attend(
     """Power-Softmax attention with an exact division: the training form.
 
     scores (..., T, L), values (..., L, d), weights (..., 1 or T, L): per key, zero where masked, adding up to one.
-    stable: scores are divided by their largest magnitude first, and eps to match, which changes nothing but overflow.
+    stable: what is raised is divided by its largest magnitude first, and eps to match, which changes nothing but
+    overflow.
     """
     if stable:
-        largest = (scores + shift).abs().amax(-1, keepdim=True).clamp_min(1e-6)
-        e = torch.as_tensor(power_scores((scores + shift) / largest, p)) * weights
+        base = 1 + scores / shift if shift else scores
+        largest = base.abs().amax(-1, keepdim=True).clamp_min(1e-6)
+        e = (base / largest) ** p * weights
         return (e @ values) / (eps / largest**p + e.sum(-1, keepdim=True))
     e = torch.as_tensor(power_scores(scores, p, shift)) * weights
     return (e @ values) / (eps + e.sum(-1, keepdim=True))

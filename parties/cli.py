@@ -17,6 +17,7 @@ from rich.table import Table
 import secure
 from parties import demo as demonstration
 from parties import hosting, reports
+from parties.accuracy import accuracy_command
 from parties.client import Connection, connect
 from parties.comparing import compare_command
 from parties.dealer import DealerService
@@ -287,6 +288,7 @@ def _who_learns(embedding: str) -> Table:
 app.command(name="profile")(profile_command)
 app.command(name="compare")(compare_command)
 app.command(name="train")(train_command)
+app.command(name="accuracy")(accuracy_command)
 
 
 @app.command()

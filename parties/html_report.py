@@ -58,19 +58,23 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def html_report(document: Mapping[str, Any]) -> str:
-    """The page. ImportError with a hint where plotly is not installed."""
-    try:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError:
-        raise ImportError("plotly is not installed\nhint: pip install 'unseen[report]'") from None
+    """The page of a profile."""
     charts: list[dict[str, Any]] = []
     body = [_summary(document)]
     for title, key in (("Bytes by module", "modules"), ("Bytes by kind of operation", "kinds")):
         body.append(_costs(title, document.get(key, {}), charts))
     body += [_correlations(document.get("correlations", {}), charts), _networks(document, charts)]
     body.append(_variants(document, charts))
-    title = _text(f"unseen profile: {document.get('labels', {}).get('model', 'a model')}")
-    plotly = get_plotlyjs()
+    return page(f"unseen profile: {document.get('labels', {}).get('model', 'a model')}", body, charts)
+
+
+def page(heading: str, body: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> str:
+    """Sections of HTML and the charts that they hold as one page. ImportError with a hint where plotly is not there."""
+    try:
+        from plotly.offline import get_plotlyjs  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise ImportError("plotly is not installed\nhint: pip install 'unseen[report]'") from None
+    title, plotly = escaped(heading), get_plotlyjs()
     digests = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (plotly, DRAW))
     policy = f"{POLICY}; script-src" + "".join(f" 'sha256-{digest}'" for digest in digests)
     return (
@@ -84,7 +88,7 @@ def html_report(document: Mapping[str, Any]) -> str:
     )
 
 
-def _text(value: object) -> str:
+def escaped(value: object) -> str:
     return html.escape(printable(str(value)))
 
 
@@ -104,17 +108,17 @@ def _number(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.3f}".removesuffix(".000") if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else _text("" if value is None else value)
+    return f"{value:,}" if isinstance(value, int) else escaped("" if value is None else value)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
-    head = "".join(f"<th scope=col>{_text(h)}</th>" for h in heads)
+def table_html(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
+    head = "".join(f"<th scope=col>{escaped(h)}</th>" for h in heads)
     lines = "".join(
-        f"<tr><th scope=row>{_text(first)}</th>{''.join(f'<td>{_number(v)}</td>' for v in rest)}</tr>\n"
+        f"<tr><th scope=row>{escaped(first)}</th>{''.join(f'<td>{_number(v)}</td>' for v in rest)}</tr>\n"
         for first, *rest in rows
     )
     return (
-        f'<div class="wide {style}" role=region tabindex=0 aria-label="{_text(heads[0])}, in numbers"><table>'
+        f'<div class="wide {style}" role=region tabindex=0 aria-label="{escaped(heads[0])}, in numbers"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
@@ -133,7 +137,7 @@ def _figure(
     return f'<figure><div id="chart{len(charts) - 1}" role=img aria-label="{label}"></div></figure>'
 
 
-def _bars(
+def bar_chart(
     charts: list[dict[str, Any]],
     names: Sequence[str],
     series: Mapping[str, Sequence[float]],
@@ -187,7 +191,7 @@ def _summary(document: Mapping[str, Any]) -> str:
     return (
         "<p>Rounds, bytes and memory are <b>exact</b>: the protocols themselves were run, without data. Seconds are "
         "<b>projected</b> from kernels timed on the machine that made this report and from each network's latency and "
-        f"bandwidth; they are not measured on a network.</p>{_table(('a query', 'figure'), rows, 'facts')}"
+        f"bandwidth; they are not measured on a network.</p>{table_html(('a query', 'figure'), rows, 'facts')}"
     )
 
 
@@ -208,17 +212,17 @@ def _costs(title: str, groups: Rows, charts: list[dict[str, Any]]) -> str:
         for label, key in BYTES
     }
     heads = [title.split()[2], *(f"bytes {label}" for label, _ in BYTES), *(label for label, _ in COUNTS)]
-    table = _table(heads, [(n, *(r[k] for _, k in (*BYTES, *COUNTS))) for n, r in ordered])
-    chart = _bars(charts, names, series, "MB")
-    return f"<h2>{_text(title)}</h2>{chart}{table}"
+    table = table_html(heads, [(n, *(r[k] for _, k in (*BYTES, *COUNTS))) for n, r in ordered])
+    chart = bar_chart(charts, names, series, "MB")
+    return f"<h2>{escaped(title)}</h2>{chart}{table}"
 
 
 def _correlations(found: Mapping[str, int], charts: list[dict[str, Any]]) -> str:
     if not found:
         return ""
     ordered = sorted(found.items(), key=lambda item: -item[1])
-    chart = _bars(charts, [n for n, _ in ordered], {"offline, to the server": [s / 1e6 for _, s in ordered]}, "MB")
-    return f"<h2>Correlations by kind</h2>{chart}{_table(('correlations', 'bytes'), ordered)}"
+    chart = bar_chart(charts, [n for n, _ in ordered], {"offline, to the server": [s / 1e6 for _, s in ordered]}, "MB")
+    return f"<h2>Correlations by kind</h2>{chart}{table_html(('correlations', 'bytes'), ordered)}"
 
 
 def _networks(document: Mapping[str, Any], charts: list[dict[str, Any]]) -> str:
@@ -227,8 +231,8 @@ def _networks(document: Mapping[str, Any], charts: list[dict[str, Any]]) -> str:
         waiting = document.get("waiting_seconds", {})
         if not waiting:
             return ""
-        table = _table(("network", "seconds"), list(waiting.items()))
-        chart = _bars(
+        table = table_html(("network", "seconds"), list(waiting.items()))
+        chart = bar_chart(
             charts, list(waiting), {"waiting": list(waiting.values())}, "seconds", log=_far(list(waiting.values()))
         )
         return f"<h2>Waiting for the network</h2><p>Nothing was timed: without computation.</p>{chart}{table}"
@@ -242,8 +246,8 @@ def _networks(document: Mapping[str, Any], charts: list[dict[str, Any]]) -> str:
         for name, (row, party) in zip(names, lines, strict=True)
     ]
     note = "<p>The axis is logarithmic: the parts stand side by side.</p>" if log else ""
-    chart = _bars(charts, names, series, "seconds", log=log)
-    return f"<h2>Seconds a query, by network</h2>{note}{chart}{_table(heads, rows)}"
+    chart = bar_chart(charts, names, series, "seconds", log=log)
+    return f"<h2>Seconds a query, by network</h2>{note}{chart}{table_html(heads, rows)}"
 
 
 def _far(times: Sequence[float]) -> bool:
@@ -276,8 +280,8 @@ def _variants(document: Mapping[str, Any], charts: list[dict[str, Any]]) -> str:
     ]
     heads = ("variant", "rounds", "bytes online", "bytes offline", *(f"s, {n}" for n in networks), "lowest cosine")
     said = "" if asked is None else f"Asked: a lowest cosine of {asked:g} or more. "
-    said += "None is chosen." if best is None else f"Chosen: {_text(best)}."
-    table = _table((*heads, "accurate enough", "problem"), rows)
+    said += "None is chosen." if best is None else f"Chosen: {escaped(best)}."
+    table = table_html((*heads, "accurate enough", "problem"), rows)
     return (
         f"<h2>Variants: cost and accuracy</h2><p>{said} Numbers in the chart are those of the table.</p>{chart}{table}"
     )

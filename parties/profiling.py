@@ -60,15 +60,7 @@ def profile_command(
     if as_json and form.value == "html":
         raise PartyError("--json and --format html exclude each other", "give one of them")
     chosen = "json" if as_json else form.value
-    if output is not None and not output.absolute().parent.is_dir():
-        raise PartyError(f"--output: there is no directory {output.absolute().parent}", "make it first")
-    if output is not None and output.is_dir():
-        raise PartyError(f"--output: {output} is a directory", "give a file")
-    if chosen == "html":  # what would be found missing after minutes of work
-        if output is None and out.is_terminal:
-            raise PartyError("an HTML page is not for a terminal", "give --output FILE")
-        if importlib.util.find_spec("plotly") is None:
-            raise PartyError("plotly is not installed", "pip install 'unseen[report]'")
+    checked_output(output, chosen)
     settle()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits))
@@ -82,10 +74,10 @@ def profile_command(
     if network:
         document["waiting_seconds"] = total_seconds([n for n in networks.values() if n], found.total)
     document["networks"] = [reports.projection_json(name, networks[name], p) for name, p in projections.items()]
-    if chosen == "table" and output is None:
+    if chosen == "table":
         _print_tables(program, found, depth, document)
         return
-    _write(_rendered(chosen, document), output)
+    write_report(_rendered(chosen, document), output)
 
 
 def _program(model: str, length: int, embedding: str, gelu: str, fixed: FixedPoint) -> Program:
@@ -102,7 +94,26 @@ def _rendered(form: str, document: Mapping[str, Any]) -> str:
     return html_report(document)
 
 
-def _write(text: str, output: Path | None) -> None:
+def checked_output(output: Path | None, form: str) -> None:
+    """What would be found wrong after minutes of work."""
+    if output is not None:
+        folder = output.absolute().parent
+        if not folder.is_dir():
+            raise PartyError(f"--output: there is no directory {folder}", "make it first")
+        if output.is_dir():
+            raise PartyError(f"--output: {output} is a directory", "give a file")
+        if not os.access(output if output.exists() else folder, os.W_OK):
+            raise PartyError(f"--output: {output} cannot be written", "give a place that you may write to")
+    if form == "table" and output is not None:
+        raise PartyError("tables are for the terminal", "give --format json or html with --output")
+    if form == "html":
+        if output is None and out.is_terminal:
+            raise PartyError("an HTML page is not for a terminal", "give --output FILE")
+        if importlib.util.find_spec("plotly") is None:
+            raise PartyError("plotly is not installed", "pip install 'unseen[report]'")
+
+
+def write_report(text: str, output: Path | None) -> None:
     """What cannot be written where it should be goes to the terminal: it may have taken minutes to make."""
     if output is None:
         out.file.write(text)

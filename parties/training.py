@@ -22,7 +22,7 @@ from secure.training import Progress as Step
 from secure.training import Settings
 
 Attention = StrEnum("Attention", {a: a for a in ("power", "quad")})  # type: ignore[misc]
-LENGTH = 64  # tokens of the report's inputs
+
 out = Console(highlight=False)
 
 

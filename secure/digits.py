@@ -187,7 +187,7 @@ def _centre(model: nn.Module, found: list[Form], images: Tensor) -> None:
     _see(model, found, images)
     for form in found:
         low, high = form.range_seen()
-        form.found = {"gain": 1.0, "centre": (low * high) ** 0.5}
+        form.found = {"centre": (low * high) ** 0.5}
 
 
 def _freeze(model: nn.Module, found: list[Form], images: Tensor) -> None:

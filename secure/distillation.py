@@ -83,8 +83,8 @@ def hidden_states(model: SentenceEncoder, batch: Batch) -> tuple[tuple[Tensor, .
     )
     if model.pooling == "cls":
         pooled = out.last_hidden_state[:, 0]
-    else:
-        pooled = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(1) @ out.last_hidden_state).squeeze(1)
+    else:  # no matrix product: it stays in float32 whatever the products' precision
+        pooled = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(-1) * out.last_hidden_state).sum(1)
     return out.hidden_states, F.normalize(pooled, dim=-1)
 
 
@@ -95,12 +95,13 @@ def distillation_loss(teacher: SentenceEncoder, student: SentenceEncoder) -> Cal
         with torch.no_grad():
             theirs, wanted = hidden_states(teacher, batch)
         ours, found = hidden_states(student, batch)
-        mask = batch["attention_mask"].to(wanted.dtype).unsqueeze(-1)
-        count = mask.sum() * wanted.shape[-1]
-        apart = [((a - b).square() * mask).sum() / count for a, b in zip(ours[1:], theirs[1:], strict=True)]
-        hidden = torch.stack(apart).mean()
-        cosine = 1 - (found * wanted).sum(-1).mean()
-        similarity = (found @ found.T - wanted @ wanted.T).square().mean()
+        with torch.autocast(wanted.device.type, enabled=False):
+            mask = batch["attention_mask"].to(wanted.dtype).unsqueeze(-1)
+            count = mask.sum() * wanted.shape[-1]
+            apart = [((a - b).square() * mask).sum() / count for a, b in zip(ours[1:], theirs[1:], strict=True)]
+            hidden = torch.stack(apart).mean()
+            cosine = 1 - (found * wanted).sum(-1).mean()
+            similarity = (found @ found.T - wanted @ wanted.T).square().mean()
         parts = {"hidden": hidden.item(), "cosine": cosine.item(), "similarity": similarity.item()}
         return hidden + COSINE * cosine + SIMILARITY * similarity, parts
 
@@ -138,6 +139,7 @@ def distil(
         settings,
         output,
         forward=lambda batch: hidden_states(student, batch),
+        size=len,
     )
     found = trainer.run(told)
     save(student, found, directory, output)

@@ -100,7 +100,7 @@ class Normalizations:
         """1 / sqrt(x) by polynomials alone, brought to a size around one first."""
         halves = round(math.log2(math.sqrt(low * high)))
         low, high = low * 2.0**-halves, high * 2.0**-halves
-        steps = steps_for(-0.5, low, high, NORM_DEGREE, NORM_ERROR)
+        steps = steps_for(-0.5, NORM_DEGREE, low, high, NORM_ERROR)
         return cast(Symbol, power(x * 2.0**-halves, -0.5, low, high, NORM_DEGREE, steps, 2.0 ** (-halves / 2)))
 
     def _variance(self, node: Node) -> tuple[float, float]:

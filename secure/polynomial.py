@@ -21,34 +21,40 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from approximations.fits import least_squares
 from approximations.norms import polynomial_layer_norm
-from approximations.powers import polynomial, power, power_attend, power_scores, steps_for
+from approximations.powers import polynomial, power, power_attend, power_error, power_pieces, power_scores, steps_for
 from approximations.primitives import Piece
 from secure.operations import layer_norm_operation, polynomial_operation, power_operation
 
 INTERFACE = "unseen-power"  # the name of our attention in transformers' registry
+QUAD = 5.0  # the shift of 2Quad
 RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
 
 
 class Recipe(BaseModel):
     """How a model is put into polynomial form. ``layers``: what was found for each module, by path.
 
-    attention: "power" is Power-Softmax x^p, "quad" MPCFormer's 2Quad (x + 5)^2, both over a mean with ``eps``.
-    activation_degree: of the least-squares polynomial. *_degree: of the polynomials that inverse powers begin with.
+    attention: "power" is Power-Softmax (1 + x/shift)^p, or x^p for shift 0; shift None is p. "quad" is MPCFormer's
+    2Quad, p = 2 and shift 5. Both over a mean with ``eps``.
+    activation_degree: of the least-squares polynomial; activation_reach: what |arguments| should stay below. *_degree: of the polynomials that inverse powers begin with.
     inverse_error: relative error of inverse powers, which training gets used to; corrections follow until it is met.
-    spread: how many times larger than the smallest the largest argument of an inverse power should be.
+    *_spread: how many times larger than the smallest the largest argument of an inverse power should be.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     attention: Literal["power", "quad"] = "power"
     power: int = Field(default=4, ge=2, le=8, multiple_of=2)
-    eps: float = Field(default=1e-2, gt=0, lt=1)
-    activation_degree: int = Field(default=2, ge=2, le=4)
+    shift: float | None = Field(default=None, ge=0)
+    eps: float = Field(default=0.1, gt=0, lt=1)
+    activation_degree: int = Field(default=4, ge=2, le=4)
+    activation_reach: float = Field(default=5.0, gt=0)
     reciprocal_degree: int = Field(default=3, ge=1, le=3)
     norm_degree: int = Field(default=3, ge=1, le=3)
     inverse_error: float = Field(default=0.3, gt=0, lt=1)
-    spread: float = Field(default=8.0, gt=1)
+    norm_spread: float = Field(default=32.0, gt=1)
+    attention_spread: float = Field(default=100.0, gt=1)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property
@@ -56,8 +62,11 @@ class Recipe(BaseModel):
         return self.power if self.attention == "power" else 2
 
     @property
-    def shift(self) -> float:
-        return 0.0 if self.attention == "power" else 5.0
+    def offset(self) -> float:
+        """c of (1 + x/c)^p, zero for x^p."""
+        if self.attention == "quad":
+            return QUAD
+        return float(self.power) if self.shift is None else self.shift
 
 
 def _excess(away: Tensor) -> Tensor:
@@ -70,6 +79,7 @@ class Form(nn.Module):
     """What the three have in common: a range, a loss for leaving it, and what was seen."""
 
     kind = ""
+    floor = 0.0  # below which no argument can fall
 
     def __init__(self, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -83,6 +93,11 @@ class Form(nn.Module):
     def frozen(self) -> bool:
         return "low" in self.found
 
+    def wanted(self) -> tuple[float, float]:
+        """The range that training should keep arguments in, so that with some room it is the recipe's."""
+        reach = math.sqrt(self.recipe.norm_spread) / RANGE_ROOM
+        return self.found["centre"] / reach, self.found["centre"] * reach
+
     def _watch(self, value: Tensor) -> None:
         """Keep the range loss of a positive value: squared distance of its logarithm from the wanted range."""
         if not self.watching:
@@ -90,9 +105,12 @@ class Form(nn.Module):
         logarithm = value.clamp_min(1e-12).log()
         self.seen.append(torch.stack([logarithm.detach().amin(), logarithm.detach().amax()]))
         if "centre" in self.found:
-            reach = math.log(self.recipe.spread) / 2
-            away = (logarithm - math.log(self.found["centre"])).abs() - reach
-            self.range_loss = _excess(away)
+            low, high = self.wanted()
+            self.range_loss = _excess(torch.maximum(logarithm - math.log(high), math.log(low) - logarithm))
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """In training a value beyond the range is taken at its edge: one sentence must not make the loss infinite."""
+        return value.clamp(self.found["low"], self.found["high"]) if self.watching else value
 
     def _blended(self, polynomial: Tensor, exact: Callable[[], Tensor]) -> Tensor:
         return polynomial if self.blend == 1.0 else self.blend * polynomial + (1 - self.blend) * exact()
@@ -105,34 +123,64 @@ class Form(nn.Module):
     def freeze(self) -> None:
         """From here on use polynomials on the range that was seen, and some room."""
         low, high = (edge * room for edge, room in zip(self.range_seen(), (1 / RANGE_ROOM, RANGE_ROOM), strict=True))
-        exponent, degree = (-1.0, self.recipe.reciprocal_degree)
-        if self.kind == "norm":
-            exponent, degree = (-0.5, self.recipe.norm_degree)
-        steps = steps_for(exponent, low, high, degree, self.recipe.inverse_error)
+        low = max(low, self.floor)
+        steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
         self.found |= {"low": low, "high": high, "steps": steps}
+
+    def _power(self) -> tuple[float, int]:
+        """The exponent of its inverse power, and the degree of the polynomial that this begins with."""
+        return -1.0, self.recipe.reciprocal_degree
+
+    def error(self) -> float:
+        """Of the polynomial beside the exact function; zero before ranges are frozen."""
+        if not self.frozen:
+            return 0.0
+        return power_error(*self._power(), self.found["low"], self.found["high"], self.found["steps"])
 
 
 class PowerAttention(Form):
-    """Attention by Power-Softmax; ``found``: the gain of the scores, and the range of the mean of their powers."""
+    """Attention by Power-Softmax; ``found``: the range of the mean of the scores' powers.
+
+    scale_queries: multiplies the queries' projection by one factor per head (heads,), before training: in a softmax
+    model a head's mean power is anything from 0.1 to 100,000, and one polynomial must hold for all heads.
+    """
 
     kind = "attention"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        found: dict[str, Any] | None = None,
+        scale_queries: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        super().__init__(recipe, found)
+        self.scale_queries = scale_queries
+
+    @property
+    def floor(self) -> float:  # type: ignore[override]
+        return self.recipe.eps  # means of even powers are not negative
+
+    def wanted(self) -> tuple[float, float]:
+        return self.floor, self.floor * self.recipe.attention_spread / RANGE_ROOM
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, scaling: float) -> Tensor:
         """(B, H, T, d) each; weights (B, 1, 1 or T, L), zero where masked, adding up to one in every row; None: equal
         ones.
         """
         r = self.recipe
-        scores = (query @ key.transpose(-1, -2)) * (scaling * self.found.get("gain", 1.0))
+        scores = (query @ key.transpose(-1, -2)) * scaling
         if not self.frozen:
             if self.watching:
-                powers = power_scores(scores, r.exponent, r.shift) * key_weights(weights, scores)
+                powers = power_scores(scores, r.exponent, r.offset) * key_weights(weights, scores)
                 self._watch(powers.sum(-1) + r.eps)
-            return power_attend(scores, value, key_weights(weights, scores), r.exponent, r.eps, r.shift, stable=True)
+            return power_attend(scores, value, key_weights(weights, scores), r.exponent, r.eps, r.offset, stable=True)
         exporting = torch.compiler.is_exporting()
         if exporting:
-            e = polynomial_operation(scores, [0.0] * r.exponent + [1.0], -r.shift)
+            e = scores
+            for piece in power_pieces(r.exponent, r.offset):
+                e = polynomial_operation(e, list(piece.coefficients), piece.centre)
         else:
-            e = power_scores(scores, r.exponent, r.shift)
+            e = power_scores(scores, r.exponent, r.offset)
         if weights is None:
             total, numerator = e.mean(-1, keepdim=True), e @ (value * (1.0 / value.shape[-2]))
         elif weights.shape[-2] == 1:  # the same for all rows: weigh the values once
@@ -144,13 +192,15 @@ class PowerAttention(Form):
         total = total + r.eps
         self._watch(total)
         bounds = (self.found["low"], self.found["high"], r.reciprocal_degree, self.found["steps"])
-        inverse: Tensor = power_operation(total, -1.0, *bounds) if exporting else power(total, -1.0, *bounds)
+        inverse: Tensor = (
+            power_operation(total, -1.0, *bounds) if exporting else power(self._kept(total), -1.0, *bounds)
+        )
         out: Tensor = numerator * self._blended(inverse, lambda: 1 / total)
         return out
 
 
 class PolynomialActivation(Form):
-    """A polynomial in place of GeLU and the like; ``found``: its coefficients."""
+    """A polynomial in place of GeLU and the like; ``found``: its coefficients, and how far arguments reached."""
 
     kind = "activation"
 
@@ -158,23 +208,35 @@ class PolynomialActivation(Form):
         super().__init__(recipe, found)
         self.original = original
 
+    @property
+    def frozen(self) -> bool:
+        return "coefficients" in self.found
+
     def forward(self, x: Tensor) -> Tensor:
-        if "coefficients" not in self.found:
+        if self.watching:
+            self.range_loss = _excess(x.abs() / self.recipe.activation_reach - 1)
+            self.seen.append(x.detach().abs().amax().clamp_min(1e-6).log().repeat(2))
+        if not self.frozen:
             result: Tensor = self.original(x)
             return result
         coefficients = self.found["coefficients"]
-        if self.watching:
-            away = x.abs() - self.found["reach"]
-            self.range_loss = _excess(away)
-            self.seen.append(x.detach().abs().amax().clamp_min(1e-6).log().repeat(2))
         if torch.compiler.is_exporting():
             out: Tensor = polynomial_operation(x, list(coefficients), 0.0)
             return out
-        return torch.as_tensor(polynomial(x, Piece(tuple(coefficients))))
+        return self._blended(torch.as_tensor(polynomial(x, Piece(tuple(coefficients)))), lambda: self.original(x))
+
+    def fit(self, samples: Tensor) -> None:
+        """Least squares under these arguments (one dimension)."""
+        piece, error = least_squares(self.original, samples, self.recipe.activation_degree)
+        self.found |= {"coefficients": list(piece.coefficients), "error": float(f"{error:.4g}")}
 
     def freeze(self) -> None:
-        """Its polynomial is there from the beginning."""
+        """``fit`` gives its polynomial; there is no range that it must keep."""
         self.found["seen"] = self.range_seen()[1]
+
+    def error(self) -> float:
+        """The root mean square where it was fitted."""
+        return float(self.found.get("error", 0.0))
 
 
 class PolynomialNorm(Form):
@@ -190,6 +252,9 @@ class PolynomialNorm(Form):
             raise ValueError(f"layer_norm over {original.normalized_shape}\nhint: the last dimension alone")
         self.weight, self.bias, self.eps = original.weight, original.bias, original.eps
 
+    def _power(self) -> tuple[float, int]:
+        return -0.5, self.recipe.norm_degree
+
     def forward(self, x: Tensor) -> Tensor:
         if self.watching:
             self._watch(x.var(-1, unbiased=False))
@@ -204,7 +269,17 @@ class PolynomialNorm(Form):
         if torch.compiler.is_exporting():
             out: Tensor = layer_norm_operation(x, weight, bias, *form)
             return out
-        return self._blended(torch.as_tensor(polynomial_layer_norm(x, weight, bias, *form)), lambda: self._exact(x))
+        if self.watching:
+            return self._blended(self._trained(x, weight, bias), lambda: self._exact(x))
+        return torch.as_tensor(polynomial_layer_norm(x, weight, bias, *form))
+
+    def _trained(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same function, with the variance kept in its range."""
+        centred = x - x.mean(-1, keepdim=True)
+        variance = self._kept(centred.square().mean(-1, keepdim=True)) + self.eps
+        edges = (self.found["low"] + self.eps, self.found["high"] + self.eps)
+        root = power(variance, -0.5, *edges, self.recipe.norm_degree, self.found["steps"])
+        return centred * root * weight + bias
 
     def _exact(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
@@ -249,7 +324,8 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
             "(BERT, RoBERTa, DistilBERT, ViT, GPT-2), nn.LayerNorm, and the activations GeLU, SiLU, ReLU and tanh"
         )
     for path, module in attention:
-        module.add_module("polynomial", PowerAttention(recipe, recipe.layers.get(f"{prefix}{path}.polynomial")))
+        found = recipe.layers.get(f"{prefix}{path}.polynomial")
+        module.add_module("polynomial", PowerAttention(recipe, found, _query_scaling(module)))
         module.config._attn_implementation = INTERFACE
     for path, module in norms:
         _replace(model, path, PolynomialNorm(module, recipe, recipe.layers.get(prefix + path)))
@@ -266,6 +342,35 @@ def described(model: nn.Module, recipe: Recipe) -> Recipe:
 
 def _goes_through_interface(module: nn.Module) -> bool:
     return isinstance(getattr(module, "scaling", None), float) and hasattr(module, "config")
+
+
+def _query_scaling(attention: nn.Module) -> Callable[[Tensor], None]:
+    """Of the projection that an attention module's queries come from, by the names that it goes by."""
+    for name in ("query", "q_lin", "q_proj", "c_attn"):
+        if isinstance(projection := getattr(attention, name, None), nn.Module):
+            break
+    else:
+        children = ", ".join(name for name, _ in attention.named_children())
+        raise ValueError(
+            f"{type(attention).__name__} has no known projection of queries among {children}\n"
+            "hint: query, q_lin, q_proj and c_attn are known"
+        )
+
+    def scale(factors: Tensor) -> None:
+        weight: Any = projection.weight
+        bias: Any = projection.bias
+        by_column = name == "c_attn"  # GPT-2's, of queries, keys and values, is (in, out)
+        width = weight.shape[1] // 3 if by_column else weight.shape[0]
+        each = factors.to(weight).repeat_interleave(width // len(factors))
+        with torch.no_grad():
+            if by_column:
+                weight[:, :width] *= each
+            else:
+                weight *= each[:, None]
+            if bias is not None:
+                bias[:width] *= each
+
+    return scale
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """Distil a model into its polynomial form, in stages, so that a killed run goes on where it was.
 
-1. *Swap*: Power-Softmax and polynomial activations stand in from the first step; divisions stay exact. The student
-   follows the teacher's hidden states and embeddings, and a range loss keeps arguments of divisions together.
-2. *Substitute*: ranges are frozen on what was seen, inverse powers become polynomials on them, and training goes on.
+1. *Swap*: Power-Softmax stands in from the first step; divisions, norms and activations stay exact. The student follows
+   the teacher's hidden states and embeddings, and a range loss, of growing weight, draws arguments together.
+2. *Substitute*: ranges are frozen on what was seen, activations and inverse powers become polynomials on them little by
+   little (``blend_steps``), and training goes on.
 
 The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), no dropout. A
 checkpoint is one file, of weights, the optimizer's moments and, as JSON in its header, the step and the recipe.
@@ -17,14 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from approximations.fits import least_squares
 from approximations.powers import power_scores
 from secure.polynomial import (
     Form,
@@ -37,28 +37,39 @@ from secure.polynomial import (
     key_weights,
 )
 
-FRESH = 2  # batches from which gains, coefficients and centres are taken
+FRESH = 2  # batches from which scales of queries, centres and coefficients are taken
 SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
+EXACT = 0.1  # the last share of steps, which is in float32 whatever the setting
+POOL = 16  # batches whose items are sorted by size
 FREEZING = 48  # batches whose ranges are frozen
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: of both stages; ``substitute``: the share of them after which ranges are frozen."""
+    """steps: of all stages. narrow: the share of them over which the range loss grows to its full weight; substitute:
+    after which ranges are frozen and polynomials take over.
+    patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; 0: never.
+    """
 
     steps: int = 1500
     batch: int = 48
     rate: float = 3e-4
     seed: int = 0
     warm_up: int = 50
+    narrow: float = 0.4
     substitute: float = 0.6
     blend_steps: int = 100  # over which polynomials take over from exact divisions
-    range_weight: float = 1.0
+    range_weight: float = 0.01
+    bfloat16: bool = False  # products in bfloat16 but for the last steps: twice as fast where the processor has it
+    check_every: int = 100  # steps from one check on held-out data to the next
+    patience: int = 0
     checkpoint_seconds: float = 180.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 2 or not 0 < self.substitute < 1:
-            raise ValueError(f"settings out of range: {self}\nhint: steps from 1, batch from 2, substitute in (0, 1)")
+        if self.steps < 1 or self.batch < 2 or not 0 < self.narrow <= self.substitute < 1:
+            raise ValueError(
+                f"settings out of range: {self}\nhint: steps from 1, batch from 2, 0 < narrow <= substitute < 1"
+            )
 
 
 @dataclass
@@ -97,11 +108,14 @@ class Trainer:
     settings: Settings
     directory: Path | None = None
     forward: Callable[[Batch], object] | None = None  # of the student alone; by default with the batch as keywords
+    held_out: Sequence[Any] = ()  # data that is only checked on
+    size: Callable[[Any], int] | None = None  # of an item: batches are then of items of about one size
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.settings.seed)
+        self.device = next(self.student.parameters()).device
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         decay = [p for p in self.parameters.values() if p.dim() > 1]
         rest = [p for p in self.parameters.values() if p.dim() <= 1]
@@ -116,12 +130,18 @@ class Trainer:
     # data
 
     def batch(self, step: int) -> Batch:
-        per_epoch = max(1, len(self.data) // self.settings.batch)
-        epoch, place = divmod(step, per_epoch)
+        size, count = self.settings.batch, len(self.data)
+        epoch, place = divmod(step, max(1, count // size))
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.data), generator=generator)
-        chosen = order[place * self.settings.batch : (place + 1) * self.settings.batch]
-        return self.collate([self.data[i] for i in chosen.tolist()])
+        order = torch.randperm(count, generator=generator)
+        if self.size is not None:  # items of a pool of batches, by size, and those batches in any order
+            pool, within = divmod(place, POOL)
+            order = order[pool * POOL * size : (pool + 1) * POOL * size]
+            sizes = torch.tensor([self.size(self.data[i]) for i in order.tolist()])
+            order = order[sizes.argsort(stable=True)]
+            place = int(torch.randperm(len(order) // size, generator=generator)[within])
+        chosen = order[place * size : (place + 1) * size]
+        return {k: v.to(self.device) for k, v in self.collate([self.data[i] for i in chosen.tolist()]).items()}
 
     # stages
 
@@ -132,16 +152,19 @@ class Trainer:
         if self.step == 0 and not self._started:
             self._prepare()
         self._watch(True)
-        while self.step < min(s.steps, until or s.steps):
+        while self.step < min(s.steps, until or s.steps) and not self._stalled():
             if self.step == freezing and not self._frozen:
                 self._freeze()
             for _, form in forms(self.student):
                 form.blend = min(1.0, (self.step - freezing + 1) / s.blend_steps) if self._frozen else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = s.rate * self._schedule(self.step)
-            loss, parts = self.loss(self.batch(self.step))
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=s.bfloat16 and self.step < s.steps * (1 - EXACT)
+            ):
+                loss, parts = self.loss(self.batch(self.step))
             ranges = self._range_loss()
-            total = loss + s.range_weight * ranges
+            total = loss + self._range_weight() * ranges
             if not bool(torch.isfinite(total)):
                 raise Diverged(
                     f"the loss is not finite at step {self.step}"
@@ -152,11 +175,12 @@ class Trainer:
             total.backward()
             nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
-            for _, form in forms(self.student):
-                form.seen.clear()
+            self._watch(True)  # empties what was seen
             self.step += 1
             parts = {**parts, "range": ranges.item()}
             self.history.append({"step": self.step, "loss": loss.item(), **parts})
+            if self.held_out and (self.step % s.check_every == 0 or self.step == s.steps):
+                self.history[-1]["held_out"] = self._held_out_loss()
             if self.directory is not None and time.monotonic() - self._saved > s.checkpoint_seconds:
                 self.save()
             if told is not None:
@@ -175,7 +199,26 @@ class Trainer:
 
     @property
     def _frozen(self) -> bool:
-        return any(form.frozen for _, form in forms(self.student) if not isinstance(form, PolynomialActivation))
+        return any(form.frozen for _, form in forms(self.student))
+
+    def _held_out_loss(self) -> float:
+        self._watch(False)
+        size, losses = self.settings.batch, []
+        for start in range(0, len(self.held_out), size):
+            if len(chosen := self.held_out[start : start + size]) > 1:  # a loss of similarities takes two
+                losses.append(self._loss(self.collate(chosen)))
+        self._watch(True)
+        return sum(losses) / len(losses)
+
+    def _loss(self, batch: Batch) -> float:
+        with torch.no_grad():
+            return float(self.loss({k: v.to(self.device) for k, v in batch.items()})[0])
+
+    def _stalled(self) -> bool:
+        s = self.settings
+        begun = s.steps * s.substitute + s.blend_steps
+        checks = [h["held_out"] for h in self.history if "held_out" in h and h["step"] > begun]
+        return 0 < s.patience < len(checks) and min(checks[: -s.patience]) <= min(checks[-s.patience :])
 
     def _watch(self, on: bool) -> None:
         for _, form in forms(self.student):
@@ -185,6 +228,11 @@ class Trainer:
     def _range_loss(self) -> Tensor:
         losses = [form.range_loss for _, form in forms(self.student) if form.range_loss is not None]
         return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def _range_weight(self) -> float:
+        """Growing over the first stage: on a fresh student the range loss would drown all others."""
+        s = self.settings
+        return s.range_weight * min(1.0, self.step / (s.steps * s.narrow))
 
     def _schedule(self, step: int) -> float:
         s = self.settings
@@ -197,25 +245,35 @@ class Trainer:
             self.forward(batch) if self.forward is not None else self.student(**batch)
 
     def _prepare(self) -> None:
-        """Gains and coefficients, module by module in the order of the computation as each changes what follows; then
-        the centres of the norms, which are exact until ranges are frozen.
+        """Scales of queries, layer by layer in the order of the computation as each changes what follows; then the
+        centres of the norms.
         """
         batches = [self.batch(i) for i in range(FRESH)]
         order = _in_order(self.student, lambda: self._forward(batches[0]))
         norms: list[Form] = [form for form in order if isinstance(form, PolynomialNorm)]
-        groups: list[list[Form]] = [[form] for form in order if not isinstance(form, PolynomialNorm)]
-        for group in [*groups, norms]:
-            with _arguments(group) as captured:
-                for batch in batches:
-                    self._forward(batch)
-            for form, arguments in captured.items():
+        for group in [*([form] for form in order if isinstance(form, PowerAttention)), norms]:
+            for form, arguments in self._met(group, batches).items():
                 _start(form, arguments)
+
+    def _met(self, group: Sequence[Form], batches: Sequence[Batch]) -> dict[Form, list[Tensor]]:
+        with _arguments(group) as captured:
+            for batch in batches:
+                self._forward(batch)
+        return captured
 
     def _freeze(self) -> None:
         self._watch(True)
-        for i in range(FREEZING):
-            self._forward(self.batch(self.settings.steps + i))
+        batches = [self.batch(self.settings.steps + i) for i in range(FREEZING)]
+        for batch in batches:
+            self._forward(batch)
+        activations = [form for _, form in forms(self.student) if isinstance(form, PolynomialActivation)]
+        for activation, met in self._met(activations, batches[:FRESH]).items():
+            if met:  # not of a module that this model never calls
+                samples = torch.cat([x.reshape(-1) for x in met])
+                cast(PolynomialActivation, activation).fit(samples[:: max(1, samples.numel() // SAMPLES)])
         for path, form in forms(self.student):
+            if not form.seen:
+                continue
             low, high = form.range_seen()
             try:
                 form.freeze()
@@ -296,23 +354,18 @@ def _arguments(group: Sequence[Form]) -> Iterator[dict[Form, list[Tensor]]]:
 
 def _start(form: Form, captured: list[Tensor]) -> None:
     """What a module needs before the first step, from its own arguments."""
-    if isinstance(form, PolynomialActivation):
-        samples = torch.cat([x.reshape(-1) for x in captured])
-        samples = samples[:: max(1, samples.numel() // SAMPLES)]
-        piece, _ = least_squares(form.original, samples, form.recipe.activation_degree)
-        form.found = {
-            "coefficients": list(piece.coefficients),
-            "reach": float(samples.abs().quantile(0.9999)),
-        }
-    elif isinstance(form, PowerAttention):
-        totals = []
+    if isinstance(form, PowerAttention):
+        totals: list[list[Tensor]] = []
         for query, key, _, weights in zip(*(captured[i::4] for i in range(4)), strict=True):
             scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
-            powers = power_scores(scores, form.recipe.exponent, form.recipe.shift) * key_weights(weights, scores)
-            totals.append(powers.sum(-1).reshape(-1))
-        median = float(torch.cat(totals).median())
-        gain = median ** (-1 / form.recipe.exponent) if not form.recipe.shift else 1.0
-        form.found = {"gain": gain, "centre": 1.0 if not form.recipe.shift else median}
+            powers = power_scores(scores, form.recipe.exponent, form.recipe.offset) * key_weights(weights, scores)
+            totals.append([head.reshape(-1) for head in powers.sum(-1).unbind(1)])
+        medians = torch.stack([torch.cat(head).median() for head in zip(*totals, strict=True)])
+        if form.recipe.offset or form.scale_queries is None:
+            form.found = {"centre": float(medians.log().mean().exp())}
+        else:
+            form.scale_queries(medians ** (-1 / form.recipe.exponent))
+            form.found = {"centre": 1.0}
     else:
         variance = torch.cat([x.var(-1, unbiased=False).reshape(-1) for x in captured])
         form.found = {"centre": float(variance.log().mean().exp())}

@@ -33,7 +33,7 @@ COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
 @given(st.sampled_from([-1.0, -0.5]), st.floats(1e-3, 1e2), st.floats(1.5, 60.0), st.integers(1, 3), st.integers(0, 2))
 def test_inverse_powers_within_their_bound(exponent: float, low: float, spread: float, degree: int, steps: int) -> None:
     x = torch.linspace(low, low * spread, 501, dtype=torch.float64)
-    bound = power_error(exponent, low, low * spread, degree, steps)
+    bound = power_error(exponent, degree, low, low * spread, steps)
     relative = power(x, exponent, low, low * spread, degree, steps, scale=3.0) / (3.0 * x**exponent) - 1
     assert float(relative.abs().max()) <= bound * 1.01 + 1e-9
 
@@ -48,10 +48,10 @@ def test_the_reciprocal_fit_is_the_chebyshev_optimum(spread: float) -> None:
 
 
 def test_corrections_are_as_many_as_it_takes() -> None:
-    assert steps_for(-0.5, 0.5, 2.0, 3, 0.01) == 0
-    assert power_error(-1.0, 0.2, 5.0, 3, steps_for(-1.0, 0.2, 5.0, 3, 1e-4)) <= 1e-4
+    assert steps_for(-0.5, 3, 0.5, 2.0, 0.01) == 0
+    assert power_error(-1.0, 3, 0.2, 5.0, steps_for(-1.0, 3, 0.2, 5.0, 1e-4)) <= 1e-4
     with pytest.raises(ValueError, match="range loss"):
-        steps_for(-1.0, 1e-4, 1e4, 3, 1e-4)
+        steps_for(-1.0, 3, 1e-4, 1e4, 1e-4)
 
 
 def test_least_squares_is_exact_where_it_can_be() -> None:
@@ -123,7 +123,7 @@ def trainer(student: nn.Module, directory: Path | None = None, recipe: Recipe | 
     return Trainer(student, recipe or RECIPE, loss, data, together, Settings(**chosen), directory)
 
 
-RECIPE = Recipe(power=2, spread=16.0, eps=0.2)
+RECIPE = Recipe(power=2, eps=0.2)
 
 
 def polynomial_encoder(recipe: Recipe = RECIPE) -> Encoder:

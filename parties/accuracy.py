@@ -1,0 +1,143 @@
+"""``unseen accuracy``: how close a model in polynomial form is to its original, and under the protocol to itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from parties.errors import PartyError
+from parties.model import PACKAGED, calibration_inputs, model_directory, text_inputs
+from parties.options import Length, Threads, read_texts
+from parties.profiling import Format, checked_output, write_report
+from protocols.fixedpoint import FixedPoint
+from secure.calibration import HELD_OUT, SENTENCES
+from secure.fidelity import Computed, Fidelity, Held
+from secure.tokens import TextTokenizer, load_tokenizer
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+WAYS = ("computed in", "sentences", "Spearman", "same nearest", "mean cosine", "lowest", "lowest to own float")
+RANGES = ("module", "met", "allowed", "used", "corrections", "error")
+
+
+def accuracy_command(
+    model: Annotated[str, typer.Argument(help="A model directory that `unseen train` wrote.")],
+    original: Annotated[
+        str, typer.Option(help=f"The model that it was made of, a directory or {PACKAGED!r}.")
+    ] = PACKAGED,
+    texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 100 of ours by default.")] = None,
+    length: Length = 32,
+    protocol: Annotated[int, typer.Option(min=0, help="How many of them to ask under the protocol as well.")] = 10,
+    form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
+    output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Compare a polynomial model with its original: in floating point, in fixed point, and under the protocol."""
+    checked_output(output, form.value)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    given = read_texts(texts, "--texts", "sentence") if texts else list(HELD_OUT)
+    found = measured(model_directory(model), model_directory(original), given, length, protocol)
+    document = asdict(found) | {"model": Path(model).name, "original": Path(original).name, "length": length}
+    if form.value == "table":
+        show(found)
+    elif form.value == "json":
+        write_report(json.dumps(document, indent=1) + "\n", output)
+    else:
+        write_report(_page(document, found), output)
+
+
+def measured(trained: Path, original: Path, texts: list[str], length: int, protocol: int) -> Fidelity:
+    """Compiled for one padded length on the public sentences and a sample of the texts' kind."""
+    from secure.compiler import compile
+    from secure.fidelity import fidelity
+    from secure.models import load_sentence_encoder
+
+    model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
+    if not 2 < length <= model.maximum_length:
+        raise PartyError(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
+    samples = calibration_inputs(tokenizer, length, SENTENCES)
+    _say("compiling")
+    fixed, labels = FixedPoint(), {"model": trained.name, "length": str(length)}
+    compiled = compile(
+        model, samples[0], calibration=samples[1:], embedding="client-table", fixed_point=fixed, labels=labels
+    )
+    inputs = [x for text in texts if (x := _cut(tokenizer, text, length)) is not None]
+    return fidelity(model, teacher, compiled, inputs, min(protocol, len(inputs)), _say)
+
+
+def _cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Tensor] | None:
+    words = text.split()
+    for kept in range(len(words), 0, -1):
+        try:
+            return text_inputs(tokenizer, " ".join(words[:kept]), length)
+        except ValueError:
+            continue
+    return None
+
+
+def show(found: Fidelity) -> None:
+    """As tables in the terminal."""
+    for title, heads, rows in _tables(found):
+        table = Table(title=title, title_justify="left")
+        for head in heads:
+            table.add_column(head, justify="left" if head == heads[0] else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        out.print(table)
+
+
+def _tables(found: Fidelity) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    layers = [(f"layer {i}", f"{error:.4f}") for i, error in enumerate(found.layers)]
+    return [
+        ("against the original", WAYS, [_way(way) for way in found.ways]),
+        ("hidden states behind each layer", ("", "relative error"), layers),
+        ("ranges of the polynomials", RANGES, [_range(held) for held in found.ranges]),
+    ]
+
+
+def _way(way: Computed) -> tuple[str, ...]:
+    a = way.agreement
+    own = "" if way.how == "floating point" else f"{way.lowest_own_cosine:.7f}"
+    figures = (a.spearman, a.nearest, a.mean_cosine, a.lowest_cosine)
+    return (way.how, str(a.sentences), *(f"{value:.4f}" for value in figures), own)
+
+
+def _range(held: Held) -> tuple[str, ...]:
+    if held.used is None:
+        return (held.path, f"up to {held.met_high:.3g}", "any", "", "", f"{held.error:.2g}")
+    met, allowed = (f"{a:.3g} to {b:.3g}" for a, b in ((held.met_low, held.met_high), (held.low, held.high)))
+    return (held.path, met, allowed, f"{held.used:.0%}", str(held.corrections), f"{held.error:.2g}")
+
+
+def _page(document: dict[str, Any], found: Fidelity) -> str:
+    from parties.html_report import bar_chart, escaped, page, table_html
+
+    charts: list[dict[str, Any]] = []
+    body = []
+    names = [f"layer {i}" for i in range(len(found.layers))]
+    pictures = [
+        "",
+        bar_chart(charts, names, {"hidden states": list(found.layers)}, "relative error"),
+        bar_chart(
+            charts,
+            [held.path for held in found.ranges if held.used is not None],
+            {"met": [held.used for held in found.ranges if held.used is not None]},
+            "share of the allowed range, in logarithms",
+        ),
+    ]
+    for (title, heads, rows), picture in zip(_tables(found), pictures, strict=True):
+        body.append(f"<h2>{escaped(title)}</h2>{picture}{table_html(heads, rows)}")
+    return page(f"unseen accuracy: {document['model']} of {document['original']}", body, charts)
+
+
+def _say(line: str) -> None:
+    err.print(f"unseen accuracy: {line} ...", markup=False, soft_wrap=True)
