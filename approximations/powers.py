@@ -80,7 +80,7 @@ def steps_for(exponent: float, degree: int, low: float, high: float, error: floa
 
 
 def power_scores(scores: Value, p: int, shift: float = 0.0) -> Value:
-    """(1 + scores / shift)^p, or scores^p without a shift; p even: no comparison, one opening up to p = 4, two above."""
+    """(1 + scores / shift)^p, or scores^p without a shift; p even: one opening up to p = 4, two above."""
     for piece in power_pieces(p, shift):
         scores = polynomial(scores, piece)
     return scores

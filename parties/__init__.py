@@ -24,6 +24,7 @@ transport    what a round takes between two processes of this machine
 html_report  a profile as one HTML page with charts
 profiling    the command ``unseen profile``
 comparing    variants of a model, side by side
+accuracy     the command ``unseen accuracy``
 training     the command ``unseen train``
 digits       the demonstration on images of digits
 cli          the command ``unseen``

@@ -22,6 +22,8 @@ from secure.calibration import HELD_OUT, SENTENCES
 from secure.fidelity import Computed, Fidelity, Held
 from secure.tokens import TextTokenizer, load_tokenizer
 
+LENGTH = 32  # tokens of a sentence, if nothing else is asked for
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -35,7 +37,7 @@ def accuracy_command(
         str, typer.Option(help=f"The model that it was made of, a directory or {PACKAGED!r}.")
     ] = PACKAGED,
     texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 100 of ours by default.")] = None,
-    length: Length = 32,
+    length: Length = LENGTH,
     protocol: Annotated[int, typer.Option(min=0, help="How many of them to ask under the protocol as well.")] = 10,
     form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
     output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
@@ -62,6 +64,7 @@ def measured(trained: Path, original: Path, texts: list[str], length: int, proto
     from secure.models import load_sentence_encoder
 
     model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
+    length = length or min(LENGTH, model.maximum_length)
     if not 2 < length <= model.maximum_length:
         raise PartyError(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
     samples = calibration_inputs(tokenizer, length, SENTENCES)

@@ -11,13 +11,13 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from parties.accuracy import measured, show
 from parties.errors import PartyError
-from parties.model import PACKAGED, calibration_inputs, model_directory
+from parties.model import PACKAGED, model_directory
 from parties.options import Threads, read_texts
 from secure.calibration import HELD_OUT
-from secure.polynomial import Recipe
+from secure.recipe import Recipe
 from secure.training import Progress as Step
 from secure.training import Settings
 
@@ -27,24 +27,29 @@ out = Console(highlight=False)
 
 
 def train_command(
-    text: Annotated[Path, typer.Option(help="Training sentences, one a line.")],
+    text: Annotated[Path, typer.Option(help="A file of sentences, one a line, or a saved data set.")],
     output: Annotated[Path, typer.Option(help="Where the trained model and its checkpoints go.")],
     model: Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
     attention: Annotated[Attention, typer.Option(help="Power-Softmax, or MPCFormer's 2Quad.")] = Attention["power"],
     power: Annotated[int, typer.Option(help="The even power of Power-Softmax.")] = 4,
-    activation_degree: Annotated[int, typer.Option(help="Degree of the activations' polynomials.")] = 2,
-    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    shift: Annotated[float | None, typer.Option(help="c of (1 + x/c)^power; 0: x^power; by default c = power.")] = None,
+    activation_degree: Annotated[int, typer.Option(help="Degree of the activations' polynomials.")] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 4500,
     batch: Annotated[int, typer.Option(min=2, help="Sentences a step.")] = 48,
-    rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 4e-4,
+    rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.5e-4,
     seed: int = 0,
+    bfloat16: Annotated[bool, typer.Option(help="Products in bfloat16 until the last steps.")] = False,
+    patience: Annotated[
+        int, typer.Option(min=0, help="End after so many checks without a better held-out loss; 0: never.")
+    ] = 0,
     held_out: Annotated[Path | None, typer.Option(help="Sentences for the report; 100 of ours by default.")] = None,
+    column: Annotated[str, typer.Option(help="Of a Hugging Face data set: where its sentences are.")] = "text",
     threads: Threads = 0,
 ) -> None:
     """Put a model into polynomial form, so that no private query compares anything. Run again, it goes on."""
-    from secure.distillation import agreement, distil
-    from secure.models import load_sentence_encoder, load_tokenizer
+    from secure.distillation import distil
 
-    wanted = {"attention": attention.value, "power": power, "activation_degree": activation_degree}
+    wanted = {"attention": attention.value, "power": power, "shift": shift, "activation_degree": activation_degree}
     try:
         recipe = Recipe.model_validate(wanted)
     except ValidationError as error:
@@ -52,11 +57,11 @@ def train_command(
         option = str(problem["loc"][0]).replace("_", "-")
         raise PartyError(f"--{option}: {problem['msg']}", "powers are 2, 4, 6 or 8; degrees 2 to 4") from None
     directory = model_directory(model)
-    texts = read_texts(text, "--text", "sentence")
+    texts = data_set(text, column) if text.is_dir() else read_texts(text, "--text", "sentence")
     others = read_texts(held_out, "--held-out", "sentence") if held_out else list(HELD_OUT)
     if threads:
         torch.set_num_threads(threads)
-    settings = Settings(steps=steps, batch=batch, rate=rate, seed=seed)
+    settings = Settings(steps=steps, batch=batch, rate=rate, seed=seed, bfloat16=bfloat16, patience=patience)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out) as bar:
         task = bar.add_task("training", total=steps)
@@ -65,13 +70,23 @@ def train_command(
             bar.update(task, completed=step.step, description=f"{step.stage}, loss {step.loss:.3f}")
 
         distil(directory, texts, recipe, settings, output, told)
-    tokenizer = load_tokenizer(directory)
-    trained, original = load_sentence_encoder(output), load_sentence_encoder(directory)
-    inputs = calibration_inputs(tokenizer, min(LENGTH, original.maximum_length), others)[: len(others)]
-    found = agreement(trained, original, inputs)
-    table = Table(title=f"against the original, on {found.sentences} held-out sentences")
-    for column in ("Spearman of similarities", "same nearest neighbour", "mean cosine", "lowest cosine"):
-        table.add_column(column)
-    table.add_row(*(f"{v:.4f}" for v in (found.spearman, found.nearest, found.mean_cosine, found.lowest_cosine)))
-    out.print(table)
+    show(measured(output, directory, others, 0, protocol=0))
     out.print(f"serve it with: unseen serve {output}", markup=False)
+
+
+def data_set(directory: Path, column: str) -> list[str]:
+    """The sentences of a Hugging Face data set that ``save_to_disk`` wrote; of its "train" part if it has parts."""
+    try:
+        from datasets import DatasetDict, load_from_disk  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise PartyError(f"--text: {directory} is a directory", "for data sets: pip install datasets") from None
+    try:
+        found = load_from_disk(str(directory))
+    except (FileNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PartyError(f"--text: {directory} is no data set: {reason}", "as save_to_disk writes it") from None
+    if isinstance(found, DatasetDict):
+        found = found["train"] if "train" in found else next(iter(found.values()))
+    if column not in found.column_names:
+        raise PartyError(f"--column: {directory} has no column {column!r}", f"it has {', '.join(found.column_names)}")
+    return [line for value in found[column] if (line := " ".join(str(value).split()))]

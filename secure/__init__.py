@@ -10,7 +10,9 @@ clear        operations that one party evaluates in the clear
 graph        a model as a flat list of typed operations
 operations   what torch.export keeps whole, for models in polynomial form
 shapes, rules, polynomial_rules, builder, capture    from torch.export to a graph
-polynomial   modules that replace softmax, activations and norms by polynomials, and the recipe
+recipe       how a model is put into polynomial form
+polynomial   modules in the place of softmax, activations and norms
+swap         those modules swapped into Hugging Face models
 models       sentence encoders in sentence-transformers' format
 training, distillation    of a model into that form, in stages that a killed run resumes
 digits       a small vision transformer in polynomial form
@@ -22,6 +24,7 @@ functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compiler     all of it in one call
 inprocess    all parties in one process: insecure, by name
+fidelity     how close a polynomial model is to its original, and its Program to itself
 timeline     when a party did what in one query, measured or predicted
 profile      what a Program costs, before anything runs
 outline      a Program of a model without its weights, for its costs
@@ -41,6 +44,8 @@ from secure.graph import UnsupportedOperation
 from secure.inprocess import InsecureInProcess, plain_reference
 from secure.profile import Network, Profile, profile
 from secure.program import InvalidProgram, Program
+from secure.recipe import Recipe
+from secure.swap import polynomialize
 
 if TYPE_CHECKING:
     from parties.client import Connection
@@ -57,10 +62,12 @@ __all__ = [
     "Network",
     "Profile",
     "Program",
+    "Recipe",
     "UnsupportedOperation",
     "compile",
     "connect",
     "plain_reference",
+    "polynomialize",
     "profile",
 ]
 

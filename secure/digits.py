@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secure.polynomial import Form, PowerAttention, Recipe, forms
+from secure.polynomial import Form, PowerAttention, forms
+from secure.recipe import Recipe
 
 SIDE, PATCH, CLASSES = 8, 2, 10
 BATCH, RANGE_WEIGHT = 64, 0.3

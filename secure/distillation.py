@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from secure.models import RECIPE, SentenceEncoder, load_sentence_encoder, load_tokenizer
-from secure.polynomial import Recipe, polynomialize
+from secure.recipe import Recipe
+from secure.swap import polynomialize
 from secure.tokens import TextTokenizer, tokenize
 from secure.training import Batch, Progress, Settings, Trainer
 
 LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
 JOINED = 4  # sentences to a long one
+HELD_OUT = 480  # sentences of the data that a run with patience checks on
 ONE_IN = 6  # batches that are of long ones
 COSINE, SIMILARITY = 5.0, 10.0  # weights of the loss beside the hidden states' mean square error
 
@@ -130,15 +132,17 @@ def distil(
         raise ValueError(f"{len(data)} sentences are fewer than a batch of {settings.batch}\nhint: give more text")
     teacher.requires_grad_(False)
     polynomialize(student.encoder, recipe, prefix="encoder.")
+    kept = min(HELD_OUT, len(data) // 20) if settings.patience else 0
     trainer = Trainer(
         student,
         recipe,
         distillation_loss(teacher, student),
-        data,
+        data[kept:],
         lambda chosen: collate(chosen, tokenizer.pad_id, longest),
         settings,
         output,
         forward=lambda batch: hidden_states(student, batch),
+        held_out=data[:kept],
         size=len,
     )
     found = trainer.run(told)
@@ -153,13 +157,6 @@ def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path)
     encoder: Any = student.encoder
     encoder.save_pretrained(output)
     (output / RECIPE).write_text(recipe.model_dump_json(indent=1))
-
-
-def agreement(model: nn.Module, original: nn.Module, inputs: Sequence[Batch]) -> Agreement:
-    """Compare two sentence encoders, both in floating point."""
-    with torch.no_grad():
-        a, b = (torch.cat([F.normalize(m(**x), dim=-1) for x in inputs]).double() for m in (model, original))
-    return agreement_of(a, b)
 
 
 def agreement_of(a: Tensor, b: Tensor) -> Agreement:

@@ -73,7 +73,9 @@ def fidelity(
     the protocol too, all parties in this process.
     """
     told("floating point")
-    apart, size, ours, theirs = torch.zeros(0), torch.zeros(0), [], []
+    apart, size = torch.zeros(()), torch.zeros(())
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
     for _, form in forms(model):
         form.watching = True
         form.seen.clear()
@@ -84,7 +86,7 @@ def fidelity(
             pairs = list(zip(states, wanted_states, strict=True))
             squares = torch.stack([((a - b).square() * mask).sum() for a, b in pairs])
             sizes = torch.stack([(b.square() * mask).sum() for _, b in pairs])
-            apart, size = (squares, sizes) if not ours else (apart + squares, size + sizes)
+            apart, size = apart + squares, size + sizes
             ours.append(mine.double())
             theirs.append(wanted.double())
     ranges = tuple(_held(path, form) for path, form in forms(model) if form.seen)

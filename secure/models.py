@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.graph import MASKED
-from secure.polynomial import polynomialize, read_recipe
+from secure.recipe import read_recipe
+from secure.swap import polynomialize
 from secure.tokens import EmptyInput, InputTooLong, TextTokenizer, load_tokenizer, read_json, tokenize
 
 __all__ = [

@@ -1,78 +1,37 @@
-"""Models in polynomial form: modules that take the place of attention's softmax, activations and normalizations.
+"""Modules in polynomial form, in the place of attention's softmax, activations and normalizations.
 
-Each module has two faces. While a model is trained, attention and normalizations divide exactly and tell how far their
-arguments stray from a range (``range_loss``); once ``frozen`` on a range, they use polynomials on it. Captured into a
-Program, each becomes one operation whose protocol compares nothing (``approximations.powers``).
-
-``polynomialize`` swaps them into any Hugging Face model whose attention goes through transformers' attention interface
-and keeps all weights under their names; a ``Recipe`` says how, and with the ranges and coefficients that were found it
-is what a checkpoint needs beside its weights.
+Each has two faces. While a model is trained, it computes the exact function and tells how far its arguments stray from
+a range (``range_loss``); once ``frozen``, it uses a polynomial, with the exact function beside it while ``blend`` is
+below one. Captured into a Program, each becomes operations whose protocols compare nothing (``approximations.powers``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from approximations.fits import least_squares
 from approximations.norms import polynomial_layer_norm
-from approximations.powers import polynomial, power, power_attend, power_error, power_pieces, power_scores, steps_for
+from approximations.powers import power, power_attend, power_error, power_pieces, power_scores, steps_for
 from approximations.primitives import Piece
 from secure.operations import layer_norm_operation, polynomial_operation, power_operation
+from secure.recipe import Recipe
 
-INTERFACE = "unseen-power"  # the name of our attention in transformers' registry
-QUAD = 5.0  # the shift of 2Quad
 RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
 
 
-class Recipe(BaseModel):
-    """How a model is put into polynomial form. ``layers``: what was found for each module, by path.
-
-    attention: "power" is Power-Softmax (1 + x/shift)^p, or x^p for shift 0; shift None is p. "quad" is MPCFormer's
-    2Quad, p = 2 and shift 5. Both over a mean with ``eps``.
-    activation_degree: of the least-squares polynomial; activation_reach: what |arguments| should stay below. *_degree: of the polynomials that inverse powers begin with.
-    inverse_error: relative error of inverse powers, which training gets used to; corrections follow until it is met.
-    *_spread: how many times larger than the smallest the largest argument of an inverse power should be.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    attention: Literal["power", "quad"] = "power"
-    power: int = Field(default=4, ge=2, le=8, multiple_of=2)
-    shift: float | None = Field(default=None, ge=0)
-    eps: float = Field(default=0.1, gt=0, lt=1)
-    activation_degree: int = Field(default=4, ge=2, le=4)
-    activation_reach: float = Field(default=5.0, gt=0)
-    reciprocal_degree: int = Field(default=3, ge=1, le=3)
-    norm_degree: int = Field(default=3, ge=1, le=3)
-    inverse_error: float = Field(default=0.3, gt=0, lt=1)
-    norm_spread: float = Field(default=32.0, gt=1)
-    attention_spread: float = Field(default=100.0, gt=1)
-    layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @property
-    def exponent(self) -> int:
-        return self.power if self.attention == "power" else 2
-
-    @property
-    def offset(self) -> float:
-        """c of (1 + x/c)^p, zero for x^p."""
-        if self.attention == "quad":
-            return QUAD
-        return float(self.power) if self.shift is None else self.shift
-
-
 def _excess(away: Tensor) -> Tensor:
-    """The mean square of what lies beyond a range, and the largest: polynomials must hold for every single value."""
+    """The mean square of what lies beyond a range, and the largest, for which polynomials must hold as well.
+
+    away: in logarithms, so that the far outliers of a fresh student do not drown everything else.
+    """
     beyond = F.relu(away)
-    return beyond.square().sum() / (away > 0).sum().clamp_min(1) + beyond.amax().square()
+    return beyond.square().sum() / (away > 0).sum().clamp_min(1) + beyond.amax()
 
 
 class Form(nn.Module):
@@ -108,12 +67,17 @@ class Form(nn.Module):
             low, high = self.wanted()
             self.range_loss = _excess(torch.maximum(logarithm - math.log(high), math.log(low) - logarithm))
 
-    def _kept(self, value: Tensor) -> Tensor:
-        """In training a value beyond the range is taken at its edge: one sentence must not make the loss infinite."""
-        return value.clamp(self.found["low"], self.found["high"]) if self.watching else value
+    def _mixed(self, value: Tensor, form: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Tensor:
+        """In training: ``blend`` of the polynomial and the rest exact; all of it exact beyond the range, so that one
+        sentence cannot make the loss infinite before the range loss has drawn it in.
+        """
+        low, high = self.bounds()
+        inside = self.blend * form(value.clamp(low, high)) + (1 - self.blend) * exact(value)
+        return torch.where((value < low) | (value > high), exact(value), inside)
 
-    def _blended(self, polynomial: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-        return polynomial if self.blend == 1.0 else self.blend * polynomial + (1 - self.blend) * exact()
+    def bounds(self) -> tuple[float, float]:
+        """Where the polynomial holds."""
+        return self.found["low"], self.found["high"]
 
     def range_seen(self) -> tuple[float, float]:
         """The smallest and the largest argument since ``seen`` was emptied."""
@@ -192,11 +156,14 @@ class PowerAttention(Form):
         total = total + r.eps
         self._watch(total)
         bounds = (self.found["low"], self.found["high"], r.reciprocal_degree, self.found["steps"])
-        inverse: Tensor = (
-            power_operation(total, -1.0, *bounds) if exporting else power(self._kept(total), -1.0, *bounds)
-        )
-        out: Tensor = numerator * self._blended(inverse, lambda: 1 / total)
-        return out
+        inverse: Tensor
+        if exporting:
+            inverse = power_operation(total, -1.0, *bounds)
+        elif self.watching:
+            inverse = self._mixed(total.float(), lambda t: power(t, -1.0, *bounds), lambda t: 1 / t)
+        else:
+            inverse = power(total, -1.0, *bounds)
+        return numerator * inverse
 
 
 class PolynomialActivation(Form):
@@ -214,7 +181,7 @@ class PolynomialActivation(Form):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.watching:
-            self.range_loss = _excess(x.abs() / self.recipe.activation_reach - 1)
+            self.range_loss = _excess((x.abs() / self.recipe.activation_reach).clamp_min(1e-6).log())
             self.seen.append(x.detach().abs().amax().clamp_min(1e-6).log().repeat(2))
         if not self.frozen:
             result: Tensor = self.original(x)
@@ -223,7 +190,13 @@ class PolynomialActivation(Form):
         if torch.compiler.is_exporting():
             out: Tensor = polynomial_operation(x, list(coefficients), 0.0)
             return out
-        return self._blended(torch.as_tensor(polynomial(x, Piece(tuple(coefficients)))), lambda: self.original(x))
+        piece = Piece(tuple(coefficients))
+        if self.watching:
+            return self._mixed(x, piece, self.original)
+        return piece(x)
+
+    def bounds(self) -> tuple[float, float]:
+        return -self.found["seen"], self.found["seen"]
 
     def fit(self, samples: Tensor) -> None:
         """Least squares under these arguments (one dimension)."""
@@ -270,16 +243,18 @@ class PolynomialNorm(Form):
             out: Tensor = layer_norm_operation(x, weight, bias, *form)
             return out
         if self.watching:
-            return self._blended(self._trained(x, weight, bias), lambda: self._exact(x))
+            return self._trained(x, weight, bias)
         return torch.as_tensor(polynomial_layer_norm(x, weight, bias, *form))
 
     def _trained(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The same function, with the variance kept in its range."""
+        """The same function but for ``_mixed``."""
         centred = x - x.mean(-1, keepdim=True)
-        variance = self._kept(centred.square().mean(-1, keepdim=True)) + self.eps
         edges = (self.found["low"] + self.eps, self.found["high"] + self.eps)
-        root = power(variance, -0.5, *edges, self.recipe.norm_degree, self.found["steps"])
-        return centred * root * weight + bias
+        form = (-0.5, *edges, self.recipe.norm_degree, self.found["steps"])
+        variance = centred.square().mean(-1, keepdim=True)
+        root = self._mixed(variance, lambda v: power(v + self.eps, *form), lambda v: (v + self.eps).rsqrt())
+        out: Tensor = centred * root * weight + bias
+        return out
 
     def _exact(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
@@ -292,133 +267,9 @@ def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:
             yield path, module
 
 
-# Hugging Face models
-
-_ACTIVATIONS = ("GELU", "SiLU", "ReLU", "QuickGELU", "NewGELU", "Tanh")
-
-
-def read_recipe(path: Path) -> Recipe:
-    """A recipe file; ValueError where it is none."""
-    try:
-        return Recipe.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ValueError(f"{path} is no recipe: {error.errors()[0]['msg']}\nhint: unseen train writes it") from None
-
-
-def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Module:
-    """Swap a model's softmax, activations and layer norms, in place; ``recipe.layers`` restores what was found before.
-
-    prefix: of the model's own path in those names.
-    Weights and their names stay. ValueError for an architecture without a known recipe: it names what was found.
-    """
-    attention = [(n, m) for n, m in model.named_modules() if _goes_through_interface(m)]
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    activations = [(n, m) for n, m in model.named_modules() if _is_activation(m)]
-    others = sorted({type(m).__name__ for _, m in model.named_modules() if _has_no_form(m)})
-    if not attention or others:
-        kinds = sorted({type(m).__name__ for _, m in model.named_modules() if not list(m.children())})
-        raise ValueError(
-            f"{type(model).__name__} has no known polynomial form: "
-            + (f"{', '.join(others)} cannot be replaced" if others else "no attention that can be replaced")
-            + f"; its modules are {', '.join(kinds)}\nhint: supported are attention through transformers' interface "
-            "(BERT, RoBERTa, DistilBERT, ViT, GPT-2), nn.LayerNorm, and the activations GeLU, SiLU, ReLU and tanh"
-        )
-    for path, module in attention:
-        found = recipe.layers.get(f"{prefix}{path}.polynomial")
-        module.add_module("polynomial", PowerAttention(recipe, found, _query_scaling(module)))
-        module.config._attn_implementation = INTERFACE
-    for path, module in norms:
-        _replace(model, path, PolynomialNorm(module, recipe, recipe.layers.get(prefix + path)))
-    for path, module in activations:
-        _replace(model, path, PolynomialActivation(module, recipe, recipe.layers.get(prefix + path)))
-    _register()
-    return model
-
-
 def described(model: nn.Module, recipe: Recipe) -> Recipe:
     """The recipe with what the model's modules found."""
     return recipe.model_copy(update={"layers": {path: form.found for path, form in forms(model)}})
-
-
-def _goes_through_interface(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "scaling", None), float) and hasattr(module, "config")
-
-
-def _query_scaling(attention: nn.Module) -> Callable[[Tensor], None]:
-    """Of the projection that an attention module's queries come from, by the names that it goes by."""
-    for name in ("query", "q_lin", "q_proj", "c_attn"):
-        if isinstance(projection := getattr(attention, name, None), nn.Module):
-            break
-    else:
-        children = ", ".join(name for name, _ in attention.named_children())
-        raise ValueError(
-            f"{type(attention).__name__} has no known projection of queries among {children}\n"
-            "hint: query, q_lin, q_proj and c_attn are known"
-        )
-
-    def scale(factors: Tensor) -> None:
-        weight: Any = projection.weight
-        bias: Any = projection.bias
-        by_column = name == "c_attn"  # GPT-2's, of queries, keys and values, is (in, out)
-        width = weight.shape[1] // 3 if by_column else weight.shape[0]
-        each = factors.to(weight).repeat_interleave(width // len(factors))
-        with torch.no_grad():
-            if by_column:
-                weight[:, :width] *= each
-            else:
-                weight *= each[:, None]
-            if bias is not None:
-                bias[:width] *= each
-
-    return scale
-
-
-def _is_activation(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return not list(module.children()) and any(name.startswith(known) for known in _ACTIVATIONS)
-
-
-def _has_no_form(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return name.endswith("RMSNorm") or isinstance(module, nn.Softmax | nn.MultiheadAttention)
-
-
-def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(INTERFACE, _attention)
-    AttentionMaskInterface.register(INTERFACE, eager_mask)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface; the mask's summands become weights."""
-    form: Any = module.polynomial
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = form(query, key, value, mask_weights(attention_mask, query), factor)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def mask_weights(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """An additive mask (B, 1, 1 or T, L), zero or very low, as weights of the keys."""
-    if mask is None:
-        return None
-    keep = (mask > -1.0).to(query.dtype)
-    return keep / keep.sum(-1, keepdim=True)
 
 
 def key_weights(weights: Tensor | None, scores: Tensor) -> Tensor:

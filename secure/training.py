@@ -6,7 +6,8 @@
    little (``blend_steps``), and training goes on.
 
 The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), no dropout. A
-checkpoint is one file, of weights, the optimizer's moments and, as JSON in its header, the step and the recipe.
+checkpoint is one file, of weights, the optimizer's moments and, as JSON in its header, the step, the recipe and
+the history of the loss.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from secure.polynomial import (
     PolynomialActivation,
     PolynomialNorm,
     PowerAttention,
-    Recipe,
     described,
     forms,
     key_weights,
 )
+from secure.recipe import Recipe
 
 FRESH = 2  # batches from which scales of queries, centres and coefficients are taken
 SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
@@ -51,15 +52,15 @@ class Settings:
     patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; 0: never.
     """
 
-    steps: int = 1500
+    steps: int = 4500
     batch: int = 48
-    rate: float = 3e-4
+    rate: float = 1.5e-4
     seed: int = 0
     warm_up: int = 50
-    narrow: float = 0.4
-    substitute: float = 0.6
-    blend_steps: int = 100  # over which polynomials take over from exact divisions
-    range_weight: float = 0.01
+    narrow: float = 0.3
+    substitute: float = 0.45
+    blend_steps: int = 300  # over which polynomials take over from exact divisions
+    range_weight: float = 0.005
     bfloat16: bool = False  # products in bfloat16 but for the last steps: twice as fast where the processor has it
     check_every: int = 100  # steps from one check on held-out data to the next
     patience: int = 0
@@ -251,7 +252,8 @@ class Trainer:
         batches = [self.batch(i) for i in range(FRESH)]
         order = _in_order(self.student, lambda: self._forward(batches[0]))
         norms: list[Form] = [form for form in order if isinstance(form, PolynomialNorm)]
-        for group in [*([form] for form in order if isinstance(form, PowerAttention)), norms]:
+        groups: list[list[Form]] = [[form] for form in order if isinstance(form, PowerAttention)]
+        for group in [*groups, norms]:
             for form, arguments in self._met(group, batches).items():
                 _start(form, arguments)
 
@@ -266,7 +268,7 @@ class Trainer:
         batches = [self.batch(self.settings.steps + i) for i in range(FREEZING)]
         for batch in batches:
             self._forward(batch)
-        activations = [form for _, form in forms(self.student) if isinstance(form, PolynomialActivation)]
+        activations: list[Form] = [form for _, form in forms(self.student) if isinstance(form, PolynomialActivation)]
         for activation, met in self._met(activations, batches[:FRESH]).items():
             if met:  # not of a module that this model never calls
                 samples = torch.cat([x.reshape(-1) for x in met])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from parties.model import text_inputs
 from secure.digits import DigitsModel
 from secure.distillation import agreement_of, collate
 from secure.models import load_sentence_encoder, load_tokenizer
-from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, Recipe, forms, polynomialize
+from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, forms
+from secure.recipe import Recipe
+from secure.swap import polynomialize
 from secure.training import Diverged, RangeLost, Settings, Trainer
 from tests.tiny import LENGTH, sentences, write_model
 
@@ -61,12 +64,23 @@ def test_least_squares_is_exact_where_it_can_be() -> None:
     assert piece.coefficients == pytest.approx((2.0, -1.0, 3.0))
 
 
+@pytest.mark.parametrize("p", [2, 4, 6, 8])
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_powers_of_scores(p: int, shift: float) -> None:
+    x = torch.linspace(-6, 6, 41, dtype=torch.float64)
+    wanted = (1 + x / shift) ** p if shift else x**p
+    assert torch.allclose(torch.as_tensor(power_scores(x, p, shift)), wanted, rtol=1e-9)
+    assert torch.allclose(torch.as_tensor(power_scores(x, 8, 8)), torch.exp(x), rtol=0.95, atol=0.05)
+
+
 def test_stable_power_softmax_is_the_same_function() -> None:
     torch.manual_seed(0)
     scores, values = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
     weights = torch.tensor([0.25, 0.25, 0.25, 0.25, 0, 0, 0], dtype=torch.float64)
+    for shift in (0.0, 4.0):
+        plain = power_attend(scores, values, weights, 4, 1e-3, shift)
+        assert torch.allclose(plain, power_attend(scores, values, weights, 4, 1e-3, shift, stable=True), atol=1e-12)
     plain = power_attend(scores, values, weights, 4, 1e-3)
-    assert torch.allclose(plain, power_attend(scores, values, weights, 4, 1e-3, stable=True), atol=1e-12)
     changed = values.clone()
     changed[..., 4:, :] = 100.0
     assert torch.equal(plain, power_attend(scores, changed, weights, 4, 1e-3))  # what is masked has no effect
@@ -179,6 +193,97 @@ def test_mpcformers_2quad_too() -> None:
         assert float(F.cosine_similarity(answer.float(), student(**samples[3])).min()) > 0.9999
 
 
+@pytest.mark.parametrize("power", [6, 8])
+def test_higher_powers_and_none_of_the_shift(power: int) -> None:
+    recipe = Recipe(power=power, shift=0.0 if power == 6 else None)
+    student = polynomial_encoder(recipe)
+    trainer(student, recipe=recipe).run()
+    samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(20)]
+    compiled = secure.compile(student, samples[0], calibration=samples[1:])
+    answer, _ = secure.InsecureInProcess(compiled).query(samples[3])
+    with torch.no_grad():
+        assert float(F.cosine_similarity(answer.float(), student(**samples[3])).min()) > 0.9998
+
+
+def test_without_a_shift_every_head_begins_at_one_scale() -> None:
+    from transformers import BertModel, GPT2Config, GPT2Model
+
+    recipe = Recipe(power=4, shift=0.0)
+    gpt = GPT2Model(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
+    for model in (encoder(), gpt):
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith(("query.weight", "c_attn.weight")):  # unequal heads
+                    (weight if isinstance(model, BertModel) else weight.T)[:16] *= 30.0
+        student = polynomialize(model, recipe)
+        form = next(f for _, f in forms(student) if isinstance(f, PowerAttention))
+        data = [{"input_ids": batch(8, seed=i)["input_ids"][:1]} for i in range(16)]
+
+        def loss(b: Mapping[str, Tensor], student: nn.Module = student) -> tuple[Tensor, dict[str, float]]:
+            return student(**b).last_hidden_state.square().mean(), {}
+
+        def together(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
+        run = Trainer(student, recipe, loss, data, together, Settings(steps=4, batch=8))
+        run._prepare()
+        met = run._met([form], [run.batch(i) for i in range(2)])[form]
+        query, key = met[0], met[1]
+        powers = power_scores(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, 4)
+        medians = torch.as_tensor(powers).mean(-1).transpose(0, 1).flatten(1).median(-1).values
+        assert float(medians.log().abs().max()) < 1.0, medians
+
+
+def test_a_value_beyond_its_range_is_exact_in_training(trained: Encoder) -> None:
+    norm = next(f for _, f in forms(trained) if isinstance(f, PolynomialNorm))
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 1e3
+    norm.watching = True
+    try:
+        assert torch.allclose(norm(x), norm._exact(x), atol=1e-4)
+    finally:
+        norm.watching, norm.range_loss = False, None
+        norm.seen.clear()
+    assert not torch.allclose(norm(x), norm._exact(x), atol=1e-1)  # and otherwise it is not
+
+
+def test_a_run_without_progress_ends_early() -> None:
+    student = polynomial_encoder()
+    run = trainer(student, steps=40, check_every=1, patience=2)
+    run.held_out = run.data[:8]
+    run.settings = Settings(steps=40, batch=8, warm_up=2, blend_steps=3, check_every=1, patience=2, rate=1e-9)
+    run.optimizer.param_groups[0]["lr"] = run.optimizer.param_groups[1]["lr"] = 0.0
+    run._schedule = lambda step: 0.0  # type: ignore[method-assign]  # nothing is learnt
+    run.run()
+    begun = 40 * run.settings.substitute + 3
+    assert begun + 2 <= run.step < 40
+    assert "held_out" in run.history[-1]
+    assert run.step == len(run.history)
+
+
+def test_batches_are_of_about_one_size() -> None:
+    data = [torch.zeros(n) for n in torch.randint(1, 33, (400,), generator=torch.Generator().manual_seed(0)).tolist()]
+    run = trainer(polynomial_encoder())
+    run.data, run.size, run.collate = data, len, lambda rows: {"n": torch.tensor([len(r) for r in rows])}
+    batches = [run.batch(step)["n"] for step in range(50)]
+    assert sorted(torch.cat(batches).tolist()) == sorted(map(len, data))  # an epoch is everything, once
+    assert sum(int(b.max() - b.min()) for b in batches) / 50 < 4
+    assert not torch.equal(run.batch(50)["n"], batches[0])
+
+
+def test_bfloat16_until_the_last_steps() -> None:
+    kinds = []
+
+    def loss(b: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        kinds.append(product.dtype)
+        return plain(b)
+
+    run = trainer(polynomial_encoder(), steps=20, bfloat16=True)
+    plain, run.loss = run.loss, loss
+    run.run()
+    assert kinds == [torch.bfloat16] * 18 + [torch.float32] * 2
+
+
 def test_blending_ends_with_training() -> None:
     student = polynomial_encoder()
     trainer(student, blend_steps=1000).run()
@@ -260,6 +365,23 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     inputs = [text_inputs(tokenizer, line, LENGTH) for line in sentences(40)]
     compiled = secure.compile(trained, inputs[0], calibration=inputs[1:], embedding="client-table")
     assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
+    report = ["accuracy", str(output), "--original", str(model), "--length", str(LENGTH), "--texts", str(text)]
+    shown = CliRunner().invoke(app, [*report, "--protocol", "3"])
+    assert shown.exit_code == 0, shown.output
+    assert all(word in shown.output for word in ("floating point", "fixed point", "protocol", "ranges"))
+    document = tmp_path / "report.json"
+    assert (
+        not CliRunner()
+        .invoke(app, [*report, "--protocol", "3", "--format", "json", "--output", str(document)])
+        .exit_code
+    )
+    found = json.loads(document.read_text())
+    assert [way["how"] for way in found["ways"]] == ["floating point", "fixed point", "protocol"]
+    assert found["ways"][0]["agreement"]["sentences"] == 40
+    assert found["ways"][2]["agreement"]["sentences"] == 3
+    assert all(way["lowest_own_cosine"] > 0.999 for way in found["ways"])
+    assert len(found["layers"]) == 1
+    assert {held["kind"] for held in found["ranges"]} == {"attention", "activation", "norm"}
     odd = CliRunner().invoke(app, [*arguments, "--power", "3"])
     assert "--power" in str(odd.exception)
     same = CliRunner().invoke(app, ["train", str(model), "--text", str(text), "--output", str(model)])
