@@ -68,6 +68,7 @@ def least_squares(function: Function, samples: Tensor, degree: int) -> tuple[Pie
     target = function(x)
     solution = torch.linalg.lstsq(basis, target[:, None]).solution.squeeze(-1)
     error = target - basis @ solution
-    # to twelve digits: the last ones differ from run to run, and a resumed training must not
-    coefficients = tuple(float(f"{float(c) / scale**j:.12g}") for j, c in enumerate(solution))
+    # rounded far below the error: the last digits differ from run to run, and a resumed training must not
+    unit = 1e-9 * float(solution.abs().max())
+    coefficients = tuple(round(float(c) / unit) * unit / scale**j for j, c in enumerate(solution))
     return Piece(coefficients), float(error.square().mean().sqrt())

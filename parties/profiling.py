@@ -29,6 +29,7 @@ from secure.outline import SHAPES, is_shape, outline_shape
 from secure.profile import LOOPBACK, NETWORKS, Profile, find_network, module, profile, total_seconds
 from secure.program import Program
 from secure.projection import Projection, project
+from secure.recipe import Recipe
 from secure.timing import measure
 
 Format = StrEnum("Format", {f: f for f in ("table", "json", "html")})  # type: ignore[misc]
@@ -43,6 +44,9 @@ def profile_command(
     length: Length = 128,
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
+    polynomial: Annotated[
+        bool, typer.Option(help="A shape as `unseen train` would leave it; a trained directory is so by itself.")
+    ] = False,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     network: Annotated[
         list[str] | None,
@@ -63,7 +67,7 @@ def profile_command(
     checked_output(output, chosen)
     settle()
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits))
+    program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits), polynomial)
     found = profile(program)
     projections: dict[str, Projection] = {}
     if time:
@@ -80,9 +84,12 @@ def profile_command(
     write_report(_rendered(chosen, document), output)
 
 
-def _program(model: str, length: int, embedding: str, gelu: str, fixed: FixedPoint) -> Program:
+def _program(model: str, length: int, embedding: str, gelu: str, fixed: FixedPoint, polynomial: bool) -> Program:
     if is_shape(model):
-        return outline_shape(model, length, embedding=embedding, gelu=gelu, fixed_point=fixed)
+        recipe = Recipe() if polynomial else None
+        return outline_shape(model, length, embedding=embedding, gelu=gelu, fixed_point=fixed, recipe=recipe)
+    if polynomial:
+        raise PartyError("--polynomial is for shapes", f"a trained model's directory, or one of {', '.join(SHAPES)}")
     return compile_text_model(model, length, embedding, gelu, fixed)[0].program
 
 

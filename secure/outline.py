@@ -22,8 +22,11 @@ from secure.capture import capture
 from secure.compiler import emit_program
 from secure.graph import MASKED, Graph
 from secure.lower import Observed, lower
+from secure.polynomial import forms
 from secure.program import Program
 from secure.ranges import Ranges
+from secure.recipe import Recipe
+from secure.swap import polynomialize
 
 REACH = 32.0
 SMALLEST_VARIANCE = 0.25
@@ -91,7 +94,8 @@ def outline(
         for name, v in parameters.items()
     }
     lowered = lower(graph, shapes, _assume(graph, reach), 0, embedding, gelu)
-    ranges = Ranges.assume(lowered.trace, reach)
+    polynomial = any(node.op in ("power", "polynomial_norm") for node in graph.nodes)
+    ranges = Ranges.assume(lowered.trace, reach, polynomial=polynomial)
     named = {"embedding": embedding, "gelu": gelu, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     return emit_program(lowered, ranges, fixed, named)
 
@@ -103,6 +107,8 @@ def _assume(graph: Graph, reach: float) -> Observed:
         if node.op in ("layer_norm", "l2_normalize", "rsqrt"):
             size = graph.nodes[node.inputs[0]].shape[-1] if node.op == "l2_normalize" else 1
             seen.variance[node.id] = (SMALLEST_VARIANCE, size * reach**2)
+        if node.op in ("power", "polynomial_norm"):
+            seen.variance[node.id] = (node.attrs["low"], node.attrs["high"])
         masked = node.op == "add" and any(graph.nodes[i].op == "softmax" for i in readers[node.id])
         for i in node.inputs if masked else ():
             if graph.nodes[i].visibility == "client":
@@ -122,8 +128,12 @@ def outline_shape(
     embedding: str = "one-hot",
     gelu: str = GELU_FORMS[0],
     fixed_point: FixedPoint | None = None,
+    recipe: Recipe | None = None,
 ) -> Program:
-    """The Program of one of SHAPES, or of a Hugging Face ``config.json``, for ``length`` tokens: the hidden states."""
+    """The Program of one of SHAPES, or of a Hugging Face ``config.json``, for ``length`` tokens: the hidden states.
+
+    recipe: in polynomial form, with the ranges that training aims at.
+    """
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError:
@@ -133,9 +143,12 @@ def outline_shape(
     else:
         settings = _read(Path(shape))
     configuration = AutoConfig.for_model(**settings)
-    model = _Encoder(
-        hollow(lambda: AutoModel.from_config(configuration, trust_remote_code=False, attn_implementation="eager"))
-    )
+    inner = hollow(lambda: AutoModel.from_config(configuration, trust_remote_code=False, attn_implementation="eager"))
+    if recipe is not None:
+        polynomialize(inner, recipe)
+        for _, form in forms(inner):
+            form.assume()
+    model = _Encoder(inner)
     inputs = {"input_ids": torch.zeros((1, length), dtype=torch.int64)}
     labels = {"model": shape if shape in SHAPES else Path(shape).parent.name, "length": str(length)}
     return outline(model, inputs, embedding=embedding, gelu=gelu, fixed_point=fixed_point, labels=labels)

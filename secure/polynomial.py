@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,14 @@ class Form(nn.Module):
         low = max(low, self.floor)
         steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
         self.found |= {"low": low, "high": high, "steps": steps}
+
+    def assume(self) -> None:
+        """The range that training aims at, as if it had been seen: for a model without weights."""
+        self.found = {"centre": 1.0}
+        low, high = self.wanted()
+        self.seen = [torch.tensor([low, high], dtype=torch.float64).log()]
+        self.freeze()
+        self.seen.clear()
 
     def _power(self) -> tuple[float, int]:
         """The exponent of its inverse power, and the degree of the polynomial that this begins with."""
@@ -207,6 +215,11 @@ class PolynomialActivation(Form):
         """``fit`` gives its polynomial; there is no range that it must keep."""
         self.found["seen"] = self.range_seen()[1]
 
+    def assume(self) -> None:
+        reach = self.recipe.activation_reach
+        self.fit(torch.linspace(-reach, reach, 1001))
+        self.found["seen"] = reach
+
     def error(self) -> float:
         """The root mean square where it was fitted."""
         return float(self.found.get("error", 0.0))
@@ -258,6 +271,43 @@ class PolynomialNorm(Form):
 
     def _exact(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+class PolynomialRMSNorm(Form):
+    """RMSNorm over the last dimension, under the name of its weight; ``found``: the range of the mean square."""
+
+    kind = "norm"
+
+    def __init__(self, original: nn.Module, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
+        super().__init__(recipe, found)
+        eps = getattr(original, "variance_epsilon", getattr(original, "eps", None))
+        self.weight = cast(nn.Parameter, original.weight)
+        self.eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
+
+    def _power(self) -> tuple[float, int]:
+        return -0.5, self.recipe.norm_degree
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = x.pow(2).mean(-1, keepdim=True)
+        if self.watching:
+            self._watch(square)
+        if not self.frozen:
+            exact: Tensor = x * (square + self.eps).rsqrt() * self.weight
+            return exact
+        low, high = (edge + self.eps for edge in self.bounds())
+        halves = 2 * round(math.log2(low * high) / 4)  # what is rooted lies around one then
+        shrink = 2.0**-halves
+        form = (-0.5, low * shrink, high * shrink, self.recipe.norm_degree, self.found["steps"])
+
+        def root(value: Tensor) -> Tensor:
+            shrunk = (value + self.eps) * shrink
+            found = power_operation(shrunk, *form) if torch.compiler.is_exporting() else power(shrunk, *form)
+            rooted: Tensor = found * shrink**0.5
+            return rooted
+
+        inverse = self._mixed(square, root, lambda v: (v + self.eps).rsqrt()) if self.watching else root(square)
+        out: Tensor = x * inverse * self.weight
+        return out
 
 
 def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:

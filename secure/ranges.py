@@ -56,15 +56,18 @@ class Ranges:
         return ranges
 
     @classmethod
-    def assume(cls, trace: Trace, reach: float) -> Ranges:
+    def assume(cls, trace: Trace, reach: float, *, polynomial: bool = False) -> Ranges:
         """No calibration: inputs, matrix products, linear layers and sums are taken to stay within ``reach``.
 
         Other primitives follow from their operands by interval arithmetic, elementwise weights being taken for 1. Good
-        to a few bits, for costs only: nothing may be computed with such ranges.
+        to a few bits, for costs only: nothing may be computed with such ranges. ``polynomial``: so are products and
+        polynomials, whose intervals grow without bound where training keeps arguments together.
         """
         ranges = cls(trace, 0)
         for index, p in enumerate(trace.primitives):
             low, high = _assumed(p, [(ranges._low[i], ranges._high[i]) for i in p.inputs], reach, trace)
+            if polynomial and p.op in ("mul", "mul_weight", "piecewise"):
+                low, high = max(low, -reach), min(high, reach)
             ranges._low[index], ranges._high[index] = low, high
         return ranges
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention
+from secure.polynomial import PolynomialActivation, PolynomialNorm, PolynomialRMSNorm, PowerAttention
 from secure.recipe import Recipe
 
 INTERFACE = "unseen-power"  # the name of our attention in transformers' registry
@@ -24,7 +24,7 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
     Weights and their names stay. ValueError for an architecture without a known recipe: it names what was found.
     """
     attention = [(n, m) for n, m in model.named_modules() if _goes_through_interface(m)]
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) or _is_rms(m)]
     activations = [(n, m) for n, m in model.named_modules() if _is_activation(m)]
     others = sorted({type(m).__name__ for _, m in model.named_modules() if _has_no_form(m)})
     if not attention or others:
@@ -33,14 +33,17 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
             f"{type(model).__name__} has no known polynomial form: "
             + (f"{', '.join(others)} cannot be replaced" if others else "no attention that can be replaced")
             + f"; its modules are {', '.join(kinds)}\nhint: supported are attention through transformers' interface "
-            "(BERT, RoBERTa, DistilBERT, ViT, GPT-2), nn.LayerNorm, and the activations GeLU, SiLU, ReLU and tanh"
+            "(BERT, RoBERTa, DistilBERT, ViT, GPT-2, LLaMA), LayerNorm, RMSNorm, and the activations GeLU, SiLU, ReLU "
+            "and tanh"
         )
     for path, module in attention:
         found = recipe.layers.get(f"{prefix}{path}.polynomial")
         module.add_module("polynomial", PowerAttention(recipe, found, _query_scaling(module)))
         module.config._attn_implementation = INTERFACE
     for path, module in norms:
-        _replace(model, path, PolynomialNorm(module, recipe, recipe.layers.get(prefix + path)))
+        found = recipe.layers.get(prefix + path)
+        norm = PolynomialRMSNorm(module, recipe, found) if _is_rms(module) else PolynomialNorm(module, recipe, found)
+        _replace(model, path, norm)
     for path, module in activations:
         _replace(model, path, PolynomialActivation(module, recipe, recipe.layers.get(prefix + path)))
     _register()
@@ -85,9 +88,12 @@ def _is_activation(module: nn.Module) -> bool:
     return not list(module.children()) and any(name.startswith(known) for known in _ACTIVATIONS)
 
 
+def _is_rms(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
 def _has_no_form(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return name.endswith("RMSNorm") or isinstance(module, nn.Softmax | nn.MultiheadAttention)
+    return isinstance(module, nn.Softmax | nn.MultiheadAttention)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
@@ -115,6 +121,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; the mask's summands become weights."""
     form: Any = module.polynomial
+    groups: int = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:  # queries that share keys and values
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = form(query, key, value, mask_weights(attention_mask, query), factor)
     return out.transpose(1, 2).contiguous(), None

@@ -251,7 +251,7 @@ class Trainer:
         """
         batches = [self.batch(i) for i in range(FRESH)]
         order = _in_order(self.student, lambda: self._forward(batches[0]))
-        norms: list[Form] = [form for form in order if isinstance(form, PolynomialNorm)]
+        norms: list[Form] = [form for form in order if form.kind == "norm"]
         groups: list[list[Form]] = [[form] for form in order if isinstance(form, PowerAttention)]
         for group in [*groups, norms]:
             for form, arguments in self._met(group, batches).items():
@@ -369,5 +369,10 @@ def _start(form: Form, captured: list[Tensor]) -> None:
             form.scale_queries(medians ** (-1 / form.recipe.exponent))
             form.found = {"centre": 1.0}
     else:
-        variance = torch.cat([x.var(-1, unbiased=False).reshape(-1) for x in captured])
+        variance = torch.cat([_spread(form, x).reshape(-1) for x in captured])
         form.found = {"centre": float(variance.log().mean().exp())}
+
+
+def _spread(norm: Form, x: Tensor) -> Tensor:
+    """What a norm takes the root of."""
+    return x.var(-1, unbiased=False) if isinstance(norm, PolynomialNorm) else x.square().mean(-1)
