@@ -1,9 +1,10 @@
 """The main job, measured: private embeddings with dealer, server and client as separate processes over loopback gRPC.
 
-    python -m benchmarks.main_job [--length 128] [--embedding client-table] [--accuracy FILE|builtin] [--write]
+    python -m benchmarks.main_job [--model DIR] [--length 128] [--embedding client-table] [--accuracy FILE|builtin]
+        [--write]
 
 Speed: the median of five warm queries. Memory: each process's own peak. Accuracy: every sentence's cosine to the
-float64 plaintext model.
+float64 plaintext model, of the same weights and form.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def ask(texts: list[str], server: str, dealer: str) -> tuple[list[dict[str, Any]
     return json.loads(output), peak
 
 
-def cosines(rows: list[dict[str, Any]], length: int) -> list[float]:
-    directory = model_directory(PACKAGED)
+def cosines(rows: list[dict[str, Any]], length: int, model: str) -> list[float]:
+    directory = model_directory(model)
     encoder, tokenizer = load_sentence_encoder(directory).double(), load_tokenizer(directory)
     out = []
     with torch.no_grad():
@@ -54,6 +55,8 @@ def fitting(texts: list[str], length: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=PACKAGED)
+    parser.add_argument("--fraction-bits", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--embedding", default="client-table")
     parser.add_argument("--gelu", default="cubic")
@@ -64,13 +67,24 @@ def main() -> None:
     length = options.length
     report: dict[str, Any] = {"machine": common.machine("benchmarks.main_job"), "length": length}
     report |= {"embedding": options.embedding, "gelu": options.gelu}
+    report |= {"model": Path(options.model).name, "fraction bits": options.fraction_bits}
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ["XDG_CACHE_HOME"] = state
         dealer = common.dealer()
         stack.callback(dealer.stop)
-        served = ["serve", PACKAGED, "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--length", str(length)]
+        served = [
+            "serve",
+            options.model,
+            "--dealer",
+            dealer.address,
+            "--listen",
+            "127.0.0.1:0",
+            "--length",
+            str(length),
+        ]
         served += ["--embedding", options.embedding, "--gelu", options.gelu, "--state", state]
+        served += ["--fraction-bits", str(options.fraction_bits)]
         server = Service("parties.cli", *served, "--threads", "1", "--announce")
         stack.callback(server.stop)
         rows, client_peak = ask(fitting(sentences(), length)[:6], server.address, dealer.address)
@@ -79,7 +93,7 @@ def main() -> None:
             builtin = options.accuracy == "builtin"
             texts = sentences() if builtin else Path(options.accuracy).read_text("latin-1").splitlines()
             texts = fitting([t for t in texts if t.strip()], length)[: options.count]
-            found = cosines(ask(texts, server.address, dealer.address)[0], length)
+            found = cosines(ask(texts, server.address, dealer.address)[0], length, options.model)
             report["accuracy"] = {
                 "source": Path(options.accuracy).name,
                 "sentences": len(found),
@@ -90,7 +104,8 @@ def main() -> None:
     print(json.dumps(report, indent=2))
     if options.write:
         RESULTS.mkdir(exist_ok=True)
-        name = f"main_job-{length}-{options.embedding}.json"
+        kind = "" if options.model == PACKAGED else "-polynomial"
+        name = f"main_job-{length}-{options.embedding}{kind}.json"
         (RESULTS / name).write_text(json.dumps(report, indent=2) + "\n")
 
 

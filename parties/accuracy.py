@@ -73,11 +73,12 @@ def measured(trained: Path, original: Path, texts: list[str], length: int, proto
     compiled = compile(
         model, samples[0], calibration=samples[1:], embedding="client-table", fixed_point=fixed, labels=labels
     )
-    inputs = [x for text in texts if (x := _cut(tokenizer, text, length)) is not None]
+    inputs = [x for text in texts if (x := cut(tokenizer, text, length)) is not None]
     return fidelity(model, teacher, compiled, inputs, min(protocol, len(inputs)), _say)
 
 
-def _cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Tensor] | None:
+def cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Tensor] | None:
+    """As many of a text's words as fit, as the model's arguments; None if not one does."""
     words = text.split()
     for kept in range(len(words), 0, -1):
         try:

@@ -92,12 +92,11 @@ class Form(nn.Module):
         self.found |= {"low": low, "high": high, "steps": steps}
 
     def assume(self) -> None:
-        """The range that training aims at, as if it had been seen: for a model without weights."""
+        """The range that training aims at, as if it were met: for a model without weights."""
         self.found = {"centre": 1.0}
         low, high = self.wanted()
-        self.seen = [torch.tensor([low, high], dtype=torch.float64).log()]
-        self.freeze()
-        self.seen.clear()
+        steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
+        self.found |= {"low": low, "high": high, "steps": steps}
 
     def _power(self) -> tuple[float, int]:
         """The exponent of its inverse power, and the degree of the polynomial that this begins with."""

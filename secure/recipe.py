@@ -33,7 +33,7 @@ class Recipe(BaseModel):
     norm_degree: int = Field(default=3, ge=1, le=3)
     inverse_error: float = Field(default=0.3, gt=0, lt=1)
     norm_spread: float = Field(default=32.0, gt=1)
-    attention_spread: float = Field(default=90.0, gt=1)
+    attention_spread: float = Field(default=100.0, gt=1)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property
