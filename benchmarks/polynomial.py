@@ -103,10 +103,10 @@ def fitted(x: Tensor, labels: Tensor) -> nn.Linear:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(head(x), labels) + 1e-4 * head.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return head
 
 
