@@ -27,6 +27,7 @@ from secure.calibration import HELD_OUT, SENTENCES
 from secure.profile import LOOPBACK, NETWORKS, Network, find_network
 from secure.tokens import TextTokenizer, load_tokenizer
 from secure.whatif import (
+    FORMS,
     FRACTION_BITS,
     Outcome,
     Samples,
@@ -50,6 +51,7 @@ HEADINGS = {
     "gelu": "GeLU",
     "fraction_bits": "bits",
     "deployment": "deployment",
+    "form": "form",
 }
 
 
@@ -60,6 +62,9 @@ def compare_command(
     gelu: Annotated[list[Gelu] | None, typer.Option(help="Form of GeLU; all of them by default.")] = None,
     fraction_bits: Annotated[
         list[int] | None, typer.Option(help=f"Fraction bits of activations; {FRACTION_BITS} by default.")
+    ] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Its polynomial form, as `unseen train` wrote it; judged by the model's answers.")
     ] = None,
     accuracy: Annotated[float, typer.Option(min=-1, max=1, help="The lowest cosine that will do.")] = 0.9999,
     network: Annotated[
@@ -87,13 +92,14 @@ def compare_command(
         [e.value for e in embedding or [ONE_HOT]],
         [g.value for g in gelu or Gelu],
         fraction_bits or [FRACTION_BITS],
+        forms=FORMS if beside else FORMS[:1],
     )
     held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]
     directory = model_directory(model)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     outcomes: list[Outcome] = []
     try:
-        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, time)):
+        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, time), beside):
             outcomes.append(outcome)
     finally:  # also what was found before an interruption
         if outcomes:
@@ -107,7 +113,7 @@ def compare_command(
 
 
 def _outcomes(
-    directory: Path, model: str, chosen: Sequence[Variant], texts: Sequence[str], seconds: Seconds
+    directory: Path, model: str, chosen: Sequence[Variant], texts: Sequence[str], seconds: Seconds, beside: str | None
 ) -> Iterator[Outcome]:
     from secure.models import load_sentence_encoder
 
@@ -121,7 +127,9 @@ def _outcomes(
             _say(f"{cut} of {len(texts)} texts cut to {length} tokens")
         return Samples(calibration_inputs(tokenizer, length, SENTENCES), [inputs for inputs, _ in held_out])
 
-    found = compare(encoder, chosen, samples, seconds, labels={"model": Path(model).name})
+    polynomial = load_sentence_encoder(model_directory(beside)) if beside else None
+    labels = {"model": Path(model).name}
+    found = compare(encoder, chosen, samples, seconds, labels=labels, polynomial=polynomial)
     for number, variant in enumerate(chosen, 1):
         _say(f"{number} of {len(chosen)}: {variant.name} ...")
         yield next(found)

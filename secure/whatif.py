@@ -30,6 +30,7 @@ from secure.projection import Transport, project
 from secure.timing import Timings, measure
 
 DEPLOYMENTS = ("two-party",)
+FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
 FRACTION_BITS = FixedPoint().fraction_bits
 
 Seconds = Callable[[Program, Profile], Mapping[str, float]]
@@ -45,9 +46,11 @@ class Variant:
     gelu: str = GELU_FORMS[0]
     fraction_bits: int = FRACTION_BITS
     deployment: str = DEPLOYMENTS[0]
+    form: str = FORMS[0]
 
     def __post_init__(self) -> None:
-        for what, known in (("embedding", EMBEDDINGS), ("gelu", GELU_FORMS), ("deployment", DEPLOYMENTS)):
+        known_of = {"embedding": EMBEDDINGS, "gelu": GELU_FORMS, "deployment": DEPLOYMENTS, "form": FORMS}
+        for what, known in known_of.items():
             if (value := getattr(self, what)) not in known:
                 raise ValueError(f"unknown {what} {value!r}\nhint: one of {', '.join(known)}")
 
@@ -57,13 +60,15 @@ class Variant:
 
     @property
     def words(self) -> dict[str, str]:
-        """Every setting for people; the deployment only where it is not the first one."""
+        """Every setting for people; deployment and form only where they are not the first one."""
         words = {
             "length": f"{self.length} tokens",
             "embedding": self.embedding,
             "gelu": self.gelu,
             "fraction_bits": f"{self.fraction_bits} bits",
         }
+        if self.form != FORMS[0]:  # it has no GeLU
+            words = {k: self.form if k == "gelu" else word for k, word in words.items()}
         return words if self.deployment == DEPLOYMENTS[0] else {**words, "deployment": self.deployment}
 
     @property
@@ -77,10 +82,12 @@ def variants(
     gelus: Iterable[str] = GELU_FORMS,
     fraction_bits: Iterable[int] = (FRACTION_BITS,),
     deployments: Iterable[str] = DEPLOYMENTS[:1],
+    forms: Iterable[str] = FORMS[:1],
 ) -> list[Variant]:
-    """Every combination, each once."""
-    combined = itertools.product(lengths, embeddings, gelus, fraction_bits, deployments)
-    return list(dict.fromkeys(Variant(*settings) for settings in combined))
+    """Every combination, each once; of the polynomial form there is one whatever the GeLU."""
+    combined = itertools.product(lengths, embeddings, gelus, fraction_bits, deployments, forms)
+    found = (Variant(*settings) for settings in combined)
+    return list(dict.fromkeys(v if v.form == FORMS[0] else replace(v, gelu=GELU_FORMS[0]) for v in found))
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,13 @@ def compare(
     seconds: Seconds | None = None,
     *,
     labels: Mapping[str, str] | None = None,
+    polynomial: nn.Module | None = None,
 ) -> Iterator[Outcome]:
     """Compile, count and try out one variant after the other; one that does not work does not keep the others from it.
 
     samples: the model's inputs at a length; asked once a length.
     seconds: by default those of waiting for the usual networks.
+    polynomial: the model in polynomial form; its answers too are compared with those of ``model``.
     """
     prepared: dict[int, _Prepared] = {}
     exact: list[nn.Module] = []  # the float64 model, made when it is first needed
@@ -147,7 +156,10 @@ def compare(
                 exact = exact or [copy.deepcopy(model).double().eval()]
                 prepared[variant.length] = _prepare(exact[0], samples(variant.length))
             ready = prepared[variant.length]
-            compiled = _compile(model, variant, ready.samples, labels or {})
+            if variant.form != FORMS[0] and polynomial is None:
+                raise ValueError("no model in polynomial form was given")
+            used = model if variant.form == FORMS[0] or polynomial is None else polynomial
+            compiled = _compile(used, variant, ready.samples, labels or {})
             found = profile(compiled.program)
             taken = (seconds or waiting())(compiled.program, found)
             outcome = replace(outcome, cost=found.total, seconds=dict(taken))
