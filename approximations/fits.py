@@ -69,6 +69,6 @@ def least_squares(function: Function, samples: Tensor, degree: int) -> tuple[Pie
     solution = torch.linalg.lstsq(basis, target[:, None]).solution.squeeze(-1)
     error = target - basis @ solution
     # rounded far below the error: the last digits differ from run to run, and a resumed training must not
-    unit = 1e-9 * float(solution.abs().max())
+    unit = 2.0 ** (math.floor(math.log2(float(solution.abs().max().clamp_min(1e-30)))) - 30)
     coefficients = tuple(round(float(c) / unit) * unit / scale**j for j, c in enumerate(solution))
     return Piece(coefficients), float(error.square().mean().sqrt())

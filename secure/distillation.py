@@ -131,6 +131,9 @@ def distil(
     if len(data) < settings.batch:
         raise ValueError(f"{len(data)} sentences are fewer than a batch of {settings.batch}\nhint: give more text")
     teacher.requires_grad_(False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device)
+    student.to(device)
     polynomialize(student.encoder, recipe, prefix="encoder.")
     kept = min(HELD_OUT, len(data) // 20) if settings.patience else 0
     trainer = Trainer(
@@ -146,7 +149,7 @@ def distil(
         size=len,
     )
     found = trainer.run(told)
-    save(student, found, directory, output)
+    save(student.cpu(), found, directory, output)
     return found
 
 

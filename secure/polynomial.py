@@ -207,7 +207,7 @@ class PolynomialActivation(Form):
 
     def fit(self, samples: Tensor) -> None:
         """Least squares under these arguments (one dimension)."""
-        piece, error = least_squares(self.original, samples, self.recipe.activation_degree)
+        piece, error = least_squares(self.original, samples.cpu(), self.recipe.activation_degree)
         self.found |= {"coefficients": list(piece.coefficients), "error": float(f"{error:.4g}")}
 
     def freeze(self) -> None:
@@ -248,8 +248,8 @@ class PolynomialNorm(Form):
         r = self.recipe
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
-        weight = torch.ones(x.shape[-1]) if weight is None else weight
-        bias = torch.zeros(x.shape[-1]) if bias is None else bias
+        weight = torch.ones(x.shape[-1], device=x.device) if weight is None else weight
+        bias = torch.zeros(x.shape[-1], device=x.device) if bias is None else bias
         form = (self.eps, self.found["low"], self.found["high"], r.norm_degree, self.found["steps"])
         if torch.compiler.is_exporting():
             out: Tensor = layer_norm_operation(x, weight, bias, *form)

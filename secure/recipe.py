@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 QUAD = 5.0  # the shift of 2Quad
+
+
+class Found(BaseModel):
+    """What may be known of a module: a recipe file comes from somebody else, and what it says is computed with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    centre: float | None = Field(default=None, gt=0)
+    low: float | None = Field(default=None, gt=0)
+    high: float | None = Field(default=None, gt=0)
+    steps: int = Field(default=0, ge=0, le=4)
+    coefficients: list[float] = Field(default=[], max_length=5)
+    seen: float | None = Field(default=None, gt=0)
+    error: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if (self.low is None) != (self.high is None) or (self.low and self.high and self.low >= self.high):
+            raise ValueError(f"a range from {self.low} to {self.high}")
+        return self
 
 
 class Recipe(BaseModel):
@@ -21,7 +41,7 @@ class Recipe(BaseModel):
     *_spread: how many times larger than the smallest the largest argument of an inverse power should be.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     attention: Literal["power", "quad"] = "power"
     power: int = Field(default=4, ge=2, le=8, multiple_of=2)
@@ -35,6 +55,13 @@ class Recipe(BaseModel):
     norm_spread: float = Field(default=32.0, gt=1)
     attention_spread: float = Field(default=100.0, gt=1)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("layers")
+    @classmethod
+    def _known(cls, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for found in layers.values():
+            Found.model_validate(found)
+        return layers
 
     @property
     def exponent(self) -> int:

@@ -228,7 +228,7 @@ class Trainer:
 
     def _range_loss(self) -> Tensor:
         losses = [form.range_loss for _, form in forms(self.student) if form.range_loss is not None]
-        return torch.stack(losses).sum() if losses else torch.zeros(())
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def _range_weight(self) -> float:
         """Growing over the first stage: on a fresh student the range loss would drown all others."""
@@ -321,7 +321,8 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"model.{name}"])
-                moments = {k: tensors[f"{k}.{name}"] for k in _MOMENTS if f"{k}.{name}" in tensors}
+                kept = {k: tensors[f"{k}.{name}"] for k in _MOMENTS if f"{k}.{name}" in tensors}
+                moments = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 if moments:
                     self.optimizer.state[p] = moments
         for path_, form in forms(self.student):
