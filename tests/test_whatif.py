@@ -127,6 +127,18 @@ def test_what_is_no_number_is_a_problem_and_its_cost_is_kept() -> None:
     assert outcome.cost is not None
 
 
+def test_a_polynomial_form_is_judged_by_the_answers_of_the_model() -> None:
+    chosen = variants([5], gelus=["cubic"], forms=["exact", "polynomial"])
+    exact, same = compare(Tiny(), chosen, samples, polynomial=Tiny())
+    assert same.lowest_cosine == exact.lowest_cosine
+    _, other = compare(Tiny(), chosen, samples, polynomial=Tiny(3.0))
+    assert other.lowest_cosine is not None
+    assert exact.lowest_cosine is not None
+    assert other.lowest_cosine < exact.lowest_cosine
+    (lacking,) = compare(Tiny(), chosen[1:], samples)
+    assert "no model in polynomial form" in (lacking.problem or "")
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = Tiny().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -161,7 +173,11 @@ def test_variants_are_every_combination_once() -> None:
         "gelu": "cubic",
         "fraction_bits": 14,
         "deployment": "two-party",
+        "form": "exact",
     }
+    both = variants([8], gelus=["cubic", "puma"], forms=["exact", "polynomial"])
+    assert [v.name for v in both if v.form == "polynomial"] == ["8 tokens, one-hot, polynomial, 16 bits"]
+    assert len(both) == 3
     assert DEPLOYMENTS == (DEPLOYMENT,)
 
 
