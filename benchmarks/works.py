@@ -29,6 +29,9 @@ from protocols.local import AddWeight, Indicators
 from protocols.protocol import Protocol, plane_shape
 from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
 from secure.compiler import Compiled
+from secure.polynomial import freeze_untrained
+from secure.recipe import Recipe
+from secure.swap import polynomialize
 from secure.tokens import TextTokenizer
 
 Built = tuple[Compiled, TextTokenizer, bytes]
@@ -37,7 +40,9 @@ MATMULS = tuple(name for name in peers.WORKS if name.startswith("matmul"))
 COUNTERPARTS = {name.replace("matmul", "product", 1): name for name in MATMULS}
 """Ours with two secret operands, which is what a peer's "matmul" is."""
 
-WORKS = (*MATMULS, *COUNTERPARTS, *(name for name in peers.WORKS if name not in MATMULS), "bert-base 128")
+OURS_ALONE = ("bert-base 128", "polynomial-bert-base 128")
+
+WORKS = (*MATMULS, *COUNTERPARTS, *(name for name in peers.WORKS if name not in MATMULS), *OURS_ALONE)
 
 COMPARED_FRACTION = 58  # |x| < 16, so that the compared integers fill the ring of 64 bits
 TRAINED = 0.036  # 1 / sqrt(768): random weights of the size that training leaves, not of BERT's initialization (0.02)
@@ -54,6 +59,7 @@ HOW = {
     "bert": "one encoder layer on the client's hidden states, no mask; weights held by the server",
     "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table",
     "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
+    "polynomial-bert-base": "the same in polynomial form, its ranges and polynomials taken from random inputs",
 }
 
 
@@ -72,7 +78,7 @@ class Job:
 
     @property
     def transformer(self) -> bool:
-        return self.kind in ("bert", "minilm", "bert-base")
+        return self.kind in ("bert", "minilm", "bert-base", "polynomial-bert-base")
 
     @property
     def elementwise(self) -> bool:
@@ -234,7 +240,7 @@ def minilm(name: str) -> Job:
 
 def bert_base(name: str) -> Job:
     """BERT-base of random weights, the same in every process."""
-    length = int(name.split()[1])
+    length, polynomial = int(name.split()[1]), name.startswith("polynomial")
 
     def model() -> nn.Module:
         from transformers import BertConfig, BertModel
@@ -243,8 +249,11 @@ def bert_base(name: str) -> Job:
 
         torch.manual_seed(0)
         options: dict[str, Any] = {"initializer_range": TRAINED, "attn_implementation": "eager"}
-        configuration = BertConfig(**options)
-        return SentenceEncoder(BertModel(configuration), normalize=False).eval()
+        found = SentenceEncoder(BertModel(BertConfig(**options)), normalize=False).eval()
+        if polynomial:
+            polynomialize(found.encoder, Recipe())
+            freeze_untrained(found, lambda: [found(**ids(seed, length // seed)) for seed in range(1, CALIBRATION + 1)])
+        return found
 
     def ids(seed: int, real: int = length) -> dict[str, Tensor]:
         drawn = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(seed))
@@ -265,5 +274,5 @@ def bert_base(name: str) -> Job:
 
 def make(name: str) -> Job:
     """The work of that name, the same at every call."""
-    makers = {"minilm": minilm, "bert-base": bert_base}
+    makers = {"minilm": minilm, "bert-base": bert_base, "polynomial-bert-base": bert_base}
     return makers.get(name.split()[0], operation)(name)

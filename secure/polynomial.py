@@ -22,6 +22,7 @@ from approximations.primitives import Piece
 from secure.operations import layer_norm_operation, polynomial_operation, power_operation
 from secure.recipe import Recipe
 
+SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
 RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
 
 
@@ -314,6 +315,32 @@ def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:
     for path, module in model.named_modules():
         if isinstance(module, Form):
             yield path, module
+
+
+def freeze_untrained(model: nn.Module, run: Callable[[], object]) -> None:
+    """Freeze every form on what ``run`` makes it meet, without any training: for costs, and for tests."""
+    met: dict[Form, list[Tensor]] = {}
+    hooks = []
+
+    def keep(form: Form, arguments: tuple[Tensor, ...]) -> None:
+        met.setdefault(form, []).append(arguments[0].flatten())
+
+    for _, form in forms(model):
+        form.found, form.watching = {"centre": 1.0}, True
+        form.seen.clear()
+        if isinstance(form, PolynomialActivation):
+            hooks.append(form.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    for _, form in forms(model):
+        form.watching = False
+        if isinstance(form, PolynomialActivation) and form in met:
+            form.fit(torch.cat(met[form])[:: 1 + sum(map(len, met[form])) // SAMPLES])
+        if form.seen:
+            form.freeze()
+            form.seen.clear()
 
 
 def described(model: nn.Module, recipe: Recipe) -> Recipe:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from approximations.powers import power_scores
 from secure.polynomial import (
+    SAMPLES,
     Form,
     PolynomialActivation,
     PolynomialNorm,
@@ -39,7 +40,6 @@ from secure.polynomial import (
 from secure.recipe import Recipe
 
 FRESH = 2  # batches from which scales of queries, centres and coefficients are taken
-SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
 EXACT = 0.1  # the last share of steps, which is in float32 whatever the setting
 POOL = 16  # batches whose items are sorted by size
 FREEZING = 48  # batches whose ranges are frozen
