@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from benchmarks import common
 from parties.accuracy import cut
 from parties.model import PACKAGED, calibration_inputs, model_directory
 from secure.calibration import SENTENCES
+from secure.checkpoints import CHECKPOINT, read_about
 from secure.compiler import Compiled, compile
 from secure.distillation import agreement_of, hidden_states
 from secure.fidelity import fidelity
@@ -36,7 +36,6 @@ from secure.inprocess import InsecureInProcess
 from secure.models import SentenceEncoder, load_sentence_encoder, load_tokenizer
 from secure.polynomial import forms
 from secure.tokens import TextTokenizer
-from secure.training import CHECKPOINT
 
 LENGTH = 32
 SST2_LENGTH, SST2_ASKED = 64, 200
@@ -154,8 +153,7 @@ def training(directory: Path) -> dict[str, Any]:
     path = directory / CHECKPOINT
     if not path.is_file():
         return {}
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["unseen"])
+    about = read_about(path)
     history = about["history"]
     every = max(1, len(history) // 45)
     means = [

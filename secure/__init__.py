@@ -14,6 +14,7 @@ recipe       how a model is put into polynomial form
 polynomial   modules in the place of softmax, activations and norms
 swap         those modules swapped into Hugging Face models
 models       sentence encoders in sentence-transformers' format
+checkpoints  of a training run, in one file
 training, distillation    of a model into that form, in stages that a killed run resumes
 digits       a small vision transformer in polynomial form
 calibration  public sentences that set ranges, and others to try a model out on

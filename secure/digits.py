@@ -171,7 +171,8 @@ def _uniform(n: int) -> Tensor:
 
 def _watch(found: list[Form], on: bool) -> None:
     for form in found:
-        form.watching, form.range_loss = on, None
+        form.watching = form.guarded = on
+        form.range_loss = None
         form.seen.clear()
 
 

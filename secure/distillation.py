@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secure.models import RECIPE, SentenceEncoder, load_sentence_encoder, load_tokenizer
 from secure.recipe import Recipe
@@ -128,14 +129,17 @@ def distil(
     teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
     longest = min(LONG, student.maximum_length)
     data = rows(tokenizer, texts, min(LENGTH, longest))
-    if len(data) < settings.batch:
-        raise ValueError(f"{len(data)} sentences are fewer than a batch of {settings.batch}\nhint: give more text")
+    kept = min(HELD_OUT, max(2, len(data) // 20)) if settings.patience else 0
+    if len(data) - kept < settings.batch:
+        raise ValueError(
+            f"{len(data)} sentences, {kept} of them to check on, are fewer than a batch of {settings.batch}\n"
+            "hint: give more text"
+        )
     teacher.requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)
     student.to(device)
     polynomialize(student.encoder, recipe, prefix="encoder.")
-    kept = min(HELD_OUT, len(data) // 20) if settings.patience else 0
     trainer = Trainer(
         student,
         recipe,
@@ -146,11 +150,21 @@ def distil(
         output,
         forward=lambda batch: hidden_states(student, batch),
         held_out=data[:kept],
+        about=_digest(teacher, data),
         size=len,
     )
     found = trainer.run(told)
     save(student.cpu(), found, directory, output)
     return found
+
+
+def _digest(teacher: nn.Module, data: Sequence[Row]) -> str:
+    """Of the original's weights and the sentences: a run goes on with the same."""
+    total = hashlib.sha256()
+    for tensor in (*teacher.state_dict().values(), *data):
+        total.update(f"{tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path) -> None:

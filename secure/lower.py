@@ -169,7 +169,10 @@ class _Lowering(Normalizations):
     def _weight(self, i: int, suffix: str = "", value: Tensor | None = None) -> WeightRef:
         node = self.graph.nodes[i]
         name = (node.attrs["name"] if node.op == "parameter" else f"%{i}") + suffix
-        self.weights[name] = (self.server[i] if value is None else value).to(torch.float64)
+        found = (self.server[i] if value is None else value).to(torch.float64)
+        if name in self.weights and self.weights[name].device.type != "meta" and not self.weights[name].equal(found):
+            raise AssertionError(f"two weights of the name {name}")
+        self.weights[name] = found
         return WeightRef(name, tuple(self.weights[name].shape))
 
     def _client(self, i: int, encoding: str = "plain", size: int = 0, shape: tuple[int, ...] | None = None) -> Symbol:
@@ -303,7 +306,8 @@ class _Lowering(Normalizations):
         out = x.linear(self._weight(node.inputs[1], ".T" + suffix, weight.T))
         if not bias:
             return out
-        key = node.inputs[2] if len(node.inputs) > 2 else node.inputs[1]
+        key = node.inputs[2] if len(node.inputs) > 2 and source not in self.unscaled else node.inputs[1]
+        # a folded bias depends on the weight, whose name it then takes: weights may share a bias
         return out + self._weight(key, (".bias" if key == node.inputs[1] else "") + suffix, bias[0])
 
     def _embedding(self, node: Node) -> Symbol:

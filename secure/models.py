@@ -147,7 +147,9 @@ def _load_encoder(directory: Path) -> nn.Module:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModel.from_pretrained(str(directory), local_files_only=True, attn_implementation="eager")
+        model: Any = AutoModel.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, attn_implementation="eager"
+        )
     except Exception as error:  # every format of weights raises its own
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{directory} cannot be loaded: {type(error).__name__}: {reason[:300]}") from None

@@ -11,6 +11,7 @@ from torch import Tensor
 from approximations import Piece, l2_normalize, layer_norm, polynomial, polynomial_layer_norm, power, rsqrt
 from approximations.powers import steps_for
 from secure.graph import Graph, Node, UnsupportedOperation
+from secure.polynomial import widened
 from secure.trace import Symbol, WeightRef
 
 if TYPE_CHECKING:
@@ -112,4 +113,6 @@ class Normalizations:
                 "where a positive one is needed\n"
                 "hint: check the calibration inputs"
             )
-        return low / (2 * self.margin), high * 2 * self.margin
+        low, high = low / (2 * self.margin), high * 2 * self.margin
+        # polynomials are made for the edges themselves, and public; comparisons round them to their own segments
+        return (low, high) if self.compares else (widened(low, down=True), widened(high))

@@ -26,6 +26,12 @@ SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fi
 RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
 
 
+def widened(edge: float, *, down: bool = False) -> float:
+    """An edge of a range, outwards to a quarter of an octave: an exact one would show a value of a single sentence."""
+    quarters = 4 * math.log2(edge)
+    return float(2.0 ** ((math.floor(quarters) if down else math.ceil(quarters)) / 4))
+
+
 def _excess(away: Tensor) -> Tensor:
     """The mean square of what lies beyond a range, and the largest, for which polynomials must hold as well.
 
@@ -46,6 +52,7 @@ class Form(nn.Module):
         self.recipe, self.found = recipe, dict(found or {})
         self.blend = 1.0  # how much of a frozen form is the polynomial; the rest is exact. Below one in training alone
         self.watching = False  # whether forward keeps what it saw, and its range loss
+        self.guarded = False  # whether it is exact beyond its range, as in training; never what is served
         self.range_loss: Tensor | None = None
         self.seen: list[Tensor] = []
 
@@ -88,7 +95,7 @@ class Form(nn.Module):
     def freeze(self) -> None:
         """From here on use polynomials on the range that was seen, and some room."""
         low, high = (edge * room for edge, room in zip(self.range_seen(), (1 / RANGE_ROOM, RANGE_ROOM), strict=True))
-        low = max(low, self.floor)
+        low, high = max(widened(low, down=True), self.floor), widened(high)
         steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
         self.found |= {"low": low, "high": high, "steps": steps}
 
@@ -167,7 +174,7 @@ class PowerAttention(Form):
         inverse: Tensor
         if exporting:
             inverse = power_operation(total, -1.0, *bounds)
-        elif self.watching:
+        elif self.guarded:
             inverse = self._mixed(total.float(), lambda t: power(t, -1.0, *bounds), lambda t: 1 / t)
         else:
             inverse = power(total, -1.0, *bounds)
@@ -199,7 +206,7 @@ class PolynomialActivation(Form):
             out: Tensor = polynomial_operation(x, list(coefficients), 0.0)
             return out
         piece = Piece(tuple(coefficients))
-        if self.watching:
+        if self.guarded:
             return self._mixed(x, piece, self.original)
         return piece(x)
 
@@ -255,7 +262,7 @@ class PolynomialNorm(Form):
         if torch.compiler.is_exporting():
             out: Tensor = layer_norm_operation(x, weight, bias, *form)
             return out
-        if self.watching:
+        if self.guarded:
             return self._trained(x, weight, bias)
         return torch.as_tensor(polynomial_layer_norm(x, weight, bias, *form))
 
@@ -305,7 +312,7 @@ class PolynomialRMSNorm(Form):
             rooted: Tensor = found * shrink**0.5
             return rooted
 
-        inverse = self._mixed(square, root, lambda v: (v + self.eps).rsqrt()) if self.watching else root(square)
+        inverse = self._mixed(square, root, lambda v: (v + self.eps).rsqrt()) if self.guarded else root(square)
         out: Tensor = x * inverse * self.weight
         return out
 

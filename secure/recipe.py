@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 QUAD = 5.0  # the shift of 2Quad
 
 
+Size = Annotated[float, Field(ge=1e-9, le=1e9)]
+Coefficient = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
 class Found(BaseModel):
     """What may be known of a module: a recipe file comes from somebody else, and what it says is computed with."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
-    centre: float | None = Field(default=None, gt=0)
-    low: float | None = Field(default=None, gt=0)
-    high: float | None = Field(default=None, gt=0)
-    steps: int = Field(default=0, ge=0, le=4)
-    coefficients: list[float] = Field(default=[], max_length=5)
-    seen: float | None = Field(default=None, gt=0)
+    centre: Size | None = None
+    low: Size | None = None
+    high: Size | None = None
+    steps: int | None = Field(default=None, ge=0, le=4)
+    coefficients: list[Coefficient] | None = Field(default=None, min_length=1, max_length=5)
+    seen: Size | None = None
     error: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if (self.low is None) != (self.high is None) or (self.low and self.high and self.low >= self.high):
+    def _whole(self) -> Self:
+        given = self.model_fields_set
+        for together in ({"low", "high", "steps"}, {"coefficients", "seen"}):
+            if given & together and not together <= given:
+                raise ValueError(f"{', '.join(sorted(together - given))} is missing")
+        if any(getattr(self, name) is None for name in given):
+            raise ValueError("null is no value")
+        if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"a range from {self.low} to {self.high}")
         return self
 
@@ -45,7 +55,7 @@ class Recipe(BaseModel):
 
     attention: Literal["power", "quad"] = "power"
     power: int = Field(default=4, ge=2, le=8, multiple_of=2)
-    shift: float | None = Field(default=None, ge=0)
+    shift: float | None = Field(default=None, ge=0)  # zero, or not so small that powers of its inverse overflow
     eps: float = Field(default=0.1, gt=0, lt=1)
     activation_degree: int = Field(default=4, ge=2, le=4)
     activation_reach: float = Field(default=5.0, gt=0)
@@ -56,12 +66,17 @@ class Recipe(BaseModel):
     attention_spread: float = Field(default=100.0, gt=1)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
+    @field_validator("shift")
+    @classmethod
+    def _sane(cls, shift: float | None) -> float | None:
+        if shift and not 2.0**-6 <= shift <= 2.0**6:
+            raise ValueError("a shift is 0 or from 1/64 to 64")
+        return shift
+
     @field_validator("layers")
     @classmethod
     def _known(cls, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for found in layers.values():
-            Found.model_validate(found)
-        return layers
+        return {path: Found.model_validate(found).model_dump(exclude_unset=True) for path, found in layers.items()}
 
     @property
     def exponent(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secure.polynomial import PolynomialActivation, PolynomialNorm, PolynomialRMSNorm, PowerAttention
+from secure.polynomial import PolynomialActivation, PolynomialNorm, PolynomialRMSNorm, PowerAttention, forms
 from secure.recipe import Recipe
 
 INTERFACE = "unseen-power"  # the name of our attention in transformers' registry
@@ -47,6 +47,11 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
     for path, module in activations:
         _replace(model, path, PolynomialActivation(module, recipe, recipe.layers.get(prefix + path)))
     _register()
+    known = {prefix + path for path, _ in forms(model)}
+    if unknown := [path for path in recipe.layers if path not in known]:
+        raise ValueError(
+            f"the recipe knows of {unknown[0]!r}, the model does not\nhint: it is a recipe for another model"
+        )
     return model
 
 
@@ -117,9 +122,12 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; the mask's summands become weights."""
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {name}, which has no polynomial form")
     form: Any = module.polynomial
     groups: int = getattr(module, "num_key_value_groups", 1)
     if groups > 1:  # queries that share keys and values
@@ -133,5 +141,5 @@ def mask_weights(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """An additive mask (B, 1, 1 or T, L), zero or very low, as weights of the keys."""
     if mask is None:
         return None
-    keep = (mask > -1.0).to(query.dtype)
-    return keep / keep.sum(-1, keepdim=True)
+    keep = (mask if mask.dtype == torch.bool else mask > -1.0).to(query.dtype)
+    return keep / keep.sum(-1, keepdim=True).clamp_min(1)  # a row without keys attends to nothing

@@ -12,7 +12,6 @@ the history of the loss.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from approximations.powers import power_scores
+from secure.checkpoints import CHECKPOINT, read_about, read_state, write_checkpoint
 from secure.polynomial import (
     SAMPLES,
     Form,
@@ -110,6 +109,7 @@ class Trainer:
     directory: Path | None = None
     forward: Callable[[Batch], object] | None = None  # of the student alone; by default with the batch as keywords
     held_out: Sequence[Any] = ()  # data that is only checked on
+    about: str = ""  # a digest of what is learnt from: a run goes on with the same
     size: Callable[[Any], int] | None = None  # of an item: batches are then of items of about one size
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -223,7 +223,8 @@ class Trainer:
 
     def _watch(self, on: bool) -> None:
         for _, form in forms(self.student):
-            form.watching, form.range_loss = on, None
+            form.watching = form.guarded = on
+            form.range_loss = None
             form.seen.clear()
 
     def _range_loss(self) -> Tensor:
@@ -288,50 +289,50 @@ class Trainer:
     # checkpoints
 
     def save(self) -> None:
-        """Whole or not at all: written beside, then renamed."""
         assert self.directory is not None
-        tensors = {f"model.{n}": p.detach().contiguous() for n, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone().contiguous()
         about = {
             "step": self.step,
+            "about": self.about,
             "settings": asdict(self.settings),
             "recipe": described(self.student, self.recipe).model_dump(),
             "history": self.history,
         }
-        path = self.directory / CHECKPOINT
-        beside = path.with_name(path.name + ".new")
-        save_file(tensors, beside, metadata={_ABOUT: json.dumps(about)})
-        beside.replace(path)
+        write_checkpoint(self.directory / CHECKPOINT, self.parameters, self.optimizer, about)
         self._saved = time.monotonic()
 
     def _resume(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[_ABOUT])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-        found = about["recipe"].pop("layers")
-        wanted = {"settings": asdict(self.settings), "recipe": self.recipe.model_dump(exclude={"layers"})}
-        for what, ours in wanted.items():
-            if about[what] != ours:
+        """ValueError for what is no checkpoint of this run."""
+        try:
+            about = read_about(path)
+            recipe = Recipe.model_validate(about["recipe"])
+            step, history = int(about["step"]), list(about["history"])
+            if not 0 <= step <= self.settings.steps or len(history) != step:
+                raise ValueError(f"step {step}, of {self.settings.steps}")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{path} is no checkpoint: {reason}\nhint: delete it to begin anew") from None
+        wanted = {
+            "settings": (asdict(self.settings), about.get("settings")),
+            "recipe": (self.recipe.model_dump(exclude={"layers"}), recipe.model_dump(exclude={"layers"})),
+            "sentences or another model": (self.about, about.get("about")),
+        }
+        for what, (ours, theirs) in wanted.items():
+            if theirs != ours:
                 raise ValueError(
-                    f"{path} is a run with other {what}: {about[what]}\n"
-                    "hint: give the same to go on, or another directory"
+                    f"{path} is a run with other {what}: {theirs}\nhint: give the same to go on, or another directory"
                 )
+        try:
+            values, states = read_state(path, self.parameters)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is no checkpoint of this model: {error}\nhint: delete it to begin anew") from None
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(tensors[f"model.{name}"])
-                kept = {k: tensors[f"{k}.{name}"] for k in _MOMENTS if f"{k}.{name}" in tensors}
-                moments = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
-                if moments:
-                    self.optimizer.state[p] = moments
+                p.copy_(values[name])
+                if states[name]:
+                    self.optimizer.state[p] = states[name]
         for path_, form in forms(self.student):
-            form.found = found.get(path_, {})
-        self.step, self.history = int(about["step"]), list(about["history"])
-
-
-CHECKPOINT, _ABOUT = "training.safetensors", "unseen"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+            form.found = dict(recipe.layers.get(path_, {}))
+        self.step, self.history = step, history
 
 
 def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:

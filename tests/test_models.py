@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from secure.capture import capture
 from secure.graph import Graph, run
 from secure.models import SentenceEncoder, find_packaged_model, load_sentence_encoder
 from secure.tokens import EmptyInput, InputTooLong, load_tokenizer, tokenize
+from tests.tiny import write_model
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -245,3 +247,19 @@ def test_a_decoder_is_refused(tmp_path: Path) -> None:
     GPT2Model(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"type 'gpt2' masks more than padding.*\nhint: use an encoder"):
         load_sentence_encoder(tmp_path)
+
+
+@needs_transformers
+def test_a_directory_with_code_of_its_own_is_refused_and_not_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_model(tmp_path / "model")
+    marker = tmp_path / "executed"
+    configuration = json.loads((directory / "config.json").read_text())
+    configuration |= {"model_type": "strange", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}
+    (directory / "config.json").write_text(json.dumps(configuration))
+    (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('x')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_sentence_encoder(directory)
+    assert not marker.exists()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import secure
@@ -237,13 +239,16 @@ def test_without_a_shift_every_head_begins_at_one_scale() -> None:
 def test_a_value_beyond_its_range_is_exact_in_training(trained: Encoder) -> None:
     norm = next(f for _, f in forms(trained) if isinstance(f, PolynomialNorm))
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 1e3
-    norm.watching = True
+    norm.watching = norm.guarded = True
     try:
         assert torch.allclose(norm(x), norm._exact(x), atol=1e-4)
     finally:
-        norm.watching, norm.range_loss = False, None
-        norm.seen.clear()
-    assert not torch.allclose(norm(x), norm._exact(x), atol=1e-1)  # and otherwise it is not
+        norm.guarded, norm.range_loss = False, None
+    watched = norm(x)
+    norm.watching = False
+    norm.seen.clear()
+    assert not torch.allclose(watched, norm._exact(x), atol=1e-1)  # and otherwise it is not,
+    assert torch.equal(watched, norm(x))  # whether somebody looks or not
 
 
 def test_a_run_without_progress_ends_early() -> None:
@@ -317,6 +322,30 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other recipe"):
         trainer(polynomial_encoder(), tmp_path / "run", recipe=Recipe(power=4, eps=0.2))
     assert trainer(polynomial_encoder(), tmp_path / "run").step == 12
+
+
+def test_what_is_no_checkpoint_of_the_run_is_refused(tmp_path: Path) -> None:
+    trainer(polynomial_encoder(), tmp_path).run(until=2)
+    path = tmp_path / "training.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about, tensors = json.loads(file.metadata()["unseen"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+
+    def refused(match: str, tensors: Mapping[str, Tensor] = tensors, **changes: Any) -> None:
+        save_file(dict(tensors), path, metadata={"unseen": json.dumps({**about, **changes})})
+        with pytest.raises(ValueError, match=match):
+            trainer(polynomial_encoder(), tmp_path)
+
+    refused("no checkpoint", step=-5)
+    refused("no checkpoint", step=10**9)
+    refused("no checkpoint", recipe={**about["recipe"], "layers": {"a": {"low": 0.1, "high": 1.0, "steps": 300}}})
+    refused("no checkpoint", recipe=None)
+    refused("another model", about="other")
+    name = next(n for n in tensors if n.startswith("model."))
+    refused("has the shape", {**tensors, name: torch.zeros(1)})
+    refused("it has no", {n: t for n, t in tensors.items() if n != name})
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        trainer(polynomial_encoder(), tmp_path)
 
 
 def test_a_diverging_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:

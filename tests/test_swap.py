@@ -15,7 +15,7 @@ import secure
 from secure.outline import outline_shape
 from secure.polynomial import PolynomialActivation, PolynomialRMSNorm, PowerAttention, forms, freeze_untrained
 from secure.recipe import Recipe, read_recipe
-from secure.swap import polynomialize
+from secure.swap import mask_weights, polynomialize
 
 COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
 WIDTH, LENGTH = 32, 6
@@ -116,6 +116,13 @@ def test_a_shape_in_polynomial_form_has_a_price(tmp_path: Path, model_type: str)
         {"a": {"coefficients": [0.0] * 100}},
         {"a": {"coefficients": [float("nan")]}},
         {"a": {"surprise": 1.0}},
+        {"a": {"low": "0.1", "high": "0.9", "steps": "1"}},
+        {"a": {"low": None, "high": None, "steps": 1}},
+        {"a": {"low": 0.1, "high": 0.9}},
+        {"a": {"coefficients": [], "seen": 1.0}},
+        {"a": {"coefficients": [1.0]}},
+        {"a": {"coefficients": [1e300], "seen": 1.0}},
+        {"a": {"low": 1e-300, "high": 1e300, "steps": 1}},
     ],
 )
 def test_a_recipe_file_that_cannot_be_is_refused(tmp_path: Path, layers: dict[str, Any]) -> None:
@@ -124,5 +131,49 @@ def test_a_recipe_file_that_cannot_be_is_refused(tmp_path: Path, layers: dict[st
     with pytest.raises(ValueError, match="is no recipe") as caught:
         read_recipe(path)
     assert "hint:" in str(caught.value)
+    path.write_text(json.dumps({"shift": 1e-300}))
+    with pytest.raises(ValueError, match="is no recipe"):
+        read_recipe(path)
     path.write_text(Recipe(layers={"a": {"low": 0.1, "high": 1.0, "steps": 1, "centre": 0.5}}).model_dump_json())
     assert read_recipe(path).layers["a"]["low"] == 0.1
+
+
+class Tied(nn.Module):
+    """Two linear layers behind one norm that share a bias and not their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.bias = self.a.bias
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        out: Tensor = self.a(h) + self.b(h)
+        return out
+
+
+def test_a_norm_folds_into_layers_that_share_a_bias() -> None:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    samples = [{"x": torch.randn(1, 4, 8)} for _ in range(20)]
+    compiled = secure.compile(model, samples[0], calibration=samples[1:])
+    with torch.no_grad():
+        assert float((secure.plain_reference(compiled, samples[0]) - model(**samples[0])).abs().max()) < 2e-3
+
+
+def test_masks() -> None:
+    query = torch.zeros(1)
+    summand = torch.tensor([[[[0.0, -1e4, 0.0]]], [[[-1e4, -1e4, -1e4]]]])
+    weights = mask_weights(summand, query)
+    assert weights is not None
+    assert weights.flatten().tolist() == [0.5, 0.0, 0.5, 0.0, 0.0, 0.0]
+    assert torch.equal(weights, torch.as_tensor(mask_weights(summand == 0, query)))
+    assert mask_weights(None, query) is None
+
+
+def test_a_recipe_for_another_model_is_refused() -> None:
+    recipe = Recipe(layers={"elsewhere": {"low": 0.1, "high": 1.0, "steps": 1}})
+    with pytest.raises(ValueError, match="'elsewhere'"):
+        polynomialize(_models()["bert"], recipe)
