@@ -22,7 +22,7 @@ from secure.training import Batch, Progress, Settings, Trainer
 LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
 JOINED = 4  # sentences to a long one
 HELD_OUT = 480  # sentences of the data that a run with patience checks on
-ONE_IN = 6  # batches that are of long ones
+KINDS = 6  # batches, of which one is of long inputs, one of strange ones, and one with much padding
 COSINE, SIMILARITY = 5.0, 10.0  # weights of the loss beside the hidden states' mean square error
 
 Row = Tensor  # the token ids of one sentence, special ones included
@@ -59,18 +59,48 @@ def rows(tokenizer: TextTokenizer, texts: Sequence[str], length: int = LENGTH) -
     return out
 
 
-def collate(chosen: Sequence[Row], pad: int, longest: int = LONG) -> Batch:
-    """Padded together; one batch in ``ONE_IN``, told by its first sentence, is joined into long ones of up
-    to ``longest`` tokens.
+@dataclass(frozen=True)
+class Collate:
+    """Sentences of a batch padded together. Of ``KINDS`` batches, told by their first sentence, one each is of long
+    inputs (joined sentences), of strange ones (words replaced by any in the vocabulary), and of much padding: ranges
+    must hold for texts unlike those that a model is trained on.
     """
-    if int(chosen[0].sum()) % ONE_IN == 0 and len(chosen) >= JOINED:
-        chosen = [_joined(chosen[i : i + JOINED], longest) for i in range(0, len(chosen) - JOINED + 1, JOINED)]
-    width = max(len(row) for row in chosen)
-    ids = torch.full((len(chosen), width), pad)
-    mask = torch.zeros((len(chosen), width), dtype=torch.int64)
-    for i, row in enumerate(chosen):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
+
+    pad: int
+    longest: int
+    vocabulary: Tensor  # ids that may stand for a word
+
+    def __call__(self, chosen: Sequence[Row]) -> Batch:
+        generator = torch.Generator().manual_seed(sum(int(row.sum()) for row in chosen))
+        kind, width = int(chosen[0].sum()) % KINDS, 0
+        if kind == 0 and len(chosen) >= JOINED:
+            starts = range(0, len(chosen) - JOINED + 1, JOINED)
+            chosen = [_joined(chosen[i : i + JOINED], self.longest) for i in starts]
+        elif kind == 1:
+            chosen = [self._strange(row, generator) for row in chosen]
+        elif kind == 2:  # as many as there are long ones
+            chosen = chosen[: -(-len(chosen) // JOINED)]
+            width = int(torch.randint(1, self.longest + 1, (1,), generator=generator))
+        width = max(width, *(len(row) for row in chosen))
+        ids = torch.full((len(chosen), width), self.pad)
+        mask = torch.zeros((len(chosen), width), dtype=torch.int64)
+        for i, row in enumerate(chosen):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _strange(self, row: Row, generator: torch.Generator) -> Row:
+        """Some of the words, from none to all of a sentence, replaced; its first and last token stay."""
+        drawn = self.vocabulary[torch.randint(len(self.vocabulary), (len(row),), generator=generator)]
+        share = torch.empty(1).uniform_(generator=generator)  # for training; nothing here is a secret
+        replaced = torch.empty(len(row)).uniform_(generator=generator) < share
+        replaced[0] = replaced[-1] = False
+        return torch.where(replaced, drawn, row)
+
+
+def words(tokenizer: TextTokenizer) -> Tensor:
+    """The ids of a vocabulary without special and unused tokens, which stand in brackets."""
+    vocabulary = tokenizer.tokenizer.get_vocab().items()
+    return torch.tensor(sorted(i for token, i in vocabulary if not (token[0] in "[<" and token[-1] in "]>")))
 
 
 def _joined(parts: Sequence[Row], longest: int) -> Row:
@@ -145,7 +175,7 @@ def distil(
         recipe,
         distillation_loss(teacher, student),
         data[kept:],
-        lambda chosen: collate(chosen, tokenizer.pad_id, longest),
+        Collate(tokenizer.pad_id, longest, words(tokenizer)),
         settings,
         output,
         forward=lambda batch: hidden_states(student, batch),

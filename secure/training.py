@@ -38,7 +38,8 @@ from secure.polynomial import (
 )
 from secure.recipe import Recipe
 
-FRESH = 2  # batches from which scales of queries, centres and coefficients are taken
+FRESH = 2  # batches from which scales of queries and centres are taken
+FITTING = 12  # from which coefficients are
 EXACT = 0.1  # the last share of steps, which is in float32 whatever the setting
 POOL = 16  # batches whose items are sorted by size
 FREEZING = 48  # batches whose ranges are frozen
@@ -51,7 +52,7 @@ class Settings:
     patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; 0: never.
     """
 
-    steps: int = 4500
+    steps: int = 3000
     batch: int = 48
     rate: float = 1.5e-4
     seed: int = 0
@@ -59,7 +60,7 @@ class Settings:
     narrow: float = 0.3
     substitute: float = 0.45
     blend_steps: int = 300  # over which polynomials take over from exact divisions
-    range_weight: float = 0.005
+    range_weight: float = 0.01
     bfloat16: bool = False  # products in bfloat16 but for the last steps: twice as fast where the processor has it
     check_every: int = 100  # steps from one check on held-out data to the next
     patience: int = 0
@@ -270,7 +271,7 @@ class Trainer:
         for batch in batches:
             self._forward(batch)
         activations: list[Form] = [form for _, form in forms(self.student) if isinstance(form, PolynomialActivation)]
-        for activation, met in self._met(activations, batches[:FRESH]).items():
+        for activation, met in self._met(activations, batches[:FITTING]).items():
             if met:  # not of a module that this model never calls
                 samples = torch.cat([x.reshape(-1) for x in met])
                 cast(PolynomialActivation, activation).fit(samples[:: max(1, samples.numel() // SAMPLES)])

@@ -23,7 +23,7 @@ from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
 from parties.model import text_inputs
 from secure.digits import DigitsModel
-from secure.distillation import agreement_of, collate
+from secure.distillation import Collate, agreement_of, words
 from secure.models import load_sentence_encoder, load_tokenizer
 from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, forms
 from secure.recipe import Recipe
@@ -417,12 +417,30 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     assert "original model's directory" in str(same.exception)
 
 
-def test_long_batches_are_told_by_their_first_sentence() -> None:
+def test_kinds_of_batches_are_told_by_their_first_sentence() -> None:
+    collate = Collate(0, 16, torch.arange(20, 40))
     rows = [torch.tensor([2, 9, 8, 3]) for _ in range(8)]  # adds up to 22
-    assert collate(rows, 0)["input_ids"].shape == (8, 4)
-    rows[0] = torch.tensor([2, 9, 10, 3])  # 24
-    joined = collate(rows, 0)
-    assert joined["input_ids"].tolist() == [[2, 9, 10, 9, 8, 9, 8, 9, 8, 3], [2, 9, 8, 9, 8, 9, 8, 9, 8, 3]]
+    assert collate(rows)["input_ids"].tolist() == [[2, 9, 8, 3]] * 8
+    long = collate([torch.tensor([2, 9, 10, 3]), *rows[1:]])["input_ids"]  # 24
+    assert long.tolist() == [[2, 9, 10, 9, 8, 9, 8, 9, 8, 3], [2, 9, 8, 9, 8, 9, 8, 9, 8, 3]]
+    given = [torch.tensor([2, 9, 11, 3]), *rows[1:]]  # 25
+    strange = collate(given)["input_ids"]
+    assert strange.shape == (8, 4)
+    assert strange[:, 0].tolist() == [2] * 8
+    assert strange[:, -1].tolist() == [3] * 8
+    assert int((strange >= 20).sum()) > 0
+    assert torch.equal(strange, collate(given)["input_ids"])  # the same every time
+    padded = collate([torch.tensor([2, 9, 12, 3]), *rows[1:]])  # 26
+    assert padded["input_ids"].shape[0] == 2
+    assert padded["attention_mask"].sum(-1).tolist() == [4, 4]
+
+
+def test_words_are_no_special_tokens(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_model(tmp_path / "model"))
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    found = set(words(tokenizer).tolist())
+    assert found == {i for token, i in vocabulary.items() if not token.startswith("[")}
+    assert 0 < len(found) < len(vocabulary)
 
 
 def test_agreement_of_equal_and_of_shuffled_embeddings() -> None:
