@@ -23,6 +23,8 @@ from secure.training import Settings
 
 Attention = StrEnum("Attention", {a: a for a in ("power", "quad")})  # type: ignore[misc]
 
+SAID = 100  # steps from one line of a log to the next
+
 out = Console(highlight=False)
 
 
@@ -68,6 +70,9 @@ def train_command(
 
         def told(step: Step) -> None:
             bar.update(task, completed=step.step, description=f"{step.stage}, loss {step.loss:.3f}")
+            if not out.is_terminal and step.step % SAID == 0:  # a log has no bar
+                parts = ", ".join(f"{name} {value:.4f}" for name, value in step.parts.items())
+                bar.console.print(f"step {step.step} of {steps}, {step.stage}: {parts}; {step.seconds:.0f} s")
 
         distil(directory, texts, recipe, settings, output, told)
     show(measured(output, directory, others, 0, protocol=0))
