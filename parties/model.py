@@ -65,8 +65,8 @@ def text_inputs(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, T
 
 
 def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequence[str]) -> list[dict[str, Tensor]]:
-    """The sentences one by one, and all of them run together, cut to the full length; each begins and ends as a
-    tokenized text does, because models treat other beginnings oddly.
+    """The sentences one by one, and all of them run together, cut to the full length. Each sample begins and ends as a
+    tokenized text does, and has no beginning or end inside: models treat those oddly.
     """
     samples = []
     for text in sentences:
@@ -77,12 +77,12 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
                 break
             except ValueError:
                 words = words[:-1]
-    ids = torch.cat([s["input_ids"][0][s["attention_mask"][0].bool()] for s in samples])
-    for start in range(0, max(1, len(ids) - length), length):
-        part = ids[start : start + length].clone()
-        if len(part) == length:
-            part[0], part[-1] = ids[0], ids[-1]
-            samples.append({"input_ids": part[None], "attention_mask": torch.ones((1, length), dtype=torch.int64)})
+    whole = [s["input_ids"][0][s["attention_mask"][0].bool()] for s in samples]
+    first, last, inner = whole[0][:1], whole[0][-1:], torch.cat([ids[1:-1] for ids in whole])
+    for part in inner.split(length - 2):
+        if len(part) == length - 2:
+            ids = torch.cat([first, part, last])[None]
+            samples.append({"input_ids": ids, "attention_mask": torch.ones((1, length), dtype=torch.int64)})
     return samples
 
 

