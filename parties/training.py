@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -80,18 +81,32 @@ def train_command(
 
 
 def data_set(directory: Path, column: str) -> list[str]:
-    """The sentences of a Hugging Face data set that ``save_to_disk`` wrote; of its "train" part if it has parts."""
+    """The sentences of a Hugging Face data set that ``save_to_disk`` wrote, of its "train" part if it has parts. Its
+    Arrow files are read as they are, by pyarrow.
+    """
     try:
-        from datasets import DatasetDict, load_from_disk  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from pyarrow import ArrowException, ipc  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise PartyError(f"--text: {directory} is a directory", "for data sets: pip install datasets") from None
+        raise PartyError(f"--text: {directory} is a directory", "for data sets: pip install 'unseen[data]'") from None
+    hint = "a directory that save_to_disk wrote"
     try:
-        found = load_from_disk(str(directory))
-    except (FileNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise PartyError(f"--text: {directory} is no data set: {reason}", "as save_to_disk writes it") from None
-    if isinstance(found, DatasetDict):
-        found = found["train"] if "train" in found else next(iter(found.values()))
-    if column not in found.column_names:
-        raise PartyError(f"--column: {directory} has no column {column!r}", f"it has {', '.join(found.column_names)}")
-    return [line for value in found[column] if (line := " ".join(str(value).split()))]
+        if (parts := directory / "dataset_dict.json").is_file():
+            splits = json.loads(parts.read_text())["splits"]
+            directory = directory / ("train" if "train" in splits else splits[0])
+        names = [
+            Path(entry["filename"]).name for entry in json.loads((directory / "state.json").read_text())["_data_files"]
+        ]
+        tables = [ipc.open_stream((directory / name).read_bytes()).read_all() for name in names]
+    except (OSError, ValueError, LookupError, TypeError, ArrowException) as error:
+        raise PartyError(f"--text: {directory} is no data set: {error}", hint) from None
+    found: list[str] = []
+    for table in tables:
+        if column not in table.column_names:
+            raise PartyError(
+                f"--column: {directory} has no column {column!r}", f"it has {', '.join(table.column_names)}"
+            )
+        values = table.column(column).to_pylist()
+        found += [line for value in values if value and (line := " ".join(str(value).split()))]
+    if not found:
+        raise PartyError(f"--text: {directory} has no sentences", hint)
+    return found
