@@ -73,7 +73,9 @@ def train_command(
             bar.update(task, completed=step.step, description=f"{step.stage}, loss {step.loss:.3f}")
             if not out.is_terminal and step.step % SAID == 0:  # a log has no bar
                 parts = ", ".join(f"{name} {value:.4f}" for name, value in step.parts.items())
-                bar.console.print(f"step {step.step} of {steps}, {step.stage}: {parts}; {step.seconds:.0f} s")
+                bar.console.print(
+                    f"step {step.step} of {steps}, {step.stage}: {parts}; {step.seconds:.0f} s", soft_wrap=True
+                )
 
         distil(directory, texts, recipe, settings, output, told)
     show(measured(output, directory, others, 0, protocol=0))
