@@ -2,7 +2,8 @@
 
 ``power`` is x^-1 or x^-1/2 on a range [low, high] that its argument must keep: a minimax polynomial y of small
 relative error, then ``steps`` corrections y (1 - e)^exponent with e = 1 - x y^(-1/exponent), the last factor by its
-series up to e^3: what is left is of the order of e^4. Outside of the range it is wrong without notice, so models are
+series up to e^3: what is left is of the order of e^4. For x^-1 it is e^4 itself, and the first e is a polynomial of x:
+each is there as soon as the one before is opened. Outside of the range it is wrong without notice, so models are
 trained to stay inside (``secure.polynomial``).
 
 Power-Softmax (Zimerman et al., arXiv 2410.09457): x^p / sum x^p for even p. Here with weights w of the keys (zero where
@@ -50,12 +51,23 @@ def power(
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
     start, _ = minimax(_ROOTS[exponent], low, high, degree, relative=True)
     y = polynomial(x, start if steps else _times(start, scale))
+    series = Piece(_SERIES[exponent])
+    e = _error(x, start) if exponent == -1.0 else None
     for step in range(steps):
-        squared = y if exponent == -1.0 else y * y
-        e = 1.0 - x * squared
-        series = Piece(_SERIES[exponent])
-        y = y * polynomial(e, series if step < steps - 1 else _times(series, scale))
+        last = step == steps - 1
+        if e is None or exponent != -1.0:
+            e = 1.0 - x * (y * y)
+        y = y * polynomial(e, _times(series, scale) if last else series)
+        if exponent == -1.0 and not last:  # 1 - x y is now e^4: no product of x and y to wait for
+            e = polynomial(e, Piece((0.0, 0.0, 0.0, 0.0, 1.0)))
     return y
+
+
+def _error(x: Value, start: Piece) -> Value:
+    """1 - x start(x), a polynomial of x itself: from the same opening as start(x)."""
+    c = start.coefficients
+    product = [start.centre * low + high for low, high in zip((*c, 0.0), (0.0, *c), strict=True)]
+    return polynomial(x, Piece((1.0 - product[0], *(-v for v in product[1:])), start.centre))
 
 
 def _times(piece: Piece, scale: float) -> Piece:

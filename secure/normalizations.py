@@ -105,7 +105,9 @@ class Normalizations:
         return cast(Symbol, power(x * 2.0**-halves, -0.5, low, high, NORM_DEGREE, steps, 2.0 ** (-halves / 2)))
 
     def _variance(self, node: Node) -> tuple[float, float]:
-        """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides."""
+        """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides, and twice that
+        where it is compared.
+        """
         low, high = self.seen.variance[node.id]
         if not low > 0:
             raise UnsupportedOperation(
@@ -113,6 +115,7 @@ class Normalizations:
                 "where a positive one is needed\n"
                 "hint: check the calibration inputs"
             )
-        low, high = low / (2 * self.margin), high * 2 * self.margin
-        # polynomials are made for the edges themselves, and public; comparisons round them to their own segments
-        return (low, high) if self.compares else (widened(low, down=True), widened(high))
+        if self.compares:
+            return low / (2 * self.margin), high * 2 * self.margin
+        # less room, as it costs polynomials rounds; and rounded, as their edges themselves are public
+        return widened(low / self.margin, down=True), widened(high * self.margin)
