@@ -52,7 +52,7 @@ def power(
     start, _ = minimax(_ROOTS[exponent], low, high, degree, relative=True)
     y = polynomial(x, start if steps else _times(start, scale))
     series = Piece(_SERIES[exponent])
-    e = _error(x, start) if exponent == -1.0 else None
+    e = _error(x, start) if exponent == -1.0 and steps else None
     for step in range(steps):
         last = step == steps - 1
         if e is None or exponent != -1.0:
