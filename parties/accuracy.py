@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from parties.profiling import Format, checked_output, write_report
 from protocols.fixedpoint import FixedPoint
 from secure.calibration import HELD_OUT, SENTENCES
 from secure.fidelity import Computed, Fidelity, Held
+from secure.polynomial import forms
 from secure.tokens import TextTokenizer, load_tokenizer
 
 LENGTH = 32  # tokens of a sentence, if nothing else is asked for
@@ -28,7 +30,7 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 WAYS = ("computed in", "sentences", "Spearman", "same nearest", "mean cosine", "lowest", "lowest to own float")
-RANGES = ("module", "met", "allowed", "used", "corrections", "error")
+RANGES = ("module", "met", "allowed", "used (log)", "corrections", "error to exact")
 
 
 def accuracy_command(
@@ -36,8 +38,9 @@ def accuracy_command(
     original: Annotated[
         str, typer.Option(help=f"The model that it was made of, a directory or {PACKAGED!r}.")
     ] = PACKAGED,
-    texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 100 of ours by default.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 8 of ours by default.")] = None,
     length: Length = LENGTH,
+    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     protocol: Annotated[int, typer.Option(min=0, help="How many of them to ask under the protocol as well.")] = 10,
     form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
     output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
@@ -47,29 +50,54 @@ def accuracy_command(
     checked_output(output, form.value)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     given = read_texts(texts, "--texts", "sentence") if texts else list(HELD_OUT)
-    found = measured(model_directory(model), model_directory(original), given, length, protocol)
-    document = asdict(found) | {"model": Path(model).name, "original": Path(original).name, "length": length}
+    fixed = FixedPoint(fraction_bits=fraction_bits)
+    found = measured(model_directory(model), model_directory(original), given, length, protocol, fixed)
+    about = {"length": length, "fraction_bits": fraction_bits}
+    document = numbered(asdict(found) | {"model": Path(model).name, "original": Path(original).name} | about)
     if form.value == "table":
         show(found)
-    elif form.value == "json":
-        write_report(json.dumps(document, indent=1) + "\n", output)
+        return
+    warn(found)
+    if form.value == "json":
+        write_report(json.dumps(document, indent=1, allow_nan=False) + "\n", output)
     else:
         write_report(_page(document, found), output)
 
 
-def measured(trained: Path, original: Path, texts: list[str], length: int, protocol: int) -> Fidelity:
+def numbered(value: Any) -> Any:
+    """For JSON, which knows no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {k: numbered(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbered(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def warn(found: Fidelity) -> None:
+    """Where a range was left, answers are wrong, and nothing under the protocol would notice."""
+    for held in found.ranges:
+        if held.used is not None and not held.used <= 1:
+            met = f"met {held.met_low:.3g} to {held.met_high:.3g}, made for {held.low:.3g} to {held.high:.3g}"
+            err.print(f"unseen accuracy: warning: {held.path}: {met}; answers on such texts are wrong", soft_wrap=True)
+
+
+def measured(
+    trained: Path, original: Path, texts: list[str], length: int, protocol: int, fixed: FixedPoint | None = None
+) -> Fidelity:
     """Compiled for one padded length on the public sentences and a sample of the texts' kind."""
     from secure.compiler import compile
     from secure.fidelity import fidelity
     from secure.models import load_sentence_encoder
 
     model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
+    if not any(forms(model)):
+        raise PartyError(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
     length = length or min(LENGTH, model.maximum_length)
     if not 2 < length <= model.maximum_length:
         raise PartyError(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
     samples = calibration_inputs(tokenizer, length, SENTENCES)
     _say("compiling")
-    fixed, labels = FixedPoint(), {"model": trained.name, "length": str(length)}
+    labels = {"model": trained.name, "length": str(length)}
     compiled = compile(
         model, samples[0], calibration=samples[1:], embedding="client-table", fixed_point=fixed, labels=labels
     )
@@ -89,7 +117,8 @@ def cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Ten
 
 
 def show(found: Fidelity) -> None:
-    """As tables in the terminal."""
+    """As tables in the terminal. "used" of a range: in logarithms, from its middle."""
+    warn(found)
     for title, heads, rows in _tables(found):
         table = Table(title=title, title_justify="left")
         for head in heads:

@@ -252,7 +252,8 @@ def _print_report(
         )
     if len(vectors) > 1:
         out.print("\ncosine similarities between the texts:")
-        for i, row in enumerate(torch.stack(vectors) @ torch.stack(vectors).T):
+        unit = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        for i, row in enumerate(unit @ unit.T):
             out.print("  " + " ".join(f"{v:7.3f}" for v in row.tolist()) + f"   {texts[i][:40]!r}", markup=False)
     once = ", ".join(f"{name} {mb(size)}" for name, size in connection.files.items())
     out.print(f"\nonce per model, to the client: {once}")

@@ -219,7 +219,8 @@ def table(model: str, outcomes: Sequence[Outcome], best: Outcome | None) -> Tabl
     for heading in (*columns, "lowest\ncosine"):
         shown.add_column(heading, justify="right", overflow="fold")
     for outcome in outcomes:
-        own = (str(outcome.variant.settings[k]) for k in differing)
+        exact = outcome.variant.form == FORMS[0]
+        own = (str(outcome.variant.settings[k]) if exact or k != "gelu" else "-" for k in differing)
         marked = (MARK, "bold") if outcome is best else ("", "")
         shown.add_row(marked[0], *own, *_cells(outcome, networks), style=marked[1])
     return shown

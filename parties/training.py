@@ -24,6 +24,7 @@ from secure.training import Settings
 
 Attention = StrEnum("Attention", {a: a for a in ("power", "quad")})  # type: ignore[misc]
 
+KNOWN = "powers are 2, 4, 6 or 8; degrees 2 to 4; shifts 0, or from 1/64 to 64"
 SAID = 100  # steps from one line of a log to the next
 
 out = Console(highlight=False)
@@ -45,7 +46,7 @@ def train_command(
     patience: Annotated[
         int, typer.Option(min=0, help="End after so many checks without a better held-out loss; 0: never.")
     ] = 0,
-    held_out: Annotated[Path | None, typer.Option(help="Sentences for the report; 100 of ours by default.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Sentences for the report; 8 of ours by default.")] = None,
     column: Annotated[str, typer.Option(help="Of a Hugging Face data set: where its sentences are.")] = "text",
     threads: Threads = 0,
 ) -> None:
@@ -58,7 +59,9 @@ def train_command(
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
-        raise PartyError(f"--{option}: {problem['msg']}", "powers are 2, 4, 6 or 8; degrees 2 to 4") from None
+        raise PartyError(
+            f"--{option}: {problem['msg']}", "powers are 2, 4, 6 or 8; degrees 2 to 4; shifts 0, or from 1/64 to 64"
+        ) from None
     directory = model_directory(model)
     texts = data_set(text, column) if text.is_dir() else read_texts(text, "--text", "sentence")
     others = read_texts(held_out, "--held-out", "sentence") if held_out else list(HELD_OUT)
@@ -77,6 +80,7 @@ def train_command(
                     f"step {step.step} of {steps}, {step.stage}: {parts}; {step.seconds:.0f} s", soft_wrap=True
                 )
 
+        out.print(f"a checkpoint every {settings.checkpoint_seconds / 60:.0f} minutes in {output}", markup=False)
         distil(directory, texts, recipe, settings, output, told)
     show(measured(output, directory, others, 0, protocol=0))
     out.print(f"serve it with: unseen serve {output}", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,8 @@ def distil(
     """
     if output.resolve() == directory.resolve():
         raise ValueError(f"{output} is the original model's directory\nhint: give another one")
+    if (directory / RECIPE).is_file():
+        raise ValueError(f"{directory} is in polynomial form already\nhint: give the original model")
     tokenizer = load_tokenizer(directory)
     teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
     longest = min(LONG, student.maximum_length)
@@ -213,12 +216,15 @@ def agreement_of(a: Tensor, b: Tensor) -> Agreement:
     """Of embeddings of length one, (sentences, width) each."""
     pairs = torch.triu_indices(len(a), len(a), 1)
     similar, wanted = a @ a.T, b @ b.T
-    spearman = torch.corrcoef(torch.stack([_ranks(s[pairs[0], pairs[1]]) for s in (similar, wanted)]))[0, 1]
+    spearman = math.nan  # of fewer than three sentences there is none
+    if len(a) > 2:
+        ranks = torch.stack([_ranks(s[pairs[0], pairs[1]]) for s in (similar, wanted)])
+        spearman = float(torch.corrcoef(ranks)[0, 1])
     own = torch.eye(len(a), dtype=torch.bool)
     nearest = [s.masked_fill(own, -2).argmax(-1) for s in (similar, wanted)]
     cosines = (a * b).sum(-1)
     same = (nearest[0] == nearest[1]).double().mean()
-    return Agreement(len(a), float(spearman), float(same), float(cosines.mean()), float(cosines.min()))
+    return Agreement(len(a), spearman, float(same), float(cosines.mean()), float(cosines.min()))
 
 
 def _ranks(values: Tensor) -> Tensor:

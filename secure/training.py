@@ -282,7 +282,11 @@ class Trainer:
             try:
                 form.freeze()
             except ValueError as error:
-                raise RangeLost(f"{path}: arguments from {low:.3g} to {high:.3g}: {error}") from None
+                reason = str(error).splitlines()[0]
+                raise RangeLost(
+                    f"{path}: arguments from {low:.3g} to {high:.3g}: {reason}\n"
+                    f"hint: {self.step} of {self.settings.steps} steps were to narrow the ranges; give more steps"
+                ) from None
             form.seen.clear()
         if self.directory is not None:
             self.save()
