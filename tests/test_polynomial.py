@@ -411,6 +411,24 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     assert all(way["lowest_own_cosine"] > 0.999 for way in found["ways"])
     assert len(found["layers"]) == 1
     assert {held["kind"] for held in found["ranges"]} == {"attention", "activation", "norm"}
+    exact = CliRunner().invoke(app, ["accuracy", str(model), "--original", str(model), "--length", str(LENGTH)])
+    assert "not in polynomial form" in str(exact.exception)
+    again = CliRunner().invoke(
+        app, ["train", str(output), "--text", str(text), "--output", str(tmp_path / "more"), *few]
+    )
+    assert "in polynomial form already" in str(again.exception)
+    two = tmp_path / "two"
+    two.write_text("\n".join(sentences(2)))
+    lines = CliRunner().invoke(app, [*report[:-1], str(two), "--protocol", "0", "--format", "json"]).stdout
+    assert json.loads(lines)["ways"][0]["agreement"]["spearman"] is None  # of two sentences there is none
+    path = output / "polynomial.json"
+    narrow = json.loads(path.read_text())
+    for held in narrow["layers"].values():
+        if "low" in held:
+            held["high"] = held["low"] * 1.0001
+    path.write_text(json.dumps(narrow))
+    left = CliRunner().invoke(app, [*report, "--protocol", "0"])
+    assert "made for" in str(left.exception)  # the calibration sentences leave it too
     odd = CliRunner().invoke(app, [*arguments, "--power", "3"])
     assert "--power" in str(odd.exception)
     same = CliRunner().invoke(app, ["train", str(model), "--text", str(text), "--output", str(model)])
