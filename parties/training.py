@@ -59,9 +59,7 @@ def train_command(
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
-        raise PartyError(
-            f"--{option}: {problem['msg']}", "powers are 2, 4, 6 or 8; degrees 2 to 4; shifts 0, or from 1/64 to 64"
-        ) from None
+        raise PartyError(f"--{option}: {problem['msg']}", KNOWN) from None
     directory = model_directory(model)
     texts = data_set(text, column) if text.is_dir() else read_texts(text, "--text", "sentence")
     others = read_texts(held_out, "--held-out", "sentence") if held_out else list(HELD_OUT)

@@ -294,6 +294,7 @@ class Trainer:
     # checkpoints
 
     def save(self) -> None:
+        """A checkpoint in the run's directory, whole or not at all."""
         assert self.directory is not None
         about = {
             "step": self.step,
