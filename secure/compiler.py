@@ -77,12 +77,12 @@ def compile(  # the verb that torch uses; always written secure.compile
     seen = observe(graph, samples, parameters)
     lowered = lower(graph, parameters, seen, fixed.margin_bits, embedding, gelu)
     tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    clear_inputs = (_trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
+    clear_inputs = (trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     return _finish(lowered, ranges, fixed, tables, {"embedding": embedding, "gelu": gelu, **(labels or {})})
 
 
-def _trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = run(lowered.client_graph, sample, {}) if lowered.client_inputs else []
     out = {}
     for spec in lowered.client_inputs:

@@ -33,7 +33,7 @@ from benchmarks.peers.works import free_ports
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
 from secure.capture import capture
-from secure.compiler import Sample, _trace_inputs
+from secure.compiler import Sample, trace_inputs
 from secure.lower import Lowered, lower, observe
 from secure.models import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
 from secure.ranges import dyadic
@@ -202,7 +202,7 @@ def cross_check(
     compiled = secure.compile(model, inputs, calibration=calibration, embedding=embedding)
     lowered = lowered_model(model, [inputs, *calibration], embedding)
     tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    given = _trace_inputs(lowered, inputs, tables)
+    given = trace_inputs(lowered, inputs, tables)
     (output,) = lowered.outputs
     check_range(lowered, given)
     plain = evaluate(lowered.trace, given, lowered.weights, outputs=[output.id])[0]

@@ -1,0 +1,1 @@
+"""CKKS: the server computes on ciphertexts that the client alone can decrypt."""

@@ -1,0 +1,153 @@
+"""A computation on ciphertexts: nodes in order, each with its operands; and its meaning on plain slot vectors.
+
+Operations: ``input`` (by name); ``rotate`` (slot i takes slot i + step, cyclic); ``add`` (a sum with signs);
+``shift`` (adds a plain vector or number); ``multiply`` (two ciphertexts); ``dot`` (the sum of operands times plain
+vectors or numbers); ``refresh`` (the client re-encrypts: the levels are back). ``multiply`` and ``dot`` take a level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+Plain = Vector | float
+TAKES_LEVEL = frozenset({"multiply", "dot"})
+
+
+@dataclass(frozen=True)
+class Node:
+    """``inputs``: node ids; ``numbers``: step (rotate), signs (add), ids of plain operands (shift, dot)."""
+
+    op: str
+    inputs: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+    name: str = ""
+
+
+@dataclass
+class Circuit:
+    """Equal nodes are one: a rotation that two layers need is done once."""
+
+    slots: int
+    nodes: list[Node] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)  # the module that a node belongs to
+    plains: list[Plain] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)  # where a refresh may stand: before the node of this id
+    path: str = ""
+    _known: dict[Node, int] = field(default_factory=dict)
+    _plain_ids: dict[bytes, int] = field(default_factory=dict)
+
+    def _node(self, op: str, inputs: Sequence[int] = (), numbers: Sequence[int] = (), name: str = "") -> int:
+        node = Node(op, tuple(inputs), tuple(numbers), name)
+        if node not in self._known:
+            self._known[node] = len(self.nodes)
+            self.nodes.append(node)
+            self.paths.append(self.path)
+        return self._known[node]
+
+    def _plain(self, value: Plain) -> int:
+        if isinstance(value, np.ndarray) and value.size and bool((value == value[0]).all()):
+            value = float(value[0])
+        if isinstance(value, np.ndarray):
+            if value.shape != (self.slots,):
+                raise ValueError(f"a plain vector has {value.shape} numbers, a ciphertext {self.slots} slots")
+            key = hashlib.sha256(value.tobytes()).digest()
+        else:
+            key = np.float64(value).tobytes()
+        if key not in self._plain_ids:
+            self._plain_ids[key] = len(self.plains)
+            self.plains.append(value)
+        return self._plain_ids[key]
+
+    def mark(self) -> None:
+        if not self.marks or self.marks[-1] != len(self.nodes):
+            self.marks.append(len(self.nodes))
+
+    def input(self, name: str) -> int:
+        return self._node("input", name=name)
+
+    def rotate(self, x: int, step: int) -> int:
+        step %= self.slots
+        return self._node("rotate", (x,), (step,)) if step else x
+
+    def add(self, *terms: int, signs: Sequence[int] | None = None) -> int:
+        if len(terms) == 1 and (signs is None or signs[0] == 1):
+            return terms[0]
+        return self._node("add", terms, signs or (1,) * len(terms))
+
+    def shift(self, x: int, value: Plain) -> int:
+        if not np.any(value):
+            return x
+        return self._node("shift", (x,), (self._plain(value),))
+
+    def multiply(self, x: int, y: int) -> int:
+        return self._node("multiply", (x, y) if x <= y else (y, x))
+
+    def dot(self, terms: Sequence[tuple[int, Plain]]) -> int:
+        return self._node("dot", [x for x, _ in terms], [self._plain(p) for _, p in terms])
+
+    @property
+    def steps(self) -> list[int]:
+        """Every rotation there is: the keys that the server needs."""
+        return sorted({n.numbers[0] for n in self.nodes if n.op == "rotate"})
+
+    def counts(self) -> dict[str, int]:
+        """Nodes by kind; products with plain vectors one by one."""
+        out = dict.fromkeys(("rotate", "multiply", "plain", "add", "refresh"), 0)
+        for node in self.nodes:
+            if node.op == "dot":
+                out["plain"] += len(node.inputs)
+            elif node.op in out:
+                out[node.op] += 1
+        return out
+
+
+def last_readers(circuit: Circuit) -> list[int]:
+    """For each node the id of the last one that reads it (its own where none does)."""
+    last = list(range(len(circuit.nodes)))
+    for i, node in enumerate(circuit.nodes):
+        for x in node.inputs:
+            last[x] = i
+    for x in circuit.outputs:
+        last[x] = len(circuit.nodes)
+    return last
+
+
+def clear(
+    circuit: Circuit, inputs: Mapping[str, Vector], observe: Callable[[int, Vector], None] | None = None
+) -> list[Vector]:
+    """The slots of every output in floating point: the reference, and what calibration watches."""
+    values: dict[int, Vector] = {}
+    last = last_readers(circuit)
+    for i, node in enumerate(circuit.nodes):
+        values[i] = value = _clear(circuit, node, [values[x] for x in node.inputs], inputs)
+        if observe is not None:
+            observe(i, value)
+        for x in {i, *node.inputs}:
+            if last[x] <= i:
+                del values[x]
+    return [values[x] for x in circuit.outputs]
+
+
+def _clear(circuit: Circuit, node: Node, x: Sequence[Vector], inputs: Mapping[str, Vector]) -> Vector:
+    if node.op == "input":
+        return inputs[node.name]
+    if node.op == "rotate":
+        return np.roll(x[0], -node.numbers[0])
+    if node.op == "multiply":
+        return x[0] * x[1]
+    if node.op == "refresh":
+        return x[0]
+    if node.op == "shift":
+        return x[0] + circuit.plains[node.numbers[0]]
+    weights = node.numbers if node.op == "add" else [circuit.plains[p] for p in node.numbers]
+    total = x[0] * weights[0]
+    for value, weight in zip(x[1:], weights[1:], strict=True):
+        total = total + value * weight
+    return total

@@ -1,0 +1,186 @@
+"""The server's evaluation of a schedule on ciphertexts: one process, one core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import numpy as np
+from tenseal import sealapi
+
+from protocols.ckks.circuit import Node
+from protocols.ckks.refresh import Mask, Masks
+from protocols.ckks.schedule import Schedule
+from protocols.ckks.seal import Context, EvaluationKeys, saved
+
+CACHE = 4 << 30  # bytes of encoded weights kept, by default
+
+
+class Weights:
+    """The plain vectors of a schedule, encoded once at the level and scale at which they are read.
+
+    ``limit``: bytes that encoded vectors may take; what does not fit is encoded at every use.
+    """
+
+    def __init__(self, context: Context, schedule: Schedule, limit: int = CACHE) -> None:
+        self.context, self.schedule, self.limit = context, schedule, limit
+        self.bytes = 0
+        self._cache: dict[tuple[int, int, float], Any] = {}
+
+    def prepare(self) -> None:
+        for i, node in enumerate(self.schedule.circuit.nodes):
+            if node.op in ("dot", "shift"):
+                for place in range(len(node.numbers)):
+                    self.operand(i, node, place)
+
+    def operand(self, i: int, node: Node, place: int) -> Any:
+        """The encoded plain operand ``place`` of node i."""
+        s, level = self.context.parameters.scales, self.schedule.levels[i]
+        if node.op == "dot":  # whatever scale its operand has, the product has the one that rescales to scales[level]
+            scale = s[level] * self.context.parameters.primes[level + 1] / s[self.schedule.levels[node.inputs[place]]]
+            level += 1
+        else:
+            scale = s[level]
+        value = self.schedule.circuit.plains[node.numbers[place]]
+        if not isinstance(value, np.ndarray):
+            return self.context.encode(value, level, scale)
+        key = (node.numbers[place], level, scale)
+        if key not in self._cache:
+            encoded, size = self.context.encode(value, level, scale), 8 * (level + 1) * self.context.parameters.degree
+            if self.bytes + size > self.limit:
+                return encoded
+            self._cache[key] = encoded
+            self.bytes += size
+        return self._cache[key]
+
+
+def evaluate(
+    weights: Weights,
+    keys: EvaluationKeys,
+    inputs: Mapping[str, bytes],
+    progress: Callable[[int, str], None] | None = None,
+) -> Generator[list[bytes], list[bytes], list[bytes]]:
+    """Run the whole schedule: yields the masked ciphertexts of each refresh, is resumed with the client's fresh ones,
+    and returns the encrypted outputs. InvalidCiphertext for inputs that do not belong to the parameters.
+
+    ``progress``: told every node before it runs, with its module's path.
+    """
+    run = _Run(weights, keys)
+    schedule, circuit = weights.schedule, weights.schedule.circuit
+    last = list(range(len(circuit.nodes)))
+    for i, node in enumerate(circuit.nodes):
+        for x in node.inputs:
+            last[x] = i
+    for x in circuit.outputs:
+        last[x] = len(circuit.nodes)
+    stage = 0
+    fresh: dict[int, Any] = {}
+    masks = Masks(weights.context)
+    for i, node in enumerate(circuit.nodes):
+        if progress is not None:
+            progress(i, circuit.paths[i])
+        if node.op == "input":
+            run.values[i] = weights.context.ciphertext(inputs[node.name], schedule.levels[i], f"input {node.name!r}")
+        elif node.op == "refresh":
+            if schedule.stages[i] > stage:
+                stage = schedule.stages[i]
+                fresh = yield from _refreshed(run, masks, schedule, stage)
+            run.values[i] = fresh.pop(i)
+        else:
+            run.values[i] = run.node(i, node)
+        for x in {i, *node.inputs}:
+            if last[x] <= i:
+                run.forget(x)
+    return [saved(run.values[x]) for x in circuit.outputs]
+
+
+def _refreshed(
+    run: _Run, masks: Masks, schedule: Schedule, stage: int
+) -> Generator[list[bytes], list[bytes], dict[int, Any]]:
+    nodes = schedule.refreshes(stage)
+    masked: list[bytes] = []
+    drawn: list[Mask] = []
+    for i in nodes:
+        mask = masks.draw(schedule.reserve)
+        masked.append(saved(mask.added(run.at(schedule.circuit.nodes[i].inputs[0], schedule.reserve))))
+        drawn.append(mask)
+    answers = yield masked
+    if len(answers) != len(nodes):
+        raise ValueError(f"a refresh of {len(nodes)} ciphertexts came back with {len(answers)}")
+    out = {}
+    for i, mask, answer in zip(nodes, drawn, answers, strict=True):
+        level = schedule.levels[i]
+        out[i] = mask.removed(run.context.ciphertext(answer, level, "refreshed ciphertext"), level)
+    return out
+
+
+class _Run:
+    def __init__(self, weights: Weights, keys: EvaluationKeys) -> None:
+        self.weights, self.keys, self.context = weights, keys, weights.context
+        self.schedule = weights.schedule
+        self.evaluator = sealapi.Evaluator(self.context.seal)
+        self.values: dict[int, Any] = {}
+        self.dropped: dict[tuple[int, int], Any] = {}
+
+    def forget(self, x: int) -> None:
+        self.values.pop(x, None)
+        for key in [k for k in self.dropped if k[0] == x]:
+            del self.dropped[key]
+
+    def at(self, x: int, level: int) -> Any:
+        """Value x with the limbs of a level (its scale stays)."""
+        if self.schedule.levels[x] == level:
+            return self.values[x]
+        if (x, level) not in self.dropped:
+            out = sealapi.Ciphertext()
+            self.evaluator.mod_switch_to(self.values[x], self.context.ids[level], out)
+            self.dropped[x, level] = out
+        return self.dropped[x, level]
+
+    def node(self, i: int, node: Node) -> Any:
+        e, out, level = self.evaluator, sealapi.Ciphertext(), self.schedule.levels[i]
+        if node.op == "rotate":
+            step = node.numbers[0]
+            e.rotate_vector(self.at(node.inputs[0], level), step, self.keys.galois[step], out)
+        elif node.op == "add":
+            return self._add(node, level)
+        elif node.op == "shift":
+            e.add_plain(self.at(node.inputs[0], level), self.weights.operand(i, node, 0), out)
+        elif node.op == "multiply":
+            x, y = node.inputs
+            if x == y:
+                e.square(self.at(x, level + 1), out)
+            else:
+                e.multiply(self.at(x, level + 1), self.at(y, level + 1), out)
+            e.relinearize_inplace(out, self.keys.relin)
+            return self._rescaled(out, level)
+        else:
+            return self._dot(i, node, level)
+        return out
+
+    def _add(self, node: Node, level: int) -> Any:
+        e, out = self.evaluator, sealapi.Ciphertext()
+        operands = [self.at(x, level) for x in node.inputs]
+        signs = list(node.numbers)
+        if signs[0] < 0:
+            e.negate(operands[0], out)
+        for k, (x, sign) in enumerate(zip(operands[1:], signs[1:], strict=True)):
+            function = e.add if sign > 0 else e.sub
+            if k == 0 and signs[0] > 0:
+                function(operands[0], x, out)
+            else:
+                (e.add_inplace if sign > 0 else e.sub_inplace)(out, x)
+        return out
+
+    def _dot(self, i: int, node: Node, level: int) -> Any:
+        e, total, part = self.evaluator, sealapi.Ciphertext(), sealapi.Ciphertext()
+        for place, x in enumerate(node.inputs):
+            e.multiply_plain(self.at(x, level + 1), self.weights.operand(i, node, place), part if place else total)
+            if place:
+                e.add_inplace(total, part)
+        return self._rescaled(total, level)
+
+    def _rescaled(self, x: Any, level: int) -> Any:
+        self.evaluator.rescale_to_next_inplace(x)
+        x.scale = self.context.parameters.scales[level]  # equal but for the rounding of a double
+        return x

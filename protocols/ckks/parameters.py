@@ -1,0 +1,105 @@
+"""Encryption parameters: ring degree and primes at 128-bit security, and the exact scale of every level.
+
+A chain is one base prime (what is left at level 0, where results are decrypted), one prime a level, dropped by the
+rescaling that follows a product, and one special prime for key switching. ``MAXIMUM_BITS`` is the bound of the
+Homomorphic Encryption Standard for ternary secrets and 128 bits against classical attacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+MAXIMUM_BITS = {2048: 54, 4096: 109, 8192: 218, 16384: 438, 32768: 881}
+SMALLEST_SCALE, LARGEST_PRIME = 22, 60
+
+
+class DoesNotFit(ValueError):
+    """No ring degree holds what is asked for at 128-bit security."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """degree: N, of which N/2 slots; scale_bits: of every value (and every prime but the first and the special one);
+    base_bits: of the prime of level 0; levels: how many products one after another.
+    """
+
+    degree: int
+    levels: int
+    scale_bits: int
+    base_bits: int
+
+    def __post_init__(self) -> None:
+        if self.degree not in MAXIMUM_BITS:
+            raise DoesNotFit(f"ring degree {self.degree}\nhint: one of {', '.join(map(str, MAXIMUM_BITS))}")
+        if not (SMALLEST_SCALE <= self.scale_bits < self.base_bits <= LARGEST_PRIME and 0 <= self.levels <= 64):
+            raise DoesNotFit(
+                f"scale of {self.scale_bits} bits, base prime of {self.base_bits}, {self.levels} levels\n"
+                f"hint: scales have {SMALLEST_SCALE} bits or more, the base prime more than that and at most "
+                f"{LARGEST_PRIME}"
+            )
+        if self.total_bits > MAXIMUM_BITS[self.degree]:
+            raise DoesNotFit(
+                f"{self.levels} levels of {self.scale_bits} bits take a modulus of {self.total_bits} bits; at 128-bit "
+                f"security N = {self.degree} has {MAXIMUM_BITS[self.degree]}\n"
+                "hint: fewer levels, less precision, or a larger ring"
+            )
+
+    @property
+    def slots(self) -> int:
+        return self.degree // 2
+
+    @property
+    def special_bits(self) -> int:
+        """As large as the largest prime: what key switching adds is then below what rescaling adds."""
+        return self.base_bits
+
+    @property
+    def prime_bits(self) -> list[int]:
+        return [self.base_bits, *[self.scale_bits] * self.levels, self.special_bits]
+
+    @property
+    def total_bits(self) -> int:
+        return sum(self.prime_bits)
+
+    @cached_property
+    def primes(self) -> list[int]:
+        """The primes themselves, the special one last."""
+        from tenseal import sealapi
+
+        return [int(p.value()) for p in sealapi.CoeffModulus.Create(self.degree, self.prime_bits)]
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """The scale of values at each level: a product at level l has scale[l]^2 and is rescaled by that level's prime,
+        so scale[l - 1] = scale[l]^2 / prime[l] exactly, and sums never meet two scales.
+        """
+        scale = [2.0**self.scale_bits]
+        for level in range(self.levels, 0, -1):
+            scale.append(scale[-1] ** 2 / self.primes[level])
+        return scale[::-1]
+
+    def limbs(self, level: int) -> int:
+        return level + 1
+
+    def ciphertext_bytes(self, level: int) -> int:
+        """Of a ciphertext on the wire, two polynomials; a fresh one from a seed is one."""
+        return 2 * self.polynomial_bytes(level)
+
+    def polynomial_bytes(self, level: int) -> int:
+        return sum(map(_packed_bits, self.prime_bits[: level + 1])) * self.degree // 8
+
+    @property
+    def key_bytes(self) -> int:
+        """One rotation key (or the relinearization key) from a seed: a polynomial over all primes for each."""
+        return (self.levels + 1) * sum(map(_packed_bits, self.prime_bits)) * self.degree // 8
+
+    @property
+    def key_memory(self) -> int:
+        """The same key in memory: two polynomials, eight bytes a residue."""
+        return 16 * self.degree * (self.levels + 1) * (self.levels + 2)
+
+
+def _packed_bits(prime_bits: int) -> int:
+    """Of a uniform residue in SEAL's files: 64-bit words through Zstandard, measured for primes of 26 to 40 bits."""
+    return min(64, prime_bits + 8)

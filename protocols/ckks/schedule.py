@@ -1,0 +1,174 @@
+"""Levels: where the client refreshes ciphertexts, and how many products every value still has before it.
+
+All of it is known before anything is encrypted. A stage is what the server computes between two refreshes; within it
+every node runs as late as its readers allow, which is at the lowest level, where ciphertexts are smallest and
+operations cheapest. A value that a reader wants at a lower level drops there: for free where the reader is ``dot``
+(its plain operand takes up the difference in scale), else by a product with one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from protocols.ckks.circuit import TAKES_LEVEL, Circuit, Node, last_readers
+from protocols.ckks.parameters import DoesNotFit
+
+ROUND = 3  # what a round costs beside a refreshed ciphertext, when cuts are chosen
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """circuit: with refreshes and drops in it; levels: by node, how many levels its result has left; stages: by node."""
+
+    circuit: Circuit
+    levels: tuple[int, ...]
+    stages: tuple[int, ...]
+    reserve: int  # levels that a value that is sent for a refresh keeps, so that its mask fits
+
+    @property
+    def depth(self) -> int:
+        return max(self.levels, default=0)
+
+    @property
+    def rounds(self) -> int:
+        """Refreshes one after another."""
+        return max(self.stages, default=0)
+
+    def refreshes(self, stage: int) -> list[int]:
+        """The refresh nodes that begin a stage, in order."""
+        return [i for i, n in enumerate(self.circuit.nodes) if n.op == "refresh" and self.stages[i] == stage]
+
+    def inputs(self) -> dict[str, int]:
+        """The level at which the client encrypts each input."""
+        return {n.name: self.levels[i] for i, n in enumerate(self.circuit.nodes) if n.op == "input"}
+
+
+def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0) -> Schedule:
+    """Levels of a circuit; with ``levels``, refreshes are placed so that no stage needs more.
+
+    DoesNotFit where a single step between two places for a refresh is deeper than that.
+    """
+    cuts = [] if levels is None else _cuts(circuit, levels, reserve)
+    return _leveled(*_with_refreshes(circuit, cuts), reserve)
+
+
+def depth_by_path(circuit: Circuit) -> list[tuple[str, int]]:
+    """Along the deepest chain of products: which module takes how many levels."""
+    depth, before = [0] * len(circuit.nodes), [-1] * len(circuit.nodes)
+    for i, node in enumerate(circuit.nodes):
+        if node.inputs:
+            before[i] = max(node.inputs, key=lambda x: depth[x])
+            depth[i] = depth[before[i]] + (node.op in TAKES_LEVEL)
+    at, taken = max(circuit.outputs, key=lambda i: depth[i]), Counter[str]()
+    while at >= 0:
+        taken[circuit.paths[at]] += circuit.nodes[at].op in TAKES_LEVEL
+        at = before[at]
+    return [(path, n) for path, n in reversed(taken.items()) if n]
+
+
+def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
+    """The marks at which everything still needed is refreshed: fewest ciphertexts and rounds, by dynamic programming."""
+    end = len(circuit.nodes)
+    places = [0, *[m for m in circuit.marks if 0 < m < end], end]
+    last = last_readers(circuit)
+    live = {
+        m: sum(1 for i in range(m) if last[i] >= m and circuit.nodes[i].op != "input") if m < end else 0 for m in places
+    }
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for a, start in enumerate(places[:-1]):
+        if start not in best:
+            continue
+        depth: dict[int, int] = {}
+        deepest = 0
+        at = start
+        for stop in places[a + 1 :]:
+            for i in range(at, stop):
+                node = circuit.nodes[i]
+                depth[i] = max((depth.get(x, 0) for x in node.inputs), default=0) + (node.op in TAKES_LEVEL)
+                deepest = max(deepest, depth[i])
+            at = stop
+            if deepest > levels:
+                break
+            if stop < end and deepest > levels - reserve:
+                continue
+            cost, cuts = best[start]
+            cost += live[stop] + (ROUND if stop < end else 0)
+            if stop not in best or cost < best[stop][0]:
+                best[stop] = (cost, [*cuts, stop] if stop < end else cuts)
+    if end not in best:
+        taken = ", ".join(f"{path or 'model'} {n}" for path, n in depth_by_path(circuit))
+        raise DoesNotFit(
+            f"{levels} levels, {reserve} of them kept for masks, are too few for one step between refreshes; levels by "
+            f"module: {taken}\nhint: a larger ring, or less precision"
+        )
+    return best[end][1]
+
+
+def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[int]]:
+    """The circuit with its refreshes, without what nothing reads; and the stage of every node."""
+    needed = [False] * len(circuit.nodes)
+    for i in circuit.outputs:
+        needed[i] = True
+    for i in range(len(circuit.nodes) - 1, -1, -1):
+        if needed[i]:
+            for x in circuit.nodes[i].inputs:
+                needed[x] = True
+    last = last_readers(circuit)
+    out, stages, place = Circuit(circuit.slots, plains=circuit.plains), list[int](), dict[int, int]()
+
+    def append(node: Node, path: str, stage: int) -> int:
+        out.nodes.append(node)
+        out.paths.append(path)
+        stages.append(stage)
+        return len(out.nodes) - 1
+
+    remaining, stage = list(cuts), 0
+    for i, node in enumerate(circuit.nodes):
+        if remaining and i == remaining[0]:
+            remaining.pop(0)
+            stage += 1
+            for x in range(i):
+                if needed[x] and last[x] >= i and circuit.nodes[x].op != "input":
+                    place[x] = append(Node("refresh", (place[x],)), circuit.paths[x], stage)
+        if needed[i]:
+            inputs = tuple(place[x] for x in node.inputs)
+            place[i] = append(Node(node.op, inputs, node.numbers, node.name), circuit.paths[i], stage)
+    out.outputs = [place[i] for i in circuit.outputs]
+    return out, stages
+
+
+def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
+    levels = [0] * len(circuit.nodes)
+    for i in range(len(circuit.nodes) - 1, -1, -1):
+        node = circuit.nodes[i]
+        for x in node.inputs:
+            wanted = reserve if node.op == "refresh" else levels[i] + (node.op in TAKES_LEVEL)
+            levels[x] = max(levels[x], wanted)
+    out = Circuit(circuit.slots, plains=circuit.plains)
+    new_levels, new_stages, place, dropped = list[int](), list[int](), dict[int, int](), dict[tuple[int, int], int]()
+    one = len(circuit.plains)
+    out.plains.append(1.0)
+
+    def append(node: Node, path: str, level: int, stage: int) -> int:
+        out.nodes.append(node)
+        out.paths.append(path)
+        new_levels.append(level)
+        new_stages.append(stage)
+        return len(out.nodes) - 1
+
+    for i, node in enumerate(circuit.nodes):
+        wanted = reserve if node.op == "refresh" else levels[i]
+        inputs = []
+        for x in node.inputs:
+            if node.op == "dot" or levels[x] == wanted + (node.op in TAKES_LEVEL):
+                inputs.append(place[x])
+                continue
+            level = wanted + (node.op in TAKES_LEVEL)
+            if (x, level) not in dropped:
+                drop = Node("dot", (place[x],), (one,))
+                dropped[x, level] = append(drop, circuit.paths[i], level, stages[i])
+            inputs.append(dropped[x, level])
+        place[i] = append(Node(node.op, tuple(inputs), node.numbers, node.name), circuit.paths[i], levels[i], stages[i])
+    out.outputs = [place[i] for i in circuit.outputs]
+    return Schedule(out, tuple(new_levels), tuple(new_stages), reserve)

@@ -1,0 +1,394 @@
+"""``secure.encrypt``: from a torch module in polynomial form to what client and server do under CKKS.
+
+The ring degree, the primes and the scale follow from the circuit: its depth, the ranges that calibration met, and the
+precision wished for. All of it is known before a key exists; what does not fit is refused with the levels by module.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from approximations.activations import GELU_FORMS
+from protocols.ckks import noise
+from protocols.ckks.circuit import Vector, clear
+from protocols.ckks.cost import seconds
+from protocols.ckks.parameters import LARGEST_PRIME, MAXIMUM_BITS, DoesNotFit, Parameters
+from protocols.ckks.refresh import INTEGER, reserve
+from protocols.ckks.schedule import Schedule, depth_by_path, schedule
+from secure.affine import Array
+from secure.capture import capture
+from secure.compiler import Sample, trace_inputs
+from secure.graph import Graph, UnsupportedOperation
+from secure.lower import ClientInput, Lowered, lower, observe
+from secure.packer import Packed, Packer, Range
+from secure.packing import EMPTY, Content, Cube, DoesNotPack
+from secure.program import InvalidProgram, encode_input
+from secure.trace import evaluate
+from secure.graph import run as run_graph
+
+VERSION = 1
+WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
+HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
+DEGREES = (8192, 16384, 32768)
+MODES = ("pure", "refresh")
+REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
+
+
+@dataclass(frozen=True, eq=False)
+class EncryptedProgram:
+    """What client and server agree on: parameters, keys, what goes where. No weights in it.
+
+    views: for each ciphertext that the client sends, which input it is made of and which element stands in every slot;
+    refreshes: for each stage, the level of every ciphertext that comes back.
+    """
+
+    parameters: Parameters
+    steps: tuple[int, ...]
+    client_graph: Graph
+    client_inputs: tuple[ClientInput, ...]
+    ranges: Mapping[str, tuple[float, float]]
+    views: Mapping[str, tuple[str, int, Content]]  # (input, level, content)
+    refreshes: tuple[tuple[int, ...], ...]
+    reserve: int
+    output_shape: tuple[int, ...]
+    output: Content
+    output_unit: float
+    counts: Mapping[str, int]
+    labels: Mapping[str, str]
+
+    @cached_property
+    def encoded(self) -> bytes:
+        document = {
+            "version": VERSION,
+            "parameters": dataclasses.asdict(self.parameters),
+            "steps": self.steps,
+            "client_graph": self.client_graph.to_json(),
+            "client_inputs": [dataclasses.asdict(c) for c in self.client_inputs],
+            "ranges": {k: list(v) for k, v in self.ranges.items()},
+            "views": {k: [name, level, _packed(c)] for k, (name, level, c) in self.views.items()},
+            "refreshes": self.refreshes,
+            "reserve": self.reserve,
+            "output_shape": self.output_shape,
+            "output": [_packed(row) for row in self.output],
+            "output_unit": self.output_unit,
+            "counts": dict(self.counts),
+            "labels": dict(self.labels),
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.encoded).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes) -> EncryptedProgram:
+        """Decode and check; raises InvalidProgram."""
+        try:
+            d = json.loads(encoded)
+            if d["version"] != VERSION:
+                raise InvalidProgram(f"the Program has version {d['version']}, this is {VERSION}\nhint: upgrade unseen")
+            parameters = Parameters(**d["parameters"])
+            program = cls(
+                parameters=parameters,
+                steps=tuple(int(s) for s in d["steps"]),
+                client_graph=Graph.from_json(d["client_graph"]),
+                client_inputs=tuple(ClientInput(**{**c, "shape": tuple(c["shape"])}) for c in d["client_inputs"]),
+                ranges={str(k): (float(a), float(b)) for k, (a, b) in d["ranges"].items()},
+                views={
+                    str(k): (str(name), int(level), _unpacked(c, parameters.slots))
+                    for k, (name, level, c) in d["views"].items()
+                },
+                refreshes=tuple(tuple(int(v) for v in stage) for stage in d["refreshes"]),
+                reserve=int(d["reserve"]),
+                output_shape=tuple(int(n) for n in d["output_shape"]),
+                output=np.stack([_unpacked(c, parameters.slots) for c in d["output"]]),
+                output_unit=float(d["output_unit"]),
+                counts={str(k): int(v) for k, v in d["counts"].items()},
+                labels={str(k): str(v) for k, v in d["labels"].items()},
+            )
+            program.check()
+        except InvalidProgram:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
+            raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
+        return program
+
+    def check(self) -> None:
+        """What a client relies on before it makes keys for somebody else's Program."""
+        levels = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
+        names = {c.name for c in self.client_inputs}
+        known = all(name in names and name in self.ranges for name, _, _ in self.views.values())
+        sound = all(0 <= v <= self.parameters.levels for v in [*levels, self.reserve]) and known
+        size = math.prod(self.output_shape)
+        if not sound or not all(0 < s < self.parameters.slots for s in self.steps) or size > self.output.size:
+            raise InvalidProgram("levels, rotations or inputs of the Program do not hold together")
+        if self.refreshes and self.reserve < reserve(
+            self.parameters.degree, self.parameters.scale_bits, self.parameters.base_bits
+        ):
+            raise InvalidProgram("the masks of its refreshes do not fit the modulus\nhint: do not trust this server")
+        if sorted(self.output[self.output >= 0]) != list(range(size)):
+            raise InvalidProgram("elements of the output are missing or stand twice")
+
+    # the client's side
+
+    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
+        """The slots of every ciphertext that the client sends; ValueError for an input outside of its range."""
+        values = run_graph(self.client_graph, inputs, {}) if self.client_inputs else []
+        flat: dict[str, Array] = {}
+        for spec in self.client_inputs:
+            value = encode_input(spec, values[spec.output], tables).to(torch.float64).numpy().reshape(-1)
+            low, high = self.ranges[spec.name]
+            if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
+                raise ValueError(
+                    f"input {spec.name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
+                    f"for [{low:.4g}, {high:.4g}]\nhint: scale the input as the model's calibration inputs are"
+                )
+            flat[spec.name] = value
+        return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
+
+    def decode(self, slots: Sequence[Vector]) -> Tensor:
+        """The output from the decrypted slots of its ciphertexts; ValueError where they cannot be right."""
+        out = np.zeros(math.prod(self.output_shape))
+        for row, values in zip(self.output, slots, strict=True):
+            used = row >= 0
+            out[row[used]] = values[used]
+        if not np.isfinite(out).all() or np.abs(out).max() > 2.0 * HEADROOM:
+            raise ValueError(
+                f"the result decrypts to {np.abs(out).max() * self.output_unit:.4g}, calibrated outputs end at "
+                f"{self.output_unit:.4g}: it is not an answer\n"
+                "hint: inputs far from the calibration inputs leave the ranges of the model's polynomials"
+            )
+        return torch.from_numpy(out * self.output_unit).reshape(self.output_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Encrypted:
+    """A Program and what the server keeps: the schedule with its weights."""
+
+    program: EncryptedProgram
+    schedule: Schedule
+    predicted_error: float  # of an output element, absolute
+    client_tables: Mapping[str, Tensor]
+    layer_errors: Mapping[str, float]  # by module path, relative to what its values are divided by
+
+    @property
+    def weights_digest(self) -> str:
+        total = hashlib.sha256()
+        for plain in self.schedule.circuit.plains:
+            total.update(np.asarray(plain, dtype=np.float64).tobytes())
+        return total.hexdigest()
+
+
+def encrypt(
+    model: nn.Module,
+    example_inputs: Sample,
+    *,
+    calibration: Sequence[Sample] = (),
+    mode: str = "pure",
+    precision_bits: float = 10.0,
+    degrees: Sequence[int] = DEGREES,
+    labels: Mapping[str, str] | None = None,
+) -> Encrypted:
+    """Capture a module in polynomial form and pack it for evaluation on ciphertexts.
+
+    mode: "pure" (the server alone; refused where no ring has the levels) or "refresh" (the client re-encrypts masked
+    ciphertexts where levels end). precision_bits: wished for at the output, relative to its largest calibrated value;
+    the predicted error (4.5 standard deviations) is kept below 2^-precision_bits. degrees: rings to choose from; the
+    cheapest by predicted time is taken.
+    Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}\nhint: one of {', '.join(MODES)}")
+    graph, parameters = capture(model, example_inputs)
+    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
+    samples = [example_inputs, *calibration]
+    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
+    (output,) = lowered.outputs
+    tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
+    inputs = [trace_inputs(lowered, s, tables) for s in samples]
+    ranges = _ranges(lowered, inputs)
+    weights = {k: v.numpy() for k, v in lowered.weights.items()}
+    found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
+    problems: list[str] = []
+    for degree in degrees:
+        try:
+            packed = Packer(lowered.trace, weights, ranges, _cube(lowered, degree // 2)).run(output.id)
+            chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
+        except (DoesNotFit, DoesNotPack) as error:
+            problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
+            continue
+        found.append((seconds(timed, chosen), chosen, timed, packed, watched))
+        if mode == "pure":
+            break  # a larger ring is slower
+    if not found:
+        taken = ", ".join(f"{path or 'model'} {n}" for path, n in depth_by_path(packed.circuit))
+        raise DoesNotFit(
+            "the model fits no ring: " + "; ".join(problems) + f". Levels by module on the deepest path: {taken}\n"
+            "hint: --refresh lets the client re-encrypt between layers; or fewer layers, a smaller power or degree"
+        )
+    _, chosen, timed, packed, watched = min(found, key=lambda f: f[0])
+    levels = timed.inputs()
+    program = EncryptedProgram(
+        parameters=chosen,
+        steps=tuple(timed.circuit.steps),
+        client_graph=lowered.client_graph,
+        client_inputs=tuple(lowered.client_inputs),
+        ranges={c.name: _reach(lowered, ranges, c.name) for c in lowered.client_inputs},
+        views={k: (name, levels[k], content) for k, (name, content) in packed.views.items() if k in levels},
+        refreshes=tuple(
+            tuple(timed.levels[i] for i in timed.refreshes(stage)) for stage in range(1, timed.rounds + 1)
+        ),
+        reserve=timed.reserve,
+        output_shape=tuple(output.shape),
+        output=packed.output,
+        output_unit=packed.output_unit,
+        counts=timed.circuit.counts(),
+        labels={"mode": mode, **(labels or {})},
+    )
+    program.check()
+    return Encrypted(
+        program,
+        timed,
+        watched.error(chosen) * packed.output_unit,
+        {name: table.to(torch.float32) for name, table in tables.items()},
+        watched.by_path(timed, chosen),
+    )
+
+
+@dataclass
+class _Watched:
+    """magnitude: the largest slot of every node; error: its largest standard deviation at REFERENCE_SCALE."""
+
+    magnitude: Array
+    deviation: Array
+    outputs: list[int]
+
+    def error(self, parameters: Parameters) -> float:
+        return float(noise.WORST * self.deviation[self.outputs].max() * _shrink(parameters.scale_bits))
+
+    def by_path(self, timed: Schedule, parameters: Parameters) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for i, path in enumerate(timed.circuit.paths):
+            out[path] = float(noise.WORST * self.deviation[i] * _shrink(parameters.scale_bits))
+        return out
+
+
+def _shrink(scale_bits: int) -> float:
+    return float(2.0 ** (REFERENCE_SCALE - scale_bits))
+
+
+def _fitted(
+    packed: Packed, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
+) -> tuple[Parameters, Schedule, _Watched]:
+    """Scale, base prime and levels of one ring degree."""
+    for scale_bits in range(REFERENCE_SCALE, 51):
+        base_bits = scale_bits + 8
+        kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
+        most = (MAXIMUM_BITS[degree] - 2 * base_bits) // scale_bits
+        timed = schedule(packed.circuit, most if mode == "refresh" else None, kept)
+        if timed.depth > most:
+            raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
+        trial = Parameters(degree, timed.depth, scale_bits, base_bits)
+        watched = _watch(packed, timed, dataclasses.replace(trial, scale_bits=REFERENCE_SCALE, base_bits=REFERENCE_SCALE + 8), inputs)
+        needed = scale_bits if watched.error(trial) <= 2.0**-precision else scale_bits + 1
+        ends = _top(timed, watched.magnitude)
+        if needed == scale_bits and ends <= base_bits - scale_bits - 1:
+            return trial, timed, watched
+    raise DoesNotFit(f"no scale reaches {precision:g} bits")
+
+
+def _top(timed: Schedule, magnitude: Array) -> float:
+    """Bits before the point of the largest value at level 0, where the base prime alone is left."""
+    low = [m for m, level in zip(magnitude, timed.levels, strict=True) if level == 0]
+    sent = [magnitude[n.inputs[0]] for n in timed.circuit.nodes if n.op == "refresh"]
+    if sent and max(sent) * HEADROOM >= 2.0**INTEGER:
+        raise DoesNotFit(f"a value of {max(sent):.3g} units is refreshed, where masks are made for {2**INTEGER}")
+    return math.log2(max(low) * HEADROOM)
+
+
+def _watch(
+    packed: Packed, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]
+) -> _Watched:
+    magnitude = np.zeros(len(timed.circuit.nodes))
+
+    def look(i: int, value: Vector) -> None:
+        magnitude[i] = max(magnitude[i], float(np.abs(value).max()))
+
+    deviation = np.zeros(len(timed.circuit.nodes))
+    for number, sample in enumerate(inputs):
+        slots = {k: at(sample[name].numpy().reshape(-1), c) for k, (name, c) in packed.views.items()}
+        clear(timed.circuit, slots, look)
+        if number < 2:
+            found = noise.errors(timed, parameters, slots)
+            deviation = np.maximum(deviation, [v.max() for v in found])
+    return _Watched(magnitude, deviation, timed.circuit.outputs)
+
+
+def at(flat: Array, content: Content) -> Vector:
+    """The slots of one ciphertext: elements where the content says, zero elsewhere."""
+    return np.where(content >= 0, flat[np.maximum(content, 0)], 0.0)
+
+
+def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]]) -> list[Range]:
+    out = [Range() for _ in lowered.trace.primitives]
+
+    def look(i: int, value: Tensor) -> None:
+        out[i].low = min(out[i].low, float(value.min()))
+        out[i].high = max(out[i].high, float(value.max()))
+
+    for sample in inputs:
+        evaluate(lowered.trace, sample, lowered.weights, look)
+    return out
+
+
+def _reach(lowered: Lowered, ranges: Sequence[Range], name: str) -> tuple[float, float]:
+    """What an input may be: what calibration showed, with a little room."""
+    i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
+    room = 0.05 * max(ranges[i].high - ranges[i].low, 1e-6)
+    return ranges[i].low - room, ranges[i].high + room
+
+
+def _cube(lowered: Lowered, slots: int) -> Cube:
+    """By the attention of the model; without one, tokens (rows) and features of its first linear layer."""
+    for p in lowered.trace.primitives:
+        if p.op == "matmul":
+            x = lowered.trace.primitives[p.inputs[0]].shape
+            return Cube.fitting(slots, x[-1], p.shape[-1], math.prod(p.shape[:-2]), x[-2])
+    shapes = [p.shape for p in lowered.trace.primitives if p.op == "linear"]
+    if not shapes:
+        raise UnsupportedOperation("a model without a linear layer\nhint: compute it in the clear")
+    rows = math.prod(shapes[0][:-1])
+    features = max(s[-1] for s in shapes)
+    return Cube.fitting(slots, min(features, slots // max(rows, 1)), 1, 1, rows)
+
+
+def _packed(content: Content) -> str:
+    return base64.b64encode(zlib.compress(content.astype("<i4").tobytes(), 9)).decode()
+
+
+def _unpacked(text: str, slots: int) -> Content:
+    size = 4 * slots
+    decoder = zlib.decompressobj()
+    raw = decoder.decompress(base64.b64decode(text, validate=True), size + 1)
+    if len(raw) != size:
+        raise InvalidProgram(f"a content of {len(raw) // 4} slots, ciphertexts have {slots}")
+    content = np.frombuffer(raw, "<i4").astype(np.int64)
+    if content.min() < EMPTY:
+        raise InvalidProgram("a content of negative elements")
+    return content
+
+
+Document = dict[str, Any]

@@ -1,0 +1,478 @@
+"""From a traced model to a circuit of ciphertexts: what stands where, and which products, rotations and diagonals.
+
+Three rules carry it. What is linear waits as a matrix (``secure.affine``) until a product or a polynomial needs it as a
+ciphertext. A chain of polynomials of one value is one polynomial, of which the degree alone costs levels. And every
+ciphertext holds its value divided by a *unit*, chosen so that products and polynomials meet numbers around one: the
+factor is part of the matrix, and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.polynomial import Chebyshev, Polynomial
+from scipy import sparse
+
+from protocols.ckks import diagonals as linear
+from protocols.ckks import polynomial
+from protocols.ckks.circuit import Circuit
+from secure.affine import RULES, Affine, Array, Matrix
+from secure.graph import UnsupportedOperation
+from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of_two, repeated
+from secure.trace import Primitive, Trace
+
+DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way
+DEGREE = 31  # of a polynomial that chains are composed to
+MARGIN = 1.25  # room around the calibrated range of what a polynomial reads
+
+Function = Callable[[Array], Array]
+
+
+@dataclass
+class Atom:
+    """What has ciphertexts of its own: one node and one row of content each. ``kind``: "tu" for attention's scores."""
+
+    shape: tuple[int, ...]
+    nodes: list[int]
+    content: Content
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A value that is a polynomial, of this degree, of one other value."""
+
+    root: int
+    degree: int
+    function: Function
+
+
+@dataclass
+class Range:
+    low: float = np.inf
+    high: float = -np.inf
+
+    @property
+    def centre(self) -> float:
+        return (self.low + self.high) / 2
+
+    @property
+    def half(self) -> float:
+        return max((self.high - self.low) / 2, 1e-9) * MARGIN
+
+    @property
+    def magnitude(self) -> float:
+        return max(abs(self.low), abs(self.high), 1e-9)
+
+
+@dataclass
+class Packed:
+    """The circuit, and how the client fills inputs and reads the output."""
+
+    circuit: Circuit
+    views: dict[str, tuple[str, Content]]  # input of the circuit: input of the trace, content (one row)
+    output: Content
+    output_unit: float
+    cube: Cube
+
+
+class Packer:
+    """``weights``: as the trace names them; ``ranges``: calibrated, by primitive."""
+
+    def __init__(self, trace: Trace, weights: Mapping[str, Array], ranges: Sequence[Range], cube: Cube) -> None:
+        self.trace, self.weights, self.ranges, self.cube = trace, weights, ranges, cube
+        self.circuit = Circuit(cube.slots)
+        self.atoms: list[Atom] = []
+        self.views: dict[str, tuple[str, Content]] = {}
+        self.values: dict[int, Affine] = {}
+        self.input_names: dict[int, str] = {}
+        self.chains = chains(trace)
+        self.needed = _needed(trace, self.chains)
+        self.units = self._units()
+
+    def run(self, output: int) -> Packed:
+        for i, p in enumerate(self.trace.primitives):
+            self.circuit.path = p.path
+            if self.needed[i] or i == output:
+                self.values[i] = self._value(i, p)
+                self.circuit.mark()
+        value = self.values[output]
+        rows = int(np.prod(value.shape[:-1]))
+        content = self.cube.dense(rows, value.shape[-1])
+        unit = self.ranges[output].magnitude
+        # through diagonals whatever it is: they are zero wherever no element of the output stands
+        self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
+        return Packed(self.circuit, self.views, content, unit, self.cube)
+
+    # units
+
+    def _units(self) -> dict[int, float]:
+        """From the last primitive to the first: what polynomials want of what they read, and sums of what they add."""
+        wanted: dict[int, float] = {}
+        for i in range(len(self.trace.primitives) - 1, -1, -1):
+            p, chain = self.trace.primitives[i], self.chains.get(i)
+            if self.needed[i] and chain is not None and chain.degree > 1:
+                root = self.ranges[chain.root]
+                pure = _pure_power(chain, root)
+                if pure is None:
+                    wanted[chain.root] = root.half
+                else:
+                    scale, centre, _ = pure
+                    reach = max(abs(root.low - centre), abs(root.high - centre), 1e-9)
+                    unit = wanted.get(i, abs(scale) * reach**chain.degree)
+                    wanted[chain.root] = float((unit / abs(scale)) ** (1 / chain.degree))
+            elif i in wanted and p.op in ("sum", "offset", "reshape", "permute", "expand", "bounded"):
+                wanted.setdefault(p.inputs[0], wanted[i])
+            elif i in wanted and p.op == "scale":
+                wanted.setdefault(p.inputs[0], wanted[i] / abs(p.attrs["value"]))
+        return wanted
+
+    def _unit(self, i: int) -> float:
+        return self.units.get(i, self.ranges[i].magnitude)
+
+    # values
+
+    def _value(self, i: int, p: Primitive) -> Affine:
+        chain = self.chains.get(i)
+        if chain is not None and chain.degree > 1:
+            return self._polynomial(i, chain)
+        if p.op == "input":
+            self.input_names[len(self.atoms)] = p.attrs["name"]
+            return self._atom(p.shape, [], np.empty((0, self.cube.slots), np.int64))
+        if p.op == "mul":
+            return self._product(i, p)
+        if p.op == "matmul":
+            return self._matmul(i, p)
+        operands = [self.values[x] for x in p.inputs]
+        if p.op == "sum" and (summed := self._sum_of_scores(p, operands[0])) is not None:
+            return summed
+        if p.op not in RULES:
+            raise UnsupportedOperation(
+                f"{p.path or 'model'}: '{p.op}' is not a polynomial, and ciphertexts have no comparison\n"
+                "hint: bring the model into polynomial form first (unseen train), or serve it two-party"
+            )
+        weight = self.weights.get(p.attrs.get("weight", ""))
+        return RULES[p.op](p, operands, weight)
+
+    def _atom(
+        self, shape: tuple[int, ...], nodes: list[int], content: Content, factor: float = 1.0, kind: str = ""
+    ) -> Affine:
+        self.atoms.append(Atom(shape, nodes, content, kind))
+        return Affine.atom(len(self.atoms) - 1, shape).scaled(factor)
+
+    def _polynomial(self, i: int, chain: Chain) -> Affine:
+        value, known = self.values[chain.root], self.ranges[chain.root]
+        content, kind = self._own_content(value)
+        nodes, unit = self._materialized(value, content, self._unit(chain.root))
+        shape = self.trace.primitives[i].shape
+        pure = _pure_power(chain, known)
+        if pure is not None:
+            scale, centre, constant = pure
+            nodes = [
+                polynomial.power(self.circuit, self.circuit.shift(n, -centre / unit), chain.degree) for n in nodes
+            ]
+            return self._atom(shape, nodes, content, scale * unit**chain.degree, kind).offset(constant)
+        reach = max(unit, known.half)  # exact in any domain: it is a polynomial of this degree
+        fitted = Chebyshev.interpolate(chain.function, chain.degree, domain=[known.centre - reach, known.centre + reach])
+        out = self._unit(i)
+        nodes = [
+            polynomial.evaluate(self.circuit, self.circuit.shift(n, -known.centre / unit), fitted.coef / out, unit / reach)
+            for n in nodes
+        ]
+        return self._atom(shape, nodes, content, out, kind)
+
+    def _own_content(self, value: Affine) -> tuple[Content, str]:
+        """The content in which a value already stands, else the dense one."""
+        direct = _selection(value)
+        if direct is not None and self.atoms[direct.atom].nodes:
+            atom, column = self.atoms[direct.atom], direct.column
+            back = np.full(int(np.prod(atom.shape)) + 1, EMPTY)  # the last one: what EMPTY becomes
+            back[column] = np.arange(len(column))
+            if len(np.unique(column)) == len(column):
+                return back[atom.content], atom.kind
+        return self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1]), ""
+
+    def _product(self, i: int, p: Primitive) -> Affine:
+        operands = [self.values[x].broadcast(p.shape) for x in p.inputs]
+        direct = next((k for k, v in enumerate(operands) if self._stands(v)), 0)
+        first, second = operands[direct], operands[1 - direct]
+        content, _ = self._own_content(first)
+        left, a = self._materialized(first, content, self._unit(p.inputs[direct]))
+        right, b = self._materialized(second, content, self._unit(i) / a)
+        nodes = [self.circuit.multiply(x, y) for x, y in zip(left, right, strict=True)]
+        return self._atom(p.shape, nodes, content, a * b)
+
+    def _stands(self, value: Affine) -> bool:
+        direct = _selection(value)
+        return direct is not None and len(np.unique(direct.column)) == len(direct.column)
+
+    def _matmul(self, i: int, p: Primitive) -> Affine:
+        left, right = (self.values[x] for x in p.inputs)
+        heads, rows, inner = int(np.prod(left.shape[:-2])), left.shape[-2], left.shape[-1]
+        columns, cube, c = right.shape[-1], self.cube, self.circuit
+        only = left.only
+        if only is not None and self.atoms[only[0]].kind == "tu":  # scores times values
+            self._check(p, rows == cube.t and inner == cube.keys and columns <= cube.d and heads == cube.heads)
+            content = cube.attention("tu", (heads, rows, inner))
+            x, a = self._materialized(left, content, self._unit(p.inputs[0]))
+            y, b = self._materialized(right, cube.attention("ud", (heads, inner, columns)), self._unit(i) / a)
+            nodes = []
+            for group in range(cube.head_groups):
+                part = range(group * cube.key_groups, (group + 1) * cube.key_groups)
+                total = c.add(*(c.multiply(x[k], y[k]) for k in part))
+                nodes.append(linear.sum_axis(c, total, cube.strides["u"], cube.u))
+            out = first_only(
+                cube.attention("td", (heads, rows, columns))[:: cube.key_groups], cube.strides["u"], cube.u
+            )
+            return self._atom(p.shape, nodes, out, a * b)
+        self._check(p, rows == cube.t and columns == cube.keys and inner <= cube.d and heads == cube.heads)
+        y, b = self._materialized(right, cube.attention("du", (heads, inner, columns)), self.ranges[p.inputs[1]].magnitude)
+        x, a = self._materialized(left, cube.attention("td", (heads, rows, inner)), self._unit(i) / b)
+        nodes = [linear.sum_axis(c, c.multiply(m, n), cube.strides["d"], cube.d) for m, n in zip(x, y, strict=True)]
+        return self._atom(p.shape, nodes, cube.attention("tu", (heads, rows, columns)), a * b, "tu")
+
+    def _check(self, p: Primitive, fits: bool) -> None:
+        if not fits:
+            raise UnsupportedOperation(
+                f"{p.path or 'model'}: a product of two secret matrices of {p.shape} that is not attention with "
+                f"{self.cube.heads} heads over {self.cube.t} tokens\nhint: ciphertexts are packed for one attention"
+            )
+
+    def _sum_of_scores(self, p: Primitive, value: Affine) -> Affine | None:
+        """A sum over keys: rotations, right in every slot."""
+        direct = _selection(value)
+        if direct is None or self.atoms[direct.atom].kind != "tu" or p.attrs["dims"] != (len(value.shape) - 1,):
+            return None
+        atom, factor, column = self.atoms[direct.atom], direct.factor, direct.column
+        if not bool((column == np.arange(len(column))).all()):
+            return None
+        cube, c, nodes = self.cube, self.circuit, []
+        for group in range(cube.head_groups):
+            part = atom.nodes[group * cube.key_groups : (group + 1) * cube.key_groups]
+            nodes.append(linear.sum_axis(c, c.add(*part), cube.strides["u"], cube.u))
+        rows, keys = int(np.prod(p.shape)), value.shape[-1]
+        content = atom.content[:: cube.key_groups]
+        out = self._atom(p.shape, nodes, np.where(content >= 0, content // keys, EMPTY), factor)
+        return out.offset(value.bias.reshape(rows, keys).sum(-1))
+
+    # ciphertexts of linear values
+
+    def _materialized(self, value: Affine, content: Content, unit: float) -> tuple[list[int], float]:
+        """Nodes that hold value / factor in ``content``, and the factor: ``unit`` unless it stands there already."""
+        direct = _selection(value)
+        if direct is not None:
+            atom, factor, column = self.atoms[direct.atom], direct.factor, direct.column
+            nodes = [self._standing(atom, column, row) for row in content]
+            if all(n is not None for n in nodes):
+                return [
+                    self.circuit.shift(n, _at(value.bias / factor, row))
+                    for n, row in zip(nodes, content, strict=True)
+                    if n is not None
+                ], factor
+        return [self._route(value.scaled(1 / unit), row) for row in content], unit
+
+    def _standing(self, atom: Atom, column: Content, row: Content) -> int | None:
+        used = row >= 0
+        for node, source in zip(atom.nodes, atom.content, strict=True):
+            if bool((source[used] == column[row[used]]).all()):
+                return node
+        return None
+
+    def _route(self, value: Affine, row: Content) -> int:
+        """A linear value in one row of content: directly; or in the first place of what repeats, then spread; or densely
+        first, which takes a level more.
+        """
+        node = self._mapped(value, row, DIRECT)
+        if node is not None:
+            return node
+        base, spread = row, []
+        for axis in ("t", "h", "u"):
+            stride, size = self.cube.strides[axis], getattr(self.cube, axis)
+            if repeated(base, stride, size):
+                base, spread = first_only(base, stride, size), [*spread, (stride, size)]
+        node = self._mapped(value, base, SPREAD) if spread else None
+        if node is None:
+            dense = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1])
+            if dense.shape[0] == 1 and bool((dense[0] == row).all()):
+                node = self._mapped(value, base, self.cube.slots)
+            else:
+                parts = [self._route(value, part) for part in dense]
+                node = self._mapped(self._atom(value.shape, parts, dense), base, self.cube.slots)
+        assert node is not None
+        for stride, size in spread:
+            node = linear.spread_axis(self.circuit, node, stride, size)
+        return node
+
+    def _mapped(self, value: Affine, row: Content, limit: int) -> int | None:
+        """One level; None where it takes more than ``limit`` diagonals."""
+        operands: list[int] = []
+        whole: dict[tuple[int, int], Array] = {}
+        for number, matrix in value.terms.items():
+            for nodes, content, reduced in self._sources(number, matrix, row):
+                found = diagonals(reduced, row, content, limit - len(whole))
+                if found is None:
+                    return None
+                whole |= {(len(operands) + part, offset): v for (part, offset), v in found.items()}
+                operands += nodes
+        return self.circuit.shift(linear.apply(self.circuit, operands, whole), _at(value.bias, row))
+
+    def _sources(self, number: int, matrix: Matrix, row: Content) -> list[tuple[list[int], Content, Matrix]]:
+        atom = self.atoms[number]
+        if number in self.input_names:
+            self._view(number, matrix, row)
+        pooled = self._pooled(atom, matrix)
+        return [pooled] if pooled is not None else [(atom.nodes, atom.content, matrix)]
+
+    def _pooled(self, atom: Atom, matrix: Matrix) -> tuple[list[int], Content, Matrix] | None:
+        """Where all tokens have the same weight: their sum, by rotations, then a map of one token."""
+        t = self.cube.t
+        if t == 1 or matrix.nnz < matrix.shape[0] * t:
+            return None
+        base = first_only(atom.content, 1, t)
+        used = np.flatnonzero(np.diff(sparse.csc_array(matrix).indptr))
+        columns = sparse.csc_array(matrix)
+        kept: list[int] = []
+        groups: list[Content] = []
+        for k, (content, first) in enumerate(zip(atom.content, base, strict=True)):
+            slots = np.flatnonzero(first >= 0)
+            members = np.unique(content[slots[:, None] + np.arange(t)], axis=0)
+            if len(slots) and (members >= 0).all() and len(np.unique(members)) == members.size:  # each in one sum
+                kept.append(k)
+                groups.append(members)
+        if not kept:
+            return None
+        group = np.unique(np.concatenate(groups), axis=0)
+        if len(np.unique(group)) != group.size or not bool(np.isin(used, group).all()):
+            return None
+        for step in range(1, t):
+            if abs(columns[:, group[:, 0]] - columns[:, group[:, step]]).max() > 1e-12:
+                return None
+        nodes = [linear.sum_axis(self.circuit, atom.nodes[k], 1, t) for k in kept]
+        first_of = np.zeros(matrix.shape[1])
+        first_of[group[:, 0]] = 1.0
+        return nodes, base[kept], sparse.csr_array(matrix @ sparse.diags_array(first_of))
+
+    def _view(self, number: int, matrix: Matrix, row: Content) -> None:
+        """The client's ciphertexts of an input, as they suit this map: what a slot needs stands along d beside it."""
+        atom, used = self.atoms[number], np.flatnonzero(row >= 0)
+        wanted = sparse.csr_array(matrix)
+        width = int(np.diff(wanted.indptr).max())
+        if atom.nodes and diagonals(matrix, row, atom.content, power_of_two(min(width, 1 << 12)) + 8) is not None:
+            return
+        d, stride = self.cube.d, self.cube.strides["d"]
+        groups: dict[int, set[int]] = {}
+        for slot in used:
+            elements = wanted.indices[wanted.indptr[row[slot]] : wanted.indptr[row[slot] + 1]]
+            groups.setdefault(int(slot % stride), set()).update(map(int, elements))
+        most = max(map(len, groups.values()))
+        period = power_of_two(min(most, d))
+        axis = self.cube.axes["d"]
+        for part in range(-(-most // period)):
+            content = np.full(self.cube.slots, EMPTY)
+            for lane, elements in groups.items():
+                listed = np.array(sorted(elements)[part * period : (part + 1) * period], dtype=np.int64)
+                padded = np.full(period, EMPTY)
+                padded[: len(listed)] = listed
+                slots = np.arange(lane, self.cube.slots, stride)
+                content[slots] = padded[axis[slots] % period]
+            name = f"{self.input_names[number]}/{len(self.views)}"
+            self.views[name] = (self.input_names[number], content)
+            atom.nodes.append(self.circuit.input(name))
+            atom.content = np.concatenate([atom.content, content[None]])
+
+
+def _at(bias: Array, row: Content) -> Array:
+    return np.where(row >= 0, bias[np.maximum(row, 0)], 0.0)
+
+
+class Selection(NamedTuple):
+    """A value that is one factor times elements of one atom: element i is factor * atom[column[i]]."""
+
+    atom: int
+    factor: float
+    column: Content
+
+
+def _selection(value: Affine) -> Selection | None:
+    if value.only is None:
+        return None
+    number, matrix = value.only
+    if matrix.nnz != matrix.shape[0] or not bool((np.diff(matrix.indptr) == 1).all()):
+        return None
+    factor = float(matrix.data[0])
+    if not factor or np.abs(matrix.data - factor).max() > 1e-12 * abs(factor):
+        return None
+    return Selection(number, factor, matrix.indices.astype(np.int64))
+
+
+def chains(trace: Trace) -> dict[int, Chain]:
+    """Which values are polynomials of one other value, with the degree of the whole."""
+    out: dict[int, Chain] = {}
+
+    def of(i: int) -> Chain:
+        return out.get(i, Chain(i, 1, lambda x: x))
+
+    for i, p in enumerate(trace.primitives):
+        made = _extended(p, [of(x) for x in p.inputs])
+        if made is not None and made.degree <= DEGREE and trace.primitives[made.root].shape == p.shape:
+            out[i] = made
+    return out
+
+
+def _extended(p: Primitive, x: list[Chain]) -> Chain | None:
+    if p.op == "piecewise" and not p.attrs["knots"]:
+        (piece,) = p.attrs["pieces"]
+        shape = Polynomial(piece.coefficients or (0.0,))
+        degree = max((j for j, c in enumerate(piece.coefficients) if c), default=0)
+        return Chain(x[0].root, x[0].degree * degree, lambda v: shape(x[0].function(v) - piece.centre))
+    if p.op in ("scale", "offset"):
+        value = p.attrs["value"]
+        if p.op == "scale":
+            return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) * value)
+        return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) + value)
+    if p.op in ("add", "sub", "mul") and x[0].root == x[1].root:
+        f, g = x[0].function, x[1].function
+        if p.op == "mul":
+            return Chain(x[0].root, x[0].degree + x[1].degree, lambda v: f(v) * g(v))
+        sign = 1.0 if p.op == "add" else -1.0
+        return Chain(x[0].root, max(x[0].degree, x[1].degree), lambda v: f(v) + sign * g(v))
+    return None
+
+
+def _needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
+    """Which values somebody reads as such: not those that only a longer chain goes through."""
+    out = [False] * len(trace.primitives)
+    for i, p in enumerate(trace.primitives):
+        chain = known.get(i)
+        if chain is None or chain.degree < 2:
+            for x in p.inputs:
+                out[x] = True
+    changed = True
+    while changed:  # the root of a needed chain is needed
+        changed = False
+        for i, chain in known.items():
+            if (out[i] or i == len(out) - 1) and chain.degree > 1 and not out[chain.root]:
+                out[chain.root] = changed = True
+    return out
+
+
+def _pure_power(chain: Chain, known: Range) -> tuple[float, float, float] | None:
+    """(a, c, b) where the chain is a (x - c)^degree + b with a degree that is a power of two: squarings alone."""
+    n = chain.degree
+    if n & (n - 1) or n > 8:
+        return None
+    domain = [known.centre - known.half, known.centre + known.half]
+    fitted = Chebyshev.interpolate(chain.function, n, domain=domain)
+    coefficients = fitted.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
+    if len(coefficients) <= n or not coefficients[n]:
+        return None
+    scale = float(coefficients[n])
+    centre = float(-coefficients[n - 1] / (n * scale))
+    x = np.linspace(domain[0], domain[1], 64)
+    rest = chain.function(x) - scale * (x - centre) ** n
+    if np.ptp(rest) > 1e-9 * max(float(np.abs(chain.function(x)).max()), 1e-12):
+        return None
+    return scale, centre, float(rest.mean())
