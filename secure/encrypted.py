@@ -223,9 +223,11 @@ def encrypt(
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
     problems: list[str] = []
+    packed: Packed | None = None
     for degree in degrees:
         try:
-            packed = Packer(lowered.trace, weights, ranges, _cube(lowered, degree // 2)).run(output.id)
+            cube = _cube(lowered, degree // 2)
+            packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
             chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
         except (DoesNotFit, DoesNotPack) as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
@@ -234,12 +236,13 @@ def encrypt(
         if mode == "pure":
             break  # a larger ring is slower
     if not found:
-        taken = ", ".join(f"{path or 'model'} {n}" for path, n in depth_by_path(packed.circuit))
+        path = depth_by_path(packed.circuit) if packed is not None else []
+        taken = ", ".join(f"{name or 'model'} {n}" for name, n in path) or "not known"
         raise DoesNotFit(
             "the model fits no ring: " + "; ".join(problems) + f". Levels by module on the deepest path: {taken}\n"
             "hint: --refresh lets the client re-encrypt between layers; or fewer layers, a smaller power or degree"
         )
-    _, chosen, timed, packed, watched = min(found, key=lambda f: f[0])
+    _, chosen, timed, best, watched = min(found, key=lambda f: f[0])
     levels = timed.inputs()
     program = EncryptedProgram(
         parameters=chosen,
@@ -247,14 +250,14 @@ def encrypt(
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
         ranges={c.name: _reach(lowered, ranges, c.name) for c in lowered.client_inputs},
-        views={k: (name, levels[k], content) for k, (name, content) in packed.views.items() if k in levels},
+        views={k: (name, levels[k], content) for k, (name, content) in best.views.items() if k in levels},
         refreshes=tuple(
             tuple(timed.levels[i] for i in timed.refreshes(stage)) for stage in range(1, timed.rounds + 1)
         ),
         reserve=timed.reserve,
         output_shape=tuple(output.shape),
-        output=packed.output,
-        output_unit=packed.output_unit,
+        output=best.output,
+        output_unit=best.output_unit,
         counts=timed.circuit.counts(),
         labels={"mode": mode, **(labels or {})},
     )
@@ -262,7 +265,7 @@ def encrypt(
     return Encrypted(
         program,
         timed,
-        watched.error(chosen) * packed.output_unit,
+        watched.error(chosen) * best.output_unit,
         {name: table.to(torch.float32) for name, table in tables.items()},
         watched.by_path(timed, chosen),
     )

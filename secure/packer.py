@@ -25,6 +25,7 @@ from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of
 from secure.trace import Primitive, Trace
 
 DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way
+SETTLED = 3  # atoms in a sum
 DEGREE = 31  # of a polynomial that chains are composed to
 MARGIN = 1.25  # room around the calibrated range of what a polynomial reads
 
@@ -80,11 +81,17 @@ class Packed:
 
 
 class Packer:
-    """``weights``: as the trace names them; ``ranges``: calibrated, by primitive."""
+    """``weights``: as the trace names them; ``ranges``: calibrated, by primitive.
 
-    def __init__(self, trace: Trace, weights: Mapping[str, Array], ranges: Sequence[Range], cube: Cube) -> None:
+    settle: sums of many atoms (a residual stream) become ciphertexts of their own, for a level; else every layer reads
+    all that was ever added.
+    """
+
+    def __init__(
+        self, trace: Trace, weights: Mapping[str, Array], ranges: Sequence[Range], cube: Cube, *, settle: bool = False
+    ) -> None:
         self.trace, self.weights, self.ranges, self.cube = trace, weights, ranges, cube
-        self.circuit = Circuit(cube.slots)
+        self.circuit, self.settle = Circuit(cube.slots), settle
         self.atoms: list[Atom] = []
         self.views: dict[str, tuple[str, Content]] = {}
         self.values: dict[int, Affine] = {}
@@ -155,7 +162,12 @@ class Packer:
                 "hint: bring the model into polynomial form first (unseen train), or serve it two-party"
             )
         weight = self.weights.get(p.attrs.get("weight", ""))
-        return RULES[p.op](p, operands, weight)
+        value = RULES[p.op](p, operands, weight)
+        if self.settle and p.op == "add" and len(value.terms) >= SETTLED and len(value.shape) > 1:
+            content = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1])
+            nodes, unit = self._materialized(value, content, self._unit(i), content)
+            value = self._atom(value.shape, nodes, content, unit)
+        return value
 
     def _atom(
         self, shape: tuple[int, ...], nodes: list[int], content: Content, factor: float = 1.0, kind: str = ""
@@ -218,19 +230,19 @@ class Packer:
             self._check(p, rows == cube.t and inner == cube.keys and columns <= cube.d and heads == cube.heads)
             content = cube.attention("tu", (heads, rows, inner))
             x, a = self._materialized(left, content, self._unit(p.inputs[0]))
-            y, b = self._materialized(right, cube.attention("ud", (heads, inner, columns)), self._unit(i) / a)
+            keys = "ud", (heads, inner, columns)
+            y, b = self._materialized(right, cube.attention(*keys), self._unit(i) / a, cube.tokens(*keys))
             nodes = []
             for group in range(cube.head_groups):
                 part = range(group * cube.key_groups, (group + 1) * cube.key_groups)
                 total = c.add(*(c.multiply(x[k], y[k]) for k in part))
                 nodes.append(linear.sum_axis(c, total, cube.strides["u"], cube.u))
-            out = first_only(
-                cube.attention("td", (heads, rows, columns))[:: cube.key_groups], cube.strides["u"], cube.u
-            )
-            return self._atom(p.shape, nodes, out, a * b)
+            return self._atom(p.shape, nodes, cube.tokens("td", (heads, rows, columns)), a * b)
         self._check(p, rows == cube.t and columns == cube.keys and inner <= cube.d and heads == cube.heads)
-        y, b = self._materialized(right, cube.attention("du", (heads, inner, columns)), self.ranges[p.inputs[1]].magnitude)
-        x, a = self._materialized(left, cube.attention("td", (heads, rows, inner)), self._unit(i) / b)
+        keys, queries = ("du", (heads, inner, columns)), ("td", (heads, rows, inner))
+        magnitude = self.ranges[p.inputs[1]].magnitude
+        y, b = self._materialized(right, cube.attention(*keys), magnitude, cube.tokens(*keys))
+        x, a = self._materialized(left, cube.attention(*queries), self._unit(i) / b, cube.tokens(*queries))
         nodes = [linear.sum_axis(c, c.multiply(m, n), cube.strides["d"], cube.d) for m, n in zip(x, y, strict=True)]
         return self._atom(p.shape, nodes, cube.attention("tu", (heads, rows, columns)), a * b, "tu")
 
@@ -260,8 +272,13 @@ class Packer:
 
     # ciphertexts of linear values
 
-    def _materialized(self, value: Affine, content: Content, unit: float) -> tuple[list[int], float]:
-        """Nodes that hold value / factor in ``content``, and the factor: ``unit`` unless it stands there already."""
+    def _materialized(
+        self, value: Affine, content: Content, unit: float, dense: Content | None = None
+    ) -> tuple[list[int], float]:
+        """Nodes that hold value / factor in ``content``, and the factor: ``unit`` unless it stands there already.
+
+        dense: a content with each element once, through which it may go.
+        """
         direct = _selection(value)
         if direct is not None:
             atom, factor, column = self.atoms[direct.atom], direct.factor, direct.column
@@ -272,7 +289,7 @@ class Packer:
                     for n, row in zip(nodes, content, strict=True)
                     if n is not None
                 ], factor
-        return [self._route(value.scaled(1 / unit), row) for row in content], unit
+        return [self._route(value.scaled(1 / unit), row, dense) for row in content], unit
 
     def _standing(self, atom: Atom, column: Content, row: Content) -> int | None:
         used = row >= 0
@@ -281,7 +298,7 @@ class Packer:
                 return node
         return None
 
-    def _route(self, value: Affine, row: Content) -> int:
+    def _route(self, value: Affine, row: Content, dense: Content | None = None) -> int:
         """A linear value in one row of content: directly; or in the first place of what repeats, then spread; or densely
         first, which takes a level more.
         """
@@ -295,12 +312,11 @@ class Packer:
                 base, spread = first_only(base, stride, size), [*spread, (stride, size)]
         node = self._mapped(value, base, SPREAD) if spread else None
         if node is None:
-            dense = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1])
-            if dense.shape[0] == 1 and bool((dense[0] == row).all()):
-                node = self._mapped(value, base, self.cube.slots)
-            else:
-                parts = [self._route(value, part) for part in dense]
-                node = self._mapped(self._atom(value.shape, parts, dense), base, self.cube.slots)
+            once = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1]) if dense is None else dense
+            if not any(bool((part == row).all()) for part in once):
+                parts = [self._mapped(value, part, self.cube.slots) for part in once]
+                value = self._atom(value.shape, [n for n in parts if n is not None], once)
+            node = self._mapped(value, base, self.cube.slots)
         assert node is not None
         for stride, size in spread:
             node = linear.spread_axis(self.circuit, node, stride, size)
@@ -417,7 +433,9 @@ def chains(trace: Trace) -> dict[int, Chain]:
 
     for i, p in enumerate(trace.primitives):
         made = _extended(p, [of(x) for x in p.inputs])
-        if made is not None and made.degree <= DEGREE and trace.primitives[made.root].shape == p.shape:
+        if made is not None and made.degree > DEGREE:  # begins anew
+            made = _extended(p, [Chain(x, 1, lambda v: v) for x in p.inputs])
+        if made is not None and trace.primitives[made.root].shape == p.shape:
             out[i] = made
     return out
 
@@ -445,17 +463,12 @@ def _extended(p: Primitive, x: list[Chain]) -> Chain | None:
 def _needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
     """Which values somebody reads as such: not those that only a longer chain goes through."""
     out = [False] * len(trace.primitives)
-    for i, p in enumerate(trace.primitives):
+    out[-1] = True
+    for i in range(len(out) - 1, -1, -1):
         chain = known.get(i)
-        if chain is None or chain.degree < 2:
-            for x in p.inputs:
+        if out[i]:
+            for x in (chain.root,) if chain is not None and chain.degree > 1 else trace.primitives[i].inputs:
                 out[x] = True
-    changed = True
-    while changed:  # the root of a needed chain is needed
-        changed = False
-        for i, chain in known.items():
-            if (out[i] or i == len(out) - 1) and chain.degree > 1 and not out[chain.root]:
-                out[chain.root] = changed = True
     return out
 
 

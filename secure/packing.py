@@ -100,6 +100,11 @@ class Cube:
                 rows.append(np.where(inside, (head * shape[1] + first) * shape[2] + second, EMPTY))
         return np.stack(rows)
 
+    def tokens(self, index: str, shape: tuple[int, ...]) -> Content:
+        """The same tensor with every element once: keys stand along t too, u is zero; a row a head group."""
+        content = self.attention(index.replace("u", "t"), shape)[:: self.key_groups]
+        return first_only(content, self.strides["u"], self.u)
+
     def dense(self, rows: int, features: int) -> Content:
         """(rows, features): rows along t, features along d, then h, then u, then further ciphertexts."""
         if rows not in (1, self.t):

@@ -87,6 +87,7 @@ class Circuit:
         return self._node("shift", (x,), (self._plain(value),))
 
     def multiply(self, x: int, y: int) -> int:
+        self.mark()
         return self._node("multiply", (x, y) if x <= y else (y, x))
 
     def dot(self, terms: Sequence[tuple[int, Plain]]) -> int:

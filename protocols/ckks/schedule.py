@@ -146,7 +146,8 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
             wanted = reserve if node.op == "refresh" else levels[i] + (node.op in TAKES_LEVEL)
             levels[x] = max(levels[x], wanted)
     out = Circuit(circuit.slots, plains=circuit.plains)
-    new_levels, new_stages, place, dropped = list[int](), list[int](), dict[int, int](), dict[tuple[int, int], int]()
+    new_levels, new_stages = list[int](), list[int]()
+    place, dropped = dict[int, int](), dict[tuple[int, int], int]()
     one = len(circuit.plains)
     out.plains.append(1.0)
 
@@ -157,18 +158,23 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
         new_stages.append(stage)
         return len(out.nodes) - 1
 
+    def operand(i: int, x: int) -> int:
+        """Operand x of node i, dropped to the level at which the node reads it."""
+        node = circuit.nodes[i]
+        level = reserve if node.op == "refresh" else levels[i] + (node.op in TAKES_LEVEL)
+        if node.op == "dot" or levels[x] == level:
+            return place[x]
+        if (x, level) not in dropped:
+            dropped[x, level] = append(Node("dot", (place[x],), (one,)), circuit.paths[i], level, stages[i])
+        return dropped[x, level]
+
     for i, node in enumerate(circuit.nodes):
-        wanted = reserve if node.op == "refresh" else levels[i]
-        inputs = []
-        for x in node.inputs:
-            if node.op == "dot" or levels[x] == wanted + (node.op in TAKES_LEVEL):
-                inputs.append(place[x])
-                continue
-            level = wanted + (node.op in TAKES_LEVEL)
-            if (x, level) not in dropped:
-                drop = Node("dot", (place[x],), (one,))
-                dropped[x, level] = append(drop, circuit.paths[i], level, stages[i])
-            inputs.append(dropped[x, level])
-        place[i] = append(Node(node.op, tuple(inputs), node.numbers, node.name), circuit.paths[i], levels[i], stages[i])
+        if node.op == "refresh":  # all of a stage leave together: what they drop to comes before the first of them
+            for j in range(i, len(circuit.nodes)):
+                if circuit.nodes[j].op != "refresh":
+                    break
+                operand(j, circuit.nodes[j].inputs[0])
+        inputs = tuple(operand(i, x) for x in node.inputs)
+        place[i] = append(Node(node.op, inputs, node.numbers, node.name), circuit.paths[i], levels[i], stages[i])
     out.outputs = [place[i] for i in circuit.outputs]
     return Schedule(out, tuple(new_levels), tuple(new_stages), reserve)
