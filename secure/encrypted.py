@@ -1,8 +1,4 @@
-"""``secure.encrypt``: from a torch module in polynomial form to what client and server do under CKKS.
-
-The ring degree, the primes and the scale follow from the circuit: its depth, the ranges that calibration met, and the
-precision wished for. All of it is known before a key exists; what does not fit is refused with the levels by module.
-"""
+"""What client and server agree on under CKKS: parameters, keys, and what stands in which slot. No weights, no inputs."""
 
 from __future__ import annotations
 
@@ -15,36 +11,23 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from approximations.activations import GELU_FORMS
-from protocols.ckks import noise
-from protocols.ckks.circuit import Vector, clear
-from protocols.ckks.cost import seconds
-from protocols.ckks.parameters import LARGEST_PRIME, MAXIMUM_BITS, DoesNotFit, Parameters
-from protocols.ckks.refresh import INTEGER, reserve
-from protocols.ckks.schedule import Schedule, depth_by_path, schedule
+from protocols.ckks.circuit import Vector
+from protocols.ckks.parameters import Parameters
+from protocols.ckks.refresh import reserve
 from secure.affine import Array
-from secure.capture import capture
-from secure.compiler import Sample, trace_inputs
-from secure.graph import Graph, UnsupportedOperation
-from secure.lower import ClientInput, Lowered, lower, observe
-from secure.packer import Packed, Packer, Range
-from secure.packing import EMPTY, Content, Cube, DoesNotPack
-from secure.program import InvalidProgram, encode_input
-from secure.trace import evaluate
+from secure.graph import Graph
 from secure.graph import run as run_graph
+from secure.lower import ClientInput
+from secure.packing import EMPTY, Content
+from secure.program import InvalidProgram, encode_input
 
 VERSION = 1
-WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
-DEGREES = (8192, 16384, 32768)
-MODES = ("pure", "refresh")
-REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,208 +157,9 @@ class EncryptedProgram:
         return torch.from_numpy(out * self.output_unit).reshape(self.output_shape)
 
 
-@dataclass(frozen=True, eq=False)
-class Encrypted:
-    """A Program and what the server keeps: the schedule with its weights."""
-
-    program: EncryptedProgram
-    schedule: Schedule
-    predicted_error: float  # of an output element, absolute
-    client_tables: Mapping[str, Tensor]
-    layer_errors: Mapping[str, float]  # by module path, relative to what its values are divided by
-
-    @property
-    def weights_digest(self) -> str:
-        total = hashlib.sha256()
-        for plain in self.schedule.circuit.plains:
-            total.update(np.asarray(plain, dtype=np.float64).tobytes())
-        return total.hexdigest()
-
-
-def encrypt(
-    model: nn.Module,
-    example_inputs: Sample,
-    *,
-    calibration: Sequence[Sample] = (),
-    mode: str = "pure",
-    precision_bits: float = 10.0,
-    degrees: Sequence[int] = DEGREES,
-    labels: Mapping[str, str] | None = None,
-) -> Encrypted:
-    """Capture a module in polynomial form and pack it for evaluation on ciphertexts.
-
-    mode: "pure" (the server alone; refused where no ring has the levels) or "refresh" (the client re-encrypts masked
-    ciphertexts where levels end). precision_bits: wished for at the output, relative to its largest calibrated value;
-    the predicted error (4.5 standard deviations) is kept below 2^-precision_bits. degrees: rings to choose from; the
-    cheapest by predicted time is taken.
-    Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack.
-    """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}\nhint: one of {', '.join(MODES)}")
-    graph, parameters = capture(model, example_inputs)
-    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
-    samples = [example_inputs, *calibration]
-    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
-    (output,) = lowered.outputs
-    tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    inputs = [trace_inputs(lowered, s, tables) for s in samples]
-    ranges = _ranges(lowered, inputs)
-    weights = {k: v.numpy() for k, v in lowered.weights.items()}
-    found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
-    problems: list[str] = []
-    packed: Packed | None = None
-    for degree in degrees:
-        try:
-            cube = _cube(lowered, degree // 2)
-            packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
-            chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
-        except (DoesNotFit, DoesNotPack) as error:
-            problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
-            continue
-        found.append((seconds(timed, chosen), chosen, timed, packed, watched))
-        if mode == "pure":
-            break  # a larger ring is slower
-    if not found:
-        path = depth_by_path(packed.circuit) if packed is not None else []
-        taken = ", ".join(f"{name or 'model'} {n}" for name, n in path) or "not known"
-        raise DoesNotFit(
-            "the model fits no ring: " + "; ".join(problems) + f". Levels by module on the deepest path: {taken}\n"
-            "hint: --refresh lets the client re-encrypt between layers; or fewer layers, a smaller power or degree"
-        )
-    _, chosen, timed, best, watched = min(found, key=lambda f: f[0])
-    levels = timed.inputs()
-    program = EncryptedProgram(
-        parameters=chosen,
-        steps=tuple(timed.circuit.steps),
-        client_graph=lowered.client_graph,
-        client_inputs=tuple(lowered.client_inputs),
-        ranges={c.name: _reach(lowered, ranges, c.name) for c in lowered.client_inputs},
-        views={k: (name, levels[k], content) for k, (name, content) in best.views.items() if k in levels},
-        refreshes=tuple(
-            tuple(timed.levels[i] for i in timed.refreshes(stage)) for stage in range(1, timed.rounds + 1)
-        ),
-        reserve=timed.reserve,
-        output_shape=tuple(output.shape),
-        output=best.output,
-        output_unit=best.output_unit,
-        counts=timed.circuit.counts(),
-        labels={"mode": mode, **(labels or {})},
-    )
-    program.check()
-    return Encrypted(
-        program,
-        timed,
-        watched.error(chosen) * best.output_unit,
-        {name: table.to(torch.float32) for name, table in tables.items()},
-        watched.by_path(timed, chosen),
-    )
-
-
-@dataclass
-class _Watched:
-    """magnitude: the largest slot of every node; error: its largest standard deviation at REFERENCE_SCALE."""
-
-    magnitude: Array
-    deviation: Array
-    outputs: list[int]
-
-    def error(self, parameters: Parameters) -> float:
-        return float(noise.WORST * self.deviation[self.outputs].max() * _shrink(parameters.scale_bits))
-
-    def by_path(self, timed: Schedule, parameters: Parameters) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for i, path in enumerate(timed.circuit.paths):
-            out[path] = float(noise.WORST * self.deviation[i] * _shrink(parameters.scale_bits))
-        return out
-
-
-def _shrink(scale_bits: int) -> float:
-    return float(2.0 ** (REFERENCE_SCALE - scale_bits))
-
-
-def _fitted(
-    packed: Packed, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
-) -> tuple[Parameters, Schedule, _Watched]:
-    """Scale, base prime and levels of one ring degree."""
-    for scale_bits in range(REFERENCE_SCALE, 51):
-        base_bits = scale_bits + 8
-        kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
-        most = (MAXIMUM_BITS[degree] - 2 * base_bits) // scale_bits
-        timed = schedule(packed.circuit, most if mode == "refresh" else None, kept)
-        if timed.depth > most:
-            raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
-        trial = Parameters(degree, timed.depth, scale_bits, base_bits)
-        watched = _watch(packed, timed, dataclasses.replace(trial, scale_bits=REFERENCE_SCALE, base_bits=REFERENCE_SCALE + 8), inputs)
-        needed = scale_bits if watched.error(trial) <= 2.0**-precision else scale_bits + 1
-        ends = _top(timed, watched.magnitude)
-        if needed == scale_bits and ends <= base_bits - scale_bits - 1:
-            return trial, timed, watched
-    raise DoesNotFit(f"no scale reaches {precision:g} bits")
-
-
-def _top(timed: Schedule, magnitude: Array) -> float:
-    """Bits before the point of the largest value at level 0, where the base prime alone is left."""
-    low = [m for m, level in zip(magnitude, timed.levels, strict=True) if level == 0]
-    sent = [magnitude[n.inputs[0]] for n in timed.circuit.nodes if n.op == "refresh"]
-    if sent and max(sent) * HEADROOM >= 2.0**INTEGER:
-        raise DoesNotFit(f"a value of {max(sent):.3g} units is refreshed, where masks are made for {2**INTEGER}")
-    return math.log2(max(low) * HEADROOM)
-
-
-def _watch(
-    packed: Packed, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]
-) -> _Watched:
-    magnitude = np.zeros(len(timed.circuit.nodes))
-
-    def look(i: int, value: Vector) -> None:
-        magnitude[i] = max(magnitude[i], float(np.abs(value).max()))
-
-    deviation = np.zeros(len(timed.circuit.nodes))
-    for number, sample in enumerate(inputs):
-        slots = {k: at(sample[name].numpy().reshape(-1), c) for k, (name, c) in packed.views.items()}
-        clear(timed.circuit, slots, look)
-        if number < 2:
-            found = noise.errors(timed, parameters, slots)
-            deviation = np.maximum(deviation, [v.max() for v in found])
-    return _Watched(magnitude, deviation, timed.circuit.outputs)
-
-
 def at(flat: Array, content: Content) -> Vector:
     """The slots of one ciphertext: elements where the content says, zero elsewhere."""
     return np.where(content >= 0, flat[np.maximum(content, 0)], 0.0)
-
-
-def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]]) -> list[Range]:
-    out = [Range() for _ in lowered.trace.primitives]
-
-    def look(i: int, value: Tensor) -> None:
-        out[i].low = min(out[i].low, float(value.min()))
-        out[i].high = max(out[i].high, float(value.max()))
-
-    for sample in inputs:
-        evaluate(lowered.trace, sample, lowered.weights, look)
-    return out
-
-
-def _reach(lowered: Lowered, ranges: Sequence[Range], name: str) -> tuple[float, float]:
-    """What an input may be: what calibration showed, with a little room."""
-    i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
-    room = 0.05 * max(ranges[i].high - ranges[i].low, 1e-6)
-    return ranges[i].low - room, ranges[i].high + room
-
-
-def _cube(lowered: Lowered, slots: int) -> Cube:
-    """By the attention of the model; without one, tokens (rows) and features of its first linear layer."""
-    for p in lowered.trace.primitives:
-        if p.op == "matmul":
-            x = lowered.trace.primitives[p.inputs[0]].shape
-            return Cube.fitting(slots, x[-1], p.shape[-1], math.prod(p.shape[:-2]), x[-2])
-    shapes = [p.shape for p in lowered.trace.primitives if p.op == "linear"]
-    if not shapes:
-        raise UnsupportedOperation("a model without a linear layer\nhint: compute it in the clear")
-    rows = math.prod(shapes[0][:-1])
-    features = max(s[-1] for s in shapes)
-    return Cube.fitting(slots, min(features, slots // max(rows, 1)), 1, 1, rows)
 
 
 def _packed(content: Content) -> str:
@@ -392,6 +176,3 @@ def _unpacked(text: str, slots: int) -> Content:
     if content.min() < EMPTY:
         raise InvalidProgram("a content of negative elements")
     return content
-
-
-Document = dict[str, Any]

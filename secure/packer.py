@@ -8,28 +8,25 @@ factor is part of the matrix, and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.polynomial import Chebyshev, Polynomial
+from numpy.polynomial import Chebyshev
 from scipy import sparse
 
 from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
 from secure.affine import RULES, Affine, Array, Matrix
+from secure.chains import Chain, Range, chains, needed, pure_power
 from secure.graph import UnsupportedOperation
 from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of_two, repeated
 from secure.trace import Primitive, Trace
 
 DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way
 SETTLED = 3  # atoms in a sum
-DEGREE = 31  # of a polynomial that chains are composed to
-MARGIN = 1.25  # room around the calibrated range of what a polynomial reads
-
-Function = Callable[[Array], Array]
 
 
 @dataclass
@@ -40,33 +37,6 @@ class Atom:
     nodes: list[int]
     content: Content
     kind: str = ""
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A value that is a polynomial, of this degree, of one other value."""
-
-    root: int
-    degree: int
-    function: Function
-
-
-@dataclass
-class Range:
-    low: float = np.inf
-    high: float = -np.inf
-
-    @property
-    def centre(self) -> float:
-        return (self.low + self.high) / 2
-
-    @property
-    def half(self) -> float:
-        return max((self.high - self.low) / 2, 1e-9) * MARGIN
-
-    @property
-    def magnitude(self) -> float:
-        return max(abs(self.low), abs(self.high), 1e-9)
 
 
 @dataclass
@@ -97,7 +67,7 @@ class Packer:
         self.values: dict[int, Affine] = {}
         self.input_names: dict[int, str] = {}
         self.chains = chains(trace)
-        self.needed = _needed(trace, self.chains)
+        self.needed = needed(trace, self.chains)
         self.units = self._units()
 
     def run(self, output: int) -> Packed:
@@ -123,7 +93,7 @@ class Packer:
             p, chain = self.trace.primitives[i], self.chains.get(i)
             if self.needed[i] and chain is not None and chain.degree > 1:
                 root = self.ranges[chain.root]
-                pure = _pure_power(chain, root)
+                pure = pure_power(chain, root)
                 if pure is None:
                     wanted[chain.root] = root.half
                 else:
@@ -180,19 +150,19 @@ class Packer:
         content, kind = self._own_content(value)
         nodes, unit = self._materialized(value, content, self._unit(chain.root))
         shape = self.trace.primitives[i].shape
-        pure = _pure_power(chain, known)
+        pure = pure_power(chain, known)
         if pure is not None:
             scale, centre, constant = pure
-            nodes = [
-                polynomial.power(self.circuit, self.circuit.shift(n, -centre / unit), chain.degree) for n in nodes
-            ]
+            nodes = [polynomial.power(self.circuit, self.circuit.shift(n, -centre / unit), chain.degree) for n in nodes]
             return self._atom(shape, nodes, content, scale * unit**chain.degree, kind).offset(constant)
         reach = max(unit, known.half)  # exact in any domain: it is a polynomial of this degree
-        fitted = Chebyshev.interpolate(chain.function, chain.degree, domain=[known.centre - reach, known.centre + reach])
+        fitted = Chebyshev.interpolate(
+            chain.function, chain.degree, domain=[known.centre - reach, known.centre + reach]
+        )
         out = self._unit(i)
+        coefficients, centre = [float(v) / out for v in fitted.coef], -known.centre / unit
         nodes = [
-            polynomial.evaluate(self.circuit, self.circuit.shift(n, -known.centre / unit), fitted.coef / out, unit / reach)
-            for n in nodes
+            polynomial.evaluate(self.circuit, self.circuit.shift(n, centre), coefficients, unit / reach) for n in nodes
         ]
         return self._atom(shape, nodes, content, out, kind)
 
@@ -299,13 +269,14 @@ class Packer:
         return None
 
     def _route(self, value: Affine, row: Content, dense: Content | None = None) -> int:
-        """A linear value in one row of content: directly; or in the first place of what repeats, then spread; or densely
-        first, which takes a level more.
+        """A linear value in one row of content: directly; or in the first place of what repeats, then spread; or with
+        every element once first, which takes a level more.
         """
         node = self._mapped(value, row, DIRECT)
         if node is not None:
             return node
-        base, spread = row, []
+        base = row
+        spread: list[tuple[int, int]] = []
         for axis in ("t", "h", "u"):
             stride, size = self.cube.strides[axis], getattr(self.cube, axis)
             if repeated(base, stride, size):
@@ -379,17 +350,17 @@ class Packer:
         if atom.nodes and diagonals(matrix, row, atom.content, power_of_two(min(width, 1 << 12)) + 8) is not None:
             return
         d, stride = self.cube.d, self.cube.strides["d"]
-        groups: dict[int, set[int]] = {}
+        lanes: dict[int, set[int]] = {}
         for slot in used:
             elements = wanted.indices[wanted.indptr[row[slot]] : wanted.indptr[row[slot] + 1]]
-            groups.setdefault(int(slot % stride), set()).update(map(int, elements))
-        most = max(map(len, groups.values()))
+            lanes.setdefault(int(slot % stride), set()).update(map(int, elements))
+        most = max(map(len, lanes.values()))
         period = power_of_two(min(most, d))
         axis = self.cube.axes["d"]
         for part in range(-(-most // period)):
             content = np.full(self.cube.slots, EMPTY)
-            for lane, elements in groups.items():
-                listed = np.array(sorted(elements)[part * period : (part + 1) * period], dtype=np.int64)
+            for lane, held in lanes.items():
+                listed = np.array(sorted(held)[part * period : (part + 1) * period], dtype=np.int64)
                 padded = np.full(period, EMPTY)
                 padded[: len(listed)] = listed
                 slots = np.arange(lane, self.cube.slots, stride)
@@ -422,70 +393,3 @@ def _selection(value: Affine) -> Selection | None:
     if not factor or np.abs(matrix.data - factor).max() > 1e-12 * abs(factor):
         return None
     return Selection(number, factor, matrix.indices.astype(np.int64))
-
-
-def chains(trace: Trace) -> dict[int, Chain]:
-    """Which values are polynomials of one other value, with the degree of the whole."""
-    out: dict[int, Chain] = {}
-
-    def of(i: int) -> Chain:
-        return out.get(i, Chain(i, 1, lambda x: x))
-
-    for i, p in enumerate(trace.primitives):
-        made = _extended(p, [of(x) for x in p.inputs])
-        if made is not None and made.degree > DEGREE:  # begins anew
-            made = _extended(p, [Chain(x, 1, lambda v: v) for x in p.inputs])
-        if made is not None and trace.primitives[made.root].shape == p.shape:
-            out[i] = made
-    return out
-
-
-def _extended(p: Primitive, x: list[Chain]) -> Chain | None:
-    if p.op == "piecewise" and not p.attrs["knots"]:
-        (piece,) = p.attrs["pieces"]
-        shape = Polynomial(piece.coefficients or (0.0,))
-        degree = max((j for j, c in enumerate(piece.coefficients) if c), default=0)
-        return Chain(x[0].root, x[0].degree * degree, lambda v: shape(x[0].function(v) - piece.centre))
-    if p.op in ("scale", "offset"):
-        value = p.attrs["value"]
-        if p.op == "scale":
-            return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) * value)
-        return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) + value)
-    if p.op in ("add", "sub", "mul") and x[0].root == x[1].root:
-        f, g = x[0].function, x[1].function
-        if p.op == "mul":
-            return Chain(x[0].root, x[0].degree + x[1].degree, lambda v: f(v) * g(v))
-        sign = 1.0 if p.op == "add" else -1.0
-        return Chain(x[0].root, max(x[0].degree, x[1].degree), lambda v: f(v) + sign * g(v))
-    return None
-
-
-def _needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
-    """Which values somebody reads as such: not those that only a longer chain goes through."""
-    out = [False] * len(trace.primitives)
-    out[-1] = True
-    for i in range(len(out) - 1, -1, -1):
-        chain = known.get(i)
-        if out[i]:
-            for x in (chain.root,) if chain is not None and chain.degree > 1 else trace.primitives[i].inputs:
-                out[x] = True
-    return out
-
-
-def _pure_power(chain: Chain, known: Range) -> tuple[float, float, float] | None:
-    """(a, c, b) where the chain is a (x - c)^degree + b with a degree that is a power of two: squarings alone."""
-    n = chain.degree
-    if n & (n - 1) or n > 8:
-        return None
-    domain = [known.centre - known.half, known.centre + known.half]
-    fitted = Chebyshev.interpolate(chain.function, n, domain=domain)
-    coefficients = fitted.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
-    if len(coefficients) <= n or not coefficients[n]:
-        return None
-    scale = float(coefficients[n])
-    centre = float(-coefficients[n - 1] / (n * scale))
-    x = np.linspace(domain[0], domain[1], 64)
-    rest = chain.function(x) - scale * (x - centre) ** n
-    if np.ptp(rest) > 1e-9 * max(float(np.abs(chain.function(x)).max()), 1e-12):
-        return None
-    return scale, centre, float(rest.mean())

@@ -125,8 +125,8 @@ def diagonals(matrix: Matrix, target: Content, source: Content, limit: int) -> D
     """The diagonals of a map from the elements in ``source`` (all its ciphertexts) to the ones in ``target`` (one).
 
     matrix: (elements of the result, elements of the source). Offsets are chosen greedily: of all places of an element,
-    the one whose offset also serves most of a sample of what is still wanted; of equal ones one along an outer axis, and
-    the nearest. None: more than ``limit`` diagonals, or an element that stands nowhere.
+    the one whose offset also serves most of a sample of what is still wanted; of equal ones one along an outer axis,
+    and the nearest. None: more than ``limit`` diagonals, or an element that stands nowhere.
     """
     slots = target.shape[-1]
     rows = np.flatnonzero(target >= 0)

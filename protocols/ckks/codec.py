@@ -31,7 +31,12 @@ def _version() -> bytes:
 
 
 def _file(body: bytes) -> bytes:
-    return struct.pack("<HB", MAGIC, HEADER) + _version() + struct.pack("<B2xQ", PLAIN_COMPRESSION, HEADER + len(body)) + body
+    return (
+        struct.pack("<HB", MAGIC, HEADER)
+        + _version()
+        + struct.pack("<B2xQ", PLAIN_COMPRESSION, HEADER + len(body))
+        + body
+    )
 
 
 def _array(words: Words) -> bytes:
@@ -41,7 +46,11 @@ def _array(words: Words) -> bytes:
 def _words(item: Any) -> Words:
     """The residues of a plaintext, or of both polynomials of a ciphertext, that this process holds."""
     data = saved(item)
-    body = data[HEADER:] if data[5] == PLAIN_COMPRESSION else zstandard.ZstdDecompressor().decompressobj().decompress(data[HEADER:])
+    body = (
+        data[HEADER:]
+        if data[5] == PLAIN_COMPRESSION
+        else zstandard.ZstdDecompressor().decompressobj().decompress(data[HEADER:])
+    )
     start = (40 + 8 if isinstance(item, sealapi.Plaintext) else 32 + 1 + 24 + 8 + 8) + HEADER
     (count,) = struct.unpack_from("<Q", body, start)
     return np.frombuffer(body, np.uint64, count, start + 8)

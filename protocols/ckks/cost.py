@@ -7,9 +7,8 @@ products with plain vectors and sums by N and limbs, key switching by N and limb
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
-
 
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import Schedule
@@ -36,8 +35,8 @@ REFERENCE = Times()
 class Account:
     """Seconds by kind of operation and by module."""
 
-    kinds: Counter[str] = field(default_factory=Counter)
-    paths: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    paths: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def total(self) -> float:

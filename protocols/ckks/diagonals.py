@@ -65,7 +65,9 @@ def apply(circuit: Circuit, operands: list[int], diagonals: Diagonals) -> int:
         giant, baby = parts[r]
         inner.setdefault(giant, []).append((operand, baby, np.roll(vector, giant)))
     rotated = {
-        operand: _chain(circuit, operands[operand], {b for items in inner.values() for o, b, _ in items if o == operand})
+        operand: _chain(
+            circuit, operands[operand], {b for items in inner.values() for o, b, _ in items if o == operand}
+        )
         for operand in sorted({i for i, _ in diagonals})
     }
     total, at = -1, 0

@@ -18,8 +18,8 @@ def depth(degree: int) -> int:
 
 
 def evaluate(circuit: Circuit, x: int, coefficients: Sequence[float], scale: float = 1.0) -> int:
-    """The node of sum_j coefficients[j] T_j(scale * x), |scale * x| <= 1; degree one at least. ``scale`` is at most one,
-    and one where no level shall go into it.
+    """The node of sum_j coefficients[j] T_j(scale * x), |scale * x| <= 1; degree one at least. ``scale`` is at most
+    one, and one where no level shall go into it.
     """
     c = [float(v) for v in coefficients]
     while c and not c[-1]:

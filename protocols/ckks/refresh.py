@@ -7,7 +7,7 @@ arithmetic, so precision is what it was; masks on slots would meet the 53 bits o
 
 What the client sees of one coefficient is m + r with |m| <= 2^c (message and noise), at a statistical distance of at
 most 2^(c - b - 1) from r alone. b = c + HIDING + log2(N) + 1 leaves 2^-HIDING for all N coefficients of a ciphertext
-together (union bound); and m + r must not wrap: 2^b + 2^c < q / 2. Masks are drawn from the operating system, once each.
+together (union bound); and m + r must not wrap: 2^b + 2^c < q / 2. Masks come from the operating system, once each.
 The server sees a fresh ciphertext and nothing else: a decryption never comes back to it.
 """
 

@@ -19,7 +19,7 @@ ROUND = 3  # what a round costs beside a refreshed ciphertext, when cuts are cho
 
 @dataclass(frozen=True)
 class Schedule:
-    """circuit: with refreshes and drops in it; levels: by node, how many levels its result has left; stages: by node."""
+    """circuit: with refreshes and drops in it; levels: by node, how many its result has left; stages: by node."""
 
     circuit: Circuit
     levels: tuple[int, ...]
@@ -68,7 +68,7 @@ def depth_by_path(circuit: Circuit) -> list[tuple[str, int]]:
 
 
 def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
-    """The marks at which everything still needed is refreshed: fewest ciphertexts and rounds, by dynamic programming."""
+    """The marks at which all that is still needed is refreshed: fewest ciphertexts and rounds (dynamic programming)."""
     end = len(circuit.nodes)
     places = [0, *[m for m in circuit.marks if 0 < m < end], end]
     last = last_readers(circuit)

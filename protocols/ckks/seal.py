@@ -35,9 +35,13 @@ def _directory() -> Path:
     """
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="unseen-", dir=base))
-    owner = os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(path, ignore_errors=True))
+    atexit.register(_remove, path, os.getpid())
     return path
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not a child of it
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def saved(item: Any) -> bytes:
@@ -161,12 +165,15 @@ class EvaluationKeys:
         if set(keys) != wanted:
             missing, more = sorted(wanted - set(keys)), sorted(set(keys) - wanted)
             raise InvalidCiphertext(
-                f"evaluation keys: missing {missing[:4]}, not asked for {more[:4]}\nhint: make the keys for this Program"
+                f"evaluation keys: missing {missing[:4]}, not asked for {more[:4]}\n"
+                "hint: make the keys for this Program"
             )
         self.relin: Any = context.load(sealapi.RelinKeys, keys["relin"], "relinearization key")
         self.galois: dict[int, Any] = {}
         for step in steps:
             key: Any = context.load(sealapi.GaloisKeys, keys[f"rotate {step}"], f"key of rotation {step}")
             if not key.has_key(galois_element(step, context.parameters.degree)):
-                raise InvalidCiphertext(f"the key sent for rotation {step} rotates otherwise\nhint: make the keys again")
+                raise InvalidCiphertext(
+                    f"the key sent for rotation {step} rotates otherwise\nhint: make the keys again"
+                )
             self.galois[step] = key
