@@ -16,17 +16,18 @@ from rich.table import Table
 
 import secure
 from parties import demo as demonstration
-from parties import hosting, reports
+from parties import encrypted_hosting, hosting, reports
 from parties.accuracy import accuracy_command
 from parties.client import Connection, connect
 from parties.comparing import compare_command
 from parties.dealer import DealerService
 from parties.endpoints import Endpoint
 from parties.errors import PartyError
+from parties.files import cache_directory
 from parties.measured import Measurements
 from parties.merging import merged
 from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
-from parties.options import BEST_GELU, ONE_HOT, Form, Length, Lookup, Threads, read_texts
+from parties.options import BEST_GELU, ONE_HOT, Deployment, Form, Length, Lookup, Threads, Where, read_texts
 from parties.profiling import profile_command
 from parties.reports import mb
 from parties.server import InferenceService
@@ -122,6 +123,11 @@ def serve(
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    deployment: Where = Deployment.TWO_PARTY,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="ckks: the client re-encrypts where the levels end.")
+    ] = False,
+    precision: Annotated[float, typer.Option(help="ckks: bits of the answer, of its largest value.")] = 8.0,
     calibration: Annotated[
         Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
     ] = None,
@@ -137,6 +143,18 @@ def serve(
     _threads(threads)
     hosting.log_to_stderr(verbose)
     listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
+    if deployment is Deployment.CKKS:
+        listening.require_private(insecure=insecure, what="the server")
+        more = read_texts(calibration, "--calibration", "sentence") if calibration else ()
+        _say(f"unseen serve: packing {model} for {length} tokens ...")
+        served = encrypted_hosting.compile_text(model, length, "refresh" if refresh else "pure", precision, more)
+        where = state or state_directory()
+        _say(f"unseen serve: {encrypted_hosting.described(served.encrypted)}")
+        running, address = encrypted_hosting.serve(
+            served, listening, where, workers=threads, insecure=insecure, deadline=deadline
+        )
+        _run(running, address, "serve --deployment ckks", announce)
+        return
     listening.require_private(insecure=insecure, what="the server")  # these two before the model is compiled
     dealing.require_private(insecure=insecure, what="the dealer")
     fixed = FixedPoint(fraction_bits=fraction_bits)
@@ -176,6 +194,10 @@ def embed(
     as_json: Annotated[bool, typer.Option("--json", help="Print embeddings and costs as JSON.")] = False,
     program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
+    deployment: Where = Deployment.TWO_PARTY,
+    keys: Annotated[
+        Path | None, typer.Option(help="ckks: keep the secret key in this directory, so that keys are uploaded once.")
+    ] = None,
     traces: Traces = None,
     deadline: Deadline = 60.0,
     threads: Threads = 1,
@@ -188,6 +210,10 @@ def embed(
     given = texts or [line.strip() for line in typed if line.strip()]
     if not given:
         raise PartyError("no text", "give texts as arguments, or one a line on standard input")
+    if deployment is Deployment.CKKS:
+        options = {"insecure": insecure, "deadline": deadline, "keys": keys, "program_digest": program_digest}
+        encrypted_hosting.embed(out, given, server, cache=cache_directory() if cache else None, **options)
+        return
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(traces) if traces else None  # likewise
@@ -310,6 +336,7 @@ def demo(
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
     traces: Traces = None,
+    deployment: Where = Deployment.TWO_PARTY,
     digits: Annotated[
         bool, typer.Option("--digits", help="Train and serve a small vision transformer on scikit-learn's digits.")
     ] = False,
@@ -320,7 +347,10 @@ def demo(
     if digits:
         from parties import digits as on_digits
 
-        raise typer.Exit(on_digits.run(out, images, layers))
+        on = on_digits.run_encrypted if deployment is Deployment.CKKS else on_digits.run
+        raise typer.Exit(on(out, images, layers))
+    if deployment is Deployment.CKKS:
+        raise PartyError("the demo of the ckks deployment is the one on digits", "add --digits")
     chosen = texts or list(demonstration.SENTENCES)
     raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen, traces))
 

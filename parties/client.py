@@ -32,7 +32,15 @@ from parties.errors import (
     from_code,
     printable,
 )
-from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, cache_directory, fetch, unpack_masked, unpack_tables
+from parties.files import (
+    MASKED_WEIGHTS,
+    TOKEN_TABLE,
+    cache_directory,
+    fetch,
+    received_tokenizer,
+    unpack_masked,
+    unpack_tables,
+)
 from parties.frames import FrameReader, to_frames
 from parties.sessions import DEPLOYMENT, MAXIMUM_PREPARED, query_key, session_label
 from parties.watchdog import Watchdog
@@ -45,7 +53,7 @@ from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
 from secure.program import VERSION, Program
 from secure.timeline import Recorder, Timeline
-from secure.tokens import TextTokenizer, tokenize
+from secure.tokens import tokenize
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Connection:
         self._weights = ClientWeights(masked)
         tables = {c.table: c.size for c in self.program.client_inputs if c.encoding == "client-table"}
         self._tables = unpack_tables(payloads.get(TOKEN_TABLE), tables)
-        self._tokenizer = _tokenizer(description)
+        self._tokenizer = received_tokenizer(description.tokenizer, description.pad_id, description.lowercase)
 
     def _download(self, sha256: str) -> Iterator[bytes]:
         for chunk in self._inference.Download(pb.DownloadRequest(sha256=sha256), timeout=600):
@@ -353,20 +361,6 @@ class Connection:
 
 
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-def _tokenizer(description: pb.Description) -> TextTokenizer | None:
-    if not description.tokenizer:
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(description.tokenizer.decode())
-    except Exception as error:  # the library raises Exception itself
-        raise HandshakeError(f"the server's tokenizer cannot be read: {printable(str(error))[:200]}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return TextTokenizer(tokenizer, description.pad_id, description.lowercase)
 
 
 def connect(

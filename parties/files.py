@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from parties.errors import DownloadError
+from parties.errors import DownloadError, HandshakeError, printable
 from proto.unseen_pb2 import File
 from protocols import wire
 from protocols.wire import Wire
+from secure.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
 MAXIMUM_FILE = 1 << 37  # bytes; more is not believed, whoever announces it
@@ -76,6 +77,21 @@ def _load(name: str, payload: bytes | None) -> dict[str, Tensor]:
 
 def describe(name: str, payload: bytes) -> File:
     return File(name=name, sha256=hashlib.sha256(payload).hexdigest(), size=len(payload))
+
+
+def received_tokenizer(text: bytes, pad_id: int, lowercase: bool) -> TextTokenizer | None:
+    """The tokenizer that a server describes; None where its model takes no text."""
+    if not text:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(text.decode())
+    except Exception as error:  # the library raises Exception itself
+        raise HandshakeError(f"the server's tokenizer cannot be read: {printable(str(error))[:200]}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return TextTokenizer(tokenizer, pad_id, lowercase)
 
 
 def cache_directory() -> Path:

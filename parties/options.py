@@ -15,8 +15,16 @@ from secure.lower import EMBEDDINGS
 # Enums for typer's choices; their members come from the library.
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
+
+
+class Deployment(StrEnum):
+    TWO_PARTY = "two-party"
+    CKKS = "ckks"
+
+
 ONE_HOT, BEST_GELU = Embedding[EMBEDDINGS[0]], Gelu[GELU_FORMS[0]]
 
+Where = Annotated[Deployment, typer.Option("--deployment", help="Who computes on what.")]
 Lookup = Annotated[Embedding, typer.Option("--embedding", help="How a client's tokens are looked up.")]
 Form = Annotated[Gelu, typer.Option("--gelu", help="The approximation of GeLU.")]
 Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]

@@ -203,3 +203,105 @@ class ServerMessage(_message.Message):
     finished: Finished
     failure: Failure
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class EncryptedDescription(_message.Message):
+    __slots__ = ("version", "deployment", "program", "weights_digest", "files", "tokenizer", "pad_id", "lowercase")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    PAD_ID_FIELD_NUMBER: _ClassVar[int]
+    LOWERCASE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    deployment: str
+    program: bytes
+    weights_digest: str
+    files: _containers.RepeatedCompositeFieldContainer[File]
+    tokenizer: bytes
+    pad_id: int
+    lowercase: bool
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., program: _Optional[bytes] = ..., weights_digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ...) -> None: ...
+
+class KeysRequest(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class KeysReply(_message.Message):
+    __slots__ = ("held", "expires_seconds")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    expires_seconds: float
+    def __init__(self, held: _Optional[bool] = ..., expires_seconds: _Optional[float] = ...) -> None: ...
+
+class KeySize(_message.Message):
+    __slots__ = ("name", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class KeysHeader(_message.Message):
+    __slots__ = ("program_digest", "digest", "keys")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    digest: str
+    keys: _containers.RepeatedCompositeFieldContainer[KeySize]
+    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[KeySize, _Mapping]]] = ...) -> None: ...
+
+class UploadPart(_message.Message):
+    __slots__ = ("header", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: KeysHeader
+    data: bytes
+    def __init__(self, header: _Optional[_Union[KeysHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class EncryptedStart(_message.Message):
+    __slots__ = ("program_digest", "weights_digest", "keys_digest")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KEYS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    weights_digest: str
+    keys_digest: str
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., keys_digest: _Optional[str] = ...) -> None: ...
+
+class EncryptedRequest(_message.Message):
+    __slots__ = ("start", "frame")
+    START_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    start: EncryptedStart
+    frame: Frame
+    def __init__(self, start: _Optional[_Union[EncryptedStart, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("done", "total", "path")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    path: str
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
+
+class EncryptedReply(_message.Message):
+    __slots__ = ("progress", "refresh", "result", "frame", "failure")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    progress: Progress
+    refresh: int
+    result: int
+    frame: Frame
+    failure: Failure
+    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., refresh: _Optional[int] = ..., result: _Optional[int] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...

@@ -395,3 +395,258 @@ class Inference:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class EncryptedStub:
+    """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
+    decrypts is ever sent back.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Describe = channel.unary_unary(
+                '/unseen.v1.Encrypted/Describe',
+                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.EncryptedDescription.FromString,
+                _registered_method=True)
+        self.Download = channel.unary_stream(
+                '/unseen.v1.Encrypted/Download',
+                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
+                _registered_method=True)
+        self.Keys = channel.unary_unary(
+                '/unseen.v1.Encrypted/Keys',
+                request_serializer=proto_dot_unseen__pb2.KeysRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
+                _registered_method=True)
+        self.Upload = channel.stream_unary(
+                '/unseen.v1.Encrypted/Upload',
+                request_serializer=proto_dot_unseen__pb2.UploadPart.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
+                _registered_method=True)
+        self.Query = channel.stream_stream(
+                '/unseen.v1.Encrypted/Query',
+                request_serializer=proto_dot_unseen__pb2.EncryptedRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.EncryptedReply.FromString,
+                _registered_method=True)
+
+
+class EncryptedServicer:
+    """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
+    decrypts is ever sent back.
+    """
+
+    def Describe(self, request, context):
+        """What is served: everything here is public.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Download(self, request, context):
+        """The token table that the owner lets clients hold, by its SHA-256.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Keys(self, request, context):
+        """Whether the server holds the evaluation keys of this digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Upload(self, request_iterator, context):
+        """Evaluation keys, once per client: a header, then the bytes of each key in its order. Held until they expire.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Query(self, request_iterator, context):
+        """One query: a start, the ciphertexts of the inputs, and an answer to every refresh.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_EncryptedServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.EncryptedDescription.SerializeToString,
+            ),
+            'Download': grpc.unary_stream_rpc_method_handler(
+                    servicer.Download,
+                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
+            ),
+            'Keys': grpc.unary_unary_rpc_method_handler(
+                    servicer.Keys,
+                    request_deserializer=proto_dot_unseen__pb2.KeysRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.KeysReply.SerializeToString,
+            ),
+            'Upload': grpc.stream_unary_rpc_method_handler(
+                    servicer.Upload,
+                    request_deserializer=proto_dot_unseen__pb2.UploadPart.FromString,
+                    response_serializer=proto_dot_unseen__pb2.KeysReply.SerializeToString,
+            ),
+            'Query': grpc.stream_stream_rpc_method_handler(
+                    servicer.Query,
+                    request_deserializer=proto_dot_unseen__pb2.EncryptedRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.EncryptedReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'unseen.v1.Encrypted', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('unseen.v1.Encrypted', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Encrypted:
+    """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
+    decrypts is ever sent back.
+    """
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v1.Encrypted/Describe',
+            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+            proto_dot_unseen__pb2.EncryptedDescription.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Download(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unseen.v1.Encrypted/Download',
+            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+            proto_dot_unseen__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v1.Encrypted/Keys',
+            proto_dot_unseen__pb2.KeysRequest.SerializeToString,
+            proto_dot_unseen__pb2.KeysReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/unseen.v1.Encrypted/Upload',
+            proto_dot_unseen__pb2.UploadPart.SerializeToString,
+            proto_dot_unseen__pb2.KeysReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Query(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/unseen.v1.Encrypted/Query',
+            proto_dot_unseen__pb2.EncryptedRequest.SerializeToString,
+            proto_dot_unseen__pb2.EncryptedReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,4 +1,4 @@
-"""What client and server agree on under CKKS: parameters, keys, and what stands in which slot. No weights, no inputs."""
+"""What client and server agree on under CKKS: parameters, keys, what stands in which slot. No weights, no inputs."""
 
 from __future__ import annotations
 

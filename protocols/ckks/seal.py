@@ -30,8 +30,8 @@ class InvalidCiphertext(ValueError):
 
 @lru_cache(maxsize=1)
 def _directory() -> Path:
-    """SEAL saves to and loads from paths alone: a directory in memory where there is one, readable by its owner alone.
-    Nothing secret goes through it.
+    """SEAL saves to and loads from paths alone: a directory in memory where there is one, readable by its owner alone
+    (mode 0700). Files in it last for one call.
     """
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="unseen-", dir=base))
@@ -124,11 +124,15 @@ def galois_element(step: int, degree: int) -> int:
 
 
 class Client:
-    """The client's keys. The secret key exists here alone; nothing here writes it anywhere."""
+    """The client's keys. ``secret``: what ``secret_bytes`` gave before; else a fresh key is made."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, secret: bytes | None = None) -> None:
         self.context = context
-        self._generator = sealapi.KeyGenerator(context.seal)
+        if secret is None:
+            self._generator = sealapi.KeyGenerator(context.seal)
+        else:
+            key = context.load(sealapi.SecretKey, secret, "secret key")
+            self._generator = sealapi.KeyGenerator(context.seal, key)
         secret = self._generator.secret_key()
         self._encryptor = sealapi.Encryptor(context.seal, secret)
         self._decryptor = sealapi.Decryptor(context.seal, secret)
@@ -140,6 +144,10 @@ class Client:
             element = galois_element(step, self.context.parameters.degree)
             out[f"rotate {step}"] = saved(self._generator.create_galois_keys([element]))
         return out
+
+    def secret_bytes(self) -> bytes:
+        """The secret key, for a file of the client's own; it passes through a directory that its owner alone reads."""
+        return saved(self._generator.secret_key())
 
     def encrypt(self, values: Vector, level: int) -> bytes:
         """A fresh ciphertext of a vector of slots, from a seed: half the bytes."""
