@@ -15,8 +15,12 @@ dealer       the dealer's service
 model        loading and compiling what a server serves; the weight-mask seed
 server       the server's service
 client       the client: connect, prepare, embed
+evaluators   processes that evaluate on ciphertexts
+keystore     clients' evaluation keys on the server's disk
+encrypted_server, encrypted_client    the two sides of the CKKS deployment
 options      options that several commands take
 hosting      starting a service: ports, start-up line, shutdown
+encrypted_hosting    what the commands do for that deployment
 demo         three processes on loopback
 reports      costs as tables and JSON
 measured     a client's queries as they ran, next to what was predicted

@@ -13,6 +13,7 @@ prg          AES-CTR streams, keys
 protocol     what a protocol is; exchanges, openings, draws, costs
 steps        merging and driving steps; the in-memory channel
 local        steps without messages: sums, shapes, truncation
+ckks/        homomorphic evaluation: the server computes on ciphertexts
 two_party/   the protocols between client and server with a dealer
 weights      what each party holds of the server's weights
 circuit      lists of protocols: execute, prepare, deal, reference

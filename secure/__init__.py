@@ -24,6 +24,10 @@ normalizations, lower    from a graph to a trace, through the approximations
 functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compiler     all of it in one call
+affine, chains    what is linear in a trace as matrices; polynomials of one value as one
+packing, packer    elements in slots, and a trace as a circuit of ciphertexts
+encrypted    Programs for ciphertexts: what client and server agree on
+encrypting   from a module to such a Program: parameters derived, errors predicted
 inprocess    all parties in one process: insecure, by name
 fidelity     how close a polynomial model is to its original, and its Program to itself
 timeline     when a party did what in one query, measured or predicted
@@ -41,6 +45,8 @@ from typing import TYPE_CHECKING, Any
 from protocols.fixedpoint import FixedPoint, FixedPointError
 from secure.compiler import Compiled, compile
 from secure.emit import DoesNotFit
+from secure.encrypted import EncryptedProgram
+from secure.encrypting import Encrypted, encrypt
 from secure.graph import UnsupportedOperation
 from secure.inprocess import InsecureInProcess, plain_reference
 from secure.profile import Network, Profile, profile
@@ -56,6 +62,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Compiled",
     "DoesNotFit",
+    "Encrypted",
+    "EncryptedProgram",
     "FixedPoint",
     "FixedPointError",
     "InsecureInProcess",
@@ -67,6 +75,7 @@ __all__ = [
     "UnsupportedOperation",
     "compile",
     "connect",
+    "encrypt",
     "plain_reference",
     "polynomialize",
     "profile",

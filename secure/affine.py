@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,8 +82,12 @@ class Affine:
 
 def _linear(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
     assert weight is not None
-    rows = int(np.prod(x[0].shape[:-1]))
-    return x[0].mapped(sparse.kron(sparse.eye_array(rows), sparse.csr_array(weight.T), format="csr"), p.shape)
+    rows, (inner, outer) = int(np.prod(x[0].shape[:-1])), weight.shape
+    # every entry is there, zeros too: which diagonals exist is public, and must not tell where a weight is zero
+    columns = np.arange(rows)[:, None, None] * inner + np.zeros((1, outer, 1), np.int64) + np.arange(inner)
+    starts = np.arange(rows * outer + 1) * inner
+    data = np.broadcast_to(weight.T, (rows, outer, inner)).reshape(-1)
+    return x[0].mapped(sparse.csr_array((data, columns.reshape(-1), starts), (rows * outer, rows * inner)), p.shape)
 
 
 def _sum(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
@@ -138,3 +142,23 @@ RULES: Mapping[str, Callable[[Primitive, list[Affine], Array | None], Affine]] =
     "add_weight": lambda p, x, w: x[0].broadcast(p.shape).offset(_spread(w, p.shape)),
 }
 """What every primitive that is linear in its operands makes of them; ``w``: the server's weight."""
+
+
+class Selection(NamedTuple):
+    """A value that is one factor times elements of one atom: element i is factor * atom[column[i]]."""
+
+    atom: int
+    factor: float
+    column: NDArray[np.int64]
+
+
+def selection(value: Affine) -> Selection | None:
+    if value.only is None:
+        return None
+    number, matrix = value.only
+    if matrix.nnz != matrix.shape[0] or not bool((np.diff(matrix.indptr) == 1).all()):
+        return None
+    factor = float(matrix.data[0])
+    if not factor or np.abs(matrix.data - factor).max() > 1e-12 * abs(factor):
+        return None
+    return Selection(number, factor, matrix.indices.astype(np.int64))

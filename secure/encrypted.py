@@ -27,6 +27,7 @@ from secure.packing import EMPTY, Content
 from secure.program import InvalidProgram, encode_input
 
 VERSION = 1
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, zlib.error)
 HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
 
 
@@ -103,9 +104,10 @@ class EncryptedProgram:
                 labels={str(k): str(v) for k, v in d["labels"].items()},
             )
             program.check()
+            _ = program.digest  # encodes, which fails for numbers that JSON cannot write
         except InvalidProgram:
             raise
-        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
+        except _MALFORMED as error:
             raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
         return program
 
@@ -113,7 +115,13 @@ class EncryptedProgram:
         """What a client relies on before it makes keys for somebody else's Program."""
         levels = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
         names = {c.name for c in self.client_inputs}
-        known = all(name in names and name in self.ranges for name, _, _ in self.views.values())
+        sizes = {c.name: math.prod(c.shape) for c in self.client_inputs}
+        known = all(
+            name in names and name in self.ranges and content.max() < sizes[name]
+            for name, _, content in self.views.values()
+        )
+        if not (math.isfinite(self.output_unit) and self.output_unit > 0):
+            raise InvalidProgram(f"an output in units of {self.output_unit}")
         sound = all(0 <= v <= self.parameters.levels for v in [*levels, self.reserve]) and known
         size = math.prod(self.output_shape)
         if not sound or not all(0 < s < self.parameters.slots for s in self.steps) or size > self.output.size:

@@ -6,7 +6,6 @@ precision wished for. All of it is known before a key exists; what does not fit 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from approximations.activations import GELU_FORMS
 from protocols.ckks import noise
 from protocols.ckks.circuit import Vector, clear
 from protocols.ckks.cost import seconds
-from protocols.ckks.parameters import MAXIMUM_BITS, DoesNotFit, Parameters
+from protocols.ckks.parameters import LARGEST_PRIME, MAXIMUM_BITS, DoesNotFit, Parameters
 from protocols.ckks.refresh import INTEGER, reserve
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
 from secure.affine import Array
@@ -37,6 +36,7 @@ from secure.trace import evaluate
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
+SCALES, SPARE = (26, 51), (0, 4, 8)
 REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
 
 
@@ -160,22 +160,29 @@ def _shrink(scale_bits: int) -> float:
 def _fitted(
     packed: Packed, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
 ) -> tuple[Parameters, Schedule, _Watched]:
-    """Scale, base prime and levels of one ring degree."""
-    for scale_bits in range(REFERENCE_SCALE, 51):
-        base_bits = scale_bits + 8
-        kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
-        most = (MAXIMUM_BITS[degree] - 2 * base_bits) // scale_bits
-        timed = schedule(packed.circuit, most if mode == "refresh" else None, kept)
-        if timed.depth > most:
-            raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
-        trial = Parameters(degree, timed.depth, scale_bits, base_bits)
-        watched = _watch(
-            packed, timed, dataclasses.replace(trial, scale_bits=REFERENCE_SCALE, base_bits=REFERENCE_SCALE + 8), inputs
-        )
-        needed = scale_bits if watched.error(trial) <= 2.0**-precision else scale_bits + 1
-        ends = _top(timed, watched.magnitude)
-        if needed == scale_bits and ends <= base_bits - scale_bits - 1:
-            return trial, timed, watched
+    """Scale, base prime and levels of one ring degree: the smallest scale that keeps the predicted error."""
+    tried: dict[tuple[int, int], Schedule] = {}
+    seen: dict[tuple[int, int], _Watched] = {}
+    for scale_bits in range(SCALES[0], SCALES[1]):
+        for spare in SPARE:
+            base_bits = scale_bits + INTEGER + 1
+            if base_bits + spare > LARGEST_PRIME:
+                continue
+            kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
+            most = (MAXIMUM_BITS[degree] - 2 * base_bits - spare) // scale_bits
+            key = (most, kept) if mode == "refresh" else (0, 0)
+            if key not in tried:
+                tried[key] = schedule(packed.circuit, most if mode == "refresh" else None, kept)
+            timed = tried[key]
+            if timed.depth > most:
+                raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
+            trial = Parameters(degree, timed.depth, scale_bits, base_bits, spare)
+            if (id(timed), spare) not in seen:
+                reference = Parameters(degree, 0, REFERENCE_SCALE, REFERENCE_SCALE + INTEGER + 1, spare)
+                seen[id(timed), spare] = _watch(packed, timed, reference, inputs)
+            watched = seen[id(timed), spare]
+            if watched.error(trial) <= 2.0**-precision and _top(timed, watched.magnitude) <= INTEGER:
+                return trial, timed, watched
     raise DoesNotFit(f"no scale reaches {precision:g} bits")
 
 
@@ -233,5 +240,4 @@ def _cube(lowered: Lowered, slots: int) -> Cube:
     if not shapes:
         raise UnsupportedOperation("a model without a linear layer\nhint: compute it in the clear")
     rows = math.prod(shapes[0][:-1])
-    features = max(s[-1] for s in shapes)
-    return Cube.fitting(slots, min(features, slots // max(rows, 1)), 1, 1, rows)
+    return Cube.fitting(slots, slots // max(rows, 1), 1, 1, rows)

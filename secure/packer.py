@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.polynomial import Chebyshev
@@ -19,7 +18,7 @@ from scipy import sparse
 from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
-from secure.affine import RULES, Affine, Array, Matrix
+from secure.affine import RULES, Affine, Array, Matrix, selection
 from secure.chains import Chain, Range, chains, needed, pure_power
 from secure.graph import UnsupportedOperation
 from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of_two, repeated
@@ -168,7 +167,7 @@ class Packer:
 
     def _own_content(self, value: Affine) -> tuple[Content, str]:
         """The content in which a value already stands, else the dense one."""
-        direct = _selection(value)
+        direct = selection(value)
         if direct is not None and self.atoms[direct.atom].nodes:
             atom, column = self.atoms[direct.atom], direct.column
             back = np.full(int(np.prod(atom.shape)) + 1, EMPTY)  # the last one: what EMPTY becomes
@@ -188,7 +187,7 @@ class Packer:
         return self._atom(p.shape, nodes, content, a * b)
 
     def _stands(self, value: Affine) -> bool:
-        direct = _selection(value)
+        direct = selection(value)
         return direct is not None and len(np.unique(direct.column)) == len(direct.column)
 
     def _matmul(self, i: int, p: Primitive) -> Affine:
@@ -201,18 +200,18 @@ class Packer:
             content = cube.attention("tu", (heads, rows, inner))
             x, a = self._materialized(left, content, self._unit(p.inputs[0]))
             keys = "ud", (heads, inner, columns)
-            y, b = self._materialized(right, cube.attention(*keys), self._unit(i) / a, cube.tokens(*keys))
+            y, b = self._materialized(right, cube.attention(*keys), self._unit(i) / a, cube.once(*keys))
             nodes = []
             for group in range(cube.head_groups):
                 part = range(group * cube.key_groups, (group + 1) * cube.key_groups)
                 total = c.add(*(c.multiply(x[k], y[k]) for k in part))
                 nodes.append(linear.sum_axis(c, total, cube.strides["u"], cube.u))
-            return self._atom(p.shape, nodes, cube.tokens("td", (heads, rows, columns)), a * b)
+            return self._atom(p.shape, nodes, cube.summed("td", (heads, rows, columns)), a * b)
         self._check(p, rows == cube.t and columns == cube.keys and inner <= cube.d and heads == cube.heads)
         keys, queries = ("du", (heads, inner, columns)), ("td", (heads, rows, inner))
         magnitude = self.ranges[p.inputs[1]].magnitude
-        y, b = self._materialized(right, cube.attention(*keys), magnitude, cube.tokens(*keys))
-        x, a = self._materialized(left, cube.attention(*queries), self._unit(i) / b, cube.tokens(*queries))
+        y, b = self._materialized(right, cube.attention(*keys), magnitude, cube.once(*keys))
+        x, a = self._materialized(left, cube.attention(*queries), self._unit(i) / b, cube.once(*queries))
         nodes = [linear.sum_axis(c, c.multiply(m, n), cube.strides["d"], cube.d) for m, n in zip(x, y, strict=True)]
         return self._atom(p.shape, nodes, cube.attention("tu", (heads, rows, columns)), a * b, "tu")
 
@@ -225,7 +224,7 @@ class Packer:
 
     def _sum_of_scores(self, p: Primitive, value: Affine) -> Affine | None:
         """A sum over keys: rotations, right in every slot."""
-        direct = _selection(value)
+        direct = selection(value)
         if direct is None or self.atoms[direct.atom].kind != "tu" or p.attrs["dims"] != (len(value.shape) - 1,):
             return None
         atom, factor, column = self.atoms[direct.atom], direct.factor, direct.column
@@ -249,7 +248,7 @@ class Packer:
 
         dense: a content with each element once, through which it may go.
         """
-        direct = _selection(value)
+        direct = selection(value)
         if direct is not None:
             atom, factor, column = self.atoms[direct.atom], direct.factor, direct.column
             nodes = [self._standing(atom, column, row) for row in content]
@@ -308,15 +307,18 @@ class Packer:
 
     def _sources(self, number: int, matrix: Matrix, row: Content) -> list[tuple[list[int], Content, Matrix]]:
         atom = self.atoms[number]
-        if number in self.input_names:
-            self._view(number, matrix, row)
         pooled = self._pooled(atom, matrix)
-        return [pooled] if pooled is not None else [(atom.nodes, atom.content, matrix)]
+        if pooled is not None:
+            return [pooled]
+        if number in self.input_names:
+            used = self._views(number, matrix, row)
+            return [([atom.nodes[k] for k in used], atom.content[used], matrix)]
+        return [(atom.nodes, atom.content, matrix)]
 
     def _pooled(self, atom: Atom, matrix: Matrix) -> tuple[list[int], Content, Matrix] | None:
         """Where all tokens have the same weight: their sum, by rotations, then a map of one token."""
         t = self.cube.t
-        if t == 1 or matrix.nnz < matrix.shape[0] * t:
+        if t == 1 or not atom.nodes or matrix.nnz < matrix.shape[0] * t:
             return None
         base = first_only(atom.content, 1, t)
         used = np.flatnonzero(np.diff(sparse.csc_array(matrix).indptr))
@@ -342,21 +344,38 @@ class Packer:
         first_of[group[:, 0]] = 1.0
         return nodes, base[kept], sparse.csr_array(matrix @ sparse.diags_array(first_of))
 
-    def _view(self, number: int, matrix: Matrix, row: Content) -> None:
-        """The client's ciphertexts of an input, as they suit this map: what a slot needs stands along d beside it."""
-        atom, used = self.atoms[number], np.flatnonzero(row >= 0)
-        wanted = sparse.csr_array(matrix)
-        width = int(np.diff(wanted.indptr).max())
-        if atom.nodes and diagonals(matrix, row, atom.content, power_of_two(min(width, 1 << 12)) + 8) is not None:
-            return
+    def _views(self, number: int, matrix: Matrix, row: Content) -> list[int]:
+        """Which of the client's ciphertexts of an input serve a map, after adding what is missing.
+
+        What a slot needs stands beside it along d, where d has room for it; else every element stands once.
+        """
+        atom, wanted = self.atoms[number], sparse.csr_array(matrix)
         d, stride = self.cube.d, self.cube.strides["d"]
+        used, out = np.flatnonzero(row >= 0), list[int]()
+        width = int(np.diff(wanted.indptr).max())
+        if width > d:
+            views = list(self.cube.dense(int(np.prod(atom.shape[:-1])), atom.shape[-1]))
+        else:
+            views = self._beside(wanted, row, used, d, stride)
+        for content in views:
+            held = content >= 0
+            k = next((k for k, old in enumerate(atom.content) if bool((old[held] == content[held]).all())), None)
+            if k is None:
+                name = f"{self.input_names[number]}/{len(self.views)}"
+                self.views[name] = (self.input_names[number], content)
+                atom.nodes.append(self.circuit.input(name))
+                atom.content = np.concatenate([atom.content, content[None]])
+                k = len(atom.nodes) - 1
+            out.append(k)
+        return out
+
+    def _beside(self, wanted: Matrix, row: Content, used: Content, d: int, stride: int) -> list[Content]:
         lanes: dict[int, set[int]] = {}
         for slot in used:
             elements = wanted.indices[wanted.indptr[row[slot]] : wanted.indptr[row[slot] + 1]]
             lanes.setdefault(int(slot % stride), set()).update(map(int, elements))
-        most = max(map(len, lanes.values()))
-        period = power_of_two(min(most, d))
-        axis = self.cube.axes["d"]
+        most, axis, out = max(map(len, lanes.values())), self.cube.axes["d"], list[Content]()
+        period = most if 2 * most <= d else min(power_of_two(most), d)
         for part in range(-(-most // period)):
             content = np.full(self.cube.slots, EMPTY)
             for lane, held in lanes.items():
@@ -365,31 +384,9 @@ class Packer:
                 padded[: len(listed)] = listed
                 slots = np.arange(lane, self.cube.slots, stride)
                 content[slots] = padded[axis[slots] % period]
-            name = f"{self.input_names[number]}/{len(self.views)}"
-            self.views[name] = (self.input_names[number], content)
-            atom.nodes.append(self.circuit.input(name))
-            atom.content = np.concatenate([atom.content, content[None]])
+            out.append(content)
+        return out
 
 
 def _at(bias: Array, row: Content) -> Array:
     return np.where(row >= 0, bias[np.maximum(row, 0)], 0.0)
-
-
-class Selection(NamedTuple):
-    """A value that is one factor times elements of one atom: element i is factor * atom[column[i]]."""
-
-    atom: int
-    factor: float
-    column: Content
-
-
-def _selection(value: Affine) -> Selection | None:
-    if value.only is None:
-        return None
-    number, matrix = value.only
-    if matrix.nnz != matrix.shape[0] or not bool((np.diff(matrix.indptr) == 1).all()):
-        return None
-    factor = float(matrix.data[0])
-    if not factor or np.abs(matrix.data - factor).max() > 1e-12 * abs(factor):
-        return None
-    return Selection(number, factor, matrix.indices.astype(np.int64))

@@ -100,10 +100,20 @@ class Cube:
                 rows.append(np.where(inside, (head * shape[1] + first) * shape[2] + second, EMPTY))
         return np.stack(rows)
 
-    def tokens(self, index: str, shape: tuple[int, ...]) -> Content:
-        """The same tensor with every element once: keys stand along t too, u is zero; a row a head group."""
+    def summed(self, index: str, shape: tuple[int, ...]) -> Content:
+        """The same tensor where u is zero, a row a head group: what a sum over keys leaves. Keys stand along t too."""
         content = self.attention(index.replace("u", "t"), shape)[:: self.key_groups]
         return first_only(content, self.strides["u"], self.u)
+
+    def once(self, index: str, shape: tuple[int, ...]) -> Content:
+        """The same tensor with every element once, in as few ciphertexts as there can be."""
+        if self.head_groups == 1:
+            return self.summed(index, shape)
+        heads, features = shape[0], shape[1 + index.index("d")]
+        dense = self.dense(self.t, heads * features)
+        token, head, feature = dense // (heads * features), dense // features % heads, dense % features
+        order = (feature, token) if index[0] == "d" else (token, feature)
+        return np.where(dense >= 0, (head * shape[1] + order[0]) * shape[2] + order[1], EMPTY)
 
     def dense(self, rows: int, features: int) -> Content:
         """(rows, features): rows along t, features along d, then h, then u, then further ciphertexts."""
@@ -130,7 +140,10 @@ def diagonals(matrix: Matrix, target: Content, source: Content, limit: int) -> D
     """
     slots = target.shape[-1]
     rows = np.flatnonzero(target >= 0)
-    wanted = matrix[target[rows]].tocoo()
+    picked = matrix[target[rows]]
+    if len(rows) and int(np.diff(picked.indptr).max()) > limit:  # a diagonal gives a slot one element
+        return None
+    wanted = picked.tocoo()
     slot, element, value = rows[wanted.coords[0]], wanted.coords[1].astype(np.int64), wanted.data
     size = matrix.shape[1]
     keys = slot * size + element

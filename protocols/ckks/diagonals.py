@@ -33,6 +33,7 @@ class Split:
         return sorted({g for g, _ in self.parts.values()})
 
     def rotations(self, operands: int) -> int:
+        """Upper bound of what ``apply`` takes, without the last one where giants stand on both sides of zero."""
         return operands * sum(b != 0 for b in self.babies) + sum(g != 0 for g in self.giants)
 
 

@@ -6,10 +6,11 @@ standard deviation c has slots with c sqrt(N / 2)):
 - a fresh ciphertext: sigma = 3.2; encoding: 1 / sqrt(12);
 - rescaling: 1 / sqrt(12) on both polynomials, the second times a ternary secret: sqrt(N / 18);
 - switching keys (rotations, relinearization): one digit a prime, of which the first is as large as the special prime:
-  sigma sqrt(N / 12), the rounding of the special prime, and smaller digits' shares.
+  sigma sqrt(N / 12), the rounding of the special prime, and smaller digits' shares. SEAL's digits lie in [0, q) and so
+  have a mean, whose share is large in the slots whose root of unity is near one (slot 0 foremost): by sigma over twice
+  the sine of half the root's angle. Before a rescaling, as after a product, all of this is divided by the prime.
 
-Independent errors add up as variances, which SEAL's users find to be within a factor of two; the same ciphertext on
-both sides of a product counts twice.
+Independent errors add up as variances; the same ciphertext on both sides of a product counts twice.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import Schedule
 
 SIGMA = 3.2
-WORST = 4.5  # standard deviations that the largest of some ten thousand slots has
+WORST = 8.0  # standard deviations that the largest of some ten thousand slots stays below: roundings times a secret
+# have heavier tails than a normal distribution
 
 
 def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vector]) -> list[Vector]:
@@ -36,10 +38,13 @@ def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vect
     unit = 2.0 ** (-2 * parameters.scale_bits) * n / 2  # of a variance of one a coefficient
     ratio = 2.0 ** (2 * (parameters.scale_bits - parameters.special_bits))
     fresh, rescaling = (SIGMA**2 + 1 / 12) * unit, n / 18 * unit
+    half_angle = np.pi / (2 * n) * np.array([pow(3, j, 2 * n) for j in range(circuit.slots)])
+    mean = n / 12 + 1 / (2 * np.sin(half_angle)) ** 2
     values: list[Vector] = []
     variance: list[Vector] = []
     for i, node in enumerate(circuit.nodes):
-        switching = (SIGMA**2 * n / 12 * (1 + schedule.levels[i] * ratio) + n / 18) * unit
+        top = 2.0 ** (2 * (parameters.base_bits - parameters.special_bits))  # the largest digit's share
+        switching = (SIGMA**2 * mean * (top + schedule.levels[i] * ratio) + n / 18) * unit
         x = [values[k] for k in node.inputs]
         v = [variance[k] for k in node.inputs]
         if node.op == "input":
@@ -54,7 +59,7 @@ def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vect
                 var = (2 * x[0]) ** 2 * v[0]
             else:
                 var = x[0] ** 2 * v[1] + x[1] ** 2 * v[0]
-            var = var + switching + rescaling
+            var = var + rescaling
         elif node.op == "shift":
             value, var = x[0] + circuit.plains[node.numbers[0]], v[0] + unit / 12
         elif node.op == "add":

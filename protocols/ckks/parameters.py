@@ -21,18 +21,23 @@ class DoesNotFit(ValueError):
 @dataclass(frozen=True)
 class Parameters:
     """degree: N, of which N/2 slots; scale_bits: of every value (and every prime but the first and the special one);
-    base_bits: of the prime of level 0; levels: how many products one after another.
+    base_bits: of the prime of level 0; levels: how many products one after another; spare_bits: by which the special
+    prime is larger than the base prime, so that key switching adds less than rescaling.
     """
 
     degree: int
     levels: int
     scale_bits: int
     base_bits: int
+    spare_bits: int = 0
 
     def __post_init__(self) -> None:
         if self.degree not in MAXIMUM_BITS:
             raise DoesNotFit(f"ring degree {self.degree}\nhint: one of {', '.join(map(str, MAXIMUM_BITS))}")
-        if not (SMALLEST_SCALE <= self.scale_bits < self.base_bits <= LARGEST_PRIME and 0 <= self.levels <= 64):
+        if not (
+            SMALLEST_SCALE <= self.scale_bits < self.base_bits <= self.special_bits <= LARGEST_PRIME
+            and 0 <= self.levels <= 64
+        ):
             raise DoesNotFit(
                 f"scale of {self.scale_bits} bits, base prime of {self.base_bits}, {self.levels} levels\n"
                 f"hint: scales have {SMALLEST_SCALE} bits or more, the base prime more than that and at most "
@@ -51,8 +56,7 @@ class Parameters:
 
     @property
     def special_bits(self) -> int:
-        """As large as the largest prime: what key switching adds is then below what rescaling adds."""
-        return self.base_bits
+        return self.base_bits + self.spare_bits
 
     @property
     def prime_bits(self) -> list[int]:

@@ -55,6 +55,8 @@ def _evaluate(circuit: Circuit, basis: dict[int, int], c: list[float]) -> int:
 
 def power(circuit: Circuit, x: int, exponent: int) -> int:
     """x^exponent, a power of two, by squarings: log2 levels, and factors cost none."""
+    if exponent < 1 or exponent & (exponent - 1):
+        raise ValueError(f"squarings make powers of two, not {exponent}")
     while exponent > 1:
         x, exponent = circuit.multiply(x, x), exponent // 2
     return x

@@ -8,8 +8,9 @@ operations cheapest. A value that a reader wants at a lower level drops there: f
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protocols.ckks.circuit import TAKES_LEVEL, Circuit, Node, last_readers
 from protocols.ckks.parameters import DoesNotFit
@@ -49,6 +50,7 @@ def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0) -> S
 
     DoesNotFit where a single step between two places for a refresh is deeper than that.
     """
+    circuit = _trimmed(circuit)
     cuts = [] if levels is None else _cuts(circuit, levels, reserve)
     return _leveled(*_with_refreshes(circuit, cuts), reserve)
 
@@ -105,8 +107,8 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
     return best[end][1]
 
 
-def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[int]]:
-    """The circuit with its refreshes, without what nothing reads; and the stage of every node."""
+def _trimmed(circuit: Circuit) -> Circuit:
+    """Without what no output needs."""
     needed = [False] * len(circuit.nodes)
     for i in circuit.outputs:
         needed[i] = True
@@ -114,6 +116,19 @@ def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[in
         if needed[i]:
             for x in circuit.nodes[i].inputs:
                 needed[x] = True
+    place = list(itertools.accumulate(needed, initial=0))
+    out = Circuit(circuit.slots, plains=circuit.plains)
+    for node, path, kept in zip(circuit.nodes, circuit.paths, needed, strict=True):
+        if kept:
+            out.nodes.append(replace(node, inputs=tuple(place[x] for x in node.inputs)))
+            out.paths.append(path)
+    out.outputs = [place[i] for i in circuit.outputs]
+    out.marks = sorted({place[m] for m in circuit.marks})
+    return out
+
+
+def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[int]]:
+    """The circuit with its refreshes, and the stage of every node."""
     last = last_readers(circuit)
     out, stages, place = Circuit(circuit.slots, plains=circuit.plains), list[int](), dict[int, int]()
 
@@ -129,11 +144,10 @@ def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[in
             remaining.pop(0)
             stage += 1
             for x in range(i):
-                if needed[x] and last[x] >= i and circuit.nodes[x].op != "input":
+                if last[x] >= i and circuit.nodes[x].op != "input":
                     place[x] = append(Node("refresh", (place[x],)), circuit.paths[x], stage)
-        if needed[i]:
-            inputs = tuple(place[x] for x in node.inputs)
-            place[i] = append(Node(node.op, inputs, node.numbers, node.name), circuit.paths[i], stage)
+        inputs = tuple(place[x] for x in node.inputs)
+        place[i] = append(replace(node, inputs=inputs), circuit.paths[i], stage)
     out.outputs = [place[i] for i in circuit.outputs]
     return out, stages
 
@@ -175,6 +189,10 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
                     break
                 operand(j, circuit.nodes[j].inputs[0])
         inputs = tuple(operand(i, x) for x in node.inputs)
-        place[i] = append(Node(node.op, inputs, node.numbers, node.name), circuit.paths[i], levels[i], stages[i])
-    out.outputs = [place[i] for i in circuit.outputs]
+        place[i] = append(replace(node, inputs=inputs), circuit.paths[i], levels[i], stages[i])
+    for i in circuit.outputs:  # results leave at level 0, whoever else reads them
+        last = place[i]
+        if levels[i]:
+            last = append(Node("dot", (place[i],), (one,)), circuit.paths[i], 0, stages[i])
+        out.outputs.append(last)
     return Schedule(out, tuple(new_levels), tuple(new_stages), reserve)

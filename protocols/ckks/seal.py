@@ -97,7 +97,7 @@ class Context:
         try:
             path.write_bytes(data)
             out.load(self.seal, str(path))  # type: ignore[attr-defined]
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             raise InvalidCiphertext(
                 f"{what}: {len(data)} bytes that are not valid under N = {self.parameters.degree}, "
                 f"{self.parameters.levels} levels ({error})\nhint: keys, ciphertexts and Program must belong together"
@@ -108,9 +108,16 @@ class Context:
 
     def ciphertext(self, data: bytes, level: int, what: str = "ciphertext") -> Any:
         """A ciphertext of two polynomials at this level, with the scale that belongs to it."""
+        if len(data) < 16 or int.from_bytes(data[8:16], "little") != len(data):  # SEAL would read a part
+            raise InvalidCiphertext(f"{what}: {len(data)} bytes that are not one ciphertext\nhint: send it again")
         out: Any = self.load(sealapi.Ciphertext, data, what)
         scale = self.parameters.scales[level]
-        if out.size() != 2 or self.level_of(out) != level or not abs(out.scale / scale - 1) < 1e-9:
+        if (
+            out.size() != 2
+            or not out.is_ntt_form()
+            or self.level_of(out) != level
+            or not abs(out.scale / scale - 1) < 1e-9
+        ):
             raise InvalidCiphertext(
                 f"{what}: {out.size()} polynomials at level {self.level_of(out)}, scale {out.scale:.6g}; expected 2 at "
                 f"level {level}, scale {scale:.6g}\nhint: encrypt with the parameters of this Program"

@@ -1,0 +1,119 @@
+"""Refreshes under CKKS: integers through plaintexts, masks, and what the client gets to see."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocols.ckks import codec, noise, refresh
+from protocols.ckks.circuit import Circuit, Vector, clear
+from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.parameters import Parameters
+from protocols.ckks.schedule import schedule
+from protocols.ckks.seal import Client, Context, EvaluationKeys, InvalidCiphertext, saved
+from tests.ciphertexts import INPUTS, TOP, P, run
+
+
+@pytest.fixture(scope="module")
+def context() -> Context:
+    return Context(P)
+
+
+@pytest.fixture(scope="module")
+def client(context: Context) -> Client:
+    return Client(context)
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_coefficients_are_exact(level: int, context: Context) -> None:
+    coefficients = codec.Coefficients(context)
+    generator, modulus = np.random.default_rng(level), 1
+    for prime in P.primes[: level + 1]:
+        modulus *= prime
+    edge = modulus // 2
+    integers = np.array([int.from_bytes(generator.bytes(24)) % modulus - edge for _ in range(P.degree)], dtype=object)
+    integers[:6] = [0, 1, -1, edge, -edge, 1 << 30]
+    found = coefficients.integers(coefficients.plaintext(integers, level), level)
+    assert (found == integers).all()
+    assert level == 0 or max(abs(v) for v in found) > 1 << 64
+    half = coefficients.integers(context.encode(0.5, level, P.scales[level]), level)
+    assert half[0] == round(P.scales[level] / 2)
+    assert not half[1:].any()
+
+
+@settings(deadline=None)
+@given(st.integers(-(1 << 130), 1 << 130), st.floats(0.97, 1.03))
+def test_rescaling_integers_rounds(value: int, ratio: float) -> None:
+    scale, wanted = 2.0**30, 2.0**30 * ratio
+    (found,) = refresh.rescaled(np.array([value], dtype=object), scale, wanted)
+    assert abs(found - value * Fraction(wanted) / Fraction(scale)) <= Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("degree", "scale", "base"), [(8192, 30, 38), (8192, 35, 39), (16384, 40, 48), (32768, 50, 58)]
+)
+def test_a_mask_fits_its_modulus(degree: int, scale: int, base: int) -> None:
+    level = refresh.reserve(degree, scale, base)
+    p, modulus = Parameters(degree, level, scale, base), 1
+    for prime in p.primes[: level + 1]:
+        modulus *= prime
+    mask, message = 1 << refresh.mask_bits(p), 1 << refresh.message_bits(scale)
+    assert mask + message < modulus // 2
+    assert mask >= message * degree << refresh.HIDING
+    assert mask + message >= modulus // p.primes[level] // 16  # and a level less would not do, but for some bits
+
+
+def bins(integers: codec.Integers, bits: int) -> Vector:
+    """How many of the integers lie in each 16th of [-2^bits, 2^bits); what a message pushes out counts at the end."""
+    return np.bincount(np.clip([(v + (1 << bits)) >> (bits - 3) for v in integers], 0, 15), minlength=16).astype(float)
+
+
+def test_what_the_client_sees_of_a_refresh_is_noise(context: Context, client: Client) -> None:
+    masks, coefficients = refresh.Masks(context), refresh.Refresher(client).coefficients
+    seen = []
+    for slots in (np.zeros(P.slots), np.full(P.slots, 60.0)):
+        plain = client.encrypt(slots, TOP)
+        mask = masks.draw(TOP)
+        masked = saved(mask.added(context.ciphertext(plain, TOP)))
+        integers = coefficients.integers(client.decrypt_plain(masked, TOP), TOP)
+        assert (integers - mask.integers == coefficients.integers(client.decrypt_plain(plain, TOP), TOP)).all()
+        assert max(abs(v) for v in integers - mask.integers) < 1 << refresh.message_bits(P.scale_bits)
+        assert -(1 << masks.bits) <= min(mask.integers)
+        assert 0.98 * (1 << masks.bits) < max(mask.integers) < 1 << masks.bits
+        seen.append(bins(integers, masks.bits))
+        expected = P.degree / 16
+        assert ((seen[-1] - expected) ** 2 / expected).sum() < 75  # chi-square, 15 degrees of freedom: p = 1e-9
+        assert not (masks.draw(TOP).integers == mask.integers).any()
+    assert ((seen[0] - seen[1]) ** 2 / (seen[0] + seen[1])).sum() < 75
+
+
+def test_a_refresh_keeps_the_value(client: Client) -> None:
+    c = Circuit(P.slots)
+    x = c.dot([(c.input("x"), 0.5)])
+    for _ in range(8):
+        x = c.add(c.multiply(x, x), c.dot([(c.input("y"), 0.25)]))  # at most a half
+    c.outputs = [x]
+    s = schedule(c, P.levels, TOP)
+    assert s.rounds > 1
+    (result,) = run(client, EvaluationKeys(client.context, client.evaluation_keys([]), []), s)
+    error = np.abs(result - clear(c, INPUTS)[0])
+    assert 0 < error.max() < 2 * noise.WORST * noise.errors(s, P, INPUTS)[s.circuit.outputs[0]].max() < 1e-3
+
+
+def test_a_refresh_that_comes_back_otherwise_is_refused(client: Client) -> None:
+    c = Circuit(P.slots)
+    c.outputs = [c.multiply(c.multiply(c.multiply(x := c.dot([(c.input("x"), 0.5)]), x), x), x)]
+    s = schedule(c, 3, TOP)
+    weights, none = Weights(client.context, s), EvaluationKeys(client.context, client.evaluation_keys([]), [])
+    for answer, error in (
+        ([], ValueError),
+        ([client.encrypt(INPUTS["x"], 0)] * len(s.refreshes(1)), InvalidCiphertext),
+    ):
+        computing = evaluate(weights, none, {n: client.encrypt(INPUTS[n], v) for n, v in s.inputs().items()})
+        assert len(next(computing)) == len(s.refreshes(1)) > 0
+        with pytest.raises(error, match=r"came back with 0|refreshed ciphertext: 2 polynomials at level 0"):
+            computing.send(answer)
