@@ -26,6 +26,7 @@ reports      costs as tables and JSON
 measured     a client's queries as they ran, next to what was predicted
 transport    what a round takes between two processes of this machine
 html_report  a profile as one HTML page with charts
+encrypted_profiling    what a model costs on ciphertexts
 profiling    the command ``unseen profile``
 comparing    variants of a model, side by side
 accuracy     the command ``unseen accuracy``

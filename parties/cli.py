@@ -27,7 +27,18 @@ from parties.files import cache_directory
 from parties.measured import Measurements
 from parties.merging import merged
 from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
-from parties.options import BEST_GELU, ONE_HOT, Deployment, Form, Length, Lookup, Threads, Where, read_texts
+from parties.options import (
+    BEST_GELU,
+    ONE_HOT,
+    Deployment,
+    Form,
+    Length,
+    Lookup,
+    Precision,
+    Threads,
+    Where,
+    read_texts,
+)
 from parties.profiling import profile_command
 from parties.reports import mb
 from parties.server import InferenceService
@@ -127,7 +138,7 @@ def serve(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="ckks: the client re-encrypts where the levels end.")
     ] = False,
-    precision: Annotated[float, typer.Option(help="ckks: bits of the answer, of its largest value.")] = 8.0,
+    precision: Precision = 10.0,
     calibration: Annotated[
         Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
     ] = None,

@@ -27,6 +27,7 @@ from protocols import kernels
 from secure.compiler import Compiled, compile
 from secure.digits import DigitsModel, load_digits, train_digits
 from secure.encrypting import Encrypted, encrypt
+from secure.polynomial import freeze_untrained
 
 CALIBRATION = 400  # training images from which ranges are taken
 SHOWN = 3  # images that are drawn
@@ -40,7 +41,15 @@ def compile_digits(model: DigitsModel) -> Compiled:
     return compile(model, samples[0], calibration=samples[1:], labels={"model": "digits"})
 
 
-def encrypt_digits(model: DigitsModel, *, mode: str = "pure", precision_bits: float = 8.0) -> Encrypted:
+def untrained_digits(layers: int) -> DigitsModel:
+    """Random weights, with ranges as they come: for costs alone."""
+    model = DigitsModel(layers).eval()
+    images = load_digits().train[0][:CALIBRATION]
+    freeze_untrained(model, lambda: model(images))
+    return model
+
+
+def encrypt_digits(model: DigitsModel, *, mode: str = "pure", precision_bits: float = 10.0) -> Encrypted:
     """For one image a query, under CKKS."""
     images = load_digits().train[0][:CALIBRATION]
     samples = [{"images": image[None]} for image in images]

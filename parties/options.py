@@ -25,6 +25,7 @@ class Deployment(StrEnum):
 ONE_HOT, BEST_GELU = Embedding[EMBEDDINGS[0]], Gelu[GELU_FORMS[0]]
 
 Where = Annotated[Deployment, typer.Option("--deployment", help="Who computes on what.")]
+Precision = Annotated[float, typer.Option("--precision", help="ckks: bits of the answer, of its largest value.")]
 Lookup = Annotated[Embedding, typer.Option("--embedding", help="How a client's tokens are looked up.")]
 Form = Annotated[Gelu, typer.Option("--gelu", help="The approximation of GeLU.")]
 Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]

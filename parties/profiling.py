@@ -19,7 +19,7 @@ from parties.errors import PartyError
 from parties.files import store
 from parties.hosting import settle
 from parties.model import PACKAGED, compile_text_model
-from parties.options import BEST_GELU, ONE_HOT, Form, Length, Lookup, Threads
+from parties.options import BEST_GELU, ONE_HOT, Deployment, Form, Length, Lookup, Precision, Threads, Where
 from parties.reports import mb
 from parties.transport import measure_transport
 from protocols import kernels
@@ -36,7 +36,8 @@ Format = StrEnum("Format", {f: f for f in ("table", "json", "html")})  # type: i
 
 out = Console(highlight=False)
 
-KNOWN = f"A model directory, {PACKAGED!r}; or, without any weights: {', '.join(map(repr, SHAPES))}, or a config.json."
+KNOWN = f"""A model directory, {PACKAGED!r}; or, without any weights: {", ".join(map(repr, SHAPES))}, or a config.json.
+ Under ckks also digits, digits-2, digits-4."""
 
 
 def profile_command(
@@ -48,6 +49,9 @@ def profile_command(
         bool, typer.Option(help="A shape as `unseen train` would leave it; a trained directory is so by itself.")
     ] = False,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    deployment: Where = Deployment.TWO_PARTY,
+    refresh: Annotated[bool, typer.Option("--refresh", help="ckks: the client re-encrypts where levels end.")] = False,
+    precision: Precision = 10.0,
     network: Annotated[
         list[str] | None,
         typer.Option(help=f"{LOOPBACK}, {', '.join(n.key for n in NETWORKS)}, or MBPS,ROUND_TRIP_MS; may be repeated."),
@@ -60,6 +64,11 @@ def profile_command(
     output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
 ) -> None:
     """What a query will cost, before anything runs: rounds, bytes and memory exactly, seconds on given networks."""
+    if deployment is Deployment.CKKS:
+        from parties.encrypted_profiling import command
+
+        command(out, model, length, refresh, precision, as_json or form.value == "json")
+        return
     networks = {name: find_network(name) for name in network or [LOOPBACK, *(n.key for n in NETWORKS)]}
     if as_json and form.value == "html":
         raise PartyError("--json and --format html exclude each other", "give one of them")

@@ -25,6 +25,7 @@ functions, emit    from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compiler     all of it in one call
 affine, chains    what is linear in a trace as matrices; polynomials of one value as one
+batched      many inputs at once, one ciphertext an element
 packing, packer    elements in slots, and a trace as a circuit of ciphertexts
 encrypted    Programs for ciphertexts: what client and server agree on
 encrypting   from a module to such a Program: parameters derived, errors predicted

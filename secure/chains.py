@@ -6,7 +6,7 @@ composed degree, whose depth is the logarithm of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,3 +113,29 @@ def pure_power(chain: Chain, known: Range) -> tuple[float, float, float] | None:
     if np.ptp(rest) > 1e-9 * max(float(np.abs(chain.function(x)).max()), 1e-12):
         return None
     return scale, centre, float(rest.mean())
+
+
+def units(
+    trace: Trace, ranges: Sequence[Range], known: Mapping[int, Chain], wanted_by: Sequence[bool]
+) -> dict[int, float]:
+    """What ciphertexts of some values are divided by, from the last primitive to the first: what polynomials want of
+    what they read, and sums of what they add. Others take their largest magnitude.
+    """
+    wanted: dict[int, float] = {}
+    for i in range(len(trace.primitives) - 1, -1, -1):
+        p, chain = trace.primitives[i], known.get(i)
+        if wanted_by[i] and chain is not None and chain.degree > 1:
+            root = ranges[chain.root]
+            pure = pure_power(chain, root)
+            if pure is None:
+                wanted[chain.root] = root.half
+            else:
+                scale, centre, _ = pure
+                reach = max(abs(root.low - centre), abs(root.high - centre), 1e-9)
+                unit = wanted.get(i, abs(scale) * reach**chain.degree)
+                wanted[chain.root] = float((unit / abs(scale)) ** (1 / chain.degree))
+        elif i in wanted and p.op in ("sum", "offset", "reshape", "permute", "expand", "bounded"):
+            wanted.setdefault(p.inputs[0], wanted[i])
+        elif i in wanted and p.op == "scale":
+            wanted.setdefault(p.inputs[0], wanted[i] / abs(p.attrs["value"]))
+    return wanted

@@ -23,11 +23,12 @@ from protocols.ckks.parameters import LARGEST_PRIME, MAXIMUM_BITS, DoesNotFit, P
 from protocols.ckks.refresh import INTEGER, reserve
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
 from secure.affine import Array
+from secure.batched import BatchPacker, slots_of
 from secure.capture import capture
 from secure.chains import Range
 from secure.compiler import Sample, trace_inputs
 from secure.encrypted import HEADROOM, EncryptedProgram, at
-from secure.graph import UnsupportedOperation
+from secure.graph import Graph, UnsupportedOperation, run
 from secure.lower import Lowered, lower, observe
 from secure.packer import Packed, Packer
 from secure.packing import Cube, DoesNotPack
@@ -78,14 +79,9 @@ def encrypt(
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}\nhint: one of {', '.join(MODES)}")
-    graph, parameters = capture(model, example_inputs)
-    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
-    samples = [example_inputs, *calibration]
-    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
+    lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration])
     (output,) = lowered.outputs
-    tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    inputs = [trace_inputs(lowered, s, tables) for s in samples]
-    ranges = _ranges(lowered, inputs)
+    tables = _tables(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
     problems: list[str] = []
@@ -133,6 +129,70 @@ def encrypt(
         {name: table.to(torch.float32) for name, table in tables.items()},
         watched.by_path(timed, chosen),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Batched:
+    """A batch's circuit: ``inputs`` by name (input of the model, element), outputs element by element in ``unit``."""
+
+    parameters: Parameters
+    schedule: Schedule
+    inputs: Mapping[str, tuple[str, int]]
+    shape: tuple[int, ...]
+    unit: float
+    sources: Mapping[str, int]  # the client graph's output behind each input
+    client_graph: Graph
+
+    def slots(self, samples: Sequence[Sample]) -> dict[str, Vector]:
+        """The slots of every ciphertext for at most N/2 inputs."""
+        rows: dict[str, list[Array]] = {name: [] for name in self.sources}
+        for sample in samples:
+            values = run(self.client_graph, sample, {})
+            for name, k in self.sources.items():
+                rows[name].append(values[k].to(torch.float64).numpy().reshape(-1))
+        stacked = {name: np.stack(found) for name, found in rows.items()}
+        return slots_of(self.inputs, stacked, self.parameters.slots)
+
+    def answers(self, slots: Sequence[Vector], count: int) -> Tensor:
+        """The first ``count`` answers."""
+        return torch.from_numpy(np.stack([v[:count] for v in slots], axis=1) * self.unit).reshape(
+            count, *self.shape[1:]
+        )
+
+
+def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequence[Sample] = ()) -> Batched:
+    """As ``encrypt`` in mode "pure", for N/2 inputs at once: one ciphertext an element, no rotation, minutes a batch.
+
+    The scale is the largest that the smallest ring with enough levels has room for.
+    """
+    lowered, _, ranges = _prepared(model, [example_inputs, *calibration])
+    (output,) = lowered.outputs
+    weights = {k: v.numpy() for k, v in lowered.weights.items()}
+    for degree in DEGREES:
+        packer = BatchPacker(lowered.trace, weights, ranges, degree // 2)
+        circuit, unit = packer.run(output.id)
+        timed = schedule(circuit)
+        scale = (MAXIMUM_BITS[degree] - 2 * (INTEGER + 1) - SPARE[1]) // (timed.depth + 2)
+        if scale >= SCALES[0]:
+            scale = min(scale, 40)
+            sources = {c.name: c.output for c in lowered.client_inputs}
+            chosen = Parameters(degree, timed.depth, scale, scale + INTEGER + 1, SPARE[1])
+            return Batched(chosen, timed, packer.inputs, tuple(output.shape), unit, sources, lowered.client_graph)
+    raise DoesNotFit(f"{timed.depth} levels fit no ring\nhint: fewer layers, a smaller power or degree")
+
+
+def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
+    """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
+    graph, parameters = capture(model, samples[0])
+    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
+    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
+    tables = _tables(lowered)
+    inputs = [trace_inputs(lowered, s, tables) for s in samples]
+    return lowered, inputs, _ranges(lowered, inputs)
+
+
+def _tables(lowered: Lowered) -> dict[str, Tensor]:
+    return {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
 
 
 @dataclass

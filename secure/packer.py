@@ -19,7 +19,7 @@ from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
 from secure.affine import RULES, Affine, Array, Matrix, selection
-from secure.chains import Chain, Range, chains, needed, pure_power
+from secure.chains import Chain, Range, chains, needed, pure_power, units
 from secure.graph import UnsupportedOperation
 from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of_two, repeated
 from secure.trace import Primitive, Trace
@@ -67,7 +67,7 @@ class Packer:
         self.input_names: dict[int, str] = {}
         self.chains = chains(trace)
         self.needed = needed(trace, self.chains)
-        self.units = self._units()
+        self.units = units(trace, ranges, self.chains, self.needed)
 
     def run(self, output: int) -> Packed:
         for i, p in enumerate(self.trace.primitives):
@@ -82,29 +82,6 @@ class Packer:
         # through diagonals whatever it is: they are zero wherever no element of the output stands
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
         return Packed(self.circuit, self.views, content, unit, self.cube)
-
-    # units
-
-    def _units(self) -> dict[int, float]:
-        """From the last primitive to the first: what polynomials want of what they read, and sums of what they add."""
-        wanted: dict[int, float] = {}
-        for i in range(len(self.trace.primitives) - 1, -1, -1):
-            p, chain = self.trace.primitives[i], self.chains.get(i)
-            if self.needed[i] and chain is not None and chain.degree > 1:
-                root = self.ranges[chain.root]
-                pure = pure_power(chain, root)
-                if pure is None:
-                    wanted[chain.root] = root.half
-                else:
-                    scale, centre, _ = pure
-                    reach = max(abs(root.low - centre), abs(root.high - centre), 1e-9)
-                    unit = wanted.get(i, abs(scale) * reach**chain.degree)
-                    wanted[chain.root] = float((unit / abs(scale)) ** (1 / chain.degree))
-            elif i in wanted and p.op in ("sum", "offset", "reshape", "permute", "expand", "bounded"):
-                wanted.setdefault(p.inputs[0], wanted[i])
-            elif i in wanted and p.op == "scale":
-                wanted.setdefault(p.inputs[0], wanted[i] / abs(p.attrs["value"]))
-        return wanted
 
     def _unit(self, i: int) -> float:
         return self.units.get(i, self.ranges[i].magnitude)
@@ -204,7 +181,7 @@ class Packer:
             nodes = []
             for group in range(cube.head_groups):
                 part = range(group * cube.key_groups, (group + 1) * cube.key_groups)
-                total = c.add(*(c.multiply(x[k], y[k]) for k in part))
+                total = c.inner([(x[k], y[k]) for k in part])
                 nodes.append(linear.sum_axis(c, total, cube.strides["u"], cube.u))
             return self._atom(p.shape, nodes, cube.summed("td", (heads, rows, columns)), a * b)
         self._check(p, rows == cube.t and columns == cube.keys and inner <= cube.d and heads == cube.heads)

@@ -231,7 +231,6 @@ def test_refreshes_keep_every_stage_within_its_levels(c: Circuit, levels: int, r
 
 @pytest.mark.parametrize("read", [True, False])
 def test_what_nobody_reads_needs_no_refresh(read: bool) -> None:
-    # BUG in schedule._cuts: it counts nodes that no output needs (KeyError in _leveled, or rounds of no ciphertext).
     """Cuts are chosen for what outputs need: else there are rounds of nothing, and refreshes of refreshes."""
     c = Circuit(SMALL)
     x = c.input("x")

@@ -85,9 +85,6 @@ def mixed(c: Circuit, x: int, y: int) -> int:
     return c.shift(c.multiply(a, x), 0.25)
 
 
-# BUG in noise.errors, which makes ``rotations`` and ``mixed`` fail: SEAL's digits are not centred (their mean is half a
-# prime), so that switching keys has errors of up to a hundred times the predicted in slots whose roots are near one
-# (slots 0, 1, 2, ...): the variance lacks sigma^2 / (4 sin(pi k / 2N)^2) for the root k = 3^slot mod 2N.
 @pytest.mark.parametrize("build", [products, rotations, mixed])
 def test_errors_are_as_predicted(build: Callable[[Circuit, int, int], int], client: Client) -> None:
     c = Circuit(P.slots)
@@ -155,8 +152,8 @@ def packed(body: bytes) -> bytes:
     ("start", "field"),
     [
         (0, bytes(32)),  # a level that there is not
-        (32, bytes(1)),  # BUG in Context.ciphertext: coefficients (no NTT form) pass, and raise ValueError later
-        (33, struct.pack("<Q", 0)),  # BUG in Context.load: no polynomial at all is an IndexError
+        (32, bytes(1)),  # coefficients (no NTT form)
+        (33, struct.pack("<Q", 0)),  # no polynomial at all
         (33, struct.pack("<Q", 1)),
         (33, struct.pack("<Q", 3)),
         (33, struct.pack("<Q", 1 << 40)),

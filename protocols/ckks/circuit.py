@@ -1,8 +1,9 @@
 """A computation on ciphertexts: nodes in order, each with its operands; and its meaning on plain slot vectors.
 
 Operations: ``input`` (by name); ``rotate`` (slot i takes slot i + step, cyclic); ``add`` (a sum with signs);
-``shift`` (adds a plain vector or number); ``multiply`` (two ciphertexts); ``dot`` (the sum of operands times plain
-vectors or numbers); ``refresh`` (the client re-encrypts: the levels are back). ``multiply`` and ``dot`` take a level.
+``shift`` (adds a plain vector or number); ``multiply`` (the sum of products of pairs, relinearized once); ``dot`` (the
+sum of operands times plain vectors or numbers); ``refresh`` (the client re-encrypts: the levels are back).
+``multiply`` and ``dot`` take a level.
 """
 
 from __future__ import annotations
@@ -87,8 +88,12 @@ class Circuit:
         return self._node("shift", (x,), (self._plain(value),))
 
     def multiply(self, x: int, y: int) -> int:
+        return self.inner([(x, y)])
+
+    def inner(self, pairs: Sequence[tuple[int, int]]) -> int:
+        """The sum of the products of all pairs."""
         self.mark()
-        return self._node("multiply", (x, y) if x <= y else (y, x))
+        return self._node("multiply", [i for x, y in pairs for i in ((x, y) if x <= y else (y, x))])
 
     def dot(self, terms: Sequence[tuple[int, Plain]]) -> int:
         return self._node("dot", [x for x, _ in terms], [self._plain(p) for _, p in terms])
@@ -104,6 +109,8 @@ class Circuit:
         for node in self.nodes:
             if node.op == "dot":
                 out["plain"] += len(node.inputs)
+            elif node.op == "multiply":
+                out["multiply"] += len(node.inputs) // 2
             elif node.op in out:
                 out[node.op] += 1
         return out
@@ -142,7 +149,7 @@ def _clear(circuit: Circuit, node: Node, x: Sequence[Vector], inputs: Mapping[st
     if node.op == "rotate":
         return np.roll(x[0], -node.numbers[0])
     if node.op == "multiply":
-        return x[0] * x[1]
+        return np.asarray(np.sum([a * b for a, b in zip(x[::2], x[1::2], strict=True)], axis=0))
     if node.op == "refresh":
         return x[0]
     if node.op == "shift":

@@ -1,77 +1,180 @@
-"""Predicted time, memory and bytes of a schedule: every operation by its ring degree and level.
+"""Predicted time, memory and bytes of a schedule: every operation by its ring degree and limbs.
 
-Times are those of ``REFERENCE``, seconds of one core of a two-core Zen 5 machine at N = 16384 (by ``measure``), scaled:
-products with plain vectors and sums by N and limbs, key switching by N and limbs times limbs + 1 (one digit a prime).
+``Formula`` scales one machine's figures: it chooses between rings and plans. ``Measured`` interpolates what this
+machine took for the very parameters: it predicts.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from tenseal import sealapi
 
 from protocols.ckks.parameters import Parameters
+from protocols.ckks.refresh import Masks
 from protocols.ckks.schedule import Schedule
+from protocols.ckks.seal import Client, Context, EvaluationKeys, saved
 
-KINDS = ("plain", "add", "rescale", "multiply", "switch", "scalar")
+KINDS = ("plain", "add", "rescale", "multiply", "switch", "input", "refresh")
+REPEATS = 5  # measurements of which the median counts
+
+
+class Times(Protocol):
+    """Seconds of one core for one operation on ciphertexts of so many limbs."""
+
+    def of(self, kind: str, degree: int, limbs: int) -> float: ...
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds per unit of work: of N * limbs residues, or (``switch``) of N * limbs * (limbs + 1) log2 N."""
+class Formula:
+    """Seconds a residue (N * limbs of them; ``switch``: N log2 N limbs (limbs + 1), one digit a prime). Of one core of
+    a two-core Zen 5 machine at N = 16384.
+    """
 
-    plain: float = 7.0e-9
-    add: float = 2.6e-9
-    rescale: float = 3.2e-8
-    multiply: float = 1.4e-8
-    switch: float = 1.1e-9
-    scalar: float = 7.0e-9
+    plain: float = 5.6e-9
+    add: float = 2.4e-9
+    rescale: float = 2.6e-8
+    multiply: float = 1.2e-8
+    switch: float = 8.5e-10
+    input: float = 8.0e-8
+    refresh: float = 5.0e-7
+
+    def of(self, kind: str, degree: int, limbs: int) -> float:
+        work = degree * limbs * ((limbs + 1) * math.log2(degree) if kind == "switch" else 1)
+        return float(getattr(self, kind)) * work
 
 
-REFERENCE = Times()
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by kind and limbs, as measured; linear in between."""
+
+    table: Mapping[str, Mapping[int, float]]
+
+    def of(self, kind: str, degree: int, limbs: int) -> float:
+        row = self.table[kind]
+        return float(np.interp(limbs, sorted(row), [row[n] for n in sorted(row)]))
 
 
 @dataclass
 class Account:
-    """Seconds by kind of operation and by module."""
+    """Seconds by kind of operation and by module; the latency breakdown of Power-Softmax's paper, and ours by kind."""
 
     kinds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     paths: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, kind: str, path: str, seconds: float) -> None:
+        self.kinds[kind] += seconds
+        self.paths[path] += seconds
 
     @property
     def total(self) -> float:
         return sum(self.kinds.values())
 
 
-def account(schedule: Schedule, parameters: Parameters, times: Times = REFERENCE) -> Account:
-    """What a schedule costs, operation by operation."""
-    out, n = Account(), parameters.degree
+def account(schedule: Schedule, parameters: Parameters, times: Times | None = None) -> Account:
+    """What the server's evaluation of a schedule costs, operation by operation."""
+    out, n, by = Account(), parameters.degree, times or Formula()
     for i, node in enumerate(schedule.circuit.nodes):
-        limbs = schedule.levels[i] + 1
-        residues, switching = n * limbs, n * limbs * (limbs + 1) * math.log2(n)
-        above = n * (limbs + 1)
-        parts: dict[str, float] = {}
+        limbs, path, count = schedule.levels[i] + 1, schedule.circuit.paths[i], len(node.inputs)
         if node.op == "rotate":
-            parts = {"rotations": times.switch * switching}
-        elif node.op == "add":
-            parts = {"sums": times.add * residues * (len(node.inputs) - 1)}
-        elif node.op == "shift":
-            parts = {"sums": times.add * residues / 2}
+            out.add("rotations", path, by.of("switch", n, limbs))
+        elif node.op in ("add", "shift"):
+            out.add("sums", path, by.of("add", n, limbs) * max(1, count - 1))
         elif node.op == "multiply":
-            relinearizing = times.switch * n * (limbs + 1) * (limbs + 2) * math.log2(n)
-            parts = {"ciphertext products": times.multiply * above + relinearizing, "rescaling": times.rescale * above}
+            each = by.of("multiply", n, limbs + 1) * (count // 2) + by.of("add", n, limbs + 1) * 1.5 * (count // 2 - 1)
+            out.add("ciphertext products", path, each + by.of("switch", n, limbs + 1))
+            out.add("rescaling", path, by.of("rescale", n, limbs + 1))
         elif node.op == "dot":
-            each = times.plain * above
-            parts = {
-                "plain products": each * len(node.inputs) + times.add * above * (len(node.inputs) - 1),
-                "rescaling": times.rescale * above,
-            }
-        for kind, spent in parts.items():
-            out.kinds[kind] += spent
-            out.paths[schedule.circuit.paths[i]] += spent
+            each, sums = by.of("plain", n, limbs + 1) * count, by.of("add", n, limbs + 1) * (count - 1)
+            out.add("plain products", path, each + sums)
+            out.add("rescaling", path, by.of("rescale", n, limbs + 1))
+        elif node.op in ("input", "refresh"):
+            out.add("inputs" if node.op == "input" else "refreshes", path, by.of(node.op, n, limbs))
     return out
 
 
-def seconds(schedule: Schedule, parameters: Parameters, times: Times = REFERENCE) -> float:
+def seconds(schedule: Schedule, parameters: Parameters, times: Times | None = None) -> float:
     """Of one core of the server."""
     return account(schedule, parameters, times).total
+
+
+def weight_memory(schedule: Schedule, parameters: Parameters) -> int:
+    """Bytes of the encoded plain vectors, each at the level at which it is read."""
+    kept = set()
+    for i, node in enumerate(schedule.circuit.nodes):
+        if node.op in ("dot", "shift"):
+            for x, p in zip(node.inputs, node.numbers, strict=True):
+                if isinstance(schedule.circuit.plains[p], np.ndarray):
+                    kept.add((p, schedule.levels[i], schedule.levels[x] if node.op == "dot" else -1))
+    return sum(8 * parameters.degree * (level + (2 if x >= 0 else 1)) for _, level, x in kept)
+
+
+def live_ciphertexts(schedule: Schedule) -> int:
+    """Bytes of ciphertexts a residue polynomial has, at their highest: residues held at once, two polynomials each."""
+    circuit, now, most = schedule.circuit, 0, 0
+    last = list(range(len(circuit.nodes)))
+    for i, node in enumerate(circuit.nodes):
+        for x in node.inputs:
+            last[x] = i
+    for x in circuit.outputs:
+        last[x] = len(circuit.nodes)
+    for i, node in enumerate(circuit.nodes):
+        now += 2 * (schedule.levels[i] + 1)
+        most = max(most, now)
+        now -= sum(2 * (schedule.levels[x] + 1) for x in {i, *node.inputs} if last[x] <= i)
+    return most
+
+
+def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Measured:
+    """What this machine takes at some levels of these parameters; some seconds."""
+    context = Context(parameters)
+    client, evaluator = Client(context), sealapi.Evaluator(context.seal)
+    keys = EvaluationKeys(context, client.evaluation_keys([1]), [1])
+    masks = Masks(context)
+    vector = np.linspace(-1, 1, parameters.slots)
+    table: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+    levels = points or sorted({0, 1, parameters.levels // 3, 2 * parameters.levels // 3, parameters.levels})
+    for level in levels:
+        data, limbs = client.encrypt(vector, level), level + 1
+        x, out = context.ciphertext(data, level), sealapi.Ciphertext()
+        plain = context.encode(vector, level, parameters.scales[level])
+        evaluator.add(x, x, out)
+        functions: dict[str, Callable[[], Any]] = {
+            "add": partial(evaluator.add_inplace, out, x),
+            "switch": partial(evaluator.rotate_vector, x, 1, keys.galois[1], sealapi.Ciphertext()),
+            "input": partial(context.ciphertext, data, level),
+            "refresh": partial(_refreshed, masks, x, data, level),
+        }
+        if level:  # where there is a prime left to drop
+            product = sealapi.Ciphertext()
+            evaluator.multiply_plain(x, plain, product)
+            functions["plain"] = partial(evaluator.multiply_plain, x, plain, sealapi.Ciphertext())
+            functions["multiply"] = partial(evaluator.multiply, x, x, sealapi.Ciphertext())
+            functions["rescale"] = partial(evaluator.rescale_to_next, product, sealapi.Ciphertext())
+        for kind, function in functions.items():
+            table[kind][limbs] = _median(function)
+    return Measured(table)
+
+
+def _refreshed(masks: Masks, x: Any, data: bytes, level: int) -> None:
+    """The server's part of a refresh."""
+    mask = masks.draw(level)
+    saved(mask.added(x))
+    mask.removed(masks.coefficients.context.ciphertext(data, level), level)
+
+
+def _median(function: Callable[[], Any], repeats: int = REPEATS) -> float:
+    spent = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)

@@ -120,22 +120,21 @@ class _Run:
         self.schedule = weights.schedule
         self.evaluator = sealapi.Evaluator(self.context.seal)
         self.values: dict[int, Any] = {}
-        self.dropped: dict[tuple[int, int], Any] = {}
+        self.dropped: dict[int, dict[int, Any]] = {}
 
     def forget(self, x: int) -> None:
         self.values.pop(x, None)
-        for key in [k for k in self.dropped if k[0] == x]:
-            del self.dropped[key]
+        self.dropped.pop(x, None)
 
     def at(self, x: int, level: int) -> Any:
         """Value x with the limbs of a level (its scale stays)."""
         if self.schedule.levels[x] == level:
             return self.values[x]
-        if (x, level) not in self.dropped:
-            out = sealapi.Ciphertext()
-            self.evaluator.mod_switch_to(self.values[x], self.context.ids[level], out)
-            self.dropped[x, level] = out
-        return self.dropped[x, level]
+        dropped = self.dropped.setdefault(x, {})
+        if level not in dropped:
+            dropped[level] = sealapi.Ciphertext()
+            self.evaluator.mod_switch_to(self.values[x], self.context.ids[level], dropped[level])
+        return dropped[level]
 
     def node(self, i: int, node: Node) -> Any:
         e, out, level = self.evaluator, sealapi.Ciphertext(), self.schedule.levels[i]
@@ -147,16 +146,24 @@ class _Run:
         elif node.op == "shift":
             e.add_plain(self.at(node.inputs[0], level), self.weights.operand(i, node, 0), out)
         elif node.op == "multiply":
-            x, y = node.inputs
+            return self._products(node, level)
+        else:
+            return self._dot(i, node, level)
+        return out
+
+    def _products(self, node: Node, level: int) -> Any:
+        e, total, part = self.evaluator, sealapi.Ciphertext(), sealapi.Ciphertext()
+        for place in range(0, len(node.inputs), 2):
+            x, y = node.inputs[place : place + 2]
+            out = part if place else total
             if x == y:
                 e.square(self.at(x, level + 1), out)
             else:
                 e.multiply(self.at(x, level + 1), self.at(y, level + 1), out)
-            e.relinearize_inplace(out, self.keys.relin)
-            return self._rescaled(out, level)
-        else:
-            return self._dot(i, node, level)
-        return out
+            if place:
+                e.add_inplace(total, part)
+        e.relinearize_inplace(total, self.keys.relin)
+        return self._rescaled(total, level)
 
     def _add(self, node: Node, level: int) -> Any:
         e, out = self.evaluator, sealapi.Ciphertext()

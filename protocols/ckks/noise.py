@@ -54,12 +54,13 @@ def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vect
         elif node.op == "rotate":
             value, var = np.roll(x[0], -node.numbers[0]), np.roll(v[0], -node.numbers[0]) + switching
         elif node.op == "multiply":
-            value = x[0] * x[1]
-            if node.inputs[0] == node.inputs[1]:
-                var = (2 * x[0]) ** 2 * v[0]
-            else:
-                var = x[0] ** 2 * v[1] + x[1] ** 2 * v[0]
-            var = var + rescaling
+            value, var = np.zeros(circuit.slots), np.full(circuit.slots, rescaling)
+            for k in range(0, len(x), 2):
+                value = value + x[k] * x[k + 1]
+                if node.inputs[k] == node.inputs[k + 1]:
+                    var = var + (2 * x[k]) ** 2 * v[k]
+                else:
+                    var = var + x[k] ** 2 * v[k + 1] + x[k + 1] ** 2 * v[k]
         elif node.op == "shift":
             value, var = x[0] + circuit.plains[node.numbers[0]], v[0] + unit / 12
         elif node.op == "add":
