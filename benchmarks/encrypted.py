@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -249,6 +250,11 @@ class _Attention(nn.Module):
         return out
 
 
+def _all(model: nn.Module, samples: Sequence[Tensor]) -> None:
+    for x in samples:
+        model(x)
+
+
 def width() -> list[dict[str, Any]]:
     """MiniLM's width, 16 tokens, random weights: one projection, one attention block."""
     out = []
@@ -256,7 +262,7 @@ def width() -> list[dict[str, Any]]:
         torch.manual_seed(0)
         samples = [torch.empty(1, TOKENS, WIDTH).normal_() for _ in range(24)]
         if name == "attention":
-            freeze_untrained(model, lambda model=model, samples=samples: [model(x) for x in samples])
+            freeze_untrained(model, partial(_all, model, samples))
         given = [{"x": x} for x in samples]
         began = time.perf_counter()
         encrypted = encrypt(model.eval(), given[0], calibration=given[1:], precision_bits=8.0)

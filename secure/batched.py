@@ -91,13 +91,14 @@ class BatchPacker:
             nodes = [self.circuit.multiply(x[m], y[n]) for m, n in zip(x_at, y_at, strict=True)]
             return self._atom(p.shape, nodes, a * b)
         batch = p.shape[:-2]
-        x_at = np.broadcast_to(left.positions(), (*batch, *left.shape[-2:])).reshape(-1, *left.shape[-2:])
-        y_at = np.broadcast_to(right.positions(), (*batch, *right.shape[-2:])).reshape(-1, *right.shape[-2:])
+        x_at, y_at = (
+            np.broadcast_to(v.positions(), (*batch, *v.shape[-2:])).reshape(-1, *v.shape[-2:]) for v in (left, right)
+        )
         nodes = [
             self.circuit.inner([(x[m], y[n]) for m, n in zip(row, column, strict=True)])
-            for rows, columns in zip(x_at, y_at, strict=True)
+            for rows, columns in zip(x_at.tolist(), np.swapaxes(y_at, 1, 2).tolist(), strict=True)
             for row in rows
-            for column in columns.T
+            for column in columns
         ]
         return self._atom(p.shape, nodes, a * b)
 
