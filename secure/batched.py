@@ -8,6 +8,7 @@ run depth first from the outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Chebyshev
@@ -94,9 +95,10 @@ class BatchPacker:
         x_at, y_at = (
             np.broadcast_to(v.positions(), (*batch, *v.shape[-2:])).reshape(-1, *v.shape[-2:]) for v in (left, right)
         )
+        listed: tuple[Any, Any] = x_at.tolist(), np.swapaxes(y_at, 1, 2).tolist()
         nodes = [
             self.circuit.inner([(x[m], y[n]) for m, n in zip(row, column, strict=True)])
-            for rows, columns in zip(x_at.tolist(), np.swapaxes(y_at, 1, 2).tolist(), strict=True)
+            for rows, columns in zip(*listed, strict=True)
             for row in rows
             for column in columns
         ]
