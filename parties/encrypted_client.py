@@ -6,6 +6,7 @@ decrypts goes to its caller alone.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from parties.keystore import keys_digest
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import EncryptedStub
 from protocols.ckks.refresh import Refresher
-from protocols.ckks.seal import Client, Context
+from protocols.ckks.seal import Client, Context, key_names
 from secure.encrypted import VERSION, EncryptedProgram
 from secure.program import InvalidProgram
 from secure.tokens import tokenize
@@ -121,7 +122,9 @@ class EncryptedConnection:
     def _keys(self, directory: Path | None) -> None:
         began = time.perf_counter()
         context = Context(self.program.parameters)
-        kept = directory / f"{self.program.digest[:32]}.secret" if directory else None
+        # one key a server and Program: the digest of its evaluation keys is a name that servers could compare
+        label = hashlib.sha256(f"{self._at}/{self.program.digest}".encode()).hexdigest()[:32]
+        kept = directory / f"{label}.secret" if directory else None
         if kept is not None and kept.is_file():
             digest, _, secret = kept.read_bytes().partition(b"\n")
             self.client, self._keys_digest = Client(context, secret), digest.decode()
@@ -141,7 +144,7 @@ class EncryptedConnection:
             store(kept, self._keys_digest.encode() + b"\n" + self.client.secret_bytes())
 
     def _uploading(self, keys: Mapping[str, bytes]) -> Iterator[pb.UploadPart]:
-        names = ["relin", *(f"rotate {s}" for s in self.program.steps)]
+        names = key_names(self.program.steps)
         header = pb.KeysHeader(
             program_digest=self.program.digest,
             digest=self._keys_digest,

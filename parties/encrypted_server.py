@@ -1,7 +1,7 @@
 """The server of the CKKS deployment: hands out the Program, keeps clients' evaluation keys, computes on ciphertexts.
 
-It sees ciphertexts, evaluation keys, sizes and times; it has no key that decrypts, and no message of this service
-carries anything that a client decrypted.
+It sees ciphertexts, evaluation keys, sizes and times; it has no key that decrypts. What a client decrypts for a refresh
+is masked, and comes back encrypted anew; nothing else that it decrypts comes back at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from parties.calls import answering, unexpected
 from parties.errors import DownloadError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
-from parties.evaluators import Evaluators, Running
+from parties.evaluators import Evaluators, InvalidKeys, Running
 from parties.files import TOKEN_TABLE, describe
 from parties.frames import parts, to_frames
 from parties.keystore import EXPIRES, KeyStore
@@ -138,7 +138,7 @@ class EncryptedService(EncryptedServicer):
             raise QueryError("the server does not hold these evaluation keys", "connect again to upload them")
         try:
             self.evaluators.load(digest, path)
-        except PartyError:
+        except InvalidKeys:
             path.unlink(missing_ok=True)  # keys that cannot be read are of no use to anybody
             raise
 

@@ -32,6 +32,12 @@ STEP = 0.25  # seconds between two reports of progress
 MAXIMUM_MESSAGE = 1 << 32
 
 
+class InvalidKeys(PartyError):
+    """Keys that are none of this Program's."""
+
+    code = "invalid-keys"
+
+
 class Channel:
     """Messages over a socket: a JSON header and byte strings."""
 
@@ -120,7 +126,7 @@ class Evaluators:
         except (EOFError, OSError):
             raise PartyError("the process that evaluates is gone", "restart the server") from None
         if "error" in header:
-            raise PartyError(header["error"])
+            raise (InvalidKeys if header.get("invalid") else PartyError)(header["error"])
         return header
 
 
@@ -181,8 +187,10 @@ class _Host:
             while len(self.keys) >= self.most:
                 self.keys.popitem(last=False)
             self.keys[digest] = EvaluationKeys(self.context, read_keys(path), self.steps)
-        except (InvalidCiphertext, OSError, ValueError) as error:
-            return {"error": str(error)}
+        except InvalidCiphertext as error:
+            return {"error": str(error), "invalid": True}
+        except Exception as error:
+            return {"error": f"the keys cannot be loaded ({type(error).__name__})\nhint: upload them again"}
         return {}
 
     def _fork(self, digest: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from parties.errors import ProtocolError
 from parties.evaluators import write_keys
+from protocols.ckks.seal import key_names
 from secure.encrypted import EncryptedProgram
 
 EXPIRES = 24 * 3600.0  # seconds after the last use
@@ -42,7 +43,7 @@ class KeyStore:
         self, directory: Path, program: EncryptedProgram, *, expires: float = EXPIRES, maximum: int = MAXIMUM_BYTES
     ) -> None:
         self.directory, self.program, self.expires, self.maximum = directory, program, expires, maximum
-        self.names = ["relin", *(f"rotate {s}" for s in program.steps)]
+        self.names = key_names(program.steps)
         self.largest = int(SLACK * program.parameters.key_bytes) + 65536
         self._lock = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -83,6 +84,8 @@ class KeyStore:
                 Path(part.name).unlink(missing_ok=True)
 
     def _make_room(self, wanted: int) -> None:
+        if wanted > self.maximum:
+            raise ProtocolError(f"keys of {wanted} bytes, where this server keeps {self.maximum} of all clients")
         with self._lock:
             held = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in self.directory.glob("*.keys"))
             total = sum(size for _, size, _ in held)
@@ -90,8 +93,6 @@ class KeyStore:
                 if total + wanted > self.maximum or time.time() - used > self.expires:
                     path.unlink(missing_ok=True)
                     total -= size
-            if wanted > self.maximum:
-                raise ProtocolError(f"keys of {wanted} bytes, where this server keeps {self.maximum} of all clients")
 
 
 class _Bytes:

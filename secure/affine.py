@@ -83,7 +83,7 @@ class Affine:
 def _linear(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
     assert weight is not None
     rows, (inner, outer) = int(np.prod(x[0].shape[:-1])), weight.shape
-    # every entry is there, zeros too: which diagonals exist is public, and must not tell where a weight is zero
+    # (that no weight is exactly zero is ``encrypting.blurred``'s affair)
     columns = np.arange(rows)[:, None, None] * inner + np.zeros((1, outer, 1), np.int64) + np.arange(inner)
     starts = np.arange(rows * outer + 1) * inner
     data = np.broadcast_to(weight.T, (rows, outer, inner)).reshape(-1)

@@ -27,7 +27,12 @@ from secure.packing import EMPTY, Content
 from secure.program import InvalidProgram, encode_input
 
 VERSION = 1
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, zlib.error)
+_MALFORMED = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError),
+    zlib.error,
+)
+MAXIMUM_KEYS = 8 << 30  # bytes that a client makes and uploads for a Program
+MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes
 HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
 
 
@@ -50,6 +55,7 @@ class EncryptedProgram:
     output_shape: tuple[int, ...]
     output: Content
     output_unit: float
+    grain: float  # answers are rounded to multiples of it: digits beyond are noise, which tells of keys and weights
     counts: Mapping[str, int]
     labels: Mapping[str, str]
 
@@ -68,6 +74,7 @@ class EncryptedProgram:
             "output_shape": self.output_shape,
             "output": [_packed(row) for row in self.output],
             "output_unit": self.output_unit,
+            "grain": self.grain,
             "counts": dict(self.counts),
             "labels": dict(self.labels),
         }
@@ -100,6 +107,7 @@ class EncryptedProgram:
                 output_shape=tuple(int(n) for n in d["output_shape"]),
                 output=np.stack([_unpacked(c, parameters.slots) for c in d["output"]]),
                 output_unit=float(d["output_unit"]),
+                grain=float(d["grain"]),
                 counts={str(k): int(v) for k, v in d["counts"].items()},
                 labels={str(k): str(v) for k, v in d["labels"].items()},
             )
@@ -120,15 +128,23 @@ class EncryptedProgram:
             name in names and name in self.ranges and content.max() < sizes[name]
             for name, _, content in self.views.values()
         )
-        if not (math.isfinite(self.output_unit) and self.output_unit > 0):
-            raise InvalidProgram(f"an output in units of {self.output_unit}")
+        if not all(math.isfinite(v) and v > 0 for v in (self.output_unit, self.grain)):
+            raise InvalidProgram(f"an output in units of {self.output_unit}, rounded to {self.grain}")
+        p, refreshed = self.parameters, sum(map(len, self.refreshes))
+        whole = all(type(v) is int for v in dataclasses.astuple(p)) and all(n >= 1 for n in self.output_shape)
+        if not whole or list(self.steps) != sorted(set(self.steps)) or len(p.primes) != p.levels + 2:
+            raise InvalidProgram("parameters, rotations or sizes of the Program are none")
+        keys = p.key_bytes * (len(self.steps) + 2)
+        if keys > MAXIMUM_KEYS or max(len(self.views), refreshed, len(self.output)) > MAXIMUM_CIPHERTEXTS:
+            raise InvalidProgram(
+                f"the Program asks for {keys / 1e9:.1f} GB of keys, {len(self.views)} inputs, {refreshed} refreshes; "
+                f"clients give {MAXIMUM_KEYS / 1e9:.1f} GB and {MAXIMUM_CIPHERTEXTS} ciphertexts"
+            )
         sound = all(0 <= v <= self.parameters.levels for v in [*levels, self.reserve]) and known
         size = math.prod(self.output_shape)
         if not sound or not all(0 < s < self.parameters.slots for s in self.steps) or size > self.output.size:
             raise InvalidProgram("levels, rotations or inputs of the Program do not hold together")
-        if self.refreshes and self.reserve < reserve(
-            self.parameters.degree, self.parameters.scale_bits, self.parameters.base_bits
-        ):
+        if self.refreshes and self.reserve < reserve(p.degree, p.scale_bits, p.base_bits):
             raise InvalidProgram("the masks of its refreshes do not fit the modulus\nhint: do not trust this server")
         if sorted(self.output[self.output >= 0]) != list(range(size)):
             raise InvalidProgram("elements of the output are missing or stand twice")
@@ -162,7 +178,7 @@ class EncryptedProgram:
                 f"{self.output_unit:.4g}: it is not an answer\n"
                 "hint: inputs far from the calibration inputs leave the ranges of the model's polynomials"
             )
-        return torch.from_numpy(out * self.output_unit).reshape(self.output_shape)
+        return torch.from_numpy(np.round(out * self.output_unit / self.grain) * self.grain).reshape(self.output_shape)
 
 
 def at(flat: Array, content: Content) -> Vector:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,8 +74,8 @@ def encrypt(
 
     mode: "pure" (the server alone; refused where no ring has the levels) or "refresh" (the client re-encrypts masked
     ciphertexts where levels end). precision_bits: wished for at the output, relative to its largest calibrated value;
-    the predicted error (4.5 standard deviations) is kept below 2^-precision_bits. degrees: rings to choose from; the
-    cheapest by predicted time is taken.
+    the predicted error (``noise.WORST`` standard deviations) is kept below 2^-precision_bits, and answers are rounded
+    to half of that. degrees: rings to choose from; the cheapest by predicted time is taken.
     Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack.
     """
     if mode not in MODES:
@@ -119,6 +120,7 @@ def encrypt(
         output=best.output,
         output_unit=best.output_unit,
         counts=timed.circuit.counts(),
+        grain=best.output_unit * 2.0 ** -(precision_bits + 1),
         labels={"mode": mode, **(labels or {})},
     )
     program.check()
@@ -184,11 +186,23 @@ def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequ
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
     """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
     graph, parameters = capture(model, samples[0])
-    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
+    parameters = {k: blurred(v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
     lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
     tables = _tables(lowered)
     inputs = [trace_inputs(lowered, s, tables) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs)
+
+
+def blurred(weight: Tensor) -> Tensor:
+    """A weight in float64 with a random 2^-30 of its largest entry added to each: far below what a ciphertext resolves.
+
+    Which diagonals, views and nodes there are is public. Without this it would tell of weights that are zero, or equal
+    to each other. Not a mask: nothing rests on it but that exact coincidences go.
+    """
+    exact = weight.to(torch.float64)
+    size = float(exact.abs().max()) if exact.numel() else 0.0
+    noise = np.random.default_rng(secrets.randbits(128)).uniform(-1.0, 1.0, tuple(exact.shape))
+    return exact + torch.from_numpy(np.asarray(noise)) * ((size or 1.0) * 2.0**-30)
 
 
 def _tables(lowered: Lowered) -> dict[str, Tensor]:
@@ -209,7 +223,8 @@ class _Watched:
     def by_path(self, timed: Schedule, parameters: Parameters) -> dict[str, float]:
         out: dict[str, float] = {}
         for i, path in enumerate(timed.circuit.paths):
-            out[path] = float(noise.WORST * self.deviation[i] * _shrink(parameters.scale_bits))
+            error = float(noise.WORST * self.deviation[i] * _shrink(parameters.scale_bits))
+            out[path] = max(out.get(path, 0.0), error)
         return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import zstandard
 
-from protocols.ckks import codec, refresh
+from protocols.ckks import refresh, seal
 from protocols.ckks.circuit import Vector
 from protocols.ckks.evaluate import Weights, evaluate
 from protocols.ckks.parameters import Parameters
@@ -19,9 +19,9 @@ TOP = refresh.reserve(P.degree, P.scale_bits, P.base_bits)
 
 def unpacked(data: bytes) -> bytes:
     """The body of one of SEAL's files."""
-    if data[5] == codec.PLAIN_COMPRESSION:
-        return data[codec.HEADER :]
-    return zstandard.ZstdDecompressor().decompressobj().decompress(data[codec.HEADER :])
+    if data[5] == seal.PLAIN:
+        return data[seal.HEADER :]
+    return zstandard.ZstdDecompressor().decompressobj().decompress(data[seal.HEADER :])
 
 
 def run(client: Client, server: EvaluationKeys, s: Schedule) -> list[Vector]:

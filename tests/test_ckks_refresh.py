@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from protocols.ckks import codec, noise, refresh
 from protocols.ckks.circuit import Circuit, Vector, clear
 from protocols.ckks.evaluate import Weights, evaluate
-from protocols.ckks.parameters import Parameters
+from protocols.ckks.parameters import DoesNotFit, Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys, InvalidCiphertext, saved
 from tests.ciphertexts import INPUTS, TOP, P, run
@@ -61,15 +61,18 @@ def test_a_mask_fits_its_modulus(degree: int, scale: int, base: int) -> None:
     p, modulus = Parameters(degree, level, scale, base), 1
     for prime in p.primes[: level + 1]:
         modulus *= prime
-    mask, message = 1 << refresh.mask_bits(p), 1 << refresh.message_bits(scale)
-    assert mask + message < modulus // 2
-    assert mask >= message * degree << refresh.HIDING
-    assert mask + message >= modulus // p.primes[level] // 16  # and a level less would not do, but for some bits
+    mask, message = refresh.largest_mask(p, level), 1 << refresh.message_bits(scale)
+    assert mask + message == modulus // 2  # nothing of the modulus is left over, and m + r never wraps
+    assert modulus >= 2 * message * degree << refresh.HIDING
+    if level:
+        with pytest.raises(DoesNotFit, match=f"level {level - 1} hides"):
+            refresh.largest_mask(p, level - 1)
 
 
-def bins(integers: codec.Integers, bits: int) -> Vector:
-    """How many of the integers lie in each 16th of [-2^bits, 2^bits); what a message pushes out counts at the end."""
-    return np.bincount(np.clip([(v + (1 << bits)) >> (bits - 3) for v in integers], 0, 15), minlength=16).astype(float)
+def bins(integers: codec.Integers, largest: int) -> Vector:
+    """How many of the integers lie in each 16th of [-largest, largest]; what a message pushes out counts at the end."""
+    places = [(v + largest) * 16 // (2 * largest + 1) for v in integers]
+    return np.bincount(np.clip(places, 0, 15), minlength=16).astype(float)
 
 
 def test_what_the_client_sees_of_a_refresh_is_noise(context: Context, client: Client) -> None:
@@ -82,9 +85,10 @@ def test_what_the_client_sees_of_a_refresh_is_noise(context: Context, client: Cl
         integers = coefficients.integers(client.decrypt_plain(masked, TOP), TOP)
         assert (integers - mask.integers == coefficients.integers(client.decrypt_plain(plain, TOP), TOP)).all()
         assert max(abs(v) for v in integers - mask.integers) < 1 << refresh.message_bits(P.scale_bits)
-        assert -(1 << masks.bits) <= min(mask.integers)
-        assert 0.98 * (1 << masks.bits) < max(mask.integers) < 1 << masks.bits
-        seen.append(bins(integers, masks.bits))
+        largest = refresh.largest_mask(P, TOP)
+        assert -largest <= min(mask.integers) < -0.98 * largest
+        assert 0.98 * largest < max(mask.integers) <= largest
+        seen.append(bins(integers, largest))
         expected = P.degree / 16
         assert ((seen[-1] - expected) ** 2 / expected).sum() < 75  # chi-square, 15 degrees of freedom: p = 1e-9
         assert not (masks.draw(TOP).integers == mask.integers).any()

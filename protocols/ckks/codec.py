@@ -16,10 +16,9 @@ import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
-from protocols.ckks.seal import Context, saved
+from protocols.ckks.seal import HEADER, PLAIN, Context, saved
 
-HEADER = 16
-MAGIC, PLAIN_COMPRESSION = 0xA15E, 0
+MAGIC = 0xA15E
 
 Words = NDArray[np.uint64]
 Integers = NDArray[Any]  # Python integers of any size, one a coefficient
@@ -31,12 +30,7 @@ def _version() -> bytes:
 
 
 def _file(body: bytes) -> bytes:
-    return (
-        struct.pack("<HB", MAGIC, HEADER)
-        + _version()
-        + struct.pack("<B2xQ", PLAIN_COMPRESSION, HEADER + len(body))
-        + body
-    )
+    return struct.pack("<HB", MAGIC, HEADER) + _version() + struct.pack("<B2xQ", PLAIN, HEADER + len(body)) + body
 
 
 def _array(words: Words) -> bytes:
@@ -46,11 +40,7 @@ def _array(words: Words) -> bytes:
 def _words(item: Any) -> Words:
     """The residues of a plaintext, or of both polynomials of a ciphertext, that this process holds."""
     data = saved(item)
-    body = (
-        data[HEADER:]
-        if data[5] == PLAIN_COMPRESSION
-        else zstandard.ZstdDecompressor().decompressobj().decompress(data[HEADER:])
-    )
+    body = data[HEADER:] if data[5] == PLAIN else zstandard.ZstdDecompressor().decompressobj().decompress(data[HEADER:])
     start = (40 + 8 if isinstance(item, sealapi.Plaintext) else 32 + 1 + 24 + 8 + 8) + HEADER
     (count,) = struct.unpack_from("<Q", body, start)
     return np.frombuffer(body, np.uint64, count, start + 8)

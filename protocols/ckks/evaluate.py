@@ -91,7 +91,7 @@ def evaluate(
         for x in {i, *node.inputs}:
             if last[x] <= i:
                 run.forget(x)
-    return [saved(run.values[x]) for x in circuit.outputs]
+    return [saved(run.fresh(run.values[x])) for x in circuit.outputs]
 
 
 def _refreshed(
@@ -102,7 +102,7 @@ def _refreshed(
     drawn: list[Mask] = []
     for i in nodes:
         mask = masks.draw(schedule.reserve)
-        masked.append(saved(mask.added(run.at(schedule.circuit.nodes[i].inputs[0], schedule.reserve))))
+        masked.append(saved(run.fresh(mask.added(run.at(schedule.circuit.nodes[i].inputs[0], schedule.reserve)))))
         drawn.append(mask)
     answers = yield masked
     if len(answers) != len(nodes):
@@ -135,6 +135,16 @@ class _Run:
             dropped[level] = sealapi.Ciphertext()
             self.evaluator.mod_switch_to(self.values[x], self.context.ids[level], dropped[level])
         return dropped[level]
+
+    def fresh(self, x: Any) -> Any:
+        """x and a fresh encryption of zero under the client's public key: what leaves the server shows the client its
+        plaintext and noise, not the second polynomial, which is a function of weights that a guess could be tried on.
+        """
+        zero, out = sealapi.Ciphertext(), sealapi.Ciphertext()
+        self.keys.zeros.encrypt_zero(x.parms_id(), zero)
+        zero.scale = x.scale
+        self.evaluator.add(x, zero, out)
+        return out
 
     def node(self, i: int, node: Node) -> Any:
         e, out, level = self.evaluator, sealapi.Ciphertext(), self.schedule.levels[i]

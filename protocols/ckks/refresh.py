@@ -1,18 +1,21 @@
 """Client-aided refresh: the client decrypts and re-encrypts a ciphertext, and learns nothing of what it holds.
 
-The server adds a mask to the *coefficients* of the plaintext polynomial: m + r, with r uniform in [-2^b, 2^b). The
-client decrypts the integers m + r, encodes the same integers further up the chain (brought to that level's scale, which
+The server adds a mask to the *coefficients* of the plaintext polynomial: m + r, with r uniform in [-M, M]. The client
+decrypts the integers m + r, encodes the same integers further up the chain (brought to that level's scale, which
 differs by a thousandth or so, with the rounding of an integer), encrypts; the server takes r off. All of it is integer
 arithmetic, so precision is what it was; masks on slots would meet the 53 bits of a double.
 
-What the client sees of one coefficient is m + r with |m| <= 2^c (message and noise), at a statistical distance of at
-most 2^(c - b - 1) from r alone. b = c + HIDING + log2(N) + 1 leaves 2^-HIDING for all N coefficients of a ciphertext
-together (union bound); and m + r must not wrap: 2^b + 2^c < q / 2. Masks come from the operating system, once each.
-The server sees a fresh ciphertext and nothing else: a decryption never comes back to it.
+M = q/2 - 2^c fills the modulus q of the level but for the room of a message of |m| <= 2^c. So m + r modulo q is within
+2^(c+1) / q of uniform *whatever m is*: a value beyond its range costs the answer, not its secrecy. ``reserve`` chooses
+q so that N 2^(c+1) / q <= 2^-HIDING: all coefficients of one refreshed ciphertext together. R of them in Q queries: R Q
+2^-HIDING. Masks come from the operating system, once each. A fresh encryption of zero under the client's public key is
+added too, as the second polynomial is a function of weights (``evaluate``).
+The server sees a fresh ciphertext and nothing else: a decryption never comes back to it in the clear.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +24,11 @@ import numpy as np
 from tenseal import sealapi
 
 from protocols.ckks.codec import Coefficients, Integers
-from protocols.ckks.parameters import Parameters
+from protocols.ckks.parameters import DoesNotFit, Parameters
 from protocols.ckks.seal import Client, Context
 
-HIDING = 40  # statistical security of one refreshed ciphertext, in bits
+HIDING = 40  # statistical distance of one refreshed ciphertext from uniform, at most 2^-HIDING
 INTEGER = 6  # values refreshed are below 2^INTEGER; with the scale, their coefficients are too
-
-
-def mask_bits(parameters: Parameters) -> int:
-    """b: masks are uniform in [-2^b, 2^b)."""
-    return message_bits(parameters.scale_bits) + HIDING + (parameters.degree.bit_length() - 1) + 1
 
 
 def message_bits(scale_bits: int) -> int:
@@ -39,9 +37,17 @@ def message_bits(scale_bits: int) -> int:
 
 
 def reserve(degree: int, scale_bits: int, base_bits: int) -> int:
-    """The lowest level whose modulus holds message and mask without wrapping."""
-    needed = message_bits(scale_bits) + HIDING + degree.bit_length() + 2
-    return max(0, -(-(needed + 1 - base_bits) // scale_bits))
+    """The lowest level whose modulus hides a message; primes may be a little below their bits, hence one more."""
+    needed = message_bits(scale_bits) + 1 + HIDING + (degree.bit_length() - 1) + 1
+    return max(0, -(-(needed - base_bits) // scale_bits))
+
+
+def largest_mask(parameters: Parameters, level: int) -> int:
+    """M; DoesNotFit where the modulus of the level hides less than HIDING bits."""
+    q, room = math.prod(parameters.primes[: level + 1]), 2 ** message_bits(parameters.scale_bits)
+    if parameters.degree * 2 * room << HIDING > q:
+        raise DoesNotFit(f"level {level} hides a message by less than {HIDING} bits\nhint: refresh at a higher level")
+    return int(q // 2 - room)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +74,8 @@ class Mask:
 
 
 def rescaled(integers: Integers, scale: float, wanted: float) -> Integers:
-    """Integers at one scale as integers at another, the ratio of which is near one: rounded, by half a unit at most,
-    which is less than a fresh encryption's noise.
+    """Integers at one scale as integers at another, the ratio of which is near one: rounded, by half a unit at most;
+    the client's and the server's roundings together by one, which is less than a fresh encryption's noise.
     """
     (a, b), (c, d) = wanted.as_integer_ratio(), scale.as_integer_ratio()
     numerator, denominator = a * d, b * c
@@ -81,14 +87,15 @@ class Masks:
 
     def __init__(self, context: Context) -> None:
         self.coefficients = Coefficients(context)
-        self.bits = mask_bits(context.parameters)
 
     def draw(self, level: int) -> Mask:
-        n, width = self.coefficients.context.parameters.degree, self.bits + 1
-        size = -(-width // 8)
+        """Uniform in [-M, M] but for 2^-64: 64 bits more than the range has, reduced."""
+        parameters = self.coefficients.context.parameters
+        n, span = parameters.degree, 2 * largest_mask(parameters, level) + 1
+        size = -(-span.bit_length() // 8) + 8
         drawn = secrets.token_bytes(n * size)
         integers = np.array([int.from_bytes(drawn[i : i + size]) for i in range(0, n * size, size)], dtype=object)
-        return Mask(self.coefficients, (integers & ((1 << width) - 1)) - (1 << self.bits), level)
+        return Mask(self.coefficients, integers % span - span // 2, level)
 
 
 class Refresher:

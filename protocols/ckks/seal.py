@@ -6,16 +6,15 @@ multiply by plain and by ciphertext with relinearization, rescale, drop to a lev
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
-import uuid
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import IO, Any, TypeVar
 
 import numpy as np
+import zstandard
 from tenseal import sealapi
 
 from protocols.ckks.circuit import Plain, Vector
@@ -23,35 +22,51 @@ from protocols.ckks.parameters import Parameters
 
 T = TypeVar("T")
 
+HEADER = 16  # bytes of a file of SEAL's: magic, its own length, version, compression, size
+PLAIN, ZSTD = 0, 2  # compression
+
 
 class InvalidCiphertext(ValueError):
     """Bytes that are no ciphertext (or key) under these parameters."""
 
 
-@lru_cache(maxsize=1)
-def _directory() -> Path:
-    """SEAL saves to and loads from paths alone: a directory in memory where there is one, readable by its owner alone
-    (mode 0700). Files in it last for one call.
+@contextmanager
+def _file() -> Iterator[tuple[str, IO[bytes]]]:
+    """SEAL saves to and loads from paths alone: a file in memory that has no name and goes with this process, or where
+    the system has none, a temporary one that its owner alone may read. Ciphertexts and keys pass through it, and so do
+    masks, decrypted polynomials and the secret key, each in the process that holds it anyway.
     """
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    path = Path(tempfile.mkdtemp(prefix="unseen-", dir=base))
-    atexit.register(_remove, path, os.getpid())
-    return path
-
-
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not a child of it
-        shutil.rmtree(path, ignore_errors=True)
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("seal"), "w+b") as file:
+            yield f"/proc/self/fd/{file.fileno()}", file
+    else:
+        with tempfile.NamedTemporaryFile() as named:
+            yield named.name, named
 
 
 def saved(item: Any) -> bytes:
     """The bytes of a ciphertext or a key."""
-    path = _directory() / uuid.uuid4().hex
-    try:
-        item.save(str(path))
-        return path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
+    with _file() as (path, file):
+        item.save(path)
+        file.seek(0)
+        return file.read()
+
+
+def bounded(data: bytes, largest: int, what: str) -> bytes:
+    """The same bytes, if they are one whole file of SEAL's that expands to at most ``largest`` bytes."""
+    whole = len(data) > HEADER and int.from_bytes(data[8:16], "little") == len(data)
+    if whole and data[5] == ZSTD:
+        with suppress(zstandard.ZstdError):
+            with zstandard.ZstdDecompressor().stream_reader(data[HEADER:]) as reader:
+                size = 0
+                while size <= largest and (part := reader.read(1 << 20)):
+                    size += len(part)
+            whole = size <= largest
+    elif whole:
+        whole = data[5] == PLAIN and len(data) <= largest + HEADER
+    if not whole:
+        raise InvalidCiphertext(f"{what}: {len(data)} bytes that are not one key of this Program\nhint: send it again")
+    return data
 
 
 class Context:
@@ -92,18 +107,17 @@ class Context:
 
     def load(self, kind: type[T], data: bytes, what: str) -> T:
         """A ciphertext or a key from bytes that somebody sent; SEAL checks them against the parameters."""
-        path = _directory() / uuid.uuid4().hex
         out = kind()
         try:
-            path.write_bytes(data)
-            out.load(self.seal, str(path))  # type: ignore[attr-defined]
+            with _file() as (path, file):
+                file.write(data)
+                file.flush()
+                out.load(self.seal, path)  # type: ignore[attr-defined]
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             raise InvalidCiphertext(
                 f"{what}: {len(data)} bytes that are not valid under N = {self.parameters.degree}, "
                 f"{self.parameters.levels} levels ({error})\nhint: keys, ciphertexts and Program must belong together"
             ) from None
-        finally:
-            path.unlink(missing_ok=True)
         return out
 
     def ciphertext(self, data: bytes, level: int, what: str = "ciphertext") -> Any:
@@ -144,16 +158,20 @@ class Client:
         self._encryptor = sealapi.Encryptor(context.seal, secret)
         self._decryptor = sealapi.Decryptor(context.seal, secret)
 
-    def evaluation_keys(self, steps: list[int]) -> dict[str, bytes]:
-        """The relinearization key and one key for each rotation, half of each as a seed."""
-        out = {"relin": saved(self._generator.create_relin_keys())}
+    def evaluation_keys(self, steps: Sequence[int]) -> dict[str, bytes]:
+        """The relinearization key and one key for each rotation, half of each as a seed; and a public key, with which the
+        server makes fresh what it sends.
+        """
+        public = sealapi.PublicKey()
+        self._generator.create_public_key(public)
+        out = {"public": saved(public), "relin": saved(self._generator.create_relin_keys())}
         for step in steps:
             element = galois_element(step, self.context.parameters.degree)
             out[f"rotate {step}"] = saved(self._generator.create_galois_keys([element]))
         return out
 
     def secret_bytes(self) -> bytes:
-        """The secret key, for a file of the client's own; it passes through a directory that its owner alone reads."""
+        """The secret key, for a file of the client's own."""
         return saved(self._generator.secret_key())
 
     def encrypt(self, values: Vector, level: int) -> bytes:
@@ -172,23 +190,34 @@ class Client:
         return self.context.decode(self.decrypt_plain(data, level))
 
 
-class EvaluationKeys:
-    """What the server holds of a client: the relinearization key and the rotation keys of one Program, no others."""
+def key_names(steps: Sequence[int]) -> list[str]:
+    """The keys of a Program, in the order in which they are sent."""
+    return ["public", "relin", *(f"rotate {s}" for s in steps)]
 
-    def __init__(self, context: Context, keys: dict[str, bytes], steps: list[int]) -> None:
-        wanted = {"relin", *(f"rotate {s}" for s in steps)}
+
+class EvaluationKeys:
+    """What the server holds of a client: the public key, the relinearization key and the rotation keys of one Program,
+    no others. Each is bounded before SEAL expands it.
+    """
+
+    def __init__(self, context: Context, keys: Mapping[str, bytes], steps: Sequence[int]) -> None:
+        wanted, p = set(key_names(steps)), context.parameters
         if set(keys) != wanted:
             missing, more = sorted(wanted - set(keys)), sorted(set(keys) - wanted)
             raise InvalidCiphertext(
                 f"evaluation keys: missing {missing[:4]}, not asked for {more[:4]}\n"
                 "hint: make the keys for this Program"
             )
-        self.relin: Any = context.load(sealapi.RelinKeys, keys["relin"], "relinearization key")
+        polynomial = 8 * p.degree * (p.levels + 2)
+        largest = (p.levels + 1) * (polynomial + 512) + 16 * p.degree + 4096
+        public = bounded(keys["public"], 2 * polynomial + 4096, "public key")
+        self.zeros = sealapi.Encryptor(context.seal, context.load(sealapi.PublicKey, public, "public key"))
+        relin = bounded(keys["relin"], largest, "relinearization key")
+        self.relin: Any = context.load(sealapi.RelinKeys, relin, "relinearization key")
         self.galois: dict[int, Any] = {}
         for step in steps:
-            key: Any = context.load(sealapi.GaloisKeys, keys[f"rotate {step}"], f"key of rotation {step}")
-            if not key.has_key(galois_element(step, context.parameters.degree)):
-                raise InvalidCiphertext(
-                    f"the key sent for rotation {step} rotates otherwise\nhint: make the keys again"
-                )
+            what = f"key of rotation {step}"
+            key: Any = context.load(sealapi.GaloisKeys, bounded(keys[f"rotate {step}"], largest, what), what)
+            if key.size() != 1 or not key.has_key(galois_element(step, p.degree)):
+                raise InvalidCiphertext(f"the {what} rotates otherwise\nhint: make the keys again")
             self.galois[step] = key
