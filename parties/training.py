@@ -38,7 +38,7 @@ def train_command(
     power: Annotated[int, typer.Option(help="The even power of Power-Softmax.")] = 4,
     shift: Annotated[float | None, typer.Option(help="c of (1 + x/c)^power; 0: x^power; by default c = power.")] = None,
     activation_degree: Annotated[int, typer.Option(help="Degree of the activations' polynomials.")] = 4,
-    steps: Annotated[int, typer.Option(min=1)] = 2600,
+    steps: Annotated[int, typer.Option(min=1)] = 4500,
     batch: Annotated[int, typer.Option(min=2, help="Sentences a step.")] = 48,
     rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.5e-4,
     seed: int = 0,

@@ -52,7 +52,7 @@ class Settings:
     patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; 0: never.
     """
 
-    steps: int = 2600
+    steps: int = 4500
     batch: int = 48
     rate: float = 1.5e-4
     seed: int = 0

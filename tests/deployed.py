@@ -7,12 +7,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from parties import encrypted_hosting, hosting
 from parties.demo import process
 from parties.encrypted_server import ServedEncrypted
 from parties.endpoints import Endpoint
-from protocols.ckks import seal
 from secure.encrypting import Encrypted, encrypt
 from tests.test_encrypted_programs import SAMPLES, digits
 
@@ -96,9 +93,6 @@ def running(name: str, state: Path) -> Iterator[Deployed]:
 def main(name: str, state: Path) -> None:
     torch.set_num_threads(1)
     state.mkdir(parents=True, exist_ok=True)
-    # the backend's directory, where a test can see what is left of it
-    make = SimpleNamespace(mkdtemp=lambda prefix, dir: tempfile.mkdtemp(prefix=prefix, dir=state))
-    setattr(seal, "tempfile", make)  # noqa: B010
     encrypted = build(name, 14 if name == "pure" else 8)
     server, address = encrypted_hosting.serve(
         ServedEncrypted.of(encrypted), Endpoint("127.0.0.1", 0), state, workers=2, insecure=False, deadline=20.0

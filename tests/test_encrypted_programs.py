@@ -221,3 +221,29 @@ def test_absurd_outputs_are_refused(value: float, refreshed: Encrypted) -> None:
         program.decode(slots)
     with pytest.raises(ValueError, match="zip"):
         program.decode([])
+
+
+def test_which_weights_are_zero_or_equal_does_not_show() -> None:
+    """Rotations, operations and what stands where are public, so they may depend on the architecture alone."""
+    found = []
+    for change in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 8), Square(), nn.Linear(8, 3))
+        with torch.no_grad():
+            for layer in (model[0], model[2]):
+                assert isinstance(layer, nn.Linear)
+                if change:
+                    layer.weight[:, 1] = 0.0
+                    layer.weight[2] = 0.25
+                    layer.bias.zero_()
+        samples = [{"input": torch.empty(1, 4).uniform_(-1, 1)} for _ in range(8)]
+        encrypted = encrypt(model.eval(), samples[0], calibration=samples[1:], degrees=[8192], precision_bits=6)
+        p = encrypted.program
+        views = [(name, level, content.tolist()) for name, level, content in p.views.values()]
+        found.append((p.steps, p.counts, views, len(encrypted.schedule.circuit.nodes)))
+    assert found[0] == found[1]
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x

@@ -159,8 +159,8 @@ class Client:
         self._decryptor = sealapi.Decryptor(context.seal, secret)
 
     def evaluation_keys(self, steps: Sequence[int]) -> dict[str, bytes]:
-        """The relinearization key and one key for each rotation, half of each as a seed; and a public key, with which the
-        server makes fresh what it sends.
+        """The relinearization key and one key for each rotation, half of each as a seed; and a public key, by which
+        the server makes fresh what it sends.
         """
         public = sealapi.PublicKey()
         self._generator.create_public_key(public)
