@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import grpc
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from parties.errors import HandshakeError, PartyError, PeerLost, ProtocolError, 
 from parties.files import TOKEN_TABLE, fetch, received_tokenizer, store, unpack_tables
 from parties.frames import parts, to_frames
 from parties.keystore import keys_digest
+from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import EncryptedStub
 from protocols.ckks.refresh import Refresher
@@ -211,9 +213,15 @@ class _Run:
         c = self.c
         with calling("the server", c._at, "connect again", doing="evaluating", kind=PeerLost):
             stream = c._stub.Query(iter(self._outgoing.get, None))
+            watch = Watchdog(c._deadline, stream.cancel)
             try:
-                return self._results(stream)
+                return self._results(_in_time(stream, watch))
+            except grpc.RpcError:
+                if not watch.fired:
+                    raise
+                raise PeerLost(f"the server sent nothing for {c._deadline:g} s", "see the server's log") from None
             finally:
+                watch.stop()
                 self._outgoing.put(None)
                 stream.cancel()
 
@@ -264,3 +272,12 @@ class _Run:
             out.append(bytes(data))
         self.to_client += sum(map(len, out))
         return out
+
+
+def _in_time(stream: Iterator[pb.EncryptedReply], watch: Watchdog) -> Iterator[pb.EncryptedReply]:
+    while True:
+        with watch.guard():
+            message = next(stream, None)
+        if message is None:
+            return
+        yield message

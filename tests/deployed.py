@@ -1,28 +1,48 @@
-"""Tiny models under CKKS and their servers as processes: evaluators are forked, which no process with gRPC's threads may
-do. ``python -m tests.deployed NAME STATE`` serves one until it is stopped.
+"""Tiny models under CKKS, and servers of them as processes: evaluators are forked before gRPC has threads.
+
+``python -m tests.deployed NAME STATE`` serves one until it is stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import queue
+import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from parties import encrypted_hosting, hosting
+from parties.calls import calling
 from parties.demo import process
+from parties.encrypted_client import EncryptedConnection
 from parties.encrypted_server import ServedEncrypted
 from parties.endpoints import Endpoint
+from parties.frames import parts, to_frames
+from parties.keystore import KeyStore, keys_digest
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import EncryptedServicer, add_EncryptedServicer_to_server
+from protocols.ckks import codec
+from protocols.ckks.seal import Client, Context
 from secure.encrypting import Encrypted, encrypt
+from tests.ciphertexts import unpacked
 from tests.test_encrypted_programs import SAMPLES, digits
+from tests.tiny import Served
+
+Script = Callable[[EncryptedConnection], Iterable[Any]]
+SLACK = 2.0  # over the predicted error
 
 
 class Tiny(nn.Module):
@@ -58,13 +78,14 @@ def build(name: str, precision_bits: float = 8) -> Encrypted:
 
 @dataclass
 class Deployed:
-    """A running server; ``error``: predicted, of an output element."""
+    """A running server and somebody's connection to it; ``error``: predicted, of an output element."""
 
     name: str
     address: str
     state: Path
     pid: int
     error: float
+    c: EncryptedConnection
 
     @property
     def host(self) -> int:
@@ -72,8 +93,21 @@ class Deployed:
         (pid,) = children(self.pid)
         return pid
 
-    def key_files(self) -> list[Path]:
-        return sorted(self.state.glob("evaluation-keys/*/*.keys"))
+    @property
+    def idle(self) -> bool:
+        return not children(self.host)
+
+    def key_files(self) -> dict[str, Path]:
+        return {path.stem: path for path in self.state.glob("evaluation-keys/*/*.keys")}
+
+    def works(self, c: EncryptedConnection | None = None, number: int = 0) -> None:
+        """A query whose answer is the model's."""
+        c, sample = c or self.c, inputs(self.name, number)
+        answer = c.query(sample)
+        with torch.no_grad():
+            wanted = model(self.name)(**sample)
+        assert answer.shape == wanted.shape
+        assert (answer - wanted).abs().max() < SLACK * self.error + c.program.grain / 2 < 0.1 * wanted.abs().max()
 
 
 def children(pid: int) -> list[int]:
@@ -87,7 +121,207 @@ def children(pid: int) -> list[int]:
 def running(name: str, state: Path) -> Iterator[Deployed]:
     with process(Console(stderr=True), name, "blue", [name, str(state)], module="tests.deployed") as address:
         about = json.loads((state / "about.json").read_text())
-        yield Deployed(name, address, state, **about)
+        with EncryptedConnection(address, deadline=20.0) as c:
+            yield Deployed(name, address, state, **about, c=c)
+
+
+# keys
+
+
+def kept(directory: Path) -> tuple[Path, str, bytes]:
+    (path,) = directory.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    digest, _, secret = path.read_bytes().partition(b"\n")
+    return path, digest.decode(), secret
+
+
+def connect(server: Deployed, keys: Path, *, uploads: bool) -> None:
+    with EncryptedConnection(server.address, keys=keys) as c:
+        assert (c.key_bytes > 0, c.key_seconds > 0) == (uploads, uploads)
+        server.works(c)
+
+
+def stored(store: KeyStore, keys: dict[str, bytes], age: float = 0.0) -> Path:
+    """A store looks at names, sizes and digests alone."""
+    digest = keys_digest(keys)
+    store.add(digest, [(name, len(data)) for name, data in keys.items()], keys.values())
+    path = store.directory / f"{digest}.keys"
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+# what a client may say
+
+
+class Query:
+    """One by hand."""
+
+    def __init__(self, c: EncryptedConnection) -> None:
+        self.box: queue.SimpleQueue[pb.EncryptedRequest | None] = queue.SimpleQueue()
+        self.say(start(c), *(request for data in encrypted(c) for request in sent(data)))
+        self.replies = c._stub.Query(iter(self.box.get, None), timeout=30)
+
+    def say(self, *requests: pb.EncryptedRequest) -> None:
+        for request in requests:
+            self.box.put(request)
+
+    def until_refresh(self) -> None:
+        assert 1 in (reply.refresh for reply in self.replies)
+
+    def failure(self) -> pb.Failure:
+        *_, last = self.replies
+        self.box.put(None)
+        assert last.WhichOneof("content") == "failure"
+        return last.failure  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        self.replies.cancel()
+        self.box.put(None)
+
+
+def upload(c: EncryptedConnection, made: dict[str, bytes], data: bytes | None = None, **other: Any) -> None:
+    body = b"".join(made.values()) if data is None else data
+    send_upload(c, [announced(c, made, **other), *(pb.UploadPart(data=part) for part in parts(body))])
+
+
+def announced(c: EncryptedConnection, made: dict[str, bytes], **other: Any) -> pb.UploadPart:
+    sizes = [pb.KeySize(name=n, size=len(k)) for n, k in made.items()]
+    fields = {"program_digest": c.program.digest, "digest": keys_digest(made), "keys": sizes}
+    return pb.UploadPart(header=pb.KeysHeader(**{**fields, **other}))
+
+
+def send_upload(c: EncryptedConnection, messages: Sequence[pb.UploadPart]) -> None:
+    with calling("the server", c._at, ""):
+        c._stub.Upload(iter(messages), timeout=20)
+
+
+def start(c: EncryptedConnection, **other: str) -> pb.EncryptedRequest:
+    fields = {"program_digest": c.program.digest, "weights_digest": c._weights_digest, "keys_digest": c._keys_digest}
+    return pb.EncryptedRequest(start=pb.EncryptedStart(**{**fields, **other}))
+
+
+def sent(data: bytes) -> list[pb.EncryptedRequest]:
+    return [pb.EncryptedRequest(frame=frame) for frame in to_frames(data)]
+
+
+def encrypted(c: EncryptedConnection, lower: int = 0) -> list[bytes]:
+    """The inputs of a query."""
+    values = c.program.client_values(inputs("tiny" if c.program.labels["mode"] == "pure" else "refresh"), {})
+    return [c.client.encrypt(values[k], level - lower) for k, (_, level, _) in c.program.views.items()]
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def zeros(c: EncryptedConnection, level: int, **other: int) -> bytes:
+    """A ciphertext, under other parameters if given."""
+    p = replace(c.program.parameters, **other)
+    client = Client(Context(p)) if other else c.client
+    return client.encrypt(np.zeros(p.slots), level)
+
+
+# what a server may say
+
+
+class Faulty(EncryptedServicer):
+    """Describes what a real server does, says that it holds all keys, and then says ``script``."""
+
+    def __init__(self, c: EncryptedConnection, script: Script) -> None:
+        self.description, self.c, self.script = c._stub.Describe(pb.DescribeRequest()), c, script
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.EncryptedDescription:
+        return self.description  # type: ignore[no-any-return]
+
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> pb.KeysReply:
+        return pb.KeysReply(held=sum(len(part.data) for part in requests) > 0)
+
+    def Query(self, requests: Any, context: grpc.ServicerContext) -> Iterator[pb.EncryptedReply]:
+        for content in self.script(self.c):
+            yield pb.EncryptedReply(**content)
+
+
+@contextmanager
+def faulty(c: EncryptedConnection, script: Script) -> Iterator[Served]:
+    served = Served(add_EncryptedServicer_to_server, Faulty(c, script))
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+def frames(data: bytes) -> Iterator[dict[str, pb.Frame]]:
+    return ({"frame": frame} for frame in to_frames(data))
+
+
+def quiet(c: EncryptedConnection) -> Iterator[dict[str, Any]]:
+    time.sleep(6)
+    yield from ()
+
+
+# what a client sends
+
+
+class Recorder(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Every message that leaves a client."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def _noted(self, messages: Iterable[Any]) -> Iterator[Any]:
+        for message in messages:
+            self.sent.append(message)
+            yield message
+
+    def intercept_unary_unary(self, go_on: Any, details: Any, request: Any) -> Any:
+        return go_on(details, next(self._noted([request])))
+
+    def intercept_stream_unary(self, go_on: Any, details: Any, requests: Any) -> Any:
+        return go_on(details, self._noted(requests))
+
+    def intercept_stream_stream(self, go_on: Any, details: Any, requests: Any) -> Any:
+        return go_on(details, self._noted(requests))
+
+    def apart(self) -> tuple[pb.KeysHeader, pb.EncryptedStart, list[bytes], list[bytes]]:
+        """Header, start, keys and ciphertexts."""
+        header = next(m.header for m in self.sent if type(m) is pb.UploadPart)
+        begin = next(m.start for m in self.sent if type(m) is pb.EncryptedRequest)
+        joined = b"".join(m.data for m in self.sent if type(m) is pb.UploadPart)
+        at = np.cumsum([0, *(key.size for key in header.keys)]).tolist()
+        assert len(joined) == at[-1]
+        frames = [m.frame for m in self.sent if type(m) is pb.EncryptedRequest and m.HasField("frame")]
+        ends = [0, *(i + 1 for i, frame in enumerate(frames) if frame.last)]
+        ciphertexts = [b"".join(f.data for f in frames[a:b]) for a, b in itertools.pairwise(ends)]
+        return header, begin, [joined[a:b] for a, b in itertools.pairwise(at)], ciphertexts
+
+
+def forbidden(c: EncryptedConnection, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[codec.Words]:
+    """The secret key, as residues and as it is stored (after the name of its parameters); inputs; what it decrypted."""
+    p, secret = c.program.parameters, c.client.secret_bytes()
+    out = [np.frombuffer(unpacked(secret), np.uint64, (p.levels + 2) * p.degree, 72)]
+    out.append(np.frombuffer(secret, np.uint64, len(secret) // 8 - 33, 256))
+    out += [value.double().numpy().view(np.uint64).reshape(-1) for value in sample.values()]
+    for plain in decrypted:
+        out += [codec._words(plain), c.client.context.decode(plain).view(np.uint64)]
+    return out
+
+
+def contains(data: bytes, words: codec.Words) -> bool:
+    """Whether 32 bytes in a row of the words stand anywhere in the data."""
+    low, table = np.uint64((1 << 22) - 1), np.zeros(1 << 22, bool)
+    table[words[:-3] & low] = True
+    for offset in range(8):
+        here = np.frombuffer(data, np.uint64, max(0, len(data) - offset) // 8, offset)
+        likely = np.flatnonzero(table[here & low])
+        for at in likely[np.isin(here[likely], words[:-3])]:
+            for place in np.flatnonzero(words[:-3] == here[at]):
+                if at + 4 <= len(here) and (here[at : at + 4] == words[place : place + 4]).all():
+                    return True
+    return False
 
 
 def main(name: str, state: Path) -> None:

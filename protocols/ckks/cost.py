@@ -19,7 +19,7 @@ import numpy as np
 from tenseal import sealapi
 
 from protocols.ckks.parameters import Parameters
-from protocols.ckks.refresh import Masks
+from protocols.ckks.refresh import Masks, reserve
 from protocols.ckks.schedule import Schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys, saved
 
@@ -60,6 +60,8 @@ class Measured:
 
     def of(self, kind: str, degree: int, limbs: int) -> float:
         row = self.table[kind]
+        if not row:  # these parameters have no level at which it could happen
+            return Formula().of(kind, degree, limbs)
         return float(np.interp(limbs, sorted(row), [row[n] for n in sorted(row)]))
 
 
@@ -138,7 +140,7 @@ def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Meas
     context = Context(parameters)
     client, evaluator = Client(context), sealapi.Evaluator(context.seal)
     keys = EvaluationKeys(context, client.evaluation_keys([1]), [1])
-    masks = Masks(context)
+    masks, kept = Masks(context), reserve(parameters.degree, parameters.scale_bits, parameters.base_bits)
     vector = np.linspace(-1, 1, parameters.slots)
     table: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
     levels = points or sorted({0, 1, parameters.levels // 3, 2 * parameters.levels // 3, parameters.levels})
@@ -151,8 +153,9 @@ def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Meas
             "add": partial(evaluator.add_inplace, out, x),
             "switch": partial(evaluator.rotate_vector, x, 1, keys.galois[1], sealapi.Ciphertext()),
             "input": partial(context.ciphertext, data, level),
-            "refresh": partial(_refreshed, masks, x, data, level),
         }
+        if level >= kept:
+            functions["refresh"] = partial(_refreshed, masks, x, data, level)
         if level:  # where there is a prime left to drop
             product = sealapi.Ciphertext()
             evaluator.multiply_plain(x, plain, product)
