@@ -324,7 +324,7 @@ def measured(part: str, images: int) -> Any:
     if part == "digits":
         return digits(1, images)
     if part == "refresh":
-        return [digits(layers, max(1, images // 8)) for layers in (2, 4)]
+        return [digits(layers, max(1, images // 20)) for layers in (2, 4)]
     return {"matrix": matrix, "width": width, "batch": batch}[part]()
 
 

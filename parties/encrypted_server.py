@@ -112,25 +112,31 @@ class EncryptedService(EncryptedServicer):
 
     def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> pb.KeysReply:
         watch = Watchdog(self.deadline, context.cancel)
-        with answering(context, log):
-            if not self._uploads.acquire(blocking=False):
-                raise PartyError(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
-            try:
-                with watch.guard():
-                    first = next(requests, None)
-                if first is None or first.WhichOneof("content") != "header":
-                    raise ProtocolError("an upload begins with the header of its keys")
-                header = first.header
-                if not hmac.compare_digest(header.program_digest.encode(), self.program.digest.encode()):
-                    raise HandshakeError("the keys are for another Program", "connect again to fetch the server's")
-                sizes = [(k.name, k.size) for k in header.keys]
-                self.store.add(header.digest, sizes, _guarded(requests, watch))
-                self._load(header.digest)
-            finally:
-                watch.stop()
-                self._uploads.release()
+        try:
+            with answering(context, log):
+                if not self._uploads.acquire(blocking=False):
+                    raise PartyError(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
+                try:
+                    sizes = self._received(requests, watch)
+                finally:
+                    self._uploads.release()
+        finally:
+            watch.stop()
         log.info("%s uploaded evaluation keys of %.0f MB", unquote(context.peer()), sum(n for _, n in sizes) / 1e6)
         return pb.KeysReply(held=True, expires_seconds=self.expires)
+
+    def _received(self, requests: Iterator[pb.UploadPart], watch: Watchdog) -> list[tuple[str, int]]:
+        with watch.guard():
+            first = next(requests, None)
+        if first is None or first.WhichOneof("content") != "header":
+            raise ProtocolError("an upload begins with the header of its keys")
+        header = first.header
+        if not hmac.compare_digest(header.program_digest.encode(), self.program.digest.encode()):
+            raise HandshakeError("the keys are for another Program", "connect again to fetch the server's")
+        sizes = [(k.name, k.size) for k in header.keys]
+        self.store.add(header.digest, sizes, _guarded(requests, watch))
+        self._load(header.digest)
+        return sizes
 
     def _load(self, digest: str) -> None:
         path = self.store.path(digest)

@@ -104,13 +104,14 @@ class Evaluators:
 
     def query(self, digest: str) -> Running:
         """A child process for one query, with the keys of this digest, for an acquired worker."""
+        ours, theirs = socket.socketpair()
         try:
-            ours, theirs = socket.socketpair()
             with theirs, self._lock:
                 self._host.send({"do": "fork", "digest": digest})
                 socket.send_fds(self._host.socket, [b"."], [theirs.fileno()])
                 self._answer()
         except BaseException:
+            ours.close()
             self._free.release()
             raise
         return Running(Channel(ours), self._free.release)
@@ -190,7 +191,8 @@ class _Host:
         except InvalidCiphertext as error:
             return {"error": str(error), "invalid": True}
         except Exception as error:
-            return {"error": f"the keys cannot be loaded ({type(error).__name__})\nhint: upload them again"}
+            failed = f"the keys cannot be loaded ({type(error).__name__})\nhint: connect again to upload them"
+            return {"error": failed, "invalid": not isinstance(error, (OSError, MemoryError))}
         return {}
 
     def _fork(self, digest: str) -> None:

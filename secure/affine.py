@@ -60,6 +60,9 @@ class Affine:
             terms = {a: m * factor for a, m in self.terms.items()}
         return Affine(self.shape, terms, self.bias * factor)
 
+    def reshaped(self, shape: tuple[int, ...]) -> Affine:
+        return Affine(shape, self.terms, self.bias)
+
     def mapped(self, matrix: Matrix, shape: tuple[int, ...]) -> Affine:
         """A matrix times the flat tensor."""
         return Affine(shape, {a: sparse.csr_array(matrix @ m) for a, m in self.terms.items()}, matrix @ self.bias)
@@ -94,6 +97,12 @@ def _sum(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
     target = np.broadcast_to(np.arange(int(np.prod(p.shape))).reshape(p.shape), x[0].shape).reshape(-1)
     ones, source = np.ones(len(target)), np.arange(len(target))
     return x[0].mapped(sparse.csr_array((ones, (target, source)), shape=(int(np.prod(p.shape)), len(target))), p.shape)
+
+
+def column_sums(x: Affine, shape: tuple[int, ...]) -> Affine:
+    """Over the last dimension but one."""
+    kept = (*x.shape[:-2], 1, x.shape[-1])
+    return _sum(Primitive("sum", (), {}, kept, ""), [x], None).reshaped(shape)
 
 
 def _cat(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
@@ -131,7 +140,7 @@ RULES: Mapping[str, Callable[[Primitive, list[Affine], Array | None], Affine]] =
     "offset": lambda p, x, w: x[0].offset(p.attrs["value"]),
     "scale": lambda p, x, w: x[0].scaled(p.attrs["value"]),
     "bounded": lambda p, x, w: x[0],
-    "reshape": lambda p, x, w: Affine(p.shape, x[0].terms, x[0].bias),
+    "reshape": lambda p, x, w: x[0].reshaped(p.shape),
     "expand": lambda p, x, w: x[0].broadcast(p.shape),
     "permute": lambda p, x, w: x[0].select(x[0].positions().transpose(p.attrs["dims"]), p.shape),
     "slice": _slice,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from approximations.activations import GELU_FORMS
 from protocols.ckks import noise
 from protocols.ckks.circuit import Vector, clear
 from protocols.ckks.cost import seconds
-from protocols.ckks.parameters import LARGEST_PRIME, MAXIMUM_BITS, DoesNotFit, Parameters
+from protocols.ckks.parameters import MAXIMUM_BITS, DoesNotFit, Parameters
 from protocols.ckks.refresh import INTEGER, reserve
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
 from secure.affine import Array
@@ -38,7 +37,7 @@ from secure.trace import evaluate
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
-SCALES, SPARE = (26, 51), (0, 4, 8)
+SCALES, SPARE = (26, 51), (8, 4, 0)
 REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
 
 
@@ -174,7 +173,7 @@ def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequ
         packer = BatchPacker(lowered.trace, weights, ranges, degree // 2)
         circuit, unit = packer.run(output.id)
         timed = schedule(circuit)
-        scale = (MAXIMUM_BITS[degree] - 2 * (INTEGER + 1) - SPARE[1]) // (timed.depth + 2)
+        scale = (MAXIMUM_BITS[degree] - 1 - 2 * (INTEGER + 1) - SPARE[1]) // (timed.depth + 2)
         if scale >= SCALES[0]:
             scale = min(scale, 40)
             sources = {c.name: c.output for c in lowered.client_inputs}
@@ -186,23 +185,25 @@ def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequ
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
     """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
     graph, parameters = capture(model, samples[0])
-    parameters = {k: blurred(v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
+    parameters = {k: blurred(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
     lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
     tables = _tables(lowered)
     inputs = [trace_inputs(lowered, s, tables) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs)
 
 
-def blurred(weight: Tensor) -> Tensor:
-    """A weight in float64 with a random 2^-30 of its largest entry added to each: far below what a ciphertext resolves.
+def blurred(name: str, weight: Tensor) -> Tensor:
+    """A weight in float64 with an arbitrary 2^-30 of its largest entry added to each: below what a ciphertext resolves.
 
     Which diagonals, views and nodes there are is public. Without this it would tell of weights that are zero, or equal
-    to each other. Not a mask: nothing rests on it but that exact coincidences go.
+    to each other. Not a mask: nothing rests on it but that exact coincidences go. It follows from name and weight, so
+    that a server which starts again has the same Program, and clients need not upload keys anew.
     """
     exact = weight.to(torch.float64)
     size = float(exact.abs().max()) if exact.numel() else 0.0
-    noise = np.random.default_rng(secrets.randbits(128)).uniform(-1.0, 1.0, tuple(exact.shape))
-    return exact + torch.from_numpy(np.asarray(noise)) * ((size or 1.0) * 2.0**-30)
+    seed = hashlib.sha256(name.encode() + exact.contiguous().numpy().tobytes()).digest()
+    added = np.random.default_rng(int.from_bytes(seed)).uniform(-1.0, 1.0, tuple(exact.shape))
+    return exact + torch.from_numpy(np.asarray(added)) * ((size or 1.0) * 2.0**-30)
 
 
 def _tables(lowered: Lowered) -> dict[str, Tensor]:
@@ -237,37 +238,41 @@ def _fitted(
 ) -> tuple[Parameters, Schedule, _Watched]:
     """Scale, base prime and levels of one ring degree: the smallest scale that keeps the predicted error."""
     tried: dict[tuple[int, int], Schedule] = {}
-    seen: dict[tuple[int, int], _Watched] = {}
-    for scale_bits in range(SCALES[0], SCALES[1]):
-        for spare in SPARE:
-            base_bits = scale_bits + INTEGER + 1
-            if base_bits + spare > LARGEST_PRIME:
-                continue
-            kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
-            most = (MAXIMUM_BITS[degree] - 2 * base_bits - spare) // scale_bits
-            key = (most, kept) if mode == "refresh" else (0, 0)
-            if key not in tried:
-                tried[key] = schedule(packed.circuit, most if mode == "refresh" else None, kept)
-            timed = tried[key]
-            if timed.depth > most:
-                raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
-            trial = Parameters(degree, timed.depth, scale_bits, base_bits, spare)
-            if (id(timed), spare) not in seen:
+    problem: DoesNotFit | None = None
+    for spare in SPARE:
+        scale_bits = SCALES[0]
+        try:
+            while scale_bits < SCALES[1]:
+                base_bits = scale_bits + INTEGER + 1
+                kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
+                most = (MAXIMUM_BITS[degree] - 1 - 2 * base_bits - spare) // scale_bits
+                key = (most, kept) if mode == "refresh" else (0, 0)
+                if key not in tried:
+                    tried[key] = schedule(packed.circuit, most if mode == "refresh" else None, kept)
+                timed = tried[key]
+                if timed.depth > most:
+                    raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
+                trial = Parameters(degree, timed.depth, scale_bits, base_bits, spare)
                 reference = Parameters(degree, 0, REFERENCE_SCALE, REFERENCE_SCALE + INTEGER + 1, spare)
-                seen[id(timed), spare] = _watch(packed, timed, reference, inputs)
-            watched = seen[id(timed), spare]
-            if watched.error(trial) <= 2.0**-precision and _top(timed, watched.magnitude) <= INTEGER:
-                return trial, timed, watched
-    raise DoesNotFit(f"no scale reaches {precision:g} bits")
+                watched = _watch(packed, timed, reference, inputs)
+                _fits(timed, watched.magnitude)
+                missing = math.log2(watched.error(trial)) + precision  # an error halves with every bit of the scale
+                if missing <= 0:
+                    return trial, timed, watched
+                scale_bits += math.ceil(missing)
+            raise DoesNotFit(f"no scale reaches {precision:g} bits")
+        except DoesNotFit as error:
+            problem = error
+    raise problem or DoesNotFit("no special prime to try")
 
 
-def _top(timed: Schedule, magnitude: Array) -> float:
-    """Bits before the point of the largest value at level 0, where the base prime alone is left."""
+def _fits(timed: Schedule, magnitude: Array) -> None:
+    """DoesNotFit where values outgrow the base prime, which alone is left at level 0, or what masks are made for."""
     low = [m for m, level in zip(magnitude, timed.levels, strict=True) if level == 0]
     sent = [magnitude[n.inputs[0]] for n in timed.circuit.nodes if n.op == "refresh"]
-    if sent and max(sent) * HEADROOM >= 2.0**INTEGER:
-        raise DoesNotFit(f"a value of {max(sent):.3g} units is refreshed, where masks are made for {2**INTEGER}")
-    return math.log2(max(low) * HEADROOM)
+    largest = max([*low, *sent]) * HEADROOM
+    if largest >= 2.0**INTEGER:
+        raise DoesNotFit(f"a value of {largest:.3g} units at the lowest level, where {2**INTEGER} fit")
 
 
 def _watch(packed: Packed, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]) -> _Watched:

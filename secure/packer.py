@@ -18,7 +18,7 @@ from scipy import sparse
 from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
-from secure.affine import RULES, Affine, Array, Matrix, selection
+from secure.affine import RULES, Affine, Array, Matrix, column_sums, selection
 from secure.chains import Chain, Range, chains, needed, pure_power, units
 from secure.graph import UnsupportedOperation
 from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of_two, repeated
@@ -169,6 +169,8 @@ class Packer:
 
     def _matmul(self, i: int, p: Primitive) -> Affine:
         left, right = (self.values[x] for x in p.inputs)
+        if left.shape[-2] == 1:
+            return self._weighted_sum(i, p, left, right)
         heads, rows, inner = int(np.prod(left.shape[:-2])), left.shape[-2], left.shape[-1]
         columns, cube, c = right.shape[-1], self.cube, self.circuit
         only = left.only
@@ -176,6 +178,9 @@ class Packer:
             self._check(p, rows == cube.t and inner == cube.keys and columns <= cube.d and heads == cube.heads)
             content = cube.attention("tu", (heads, rows, inner))
             x, a = self._materialized(left, content, self._unit(p.inputs[0]))
+            right = right.broadcast((*left.shape[:-2], inner, columns))
+            if columns == 1:
+                return self._weighed(i, p, right, content, x, a)
             keys = "ud", (heads, inner, columns)
             y, b = self._materialized(right, cube.attention(*keys), self._unit(i) / a, cube.once(*keys))
             nodes = []
@@ -191,6 +196,30 @@ class Packer:
         x, a = self._materialized(left, cube.attention(*queries), self._unit(i) / b, cube.once(*queries))
         nodes = [linear.sum_axis(c, c.multiply(m, n), cube.strides["d"], cube.d) for m, n in zip(x, y, strict=True)]
         return self._atom(p.shape, nodes, cube.attention("tu", (heads, rows, columns)), a * b, "tu")
+
+    def _weighed(self, i: int, p: Primitive, right: Affine, content: Content, x: list[int], a: float) -> Affine:
+        """Scores times one secret weight a key: rotations as for their sum, right in every slot."""
+        cube, c, shape = self.cube, self.circuit, (*p.shape[:-1], right.shape[-2])
+        keys = np.broadcast_to(np.swapaxes(right.positions(), -1, -2), shape)
+        y, b = self._materialized(right.select(keys, shape), content, self._unit(i) / a)
+        nodes = []
+        for group in range(cube.head_groups):
+            part = range(group * cube.key_groups, (group + 1) * cube.key_groups)
+            nodes.append(linear.sum_axis(c, c.inner([(x[k], y[k]) for k in part]), cube.strides["u"], cube.u))
+        rows = content[:: cube.key_groups]
+        return self._atom(p.shape, nodes, np.where(rows >= 0, rows // shape[-1], EMPTY), a * b)
+
+    def _weighted_sum(self, i: int, p: Primitive, weights: Affine, rows: Affine) -> Affine:
+        """A vector times a matrix, as a pooling of tokens by secret weights: an elementwise product, then a sum."""
+        index = np.swapaxes(weights.positions(), -1, -2)
+        content, _ = self._own_content(rows)
+        x, a = self._materialized(rows, content, self._unit(p.inputs[1]))
+        spread = weights.select(np.broadcast_to(index, rows.shape), rows.shape)
+        y, b = self._materialized(spread, content, self._unit(i) / a)
+        products = self._atom(
+            rows.shape, [self.circuit.multiply(m, n) for m, n in zip(x, y, strict=True)], content, a * b
+        )
+        return column_sums(products, p.shape)
 
     def _check(self, p: Primitive, fits: bool) -> None:
         if not fits:

@@ -97,6 +97,10 @@ class Deployed:
     def idle(self) -> bool:
         return not children(self.host)
 
+    @property
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
+
     def key_files(self) -> dict[str, Path]:
         return {path.stem: path for path in self.state.glob("evaluation-keys/*/*.keys")}
 
@@ -312,14 +316,19 @@ def forbidden(c: EncryptedConnection, sample: dict[str, Tensor], decrypted: Sequ
 
 def contains(data: bytes, words: codec.Words) -> bool:
     """Whether 32 bytes in a row of the words stand anywhere in the data."""
-    low, table = np.uint64((1 << 22) - 1), np.zeros(1 << 22, bool)
-    table[words[:-3] & low] = True
+
+    def hashed(x: codec.Words) -> codec.Words:
+        return (x * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+
+    table = np.zeros(1 << 24, bool)
+    table[hashed(words)] = True
     for offset in range(8):
         here = np.frombuffer(data, np.uint64, max(0, len(data) - offset) // 8, offset)
-        likely = np.flatnonzero(table[here & low])
-        for at in likely[np.isin(here[likely], words[:-3])]:
+        likely = table[hashed(here)]
+        found = np.flatnonzero(likely[:-3] & likely[1:-2] & likely[2:-1] & likely[3:])
+        for at in found[np.isin(here[found], words[:-3])]:
             for place in np.flatnonzero(words[:-3] == here[at]):
-                if at + 4 <= len(here) and (here[at : at + 4] == words[place : place + 4]).all():
+                if (here[at : at + 4] == words[place : place + 4]).all():
                     return True
     return False
 

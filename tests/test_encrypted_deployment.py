@@ -7,12 +7,10 @@ import os
 import queue
 import re
 import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -25,7 +23,7 @@ from parties.encrypted_client import EncryptedConnection
 from parties.encrypted_server import largest
 from parties.endpoints import open_channel
 from parties.errors import PartyError, PeerLost, ProtocolError, QueryError
-from parties.evaluators import _Host, read_keys
+from parties.evaluators import read_keys
 from parties.frames import PART
 from parties.keystore import KeyStore
 from proto import unseen_pb2 as pb
@@ -53,9 +51,6 @@ def refreshing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         yield server
 
 
-# right answers
-
-
 def test_a_pure_query(tmp_path: Path) -> None:
     with running("pure", tmp_path) as server:
         server.works(number=1)
@@ -68,7 +63,6 @@ def test_a_pure_query(tmp_path: Path) -> None:
     assert report.to_server == pytest.approx(sum(sizes), rel=0.15)
     assert report.to_client == pytest.approx(p.ciphertext_bytes(0), rel=0.15)
     assert c.key_bytes == pytest.approx(p.key_bytes * (1 + len(c.program.steps)), rel=0.15)
-    assert c.key_seconds > 0
 
 
 def test_a_refreshed_query(refreshing: Deployed) -> None:
@@ -133,7 +127,6 @@ def test_keys_that_are_kept_are_uploaded_once(tiny: Deployed, tmp_path: Path) ->
 
 def test_keys_expire_on_the_server(tiny: Deployed, tmp_path: Path) -> None:
     with EncryptedConnection(tiny.address, keys=tmp_path) as c:
-        assert c._stub.Keys(pb.KeysRequest(digest=c._keys_digest)).expires_seconds == 24 * 3600
         os.utime(tiny.key_files()[c._keys_digest], (0, 0))
         with pytest.raises(QueryError, match="does not hold these evaluation keys\nhint: connect again"):
             c.query(inputs("tiny"))
@@ -184,8 +177,6 @@ def test_a_store_forgets(tiny: Deployed, made: Keys, tmp_path: Path) -> None:
     assert store.path(path.stem) == path
     time.sleep(0.6)
     assert store.path(path.stem) is None
-    (tmp_path / ".part-left").write_bytes(b"x")  # by a server that was killed
-    KeyStore(tmp_path, tiny.c.program)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,17 +188,7 @@ def test_keys_that_never_fit_drop_nobodys(tiny: Deployed, made: Keys, tmp_path: 
     assert path.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 8, bytes(8), struct.pack("<Q", 2) + b"[]"])
-def test_a_file_of_keys_that_is_damaged(content: bytes, tiny: Deployed, tmp_path: Path) -> None:
-    """As after a power cut: the host says so, and goes on."""
-    (tmp_path / "x").write_bytes(content)
-    encrypted: Any = SimpleNamespace(program=tiny.c.program)
-    host = _Host(encrypted, SimpleNamespace(), 1 << 30)  # type: ignore[arg-type]
-    host.context = tiny.c.client.context
-    assert "error" in host._load("0" * 64, tmp_path / "x")
-
-
-# uploads that are refused
+# what is refused
 
 
 @pytest.mark.parametrize(
@@ -216,11 +197,9 @@ def test_a_file_of_keys_that_is_damaged(content: bytes, tiny: Deployed, tmp_path
         (lambda c, k: upload(c, k, digest="0" * 64), "are not the announced ones"),
         (lambda c, k: upload(c, k, program_digest="0" * 64), "are for another Program"),
         (lambda c, k: upload(c, dict(list(k.items())[:-1])), "not those that the Program needs"),
-        (lambda c, k: upload(c, dict(reversed(k.items()))), "not those that the Program needs"),
         (lambda c, k: upload(c, {**k, "rotate 999": b"x"}), "not those that the Program needs"),
         (lambda c, k: upload(c, {**k, "relin": b""}), "key 'relin' of 0 bytes"),
         (lambda c, k: upload(c, k, keys=[pb.KeySize(name=n, size=1 << 62) for n in k]), "bytes, where at most"),
-        (lambda c, k: upload(c, k, keys=[pb.KeySize(name=n, size=9) for n in k]), "are not the announced ones"),
         (lambda c, k: upload(c, k, b"".join(k.values())[:-1]), "ended 1 bytes before the end of a key"),
         (lambda c, k: upload(c, k, b"".join(k.values()) + b"x"), "are not the announced ones"),
         (lambda c, k: upload(c, {n: os.urandom(len(d)) for n, d in k.items()}), "key: .* bytes that are not"),
@@ -229,9 +208,8 @@ def test_a_file_of_keys_that_is_damaged(content: bytes, tiny: Deployed, tmp_path
         (lambda c, k: upload(c, {**k, "public": zeros(c, 3)}), "public key: .* not valid under"),
         (lambda c, k: upload(c, {n: zeros(c, 2, levels=2) for n in k}), "key: .* not valid under"),
         (lambda c, k: upload(c, {n: k.get(n.replace("1", "2"), d) for n, d in k.items()}), "rotates otherwise"),
-        # BUG: accepted, as SEAL reads both as the same; every query with it ends with "internal error"
+        # BUG: accepted, as SEAL reads both as the same; the evaluator of every query with it crashes
         (lambda c, k: upload(c, {**k, "relin": k["rotate 1"]}), "relinearization key"),
-        (lambda c, k: deployed.send_upload(c, []), "begins with the header"),
         (lambda c, k: deployed.send_upload(c, [pb.UploadPart(data=b"x")]), "begins with the header"),
         (lambda c, k: deployed.send_upload(c, [deployed.announced(c, k)] * 2), "second header"),
     ],
@@ -253,13 +231,13 @@ def test_no_more_than_two_upload_at_once(tiny: Deployed) -> None:
     boxes = [queue.SimpleQueue[None]() for _ in range(2)]
     calls = [tiny.c._stub.Upload.future(iter(box.get, None)) for box in boxes]
     wait_until(full, "the limit is reached")
+    before = tiny.threads
+    assert all(full() for _ in range(20))
     for call, box in zip(calls, boxes, strict=True):
         call.cancel()
         box.put(None)
     wait_until(lambda: not full(), "the uploads ended")
-
-
-# queries that are refused
+    wait_until(lambda: tiny.threads < before + 10, "their watchdogs end")  # BUG: one thread stays for each refusal
 
 
 @pytest.mark.parametrize(
@@ -268,10 +246,7 @@ def test_no_more_than_two_upload_at_once(tiny: Deployed) -> None:
         (lambda c, x: [], "peer-lost", "before the start of its query"),
         (lambda c, x: sent(x), "protocol", "a query begins with its start"),
         (lambda c, x: [start(c)], "peer-lost", "ended the stream before ciphertext 1 of 1"),
-        (lambda c, x: [start(c), *sent(x + bytes(PART))[:-1]], "protocol", r"more than \d+ bytes"),
         (lambda c, x: [start(c), *sent(bytes(largest(c.program, 3) + 1))], "protocol", r"more than \d+ bytes"),
-        (lambda c, x: [start(c), start(c)], "protocol", "'start' where a ciphertext was expected"),
-        (lambda c, x: [start(c), pb.EncryptedRequest()], "protocol", "None where a ciphertext was expected"),
         (lambda c, x: [start(c), *sent(x[:-1])], "protocol", NOT_ONE),
         (lambda c, x: [start(c), *sent(deployed.flipped(x, 40))], "protocol", NOT_VALID),
         (lambda c, x: [start(c), *sent(x[:16] + os.urandom(len(x) - 16))], "protocol", NOT_VALID),
@@ -321,8 +296,6 @@ def test_an_image_out_of_range_is_never_sent(value: float, tiny: Deployed, monke
         tiny.c.query({"images": torch.full((1, 8), value)})
 
 
-# servers that are refused
-
 ONE: dict[str, Any] = {"result": 1}
 
 
@@ -330,12 +303,9 @@ ONE: dict[str, Any] = {"result": 1}
     ("name", "script", "error", "message"),
     [
         ("tiny", lambda c: [{"refresh": 1}], ProtocolError, "asks for refresh 1, the Program has 0"),
-        ("tiny", lambda c: [{"result": 0}], ProtocolError, "sends 0 results, not 1"),
         ("tiny", lambda c: [{"result": 2}, *frames(b"x"), *frames(b"x")], ProtocolError, "sends 2 results, not 1"),
         ("tiny", lambda c: [ONE, *frames(bytes(largest(c.program, 0) + 1))], ProtocolError, "of more than"),
-        ("tiny", lambda c: [ONE, ONE], ProtocolError, "no ciphertext where one was expected"),
         ("tiny", lambda c: frames(b"x"), ProtocolError, "sent 'frame' where a refresh or a result"),
-        ("tiny", lambda c: [{}], ProtocolError, "sent None where a refresh or a result"),
         ("tiny", lambda c: [], PeerLost, "ended the query without an answer"),
         ("tiny", lambda c: [ONE], (PartyError, InvalidCiphertext), f"{NOT_ONE}|ended the"),
         ("tiny", lambda c: [ONE, *frames(os.urandom(99))], InvalidCiphertext, "result: 99 bytes"),

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from sympy import isprime
+
 MAXIMUM_BITS = {2048: 54, 4096: 109, 8192: 218, 16384: 438, 32768: 881}
 SMALLEST_SCALE, LARGEST_PRIME = 22, 60
 
@@ -43,7 +45,7 @@ class Parameters:
                 f"hint: scales have {SMALLEST_SCALE} bits or more, the base prime more than that and at most "
                 f"{LARGEST_PRIME}"
             )
-        if self.total_bits > MAXIMUM_BITS[self.degree]:
+        if self.total_bits >= MAXIMUM_BITS[self.degree]:  # one bit is left for primes above their power of two
             raise DoesNotFit(
                 f"{self.levels} levels of {self.scale_bits} bits take a modulus of {self.total_bits} bits; at 128-bit "
                 f"security N = {self.degree} has {MAXIMUM_BITS[self.degree]}\n"
@@ -67,21 +69,30 @@ class Parameters:
         return sum(self.prime_bits)
 
     @cached_property
+    def _chain(self) -> tuple[list[int], list[float]]:
+        """Primes and scales, chosen together from the top: the prime of a level is the one nearest to scale^2 /
+        2^scale_bits, so that what primes miss their powers of two by does not double from level to level.
+        """
+        special = _nearest(self.degree, 2.0**self.special_bits, set(), below=True)
+        base = _nearest(self.degree, 2.0**self.base_bits, {special}, below=True)
+        used, primes, scales = {special, base}, list[int](), [2.0**self.scale_bits]
+        for _ in range(self.levels):
+            primes.append(_nearest(self.degree, scales[-1] ** 2 / 2.0**self.scale_bits, used))
+            used.add(primes[-1])
+            scales.append(scales[-1] ** 2 / primes[-1])
+        return [base, *primes[::-1], special], scales[::-1]
+
+    @property
     def primes(self) -> list[int]:
         """The primes themselves, the special one last."""
-        from tenseal import sealapi
+        return self._chain[0]
 
-        return [int(p.value()) for p in sealapi.CoeffModulus.Create(self.degree, self.prime_bits)]
-
-    @cached_property
+    @property
     def scales(self) -> list[float]:
         """The scale of values at each level: a product at level l has scale[l]^2 and is rescaled by that level's prime,
         so scale[l - 1] = scale[l]^2 / prime[l] exactly, and sums never meet two scales.
         """
-        scale = [2.0**self.scale_bits]
-        for level in range(self.levels, 0, -1):
-            scale.append(scale[-1] ** 2 / self.primes[level])
-        return scale[::-1]
+        return self._chain[1]
 
     def limbs(self, level: int) -> int:
         return level + 1
@@ -102,6 +113,18 @@ class Parameters:
     def key_memory(self) -> int:
         """The same key in memory: two polynomials, eight bytes a residue."""
         return 16 * self.degree * (self.levels + 1) * (self.levels + 2)
+
+
+def _nearest(degree: int, target: float, used: set[int], *, below: bool = False) -> int:
+    """The prime nearest to a number (or below it) that has a number-theoretic transform of this degree: 1 mod 2N."""
+    step = 2 * degree
+    start = int(target) // step
+    for distance in range(1 << 16):
+        for k in (start - distance,) if below else (start - distance, start + distance + 1):
+            candidate = k * step + 1
+            if candidate > step and candidate not in used and (not below or candidate < target) and isprime(candidate):
+                return candidate
+    raise DoesNotFit(f"no prime near {target:.4g} for N = {degree}")
 
 
 def _packed_bits(prime_bits: int) -> int:

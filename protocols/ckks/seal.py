@@ -76,7 +76,7 @@ class Context:
         self.parameters = parameters
         chosen = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
         chosen.set_poly_modulus_degree(parameters.degree)
-        chosen.set_coeff_modulus(sealapi.CoeffModulus.Create(parameters.degree, parameters.prime_bits))
+        chosen.set_coeff_modulus([sealapi.Modulus(p) for p in parameters.primes])
         self.seal = sealapi.SEALContext(chosen, True, sealapi.SEC_LEVEL_TYPE.TC128)
         if not self.seal.parameters_set():
             raise ValueError(f"SEAL refuses {parameters}: {self.seal.parameters_error_message()}")
@@ -214,6 +214,8 @@ class EvaluationKeys:
         self.zeros = sealapi.Encryptor(context.seal, context.load(sealapi.PublicKey, public, "public key"))
         relin = bounded(keys["relin"], largest, "relinearization key")
         self.relin: Any = context.load(sealapi.RelinKeys, relin, "relinearization key")
+        if self.relin.size() != 1 or not self.relin.has_key(2):  # one of another kind would be read beyond its end
+            raise InvalidCiphertext("the relinearization key is another key\nhint: make them again")
         self.galois: dict[int, Any] = {}
         for step in steps:
             what = f"key of rotation {step}"
