@@ -151,7 +151,7 @@ class Packer:
             back[column] = np.arange(len(column))
             if len(np.unique(column)) == len(column):
                 return back[atom.content], atom.kind
-        return self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1]), ""
+        return self.cube.natural(value.shape), ""
 
     def _product(self, i: int, p: Primitive) -> Affine:
         operands = [self.values[x].broadcast(p.shape) for x in p.inputs]
@@ -288,7 +288,7 @@ class Packer:
                 base, spread = first_only(base, stride, size), [*spread, (stride, size)]
         node = self._mapped(value, base, SPREAD) if spread else None
         if node is None:
-            once = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1]) if dense is None else dense
+            once = self.cube.natural(value.shape) if dense is None else dense
             if not any(bool((part == row).all()) for part in once):
                 parts = [self._mapped(value, part, self.cube.slots) for part in once]
                 value = self._atom(value.shape, [n for n in parts if n is not None], once)

@@ -115,6 +115,13 @@ class Cube:
         order = (feature, token) if index[0] == "d" else (token, feature)
         return np.where(dense >= 0, (head * shape[1] + order[0]) * shape[2] + order[1], EMPTY)
 
+    def natural(self, shape: tuple[int, ...]) -> Content:
+        """The content of a tensor that nothing else decides: tokens and features, or those of every head."""
+        rows, heads = int(np.prod(shape[:-1])), int(np.prod(shape[:-2]))
+        if rows not in (1, self.t) and heads == self.heads and shape[-2] == self.t and shape[-1] <= self.d:
+            return self.once("td", (heads, *shape[-2:]))
+        return self.dense(rows, shape[-1])
+
     def dense(self, rows: int, features: int) -> Content:
         """(rows, features): rows along t, features along d, then h, then u, then further ciphertexts."""
         if rows not in (1, self.t):

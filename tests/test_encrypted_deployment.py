@@ -99,7 +99,7 @@ def test_two_clients_at_once(refreshing: Deployed) -> None:
 
 
 def test_the_weights_of_a_long_chain_are_encoded() -> None:
-    """BUG: Parameters.scales leaves the scale by a factor that is squared at every level: 2^33 at level 0 for 2^26."""
+    """What primes miss their powers of two by must not add up over the levels."""
     made = deployed.build("pure", precision_bits=8)
     p = made.program.parameters
     assert max(abs(np.log2(scale) - p.scale_bits) for scale in p.scales) < 1
@@ -140,7 +140,7 @@ def test_keys_that_were_damaged_are_uploaded_again(tiny: Deployed, tmp_path: Pat
     path.write_bytes(b"a" * 64 + b"\n" + secret)
     with EncryptedConnection(tiny.address, keys=tmp_path) as c, pytest.raises(PartyError, match="hint: "):
         c.query(inputs("tiny"))
-    connect(tiny, tmp_path, uploads=True)  # BUG: the file stays, so the server says that it holds the keys
+    connect(tiny, tmp_path, uploads=True)
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 64, "../" * 21 + "a", "0" * 63 + "\n", "A" * 64])
@@ -208,7 +208,6 @@ def test_keys_that_never_fit_drop_nobodys(tiny: Deployed, made: Keys, tmp_path: 
         (lambda c, k: upload(c, {**k, "public": zeros(c, 3)}), "public key: .* not valid under"),
         (lambda c, k: upload(c, {n: zeros(c, 2, levels=2) for n in k}), "key: .* not valid under"),
         (lambda c, k: upload(c, {n: k.get(n.replace("1", "2"), d) for n, d in k.items()}), "rotates otherwise"),
-        # BUG: accepted, as SEAL reads both as the same; the evaluator of every query with it crashes
         (lambda c, k: upload(c, {**k, "relin": k["rotate 1"]}), "relinearization key"),
         (lambda c, k: deployed.send_upload(c, [pb.UploadPart(data=b"x")]), "begins with the header"),
         (lambda c, k: deployed.send_upload(c, [deployed.announced(c, k)] * 2), "second header"),
@@ -237,7 +236,7 @@ def test_no_more_than_two_upload_at_once(tiny: Deployed) -> None:
         call.cancel()
         box.put(None)
     wait_until(lambda: not full(), "the uploads ended")
-    wait_until(lambda: tiny.threads < before + 10, "their watchdogs end")  # BUG: one thread stays for each refusal
+    wait_until(lambda: tiny.threads < before + 10, "their watchdogs end")
 
 
 @pytest.mark.parametrize(
