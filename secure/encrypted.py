@@ -23,7 +23,7 @@ from secure.affine import Array
 from secure.graph import Graph
 from secure.graph import run as run_graph
 from secure.lower import ClientInput
-from secure.packing import EMPTY, Content
+from secure.packing import EMPTY, Content, at
 from secure.program import InvalidProgram, encode_input
 
 VERSION = 1
@@ -179,11 +179,6 @@ class EncryptedProgram:
                 "hint: inputs far from the calibration inputs leave the ranges of the model's polynomials"
             )
         return torch.from_numpy(np.round(out * self.output_unit / self.grain) * self.grain).reshape(self.output_shape)
-
-
-def at(flat: Array, content: Content) -> Vector:
-    """The slots of one ciphertext: elements where the content says, zero elsewhere."""
-    return np.where(content >= 0, flat[np.maximum(content, 0)], 0.0)
 
 
 def _packed(content: Content) -> str:

@@ -27,17 +27,19 @@ from secure.batched import BatchPacker, slots_of
 from secure.capture import capture
 from secure.chains import Range
 from secure.compiler import Sample, trace_inputs
-from secure.encrypted import HEADROOM, EncryptedProgram, at
+from secure.encrypted import HEADROOM, EncryptedProgram
 from secure.graph import Graph, UnsupportedOperation, run
 from secure.lower import Lowered, lower, observe
 from secure.packer import Packed, Packer
-from secure.packing import Cube, DoesNotPack
+from secure.packing import Cube, DoesNotPack, at
 from secure.trace import evaluate
 
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
 SCALES, SPARE = (26, 51), (8, 4, 0)
+OUTGROWN = 2.0**12  # units that no slot may reach: zeros of the next map are only zero to a rounding
+CLIENT, ROUND = 0.07, 0.1  # seconds: of the client and the network for a refreshed ciphertext, and for a round
 REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
 
 
@@ -94,7 +96,9 @@ def encrypt(
         except (DoesNotFit, DoesNotPack) as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
             continue
-        found.append((seconds(timed, chosen), chosen, timed, packed, watched))
+        refreshed = sum(n.op == "refresh" for n in timed.circuit.nodes)
+        price = seconds(timed, chosen) + CLIENT * refreshed * degree / 16384 + ROUND * timed.rounds
+        found.append((price, chosen, timed, packed, watched))
         if mode == "pure":
             break  # a larger ring is slower
     if not found:
@@ -271,6 +275,9 @@ def _fits(timed: Schedule, magnitude: Array) -> None:
     low = [m for m, level in zip(magnitude, timed.levels, strict=True) if level == 0]
     sent = [magnitude[n.inputs[0]] for n in timed.circuit.nodes if n.op == "refresh"]
     largest = max([*low, *sent]) * HEADROOM
+    if max(magnitude) > OUTGROWN:
+        i = int(np.argmax(magnitude))
+        raise DoesNotFit(f"{timed.circuit.paths[i] or 'model'}: a value of {magnitude[i]:.3g} units; precision is lost")
     if largest >= 2.0**INTEGER:
         raise DoesNotFit(f"a value of {largest:.3g} units at the lowest level, where {2**INTEGER} fit")
 

@@ -21,7 +21,7 @@ from protocols.ckks.circuit import Circuit
 from secure.affine import RULES, Affine, Array, Matrix, column_sums, selection
 from secure.chains import Chain, Range, chains, needed, pure_power, units
 from secure.graph import UnsupportedOperation
-from secure.packing import EMPTY, Content, Cube, diagonals, first_only, power_of_two, repeated
+from secure.packing import EMPTY, Content, Cube, at, diagonals, first_only, power_of_two, repeated
 from secure.trace import Primitive, Trace
 
 DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way
@@ -129,18 +129,23 @@ class Packer:
         pure = pure_power(chain, known)
         if pure is not None:
             scale, centre, constant = pure
-            nodes = [polynomial.power(self.circuit, self.circuit.shift(n, -centre / unit), chain.degree) for n in nodes]
+            shifted = self._shifted(nodes, content, -centre / unit)
+            nodes = [polynomial.power(self.circuit, n, chain.degree) for n in shifted]
             return self._atom(shape, nodes, content, scale * unit**chain.degree, kind).offset(constant)
         reach = max(unit, known.half)  # exact in any domain: it is a polynomial of this degree
         fitted = Chebyshev.interpolate(
             chain.function, chain.degree, domain=[known.centre - reach, known.centre + reach]
         )
         out = self._unit(i)
-        coefficients, centre = [float(v) / out for v in fitted.coef], -known.centre / unit
-        nodes = [
-            polynomial.evaluate(self.circuit, self.circuit.shift(n, centre), coefficients, unit / reach) for n in nodes
-        ]
+        coefficients = [float(v) / out for v in fitted.coef]
+        shifted = self._shifted(nodes, content, -known.centre / unit)
+        nodes = [polynomial.evaluate(self.circuit, n, coefficients, unit / reach) for n in shifted]
         return self._atom(shape, nodes, content, out, kind)
+
+    def _shifted(self, nodes: list[int], content: Content, value: float) -> list[int]:
+        """Where elements stand, and nowhere else: a slot that holds zero must not leave the range of a polynomial."""
+        rows = [np.where(row >= 0, value, 0.0) for row in content]
+        return [self.circuit.shift(n, row) for n, row in zip(nodes, rows, strict=True)]
 
     def _own_content(self, value: Affine) -> tuple[Content, str]:
         """The content in which a value already stands, else the dense one."""
@@ -260,7 +265,7 @@ class Packer:
             nodes = [self._standing(atom, column, row) for row in content]
             if all(n is not None for n in nodes):
                 return [
-                    self.circuit.shift(n, _at(value.bias / factor, row))
+                    self.circuit.shift(n, at(value.bias / factor, row))
                     for n, row in zip(nodes, content, strict=True)
                     if n is not None
                 ], factor
@@ -309,7 +314,7 @@ class Packer:
                     return None
                 whole |= {(len(operands) + part, offset): v for (part, offset), v in found.items()}
                 operands += nodes
-        return self.circuit.shift(linear.apply(self.circuit, operands, whole), _at(value.bias, row))
+        return self.circuit.shift(linear.apply(self.circuit, operands, whole), at(value.bias, row))
 
     def _sources(self, number: int, matrix: Matrix, row: Content) -> list[tuple[list[int], Content, Matrix]]:
         atom = self.atoms[number]
@@ -392,7 +397,3 @@ class Packer:
                 content[slots] = padded[axis[slots] % period]
             out.append(content)
         return out
-
-
-def _at(bias: Array, row: Content) -> Array:
-    return np.where(row >= 0, bias[np.maximum(row, 0)], 0.0)

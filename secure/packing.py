@@ -206,3 +206,8 @@ def repeated(content: Content, stride: int, size: int) -> bool:
 def first_only(content: Content, stride: int, size: int) -> Content:
     """The same with everything but the first place of this axis empty."""
     return np.where(np.arange(content.shape[-1]) // stride % size == 0, content, EMPTY)
+
+
+def at(flat: NDArray[np.float64], content: Content) -> NDArray[np.float64]:
+    """The slots of one ciphertext: elements where the content says, zero elsewhere."""
+    return np.where(content >= 0, flat[np.maximum(content, 0)], 0.0)
