@@ -1,6 +1,6 @@
 """CKKS: digits under pure evaluation and with refreshes, a batch, a matrix against TenSEAL, MiniLM's width.
 
-    python -m benchmarks.encrypted [--parts digits refresh matrix width batch] [--images 200] [--write]
+    python -m benchmarks.encrypted [--parts digits refresh matrix width layer batch] [--images 200] [--write]
 
 Everything in this process, on one core, client and server one after the other; bytes are those of the messages. Each
 part's prediction is made by primitives measured in the same run, before it.
@@ -33,11 +33,11 @@ from protocols.ckks.schedule import Schedule, schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.digits import load_digits, train_digits
 from secure.encrypting import Encrypted, encrypt, encrypt_batch
-from secure.polynomial import PowerAttention, freeze_untrained
+from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, freeze_untrained
 from secure.recipe import Recipe
 
 WIDTH, HEADS, TOKENS, LAYERS = 384, 12, 16, 6  # all-MiniLM-L6-v2's
-PARTS = ("digits", "refresh", "matrix", "width", "batch")
+PARTS = ("digits", "refresh", "matrix", "width", "layer", "batch")
 
 
 class Party:
@@ -291,6 +291,50 @@ def width() -> list[dict[str, Any]]:
     return out
 
 
+class _Layer(nn.Module):
+    """A whole encoder layer, with LayerNorms and GeLU as polynomials."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, recipe = _Attention(), Recipe()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.activation = PolynomialActivation(nn.GELU(), recipe)
+        self.first, self.second = (PolynomialNorm(_norm(), recipe) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x + self.attention(x))
+        out: Tensor = self.second(x + self.down(self.activation(self.up(x))))
+        return out
+
+
+def _norm() -> nn.LayerNorm:
+    norm = nn.LayerNorm(WIDTH)
+    norm.weight.data.uniform_(0.8, 1.2)
+    norm.bias.data.normal_(0.0, 0.1)
+    return norm
+
+
+def layer() -> dict[str, Any]:
+    """One encoder layer of MiniLM's sizes, packed and priced, not run: six of them are a projection of the model."""
+    torch.manual_seed(0)
+    model = _Layer().eval()
+    samples = [torch.empty(1, TOKENS, WIDTH).normal_() for _ in range(12)]
+    freeze_untrained(model, partial(_all, model, samples))
+    given = [{"x": x} for x in samples]
+    encrypted = encrypt(model, given[0], calibration=given[1:], mode="refresh", precision_bits=6.0, degrees=[16384])
+    p = encrypted.program
+    spent = account(encrypted.schedule, p.parameters, measure(p.parameters))
+    return {
+        "N": p.parameters.degree,
+        "levels": p.parameters.levels,
+        "counts": dict(p.counts),
+        "rounds": len(p.refreshes),
+        "predicted s": spent.total,
+        "predicted by kind": dict(spent.kinds),
+        "projected s, six layers": LAYERS * spent.total,
+    }
+
+
 def batch() -> dict[str, Any]:
     """As many images as there are slots, the test images over and over."""
     model, _ = train_digits(1)
@@ -325,7 +369,7 @@ def measured(part: str, images: int) -> Any:
         return digits(1, images)
     if part == "refresh":
         return [digits(layers, max(1, images // 20)) for layers in (2, 4)]
-    return {"matrix": matrix, "width": width, "batch": batch}[part]()
+    return {"matrix": matrix, "width": width, "layer": layer, "batch": batch}[part]()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
