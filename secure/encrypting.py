@@ -49,7 +49,7 @@ class Encrypted:
 
     program: EncryptedProgram
     schedule: Schedule
-    predicted_error: float  # of an output element, absolute
+    predicted_error: float  # of an output element, absolute, its rounding included
     client_tables: Mapping[str, Tensor]
     layer_errors: Mapping[str, float]  # by module path, relative to what its values are divided by
 
@@ -130,7 +130,7 @@ def encrypt(
     return Encrypted(
         program,
         timed,
-        watched.error(chosen) * best.output_unit,
+        watched.error(chosen) * best.output_unit + program.grain / 2,
         {name: table.to(torch.float32) for name, table in tables.items()},
         watched.by_path(timed, chosen),
     )

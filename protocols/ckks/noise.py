@@ -26,7 +26,7 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import Schedule
 
 SIGMA = 3.2
-WORST = 8.0  # standard deviations that the largest of some ten thousand slots stays below: roundings times a secret
+WORST = 10.0  # standard deviations that the largest of some ten thousand slots stays below: roundings times a secret
 # have heavier tails than a normal distribution
 
 
