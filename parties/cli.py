@@ -222,8 +222,11 @@ def embed(
     if not given:
         raise PartyError("no text", "give texts as arguments, or one a line on standard input")
     if deployment is Deployment.CKKS:
+        if compare_with or traces:
+            raise PartyError("--compare-with and --profile are for two parties", "`unseen accuracy` compares models")
         options = {"insecure": insecure, "deadline": deadline, "keys": keys, "program_digest": program_digest}
-        encrypted_hosting.embed(out, given, server, cache=cache_directory() if cache else None, **options)
+        where = cache_directory() if cache else None
+        encrypted_hosting.embed(out, given, server, as_json=as_json, cache=where, **options)
         return
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import grpc
@@ -96,10 +98,20 @@ def asking(console: Console, server: str, **options: object) -> Iterator[Encrypt
             yield connection
 
 
-def embed(console: Console, texts: Sequence[str], server: str, **options: object) -> list[torch.Tensor]:
+def embed(
+    console: Console, texts: Sequence[str], server: str, *, as_json: bool = False, **options: object
+) -> list[torch.Tensor]:
     """Embed texts, and say what each took."""
     vectors = []
-    with asking(console, server, **options) as connection:
+    with asking(Console(stderr=True) if as_json else console, server, **options) as connection:
+        if as_json:
+            vectors = [connection.embed(text) for text in texts]
+            rows = [
+                {"text": text, "embedding": vector.tolist(), "key_bytes": connection.key_bytes, **asdict(report)}
+                for text, vector, report in zip(texts, vectors, connection.reports, strict=True)
+            ]
+            console.file.write(json.dumps(rows) + "\n")
+            return vectors
         if connection.key_bytes:
             console.print(f"keys made in {connection.key_seconds:.1f} s, uploaded {mb(connection.key_bytes)}, once")
         for text in texts:

@@ -87,6 +87,7 @@ def encrypt(
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
     problems: list[str] = []
+    unpacked: DoesNotPack | None = None
     packed: Packed | None = None
     for degree in degrees:
         try:
@@ -95,12 +96,15 @@ def encrypt(
             chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
         except (DoesNotFit, DoesNotPack) as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
+            unpacked = error if isinstance(error, DoesNotPack) else unpacked
             continue
         refreshed = sum(n.op == "refresh" for n in timed.circuit.nodes)
         price = seconds(timed, chosen) + CLIENT * refreshed * degree / 16384 + ROUND * timed.rounds
         found.append((price, chosen, timed, packed, watched))
         if mode == "pure":
             break  # a larger ring is slower
+    if not found and packed is None and unpacked is not None:
+        raise unpacked  # no ring has a place for a shape
     if not found:
         path = depth_by_path(packed.circuit) if packed is not None else []
         taken = ", ".join(f"{name or 'model'} {n}" for name, n in path) or "not known"
