@@ -112,7 +112,7 @@ def levels_of(encrypted: Encrypted) -> dict[str, int]:
     return {name: level for name, (_, level, _) in encrypted.program.views.items()}
 
 
-def digits(layers: int, count: int, precision: float = 10.0) -> dict[str, Any]:
+def digits(layers: int, count: int, precision: float = 9.0) -> dict[str, Any]:
     """A trained model; its answers on test images against the plaintext model's."""
     model, accuracy = train_digits(layers)
     began = time.perf_counter()

@@ -138,7 +138,7 @@ def serve(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="ckks: the client re-encrypts where the levels end.")
     ] = False,
-    precision: Precision = 10.0,
+    precision: Precision = 9.0,
     calibration: Annotated[
         Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
     ] = None,

@@ -49,7 +49,7 @@ def untrained_digits(layers: int) -> DigitsModel:
     return model
 
 
-def encrypt_digits(model: DigitsModel, *, mode: str = "pure", precision_bits: float = 10.0) -> Encrypted:
+def encrypt_digits(model: DigitsModel, *, mode: str = "pure", precision_bits: float = 9.0) -> Encrypted:
     """For one image a query, under CKKS."""
     images = load_digits().train[0][:CALIBRATION]
     samples = [{"images": image[None]} for image in images]

@@ -51,7 +51,7 @@ def profile_command(
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     deployment: Where = Deployment.TWO_PARTY,
     refresh: Annotated[bool, typer.Option("--refresh", help="ckks: the client re-encrypts where levels end.")] = False,
-    precision: Precision = 10.0,
+    precision: Precision = 9.0,
     network: Annotated[
         list[str] | None,
         typer.Option(help=f"{LOOPBACK}, {', '.join(n.key for n in NETWORKS)}, or MBPS,ROUND_TRIP_MS; may be repeated."),

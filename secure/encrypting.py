@@ -67,7 +67,7 @@ def encrypt(
     *,
     calibration: Sequence[Sample] = (),
     mode: str = "pure",
-    precision_bits: float = 10.0,
+    precision_bits: float = 9.0,
     degrees: Sequence[int] = DEGREES,
     labels: Mapping[str, str] | None = None,
 ) -> Encrypted:
