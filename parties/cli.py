@@ -155,6 +155,8 @@ def serve(
     hosting.log_to_stderr(verbose)
     listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
     if deployment is Deployment.CKKS:
+        if embedding is ONE_HOT:  # there is no other way of looking tokens up here, and it shows weights: by name alone
+            raise PartyError("under ckks clients hold the token table", "--embedding client-table, if they may see it")
         listening.require_private(insecure=insecure, what="the server")
         more = read_texts(calibration, "--calibration", "sentence") if calibration else ()
         _say(f"unseen serve: packing {model} for {length} tokens ...")

@@ -40,8 +40,7 @@ class BatchPacker:
             self.circuit.path = p.path
             if self.needed[i] or i == output:
                 self.values[i] = self._value(i, p)
-        unit = self.ranges[output].magnitude
-        self.circuit.outputs, unit = self._nodes(self.values[output], unit)
+        self.circuit.outputs, unit = self._nodes(self.values[output], self.ranges[output].magnitude)
         return depth_first(self.circuit), unit
 
     def _unit(self, i: int) -> float:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from parties import encrypted_profiling
+from parties.cli import app
+from parties.errors import PartyError
 from protocols.ckks import cost
 from protocols.ckks.circuit import Circuit, clear
 from protocols.ckks.evaluate import Weights
@@ -120,3 +123,9 @@ def test_a_batch_computes_what_the_model_does(batched: Batched) -> None:
     assert torch.allclose(batched.answers(slots, 9).float(), plain, atol=1e-5)
     assert batched.schedule.circuit.counts()["rotate"] == 0
     assert batched.parameters.slots >= 4096
+
+
+def test_the_token_table_is_not_shown_unless_it_is_said() -> None:
+    result = CliRunner().invoke(app, ["serve", "all-MiniLM-L6-v2", "--deployment", "ckks", "--length", "16"])
+    assert isinstance(result.exception, PartyError)
+    assert "clients hold the token table\nhint: --embedding client-table" in str(result.exception)

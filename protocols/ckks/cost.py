@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from tenseal import sealapi
 
+from protocols.ckks.circuit import last_readers
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Masks, reserve
 from protocols.ckks.schedule import Schedule
@@ -122,12 +123,7 @@ def weight_memory(schedule: Schedule, parameters: Parameters) -> int:
 def live_ciphertexts(schedule: Schedule) -> int:
     """Bytes of ciphertexts a residue polynomial has, at their highest: residues held at once, two polynomials each."""
     circuit, now, most = schedule.circuit, 0, 0
-    last = list(range(len(circuit.nodes)))
-    for i, node in enumerate(circuit.nodes):
-        for x in node.inputs:
-            last[x] = i
-    for x in circuit.outputs:
-        last[x] = len(circuit.nodes)
+    last = last_readers(circuit)
     for i, node in enumerate(circuit.nodes):
         now += 2 * (schedule.levels[i] + 1)
         most = max(most, now)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tenseal import sealapi
 
-from protocols.ckks.circuit import Node
+from protocols.ckks.circuit import Node, last_readers
 from protocols.ckks.refresh import Mask, Masks
 from protocols.ckks.schedule import Schedule
 from protocols.ckks.seal import Context, EvaluationKeys, saved
@@ -67,12 +67,7 @@ def evaluate(
     """
     run = _Run(weights, keys)
     schedule, circuit = weights.schedule, weights.schedule.circuit
-    last = list(range(len(circuit.nodes)))
-    for i, node in enumerate(circuit.nodes):
-        for x in node.inputs:
-            last[x] = i
-    for x in circuit.outputs:
-        last[x] = len(circuit.nodes)
+    last = last_readers(circuit)
     stage = 0
     fresh: dict[int, Any] = {}
     masks = Masks(weights.context)

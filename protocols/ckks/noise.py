@@ -31,9 +31,7 @@ WORST = 10.0  # standard deviations that the largest of some ten thousand slots 
 
 
 def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vector]) -> list[Vector]:
-    """The standard deviation of every node's slots, on one sample. Nodes that are read later alone are kept in full;
-    memory: two vectors a live node.
-    """
+    """The standard deviation of every node's slots, on one sample. Memory: two vectors a node."""
     circuit, n = schedule.circuit, parameters.degree
     unit = 2.0 ** (-2 * parameters.scale_bits) * n / 2  # of a variance of one a coefficient
     ratio = 2.0 ** (2 * (parameters.scale_bits - parameters.special_bits))

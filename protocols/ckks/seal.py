@@ -1,4 +1,4 @@
-"""The backend: SEAL by TenSEAL's ``sealapi``, whose use is confined to this file and the next two.
+"""The backend: SEAL by TenSEAL's ``sealapi``, which ``codec``, ``refresh``, ``evaluate`` and ``cost`` call as well.
 
 What another library would have to offer is what is called here: encode at a level and scale, encrypt from a seed, add,
 multiply by plain and by ciphertext with relinearization, rescale, drop to a level, rotate, save and load.
