@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import heapq
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ from protocols.local import AddWeight
 from protocols.prg import Key, Stream
 from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Protocol, Step, Weights
 from protocols.steps import merge
-from protocols.two_party.endpoints import Input
 from protocols.two_party.polynomial import Polynomial, Powers
 
 
@@ -65,13 +65,21 @@ class CorrelationReused(RuntimeError):
     """A correlation was asked for twice; it was burnt the first time."""
 
 
+class Supply(typing.Protocol):
+    """Corrections by instruction, each taken once; one that is still on its way is waited for."""
+
+    def pop(self, index: int, default: bytes) -> bytes | memoryview: ...
+
+
 class Correlations:
     """One query's correlated randomness of one party. Taking an entry burns it."""
 
-    def __init__(self, party: int, key: Key, corrections: Mapping[int, bytes | memoryview] | None = None) -> None:
+    def __init__(
+        self, party: int, key: Key, corrections: Mapping[int, bytes | memoryview] | Supply | None = None
+    ) -> None:
         """``corrections``: the dealer's bytes by instruction (server); the client has none."""
         self._party, self._key = party, key
-        self._corrections = dict(corrections or {})
+        self._corrections = dict(corrections or {}) if isinstance(corrections, Mapping | None) else corrections
         self._taken: set[int] = set()
         self._drawn: dict[int, dict[str, Tensor]] = {}
         self._finished: dict[int, Any] = {}
@@ -166,8 +174,8 @@ def execute(
 ) -> Step[list[Any]]:
     """Run a circuit as dataflow: what is ready runs until it must exchange, then all of that leaves as one round.
 
-    The order depends on the circuit alone, so both parties merge the same messages. ``inputs``: the client's integers
-    by name.
+    The order depends on the circuit alone, so both parties merge the same messages. ``inputs``: by name, the client's
+    integers, or this party's shares of them where the client is none of the parties.
     """
     values, told = _Values(circuit, outputs), observer or Observer()
     missing = [len(set(i.inputs)) for i in circuit]
@@ -189,8 +197,9 @@ def execute(
     def start(index: int) -> None:
         instruction = circuit[index]
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
-        if isinstance(protocol, Input):
-            operands = (inputs[protocol.name] if inputs is not None and party == CLIENT else None,)
+        name = protocol.input_of(party)
+        if name is not None:
+            operands = ((inputs or {})[name],)
         if correlations.is_finished(index):
             finish(index, correlations.finished(index))
             return
@@ -275,8 +284,9 @@ def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs
     values = _Values(circuit, outputs)
     for index, instruction in enumerate(circuit):
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
-        if isinstance(protocol, Input):
-            operands = (inputs[protocol.name],)
+        name = protocol.input_of(CLIENT)
+        if name is not None:
+            operands = (inputs[name],)
         values.put(index, protocol.clear(operands, weights))
     return list(values.take(outputs))
 
@@ -312,8 +322,8 @@ def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> Non
                 p, AddWeight
             ):  # the weight's own shape is the server's affair: the others expand to the result's
                 result = shapes[instruction.inputs[0]].expand(p.shape)
-            elif isinstance(p, Input):
-                result = torch.empty(p.shape, dtype=torch.int64, device="meta")
+            elif p.input_of(CLIENT) is not None:
+                result = torch.empty(p.out.shape, dtype=torch.int64, device="meta")
             else:
                 result = p.clear(tuple(shapes[i] for i in instruction.inputs), weights)
             if tuple(result.shape) != p.out.shape:
@@ -355,6 +365,3 @@ class MetaWeights(Weights):
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         weight = torch.empty(self._shapes[name], dtype=torch.int64, device="meta")
         return x * weight if diagonal else x @ weight
-
-    def plain(self, name: str) -> Tensor:
-        raise LookupError(f"no data of {name!r} here")

@@ -81,14 +81,15 @@ class MulConstant(_Shaped):
 
 @dataclass(frozen=True)
 class AddWeight(_Shaped):
-    """[x] + w for a tensor w that the server holds (a bias, position embeddings): the server adds it to its share."""
+    """[x] + w for a weight w (a bias, position embeddings): each party adds its summand, the server the whole of it."""
 
     kind: ClassVar[str] = "add_weight"
     weight: str
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = operands[0].expand(self.shape)
-        return x + weights.plain(self.weight) if party == SERVER else x
+        own = weights.summand(self.weight)
+        return x if own is None else x + own
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ class Weights(ABC):
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         """x @ held(name) (or x * held(name)) modulo 2^ring_bits."""
 
-    @abstractmethod
-    def plain(self, name: str) -> Tensor:
-        """The server's integer tensor itself (an added vector or matrix); only the server has it."""
+    def summand(self, name: str) -> Tensor | None:
+        """This party's summand of a weight that is added (a bias, position embeddings); None: it adds nothing."""
+        return None
 
 
 class Protocol(ABC):
@@ -123,6 +123,7 @@ class Protocol(ABC):
     gives: ClassVar[str] = "share"
     elementwise: ClassVar[bool] = False  # masks or loops over its operands' elements, so their shape must be its own
     finished_offline: ClassVar[bool] = False  # whether the client's ``offline`` is already its result
+    in_programs: ClassVar[bool] = True  # False: of one deployment, which makes it from what a Program names
     registry: ClassVar[dict[str, type[Protocol]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -148,6 +149,10 @@ class Protocol(ABC):
     def operand_ring(self) -> int:
         """The ring that operands must at least have for the result to be right; 0 where they are bits or absent."""
         return int(getattr(self, "ring", 0))
+
+    def input_of(self, party: int) -> str | None:
+        """The input that this party must have, where this is one."""
+        return None
 
     def validate(self) -> None:  # noqa: B027 - most protocols have nothing to check
         """ValueError where the fields make no sense by themselves; sizes against operands are ``circuit.check``'s."""

@@ -35,16 +35,13 @@ class _Held(Weights):
             self._packed[key] = Matrix(self._tensors[name], ring_bits, signed=self.signed)
         return self._packed[key].times(x)
 
-    def plain(self, name: str) -> Tensor:
-        raise LookupError(f"only the server holds {name!r} in the clear")
-
 
 class ServerWeights(_Held):
-    """The integers themselves. ``plain`` gives an added tensor (bias, positions); products use true signed widths."""
+    """The integers themselves; products use true signed widths."""
 
     signed = True
 
-    def plain(self, name: str) -> Tensor:
+    def summand(self, name: str) -> Tensor | None:
         return self._tensors[name]
 
     def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """All parties in one process: for notebooks, tests and accuracy reports. It protects NOTHING, as its name says.
 
-``InsecureInProcess`` runs the real protocols (dealer, server and client, real frames) in one memory.
+``InsecureInProcess`` runs the real protocols (dealer, server and client, real frames) in one memory,
+``InsecureThreeParties`` those of three servers.
 ``plain_reference`` runs the same Program on plain integers, without sharing.
 """
 
@@ -14,8 +15,12 @@ from torch import Tensor
 
 from protocols.circuit import Correlations, deal, execute, prepare, reference
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, SERVER, Cost
+from protocols.protocol import CLIENT, SERVER, Cost, Weights
 from protocols.steps import Traffic, run_pair
+from protocols.three_party import translate
+from protocols.three_party.endpoints import seeded_share
+from protocols.three_party.sharing import HELPER, PARTIES
+from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
 from protocols.weights import ClientWeights, DealerWeights
 from secure.compiler import Compiled
 
@@ -28,6 +33,51 @@ class Report:
     dealer_seconds: float
     client_offline_seconds: float
     online_seconds: float
+
+
+class InsecureThreeParties:
+    """The three servers of a compiled model, its owner and a client, all in one process.
+
+    ``public_weights``: whether the owner lets all three know the weights.
+    """
+
+    def __init__(self, compiled: Compiled, *, public_weights: bool = False) -> None:
+        program = compiled.program
+        self.program, self._tables = program, compiled.client_tables
+        self.translated = translate(program.circuit, program.output, public=public_weights)
+        rings = self.translated.weight_rings
+        if public_weights:
+            self._weights: list[Weights] = [PublicWeights(party, compiled.integers) for party in range(PARTIES)]
+        else:
+            zero, two = _key(), _key()
+            common = dict(masked(compiled.integers, zero, two, rings))
+            shapes = {name: tuple(w.shape) for name, w in common.items()}
+            self._weights = [SharedWeights(0, zero, common), SharedWeights(1, two, common)]
+            self._weights.append(HelperWeights(zero, two, shapes))
+
+    def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
+        """The model's answer (float64) and what it took: ``cost`` between the parties, ``dealer_seconds`` of party 2."""
+        circuit, output = self.translated.circuit, [self.translated.output]
+        keys, split = (_key(), _key()), _key()
+        start = time.perf_counter()
+        ahead = dict(deal(circuit, *keys, self._weights[HELPER]))
+        dealt = time.perf_counter()
+        values = self.program.client_values(inputs, self._tables)
+        shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for name, (index, protocol) in self.translated.inputs.items():
+            shares[1][name] = seeded_share(split, index, protocol.shape)
+            shares[0][name] = values[name] - shares[1][name]
+        traffic = Traffic()
+        zero, one = (
+            execute(
+                circuit, output, party, Correlations(party, keys[party], supply), self._weights[party], shares[party]
+            )
+            for party, supply in ((0, ahead), (1, None))
+        )
+        (a,), (b,) = run_pair(zero, one, traffic)
+        done = time.perf_counter()
+        cost = Cost(traffic.rounds, traffic.to_server, traffic.to_client, sum(map(len, ahead.values())))
+        return self.program.decode(a + b), Report(cost, dealt - start, 0.0, done - dealt)
 
 
 class InsecureInProcess:

@@ -174,7 +174,7 @@ def _adapter(protocol: type[Protocol]) -> TypeAdapter[Any]:
 
 
 def _instruction(kind: str, fields: dict[str, Any], inputs: list[int]) -> Instruction:
-    if kind not in Protocol.registry:
+    if kind not in Protocol.registry or not Protocol.registry[kind].in_programs:
         raise InvalidProgram(f"unknown protocol {kind!r}\nhint: upgrade unseen")
     protocol = Protocol.registry[kind]
     names = {f.name for f in dataclasses.fields(protocol)}  # type: ignore[arg-type]

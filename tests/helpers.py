@@ -40,8 +40,7 @@ class Shared(Input):
     mask: Tensor
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        (x,) = operands
-        return self.mask if party == SERVER else x - self.mask
+        return self.mask if party == SERVER else operands[0] - self.mask
         yield
 
 
@@ -56,8 +55,7 @@ class SharedBits(Shared):
         return Wire(self.shape, planes=True)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        (x,) = operands
-        return self.mask if party == SERVER else x ^ self.mask
+        return self.mask if party == SERVER else operands[0] ^ self.mask
         yield
 
 

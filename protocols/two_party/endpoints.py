@@ -15,7 +15,19 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import ring
-from protocols.protocol import SERVER, Cost, Exchange, Material, Protocol, Shape, Step, Weights, bytes_of, receive_one
+from protocols.protocol import (
+    CLIENT,
+    SERVER,
+    Cost,
+    Exchange,
+    Material,
+    Protocol,
+    Shape,
+    Step,
+    Weights,
+    bytes_of,
+    receive_one,
+)
 from protocols.wire import Wire
 
 
@@ -23,7 +35,7 @@ from protocols.wire import Wire
 class Input(Protocol):
     """The client's integers as a sharing (0, x).
 
-    Rounds 0, bytes 0. The client's operand is the tensor, the server's None.
+    Rounds 0, bytes 0. The client's operand is the tensor; the server has none.
     """
 
     kind: ClassVar[str] = "input"
@@ -39,6 +51,9 @@ class Input(Protocol):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
 
+    def input_of(self, party: int) -> str | None:
+        return self.name if party == CLIENT else None
+
     def validate(self) -> None:
         if not (-math.inf < self.low <= self.high < math.inf and 0 <= self.fraction < ring.WORD):
             raise ValueError(f"an input of {self.fraction} fraction bits in [{self.low}, {self.high}]")
@@ -48,9 +63,9 @@ class Input(Protocol):
         return ring.encode(x.to(torch.float64).clamp(self.low, self.high), self.fraction)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        (x,) = operands
         if party == SERVER:
             return torch.zeros(self.shape, dtype=torch.int64)
+        (x,) = operands
         if tuple(x.shape) != self.shape:  # compiled loops trust sizes
             raise ValueError(
                 f"the input {self.name!r} has shape {tuple(x.shape)}, the Program is made for {self.shape}"

@@ -1,0 +1,76 @@
+"""Products with weights: shared among the three parties, or declared public.
+
+Shared: x is opened (parties 0 and 1 know z = x + r, party 2 knows r), W is held in replicated form. Parties 0 and 1
+compute what ``weights`` says they can; party 2 adds u = -r (W_0 + W_2), which depends on no input: it sends u - s to
+party 0 ahead, with s from its seed with party 1, which adds s.
+Public: every party multiplies its own share.
+Seen by party 0: u - s, uniform as s is used once. Parties 1 and 2 see nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from protocols.protocol import Cost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.three_party.weights import SharedWeights
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class SharedLinear(Protocol):
+    """[x W] modulo 2^ring from an opening of x; ``diagonal``: the elementwise product with a vector.
+
+    Rounds 0; ceil(ring / 8) bytes an output element from party 2 to party 0, ahead. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "shared_linear"
+    in_programs: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    shape: Shape  # of the result
+    ring: int
+    weight: str
+    diagonal: bool = False
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("u", self.shape, self.ring, derived=True),)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {"u": -weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((value, mask),) = operands
+        assert isinstance(weights, SharedWeights)
+        product = weights.opened_product(value, mask, self.weight, self.ring, diagonal=self.diagonal)
+        return product + material["u"]
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)
+
+    def cost(self) -> Cost:
+        return Cost(offline_to_server=bytes_of(self.shape, self.ring))
+
+
+@dataclass(frozen=True)
+class PublicLinear(Local):
+    """[x W] modulo 2^ring for a W that all parties know. No message, no correlation; exact modulo 2^ring."""
+
+    kind: ClassVar[str] = "public_linear"
+    in_programs: ClassVar[bool] = False
+    shape: Shape  # of the result
+    ring: int
+    weight: str
+    diagonal: bool = False
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)

@@ -1,0 +1,104 @@
+"""Shared weights W = W_0 + W_1 + W_2 modulo 2^64: what each party holds, and in which form products take it.
+
+W_0 and W_2 are expanded from the seeds of parties 2 and 0, and of parties 1 and 2; W_1 = W - W_0 - W_2 is written down
+once by the model's owner, for parties 0 and 1. So party 2 stores two seeds, whatever the model's size.
+
+For x W with x opened as z = x + r, r = r_0 + r_1:  x W = (z - r)(W_0 + W_1 + W_2) is the sum of
+
+    party 0    z W_0 - r_0 W_1                = [z, -r_0] [W_0; W_1]
+    party 1    z (W_1 + W_2) - r_1 W_1        = [z, -r_1] [W_1 + W_2; W_1]
+    party 2    -r (W_0 + W_2)
+
+Each of the first two is one matrix product of twice the inner dimension, whose right side is stacked, and packed for the
+matrix kernel, once. (Products of pairs as in ``sharing.product``, where x_0 W_0 and x_2 W_2 are counted by party 2, which
+thereby needs only r and W_0 + W_2.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from protocols import ring
+from protocols.matmul import Matrix
+from protocols.prg import Key
+from protocols.protocol import Shape, Weights
+from protocols.weights import DealerWeights, ServerWeights
+
+
+def summand(key: Key, name: str, shape: Shape) -> Tensor:
+    """W_0 or W_2 of one weight: uniform 64-bit words of its holders' stream, whose number comes from the name."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return key.stream(number).words(shape)
+
+
+def masked(
+    integers: Mapping[str, Tensor], zero: Key, two: Key, rings: Mapping[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """W_1 = W - W_0 - W_2 of every weight, reduced to ``rings`` bits: uniform to whoever lacks one of the keys."""
+    for name, bits in rings.items():
+        w, shape = integers[name], tuple(integers[name].shape)
+        yield name, ring.reduce(w - summand(zero, name, shape) - summand(two, name, shape), bits)
+
+
+class SharedWeights(Weights):
+    """Party 0 or 1: its own seeded summand (from ``key``) and W_1, for products with openings and for sums."""
+
+    def __init__(self, party: int, key: Key, masked: Mapping[str, Tensor]) -> None:
+        self._party, self._key, self._masked = party, key, dict(masked)
+        self._packed: dict[tuple[str, int], Matrix] = {}
+
+    def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        """This party's summand of x W (or x * W) modulo 2^ring_bits, from an opening of x."""
+        if diagonal:
+            left, w_1 = self._left(name), self._masked[name]
+            return value * left - mask * w_1
+        key = (name, ring_bits)
+        if key not in self._packed:
+            stacked = torch.cat([self._left(name), self._masked[name]])
+            self._packed[key] = Matrix(stacked, ring_bits, signed=False)
+        return self._packed[key].times(torch.cat([value, -mask], dim=-1))
+
+    def _left(self, name: str) -> Tensor:
+        """What z is multiplied with: W_0, or W_1 + W_2."""
+        own = summand(self._key, name, tuple(self._masked[name].shape))
+        return own + self._masked[name] if self._party else own
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """(W_i, W_(i+1)), as ``sharing.Pair`` has them."""
+        own = summand(self._key, name, tuple(self._masked[name].shape))
+        return (self._masked[name], own) if self._party else (own, self._masked[name])
+
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        raise LookupError(f"{name!r} is shared: nobody multiplies with it alone")
+
+    def summand(self, name: str) -> Tensor:
+        """Of an added weight: W_0 + W_1, or W_2."""
+        own = summand(self._key, name, tuple(self._masked[name].shape))
+        return own if self._party else own + self._masked[name]
+
+
+class HelperWeights(DealerWeights):
+    """Party 2: W_0 + W_2, expanded on first use."""
+
+    def __init__(self, zero: Key, two: Key, shapes: Mapping[str, Shape]) -> None:
+        super().__init__(zero, shapes)
+        self._zero, self._two = zero, two
+
+    def mask(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return summand(self._zero, name, shape) + summand(self._two, name, shape)
+
+
+class PublicWeights(ServerWeights):
+    """Weights that all three parties know, as the deployment declares them public."""
+
+    def __init__(self, party: int, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._party = party
+
+    def summand(self, name: str) -> Tensor | None:
+        return None if self._party else super().summand(name)
