@@ -23,6 +23,8 @@ hosting      starting a service: ports, start-up line, shutdown
 encrypted_hosting    what the commands do for that deployment
 demo         three processes on loopback
 reports      costs as tables and JSON
+answers      what ``unseen embed`` prints
+three_party/ the deployment among three servers
 measured     a client's queries as they ran, next to what was predicted
 transport    what a round takes between two processes of this machine
 html_report  a profile as one HTML page with charts

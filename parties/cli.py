@@ -12,13 +12,12 @@ import grpc
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import secure
+from parties import answers, encrypted_hosting, hosting, reports
 from parties import demo as demonstration
-from parties import encrypted_hosting, hosting, reports
 from parties.accuracy import accuracy_command
-from parties.client import Connection, connect
+from parties.client import connect
 from parties.comparing import compare_command
 from parties.dealer import DealerService
 from parties.endpoints import Endpoint
@@ -26,7 +25,7 @@ from parties.errors import PartyError
 from parties.files import cache_directory
 from parties.measured import Measurements
 from parties.merging import merged
-from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory, text_inputs
+from parties.model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory
 from parties.options import (
     BEST_GELU,
     ONE_HOT,
@@ -42,12 +41,14 @@ from parties.options import (
 from parties.profiling import profile_command
 from parties.reports import mb
 from parties.server import InferenceService
+from parties.three_party.client import connect_three
+from parties.three_party.commands import PARTIES, party_command, share_model_command
+from parties.three_party.hosting import embed as embed_three
 from parties.traces import TraceDirectory
 from parties.training import train_command
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
-from secure.tokens import load_tokenizer
 
 app = typer.Typer(
     add_completion=False,
@@ -151,6 +152,10 @@ def serve(
     verbose: Verbose = False,
 ) -> None:
     """Serve a model that nobody gets to see."""
+    if deployment is Deployment.THREE_PARTY:
+        raise PartyError(
+            "three parties serve a model together", "`unseen share-model`, then `unseen party` three times"
+        )
     _threads(threads)
     hosting.log_to_stderr(verbose)
     listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
@@ -201,6 +206,7 @@ def embed(
     ] = None,
     server: Annotated[str, typer.Option(help="The server's host:port.")] = "127.0.0.1:50051",
     dealer: Annotated[str, typer.Option(help="The dealer's host:port.")] = "127.0.0.1:50052",
+    parties: Annotated[str, typer.Option(help="three-party: host:port of parties 0 and 1, a comma between.")] = PARTIES,
     compare_with: Annotated[
         str | None, typer.Option(help="Also run this model here, in the clear, and print how close the answers are.")
     ] = None,
@@ -225,13 +231,21 @@ def embed(
         raise PartyError("no text", "give texts as arguments, or one a line on standard input")
     if deployment is Deployment.CKKS:
         if compare_with or traces:
-            raise PartyError("--compare-with and --profile are for two parties", "`unseen accuracy` compares models")
+            raise PartyError("--compare-with and --profile are not for ckks", "`unseen accuracy` compares models")
         options = {"insecure": insecure, "deadline": deadline, "keys": keys, "program_digest": program_digest}
         where = cache_directory() if cache else None
         encrypted_hosting.embed(out, given, server, as_json=as_json, cache=where, **options)
         return
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
+    if deployment is Deployment.THREE_PARTY:
+        if traces:
+            raise PartyError("--profile is for two parties", "`unseen profile --deployment three-party` predicts")
+        connected = connect_three(
+            parties.split(","), insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
+        )
+        embed_three(out, given, connected, compare_with, as_json=as_json)
+        return
     measured = Measurements(traces) if traces else None  # likewise
     with connect(
         server, dealer, insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
@@ -245,89 +259,17 @@ def embed(
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(connection.reports)]
             if done and as_json:
-                _print_json(done, vectors, connection)
+                answers.as_json(out, done, vectors, connection)
             elif done:
-                _print_report(done, vectors, connection, compare_with)
+                answers.report(out, done, vectors, connection, compare_with)
             if measured:
                 measured.show(err if as_json else out, connection.program)
         if measured:
             measured.check()
 
 
-def _print_json(texts: list[str], vectors: list[torch.Tensor], connection: Connection) -> None:
-    rows = [
-        {
-            "text": text,
-            "embedding": vector.tolist(),
-            "rounds": r.cost.rounds,
-            "bytes_to_server": r.cost.to_server,
-            "bytes_to_client": r.cost.to_client,
-            "offline_bytes_to_server": r.cost.offline_to_server,
-            "offline_bytes_to_client": r.offline_to_client,
-            "online_seconds": r.online_seconds,
-            "offline_seconds": r.offline_seconds,
-        }
-        for text, vector, r in zip(texts, vectors, connection.reports, strict=True)
-    ]
-    out.file.write(json.dumps(rows) + "\n")
-
-
-def _print_report(
-    texts: list[str], vectors: list[torch.Tensor], connection: Connection, compare_with: str | None
-) -> None:
-    program = connection.program
-    plain = _plain(compare_with, texts, connection.length) if compare_with else [None] * len(texts)
-    for text, vector, reference, r in zip(texts, vectors, plain, connection.reports, strict=True):
-        out.print(f"\n{text!r}", markup=False, style="bold")
-        if reference is not None:
-            cosine = torch.nn.functional.cosine_similarity(vector, reference, dim=0)
-            out.print(f"  cosine to the plaintext model   {cosine:.7f}")
-        first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
-        out.print(f"  embedding ({len(vector)} numbers)         {first} …")
-        out.print(
-            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {mb(r.cost.to_server)} to the server, "
-            f"{mb(r.cost.to_client)} to the client"
-        )
-        out.print(
-            f"  offline   {r.offline_seconds:6.2f} s   {mb(r.cost.offline_to_server)} from the dealer to the server "
-            f"({r.dealer_seconds:.2f} s), none to the client (which computes {r.client_seconds:.2f} s)"
-        )
-    if len(vectors) > 1:
-        out.print("\ncosine similarities between the texts:")
-        unit = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
-        for i, row in enumerate(unit @ unit.T):
-            out.print("  " + " ".join(f"{v:7.3f}" for v in row.tolist()) + f"   {texts[i][:40]!r}", markup=False)
-    once = ", ".join(f"{name} {mb(size)}" for name, size in connection.files.items())
-    out.print(f"\nonce per model, to the client: {once}")
-    out.print(
-        f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} "
-        "(no step is probabilistic)"
-    )
-    out.print(_who_learns(program.labels.get("embedding", "")))
-
-
-def _plain(model: str, texts: list[str], length: int) -> list[torch.Tensor | None]:
-    from secure.models import load_sentence_encoder
-
-    directory = model_directory(model)
-    encoder, tokenizer = load_sentence_encoder(directory).double(), load_tokenizer(directory)
-    with torch.no_grad():
-        return [encoder(**text_inputs(tokenizer, text, length))[0] for text in texts]
-
-
-def _who_learns(embedding: str) -> Table:
-    table = Table(title="who learnt what (semi-honest; the dealer must not collude with either)", title_justify="left")
-    for column in ("", "client", "server", "dealer"):
-        table.add_column(column)
-    table.add_row("texts, tokens, true lengths", "its own", "nothing", "nothing")
-    tables = "the token table; of the rest nothing" if embedding == "client-table" else "nothing"
-    table.add_row("weights", tables, "its own", "nothing")
-    table.add_row("embeddings (the answer)", "its own", "nothing", "nothing")
-    table.add_row("architecture, padded length, ranges", "all", "all", "all")
-    table.add_row("when and how many queries", "its own", "all", "all")
-    return table
-
-
+app.command(name="party")(party_command)
+app.command(name="share-model")(share_model_command)
 app.command(name="profile")(profile_command)
 app.command(name="compare")(compare_command)
 app.command(name="train")(train_command)
@@ -368,6 +310,8 @@ def demo(
     if deployment is Deployment.CKKS:
         raise PartyError("the demo of the ckks deployment is the one on digits", "add --digits")
     chosen = texts or list(demonstration.SENTENCES)
+    if deployment is Deployment.THREE_PARTY:
+        raise typer.Exit(demonstration.run_three(out, model, length, embedding.value, gelu.value, chosen))
     raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen, traces))
 
 

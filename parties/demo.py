@@ -18,6 +18,8 @@ from parties.errors import PartyError
 from parties.merging import merged
 from parties.traces import TraceDirectory
 
+_COLOURS = ("blue", "green", "magenta")
+
 SENTENCES = (
     "My doctor says the test results are not good.",
     "The patient has received bad news about her health.",
@@ -114,4 +116,29 @@ def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[
         client = ["embed", *asking, "--server", server, "--dealer", dealer, "--compare-with", model, "--threads", "1"]
         console.rule("client")
         command, environment = hosting.child("parties.cli", *client, "--no-cache")
+        return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
+
+
+def run_three(
+    console: Console, model: str, length: int, embedding: str, gelu: str, texts: Sequence[str], *more: str
+) -> int:
+    """A model shared among three parties, each a process, and a client; the client's exit code."""
+    with ExitStack() as stack:
+        shares = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
+        command, environment = hosting.child("parties.cli", "share-model", model, "--output", str(shares))
+        code = subprocess.call([*command, *_served(length, embedding, gelu), *more], env=environment)
+        if code:
+            return code
+
+        def party(number: int, *options: str) -> str:
+            arguments = ["party", "--id", str(number), "--share", str(shares / f"party-{number}"), *options]
+            arguments += ["--listen", "127.0.0.1:0", "--threads", "1", "--announce"]
+            return stack.enter_context(process(console, f"party {number}", _COLOURS[number], arguments))
+
+        two = party(2)
+        zero = party(0, "--party-2", two)
+        one = party(1, "--party-0", zero, "--party-2", two)
+        client = ["embed", *texts, "--deployment", "three-party", "--parties", f"{zero},{one}"]
+        console.rule("client")
+        command, environment = hosting.child("parties.cli", *client, "--compare-with", model, "--no-cache")
         return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)

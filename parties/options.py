@@ -19,6 +19,7 @@ Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 
 class Deployment(StrEnum):
     TWO_PARTY = "two-party"
+    THREE_PARTY = "three-party"
     CKKS = "ckks"
 
 

@@ -305,3 +305,125 @@ class EncryptedReply(_message.Message):
     frame: Frame
     failure: Failure
     def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., refresh: _Optional[int] = ..., result: _Optional[int] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class PartyDescription(_message.Message):
+    __slots__ = ("version", "deployment", "party", "public_weights", "program", "model", "files", "tokenizer", "pad_id", "lowercase")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    PARTY_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    PAD_ID_FIELD_NUMBER: _ClassVar[int]
+    LOWERCASE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    deployment: str
+    party: int
+    public_weights: bool
+    program: bytes
+    model: str
+    files: _containers.RepeatedCompositeFieldContainer[File]
+    tokenizer: bytes
+    pad_id: int
+    lowercase: bool
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., party: _Optional[int] = ..., public_weights: _Optional[bool] = ..., program: _Optional[bytes] = ..., model: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ...) -> None: ...
+
+class AskStart(_message.Message):
+    __slots__ = ("version", "model", "session", "seed")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    model: str
+    session: bytes
+    seed: bytes
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., seed: _Optional[bytes] = ...) -> None: ...
+
+class AskPart(_message.Message):
+    __slots__ = ("start", "frame")
+    START_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    start: AskStart
+    frame: Frame
+    def __init__(self, start: _Optional[_Union[AskStart, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class Answer(_message.Message):
+    __slots__ = ("share", "seconds", "waited", "rounds", "sent", "corrections", "dealing")
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    CORRECTIONS_FIELD_NUMBER: _ClassVar[int]
+    DEALING_FIELD_NUMBER: _ClassVar[int]
+    share: bytes
+    seconds: float
+    waited: float
+    rounds: int
+    sent: int
+    corrections: int
+    dealing: float
+    def __init__(self, share: _Optional[bytes] = ..., seconds: _Optional[float] = ..., waited: _Optional[float] = ..., rounds: _Optional[int] = ..., sent: _Optional[int] = ..., corrections: _Optional[int] = ..., dealing: _Optional[float] = ...) -> None: ...
+
+class PeerHello(_message.Message):
+    __slots__ = ("version", "model", "session", "proof")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    model: str
+    session: bytes
+    proof: bytes
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class PeerWelcome(_message.Message):
+    __slots__ = ("supply",)
+    SUPPLY_FIELD_NUMBER: _ClassVar[int]
+    supply: bytes
+    def __init__(self, supply: _Optional[bytes] = ...) -> None: ...
+
+class PeerMessage(_message.Message):
+    __slots__ = ("hello", "welcome", "frame", "tag", "failure")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    hello: PeerHello
+    welcome: PeerWelcome
+    frame: Frame
+    tag: bytes
+    failure: Failure
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., welcome: _Optional[_Union[PeerWelcome, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., tag: _Optional[bytes] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class SupplyRequest(_message.Message):
+    __slots__ = ("model", "supply", "proof")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SUPPLY_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    supply: bytes
+    proof: bytes
+    def __init__(self, model: _Optional[str] = ..., supply: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class SupplyPart(_message.Message):
+    __slots__ = ("seed", "data", "tag")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    seed: bytes
+    data: bytes
+    tag: bytes
+    def __init__(self, seed: _Optional[bytes] = ..., data: _Optional[bytes] = ..., tag: _Optional[bytes] = ...) -> None: ...
+
+class SeedReply(_message.Message):
+    __slots__ = ("seed", "tag")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    seed: bytes
+    tag: bytes
+    def __init__(self, seed: _Optional[bytes] = ..., tag: _Optional[bytes] = ...) -> None: ...

@@ -650,3 +650,302 @@ class Encrypted:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PartyStub:
+    """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
+    party 0 its share of every product, which depends on no input.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Describe = channel.unary_unary(
+                '/unseen.v1.Party/Describe',
+                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.PartyDescription.FromString,
+                _registered_method=True)
+        self.Download = channel.unary_stream(
+                '/unseen.v1.Party/Download',
+                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
+                _registered_method=True)
+        self.Ask = channel.stream_unary(
+                '/unseen.v1.Party/Ask',
+                request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.Answer.FromString,
+                _registered_method=True)
+        self.Compute = channel.stream_stream(
+                '/unseen.v1.Party/Compute',
+                request_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.PeerMessage.FromString,
+                _registered_method=True)
+        self.Supply = channel.unary_stream(
+                '/unseen.v1.Party/Supply',
+                request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.SupplyPart.FromString,
+                _registered_method=True)
+        self.Seed = channel.unary_unary(
+                '/unseen.v1.Party/Seed',
+                request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.SeedReply.FromString,
+                _registered_method=True)
+
+
+class PartyServicer:
+    """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
+    party 0 its share of every product, which depends on no input.
+    """
+
+    def Describe(self, request, context):
+        """What is served: everything here is public.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Download(self, request, context):
+        """The token table that the owner lets clients hold, by its SHA-256.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ask(self, request_iterator, context):
+        """Client to parties 0 and 1: its input's share, in parts; back comes the output's share.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compute(self, request_iterator, context):
+        """Party 1 to party 0: the rounds of one query.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Supply(self, request, context):
+        """Party 0 to party 2: the seed of party 0 and the corrections of one query. Each number is dealt once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Seed(self, request, context):
+        """Party 1 to party 2: the seed of party 1 of a query that was or is being dealt. Given once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PartyServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.PartyDescription.SerializeToString,
+            ),
+            'Download': grpc.unary_stream_rpc_method_handler(
+                    servicer.Download,
+                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
+            ),
+            'Ask': grpc.stream_unary_rpc_method_handler(
+                    servicer.Ask,
+                    request_deserializer=proto_dot_unseen__pb2.AskPart.FromString,
+                    response_serializer=proto_dot_unseen__pb2.Answer.SerializeToString,
+            ),
+            'Compute': grpc.stream_stream_rpc_method_handler(
+                    servicer.Compute,
+                    request_deserializer=proto_dot_unseen__pb2.PeerMessage.FromString,
+                    response_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
+            ),
+            'Supply': grpc.unary_stream_rpc_method_handler(
+                    servicer.Supply,
+                    request_deserializer=proto_dot_unseen__pb2.SupplyRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.SupplyPart.SerializeToString,
+            ),
+            'Seed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Seed,
+                    request_deserializer=proto_dot_unseen__pb2.SupplyRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.SeedReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'unseen.v1.Party', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('unseen.v1.Party', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Party:
+    """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
+    party 0 its share of every product, which depends on no input.
+    """
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v1.Party/Describe',
+            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+            proto_dot_unseen__pb2.PartyDescription.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Download(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unseen.v1.Party/Download',
+            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+            proto_dot_unseen__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ask(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/unseen.v1.Party/Ask',
+            proto_dot_unseen__pb2.AskPart.SerializeToString,
+            proto_dot_unseen__pb2.Answer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compute(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/unseen.v1.Party/Compute',
+            proto_dot_unseen__pb2.PeerMessage.SerializeToString,
+            proto_dot_unseen__pb2.PeerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Supply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unseen.v1.Party/Supply',
+            proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+            proto_dot_unseen__pb2.SupplyPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Seed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v1.Party/Seed',
+            proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+            proto_dot_unseen__pb2.SeedReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

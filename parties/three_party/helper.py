@@ -1,0 +1,101 @@
+"""Party 2: its share of everything comes from seeds, so it deals ahead of queries and sees no message of any.
+
+It knows the masks of every opening and two of three summands of every weight; together with either other party's
+messages these would show everything, which is what "at most one is corrupted" excludes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import grpc
+
+from parties.calls import answering
+from parties.errors import HandshakeError, ProtocolError, QueryError
+from parties.frames import to_chunks
+from parties.three_party.service import PartyService
+from parties.three_party.shares import PartyShare
+from parties.three_party.supply import NUMBER_BYTES
+from parties.watchdog import Watchdog
+from proto import unseen_pb2 as pb
+from protocols.circuit import deal
+from protocols.prg import Key, derive_key, fresh_seed
+
+MAXIMUM_SEEDS = 1024  # of party 1, waiting for it
+
+
+def query_key(seed: bytes, party: int, number: bytes) -> Key:
+    """The key of one party's streams in one query; the seed is fresh, so it serves this query alone."""
+    return Key(derive_key(seed, "query", party, number.hex()))
+
+
+class HelperService(PartyService):
+    """Seeds are fresh from this process for every query number, and each is given out once."""
+
+    def __init__(self, share: PartyShare, *, deadline: float) -> None:
+        super().__init__(share, deadline=deadline)
+        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> bytes:
+        if request.model != self.share.manifest.model:
+            raise HandshakeError(
+                f"party {party} has another model than party 2", "give all three the shares of one run of share-model"
+            )
+        if len(request.supply) != NUMBER_BYTES:
+            raise ProtocolError(f"a query's number has {NUMBER_BYTES} bytes, not {len(request.supply)}")
+        self.share.links[party].require(request.proof, purpose, request.supply)
+        return request.supply
+
+    def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart]:
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, self.log):
+                number = self._check(request, 0, "supply")
+                yield from watch.sending(self._supply(number))
+        finally:
+            watch.stop()
+
+    def _supply(self, number: bytes) -> Iterator[pb.SupplyPart]:
+        zero, one = fresh_seed(), fresh_seed()
+        with self._lock:
+            if number in self._seeds:
+                raise QueryError("this query's number was used before", "take a fresh one")
+            self._seeds[number] = one
+            while len(self._seeds) > MAXIMUM_SEEDS:
+                self._seeds.popitem(last=False)
+        seal = self.share.links[0].seal("corrections", number)
+        seal.update(zero)
+        yield pb.SupplyPart(seed=zero)
+        start = time.perf_counter()
+        keys = (query_key(zero, 0, number), query_key(one, 1, number))
+        corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
+        for chunk in to_chunks(payload for _, payload in corrections):
+            seal.update(chunk.data)
+            yield pb.SupplyPart(data=chunk.data)
+        yield pb.SupplyPart(tag=seal.tag())
+        self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
+
+    def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
+        with answering(context, self.log):
+            number = self._check(request, 1, "seed")
+            with self._lock:
+                seed = self._seeds.pop(number, None)
+            if seed is None:
+                raise QueryError("no such query was dealt, or its seed was given before", "ask again")
+            return pb.SeedReply(seed=seed, tag=_seed_tag(self.share, seed, number))
+
+
+def _seed_tag(share: PartyShare, seed: bytes, number: bytes) -> bytes:
+    return share.links[1].proof("seed given", number, seed)
+
+
+def check_seed(share: PartyShare, reply: pb.SeedReply, number: bytes) -> bytes:
+    """Party 1: the seed of a query, if party 2 made it."""
+    if not hmac.compare_digest(share.links[2].proof("seed given", number, reply.seed), reply.tag):
+        raise ProtocolError("the seed that came is not the one that party 2 sent", "ask again")
+    return reply.seed

@@ -1,0 +1,130 @@
+"""Party 0's side of what party 2 deals: corrections that are used while they still arrive, and a stock of them."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from parties.errors import PartyError, PeerLost, ProtocolError
+from parties.three_party.links import Seal
+from proto import unseen_pb2 as pb
+from protocols.circuit import Circuit
+from protocols.prg import SEED_BYTES
+
+NUMBER_BYTES = 16
+
+
+class Arriving:
+    """One query's corrections. ``pop`` waits until those of an instruction are there, at most ``deadline`` seconds."""
+
+    def __init__(self, circuit: Circuit, seal: Callable[[bytes], Seal], deadline: float) -> None:
+        self.number = secrets.token_bytes(NUMBER_BYTES)
+        self._places: dict[int, tuple[int, int]] = {}
+        size = 0
+        for index, instruction in enumerate(circuit):
+            own = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+            if own:
+                self._places[index] = (size, size + own)
+                size += own
+        self.size, self._deadline = size, deadline
+        self._buffer, self._filled = bytearray(size), 0
+        self._seal, self._seed = seal(self.number), b""
+        self._whole, self._error = False, None
+        self._news = threading.Condition()
+        self.waited = self.dealing = 0.0
+
+    _error: PartyError | None
+
+    def receive(self, parts: Iterable[pb.SupplyPart]) -> None:
+        """Take everything in; an error reaches whoever waits."""
+        start = time.perf_counter()
+        try:
+            for part in parts:
+                self._take(part)
+            if not self._whole:
+                raise ProtocolError(f"party 2 sent {self._filled} of {self.size} bytes of corrections")
+            self.dealing = time.perf_counter() - start
+        except PartyError as error:
+            self.fail(error)
+
+    def _take(self, part: pb.SupplyPart) -> None:
+        kind = part.WhichOneof("content")
+        if kind == "seed" and not self._seed and len(part.seed) == SEED_BYTES:
+            self._seal.update(part.seed)
+            with self._news:
+                self._seed = part.seed
+                self._news.notify_all()
+        elif kind == "data" and self._seed and self._filled + len(part.data) <= self.size:
+            self._seal.update(part.data)
+            self._buffer[self._filled : self._filled + len(part.data)] = part.data
+            with self._news:
+                self._filled += len(part.data)
+                self._news.notify_all()
+        elif kind == "tag" and self._filled == self.size and not self._whole:
+            self._seal.check(part.tag, "the corrections of party 2")
+            with self._news:
+                self._whole = True
+                self._news.notify_all()
+        else:
+            raise ProtocolError(f"party 2 sent {kind!r} where it is not expected, or more than the Program prescribes")
+
+    def fail(self, error: PartyError) -> None:
+        with self._news:
+            self._error = error
+            self._news.notify_all()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        start = time.perf_counter()
+        with self._news:
+            while not ready():
+                if self._error is not None:
+                    raise self._error
+                before = self._filled
+                if not self._news.wait(self._deadline) and self._filled == before:
+                    raise PeerLost(f"party 2 sent nothing for {self._deadline:g} s", "see its log")
+        self.waited += time.perf_counter() - start
+
+    def seed(self) -> bytes:
+        self._wait(lambda: bool(self._seed))
+        return self._seed
+
+    def pop(self, index: int, default: bytes) -> bytes | memoryview:
+        place = self._places.pop(index, None)  # once
+        if place is None:
+            return default
+        self._wait(lambda: self._filled >= place[1])
+        return memoryview(self._buffer)[place[0] : place[1]]
+
+    def finish(self) -> None:
+        """Wait for the end, whose tag says that all of it was what party 2 sent."""
+        self._wait(lambda: self._whole)
+
+
+class Stock:
+    """Supplies that are dealt ahead of queries: ``ahead`` of them are kept, 0 for none."""
+
+    def __init__(self, start: Callable[[], Arriving], ahead: int) -> None:
+        self._start, self._ahead = start, ahead
+        self._kept: deque[Arriving] = deque()
+        self._lock = threading.Lock()
+
+    def take(self) -> Arriving:
+        """The oldest that did not fail, or a new one."""
+        with self._lock:
+            while self._kept:
+                found = self._kept.popleft()
+                if not found.failed:
+                    return found
+        return self._start()
+
+    def refill(self) -> None:
+        with self._lock:
+            while len(self._kept) < self._ahead:
+                self._kept.append(self._start())
