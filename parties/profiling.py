@@ -25,6 +25,7 @@ from parties.transport import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import PARTY_NAMES
+from secure.deployments import THREE_PARTY_PUBLIC, Deployed, deployed
 from secure.outline import SHAPES, is_shape, outline_shape
 from secure.profile import LOOPBACK, NETWORKS, Profile, find_network, module, profile, total_seconds
 from secure.program import Program
@@ -50,6 +51,9 @@ def profile_command(
     ] = False,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     deployment: Where = Deployment.TWO_PARTY,
+    public_weights: Annotated[
+        bool, typer.Option("--public-weights", help="three-party: all parties know the weights.")
+    ] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="ckks: the client re-encrypts where levels end.")] = False,
     precision: Precision = 9.0,
     network: Annotated[
@@ -64,6 +68,8 @@ def profile_command(
     output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
 ) -> None:
     """What a query will cost, before anything runs: rounds, bytes and memory exactly, seconds on given networks."""
+    if public_weights and deployment is not Deployment.THREE_PARTY:
+        raise PartyError("--public-weights is for three parties", "--deployment three-party")
     if deployment is Deployment.CKKS:
         from parties.encrypted_profiling import command
 
@@ -77,18 +83,20 @@ def profile_command(
     settle()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits), polynomial)
-    found = profile(program)
+    named = THREE_PARTY_PUBLIC if public_weights else deployment.value
+    running = deployed(program, named)
+    found = profile(running)
     projections: dict[str, Projection] = {}
     if time:
         kernels.warm_up()
-        timings, transport = measure(program), measure_transport()
+        timings, transport = measure(running), measure_transport()
         projections = {name: project(found, timings, transport, n) for name, n in networks.items()}
-    document = reports.profile_json(program, found, depth)
+    document = reports.profile_json(program, found, depth, named)
     if network:
         document["waiting_seconds"] = total_seconds([n for n in networks.values() if n], found.total)
     document["networks"] = [reports.projection_json(name, networks[name], p) for name, p in projections.items()]
     if chosen == "table":
-        _print_tables(program, found, depth, document)
+        _print_tables(program, running, found, depth, document)
         return
     write_report(_rendered(chosen, document), output)
 
@@ -141,18 +149,25 @@ def write_report(text: str, output: Path | None) -> None:
         raise PartyError(f"--output: {output} cannot be written: {error.strerror}", "the report is above") from None
 
 
-def _print_tables(program: Program, found: Profile, depth: int, document: Mapping[str, Any]) -> None:
-    out.print(reports.profile_table("by module", found.by(lambda line: module(line.path, depth))))
-    out.print(reports.profile_table("by protocol", found.by(lambda line: line.kind)))
+def _print_tables(program: Program, running: Deployed, found: Profile, depth: int, document: Mapping[str, Any]) -> None:
+    names = running.names
+    out.print(reports.profile_table("by module", found.by(lambda line: module(line.path, depth)), names))
+    out.print(reports.profile_table("by protocol", found.by(lambda line: line.kind), names))
     total = found.total
-    out.print(f"embedding {reports.embedding_price(program)}")
+    if names == PARTY_NAMES:
+        out.print(f"embedding {reports.embedding_price(program)}")
+        server, client = (f"the {name}" for name in names)
+        offline = f"offline {mb(total.offline_to_server)} to the server, none to the client"
+    else:
+        server, client = names
+        offline = f"{mb(total.offline_to_server)} from party 2 to party 0, ahead"
     out.print(
-        f"a query: {total.rounds} rounds (merged), {mb(total.to_server)} to the server, {mb(total.to_client)} to the "
-        f"client; offline {mb(total.offline_to_server)} to the server, none to the client"
+        f"a query: {total.rounds} rounds (merged), {mb(total.to_server)} to {server}, {mb(total.to_client)} to "
+        f"{client}; {offline}"
     )
-    for party, memory in zip(PARTY_NAMES, found.memory, strict=True):
+    for party, memory in zip((server, client), found.memory, strict=True):
         out.print(
-            f"memory of the {party}, beside the weights: {mb(memory.live)} of shares at once, "
+            f"memory of {party}, beside the weights: {mb(memory.live)} of shares at once, "
             f"{mb(memory.correlations)} of correlations for each prepared query"
         )
     out.print(
@@ -160,7 +175,7 @@ def _print_tables(program: Program, found: Profile, depth: int, document: Mappin
         f"{program.failure_bound:g} (no step is probabilistic)"
     )
     if document["networks"]:
-        out.print(reports.projection_table(document["networks"]))
+        out.print(reports.projection_table(document["networks"], names))
         return
     for name, seconds in document["waiting_seconds"].items():
         out.print(f"waiting for the network, without computation: {seconds:6.2f} s on {name}")

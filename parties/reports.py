@@ -44,8 +44,11 @@ def _cost(cost: Cost) -> dict[str, int]:
     }
 
 
-def profile_json(program: Program, profile: Profile, depth: int) -> dict[str, Any]:
-    """The whole profile: totals, by module, by kind, projected waiting times."""
+def profile_json(program: Program, profile: Profile, depth: int, deployment: str = DEPLOYMENT) -> dict[str, Any]:
+    """The whole profile: totals, by module, by kind, projected waiting times.
+
+    Of three parties "server" is party 0, "client" party 1, and what is offline comes from party 2.
+    """
 
     def rows(found: dict[str, tuple[Cost, int, int]]) -> dict[str, dict[str, int]]:
         return {
@@ -56,7 +59,7 @@ def profile_json(program: Program, profile: Profile, depth: int) -> dict[str, An
     return {
         "program_digest": program.digest,
         "labels": dict(program.labels),
-        "deployment": DEPLOYMENT,
+        "deployment": deployment,
         "total": {
             **_cost(profile.total),
             "multiply_accumulates": profile.products,
@@ -86,11 +89,12 @@ def _usage(usage: Usage) -> dict[str, float]:
     return {"compute": usage.compute, "wire": usage.wire, "waiting": usage.waiting}
 
 
-def projection_table(networks: Sequence[Mapping[str, Any]]) -> Table:
-    """Seconds of a query by network."""
-    table = Table(title="a query, projected from this machine's kernels (client's seconds)", title_justify="left")
+def projection_table(networks: Sequence[Mapping[str, Any]], names: tuple[str, str] = PARTY_NAMES) -> Table:
+    """Seconds of a query by network; ``names``: of those who compute."""
+    server, client = names
+    table = Table(title=f"a query, projected from this machine's kernels ({client}'s seconds)", title_justify="left")
     table.add_column("")
-    for column in ("seconds", "computing", "packing", "waiting", "server computes"):
+    for column in ("seconds", "computing", "packing", "waiting", f"{server} computes"):
         table.add_column(column, justify="right")
     for row in networks:
         client = row["client"]
@@ -99,11 +103,11 @@ def projection_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def profile_table(title: str, found: dict[str, tuple[Cost, int, int]]) -> Table:
+def profile_table(title: str, found: dict[str, tuple[Cost, int, int]], names: tuple[str, str] = PARTY_NAMES) -> Table:
     """One row a module or kind, dearest first; what costs nothing is left out."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for column in ("rounds, unmerged", "to server", "to client", "offline", "MMAC", "comparisons"):
+    for column in ("rounds, unmerged", *(f"to {name}" for name in names), "offline", "MMAC", "comparisons"):
         table.add_column(column, justify="right")
     dearest = sorted(found.items(), key=lambda item: -item[1][0].to_server - item[1][0].to_client)
     for name, (cost, products, comparisons) in dearest:

@@ -197,12 +197,12 @@ def execute(
     def start(index: int) -> None:
         instruction = circuit[index]
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
-        name = protocol.input_of(party)
-        if name is not None:
-            operands = ((inputs or {})[name],)
         if correlations.is_finished(index):
             finish(index, correlations.finished(index))
             return
+        name = protocol.input_of(party)
+        if name is not None:
+            operands = ((inputs or {})[name],)
         told.computing(index)
         material = correlations.take(index, protocol)
         resume(index, protocol.run(party, material, operands, weights), None)
@@ -365,3 +365,6 @@ class MetaWeights(Weights):
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         weight = torch.empty(self._shapes[name], dtype=torch.int64, device="meta")
         return x * weight if diagonal else x @ weight
+
+    def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        return self.multiply(value, name, ring_bits, diagonal=diagonal)

@@ -109,6 +109,10 @@ class Weights(ABC):
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         """x @ held(name) (or x * held(name)) modulo 2^ring_bits."""
 
+    def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        """This party's summand of x @ W (or x * W) from an opening of x, where the weights are shared."""
+        raise LookupError(f"{name!r} is not shared")
+
     def summand(self, name: str) -> Tensor | None:
         """This party's summand of a weight that is added (a bias, position embeddings); None: it adds nothing."""
         return None

@@ -29,6 +29,7 @@ batched      many inputs at once, one ciphertext an element
 packing, packer    elements in slots, and a trace as a circuit of ciphertexts
 encrypted    Programs for ciphertexts: what client and server agree on
 encrypting   from a module to such a Program: parameters derived, errors predicted
+deployments  a Program as one deployment runs it
 inprocess    all parties in one process: insecure, by name
 fidelity     how close a polynomial model is to its original, and its Program to itself
 timeline     when a party did what in one query, measured or predicted
@@ -45,29 +46,35 @@ from typing import TYPE_CHECKING, Any
 
 from protocols.fixedpoint import FixedPoint, FixedPointError
 from secure.compiler import Compiled, compile
+from secure.deployments import Deployed, deployed
 from secure.emit import DoesNotFit
 from secure.encrypted import EncryptedProgram
 from secure.encrypting import Encrypted, encrypt
 from secure.graph import UnsupportedOperation
-from secure.inprocess import InsecureInProcess, plain_reference
+from secure.inprocess import InsecureInProcess, InsecureThreeParties, plain_reference
 from secure.profile import Network, Profile, profile
 from secure.program import InvalidProgram, Program
 from secure.recipe import Recipe
 from secure.swap import polynomialize
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from parties.client import Connection
+    from parties.three_party.client import ThreePartyConnection
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Compiled",
+    "Deployed",
     "DoesNotFit",
     "Encrypted",
     "EncryptedProgram",
     "FixedPoint",
     "FixedPointError",
     "InsecureInProcess",
+    "InsecureThreeParties",
     "InvalidProgram",
     "Network",
     "Profile",
@@ -76,11 +83,20 @@ __all__ = [
     "UnsupportedOperation",
     "compile",
     "connect",
+    "connect_parties",
+    "deployed",
     "encrypt",
     "plain_reference",
     "polynomialize",
     "profile",
 ]
+
+
+def connect_parties(parties: Sequence[str], **options: Any) -> ThreePartyConnection:
+    """Connect to parties 0 and 1 of three; see ``parties.three_party.client.connect_three``."""
+    from parties.three_party.client import connect_three
+
+    return connect_three(parties, **options)
 
 
 def connect(server: str, dealer: str, **options: Any) -> Connection:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost, Exchange, Protocol, Step
-from protocols.two_party import Input, Powers
-from secure.program import Program
+from protocols.two_party import Powers
+from secure.deployments import Runnable
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,12 @@ class Profile:
         return {kind: size for kind, size in found.items() if size}
 
 
-def profile(program: Program) -> Profile:
-    """Run both parties' ``execute`` on ``meta`` tensors, in lockstep, and count."""
-    weights, circuit = _NoWeights(program.weight_shapes), program.circuit
+def profile(program: Runnable) -> Profile:
+    """Of a Program between client and server, or as another deployment runs it (``secure.deployments``).
+
+    Runs both computing parties' ``execute`` on ``meta`` tensors, in lockstep, and counts.
+    """
+    weights, circuit = MetaWeights(program.weight_shapes), program.circuit
     parties = [_Counter(circuit, program.output), _Counter(circuit, program.output)]
     steps = [
         execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
@@ -175,18 +178,13 @@ class _NoData(Correlations):
 
     def is_finished(self, index: int) -> bool:
         protocol = self._circuit[index].protocol
-        return isinstance(protocol, Input) or (self._client and protocol.finished_offline)
+        return protocol.input_of(CLIENT) is not None or (self._client and protocol.finished_offline)
 
     def finished(self, index: int) -> Tensor:
         return torch.empty(self._circuit[index].protocol.out.shape, dtype=torch.int64, device="meta")
 
     def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
         return {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}
-
-
-class _NoWeights(MetaWeights):
-    def plain(self, name: str) -> Tensor:
-        return torch.empty((), dtype=torch.int64, device="meta")  # it is added to a tensor of the result's shape
 
 
 class _Counter(Observer):
@@ -238,12 +236,15 @@ def _held(protocol: Protocol) -> int:
     return 2 * size if protocol.gives in ("opening", "bit opening") else size
 
 
-def _arithmetic(instruction: Instruction, program: Program) -> tuple[int, int]:
+_PRODUCTS = {"linear": 1, "public_linear": 2, "shared_linear": 4}  # of an input and a weight, by both parties
+
+
+def _arithmetic(instruction: Instruction, program: Runnable) -> tuple[int, int]:
     """(multiply-accumulates, comparisons) of one instruction."""
     p: Any = instruction.protocol
     elements = torch.Size(p.out.shape).numel()
-    if p.kind == "linear" and not p.diagonal:
-        return elements * program.weight_shapes[p.weight][0], 0
+    if p.kind in _PRODUCTS and not p.diagonal:
+        return _PRODUCTS[p.kind] * elements * program.weight_shapes[p.weight][0], 0
     if p.kind == "product" and p.matrix:
         inner = program.circuit[instruction.inputs[0]].protocol.out.shape[-1]
         return 4 * elements * inner, 0  # two products a party

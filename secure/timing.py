@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from protocols.circuit import Circuit, Correlations, Instruction, execute, prepare
+from protocols.matmul import Matrix
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Local, Opening, Protocol, Weights
 from protocols.steps import pack_frame, unpack_frame
-from protocols.two_party import Deliver, Input
+from protocols.two_party import Deliver
 from protocols.two_party.polynomial import Powers
 from protocols.weights import ServerWeights
 from protocols.wire import Wire
-from secure.program import Program
+from secure.deployments import Runnable
 from secure.timeline import Recorder, Timeline
 
 REPEATS, ENOUGH = 3, 10.0  # runs of each party, and the seconds after which no further one begins
@@ -67,7 +68,7 @@ class Timings:
 _known: dict[Any, tuple[Segments, Segments]] = {}  # measured before in this process
 
 
-def measure(program: Program, repeats: int = REPEATS) -> Timings:
+def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
     """Medians for every distinct instruction of a Program, with torch's present number of threads."""
     keys = [_key(program, instruction) for instruction in program.circuit]
     new = [key if key not in _known else None for key in keys]
@@ -89,7 +90,7 @@ def measure(program: Program, repeats: int = REPEATS) -> Timings:
     return Timings((tuple(server for server, _ in both), tuple(client for _, client in both)))
 
 
-def _key(program: Program, instruction: Instruction) -> Any:
+def _key(program: Runnable, instruction: Instruction) -> Any:
     p: Any = instruction.protocol
     weight: Any = None
     if hasattr(p, "weight"):
@@ -98,7 +99,7 @@ def _key(program: Program, instruction: Instruction) -> Any:
     return type(p), p, weight, forms, torch.get_num_threads()
 
 
-def _chosen(program: Program, keys: Sequence[Any], occurrences: int) -> set[int]:
+def _chosen(program: Runnable, keys: Sequence[Any], occurrences: int) -> set[int]:
     """The first instructions of every key that is not None, and the deliveries that they read, which the client
     cannot do without.
     """
@@ -142,31 +143,43 @@ class _StandIn(Local):
 class _MadeUp(ServerWeights):
     """Weights of the right shapes, one for all of the same shape; what is added is zero."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Runnable) -> None:
         super().__init__({})
         self._shapes = program.weight_shapes
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        self._made(name)
+        return super().multiply(x, str(self._shapes[name]), ring_bits, diagonal=diagonal)
+
+    def _made(self, name: str) -> Tensor:
         shape, high = self._shapes[name], 1 << (_SIGNED_BITS - 1)
         if (alike := str(shape)) not in self._tensors:
             self._tensors[alike] = torch.randint(-high, high, shape)
-        return super().multiply(x, alike, ring_bits, diagonal=diagonal)
+        return self._tensors[alike]
 
-    def plain(self, name: str) -> Tensor:
+    def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        if diagonal:
+            return value * self._made(name) - mask * self._made(name)
+        shape = self._shapes[name]
+        if (alike := (f"twice {shape}", ring_bits)) not in self._packed:
+            words = Key(fresh_seed()[:KEY_BYTES]).stream(0).words((2 * shape[0], *shape[1:]))
+            self._packed[alike] = Matrix(words, ring_bits, signed=False)
+        return self._packed[alike].times(torch.cat([value, -mask], dim=-1))
+
+    def summand(self, name: str) -> Tensor:
         return torch.zeros(1, dtype=torch.int64)
 
 
 def _rehearse(
-    program: Program, chosen: Collection[int], weights: Weights
+    program: Runnable, chosen: Collection[int], weights: Weights
 ) -> tuple[dict[int, Segments], dict[int, Segments]]:
     """Run both parties, one after the other; what the chosen instructions took."""
     circuit = [
         instruction if index in chosen else Instruction(_StandIn(instruction.protocol), instruction.inputs)
         for index, instruction in enumerate(program.circuit)
     ]
-    inputs = {
-        p.name: torch.zeros(p.shape, dtype=torch.int64) for p in (i.protocol for i in circuit) if isinstance(p, Input)
-    }
+    named = ((i.protocol.input_of(CLIENT), i.protocol.out.shape) for i in circuit)
+    inputs = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in named if name is not None}
     timelines = (_run(party, circuit, program.output, weights, inputs) for party in (SERVER, CLIENT))
     server, client = (_segments(timeline, chosen) for timeline in timelines)
     return server, client

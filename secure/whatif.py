@@ -22,18 +22,17 @@ from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Cost
 from secure.compiler import Compiled, Sample, compile
+from secure.deployments import DEPLOYMENTS, Runnable, deployed
 from secure.inprocess import plain_reference
 from secure.lower import EMBEDDINGS
 from secure.profile import NETWORKS, Network, Profile, profile
-from secure.program import Program
 from secure.projection import Transport, project
 from secure.timing import Timings, measure
 
-DEPLOYMENTS = ("two-party",)
 FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
 FRACTION_BITS = FixedPoint().fraction_bits
 
-Seconds = Callable[[Program, Profile], Mapping[str, float]]
+Seconds = Callable[[Runnable, Profile], Mapping[str, float]]
 """How long a query takes, by network."""
 
 
@@ -121,11 +120,11 @@ def waiting(networks: Iterable[Network] = NETWORKS) -> Seconds:
 
 
 def projected(
-    networks: Mapping[str, Network | None], transport: Transport, timings: Callable[[Program], Timings] = measure
+    networks: Mapping[str, Network | None], transport: Transport, timings: Callable[[Runnable], Timings] = measure
 ) -> Seconds:
     """Seconds of a query with computation, from timed kernels; None: both parties on this machine."""
 
-    def seconds(program: Program, profile: Profile) -> dict[str, float]:
+    def seconds(program: Runnable, profile: Profile) -> dict[str, float]:
         timed = timings(program)
         return {name: project(profile, timed, transport, n).seconds for name, n in networks.items()}
 
@@ -160,8 +159,9 @@ def compare(
                 raise ValueError("no model in polynomial form was given")
             used = model if variant.form == FORMS[0] or polynomial is None else polynomial
             compiled = _compile(used, variant, ready.samples, labels or {})
-            found = profile(compiled.program)
-            taken = (seconds or waiting())(compiled.program, found)
+            running = deployed(compiled.program, variant.deployment)
+            found = profile(running)
+            taken = (seconds or waiting())(running, found)
             outcome = replace(outcome, cost=found.total, seconds=dict(taken))
             outcome = replace(outcome, lowest_cosine=_lowest_cosine(compiled, ready))
         except ValueError as error:  # DoesNotFit, UnsupportedOperation, a length that the model does not take, ...

@@ -21,10 +21,11 @@ from parties.model import compile_text_model
 from parties.sessions import DEPLOYMENT
 from protocols.protocol import Cost
 from secure.calibration import HELD_OUT, SENTENCES
+from secure.deployments import DEPLOYMENTS, Runnable
 from secure.profile import LOOPBACK, NETWORKS, profile
 from secure.projection import Transport
 from secure.timing import Segment, Timings
-from secure.whatif import DEPLOYMENTS, Outcome, Samples, Variant, cheapest, compare, projected, variants
+from secure.whatif import Outcome, Samples, Variant, cheapest, compare, projected, variants
 from tests.tiny import LENGTH, TEXT, WORDS
 
 WAN = "wan"
@@ -148,7 +149,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_projected_seconds_are_asked_for_every_program() -> None:
-    def timings(program: secure.Program) -> Timings:
+    def timings(program: Runnable) -> Timings:
         return Timings(tuple(((Segment(0.5),) * 9,) * len(program.circuit) for _ in range(2)))  # type: ignore[arg-type]
 
     seconds = projected({LOOPBACK: None, WAN: NETWORKS[1]}, Transport(0.0, 0.0), timings)
@@ -178,10 +179,10 @@ def test_variants_are_every_combination_once() -> None:
     both = variants([8], gelus=["cubic", "puma"], forms=["exact", "polynomial"])
     assert [v.name for v in both if v.form == "polynomial"] == ["8 tokens, one-hot, polynomial, 16 bits"]
     assert len(both) == 3
-    assert DEPLOYMENTS == (DEPLOYMENT,)
+    assert DEPLOYMENTS[0] == DEPLOYMENT
 
 
-@pytest.mark.parametrize("wrong", [{"embedding": "none"}, {"gelu": "exact"}, {"deployment": "three-party"}])
+@pytest.mark.parametrize("wrong", [{"embedding": "none"}, {"gelu": "exact"}, {"deployment": "four-party"}])
 def test_an_unknown_setting_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"unknown .*\nhint: one of "):
         Variant(8, **wrong)  # type: ignore[arg-type]

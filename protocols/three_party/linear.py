@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols.protocol import Cost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of
-from protocols.three_party.weights import SharedWeights
 from protocols.wire import Wire
 
 
@@ -45,7 +44,6 @@ class SharedLinear(Protocol):
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((value, mask),) = operands
-        assert isinstance(weights, SharedWeights)
         product = weights.opened_product(value, mask, self.weight, self.ring, diagonal=self.diagonal)
         return product + material["u"]
         yield
