@@ -206,7 +206,7 @@ def embed(
     ] = None,
     server: Annotated[str, typer.Option(help="The server's host:port.")] = "127.0.0.1:50051",
     dealer: Annotated[str, typer.Option(help="The dealer's host:port.")] = "127.0.0.1:50052",
-    parties: Annotated[str, typer.Option(help="three-party: host:port of parties 0 and 1, a comma between.")] = PARTIES,
+    parties: Annotated[str, typer.Option(help="three-party: host:port of parties 0, 1, 2, with commas.")] = PARTIES,
     compare_with: Annotated[
         str | None, typer.Option(help="Also run this model here, in the clear, and print how close the answers are.")
     ] = None,

@@ -138,7 +138,7 @@ def run_three(
         two = party(2)
         zero = party(0, "--party-2", two)
         one = party(1, "--party-0", zero, "--party-2", two)
-        client = ["embed", *texts, "--deployment", "three-party", "--parties", f"{zero},{one}"]
+        client = ["embed", *texts, "--deployment", "three-party", "--parties", f"{zero},{one},{two}"]
         console.rule("client")
         command, environment = hosting.child("parties.cli", *client, "--compare-with", model, "--no-cache")
         return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)

@@ -420,6 +420,26 @@ class SupplyPart(_message.Message):
     tag: bytes
     def __init__(self, seed: _Optional[bytes] = ..., data: _Optional[bytes] = ..., tag: _Optional[bytes] = ...) -> None: ...
 
+class ContributeRequest(_message.Message):
+    __slots__ = ("model", "supply", "session", "proof")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SUPPLY_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    supply: bytes
+    session: bytes
+    proof: bytes
+    def __init__(self, model: _Optional[str] = ..., supply: _Optional[bytes] = ..., session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("rows", "tag")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    rows: bytes
+    tag: bytes
+    def __init__(self, rows: _Optional[bytes] = ..., tag: _Optional[bytes] = ...) -> None: ...
+
 class SeedReply(_message.Message):
     __slots__ = ("seed", "tag")
     SEED_FIELD_NUMBER: _ClassVar[int]

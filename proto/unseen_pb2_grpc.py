@@ -688,6 +688,11 @@ class PartyStub:
                 request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.SupplyPart.FromString,
                 _registered_method=True)
+        self.Contribute = channel.unary_unary(
+                '/unseen.v1.Party/Contribute',
+                request_serializer=proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.Contribution.FromString,
+                _registered_method=True)
         self.Seed = channel.unary_unary(
                 '/unseen.v1.Party/Seed',
                 request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
@@ -715,7 +720,8 @@ class PartyServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Ask(self, request_iterator, context):
-        """Client to parties 0 and 1: its input's share, in parts; back comes the output's share.
+        """Client to parties 0 and 1: its input's share, in parts; back comes the output's share. To party 2 its keys where
+        rows are looked up in a shared table; back comes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -730,6 +736,13 @@ class PartyServicer:
 
     def Supply(self, request, context):
         """Party 0 to party 2: the seed of party 0 and the corrections of one query. Each number is dealt once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Contribute(self, request, context):
+        """Party 0 to party 2: its part of the rows that a client looks up, masked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -769,6 +782,11 @@ def add_PartyServicer_to_server(servicer, server):
                     servicer.Supply,
                     request_deserializer=proto_dot_unseen__pb2.SupplyRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.SupplyPart.SerializeToString,
+            ),
+            'Contribute': grpc.unary_unary_rpc_method_handler(
+                    servicer.Contribute,
+                    request_deserializer=proto_dot_unseen__pb2.ContributeRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.Contribution.SerializeToString,
             ),
             'Seed': grpc.unary_unary_rpc_method_handler(
                     servicer.Seed,
@@ -913,6 +931,33 @@ class Party:
             '/unseen.v1.Party/Supply',
             proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
             proto_dot_unseen__pb2.SupplyPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Contribute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v1.Party/Contribute',
+            proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
+            proto_dot_unseen__pb2.Contribution.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from protocols.circuit import Correlations, deal, execute, prepare, reference
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, SERVER, Cost, Weights
+from protocols.protocol import CLIENT, SERVER, Cost
 from protocols.steps import Traffic, run_pair
-from protocols.three_party import translate
 from protocols.three_party.endpoints import seeded_share
 from protocols.three_party.sharing import HELPER, PARTIES
 from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
 from protocols.weights import ClientWeights, DealerWeights
 from secure.compiler import Compiled
+from secure.deployments import three_party
 
 
 @dataclass(frozen=True)
@@ -44,33 +44,43 @@ class InsecureThreeParties:
     def __init__(self, compiled: Compiled, *, public_weights: bool = False) -> None:
         program = compiled.program
         self.program, self._tables = program, compiled.client_tables
-        self.translated = translate(program.circuit, program.output, public=public_weights)
+        self.translated = three_party(program, public=public_weights)
         rings = self.translated.weight_rings
+        self._weights: list[SharedWeights | HelperWeights | PublicWeights]
         if public_weights:
-            self._weights: list[Weights] = [PublicWeights(party, compiled.integers) for party in range(PARTIES)]
-        else:
-            zero, two = _key(), _key()
-            common = dict(masked(compiled.integers, zero, two, rings))
-            shapes = {name: tuple(w.shape) for name, w in common.items()}
-            self._weights = [SharedWeights(0, zero, common), SharedWeights(1, two, common)]
-            self._weights.append(HelperWeights(zero, two, shapes))
+            self._weights = [PublicWeights(party, compiled.integers) for party in range(PARTIES)]
+            return
+        zero, two = _key(), _key()
+        common = dict(masked(compiled.integers, zero, two, rings))
+        shapes = {name: tuple(w.shape) for name, w in common.items()}
+        self._weights = [
+            SharedWeights(0, zero, common),
+            SharedWeights(1, two, common),
+            HelperWeights(zero, two, shapes),
+        ]
 
     def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
         """The model's answer (float64) and what it took; ``dealer_seconds`` are those of party 2."""
         circuit, output = self.translated.circuit, [self.translated.output]
-        keys, split = (_key(), _key()), _key()
+        streams, split = (_key(), _key()), _key()
         start = time.perf_counter()
-        ahead = dict(deal(circuit, *keys, self._weights[HELPER]))
+        ahead = dict(deal(circuit, *streams, self._weights[HELPER]))
         dealt = time.perf_counter()
         values = self.program.client_values(inputs, self._tables)
         shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, (index, protocol) in self.translated.inputs.items():
             shares[1][name] = seeded_share(split, index, protocol.shape)
             shares[0][name] = values[name] - shares[1][name]
+        for name, (index, found) in self.translated.lookups.items():
+            keys = found.keys(values[found.source].argmax(-1))
+            rows = [found.rows_of(party, own, self._weights[party]) for party, own in enumerate(keys)]
+            zero_share = found.zero_share(streams[1], index)
+            shares[1][name] = rows[1] + zero_share
+            shares[0][name] = sum(rows[2:], rows[0]) - zero_share
         traffic = Traffic()
         zero, one = (
             execute(
-                circuit, output, party, Correlations(party, keys[party], supply), self._weights[party], shares[party]
+                circuit, output, party, Correlations(party, streams[party], supply), self._weights[party], shares[party]
             )
             for party, supply in ((0, ahead), (1, None))
         )

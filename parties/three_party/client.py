@@ -1,7 +1,7 @@
 """A client of three parties: shares its input between parties 0 and 1, and adds up what they answer.
 
-It needs no party's weights and talks to two of the three. Whoever runs a party may be a client as well, or the model's
-owner: a party learns no more for that than its own input.
+It needs no party's weights, and talks to party 2 only to look up tokens in a shared table. Whoever runs a party may be
+a client as well, or the model's owner: a party learns no more for that than what is its own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from proto.unseen_pb2_grpc import PartyStub
 from protocols import ring, wire
 from protocols.prg import fresh_seed
 from protocols.protocol import Cost
-from protocols.three_party import translate
 from protocols.three_party.endpoints import seeded_share
+from protocols.three_party.sharing import HELPER
+from secure.deployments import three_party
 from secure.program import VERSION, Program
 from secure.tokens import tokenize
 
@@ -55,9 +56,9 @@ class ThreePartyReport:
 
 
 class ThreePartyConnection:
-    """Queries to parties 0 and 1; a context manager. One query at a time.
+    """Queries to three parties; a context manager. One query at a time.
 
-    parties: the addresses of parties 0 and 1 (more are not asked).
+    parties: their addresses; that of party 2 may be left out where no tokens are looked up in a shared table.
     deadline: seconds to wait for an answer of a party that does nothing; what lasts is watched by the parties.
     program_digest: refuse parties whose Program has another digest.
     """
@@ -73,7 +74,7 @@ class ThreePartyConnection:
     ) -> None:
         if len(parties) not in (2, 3):
             raise PartyError(f"{len(parties)} addresses of parties", "those of parties 0 and 1, and 2 if you like")
-        self._at = [Endpoint.parse(a, what=f"party {i}") for i, a in enumerate(parties[:2])]
+        self._at = [Endpoint.parse(a, what=f"party {i}") for i, a in enumerate(parties)]
         self._deadline, self._lock = deadline, threading.Lock()
         self.reports: list[ThreePartyReport] = []
         with ExitStack() as stack:
@@ -97,10 +98,10 @@ class ThreePartyConnection:
                 raise HandshakeError(
                     f"party {d.party} answers at {at}, where party {party} should", "swap the addresses"
                 )
-        first, second = found
-        if (first.model, first.program, first.public_weights) != (second.model, second.program, second.public_weights):
+        first = found[0]
+        if len({(d.model, d.program, d.public_weights) for d in found}) > 1:
             raise HandshakeError(
-                "parties 0 and 1 serve different models", "give them the shares of one run of: unseen share-model"
+                "the parties serve different models", "give them the shares of one run of: unseen share-model"
             )
         self.program, self._model = Program.from_bytes(first.program), first.model
         if pinned is not None and pinned != self.program.digest:
@@ -109,7 +110,7 @@ class ThreePartyConnection:
                 "ask the model's owner which Program it is",
             )
         self.public_weights = first.public_weights
-        self._circuit = translate(self.program.circuit, self.program.output, public=first.public_weights)
+        self._circuit = three_party(self.program, public=first.public_weights)
         self.files = {f.name: f.size for f in first.files}
         payloads = {f.name: fetch(f, self._download, cache) for f in first.files if f.name == TOKEN_TABLE}
         tables = {c.table: c.size for c in self.program.client_inputs if c.encoding == "client-table"}
@@ -135,12 +136,19 @@ class ThreePartyConnection:
             key, payload = input_key(seed, session), bytearray()
             for name, (index, p) in self._circuit.inputs.items():
                 payload += wire.encode(values[name] - seeded_share(key, index, p.shape), p.out)
-            starts = [
-                pb.AskPart(start=pb.AskStart(version=VERSION, model=self._model, session=session, seed=given))
-                for given in (b"", seed)
-            ]
-            parts = [pb.AskPart(frame=frame) for frame in to_frames(bytes(payload))]
-            zero, one = self._ask([[starts[0], *parts], [starts[1]]])
+            given = [payload, bytearray(), bytearray()]
+            for p in (p for _, p in self._circuit.lookups.values()):
+                for party, keys in enumerate(p.keys(values[p.source].argmax(-1))):
+                    given[party] += keys
+            messages = []
+            for party, (own, frame) in enumerate(zip((b"", seed, b""), given, strict=True)):
+                start_of = pb.AskStart(version=VERSION, model=self._model, session=session, seed=own)
+                frames = to_frames(bytes(frame)) if frame else ()
+                if party != HELPER or frame:
+                    messages.append([pb.AskPart(start=start_of), *(pb.AskPart(frame=f) for f in frames)])
+            if len(messages) > len(self._stubs):
+                raise PartyError("tokens are looked up in a shared table, so party 2 is needed", "give three addresses")
+            zero, one = self._ask(messages)
             result = self._put_together(zero, one)
             seconds = time.perf_counter() - start
             self.reports.append(
@@ -150,7 +158,7 @@ class ThreePartyConnection:
                     zero.seconds,
                     zero.waited,
                     zero.dealing,
-                    sum(part.ByteSize() for part in (*starts, *parts)),
+                    sum(part.ByteSize() for parts in messages for part in parts),
                     zero.ByteSize() + one.ByteSize(),
                 )
             )
@@ -158,7 +166,7 @@ class ThreePartyConnection:
 
     def _ask(self, messages: Sequence[Sequence[pb.AskPart]]) -> list[pb.Answer]:
         """Both parties at once; where one fails the other is given up, after a moment in which it may say why."""
-        calls = [stub.Ask.future(iter(parts)) for stub, parts in zip(self._stubs, messages, strict=True)]
+        calls = [stub.Ask.future(iter(parts)) for stub, parts in zip(self._stubs, messages, strict=False)]
         ended = threading.Event()
 
         def look(done: Any) -> None:
@@ -176,7 +184,7 @@ class ThreePartyConnection:
             for call in calls:
                 call.cancel()
         # a party that cannot be reached explains more than one that waited for it, so it is told first
-        order = sorted((0, 1), key=lambda i: calls[i].code() != grpc.StatusCode.UNAVAILABLE)
+        order = sorted(range(len(calls)), key=lambda i: calls[i].code() != grpc.StatusCode.UNAVAILABLE)
         order = [i for i in order if calls[i].code() != grpc.StatusCode.CANCELLED] or order
         answers: dict[int, pb.Answer] = {}
         for party in order:

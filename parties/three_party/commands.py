@@ -22,7 +22,7 @@ from parties.three_party.shares import share_model
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 
-PARTIES = "127.0.0.1:50060,127.0.0.1:50061"
+PARTIES = "127.0.0.1:50060,127.0.0.1:50061,127.0.0.1:50062"
 
 err = Console(stderr=True, highlight=False)
 

@@ -11,17 +11,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import grpc
 
 from parties.calls import answering
-from parties.errors import HandshakeError, ProtocolError, QueryError
+from parties.errors import HandshakeError, PeerLost, ProtocolError, QueryError
 from parties.frames import to_chunks
-from parties.three_party.service import PartyService
+from parties.three_party.service import MAXIMUM_QUERIES, PartyService
 from parties.three_party.shares import PartyShare
 from parties.three_party.supply import NUMBER_BYTES
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
+from protocols import wire
 from protocols.circuit import deal
 from protocols.prg import Key, derive_key, fresh_seed
 
@@ -33,13 +35,24 @@ def query_key(seed: bytes, party: int, number: bytes) -> Key:
     return Key(derive_key(seed, "query", party, number.hex()))
 
 
+@dataclass
+class _Asked:
+    """A client's keys, and whether they were used."""
+
+    keys: list[bytes] = field(repr=False)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
 class HelperService(PartyService):
     """Seeds are fresh from this process for every query number, and each is given out once."""
 
     def __init__(self, share: PartyShare, *, deadline: float) -> None:
         super().__init__(share, deadline=deadline)
-        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()
+        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # of party 1, until it takes them
+        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same, until rows are looked up with them
+        self._asked: dict[bytes, _Asked] = {}
         self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)
 
     def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> bytes:
         if request.model != self.share.manifest.model:
@@ -65,9 +78,10 @@ class HelperService(PartyService):
         with self._lock:
             if number in self._seeds:
                 raise QueryError("this query's number was used before", "take a fresh one")
-            self._seeds[number] = one
-            while len(self._seeds) > MAXIMUM_SEEDS:
-                self._seeds.popitem(last=False)
+            for kept in (self._seeds, self._looking) if self.key_sizes() else (self._seeds,):
+                kept[number] = one
+                while len(kept) > MAXIMUM_SEEDS:
+                    kept.popitem(last=False)
         seal = self.share.links[0].seal("corrections", number)
         seal.update(zero)
         yield pb.SupplyPart(seed=zero)
@@ -79,6 +93,50 @@ class HelperService(PartyService):
             yield pb.SupplyPart(data=chunk.data)
         yield pb.SupplyPart(tag=seal.tag())
         self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
+
+    def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> pb.Answer:
+        """A client's keys, for as long as it takes until party 0 asks for the rows."""
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, self.log):
+                start, keys = self.read_ask(requests, self.key_sizes(), watch)
+                asked = _Asked(keys)
+                with self._came:
+                    if start.session in self._asked or len(self._asked) >= MAXIMUM_QUERIES:
+                        raise ProtocolError("this session is under way, or too many are", "try again later")
+                    self._asked[start.session] = asked
+                    self._came.notify_all()
+                try:
+                    if not asked.done.wait(self.deadline):
+                        raise PeerLost(f"party 0 did not come within {self.deadline:g} s", "see its log")
+                    return pb.Answer()
+                finally:
+                    with self._came:
+                        self._asked.pop(start.session, None)
+        finally:
+            watch.stop()
+
+    def Contribute(self, request: pb.ContributeRequest, context: grpc.ServicerContext) -> pb.Contribution:
+        with answering(context, self.log):
+            link = self.share.links[0]
+            if request.model != self.share.manifest.model:
+                raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
+            link.require(request.proof, "contribute", request.supply, request.session)
+            with self._came:
+                seed = self._looking.pop(request.supply, None)  # once: its zero shares serve one client
+                if not self._came.wait_for(lambda: request.session in self._asked, self.deadline):
+                    raise PeerLost(f"the client did not come to party 2 within {self.deadline:g} s")
+                asked = self._asked[request.session]
+            if seed is None:
+                raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
+            own, rows = query_key(seed, 1, request.supply), bytearray()
+            for name, value in self.looked_up(asked.keys).items():
+                index, p = self.share.circuit.lookups[name]
+                rows += wire.encode(value - p.zero_share(own, index), p.out)
+            seal = link.seal("contribution", request.supply)
+            seal.update(bytes(rows))
+            asked.done.set()
+            return pb.Contribution(rows=bytes(rows), tag=seal.tag())
 
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):

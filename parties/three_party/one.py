@@ -56,17 +56,12 @@ class OneService(PartyService):
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, self.log):
-                with watch.guard():
-                    first = next(requests, None)
-                if first is None or first.WhichOneof("content") != "start":
-                    raise ProtocolError("a query does not begin with its start")
-                start = first.start
-                self.agree("the client", start.version, start.model, start.session)
+                start, keys = self.read_ask(requests, self.key_sizes(), watch)
                 if len(start.seed) != SEED_BYTES:
                     raise ProtocolError(f"a seed has {SEED_BYTES} bytes, not {len(start.seed)}")
                 call = _Call(self, context)
                 try:
-                    return call.run(start)
+                    return call.run(start, keys)
                 finally:
                     call.close()
         finally:
@@ -113,7 +108,7 @@ class _Call:
             raise from_code(message.failure.code, printable(message.failure.message))
         return message
 
-    def run(self, start: pb.AskStart) -> pb.Answer:
+    def run(self, start: pb.AskStart, keys: list[bytes]) -> pb.Answer:
         share = self._service.share
         proof = share.links[0].proof("compute", start.session)
         hello = pb.PeerHello(version=VERSION, model=share.manifest.model, session=start.session, proof=proof)
@@ -123,19 +118,22 @@ class _Call:
             raise ProtocolError(f"{PEER} does not begin with its greeting")
         number = welcome.welcome.supply
         try:
-            return self._compute(start, number)
+            return self._compute(start, keys, number)
         except PartyError as error:
             self._outbox.put(pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error))))
             raise
 
-    def _compute(self, start: pb.AskStart, number: bytes) -> pb.Answer:
+    def _compute(self, start: pb.AskStart, keys: list[bytes], number: bytes) -> pb.Answer:
         service, share = self._service, self._service.share
         key = input_key(start.seed, start.session)
         inputs: dict[str, Tensor] = {
             name: seeded_share(key, index, p.shape) for name, (index, p) in share.circuit.inputs.items()
         }
-        correlations = Correlations(1, query_key(service.seed(number), 1, number))
-        rounds, begun = Rounds.of(share, share.links[0], number), time.perf_counter()
+        own, begun = query_key(service.seed(number), 1, number), time.perf_counter()
+        for name, rows in service.looked_up(keys).items():
+            index, p = share.circuit.lookups[name]
+            inputs[name] = rows + p.zero_share(own, index)
+        correlations, rounds = Correlations(1, own), Rounds.of(share, share.links[0], number)
         running = rounds.run(correlations, inputs)
         try:
             payload, size = next(running)

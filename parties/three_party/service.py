@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import grpc
+from torch import Tensor
 
 from parties.calls import answering
-from parties.errors import DownloadError, HandshakeError
-from parties.frames import parts
+from parties.errors import DownloadError, HandshakeError, ProtocolError
+from parties.frames import FrameReader, parts
 from parties.three_party.shares import PartyShare
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
+from protocols.three_party.sharing import HELPER
 from secure.program import VERSION
 
 DEPLOYMENT = "three-party"
@@ -52,6 +55,41 @@ class PartyService(PartyServicer):
                 yield from watch.sending(pb.Chunk(data=part) for part in parts(self.share.table))
         finally:
             watch.stop()
+
+    def read_ask(
+        self, requests: Iterator[pb.AskPart], sizes: Sequence[int], watch: Watchdog
+    ) -> tuple[pb.AskStart, list[bytes]]:
+        """A client's start, and the byte strings of ``sizes`` that follow it in one frame."""
+        with watch.guard():
+            first = next(requests, None)
+        if first is None or first.WhichOneof("content") != "start":
+            raise ProtocolError("a query does not begin with its start")
+        self.agree("the client", first.start.version, first.start.model, first.start.session)
+        reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
+        while payload is None:
+            with watch.guard():
+                part = next(requests, None)
+            if part is None or part.WhichOneof("content") != "frame":
+                raise ProtocolError("what the client sends did not come whole")
+            try:
+                payload = reader.add(part.frame)
+            except ValueError as error:
+                raise ProtocolError(f"the client sent {error}") from None
+        ends = list(accumulate(sizes, initial=0))
+        return first.start, [payload[a:b] for a, b in pairwise(ends)]
+
+    def key_sizes(self) -> list[int]:
+        """Bytes of the keys that this party gets of each look-up."""
+        found = [p for _, p in self.share.circuit.lookups.values()]
+        return [p.key_bytes for p in found if self.share.party != HELPER or not p.public]
+
+    def looked_up(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
+        """This party's additive shares of what a client looks up."""
+        found = self.share.circuit.lookups
+        return {
+            name: p.rows_of(self.share.party, own, self.share.weights)
+            for (name, (_, p)), own in zip(found.items(), keys, strict=True)
+        }
 
     def agree(self, who: str, version: int, model: str, session: bytes) -> None:
         """HandshakeError unless another's version and model are ours."""

@@ -28,17 +28,20 @@ from parties.three_party.links import Link
 from proto.unseen_pb2 import File
 from protocols import ring
 from protocols.prg import SEED_BYTES, fresh_seed
-from protocols.protocol import Weights
-from protocols.three_party import Translated, translate
+from protocols.three_party import Translated
 from protocols.three_party.sharing import HELPER, HOLDERS, PARTIES
 from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
 from secure.compiler import Compiled
+from secure.deployments import three_party
 from secure.program import VERSION, Program
 from secure.tokens import TextTokenizer
 
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
 TOKENIZER, TABLE = "tokenizer.json", "token-table.safetensors"
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
+
+
+AnyWeights = SharedWeights | HelperWeights | PublicWeights
 
 
 class ShareError(PartyError):
@@ -70,7 +73,7 @@ class PartyShare:
     manifest: Manifest
     program: Program
     circuit: Translated
-    weights: Weights
+    weights: AnyWeights
     links: Mapping[int, Link]  # by the other party
     tokenizer: bytes
     table: bytes | None
@@ -94,7 +97,7 @@ def share_model(
 ) -> list[Path]:
     """Write party-0, party-1 and party-2 under ``directory``, with fresh seeds: two runs never share a mask."""
     program = compiled.program
-    translated = translate(program.circuit, program.output, public=public_weights)
+    translated = three_party(program, public=public_weights)
     rings = translated.weight_rings
     seeds = [fresh_seed() for _ in PAIRS]
     links = [Link(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
@@ -154,14 +157,14 @@ def load_share(directory: Path) -> PartyShare:
     seeds = (parts[SEEDS][i * SEED_BYTES : (i + 1) * SEED_BYTES] for i in range(len(pairs)))
     links = {sum(pair) - manifest.party: Link(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
     program = Program.from_bytes(parts[PROGRAM])
-    translated = translate(program.circuit, program.output, public=manifest.public_weights)
+    translated = three_party(program, public=manifest.public_weights)
     if dict(translated.weight_rings) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
     weights = _weights(manifest, parts.get(WEIGHTS), links)
     return PartyShare(manifest, program, translated, weights, links, parts.get(TOKENIZER, b""), parts.get(TABLE))
 
 
-def _weights(manifest: Manifest, payload: bytes | None, links: Mapping[int, Link]) -> Weights:
+def _weights(manifest: Manifest, payload: bytes | None, links: Mapping[int, Link]) -> AnyWeights:
     party = manifest.party
     if party == HELPER:
         return HelperWeights(links[0].weights_key(), links[1].weights_key(), manifest.shapes)

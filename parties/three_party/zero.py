@@ -19,7 +19,7 @@ from torch import Tensor
 from parties.calls import answering, calling, unexpected
 from parties.endpoints import Endpoint, open_channel
 from parties.errors import PartyError, PeerLost, ProtocolError, from_code
-from parties.frames import FrameReader, to_frames
+from parties.frames import to_frames
 from parties.three_party.helper import query_key
 from parties.three_party.rounds import Rounds
 from parties.three_party.service import MAXIMUM_QUERIES, PartyService
@@ -38,7 +38,9 @@ PEER = "party 1"
 class _Asked:
     """A client's query: its input's share, and where the answer goes."""
 
+    session: bytes = field(repr=False)
     inputs: dict[str, Tensor] = field(repr=False)
+    keys: list[bytes] = field(repr=False)
     answer: Future[pb.Answer] = field(default_factory=Future)
     joined: bool = False
 
@@ -109,27 +111,10 @@ class ZeroService(PartyService):
                 self._free.release()
 
     def _ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> tuple[bytes, _Asked]:
-        forms = [p.out for _, p in self.share.circuit.inputs.values()]
-        reader, payload = FrameReader(sum(form.size for form in forms)), None
-        with watch.guard():
-            first = next(requests, None)
-        if first is None or first.WhichOneof("content") != "start":
-            raise ProtocolError("a query does not begin with its start")
-        self.agree("the client", first.start.version, first.start.model, first.start.session)
-        while payload is None:
-            with watch.guard():
-                part = next(requests, None)
-            if part is None or part.WhichOneof("content") != "frame":
-                raise ProtocolError("the client's share of the input did not come whole")
-            try:
-                payload = reader.add(part.frame)
-            except ValueError as error:
-                raise ProtocolError(f"the client sent {error}") from None
-        inputs, at = {}, 0
-        for name, form in zip(self.share.circuit.inputs, forms, strict=True):
-            inputs[name] = wire.decode(payload[at : at + form.size], form)
-            at += form.size
-        return first.start.session, _Asked(inputs)
+        forms = {name: p.out for name, (_, p) in self.share.circuit.inputs.items()}
+        start, parts = self.read_ask(requests, [*(f.size for f in forms.values()), *self.key_sizes()], watch)
+        inputs = {name: wire.decode(part, form) for (name, form), part in zip(forms.items(), parts, strict=False)}
+        return start.session, _Asked(start.session, inputs, parts[len(forms) :])
 
     # party 1
 
@@ -157,6 +142,30 @@ class ZeroService(PartyService):
 
     def take(self) -> Arriving:
         return self._stock.take()
+
+    def look_up(self, asked: _Asked, number: bytes) -> int:
+        """Put the looked-up rows among the inputs; the bytes that party 2 sent for them."""
+        found = self.share.circuit.lookups
+        shared = {name: p for name, (_, p) in found.items() if not p.public}
+        link, model = self.share.links[2], self.share.manifest.model
+        coming = None
+        if shared:
+            proof = link.proof("contribute", number, asked.session)
+            request = pb.ContributeRequest(model=model, supply=number, session=asked.session, proof=proof)
+            coming = self._helper.Contribute.future(request, timeout=self.deadline)  # while this party looks up
+        rows = self.looked_up(asked.keys)
+        if coming is not None:
+            with calling("party 2", self._helper_at, "start it with: unseen party --id 2", doing="looking up rows"):
+                contribution = coming.result()
+            seal = link.seal("contribution", number)
+            seal.update(contribution.rows)
+            seal.check(contribution.tag, "the rows of party 2")
+            at = 0
+            for name, p in shared.items():
+                rows[name] = rows[name] + wire.decode(contribution.rows[at : at + p.out.size], p.out)
+                at += p.out.size
+        asked.inputs.update(rows)
+        return len(contribution.rows) if coming is not None else 0
 
 
 class _Computation:
@@ -215,6 +224,7 @@ class _Computation:
         rounds = Rounds.of(service.share, service.share.links[1], supply.number)
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)
         start = time.perf_counter()
+        rows = service.look_up(asked, supply.number)
         running = rounds.run(correlations, asked.inputs)
         try:
             payload, size = next(running)
@@ -235,7 +245,7 @@ class _Computation:
             waited=supply.waited,
             rounds=rounds.count,
             sent=rounds.sent,
-            corrections=supply.size,
+            corrections=supply.size + rows,
             dealing=supply.dealing,
         )
         service.log.info("a query answered in %.2f s", seconds)

@@ -26,8 +26,8 @@ inverse square root are the Program's own circuits of ``Compare``, ``OpenBits``,
 Bits become numbers by ``Select``; numbers become bits by ``Compare``.
 """
 
-from protocols.three_party.endpoints import SharedInput
+from protocols.three_party.endpoints import LookedUp, SharedInput
 from protocols.three_party.linear import PublicLinear, SharedLinear
 from protocols.three_party.translate import Translated, translate
 
-__all__ = ["PublicLinear", "SharedInput", "SharedLinear", "Translated", "translate"]
+__all__ = ["LookedUp", "PublicLinear", "SharedInput", "SharedLinear", "Translated", "translate"]

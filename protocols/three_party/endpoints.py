@@ -8,13 +8,29 @@ their shares to the client, whose sum it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from protocols.prg import Key
-from protocols.protocol import Local, Shape, Weights
+from protocols.protocol import Cost, Local, Shape, Weights, bytes_of, count
+from protocols.three_party import dpf
+from protocols.three_party.lookup import (
+    LookupKeys,
+    Table,
+    lookup_bytes,
+    lookup_keys,
+    lookup_products,
+    public_product,
+)
 from protocols.wire import Wire
+
+
+class Tabled(Protocol):
+    """Weights that look-ups can be made in."""
+
+    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,60 @@ class SharedInput(Local):
         if tuple(x.shape) != self.shape:  # compiled loops trust sizes
             raise ValueError(f"the input {self.name!r} has shape {tuple(x.shape)}, the Program says {self.shape}")
         return x
+
+
+@dataclass(frozen=True)
+class LookedUp(SharedInput):
+    """Rows of the weight ``table`` at indices that only the client knows (``lookup``): this party's share of them.
+
+    The three parties look up before the circuit begins; party 2 adds a zero share of itself and party 1 to its part
+    and sends it to party 0: ceil(ring / 8) bytes an element. Where the table is public parties 0 and 1 do without it.
+    """
+
+    kind: ClassVar[str] = "looked_up"
+    table: str
+    rows: int
+    public: bool = False
+
+    @property
+    def source(self) -> str:
+        """The Program's input whose one-hot rows this stands for."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def points(self) -> int:
+        """How many rows are looked up."""
+        return count(self.shape[:-1])
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of what the client sends to each party that takes part."""
+        return (dpf.key_bytes if self.public else lookup_bytes)(self.points, self.rows)
+
+    def keys(self, ids: Tensor) -> list[bytes]:
+        """The client's part: fresh keys of its indices, for parties 0, 1 and (unless the table is public) 2."""
+        keys = (dpf.generate if self.public else lookup_keys)(ids.reshape(-1), self.rows)
+        return [k.to_bytes() for k in keys]
+
+    def rows_of(self, party: int, keys: bytes | memoryview, weights: Tabled) -> Tensor:
+        """This party's additive share of the rows. FrameError where the keys have another size."""
+        low, high = weights.tables(self.table, self.ring)
+        if self.public:
+            found = public_product(dpf.Keys.from_bytes(keys, self.points, self.rows), party, low, self.ring)
+        else:
+            both = LookupKeys.from_bytes(keys, self.points, self.rows)
+            found = lookup_products(both.low, both.high, low, high, self.ring)
+        return found.reshape(self.shape)
+
+    def zero_share(self, key: Key, index: int) -> Tensor:
+        """What party 1 adds and party 2 subtracts; ``key`` is party 1's of the query, ``index`` the instruction's.
+
+        Zero where the table is public: parties 0 and 1 keep what they have.
+        """
+        return torch.zeros(self.shape, dtype=torch.int64) if self.public else key.stream(index).words(self.shape)
+
+    def cost(self) -> Cost:
+        return Cost() if self.public else Cost(offline_to_server=bytes_of(self.shape, self.ring))
 
 
 def seeded_share(key: Key, index: int, shape: Shape) -> Tensor:

@@ -97,11 +97,22 @@ def lookup_products(keys_low: Keys, keys_high: Keys, table_low: Table, table_hig
         raise ValueError(f"{keys_low!r} and {keys_high!r} for {table_low!r} and {table_high!r}")
     total = torch.zeros(shape, dtype=torch.int64)
     for party, (keys, table) in enumerate(((keys_low, table_low), (keys_high, table_high))):
-        if keys.domain != table.domain or ring_bits > table.ring_bits:
-            raise ValueError(f"{keys!r} for {table!r}, modulo 2^{ring_bits}")
-        for points, rows, shares in dpf.slices(keys, party):
-            table.add_product(total[points], shares, rows.start)
+        _add_rows(total, keys, party, table, ring_bits)
     return ring.reduce(total, ring_bits)
+
+
+def public_product(keys: Keys, party: int, table: Table, ring_bits: int) -> Tensor:
+    """The same for a table that two servers know: one pair of keys, of which this is key ``party``."""
+    total = torch.zeros((len(keys), table.width), dtype=torch.int64)
+    _add_rows(total, keys, party, table, ring_bits)
+    return ring.reduce(total, ring_bits)
+
+
+def _add_rows(total: Tensor, keys: Keys, party: int, table: Table, ring_bits: int) -> None:
+    if keys.domain != table.domain or ring_bits > table.ring_bits:
+        raise ValueError(f"{keys!r} for {table!r}, modulo 2^{ring_bits}")
+    for points, rows, shares in dpf.slices(keys, party):
+        table.add_product(total[points], shares, rows.start)
 
 
 def warm_up() -> None:

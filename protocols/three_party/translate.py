@@ -1,6 +1,7 @@
 """A Program's circuit for three servers: the same values, rings and scales; what differs is who holds the weights.
 
 - An input is shared by the client; the result stays shared, for the client to put together.
+- One-hot rows that the client would send, and the table that they are multiplied with, become a ``lookup``.
 - A delivery to the one who knows the weights becomes an opening, as nobody does; where the same value is opened anyway,
   one opening, in the wider of the rings, serves both (reduction commutes with everything that follows).
 - Where the weights are public a delivery is not needed at all.
@@ -9,13 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from protocols.circuit import Circuit, Instruction, total_cost
 from protocols.local import AddWeight
 from protocols.protocol import Cost, Protocol
-from protocols.three_party.endpoints import SharedInput
+from protocols.three_party.endpoints import LookedUp, SharedInput
 from protocols.three_party.linear import PublicLinear, SharedLinear
 from protocols.two_party import Deliver, Input, Linear, Open, Reveal
 
@@ -39,20 +40,31 @@ class Translated:
         rings: dict[str, int] = {}
         for instruction in self.circuit:
             p = instruction.protocol
-            if isinstance(p, (SharedLinear, PublicLinear, AddWeight)):
-                rings[p.weight] = max(p.ring, rings.get(p.weight, 0))
+            if isinstance(p, (SharedLinear, PublicLinear, AddWeight, LookedUp)):
+                name = p.table if isinstance(p, LookedUp) else p.weight
+                rings[name] = max(p.ring, rings.get(name, 0))
         return rings
 
     @property
     def inputs(self) -> dict[str, tuple[int, SharedInput]]:
-        """Instruction and protocol of each input, by name."""
-        found = [(i, x.protocol) for i, x in enumerate(self.circuit) if isinstance(x.protocol, SharedInput)]
-        return {p.name: (i, p) for i, p in found}
+        """Instruction and protocol of each input that the client shares, by name."""
+        return {p.name: (i, p) for i, p in self._entries if not isinstance(p, LookedUp)}
+
+    @property
+    def lookups(self) -> dict[str, tuple[int, LookedUp]]:
+        """Instruction and protocol of each look-up, by name."""
+        return {p.name: (i, p) for i, p in self._entries if isinstance(p, LookedUp)}
+
+    @property
+    def _entries(self) -> list[tuple[int, SharedInput]]:
+        return [(i, x.protocol) for i, x in enumerate(self.circuit) if isinstance(x.protocol, SharedInput)]
 
 
-def translate(circuit: Circuit, output: int, *, public: bool = False) -> Translated:
-    """``output``: the Program's Reveal. ``public``: whether all three parties know the weights."""
-    translation = _Translation(circuit, public)
+def translate(circuit: Circuit, output: int, *, public: bool = False, one_hot: Collection[str] = ()) -> Translated:
+    """``output``: the Program's Reveal. ``public``: whether all three parties know the weights. ``one_hot``: the inputs
+    that are one-hot rows.
+    """
+    translation = _Translation(circuit, public, one_hot)
     for index, instruction in enumerate(circuit):
         if index != output:
             translation.add(index, instruction)
@@ -61,7 +73,7 @@ def translate(circuit: Circuit, output: int, *, public: bool = False) -> Transla
 
 
 class _Translation:
-    def __init__(self, circuit: Circuit, public: bool) -> None:
+    def __init__(self, circuit: Circuit, public: bool, one_hot: Collection[str]) -> None:
         self._public = public
         self.circuit: list[Instruction] = []
         self.origin: list[int] = []
@@ -69,6 +81,7 @@ class _Translation:
         self._opened: dict[int, int] = {}  # openings, by what they open
         opening = (Open,) if public else (Open, Deliver)
         self._rings: dict[int, int] = {}
+        self._lookups = _lookups(circuit, one_hot)
         for instruction in circuit:
             p = instruction.protocol
             if isinstance(p, opening):
@@ -76,6 +89,11 @@ class _Translation:
                 self._rings[x] = max(p.ring, self._rings.get(x, 0))
 
     def add(self, index: int, instruction: Instruction) -> None:
+        if index in self._lookups:
+            found = self._lookups[index]
+            if found is not None:
+                self.at[index] = self._emit(index, replace(found, public=self._public), ())
+            return
         p, inputs = instruction.protocol, tuple(self.at[i] for i in instruction.inputs)
         if isinstance(p, Deliver) and self._public:
             self.at[index] = inputs[0]
@@ -100,3 +118,30 @@ class _Translation:
         self.circuit.append(Instruction(protocol, inputs))
         self.origin.append(index)
         return len(self.circuit) - 1
+
+
+def _lookups(circuit: Circuit, one_hot: Collection[str]) -> dict[int, LookedUp | None]:
+    """The products of one-hot rows with tables, as look-ups; None: an instruction that this makes superfluous."""
+    readers: dict[int, list[int]] = {}
+    for index, instruction in enumerate(circuit):
+        for i in instruction.inputs:
+            readers.setdefault(i, []).append(index)
+
+    def all_of(kind: type[Protocol], found: Sequence[int]) -> bool:
+        return bool(found) and all(isinstance(circuit[i].protocol, kind) for i in found)
+
+    out: dict[int, LookedUp | None] = {}
+    for index, instruction in enumerate(circuit):
+        p = instruction.protocol
+        if not isinstance(p, Input) or p.name not in one_hot:
+            continue
+        delivered = readers.get(index, [])
+        products = [i for d in delivered for i in readers.get(d, [])]
+        if all_of(Deliver, delivered) and all_of(Linear, products):
+            out |= dict.fromkeys([index, *delivered])
+            for number, i in enumerate(products):
+                linear = circuit[i].protocol
+                assert isinstance(linear, Linear)
+                name = f"{p.name}/{number}"  # several tables may be read at the same places
+                out[i] = LookedUp(linear.shape, linear.ring, name, linear.weight, p.shape[-1])
+    return out

@@ -17,7 +17,8 @@ which thereby needs only r and W_0 + W_2.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from protocols import ring
 from protocols.matmul import Matrix
 from protocols.prg import Key
 from protocols.protocol import Shape, Weights
+from protocols.three_party.lookup import Table
 from protocols.weights import DealerWeights, ServerWeights
 
 
@@ -44,12 +46,29 @@ def masked(
         yield name, ring.reduce(w - summand(zero, name, shape) - summand(two, name, shape), bits)
 
 
+class _Tables:
+    """Pairs of token tables, packed once; a look-up that comes meanwhile waits for the packing."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[Table, Table]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str, ring_bits: int, pair: Callable[[str], tuple[Tensor, Tensor]]) -> tuple[Table, Table]:
+        with self._lock:
+            if (name, ring_bits) not in self._known:
+                low, high = pair(name)
+                first = Table(low, ring_bits)
+                self._known[name, ring_bits] = first, first if high is low else Table(high, ring_bits)
+            return self._known[name, ring_bits]
+
+
 class SharedWeights(Weights):
     """Party 0 or 1: its own seeded summand (from ``key``) and W_1, for products with openings and for sums."""
 
     def __init__(self, party: int, key: Key, masked: Mapping[str, Tensor]) -> None:
         self._party, self._key, self._masked = party, key, dict(masked)
         self._packed: dict[tuple[str, int], Matrix] = {}
+        self._tables = _Tables()
 
     def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         """This party's summand of x W (or x * W) modulo 2^ring_bits, from an opening of x."""
@@ -72,6 +91,10 @@ class SharedWeights(Weights):
         own = summand(self._key, name, tuple(self._masked[name].shape))
         return (self._masked[name], own) if self._party else (own, self._masked[name])
 
+    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]:
+        """The pair of a token table, packed for look-ups on first use."""
+        return self._tables.get(name, ring_bits, self.pair)
+
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         raise LookupError(f"{name!r} is shared: nobody multiplies with it alone")
 
@@ -87,6 +110,15 @@ class HelperWeights(DealerWeights):
     def __init__(self, zero: Key, two: Key, shapes: Mapping[str, Shape]) -> None:
         super().__init__(zero, shapes)
         self._zero, self._two = zero, two
+        self._tables = _Tables()
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """(W_2, W_0)."""
+        shape = self._shapes[name]
+        return summand(self._two, name, shape), summand(self._zero, name, shape)
+
+    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]:
+        return self._tables.get(name, ring_bits, self.pair)
 
     def mask(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -98,7 +130,11 @@ class PublicWeights(ServerWeights):
 
     def __init__(self, party: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
-        self._party = party
+        self._party, self._tables = party, _Tables()
+
+    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]:
+        """Twice the table itself."""
+        return self._tables.get(name, ring_bits, lambda n: (self._tensors[n],) * 2)
 
     def summand(self, name: str) -> Tensor | None:
         return None if self._party else super().summand(name)
