@@ -37,7 +37,7 @@ from secure.deployments import three_party
 from secure.program import VERSION, Program
 from secure.tokens import tokenize
 
-GRACE = 5.0  # seconds that the other party has to say why, when one has failed
+GRACE = 2.0  # seconds that the other party has to say why, when one has failed
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,12 @@ class ThreePartyConnection:
         calls = [stub.Ask.future(iter(parts)) for stub, parts in zip(self._stubs, messages, strict=False)]
         ended = threading.Event()
 
+        failed: list[Any] = []
+
         def look(done: Any) -> None:
-            if done.code() != grpc.StatusCode.OK or all(call.done() for call in calls):
+            if done.code() != grpc.StatusCode.OK:
+                failed.append(done)
+            if failed or all(call.done() for call in calls):
                 ended.set()
 
         for call in calls:
@@ -183,11 +187,10 @@ class ThreePartyConnection:
         finally:
             for call in calls:
                 call.cancel()
-        # a party that cannot be reached explains more than one that waited for it, so it is told first
-        order = sorted(range(len(calls)), key=lambda i: calls[i].code() != grpc.StatusCode.UNAVAILABLE)
-        order = [i for i in order if calls[i].code() != grpc.StatusCode.CANCELLED] or order
+        # what failed first is nearest to the cause; a party that cannot be reached explains more than who waited for it
+        first = sorted(failed, key=lambda call: call.code() != grpc.StatusCode.UNAVAILABLE)[:1]
         answers: dict[int, pb.Answer] = {}
-        for party in order:
+        for party in sorted(range(len(calls)), key=lambda i: calls[i] not in first):
             with calling(
                 f"party {party}", self._at[party], f"start it with: unseen party --id {party}", doing="asking"
             ):

@@ -16,7 +16,10 @@ from parties.three_party.shares import PartyShare
 from parties.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
+from protocols.three_party import SharedLinear
+from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import HELPER
+from protocols.three_party.weights import SharedWeights
 from secure.program import VERSION
 
 DEPLOYMENT = "three-party"
@@ -30,6 +33,20 @@ class PartyService(PartyServicer):
     def __init__(self, share: PartyShare, *, deadline: float) -> None:
         self.share, self.deadline = share, deadline
         self.log = logging.getLogger(f"unseen.party-{share.party}")
+        self._pack()
+
+    def _pack(self) -> None:
+        """What the first query would otherwise wait for."""
+        weights, circuit = self.share.weights, self.share.circuit
+        if circuit.lookups:
+            warm_up()
+        for _, p in circuit.lookups.values():
+            weights.tables(p.table, p.ring)
+        if isinstance(weights, SharedWeights):
+            for instruction in circuit.circuit:
+                linear = instruction.protocol
+                if isinstance(linear, SharedLinear) and not linear.diagonal:
+                    weights.pack(linear.weight, linear.ring)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.PartyDescription:
         m = self.share.manifest

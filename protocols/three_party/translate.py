@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from protocols.circuit import Circuit, Instruction, total_cost
 from protocols.local import AddWeight
@@ -29,12 +30,12 @@ class Translated:
     output: int
     origin: tuple[int, ...]
 
-    @property
+    @cached_property
     def cost(self) -> Cost:
         """``to_client``: party 0 to 1; ``to_server``: 1 to 0; ``offline_to_server``: 2 to 0. Rounds are of 0 and 1."""
         return total_cost(self.circuit)
 
-    @property
+    @cached_property
     def weight_rings(self) -> Mapping[str, int]:
         """Every weight that is read, and the widest ring in which it is."""
         rings: dict[str, int] = {}
@@ -45,12 +46,12 @@ class Translated:
                 rings[name] = max(p.ring, rings.get(name, 0))
         return rings
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, tuple[int, SharedInput]]:
         """Instruction and protocol of each input that the client shares, by name."""
         return {p.name: (i, p) for i, p in self._entries if not isinstance(p, LookedUp)}
 
-    @property
+    @cached_property
     def lookups(self) -> dict[str, tuple[int, LookedUp]]:
         """Instruction and protocol of each look-up, by name."""
         return {p.name: (i, p) for i, p in self._entries if isinstance(p, LookedUp)}

@@ -75,11 +75,14 @@ class SharedWeights(Weights):
         if diagonal:
             left, w_1 = self._left(name), self._masked[name]
             return value * left - mask * w_1
-        key = (name, ring_bits)
-        if key not in self._packed:
+        self.pack(name, ring_bits)
+        return self._packed[name, ring_bits].times(torch.cat([value, -mask], dim=-1))
+
+    def pack(self, name: str, ring_bits: int) -> None:
+        """Bring a matrix into the form that products modulo 2^ring_bits take; once is enough."""
+        if (name, ring_bits) not in self._packed:
             stacked = torch.cat([self._left(name), self._masked[name]])
-            self._packed[key] = Matrix(stacked, ring_bits, signed=False)
-        return self._packed[key].times(torch.cat([value, -mask], dim=-1))
+            self._packed[name, ring_bits] = Matrix(stacked, ring_bits, signed=False)
 
     def _left(self, name: str) -> Tensor:
         """What z is multiplied with: W_0, or W_1 + W_2."""
