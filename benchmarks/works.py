@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import secure
 from approximations.activations import GELU_FORMS
+from approximations.division import reciprocal
 from benchmarks.peers import works as peers
 from benchmarks.peers.works import Array
 from parties.model import PACKAGED, compile_text_model, model_directory, text_inputs
@@ -28,11 +29,14 @@ from protocols.fixedpoint import FixedPoint
 from protocols.local import AddWeight, Indicators
 from protocols.protocol import Protocol, plane_shape
 from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
-from secure.compiler import Compiled
+from secure.compiler import Compiled, finish
+from secure.lower import Lowered
 from secure.polynomial import freeze_untrained
+from secure.ranges import Ranges
 from secure.recipe import Recipe
 from secure.swap import polynomialize
 from secure.tokens import TextTokenizer
+from secure.trace import Trace, WeightRef
 
 Built = tuple[Compiled, TextTokenizer, bytes]
 
@@ -56,6 +60,8 @@ HOW = {
     "layernorm": "secret input; weight and bias held by the server",
     "compare": "x > 0 for all 64 bits of x, nothing left out; opening of x included, then bit to number and reveal",
     "multiply": "both operands secret: each opened under a mask once, then a local product and a truncation",
+    "reciprocal": "input of the client, from 1/16 to 64",
+    "rsqrt": "input of the client, from 1/16 to 64",
     "bert": "one encoder layer on the client's hidden states, no mask; weights held by the server",
     "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table",
     "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
@@ -139,6 +145,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "softmax": lambda x: torch.softmax(x, -1),
     "compare": torch.relu,  # for its shapes alone, see ``comparison``
     "multiply": torch.mul,
+    "reciprocal": torch.rsqrt,  # for its shapes alone, see ``reciprocals``
+    "rsqrt": torch.rsqrt,
     "product": torch.matmul,
 }
 
@@ -183,6 +191,19 @@ def comparison(pattern: Compiled, mask: Tensor) -> Compiled:
     return Compiled(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
 
 
+def reciprocals(pattern: Compiled, samples: Sequence[Tensor]) -> Compiled:
+    """1 / x as a Program, put together by hand, as no module may divide by a secret; its input is ``pattern``'s."""
+    program, fixed = pattern.program, FixedPoint()
+    (spec,) = program.client_inputs
+    low, high = (float(f(torch.stack([f(x) for x in samples]))) for f in (torch.min, torch.max))
+    trace, weights = Trace(), {"mask": torch.zeros(spec.shape, dtype=torch.float64)}
+    x = trace.input(spec.name, spec.shape) + WeightRef("mask", spec.shape)
+    result = reciprocal(x, low, high)
+    lowered = Lowered(trace, [result], weights, program.client_graph, [spec], {})
+    ranges = Ranges.calibrate(trace, ({spec.name: x.double()} for x in samples), weights, fixed.margin_bits)
+    return finish(lowered, ranges, fixed, {}, {})
+
+
 # jobs
 
 
@@ -193,11 +214,14 @@ def without_text(compiled: Compiled) -> Built:
 
 def like(x: Tensor, seed: int) -> Tensor:
     """Another tensor from the same distribution; in steps of 1/1024, so that differences are exact in float32."""
+    if float(x.min()) > 0:  # logarithms that are spread evenly
+        low, high = float(x.min().log2()), float(x.max().log2())
+        return torch.exp2(torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) * (high - low) + low)
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) * x.std()
     return torch.round(drawn * 1024) / 1024
 
 
-def operation(name: str) -> Job:
+def operation(name: str, approximations: str) -> Job:
     """A work whose arrays are the peers'."""
     work = peers.make(COUNTERPARTS.get(name, name.replace("product", "matmul", 1)))
     kind = name.split()[0] if work.kind != "encoder" else "encoder"
@@ -206,6 +230,8 @@ def operation(name: str) -> Job:
     masks, given = {n: like(x, 100 + i) for i, (n, x) in enumerate(actual.items())}, "x"
     if kind in ("matmul", "encoder"):  # their input is the client's
         masks, given = {}, "input"
+    if kind in peers.INVERSES:  # so is theirs, but a Program reads something of the server's too
+        masks = {"x": torch.zeros_like(actual["x"])}
 
     def inputs(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {given if n == "x" else n: x - masks[n] if masks else x for n, x in values.items()}
@@ -213,12 +239,16 @@ def operation(name: str) -> Job:
     def build() -> Built:
         first, *others = (inputs({n: like(x, seed) for n, x in actual.items()}) for seed in range(CALIBRATION))
         compiled = secure.compile(module(work, kind, masks).eval(), first, calibration=others)
-        return without_text(comparison(compiled, masks["x"]) if kind == "compare" else compiled)
+        if kind == "compare":
+            compiled = comparison(compiled, masks["x"])
+        if kind == "reciprocal":
+            compiled = reciprocals(compiled, [like(x, seed) for seed in range(CALIBRATION) for x in actual.values()])
+        return without_text(compiled)
 
     return Job(name, inputs(actual), build, lambda: torch.from_numpy(np.asarray(work.expected[0], np.float64)))
 
 
-def minilm(name: str) -> Job:
+def minilm(name: str, approximations: str) -> Job:
     """The main job, on the sentence that the peers get."""
     from benchmarks.peers.export_minilm import fitting
     from secure.models import load_sentence_encoder, load_tokenizer
@@ -238,7 +268,7 @@ def minilm(name: str) -> Job:
     return Job(name, inputs, build, expected)
 
 
-def bert_base(name: str) -> Job:
+def bert_base(name: str, approximations: str) -> Job:
     """BERT-base of random weights, the same in every process."""
     length, polynomial = int(name.split()[1]), name.startswith("polynomial")
 
@@ -272,7 +302,7 @@ def bert_base(name: str) -> Job:
     return Job(name, ids(0), build, expected)
 
 
-def make(name: str) -> Job:
+def make(name: str, approximations: str = "default") -> Job:
     """The work of that name, the same at every call."""
     makers = {"minilm": minilm, "bert-base": bert_base, "polynomial-bert-base": bert_base}
-    return makers.get(name.split()[0], operation)(name)
+    return makers.get(name.split()[0], operation)(name, approximations)

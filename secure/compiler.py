@@ -79,7 +79,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
     clear_inputs = (trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
-    return _finish(lowered, ranges, fixed, tables, {"embedding": embedding, "gelu": gelu, **(labels or {})})
+    return finish(lowered, ranges, fixed, tables, {"embedding": embedding, "gelu": gelu, **(labels or {})})
 
 
 def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,9 +91,10 @@ def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor])
     return out
 
 
-def _finish(
+def finish(
     lowered: Lowered, ranges: Ranges, fixed: FixedPoint, tables: Mapping[str, Tensor], labels: Mapping[str, str]
 ) -> Compiled:
+    """The circuit of a lowered model, and its weights as integers."""
     program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
     integers = {}
     for key in weight_keys(program):

@@ -75,6 +75,8 @@ def function(work: Work, gelu: str) -> Function:
         "matmul": lambda a: (a["x"].matmul(a["y"]),),
         "multiply": lambda a: (a["x"] * a["y"],),
         "compare": lambda a: (a["x"] > 0,),
+        "reciprocal": lambda a: (a["x"].reciprocal(all_pos=True),),
+        "rsqrt": lambda a: (a["x"].inv_sqrt(),),
         "gelu": lambda a: (GELUS[gelu](a["x"]),),
         "softmax": lambda a: (a["x"].softmax(-1),),
         "layernorm": lambda a: (layer_norm(a["x"], a["weight"], a["bias"]),),

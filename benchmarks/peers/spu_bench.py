@@ -92,6 +92,8 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "matmul": lambda a: a["x"] @ a["y"],
     "multiply": lambda a: a["x"] * a["y"],
     "compare": lambda a: a["x"] > 0,
+    "reciprocal": lambda a: jnp.reciprocal(a["x"]),
+    "rsqrt": lambda a: jax.lax.rsqrt(a["x"]),
     "gelu": lambda a: gelu(a["x"]),
     "softmax": lambda a: softmax(a["x"]),
     "layernorm": lambda a: layer_norm(a["x"], a["weight"], a["bias"]),

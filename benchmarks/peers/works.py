@@ -26,6 +26,8 @@ PRIMITIVES = (
     "layernorm 128x768",
     "compare 393216",
     "multiply 393216",
+    "reciprocal 393216",
+    "rsqrt 393216",
 )
 TRANSFORMERS = ("bert layer", "minilm 32", "minilm 128")
 WORKS = (*PRIMITIVES, *TRANSFORMERS)
@@ -72,6 +74,13 @@ def softmax(x: Array) -> Array:
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
     d = x - x.mean(-1, keepdims=True)
     return np.asarray(d / np.sqrt((d * d).mean(-1, keepdims=True) + 1e-12) * weight + bias)
+
+
+INVERSES: dict[str, Callable[[Array], Array]] = {
+    "reciprocal": lambda x: np.asarray(1 / x),
+    "rsqrt": lambda x: np.asarray(1 / np.sqrt(x)),
+}
+"""Of numbers from 1/16 to 64."""
 
 
 def split(x: Array, heads: int) -> Array:
@@ -148,6 +157,8 @@ def make(name: str, weights: Path | None = None) -> Work:
 
     shape = tuple(int(n) for n in size.split("x"))
     x = normal(*shape, scale=1.0 if kind in ("matmul", "multiply") else 2.0)
+    if kind in INVERSES:
+        x = np.exp2(rng.uniform(-4.0, 6.0, shape)).astype(np.float32)
     if kind == "compare":  # a difference that fixed point rounds away would count as an error of one
         x = np.round(x * 1024) / np.float32(1024)
     d = x.astype(np.float64)
@@ -162,7 +173,12 @@ def make(name: str, weights: Path | None = None) -> Work:
         arrays |= {"weight": np.float32(1) + normal(shape[1], scale=0.05), "bias": normal(shape[1], scale=0.05)}
         expected = layer_norm(d, arrays["weight"].astype(np.float64), arrays["bias"].astype(np.float64))
     else:
-        functions: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "softmax": softmax, "compare": positive}
+        functions: dict[str, Callable[[Array], Array]] = {
+            "gelu": gelu,
+            "softmax": softmax,
+            "compare": positive,
+            **INVERSES,
+        }
         expected = functions[kind](d)
     return Work(name, kind, arrays, (expected,), owned)
 

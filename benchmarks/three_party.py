@@ -1,0 +1,223 @@
+"""Three servers beside SPU's ABY3, on the same works, all parties as processes of this machine.
+
+    python -m benchmarks.three_party [--work NAME ...] [--runs 3] [--peer .venv-spu] [--weights FILE] [--write]
+
+Ours: a model shared by its owner; a client that is none of the parties; one thread a party. Every work is run three
+ways: everything within the query (party 2 deals when it is asked), with corrections dealt ahead, and with public
+weights. Seconds are the client's, from sharing its input to holding the answer; SPU's leave out sharing and revealing.
+Bytes are what all parties and the client send, ahead or not. The work runs on ours, then on SPU, one system at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common, suite, works
+from parties import hosting
+from parties.three_party.client import ThreePartyConnection, connect_three
+from parties.three_party.shares import share_model
+
+RESULTS = common.RESULTS / "three_party.json"
+WORKS = tuple(name for name in works.WORKS if name not in works.OURS_ALONE and not name.startswith("product"))
+MODES = ("within", "ahead", "public weights")
+BARS = {"bert layer": (5.0, 0.5), "minilm 128": (5.0, 0.5)}
+"""How many times faster than the peer, and what part of its bytes."""
+
+DEADLINE = 300.0
+
+
+def share(name: str, directory: Path, approximations: str) -> None:
+    """Compile and share a work, in a process of its own, as it takes much memory."""
+    compiled, tokenizer, raw = works.make(name, approximations).build()
+    for public in (False, True):
+        where = directory / ("public" if public else "shared")
+        share_model(compiled, tokenizer if raw else None, raw, where, public_weights=public)
+
+
+@contextmanager
+def parties(directory: Path, ahead: int) -> Iterator[list[common.Service]]:
+    """Three ``unseen party`` processes, one thread each."""
+    with ExitStack() as stack:
+
+        def party(number: int, *options: str) -> common.Service:
+            command = ["party", "--id", str(number), "--share", str(directory / f"party-{number}"), *options]
+            command += ["--listen", "127.0.0.1:0", "--threads", "1", "--announce", "--deadline", str(DEADLINE)]
+            made = common.Service("parties.cli", *command)
+            stack.callback(made.stop)
+            return made
+
+        two = party(2)
+        zero = party(0, "--party-2", two.address, "--ahead", str(ahead))
+        one = party(1, "--party-0", zero.address, "--party-2", two.address)
+        yield [zero, one, two]
+
+
+def ask(connection: ThreePartyConnection, inputs: dict[str, torch.Tensor], runs: int, pause: float) -> torch.Tensor:
+    """One warm-up and ``runs`` queries; before each a pause in which party 2 may deal ahead."""
+    for number in range(1 + runs):
+        time.sleep(pause if number else 0.0)
+        result = connection.query(inputs)
+    return result
+
+
+def measure(name: str, runs: int, approximations: str = "default") -> dict[str, Any]:
+    """One work in every mode."""
+    job, row = works.make(name, approximations), dict[str, Any]()
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "benchmarks.three_party", "--share", name, "--to", directory]
+        common.run([*command, "--approximations", approximations])
+        for mode in MODES if approximations == "default" else MODES[:1]:
+            where = Path(directory) / ("public" if mode == "public weights" else "shared")
+            with (
+                parties(where, int(mode == "ahead")) as running,
+                connect_three([p.address for p in running], cache=False, deadline=DEADLINE) as connection,
+            ):
+                first = time.perf_counter()
+                connection.query(job.inputs)
+                pause = time.perf_counter() - first if mode == "ahead" else 0.0
+                connection.reports.clear()
+                result = ask(connection, job.inputs, runs, pause)
+                reports = connection.reports[1:]
+            each = [report.seconds for report in reports]
+            cost = reports[-1].cost
+            row[mode] = {
+                "seconds": round(statistics.median(each), 4),
+                "each": [round(s, 4) for s in each],
+                "rounds": cost.rounds,
+                "bytes between 0 and 1": cost.to_client + cost.to_server,
+                "bytes from 2": cost.offline_to_server,
+                "bytes of the client": reports[-1].sent + reports[-1].received,
+                "waited for corrections": round(statistics.median(r.waited_seconds for r in reports), 4),
+                "peak MB": [round(p.peak) for p in running],
+                **suite.accuracy(job, result),
+            }
+            row[mode]["bytes"] = sum(row[mode][k] for k in row[mode] if k.startswith("bytes "))
+    return row
+
+
+def compared(row: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """The peer's figures in units of ours with everything within the query."""
+    ours = row["within"]
+    return {
+        "times faster": round(peer["seconds"] / ours["seconds"], 2),
+        "part of the bytes": round(ours["bytes"] / peer["bytes"], 4),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    head = ["work", "within s", "ahead s", "public weights s", "rounds", "MB (from party 2)", "error"]
+    head += ["SPU s", "SPU MB", "SPU error", "faster", "bytes"]
+    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, row in results["ours"].items():
+        if "failed" in row:
+            rows.append(f"| {name} | failed |" + " |" * (len(head) - 2))
+            continue
+        ours = row["within"]
+        cells = [name, *(f"{row[m]['seconds']:.3f}" if m in row else "-" for m in MODES), str(ours["rounds"])]
+        cells += [f"{ours['bytes'] / 1e6:.2f} ({ours['bytes from 2'] / 1e6:.2f})", _error(ours)]
+        peer = results["peer"].get(works.counterpart(name.removesuffix(PUMA)) or "")
+        if peer and "failed" not in peer:
+            cells += [f"{peer['seconds']:.3f}", f"{peer['bytes'] / 1e6:,.1f}", _error(peer)]
+            ratio = row.get("compared") or compared(row, peer)
+            cells += [f"{ratio['times faster']:.1f}x", f"{ratio['part of the bytes']:.2f}"]
+        else:
+            cells += ["-"] * 5
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _error(row: dict[str, Any]) -> str:
+    if "cosine" in row:
+        return f"cos {row['cosine']:.6f}"
+    return f"{row.get('max error', row.get('max_error')):.1e}"
+
+
+PUMA = " (PUMA's approximations)"
+
+
+def run(names: list[str], runs: int, peer: suite.Peer | None, weights: Path | None, write: bool) -> dict[str, Any]:
+    results: dict[str, Any] = {"machine": common.machine("benchmarks.three_party"), "runs": runs}
+    results |= {"ours": {}, "peer": {}}
+    jobs = [(name, "default") for name in names]
+    jobs += [(name, "puma") for name in names if name.startswith(("gelu", "softmax", "bert", "minilm"))]
+    for name, approximations in sorted(jobs, key=lambda job: names.index(job[0])):
+        label = name if approximations == "default" else name + PUMA
+        suite.say(f"unseen: {label} ...")
+        try:
+            row = measure(name, runs, approximations)
+        except common.ChildFailed as error:
+            row = suite.failed(error)
+        results["ours"][label] = row
+        same = works.counterpart(name)
+        if peer is not None and same is not None:
+            if same not in results["peer"]:
+                suite.say(f"SPU: {same} ...")
+                try:
+                    report = peer.measure(same, runs, weights)
+                    results["peer"] |= report.pop("work")
+                    results["peer settings"] = report
+                except common.ChildFailed as error:
+                    results["peer"][same] = suite.failed(error)
+            if "failed" not in row and "failed" not in results["peer"][same]:
+                row["compared"] = compared(row, results["peer"][same])
+        suite.say(f"  {json.dumps(row)}\n  {results['peer'].get(same or '')}")
+        if write:
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def missed(results: dict[str, Any]) -> list[str]:
+    """Works that failed, and bars that were not met."""
+    out = [f"{name} failed" for name, row in results["ours"].items() if "failed" in row]
+    for name, (faster, part) in BARS.items():
+        ratio = results["ours"].get(name, {}).get("compared")
+        if ratio and (ratio["times faster"] < faster or ratio["part of the bytes"] > part):
+            out.append(f"{name}: {ratio}, the bar is {faster} times faster with {part} of the bytes")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", metavar="NAME", default=list(WORKS), choices=WORKS)
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs after the warm-up (default 3)")
+    parser.add_argument("--peer", metavar="DIRECTORY", help="SPU's environment, from benchmarks/peers/setup.sh spu")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="MiniLM for SPU; default: exported for the run")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}, after every work")
+    parser.add_argument("--table", action="store_true", help="print Markdown from that file, and measure nothing")
+    parser.add_argument("--share", choices=WORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--approximations", default="default", help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.table:
+        print(table(json.loads(RESULTS.read_text())))
+        return
+    torch.set_num_threads(1)
+    if o.share:
+        share(o.share, o.to, o.approximations)
+        return
+    hosting.settle()
+    peer = next(suite.parse_peers([f"spu={o.peer}"]), None) if o.peer else None
+    with tempfile.TemporaryDirectory() as directory:
+        weights = o.weights
+        if weights is None and peer and any(name.startswith("minilm") for name in o.work):
+            weights = suite.export_weights(Path(directory) / "minilm.npz")
+        results = run(o.work, o.runs, peer, weights, o.write)
+    print(table(results))
+    if found := missed(results):
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()
