@@ -9,12 +9,12 @@ division      reciprocal and inverse square root by range reduction
 powers        forms without comparisons: polynomials, inverse powers, Power-Softmax
 activations   relu, gelu, tanh, sigmoid, silu, abs
 softmax       softmax and attention, clipped before the row sum
-norms         layer_norm, l2_normalize
+norms         layer_norm, rms_norm, l2_normalize
 """
 
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
 from approximations.division import reciprocal, rsqrt
-from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm
+from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm, rms_norm
 from approximations.powers import polynomial, power, power_attend, power_scores
 from approximations.primitives import Piece, exp_neg, maximum, piecewise
 from approximations.softmax import attend, softmax
@@ -36,6 +36,7 @@ __all__ = [
     "power_scores",
     "reciprocal",
     "relu",
+    "rms_norm",
     "rsqrt",
     "sigmoid",
     "silu",

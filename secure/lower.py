@@ -62,7 +62,7 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
         if (
-            node.op in ("layer_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
+            node.op in ("layer_norm", "rms_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
             and node.visibility == "shared"
         ):
             readers.setdefault(node.inputs[0], []).append(node)
@@ -74,6 +74,8 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
         for reader in readers.get(node.id, ()):
             if reader.op in ("layer_norm", "polynomial_norm"):
                 measured = value.var(dim=tuple(reader.attrs.get("axes", (-1,))), unbiased=False)
+            elif reader.op == "rms_norm":
+                measured = value.square().mean(-1) + reader.attrs["eps"]
             elif reader.op == "l2_normalize":
                 measured = value.square().sum(dim=reader.attrs["dim"])
             else:
@@ -335,6 +337,7 @@ _HANDLED = (
     "linear",
     "embedding",
     "layer_norm",
+    "rms_norm",
     "l2_normalize",
     "rsqrt",
     "cat",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from approximations import Piece, l2_normalize, layer_norm, polynomial, polynomial_layer_norm, power, rsqrt
+from approximations import Piece, l2_normalize, layer_norm, polynomial, polynomial_layer_norm, power, rms_norm, rsqrt
 from approximations.powers import steps_for
 from secure.graph import Graph, Node, UnsupportedOperation
 from secure.polynomial import widened
@@ -47,6 +47,12 @@ class Normalizations:
         if list(node.attrs["axes"]) != [len(node.shape) - 1]:
             raise UnsupportedOperation(f"{node.path or 'model'}: layer_norm over axes {node.attrs['axes']}")
         return self._scaled(node, cast(Symbol, layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]), low, high)))
+
+    def _rms_norm(self, node: Node) -> Symbol:
+        x, (low, high), eps = self._symbol(node.inputs[0]), self._variance(node), float(node.attrs["eps"])
+        if self.compares:
+            return self._scaled(node, cast(Symbol, rms_norm(x, 1.0, eps, low - eps, high - eps)))
+        return self._scaled(node, x * self._root(x.square().mean(-1, keepdim=True) + eps, low, high))
 
     def _polynomial_norm(self, node: Node) -> Symbol:
         x, a = self._symbol(node.inputs[0]), node.attrs

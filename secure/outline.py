@@ -104,7 +104,7 @@ def _assume(graph: Graph, reach: float) -> Observed:
     seen = Observed(magnitude={node.id: reach for node in graph.nodes})
     readers = graph.consumers()
     for node in graph.nodes:
-        if node.op in ("layer_norm", "l2_normalize", "rsqrt"):
+        if node.op in ("layer_norm", "rms_norm", "l2_normalize", "rsqrt"):
             size = graph.nodes[node.inputs[0]].shape[-1] if node.op == "l2_normalize" else 1
             seen.variance[node.id] = (SMALLEST_VARIANCE, size * reach**2)
         if node.op in ("power", "polynomial_norm"):
