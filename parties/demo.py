@@ -82,6 +82,7 @@ def run(
     length: int,
     embedding: str,
     gelu: str,
+    approximations: str,
     texts: Sequence[str],
     traces: Path | None = None,
 ) -> int:
@@ -89,17 +90,14 @@ def run(
     directory = TraceDirectory(traces).path if traces else None
     before = set(directory.iterdir()) if directory else set()
     profiling = ["--profile", str(directory)] if directory else []
-    code = _run(console, model, [*_served(length, embedding, gelu), *profiling], [*texts, *profiling])
+    served = ["--length", str(length), "--embedding", embedding, "--gelu", gelu, "--approximations", approximations]
+    code = _run(console, model, [*served, *profiling], [*texts, *profiling])
     # the server has ended by now, so its last trace is there too
     for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():
         name = path.name.removeprefix("client-")
         both = merged([path, path.with_name(f"server-{name}")], path.with_name(f"both-{name}"))
         console.print(both, markup=False, soft_wrap=True)
     return code
-
-
-def _served(length: int, embedding: str, gelu: str) -> list[str]:
-    return ["--length", str(length), "--embedding", embedding, "--gelu", gelu]
 
 
 def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[str]) -> int:
