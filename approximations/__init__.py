@@ -7,22 +7,28 @@ primitives    what a value must offer: piecewise polynomials, e^-x, row maximum
 fits          minimax polynomials (Remez exchange), least squares
 division      reciprocal and inverse square root by range reduction
 powers        forms without comparisons: polynomials, inverse powers, Power-Softmax
+norms         layer_norm, rms_norm, l2_normalize
+puma          the published forms of PUMA, beside ours
 activations   relu, gelu, tanh, sigmoid, silu, abs
 softmax       softmax and attention, clipped before the row sum
-norms         layer_norm, l2_normalize
+choice        which of them stand for a model's operations, by name
 """
 
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
+from approximations.choice import APPROXIMATIONS, Functions, choose
 from approximations.division import reciprocal, rsqrt
-from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm
+from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm, rms_norm
 from approximations.powers import polynomial, power, power_attend, power_scores
 from approximations.primitives import Piece, exp_neg, maximum, piecewise
 from approximations.softmax import attend, softmax
 
 __all__ = [
+    "APPROXIMATIONS",
+    "Functions",
     "Piece",
     "absolute",
     "attend",
+    "choose",
     "exp_neg",
     "gelu",
     "l2_normalize",
@@ -36,6 +42,7 @@ __all__ = [
     "power_scores",
     "reciprocal",
     "relu",
+    "rms_norm",
     "rsqrt",
     "sigmoid",
     "silu",

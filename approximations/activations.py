@@ -15,18 +15,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from approximations import puma
 from approximations.fits import minimax
 from approximations.primitives import IDENTITY, ZERO, Piece, Value, constant, piecewise
 
 _GELU_FITS = {"cubic": ((0.0, 1.5, 3.7), 3), "quartic": ((0.0, 3.25), 4)}
 GELU_FORMS = (*_GELU_FITS, "puma")
-
-_PUMA = (
-    ZERO,
-    Piece((-0.5054031199708174, -0.42226581151983866, -0.11807612951181953, -0.011034134030615728)),
-    Piece((0.008526321541038084, 0.5, 0.3603292692789629, 0.0, -0.037688200365904236, 0.0, 0.0018067462606141187)),
-    IDENTITY,
-)
 
 
 def relu(x: Value) -> Value:
@@ -45,7 +39,7 @@ def _bump(a: Tensor) -> Tensor:
 def gelu(x: Value, form: str = "cubic") -> Value:
     """x Phi(x), in one of GELU_FORMS."""
     if form == "puma":
-        return piecewise(x, [-4.0, -1.95, 3.0], _PUMA)
+        return puma.gelu(x)
     if form not in _GELU_FITS:
         raise ValueError(f"unknown GeLU form {form!r}\nhint: one of {', '.join(GELU_FORMS)}")
     return _even_bump(x, _bump, *_GELU_FITS[form])

@@ -1,4 +1,4 @@
-"""LayerNorm and L2 normalization: both scale-invariant, which saves the divisions by n.
+"""LayerNorm, RMSNorm and L2 normalization: scale-invariant, which saves the divisions by n.
 
 With d = n x - sum(x), LayerNorm is d sqrt(n) / sqrt(sum d^2): the mean is never rounded, and the power of two that
 brings d back to size is free (PUMA section 4.5 likewise takes the sum of squares and one inverse square root).
@@ -38,6 +38,13 @@ def polynomial_layer_norm(
         total, -0.5, unit * (low + eps), unit * (high + eps), degree, steps, math.sqrt(n) * 2 ** (-halves / 2)
     )
     return d * scale * weight + bias
+
+
+def rms_norm(x: Value, weight: Value, eps: float, low: float, high: float) -> Value:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; ``low``, ``high``: the range of the mean square."""
+    n = x.shape[-1]
+    squares = x.square().sum(-1, keepdim=True)
+    return x * rsqrt(squares + n * eps, n * (low + eps), n * (high + eps), math.sqrt(n)) * weight
 
 
 def l2_normalize(x: Value, low: float, high: float) -> Value:

@@ -60,13 +60,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--embedding", default="client-table")
     parser.add_argument("--gelu", default="cubic")
+    parser.add_argument("--approximations", default="default", help="default or puma")
     parser.add_argument("--accuracy", help="a file of sentences, one a line, or 'builtin'")
     parser.add_argument("--count", type=int, default=100, help="sentences for accuracy")
     parser.add_argument("--write", action="store_true", help="write a results file")
     options = parser.parse_args()
     length = options.length
     report: dict[str, Any] = {"machine": common.machine("benchmarks.main_job"), "length": length}
-    report |= {"embedding": options.embedding, "gelu": options.gelu}
+    report |= {"embedding": options.embedding, "gelu": options.gelu, "approximations": options.approximations}
     report |= {"model": Path(options.model).name, "fraction bits": options.fraction_bits}
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
@@ -84,6 +85,7 @@ def main() -> None:
             str(length),
         ]
         served += ["--embedding", options.embedding, "--gelu", options.gelu, "--state", state]
+        served += ["--approximations", options.approximations]
         served += ["--fraction-bits", str(options.fraction_bits)]
         server = Service("parties.cli", *served, "--threads", "1", "--announce")
         stack.callback(server.stop)

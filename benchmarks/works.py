@@ -238,7 +238,8 @@ def operation(name: str, approximations: str) -> Job:
 
     def build() -> Built:
         first, *others = (inputs({n: like(x, seed) for n, x in actual.items()}) for seed in range(CALIBRATION))
-        compiled = secure.compile(module(work, kind, masks).eval(), first, calibration=others)
+        made = module(work, kind, masks).eval()
+        compiled = secure.compile(made, first, calibration=others, approximations=approximations)
         if kind == "compare":
             compiled = comparison(compiled, masks["x"])
         if kind == "reciprocal":
@@ -258,7 +259,9 @@ def minilm(name: str, approximations: str) -> Job:
     inputs = text_inputs(tokenizer, fitting(tokenizer, length), length)
 
     def build() -> Built:
-        return compile_text_model(PACKAGED, length, "client-table", GELU_FORMS[0], FixedPoint())
+        return compile_text_model(
+            PACKAGED, length, "client-table", GELU_FORMS[0], FixedPoint(), approximations=approximations
+        )
 
     def expected() -> Tensor:
         with torch.no_grad():
@@ -292,7 +295,9 @@ def bert_base(name: str, approximations: str) -> Job:
     def build() -> Built:
         # one is padded, as the range of the mask comes from calibration too
         first, *others = (ids(seed, length // seed) for seed in range(1, CALIBRATION + 1))
-        return without_text(secure.compile(model(), first, calibration=others, embedding="client-table"))
+        return without_text(
+            secure.compile(model(), first, calibration=others, embedding="client-table", approximations=approximations)
+        )
 
     def expected() -> Tensor:
         with torch.no_grad():

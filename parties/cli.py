@@ -29,6 +29,8 @@ from parties.model import PACKAGED, compile_text_model, model_directory, serve_r
 from parties.options import (
     BEST_GELU,
     ONE_HOT,
+    OURS,
+    Chosen,
     Deployment,
     Form,
     Length,
@@ -134,6 +136,7 @@ def serve(
     length: Length = 128,
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
+    approximations: Chosen = OURS,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     deployment: Where = Deployment.TWO_PARTY,
     refresh: Annotated[
@@ -181,7 +184,8 @@ def serve(
     hosting.check(listening, dealing)
     directory = TraceDirectory(traces) if traces else None
     _say(f"unseen serve: compiling {model} for {length} tokens ...")
-    compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, sentences)
+    form = (embedding.value, gelu.value, fixed, sentences)
+    compiled, tokenizer, raw = compile_text_model(model, length, *form, approximations=approximations.value)
     ready = serve_ready(compiled, tokenizer, raw, state or state_directory())
     hosting.settle()  # from here on: what compiling took is given back
     service = InferenceService(ready, dealing, insecure=insecure, deadline=deadline, traces=directory)
@@ -293,6 +297,7 @@ def demo(
     length: Length = 128,
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
+    approximations: Chosen = OURS,
     traces: Traces = None,
     deployment: Where = Deployment.TWO_PARTY,
     digits: Annotated[
@@ -310,9 +315,10 @@ def demo(
     if deployment is Deployment.CKKS:
         raise PartyError("the demo of the ckks deployment is the one on digits", "add --digits")
     chosen = texts or list(demonstration.SENTENCES)
+    form = (embedding.value, gelu.value, approximations.value)
     if deployment is Deployment.THREE_PARTY:
-        raise typer.Exit(demonstration.run_three(out, model, length, embedding.value, gelu.value, chosen))
-    raise typer.Exit(demonstration.run(out, model, length, embedding.value, gelu.value, chosen, traces))
+        raise typer.Exit(demonstration.run_three(out, model, length, *form, chosen))
+    raise typer.Exit(demonstration.run(out, model, length, *form, chosen, traces))
 
 
 def app_main() -> None:

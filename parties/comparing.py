@@ -19,7 +19,7 @@ from torch import Tensor
 from parties.errors import PartyError, printable
 from parties.hosting import settle
 from parties.model import PACKAGED, calibration_inputs, model_directory, text_inputs
-from parties.options import ONE_HOT, Embedding, Gelu, Threads, read_texts
+from parties.options import ONE_HOT, OURS, Approximations, Embedding, Gelu, Threads, read_texts
 from parties.transport import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
@@ -49,6 +49,7 @@ HEADINGS = {
     "length": "tokens",
     "embedding": "embedding",
     "gelu": "GeLU",
+    "approximations": "approximations",
     "fraction_bits": "bits",
     "deployment": "deployment",
     "form": "form",
@@ -60,6 +61,9 @@ def compare_command(
     length: Annotated[list[int] | None, typer.Option(min=3, help=f"Padded length; {LENGTH} by default.")] = None,
     embedding: Annotated[list[Embedding] | None, typer.Option(help="One-hot by default.")] = None,
     gelu: Annotated[list[Gelu] | None, typer.Option(help="Form of GeLU; all of them by default.")] = None,
+    approximations: Annotated[
+        list[Approximations] | None, typer.Option(help="Ours by default; PUMA's have a GeLU of their own.")
+    ] = None,
     fraction_bits: Annotated[
         list[int] | None, typer.Option(help=f"Fraction bits of activations; {FRACTION_BITS} by default.")
     ] = None,
@@ -92,6 +96,7 @@ def compare_command(
         [e.value for e in embedding or [ONE_HOT]],
         [g.value for g in gelu or Gelu],
         fraction_bits or [FRACTION_BITS],
+        approximations=[a.value for a in approximations or [OURS]],
         forms=FORMS if beside else FORMS[:1],
     )
     held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]

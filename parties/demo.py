@@ -84,6 +84,7 @@ def run(
     length: int,
     embedding: str,
     gelu: str,
+    approximations: str,
     texts: Sequence[str],
     traces: Path | None = None,
 ) -> int:
@@ -91,7 +92,8 @@ def run(
     directory = TraceDirectory(traces).path if traces else None
     before = set(directory.iterdir()) if directory else set()
     profiling = ["--profile", str(directory)] if directory else []
-    code = _run(console, model, [*_served(length, embedding, gelu), *profiling], [*texts, *profiling])
+    served = _served(length, embedding, gelu, approximations)
+    code = _run(console, model, [*served, *profiling], [*texts, *profiling])
     # the server has ended by now, so its last trace is there too
     for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():
         name = path.name.removeprefix("client-")
@@ -100,8 +102,8 @@ def run(
     return code
 
 
-def _served(length: int, embedding: str, gelu: str) -> list[str]:
-    return ["--length", str(length), "--embedding", embedding, "--gelu", gelu]
+def _served(length: int, embedding: str, gelu: str, approximations: str) -> list[str]:
+    return ["--length", str(length), "--embedding", embedding, "--gelu", gelu, "--approximations", approximations]
 
 
 def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[str]) -> int:
@@ -120,13 +122,19 @@ def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[
 
 
 def run_three(
-    console: Console, model: str, length: int, embedding: str, gelu: str, texts: Sequence[str], *more: str
+    console: Console,
+    model: str,
+    length: int,
+    embedding: str,
+    gelu: str,
+    approximations: str,
+    texts: Sequence[str],
 ) -> int:
     """A model shared among three parties, each a process, and a client; the client's exit code."""
     with ExitStack() as stack:
         shares = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
         command, environment = hosting.child("parties.cli", "share-model", model, "--output", str(shares))
-        code = subprocess.call([*command, *_served(length, embedding, gelu), *more], env=environment)
+        code = subprocess.call([*command, *_served(length, embedding, gelu, approximations)], env=environment)
         if code:
             return code
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from approximations import APPROXIMATIONS
 from parties.errors import PartyError
 from parties.files import MASKED_WEIGHTS, TOKEN_TABLE, describe, pack_masked, store
 from parties.sessions import mask_key
@@ -87,7 +88,14 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
 
 
 def compile_text_model(
-    model: str, length: int, embedding: str, gelu: str, fixed_point: FixedPoint, sentences: Sequence[str] = ()
+    model: str,
+    length: int,
+    embedding: str,
+    gelu: str,
+    fixed_point: FixedPoint,
+    sentences: Sequence[str] = (),
+    *,
+    approximations: str = APPROXIMATIONS[0],
 ) -> tuple[Compiled, TextTokenizer, bytes]:
     """A sentence encoder compiled for one padded length, its tokenizer, and the tokenizer's file."""
     from secure.models import load_sentence_encoder
@@ -103,6 +111,7 @@ def compile_text_model(
         calibration=samples[1:],
         embedding=embedding,
         gelu=gelu,
+        approximations=approximations,
         fixed_point=fixed_point,
         labels={"model": Path(model).name, "length": str(length)},
     )

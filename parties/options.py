@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from parties.errors import PartyError
 from secure.lower import EMBEDDINGS
@@ -15,6 +16,7 @@ from secure.lower import EMBEDDINGS
 # Enums for typer's choices; their members come from the library.
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
+Approximations = StrEnum("Approximations", {a: a for a in APPROXIMATIONS})  # type: ignore[misc]
 
 
 class Deployment(StrEnum):
@@ -24,11 +26,13 @@ class Deployment(StrEnum):
 
 
 ONE_HOT, BEST_GELU = Embedding[EMBEDDINGS[0]], Gelu[GELU_FORMS[0]]
+OURS = Approximations[APPROXIMATIONS[0]]
 
 Where = Annotated[Deployment, typer.Option("--deployment", help="Who computes on what.")]
 Precision = Annotated[float, typer.Option("--precision", help="ckks: bits of the answer, of its largest value.")]
 Lookup = Annotated[Embedding, typer.Option("--embedding", help="How a client's tokens are looked up.")]
 Form = Annotated[Gelu, typer.Option("--gelu", help="The approximation of GeLU.")]
+Chosen = Annotated[Approximations, typer.Option("--approximations", help="Ours, or PUMA's, its GeLU among them.")]
 Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")]
 

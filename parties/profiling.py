@@ -19,7 +19,19 @@ from parties.errors import PartyError
 from parties.files import store
 from parties.hosting import settle
 from parties.model import PACKAGED, compile_text_model
-from parties.options import BEST_GELU, ONE_HOT, Deployment, Form, Length, Lookup, Precision, Threads, Where
+from parties.options import (
+    BEST_GELU,
+    ONE_HOT,
+    OURS,
+    Chosen,
+    Deployment,
+    Form,
+    Length,
+    Lookup,
+    Precision,
+    Threads,
+    Where,
+)
 from parties.reports import mb
 from parties.transport import measure_transport
 from protocols import kernels
@@ -46,6 +58,7 @@ def profile_command(
     length: Length = 128,
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
+    approximations: Chosen = OURS,
     polynomial: Annotated[
         bool, typer.Option(help="A shape as `unseen train` would leave it; a trained directory is so by itself.")
     ] = False,
@@ -82,7 +95,15 @@ def profile_command(
     checked_output(output, chosen)
     settle()
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    program = _program(model, length, embedding.value, gelu.value, FixedPoint(fraction_bits=fraction_bits), polynomial)
+    program = _program(
+        model,
+        length,
+        FixedPoint(fraction_bits=fraction_bits),
+        polynomial,
+        embedding.value,
+        gelu.value,
+        approximations.value,
+    )
     named = THREE_PARTY_PUBLIC if public_weights else deployment.value
     running = deployed(program, named)
     found = profile(running)
@@ -101,13 +122,16 @@ def profile_command(
     write_report(_rendered(chosen, document), output)
 
 
-def _program(model: str, length: int, embedding: str, gelu: str, fixed: FixedPoint, polynomial: bool) -> Program:
+def _program(
+    model: str, length: int, fixed: FixedPoint, polynomial: bool, embedding: str, gelu: str, approximations: str
+) -> Program:
     if is_shape(model):
         recipe = Recipe() if polynomial else None
-        return outline_shape(model, length, embedding=embedding, gelu=gelu, fixed_point=fixed, recipe=recipe)
+        form = {"embedding": embedding, "gelu": gelu, "approximations": approximations}
+        return outline_shape(model, length, **form, fixed_point=fixed, recipe=recipe)
     if polynomial:
         raise PartyError("--polynomial is for shapes", f"a trained model's directory, or one of {', '.join(SHAPES)}")
-    return compile_text_model(model, length, embedding, gelu, fixed)[0].program
+    return compile_text_model(model, length, embedding, gelu, fixed, approximations=approximations)[0].program
 
 
 def _rendered(form: str, document: Mapping[str, Any]) -> str:

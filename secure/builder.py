@@ -277,7 +277,8 @@ class Builder:
             return self.shared("mul", a, scalar=number)
         if isinstance(a, Node) and a == b:
             return self.shared("square", a)
-        return self._gelu(a, b) or self._gelu(b, a) or self.shared("mul", a, b)
+        known = self._gelu(a, b) or self._gelu(b, a) or self._rms_norm(a, b) or self._rms_norm(b, a)
+        return known or self.shared("mul", a, b)
 
     def _scaled(self, value: Value, op: str, number: float) -> Node | None:
         """The operand of ``value``, if that is ``op`` of it and about this number."""
@@ -302,6 +303,23 @@ class Builder:
         if square.op != "square" or square.inputs != (x.id,):
             return None
         return self.shared("gelu", x, approximate="tanh")
+
+    def _rms_norm(self, x: Value, factor: Value) -> Node | None:
+        """Recognize x * rsqrt(mean(x^2) + eps) over the last axis, and that times a weight of the server's."""
+        if not isinstance(x, Node):
+            return None
+        known = isinstance(factor, Tensor) or (isinstance(factor, Node) and factor.visibility == "server")
+        if known and x.op == "rms_norm" and len(x.inputs) == 1 and shape_of(factor) == x.shape[-1:]:
+            return self.shared("rms_norm", self.nodes[x.inputs[0]], factor, eps=x.attrs["eps"])
+        if not isinstance(factor, Node) or factor.op != "rsqrt":
+            return None
+        total = self.nodes[factor.inputs[0]]
+        eps = total.attrs.get("scalar", 0.0) if total.op == "add" else 0.0
+        mean = self.nodes[total.inputs[0]]
+        if eps <= 0 or mean.op != "mean" or mean.attrs != {"dims": [len(x.shape) - 1], "keepdim": True}:
+            return None
+        square = self.nodes[mean.inputs[0]]
+        return self.shared("rms_norm", x, eps=eps) if square.op == "square" and square.inputs == (x.id,) else None
 
     def finish(self, outputs: Sequence[Value]) -> Graph:
         """The graph of these results: nodes that none of them needs are dropped, except for inputs."""

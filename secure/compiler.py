@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols import two_party as tp
@@ -58,6 +59,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     calibration: Sequence[Sample] = (),
     embedding: str = "one-hot",
     gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Compiled:
@@ -68,18 +70,21 @@ def compile(  # the verb that torch uses; always written secure.compile
     embedding: "one-hot" (nothing revealed; the client sends masked one-hot rows) or "client-table" (the owner lets
     clients hold the token table, and the look-up costs nothing).
     gelu: the form of GeLU, see ``approximations.gelu``.
+    approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
     Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
     """
     fixed = fixed_point or FixedPoint()
+    functions = choose(approximations, gelu)
     graph, parameters = capture(model, example_inputs)
     parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
     samples = [example_inputs, *calibration]
     seen = observe(graph, samples, parameters)
-    lowered = lower(graph, parameters, seen, fixed.margin_bits, embedding, gelu)
+    lowered = lower(graph, parameters, seen, fixed.margin_bits, embedding, functions)
     tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
     clear_inputs = (trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
-    return finish(lowered, ranges, fixed, tables, {"embedding": embedding, "gelu": gelu, **(labels or {})})
+    named = {"embedding": embedding, **functions.labels, **(labels or {})}
+    return finish(lowered, ranges, fixed, tables, named)
 
 
 def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -134,9 +134,11 @@ class Plan:
         return int(reach * 2.0 ** self.fraction[x] + 1).bit_length() + 1
 
     def slope_bits(self, i: int) -> int:
-        """Fraction bits that the slopes of piecewise i's linear pieces add."""
-        pieces = self.trace.primitives[i].attrs["pieces"]
-        return max([0, *(dyadic(p.coefficients[1])[1] for p in pieces if len(p.coefficients) == 2)])
+        """Fraction bits beyond its own that piecewise i's linear pieces have: of x and the slopes together."""
+        p = self.trace.primitives[i]
+        lift = self.fraction[i] - self.fraction[p.inputs[0]]
+        slopes = [piece.coefficients[1] for piece in p.attrs["pieces"] if len(piece.coefficients) == 2]
+        return max([0, *(dyadic(slope)[1] - lift for slope in slopes if slope)])
 
     def linear_ring(self, i: int) -> int:
         """The ring of a selection of linear pieces, before the slopes' bits are truncated."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from approximations.activations import GELU_FORMS
+from approximations import choose
 from protocols.ckks import noise
 from protocols.ckks.circuit import Vector, clear
 from protocols.ckks.cost import seconds
@@ -194,7 +194,7 @@ def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, lis
     """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
     graph, parameters = capture(model, samples[0])
     parameters = {k: blurred(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
-    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", GELU_FORMS[0])
+    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", choose())
     tables = _tables(lowered)
     inputs = [trace_inputs(lowered, s, tables) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs)

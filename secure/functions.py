@@ -51,11 +51,12 @@ def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
     if straight:
         q = e.plan.slope_bits(i)
         ring, scale = e.plan.linear_ring(i), e.plan.fraction[i]
+        lift = scale - e.plan.fraction[x]
         slopes, offsets = [], []
         for s in straight:
             intercept, slope = _line(pieces[s])
             m, shift = dyadic(slope)
-            slopes.append(m << (q - shift))
+            slopes.append(m << (q + lift - shift) if m else 0)
             offsets.append(round(intercept * 2.0 ** (scale + q)))
         chosen = _indicators(e, bits, rows, straight, p.shape)
         operands = (chosen, e.opened(x)) if any(slopes) else (chosen,)

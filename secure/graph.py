@@ -101,6 +101,7 @@ SHARED_OPERATIONS: Mapping[str, Callable[[Sequence[Tensor], Mapping[str, Any]], 
     "power": _power,
     "relu": lambda x, a: torch.relu(x[0]),
     "reshape": lambda x, a: x[0].reshape(a["shape"]),
+    "rms_norm": lambda x, a: F.rms_norm(x[0], x[0].shape[-1:], x[1] if len(x) > 1 else None, a["eps"]),
     "rsqrt": lambda x, a: torch.rsqrt(x[0]),
     "silu": lambda x, a: F.silu(x[0]),
     "slice": _slice,
@@ -111,7 +112,7 @@ SHARED_OPERATIONS: Mapping[str, Callable[[Sequence[Tensor], Mapping[str, Any]], 
     "tanh": lambda x, a: torch.tanh(x[0]),
 }
 """The operations on shared values and their meaning in the clear. Axes are never negative; "mul" and "add" have
-two operands or one and the attribute "scalar"; "linear" and "layer_norm" may lack their last operands."""
+two operands or one and the attribute "scalar"; "linear", "layer_norm" and "rms_norm" may lack their last operands."""
 
 
 @dataclass(frozen=True)

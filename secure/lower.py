@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from approximations import attend, gelu, relu, silu, softmax, tanh
+from approximations import Functions, relu, tanh
 from approximations.softmax import CLIP
 from secure.graph import MASKED, Graph, Node, UnsupportedOperation, evaluate, run
 from secure.normalizations import Normalizations
@@ -62,7 +62,7 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
         if (
-            node.op in ("layer_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
+            node.op in ("layer_norm", "rms_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
             and node.visibility == "shared"
         ):
             readers.setdefault(node.inputs[0], []).append(node)
@@ -74,6 +74,8 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
         for reader in readers.get(node.id, ()):
             if reader.op in ("layer_norm", "polynomial_norm"):
                 measured = value.var(dim=tuple(reader.attrs.get("axes", (-1,))), unbiased=False)
+            elif reader.op == "rms_norm":
+                measured = value.square().mean(-1) + reader.attrs["eps"]
             elif reader.op == "l2_normalize":
                 measured = value.square().sum(dim=reader.attrs["dim"])
             else:
@@ -87,12 +89,17 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
 
 
 def lower(
-    graph: Graph, parameters: Mapping[str, Tensor], seen: Observed, margin_bits: int, embedding: str, gelu_form: str
+    graph: Graph,
+    parameters: Mapping[str, Tensor],
+    seen: Observed,
+    margin_bits: int,
+    embedding: str,
+    functions: Functions,
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64."""
     if embedding not in EMBEDDINGS:
         raise ValueError(f"unknown embedding {embedding!r}\nhint: one of {', '.join(EMBEDDINGS)}")
-    return _Lowering(graph, parameters, seen, margin_bits, embedding, gelu_form).run()
+    return _Lowering(graph, parameters, seen, margin_bits, embedding, functions).run()
 
 
 class _Lowering(Normalizations):
@@ -103,10 +110,10 @@ class _Lowering(Normalizations):
         seen: Observed,
         margin_bits: int,
         embedding: str,
-        gelu_form: str,
+        functions: Functions,
     ) -> None:
         self.graph, self.parameters, self.seen = graph, parameters, seen
-        self.margin, self.embedding, self.gelu_form = 2.0**margin_bits, embedding, gelu_form
+        self.margin, self.embedding, self.functions = 2.0**margin_bits, embedding, functions
         self.device = next((v.device for v in parameters.values()), torch.device("cpu"))  # "meta": shapes alone
         self.readers = graph.consumers()
         self.trace = Trace()
@@ -217,9 +224,9 @@ class _Lowering(Normalizations):
             "expand": lambda: x.expand(node.shape),
             "permute": lambda: x.permute(a["dims"]),
             "slice": lambda: x.slice(a["dim"], a["start"], a["stop"], a["step"]),
-            "gelu": lambda: gelu(x, self.gelu_form),
+            "gelu": lambda: self.functions.gelu(x),
             "relu": lambda: relu(x),
-            "silu": lambda: silu(x),
+            "silu": lambda: self.functions.silu(x),
             "tanh": lambda: tanh(x),
         }
         if node.op not in simple:
@@ -274,7 +281,7 @@ class _Lowering(Normalizations):
         left, right = node.inputs
         softmaxed = self.graph.nodes[left]
         if softmaxed.op == "softmax" and left != right and self._divides_later(softmaxed):
-            return cast(Symbol, attend(self._symbol(softmaxed.inputs[0]), self._symbol(right)))
+            return cast(Symbol, self.functions.attend(self._symbol(softmaxed.inputs[0]), self._symbol(right)))
         return self._symbol(left) @ self._symbol(right)
 
     def _softmax(self, node: Node) -> Symbol:
@@ -284,7 +291,7 @@ class _Lowering(Normalizations):
                 f"{node.path or 'model'}: softmax over dimension {node.attrs['dim']}\n"
                 "hint: only the last dimension is supported"
             )
-        return x if self._divides_later(node) else softmax(x)
+        return x if self._divides_later(node) else cast(Symbol, self.functions.softmax(x))
 
     def _divides_later(self, node: Node) -> bool:
         """Whether the softmax is only ever the left operand of one matrix product, which can divide after it."""
@@ -335,6 +342,7 @@ _HANDLED = (
     "linear",
     "embedding",
     "layer_norm",
+    "rms_norm",
     "l2_normalize",
     "rsqrt",
     "cat",

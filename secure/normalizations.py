@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from approximations import Piece, l2_normalize, layer_norm, polynomial, polynomial_layer_norm, power, rsqrt
+from approximations import Functions, Piece, l2_normalize, polynomial, polynomial_layer_norm, power, rms_norm, rsqrt
 from approximations.powers import steps_for
 from secure.graph import Graph, Node, UnsupportedOperation
 from secure.polynomial import widened
@@ -25,6 +25,7 @@ class Normalizations:
 
     graph: Graph
     seen: Observed
+    functions: Functions
     margin: float
     compares: bool
     readers: tuple[tuple[int, ...], ...]
@@ -46,7 +47,14 @@ class Normalizations:
         x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
         if list(node.attrs["axes"]) != [len(node.shape) - 1]:
             raise UnsupportedOperation(f"{node.path or 'model'}: layer_norm over axes {node.attrs['axes']}")
-        return self._scaled(node, cast(Symbol, layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]), low, high)))
+        unit = self.functions.layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]), low, high)
+        return self._scaled(node, cast(Symbol, unit))
+
+    def _rms_norm(self, node: Node) -> Symbol:
+        x, (low, high), eps = self._symbol(node.inputs[0]), self._variance(node), float(node.attrs["eps"])
+        if self.compares:
+            return self._scaled(node, cast(Symbol, rms_norm(x, 1.0, eps, low - eps, high - eps)))
+        return self._scaled(node, x * self._root(x.square().mean(-1, keepdim=True) + eps, low, high))
 
     def _polynomial_norm(self, node: Node) -> Symbol:
         x, a = self._symbol(node.inputs[0]), node.attrs

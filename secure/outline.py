@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from secure.capture import capture
@@ -80,6 +81,7 @@ def outline(
     reach: float = REACH,
     embedding: str = "one-hot",
     gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Program:
@@ -87,16 +89,16 @@ def outline(
 
     Raises UnsupportedOperation and DoesNotFit as ``secure.compile`` does.
     """
-    fixed = fixed_point or FixedPoint()
+    fixed, functions = fixed_point or FixedPoint(), choose(approximations, gelu)
     graph, parameters = capture(model, example_inputs)
     shapes = {
         name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
         for name, v in parameters.items()
     }
-    lowered = lower(graph, shapes, _assume(graph, reach), 0, embedding, gelu)
+    lowered = lower(graph, shapes, _assume(graph, reach), 0, embedding, functions)
     polynomial = any(node.op in ("power", "polynomial_norm") for node in graph.nodes)
     ranges = Ranges.assume(lowered.trace, reach, polynomial=polynomial)
-    named = {"embedding": embedding, "gelu": gelu, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
+    named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     return emit_program(lowered, ranges, fixed, named)
 
 
@@ -104,7 +106,7 @@ def _assume(graph: Graph, reach: float) -> Observed:
     seen = Observed(magnitude={node.id: reach for node in graph.nodes})
     readers = graph.consumers()
     for node in graph.nodes:
-        if node.op in ("layer_norm", "l2_normalize", "rsqrt"):
+        if node.op in ("layer_norm", "rms_norm", "l2_normalize", "rsqrt"):
             size = graph.nodes[node.inputs[0]].shape[-1] if node.op == "l2_normalize" else 1
             seen.variance[node.id] = (SMALLEST_VARIANCE, size * reach**2)
         if node.op in ("power", "polynomial_norm"):
@@ -127,6 +129,7 @@ def outline_shape(
     *,
     embedding: str = "one-hot",
     gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     recipe: Recipe | None = None,
 ) -> Program:
@@ -151,7 +154,15 @@ def outline_shape(
     model = _Encoder(inner)
     inputs = {"input_ids": torch.zeros((1, length), dtype=torch.int64)}
     labels = {"model": shape if shape in SHAPES else Path(shape).parent.name, "length": str(length)}
-    return outline(model, inputs, embedding=embedding, gelu=gelu, fixed_point=fixed_point, labels=labels)
+    return outline(
+        model,
+        inputs,
+        embedding=embedding,
+        gelu=gelu,
+        approximations=approximations,
+        fixed_point=fixed_point,
+        labels=labels,
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Cost
@@ -46,9 +47,16 @@ class Variant:
     fraction_bits: int = FRACTION_BITS
     deployment: str = DEPLOYMENTS[0]
     form: str = FORMS[0]
+    approximations: str = APPROXIMATIONS[0]
 
     def __post_init__(self) -> None:
-        known_of = {"embedding": EMBEDDINGS, "gelu": GELU_FORMS, "deployment": DEPLOYMENTS, "form": FORMS}
+        known_of = {
+            "embedding": EMBEDDINGS,
+            "gelu": GELU_FORMS,
+            "deployment": DEPLOYMENTS,
+            "form": FORMS,
+            "approximations": APPROXIMATIONS,
+        }
         for what, known in known_of.items():
             if (value := getattr(self, what)) not in known:
                 raise ValueError(f"unknown {what} {value!r}\nhint: one of {', '.join(known)}")
@@ -59,7 +67,7 @@ class Variant:
 
     @property
     def words(self) -> dict[str, str]:
-        """Every setting for people; deployment and form only where they are not the first one."""
+        """Every setting for people; deployment, form and approximations only where they are not the first one."""
         words = {
             "length": f"{self.length} tokens",
             "embedding": self.embedding,
@@ -67,7 +75,9 @@ class Variant:
             "fraction_bits": f"{self.fraction_bits} bits",
         }
         if self.form != FORMS[0]:  # it has no GeLU
-            words = {k: self.form if k == "gelu" else word for k, word in words.items()}
+            words["gelu"] = self.form
+        elif self.approximations != APPROXIMATIONS[0]:  # GeLU is one of them
+            words["gelu"] = f"all {self.approximations}"
         return words if self.deployment == DEPLOYMENTS[0] else {**words, "deployment": self.deployment}
 
     @property
@@ -82,11 +92,17 @@ def variants(
     fraction_bits: Iterable[int] = (FRACTION_BITS,),
     deployments: Iterable[str] = DEPLOYMENTS[:1],
     forms: Iterable[str] = FORMS[:1],
+    approximations: Iterable[str] = APPROXIMATIONS[:1],
 ) -> list[Variant]:
-    """Every combination, each once; of the polynomial form there is one whatever the GeLU."""
-    combined = itertools.product(lengths, embeddings, gelus, fraction_bits, deployments, forms)
-    found = (Variant(*settings) for settings in combined)
-    return list(dict.fromkeys(v if v.form == FORMS[0] else replace(v, gelu=GELU_FORMS[0]) for v in found))
+    """Every combination, each once; of the polynomial form there is one, and of PUMA's, whatever the GeLU."""
+    combined = itertools.product(lengths, embeddings, gelus, fraction_bits, deployments, forms, approximations)
+    return list(dict.fromkeys(_plain(Variant(*settings)) for settings in combined))
+
+
+def _plain(variant: Variant) -> Variant:
+    if variant.form != FORMS[0]:
+        return replace(variant, gelu=GELU_FORMS[0], approximations=APPROXIMATIONS[0])
+    return replace(variant, gelu=choose(variant.approximations, variant.gelu).gelu_form)
 
 
 @dataclass(frozen=True)
@@ -210,6 +226,7 @@ def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mappi
         calibration=more,
         embedding=variant.embedding,
         gelu=variant.gelu,
+        approximations=variant.approximations,
         fixed_point=FixedPoint(fraction_bits=variant.fraction_bits),
         labels={"length": str(variant.length), **labels},
     )

@@ -33,7 +33,7 @@ from approximations import (
 from approximations.activations import GELU_FORMS
 from approximations.division import reciprocal_error, rsqrt_error
 from approximations.fits import minimax
-from approximations.primitives import bounded
+from approximations.primitives import IDENTITY, ZERO, bounded
 from protocols.fixedpoint import FixedPoint
 from secure.emit import DoesNotFit
 from secure.ranges import Ranges, dyadic
@@ -286,6 +286,19 @@ def test_pieces_under_the_protocol() -> None:
 
     run = run_function(function, x)
     assert largest(run.result - function(x)) <= 3e-4
+
+
+def test_linear_pieces_of_finer_and_of_coarser_scales() -> None:
+    """The selection of a line happens at the scales of its argument and its result, which may differ."""
+    x = torch.linspace(4, 900, 300, dtype=torch.float64)
+    assert largest(run_function(lambda v: relu(rsqrt(v, 4.0, 1000.0)), x).result - x.rsqrt()) <= 1e-4
+    x = torch.linspace(-4, 4, 800, dtype=torch.float64)
+
+    def function(v: Any) -> Any:
+        return piecewise(v, [0.0, 2.0], [ZERO, Piece((0.0, -1 / 32)), IDENTITY], 2**-8, 7)
+
+    near = (x - 2).abs() < 2**-7
+    assert largest((run_function(function, x).result - function(x))[~near]) <= 3e-4
 
 
 # ranges

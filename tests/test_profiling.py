@@ -49,6 +49,17 @@ def test_json_has_everything_and_exact_sums(shape: str) -> None:
     assert document["failure_probability"] == 0
 
 
+def test_approximations_are_chosen_by_name(shape: str) -> None:
+    found = {}
+    for name in ("default", "puma"):
+        code, output, _ = run(shape, "--length", "8", "--no-time", "--json", "--approximations", name)
+        assert code == 0
+        found[name] = json.loads(output)
+        assert found[name]["labels"]["approximations"] == name
+    assert "exponential" not in found["puma"]["kinds"]
+    assert found["puma"]["total"]["rounds"] > found["default"]["total"]["rounds"]
+
+
 def test_seconds_grow_with_the_network(shape: str, tmp_path: Path) -> None:
     output = tmp_path / "profile.json"
     networks = [option for name in ("loopback", "lan", "wan", "slow-wan") for option in ("--network", name)]

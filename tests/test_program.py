@@ -132,7 +132,12 @@ def test_two_compilations_have_one_digest() -> None:
     again = secure.compile(Classifier().eval(), points(4, 0), calibration=[points(4, s) for s in range(1, 20)])
     assert again.program.digest == first.program.digest
     assert again.weights_digest == first.weights_digest
-    assert again.program.labels == {"embedding": "one-hot", "gelu": "cubic", "ranges": "calibrated"}
+    assert again.program.labels == {
+        "embedding": "one-hot",
+        "gelu": "cubic",
+        "approximations": "default",
+        "ranges": "calibrated",
+    }
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import secure
+from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from parties import cli
 from parties.model import compile_text_model
@@ -58,6 +59,18 @@ def samples(length: int) -> Samples:
 
 
 # comparing
+
+
+def test_approximations_by_name(run: Run, tiny: list[str], directory: Path) -> None:
+    names = [word for name in APPROXIMATIONS for word in ("--approximations", name)]
+    ours, puma = compared(run, *tiny, "--gelu", "quartic", *names, "--count", "2")["variants"]
+    assert [row["settings"]["approximations"] for row in (ours, puma)] == list(APPROXIMATIONS)
+    assert puma["settings"]["gelu"] == "puma"
+    assert puma["lowest_cosine"] < ours["lowest_cosine"]
+    arguments = (str(directory), LENGTH, "one-hot", "quartic", secure.FixedPoint())
+    compiled = compile_text_model(*arguments, approximations="puma")[0]
+    assert compiled.program.labels["approximations"] == "puma"
+    assert puma["rounds"] == compiled.program.cost.rounds
 
 
 def test_costs_are_those_of_the_profiler() -> None:
@@ -175,14 +188,21 @@ def test_variants_are_every_combination_once() -> None:
         "fraction_bits": 14,
         "deployment": "two-party",
         "form": "exact",
+        "approximations": "default",
     }
     both = variants([8], gelus=["cubic", "puma"], forms=["exact", "polynomial"])
     assert [v.name for v in both if v.form == "polynomial"] == ["8 tokens, one-hot, polynomial, 16 bits"]
     assert len(both) == 3
+    both = variants([8], gelus=["cubic", "quartic"], approximations=APPROXIMATIONS)
+    assert [v.name for v in both] == [
+        f"8 tokens, one-hot, {form}, 16 bits" for form in ("cubic", "all puma", "quartic")
+    ]
     assert DEPLOYMENTS[0] == DEPLOYMENT
 
 
-@pytest.mark.parametrize("wrong", [{"embedding": "none"}, {"gelu": "exact"}, {"deployment": "four-party"}])
+@pytest.mark.parametrize(
+    "wrong", [{"embedding": "none"}, {"gelu": "exact"}, {"approximations": "bolt"}, {"deployment": "four-party"}]
+)
 def test_an_unknown_setting_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"unknown .*\nhint: one of "):
         Variant(8, **wrong)  # type: ignore[arg-type]
@@ -341,7 +361,10 @@ def test_unusable_texts(run: Run, tiny: list[str]) -> None:
         assert f"--texts: {path} {said}" in err
 
 
-@pytest.mark.parametrize("option", [["--gelu", "exact"], ["--embedding", "none"], ["--length", "2"], ["--count", "0"]])
+@pytest.mark.parametrize(
+    "option",
+    [["--gelu", "exact"], ["--approximations", "bolt"], ["--embedding", "none"], ["--length", "2"], ["--count", "0"]],
+)
 def test_values_that_no_option_takes(run: Run, option: list[str]) -> None:
     assert run(*option)[0] == 2
 

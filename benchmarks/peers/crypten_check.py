@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import secure
-from approximations.activations import GELU_FORMS
+from approximations import choose
 from approximations.primitives import Piece
 from benchmarks.peers import crypten_import
 from benchmarks.peers.works import free_ports
@@ -220,7 +220,7 @@ def lowered_model(model: nn.Module, samples: Sequence[Sample], embedding: str) -
     graph, parameters = capture(model, samples[0])
     parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
     seen = observe(graph, samples, parameters)
-    return lower(graph, parameters, seen, FixedPoint().margin_bits, embedding, GELU_FORMS[0])
+    return lower(graph, parameters, seen, FixedPoint().margin_bits, embedding, choose())
 
 
 def check_range(lowered: Lowered, given: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from parties import hosting
 from parties.endpoints import Endpoint
 from parties.model import PACKAGED, compile_text_model
-from parties.options import BEST_GELU, ONE_HOT, Form, Length, Lookup, Threads, read_texts
+from parties.options import BEST_GELU, ONE_HOT, OURS, Chosen, Form, Length, Lookup, Threads, read_texts
 from parties.reports import mb
 from parties.three_party.hosting import described, start
 from parties.three_party.shares import share_model
@@ -37,6 +37,7 @@ def share_model_command(
     length: Length = 128,
     embedding: Lookup = ONE_HOT,
     gelu: Form = BEST_GELU,
+    approximations: Chosen = OURS,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     public_weights: Annotated[
         bool, typer.Option("--public-weights", help="Let all parties know the weights: cheaper, inputs stay secret.")
@@ -50,7 +51,9 @@ def share_model_command(
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
     _say(f"unseen share-model: compiling {model} for {length} tokens ...")
     fixed = FixedPoint(fraction_bits=fraction_bits)
-    compiled, tokenizer, raw = compile_text_model(model, length, embedding.value, gelu.value, fixed, sentences)
+    compiled, tokenizer, raw = compile_text_model(
+        model, length, embedding.value, gelu.value, fixed, sentences, approximations=approximations.value
+    )
     for where in share_model(compiled, tokenizer, raw, output, public_weights=public_weights):
         size = sum(file.stat().st_size for file in where.iterdir())
         _say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")

@@ -1,0 +1,86 @@
+"""The approximations of PUMA (Dong et al., arXiv 2307.12533) with the published constants, to compare ours with.
+
+The paper takes maximum, reciprocal and inverse square root as given: here they are ours. In two places it had to be
+read with care: the clip at T_EXP comes *before* the row sum, as (1 - y/32)^32 grows again for y above 64 (Algorithm 2
+as printed clips after the division); and SiLU, for which the paper has no formula, is that of the authors' LLaMA
+example. RMSNorm has no form of its own there: Algorithm 3 without its mean is ours.
+"""
+
+from __future__ import annotations
+
+import math
+
+from approximations.division import reciprocal
+from approximations.norms import rms_norm
+from approximations.primitives import IDENTITY, ZERO, Piece, Value, bounded, maximum, piecewise, precise_product
+
+T_EXP = -14.0
+SQUARINGS = 5
+EPS = 1e-6
+TOLERANCE = 0.125  # what the maximum may be short by
+EXTRA_BITS = 2  # of the powers, whose rounding five squarings make 31 times as large; two cost no byte
+
+_GELU = (
+    ZERO,
+    Piece((-0.5054031199708174, -0.42226581151983866, -0.11807612951181953, -0.011034134030615728)),
+    Piece((0.008526321541038084, 0.5, 0.3603292692789629, 0.0, -0.037688200365904236, 0.0, 0.0018067462606141187)),
+    IDENTITY,
+)
+_SILU = (
+    ZERO,
+    Piece((-0.3067541139982155, -0.0819767021525476, -0.0055465625580307)),
+    Piece((0.0085064025895951, 0.5, 0.2281430841728270, 0.0, -0.011113046708173, 0.0, 0.0002743776353465)),
+    IDENTITY,
+)
+
+
+def gelu(x: Value) -> Value:
+    """Equation 2. Largest error 2.0e-2, at the knot 3."""
+    return piecewise(x, [-4.0, -1.95, 3.0], _GELU)
+
+
+def silu(x: Value) -> Value:
+    """Largest error 7.2e-2, at the knot 4."""
+    return piecewise(x, [-8.0, -4.0, 4.0], _SILU)
+
+
+def exp_neg(y: Value) -> Value:
+    """(1 - y/32)^32 in the place of e^-y, zero from y = 14 on; y at least -TOLERANCE. Largest error 8.5e-3.
+
+    Base and clip are one piecewise function of one comparison, which may be coarse: from y = 12 on the power is below
+    3e-7.
+    """
+    share = 2.0**-SQUARINGS
+    base = piecewise(y, [-T_EXP], [Piece((1.0, -share)), ZERO], 2.0, EXTRA_BITS)
+    power = bounded(base, 0.0, 1.0 + TOLERANCE * share)
+    for squaring in range(SQUARINGS):
+        power = precise_product(power, power, EXTRA_BITS if squaring < SQUARINGS - 1 else 0)
+    return power
+
+
+def _exponentials(x: Value) -> tuple[Value, Value]:
+    """Algorithm 2: the powers of a row, and the one reciprocal of their sum."""
+    e = exp_neg(maximum(x, TOLERANCE) - x + EPS)
+    n = x.shape[-1]
+    total = bounded(e.sum(-1, keepdim=True), 0.0, n * math.exp(TOLERANCE))
+    return e, reciprocal(total, 0.99, n * math.exp(TOLERANCE))
+
+
+def softmax(x: Value) -> Value:
+    """Over the last dimension."""
+    e, inverse = _exponentials(x)
+    return e * inverse
+
+
+def attend(scores: Value, values: Value) -> Value:
+    """softmax(scores) @ values, dividing after the product, as our own does."""
+    e, inverse = _exponentials(scores)
+    return (e @ values) * inverse
+
+
+def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, high: float) -> Value:
+    """Algorithm 3, over the last dimension: one inverse square root of the sum of squares, which takes sqrt(n) in.
+
+    ``low``, ``high``: the range of the variance.
+    """
+    return rms_norm(x - x.mean(-1, keepdim=True), weight, eps, low, high) + bias
