@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from parties.transport import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.calibration import HELD_OUT, SENTENCES
+from secure.deployments import DEPLOYMENTS, TWO_PARTY
 from secure.profile import LOOPBACK, NETWORKS, Network, find_network
 from secure.tokens import TextTokenizer, load_tokenizer
 from secure.whatif import (
@@ -56,6 +58,10 @@ HEADINGS = {
 }
 
 
+Compared = StrEnum("Compared", {d: d for d in DEPLOYMENTS})  # type: ignore[misc]
+DEPLOYMENTS_BY_DEFAULT = [Compared[TWO_PARTY]]
+
+
 def compare_command(
     model: Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
     length: Annotated[list[int] | None, typer.Option(min=3, help=f"Padded length; {LENGTH} by default.")] = None,
@@ -63,6 +69,9 @@ def compare_command(
     gelu: Annotated[list[Gelu] | None, typer.Option(help="Form of GeLU; all of them by default.")] = None,
     approximations: Annotated[
         list[Approximations] | None, typer.Option(help="Ours by default; PUMA's have a GeLU of their own.")
+    ] = None,
+    deployment: Annotated[
+        list[Compared] | None, typer.Option(help="Two parties by default; of three, 'server' is party 0.")
     ] = None,
     fraction_bits: Annotated[
         list[int] | None, typer.Option(help=f"Fraction bits of activations; {FRACTION_BITS} by default.")
@@ -97,6 +106,7 @@ def compare_command(
         [g.value for g in gelu or Gelu],
         fraction_bits or [FRACTION_BITS],
         approximations=[a.value for a in approximations or [OURS]],
+        deployments=[d.value for d in deployment or DEPLOYMENTS_BY_DEFAULT],
         forms=FORMS if beside else FORMS[:1],
     )
     held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]
