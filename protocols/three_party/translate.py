@@ -52,6 +52,8 @@ class Translated:
 
 def translate(circuit: Circuit, output: int, *, public: bool = False) -> Translated:
     """``output``: the Program's Reveal. ``public``: whether all three parties know the weights."""
+    if not isinstance(circuit[output].protocol, Reveal):
+        raise ValueError(f"the output, instruction {output}, is not a Reveal")
     translation = _Translation(circuit, public)
     for index, instruction in enumerate(circuit):
         if index != output:
