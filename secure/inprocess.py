@@ -56,7 +56,7 @@ class InsecureThreeParties:
             self._weights.append(HelperWeights(zero, two, shapes))
 
     def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
-        """The model's answer (float64) and what it took: ``cost`` between the parties, ``dealer_seconds`` of party 2."""
+        """The model's answer (float64) and what it took: ``cost`` among the parties, ``dealer_seconds`` of party 2."""
         circuit, output = self.translated.circuit, [self.translated.output]
         keys, split = (_key(), _key()), _key()
         start = time.perf_counter()

@@ -21,9 +21,9 @@ translate     a Program's circuit as one for three servers
 
 Costs of a product, an elementwise or a matrix one, however long its inner dimension: a ring element an output and
 party (2 to 0 ahead; 0 and 1 to each other when the result is next used, by then truncated, so shorter). Truncation is
-``local.Truncate``, which cannot fail at the top; comparison, bit times value, selection, maximum, reciprocal and inverse
-square root are the Program's own circuits of ``Compare``, ``OpenBits``, ``Select``, ``Polynomial``, ``Extend``. Bits
-become numbers by ``Select``; numbers become bits by ``Compare``.
+``local.Truncate``, which cannot fail at the top; comparison, bit times value, selection, maximum, reciprocal and
+inverse square root are the Program's own circuits of ``Compare``, ``OpenBits``, ``Select``, ``Polynomial``, ``Extend``.
+Bits become numbers by ``Select``; numbers become bits by ``Compare``.
 """
 
 from protocols.three_party.endpoints import SharedInput

@@ -30,7 +30,7 @@ class Translated:
 
     @property
     def cost(self) -> Cost:
-        """``to_client``: party 0 to 1; ``to_server``: 1 to 0; ``offline_to_server``: 2 to 0. The rounds are of 0 and 1."""
+        """``to_client``: party 0 to 1; ``to_server``: 1 to 0; ``offline_to_server``: 2 to 0. Rounds are of 0 and 1."""
         return total_cost(self.circuit)
 
     @property

@@ -9,9 +9,9 @@ For x W with x opened as z = x + r, r = r_0 + r_1:  x W = (z - r)(W_0 + W_1 + W_
     party 1    z (W_1 + W_2) - r_1 W_1        = [z, -r_1] [W_1 + W_2; W_1]
     party 2    -r (W_0 + W_2)
 
-Each of the first two is one matrix product of twice the inner dimension, whose right side is stacked, and packed for the
-matrix kernel, once. (Products of pairs as in ``sharing.product``, where x_0 W_0 and x_2 W_2 are counted by party 2, which
-thereby needs only r and W_0 + W_2.)
+Each of the first two is one matrix product of twice the inner dimension, whose right side is stacked, and packed for
+the matrix kernel, once. (Products of pairs as in ``sharing.product``, where x_0 W_0 and x_2 W_2 are counted by party 2,
+which thereby needs only r and W_0 + W_2.)
 """
 
 from __future__ import annotations
