@@ -356,7 +356,6 @@ def deliver(s: Setup) -> Check:
 def linear(s: Setup) -> Check:
     ring, width = s.number("ring", 2, 64), s.draw(st.sampled_from([1, 7, 33]), "in")
     wide, shape = s.number("delivered", ring, 64), (*s.draw(st.sampled_from([(), (5,), (2, 3)]), "batch"), width)
-    shape = shape if len(shape) > 1 else (1, width)
     a, x = s.secret(shape, wide)
     diagonal = s.draw(st.booleans(), "diagonal")
     out = width if diagonal else s.draw(st.sampled_from([1, 6, 17]), "out")

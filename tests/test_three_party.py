@@ -231,7 +231,6 @@ def test_summands_of_a_product(
 ) -> None:
     """Parties 0 and 1, and party 2's term, sum to x W; the diagonal where ``outer`` is 0. Twice: W is packed once."""
     diagonal, bits = outer == 0, min(64, ring_bits + stored)
-    batch = batch if diagonal else batch or (1,)  # the matrix kernel takes matrices
     w = values(seed, (inner,) if diagonal else (inner, outer))
     zero, one, helper = held_weights({"w": w}, {"w": bits})
     assert isinstance(zero, SharedWeights)
