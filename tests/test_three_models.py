@@ -21,7 +21,7 @@ from protocols.three_party import Translated, translate
 from protocols.three_party.weights import HelperWeights, SharedWeights, masked
 from protocols.weights import ServerWeights
 from protocols.wire import Wire, decode
-from secure import Compiled, plain_reference
+from secure import Compiled, inprocess, plain_reference
 from secure.inprocess import InsecureInProcess, InsecureThreeParties
 from tests.helpers import key
 from tests.test_program import answer, classifier, largest, points
@@ -72,6 +72,31 @@ def test_two_queries_and_two_deployments_share_nothing_but_the_answer() -> None:
     answers = [process.query(inputs)[0] for process in (*processes, *processes)]
     for other in answers[1:]:
         assert largest(answers[0] - other) < 2e-3
+
+
+def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds of the weights; then the two parties' keys and the client's seed, anew for each query."""
+    seeds, real = list[bytes](), inprocess.fresh_seed
+
+    def recorded() -> bytes:
+        seeds.append(real())
+        return seeds[-1]
+
+    monkeypatch.setattr(inprocess, "fresh_seed", recorded)
+    for public, of_weights in ((False, 2), (True, 0)):
+        seeds.clear()
+        process = InsecureThreeParties(classifier()[1], public_weights=public)
+        assert len(seeds) == of_weights
+        for number in (1, 2):
+            process.query(points(4, 5))
+            assert len(set(seeds)) == len(seeds) == of_weights + 3 * number
+    zero, one, _ = InsecureThreeParties(classifier()[1])._weights
+    assert isinstance(zero, SharedWeights)
+    assert isinstance(one, SharedWeights)
+    for name in translate(classifier()[1].program.circuit, classifier()[1].program.output).weight_rings:
+        (w_0, w_1), (same, w_2) = zero.pair(name), one.pair(name)
+        assert torch.equal(w_1, same)
+        assert not bool(((w_0 == w_2) | (w_0 == w_1) | (w_1 == w_2)).any())
 
 
 def test_costs_beside_those_of_two_parties() -> None:
