@@ -15,6 +15,7 @@ from torch import Tensor
 from protocols import ring
 from protocols import two_party as tp
 from protocols.circuit import Instruction, deal, reference
+from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Material, Step, Weights
 from protocols.steps import Traffic, run_pair
 from protocols.three_party import Translated, translate
@@ -76,10 +77,10 @@ def test_two_queries_and_two_deployments_share_nothing_but_the_answer() -> None:
 
 def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seeds of the weights; then the two parties' keys and the client's seed, anew for each query."""
-    seeds, real = list[bytes](), inprocess.fresh_seed
+    seeds = list[bytes]()
 
     def recorded() -> bytes:
-        seeds.append(real())
+        seeds.append(fresh_seed())
         return seeds[-1]
 
     monkeypatch.setattr(inprocess, "fresh_seed", recorded)
