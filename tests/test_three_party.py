@@ -229,7 +229,7 @@ def party_zero(weights: Any) -> tuple[Tensor, Tensor]:
 def test_summands_of_a_product(
     native: bool, seed: int, ring_bits: int, stored: int, batch: Shape, inner: int, outer: int
 ) -> None:
-    """Parties 0 and 1, and party 2's term, sum to x W; the diagonal where ``outer`` is 0. Twice: W is packed once."""
+    """Parties 0 and 1, and party 2's term, sum to x W; the diagonal where ``outer`` is 0. In two rings."""
     diagonal, bits = outer == 0, min(64, ring_bits + stored)
     w = values(seed, (inner,) if diagonal else (inner, outer))
     zero, one, helper = held_weights({"w": w}, {"w": bits})
@@ -237,18 +237,18 @@ def test_summands_of_a_product(
     assert isinstance(one, SharedWeights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matmul, "native", lambda: native)
-        for query_number in range(2):
+        for query_number, taken in enumerate((ring_bits, bits)):
             x, r_0, r_1 = (values(seed + 3 * query_number + i, (*batch, inner)) for i in range(1, 4))
             z = ring.reduce(x + r_0 + r_1, bits)
             total = (
-                zero.opened_product(z, r_0, "w", ring_bits, diagonal=diagonal)
-                + one.opened_product(z, r_1, "w", ring_bits, diagonal=diagonal)
-                - helper.multiply(r_0 + r_1, "w", ring_bits, diagonal=diagonal)
+                zero.opened_product(z, r_0, "w", taken, diagonal=diagonal)
+                + one.opened_product(z, r_1, "w", taken, diagonal=diagonal)
+                - helper.multiply(r_0 + r_1, "w", taken, diagonal=diagonal)
             )
             a, b = (t.numpy().astype(object) for t in (x, w))
-            expected = (a * b if diagonal else a @ b) % (1 << ring_bits)
+            expected = (a * b if diagonal else a @ b) % (1 << taken)
             assert tuple(total.shape) == expected.shape
-            assert (integers(total, ring_bits) == expected).all()
+            assert (integers(total, taken) == expected).all()
 
 
 # translation
