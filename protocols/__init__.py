@@ -15,6 +15,7 @@ steps        merging and driving steps; the in-memory channel
 local        steps without messages: sums, shapes, truncation
 ckks/        homomorphic evaluation: the server computes on ciphertexts
 two_party/   the protocols between client and server with a dealer
+three_party/ the protocols between three servers of which at most one is corrupted
 weights      what each party holds of the server's weights
 circuit      lists of protocols: execute, prepare, deal, reference
 """

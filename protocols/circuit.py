@@ -197,12 +197,12 @@ def execute(
     def start(index: int) -> None:
         instruction = circuit[index]
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
-        name = protocol.input_of(party)
-        if name is not None:
-            operands = ((inputs or {})[name],)
         if correlations.is_finished(index):
             finish(index, correlations.finished(index))
             return
+        name = protocol.input_of(party)
+        if name is not None:
+            operands = ((inputs or {})[name],)
         told.computing(index)
         material = correlations.take(index, protocol)
         resume(index, protocol.run(party, material, operands, weights), None)
