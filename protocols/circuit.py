@@ -66,7 +66,9 @@ class CorrelationReused(RuntimeError):
 
 
 class Supply(typing.Protocol):
-    """Corrections by instruction, each taken once; one that is still on its way is waited for."""
+    """Corrections by instruction, each taken once; one that is still on its way is waited for, and ``default`` is the
+    answer for an instruction that has none.
+    """
 
     def pop(self, index: int, default: bytes) -> bytes | memoryview: ...
 

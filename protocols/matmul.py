@@ -41,6 +41,8 @@ class Matrix:
             return matmul(x, self._value, self._ring)
         if x.is_meta:
             return x.new_empty((*x.shape[:-1], self._shape[-1]))
+        if x.dim() == 1:
+            return limbs.matmul(x[None], self._value, self._ring)[0]
         return limbs.matmul(x, self._value, self._ring)
 
 

@@ -60,7 +60,7 @@ class InsecureThreeParties:
         ]
 
     def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
-        """The model's answer (float64) and what it took; ``dealer_seconds`` are those of party 2."""
+        """The model's answer (float64) and what it took: ``cost`` among the parties, ``dealer_seconds`` of party 2."""
         circuit, output = self.translated.circuit, [self.translated.output]
         streams, split = (_key(), _key()), _key()
         start = time.perf_counter()
@@ -77,6 +77,8 @@ class InsecureThreeParties:
             zero_share = found.zero_share(streams[1], index)
             shares[1][name] = rows[1] + zero_share
             shares[0][name] = sum(rows[2:], rows[0]) - zero_share
+        # what party 2 sends party 0 within the query
+        rows_of_two = sum(p.cost().offline_to_server for _, p in self.translated.lookups.values())
         traffic = Traffic()
         zero, one = (
             execute(
@@ -86,7 +88,7 @@ class InsecureThreeParties:
         )
         (a,), (b,) = run_pair(zero, one, traffic)
         done = time.perf_counter()
-        cost = Cost(traffic.rounds, traffic.to_server, traffic.to_client, sum(map(len, ahead.values())))
+        cost = Cost(traffic.rounds, traffic.to_server, traffic.to_client, sum(map(len, ahead.values())) + rows_of_two)
         return self.program.decode(a + b), Report(cost, dealt - start, 0.0, done - dealt)
 
 

@@ -1,10 +1,12 @@
-"""Every protocol: its result against Python integers, its cost against its formula, over shapes, rings and sharings."""
+"""Every protocol: its result against Python integers, its cost against its formula, over shapes, rings and sharings;
+under two parties and a dealer, and under three with shared and with public weights.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from protocols import bits, kernels, local
+from protocols import bits, kernels, local, matmul, three_party
 from protocols import two_party as tp
-from protocols.circuit import Instruction, reference, total_cost
+from protocols.circuit import Instruction, reference
 from protocols.circuit import check as check_circuit
-from protocols.protocol import Cost, Protocol, Shape
+from protocols.protocol import Cost, Opening, Protocol, Shape
+from protocols.three_party import Translated
 from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
 from protocols.weights import ServerWeights
 from tests.helpers import (
@@ -34,6 +37,7 @@ from tests.helpers import (
     tensor,
     words,
 )
+from tests.three import cost_of, run_three, translated
 
 SHAPES: tuple[Shape, ...] = ((1,), (7,), (8,), (13,), (3, 5), (1, 1, 1), (2, 1, 9), (33,))
 
@@ -106,6 +110,10 @@ class Setup:
         self, shape: Shape, ring: int, low: int | None = None, high: int | None = None, near: tuple[int, ...] = ()
     ) -> tuple[int, Integers]:
         index, x = self.secret(shape, ring, low, high, near)
+        if self.draw(st.booleans(), "delivered, too"):  # then three parties open it once, in all of the 64 bits
+            p = self.circuit[index].protocol
+            self.circuit[index] = Instruction(replace(p, ring=64))  # type: ignore[type-var]
+            self.add(tp.Deliver(shape, 64), index)
         return self.add(tp.Open(shape, ring), index), x
 
     def opened_planes(self, shape: Shape, rows: int) -> tuple[int, Tensor]:
@@ -324,7 +332,8 @@ def reveal(s: Setup) -> Check:
 def open_(s: Setup) -> Check:
     shape = s.shape()
     ring = s.number("ring", 1, 64)
-    _, x = s.opened(shape, ring)
+    a, x = s.secret(shape, ring)
+    s.add(tp.Open(shape, ring), a)
     return exactly(x, ring)
 
 
@@ -347,7 +356,6 @@ def deliver(s: Setup) -> Check:
 def linear(s: Setup) -> Check:
     ring, width = s.number("ring", 2, 64), s.draw(st.sampled_from([1, 7, 33]), "in")
     wide, shape = s.number("delivered", ring, 64), (*s.draw(st.sampled_from([(), (5,), (2, 3)]), "batch"), width)
-    shape = shape if len(shape) > 1 else (1, width)
     a, x = s.secret(shape, wide)
     diagonal = s.draw(st.booleans(), "diagonal")
     out = width if diagonal else s.draw(st.sampled_from([1, 6, 17]), "out")
@@ -356,6 +364,36 @@ def linear(s: Setup) -> Check:
     s.weights["w"] = tensor(w)
     s.add(tp.Linear((*shape[:-1], out), ring, "w", diagonal), s.add(tp.Deliver(shape, wide), a))
     return exactly(x * w if diagonal else x @ w, ring)
+
+
+# of three parties: what they make of inputs and linear layers, further out than two parties go
+
+
+@case(three_party.SharedInput)
+def shared_input(s: Setup) -> Check:
+    return input_(s)
+
+
+@case(three_party.SharedLinear)
+def shared_linear(s: Setup) -> Check:
+    """Weights of all of the ring, and a value that is opened, and delivered more than once, in several rings."""
+    ring, inner = s.number("ring", 1, 64), s.draw(st.sampled_from([1, 2, 33, 130]), "in")
+    shape = (*s.draw(st.sampled_from([(1,), (5,), (2, 3), (2, 1, 4)]), "batch"), inner)
+    a, x = s.secret(shape, 64)
+    reads = [s.add(tp.Deliver(shape, s.number("delivered", ring, 64)), a) for _ in range(s.number("deliveries", 1, 2))]
+    if s.draw(st.booleans(), "opened"):
+        s.add(tp.Open(shape, s.number("opened", 1, 64)), a)
+    diagonal = s.draw(st.booleans(), "diagonal")
+    out = inner if diagonal else s.draw(st.sampled_from([1, 6, 17]), "out")
+    w = s.choose((inner,) if diagonal else (inner, out), 1 - 2**63, 2**63 - 1)
+    s.weights["w"] = tensor(w)
+    s.add(tp.Linear((*shape[:-1], out), ring, "w", diagonal), reads[-1])
+    return exactly(x * w if diagonal else x @ w, ring)
+
+
+@case(three_party.PublicLinear)
+def public_linear(s: Setup) -> Check:
+    return linear(s)
 
 
 # between openings
@@ -478,53 +516,83 @@ def exponential(s: Setup) -> Check:
 
 # the suite
 
+TWO, THREE, PUBLIC = DEPLOYMENTS = ("two", "three", "three-public")  # parties; PUBLIC: who all know the weights
+MADE_BY = {  # what only three parties have: the Program's protocol behind it, and where it is made
+    "shared_input": ("input", (THREE, PUBLIC)),
+    "shared_linear": ("linear", (THREE,)),
+    "public_linear": ("linear", (PUBLIC,)),
+}
+RUNS = [(kind, deployment) for kind in sorted(CASES) for deployment in MADE_BY.get(kind, (None, DEPLOYMENTS))[1]]
+
 
 def test_every_protocol_has_a_case() -> None:
-    assert sorted(CASES) == sorted(Protocol.registry)
+    elsewhere = {"looked_up"}  # it takes no part in the rounds: see tests/test_lookup.py
+    assert set(CASES) == set(Protocol.registry) - elsewhere
+    assert set(MADE_BY) == {kind for kind, p in Protocol.registry.items() if not p.in_programs} - elsewhere
 
 
-def measure(s: Setup, length: int, *, prepared: bool = False) -> Outcome:
-    return run_circuit(s.circuit[:length], s.inputs, weights=s.weights, prepared=prepared)
+def measure(s: Setup, length: int, deployment: str, *, prepared: bool = False) -> Outcome:
+    circuit = s.circuit[:length]
+    if deployment == TWO:
+        return run_circuit(circuit, s.inputs, weights=s.weights, prepared=prepared)
+    return run_three(circuit, s.inputs, s.weights, public=deployment == PUBLIC, prepared=prepared)
 
 
-@pytest.mark.parametrize("kind", sorted(CASES))
+def executed(circuit: list[Instruction], deployment: str) -> Translated:
+    """The circuit that the parties run."""
+    if deployment == TWO:
+        return Translated(tuple(circuit), len(circuit) - 1, circuit[-1].protocol.out, tuple(range(len(circuit))))
+    return translated(circuit, public=deployment == PUBLIC)
+
+
+@pytest.mark.parametrize(("kind", "deployment"), RUNS)
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_conforms(kind: str, data: st.DataObject) -> None:
+def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
     setup = Setup(data)
     check = CASES[kind](setup)
-    protocol, size = setup.circuit[-1].protocol, len(setup.circuit)
-    assert protocol.kind == kind
+    size = len(setup.circuit)
+    assert setup.circuit[-1].protocol.kind == MADE_BY.get(kind, (kind,))[0]
+    made = executed(setup.circuit, deployment)
+    protocol = made.circuit[made.output].protocol
+    assert protocol.kind == kind or kind in ("deliver", "input", "linear", "reveal")
     if kind != "add_weight":  # see test_a_weight_that_broadcasts_its_operand_is_accepted
-        check_circuit(setup.circuit, {name: tuple(w.shape) for name, w in setup.weights.items()})
+        shapes = {name: tuple(w.shape) for name, w in setup.weights.items()}
+        check_circuit(setup.circuit, shapes)
+        check_circuit(made.circuit, shapes)
 
     prepared, portable = (data.draw(st.booleans(), label=label) for label in ("prepared", "portable"))
     with pytest.MonkeyPatch.context() as patch:
         if portable:
             patch.setattr(kernels, "_fast", lambda x: False)
-        outcome = measure(setup, size, prepared=prepared)
+            patch.setattr(matmul, "native", lambda: False)
+        outcome = measure(setup, size, deployment, prepared=prepared)
     check(outcome.server[0], outcome.client[0])
-    assert outcome.cost == total_cost(setup.circuit)
+    assert outcome.cost == made.cost
 
-    before = measure(setup, size - 1).cost if size > 1 else Cost()
+    before = measure(setup, size - 1, deployment).cost if size > 1 else Cost()
     alone = Cost(*(b - a for a, b in zip(before.astuple(), outcome.cost.astuple(), strict=True)))
-    assert alone == protocol.cost()
-    assert len(outcome.corrections.get(size - 1, b"")) == protocol.cost().offline_to_server
+    assert alone == (protocol.cost() if deployment == TWO else cost_of(made, size - 1))
+    given = [outcome.corrections.get(i, b"") for i, origin in enumerate(made.origin) if origin == size - 1]
+    assert sum(map(len, given)) == alone.offline_to_server
 
     out, mine, theirs = protocol.out, outcome.server[0], outcome.client[0]
     for share in (mine, theirs):
         if isinstance(share, Tensor):
             assert tuple(share.shape) == out.shape
             assert share.dtype == out.dtype
+        elif isinstance(share, Opening):
+            assert tuple(share.value.shape) == tuple(share.mask.shape) == out.shape
 
     if protocol.error == "exact":
-        (plain,) = reference(setup.circuit, [size - 1], ServerWeights(setup.weights), setup.inputs)
-        if isinstance(plain, Tensor) and isinstance(mine, Tensor):
-            result = combine(mine, theirs)
-            if out.planes:
-                assert torch.equal(result, plain) or kind == "indicators"  # whose padding is junk
-            else:
-                assert (integers(result, out.bits) == integers(plain, out.bits)).all()
+        for circuit, output in ((setup.circuit, size - 1), (made.circuit, made.output)):
+            (plain,) = reference(circuit, [output], ServerWeights(setup.weights), setup.inputs)
+            if isinstance(plain, Tensor) and isinstance(mine, Tensor):
+                result = combine(mine, theirs)
+                if out.planes:
+                    assert torch.equal(result, plain) or kind == "indicators"  # whose padding is junk
+                else:
+                    assert (integers(result, out.bits) == integers(plain, out.bits)).all()
 
 
 # single protocols, closer

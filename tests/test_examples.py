@@ -134,6 +134,6 @@ def test_adding_a_protocol(load: Callable[..., Any], monkeypatch: pytest.MonkeyP
     @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def conforms(data: st.DataObject) -> None:
-        suite.hypothesis.inner_test("sum_squares", data)
+        suite.hypothesis.inner_test("sum_squares", data.draw(st.sampled_from(conformance.DEPLOYMENTS)), data)
 
     conforms()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from protocols import matmul, ring
+from protocols import matmul, ring, wire
 from protocols.three_party import dpf, lookup
 from protocols.three_party.dpf import Keys
+from protocols.three_party.endpoints import LookedUp
 from protocols.three_party.lookup import LookupKeys, Table, lookup_keys, lookup_products
 from protocols.wire import FrameError
+from tests.helpers import key
+from tests.three import held_weights
+from tests.uniformity import leaks
 
 EDGES = sorted({size for k in range(9) for size in (2**k - 1, 2**k, 2**k + 1) if size})
 DOMAINS = st.sampled_from(EDGES) | st.integers(1, 300)
@@ -267,3 +272,39 @@ def test_lookups_that_do_not_fit() -> None:
 
 def test_warm_up() -> None:
     lookup.warm_up()
+
+
+# as an input of a circuit
+
+
+def input_of(p: LookedUp, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The shares of parties 0 and 1, and what party 2 sends party 0."""
+    held: Any = held_weights({"t": table}, {"t": p.ring}, public=p.public)
+    keys, one = p.keys(ids), key()
+    assert [len(k) for k in keys] == [p.key_bytes] * (2 if p.public else 3)
+    rows = [p.rows_of(party, own, held[party]) for party, own in enumerate(keys)]
+    sent = ring.reduce(rows[2] - p.zero_share(one, 5), p.ring) if not p.public else torch.zeros(p.shape).long()
+    return rows[0] + sent, rows[1] + p.zero_share(one, 5), sent
+
+
+@settings(deadline=None, max_examples=30)
+@given(ids=st.lists(st.integers(0, 40), min_size=1, max_size=7), bits=st.integers(2, 64), public=st.booleans())
+def test_looked_up_rows_are_an_input(ids: list[int], bits: int, public: bool) -> None:
+    table, points = uniform(41, 3), torch.tensor([ids])
+    p = LookedUp((1, len(ids), 3), bits, "one-hot0/0", "t", 41, public)
+    if public:
+        table = ring.signed(table, bits)
+    zero, one, sent = input_of(p, points, table)
+    assert torch.equal(ring.reduce(zero + one, bits), ring.reduce(table[points], bits))
+    assert p.source == "one-hot0"
+    assert p.cost().offline_to_server == (0 if public else wire.Wire(tuple(sent.shape), bits).size)
+
+
+@pytest.mark.parametrize("bits", [64, 37])
+def test_what_party_2_contributes_is_uniform(bits: int) -> None:
+    """Of two extreme indices of a table with extreme rows alike."""
+    table = torch.zeros((300, 4), dtype=torch.int64)
+    table[299] = -1
+    p = LookedUp((2000, 4), bits, "one-hot0/0", "t", 300)
+    seen = [input_of(p, torch.full((2000,), index), table)[2] for index in (0, 299)]
+    assert not leaks([("first", seen[0], bits), ("last", seen[1], bits)])

@@ -5,8 +5,6 @@ The checks can fail: each is also run on a protocol that forgets a mask.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,64 +16,17 @@ from torch import Tensor
 
 from protocols import bits
 from protocols import two_party as tp
-from protocols.circuit import Instruction
+from protocols.circuit import Circuit, Instruction
 from protocols.protocol import CLIENT, SERVER, Draw, Exchange, Material, Opening, Protocol, Step, Weights, swap
+from protocols.three_party import Translated
+from protocols.three_party import weights as three_weights
 from protocols.weights import DealerWeights, ServerWeights
 from protocols.wire import Wire, decode
 from tests.helpers import key, octets, run_circuit, shared, shared_bits, words
+from tests.three import run_three, translated
+from tests.uniformity import View, difference, leaks, suspicious, upper_tail
 
 N = 1 << 15
-CERTAIN = 1e-10  # a false alarm once in ten thousand million checks
-View = tuple[str, Tensor, int]  # name, elements (int64 residues or bytes), bits of each
-
-
-# uniformity
-
-
-def upper_tail(chi_square: float, freedom: int) -> float:
-    """P(chi-square of that many degrees of freedom >= value), by Wilson and Hilferty's normal approximation."""
-    spread = 2 / (9 * freedom)
-    return 0.5 * math.erfc(((chi_square / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(2 * spread))
-
-
-def suspicious(x: Tensor, width: int) -> str | None:
-    """What is not uniform about the low ``width`` bits of many elements, or None."""
-    values = x.reshape(-1).numpy().view(np.uint64 if x.dtype == torch.int64 else np.uint8).astype(np.uint64)
-    for start in range(0, width, 8):
-        size = min(8, width - start)
-        column = ((values >> np.uint64(start)) & np.uint64((1 << size) - 1)).astype(np.int64)
-        counts = np.bincount(column, minlength=1 << size)
-        expected = len(values) / (1 << size)
-        p = upper_tail(float(((counts - expected) ** 2).sum() / expected), (1 << size) - 1)
-        if p < CERTAIN:
-            return f"bits {start}..{start + size - 1} are not uniform (p = {p:.1e})"
-        for bit in range(size):
-            ones = int(((column >> bit) & 1).sum())
-            p = math.erfc(abs(ones - len(values) / 2) / math.sqrt(len(values) / 2))
-            if p < CERTAIN:
-                return f"bit {start + bit} is one {ones} times of {len(values)}"
-    return None
-
-
-def difference(x: Tensor, y: Tensor) -> Tensor:
-    return x ^ y if x.dtype == torch.uint8 else x - y
-
-
-def leaks(views: list[View]) -> list[str]:
-    """Every reason to think that a party learns something: of single tensors, of neighbours, of pairs of tensors."""
-    found = []
-    for name, x, width in views:
-        flat = x.reshape(-1)
-        for what, values in ((name, flat), (f"{name}, neighbours", difference(flat[1:], flat[:-1]))):
-            reason = suspicious(values, width)
-            if reason:
-                found.append(f"{what}: {reason}")
-    for (a, x, p), (b, y, q) in itertools.combinations(views, 2):
-        if x.shape == y.shape and x.dtype == y.dtype:
-            reason = suspicious(difference(x, y), min(p, q))
-            if reason:
-                found.append(f"{a} and {b}: {reason}")
-    return found
 
 
 def test_the_check_itself() -> None:
@@ -94,9 +45,18 @@ def test_the_check_itself() -> None:
 # views of circuits
 
 
-def party_views(circuit: list[Instruction], secret: dict[str, Tensor], weights: dict[str, Tensor]) -> list[View]:
-    """Everything that both parties receive in one run, and their own masks where those are known, by party."""
-    outcome = run_circuit(circuit, secret, weights=weights, views=True)
+def party_views(
+    circuit: Circuit, secret: dict[str, Tensor], weights: dict[str, Tensor], made: Translated | None = None
+) -> list[View]:
+    """Everything that both parties receive in one run, and their own masks where those are known, by party.
+
+    ``made``: what three parties make of the circuit, if it is they who run it; then party 0 is the "server".
+    """
+    if made is None:
+        outcome = run_circuit(circuit, secret, weights=weights, views=True)
+    else:
+        outcome = run_three(circuit, secret, weights, views=True, made=made)
+        circuit = made.circuit
     views: list[View] = []
     frames = (outcome.traffic.frames_to_server, outcome.traffic.frames_to_client)
     for party, received in zip(("server", "client"), frames, strict=True):
@@ -209,7 +169,21 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
 def test_views_are_uniform(name: str) -> None:
     """Of two extreme secrets alike, and of the two runs together: no key serves twice."""
     scene = SCENES[name]
-    runs = [party_views(*stage(scene, *secret)) for secret in ((scene.low, 0), (scene.high, 255))]
+    uniform([party_views(*stage(scene, *secret)) for secret in ((scene.low, 0), (scene.high, 255))])
+
+
+@pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene.protocol.kind != "reveal"])
+def test_views_of_three_parties_are_uniform(name: str) -> None:
+    """The same, and with two extreme weights alike; "server" and "client" are parties 0 and 1."""
+    scene, runs = SCENES[name], []
+    for secret, factor in (((scene.low, 0), 0), ((scene.high, 255), -(1 << 20))):
+        circuit, inputs, weights = stage(scene, *secret)
+        other = {key: w * factor for key, w in weights.items()}
+        runs.append(party_views(circuit, inputs, other, translated(circuit)))
+    uniform(runs)
+
+
+def uniform(runs: list[list[View]]) -> None:
     assert [n for n, _, _ in runs[0]] == [n for n, _, _ in runs[1]]
     assert all(runs)
     for views in runs:
@@ -221,8 +195,11 @@ def test_views_are_uniform(name: str) -> None:
 
 def test_every_protocol_with_messages_is_looked_at() -> None:
     seen = {scene.protocol.kind for scene in SCENES.values()}
+    seen |= {translated(stage(scene, 0, 0)[0]).circuit[-1].protocol.kind for scene in SCENES.values()} - {
+        "shared_input"
+    }
     silent = {kind for kind, p in Protocol.registry.items() if p.draws is Protocol.draws and p.cost is Protocol.cost}
-    assert seen == set(Protocol.registry) - silent
+    assert seen == set(Protocol.registry) - silent - {"looked_up"}  # see tests/test_lookup.py
 
 
 def test_the_client_sees_uniform_weights() -> None:
@@ -372,3 +349,19 @@ def test_broken_protocols_are_caught(name: str) -> None:
         for i in circuit
     ]
     assert leaks(party_views(plain, inputs, weights))
+
+
+@pytest.mark.parametrize(
+    ("scene", "draw"), [("product-64", "rr"), ("extend-16", "product"), ("compare-37", "dealt0"), ("diagonal-64", "u")]
+)
+def test_broken_summands_of_party_2_are_caught(scene: str, draw: str) -> None:
+    """u = -r (W_0 + W_2) without a mask shows, of even weights at the latest."""
+    circuit, inputs, weights = stage(SCENES[scene], SCENES[scene].low, 0)
+    made = translated(circuit)
+    last = made.circuit[-1]
+    broken = replace(made, circuit=(*made.circuit[:-1], replace(last, protocol=bare(last.protocol, draw))))
+    with pytest.MonkeyPatch.context() as patch:
+        real = three_weights.summand
+        patch.setattr(three_weights, "summand", lambda *which: real(*which) & ~1)
+        assert leaks(party_views(circuit, inputs, weights, broken))
+    assert not leaks(party_views(circuit, inputs, weights, made))

@@ -198,7 +198,7 @@ class ThreePartyConnection:
         return [answers[0], answers[1]]
 
     def _put_together(self, zero: pb.Answer, one: pb.Answer) -> Tensor:
-        form = self._circuit.circuit[self._circuit.output].protocol.out
+        form = self._circuit.result
         for party, answer in enumerate((zero, one)):
             if len(answer.share) != form.size:
                 raise ProtocolError(f"party {party} sent {len(answer.share)} bytes of the output, it has {form.size}")

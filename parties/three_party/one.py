@@ -150,6 +150,6 @@ class _Call:
         with self._watch.guard(), suppress(grpc.RpcError):  # until party 0 has read all, or has told the client why not
             for _ in self._call:
                 pass
-        form = share.circuit.circuit[share.circuit.output].protocol.out
+        form = share.circuit.result
         encoded = bytes(wire.encode(result, form))
         return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent)

@@ -238,7 +238,7 @@ class _Computation:
         yield pb.PeerMessage(tag=rounds.sent_seal.tag())
         rounds.compare(self._next("its tag"), PEER)
         supply.finish()
-        form = service.share.circuit.circuit[service.share.circuit.output].protocol.out
+        form = service.share.circuit.result
         answer = pb.Answer(
             share=bytes(wire.encode(share, form)),
             seconds=seconds,

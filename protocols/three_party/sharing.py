@@ -58,7 +58,9 @@ def reconstruct(pairs: Mapping[int, Pair]) -> Tensor:
 def held(party: int, opening: Opening, other: Tensor | None = None) -> Pair:
     """An opening as this party's pair. Parties 0 and 1 hold z and a mask; party 2 both masks (``other``: r_1), no z."""
     value, mask = opening
-    if party == HELPER and other is not None:
+    if (party == HELPER) != (other is not None):
+        raise ValueError("party 2 holds both masks of an opening, parties 0 and 1 one each")
+    if other is not None:
         return Pair(_negated(other), _negated(mask))
     return Pair(_negated(mask), value) if party == 0 else Pair(value, _negated(mask))
 
@@ -68,5 +70,7 @@ def _negated(mask: Tensor) -> Tensor:
 
 
 def product(x: Pair, y: Pair, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """This party's summand of x y, for any bilinear ``times``: x_i y_i + x_i y_(i+1) + x_(i+1) y_i (Araki et al.)."""
+    """This party's summand of x y, for any bilinear ``times`` of numbers (not of bits):
+    x_i y_i + x_i y_(i+1) + x_(i+1) y_i (Araki et al.).
+    """
     return times(x.first, y.first + y.second) + times(x.second, y.first)

@@ -20,14 +20,19 @@ from protocols.protocol import Cost, Protocol
 from protocols.three_party.endpoints import LookedUp, SharedInput
 from protocols.three_party.linear import PublicLinear, SharedLinear
 from protocols.two_party import Deliver, Input, Linear, Open, Reveal
+from protocols.wire import Wire
 
 
 @dataclass(frozen=True, eq=False)
 class Translated:
-    """``output``: the share that goes to the client. ``origin``: the Program's instruction behind each of ours."""
+    """``output``: the share that goes to the client, who gets of it what the Program reveals: ``result``.
+
+    ``origin``: the Program's instruction behind each of ours.
+    """
 
     circuit: Circuit
     output: int
+    result: Wire
     origin: tuple[int, ...]
 
     @cached_property
@@ -65,12 +70,15 @@ def translate(circuit: Circuit, output: int, *, public: bool = False, one_hot: C
     """``output``: the Program's Reveal. ``public``: whether all three parties know the weights. ``one_hot``: the inputs
     that are one-hot rows.
     """
+    if not isinstance(circuit[output].protocol, Reveal):
+        raise ValueError(f"the output, instruction {output}, is not a Reveal")
     translation = _Translation(circuit, public, one_hot)
     for index, instruction in enumerate(circuit):
         if index != output:
             translation.add(index, instruction)
     (revealed,) = circuit[output].inputs
-    return Translated(tuple(translation.circuit), translation.at[revealed], tuple(translation.origin))
+    result = circuit[output].protocol.out  # in its ring: the share may be in a wider one
+    return Translated(tuple(translation.circuit), translation.at[revealed], result, tuple(translation.origin))
 
 
 class _Translation:
