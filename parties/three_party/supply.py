@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from parties.errors import PartyError, PeerLost, ProtocolError
+from parties.frames import PART
 from parties.three_party.links import Seal
 from proto import unseen_pb2 as pb
 from protocols.circuit import Circuit
@@ -30,7 +31,9 @@ class Arriving:
                 self._places[index] = (size, size + own)
                 size += own
         self.size, self._deadline = size, deadline
-        self._buffer, self._filled = bytearray(size), 0
+        self._parts: list[bytes] = []  # of PART bytes each but for the last; one whose bytes were all taken is dropped
+        self._left: list[int] = []  # bytes of each that were not
+        self._filled = 0
         self._seal, self._seed = seal(self.number), b""
         self._whole, self._error = False, None
         self._news = threading.Condition()
@@ -57,10 +60,11 @@ class Arriving:
             with self._news:
                 self._seed = part.seed
                 self._news.notify_all()
-        elif kind == "data" and self._seed and self._filled + len(part.data) <= self.size:
+        elif kind == "data" and self._seed and len(part.data) == min(PART, self.size - self._filled) > 0:
             self._seal.update(part.data)
-            self._buffer[self._filled : self._filled + len(part.data)] = part.data
             with self._news:
+                self._parts.append(part.data)
+                self._left.append(len(part.data))
                 self._filled += len(part.data)
                 self._news.notify_all()
         elif kind == "tag" and self._filled == self.size and not self._whole:
@@ -99,8 +103,19 @@ class Arriving:
         place = self._places.pop(index, None)  # once
         if place is None:
             return default
-        self._wait(lambda: self._filled >= place[1])
-        return memoryview(self._buffer)[place[0] : place[1]]
+        start, stop = place
+        self._wait(lambda: self._filled >= stop)
+        found = [self._cut(number, start, stop) for number in range(start // PART, (stop - 1) // PART + 1)]
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _cut(self, number: int, start: int, stop: int) -> memoryview:
+        """What part ``number`` holds of bytes start to stop."""
+        before = number * PART
+        piece = memoryview(self._parts[number])[max(0, start - before) : stop - before]
+        self._left[number] -= len(piece)
+        if not self._left[number]:
+            self._parts[number] = b""
+        return piece
 
     def finish(self) -> None:
         """Wait for the end, whose tag says that all of it was what party 2 sent."""
