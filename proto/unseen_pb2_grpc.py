@@ -735,7 +735,7 @@ class PartyServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Supply(self, request, context):
-        """Party 0 to party 2: the seed of party 0 and the corrections of one query. Each number is dealt once.
+        """Party 0 to party 2: the seed of party 0 and the corrections of one query, both fresh.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -89,6 +89,7 @@ class InsecureThreeParties:
         (a,), (b,) = run_pair(zero, one, traffic)
         done = time.perf_counter()
         cost = Cost(traffic.rounds, traffic.to_server, traffic.to_client, sum(map(len, ahead.values())) + rows_of_two)
+        # (parties of a deployment add a zero share before they send these to a client)
         return self.program.decode(a + b), Report(cost, dealt - start, 0.0, done - dealt)
 
 

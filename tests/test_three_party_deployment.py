@@ -18,6 +18,8 @@ pytest.importorskip("tokenizers")
 
 from parties.endpoints import open_channel
 from parties.errors import HandshakeError, PartyError, PeerLost, ProtocolError
+from parties.three_party import client, helper, one, zero
+from parties.three_party.client import ThreePartyConnection
 from parties.three_party.helper import HelperService
 from parties.three_party.links import Link, PartiesDisagree
 from parties.three_party.one import OneService
@@ -25,6 +27,7 @@ from parties.three_party.shares import MANIFEST, SEEDS, WEIGHTS, ShareError, loa
 from parties.three_party.zero import ZeroService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
+from protocols.prg import Key
 from tests.three_parties import Three, running, shared
 from tests.tiny import TEXT, Served, expected
 
@@ -310,9 +313,9 @@ class Fake:
 
 
 def test_swapped_addresses_are_noticed(three: Three) -> None:
-    one, zero = three.parties[1], three.parties[0]
+    first, second, third = three.parties
     with pytest.raises(HandshakeError, match="swap the addresses"):
-        Three([one, zero, three.parties[2]]).dial()
+        Three([second, first, third]).dial()
 
 
 # who may ask for what
@@ -380,3 +383,34 @@ def test_nothing_secret_is_shown(three: Three) -> None:
             assert link._seed.hex() not in repr(link)
         assert "Tensor" not in repr(share)
     assert OneService.__name__ in repr(type(three.parties[1].service))
+
+
+def test_shares_of_an_answer_say_no_more_than_their_sum(
+    directory: Path, shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every seed that party 2 and a client know the same again, shares would be too but for the zero share."""
+    seen: list[list[bytes]] = []
+    inner = ThreePartyConnection._put_together
+
+    def noting(self: ThreePartyConnection, a: pb.Answer, b: pb.Answer) -> torch.Tensor:
+        seen.append([a.share, b.share])
+        return inner(self, a, b)
+
+    monkeypatch.setattr(ThreePartyConnection, "_put_together", noting)
+    for module in (client, helper):
+        monkeypatch.setattr(module, "fresh_seed", lambda: bytes(32))
+    monkeypatch.setattr(helper, "query_key", lambda seed, party, number: Key(bytes([party] * 16)))
+    for module in (zero, one):
+        monkeypatch.setattr(module, "query_key", lambda seed, party, number: Key(bytes([party] * 16)))
+    monkeypatch.setattr(client, "secrets", Fixed)
+    with running(shares["client-table"]) as three, three.dial() as connection:
+        answers = [connection.embed([TEXT])[0] for _ in range(2)]
+    assert torch.equal(*answers)
+    assert seen[0][0] != seen[1][0]
+    assert seen[0][1] != seen[1][1]
+
+
+class Fixed:
+    @staticmethod
+    def token_bytes(size: int) -> bytes:
+        return bytes(size)

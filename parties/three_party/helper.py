@@ -112,7 +112,7 @@ class HelperService(PartyService):
                     return pb.Answer()
                 finally:
                     with self._came:
-                        self._asked.pop(start.session, None)
+                        del self._asked[start.session]
         finally:
             watch.stop()
 

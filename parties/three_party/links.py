@@ -10,9 +10,11 @@ from __future__ import annotations
 import hmac
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
 
 from parties.errors import HandshakeError, PartyError
 from protocols.prg import Key, derive_key
+from protocols.protocol import Shape
 
 
 class PartiesDisagree(PartyError):
@@ -70,6 +72,14 @@ class Link:
                 f"it does not show the seed of parties {a} and {b}",
                 "give all three parties the shares of one run of: unseen share-model",
             )
+
+    def zero_share(self, number: bytes, shape: Shape) -> Tensor:
+        """What parties 0 and 1 add to and take from their shares of an answer, uniform 64-bit words, once a query.
+
+        Without it, a share of the answer would be a function of openings and of masks that party 2 knows: together
+        with a client it could solve for values inside the network.
+        """
+        return Key(derive_key(self._seed, "answer", number.hex())).stream(0).words(shape)
 
     def seal(self, purpose: str, number: bytes) -> Seal:
         """``number`` names a query and is never used twice by who made it."""

@@ -93,28 +93,36 @@ class ZeroService(PartyService):
         with answering(context, self.log):
             if not self._free.acquire(blocking=False):
                 raise PartyError(f"party 0 has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
-            watch, session = Watchdog(self.deadline, context.cancel), b""
+            watch = Watchdog(self.deadline, context.cancel)
             try:
-                session, asked = self._ask(requests, watch)
+                asked = self._ask(requests, watch)
                 context.add_callback(lambda: _forget(asked))
-                with self._came:
-                    if session in self._asked:
-                        raise ProtocolError("this session is under way", "take a fresh one")
-                    self._asked[session] = asked
-                    self._came.notify_all()
-                    if not self._came.wait_for(lambda: asked.joined, self.deadline):
-                        raise PeerLost(f"party 1 did not join within {self.deadline:g} s", "is it running? see its log")
-                return asked.answer.result()  # whatever can last is watched by the driver
+                return self._answer(asked)
             finally:
                 watch.stop()
-                self._asked.pop(session, None)
                 self._free.release()
 
-    def _ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> tuple[bytes, _Asked]:
+    def _answer(self, asked: _Asked) -> pb.Answer:
+        """What comes out of the computation with party 1, once it has joined."""
+        with self._came:
+            if asked.session in self._asked:
+                raise ProtocolError("this session is under way", "take a fresh one")
+            self._asked[asked.session] = asked
+            self._came.notify_all()
+        try:
+            with self._came:
+                if not self._came.wait_for(lambda: asked.joined, self.deadline):
+                    raise PeerLost(f"party 1 did not join within {self.deadline:g} s", "is it running? see its log")
+            return asked.answer.result()  # whatever can last is watched by the driver
+        finally:
+            with self._came:
+                del self._asked[asked.session]
+
+    def _ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> _Asked:
         forms = {name: p.out for name, (_, p) in self.share.circuit.inputs.items()}
         start, parts = self.read_ask(requests, [*(f.size for f in forms.values()), *self.key_sizes()], watch)
         inputs = {name: wire.decode(part, form) for (name, form), part in zip(forms.items(), parts, strict=False)}
-        return start.session, _Asked(start.session, inputs, parts[len(forms) :])
+        return _Asked(start.session, inputs, parts[len(forms) :])
 
     # party 1
 
@@ -239,6 +247,7 @@ class _Computation:
         rounds.compare(self._next("its tag"), PEER)
         supply.finish()
         form = service.share.circuit.result
+        share = share + service.share.links[1].zero_share(supply.number, form.shape)
         answer = pb.Answer(
             share=bytes(wire.encode(share, form)),
             seconds=seconds,

@@ -1,8 +1,8 @@
 """Where a value enters: the client, who may be none of the three parties, splits it between parties 0 and 1.
 
 x = x_a + x_b modulo 2^ring, x_b expanded from a fresh seed that party 1 gets, x_a = x - x_b sent to party 0. Party 2
-gets nothing: its share of the value's opening comes from seeds. The output goes the other way: parties 0 and 1 send
-their shares to the client, whose sum it is.
+gets nothing: its share of the value's opening comes from seeds. The output goes the other way: parties 0 and 1 add a
+zero share that party 2 does not know, and send their shares to the client, whose sum it is.
 """
 
 from __future__ import annotations
