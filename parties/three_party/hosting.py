@@ -108,11 +108,13 @@ def embed(
             first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
             console.print(f"  embedding ({len(vector)} numbers)         {first} …")
             console.print(
-                f"  {r.seconds:.2f} s; {r.cost.rounds} rounds, {mb(r.cost.to_client)} from party 0 to 1, "
-                f"{mb(r.cost.to_server)} back, {mb(r.cost.offline_to_server)} from party 2 to 0 "
-                f"(party 0 waited {r.waited_seconds:.2f} s for them)"
+                f"  {r.seconds:.2f} s; {r.cost.rounds} rounds of {mb(r.cost.to_client)} from party 0 to 1, "
+                f"{mb(r.cost.to_server)} back"
             )
-            console.print(f"  this client sent {mb(r.sent)} and received {mb(r.received)}")
+            console.print(
+                f"  {mb(r.cost.offline_to_server)} from party 2 to party 0 (who waited {r.waited_seconds:.2f} s for them)"
+            )
+            console.print(f"  {r.sent / 1e3:,.0f} kB from this client, {r.received / 1e3:,.1f} kB to it")
         console.print(_who_learns(connection))
 
 
