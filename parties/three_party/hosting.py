@@ -112,7 +112,7 @@ def embed(
                 f"{mb(r.cost.to_server)} back"
             )
             console.print(
-                f"  {mb(r.cost.offline_to_server)} from party 2 to party 0 (who waited {r.waited_seconds:.2f} s for them)"
+                f"  {mb(r.cost.offline_to_server)} from party 2 to 0 (who waited {r.waited_seconds:.2f} s for them)"
             )
             console.print(f"  {r.sent / 1e3:,.0f} kB from this client, {r.received / 1e3:,.1f} kB to it")
         console.print(_who_learns(connection))
