@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from parties.digits import compile_digits
-from secure.digits import load_digits, train_digits
-from secure.inprocess import InsecureInProcess
+from parties.cli.demo_digits import compile_digits
+from secure.deployments.in_process import InsecureInProcess
+from secure.models.digits import load_digits, train_digits
 
 
 def measured(layers: int) -> dict[str, Any]:

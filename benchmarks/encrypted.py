@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from parties.digits import CALIBRATION, encrypt_digits
+from parties.cli.demo_digits import CALIBRATION, encrypt_digits
 from protocols.ckks import diagonals
 from protocols.ckks.circuit import Circuit, Vector
 from protocols.ckks.cost import account, measure
@@ -31,10 +31,10 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Refresher
 from protocols.ckks.schedule import Schedule, schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys
-from secure.digits import load_digits, train_digits
-from secure.encrypting import Encrypted, encrypt, encrypt_batch
-from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, freeze_untrained
-from secure.recipe import Recipe
+from secure.ckks.compile import Encrypted, encrypt, encrypt_batch
+from secure.models.digits import load_digits, train_digits
+from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, freeze_untrained
+from secure.polynomial.recipe import Recipe
 
 WIDTH, HEADS, TOKENS, LAYERS = 384, 12, 16, 6  # all-MiniLM-L6-v2's
 PARTS = ("digits", "refresh", "matrix", "width", "layer", "batch")

@@ -19,10 +19,10 @@ import torch
 
 import secure
 from benchmarks import common, works
-from parties import hosting
-from parties.endpoints import Endpoint
-from parties.model import serve_ready
-from parties.server import InferenceService
+from parties.net import hosting
+from parties.net.endpoints import Endpoint
+from parties.two_party.masked_model import serve_ready
+from parties.two_party.server import InferenceService
 from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
 from protocols import kernels
 

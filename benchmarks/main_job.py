@@ -24,9 +24,9 @@ import torch
 from benchmarks import common
 from benchmarks.common import RESULTS, Service
 from benchmarks.sentences import sentences
-from parties.model import PACKAGED, model_directory, text_inputs
-from secure.models import load_sentence_encoder
-from secure.tokens import load_tokenizer
+from parties.two_party.masked_model import PACKAGED, model_directory, text_inputs
+from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.tokens import load_tokenizer
 
 
 def ask(texts: list[str], server: str, dealer: str) -> tuple[list[dict[str, Any]], float]:

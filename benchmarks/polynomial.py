@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import common
-from parties.accuracy import cut
-from parties.model import PACKAGED, calibration_inputs, model_directory
-from secure.calibration import SENTENCES
-from secure.checkpoints import CHECKPOINT, read_about
-from secure.compiler import Compiled, compile
-from secure.distillation import agreement_of, hidden_states
-from secure.fidelity import fidelity
-from secure.inprocess import InsecureInProcess
-from secure.models import SentenceEncoder, load_sentence_encoder, load_tokenizer
-from secure.polynomial import forms
-from secure.tokens import TextTokenizer
+from parties.cli.accuracy import cut
+from parties.two_party.masked_model import PACKAGED, calibration_inputs, model_directory
+from secure.deployments.in_process import InsecureInProcess
+from secure.models.calibration import SENTENCES
+from secure.models.sentence_encoder import SentenceEncoder, load_sentence_encoder, load_tokenizer
+from secure.models.tokens import TextTokenizer
+from secure.mpc.compile import Compiled, compile
+from secure.polynomial.forms import forms
+from secure.training.checkpoint import CHECKPOINT, read_about
+from secure.training.distil import agreement_of, hidden_states
+from secure.training.fidelity import fidelity
 
 LENGTH = 32
 SST2_LENGTH, SST2_ASKED = 64, 200

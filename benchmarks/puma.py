@@ -16,17 +16,23 @@ from torch import Tensor
 
 from approximations import APPROXIMATIONS, choose
 from benchmarks.sentences import sentences
-from parties.model import PACKAGED, calibration_inputs, compile_text_model, model_directory, text_inputs
+from parties.two_party.masked_model import (
+    PACKAGED,
+    calibration_inputs,
+    compile_text_model,
+    model_directory,
+    text_inputs,
+)
 from protocols.fixedpoint import FixedPoint
-from secure.calibration import SENTENCES
-from secure.capture import capture
-from secure.compiler import trace_inputs
-from secure.inprocess import plain_reference
-from secure.lower import lower, observe
-from secure.models import load_sentence_encoder
-from secure.profile import profile
-from secure.tokens import TextTokenizer, load_tokenizer
-from secure.trace import evaluate
+from secure.capture.capture import capture
+from secure.cost.count import profile
+from secure.deployments.in_process import plain_reference
+from secure.lowering.lower import lower, observe
+from secure.lowering.trace import evaluate
+from secure.models.calibration import SENTENCES
+from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.tokens import TextTokenizer, load_tokenizer
+from secure.mpc.compile import trace_inputs
 
 Inputs = dict[str, Tensor]
 

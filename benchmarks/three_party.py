@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks import common, suite, works
-from parties import hosting
+from parties.net import hosting
 from parties.three_party.client import ThreePartyConnection, connect_three
-from parties.three_party.shares import share_model
+from parties.three_party.shared_model import share_model
 
 RESULTS = common.RESULTS / "three_party.json"
 WORKS = tuple(name for name in works.WORKS if name not in works.OURS_ALONE and not name.startswith("product"))

@@ -22,21 +22,21 @@ from approximations.activations import GELU_FORMS
 from approximations.division import reciprocal
 from benchmarks.peers import works as peers
 from benchmarks.peers.works import Array
-from parties.model import PACKAGED, compile_text_model, model_directory, text_inputs
+from parties.two_party.masked_model import PACKAGED, compile_text_model, model_directory, text_inputs
 from protocols import ring
 from protocols.circuit import Instruction
 from protocols.fixedpoint import FixedPoint
 from protocols.local import AddWeight, Indicators
 from protocols.protocol import Protocol, plane_shape
 from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
-from secure.compiler import Compiled, finish
-from secure.lower import Lowered
-from secure.polynomial import freeze_untrained
-from secure.ranges import Ranges
-from secure.recipe import Recipe
-from secure.swap import polynomialize
-from secure.tokens import TextTokenizer
-from secure.trace import Trace, WeightRef
+from secure.lowering.lower import Lowered
+from secure.lowering.ranges import Ranges
+from secure.lowering.trace import Trace, WeightRef
+from secure.models.tokens import TextTokenizer
+from secure.mpc.compile import Compiled, finish
+from secure.polynomial.forms import freeze_untrained
+from secure.polynomial.recipe import Recipe
+from secure.polynomial.swap import polynomialize
 
 Built = tuple[Compiled, TextTokenizer, bytes]
 
@@ -252,7 +252,7 @@ def operation(name: str, approximations: str) -> Job:
 def minilm(name: str, approximations: str) -> Job:
     """The main job, on the sentence that the peers get."""
     from benchmarks.peers.export_minilm import fitting
-    from secure.models import load_sentence_encoder, load_tokenizer
+    from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
 
     length, directory = int(name.split()[1]), model_directory(PACKAGED)
     tokenizer = load_tokenizer(directory)
@@ -278,7 +278,7 @@ def bert_base(name: str, approximations: str) -> Job:
     def model() -> nn.Module:
         from transformers import BertConfig, BertModel
 
-        from secure.models import SentenceEncoder
+        from secure.models.sentence_encoder import SentenceEncoder
 
         torch.manual_seed(0)
         options: dict[str, Any] = {"initializer_range": TRAINED, "attn_implementation": "eager"}

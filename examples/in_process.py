@@ -78,7 +78,7 @@ def small_model() -> tuple[nn.Module, list[Inputs]]:
 
 def sentence_model(name: str, length: int) -> tuple[nn.Module, list[Inputs]]:
     """A sentence encoder from a directory (or the packaged one), and tokenized sentences."""
-    from secure.models import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
+    from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
 
     directory = find_packaged_model() if name == "all-MiniLM-L6-v2" else name
     tokenizer = load_tokenizer(directory)

@@ -45,23 +45,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from protocols.fixedpoint import FixedPoint, FixedPointError
-from secure.compiler import Compiled, compile
-from secure.deployments import Deployed, deployed
-from secure.emit import DoesNotFit
-from secure.encrypted import EncryptedProgram
-from secure.encrypting import Encrypted, encrypt
-from secure.graph import UnsupportedOperation
-from secure.inprocess import InsecureInProcess, InsecureThreeParties, plain_reference
-from secure.profile import Network, Profile, profile
-from secure.program import InvalidProgram, Program
-from secure.recipe import Recipe
-from secure.swap import polynomialize
+from secure.capture.graph import UnsupportedOperation
+from secure.ckks.compile import Encrypted, encrypt
+from secure.ckks.program import EncryptedProgram
+from secure.cost.count import Network, Profile, profile
+from secure.deployments.in_process import InsecureInProcess, InsecureThreeParties, plain_reference
+from secure.deployments.three_party import Deployed, deployed
+from secure.mpc.compile import Compiled, compile
+from secure.mpc.emitter import DoesNotFit
+from secure.mpc.program import InvalidProgram, Program
+from secure.polynomial.recipe import Recipe
+from secure.polynomial.swap import polynomialize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from parties.client import Connection
     from parties.three_party.client import ThreePartyConnection
+    from parties.two_party.client import Connection
 
 __version__ = "0.1.0"
 
@@ -100,10 +100,10 @@ def connect_parties(parties: Sequence[str], **options: Any) -> ThreePartyConnect
 
 
 def connect(server: str, dealer: str, **options: Any) -> Connection:
-    """Connect to a server and a dealer; see ``parties.client.connect``.
+    """Connect to a server and a dealer; see ``parties.two_party.client.connect``.
 
     The one place where ``secure`` reaches up to ``parties``: users find everything under one name.
     """
-    from parties.client import connect as connect_parties
+    from parties.two_party.client import connect as connect_parties
 
     return connect_parties(server, dealer, **options)

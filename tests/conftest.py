@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from parties.model import ServedModel
+    from parties.two_party.masked_model import ServedModel
     from tests.tiny import Served
 
 

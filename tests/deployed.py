@@ -24,19 +24,20 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from parties import encrypted_hosting, hosting
-from parties.calls import calling
-from parties.demo import process
-from parties.encrypted_client import EncryptedConnection
-from parties.encrypted_server import ServedEncrypted
-from parties.endpoints import Endpoint
-from parties.frames import parts, to_frames
-from parties.keystore import KeyStore, keys_digest
+from parties.ckks import hosted as encrypted_hosting
+from parties.ckks.client import EncryptedConnection
+from parties.ckks.keystore import KeyStore, keys_digest
+from parties.ckks.server import ServedEncrypted
+from parties.cli.demo import process
+from parties.net import hosting
+from parties.net.calls import calling
+from parties.net.endpoints import Endpoint
+from parties.net.frames import parts, to_frames
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import EncryptedServicer, add_EncryptedServicer_to_server
 from protocols.ckks import codec
 from protocols.ckks.seal import Client, Context
-from secure.encrypting import Encrypted, encrypt
+from secure.ckks.compile import Encrypted, encrypt
 from tests.ciphertexts import unpacked
 from tests.test_encrypted_programs import SAMPLES, digits
 from tests.tiny import Served

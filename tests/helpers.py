@@ -23,9 +23,9 @@ from protocols.steps import Traffic, run_pair
 from protocols.two_party import Input, Linear
 from protocols.weights import ClientWeights, DealerWeights, ServerWeights
 from protocols.wire import Wire
-from secure.emit import Emitter, Plan, split_weight_key
-from secure.ranges import Ranges
-from secure.trace import Trace, evaluate
+from secure.lowering.ranges import Ranges
+from secure.lowering.trace import Trace, evaluate
+from secure.mpc.emitter import Emitter, Plan, split_weight_key
 
 Integers = np.ndarray[Any, np.dtype[Any]]  # of Python integers
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secure.capture import capture
-from secure.clear import CLEAR_OPERATIONS
-from secure.graph import SHARED_OPERATIONS, Graph, Node, UnsupportedOperation, run
+from secure.capture.capture import capture
+from secure.capture.clear_operations import CLEAR_OPERATIONS
+from secure.capture.graph import SHARED_OPERATIONS, Graph, Node, UnsupportedOperation, run
 
 
 class Function(nn.Module):

@@ -21,9 +21,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from parties import cli, demo, hosting
-from parties.client import Connection, connect
-from parties.errors import PartyError, PeerLost
+from parties.cli import demo
+from parties.cli import main as cli
+from parties.net import hosting
+from parties.net.errors import PartyError, PeerLost
+from parties.two_party.client import Connection, connect
 from tests.tiny import LENGTH, TEXT, WORDS, Served, expected, sentences
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.crypten_check import EVALUATE, Comparison, OutOfRange, cross_check
-from secure.trace import _EVALUATE
+from secure.lowering.trace import _EVALUATE
 
 # looked for, not imported: it imports only after a shim, with warnings, and the parties are processes of their own
 needs_crypten = pytest.mark.skipif(importlib.util.find_spec("crypten") is None, reason="CrypTen is not installed")
@@ -34,7 +34,7 @@ def test_every_primitive_has_a_counterpart() -> None:
 @needs_crypten
 @pytest.mark.slow
 def test_a_tiny_transformer(directory: Path) -> None:
-    from secure.models import load_sentence_encoder, load_tokenizer, tokenize
+    from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer, tokenize
     from tests.tiny import LENGTH, TEXT, sentences
 
     encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)

@@ -12,16 +12,16 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from parties import encrypted_profiling
-from parties.cli import app
-from parties.errors import PartyError
+from parties.cli import profile_ckks as encrypted_profiling
+from parties.cli.main import app
+from parties.net.errors import PartyError
 from protocols.ckks import cost
 from protocols.ckks.circuit import Circuit, clear
 from protocols.ckks.evaluate import Weights
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context
-from secure.encrypting import Batched, Encrypted, encrypt, encrypt_batch
+from secure.ckks.compile import Batched, Encrypted, encrypt, encrypt_batch
 
 SIZES = (4, 8, 3)
 

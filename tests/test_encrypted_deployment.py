@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from parties import encrypted_client
-from parties.encrypted_client import EncryptedConnection
-from parties.encrypted_server import largest
-from parties.endpoints import open_channel
-from parties.errors import PartyError, PeerLost, ProtocolError, QueryError
-from parties.evaluators import read_keys
-from parties.frames import PART
-from parties.keystore import KeyStore
+from parties.ckks import client as encrypted_client
+from parties.ckks.client import EncryptedConnection
+from parties.ckks.evaluators import read_keys
+from parties.ckks.keystore import KeyStore
+from parties.ckks.server import largest
+from parties.net.endpoints import open_channel
+from parties.net.errors import PartyError, PeerLost, ProtocolError, QueryError
+from parties.net.frames import PART
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import EncryptedStub
 from protocols.ckks.evaluate import Weights

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from protocols.ckks.circuit import clear
 from protocols.ckks.parameters import DoesNotFit
-from secure.digits import DigitsModel
-from secure.encrypted import EncryptedProgram
-from secure.encrypting import Encrypted, encrypt
-from secure.graph import UnsupportedOperation
-from secure.polynomial import freeze_untrained
-from secure.program import InvalidProgram
+from secure.capture.graph import UnsupportedOperation
+from secure.ckks.compile import Encrypted, encrypt
+from secure.ckks.program import EncryptedProgram
+from secure.models.digits import DigitsModel
+from secure.mpc.program import InvalidProgram
+from secure.polynomial.forms import freeze_untrained
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import tests.test_conformance as conformance
 from examples import in_process
-from parties.cli import app
+from parties.cli.main import app
 from protocols.protocol import Protocol
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_in_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_in_process_on_a_random_bert() -> None:
     transformers = pytest.importorskip("transformers")
-    from secure.models import SentenceEncoder
+    from secure.models.sentence_encoder import SentenceEncoder
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

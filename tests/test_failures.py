@@ -15,13 +15,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties import server as server_module
-from parties.dealer import DealerService
-from parties.endpoints import open_channel
-from parties.errors import DealerError, PartyError, PeerLost, ProtocolError
-from parties.frames import PART
-from parties.model import ServedModel
-from parties.server import InferenceService
+from parties.net.endpoints import open_channel
+from parties.net.errors import DealerError, PartyError, PeerLost, ProtocolError
+from parties.net.frames import PART
+from parties.two_party import server as server_module
+from parties.two_party.dealer import DealerService
+from parties.two_party.masked_model import ServedModel
+from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceStub
 from tests.tiny import FIRST, TEXT, Raw, Served, dealing, dial, refused, serving, session_count, wait_until, works
@@ -314,7 +314,7 @@ def test_a_dealer_that_stalls(model: ServedModel) -> None:
 def test_the_dealer_forgets_the_oldest_sessions(
     server: Served, dealer: Served, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import parties.dealer as module
+    import parties.two_party.dealer as module
 
     monkeypatch.setattr(module, "MAXIMUM_SESSIONS", 3)
     with Raw(server, dealer, model) as raw:

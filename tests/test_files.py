@@ -16,16 +16,16 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties import client as client_module
-from parties import server as server_module
-from parties.client import Connection, connect
-from parties.errors import DealerError, DownloadError, PartyError
-from parties.files import describe, fetch, unpack_masked
-from parties.model import ServedModel, load_root_seed, serve_ready
-from parties.server import InferenceService
+from parties.net.errors import DealerError, DownloadError, PartyError
+from parties.served.files import describe, fetch, unpack_masked
+from parties.two_party import client as client_module
+from parties.two_party import server as server_module
+from parties.two_party.client import Connection, connect
+from parties.two_party.masked_model import ServedModel, load_root_seed, serve_ready
+from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
-from secure.tokens import load_tokenizer
+from secure.models.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Served, dealing, dial, serving, works
 
 # files

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parties import frames
-from parties.calls import answering, calling
-from parties.endpoints import Endpoint
-from parties.errors import DealerError, EndpointError, PartyError, PeerLost, QueryError, from_code, printable
-from parties.frames import PART, FrameReader, parts, to_chunks, to_frames
-from parties.sessions import MAXIMUM_QUERY, Burnt, mask_key, query_key
-from parties.watchdog import Watchdog
+from parties.net import frames
+from parties.net.calls import answering, calling
+from parties.net.endpoints import Endpoint
+from parties.net.errors import DealerError, EndpointError, PartyError, PeerLost, QueryError, from_code, printable
+from parties.net.frames import PART, FrameReader, parts, to_chunks, to_frames
+from parties.net.watchdog import Watchdog
+from parties.two_party.keys import MAXIMUM_QUERY, Burnt, mask_key, query_key
 from proto.unseen_pb2 import Frame
 
 

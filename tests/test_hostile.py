@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.frames import PART
-from parties.model import ServedModel
+from parties.net.frames import PART
+from parties.two_party.masked_model import ServedModel
 from proto import unseen_pb2 as pb
 from tests.tiny import FIRST, Raw, Served, refused, works
 

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("plotly")
 
-from parties.html_report import DRAW, MOST, html_report
+from parties.reports.html import DRAW, MOST, html_report
 
 COST = {
     "rounds": 3,

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import secure.tokens
-from secure.capture import capture
-from secure.graph import Graph, run
-from secure.models import SentenceEncoder, find_packaged_model, load_sentence_encoder
-from secure.tokens import EmptyInput, InputTooLong, load_tokenizer, tokenize
+import secure.models.tokens
+from secure.capture.capture import capture
+from secure.capture.graph import Graph, run
+from secure.models.sentence_encoder import SentenceEncoder, find_packaged_model, load_sentence_encoder
+from secure.models.tokens import EmptyInput, InputTooLong, load_tokenizer, tokenize
 from tests.tiny import write_model
 
 needs_transformers = pytest.mark.skipif(
@@ -222,11 +222,11 @@ def test_padding_ids_and_lowercase(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match="is not JSON"):
-        secure.tokens.read_json(tmp_path / "config.json")
+        secure.models.tokens.read_json(tmp_path / "config.json")
 
 
 def test_a_client_needs_no_model_code() -> None:
-    tree = ast.parse(Path(secure.tokens.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(secure.models.tokens.__file__).read_text(encoding="utf-8"))
     imported = {
         name.name if isinstance(node, ast.Import) else node.module
         for node in ast.walk(tree)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import secure
-from secure.outline import SHAPES, hollow, is_shape, outline, outline_shape
-from secure.profile import profile
+from secure.cost.count import profile
+from secure.cost.outline import SHAPES, hollow, is_shape, outline, outline_shape
 
 SMALL = {
     "model_type": "bert",

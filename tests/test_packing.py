@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from approximations.powers import power, power_error
-from secure import packing
-from secure.affine import RULES, Affine
-from secure.chains import Chain, Range, chains, needed, pure_power
-from secure.packing import EMPTY, Content, Cube, DoesNotPack, diagonals
-from secure.trace import Symbol, Trace, WeightRef, concatenate, evaluate
+from secure.ckks import layout as packing
+from secure.ckks.layout import EMPTY, Content, Cube, DoesNotPack, diagonals
+from secure.ckks.linear_maps import RULES, Affine
+from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power
+from secure.lowering.trace import Symbol, Trace, WeightRef, concatenate, evaluate
 
 # contents
 

@@ -15,16 +15,16 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties import hosting
-from parties.client import connect
-from parties.endpoints import Endpoint, open_channel
-from parties.errors import DealerError, DownloadError, EndpointError, HandshakeError, PeerLost, QueryError
-from parties.model import ServedModel
-from parties.server import InferenceService
-from parties.sessions import DEPLOYMENT
+from parties.net import hosting
+from parties.net.endpoints import Endpoint, open_channel
+from parties.net.errors import DealerError, DownloadError, EndpointError, HandshakeError, PeerLost, QueryError
+from parties.two_party.client import connect
+from parties.two_party.keys import DEPLOYMENT
+from parties.two_party.masked_model import ServedModel
+from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
-from secure.program import VERSION
-from secure.tokens import EmptyInput, InputTooLong
+from secure.models.tokens import EmptyInput, InputTooLong
+from secure.mpc.program import VERSION
 from tests.tiny import (
     LENGTH,
     TEXT,

@@ -21,14 +21,14 @@ import secure
 from approximations import power, power_attend, power_scores
 from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
-from parties.model import text_inputs
-from secure.digits import DigitsModel
-from secure.distillation import Collate, agreement_of, words
-from secure.models import load_sentence_encoder, load_tokenizer
-from secure.polynomial import PolynomialActivation, PolynomialNorm, PowerAttention, forms
-from secure.recipe import Recipe
-from secure.swap import polynomialize
-from secure.training import Diverged, RangeLost, Settings, Trainer
+from parties.two_party.masked_model import text_inputs
+from secure.models.digits import DigitsModel
+from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
+from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms
+from secure.polynomial.recipe import Recipe
+from secure.polynomial.swap import polynomialize
+from secure.training.distil import Collate, agreement_of, words
+from secure.training.trainer import Diverged, RangeLost, Settings, Trainer
 from tests.tiny import LENGTH, sentences, write_model
 
 COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
@@ -383,7 +383,7 @@ def test_an_architecture_without_a_recipe_names_what_was_found() -> None:
 def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from parties.cli import app
+    from parties.cli.main import app
 
     model = write_model(tmp_path / "model")
     text, output = tmp_path / "text", tmp_path / "out"
@@ -477,7 +477,7 @@ def test_agreement_of_equal_and_of_shuffled_embeddings() -> None:
 
 def test_the_digits_model_is_polynomial_too() -> None:
     pytest.importorskip("sklearn")
-    from secure.digits import load_digits, train_digits
+    from secure.models.digits import load_digits, train_digits
 
     model, _ = train_digits(epochs=24)
     images, _ = load_digits().train

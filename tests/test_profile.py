@@ -8,9 +8,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import secure
-from parties import reports
+from parties.reports import tables as reports
 from protocols.protocol import Cost
-from secure.profile import NETWORKS, Network, module, profile
+from secure.cost.count import NETWORKS, Network, module, profile
 
 
 class Tiny(nn.Module):
@@ -85,7 +85,7 @@ def test_reports(compiled: secure.Compiled) -> None:
 
 
 def test_the_command_names_a_missing_model() -> None:
-    from parties.cli import app
+    from parties.cli.main import app
 
     result = CliRunner().invoke(app, ["profile", "/nowhere"])
     assert result.exit_code != 0

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from parties import hosting, profiling
-from parties.cli import app
-from parties.errors import PartyError
+from parties.cli import profile as profiling
+from parties.cli.main import app
+from parties.net import hosting
+from parties.net.errors import PartyError
 
 SMALL = {
     "model_type": "bert",

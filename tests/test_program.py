@@ -27,7 +27,7 @@ from protocols.steps import pack_frame
 from protocols.two_party import Input, Linear, Open, Reveal
 from protocols.weights import ServerWeights
 from secure import Compiled, FixedPoint, InsecureInProcess, InvalidProgram, Program, plain_reference
-from secure.models import SentenceEncoder
+from secure.models.sentence_encoder import SentenceEncoder
 from tests.helpers import key
 
 needs_transformers = pytest.mark.skipif(

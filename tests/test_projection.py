@@ -7,11 +7,11 @@ from torch import nn
 import secure
 from protocols.circuit import Part
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost
-from secure import timing
-from secure.profile import NETWORKS, Memory, Network, Profile, Stage, find_network, profile
-from secure.projection import Transport, project
-from secure.timeline import Timeline
-from secure.timing import Segment, Timings, measure
+from secure.cost import kernel_times as timing
+from secure.cost.count import NETWORKS, Memory, Network, Profile, Stage, find_network, profile
+from secure.cost.kernel_times import Segment, Timings, measure
+from secure.cost.projection import Transport, project
+from secure.cost.timeline import Timeline
 
 
 class Model(nn.Module):

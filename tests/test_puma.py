@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import secure
 from approximations import APPROXIMATIONS, attend, choose, puma, rms_norm
 from approximations.softmax import CLIP
-from secure.inprocess import InsecureInProcess, plain_reference
-from secure.outline import outline
-from secure.profile import profile
-from secure.trace import Trace, WeightRef, evaluate
+from secure.cost.count import profile
+from secure.cost.outline import outline
+from secure.deployments.in_process import InsecureInProcess, plain_reference
+from secure.lowering.trace import Trace, WeightRef, evaluate
 from tests.helpers import run_function
 
 GRID = torch.linspace(-30, 30, 600_001, dtype=torch.float64)

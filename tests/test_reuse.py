@@ -11,13 +11,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties import client as client_module
-from parties import server as server_module
-from parties.dealer import DealerService
-from parties.errors import PeerLost
-from parties.frames import to_frames
-from parties.model import ServedModel
-from parties.sessions import MAXIMUM_QUERY, join_proof, query_key
+from parties.net.errors import PeerLost
+from parties.net.frames import to_frames
+from parties.two_party import client as client_module
+from parties.two_party import server as server_module
+from parties.two_party.dealer import DealerService
+from parties.two_party.keys import MAXIMUM_QUERY, join_proof, query_key
+from parties.two_party.masked_model import ServedModel
 from proto import unseen_pb2 as pb
 from tests.tiny import TEXT, Raw, Served, dealing, dial, refused, run_query, serving
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secure
-from secure.outline import outline_shape
-from secure.polynomial import PolynomialActivation, PolynomialRMSNorm, PowerAttention, forms, freeze_untrained
-from secure.recipe import Recipe, read_recipe
-from secure.swap import mask_weights, polynomialize
+from secure.cost.outline import outline_shape
+from secure.polynomial.forms import PolynomialActivation, PolynomialRMSNorm, PowerAttention, forms, freeze_untrained
+from secure.polynomial.recipe import Recipe, read_recipe
+from secure.polynomial.swap import mask_weights, polynomialize
 
 COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
 WIDTH, LENGTH = 32, 6

@@ -22,8 +22,9 @@ from protocols.three_party import Translated, translate
 from protocols.three_party.weights import HelperWeights, SharedWeights, masked
 from protocols.weights import ServerWeights
 from protocols.wire import Wire, decode
-from secure import Compiled, inprocess, plain_reference
-from secure.inprocess import InsecureInProcess, InsecureThreeParties
+from secure import Compiled, plain_reference
+from secure.deployments import in_process as inprocess
+from secure.deployments.in_process import InsecureInProcess, InsecureThreeParties
 from tests.helpers import key
 from tests.test_program import answer, classifier, largest, points
 from tests.three import Query, query, shared_inputs, watched
@@ -54,8 +55,8 @@ def test_a_model_with_gelu_layernorm_and_softmax(public: bool) -> None:
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_text_encoder(public: bool, model: Any, directory: Path) -> None:
-    from parties.model import text_inputs
-    from secure.tokens import load_tokenizer
+    from parties.two_party.masked_model import text_inputs
+    from secure.models.tokens import load_tokenizer
     from tests.tiny import LENGTH, sentences
 
     compiled, tokenizer = model.compiled, load_tokenizer(directory)

@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers")
 
 import torch
 
-from parties import demo
+from parties.cli import demo
 from tests.test_cli import COMMAND, NOBODY, ROOT, Run, in_words, run
 from tests.three_parties import running, shared
 from tests.tiny import LENGTH, TEXT, expected, sentences

@@ -16,15 +16,18 @@ from torch.nn.functional import cosine_similarity
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.endpoints import open_channel
-from parties.errors import HandshakeError, PartyError, PeerLost, ProtocolError
-from parties.three_party import client, helper, one, zero
+from parties.net.endpoints import open_channel
+from parties.net.errors import HandshakeError, PartyError, PeerLost, ProtocolError
+from parties.three_party import client
+from parties.three_party import party_0 as zero
+from parties.three_party import party_1 as one
+from parties.three_party import party_2 as helper
 from parties.three_party.client import ThreePartyConnection
-from parties.three_party.helper import HelperService
-from parties.three_party.links import Link, PartiesDisagree
-from parties.three_party.one import OneService
-from parties.three_party.shares import MANIFEST, SEEDS, WEIGHTS, ShareError, load_share
-from parties.three_party.zero import ZeroService
+from parties.three_party.pair_keys import Link, PartiesDisagree
+from parties.three_party.party_0 import ZeroService
+from parties.three_party.party_1 import OneService
+from parties.three_party.party_2 import HelperService
+from parties.three_party.shared_model import MANIFEST, SEEDS, WEIGHTS, ShareError, load_share
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key

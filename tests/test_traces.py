@@ -22,19 +22,22 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from approximations.activations import GELU_FORMS
-from parties import cli, hosting, measured, traces
-from parties.client import Connection
-from parties.errors import PartyError
-from parties.measured import Measurements, costs, differences
-from parties.merging import merge
-from parties.model import PACKAGED, ServedModel, compile_text_model, serve_ready
-from parties.traces import COMPUTE, PROCESSES, WIRE, Head, Stamps, Trace, TraceDirectory, read, trace, write
+from parties.cli import main as cli
+from parties.net import hosting
+from parties.net.errors import PartyError
+from parties.traces import measured
+from parties.traces import trace_file as traces
+from parties.traces.measured import Measurements, costs, differences
+from parties.traces.merge import merge
+from parties.traces.trace_file import COMPUTE, PROCESSES, WIRE, Head, Stamps, Trace, TraceDirectory, read, trace, write
+from parties.two_party.client import Connection
+from parties.two_party.masked_model import PACKAGED, ServedModel, compile_text_model, serve_ready
 from protocols.circuit import Part
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Cost
-from secure.profile import Profile, profile
-from secure.program import Program
-from secure.timeline import Round, Timeline
+from secure.cost.count import Profile, profile
+from secure.cost.timeline import Round, Timeline
+from secure.mpc.program import Program
 from tests.tiny import LENGTH, TEXT, WORDS, Served, dial, serving, wait_until
 
 ROOT = Path(__file__).parent.parent

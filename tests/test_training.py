@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from parties.errors import PartyError
-from parties.training import data_set
+from parties.cli.train import data_set
+from parties.net.errors import PartyError
 
 
 def saved(directory: Path, parts: list[dict[str, list[object]]]) -> Path:

@@ -17,16 +17,16 @@ from torch import nn
 import secure
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
-from parties import cli
-from parties.model import compile_text_model
-from parties.sessions import DEPLOYMENT
+from parties.cli import main as cli
+from parties.two_party.keys import DEPLOYMENT
+from parties.two_party.masked_model import compile_text_model
 from protocols.protocol import Cost
-from secure.calibration import HELD_OUT, SENTENCES
-from secure.deployments import DEPLOYMENTS, Runnable
-from secure.profile import LOOPBACK, NETWORKS, profile
-from secure.projection import Transport
-from secure.timing import Segment, Timings
-from secure.whatif import Outcome, Samples, Variant, cheapest, compare, projected, variants
+from secure.cost.count import LOOPBACK, NETWORKS, profile
+from secure.cost.kernel_times import Segment, Timings
+from secure.cost.projection import Transport
+from secure.deployments.compare import Outcome, Samples, Variant, cheapest, compare, projected, variants
+from secure.deployments.three_party import DEPLOYMENTS, Runnable
+from secure.models.calibration import HELD_OUT, SENTENCES
 from tests.tiny import LENGTH, TEXT, WORDS
 
 WAN = "wan"
@@ -332,7 +332,7 @@ def test_what_was_found_before_an_interruption_is_shown(
             raise KeyboardInterrupt
         return profile(program)
 
-    monkeypatch.setattr("secure.whatif.profile", interrupted)
+    monkeypatch.setattr("secure.deployments.compare.profile", interrupted)
     code, out, _ = run(*tiny, "--json")
     assert code == 130
     assert [row["settings"]["gelu"] for row in json.loads(out)["variants"]] == ["cubic", "quartic"]

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from approximations.activations import GELU_FORMS
-from parties.model import compile_text_model
 from parties.three_party.client import ThreePartyConnection, connect_three
-from parties.three_party.helper import HelperService
-from parties.three_party.one import OneService
-from parties.three_party.service import PartyService
-from parties.three_party.shares import load_share, share_model
-from parties.three_party.zero import ZeroService
+from parties.three_party.party import PartyService
+from parties.three_party.party_0 import ZeroService
+from parties.three_party.party_1 import OneService
+from parties.three_party.party_2 import HelperService
+from parties.three_party.shared_model import load_share, share_model
+from parties.two_party.masked_model import compile_text_model
 from proto.unseen_pb2_grpc import add_PartyServicer_to_server
 from protocols.fixedpoint import FixedPoint
 from tests.tiny import LENGTH, Served, sentences

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from approximations.activations import GELU_FORMS
-from parties import hosting
-from parties import server as server_module
-from parties.client import Connection, connect
-from parties.dealer import DealerService
-from parties.endpoints import Endpoint, open_channel
-from parties.files import unpack_masked
-from parties.model import ServedModel, compile_text_model, serve_ready, text_inputs
-from parties.server import InferenceService
-from parties.sessions import DEPLOYMENT, deal_proof, join_proof, query_key
+from parties.net import hosting
+from parties.net.endpoints import Endpoint, open_channel
+from parties.served.files import unpack_masked
+from parties.two_party import server as server_module
+from parties.two_party.client import Connection, connect
+from parties.two_party.dealer import DealerService
+from parties.two_party.keys import DEPLOYMENT, deal_proof, join_proof, query_key
+from parties.two_party.masked_model import ServedModel, compile_text_model, serve_ready, text_inputs
+from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import (
     DealerStub,
@@ -38,9 +38,9 @@ from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CLIENT
 from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
-from secure.models import load_sentence_encoder
-from secure.program import VERSION
-from secure.tokens import load_tokenizer
+from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.tokens import load_tokenizer
+from secure.mpc.program import VERSION
 
 LENGTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")

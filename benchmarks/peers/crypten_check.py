@@ -32,12 +32,12 @@ from benchmarks.peers import crypten_import
 from benchmarks.peers.works import free_ports
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
-from secure.capture import capture
-from secure.compiler import Sample, trace_inputs
-from secure.lower import Lowered, lower, observe
-from secure.models import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
-from secure.ranges import dyadic
-from secure.trace import Primitive, Trace, evaluate
+from secure.capture.capture import capture
+from secure.lowering.lower import Lowered, lower, observe
+from secure.lowering.ranges import dyadic
+from secure.lowering.trace import Primitive, Trace, evaluate
+from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
+from secure.mpc.compile import Sample, trace_inputs
 
 Arrays = Mapping[str, NDArray[Any]]
 Secret = Any  # CrypTen's tensor

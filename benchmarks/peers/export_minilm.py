@@ -20,7 +20,13 @@ from torch import Tensor
 
 from benchmarks.peers.works import LAYER
 from benchmarks.sentences import sentences
-from secure.models import TextTokenizer, find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
+from secure.models.sentence_encoder import (
+    TextTokenizer,
+    find_packaged_model,
+    load_sentence_encoder,
+    load_tokenizer,
+    tokenize,
+)
 
 MODULES = (
     *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),

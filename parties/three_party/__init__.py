@@ -1,15 +1,13 @@
-"""The three-party deployment over gRPC: a model shared among three servers, clients that are none of them.
+"""A model shared among three servers, clients that are none of them.
 
-In dependency order, one line a module:
-
-links        a pair's seed: proofs, tags over what both hold
-shares       a model's three shares on disk
+pair_keys    a pair's seed: proofs, tags over what both hold
+shared_model a model's three shares on disk
 supply       corrections that arrive while they are used; a stock of them
-rounds       one party's rounds as frames, under tags
-service      what all three answer to clients
-helper       party 2: deals ahead
-zero, one    parties 0 and 1: compute
+sealed_rounds   one party's rounds as frames, under tags
+party        what all three answer to clients
+party_2      deals ahead
+party_0      computes with party 1
+party_1      computes with party 0
 client       shares an input, puts the answer together
-hosting      what the commands do for this deployment
-commands     ``unseen share-model`` and ``unseen party``
+hosted       what the commands do for this deployment
 """

@@ -19,13 +19,13 @@ from typing import Any
 import grpc
 from torch import Tensor
 
-from parties.calls import calling
-from parties.endpoints import Endpoint, open_channel
-from parties.errors import HandshakeError, PartyError, ProtocolError
-from parties.files import TOKEN_TABLE, cache_directory, fetch, received_tokenizer, unpack_tables
-from parties.frames import to_frames
-from parties.three_party.one import input_key
-from parties.three_party.service import DEPLOYMENT, SESSION_BYTES
+from parties.net.calls import calling
+from parties.net.endpoints import Endpoint, open_channel
+from parties.net.errors import HandshakeError, PartyError, ProtocolError
+from parties.net.frames import to_frames
+from parties.served.files import TOKEN_TABLE, cache_directory, fetch, received_tokenizer, unpack_tables
+from parties.three_party.party import DEPLOYMENT, SESSION_BYTES
+from parties.three_party.party_1 import input_key
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import ring, wire
@@ -33,9 +33,9 @@ from protocols.prg import fresh_seed
 from protocols.protocol import Cost
 from protocols.three_party.endpoints import seeded_share
 from protocols.three_party.sharing import HELPER
-from secure.deployments import three_party
-from secure.program import VERSION, Program
-from secure.tokens import tokenize
+from secure.deployments.three_party import three_party
+from secure.models.tokens import tokenize
+from secure.mpc.program import VERSION, Program
 
 GRACE = 2.0  # seconds that the other party has to say why, when one has failed
 

@@ -8,9 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from parties.errors import PartyError, PeerLost, ProtocolError
-from parties.frames import PART
-from parties.three_party.links import Seal
+from parties.net.errors import PartyError, PeerLost, ProtocolError
+from parties.net.frames import PART
+from parties.three_party.pair_keys import Seal
 from proto import unseen_pb2 as pb
 from protocols.circuit import Circuit
 from protocols.prg import SEED_BYTES

@@ -1,0 +1,5 @@
+"""``python -m parties.cli`` is ``unseen``."""
+
+from parties.cli.main import app_main
+
+app_main()

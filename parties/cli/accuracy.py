@@ -1,0 +1,176 @@
+"""``unseen accuracy``: how close a model in polynomial form is to its original, and under the protocol to itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from parties.cli.options import Length, Threads, read_texts
+from parties.cli.profile import Format, checked_output, write_report
+from parties.net.errors import PartyError
+from parties.two_party.masked_model import PACKAGED, calibration_inputs, model_directory, text_inputs
+from protocols.fixedpoint import FixedPoint
+from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.tokens import TextTokenizer, load_tokenizer
+from secure.polynomial.forms import forms
+from secure.training.fidelity import Computed, Fidelity, Held
+
+LENGTH = 32  # tokens of a sentence, if nothing else is asked for
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+WAYS = ("computed in", "sentences", "Spearman", "same nearest", "mean cosine", "lowest", "lowest to own float")
+RANGES = ("module", "met", "allowed", "used (log)", "corrections", "error to exact")
+
+
+def accuracy_command(
+    model: Annotated[str, typer.Argument(help="A model directory that `unseen train` wrote.")],
+    original: Annotated[
+        str, typer.Option(help=f"The model that it was made of, a directory or {PACKAGED!r}.")
+    ] = PACKAGED,
+    texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 8 of ours by default.")] = None,
+    length: Length = LENGTH,
+    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    protocol: Annotated[int, typer.Option(min=0, help="How many of them to ask under the protocol as well.")] = 10,
+    form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
+    output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Compare a polynomial model with its original: in floating point, in fixed point, and under the protocol."""
+    checked_output(output, form.value)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    given = read_texts(texts, "--texts", "sentence") if texts else list(HELD_OUT)
+    fixed = FixedPoint(fraction_bits=fraction_bits)
+    found = measured(model_directory(model), model_directory(original), given, length, protocol, fixed)
+    about = {"length": length, "fraction_bits": fraction_bits}
+    document = numbered(asdict(found) | {"model": Path(model).name, "original": Path(original).name} | about)
+    if form.value == "table":
+        show(found)
+        return
+    warn(found)
+    if form.value == "json":
+        write_report(json.dumps(document, indent=1, allow_nan=False) + "\n", output)
+    else:
+        write_report(_page(document, found), output)
+
+
+def numbered(value: Any) -> Any:
+    """For JSON, which knows no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {k: numbered(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbered(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def warn(found: Fidelity) -> None:
+    """Where a range was left, answers are wrong, and nothing under the protocol would notice."""
+    for held in found.ranges:
+        if held.used is not None and not held.used <= 1:
+            met = f"met {held.met_low:.3g} to {held.met_high:.3g}, made for {held.low:.3g} to {held.high:.3g}"
+            err.print(f"unseen accuracy: warning: {held.path}: {met}; answers on such texts are wrong", soft_wrap=True)
+
+
+def measured(
+    trained: Path, original: Path, texts: list[str], length: int, protocol: int, fixed: FixedPoint | None = None
+) -> Fidelity:
+    """Compiled for one padded length on the public sentences and a sample of the texts' kind."""
+    from secure.models.sentence_encoder import load_sentence_encoder
+    from secure.mpc.compile import compile
+    from secure.training.fidelity import fidelity
+
+    model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
+    if not any(forms(model)):
+        raise PartyError(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
+    length = length or min(LENGTH, model.maximum_length)
+    if not 2 < length <= model.maximum_length:
+        raise PartyError(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
+    samples = calibration_inputs(tokenizer, length, SENTENCES)
+    _say("compiling")
+    labels = {"model": trained.name, "length": str(length)}
+    compiled = compile(
+        model, samples[0], calibration=samples[1:], embedding="client-table", fixed_point=fixed, labels=labels
+    )
+    inputs = [x for text in texts if (x := cut(tokenizer, text, length)) is not None]
+    return fidelity(model, teacher, compiled, inputs, min(protocol, len(inputs)), _say)
+
+
+def cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Tensor] | None:
+    """As many of a text's words as fit, as the model's arguments; None if not one does."""
+    words = text.split()
+    for kept in range(len(words), 0, -1):
+        try:
+            return text_inputs(tokenizer, " ".join(words[:kept]), length)
+        except ValueError:
+            continue
+    return None
+
+
+def show(found: Fidelity) -> None:
+    """As tables in the terminal. "used" of a range: in logarithms, from its middle."""
+    warn(found)
+    for title, heads, rows in _tables(found):
+        table = Table(title=title, title_justify="left")
+        for head in heads:
+            table.add_column(head, justify="left" if head == heads[0] else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        out.print(table)
+
+
+def _tables(found: Fidelity) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    layers = [(f"layer {i}", f"{error:.4f}") for i, error in enumerate(found.layers)]
+    return [
+        ("against the original", WAYS, [_way(way) for way in found.ways]),
+        ("hidden states behind each layer", ("", "relative error"), layers),
+        ("ranges of the polynomials", RANGES, [_range(held) for held in found.ranges]),
+    ]
+
+
+def _way(way: Computed) -> tuple[str, ...]:
+    a = way.agreement
+    own = "" if way.how == "floating point" else f"{way.lowest_own_cosine:.7f}"
+    figures = (a.spearman, a.nearest, a.mean_cosine, a.lowest_cosine)
+    return (way.how, str(a.sentences), *(f"{value:.4f}" for value in figures), own)
+
+
+def _range(held: Held) -> tuple[str, ...]:
+    if held.used is None:
+        return (held.path, f"up to {held.met_high:.3g}", "any", "", "", f"{held.error:.2g}")
+    met, allowed = (f"{a:.3g} to {b:.3g}" for a, b in ((held.met_low, held.met_high), (held.low, held.high)))
+    return (held.path, met, allowed, f"{held.used:.0%}", str(held.corrections), f"{held.error:.2g}")
+
+
+def _page(document: dict[str, Any], found: Fidelity) -> str:
+    from parties.reports.html import bar_chart, escaped, page, table_html
+
+    charts: list[dict[str, Any]] = []
+    body = []
+    names = [f"layer {i}" for i in range(len(found.layers))]
+    pictures = [
+        "",
+        bar_chart(charts, names, {"hidden states": list(found.layers)}, "relative error"),
+        bar_chart(
+            charts,
+            [held.path for held in found.ranges if held.used is not None],
+            {"met": [held.used for held in found.ranges if held.used is not None]},
+            "share of the allowed range, in logarithms",
+        ),
+    ]
+    for (title, heads, rows), picture in zip(_tables(found), pictures, strict=True):
+        body.append(f"<h2>{escaped(title)}</h2>{picture}{table_html(heads, rows)}")
+    return page(f"unseen accuracy: {document['model']} of {document['original']}", body, charts)
+
+
+def _say(line: str) -> None:
+    err.print(f"unseen accuracy: {line} ...", markup=False, soft_wrap=True)

@@ -1,0 +1,64 @@
+"""Addresses and channels. Plaintext only on loopback, unless ``insecure`` is given by name (TLS is not there yet)."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+import grpc
+
+from parties.net.errors import EndpointError
+
+# Bytes of one gRPC message. Frames are of about 1 MB, but a Program goes to the dealer in one message, and Program and
+# tokenizer to the client.
+SERVICE_LIMIT, CLIENT_LIMIT = 16 << 20, 64 << 20
+OPTIONS = (
+    ("grpc.max_send_message_length", CLIENT_LIMIT),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+    ("grpc.enable_http_proxy", 0),  # a proxy would carry even loopback traffic off this machine
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, *, what: str) -> Endpoint:
+        """``host:port``; port 0 lets the system choose (listening only)."""
+        host, colon, port = text.strip().rpartition(":")
+        host = host.strip("[]")
+        if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
+            raise EndpointError(f"{what}: {text!r} is not host:port", "for example 127.0.0.1:50051")
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def is_loopback(self) -> bool:
+        """Whether every address that the host resolves to is this machine's own."""
+        try:
+            found = socket.getaddrinfo(self.host, None)
+        except (OSError, UnicodeError):
+            raise EndpointError(f"the host {self.host!r} cannot be resolved") from None
+        return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+    def require_private(self, *, insecure: bool, what: str) -> None:
+        """Refuse an unencrypted channel that leaves this machine: who reads it learns seeds, so inputs and weights."""
+        if not insecure and not self.is_loopback():
+            raise EndpointError(
+                f"{what}: {self} is not on this machine, and the channel would not be encrypted",
+                "use a loopback address behind an encrypted tunnel, "
+                "or --insecure (insecure=True) where nobody else can read the network",
+            )
+
+
+def open_channel(endpoint: Endpoint, *, insecure: bool, what: str) -> grpc.Channel:
+    endpoint.require_private(insecure=insecure, what=what)
+    return grpc.insecure_channel(str(endpoint), options=(*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT)))

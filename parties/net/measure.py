@@ -1,0 +1,120 @@
+"""What a round takes between two processes of this machine, over the same gRPC streams that queries use."""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+
+from parties.net import hosting
+from parties.net.endpoints import Endpoint, open_channel
+from parties.net.errors import PartyError
+from parties.net.frames import FrameReader, to_frames
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
+from secure.cost.kernel_times import evict_caches
+from secure.cost.projection import Transport
+
+SIZES = (64, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 21)
+SMALL, LARGE = 1 << 12, 1 << 18  # sizes that cost a message, and those that cost their bytes
+ROUNDS = 24
+PLAN = [size for _ in range(ROUNDS) for size in SIZES]
+BUSY = 4 << 20  # bytes that each side writes before a round: in a query it computes then, and its caches and the
+# threads that carry messages cool down
+
+
+class Swap(InferenceServicer):
+    """Sends a frame of each planned size and reads one of the same, as both parties of a query do at once; tells at
+    the end how long it waited each time.
+    """
+
+    def Session(
+        self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.ServerMessage]:
+        waits = []
+        for size in PLAN:
+            evict_caches(BUSY)
+            start = time.perf_counter()
+            for frame in to_frames(bytes(size)):
+                yield pb.ServerMessage(frame=frame)
+            _read(size, (message.frame for message in requests))
+            waits.append(time.perf_counter() - start)
+        yield pb.ServerMessage(frame=pb.Frame(data=np.array(waits).tobytes(), last=True))
+
+
+def _read(size: int, frames: Iterator[pb.Frame]) -> bytes:
+    reader = FrameReader(size)
+    while (payload := reader.add(next(frames))) is None:
+        pass
+    return payload
+
+
+def measure_transport() -> Transport:
+    """Rounds in which both sides send messages of several sizes at once, fitted by a line."""
+    command, environment = hosting.child("parties.net.measure")
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        address = child.stdout.readline().strip()
+        if not address:
+            raise PartyError("the other process did not start", "see its output above")
+        return _fit(_swap(address))
+    finally:
+        child.terminate()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def _swap(address: str) -> dict[int, float]:
+    """Median seconds of a round, by the size that each side sends: of the side that came last, as the other one waits
+    for it too.
+    """
+    outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
+    waits = []
+    with open_channel(Endpoint.parse(address, what="the other process"), insecure=False, what="it") as channel:
+        answers = (message.frame for message in InferenceStub(channel).Session(iter(outbox.get, None)))
+        for size in PLAN:
+            evict_caches(BUSY)
+            start = time.perf_counter()
+            for frame in to_frames(bytes(size)):
+                outbox.put(pb.ClientMessage(frame=frame))
+            _read(size, answers)
+            waits.append(time.perf_counter() - start)
+        theirs = np.frombuffer(_read(8 * len(PLAN), answers))
+        outbox.put(None)
+    by_round = np.minimum(waits, theirs).reshape(ROUNDS, len(SIZES))
+    return dict(zip(SIZES, np.median(by_round[2:], axis=0).tolist(), strict=True))
+
+
+def _fit(found: dict[int, float]) -> Transport:
+    """Through the smallest messages, with the slope that fits the largest best, relative to their sizes."""
+    message = statistics.median(seconds for size, seconds in found.items() if size <= SMALL)
+    slopes = [(seconds - message) / size for size, seconds in found.items() if size >= LARGE]
+    return Transport(message, max(0.0, statistics.median(slopes)))
+
+
+def _announce(address: str) -> None:
+    sys.stdout.write(address + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    hosting.settle()
+    server, address = hosting.start(
+        Endpoint.parse("127.0.0.1:0", what="the other process"),
+        lambda s: add_InferenceServicer_to_server(Swap(), s),
+        insecure=False,
+        what="the other process",
+    )
+    hosting.run_until_stopped(server, lambda: _announce(str(address)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Once-per-model files: how they are written, announced, fetched, checked and cached.
+
+Both are safetensors (no code in them, unlike pickle). *masked-weights* holds D = W - B, each weight packed to its
+ring's bytes; it is uniform without B, so a cache need not be secret, but without it there is no query. *token-table*
+is what the owner lets clients hold.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from parties.net.errors import DownloadError, HandshakeError, printable
+from proto.unseen_pb2 import File
+from protocols import wire
+from protocols.wire import Wire
+from secure.models.tokens import TextTokenizer
+
+MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
+MAXIMUM_FILE = 1 << 37  # bytes; more is not believed, whoever announces it
+
+
+def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
+    """D as a file; ``rings``: bits of each weight."""
+    packed = {}
+    for name, value in masked:
+        raw = wire.encode(value, Wire(tuple(value.shape), rings[name]))
+        packed[name] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    return save(packed)
+
+
+def unpack_masked(
+    payload: bytes | None, rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The inverse; raises DownloadError where names or sizes are not the Program's."""
+    packed = _load(MASKED_WEIGHTS, payload)
+    if set(packed) != set(rings):
+        raise DownloadError("the masked weights are not those that the Program reads", "restart the server")
+    out = {}
+    for name, raw in packed.items():
+        form = Wire(tuple(shapes[name]), rings[name])
+        if raw.dtype != torch.uint8 or raw.numel() != form.size:
+            raise DownloadError(
+                f"the masked weight {name!r} has {raw.numel()} bytes, the Program prescribes {form.size}"
+            )
+        out[name] = wire.decode(raw.numpy().tobytes(), form)
+    return out
+
+
+def unpack_tables(payload: bytes | None, rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """The token tables, by name; ``rows``: of each that the Program's client looks tokens up in."""
+    tables = _load(TOKEN_TABLE, payload) if rows else {}
+    for name, count in rows.items():
+        if name not in tables or tables[name].dim() != 2 or len(tables[name]) != count:
+            raise DownloadError(f"the token table {name!r} of {count} rows did not come", "restart the server")
+    return tables
+
+
+def _load(name: str, payload: bytes | None) -> dict[str, Tensor]:
+    if payload is None:
+        raise DownloadError(f"the server offers no {name}", "restart the server")
+    try:
+        return load(payload)
+    except Exception as error:  # safetensors raises Exception itself
+        raise DownloadError(f"{name}: not a safetensors file: {type(error).__name__}", "restart the server") from None
+
+
+def describe(name: str, payload: bytes) -> File:
+    return File(name=name, sha256=hashlib.sha256(payload).hexdigest(), size=len(payload))
+
+
+def received_tokenizer(text: bytes, pad_id: int, lowercase: bool) -> TextTokenizer | None:
+    """The tokenizer that a server describes; None where its model takes no text."""
+    if not text:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(text.decode())
+    except Exception as error:  # the library raises Exception itself
+        raise HandshakeError(f"the server's tokenizer cannot be read: {printable(str(error))[:200]}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return TextTokenizer(tokenizer, pad_id, lowercase)
+
+
+def cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/unseen`` or ``~/.cache/unseen``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unseen"
+
+
+def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None) -> bytes:
+    """The file by its digest: from the cache if it is whole there, else downloaded, checked and stored.
+
+    ``download``: the parts of the file with a digest; ``cache`` None: not kept.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", file.sha256) or file.size > MAXIMUM_FILE:
+        raise DownloadError(f"{file.name}: the announced digest or size ({file.size} bytes) is impossible")
+    path = cache / f"{file.sha256}.safetensors" if cache else None
+    if path is not None and path.is_file():
+        payload = path.read_bytes()
+        if hmac.compare_digest(hashlib.sha256(payload).hexdigest(), file.sha256):
+            return payload
+    received = bytearray()
+    for part in download(file.sha256):
+        received += part
+        if len(received) > file.size:
+            break
+    payload = bytes(received)
+    if len(payload) != file.size or not hmac.compare_digest(hashlib.sha256(payload).hexdigest(), file.sha256):
+        raise DownloadError(
+            f"{file.name}: what arrived is not the announced file ({len(payload)} of {file.size} bytes)", "try again"
+        )
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store(path, payload)
+        except OSError as error:
+            raise DownloadError(
+                f"the cache {path.parent} cannot be written: {error.strerror}", "use another cache directory, or none"
+            ) from None
+    return payload
+
+
+def store(path: Path, payload: bytes, *, replace: bool = True) -> None:
+    """Write beside, then rename: a kill leaves either nothing or the whole file. Only its owner may read it.
+
+    ``replace`` False: FileExistsError if the file is there already. What is there and no ordinary file (a device, a
+    link) is never replaced: OSError.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise FileExistsError(errno.EEXIST, "it is no ordinary file")
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as part:
+        try:
+            part.write(payload)
+            part.flush()
+            os.fsync(part.fileno())
+            if replace:
+                os.replace(part.name, path)
+            else:
+                os.link(part.name, path)
+        finally:
+            Path(part.name).unlink(missing_ok=True)

@@ -1,0 +1,159 @@
+"""Party 2: its share of everything comes from seeds, so it deals ahead of queries and sees no message of any.
+
+It knows the masks of every opening and two of three summands of every weight; together with either other party's
+messages these would show everything, which is what "at most one is corrupted" excludes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import grpc
+
+from parties.net.calls import answering
+from parties.net.errors import HandshakeError, PeerLost, ProtocolError, QueryError
+from parties.net.frames import to_chunks
+from parties.net.watchdog import Watchdog
+from parties.three_party.party import MAXIMUM_QUERIES, PartyService
+from parties.three_party.shared_model import PartyShare
+from parties.three_party.supply import NUMBER_BYTES
+from proto import unseen_pb2 as pb
+from protocols import wire
+from protocols.circuit import deal
+from protocols.prg import Key, derive_key, fresh_seed
+
+MAXIMUM_SEEDS = 1024  # of party 1, waiting for it
+
+
+def query_key(seed: bytes, party: int, number: bytes) -> Key:
+    """The key of one party's streams in one query; the seed is fresh, so it serves this query alone."""
+    return Key(derive_key(seed, "query", party, number.hex()))
+
+
+@dataclass
+class _Asked:
+    """A client's keys, and whether they were used."""
+
+    keys: list[bytes] = field(repr=False)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class HelperService(PartyService):
+    """Seeds are fresh from this process for every query number, and each is given out once."""
+
+    def __init__(self, share: PartyShare, *, deadline: float) -> None:
+        super().__init__(share, deadline=deadline)
+        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # of party 1, until it takes them
+        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same, until rows are looked up with them
+        self._asked: dict[bytes, _Asked] = {}
+        self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)
+
+    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> bytes:
+        if request.model != self.share.manifest.model:
+            raise HandshakeError(
+                f"party {party} has another model than party 2", "give all three the shares of one run of share-model"
+            )
+        if len(request.supply) != NUMBER_BYTES:
+            raise ProtocolError(f"a query's number has {NUMBER_BYTES} bytes, not {len(request.supply)}")
+        self.share.links[party].require(request.proof, purpose, request.supply)
+        return request.supply
+
+    def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart]:
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, self.log):
+                number = self._check(request, 0, "supply")
+                yield from watch.sending(self._supply(number))
+        finally:
+            watch.stop()
+
+    def _supply(self, number: bytes) -> Iterator[pb.SupplyPart]:
+        zero, one = fresh_seed(), fresh_seed()
+        with self._lock:
+            if number in self._seeds:
+                raise QueryError("this query's number was used before", "take a fresh one")
+            for kept in (self._seeds, self._looking) if self.key_sizes() else (self._seeds,):
+                kept[number] = one
+                while len(kept) > MAXIMUM_SEEDS:
+                    kept.popitem(last=False)
+        seal = self.share.links[0].seal("corrections", number)
+        seal.update(zero)
+        yield pb.SupplyPart(seed=zero)
+        start = time.perf_counter()
+        keys = (query_key(zero, 0, number), query_key(one, 1, number))
+        corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
+        for chunk in to_chunks(payload for _, payload in corrections):
+            seal.update(chunk.data)
+            yield pb.SupplyPart(data=chunk.data)
+        yield pb.SupplyPart(tag=seal.tag())
+        self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
+
+    def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> pb.Answer:
+        """A client's keys, for as long as it takes until party 0 asks for the rows."""
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, self.log):
+                start, keys = self.read_ask(requests, self.key_sizes(), watch)
+                asked = _Asked(keys)
+                with self._came:
+                    if start.session in self._asked or len(self._asked) >= MAXIMUM_QUERIES:
+                        raise ProtocolError("this session is under way, or too many are", "try again later")
+                    self._asked[start.session] = asked
+                    self._came.notify_all()
+                try:
+                    if not asked.done.wait(self.deadline):
+                        raise PeerLost(f"party 0 did not come within {self.deadline:g} s", "see its log")
+                    return pb.Answer()
+                finally:
+                    with self._came:
+                        del self._asked[start.session]
+        finally:
+            watch.stop()
+
+    def Contribute(self, request: pb.ContributeRequest, context: grpc.ServicerContext) -> pb.Contribution:
+        with answering(context, self.log):
+            link = self.share.links[0]
+            if request.model != self.share.manifest.model:
+                raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
+            link.require(request.proof, "contribute", request.supply, request.session)
+            with self._came:
+                seed = self._looking.pop(request.supply, None)  # once: its zero shares serve one client
+                if not self._came.wait_for(lambda: request.session in self._asked, self.deadline):
+                    raise PeerLost(f"the client did not come to party 2 within {self.deadline:g} s")
+                asked = self._asked[request.session]
+            if seed is None:
+                raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
+            own, rows = query_key(seed, 1, request.supply), bytearray()
+            for name, value in self.looked_up(asked.keys).items():
+                index, p = self.share.circuit.lookups[name]
+                rows += wire.encode(value - p.zero_share(own, index), p.out)
+            seal = link.seal("contribution", request.supply)
+            seal.update(bytes(rows))
+            asked.done.set()
+            return pb.Contribution(rows=bytes(rows), tag=seal.tag())
+
+    def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
+        with answering(context, self.log):
+            number = self._check(request, 1, "seed")
+            with self._lock:
+                seed = self._seeds.pop(number, None)
+            if seed is None:
+                raise QueryError("no such query was dealt, or its seed was given before", "ask again")
+            return pb.SeedReply(seed=seed, tag=_seed_tag(self.share, seed, number))
+
+
+def _seed_tag(share: PartyShare, seed: bytes, number: bytes) -> bytes:
+    return share.links[1].proof("seed given", number, seed)
+
+
+def check_seed(share: PartyShare, reply: pb.SeedReply, number: bytes) -> bytes:
+    """Party 1: the seed of a query, if party 2 made it."""
+    if not hmac.compare_digest(share.links[2].proof("seed given", number, reply.seed), reply.tag):
+        raise ProtocolError("the seed that came is not the one that party 2 sent", "ask again")
+    return reply.seed

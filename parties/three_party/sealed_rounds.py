@@ -1,0 +1,86 @@
+"""One party's rounds as frames, with running tags over what it sends and what it receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from parties.net.errors import PeerLost, ProtocolError
+from parties.net.frames import FrameReader
+from parties.three_party.pair_keys import Link, Seal
+from parties.three_party.shared_model import PartyShare
+from proto import unseen_pb2 as pb
+from protocols.circuit import Correlations, Observer, Part, execute
+from protocols.protocol import Step
+from protocols.steps import pack_frame, unpack_frame
+
+Framed = Generator[tuple[bytes, int], bytes, Any]  # yields a payload and the size of the answer, gets the answer
+
+
+@dataclass
+class Rounds(Observer):
+    """One query between parties 0 and 1, as this party sees it."""
+
+    share: PartyShare
+    sent_seal: Seal
+    received_seal: Seal
+    count: int = 0
+    sent: int = 0
+    _waiting: int = field(default=0, repr=False)
+
+    @classmethod
+    def of(cls, share: PartyShare, link: Link, number: bytes) -> Rounds:
+        """``number`` is the query's, fresh from party 0's generator."""
+        mine, theirs = (link.seal(f"frames of party {p}", number) for p in (share.party, 1 - share.party))
+        return cls(share, mine, theirs)
+
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        self._waiting = parts[0].index
+
+    def where(self) -> str:
+        """The module whose round is under way."""
+        circuit = self.share.circuit
+        path = self.share.program.paths[circuit.origin[self._waiting]] or "the model's input"
+        return f"module '{path}' (round {self.count} of {circuit.cost.rounds})"
+
+    def run(self, correlations: Correlations, inputs: dict[str, Any]) -> Framed:
+        circuit, outputs = self.share.circuit.circuit, [self.share.circuit.output]
+        step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
+        return self._framed(step)
+
+    def _framed(self, step: Step[Any]) -> Framed:
+        answer: tuple[Any, ...] | None = None
+        while True:
+            try:
+                exchange = next(step) if answer is None else step.send(answer)
+            except StopIteration as stop:
+                return stop.value[0]
+            payload = pack_frame(exchange)
+            self.count += 1
+            self.sent += len(payload)
+            self.sent_seal.update(payload)
+            came = yield payload, sum(w.size for w in exchange.receive)
+            self.received_seal.update(came)
+            answer = unpack_frame(came, exchange)
+
+    def read(self, size: int, following: Callable[[str], pb.PeerMessage], peer: str) -> bytes:
+        """The peer's frame of a round. ``following``: its next message, given what is waited for."""
+        reader, what = FrameReader(size), f"its message of {self.where()}"
+        while size:
+            message = following(what)
+            if message.WhichOneof("content") != "frame":
+                raise ProtocolError(f"{self.where()}: {peer} sent no frame")
+            try:
+                payload = reader.add(message.frame)
+            except ValueError as error:
+                raise ProtocolError(f"{self.where()}: {peer} sent {error}") from None
+            if payload is not None:
+                return payload
+        return b""
+
+    def compare(self, message: pb.PeerMessage, peer: str) -> None:
+        """The end of a query: what the peer sent is what came here."""
+        if message.WhichOneof("content") != "tag":
+            raise PeerLost(f"{peer} did not end the query with its tag")
+        self.received_seal.check(message.tag, f"the frames of {peer}")

@@ -1,0 +1,182 @@
+"""A model shared among three parties: three directories, written once by its owner, one for each.
+
+    manifest.json           public facts, and the digests of what stands beside it
+    program.json            the Program
+    weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself where it is public
+    seeds                   of this party's two pairs, 32 bytes each; only the file's owner may read it
+    tokenizer.json, token-table.safetensors    where the model has them
+
+W_0 and W_2 are expanded from the seeds of pairs (2, 0) and (1, 2), so party 2 stores no weights at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from parties.net.errors import PartyError
+from parties.served.files import describe, pack_masked, store, unpack_masked
+from parties.three_party.pair_keys import Link
+from proto.unseen_pb2 import File
+from protocols import ring
+from protocols.prg import SEED_BYTES, fresh_seed
+from protocols.three_party import Translated
+from protocols.three_party.sharing import HELPER, HOLDERS, PARTIES
+from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
+from secure.deployments.three_party import three_party
+from secure.models.tokens import TextTokenizer
+from secure.mpc.compile import Compiled
+from secure.mpc.program import VERSION, Program
+
+MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
+TOKENIZER, TABLE = "tokenizer.json", "token-table.safetensors"
+PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
+
+
+AnyWeights = SharedWeights | HelperWeights | PublicWeights
+
+
+class ShareError(PartyError):
+    """A share of a model is damaged, or not what the Program prescribes."""
+
+    code = "share"
+
+
+class Manifest(BaseModel):
+    """``model`` names the shared model, equal in all three; ``files``: SHA-256 of what stands beside the manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int
+    party: Literal[0, 1, 2]
+    model: str
+    public_weights: bool
+    rings: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, str]
+    pad_id: int
+    lowercase: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PartyShare:
+    """What one party serves."""
+
+    manifest: Manifest
+    program: Program
+    circuit: Translated
+    weights: AnyWeights
+    links: Mapping[int, Link]  # by the other party
+    tokenizer: bytes
+    table: bytes | None
+
+    @property
+    def party(self) -> int:
+        return self.manifest.party
+
+    @property
+    def files(self) -> list[File]:
+        return [describe("token-table", self.table)] if self.table is not None else []
+
+
+def share_model(
+    compiled: Compiled,
+    tokenizer: TextTokenizer | None,
+    tokenizer_json: bytes,
+    directory: Path,
+    *,
+    public_weights: bool = False,
+) -> list[Path]:
+    """Write party-0, party-1 and party-2 under ``directory``, with fresh seeds: two runs never share a mask."""
+    program = compiled.program
+    translated = three_party(program, public=public_weights)
+    rings = translated.weight_rings
+    seeds = [fresh_seed() for _ in PAIRS]
+    links = [Link(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
+    held: Iterable[tuple[str, Tensor]] = ((name, compiled.integers[name]) for name in rings)
+    if not public_weights:
+        held = masked(compiled.integers, links[0].weights_key(), links[2].weights_key(), rings)
+    weights = pack_masked(held, rings)
+    common = {PROGRAM: program.encoded}
+    if tokenizer_json:
+        common[TOKENIZER] = tokenizer_json
+    if compiled.client_tables:
+        common[TABLE] = save(dict(compiled.client_tables))
+    name = hashlib.sha256("/".join([program.digest, _sha256(weights), str(public_weights)]).encode()).hexdigest()
+    out = []
+    for party in range(PARTIES):
+        where = directory / f"party-{party}"
+        where.mkdir(parents=True, exist_ok=True, mode=0o700)
+        parts = dict(common)
+        if party != HELPER:
+            parts[WEIGHTS] = weights
+        manifest = Manifest(
+            version=VERSION,
+            party=party,  # type: ignore[arg-type]
+            model=name,
+            public_weights=public_weights,
+            rings=dict(rings),
+            shapes={n: tuple(compiled.integers[n].shape) for n in rings},
+            files={n: _sha256(payload) for n, payload in parts.items()},
+            pad_id=tokenizer.pad_id if tokenizer else 0,
+            lowercase=tokenizer.lowercase if tokenizer else False,
+        )
+        # a party holds the seeds of the two pairs that it is in; ``store`` writes for the file's owner alone
+        parts[SEEDS] = b"".join(seed for seed, pair in zip(seeds, PAIRS, strict=True) if party in pair)
+        for file, payload in parts.items():
+            store(where / file, payload)
+        store(where / MANIFEST, manifest.model_dump_json(indent=2).encode())
+        out.append(where)
+    return out
+
+
+def load_share(directory: Path) -> PartyShare:
+    """Read and check one party's share; raises ShareError."""
+    try:
+        manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+        parts = {name: (directory / name).read_bytes() for name in (*manifest.files, SEEDS)}
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its manifest cannot be read"
+        raise ShareError(f"no share of a model in {directory}: {reason}", "write it with: unseen share-model") from None
+    if manifest.version != VERSION:
+        raise ShareError(f"{directory}: version {manifest.version}, this is {VERSION}", "share the model anew")
+    for name, digest in manifest.files.items():
+        if not hmac.compare_digest(_sha256(parts[name]), digest):
+            raise ShareError(f"{directory / name} is damaged: its digest is not the manifest's", "share the model anew")
+    pairs = [pair for pair in PAIRS if manifest.party in pair]
+    if len(parts[SEEDS]) != len(pairs) * SEED_BYTES:
+        raise ShareError(f"{directory / SEEDS} is damaged", "share the model anew")
+    seeds = (parts[SEEDS][i * SEED_BYTES : (i + 1) * SEED_BYTES] for i in range(len(pairs)))
+    links = {sum(pair) - manifest.party: Link(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
+    program = Program.from_bytes(parts[PROGRAM])
+    translated = three_party(program, public=manifest.public_weights)
+    if dict(translated.weight_rings) != manifest.rings:
+        raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
+    weights = _weights(manifest, parts.get(WEIGHTS), links)
+    return PartyShare(manifest, program, translated, weights, links, parts.get(TOKENIZER, b""), parts.get(TABLE))
+
+
+def _weights(manifest: Manifest, payload: bytes | None, links: Mapping[int, Link]) -> AnyWeights:
+    party = manifest.party
+    if party == HELPER:
+        return HelperWeights(links[0].weights_key(), links[1].weights_key(), manifest.shapes)
+    held = unpack_masked(payload, manifest.rings, manifest.shapes)
+    if manifest.public_weights:
+        return PublicWeights(party, _signed(held, manifest.rings))
+    return SharedWeights(party, links[HELPER].weights_key(), held)
+
+
+def _signed(held: Mapping[str, Tensor], rings: Mapping[str, int]) -> dict[str, Tensor]:
+    return {name: ring.signed(value, rings[name]) for name, value in held.items()}
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()

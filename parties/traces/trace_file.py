@@ -1,0 +1,191 @@
+"""One party's timeline of a query as a file that Perfetto and chrome://tracing open.
+
+A file holds what the public Program prescribes, and when it happened: no share, no seed, no text, no session id.
+A server's times show as much of its weights as timing does (SECURITY.md): give its traces to nobody else lightly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+import secure
+from parties.net.errors import PartyError
+from parties.served.files import store
+from secure.cost.timeline import Timeline
+from secure.mpc.program import Program
+
+FORMAT: Final = 1
+PROCESSES = {"client": 1, "server": 2}
+COMPUTE, WIRE = 1, 2  # threads of each process
+Event = dict[str, Any]
+
+
+class Stamps(NamedTuple):
+    """A round: seconds since the party's query began, and the bytes that crossed. As in ``timeline.Round``."""
+
+    start: float
+    sent_at: float
+    received_at: float
+    stop: float
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a trace says of itself, under "otherData"."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    format: Literal[1]
+    version: str
+    party: Literal["client", "server"]
+    query: int
+    program_digest: str
+    session_label: str
+    seconds: float
+    round_fields: list[str]
+    rounds: list[Stamps]
+
+    @property
+    def name(self) -> str:
+        """What both parties' traces of a query have in common in their file names."""
+        return f"{self.session_label}-{self.query}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One party's query, as in its file."""
+
+    head: Head
+    events: list[Event]
+
+    @property
+    def encoded(self) -> bytes:
+        return encode(self.events, dataclasses.asdict(self.head) | {"rounds": [list(r) for r in self.head.rounds]})
+
+
+def trace(timeline: Timeline, program: Program, query: int, session_label: str) -> Trace:
+    """The timeline of one query of ``program``."""
+    zero = timeline.start
+    rounds = [
+        Stamps(r.start - zero, r.sent_at - zero, r.received_at - zero, r.stop - zero, r.sent, r.received)
+        for r in timeline.rounds
+    ]
+    head = Head(
+        format=FORMAT,
+        version=secure.__version__,
+        party=_party(timeline),
+        query=query,
+        program_digest=program.digest,
+        session_label=session_label,
+        seconds=timeline.seconds,
+        round_fields=list(Stamps._fields),
+        rounds=rounds,
+    )
+    return Trace(head, list(_events(timeline, program)))
+
+
+def _party(timeline: Timeline) -> Literal["client", "server"]:
+    return "client" if timeline.party == "client" else "server"
+
+
+def microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
+
+
+def _events(timeline: Timeline, program: Program) -> Iterator[Event]:
+    process, zero = PROCESSES[timeline.party], timeline.start
+
+    def span(thread: int, name: str, start: float, stop: float, **arguments: Any) -> Event:
+        # the end is rounded, not the duration, so that neighbours touch and never overlap
+        ts = microseconds(start - zero)
+        dur = round(max(0.0, microseconds(stop - zero) - ts), 3)
+        return {"ph": "X", "pid": process, "tid": thread, "name": name, "ts": ts, "dur": dur, "args": arguments}
+
+    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": timeline.party}}
+    yield {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}}
+    for thread, name in ((COMPUTE, "compute"), (WIRE, "wire")):
+        yield {"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": {"name": name}}
+    for work in timeline.work:
+        kind, path = program.circuit[work.index].protocol.kind, program.paths[work.index]
+        yield span(COMPUTE, kind, work.start, work.start + work.seconds, module=path, instruction=work.index)
+    for number, r in enumerate(timeline.rounds, 1):
+        about = {
+            "round": number,
+            "sent": r.sent,
+            "received": r.received,
+            "modules": list(dict.fromkeys(program.paths[part.index] for part in r.parts)),
+        }
+        yield span(WIRE, "pack", r.start, r.sent_at, **about)
+        yield span(WIRE, "wait", r.sent_at, r.received_at, **about)
+        yield span(WIRE, "unpack", r.received_at, r.stop, **about)
+
+
+def encode(events: Sequence[Event], about: dict[str, Any]) -> bytes:
+    document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+
+# files
+
+
+class TraceDirectory:
+    """Where a party leaves a trace of every query. Made before the first, so that a mistake in it costs no query."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        try:
+            directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise PartyError(
+                f"--profile: the directory {directory} cannot be written: {error.strerror}", "give another one"
+            ) from None
+
+    def write(self, timeline: Timeline, program: Program, query: int, session_label: str) -> Path:
+        """``PARTY-SESSIONLABEL-QUERY.json``, whole or not at all."""
+        made = trace(timeline, program, query, session_label)
+        path = self.path / f"{made.head.party}-{made.head.name}.json"
+        write(path, made.encoded)
+        return path
+
+
+def write(path: Path, encoded: bytes) -> None:
+    """Atomically; PartyError where it cannot be."""
+    try:
+        store(path, encoded)
+    except OSError as error:
+        raise PartyError(
+            f"the trace {path} cannot be written: {error.strerror}", "make room there, or give another directory"
+        ) from None
+
+
+def _is_of(party: str, event: Event) -> bool:
+    """Whether it is a name or a span of the party's own lanes: a peer's file must not draw into ours."""
+    known = event.get("ph") == "M" or (event["ph"] == "X" and float(event["ts"]) >= 0)
+    return known and event["pid"] == PROCESSES[party] and event.get("tid", WIRE) in (COMPUTE, WIRE)
+
+
+def read(path: Path) -> Trace:
+    """A file of ``TraceDirectory``; PartyError where it is none."""
+    hint = "give the client's and the server's files, as --profile wrote them"
+    try:
+        document = json.loads(path.read_bytes())
+        head = TypeAdapter(Head).validate_python(document["otherData"])
+        events = TypeAdapter(list[Event]).validate_python(document["traceEvents"])
+        if not all(_is_of(head.party, event) for event in events):
+            raise PartyError(f"{path} holds events that no party's trace has", hint)
+    except OSError as error:
+        raise PartyError(f"the trace {path} cannot be read: {error.strerror}", hint) from None
+    except (LookupError, TypeError, ValueError, RecursionError, ValidationError) as error:
+        raise PartyError(f"{path} is not one party's trace of a query ({type(error).__name__})", hint) from None
+    return Trace(head, events)

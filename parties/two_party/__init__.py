@@ -1,0 +1,8 @@
+"""Client, server and dealer.
+
+keys         seeds, query keys, and what a session has burnt
+dealer       the dealer's service
+masked_model what a server serves; the weight-mask seed
+server       the server's service
+client       the client
+"""

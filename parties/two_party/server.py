@@ -1,0 +1,357 @@
+"""The server's service: describes the model, hands out its public files, computes on shares with one client a session.
+
+The handler of a session is itself the driver: it yields the frames of the circuit's rounds and reads the client's, so
+no thread stands between the computation and the wire.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from urllib.parse import unquote
+
+import grpc
+from torch import Tensor
+
+from parties.net.calls import answering, calling, unexpected
+from parties.net.endpoints import Endpoint, open_channel
+from parties.net.errors import (
+    DealerError,
+    DownloadError,
+    HandshakeError,
+    PartyError,
+    PeerLost,
+    ProtocolError,
+    QueryError,
+)
+from parties.net.frames import FrameReader, parts, to_frames
+from parties.net.watchdog import Watchdog
+from parties.traces.trace_file import TraceDirectory
+from parties.two_party.keys import (
+    DEPLOYMENT,
+    MAXIMUM_PREPARED,
+    MAXIMUM_QUERY,
+    Burnt,
+    deal_proof,
+    join_proof,
+    query_key,
+    session_label,
+)
+from parties.two_party.masked_model import ServedModel
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
+from protocols.circuit import Circuit, Correlations, execute
+from protocols.prg import fresh_seed
+from protocols.protocol import SERVER, Exchange
+from protocols.steps import pack_frame, unpack_frame
+from secure.cost.timeline import Recorder, Timeline
+from secure.mpc.program import VERSION
+
+log = logging.getLogger("unseen.server")
+
+MAXIMUM_SESSIONS = 16  # at a time; fewer than the threads of the service, which also answers Describe and Download
+BETWEEN = "between queries"
+IDLE = 1800.0  # seconds that a client may keep its session between queries
+
+
+class InferenceService(InferenceServicer):
+    """Serves one compiled model. ``deadline``: seconds that a session waits for its client before it gives up.
+
+    ``traces``: where every query leaves its timeline, if anywhere.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        dealer: Endpoint,
+        *,
+        insecure: bool = False,
+        deadline: float = 60.0,
+        traces: TraceDirectory | None = None,
+    ) -> None:
+        self.model, self.deadline, self.traces = model, deadline, traces
+        self._dealer_at = dealer
+        self._channel = open_channel(dealer, insecure=insecure, what="the dealer")
+        self.dealer = DealerStub(self._channel)
+        self._free = threading.BoundedSemaphore(MAXIMUM_SESSIONS)
+        try:
+            self._register()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give up the channel to the dealer."""
+        self._channel.close()
+
+    def _register(self) -> None:
+        program = self.model.compiled.program
+        request = pb.RegisterRequest(
+            program=program.encoded, weights_digest=self.model.weights_digest, mask_seed=self.model.mask_seed
+        )
+        with self.asking_the_dealer("registering the Program"):
+            reply = self.dealer.Register(request, timeout=30)
+        if reply.program_digest != program.digest:
+            raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
+
+    def asking_the_dealer(self, doing: str) -> AbstractContextManager[None]:
+        hint = f"start it with: unseen dealer --listen {self._dealer_at}"
+        return calling("the dealer", self._dealer_at, hint, doing=doing, kind=DealerError)
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        m = self.model
+        with answering(context, log):
+            self._register()  # again: the dealer may have been restarted since
+        return pb.Description(
+            version=VERSION,
+            deployment=DEPLOYMENT,
+            program=m.compiled.program.encoded,
+            weights_digest=m.weights_digest,
+            files=m.descriptions,
+            tokenizer=m.tokenizer_json,
+            pad_id=m.pad_id,
+            lowercase=m.lowercase,
+        )
+
+    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, log):
+                payload = self.model.files.get(request.sha256)
+                if payload is None:
+                    raise DownloadError("it has no such file", "connect again, the server may have changed")
+                yield from watch.sending(pb.Chunk(data=part) for part in parts(payload))
+        finally:
+            watch.stop()
+
+    def Session(
+        self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.ServerMessage]:
+        if not self._free.acquire(blocking=False):
+            busy = f"the server has {MAXIMUM_SESSIONS} sessions, which is its limit\nhint: try again later"
+            yield pb.ServerMessage(failure=pb.Failure(code=PartyError.code, message=busy))
+            return
+        try:
+            session = _Session(self, requests, context)
+            try:
+                yield from session.watch.sending(session.run())
+            finally:
+                session.close()
+        finally:
+            self._free.release()
+
+
+class _Session:
+    """One client's stream."""
+
+    def __init__(
+        self, service: InferenceService, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
+    ) -> None:
+        self._service, self._requests = service, requests
+        self._who = unquote(context.peer())
+        self._model = service.model
+        self._program = self._model.compiled.program
+        self._prepared: dict[int, dict[int, memoryview]] = {}
+        self._burnt = Burnt()
+        self._seed, self._id = fresh_seed(), b""
+        self._doing = "the handshake"
+        self._active = context.is_active
+        self._dealing: grpc.Call | None = None
+        self.watch = Watchdog(service.deadline, context.cancel)
+        context.add_callback(self._give_up_dealing)
+
+    def close(self) -> None:
+        self.watch.stop()
+        self._prepared.clear()
+
+    def _give_up_dealing(self) -> None:
+        if self._dealing is not None:
+            self._dealing.cancel()
+
+    def run(self) -> Iterator[pb.ServerMessage]:
+        """Everything that this client is told; a failure is the last of it."""
+        try:
+            yield from self._run()
+        except PartyError as error:
+            log.warning("session of %s ended: %s", self._who, str(error).splitlines()[0])
+            yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
+        except GeneratorExit:
+            late = "did not read in time" if self.watch.fired else "is gone"
+            level = logging.INFO if self._doing == BETWEEN else logging.WARNING
+            log.log(level, "session of %s ended: the client %s (%s)", self._who, late, self._doing)
+            raise
+        except Exception as error:
+            unexpected(error, log)
+            message = f"internal error ({self._doing})"
+            yield pb.ServerMessage(failure=pb.Failure(code=PartyError.code, message=message))
+
+    def _run(self) -> Iterator[pb.ServerMessage]:
+        first = self._next("the handshake")
+        if first is None:
+            return
+        self._greet(first)
+        yield pb.ServerMessage(welcome=pb.Welcome())
+        self._doing = BETWEEN
+        while (message := self._next_or_gone()) is not None:
+            kind = message.WhichOneof("content")
+            if kind == "prepare":
+                self._doing = f"preparing query {message.prepare.query}"
+                yield self._prepare(message.prepare.query)
+            elif kind == "query":
+                self._doing = f"query {message.query.query}"
+                yield from self._query(message.query.query)
+            else:
+                raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
+
+    def _next(self, what: str) -> pb.ClientMessage | None:
+        """The client's next message; None when it has ended the stream."""
+        try:
+            with self.watch.guard():
+                message = next(self._requests, None)
+        except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
+            late = " in time" if self.watch.fired else ""
+            raise PeerLost(f"the client did not send {what}{late} ({type(error).__name__})") from None
+        if message is None and self.watch.fired:
+            raise PeerLost(f"the client did not send {what} in time")
+        return message
+
+    def _next_or_gone(self) -> pb.ClientMessage | None:
+        """Between queries a client may take its time, and leave in any way."""
+        try:
+            with self.watch.guard(IDLE):
+                return next(self._requests, None)
+        except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
+            log.info("%s %s between queries", self._who, "was idle too long" if self.watch.fired else "left")
+            return None
+
+    def _greet(self, message: pb.ClientMessage) -> None:
+        if message.WhichOneof("content") != "hello":
+            raise HandshakeError("the session does not begin with a handshake")
+        hello, program = message.hello, self._program
+        fixed = json.dumps(program.fixed.as_dict(), sort_keys=True)
+        for what, theirs, ours in (
+            ("version", str(hello.version), str(VERSION)),
+            ("deployment", hello.deployment, DEPLOYMENT),
+            ("fixed point", hello.fixed_point, fixed),
+            ("Program digest", hello.program_digest, program.digest),
+            ("weights digest", hello.weights_digest, self._model.weights_digest),
+        ):
+            if not hmac.compare_digest(theirs.encode(), ours.encode()):
+                raise HandshakeError(
+                    f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}",
+                    "connect again to fetch the server's Program, and use the same version of unseen on both sides",
+                )
+        self._id = hello.session
+        request = pb.JoinRequest(
+            session=self._id,
+            program_digest=program.digest,
+            weights_digest=self._model.weights_digest,
+            server_seed=self._seed,
+            proof=join_proof(self._model.mask_seed, self._id, program.digest, self._model.weights_digest, self._seed),
+        )
+        with self._service.asking_the_dealer("joining the client's session"):
+            self._service.dealer.Join(request, timeout=30)
+
+    def _prepare(self, query: int) -> pb.ServerMessage:
+        """Fetch a query's corrections. The dealer burns the number, so they can be fetched only once."""
+        if len(self._prepared) >= MAXIMUM_PREPARED:
+            raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
+        start, size = time.perf_counter(), self._program.cost.offline_to_server
+        if not 0 <= query < MAXIMUM_QUERY:
+            raise QueryError(f"query number {query} is out of range")
+        request = pb.DealRequest(session=self._id, query=query, proof=deal_proof(self._seed, self._id, query))
+        buffer, filled = bytearray(size), 0
+        with self._service.asking_the_dealer(f"sending the corrections of query {query}"):
+            self._dealing = call = self._service.dealer.Deal(request, timeout=600)
+            if not self._active():
+                call.cancel()
+            for chunk in call:
+                filled += len(chunk.data)
+                if filled > size:
+                    call.cancel()
+                    break
+                buffer[filled - len(chunk.data) : filled] = chunk.data
+        if filled != size:
+            raise DealerError(f"the dealer sent {filled} bytes of corrections, the Program prescribes {size}")
+        self._prepared[query] = split_corrections(self._program.circuit, buffer)
+        seconds = time.perf_counter() - start
+        self._doing = BETWEEN
+        return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
+
+    def _query(self, query: int) -> Iterator[pb.ServerMessage]:
+        self._burnt.burn(query)  # before anything else: whatever happens from here on, this number is used
+        corrections = self._prepared.pop(query, None)
+        self._prepared = {number: kept for number, kept in self._prepared.items() if number > query}  # burnt too
+        if corrections is None:
+            raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
+        program, recorder = self._program, Recorder("server")
+        key = query_key(self._seed, "server", self._id, self._program.digest, query)
+        correlations = Correlations(SERVER, key, corrections)
+        step = execute(program.circuit, [program.output], SERVER, correlations, self._model.weights, observer=recorder)
+        recorder.start()
+        answer: tuple[Tensor, ...] | None = None
+        while True:
+            try:
+                exchange = next(step) if answer is None else step.send(answer)
+            except StopIteration:
+                break
+            recorder.packing()
+            path = program.paths[recorder.waiting] or "the model's input"
+            self._doing = f"query {query}, module '{path}'"
+            payload = pack_frame(exchange)
+            for frame in to_frames(payload) if exchange.send else ():
+                yield pb.ServerMessage(frame=frame)
+            recorder.sent(len(payload))
+            came = self._receive(exchange, path) if exchange.receive else b""
+            recorder.received(len(came))
+            answer = unpack_frame(came, exchange)
+            recorder.unpacked()
+        recorder.stop()
+        log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
+        self._doing = BETWEEN
+        try:
+            yield pb.ServerMessage(finished=pb.Finished(query=query))
+        finally:  # after the client's last message, so that it does not wait; also if it leaves upon it
+            self._keep(recorder.timeline, query)
+
+    def _keep(self, timeline: Timeline, query: int) -> None:
+        """Write the trace. That it cannot be written is the server's affair: the client has its answer."""
+        if self._service.traces is None:
+            return
+        try:
+            path = self._service.traces.write(timeline, self._program, query, session_label(self._id))
+        except PartyError as error:
+            log.error("query %d left no trace: %s", query, str(error).replace("\n", "; "))
+        else:
+            log.info("query %d: trace in %s", query, path)
+
+    def _receive(self, exchange: Exchange, path: str) -> bytes:
+        reader = FrameReader(sum(w.size for w in exchange.receive))
+        while True:
+            message = self._next(f"its message of module '{path}'")
+            if message is None:
+                raise PeerLost(f"the client ended the stream before its message of module '{path}'")
+            if message.WhichOneof("content") != "frame":
+                raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")
+            try:
+                payload = reader.add(message.frame)
+            except ValueError as error:
+                raise ProtocolError(f"module '{path}': {error}") from None
+            if payload is not None:
+                return payload
+
+
+def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
+    """The dealer's stream cut by instruction, without copies; sizes follow from the circuit."""
+    out, start, view = {}, 0, memoryview(payload)
+    for index, instruction in enumerate(circuit):
+        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        if size:
+            out[index] = view[start : start + size]
+            start += size
+    return out

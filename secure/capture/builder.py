@@ -1,0 +1,342 @@
+"""Building a graph: visibilities, folding of public values, and the operations that translation rules share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from secure.capture.clear_operations import CLEAR_OPERATIONS, encode_argument, evaluate_clear, kind_of
+from secure.capture.graph import (
+    MASKED,
+    SHARED_OPERATIONS,
+    Graph,
+    Node,
+    UnsupportedOperation,
+    constant_attrs,
+    placeholder,
+    result_visibility,
+)
+
+HUGE = -1.0e30
+"""Constants below this are meant as minus infinity."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The Euclidean norm of a shared value, which exists only as the denominator of an L2 normalization."""
+
+    value: Node
+    dim: int
+    shape: tuple[int, ...]
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Root:
+    """The square root of a shared value, which exists only as a denominator."""
+
+    value: Node
+
+
+Value = Any
+"""What stands for a value during translation: a `Node`, a Tensor (public, known at capture time), a Python number,
+`Norm` or `Root`, or a list of these."""
+
+
+def leaves(value: Value) -> Iterator[Value]:
+    """The values in nested arguments that are not plain Python constants."""
+    if isinstance(value, Node | Tensor | Norm | Root):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+
+
+def is_private(value: Value) -> bool:
+    """Whether a protocol is needed to compute with these values: some are shared, or two parties hold them."""
+    held = {"shared" if isinstance(v, Norm | Root) else v.visibility for v in leaves(value) if not _public(v)}
+    return "shared" in held or len(held) > 1
+
+
+def _public(value: Value) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, Node) and value.visibility == "public")
+
+
+def shape_of(value: Value) -> tuple[int, ...]:
+    """The shape of a value; a number's is ()."""
+    return tuple(value.shape) if isinstance(value, Node | Tensor | Norm) else ()
+
+
+def scalar_of(value: Value) -> float | None:
+    """The number that a value is everywhere, if it is public and uniform."""
+    if isinstance(value, Tensor) and value.numel():
+        flat = value.reshape(-1)
+        return float(flat[0]) if bool((flat == flat[0]).all()) else None
+    return float(value) if isinstance(value, bool | int | float) else None
+
+
+def describe(value: Value) -> str:
+    """A value's type, for messages."""
+    if isinstance(value, Node):
+        return f"{value.visibility} {value.dtype} {value.shape}"
+    if isinstance(value, Tensor):
+        return f"public {kind_of(value.dtype)} {tuple(value.shape)}"
+    if isinstance(value, Norm | Root):
+        return f"shared {type(value).__name__.lower()}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(describe, value)) + "]"
+    return str(value)
+
+
+class Builder:
+    """Collects nodes. Its methods take and give values of any visibility and choose clear or shared operations."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.path = ""
+        self.target = ""  # the operation that is being translated and its arguments, for messages
+        self.arguments: Sequence[Value] = ()
+        self.operation = ""  # the operation whose rule runs, which may be part of the target's
+        self.before_softmax = False  # whether the target's result goes to softmax alone
+        self._known: dict[str, Node] = {}  # clear operations and constants already there
+        self._huge: set[int] = set()  # clear nodes that may hold an "infinite" value
+
+    def add(
+        self, op: str, inputs: Sequence[Node], attrs: dict[str, Any], shape: Sequence[int], kind: str, visibility: str
+    ) -> Node:
+        """Append a node; an equal leaf or clear node is used again."""
+        key = json.dumps([op, [node.id for node in inputs], attrs, list(shape), kind])
+        if visibility != "shared" and key in self._known:
+            return self._known[key]
+        operands = tuple(node.id for node in inputs)
+        node = Node(len(self.nodes), op, operands, attrs, tuple(map(int, shape)), kind, visibility, self.path)
+        self.nodes.append(node)
+        self._known[key] = node
+        return node
+
+    def unsupported(self, hint: str) -> NoReturn:
+        """Raise for the operation that is being translated."""
+        operands = ", ".join(map(describe, self.arguments))
+        where = f"module {self.path!r}" if self.path else "the top-level module"
+        raise UnsupportedOperation(
+            f"{where}: {self.target}({operands}) has no private protocol\n"
+            f"supported on shared values: {', '.join(SHARED_OPERATIONS)}\nhint: {hint}"
+        )
+
+    def operand(self, value: Value) -> Node:
+        """A value as a node."""
+        if isinstance(value, Norm | Root):
+            self.unsupported("norms and square roots are supported as denominators (F.normalize, x / sqrt(v)) only")
+        if isinstance(value, Node):
+            return value
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        node = self.add("constant", [], constant_attrs(tensor), tensor.shape, kind_of(tensor.dtype), "public")
+        if tensor.is_floating_point() and bool((tensor <= HUGE).any()):
+            self._huge.add(node.id)
+        return node
+
+    def shared(self, op: str, *operands: Value, **attrs: Any) -> Node:
+        """Append an operation on shared values; numbers that are not floats are converted by who holds them."""
+        nodes = [self.operand(value) for value in operands]
+        nodes = [
+            self.operand(self.cast(node, torch.float32)) if node.dtype != "float" and op != "embedding" else node
+            for node in nodes
+        ]
+        if not is_private(nodes):
+            self.unsupported("it is supported on shared values only; compute it outside of the model")
+        visibility = result_visibility(op, [node.visibility for node in nodes])
+        result = SHARED_OPERATIONS[op]([placeholder(node) for node in nodes], attrs)
+        return self.add(op, nodes, attrs, result.shape, kind_of(result.dtype), visibility)
+
+    def clear(self, target: str, *args: Value, **kwargs: Value) -> Value:
+        """A clear operation on values that one party knows; evaluated right away if they are public."""
+        if target not in CLEAR_OPERATIONS:
+            self.unsupported("compute it outside of the model, or use other operations")
+        found = list(leaves((args, kwargs)))
+        if all(isinstance(value, Tensor) for value in found):
+            return CLEAR_OPERATIONS[target](*args, **kwargs)
+        if target == "aten.gather.default" and isinstance(args[0], Tensor) and scalar_of(args[0]) is not None:
+            return torch.full(shape_of(args[2]), args[0].reshape(-1)[0].item(), dtype=args[0].dtype)
+        nodes: list[Node] = []
+
+        def position(value: Value) -> int | None:
+            if not isinstance(value, Node | Tensor):
+                return None
+            node = self.operand(value)
+            if node not in nodes:
+                nodes.append(node)
+            return nodes.index(node)
+
+        encoded = [encode_argument(value, position) for value in args]
+        attrs = {
+            "target": target,
+            "args": encoded,
+            "kwargs": {name: encode_argument(value, position) for name, value in sorted(kwargs.items())},
+        }
+        visibility = result_visibility("clear", [node.visibility for node in nodes])
+        result = evaluate_clear(attrs, [placeholder(node) for node in nodes], torch.float32)
+        node = self.add("clear", nodes, attrs, result.shape, kind_of(result.dtype), visibility)
+        huge = any(isinstance(v, float) and v <= HUGE for v in (*args, *kwargs.values()))
+        if huge or any(operand.id in self._huge for operand in nodes):
+            self._huge.add(node.id)
+        return node
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """Convert between kinds; a float stays as it is."""
+        if isinstance(value, Tensor):
+            return value.to(dtype)
+        if not isinstance(value, Node) or value.dtype == kind_of(dtype):
+            return value
+        if value.visibility == "shared":
+            self.unsupported("shared values are real numbers; keep conversions to integers out of the model")
+        return self.clear("aten.to.dtype", value, dtype)
+
+    def finite(self, value: Value) -> Value:
+        """A clear operand of a shared sum with its "infinities" (masks) made `MASKED`."""
+        if isinstance(value, Tensor) and value.is_floating_point() and bool((value <= HUGE).any()):
+            return value.clamp_min(MASKED)
+        if isinstance(value, Node) and value.id in self._huge:
+            return self.clear("aten.clamp_min.default", value, MASKED)
+        return value
+
+    # Operations of any visibility.
+
+    def reshape(self, value: Value, shape: Sequence[int]) -> Value:
+        """Change the shape."""
+        if shape_of(value) == tuple(shape):
+            return value
+        if not is_private(value):
+            return self.clear("aten.reshape.default", value, list(shape))
+        if isinstance(value, Node) and value.op == "reshape":
+            return self.reshape(self.nodes[value.inputs[0]], shape)
+        return self.shared("reshape", value, shape=list(shape))
+
+    def permute(self, value: Value, dims: Sequence[int]) -> Value:
+        """Permute the axes."""
+        rank = len(shape_of(value))
+        order = [dim % rank for dim in dims]
+        if order == list(range(rank)):
+            return value
+        if not is_private(value):
+            return self.clear("aten.permute.default", value, order)
+        if isinstance(value, Node) and value.op == "permute":
+            return self.permute(self.nodes[value.inputs[0]], [value.attrs["dims"][dim] for dim in order])
+        return self.shared("permute", value, dims=order)
+
+    def transpose(self, value: Value, first: int, second: int) -> Value:
+        """Exchange two axes."""
+        order = list(range(len(shape_of(value))))
+        order[first], order[second] = order[second], order[first]
+        return self.permute(value, order)
+
+    def expand(self, value: Value, shape: Sequence[int]) -> Value:
+        """Broadcast to a shape."""
+        if shape_of(value) == tuple(shape):
+            return value
+        if not is_private(value):
+            return self.clear("aten.expand.default", value, list(shape))
+        return self.shared("expand", value, shape=list(shape))
+
+    def slice(self, value: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
+        """Take a range of an axis; all numbers are in bounds."""
+        if (start, stop, step) == (0, shape_of(value)[dim], 1):
+            return value
+        if not is_private(value):
+            return self.clear("aten.slice.Tensor", value, dim, start, stop, step)
+        return self.shared("slice", value, dim=dim, start=start, stop=stop, step=step)
+
+    def plus(self, a: Value, b: Value) -> Value:
+        """The sum; adding a public number is an attribute, adding zero is nothing."""
+        if not is_private((a, b)):
+            return self.clear("aten.add.Tensor", a, b)
+        a, b = self.finite(a), self.finite(b)
+        if scalar_of(a) is not None:
+            a, b = b, a
+        number = scalar_of(b)
+        if number is not None and _absorbs(a, b):
+            return a if number == 0 else self.shared("add", a, scalar=number)
+        return self.shared("add", a, b)
+
+    def times(self, a: Value, b: Value) -> Value:
+        """The product; a public factor is an attribute, a product with itself a square."""
+        if not is_private((a, b)):
+            return self.clear("aten.mul.Tensor", a, b)
+        if scalar_of(a) is not None:
+            a, b = b, a
+        number = scalar_of(b)
+        if number is not None and _absorbs(a, b):
+            if number == 1:
+                return a
+            return self.shared("mul", a, scalar=number)
+        if isinstance(a, Node) and a == b:
+            return self.shared("square", a)
+        known = self._gelu(a, b) or self._gelu(b, a) or self._rms_norm(a, b) or self._rms_norm(b, a)
+        return known or self.shared("mul", a, b)
+
+    def _scaled(self, value: Value, op: str, number: float) -> Node | None:
+        """The operand of ``value``, if that is ``op`` of it and about this number."""
+        if isinstance(value, Node) and value.op == op and abs(value.attrs.get("scalar", 0.0) - number) < 1e-6:
+            return self.nodes[value.inputs[0]]
+        return None
+
+    def _gelu(self, half: Value, rest: Value) -> Node | None:
+        """Recognize x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as several models write it."""
+        x = self._scaled(half, "mul", 0.5)
+        tanh = self._scaled(rest, "add", 1.0)
+        if x is None or tanh is None or tanh.op != "tanh":
+            return None
+        inner = self._scaled(self.nodes[tanh.inputs[0]], "mul", 0.7978845608)
+        if inner is None or inner.op != "add" or x.id not in inner.inputs or len(inner.inputs) != 2:
+            return None
+        other = self.nodes[inner.inputs[1] if inner.inputs[0] == x.id else inner.inputs[0]]
+        cube = self._scaled(other, "mul", 0.044715)
+        if cube is None or cube.op != "mul" or x.id not in cube.inputs or len(cube.inputs) != 2:
+            return None
+        square = self.nodes[cube.inputs[0] if cube.inputs[1] == x.id else cube.inputs[1]]
+        if square.op != "square" or square.inputs != (x.id,):
+            return None
+        return self.shared("gelu", x, approximate="tanh")
+
+    def _rms_norm(self, x: Value, factor: Value) -> Node | None:
+        """Recognize x * rsqrt(mean(x^2) + eps) over the last axis, and that times a weight of the server's."""
+        if not isinstance(x, Node):
+            return None
+        known = isinstance(factor, Tensor) or (isinstance(factor, Node) and factor.visibility == "server")
+        if known and x.op == "rms_norm" and len(x.inputs) == 1 and shape_of(factor) == x.shape[-1:]:
+            return self.shared("rms_norm", self.nodes[x.inputs[0]], factor, eps=x.attrs["eps"])
+        if not isinstance(factor, Node) or factor.op != "rsqrt":
+            return None
+        total = self.nodes[factor.inputs[0]]
+        eps = total.attrs.get("scalar", 0.0) if total.op == "add" else 0.0
+        mean = self.nodes[total.inputs[0]]
+        if eps <= 0 or mean.op != "mean" or mean.attrs != {"dims": [len(x.shape) - 1], "keepdim": True}:
+            return None
+        square = self.nodes[mean.inputs[0]]
+        return self.shared("rms_norm", x, eps=eps) if square.op == "square" and square.inputs == (x.id,) else None
+
+    def finish(self, outputs: Sequence[Value]) -> Graph:
+        """The graph of these results: nodes that none of them needs are dropped, except for inputs."""
+        wanted = [self.operand(value).id for value in outputs]
+        alive = set(wanted)
+        for node in reversed(self.nodes):
+            if node.id in alive:
+                alive.update(node.inputs)
+        kept = [node for node in self.nodes if node.id in alive or node.op == "input"]
+        number = {node.id: position for position, node in enumerate(kept)}
+        nodes = tuple(replace(node, id=number[node.id], inputs=tuple(number[i] for i in node.inputs)) for node in kept)
+        return Graph(nodes, tuple(number[i] for i in wanted))
+
+
+def _absorbs(a: Value, b: Value) -> bool:
+    """Whether b broadcasts to the shape of a, so that a uniform b is a number."""
+    try:
+        return tuple(torch.broadcast_shapes(shape_of(a), shape_of(b))) == shape_of(a)
+    except RuntimeError:
+        return False

@@ -1,0 +1,334 @@
+"""``secure.encrypt``: from a torch module in polynomial form to what client and server do under CKKS.
+
+The ring degree, the primes and the scale follow from the circuit: its depth, the ranges that calibration met, and the
+precision wished for. All of it is known before a key exists; what does not fit is refused with the levels by module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from approximations import choose
+from protocols.ckks import noise
+from protocols.ckks.circuit import Vector, clear
+from protocols.ckks.cost import seconds
+from protocols.ckks.parameters import MAXIMUM_BITS, DoesNotFit, Parameters
+from protocols.ckks.refresh import INTEGER, reserve
+from protocols.ckks.schedule import Schedule, depth_by_path, schedule
+from secure.capture.capture import capture
+from secure.capture.graph import Graph, UnsupportedOperation, run
+from secure.ckks.layout import Cube, DoesNotPack, at
+from secure.ckks.linear_maps import Array
+from secure.ckks.pack import Packed, Packer
+from secure.ckks.pack_batch import BatchPacker, slots_of
+from secure.ckks.polynomials import Range
+from secure.ckks.program import HEADROOM, EncryptedProgram
+from secure.lowering.lower import Lowered, lower, observe
+from secure.lowering.trace import evaluate
+from secure.mpc.compile import Sample, trace_inputs
+
+WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
+DEGREES = (8192, 16384, 32768)
+MODES = ("pure", "refresh")
+SCALES, SPARE = (26, 51), (8, 4, 0)
+OUTGROWN = 2.0**12  # units that no slot may reach: zeros of the next map are only zero to a rounding
+CLIENT, ROUND = 0.07, 0.1  # seconds: of the client and the network for a refreshed ciphertext, and for a round
+REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
+
+
+@dataclass(frozen=True, eq=False)
+class Encrypted:
+    """A Program and what the server keeps: the schedule with its weights."""
+
+    program: EncryptedProgram
+    schedule: Schedule
+    predicted_error: float  # of an output element, absolute, its rounding included
+    client_tables: Mapping[str, Tensor]
+    layer_errors: Mapping[str, float]  # by module path, relative to what its values are divided by
+
+    @property
+    def weights_digest(self) -> str:
+        total = hashlib.sha256()
+        for plain in self.schedule.circuit.plains:
+            total.update(np.asarray(plain, dtype=np.float64).tobytes())
+        return total.hexdigest()
+
+
+def encrypt(
+    model: nn.Module,
+    example_inputs: Sample,
+    *,
+    calibration: Sequence[Sample] = (),
+    mode: str = "pure",
+    precision_bits: float = 9.0,
+    degrees: Sequence[int] = DEGREES,
+    labels: Mapping[str, str] | None = None,
+) -> Encrypted:
+    """Capture a module in polynomial form and pack it for evaluation on ciphertexts.
+
+    mode: "pure" (the server alone; refused where no ring has the levels) or "refresh" (the client re-encrypts masked
+    ciphertexts where levels end). precision_bits: wished for at the output, relative to its largest calibrated value;
+    the predicted error (``noise.WORST`` standard deviations) is kept below 2^-precision_bits, and answers are rounded
+    to half of that. degrees: rings to choose from; the cheapest by predicted time is taken.
+    Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}\nhint: one of {', '.join(MODES)}")
+    lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration])
+    (output,) = lowered.outputs
+    tables = _tables(lowered)
+    weights = {k: v.numpy() for k, v in lowered.weights.items()}
+    found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
+    problems: list[str] = []
+    unpacked: DoesNotPack | None = None
+    packed: Packed | None = None
+    for degree in degrees:
+        try:
+            cube = _cube(lowered, degree // 2)
+            packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
+            chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
+        except (DoesNotFit, DoesNotPack) as error:
+            problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
+            unpacked = error if isinstance(error, DoesNotPack) else unpacked
+            continue
+        refreshed = sum(n.op == "refresh" for n in timed.circuit.nodes)
+        price = seconds(timed, chosen) + CLIENT * refreshed * degree / 16384 + ROUND * timed.rounds
+        found.append((price, chosen, timed, packed, watched))
+        if mode == "pure":
+            break  # a larger ring is slower
+    if not found and packed is None and unpacked is not None:
+        raise unpacked  # no ring has a place for a shape
+    if not found:
+        path = depth_by_path(packed.circuit) if packed is not None else []
+        taken = ", ".join(f"{name or 'model'} {n}" for name, n in path) or "not known"
+        raise DoesNotFit(
+            "the model fits no ring: " + "; ".join(problems) + f". Levels by module on the deepest path: {taken}\n"
+            "hint: --refresh lets the client re-encrypt between layers; or fewer layers, a smaller power or degree"
+        )
+    _, chosen, timed, best, watched = min(found, key=lambda f: f[0])
+    levels = timed.inputs()
+    program = EncryptedProgram(
+        parameters=chosen,
+        steps=tuple(timed.circuit.steps),
+        client_graph=lowered.client_graph,
+        client_inputs=tuple(lowered.client_inputs),
+        ranges={c.name: _reach(lowered, ranges, c.name) for c in lowered.client_inputs},
+        views={k: (name, levels[k], content) for k, (name, content) in best.views.items() if k in levels},
+        refreshes=tuple(tuple(timed.levels[i] for i in timed.refreshes(stage)) for stage in range(1, timed.rounds + 1)),
+        reserve=timed.reserve,
+        output_shape=tuple(output.shape),
+        output=best.output,
+        output_unit=best.output_unit,
+        counts=timed.circuit.counts(),
+        grain=best.output_unit * 2.0 ** -(precision_bits + 1),
+        labels={"mode": mode, **(labels or {})},
+    )
+    program.check()
+    return Encrypted(
+        program,
+        timed,
+        watched.error(chosen) * best.output_unit + program.grain / 2,
+        {name: table.to(torch.float32) for name, table in tables.items()},
+        watched.by_path(timed, chosen),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Batched:
+    """A batch's circuit: ``inputs`` by name (input of the model, element), outputs element by element in ``unit``."""
+
+    parameters: Parameters
+    schedule: Schedule
+    inputs: Mapping[str, tuple[str, int]]
+    shape: tuple[int, ...]
+    unit: float
+    sources: Mapping[str, int]  # the client graph's output behind each input
+    client_graph: Graph
+
+    def slots(self, samples: Sequence[Sample]) -> dict[str, Vector]:
+        """The slots of every ciphertext for at most N/2 inputs."""
+        rows: dict[str, list[Array]] = {name: [] for name in self.sources}
+        for sample in samples:
+            values = run(self.client_graph, sample, {})
+            for name, k in self.sources.items():
+                rows[name].append(values[k].to(torch.float64).numpy().reshape(-1))
+        stacked = {name: np.stack(found) for name, found in rows.items()}
+        return slots_of(self.inputs, stacked, self.parameters.slots)
+
+    def answers(self, slots: Sequence[Vector], count: int) -> Tensor:
+        """The first ``count`` answers."""
+        return torch.from_numpy(np.stack([v[:count] for v in slots], axis=1) * self.unit).reshape(
+            count, *self.shape[1:]
+        )
+
+
+def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequence[Sample] = ()) -> Batched:
+    """As ``encrypt`` in mode "pure", for N/2 inputs at once: one ciphertext an element, no rotation, minutes a batch.
+
+    The scale is the largest that the smallest ring with enough levels has room for.
+    """
+    lowered, _, ranges = _prepared(model, [example_inputs, *calibration])
+    (output,) = lowered.outputs
+    weights = {k: v.numpy() for k, v in lowered.weights.items()}
+    for degree in DEGREES:
+        packer = BatchPacker(lowered.trace, weights, ranges, degree // 2)
+        circuit, unit = packer.run(output.id)
+        timed = schedule(circuit)
+        scale = (MAXIMUM_BITS[degree] - 1 - 2 * (INTEGER + 1) - SPARE[1]) // (timed.depth + 2)
+        if scale >= SCALES[0]:
+            scale = min(scale, 40)
+            sources = {c.name: c.output for c in lowered.client_inputs}
+            chosen = Parameters(degree, timed.depth, scale, scale + INTEGER + 1, SPARE[1])
+            return Batched(chosen, timed, packer.inputs, tuple(output.shape), unit, sources, lowered.client_graph)
+    raise DoesNotFit(f"{timed.depth} levels fit no ring\nhint: fewer layers, a smaller power or degree")
+
+
+def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
+    """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
+    graph, parameters = capture(model, samples[0])
+    parameters = {k: blurred(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
+    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", choose())
+    tables = _tables(lowered)
+    inputs = [trace_inputs(lowered, s, tables) for s in samples]
+    return lowered, inputs, _ranges(lowered, inputs)
+
+
+def blurred(name: str, weight: Tensor) -> Tensor:
+    """A weight in float64 with an arbitrary 2^-30 of its largest entry added to each: below what a ciphertext resolves.
+
+    Which diagonals, views and nodes there are is public. Without this it would tell of weights that are zero, or equal
+    to each other. Not a mask: nothing rests on it but that exact coincidences go. It follows from name and weight, so
+    that a server which starts again has the same Program, and clients need not upload keys anew.
+    """
+    exact = weight.to(torch.float64)
+    size = float(exact.abs().max()) if exact.numel() else 0.0
+    seed = hashlib.sha256(name.encode() + exact.contiguous().numpy().tobytes()).digest()
+    added = np.random.default_rng(int.from_bytes(seed)).uniform(-1.0, 1.0, tuple(exact.shape))
+    return exact + torch.from_numpy(np.asarray(added)) * ((size or 1.0) * 2.0**-30)
+
+
+def _tables(lowered: Lowered) -> dict[str, Tensor]:
+    return {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
+
+
+@dataclass
+class _Watched:
+    """magnitude: the largest slot of every node; error: its largest standard deviation at REFERENCE_SCALE."""
+
+    magnitude: Array
+    deviation: Array
+    outputs: list[int]
+
+    def error(self, parameters: Parameters) -> float:
+        return float(noise.WORST * self.deviation[self.outputs].max() * _shrink(parameters.scale_bits))
+
+    def by_path(self, timed: Schedule, parameters: Parameters) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for i, path in enumerate(timed.circuit.paths):
+            error = float(noise.WORST * self.deviation[i] * _shrink(parameters.scale_bits))
+            out[path] = max(out.get(path, 0.0), error)
+        return out
+
+
+def _shrink(scale_bits: int) -> float:
+    return float(2.0 ** (REFERENCE_SCALE - scale_bits))
+
+
+def _fitted(
+    packed: Packed, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
+) -> tuple[Parameters, Schedule, _Watched]:
+    """Scale, base prime and levels of one ring degree: the smallest scale that keeps the predicted error."""
+    tried: dict[tuple[int, int], Schedule] = {}
+    problem: DoesNotFit | None = None
+    for spare in SPARE:
+        scale_bits = SCALES[0]
+        try:
+            while scale_bits < SCALES[1]:
+                base_bits = scale_bits + INTEGER + 1
+                kept = reserve(degree, scale_bits, base_bits) if mode == "refresh" else 0
+                most = (MAXIMUM_BITS[degree] - 1 - 2 * base_bits - spare) // scale_bits
+                key = (most, kept) if mode == "refresh" else (0, 0)
+                if key not in tried:
+                    tried[key] = schedule(packed.circuit, most if mode == "refresh" else None, kept)
+                timed = tried[key]
+                if timed.depth > most:
+                    raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
+                trial = Parameters(degree, timed.depth, scale_bits, base_bits, spare)
+                reference = Parameters(degree, 0, REFERENCE_SCALE, REFERENCE_SCALE + INTEGER + 1, spare)
+                watched = _watch(packed, timed, reference, inputs)
+                _fits(timed, watched.magnitude)
+                missing = math.log2(watched.error(trial)) + precision  # an error halves with every bit of the scale
+                if missing <= 0:
+                    return trial, timed, watched
+                scale_bits += math.ceil(missing)
+            raise DoesNotFit(f"no scale reaches {precision:g} bits")
+        except DoesNotFit as error:
+            problem = error
+    raise problem or DoesNotFit("no special prime to try")
+
+
+def _fits(timed: Schedule, magnitude: Array) -> None:
+    """DoesNotFit where values outgrow the base prime, which alone is left at level 0, or what masks are made for."""
+    low = [m for m, level in zip(magnitude, timed.levels, strict=True) if level == 0]
+    sent = [magnitude[n.inputs[0]] for n in timed.circuit.nodes if n.op == "refresh"]
+    largest = max([*low, *sent]) * HEADROOM
+    if max(magnitude) > OUTGROWN:
+        i = int(np.argmax(magnitude))
+        raise DoesNotFit(f"{timed.circuit.paths[i] or 'model'}: a value of {magnitude[i]:.3g} units; precision is lost")
+    if largest >= 2.0**INTEGER:
+        raise DoesNotFit(f"a value of {largest:.3g} units at the lowest level, where {2**INTEGER} fit")
+
+
+def _watch(packed: Packed, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]) -> _Watched:
+    magnitude = np.zeros(len(timed.circuit.nodes))
+
+    def look(i: int, value: Vector) -> None:
+        magnitude[i] = max(magnitude[i], float(np.abs(value).max()))
+
+    deviation = np.zeros(len(timed.circuit.nodes))
+    for number, sample in enumerate(inputs):
+        slots = {k: at(sample[name].numpy().reshape(-1), c) for k, (name, c) in packed.views.items()}
+        clear(timed.circuit, slots, look)
+        if number < 2:
+            found = noise.errors(timed, parameters, slots)
+            deviation = np.maximum(deviation, [v.max() for v in found])
+    return _Watched(magnitude, deviation, timed.circuit.outputs)
+
+
+def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]]) -> list[Range]:
+    out = [Range() for _ in lowered.trace.primitives]
+
+    def look(i: int, value: Tensor) -> None:
+        out[i].low = min(out[i].low, float(value.min()))
+        out[i].high = max(out[i].high, float(value.max()))
+
+    for sample in inputs:
+        evaluate(lowered.trace, sample, lowered.weights, look)
+    return out
+
+
+def _reach(lowered: Lowered, ranges: Sequence[Range], name: str) -> tuple[float, float]:
+    """What an input may be: what calibration showed, with a little room."""
+    i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
+    room = 0.05 * max(ranges[i].high - ranges[i].low, 1e-6)
+    return ranges[i].low - room, ranges[i].high + room
+
+
+def _cube(lowered: Lowered, slots: int) -> Cube:
+    """By the attention of the model; without one, tokens (rows) and features of its first linear layer."""
+    for p in lowered.trace.primitives:
+        if p.op == "matmul":
+            x = lowered.trace.primitives[p.inputs[0]].shape
+            return Cube.fitting(slots, x[-1], p.shape[-1], math.prod(p.shape[:-2]), x[-2])
+    shapes = [p.shape for p in lowered.trace.primitives if p.op == "linear"]
+    if not shapes:
+        raise UnsupportedOperation("a model without a linear layer\nhint: compute it in the clear")
+    rows = math.prod(shapes[0][:-1])
+    return Cube.fitting(slots, slots // max(rows, 1), 1, 1, rows)

@@ -1,0 +1,213 @@
+"""Where elements stand in slots: contents, and linear maps between them as diagonals.
+
+A *content* says for every slot of a ciphertext which element of a tensor it holds; ``EMPTY``: none (zero, or nothing
+that anybody may read). An element may stand in many slots.
+
+The cube: slots are (d, u, h, t), t fastest: features of a head, keys, heads, queries (tokens). With d outermost, a sum
+over d is cyclic in the whole ciphertext, so every slot gets it; what it gives does not depend on d, so a sum over u,
+whose carry goes into d, is right everywhere too. Neither takes a mask or a level. Heads or keys that do not fit go to
+further ciphertexts. (T^2 d slots for all heads; the d-outermost order is ours.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocols.ckks.diagonals import Diagonals
+from secure.ckks.linear_maps import Matrix
+
+EMPTY = -1
+SAMPLE = 256  # of what is still wanted, on which offsets are compared
+
+Content = NDArray[np.int64]  # (ciphertexts, slots)
+
+
+class DoesNotPack(ValueError):
+    """A shape that the layout has no place for."""
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Cube:
+    """Sizes within one ciphertext, ``heads`` and ``keys`` of all, and the slots."""
+
+    slots: int
+    d: int
+    u: int
+    h: int
+    t: int
+    heads: int
+    keys: int
+
+    @classmethod
+    def fitting(cls, slots: int, features: int, keys: int, heads: int, tokens: int) -> Cube:
+        """The fewest ciphertexts; among those, keys are divided before heads. Sums double, so ``keys`` and ``tokens``
+        are powers of two.
+        """
+        for name, n in (("keys", keys), ("tokens", tokens)):
+            if n != power_of_two(n):
+                raise DoesNotPack(f"{n} {name} in an attention\nhint: pad the input to {power_of_two(n)} tokens")
+        d, t = power_of_two(features), tokens
+        best: tuple[tuple[int, int], Cube] | None = None
+        for h in {1 << k for k in range(power_of_two(heads).bit_length())}:
+            for u in {1 << k for k in range(keys.bit_length())}:
+                if d * u * h * t <= slots:
+                    count = -(-heads // h) * (keys // u)
+                    cube = cls(slots, d, u, h, t, heads, keys)
+                    if best is None or (count, -h) < best[0]:
+                        best = (count, -h), cube
+        if best is None:
+            raise DoesNotPack(f"{tokens} tokens of {features} features a head exceed {slots} slots")
+        return best[1]
+
+    @property
+    def strides(self) -> dict[str, int]:
+        return {"t": 1, "h": self.t, "u": self.t * self.h, "d": self.t * self.h * self.u}
+
+    @property
+    def head_groups(self) -> int:
+        return -(-self.heads // self.h)
+
+    @property
+    def key_groups(self) -> int:
+        return self.keys // self.u
+
+    @property
+    def axes(self) -> dict[str, NDArray[np.int64]]:
+        """The coordinates of every slot; beyond d * u * h * t slots the pattern repeats."""
+        place = np.arange(self.slots)
+        sizes = {"t": self.t, "h": self.h, "u": self.u, "d": self.d}
+        return {name: place // stride % sizes[name] for name, stride in self.strides.items()}
+
+    def attention(self, index: str, shape: tuple[int, ...]) -> Content:
+        """The content of a tensor (heads, ...) of an attention, one row a (head group, key group).
+
+        index: its last two dimensions, of "t" (queries), "u" (keys), "d" (features); the third axis is repeated.
+        """
+        axes, rows = self.axes, []
+        for group in range(self.head_groups):
+            for keys in range(self.key_groups):
+                head = axes["h"] + group * self.h
+                at = {"t": axes["t"], "u": axes["u"] + keys * self.u, "d": axes["d"]}
+                first, second = at[index[0]], at[index[1]]
+                inside = (head < shape[0]) & (first < shape[1]) & (second < shape[2])
+                rows.append(np.where(inside, (head * shape[1] + first) * shape[2] + second, EMPTY))
+        return np.stack(rows)
+
+    def summed(self, index: str, shape: tuple[int, ...]) -> Content:
+        """The same tensor where u is zero, a row a head group: what a sum over keys leaves. Keys stand along t too."""
+        content = self.attention(index.replace("u", "t"), shape)[:: self.key_groups]
+        return first_only(content, self.strides["u"], self.u)
+
+    def once(self, index: str, shape: tuple[int, ...]) -> Content:
+        """The same tensor with every element once, in as few ciphertexts as there can be."""
+        if self.head_groups == 1:
+            return self.summed(index, shape)
+        heads, features = shape[0], shape[1 + index.index("d")]
+        dense = self.dense(self.t, heads * features)
+        token, head, feature = dense // (heads * features), dense // features % heads, dense % features
+        order = (feature, token) if index[0] == "d" else (token, feature)
+        return np.where(dense >= 0, (head * shape[1] + order[0]) * shape[2] + order[1], EMPTY)
+
+    def natural(self, shape: tuple[int, ...]) -> Content:
+        """The content of a tensor that nothing else decides: tokens and features, or those of every head."""
+        rows, heads = int(np.prod(shape[:-1])), int(np.prod(shape[:-2]))
+        if rows not in (1, self.t) and heads == self.heads and shape[-2] == self.t and shape[-1] <= self.d:
+            return self.once("td", (heads, *shape[-2:]))
+        return self.dense(rows, shape[-1])
+
+    def dense(self, rows: int, features: int) -> Content:
+        """(rows, features): rows along t, features along d, then h, then u, then further ciphertexts."""
+        if rows not in (1, self.t):
+            raise DoesNotPack(f"{rows} rows of {features} features among {self.t} tokens")
+        axes = self.axes
+        each = self.d * self.h * self.u
+        period = np.arange(self.slots) < each * self.t
+        place = (axes["u"] * self.h + axes["h"]) * self.d + axes["d"]
+        out = []
+        for part in range(-(-features // each)):
+            feature = place + part * each
+            inside = (feature < features) & (axes["t"] < rows) & period
+            out.append(np.where(inside, axes["t"] * features + feature, EMPTY))
+        return np.stack(out)
+
+
+def diagonals(matrix: Matrix, target: Content, source: Content, limit: int) -> Diagonals | None:
+    """The diagonals of a map from the elements in ``source`` (all its ciphertexts) to the ones in ``target`` (one).
+
+    matrix: (elements of the result, elements of the source). Offsets are chosen greedily: of all places of an element,
+    the one whose offset also serves most of a sample of what is still wanted; of equal ones one along an outer axis,
+    and the nearest. None: more than ``limit`` diagonals, or an element that stands nowhere.
+    """
+    slots = target.shape[-1]
+    rows = np.flatnonzero(target >= 0)
+    picked = matrix[target[rows]]
+    if len(rows) and int(np.diff(picked.indptr).max()) > limit:  # a diagonal gives a slot one element
+        return None
+    wanted = picked.tocoo()
+    slot, element, value = rows[wanted.coords[0]], wanted.coords[1].astype(np.int64), wanted.data
+    size = matrix.shape[1]
+    keys = slot * size + element
+    order = np.argsort(keys)
+    keys, slot, element, value = keys[order], slot[order], element[order], value[order]
+    places = _Places(source, size)
+    left, out = np.ones(len(keys), dtype=bool), dict[tuple[int, int], NDArray[np.float64]]()
+    generator = np.random.default_rng(0)
+    while left.any():
+        if len(out) >= limit:
+            return None
+        waiting = np.flatnonzero(left)
+        first = waiting[0]
+        part, place = places.of(int(element[first]))
+        if not len(part):
+            return None
+        sample = generator.choice(waiting, SAMPLE) if len(waiting) > SAMPLE else waiting
+        offset = (place - slot[first]) % slots
+        served = source[part[:, None], (slot[sample] + offset[:, None]) % slots] == element[sample]
+        aligned = np.where(offset, offset & -offset, slots)  # an offset along an outer axis has no edges that it misses
+        best = np.lexsort((np.minimum(offset, slots - offset), -aligned, -served.sum(1)))[0]
+        where = int(part[best]), int(offset[best])
+        found = source[where[0]][(rows + where[1]) % slots]
+        at = np.minimum(np.searchsorted(keys, rows * size + found), len(keys) - 1)
+        hits = at[(found >= 0) & (keys[at] == rows * size + found)]
+        hits = hits[left[hits]]
+        vector = out.setdefault(where, np.zeros(slots))
+        vector[slot[hits]] = value[hits]
+        left[hits] = False
+    return out
+
+
+class _Places:
+    """Where every element stands."""
+
+    def __init__(self, source: Content, size: int) -> None:
+        self.slots = source.shape[1]
+        flat = source.reshape(-1)
+        self.order = np.argsort(flat, kind="stable")
+        self.starts = np.searchsorted(flat[self.order], np.arange(size + 1))
+
+    def of(self, element: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        found = self.order[self.starts[element] : self.starts[element + 1]]
+        return found // self.slots, found % self.slots
+
+
+def repeated(content: Content, stride: int, size: int) -> bool:
+    """Whether what stands in a slot does not depend on its coordinate of this axis."""
+    base = np.arange(content.shape[-1]) // stride % size * stride
+    return size > 1 and bool((content == content[..., np.arange(content.shape[-1]) - base]).all())
+
+
+def first_only(content: Content, stride: int, size: int) -> Content:
+    """The same with everything but the first place of this axis empty."""
+    return np.where(np.arange(content.shape[-1]) // stride % size == 0, content, EMPTY)
+
+
+def at(flat: NDArray[np.float64], content: Content) -> NDArray[np.float64]:
+    """The slots of one ciphertext: elements where the content says, zero elsewhere."""
+    return np.where(content >= 0, flat[np.maximum(content, 0)], 0.0)

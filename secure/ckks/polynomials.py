@@ -1,0 +1,141 @@
+"""Chains of polynomials of one value: in a traced model, what is one polynomial, of which degree.
+
+A reciprocal is written as a polynomial, corrections and their products; on ciphertexts that is one polynomial of the
+composed degree, whose depth is the logarithm of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial import Chebyshev, Polynomial
+
+from secure.ckks.linear_maps import Array
+from secure.lowering.trace import Primitive, Trace
+
+DEGREE = 31  # of a polynomial that chains are composed to
+MARGIN = 1.25  # room around the calibrated range of what a polynomial reads
+
+Function = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A value that is a polynomial, of this degree, of one other value."""
+
+    root: int
+    degree: int
+    function: Function
+
+
+@dataclass
+class Range:
+    low: float = np.inf
+    high: float = -np.inf
+
+    @property
+    def centre(self) -> float:
+        return (self.low + self.high) / 2
+
+    @property
+    def half(self) -> float:
+        return max((self.high - self.low) / 2, 1e-9) * MARGIN
+
+    @property
+    def magnitude(self) -> float:
+        return max(abs(self.low), abs(self.high), 1e-9)
+
+
+def chains(trace: Trace) -> dict[int, Chain]:
+    """Which values are polynomials of one other value, with the degree of the whole."""
+    out: dict[int, Chain] = {}
+
+    def of(i: int) -> Chain:
+        return out.get(i, Chain(i, 1, lambda x: x))
+
+    for i, p in enumerate(trace.primitives):
+        made = _extended(p, [of(x) for x in p.inputs])
+        if made is not None and made.degree > DEGREE:  # begins anew
+            made = _extended(p, [Chain(x, 1, lambda v: v) for x in p.inputs])
+        if made is not None and trace.primitives[made.root].shape == p.shape:
+            out[i] = made
+    return out
+
+
+def _extended(p: Primitive, x: list[Chain]) -> Chain | None:
+    if p.op == "piecewise" and not p.attrs["knots"]:
+        (piece,) = p.attrs["pieces"]
+        shape = Polynomial(piece.coefficients or (0.0,))
+        degree = max((j for j, c in enumerate(piece.coefficients) if c), default=0)
+        return Chain(x[0].root, x[0].degree * degree, lambda v: shape(x[0].function(v) - piece.centre))
+    if p.op in ("scale", "offset"):
+        value = p.attrs["value"]
+        if p.op == "scale":
+            return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) * value)
+        return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) + value)
+    if p.op in ("add", "sub", "mul") and x[0].root == x[1].root:
+        f, g = x[0].function, x[1].function
+        if p.op == "mul":
+            return Chain(x[0].root, x[0].degree + x[1].degree, lambda v: f(v) * g(v))
+        sign = 1.0 if p.op == "add" else -1.0
+        return Chain(x[0].root, max(x[0].degree, x[1].degree), lambda v: f(v) + sign * g(v))
+    return None
+
+
+def needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
+    """Which values somebody reads as such: not those that only a longer chain goes through."""
+    out = [False] * len(trace.primitives)
+    out[-1] = True
+    for i in range(len(out) - 1, -1, -1):
+        chain = known.get(i)
+        if out[i]:
+            for x in (chain.root,) if chain is not None and chain.degree > 1 else trace.primitives[i].inputs:
+                out[x] = True
+    return out
+
+
+def pure_power(chain: Chain, known: Range) -> tuple[float, float, float] | None:
+    """(a, c, b) where the chain is a (x - c)^degree + b with a degree that is a power of two: squarings alone."""
+    n = chain.degree
+    if n & (n - 1) or n > 8:
+        return None
+    domain = [known.centre - known.half, known.centre + known.half]
+    fitted = Chebyshev.interpolate(chain.function, n, domain=domain)
+    coefficients = fitted.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
+    if len(coefficients) <= n or not coefficients[n]:
+        return None
+    scale = float(coefficients[n])
+    centre = float(-coefficients[n - 1] / (n * scale))
+    x = np.linspace(domain[0], domain[1], 64)
+    rest = chain.function(x) - scale * (x - centre) ** n
+    if np.ptp(rest) > 1e-9 * max(float(np.abs(chain.function(x)).max()), 1e-12):
+        return None
+    return scale, centre, float(rest.mean())
+
+
+def units(
+    trace: Trace, ranges: Sequence[Range], known: Mapping[int, Chain], wanted_by: Sequence[bool]
+) -> dict[int, float]:
+    """What ciphertexts of some values are divided by, from the last primitive to the first: what polynomials want of
+    what they read, and sums of what they add. Others take their largest magnitude.
+    """
+    wanted: dict[int, float] = {}
+    for i in range(len(trace.primitives) - 1, -1, -1):
+        p, chain = trace.primitives[i], known.get(i)
+        if wanted_by[i] and chain is not None and chain.degree > 1:
+            root = ranges[chain.root]
+            pure = pure_power(chain, root)
+            if pure is None:
+                wanted[chain.root] = root.half
+            else:
+                scale, centre, _ = pure
+                reach = max(abs(root.low - centre), abs(root.high - centre), 1e-9)
+                unit = wanted.get(i, abs(scale) * reach**chain.degree)
+                wanted[chain.root] = float((unit / abs(scale)) ** (1 / chain.degree))
+        elif i in wanted and p.op in ("sum", "offset", "reshape", "permute", "expand", "bounded"):
+            wanted.setdefault(p.inputs[0], wanted[i])
+        elif i in wanted and p.op == "scale":
+            wanted.setdefault(p.inputs[0], wanted[i] / abs(p.attrs["value"]))
+    return wanted

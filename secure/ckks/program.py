@@ -1,0 +1,197 @@
+"""What client and server agree on under CKKS: parameters, keys, what stands in which slot. No weights, no inputs."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocols.ckks.circuit import Vector
+from protocols.ckks.parameters import Parameters
+from protocols.ckks.refresh import reserve
+from secure.capture.graph import Graph
+from secure.capture.graph import run as run_graph
+from secure.ckks.layout import EMPTY, Content, at
+from secure.ckks.linear_maps import Array
+from secure.lowering.lower import ClientInput
+from secure.mpc.program import InvalidProgram, encode_input
+
+VERSION = 1
+_MALFORMED = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError),
+    zlib.error,
+)
+MAXIMUM_KEYS = 8 << 30  # bytes that a client makes and uploads for a Program
+MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes
+HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
+
+
+@dataclass(frozen=True, eq=False)
+class EncryptedProgram:
+    """What client and server agree on: parameters, keys, what goes where. No weights in it.
+
+    views: for each ciphertext that the client sends, which input it is made of and which element stands in every slot;
+    refreshes: for each stage, the level of every ciphertext that comes back.
+    """
+
+    parameters: Parameters
+    steps: tuple[int, ...]
+    client_graph: Graph
+    client_inputs: tuple[ClientInput, ...]
+    ranges: Mapping[str, tuple[float, float]]
+    views: Mapping[str, tuple[str, int, Content]]  # (input, level, content)
+    refreshes: tuple[tuple[int, ...], ...]
+    reserve: int
+    output_shape: tuple[int, ...]
+    output: Content
+    output_unit: float
+    grain: float  # answers are rounded to multiples of it: digits beyond are noise, which tells of keys and weights
+    counts: Mapping[str, int]
+    labels: Mapping[str, str]
+
+    @cached_property
+    def encoded(self) -> bytes:
+        document = {
+            "version": VERSION,
+            "parameters": dataclasses.asdict(self.parameters),
+            "steps": self.steps,
+            "client_graph": self.client_graph.to_json(),
+            "client_inputs": [dataclasses.asdict(c) for c in self.client_inputs],
+            "ranges": {k: list(v) for k, v in self.ranges.items()},
+            "views": {k: [name, level, _packed(c)] for k, (name, level, c) in self.views.items()},
+            "refreshes": self.refreshes,
+            "reserve": self.reserve,
+            "output_shape": self.output_shape,
+            "output": [_packed(row) for row in self.output],
+            "output_unit": self.output_unit,
+            "grain": self.grain,
+            "counts": dict(self.counts),
+            "labels": dict(self.labels),
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.encoded).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes) -> EncryptedProgram:
+        """Decode and check; raises InvalidProgram."""
+        try:
+            d = json.loads(encoded)
+            if d["version"] != VERSION:
+                raise InvalidProgram(f"the Program has version {d['version']}, this is {VERSION}\nhint: upgrade unseen")
+            parameters = Parameters(**d["parameters"])
+            program = cls(
+                parameters=parameters,
+                steps=tuple(int(s) for s in d["steps"]),
+                client_graph=Graph.from_json(d["client_graph"]),
+                client_inputs=tuple(ClientInput(**{**c, "shape": tuple(c["shape"])}) for c in d["client_inputs"]),
+                ranges={str(k): (float(a), float(b)) for k, (a, b) in d["ranges"].items()},
+                views={
+                    str(k): (str(name), int(level), _unpacked(c, parameters.slots))
+                    for k, (name, level, c) in d["views"].items()
+                },
+                refreshes=tuple(tuple(int(v) for v in stage) for stage in d["refreshes"]),
+                reserve=int(d["reserve"]),
+                output_shape=tuple(int(n) for n in d["output_shape"]),
+                output=np.stack([_unpacked(c, parameters.slots) for c in d["output"]]),
+                output_unit=float(d["output_unit"]),
+                grain=float(d["grain"]),
+                counts={str(k): int(v) for k, v in d["counts"].items()},
+                labels={str(k): str(v) for k, v in d["labels"].items()},
+            )
+            program.check()
+            _ = program.digest  # encodes, which fails for numbers that JSON cannot write
+        except InvalidProgram:
+            raise
+        except _MALFORMED as error:
+            raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
+        return program
+
+    def check(self) -> None:
+        """What a client relies on before it makes keys for somebody else's Program."""
+        levels = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
+        names = {c.name for c in self.client_inputs}
+        sizes = {c.name: math.prod(c.shape) for c in self.client_inputs}
+        known = all(
+            name in names and name in self.ranges and content.max() < sizes[name]
+            for name, _, content in self.views.values()
+        )
+        if not all(math.isfinite(v) and v > 0 for v in (self.output_unit, self.grain)):
+            raise InvalidProgram(f"an output in units of {self.output_unit}, rounded to {self.grain}")
+        p, refreshed = self.parameters, sum(map(len, self.refreshes))
+        whole = all(type(v) is int for v in dataclasses.astuple(p)) and all(n >= 1 for n in self.output_shape)
+        if not whole or list(self.steps) != sorted(set(self.steps)) or len(p.primes) != p.levels + 2:
+            raise InvalidProgram("parameters, rotations or sizes of the Program are none")
+        keys = p.key_bytes * (len(self.steps) + 2)
+        if keys > MAXIMUM_KEYS or max(len(self.views), refreshed, len(self.output)) > MAXIMUM_CIPHERTEXTS:
+            raise InvalidProgram(
+                f"the Program asks for {keys / 1e9:.1f} GB of keys, {len(self.views)} inputs, {refreshed} refreshes; "
+                f"clients give {MAXIMUM_KEYS / 1e9:.1f} GB and {MAXIMUM_CIPHERTEXTS} ciphertexts"
+            )
+        sound = all(0 <= v <= self.parameters.levels for v in [*levels, self.reserve]) and known
+        size = math.prod(self.output_shape)
+        if not sound or not all(0 < s < self.parameters.slots for s in self.steps) or size > self.output.size:
+            raise InvalidProgram("levels, rotations or inputs of the Program do not hold together")
+        if self.refreshes and self.reserve < reserve(p.degree, p.scale_bits, p.base_bits):
+            raise InvalidProgram("the masks of its refreshes do not fit the modulus\nhint: do not trust this server")
+        if sorted(self.output[self.output >= 0]) != list(range(size)):
+            raise InvalidProgram("elements of the output are missing or stand twice")
+
+    # the client's side
+
+    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
+        """The slots of every ciphertext that the client sends; ValueError for an input outside of its range."""
+        values = run_graph(self.client_graph, inputs, {}) if self.client_inputs else []
+        flat: dict[str, Array] = {}
+        for spec in self.client_inputs:
+            value = encode_input(spec, values[spec.output], tables).to(torch.float64).numpy().reshape(-1)
+            low, high = self.ranges[spec.name]
+            if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
+                raise ValueError(
+                    f"input {spec.name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
+                    f"for [{low:.4g}, {high:.4g}]\nhint: scale the input as the model's calibration inputs are"
+                )
+            flat[spec.name] = value
+        return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
+
+    def decode(self, slots: Sequence[Vector]) -> Tensor:
+        """The output from the decrypted slots of its ciphertexts; ValueError where they cannot be right."""
+        out = np.zeros(math.prod(self.output_shape))
+        for row, values in zip(self.output, slots, strict=True):
+            used = row >= 0
+            out[row[used]] = values[used]
+        if not np.isfinite(out).all() or np.abs(out).max() > 2.0 * HEADROOM:
+            raise ValueError(
+                f"the result decrypts to {np.abs(out).max() * self.output_unit:.4g}, calibrated outputs end at "
+                f"{self.output_unit:.4g}: it is not an answer\n"
+                "hint: inputs far from the calibration inputs leave the ranges of the model's polynomials"
+            )
+        return torch.from_numpy(np.round(out * self.output_unit / self.grain) * self.grain).reshape(self.output_shape)
+
+
+def _packed(content: Content) -> str:
+    return base64.b64encode(zlib.compress(content.astype("<i4").tobytes(), 9)).decode()
+
+
+def _unpacked(text: str, slots: int) -> Content:
+    size = 4 * slots
+    decoder = zlib.decompressobj()
+    raw = decoder.decompress(base64.b64decode(text, validate=True), size + 1)
+    if len(raw) != size:
+        raise InvalidProgram(f"a content of {len(raw) // 4} slots, ciphertexts have {slots}")
+    content = np.frombuffer(raw, "<i4").astype(np.int64)
+    if content.min() < EMPTY:
+        raise InvalidProgram("a content of negative elements")
+    return content

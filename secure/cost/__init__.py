@@ -1,0 +1,8 @@
+"""What a Program costs, before anything runs.
+
+timeline     when a party did what in one query, measured or predicted
+count        rounds, bytes and memory
+outline      a Program of a model without its weights
+kernel_times    what this machine takes for each step of a Program
+projection   how long a query takes on a network
+"""

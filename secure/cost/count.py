@@ -1,0 +1,268 @@
+"""The cost of a Program before anything runs: its own protocol generators on torch's ``meta`` device, with no data.
+
+What is counted is what the generators really exchange and draw, so it equals a live query's traffic byte for byte
+(tests compare them). ``Network`` turns rounds and bytes into seconds of waiting.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost, Exchange, Protocol, Step
+from protocols.two_party import Powers
+from secure.deployments.three_party import Runnable
+
+
+@dataclass(frozen=True)
+class Network:
+    """Round-trip time and bandwidth between the parties; each direction has the bandwidth for itself."""
+
+    key: str
+    name: str
+    round_trip: float  # seconds
+    bandwidth: float  # bytes a second
+
+    def seconds(self, cost: Cost) -> float:
+        """Online waiting: half a round trip a round, as both parties send at once, and the larger direction's bytes."""
+        return cost.rounds * self.round_trip / 2 + max(cost.to_server, cost.to_client) / self.bandwidth
+
+
+NETWORKS = (
+    Network("lan", "LAN, 5 Gbps, 1 ms", 1e-3, 5e9 / 8),
+    Network("wan", "WAN, 400 Mbps, 10 ms", 10e-3, 400e6 / 8),
+    Network("slow-wan", "WAN, 100 Mbps, 80 ms", 80e-3, 100e6 / 8),
+)
+LOOPBACK = "loopback"
+
+
+def find_network(text: str) -> Network | None:
+    """A network by its short name, or one given as "MBPS,ROUND_TRIP_MS" ("250,20"); None for loopback."""
+    if text == LOOPBACK:
+        return None
+    for network in NETWORKS:
+        if text in (network.key, network.name):
+            return network
+    numbers = re.fullmatch(r"\s*([0-9.]+)\s*,\s*([0-9.]+)\s*", text)
+    try:
+        mbps, milliseconds = map(float, numbers.groups()) if numbers else (0.0, 0.0)
+    except ValueError:  # two points in a number
+        mbps = 0.0
+    if mbps <= 0:
+        known = ", ".join([LOOPBACK, *(n.key for n in NETWORKS)])
+        raise ValueError(f"unknown network {text!r}\nhint: one of {known}, or MBPS,ROUND_TRIP_MS such as 250,20")
+    return Network(text, f"{mbps:g} Mbps, {milliseconds:g} ms", milliseconds / 1e3, mbps * 1e6 / 8)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one instruction takes. ``rounds`` are its own; merged with others' in the total."""
+
+    path: str
+    kind: str
+    cost: Cost
+    products: int  # ring multiply-accumulates of both parties, in matrix products and linear layers
+    comparisons: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a query needs of one party beside the weights: at most ``live`` at once in results between two steps
+    (8 bytes a ring element; results that are views of others are counted as if they were not), and ``correlations``
+    held ready before it. What a step needs while it runs is not counted.
+    """
+
+    live: int
+    correlations: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a party computes, in order, until it must exchange; then what every waiting instruction exchanges."""
+
+    work: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """``total.rounds`` are those of the merged schedule; every other figure is the sum over ``lines``.
+
+    ``schedules``, ``memory``: of the server and of the client.
+    """
+
+    lines: tuple[Line, ...]
+    total: Cost
+    schedules: tuple[tuple[Stage, ...], tuple[Stage, ...]]
+    memory: tuple[Memory, Memory]
+
+    def by(self, key: Callable[[Line], str]) -> dict[str, tuple[Cost, int, int]]:
+        """(summed cost, products, comparisons) by any property of a line, e.g. its kind or a prefix of its path."""
+        out: dict[str, tuple[Cost, int, int]] = {}
+        for line in self.lines:
+            cost, products, comparisons = out.get(key(line), (Cost(), 0, 0))
+            out[key(line)] = (cost + line.cost, products + line.products, comparisons + line.comparisons)
+        return out
+
+    @property
+    def products(self) -> int:
+        return sum(line.products for line in self.lines)
+
+    @property
+    def comparisons(self) -> int:
+        return sum(line.comparisons for line in self.lines)
+
+    @property
+    def correlations(self) -> dict[str, int]:
+        """Bytes of corrections by the kind of protocol that uses them up."""
+        found = {kind: cost.offline_to_server for kind, (cost, _, _) in self.by(lambda line: line.kind).items()}
+        return {kind: size for kind, size in found.items() if size}
+
+
+def profile(program: Runnable) -> Profile:
+    """Of a Program between client and server, or as another deployment runs it (``secure.deployments.three_party``).
+
+    Runs both computing parties' ``execute`` on ``meta`` tensors, in lockstep, and counts.
+    """
+    weights, circuit = MetaWeights(program.weight_shapes), program.circuit
+    parties = [_Counter(circuit, program.output), _Counter(circuit, program.output)]
+    steps = [
+        execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
+        for party in (SERVER, CLIENT)
+    ]
+    answers: list[Any] = [None, None]
+    while True:
+        going = [_advance(step, answer) for step, answer in zip(steps, answers, strict=True)]
+        if None in going:
+            if going != [None, None]:
+                raise AssertionError(f"only the {PARTY_NAMES[going[0] is None]} goes on")
+            for party in parties:
+                party.end()
+            break
+        answers = [
+            tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in e.receive) for e in going if e is not None
+        ]
+    lines = []
+    for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
+        offline = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        rounds, up, down = (parties[CLIENT].rounds[index], parties[CLIENT].sent[index], parties[SERVER].sent[index])
+        cost = Cost(rounds, up, down, offline)
+        lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
+    summed = sum((line.cost for line in lines), Cost())
+    total = Cost(len(parties[SERVER].stages) - 1, summed.to_server, summed.to_client, summed.offline_to_server)
+    prepared = sum(_held(i.protocol) for i in circuit if type(i.protocol).offline is not Protocol.offline)
+    server, client = parties
+    memory = (Memory(server.most, total.offline_to_server), Memory(client.most, prepared))
+    return Profile(tuple(lines), total, (tuple(server.stages), tuple(client.stages)), memory)
+
+
+def _advance(step: Step[list[Any]], answer: tuple[Tensor, ...] | None) -> Exchange | None:
+    try:
+        return next(step) if answer is None else step.send(answer)
+    except StopIteration:
+        return None
+
+
+class _NoData(Correlations):
+    """Correlations of the right shapes, on ``meta``. The client's finished results are ready, as after ``prepare``."""
+
+    def __init__(self, circuit: Circuit, party: int) -> None:
+        self._circuit, self._client = circuit, party == CLIENT
+
+    def is_finished(self, index: int) -> bool:
+        protocol = self._circuit[index].protocol
+        return protocol.input_of(CLIENT) is not None or (self._client and protocol.finished_offline)
+
+    def finished(self, index: int) -> Tensor:
+        return torch.empty(self._circuit[index].protocol.out.shape, dtype=torch.int64, device="meta")
+
+    def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
+        return {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}
+
+
+class _Counter(Observer):
+    """One party's schedule, and the largest set of results that it holds at a time."""
+
+    def __init__(self, circuit: Circuit, output: int) -> None:
+        self.rounds, self.sent = [0] * len(circuit), [0] * len(circuit)
+        self.stages: list[Stage] = []
+        self.most = 0
+        self._circuit, self._work = circuit, list[int]()
+        self._held, self._uses = 0, [0] * len(circuit)
+        for instruction in circuit:
+            for i in instruction.inputs:
+                self._uses[i] += 1
+        self._uses[output] += 1
+
+    def computing(self, index: int) -> None:
+        self._work.append(index)
+
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        self.stages.append(Stage(tuple(self._work), tuple(parts)))
+        self._work = []
+        for part in parts:
+            self.rounds[part.index] += 1
+            self.sent[part.index] += part.sent
+
+    def finished(self, index: int) -> None:
+        if self._uses[index]:
+            self._held += _held(self._circuit[index].protocol)
+        self.most = max(self.most, self._held)
+        for i in self._circuit[index].inputs:
+            self._uses[i] -= 1
+            if not self._uses[i]:
+                self._held -= _held(self._circuit[i].protocol)
+
+    def end(self) -> None:
+        """What is computed after the last exchange."""
+        self.stages.append(Stage(tuple(self._work), ()))
+
+
+def _held(protocol: Protocol) -> int:
+    """Bytes of a result in memory: an opening is two tensors, powers are an opening's value and a mask for each, bits
+    are packed, ring elements take 8 bytes.
+    """
+    form = protocol.out
+    size = math.prod(form.shape) * (1 if form.planes else 8)
+    if isinstance(protocol, Powers):
+        return (1 + protocol.degree) * size
+    return 2 * size if protocol.gives in ("opening", "bit opening") else size
+
+
+_PRODUCTS = {"linear": 1, "public_linear": 2, "shared_linear": 4}  # of an input and a weight, by both parties
+
+
+def _arithmetic(instruction: Instruction, program: Runnable) -> tuple[int, int]:
+    """(multiply-accumulates, comparisons) of one instruction."""
+    p: Any = instruction.protocol
+    elements = torch.Size(p.out.shape).numel()
+    if p.kind in _PRODUCTS and not p.diagonal:
+        return _PRODUCTS[p.kind] * elements * program.weight_shapes[p.weight][0], 0
+    if p.kind == "product" and p.matrix:
+        inner = program.circuit[instruction.inputs[0]].protocol.out.shape[-1]
+        return 4 * elements * inner, 0  # two products a party
+    if p.kind == "compare":
+        return 0, torch.Size(p.shape).numel() * len(p.thresholds)
+    return 0, 0
+
+
+def module(path: str, depth: int) -> str:
+    """The first ``depth`` parts of a module path, numbers counted with what they index ("layer.0" is one part)."""
+    parts: list[str] = []
+    for part in path.split("."):
+        if part.isdigit() and parts:
+            parts[-1] += f".{part}"
+        else:
+            parts.append(part)
+    return ".".join(parts[:depth]) or "(model)"
+
+
+def total_seconds(networks: Iterable[Network], cost: Cost) -> dict[str, float]:
+    return {n.name: n.seconds(cost) for n in networks}

@@ -1,0 +1,261 @@
+"""What this machine's processor takes for each step of a Program: each party runs its side of a query, alone.
+
+The party gets zeros for what its peer and the dealer would send; no input, no weights and no peer are needed. The order
+is a query's, so that an instruction finds in the processor's caches what it would find there. Layers that repeat are
+run ``OCCURRENCES`` times and stood in for by zeros after that, so that neither the time that this takes nor its memory
+grows with a model's depth. Meanwhile another process streams through memory, as the other party does in a query on the
+same machine: parties on machines of their own compute up to a third faster than this says.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protocols.circuit import Circuit, Correlations, Instruction, execute, prepare
+from protocols.matmul import Matrix
+from protocols.prg import KEY_BYTES, Key, fresh_seed
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Local, Opening, Protocol, Weights
+from protocols.steps import pack_frame, unpack_frame
+from protocols.two_party import Deliver
+from protocols.two_party.polynomial import Powers
+from protocols.weights import ServerWeights
+from protocols.wire import Wire
+from secure.cost.timeline import Recorder, Timeline
+from secure.deployments.three_party import Runnable
+
+REPEATS, ENOUGH = 3, 10.0  # runs of each party, and the seconds after which no further one begins
+OCCURRENCES = 3  # of one and the same instruction in a run
+_ALL = 48 << 20  # bytes that the processor's caches do not hold
+_STREAM = 2 << 20  # eight-byte words that the neighbour reads, twice, and writes over and over
+_SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Seconds of one instruction between two exchanges, and of packing and unpacking what it exchanges then."""
+
+    compute: float
+    pack: float = 0.0
+    unpack: float = 0.0
+
+
+Segments = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """``segments[party][instruction]``; an instruction that exchanges n times has n + 1 segments."""
+
+    segments: tuple[tuple[Segments, ...], tuple[Segments, ...]]
+
+    def compute(self, party: int) -> float:
+        """Seconds of computing of one party in one query."""
+        return sum(s.compute for segments in self.segments[party] for s in segments)
+
+
+_known: dict[Any, tuple[Segments, Segments]] = {}  # measured before in this process
+
+
+def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
+    """Medians for every distinct instruction of a Program, with torch's present number of threads."""
+    keys = [_key(program, instruction) for instruction in program.circuit]
+    new = [key if key not in _known else None for key in keys]
+    if any(new):
+        weights, began = _MadeUp(program), time.monotonic()
+        runs: dict[Any, tuple[list[Segments], list[Segments]]] = {key: ([], []) for key in new if key}
+        _rehearse(program, _chosen(program, new, 1), weights)  # loads, packs weights, gets memory
+        chosen = _chosen(program, new, OCCURRENCES)
+        with _neighbour():
+            for number in range(repeats):
+                if number and time.monotonic() - began > ENOUGH:
+                    break
+                for party, found in enumerate(_rehearse(program, chosen, weights)):
+                    for index, segments in found.items():
+                        if key := new[index]:
+                            runs[key][party].append(segments)
+        _known.update({key: (_median(server), _median(client)) for key, (server, client) in runs.items()})
+    both = [_known[key] for key in keys]
+    return Timings((tuple(server for server, _ in both), tuple(client for _, client in both)))
+
+
+def _key(program: Runnable, instruction: Instruction) -> Any:
+    p: Any = instruction.protocol
+    weight: Any = None
+    if hasattr(p, "weight"):
+        weight, p = program.weight_shapes.get(p.weight), replace(p, weight="")
+    forms = tuple((o.gives, o.out) for o in (program.circuit[i].protocol for i in instruction.inputs))
+    return type(p), p, weight, forms, torch.get_num_threads()
+
+
+def _chosen(program: Runnable, keys: Sequence[Any], occurrences: int) -> set[int]:
+    """The first instructions of every key that is not None, and the deliveries that they read, which the client
+    cannot do without.
+    """
+    seen: Counter[Any] = Counter()
+    out: set[int] = set()
+    for index, key in enumerate(keys):
+        if key is not None and seen[key] < occurrences:
+            seen[key] += 1
+            inputs = program.circuit[index].inputs
+            out |= {index, *(i for i in inputs if isinstance(program.circuit[i].protocol, Deliver))}
+    return out
+
+
+def _median(runs: Sequence[Segments]) -> Segments:
+    def over(segments: tuple[Segment, ...]) -> Segment:
+        return Segment(*map(statistics.median, zip(*map(astuple, segments), strict=True)))
+
+    return tuple(over(segments) for segments in zip(*runs, strict=True))
+
+
+# one party alone
+
+
+@dataclass(frozen=True)
+class _StandIn(Local):
+    """A result of the right form at no cost. Without a kind, so that no Program can name it."""
+
+    of: Protocol
+
+    @property
+    def out(self) -> Wire:
+        return self.of.out
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        value = torch.zeros(self.out.shape, dtype=self.out.dtype)
+        if self.of.gives in ("opening", "bit opening"):
+            return Opening(value, value)
+        return (value, (value,) * self.of.degree) if isinstance(self.of, Powers) else value
+
+
+class _MadeUp(ServerWeights):
+    """Weights of the right shapes, one for all of the same shape; what is added is zero."""
+
+    def __init__(self, program: Runnable) -> None:
+        super().__init__({})
+        self._shapes = program.weight_shapes
+
+    def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        self._made(name)
+        return super().multiply(x, str(self._shapes[name]), ring_bits, diagonal=diagonal)
+
+    def _made(self, name: str) -> Tensor:
+        shape, high = self._shapes[name], 1 << (_SIGNED_BITS - 1)
+        if (alike := str(shape)) not in self._tensors:
+            self._tensors[alike] = torch.randint(-high, high, shape)
+        return self._tensors[alike]
+
+    def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
+        if diagonal:
+            return value * self._made(name) - mask * self._made(name)
+        shape = self._shapes[name]
+        if (alike := (f"twice {shape}", ring_bits)) not in self._packed:
+            words = Key(fresh_seed()[:KEY_BYTES]).stream(0).words((2 * shape[0], *shape[1:]))
+            self._packed[alike] = Matrix(words, ring_bits, signed=False)
+        return self._packed[alike].times(torch.cat([value, -mask], dim=-1))
+
+    def summand(self, name: str) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64)
+
+
+def _rehearse(
+    program: Runnable, chosen: Collection[int], weights: Weights
+) -> tuple[dict[int, Segments], dict[int, Segments]]:
+    """Run both parties, one after the other; what the chosen instructions took."""
+    circuit = [
+        instruction if index in chosen else Instruction(_StandIn(instruction.protocol), instruction.inputs)
+        for index, instruction in enumerate(program.circuit)
+    ]
+    named = ((i.protocol.input_of(CLIENT), i.protocol.out.shape) for i in circuit)
+    inputs = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in named if name is not None}
+    timelines = (_run(party, circuit, program.output, weights, inputs) for party in (SERVER, CLIENT))
+    server, client = (_segments(timeline, chosen) for timeline in timelines)
+    return server, client
+
+
+def _run(party: int, circuit: Circuit, output: int, weights: Weights, inputs: Mapping[str, Tensor]) -> Timeline:
+    correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), _corrections(circuit) if party == SERVER else {})
+    if party == CLIENT:
+        prepare(circuit, correlations, weights)
+    recorder = Recorder(PARTY_NAMES[party])
+    step = execute(circuit, [output], party, correlations, weights, inputs, recorder)
+    recorder.start()
+    answer: tuple[Tensor, ...] | None = None
+    while True:
+        try:
+            exchange = next(step) if answer is None else step.send(answer)
+        except StopIteration:
+            recorder.stop()
+            return recorder.timeline
+        recorder.packing()
+        recorder.sent(len(pack_frame(exchange)))
+        came = bytes(sum(form.size for form in exchange.receive))
+        recorder.received(len(came))
+        answer = unpack_frame(came, exchange)
+        recorder.unpacked()
+
+
+def _corrections(circuit: Circuit) -> dict[int, memoryview]:
+    """Zeros, from here and there in a large piece of memory, so that no cache holds them."""
+    memory, at, out = _zeros().numpy().data, 0, dict[int, memoryview]()
+    for index, instruction in enumerate(circuit):
+        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        at = at if at + size <= len(memory) else 0
+        out[index] = memory[at : at + size] if size <= len(memory) else memoryview(bytes(size))
+        at += size
+    return out
+
+
+def _segments(timeline: Timeline, chosen: Collection[int]) -> dict[int, Segments]:
+    """Seconds by instruction; a round's packing is shared among its parts by their bytes."""
+    computed: dict[int, list[float]] = {index: [] for index in chosen}
+    wire: dict[int, list[tuple[float, float]]] = {index: [] for index in chosen}
+    for work in timeline.work:
+        if work.index in chosen:
+            computed[work.index].append(work.seconds)
+    for r in timeline.rounds:
+        for part in r.parts:
+            pack = (r.sent_at - r.start) * part.sent / max(1, r.sent)
+            unpack = (r.stop - r.received_at) * part.received / max(1, r.received)
+            wire[part.index].append((pack, unpack))
+    return {
+        index: tuple(Segment(each, *moved) for each, moved in zip(found, [*wire[index], (0.0, 0.0)], strict=True))
+        if found
+        else (Segment(0.0),)  # finished before the query
+        for index, found in computed.items()
+    }
+
+
+@contextmanager
+def _neighbour() -> Iterator[None]:
+    code = f"import numpy; a = numpy.zeros({_STREAM}); b = a + 1; print(flush=True)\nwhile True: a += b"
+    child = subprocess.Popen([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@cache
+def _zeros() -> Tensor:  # made when first needed: most processes time nothing
+    return torch.empty(_ALL, dtype=torch.uint8).zero_()
+
+
+def evict_caches(size: int = _ALL) -> None:
+    """Fill the processor's caches with something else, ``size`` bytes of it."""
+    _zeros()[:size].zero_()

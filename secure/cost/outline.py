@@ -1,0 +1,190 @@
+"""A Program without its weights: what a model of some shape would cost, for models too large to have here.
+
+``outline`` lowers a module whose parameters take no memory; nothing is calibrated, so ranges are assumed. The result is
+for ``secure.profile`` and nothing else: rings, and so bytes, may differ by a few bits from those of a real model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from approximations import APPROXIMATIONS, choose
+from approximations.activations import GELU_FORMS
+from protocols.fixedpoint import FixedPoint
+from secure.capture.capture import capture
+from secure.capture.graph import MASKED, Graph
+from secure.lowering.lower import Observed, lower
+from secure.lowering.ranges import Ranges
+from secure.mpc.compile import emit_program
+from secure.mpc.program import Program
+from secure.polynomial.forms import forms
+from secure.polynomial.recipe import Recipe
+from secure.polynomial.swap import polynomialize
+
+REACH = 32.0
+SMALLEST_VARIANCE = 0.25
+_LARGE = 1 << 16  # elements; what has fewer is allocated, so that small buffers have their real values
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "bert-base": {"model_type": "bert"},
+    "bert-large": {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "llama-7b": {"model_type": "llama"},
+}
+"""Well-known shapes as Hugging Face configurations; what is left out has the library's default."""
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors that a module makes for itself get no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            planned = func(*args, **{**kwargs, "device": "meta"})
+            if planned.numel() > _LARGE:
+                return planned
+        return func(*args, **kwargs)
+
+
+def hollow(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that ``make`` returns, with parameters that take no memory: zeros that all share one element."""
+    with _LargeOnMeta():
+        model = make()
+    replaced: dict[int, Tensor] = {}  # by identity: tied parameters stay tied
+    for module in model.modules():
+        for table in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
+            for name, value in table.items():
+                if isinstance(value, nn.Parameter) or (value is not None and value.is_meta):
+                    zeros = torch.zeros(1, dtype=value.dtype).expand(value.shape)
+                    kept = nn.Parameter(zeros, requires_grad=False) if isinstance(value, nn.Parameter) else zeros
+                    table[name] = replaced.setdefault(id(value), kept)
+    return model.eval()
+
+
+def outline(
+    model: nn.Module,
+    example_inputs: Mapping[str, Tensor],
+    *,
+    reach: float = REACH,
+    embedding: str = "one-hot",
+    gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
+    fixed_point: FixedPoint | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Program:
+    """The Program of a module for values within ``reach``; no weight is read, so those of ``hollow`` will do.
+
+    Raises UnsupportedOperation and DoesNotFit as ``secure.compile`` does.
+    """
+    fixed, functions = fixed_point or FixedPoint(), choose(approximations, gelu)
+    graph, parameters = capture(model, example_inputs)
+    shapes = {
+        name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
+        for name, v in parameters.items()
+    }
+    lowered = lower(graph, shapes, _assume(graph, reach), 0, embedding, functions)
+    polynomial = any(node.op in ("power", "polynomial_norm") for node in graph.nodes)
+    ranges = Ranges.assume(lowered.trace, reach, polynomial=polynomial)
+    named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
+    return emit_program(lowered, ranges, fixed, named)
+
+
+def _assume(graph: Graph, reach: float) -> Observed:
+    seen = Observed(magnitude={node.id: reach for node in graph.nodes})
+    readers = graph.consumers()
+    for node in graph.nodes:
+        if node.op in ("layer_norm", "rms_norm", "l2_normalize", "rsqrt"):
+            size = graph.nodes[node.inputs[0]].shape[-1] if node.op == "l2_normalize" else 1
+            seen.variance[node.id] = (SMALLEST_VARIANCE, size * reach**2)
+        if node.op in ("power", "polynomial_norm"):
+            seen.variance[node.id] = (node.attrs["low"], node.attrs["high"])
+        masked = node.op == "add" and any(graph.nodes[i].op == "softmax" for i in readers[node.id])
+        for i in node.inputs if masked else ():
+            if graph.nodes[i].visibility == "client":
+                seen.magnitude[i] = -MASKED
+    return seen
+
+
+def is_shape(model: str) -> bool:
+    """Whether ``outline_shape`` takes it: one of SHAPES, or a configuration file."""
+    return model in SHAPES or (model.endswith(".json") and Path(model).is_file())
+
+
+def outline_shape(
+    shape: str,
+    length: int,
+    *,
+    embedding: str = "one-hot",
+    gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
+    fixed_point: FixedPoint | None = None,
+    recipe: Recipe | None = None,
+) -> Program:
+    """The Program of one of SHAPES, or of a Hugging Face ``config.json``, for ``length`` tokens: the hidden states.
+
+    recipe: in polynomial form, with the ranges that training aims at.
+    """
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError:
+        raise ImportError("transformers is not installed\nhint: pip install 'unseen[models]'") from None
+    if shape in SHAPES:
+        settings = dict(SHAPES[shape])
+    else:
+        settings = _read(Path(shape))
+    configuration = AutoConfig.for_model(**settings)
+    inner = hollow(lambda: AutoModel.from_config(configuration, trust_remote_code=False, attn_implementation="eager"))
+    if recipe is not None:
+        polynomialize(inner, recipe)
+        for _, form in forms(inner):
+            form.assume()
+    model = _Encoder(inner)
+    inputs = {"input_ids": torch.zeros((1, length), dtype=torch.int64)}
+    labels = {"model": shape if shape in SHAPES else Path(shape).parent.name, "length": str(length)}
+    return outline(
+        model,
+        inputs,
+        embedding=embedding,
+        gelu=gelu,
+        approximations=approximations,
+        fixed_point=fixed_point,
+        labels=labels,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    hint = "give a Hugging Face config.json, whose model_type says what it is"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}\nhint: {hint}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise ValueError(f"{path} has no model_type\nhint: {hint}")
+    return settings
+
+
+class _Encoder(nn.Module):
+    """Token ids to hidden states, without a cache; a decoder keeps its causal mask, no position is padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_cache = hasattr(model.config, "use_cache")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        options = {"use_cache": False} if self.takes_cache else {}
+        hidden: Tensor = self.model(input_ids=input_ids, **options).last_hidden_state
+        return hidden

@@ -1,0 +1,153 @@
+"""When one party did what during one query: measured by a ``Recorder``, or predicted (``secure.cost.projection``).
+
+Times are seconds on the party's own monotonic clock. The order, the sizes and the kinds of all steps follow from the
+public Program. Durations do not depend on inputs, but a server's may on its weights: without AVX-512 the number of
+limbs of a matrix product follows from the layer's largest weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from protocols.circuit import Observer, Part
+from protocols.protocol import Cost
+
+
+@dataclass(frozen=True)
+class Work:
+    """Local computation of one instruction, or the part of it between two exchanges."""
+
+    index: int
+    start: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One exchange: packed from ``start``, left at ``sent_at``, all came until ``received_at``, unpacked at ``stop``.
+
+    ``sent``, ``received``: bytes of the payloads that really crossed. Where nothing is sent or received the two
+    moments that would enclose it are the same.
+    """
+
+    parts: tuple[Part, ...]
+    start: float
+    sent_at: float
+    received_at: float
+    stop: float
+    sent: int
+    received: int
+
+
+@dataclass
+class Usage:
+    """What a module, a kind or a whole query took of one party."""
+
+    compute: float = 0.0
+    wire: float = 0.0  # packing and unpacking
+    waiting: float = 0.0  # for the peer and the network
+    sent: int = 0
+    received: int = 0
+
+    def add(self, other: Usage, share: float = 1.0) -> None:
+        """Add a share of another's seconds, and all of its bytes."""
+        self.compute += other.compute * share
+        self.wire += other.wire * share
+        self.waiting += other.waiting * share
+        self.sent += other.sent
+        self.received += other.received
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.wire + self.waiting
+
+
+@dataclass
+class Timeline:
+    """One party's query; ``party`` is "server" or "client"."""
+
+    party: str
+    start: float = 0.0
+    stop: float = 0.0
+    work: list[Work] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.stop - self.start
+
+    @property
+    def total(self) -> Usage:
+        (usage,) = self.by(lambda _: "").values() or (Usage(),)
+        return usage
+
+    @property
+    def cost(self) -> Cost:
+        """Rounds and bytes that crossed, to be compared with a profile's."""
+        sent, received = sum(r.sent for r in self.rounds), sum(r.received for r in self.rounds)
+        up, down = (received, sent) if self.party == "server" else (sent, received)
+        return Cost(len(self.rounds), up, down)
+
+    def by(self, key: Callable[[int], str]) -> dict[str, Usage]:
+        """Usage by any property of an instruction; a round's time is shared equally among the instructions in it."""
+        out: dict[str, Usage] = {}
+        for work in self.work:
+            out.setdefault(key(work.index), Usage()).add(Usage(compute=work.seconds))
+        for r in self.rounds:
+            packing = (r.sent_at - r.start) + (r.stop - r.received_at)
+            for part in r.parts:
+                usage = out.setdefault(key(part.index), Usage())
+                share = 1 / len(r.parts)
+                waiting = r.received_at - r.sent_at
+                usage.add(Usage(0.0, packing, waiting, part.sent, part.received), share)
+        return out
+
+
+class Recorder(Observer):
+    """Makes the timeline of one query as it runs; costs about a microsecond an instruction, so that it is always on.
+
+    The driver of ``execute`` calls ``start`` and ``stop``, and for each exchange ``packing``, ``sent``, ``received``
+    and ``unpacked``, in this order.
+    """
+
+    def __init__(self, party: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.timeline, self._clock = Timeline(party), clock
+        self._parts: tuple[Part, ...] = ()
+        self._since = 0.0
+        self._began = self._sent_at = self._received_at = 0.0
+        self._sent = self._received = 0
+
+    def start(self) -> None:
+        self.timeline.start = self._clock()
+
+    def stop(self) -> None:
+        self.timeline.stop = self._clock()
+
+    @property
+    def waiting(self) -> int:
+        """The first instruction of the round that the party is in; -1 before the first."""
+        return self._parts[0].index if self._parts else -1
+
+    def computing(self, index: int) -> None:
+        self._since = self._clock()
+
+    def computed(self, index: int) -> None:
+        self.timeline.work.append(Work(index, self._since, self._clock() - self._since))
+
+    def exchanging(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+
+    def packing(self) -> None:
+        self._began = self._clock()
+
+    def sent(self, size: int) -> None:
+        self._sent_at, self._sent = self._clock(), size
+
+    def received(self, size: int) -> None:
+        self._received_at, self._received = self._clock(), size
+
+    def unpacked(self) -> None:
+        moments = (self._began, self._sent_at, self._received_at, self._clock())
+        self.timeline.rounds.append(Round(self._parts, *moments, self._sent, self._received))

@@ -1,0 +1,242 @@
+"""Variants of one model side by side: what each costs, how close it stays, and which is the cheapest that will do.
+
+Costs are exact (``secure.profile``). Accuracy is the lowest cosine, over held-out inputs, between the Program in plain
+fixed-point arithmetic and the float64 model; under the protocol a truncation may differ from it by one unit. It is
+measured for every variant, for those that differ in the embedding alone too: a table of the client's is rounded to
+other bits than one-hot rows times the server's.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from approximations import APPROXIMATIONS, choose
+from approximations.activations import GELU_FORMS
+from protocols.fixedpoint import FixedPoint
+from protocols.protocol import Cost
+from secure.cost.count import NETWORKS, Network, Profile, profile
+from secure.cost.kernel_times import Timings, measure
+from secure.cost.projection import Transport, project
+from secure.deployments.in_process import plain_reference
+from secure.deployments.three_party import DEPLOYMENTS, Runnable, deployed
+from secure.lowering.lower import EMBEDDINGS
+from secure.mpc.compile import Compiled, Sample, compile
+
+FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
+FRACTION_BITS = FixedPoint().fraction_bits
+
+Seconds = Callable[[Runnable, Profile], Mapping[str, float]]
+"""How long a query takes, by network."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to serve a model. ``length``: its padded length, or whatever number its samples go by."""
+
+    length: int
+    embedding: str = EMBEDDINGS[0]
+    gelu: str = GELU_FORMS[0]
+    fraction_bits: int = FRACTION_BITS
+    deployment: str = DEPLOYMENTS[0]
+    form: str = FORMS[0]
+    approximations: str = APPROXIMATIONS[0]
+
+    def __post_init__(self) -> None:
+        known_of = {
+            "embedding": EMBEDDINGS,
+            "gelu": GELU_FORMS,
+            "deployment": DEPLOYMENTS,
+            "form": FORMS,
+            "approximations": APPROXIMATIONS,
+        }
+        for what, known in known_of.items():
+            if (value := getattr(self, what)) not in known:
+                raise ValueError(f"unknown {what} {value!r}\nhint: one of {', '.join(known)}")
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.words.values())
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Every setting for people; deployment, form and approximations only where they are not the first one."""
+        words = {
+            "length": f"{self.length} tokens",
+            "embedding": self.embedding,
+            "gelu": self.gelu,
+            "fraction_bits": f"{self.fraction_bits} bits",
+        }
+        if self.form != FORMS[0]:  # it has no GeLU
+            words["gelu"] = self.form
+        elif self.approximations != APPROXIMATIONS[0]:  # GeLU is one of them
+            words["gelu"] = f"all {self.approximations}"
+        return words if self.deployment == DEPLOYMENTS[0] else {**words, "deployment": self.deployment}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def variants(
+    lengths: Iterable[int],
+    embeddings: Iterable[str] = EMBEDDINGS[:1],
+    gelus: Iterable[str] = GELU_FORMS,
+    fraction_bits: Iterable[int] = (FRACTION_BITS,),
+    deployments: Iterable[str] = DEPLOYMENTS[:1],
+    forms: Iterable[str] = FORMS[:1],
+    approximations: Iterable[str] = APPROXIMATIONS[:1],
+) -> list[Variant]:
+    """Every combination, each once; of the polynomial form there is one, and of PUMA's, whatever the GeLU."""
+    combined = itertools.product(lengths, embeddings, gelus, fraction_bits, deployments, forms, approximations)
+    return list(dict.fromkeys(_plain(Variant(*settings)) for settings in combined))
+
+
+def _plain(variant: Variant) -> Variant:
+    if variant.form != FORMS[0]:
+        return replace(variant, gelu=GELU_FORMS[0], approximations=APPROXIMATIONS[0])
+    return replace(variant, gelu=choose(variant.approximations, variant.gelu).gelu_form)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A model's inputs at one length: ``calibration`` sets the ranges (its first fixes the shapes), ``held_out`` is
+    what the answers are compared on.
+    """
+
+    calibration: Sequence[Sample]
+    held_out: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a variant. With a ``problem`` it cannot be used; what was found before that is kept."""
+
+    variant: Variant
+    cost: Cost | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    lowest_cosine: float | None = None
+    problem: str | None = None
+
+    def meets(self, accuracy: float) -> bool:
+        return self.problem is None and self.lowest_cosine is not None and self.lowest_cosine >= accuracy
+
+
+def waiting(networks: Iterable[Network] = NETWORKS) -> Seconds:
+    """Seconds of waiting for the network alone."""
+    chosen = tuple(networks)
+    return lambda program, profile: {n.key: n.seconds(profile.total) for n in chosen}
+
+
+def projected(
+    networks: Mapping[str, Network | None], transport: Transport, timings: Callable[[Runnable], Timings] = measure
+) -> Seconds:
+    """Seconds of a query with computation, from timed kernels; None: both parties on this machine."""
+
+    def seconds(program: Runnable, profile: Profile) -> dict[str, float]:
+        timed = timings(program)
+        return {name: project(profile, timed, transport, n).seconds for name, n in networks.items()}
+
+    return seconds
+
+
+def compare(
+    model: nn.Module,
+    chosen: Iterable[Variant],
+    samples: Callable[[int], Samples],
+    seconds: Seconds | None = None,
+    *,
+    labels: Mapping[str, str] | None = None,
+    polynomial: nn.Module | None = None,
+) -> Iterator[Outcome]:
+    """Compile, count and try out one variant after the other; one that does not work does not keep the others from it.
+
+    samples: the model's inputs at a length; asked once a length.
+    seconds: by default those of waiting for the usual networks.
+    polynomial: the model in polynomial form; its answers too are compared with those of ``model``.
+    """
+    prepared: dict[int, _Prepared] = {}
+    exact: list[nn.Module] = []  # the float64 model, made when it is first needed
+    for variant in chosen:
+        outcome = Outcome(variant)
+        try:
+            if variant.length not in prepared:
+                exact = exact or [copy.deepcopy(model).double().eval()]
+                prepared[variant.length] = _prepare(exact[0], samples(variant.length))
+            ready = prepared[variant.length]
+            if variant.form != FORMS[0] and polynomial is None:
+                raise ValueError("no model in polynomial form was given")
+            used = model if variant.form == FORMS[0] or polynomial is None else polynomial
+            compiled = _compile(used, variant, ready.samples, labels or {})
+            running = deployed(compiled.program, variant.deployment)
+            found = profile(running)
+            taken = (seconds or waiting())(running, found)
+            outcome = replace(outcome, cost=found.total, seconds=dict(taken))
+            outcome = replace(outcome, lowest_cosine=_lowest_cosine(compiled, ready))
+        except ValueError as error:  # DoesNotFit, UnsupportedOperation, a length that the model does not take, ...
+            outcome = replace(outcome, problem=str(error) or type(error).__name__)
+        yield outcome
+
+
+def cheapest(outcomes: Iterable[Outcome], accuracy: float, network: str) -> Outcome | None:
+    """The fastest on ``network`` whose lowest cosine is at least ``accuracy``, if there is one; of equals, the one with
+    the fewest bytes.
+    """
+
+    def price(outcome: Outcome) -> tuple[float, int, int]:
+        if network not in outcome.seconds:
+            known = ", ".join(outcome.seconds) or "none"
+            raise ValueError(f"no seconds on the network {network!r}\nhint: there are those on {known}")
+        cost = outcome.cost or Cost()
+        return outcome.seconds[network], cost.to_server + cost.to_client, cost.offline_to_server
+
+    return min((o for o in outcomes if o.meets(accuracy)), key=price, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    samples: Samples
+    expected: tuple[Tensor, ...]  # the float64 model's answers on what is held out
+
+
+def _prepare(exact: nn.Module, samples: Samples) -> _Prepared:
+    if not samples.calibration or not samples.held_out:
+        raise ValueError("a comparison needs inputs to calibrate on, and others to compare answers on")
+    with torch.no_grad():
+        answers = (exact(**{k: _double(v) for k, v in inputs.items()}) for inputs in samples.held_out)
+        return _Prepared(samples, tuple(answer.double().flatten() for answer in answers))
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mapping[str, str]) -> Compiled:
+    example, *more = samples.calibration
+    return compile(
+        model,
+        example,
+        calibration=more,
+        embedding=variant.embedding,
+        gelu=variant.gelu,
+        approximations=variant.approximations,
+        fixed_point=FixedPoint(fraction_bits=variant.fraction_bits),
+        labels={"length": str(variant.length), **labels},
+    )
+
+
+def _lowest_cosine(compiled: Compiled, ready: _Prepared) -> float:
+    cosines = []
+    for inputs, expected in zip(ready.samples.held_out, ready.expected, strict=True):
+        answer = plain_reference(compiled, inputs).flatten()
+        cosines.append(float(torch.nn.functional.cosine_similarity(answer, expected, dim=0)))
+    if not all(map(math.isfinite, cosines)):
+        raise ValueError("the model's answer on a held-out input is not finite")
+    return min(cosines)

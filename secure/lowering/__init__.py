@@ -1,0 +1,6 @@
+"""From a graph to a trace of primitives: every operation becomes its approximation.
+
+trace        symbolic values that record primitives
+ranges       the range of every traced value
+lower        a graph through the approximations
+"""

@@ -1,0 +1,8 @@
+"""The compiler for secret sharing: from a trace to a Program, which two and three parties run.
+
+share        a value and its ring
+nonlinear    piecewise polynomials, exponentials, maxima
+emitter      from a trace to a circuit
+program      Programs: circuit, digest, canonical encoding
+compile      all of it in one call
+"""

@@ -1,0 +1,141 @@
+"""``secure.compile``: from a torch module to a Program and the server's weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from approximations import APPROXIMATIONS, choose
+from approximations.activations import GELU_FORMS
+from protocols import ring
+from protocols import two_party as tp
+from protocols.fixedpoint import FixedPoint
+from protocols.local import AddWeight
+from protocols.two_party import Linear
+from protocols.weights import ServerWeights
+from secure.capture.capture import capture
+from secure.capture.graph import run
+from secure.lowering.lower import ClientInput, Lowered, lower, observe
+from secure.lowering.ranges import Ranges
+from secure.mpc.emitter import Emitter, Plan, split_weight_key
+from secure.mpc.program import Program, encode_input
+
+Sample = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A Program and what the server keeps: its weights as integers, and the tables that it lets clients hold."""
+
+    program: Program
+    integers: Mapping[str, Tensor]
+    client_tables: Mapping[str, Tensor]
+
+    @property
+    def server_weights(self) -> ServerWeights:
+        return ServerWeights(self.integers)
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 over the integer weights by name:
+        two servers with equal digests hold the same model at the same scales.
+        """
+        total = hashlib.sha256()
+        for name in sorted(self.integers):
+            value = self.integers[name].contiguous()
+            total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # names cannot run into what follows
+            total.update(value.numpy().tobytes())
+        return total.hexdigest()
+
+
+def compile(  # the verb that torch uses; always written secure.compile
+    model: nn.Module,
+    example_inputs: Sample,
+    *,
+    calibration: Sequence[Sample] = (),
+    embedding: str = "one-hot",
+    gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
+    fixed_point: FixedPoint | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Compiled:
+    """Capture a module, calibrate its ranges, and lower it to a circuit for two parties and a dealer.
+
+    example_inputs: the module's keyword arguments, which fix all shapes; every one of them is the client's secret.
+    calibration: more such inputs, whose values set the ranges; the example counts as one.
+    embedding: "one-hot" (nothing revealed; the client sends masked one-hot rows) or "client-table" (the owner lets
+    clients hold the token table, and the look-up costs nothing).
+    gelu: the form of GeLU, see ``approximations.gelu``.
+    approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
+    Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
+    """
+    fixed = fixed_point or FixedPoint()
+    functions = choose(approximations, gelu)
+    graph, parameters = capture(model, example_inputs)
+    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
+    samples = [example_inputs, *calibration]
+    seen = observe(graph, samples, parameters)
+    lowered = lower(graph, parameters, seen, fixed.margin_bits, embedding, functions)
+    tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
+    clear_inputs = (trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
+    ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
+    named = {"embedding": embedding, **functions.labels, **(labels or {})}
+    return finish(lowered, ranges, fixed, tables, named)
+
+
+def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    values = run(lowered.client_graph, sample, {}) if lowered.client_inputs else []
+    out = {}
+    for spec in lowered.client_inputs:
+        value = encode_input(spec, values[spec.output], tables).to(torch.float64)
+        out[spec.name] = value.clamp(min=-lowered.clamps[spec.name]) if spec.name in lowered.clamps else value
+    return out
+
+
+def finish(
+    lowered: Lowered, ranges: Ranges, fixed: FixedPoint, tables: Mapping[str, Tensor], labels: Mapping[str, str]
+) -> Compiled:
+    """The circuit of a lowered model, and its weights as integers."""
+    program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
+    integers = {}
+    for key in weight_keys(program):
+        name, fraction = split_weight_key(key)
+        integers[key] = ring.encode(lowered.weights[name], fraction)
+    return Compiled(program, integers, {name: table.to(torch.float32) for name, table in tables.items()})
+
+
+def weight_keys(program: Program) -> list[str]:
+    """The server's integers that a Program reads, by name and scale."""
+    return list({i.protocol.weight: None for i in program.circuit if isinstance(i.protocol, (Linear, AddWeight))})
+
+
+def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
+    """The circuit of a lowered model; of its weights only the shapes are read."""
+    (output,) = lowered.outputs
+    emitter = Emitter(Plan(lowered.trace, ranges, fixed, [output.id]))
+    emitter.run({c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs})
+    value = emitter.get(output.id, 0)
+    emitter.emit(tp.Reveal(output.shape, value.ring), value.index)
+    read = {i.protocol.weight for i in emitter.circuit if isinstance(i.protocol, Linear)}
+    return Program(
+        circuit=tuple(emitter.circuit),
+        paths=tuple(emitter.paths),
+        output=len(emitter.circuit) - 1,
+        fraction=value.fraction,
+        fixed=fixed,
+        client_graph=lowered.client_graph,
+        client_inputs=tuple(lowered.client_inputs),
+        weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
+        labels=dict(labels),
+    )
+
+
+def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:
+    """The range that the ring of an input was made for."""
+    index = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name)
+    reach = ranges.magnitude(index)
+    return (-lowered.clamps[spec.name], reach) if spec.name in lowered.clamps else (-reach, reach)

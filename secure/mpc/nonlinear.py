@@ -1,0 +1,183 @@
+"""How piecewise functions, the exponential and the row maximum become openings, comparisons and selections."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from approximations.primitives import Piece
+from protocols import local
+from protocols import two_party as tp
+from protocols.bits import plane_bytes
+from protocols.protocol import count
+from protocols.ring import WORD
+from protocols.two_party.comparison import DIGIT, GROUP, WINDOW
+from secure.lowering.ranges import dyadic
+from secure.lowering.trace import Primitive
+from secure.mpc.share import Val
+
+if TYPE_CHECKING:
+    from secure.mpc.emitter import Emitter
+
+_SHORT = 8  # bits of a slope that is applied exactly
+MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
+
+
+def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
+    """Linear pieces are selections of the opened x itself;
+    others polynomials of x at a scale whose powers fit 64 bits.
+    """
+    (x,) = p.inputs
+    pieces, knots = p.attrs["pieces"], p.attrs["knots"]
+    curved = [s for s, piece in enumerate(pieces) if not _is_linear(piece)]
+    polynomials = _polynomials(e, i, x, [pieces[s] for s in curved], [_span(e, x, knots, s) for s in curved])
+    if not knots:
+        if polynomials:
+            return polynomials[0]
+        raise AssertionError("a linear function of one piece is written with * and +")
+    bits = _below(e, x)
+    rows = [e.plan.knots[x].index(k) for k in knots]
+    total: Val | None = None
+
+    def add(value: Val) -> None:
+        nonlocal total
+        if total is None:
+            total = value
+            return
+        ring = min(total.ring, value.ring)
+        total = Val(e.emit(local.Add(p.shape, ring), total.index, value.index), ring, total.fraction)
+
+    straight = [s for s, piece in enumerate(pieces) if _is_linear(piece) and any(piece.coefficients)]
+    if straight:
+        q = e.plan.slope_bits(i)
+        ring, scale = e.plan.linear_ring(i), e.plan.fraction[i]
+        lift = scale - e.plan.fraction[x]
+        slopes, offsets = [], []
+        for s in straight:
+            intercept, slope = _line(pieces[s])
+            m, shift = dyadic(slope)
+            slopes.append(m << (q + lift - shift) if m else 0)
+            offsets.append(round(intercept * 2.0 ** (scale + q)))
+        chosen = _indicators(e, bits, rows, straight, p.shape)
+        operands = (chosen, e.opened(x)) if any(slopes) else (chosen,)
+        index = e.emit(tp.Select(p.shape, ring, tuple(slopes), tuple(offsets)), *operands)
+        add(e.truncate(Val(index, ring, scale + q), p.shape, q))
+    for s, value in zip(curved, polynomials, strict=True):
+        ring = min(value.ring, e.plan.own(i))
+        opened = e.emit(tp.Open(p.shape, ring), value.index)
+        chosen = _indicators(e, bits, rows, [s], p.shape)
+        add(Val(e.emit(tp.Select(p.shape, ring, (1,), (0,)), chosen, opened), ring, value.fraction))
+    assert total is not None
+    return total
+
+
+def _is_linear(piece: Piece) -> bool:
+    """Degree at most one, with a slope that is a short binary fraction (one that can be applied exactly)."""
+    if len(piece.coefficients) < 2:
+        return True
+    slope, *higher = piece.coefficients[1:]
+    return not higher and dyadic(slope)[0].bit_length() <= _SHORT
+
+
+def _line(piece: Piece) -> tuple[float, float]:
+    c = (*piece.coefficients, 0.0, 0.0)
+    return c[0] - c[1] * piece.centre, c[1]
+
+
+def _span(e: Emitter, x: int, knots: tuple[float, ...], s: int) -> tuple[float, float]:
+    """The segment of piece s, ending at x's range where it is unbounded."""
+    reach = e.ranges.magnitude(x)
+    return (knots[s - 1] if s else -reach), (knots[s] if s < len(knots) else reach)
+
+
+def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Val]:
+    """All curved pieces from one opening of x at ``fx`` fraction bits; results settled, junk outside their segments."""
+    if not pieces:
+        return []
+    shape, settled = e.trace.primitives[i].shape, e.plan.fraction[i]
+    scale = WORD - e.plan.own(i) + settled  # what is left after truncation must still hold the result
+    fx = min(
+        range(6, e.plan.fraction[x] + 1),
+        key=lambda f: max(_rounding(p, a, b, f, scale) for p, (a, b) in zip(pieces, spans, strict=True)),
+    )
+    value = e.truncate(e.get(x, 0), shape, e.plan.fraction[x] - fx)
+    if value.ring < WORD:
+        value = e.extend(value, shape, WORD)
+    opened = e.emit(tp.Open(shape, WORD), value.index)
+    degree = max(len(p.coefficients) - 1 for p in pieces)
+    powers = e.emit(tp.Powers(shape, WORD, degree), opened)
+    out = []
+    for piece in pieces:
+        centre = round(piece.centre * 2**fx)
+        coefficients = tuple(round(c * 2.0 ** (scale - j * fx)) for j, c in enumerate(piece.coefficients))
+        index = e.emit(tp.Polynomial(shape, WORD, centre, coefficients), powers)
+        out.append(e.truncate(Val(index, WORD, scale), shape, scale - settled))
+    return out
+
+
+def _rounding(piece: Piece, low: float, high: float, fx: int, scale: int) -> float:
+    """Bound of the error that rounding x to ``fx`` bits and the coefficients to their scales adds on [low, high]."""
+    reach = max(abs(low - piece.centre), abs(high - piece.centre))
+    slope = sum(j * abs(c) * reach ** (j - 1) for j, c in enumerate(piece.coefficients) if j)
+    return slope * 2.0**-fx + sum((2.0 ** (j * fx - scale - 1)) * reach**j for j in range(len(piece.coefficients)))
+
+
+def _below(e: Emitter, x: int) -> int:
+    """Stacked bits [x < t] for all knots of x, from its one opening."""
+    fraction, shape = e.plan.fraction[x], e.trace.primitives[x].shape
+    thresholds = tuple(round(k * 2.0**fraction) for k in e.plan.knots[x])
+    return compare(e, e.opened(x), shape, e.plan.compare_width(x), thresholds, e.plan.tolerance[x] * 2.0**fraction)
+
+
+def compare(
+    e: Emitter, opened: int, shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], tolerance: float
+) -> int:
+    """Drop low bits down to ``tolerance`` units if that saves a round, and use every bit of the digits there are."""
+    spare = max(0, math.floor(math.log2(max(tolerance, 1.0))))
+    digits = max(GROUP, -(-(width - 1 - spare) // DIGIT)) if width - 1 > WINDOW else GROUP
+    drop = max(0, width - 1 - DIGIT * digits)
+    return e.emit(tp.Compare(shape, width, drop, thresholds), opened)
+
+
+def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], shape: tuple[int, ...]) -> int:
+    """The opening of the bits "x is in segment s"."""
+    last = len(rows)
+    chosen = tuple((rows[0],) if s == 0 else (rows[-1],) if s == last else (rows[s - 1], rows[s]) for s in segments)
+    negate = tuple(s == last for s in segments)
+    stacked = e.emit(local.Indicators(plane_bytes(count(shape)), chosen, negate), bits)
+    return e.emit(tp.OpenBits(shape, len(segments)), stacked)
+
+
+def emit_exponential(e: Emitter, i: int, p: Primitive) -> Val:
+    (x,) = p.inputs
+    ring, fraction = e.plan.opened[x], e.plan.fraction[x]
+    opened = e.opened(x)
+    protocol = tp.Exponential(p.shape, ring, fraction, MASK_FRACTION, PUBLIC_FRACTION)
+    return Val(e.emit(protocol, opened), WORD, MASK_FRACTION + PUBLIC_FRACTION)
+
+
+def emit_maximum(e: Emitter, i: int, p: Primitive) -> Val:
+    """A tournament over the last dimension: each level m = b + [a >= b] (a - b) for the two halves."""
+    (x,) = p.inputs
+    ring, fraction = e.plan.own(x) + 1, e.plan.fraction[x]
+    value, shape = e.get(x, ring), e.trace.primitives[x].shape
+    levels = max(1, math.ceil(math.log2(shape[-1])))
+    tolerance = p.attrs["tolerance"] / levels * 2.0**fraction
+    current, width, dim = value.index, shape[-1], len(shape) - 1
+
+    def part(start: int, stop: int) -> int:
+        return e.emit(local.Slice((*shape[:-1], stop - start), ring, dim, start, stop, 1), current)
+
+    while width > 1:
+        half = width // 2
+        sub = (*shape[:-1], half)
+        a, b = part(0, half), part(half, 2 * half)
+        difference = e.emit(tp.Open(sub, ring), e.emit(local.Sub(sub, ring), a, b))
+        below = compare(e, difference, sub, ring, (0,), tolerance)
+        above = e.emit(local.Indicators(plane_bytes(count(sub)), ((0,),), (True,)), below)
+        gain = e.emit(tp.Select(sub, ring, (1,), (0,)), e.emit(tp.OpenBits(sub, 1), above), difference)
+        best = e.emit(local.Add(sub, ring), b, gain)
+        if width % 2:
+            best = e.emit(local.Concat((*shape[:-1], half + 1), ring, dim), best, part(2 * half, width))
+        current, width = best, width - half
+    return Val(current, ring, fraction)

@@ -1,0 +1,217 @@
+"""Programs: what client, server and dealer agree on before they compute. No weights, no inputs; public to all three.
+
+A Program is a circuit with its shapes, rings and approximations, the graph of what the client computes in the clear,
+and the scales of its result. It has one canonical encoding (sorted JSON, no floats that JSON cannot write) and a
+SHA-256 digest of it. Decoding trusts nothing: every instruction is checked against its protocol's fields, and its
+operands and sizes against what precedes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from protocols import ring
+from protocols.circuit import Circuit, Instruction, check, total_cost
+from protocols.fixedpoint import FixedPoint
+from protocols.protocol import Cost, Protocol
+from protocols.two_party import Input, Linear, Reveal
+from secure.capture.graph import Graph, run
+from secure.lowering.lower import ClientInput
+
+VERSION = 1
+MAXIMUM_ELEMENTS = 1 << 30  # of one tensor of a Program that somebody else sent
+MAXIMUM_INSTRUCTIONS = 1 << 20
+ENCODINGS = ("plain", "one-hot", "client-table")
+
+
+class InvalidProgram(ValueError):
+    """An encoded Program does not hold together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """``output``: the Reveal instruction; ``fraction``: the scale of its result."""
+
+    circuit: Circuit
+    paths: tuple[str, ...]
+    output: int
+    fraction: int
+    fixed: FixedPoint
+    client_graph: Graph
+    client_inputs: tuple[ClientInput, ...]
+    weight_shapes: Mapping[str, tuple[int, ...]]  # of the weights that products read
+    labels: Mapping[str, str]  # what a person wants to know: model, embedding, approximations
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.circuit[self.output].protocol.out.shape
+
+    @property
+    def output_ring(self) -> int:
+        return self.circuit[self.output].protocol.out.bits
+
+    @cached_property
+    def weight_rings(self) -> dict[str, int]:
+        """The widest ring in which each weight is multiplied: what the client's D must hold."""
+        rings: dict[str, int] = {}
+        for instruction in self.circuit:
+            p = instruction.protocol
+            if isinstance(p, Linear):
+                rings[p.weight] = max(rings.get(p.weight, 0), p.ring)
+        return rings
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Rounds and bytes of one query."""
+        return total_cost(self.circuit)
+
+    @property
+    def failure_bound(self) -> float:
+        """Probability that a query within its calibrated ranges goes wrong:
+        no protocol of this family has a probabilistic step.
+        """
+        return 0.0
+
+    # the client's side
+
+    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the client feeds into the circuit, as integers: its own graph in the clear, then each input's encoding.
+
+        ``tables``: the token tables that the owner lets clients hold (client-table).
+        """
+        values = run(self.client_graph, inputs, {}) if self.client_inputs else []
+        protocols = {i.protocol.name: i.protocol for i in self.circuit if isinstance(i.protocol, Input)}
+        return {
+            spec.name: protocols[spec.name].encode(encode_input(spec, values[spec.output], tables))
+            for spec in self.client_inputs
+        }
+
+    def decode(self, result: Tensor) -> Tensor:
+        """The revealed integers as float64."""
+        return ring.decode(result, self.output_ring, self.fraction)
+
+    # encoding
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The canonical encoding."""
+        paths = sorted(set(self.paths))
+        number = {path: i for i, path in enumerate(paths)}
+        document = {
+            "version": VERSION,
+            "instructions": [
+                [i.protocol.kind, dataclasses.asdict(i.protocol), i.inputs, number[path]]  # type: ignore[call-overload]
+                for i, path in zip(self.circuit, self.paths, strict=True)
+            ],
+            "paths": paths,
+            "output": self.output,
+            "fraction": self.fraction,
+            "fixed": self.fixed.as_dict(),
+            "client_graph": self.client_graph.to_json(),
+            "client_inputs": [dataclasses.asdict(c) for c in self.client_inputs],
+            "weight_shapes": dict(self.weight_shapes),
+            "labels": dict(self.labels),
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical encoding, as hexadecimal digits."""
+        return hashlib.sha256(self.encoded).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes) -> Program:
+        """Decode and check; raises InvalidProgram."""
+        try:
+            d = json.loads(encoded)
+            if d["version"] != VERSION:
+                raise InvalidProgram(f"the Program has version {d['version']}, this is {VERSION}\nhint: upgrade unseen")
+            program = cls(
+                circuit=tuple(_instruction(kind, fields, inputs) for kind, fields, inputs, _ in d["instructions"]),
+                paths=tuple(str(d["paths"][path]) for *_, path in d["instructions"]),
+                output=int(d["output"]),
+                fraction=int(d["fraction"]),
+                fixed=FixedPoint(**d["fixed"]),
+                client_graph=Graph.from_json(d["client_graph"]),
+                client_inputs=tuple(TypeAdapter(ClientInput).validate_python(c) for c in d["client_inputs"]),
+                weight_shapes={str(k): tuple(map(int, v)) for k, v in d["weight_shapes"].items()},
+                labels={str(k): str(v) for k, v in d["labels"].items()},
+            )
+            _check(program)
+            _ = program.digest  # encodes, which fails for numbers that JSON cannot write
+        except InvalidProgram:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, ValidationError) as error:
+            raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
+        return program
+
+
+def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    """One client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds."""
+    if spec.encoding == "plain":
+        return value
+    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
+        raise ValueError(f"a token id is outside 0..{spec.size - 1}\nhint: use the tokenizer that belongs to the model")
+    if spec.encoding == "one-hot":
+        return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
+    return tables[spec.table][value]
+
+
+@lru_cache(maxsize=64)
+def _adapter(protocol: type[Protocol]) -> TypeAdapter[Any]:
+    return TypeAdapter(protocol)
+
+
+def _instruction(kind: str, fields: dict[str, Any], inputs: list[int]) -> Instruction:
+    if kind not in Protocol.registry or not Protocol.registry[kind].in_programs:
+        raise InvalidProgram(f"unknown protocol {kind!r}\nhint: upgrade unseen")
+    protocol = Protocol.registry[kind]
+    names = {f.name for f in dataclasses.fields(protocol)}  # type: ignore[arg-type]
+    if set(fields) != names:
+        raise InvalidProgram(f"protocol {kind!r} has fields {sorted(names)}, got {sorted(fields)}")
+    return Instruction(_adapter(protocol).validate_python(fields), tuple(int(i) for i in inputs))
+
+
+def _check(program: Program) -> None:
+    if len(program.circuit) > MAXIMUM_INSTRUCTIONS:
+        raise InvalidProgram(f"more than {MAXIMUM_INSTRUCTIONS} instructions")
+    for index, instruction in enumerate(program.circuit):
+        p = instruction.protocol
+        if not all(0 <= i < index for i in instruction.inputs):
+            raise InvalidProgram(f"instruction {index} ({p.kind}) reads a later one")
+        wires = [p.out, *(d.wire for d in p.draws)]
+        if any(min((*w.shape, 1)) < 0 or w.size > 8 * MAXIMUM_ELEMENTS or not 0 < w.bits <= ring.WORD for w in wires):
+            raise InvalidProgram(f"instruction {index} ({p.kind}) has an impossible size")
+        if isinstance(p, Linear) and p.weight not in program.weight_shapes:
+            raise InvalidProgram(f"instruction {index} reads the weight {p.weight!r}, whose shape is not given")
+    if not 0 <= program.output < len(program.circuit) or not isinstance(
+        program.circuit[program.output].protocol, Reveal
+    ):
+        raise InvalidProgram("the output is not a Reveal")
+    for name, shape in program.weight_shapes.items():
+        if not all(size > 0 for size in shape) or math.prod(shape) > MAXIMUM_ELEMENTS:
+            raise InvalidProgram(f"the weight {name!r} has the impossible shape {shape}")
+    check(program.circuit, program.weight_shapes)
+    if not 0 <= program.fraction <= ring.WORD:
+        raise InvalidProgram(f"a result with {program.fraction} fraction bits")
+    names = {i.protocol.name for i in program.circuit if isinstance(i.protocol, Input)}
+    if names != {c.name for c in program.client_inputs}:
+        raise InvalidProgram("the circuit's inputs are not those that the client makes")
+    outputs = len(program.client_graph.outputs)
+    for c in program.client_inputs:
+        rows = 0 if c.encoding == "plain" else c.size
+        if not 0 <= c.output < outputs or c.encoding not in ENCODINGS:
+            raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
+        if not 0 <= rows <= MAXIMUM_ELEMENTS or (c.encoding == "client-table") != bool(c.table):
+            raise InvalidProgram(f"the input {c.name!r} looks up {c.size} rows of the table {c.table!r}")

@@ -1,0 +1,360 @@
+"""Modules in polynomial form, in the place of attention's softmax, activations and normalizations.
+
+Each has two faces. While a model is trained, it computes the exact function and tells how far its arguments stray from
+a range (``range_loss``); once ``frozen``, it uses a polynomial, with the exact function beside it while ``blend`` is
+below one. Captured into a Program, each becomes operations whose protocols compare nothing (``approximations.powers``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from approximations.fits import least_squares
+from approximations.norms import polynomial_layer_norm
+from approximations.powers import power, power_attend, power_error, power_pieces, power_scores, steps_for
+from approximations.primitives import Piece
+from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
+from secure.polynomial.recipe import Recipe
+
+SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
+RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
+
+
+def widened(edge: float, *, down: bool = False) -> float:
+    """An edge of a range, outwards to a quarter of an octave: an exact one would show a value of a single sentence."""
+    quarters = 4 * math.log2(edge)
+    return float(2.0 ** ((math.floor(quarters) if down else math.ceil(quarters)) / 4))
+
+
+def _excess(away: Tensor) -> Tensor:
+    """The mean square of what lies beyond a range, and the largest, for which polynomials must hold as well.
+
+    away: in logarithms, so that the far outliers of a fresh student do not drown everything else.
+    """
+    beyond = F.relu(away)
+    return beyond.square().sum() / (away > 0).sum().clamp_min(1) + beyond.amax()
+
+
+class Form(nn.Module):
+    """What the three have in common: a range, a loss for leaving it, and what was seen."""
+
+    kind = ""
+    floor = 0.0  # below which no argument can fall
+
+    def __init__(self, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.recipe, self.found = recipe, dict(found or {})
+        self.blend = 1.0  # how much of a frozen form is the polynomial; the rest is exact. Below one in training alone
+        self.watching = False  # whether forward keeps what it saw, and its range loss
+        self.guarded = False  # whether it is exact beyond its range, as in training; never what is served
+        self.range_loss: Tensor | None = None
+        self.seen: list[Tensor] = []
+
+    @property
+    def frozen(self) -> bool:
+        return "low" in self.found
+
+    def wanted(self) -> tuple[float, float]:
+        """The range that training should keep arguments in, so that with some room it is the recipe's."""
+        reach = math.sqrt(self.recipe.norm_spread) / RANGE_ROOM
+        return self.found["centre"] / reach, self.found["centre"] * reach
+
+    def _watch(self, value: Tensor) -> None:
+        """Keep the range loss of a positive value: squared distance of its logarithm from the wanted range."""
+        if not self.watching:
+            return
+        logarithm = value.clamp_min(1e-12).log()
+        self.seen.append(torch.stack([logarithm.detach().amin(), logarithm.detach().amax()]))
+        if "centre" in self.found:
+            low, high = self.wanted()
+            self.range_loss = _excess(torch.maximum(logarithm - math.log(high), math.log(low) - logarithm))
+
+    def _mixed(self, value: Tensor, form: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Tensor:
+        """In training: ``blend`` of the polynomial and the rest exact; all of it exact beyond the range, so that one
+        sentence cannot make the loss infinite before the range loss has drawn it in.
+        """
+        low, high = self.bounds()
+        inside = self.blend * form(value.clamp(low, high)) + (1 - self.blend) * exact(value)
+        return torch.where((value < low) | (value > high), exact(value), inside)
+
+    def bounds(self) -> tuple[float, float]:
+        """Where the polynomial holds."""
+        return self.found["low"], self.found["high"]
+
+    def range_seen(self) -> tuple[float, float]:
+        """The smallest and the largest argument since ``seen`` was emptied."""
+        both = torch.stack(self.seen)
+        return float(both[:, 0].min().exp()), float(both[:, 1].max().exp())
+
+    def freeze(self) -> None:
+        """From here on use polynomials on the range that was seen, and some room."""
+        low, high = (edge * room for edge, room in zip(self.range_seen(), (1 / RANGE_ROOM, RANGE_ROOM), strict=True))
+        low, high = max(widened(low, down=True), self.floor), widened(high)
+        steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
+        self.found |= {"low": low, "high": high, "steps": steps}
+
+    def assume(self) -> None:
+        """The range that training aims at, as if it were met: for a model without weights."""
+        self.found = {"centre": 1.0}
+        low, high = self.wanted()
+        steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
+        self.found |= {"low": low, "high": high, "steps": steps}
+
+    def _power(self) -> tuple[float, int]:
+        """The exponent of its inverse power, and the degree of the polynomial that this begins with."""
+        return -1.0, self.recipe.reciprocal_degree
+
+    def error(self) -> float:
+        """Of the polynomial beside the exact function; zero before ranges are frozen."""
+        if not self.frozen:
+            return 0.0
+        return power_error(*self._power(), self.found["low"], self.found["high"], self.found["steps"])
+
+
+class PowerAttention(Form):
+    """Attention by Power-Softmax; ``found``: the range of the mean of the scores' powers.
+
+    scale_queries: multiplies the queries' projection by one factor per head (heads,), before training: in a softmax
+    model a head's mean power is anything from 0.1 to 100,000, and one polynomial must hold for all heads.
+    """
+
+    kind = "attention"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        found: dict[str, Any] | None = None,
+        scale_queries: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        super().__init__(recipe, found)
+        self.scale_queries = scale_queries
+
+    @property
+    def floor(self) -> float:  # type: ignore[override]
+        return self.recipe.eps  # means of even powers are not negative
+
+    def wanted(self) -> tuple[float, float]:
+        return self.floor, self.floor * self.recipe.attention_spread / RANGE_ROOM
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, scaling: float) -> Tensor:
+        """(B, H, T, d) each; weights (B, 1, 1 or T, L), zero where masked, adding up to one in every row; None: equal
+        ones.
+        """
+        r = self.recipe
+        scores = (query @ key.transpose(-1, -2)) * scaling
+        if not self.frozen:
+            if self.watching:
+                powers = power_scores(scores, r.exponent, r.offset) * key_weights(weights, scores)
+                self._watch(powers.sum(-1) + r.eps)
+            return power_attend(scores, value, key_weights(weights, scores), r.exponent, r.eps, r.offset, stable=True)
+        exporting = torch.compiler.is_exporting()
+        if exporting:
+            e = scores
+            for piece in power_pieces(r.exponent, r.offset):
+                e = polynomial_operation(e, list(piece.coefficients), piece.centre)
+        else:
+            e = power_scores(scores, r.exponent, r.offset)
+        if weights is None:
+            total, numerator = e.mean(-1, keepdim=True), e @ (value * (1.0 / value.shape[-2]))
+        elif weights.shape[-2] == 1:  # the same for all rows: weigh the values once
+            column = weights.transpose(-1, -2)
+            total, numerator = e @ column, e @ (value * column)
+        else:
+            weighted = e * weights
+            total, numerator = weighted.sum(-1, keepdim=True), weighted @ value
+        total = total + r.eps
+        self._watch(total)
+        bounds = (self.found["low"], self.found["high"], r.reciprocal_degree, self.found["steps"])
+        inverse: Tensor
+        if exporting:
+            inverse = power_operation(total, -1.0, *bounds)
+        elif self.guarded:
+            inverse = self._mixed(total.float(), lambda t: power(t, -1.0, *bounds), lambda t: 1 / t)
+        else:
+            inverse = power(total, -1.0, *bounds)
+        return numerator * inverse
+
+
+class PolynomialActivation(Form):
+    """A polynomial in place of GeLU and the like; ``found``: its coefficients, and how far arguments reached."""
+
+    kind = "activation"
+
+    def __init__(self, original: nn.Module, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
+        super().__init__(recipe, found)
+        self.original = original
+
+    @property
+    def frozen(self) -> bool:
+        return "coefficients" in self.found
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.watching:
+            self.range_loss = _excess((x.abs() / self.recipe.activation_reach).clamp_min(1e-6).log())
+            self.seen.append(x.detach().abs().amax().clamp_min(1e-6).log().repeat(2))
+        if not self.frozen:
+            result: Tensor = self.original(x)
+            return result
+        coefficients = self.found["coefficients"]
+        if torch.compiler.is_exporting():
+            out: Tensor = polynomial_operation(x, list(coefficients), 0.0)
+            return out
+        piece = Piece(tuple(coefficients))
+        if self.guarded:
+            return self._mixed(x, piece, self.original)
+        return piece(x)
+
+    def bounds(self) -> tuple[float, float]:
+        return -self.found["seen"], self.found["seen"]
+
+    def fit(self, samples: Tensor) -> None:
+        """Least squares under these arguments (one dimension)."""
+        piece, error = least_squares(self.original, samples.cpu(), self.recipe.activation_degree)
+        self.found |= {"coefficients": list(piece.coefficients), "error": float(f"{error:.4g}")}
+
+    def freeze(self) -> None:
+        """``fit`` gives its polynomial; there is no range that it must keep."""
+        self.found["seen"] = self.range_seen()[1]
+
+    def assume(self) -> None:
+        reach = self.recipe.activation_reach
+        self.fit(torch.linspace(-reach, reach, 1001))
+        self.found["seen"] = reach
+
+    def error(self) -> float:
+        """The root mean square where it was fitted."""
+        return float(self.found.get("error", 0.0))
+
+
+class PolynomialNorm(Form):
+    """LayerNorm over the last dimension, under the names of its weight and bias; ``found``: the range of the
+    variance.
+    """
+
+    kind = "norm"
+
+    def __init__(self, original: nn.LayerNorm, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
+        super().__init__(recipe, found)
+        if len(original.normalized_shape) != 1:
+            raise ValueError(f"layer_norm over {original.normalized_shape}\nhint: the last dimension alone")
+        self.weight, self.bias, self.eps = original.weight, original.bias, original.eps
+
+    def _power(self) -> tuple[float, int]:
+        return -0.5, self.recipe.norm_degree
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.watching:
+            self._watch(x.var(-1, unbiased=False))
+        if not self.frozen:
+            return self._exact(x)
+        r = self.recipe
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        weight = torch.ones(x.shape[-1], device=x.device) if weight is None else weight
+        bias = torch.zeros(x.shape[-1], device=x.device) if bias is None else bias
+        form = (self.eps, self.found["low"], self.found["high"], r.norm_degree, self.found["steps"])
+        if torch.compiler.is_exporting():
+            out: Tensor = layer_norm_operation(x, weight, bias, *form)
+            return out
+        if self.guarded:
+            return self._trained(x, weight, bias)
+        return torch.as_tensor(polynomial_layer_norm(x, weight, bias, *form))
+
+    def _trained(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same function but for ``_mixed``."""
+        centred = x - x.mean(-1, keepdim=True)
+        edges = (self.found["low"] + self.eps, self.found["high"] + self.eps)
+        form = (-0.5, *edges, self.recipe.norm_degree, self.found["steps"])
+        variance = centred.square().mean(-1, keepdim=True)
+        root = self._mixed(variance, lambda v: power(v + self.eps, *form), lambda v: (v + self.eps).rsqrt())
+        out: Tensor = centred * root * weight + bias
+        return out
+
+    def _exact(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+class PolynomialRMSNorm(Form):
+    """RMSNorm over the last dimension, under the name of its weight; ``found``: the range of the mean square."""
+
+    kind = "norm"
+
+    def __init__(self, original: nn.Module, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
+        super().__init__(recipe, found)
+        eps = getattr(original, "variance_epsilon", getattr(original, "eps", None))
+        self.weight = cast(nn.Parameter, original.weight)
+        self.eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
+
+    def _power(self) -> tuple[float, int]:
+        return -0.5, self.recipe.norm_degree
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = x.pow(2).mean(-1, keepdim=True)
+        if self.watching:
+            self._watch(square)
+        if not self.frozen:
+            exact: Tensor = x * (square + self.eps).rsqrt() * self.weight
+            return exact
+        low, high = (edge + self.eps for edge in self.bounds())
+        halves = 2 * round(math.log2(low * high) / 4)  # what is rooted lies around one then
+        shrink = 2.0**-halves
+        form = (-0.5, low * shrink, high * shrink, self.recipe.norm_degree, self.found["steps"])
+
+        def root(value: Tensor) -> Tensor:
+            shrunk = (value + self.eps) * shrink
+            found = power_operation(shrunk, *form) if torch.compiler.is_exporting() else power(shrunk, *form)
+            rooted: Tensor = found * shrink**0.5
+            return rooted
+
+        inverse = self._mixed(square, root, lambda v: (v + self.eps).rsqrt()) if self.guarded else root(square)
+        out: Tensor = x * inverse * self.weight
+        return out
+
+
+def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:
+    """The polynomial modules of a model, by path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Form):
+            yield path, module
+
+
+def freeze_untrained(model: nn.Module, run: Callable[[], object]) -> None:
+    """Freeze every form on what ``run`` makes it meet, without any training: for costs, and for tests."""
+    met: dict[Form, list[Tensor]] = {}
+    hooks = []
+
+    def keep(form: Form, arguments: tuple[Tensor, ...]) -> None:
+        met.setdefault(form, []).append(arguments[0].flatten())
+
+    for _, form in forms(model):
+        form.found, form.watching = {"centre": 1.0}, True
+        form.seen.clear()
+        if isinstance(form, PolynomialActivation):
+            hooks.append(form.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    for _, form in forms(model):
+        form.watching = False
+        if isinstance(form, PolynomialActivation) and form in met:
+            form.fit(torch.cat(met[form])[:: 1 + sum(map(len, met[form])) // SAMPLES])
+        if form.seen:
+            form.freeze()
+            form.seen.clear()
+
+
+def described(model: nn.Module, recipe: Recipe) -> Recipe:
+    """The recipe with what the model's modules found."""
+    return recipe.model_copy(update={"layers": {path: form.found for path, form in forms(model)}})
+
+
+def key_weights(weights: Tensor | None, scores: Tensor) -> Tensor:
+    """The weights of the keys, equal ones if there are none."""
+    return scores.new_full((1,), 1.0 / scores.shape[-1]) if weights is None else weights

@@ -1,0 +1,231 @@
+"""Distil a sentence encoder into polynomial form: data, loss, report. The training itself is ``secure.training``."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secure.models.sentence_encoder import RECIPE, SentenceEncoder, load_sentence_encoder, load_tokenizer
+from secure.models.tokens import TextTokenizer, tokenize
+from secure.polynomial.recipe import Recipe
+from secure.polynomial.swap import polynomialize
+from secure.training.trainer import Batch, Progress, Settings, Trainer
+
+LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
+JOINED = 8  # sentences to a long one, which is cut
+HELD_OUT = 480  # sentences of the data that a run with patience checks on
+PADDED = 4  # of so many sentences one is kept where there is much padding
+KINDS = 6  # batches, of which one is of long inputs, one of strange ones, and one with much padding
+COSINE, SIMILARITY = 5.0, 10.0  # weights of the loss beside the hidden states' mean square error
+
+Row = Tensor  # the token ids of one sentence, special ones included
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a model's embeddings are to another's on the same sentences.
+
+    spearman: rank correlation of all pairwise cosine similarities. nearest: share of sentences whose nearest neighbour
+    is the same.
+    """
+
+    sentences: int
+    spearman: float
+    nearest: float
+    mean_cosine: float
+    lowest_cosine: float
+
+
+def rows(tokenizer: TextTokenizer, texts: Sequence[str], length: int = LENGTH) -> list[Row]:
+    """Token ids of each text that is not empty, cut by words to ``length`` tokens."""
+    out = []
+    for text in texts:
+        words = text.split()
+        while words:
+            try:
+                ids, mask = tokenize(tokenizer, " ".join(words), length)
+            except ValueError:
+                words = words[: min(len(words) - 1, length)]
+            else:
+                out.append(ids[0][mask[0].bool()])
+                break
+    return out
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Sentences of a batch padded together. Of ``KINDS`` batches, told by their first sentence, one each is of long
+    inputs (joined sentences), of strange ones (words replaced by any in the vocabulary), and of much padding: ranges
+    must hold for texts unlike those that a model is trained on.
+    """
+
+    pad: int
+    longest: int
+    vocabulary: Tensor  # ids that may stand for a word
+
+    def __call__(self, chosen: Sequence[Row]) -> Batch:
+        generator = torch.Generator().manual_seed(sum(int(row.sum()) for row in chosen))
+        kind, width = int(chosen[0].sum()) % KINDS, 0
+        if kind == 0 and len(chosen) >= JOINED:
+            starts = range(0, len(chosen) - JOINED + 1, JOINED)
+            drawn = torch.randint(self.longest // 2, 3 * self.longest // 2, (len(starts),), generator=generator)
+            lengths = drawn.clamp_max(self.longest).tolist()  # half of them as long as can be: every position is met
+            chosen = [_joined(chosen[i : i + JOINED], n) for i, n in zip(starts, lengths, strict=True)]
+        elif kind == 1:
+            chosen = [self._strange(row, generator) for row in chosen]
+        elif kind == 2:
+            chosen = chosen[: -(-len(chosen) // PADDED)]
+            width = int(torch.randint(1, self.longest + 1, (1,), generator=generator))
+        width = max(width, *(len(row) for row in chosen))
+        ids = torch.full((len(chosen), width), self.pad)
+        mask = torch.zeros((len(chosen), width), dtype=torch.int64)
+        for i, row in enumerate(chosen):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _strange(self, row: Row, generator: torch.Generator) -> Row:
+        """Some of the words, from none to all of a sentence, replaced; its first and last token stay."""
+        drawn = self.vocabulary[torch.randint(len(self.vocabulary), (len(row),), generator=generator)]
+        share = torch.empty(1).uniform_(generator=generator)  # for training; nothing here is a secret
+        replaced = torch.empty(len(row)).uniform_(generator=generator) < share
+        replaced[0] = replaced[-1] = False
+        return torch.where(replaced, drawn, row)
+
+
+def words(tokenizer: TextTokenizer) -> Tensor:
+    """The ids of a vocabulary without special and unused tokens, which stand in brackets."""
+    vocabulary = tokenizer.tokenizer.get_vocab().items()
+    return torch.tensor(sorted(i for token, i in vocabulary if not (token[0] in "[<" and token[-1] in "]>")))
+
+
+def _joined(parts: Sequence[Row], longest: int) -> Row:
+    inner = torch.cat([part[1:-1] for part in parts])[: longest - 2]
+    return torch.cat([parts[0][:1], inner, parts[0][-1:]])
+
+
+def hidden_states(model: SentenceEncoder, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Of every layer, and the embeddings, of length one."""
+    mask = batch["attention_mask"].to(next(model.parameters()).dtype)
+    out: Any = model.encoder(
+        input_ids=batch["input_ids"], attention_mask=model.summand(mask), output_hidden_states=True
+    )
+    if model.pooling == "cls":
+        pooled = out.last_hidden_state[:, 0]
+    else:  # no matrix product: it stays in float32 whatever the products' precision
+        pooled = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(-1) * out.last_hidden_state).sum(1)
+    return out.hidden_states, F.normalize(pooled, dim=-1)
+
+
+def distillation_loss(teacher: SentenceEncoder, student: SentenceEncoder) -> Callable[[Batch], Any]:
+    """Hidden states (mean square error), embeddings (cosine), and the similarities within a batch."""
+
+    def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            theirs, wanted = hidden_states(teacher, batch)
+        ours, found = hidden_states(student, batch)
+        with torch.autocast(wanted.device.type, enabled=False):
+            mask = batch["attention_mask"].to(wanted.dtype).unsqueeze(-1)
+            count = mask.sum() * wanted.shape[-1]
+            apart = [((a - b).square() * mask).sum() / count for a, b in zip(ours[1:], theirs[1:], strict=True)]
+            hidden = torch.stack(apart).mean()
+            cosine = 1 - (found * wanted).sum(-1).mean()
+            similarity = (found @ found.T - wanted @ wanted.T).square().mean()
+        parts = {"hidden": hidden.item(), "cosine": cosine.item(), "similarity": similarity.item()}
+        return hidden + COSINE * cosine + SIMILARITY * similarity, parts
+
+    return loss
+
+
+def distil(
+    directory: Path,
+    texts: Sequence[str],
+    recipe: Recipe,
+    settings: Settings,
+    output: Path,
+    told: Callable[[Progress], None] | None = None,
+) -> Recipe:
+    """Train the model of ``directory`` and leave it in ``output``, with its recipe, as a model that can be served.
+
+    Killed and started again with the same arguments, it goes on from the last checkpoint in ``output``.
+    """
+    if output.resolve() == directory.resolve():
+        raise ValueError(f"{output} is the original model's directory\nhint: give another one")
+    if (directory / RECIPE).is_file():
+        raise ValueError(f"{directory} is in polynomial form already\nhint: give the original model")
+    tokenizer = load_tokenizer(directory)
+    teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
+    longest = min(LONG, student.maximum_length)
+    data = rows(tokenizer, texts, min(LENGTH, longest))
+    kept = min(HELD_OUT, max(2, len(data) // 20)) if settings.patience else 0
+    if len(data) - kept < settings.batch:
+        raise ValueError(
+            f"{len(data)} sentences, {kept} of them to check on, are fewer than a batch of {settings.batch}\n"
+            "hint: give more text"
+        )
+    teacher.requires_grad_(False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device)
+    student.to(device)
+    polynomialize(student.encoder, recipe, prefix="encoder.")
+    trainer = Trainer(
+        student,
+        recipe,
+        distillation_loss(teacher, student),
+        data[kept:],
+        Collate(tokenizer.pad_id, longest, words(tokenizer)),
+        settings,
+        output,
+        forward=lambda batch: hidden_states(student, batch),
+        held_out=data[:kept],
+        about=_digest(teacher, data),
+        size=len,
+    )
+    found = trainer.run(told)
+    save(student.cpu(), found, directory, output)
+    return found
+
+
+def _digest(teacher: nn.Module, data: Sequence[Row]) -> str:
+    """Of the original's weights and the sentences: a run goes on with the same."""
+    total = hashlib.sha256()
+    for tensor in (*teacher.state_dict().values(), *data):
+        total.update(f"{tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path) -> None:
+    """The weights in the place of the original's, every other file beside them, and the recipe."""
+    ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "__pycache__", "*.py")
+    shutil.copytree(original, output, ignore=ignored, dirs_exist_ok=True)
+    encoder: Any = student.encoder
+    encoder.save_pretrained(output)
+    (output / RECIPE).write_text(recipe.model_dump_json(indent=1))
+
+
+def agreement_of(a: Tensor, b: Tensor) -> Agreement:
+    """Of embeddings of length one, (sentences, width) each."""
+    pairs = torch.triu_indices(len(a), len(a), 1)
+    similar, wanted = a @ a.T, b @ b.T
+    spearman = math.nan  # of fewer than three sentences there is none
+    if len(a) > 2:
+        ranks = torch.stack([_ranks(s[pairs[0], pairs[1]]) for s in (similar, wanted)])
+        spearman = float(torch.corrcoef(ranks)[0, 1])
+    own = torch.eye(len(a), dtype=torch.bool)
+    nearest = [s.masked_fill(own, -2).argmax(-1) for s in (similar, wanted)]
+    cosines = (a * b).sum(-1)
+    same = (nearest[0] == nearest[1]).double().mean()
+    return Agreement(len(a), spearman, float(same), float(cosines.mean()), float(cosines.min()))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double()

@@ -1,0 +1,130 @@
+"""How faithful a sentence encoder in polynomial form is: to its original, and its Program to its own floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secure.deployments.in_process import InsecureInProcess, plain_reference
+from secure.models.sentence_encoder import SentenceEncoder
+from secure.mpc.compile import Compiled, Sample
+from secure.polynomial.forms import Form, forms
+from secure.training.distil import Agreement, agreement_of, hidden_states
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Embeddings that were computed in one way: against the original's, and against the model's own floating point."""
+
+    how: str
+    agreement: Agreement
+    lowest_own_cosine: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """A module's polynomial: the range that it allows, what was met, and its error beside the exact function.
+
+    For activations, whose polynomial allows everything, ``low`` and ``high`` are None and what was met is |argument|.
+    error: relative of inverse powers, the largest on the allowed range; root mean square of activations at the fit.
+    """
+
+    path: str
+    kind: str
+    low: float | None
+    high: float | None
+    met_low: float
+    met_high: float
+    corrections: int
+    error: float
+
+    @property
+    def used(self) -> float | None:
+        """The share of the allowed range, in logarithms, that was met; over one where it was left."""
+        if self.low is None or self.high is None:
+            return None
+        edges = torch.tensor([self.low, self.high, self.met_low, self.met_high], dtype=torch.float64).log()
+        middle, half = (edges[0] + edges[1]) / 2, (edges[1] - edges[0]) / 2
+        return float((edges[2:] - middle).abs().max() / half)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """``layers``: relative root mean square error of the hidden states behind each layer."""
+
+    ways: tuple[Computed, ...]
+    layers: tuple[float, ...]
+    ranges: tuple[Held, ...]
+
+
+def fidelity(
+    model: SentenceEncoder,
+    original: SentenceEncoder,
+    compiled: Compiled,
+    inputs: Sequence[Sample],
+    protocol: int,
+    told: Callable[[str], None] = lambda _: None,
+) -> Fidelity:
+    """inputs: tokens padded to the compiled length, one sentence each; ``protocol``: how many of them are asked under
+    the protocol too, all parties in this process.
+    """
+    told("floating point")
+    apart, size = torch.zeros(()), torch.zeros(())
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for _, form in forms(model):
+        form.watching = True
+        form.seen.clear()
+    with torch.no_grad():
+        for x in inputs:
+            (states, mine), (wanted_states, wanted) = hidden_states(model, x), hidden_states(original, x)
+            mask = x["attention_mask"].to(mine.dtype).unsqueeze(-1)
+            pairs = list(zip(states, wanted_states, strict=True))
+            squares = torch.stack([((a - b).square() * mask).sum() for a, b in pairs])
+            sizes = torch.stack([(b.square() * mask).sum() for _, b in pairs])
+            apart, size = apart + squares, size + sizes
+            ours.append(mine.double())
+            theirs.append(wanted.double())
+    ranges = tuple(_held(path, form) for path, form in forms(model) if form.seen)
+    for _, form in forms(model):
+        form.watching = False
+        form.seen.clear()
+    floating, wanted = torch.cat(ours), torch.cat(theirs)
+    ways = [_computed("floating point", floating, floating, wanted)]
+    told("fixed point")
+    fixed = _unit([plain_reference(compiled, x) for x in inputs])
+    ways.append(_computed("fixed point", fixed, floating, wanted))
+    if protocol > 1:
+        told(f"protocol, {protocol} sentences")
+        query = InsecureInProcess(compiled)
+        asked = _unit([query.query(x)[0] for x in inputs[:protocol]])
+        ways.append(_computed("protocol", asked, floating, wanted))
+    return Fidelity(tuple(ways), tuple((apart / size).sqrt().tolist()[1:]), ranges)
+
+
+def _unit(answers: Sequence[Tensor]) -> Tensor:
+    return F.normalize(torch.cat(list(answers)).double(), dim=-1)
+
+
+def _computed(how: str, found: Tensor, own: Tensor, wanted: Tensor) -> Computed:
+    count = len(found)
+    cosines = (found * own[:count]).sum(-1)
+    return Computed(how, agreement_of(found, wanted[:count]), float(cosines.min()))
+
+
+def _held(path: str, form: Form) -> Held:
+    low, high = form.range_seen()
+    return Held(
+        path,
+        form.kind,
+        form.found.get("low"),
+        form.found.get("high"),
+        low,
+        high,
+        int(form.found.get("steps", 0)),
+        form.error(),
+    )

@@ -1,0 +1,386 @@
+"""Distil a model into its polynomial form, in stages, so that a killed run goes on where it was.
+
+1. *Swap*: Power-Softmax stands in from the first step; divisions, norms and activations stay exact. The student follows
+   the teacher's hidden states and embeddings, and a range loss, of growing weight, draws arguments together.
+2. *Substitute*: ranges are frozen on what was seen, activations and inverse powers become polynomials on them little by
+   little (``blend_steps``), and training goes on.
+
+The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), no dropout. A
+checkpoint is one file, of weights, the optimizer's moments and, as JSON in its header, the step, the recipe and
+the history of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from approximations.powers import power_scores
+from secure.polynomial.forms import (
+    SAMPLES,
+    Form,
+    PolynomialActivation,
+    PolynomialNorm,
+    PowerAttention,
+    described,
+    forms,
+    key_weights,
+)
+from secure.polynomial.recipe import Recipe
+from secure.training.checkpoint import CHECKPOINT, read_about, read_state, write_checkpoint
+
+FRESH = 2  # batches from which scales of queries and centres are taken
+FITTING = 12  # from which coefficients are
+EXACT = 0.1  # the last share of steps, which is in float32 whatever the setting
+POOL = 16  # batches whose items are sorted by size
+FREEZING = 48  # batches whose ranges are frozen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: of all stages. narrow: the share of them over which the range loss grows to its full weight; substitute:
+    after which ranges are frozen and polynomials take over.
+    patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; 0: never.
+    """
+
+    steps: int = 4500
+    batch: int = 48
+    rate: float = 1.5e-4
+    seed: int = 0
+    warm_up: int = 50
+    narrow: float = 0.3
+    substitute: float = 0.45
+    blend_steps: int = 300  # over which polynomials take over from exact divisions
+    range_weight: float = 0.01
+    bfloat16: bool = False  # products in bfloat16 but for the last steps: twice as fast where the processor has it
+    check_every: int = 100  # steps from one check on held-out data to the next
+    patience: int = 0
+    checkpoint_seconds: float = 180.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 2 or not 0 < self.narrow <= self.substitute < 1:
+            raise ValueError(
+                f"settings out of range: {self}\nhint: steps from 1, batch from 2, 0 < narrow <= substitute < 1"
+            )
+
+
+@dataclass
+class Progress:
+    """What a run tells after every step."""
+
+    step: int
+    steps: int
+    loss: float
+    parts: dict[str, float]
+    stage: str
+    seconds: float
+
+
+class Diverged(ValueError):
+    """The loss is not finite; the last checkpoint is kept."""
+
+
+class RangeLost(ValueError):
+    """Training could not hold a range."""
+
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[Batch], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass
+class Trainer:
+    """student: in polynomial form; loss: of one batch, without ranges; batches: the data, in order."""
+
+    student: nn.Module
+    recipe: Recipe
+    loss: Loss
+    data: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    settings: Settings
+    directory: Path | None = None
+    forward: Callable[[Batch], object] | None = None  # of the student alone; by default with the batch as keywords
+    held_out: Sequence[Any] = ()  # data that is only checked on
+    about: str = ""  # a digest of what is learnt from: a run goes on with the same
+    size: Callable[[Any], int] | None = None  # of an item: batches are then of items of about one size
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        self.device = next(self.student.parameters()).device
+        self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        decay = [p for p in self.parameters.values() if p.dim() > 1]
+        rest = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.rate)
+        self._saved = time.monotonic()
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if (self.directory / CHECKPOINT).is_file():
+                self._resume(self.directory / CHECKPOINT)
+
+    # data
+
+    def batch(self, step: int) -> Batch:
+        size, count = self.settings.batch, len(self.data)
+        epoch, place = divmod(step, max(1, count // size))
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator)
+        if self.size is not None:  # items of a pool of batches, by size, and those batches in any order
+            pool, within = divmod(place, POOL)
+            order = order[pool * POOL * size : (pool + 1) * POOL * size]
+            sizes = torch.tensor([self.size(self.data[i]) for i in order.tolist()])
+            order = order[sizes.argsort(stable=True)]
+            place = int(torch.randperm(len(order) // size, generator=generator)[within])
+        chosen = order[place * size : (place + 1) * size]
+        return {k: v.to(self.device) for k, v in self.collate([self.data[i] for i in chosen.tolist()]).items()}
+
+    # stages
+
+    def run(self, told: Callable[[Progress], None] | None = None, until: int | None = None) -> Recipe:
+        """Train to the last step (or ``until``); returns the recipe with ranges and coefficients."""
+        s, began = self.settings, time.monotonic()
+        freezing = round(s.steps * s.substitute)
+        if self.step == 0 and not self._started:
+            self._prepare()
+        self._watch(True)
+        while self.step < min(s.steps, until or s.steps) and not self._stalled():
+            if self.step == freezing and not self._frozen:
+                self._freeze()
+            for _, form in forms(self.student):
+                form.blend = min(1.0, (self.step - freezing + 1) / s.blend_steps) if self._frozen else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.rate * self._schedule(self.step)
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=s.bfloat16 and self.step < s.steps * (1 - EXACT)
+            ):
+                loss, parts = self.loss(self.batch(self.step))
+            ranges = self._range_loss()
+            total = loss + self._range_weight() * ranges
+            if not bool(torch.isfinite(total)):
+                raise Diverged(
+                    f"the loss is not finite at step {self.step}"
+                    + (f"; the checkpoint in {self.directory} is from before" if self.directory else "")
+                    + "\nhint: a lower rate, or a smaller spread in the recipe"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self.optimizer.step()
+            self._watch(True)  # empties what was seen
+            self.step += 1
+            parts = {**parts, "range": ranges.item()}
+            self.history.append({"step": self.step, "loss": loss.item(), **parts})
+            if self.held_out and (self.step % s.check_every == 0 or self.step == s.steps):
+                self.history[-1]["held_out"] = self._held_out_loss()
+            if self.directory is not None and time.monotonic() - self._saved > s.checkpoint_seconds:
+                self.save()
+            if told is not None:
+                stage = "substitute" if self._frozen else "swap"
+                told(Progress(self.step, s.steps, loss.item(), parts, stage, time.monotonic() - began))
+        self._watch(False)
+        for _, form in forms(self.student):
+            form.blend = 1.0
+        if self.directory is not None:
+            self.save()
+        return described(self.student, self.recipe)
+
+    @property
+    def _started(self) -> bool:
+        return any(form.found for _, form in forms(self.student))
+
+    @property
+    def _frozen(self) -> bool:
+        return any(form.frozen for _, form in forms(self.student))
+
+    def _held_out_loss(self) -> float:
+        self._watch(False)
+        size, losses = self.settings.batch, []
+        for start in range(0, len(self.held_out), size):
+            if len(chosen := self.held_out[start : start + size]) > 1:  # a loss of similarities takes two
+                losses.append(self._loss(self.collate(chosen)))
+        self._watch(True)
+        return sum(losses) / len(losses)
+
+    def _loss(self, batch: Batch) -> float:
+        with torch.no_grad():
+            return float(self.loss({k: v.to(self.device) for k, v in batch.items()})[0])
+
+    def _stalled(self) -> bool:
+        s = self.settings
+        begun = s.steps * s.substitute + s.blend_steps
+        checks = [h["held_out"] for h in self.history if "held_out" in h and h["step"] > begun]
+        return 0 < s.patience < len(checks) and min(checks[: -s.patience]) <= min(checks[-s.patience :])
+
+    def _watch(self, on: bool) -> None:
+        for _, form in forms(self.student):
+            form.watching = form.guarded = on
+            form.range_loss = None
+            form.seen.clear()
+
+    def _range_loss(self) -> Tensor:
+        losses = [form.range_loss for _, form in forms(self.student) if form.range_loss is not None]
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
+    def _range_weight(self) -> float:
+        """Growing over the first stage: on a fresh student the range loss would drown all others."""
+        s = self.settings
+        return s.range_weight * min(1.0, self.step / (s.steps * s.narrow))
+
+    def _schedule(self, step: int) -> float:
+        s = self.settings
+        if step < s.warm_up:
+            return (step + 1) / s.warm_up
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - s.warm_up) / max(1, s.steps - s.warm_up)))
+
+    def _forward(self, batch: Batch) -> None:
+        with torch.no_grad():
+            self.forward(batch) if self.forward is not None else self.student(**batch)
+
+    def _prepare(self) -> None:
+        """Scales of queries, layer by layer in the order of the computation as each changes what follows; then the
+        centres of the norms.
+        """
+        batches = [self.batch(i) for i in range(FRESH)]
+        order = _in_order(self.student, lambda: self._forward(batches[0]))
+        norms: list[Form] = [form for form in order if form.kind == "norm"]
+        groups: list[list[Form]] = [[form] for form in order if isinstance(form, PowerAttention)]
+        for group in [*groups, norms]:
+            for form, arguments in self._met(group, batches).items():
+                _start(form, arguments)
+
+    def _met(self, group: Sequence[Form], batches: Sequence[Batch]) -> dict[Form, list[Tensor]]:
+        with _arguments(group) as captured:
+            for batch in batches:
+                self._forward(batch)
+        return captured
+
+    def _freeze(self) -> None:
+        self._watch(True)
+        batches = [self.batch(self.settings.steps + i) for i in range(FREEZING)]
+        for batch in batches:
+            self._forward(batch)
+        activations: list[Form] = [form for _, form in forms(self.student) if isinstance(form, PolynomialActivation)]
+        for activation, met in self._met(activations, batches[:FITTING]).items():
+            if met:  # not of a module that this model never calls
+                samples = torch.cat([x.reshape(-1) for x in met])
+                cast(PolynomialActivation, activation).fit(samples[:: max(1, samples.numel() // SAMPLES)])
+        for path, form in forms(self.student):
+            if not form.seen:
+                continue
+            low, high = form.range_seen()
+            try:
+                form.freeze()
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                raise RangeLost(
+                    f"{path}: arguments from {low:.3g} to {high:.3g}: {reason}\n"
+                    f"hint: {self.step} of {self.settings.steps} steps were to narrow the ranges; give more steps"
+                ) from None
+            form.seen.clear()
+        if self.directory is not None:
+            self.save()
+
+    # checkpoints
+
+    def save(self) -> None:
+        """A checkpoint in the run's directory, whole or not at all."""
+        assert self.directory is not None
+        about = {
+            "step": self.step,
+            "about": self.about,
+            "settings": asdict(self.settings),
+            "recipe": described(self.student, self.recipe).model_dump(),
+            "history": self.history,
+        }
+        write_checkpoint(self.directory / CHECKPOINT, self.parameters, self.optimizer, about)
+        self._saved = time.monotonic()
+
+    def _resume(self, path: Path) -> None:
+        """ValueError for what is no checkpoint of this run."""
+        try:
+            about = read_about(path)
+            recipe = Recipe.model_validate(about["recipe"])
+            step, history = int(about["step"]), list(about["history"])
+            if not 0 <= step <= self.settings.steps or len(history) != step:
+                raise ValueError(f"step {step}, of {self.settings.steps}")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{path} is no checkpoint: {reason}\nhint: delete it to begin anew") from None
+        wanted = {
+            "settings": (asdict(self.settings), about.get("settings")),
+            "recipe": (self.recipe.model_dump(exclude={"layers"}), recipe.model_dump(exclude={"layers"})),
+            "sentences or another model": (self.about, about.get("about")),
+        }
+        for what, (ours, theirs) in wanted.items():
+            if theirs != ours:
+                raise ValueError(
+                    f"{path} is a run with other {what}: {theirs}\nhint: give the same to go on, or another directory"
+                )
+        try:
+            values, states = read_state(path, self.parameters)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is no checkpoint of this model: {error}\nhint: delete it to begin anew") from None
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(values[name])
+                if states[name]:
+                    self.optimizer.state[p] = states[name]
+        for path_, form in forms(self.student):
+            form.found = dict(recipe.layers.get(path_, {}))
+        self.step, self.history = step, history
+
+
+def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:
+    order: list[Form] = []
+    hooks = [form.register_forward_pre_hook(lambda m, _: order.append(m)) for _, form in forms(model)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+@contextmanager
+def _arguments(group: Sequence[Form]) -> Iterator[dict[Form, list[Tensor]]]:
+    """What these modules are called with (their first four arguments), one call after the other."""
+    captured: dict[Form, list[Tensor]] = {form: [] for form in group}
+    hooks = [form.register_forward_pre_hook(lambda m, args: captured[m].extend(args[:4])) for form in group]
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _start(form: Form, captured: list[Tensor]) -> None:
+    """What a module needs before the first step, from its own arguments."""
+    if isinstance(form, PowerAttention):
+        totals: list[list[Tensor]] = []
+        for query, key, _, weights in zip(*(captured[i::4] for i in range(4)), strict=True):
+            scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+            powers = power_scores(scores, form.recipe.exponent, form.recipe.offset) * key_weights(weights, scores)
+            totals.append([head.reshape(-1) for head in powers.sum(-1).unbind(1)])
+        medians = torch.stack([torch.cat(head).median() for head in zip(*totals, strict=True)])
+        if form.recipe.offset or form.scale_queries is None:
+            form.found = {"centre": float(medians.log().mean().exp())}
+        else:
+            form.scale_queries(medians ** (-1 / form.recipe.exponent))
+            form.found = {"centre": 1.0}
+    else:
+        variance = torch.cat([_spread(form, x).reshape(-1) for x in captured])
+        form.found = {"centre": float(variance.log().mean().exp())}
+
+
+def _spread(norm: Form, x: Tensor) -> Tensor:
+    """What a norm takes the root of."""
+    return x.var(-1, unbiased=False) if isinstance(norm, PolynomialNorm) else x.square().mean(-1)
