@@ -45,8 +45,8 @@ def measured(layers: int) -> dict[str, Any]:
         "accuracy, protocol": float((private == labels).double().mean()),
         "same prediction": float((private == plain).double().mean()),
         "rounds": cost.rounds,
-        "online MB": (cost.to_server + cost.to_client) / 1e6,
-        "offline MB": cost.offline_to_server / 1e6,
+        "online MB": (cost.to_first + cost.to_second) / 1e6,
+        "offline MB": cost.dealt / 1e6,
         "online s, all parties in one process": round(statistics.median(times), 4),
     }
 

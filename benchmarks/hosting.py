@@ -62,9 +62,9 @@ def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None
         "offline s of the dealer": round(statistics.median(report.dealer_seconds for report in reports[1:]), 4),
         "offline s of the client": round(statistics.median(report.client_seconds for report in reports[1:]), 4),
         "rounds": predicted.rounds,
-        "online bytes to server": predicted.to_server,
-        "online bytes to client": predicted.to_client,
-        "offline bytes to server": predicted.offline_to_server,
+        "online bytes to server": predicted.to_first,
+        "online bytes to client": predicted.to_second,
+        "offline bytes to server": predicted.dealt,
         "offline bytes to client": reports[-1].offline_to_client,
         "peak MB": round(common.peak()),
     }

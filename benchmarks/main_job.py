@@ -24,8 +24,8 @@ import torch
 from benchmarks import common
 from benchmarks.common import RESULTS, Service
 from benchmarks.sentences import sentences
-from parties.two_party.masked_model import PACKAGED, model_directory, text_inputs
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.text import PACKAGED, model_directory, text_inputs
 from secure.models.tokens import load_tokenizer
 
 

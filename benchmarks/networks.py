@@ -32,12 +32,12 @@ from benchmarks.common import RESULTS, machine
 from benchmarks.sentences import sentences
 from parties.net.hosting import settle
 from parties.net.measure import measure_transport
-from parties.two_party.masked_model import PACKAGED, compile_text_model
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.cost.count import NETWORKS, Network, find_network, profile
 from secure.cost.kernel_times import measure
 from secure.cost.projection import project
+from secure.models.text import PACKAGED, compile_text_model
 
 SERVER_AT, CLIENT_AT = "10.177.77.1", "10.177.77.2"
 SPACES = ("unseen-server", "unseen-client")

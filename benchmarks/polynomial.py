@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from parties.cli.accuracy import cut
-from parties.two_party.masked_model import PACKAGED, calibration_inputs, model_directory
 from secure.deployments.in_process import InsecureInProcess
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import SentenceEncoder, load_sentence_encoder, load_tokenizer
+from secure.models.text import PACKAGED, calibration_inputs, model_directory
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import Compiled, compile
 from secure.polynomial.forms import forms

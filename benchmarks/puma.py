@@ -16,23 +16,17 @@ from torch import Tensor
 
 from approximations import APPROXIMATIONS, choose
 from benchmarks.sentences import sentences
-from parties.two_party.masked_model import (
-    PACKAGED,
-    calibration_inputs,
-    compile_text_model,
-    model_directory,
-    text_inputs,
-)
 from protocols.fixedpoint import FixedPoint
 from secure.capture.capture import capture
 from secure.cost.count import profile
 from secure.deployments.in_process import plain_reference
-from secure.lowering.lower import lower, observe
+from secure.lowering.lower import lower, trace_inputs
+from secure.lowering.observe import observe
 from secure.lowering.trace import evaluate
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.text import PACKAGED, calibration_inputs, compile_text_model, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
-from secure.mpc.compile import trace_inputs
 
 Inputs = dict[str, Tensor]
 
@@ -88,8 +82,8 @@ def main() -> None:
         print(f"{name}: of these alone, {cosines(alone[: options.fixed], expected[: options.fixed])}")
         cost = profile(compiled.program).total
         print(
-            f"{name}: {cost.rounds} rounds, {cost.to_server / 1e6:.1f} MB to the server, "
-            f"{cost.to_client / 1e6:.1f} MB to the client, {cost.offline_to_server / 1e6:.1f} MB offline"
+            f"{name}: {cost.rounds} rounds, {cost.to_first / 1e6:.1f} MB to the server, "
+            f"{cost.to_second / 1e6:.1f} MB to the client, {cost.dealt / 1e6:.1f} MB offline"
         )
 
 

@@ -22,7 +22,6 @@ from approximations.activations import GELU_FORMS
 from approximations.division import reciprocal
 from benchmarks.peers import works as peers
 from benchmarks.peers.works import Array
-from parties.two_party.masked_model import PACKAGED, compile_text_model, model_directory, text_inputs
 from protocols import ring
 from protocols.circuit import Instruction
 from protocols.fixedpoint import FixedPoint
@@ -32,6 +31,7 @@ from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
 from secure.lowering.lower import Lowered
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, WeightRef
+from secure.models.text import PACKAGED, compile_text_model, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import Compiled, finish
 from secure.polynomial.forms import freeze_untrained

@@ -102,8 +102,8 @@ def run(model: nn.Module, samples: Sequence[Inputs]) -> float:
     cosine = float(F.cosine_similarity(answer, exact).min())
     cost = report.cost
     print(f"online    {report.online_seconds:.2f} s for both parties, one after the other")
-    print(f"          {cost.to_server / 1e6:.2f} MB to the server, {cost.to_client / 1e6:.2f} MB to the client")
-    print(f"offline   {report.dealer_seconds:.2f} s of the dealer, {cost.offline_to_server / 1e6:.2f} MB to the server")
+    print(f"          {cost.to_first / 1e6:.2f} MB to the server, {cost.to_second / 1e6:.2f} MB to the client")
+    print(f"offline   {report.dealer_seconds:.2f} s of the dealer, {cost.dealt / 1e6:.2f} MB to the server")
     print(f"cosine to the float64 model {cosine:.7f}, largest difference {float((answer - exact).abs().max()):.1e}")
 
     fixed = secure.plain_reference(compiled, query)  # the same Program on plain integers: no sharing either

@@ -20,7 +20,7 @@ from torch import Tensor
 from protocols import bits, wire
 from protocols.local import AddWeight
 from protocols.prg import Key, Stream
-from protocols.protocol import CLIENT, SERVER, Cost, Draw, Exchange, Protocol, Step, Weights
+from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Step, Weights
 from protocols.steps import merge
 from protocols.two_party.polynomial import Polynomial, Powers
 
@@ -293,15 +293,15 @@ def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs
     return list(values.take(outputs))
 
 
-def total_cost(circuit: Circuit) -> Cost:
+def total_cost(circuit: Circuit) -> CircuitCost:
     """Bytes of all instructions; rounds of the dataflow schedule (what ``execute`` takes), not of the sum."""
     finished = [0] * len(circuit)
-    total = Cost()
+    total = CircuitCost()
     for index, instruction in enumerate(circuit):
         cost = instruction.protocol.cost()
         total = total + cost
         finished[index] = max((finished[i] for i in instruction.inputs), default=0) + cost.rounds
-    return Cost(max(finished, default=0), total.to_server, total.to_client, total.offline_to_server)
+    return CircuitCost(max(finished, default=0), total.to_first, total.to_second, total.dealt)
 
 
 class CircuitError(ValueError):

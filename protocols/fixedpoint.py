@@ -2,9 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-
-class FixedPointError(ValueError):
-    """A fixed-point parameter is out of its range."""
+from protocols.errors import FixedPointError
 
 
 @dataclass(frozen=True)

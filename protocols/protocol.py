@@ -83,20 +83,24 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Rounds and bytes of one run. Bytes are payload; framing is the channel's."""
+class CircuitCost:
+    """Rounds and bytes of one run between the two parties that compute: the first (0) and the second (1).
+
+    to_first, to_second: payload bytes of the rounds; framing is the channel's. dealt: bytes of corrections that the
+    first party gets ahead. Who these parties are is the deployment's to say.
+    """
 
     rounds: int = 0
-    to_server: int = 0
-    to_client: int = 0
-    offline_to_server: int = 0
+    to_first: int = 0
+    to_second: int = 0
+    dealt: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: CircuitCost) -> CircuitCost:
         """Costs in sequence."""
-        return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+        return CircuitCost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
 
     def astuple(self) -> tuple[int, int, int, int]:
-        return (self.rounds, self.to_server, self.to_client, self.offline_to_server)
+        return (self.rounds, self.to_first, self.to_second, self.dealt)
 
 
 Material = Mapping[str, Tensor]
@@ -179,8 +183,8 @@ class Protocol(ABC):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         """The same function of plain residues: the fixed-point reference (no security)."""
 
-    def cost(self) -> Cost:
-        return Cost()
+    def cost(self) -> CircuitCost:
+        return CircuitCost()
 
 
 class Local(Protocol):

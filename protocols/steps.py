@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from protocols import wire
-from protocols.protocol import Cost, Exchange, Step
+from protocols.protocol import CircuitCost, Exchange, Step
 
 T = TypeVar("T")
 
@@ -114,23 +114,23 @@ def drive(step: Step[T], channel: Channel) -> T:
 
 
 @dataclass
-class Traffic:
+class PairTraffic:
     """What crossed between the two parties of ``run_pair``: the measured cost, and each party's view if asked for."""
 
     rounds: int = 0
-    to_server: int = 0
-    to_client: int = 0
-    frames_to_server: list[bytes] | None = None
-    frames_to_client: list[bytes] | None = None
+    to_first: int = 0
+    to_second: int = 0
+    frames_to_first: list[bytes] | None = None
+    frames_to_second: list[bytes] | None = None
 
     @property
-    def cost(self) -> Cost:
-        return Cost(self.rounds, self.to_server, self.to_client)
+    def cost(self) -> CircuitCost:
+        return CircuitCost(self.rounds, self.to_first, self.to_second)
 
 
-def run_pair(server: Step[Any], client: Step[Any], traffic: Traffic | None = None) -> tuple[Any, Any]:
+def run_pair(server: Step[Any], client: Step[Any], traffic: PairTraffic | None = None) -> tuple[Any, Any]:
     """Run both parties' steps in this thread, in lockstep, through real byte frames; returns both results."""
-    traffic = traffic if traffic is not None else Traffic()
+    traffic = traffic if traffic is not None else PairTraffic()
     results: list[Any] = []
     answers: list[tuple[Tensor, ...] | None] = [None, None]
     while True:
@@ -146,11 +146,11 @@ def run_pair(server: Step[Any], client: Step[Any], traffic: Traffic | None = Non
             raise RuntimeError("one party finished while the other waits for a message")
         from_server, from_client = (pack_frame(e) for e in exchanges)
         traffic.rounds += 1
-        traffic.to_client += len(from_server)
-        traffic.to_server += len(from_client)
-        if traffic.frames_to_server is not None:
-            traffic.frames_to_server.append(from_client)
-        if traffic.frames_to_client is not None:
-            traffic.frames_to_client.append(from_server)
+        traffic.to_second += len(from_server)
+        traffic.to_first += len(from_client)
+        if traffic.frames_to_first is not None:
+            traffic.frames_to_first.append(from_client)
+        if traffic.frames_to_second is not None:
+            traffic.frames_to_second.append(from_server)
         answers[0] = unpack_frame(from_client, exchanges[0])
         answers[1] = unpack_frame(from_server, exchanges[1])

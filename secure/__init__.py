@@ -44,16 +44,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from protocols.fixedpoint import FixedPoint, FixedPointError
-from secure.capture.graph import UnsupportedOperation
+from protocols.fixedpoint import FixedPoint
 from secure.ckks.compile import Encrypted, encrypt
 from secure.ckks.program import EncryptedProgram
 from secure.cost.count import Network, Profile, profile
+from secure.cost.runnable import Deployed
 from secure.deployments.in_process import InsecureInProcess, InsecureThreeParties, plain_reference
-from secure.deployments.three_party import Deployed, deployed
+from secure.deployments.three_party import deployed
+from secure.errors import DoesNotFit, FixedPointError, InvalidProgram, UnsupportedOperation
 from secure.mpc.compile import Compiled, compile
-from secure.mpc.emitter import DoesNotFit
-from secure.mpc.program import InvalidProgram, Program
+from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 

@@ -18,14 +18,15 @@ from protocols.circuit import Circuit, Correlations, Instruction, deal, execute,
 from protocols.fixedpoint import FixedPoint
 from protocols.local import AddWeight
 from protocols.prg import Key
-from protocols.protocol import CLIENT, SERVER, Cost, Material, Opening, Shape, Step, Weights
-from protocols.steps import Traffic, run_pair
+from protocols.protocol import CLIENT, SERVER, CircuitCost, Material, Opening, Shape, Step, Weights
+from protocols.steps import PairTraffic, run_pair
 from protocols.two_party import Input, Linear
 from protocols.weights import ClientWeights, DealerWeights, ServerWeights
 from protocols.wire import Wire
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, evaluate
-from secure.mpc.emitter import Emitter, Plan, split_weight_key
+from secure.mpc.emitter import Emitter, split_weight_key
+from secure.mpc.plan import Plan
 
 Integers = np.ndarray[Any, np.dtype[Any]]  # of Python integers
 
@@ -105,13 +106,13 @@ class Outcome:
 
     server: list[Any]
     client: list[Any]
-    traffic: Traffic
+    traffic: PairTraffic
     corrections: dict[int, bytes]
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         offline = sum(map(len, self.corrections.values()))
-        return dataclasses.replace(self.traffic.cost, offline_to_server=offline)
+        return dataclasses.replace(self.traffic.cost, dealt=offline)
 
     def value(self, position: int = 0) -> Tensor:
         """The secret behind one result, unreduced."""
@@ -188,7 +189,7 @@ def run_circuit(
 ) -> Outcome:
     """Deal a circuit and run both parties. ``views`` keeps every frame."""
     dealt = deal_circuit(circuit, inputs, outputs, weights)
-    traffic = Traffic(frames_to_server=[], frames_to_client=[]) if views else Traffic()
+    traffic = PairTraffic(frames_to_first=[], frames_to_second=[]) if views else PairTraffic()
     server, client = run_pair(dealt.server(), dealt.client(prepared=prepared), traffic)
     return Outcome(server, client, traffic, dealt.corrections)
 
@@ -203,7 +204,7 @@ class FunctionRun:
     result: Tensor
     fixed: Tensor
     floating: Tensor
-    cost: Cost
+    cost: CircuitCost
     circuit: Circuit
 
 

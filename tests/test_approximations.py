@@ -35,9 +35,9 @@ from approximations.division import reciprocal_error, rsqrt_error
 from approximations.fits import minimax
 from approximations.primitives import IDENTITY, ZERO, bounded
 from protocols.fixedpoint import FixedPoint
+from secure.errors import DoesNotFit
 from secure.lowering.ranges import Ranges, dyadic
 from secure.lowering.trace import Trace, WeightRef, concatenate
-from secure.mpc.emitter import DoesNotFit
 from tests.helpers import run_function
 
 Function = Callable[..., Any]

@@ -143,7 +143,7 @@ def test_comparisons_use_the_whole_ring_and_stay_within_the_bar() -> None:
     cost = compiled.program.cost
     (comparison,) = (i.protocol for i in compiled.program.circuit if i.protocol.kind == "compare")
     assert (comparison.operand_ring, getattr(comparison, "drop", None)) == (64, 0)
-    assert (cost.to_server + cost.to_client) / 800 <= bar
+    assert (cost.to_first + cost.to_second) / 800 <= bar
 
 
 @pytest.mark.slow
@@ -153,9 +153,9 @@ def test_one_small_work_through_three_processes() -> None:
     compiled, _, _ = works.make(name).build()
     predicted = secure.profile(compiled.program).total
     assert row["rounds"] == predicted.rounds
-    assert row["online bytes to server"] == predicted.to_server
-    assert row["online bytes to client"] == predicted.to_client
-    assert row["offline bytes to server"] == predicted.offline_to_server
+    assert row["online bytes to server"] == predicted.to_first
+    assert row["online bytes to client"] == predicted.to_second
+    assert row["offline bytes to server"] == predicted.dealt
     assert row["max error"] < 2e-3
     assert min(row["online s"], row["offline s"], *row["peak MB"].values()) > 0
 

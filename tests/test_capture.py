@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from secure.capture.capture import capture
 from secure.capture.clear_operations import CLEAR_OPERATIONS
-from secure.capture.graph import SHARED_OPERATIONS, Graph, Node, UnsupportedOperation, run
+from secure.capture.graph import SHARED_OPERATIONS, Graph, Node, run
+from secure.errors import UnsupportedOperation
 
 
 class Function(nn.Module):

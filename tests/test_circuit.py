@@ -32,8 +32,8 @@ from protocols.circuit import (
     reference,
     total_cost,
 )
-from protocols.protocol import CLIENT, SERVER, Cost, Exchange, Local, Protocol, Shape, Step, Weights
-from protocols.steps import ChannelClosed, MemoryChannel, Traffic, drive, gather, run_pair, unpack_frame
+from protocols.protocol import CLIENT, SERVER, CircuitCost, Exchange, Local, Protocol, Shape, Step, Weights
+from protocols.steps import ChannelClosed, MemoryChannel, PairTraffic, drive, gather, run_pair, unpack_frame
 from protocols.weights import ServerWeights
 from protocols.wire import FrameError, Wire
 from tests.helpers import combine, deal_circuit, integers, key, run_circuit, shared, words
@@ -349,7 +349,7 @@ def test_linear_layers_are_exact_in_every_ring(ring: int, diagonal: bool) -> Non
             expected = (integers(x) * w if diagonal else integers(x) @ w) % (1 << k)
             assert (integers(outcome.value(position), k) == expected).all()
         assert outcome.cost == total_cost(circuit)
-        assert outcome.cost.to_server == 8 * n * m
+        assert outcome.cost.to_first == 8 * n * m
 
 
 # correlations
@@ -520,12 +520,12 @@ def counting(rounds: int, tag: int) -> Step[int]:
 
 
 def test_gather_merges_rounds_and_keeps_the_order() -> None:
-    traffic = Traffic()
+    traffic = PairTraffic()
     server = gather(counting(3, 1), counting(0, 2), counting(1, 3))
     client = gather(counting(3, 4), counting(0, 5), counting(1, 6))
     mine, theirs = run_pair(server, client, traffic)
     assert traffic.rounds == 3
-    assert traffic.cost == Cost(3, 32, 32)
+    assert traffic.cost == CircuitCost(3, 32, 32)
     assert mine == [400 + 401 + 402, 0, 600]
     assert theirs == [100 + 101 + 102, 0, 300]
 
@@ -622,8 +622,8 @@ def test_nothing_is_sent_where_nothing_is_to_send() -> None:
 
 def test_frames_are_kept_on_request() -> None:
     outcome = run_circuit(product_circuit(), NUMBERS, [9], views=True)
-    frames = outcome.traffic.frames_to_server, outcome.traffic.frames_to_client
+    frames = outcome.traffic.frames_to_first, outcome.traffic.frames_to_second
     assert [len(f or []) for f in frames] == [3, 3]
-    assert sum(map(len, frames[0] or [])) == outcome.cost.to_server
-    assert sum(map(len, frames[1] or [])) == outcome.cost.to_client
+    assert sum(map(len, frames[0] or [])) == outcome.cost.to_first
+    assert sum(map(len, frames[1] or [])) == outcome.cost.to_second
     assert combine(torch.tensor([1]), torch.tensor([2])).tolist() == [3]

@@ -10,8 +10,9 @@ from numpy.polynomial import chebyshev
 
 from protocols.ckks import diagonals, polynomial
 from protocols.ckks.circuit import TAKES_LEVEL, Circuit, Vector, clear
-from protocols.ckks.parameters import MAXIMUM_BITS, DoesNotFit, Parameters
+from protocols.ckks.parameters import MAXIMUM_BITS, Parameters
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
+from secure.errors import DoesNotFit
 
 SLOTS = 64
 SMALL = 8  # slots of the random circuits

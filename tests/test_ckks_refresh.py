@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from protocols.ckks import codec, noise, refresh
 from protocols.ckks.circuit import Circuit, Vector, clear
 from protocols.ckks.evaluate import Weights, evaluate
-from protocols.ckks.parameters import DoesNotFit, Parameters
+from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys, InvalidCiphertext, saved
+from secure.errors import DoesNotFit
 from tests.ciphertexts import INPUTS, TOP, P, run
 
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from parties.cli import demo
 from parties.cli import main as cli
 from parties.net import hosting
-from parties.net.errors import PartyError, PeerLost
 from parties.two_party.client import Connection, connect
+from secure.errors import Error, PeerLost
 from tests.tiny import LENGTH, TEXT, WORDS, Served, expected, sentences
 
 ROOT = Path(__file__).parent.parent
@@ -317,7 +317,7 @@ def test_a_signal_at_once_ends_cleanly(how: signal.Signals, tmp_path: Path) -> N
 def test_the_demo_says_which_process_did_not_start() -> None:
     told, message = io.StringIO(), r"the dealer did not start \(exit code 1\)\nhint: see its output"
     failing = demo.process(Console(file=told), "dealer", "red", ["dealer", "--listen", "nowhere"])
-    with pytest.raises(PartyError, match=message), failing:
+    with pytest.raises(Error, match=message), failing:
         pass
     assert "unseen: error: --listen: 'nowhere' is not host:port" in told.getvalue()
 

@@ -20,7 +20,7 @@ from protocols import bits, kernels, local, matmul, three_party
 from protocols import two_party as tp
 from protocols.circuit import Instruction, reference
 from protocols.circuit import check as check_circuit
-from protocols.protocol import Cost, Opening, Protocol, Shape
+from protocols.protocol import CircuitCost, Opening, Protocol, Shape
 from protocols.three_party import Translated
 from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
 from protocols.weights import ServerWeights
@@ -570,11 +570,11 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
     check(outcome.server[0], outcome.client[0])
     assert outcome.cost == made.cost
 
-    before = measure(setup, size - 1, deployment).cost if size > 1 else Cost()
-    alone = Cost(*(b - a for a, b in zip(before.astuple(), outcome.cost.astuple(), strict=True)))
+    before = measure(setup, size - 1, deployment).cost if size > 1 else CircuitCost()
+    alone = CircuitCost(*(b - a for a, b in zip(before.astuple(), outcome.cost.astuple(), strict=True)))
     assert alone == (protocol.cost() if deployment == TWO else cost_of(made, size - 1))
     given = [outcome.corrections.get(i, b"") for i, origin in enumerate(made.origin) if origin == size - 1]
-    assert sum(map(len, given)) == alone.offline_to_server
+    assert sum(map(len, given)) == alone.dealt
 
     out, mine, theirs = protocol.out, outcome.server[0], outcome.client[0]
     for share in (mine, theirs):
@@ -631,7 +631,7 @@ def test_compare_every_width(width: int) -> None:
 
 def test_compare_costs_what_its_description_says() -> None:
     """d = 4: six bits each way, eight bytes and 1 + 15 bits from the dealer."""
-    assert tp.Compare((8,), 17, 0, (0,)).cost() == Cost(1, 6, 6, 8 * 8 + 16)
+    assert tp.Compare((8,), 17, 0, (0,)).cost() == CircuitCost(1, 6, 6, 8 * 8 + 16)
 
 
 @pytest.mark.parametrize("ring", [2, 3, 8, 20, 33, 63])

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from parties.cli import profile_ckks as encrypted_profiling
 from parties.cli.main import app
-from parties.net.errors import PartyError
 from protocols.ckks import cost
 from protocols.ckks.circuit import Circuit, clear
 from protocols.ckks.evaluate import Weights
@@ -22,6 +21,7 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context
 from secure.ckks.compile import Batched, Encrypted, encrypt, encrypt_batch
+from secure.errors import Error
 
 SIZES = (4, 8, 3)
 
@@ -127,5 +127,5 @@ def test_a_batch_computes_what_the_model_does(batched: Batched) -> None:
 
 def test_the_token_table_is_not_shown_unless_it_is_said() -> None:
     result = CliRunner().invoke(app, ["serve", "all-MiniLM-L6-v2", "--deployment", "ckks", "--length", "16"])
-    assert isinstance(result.exception, PartyError)
+    assert isinstance(result.exception, Error)
     assert "clients hold the token table\nhint: --embedding client-table" in str(result.exception)

@@ -24,12 +24,12 @@ from parties.ckks.evaluators import read_keys
 from parties.ckks.keystore import KeyStore
 from parties.ckks.server import largest
 from parties.net.endpoints import open_channel
-from parties.net.errors import PartyError, PeerLost, ProtocolError, QueryError
 from parties.net.frames import PART
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import EncryptedStub
 from protocols.ckks.evaluate import Weights
 from protocols.ckks.seal import Client, Context, InvalidCiphertext
+from secure.errors import Error, PeerLost, ProtocolError, QueryError
 from tests import deployed
 from tests.ciphertexts import unpacked
 from tests.deployed import Deployed, Script, connect, frames, inputs, kept, running, sent, start, stored, upload, zeros
@@ -138,7 +138,7 @@ def test_keys_that_were_damaged_are_uploaded_again(tiny: Deployed, tmp_path: Pat
     path, digest, secret = kept(tmp_path)
     tiny.key_files()[digest].with_stem("a" * 64).write_bytes(b"abc")  # by a name that the host does not know yet
     path.write_bytes(b"a" * 64 + b"\n" + secret)
-    with EncryptedConnection(tiny.address, keys=tmp_path) as c, pytest.raises(PartyError, match="hint: "):
+    with EncryptedConnection(tiny.address, keys=tmp_path) as c, pytest.raises(Error, match="hint: "):
         c.query(inputs("tiny"))
     connect(tiny, tmp_path, uploads=True)
 
@@ -215,7 +215,7 @@ def test_keys_that_never_fit_drop_nobodys(tiny: Deployed, made: Keys, tmp_path: 
 )
 def test_uploads_that_are_refused(change: Callable[..., None], message: str, tiny: Deployed, made: Keys) -> None:
     before = tiny.key_files()
-    with pytest.raises(PartyError, match=f"^the server at .* refused: .*{message}"):
+    with pytest.raises(Error, match=f"^the server at .* refused: .*{message}"):
         change(tiny.c, made)
     assert tiny.key_files() == before
     tiny.works()
@@ -223,7 +223,7 @@ def test_uploads_that_are_refused(change: Callable[..., None], message: str, tin
 
 def test_no_more_than_two_upload_at_once(tiny: Deployed) -> None:
     def full() -> bool:
-        with pytest.raises(PartyError, match=r"2 clients upload keys at this moment|begins with") as caught:
+        with pytest.raises(Error, match=r"2 clients upload keys at this moment|begins with") as caught:
             deployed.send_upload(tiny.c, [])
         return "limit" in str(caught.value)
 
@@ -306,7 +306,7 @@ ONE: dict[str, Any] = {"result": 1}
         ("tiny", lambda c: [ONE, *frames(bytes(largest(c.program, 0) + 1))], ProtocolError, "of more than"),
         ("tiny", lambda c: frames(b"x"), ProtocolError, "sent 'frame' where a refresh or a result"),
         ("tiny", lambda c: [], PeerLost, "ended the query without an answer"),
-        ("tiny", lambda c: [ONE], (PartyError, InvalidCiphertext), f"{NOT_ONE}|ended the"),
+        ("tiny", lambda c: [ONE], (Error, InvalidCiphertext), f"{NOT_ONE}|ended the"),
         ("tiny", lambda c: [ONE, *frames(os.urandom(99))], InvalidCiphertext, "result: 99 bytes"),
         ("tiny", lambda c: [ONE, *frames(zeros(c, 1))], InvalidCiphertext, "2 polynomials at level 1.* level 0"),
         ("tiny", lambda c: [{"failure": pb.Failure(code="query", message="a\x1b")}], QueryError, r"^a\?$"),

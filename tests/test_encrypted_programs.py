@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from protocols.ckks.circuit import clear
-from protocols.ckks.parameters import DoesNotFit
-from secure.capture.graph import UnsupportedOperation
 from secure.ckks.compile import Encrypted, encrypt
 from secure.ckks.program import EncryptedProgram
+from secure.errors import DoesNotFit, InvalidProgram, UnsupportedOperation
 from secure.models.digits import DigitsModel
-from secure.mpc.program import InvalidProgram
 from secure.polynomial.forms import freeze_untrained
 
 Change = Callable[[dict[str, Any]], object]

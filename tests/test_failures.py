@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.endpoints import open_channel
-from parties.net.errors import DealerError, PartyError, PeerLost, ProtocolError
 from parties.net.frames import PART
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
@@ -24,6 +23,7 @@ from parties.two_party.masked_model import ServedModel
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceStub
+from secure.errors import DealerError, Error, PeerLost, ProtocolError
 from tests.tiny import FIRST, TEXT, Raw, Served, dealing, dial, refused, serving, session_count, wait_until, works
 
 # failures in the middle
@@ -94,7 +94,7 @@ def test_the_client_refuses_other_messages(
 
     kind = type("Other", (Misbehaving,), {"change": run})
     with serving(model, dealer.address, kind) as server, dial(server, dealer) as connection:
-        with pytest.raises(PartyError, match=message) as caught:
+        with pytest.raises(Error, match=message) as caught:
             connection.embed([TEXT])
         assert len(str(caught.value)) < 2500
 
@@ -144,7 +144,7 @@ def test_a_bug_in_the_server(
     caplog.set_level(logging.INFO)
     with dial(server, dealer) as connection, monkeypatch.context() as patch:
         patch.setattr(server_module, "execute", bug)
-        with pytest.raises(PartyError, match=r"the server reports: internal error \(query 0\)"):
+        with pytest.raises(Error, match=r"the server reports: internal error \(query 0\)"):
             connection.embed([TEXT])
     assert "internal error: ZeroDivisionError" in caplog.text
     assert "Traceback" not in caplog.text
@@ -225,7 +225,7 @@ def test_too_many_sessions(model: ServedModel, dealer: Served, monkeypatch: pyte
     monkeypatch.setattr(server_module, "MAXIMUM_SESSIONS", 2)
     with serving(model, dealer.address) as server:
         with dial(server, dealer) as one, dial(server, dealer):
-            with pytest.raises(PartyError, match=r"2 sessions, which is its limit\nhint: try again later"):
+            with pytest.raises(Error, match=r"2 sessions, which is its limit\nhint: try again later"):
                 dial(server, dealer)
             one.embed([TEXT])
         wait_until(lambda: session_count(server) == 0, "sessions are freed")
@@ -280,7 +280,7 @@ def test_a_dealer_that_deals_another_size(size: int, model: ServedModel) -> None
             for start in range(0, size, PART):
                 yield pb.Chunk(data=bytes(min(PART, size - start)))
 
-    prescribed = model.compiled.program.cost.offline_to_server
+    prescribed = model.compiled.program.cost.dealt
     message = rf"the dealer sent \d+ bytes of corrections, the Program prescribes {prescribed}"
     with dealing(Other()) as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
         with pytest.raises(DealerError, match=message):

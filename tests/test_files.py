@@ -16,7 +16,6 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.errors import DealerError, DownloadError, PartyError
 from parties.served.files import describe, fetch, unpack_masked
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
@@ -25,6 +24,7 @@ from parties.two_party.masked_model import ServedModel, load_root_seed, serve_re
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
+from secure.errors import DealerError, DownloadError, Error
 from secure.models.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Served, dealing, dial, serving, works
 
@@ -120,7 +120,7 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, t
     same = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
     assert same.files == again.files
     file.write_bytes(seed[:5])
-    with pytest.raises(PartyError, match="is damaged\nhint: delete it"):
+    with pytest.raises(Error, match="is damaged\nhint: delete it"):
         load_root_seed(state, digest)
 
 
@@ -217,7 +217,7 @@ def test_nothing_secret_is_logged_or_shown(
             shown += [repr(connection), repr(connection.reports), repr(connection._ready)]
             with monkeypatch.context() as patch:
                 patch.setattr(server_module, "unpack_frame", bug)
-                with pytest.raises(PartyError) as broken:
+                with pytest.raises(Error) as broken:
                     connection.embed([TEXT])
             shown.append(str(broken.value))
         with Raw(server, dealer, model) as raw:

@@ -106,7 +106,7 @@ def test_what_costs_nothing_is_in_the_table_alone() -> None:
 
 
 def test_variants_say_what_they_cost_and_whether_they_will_do() -> None:
-    known = {"rounds": 5, "bytes_online": {"to_server": 1_000_000, "to_client": 234_567}, "bytes_offline": 7_654_000}
+    known = {"rounds": 5, "bytes_online": {"to_first": 1_000_000, "to_second": 234_567}, "bytes_offline": 7_654_000}
     seconds = {"lan": 0.5, "wan": 2.5}
     variants = [
         {"name": name, **known, "seconds": seconds, "lowest_cosine": cosine, "meets": cosine > 0.999}

@@ -16,8 +16,9 @@ from torch import Tensor
 import secure.models.tokens
 from secure.capture.capture import capture
 from secure.capture.graph import Graph, run
+from secure.errors import EmptyInput, InputTooLong
 from secure.models.sentence_encoder import SentenceEncoder, find_packaged_model, load_sentence_encoder
-from secure.models.tokens import EmptyInput, InputTooLong, load_tokenizer, tokenize
+from secure.models.tokens import load_tokenizer, tokenize
 from tests.tiny import write_model
 
 needs_transformers = pytest.mark.skipif(

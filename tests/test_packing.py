@@ -13,9 +13,10 @@ from scipy import sparse
 
 from approximations.powers import power, power_error
 from secure.ckks import layout as packing
-from secure.ckks.layout import EMPTY, Content, Cube, DoesNotPack, diagonals
+from secure.ckks.layout import EMPTY, Content, Cube, diagonals
 from secure.ckks.linear_maps import RULES, Affine
 from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power
+from secure.errors import DoesNotPack
 from secure.lowering.trace import Symbol, Trace, WeightRef, concatenate, evaluate
 
 # contents

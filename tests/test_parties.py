@@ -17,13 +17,21 @@ pytest.importorskip("tokenizers")
 
 from parties.net import hosting
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import DealerError, DownloadError, EndpointError, HandshakeError, PeerLost, QueryError
 from parties.two_party.client import connect
 from parties.two_party.keys import DEPLOYMENT
 from parties.two_party.masked_model import ServedModel
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
-from secure.models.tokens import EmptyInput, InputTooLong
+from secure.errors import (
+    DealerError,
+    DownloadError,
+    EmptyInput,
+    EndpointError,
+    HandshakeError,
+    InputTooLong,
+    PeerLost,
+    QueryError,
+)
 from secure.mpc.program import VERSION
 from tests.tiny import (
     LENGTH,
@@ -55,7 +63,7 @@ def test_embeddings_are_those_of_the_model(embedding: str, directory: Path, stat
             torch.testing.assert_close(vector, expected(directory, text), atol=5e-3, rtol=0)
         for report in connection.reports:
             assert report.cost == served.compiled.program.cost
-            assert report.cost.offline_to_server > 0
+            assert report.cost.dealt > 0
             assert min(report.online_seconds, report.offline_seconds, report.client_seconds) > 0
 
 

@@ -21,14 +21,15 @@ import secure
 from approximations import power, power_attend, power_scores
 from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
-from parties.two_party.masked_model import text_inputs
+from secure.errors import Diverged, RangeLost
 from secure.models.digits import DigitsModel
 from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
+from secure.models.text import text_inputs
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import Collate, agreement_of, words
-from secure.training.trainer import Diverged, RangeLost, Settings, Trainer
+from secure.training.trainer import Settings, Trainer
 from tests.tiny import LENGTH, sentences, write_model
 
 COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import secure
 from parties.reports import tables as reports
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 from secure.cost.count import NETWORKS, Network, module, profile
 
 
@@ -54,9 +54,9 @@ def test_sums_by_module_and_kind_agree(compiled: secure.Compiled) -> None:
     found = profile(compiled.program)
     for key in (lambda line: line.kind, lambda line: module(line.path, 1)):
         summed = [cost for cost, _, _ in found.by(key).values()]
-        assert sum(c.to_server for c in summed) == found.total.to_server
-        assert sum(c.to_client for c in summed) == found.total.to_client
-        assert sum(c.offline_to_server for c in summed) == found.total.offline_to_server
+        assert sum(c.to_first for c in summed) == found.total.to_first
+        assert sum(c.to_second for c in summed) == found.total.to_second
+        assert sum(c.dealt for c in summed) == found.total.dealt
     linear = 5 * 8 * 16 * 2
     attention = 4 * 2 * 5 * 5 * 8
     assert found.products == linear + attention
@@ -65,7 +65,7 @@ def test_sums_by_module_and_kind_agree(compiled: secure.Compiled) -> None:
 
 def test_a_network_waits_half_a_round_trip_a_round() -> None:
     network = Network("test", "test", round_trip=0.1, bandwidth=1000)
-    assert network.seconds(Cost(10, 500, 2000, 10**9)) == pytest.approx(10 * 0.05 + 2)
+    assert network.seconds(CircuitCost(10, 500, 2000, 10**9)) == pytest.approx(10 * 0.05 + 2)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_module_paths_are_cut(path: str, depth: int, expected: str) -> None:
 def test_reports(compiled: secure.Compiled) -> None:
     found = profile(compiled.program)
     document = json.loads(json.dumps(reports.profile_json(compiled.program, found, 1)))
-    assert document["total"]["bytes_to_server"] == found.total.to_server
+    assert document["total"]["bytes_to_server"] == found.total.to_first
     assert set(document["waiting_seconds"]) == {n.name for n in NETWORKS}
     assert reports.profile_table("by protocol", found.by(lambda line: line.kind)).row_count > 5
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from parties.cli import profile as profiling
 from parties.cli.main import app
 from parties.net import hosting
-from parties.net.errors import PartyError
+from secure.errors import Error
 
 SMALL = {
     "model_type": "bert",
@@ -131,5 +131,5 @@ def test_a_report_that_cannot_be_written_is_printed(
     code, output, error = run(shape, "--length", "8", "--no-time", "--json", "--output", target)
     assert code != 0
     assert json.loads(output)["total"]["rounds"] > 0
-    assert isinstance(error, PartyError)
+    assert isinstance(error, Error)
     assert "No space left" in str(error)

@@ -6,7 +6,7 @@ from torch import nn
 
 import secure
 from protocols.circuit import Part
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost
 from secure.cost import kernel_times as timing
 from secure.cost.count import NETWORKS, Memory, Network, Profile, Stage, find_network, profile
 from secure.cost.kernel_times import Segment, Timings, measure
@@ -47,7 +47,7 @@ def by_hand(*exchanges: tuple[int, int]) -> Profile:
         swaps = (Stage((i,), (Part(i, e[mine], e[1 - mine]),)) for i, e in enumerate(exchanges))
         return (*swaps, Stage((len(exchanges),), ()))
 
-    return Profile((), Cost(), (stages(1), stages(0)), (Memory(0, 0), Memory(0, 0)))
+    return Profile((), CircuitCost(), (stages(1), stages(0)), (Memory(0, 0), Memory(0, 0)))
 
 
 def equal(stages: int, server: float, client: float) -> Timings:
@@ -133,8 +133,8 @@ def test_live_sets_are_at_least_the_largest_result(program: secure.Program, foun
     server, client = found.memory
     assert server.live >= largest
     assert client.live >= largest
-    assert server.correlations == found.total.offline_to_server
-    assert sum(found.correlations.values()) == found.total.offline_to_server
+    assert server.correlations == found.total.dealt
+    assert sum(found.correlations.values()) == found.total.dealt
 
 
 def test_networks_by_name_and_by_numbers() -> None:

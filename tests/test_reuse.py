@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.errors import PeerLost
 from parties.net.frames import to_frames
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
@@ -19,6 +18,7 @@ from parties.two_party.dealer import DealerService
 from parties.two_party.keys import MAXIMUM_QUERY, join_proof, query_key
 from parties.two_party.masked_model import ServedModel
 from proto import unseen_pb2 as pb
+from secure.errors import PeerLost
 from tests.tiny import TEXT, Raw, Served, dealing, dial, refused, run_query, serving
 
 
@@ -194,7 +194,7 @@ def test_after_a_failure_all_is_fresh(model: ServedModel, monkeypatch: pytest.Mo
         assert {len(s) for s in sent} == {len(frames[0])}
         dealt = dealer.service.dealt
     assert len(dealt) == len(set(dealt)) == 4
-    assert {len(d) for d in dealt} == {model.compiled.program.cost.offline_to_server}
+    assert {len(d) for d in dealt} == {model.compiled.program.cost.dealt}
     assert len(keys) == len(set(keys)) == 8  # a client's and a server's key of each query
 
 

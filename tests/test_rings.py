@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols import bits, kernels, matmul, ring, wire
-from protocols.fixedpoint import FixedPoint, FixedPointError
+from protocols.fixedpoint import FixedPoint
 from protocols.prg import KEY_BYTES, Key, derive_key, fresh_seed
 from protocols.wire import FrameError, Wire
+from secure.errors import FixedPointError
 from tests.helpers import integers, octets, tensor, words
 
 WORDS = st.one_of(

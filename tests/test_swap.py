@@ -103,7 +103,7 @@ def test_a_shape_in_polynomial_form_has_a_price(tmp_path: Path, model_type: str)
     polynomial = outline_shape(str(config), 16, embedding="client-table", recipe=Recipe())
     assert not {i.protocol.kind for i in polynomial.circuit} & COMPARING
     assert polynomial.cost.rounds < 0.7 * exact.cost.rounds
-    assert polynomial.cost.to_server < exact.cost.to_server
+    assert polynomial.cost.to_first < exact.cost.to_first
 
 
 @pytest.mark.parametrize(

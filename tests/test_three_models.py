@@ -17,7 +17,7 @@ from protocols import two_party as tp
 from protocols.circuit import Instruction, deal, reference
 from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Material, Step, Weights
-from protocols.steps import Traffic, run_pair
+from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import Translated, translate
 from protocols.three_party.weights import HelperWeights, SharedWeights, masked
 from protocols.weights import ServerWeights
@@ -55,7 +55,7 @@ def test_a_model_with_gelu_layernorm_and_softmax(public: bool) -> None:
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_text_encoder(public: bool, model: Any, directory: Path) -> None:
-    from parties.two_party.masked_model import text_inputs
+    from secure.models.text import text_inputs
     from secure.models.tokens import load_tokenizer
     from tests.tiny import LENGTH, sentences
 
@@ -108,10 +108,10 @@ def test_costs_beside_those_of_two_parties() -> None:
     public = InsecureThreeParties(classifier()[1], public_weights=True).translated.cost
     assert three.rounds < two.rounds
     assert public.rounds <= three.rounds
-    assert three.offline_to_server == two.offline_to_server  # a ring element for an output of a layer, either way
+    assert three.dealt == two.dealt  # a ring element for an output of a layer, either way
     linear = [i.protocol for i in program.circuit if isinstance(i.protocol, tp.Linear)]
-    assert public.offline_to_server == two.offline_to_server - sum(p.cost().offline_to_server for p in linear)
-    assert three.to_client == three.to_server >= public.to_client == public.to_server
+    assert public.dealt == two.dealt - sum(p.cost().dealt for p in linear)
+    assert three.to_second == three.to_first >= public.to_second == public.to_first
     assert InsecureInProcess(classifier()[1]).query(points(4, 1))[1].cost == two  # as before
 
 
@@ -128,7 +128,7 @@ def test_party_2_is_done_before_there_is_an_input_or_a_weight() -> None:
     keys, seeds = (key(), key()), (key(), key())
     shapes = {name: program.weight_shapes[name] for name in program.weight_rings}  # as the Program names them
     ahead = dict(deal(made.circuit, *keys, HelperWeights(*seeds, shapes)))
-    assert sum(map(len, ahead.values())) == made.cost.offline_to_server
+    assert sum(map(len, ahead.values())) == made.cost.dealt
     for seed, factor in ((1, 1), (2, 0)):
         weights = {name: w * factor for name, w in integers.items()}
         values = program.client_values(points(4, seed), {})
@@ -160,12 +160,12 @@ def look(
     """Ask a model, with fresh keys and seeds."""
     program, seen = compiled.program, Seen()
     asked = query(program.circuit, program.client_values(inputs, {}), weights, public=public, made=made)
-    traffic, views = Traffic(), list[list[tuple[Tensor, Wire]]]([[], []])
+    traffic, views = PairTraffic(), list[list[tuple[Tensor, Wire]]]([[], []])
     with pytest.MonkeyPatch.context() as patch:
         for kind in (tp.Open, tp.OpenBits):
             patch.setattr(kind, "run", remembering(kind.run, seen.opened))
         run_pair(watched(asked.party(0), views[0]), watched(asked.party(1), views[1]), traffic)
-    assert [sum(wire.size for _, wire in view) for view in views] == [traffic.to_server, traffic.to_client]
+    assert [sum(wire.size for _, wire in view) for view in views] == [traffic.to_first, traffic.to_second]
     for party in (0, 1):
         seen.received[party].extend((x, 8 if w.planes else w.bits) for x, w in views[party])
     for index, correction in asked.corrections.items():

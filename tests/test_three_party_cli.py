@@ -56,8 +56,8 @@ def test_sharing_asking_and_predicting(
         assert float(re.search(r"plaintext model +([0-9.]+)", told.out)[1]) > 0.9999  # type: ignore[index]
     total, cost = predicted["total"], row["cost"]
     assert cost["rounds"] == total["rounds"]
-    assert abs(cost["to_server"] / total["bytes_to_server"] - 1) < 0.05  # calibrated on other sentences
-    assert abs(cost["offline_to_server"] / total["offline_bytes_to_server"] - 1) < 0.05
+    assert abs(cost["to_first"] / total["bytes_to_server"] - 1) < 0.05  # calibrated on other sentences
+    assert abs(cost["dealt"] / total["offline_bytes_to_server"] - 1) < 0.05
 
 
 def test_public_weights_are_cheaper(run: Run, directory: Path) -> None:

@@ -17,20 +17,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.endpoints import open_channel
-from parties.net.errors import HandshakeError, PartyError, PeerLost, ProtocolError
 from parties.three_party import client
 from parties.three_party import party_0 as zero
 from parties.three_party import party_1 as one
 from parties.three_party import party_2 as helper
 from parties.three_party.client import ThreePartyConnection
-from parties.three_party.pair_keys import Link, PartiesDisagree
+from parties.three_party.pair_keys import Link
 from parties.three_party.party_0 import ZeroService
 from parties.three_party.party_1 import OneService
 from parties.three_party.party_2 import HelperService
-from parties.three_party.shared_model import MANIFEST, SEEDS, WEIGHTS, ShareError, load_share
+from parties.three_party.shared_model import MANIFEST, SEEDS, WEIGHTS, load_share
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
+from secure.errors import Error, HandshakeError, PartiesDisagree, PeerLost, ProtocolError, ShareError
 from tests.three_parties import Three, running, shared
 from tests.tiny import TEXT, Served, expected
 
@@ -76,7 +76,7 @@ def test_party_2_is_not_asked_where_clients_hold_the_table(directory: Path, shar
 
 
 def test_a_look_up_in_a_shared_table_needs_party_2(three: Three) -> None:
-    with Three(three.parties[:2]).dial() as connection, pytest.raises(PartyError, match="party 2 is needed"):
+    with Three(three.parties[:2]).dial() as connection, pytest.raises(Error, match="party 2 is needed"):
         connection.embed([TEXT])
 
 
@@ -152,7 +152,7 @@ def test_another_seed_is_noticed(shares: dict[str, Path], tmp_path: Path, party:
     """Each seed has two holders, who show each other that they have the same."""
     copy = damaged(shares, tmp_path, party, SEEDS)
     with running(shares["one-hot"], shares={party: copy}, deadline=4) as three, three.dial() as connection:
-        with pytest.raises(PartyError, match="does not show the seed of parties"):
+        with pytest.raises(Error, match="does not show the seed of parties"):
             connection.embed([TEXT])
         assert not connection.reports
 
@@ -229,13 +229,13 @@ def _flipped(payload: bytes) -> bytes:
     ],
 )
 def test_changed_bytes_give_no_answer(
-    shares: dict[str, Path], party: int, kind: Any, kind_of_error: type[PartyError], words: str
+    shares: dict[str, Path], party: int, kind: Any, kind_of_error: type[Error], words: str
 ) -> None:
     with running(shares["one-hot"], {party: kind}, deadline=5) as three, three.dial() as connection:
-        with pytest.raises(PartyError, match=words):
+        with pytest.raises(Error, match=words):
             connection.embed([TEXT])
         assert not connection.reports
-    assert issubclass(kind_of_error, PartyError)
+    assert issubclass(kind_of_error, Error)
 
 
 # parties that disappear
@@ -256,7 +256,7 @@ def test_a_party_that_disappears_is_named(shares: dict[str, Path], party: int) -
     with running(shares["one-hot"], {0: Stopping}, deadline=5) as three, three.dial() as connection:
         Stopping.three = three
         start = time.monotonic()
-        with pytest.raises(PartyError, match=f"party {party}"):
+        with pytest.raises(Error, match=f"party {party}"):
             connection.embed([TEXT])
         assert not connection.reports
         assert time.monotonic() - start < 20
@@ -265,7 +265,7 @@ def test_a_party_that_disappears_is_named(shares: dict[str, Path], party: int) -
 def test_party_2_that_disappears_is_named(shares: dict[str, Path]) -> None:
     with running(shares["client-table"], deadline=5) as three, three.dial() as connection:
         three.parties[2].stop()
-        with pytest.raises(PartyError, match=r"party 2 at .* cannot be reached"):
+        with pytest.raises(Error, match=r"party 2 at .* cannot be reached"):
             connection.embed([TEXT])
         assert not connection.reports
 
@@ -297,7 +297,7 @@ def test_after_a_failure_others_are_served(directory: Path, shares: dict[str, Pa
             yield from super().Compute(requests, context)
 
     with running(shares["one-hot"], {0: Once}, deadline=5) as three, three.dial() as connection:
-        with pytest.raises(PartyError):
+        with pytest.raises(Error):
             connection.embed([TEXT])
         close(directory, connection.embed([TEXT])[0])
 

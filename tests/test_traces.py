@@ -24,19 +24,20 @@ pytest.importorskip("tokenizers")
 from approximations.activations import GELU_FORMS
 from parties.cli import main as cli
 from parties.net import hosting
-from parties.net.errors import PartyError
 from parties.traces import measured
 from parties.traces import trace_file as traces
 from parties.traces.measured import Measurements, costs, differences
 from parties.traces.merge import merge
 from parties.traces.trace_file import COMPUTE, PROCESSES, WIRE, Head, Stamps, Trace, TraceDirectory, read, trace, write
 from parties.two_party.client import Connection
-from parties.two_party.masked_model import PACKAGED, ServedModel, compile_text_model, serve_ready
+from parties.two_party.masked_model import ServedModel, serve_ready
 from protocols.circuit import Part
 from protocols.fixedpoint import FixedPoint
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 from secure.cost.count import Profile, profile
 from secure.cost.timeline import Round, Timeline
+from secure.errors import Error
+from secure.models.text import PACKAGED, compile_text_model
 from secure.mpc.program import Program
 from tests.tiny import LENGTH, TEXT, WORDS, Served, dial, serving, wait_until
 
@@ -117,10 +118,10 @@ def test_measured_is_predicted_by_instruction(party: str, queries: Queries, pred
         assert timeline.party == party
         found = costs(timeline, len(predicted.lines))
         for cost, line in zip(found, predicted.lines, strict=True):
-            assert cost == dataclasses.replace(line.cost, offline_to_server=0), line
-        assert timeline.cost == dataclasses.replace(predicted.total, offline_to_server=0)
-        assert sum(cost.to_server for cost in found) == predicted.total.to_server
-        assert sum(cost.to_client for cost in found) == predicted.total.to_client
+            assert cost == dataclasses.replace(line.cost, dealt=0), line
+        assert timeline.cost == dataclasses.replace(predicted.total, dealt=0)
+        assert sum(cost.to_first for cost in found) == predicted.total.to_first
+        assert sum(cost.to_second for cost in found) == predicted.total.to_second
         assert differences(timeline, predicted) == []
 
 
@@ -345,7 +346,7 @@ def edited(path: Path, to: Path, change: Callable[[Any], object]) -> Path:
 
 
 def test_two_traces_of_one_party_are_refused(queries: Queries) -> None:
-    with pytest.raises(PartyError, match="one of the client and one of the server"):
+    with pytest.raises(Error, match="one of the client and one of the server"):
         merge([queries.paths["client"][0]] * 2)
 
 
@@ -373,23 +374,23 @@ def test_two_traces_of_one_party_are_refused(queries: Queries) -> None:
 )
 def test_what_is_not_one_query_is_refused(change: Any, message: str, queries: Queries, tmp_path: Path) -> None:
     client, server = pair(queries)
-    with pytest.raises(PartyError, match=message):
+    with pytest.raises(Error, match=message):
         merge([client, edited(server, tmp_path / "server.json", change)])
 
 
 def test_other_queries_are_refused(queries: Queries, tmp_path: Path) -> None:
-    with pytest.raises(PartyError, match=r"not traces of one query: .*\nhint: "):
+    with pytest.raises(Error, match=r"not traces of one query: .*\nhint: "):
         merge([queries.paths["client"][0], queries.paths["server"][1]])
     for wrong in ([], pair(queries)[:1], queries.paths["client"], [*pair(queries), queries.paths["client"][1]]):
-        with pytest.raises(PartyError, match="two traces are merged"):
+        with pytest.raises(Error, match="two traces are merged"):
             merge(wrong)
     both, text = tmp_path / "both.json", tmp_path / "x.json"
     write(both, merge(pair(queries)).encoded)
     text.write_text("{")
     for bad in (both, text):
-        with pytest.raises(PartyError, match="is not one party's trace of a query"):
+        with pytest.raises(Error, match="is not one party's trace of a query"):
             read(bad)
-    with pytest.raises(PartyError, match="cannot be read: No such file"):
+    with pytest.raises(Error, match="cannot be read: No such file"):
         read(tmp_path / "nowhere")
 
 
@@ -398,7 +399,7 @@ def test_messages_one_way_compare_no_clocks(queries: Queries, tmp_path: Path) ->
         return lambda d: [r.__setitem__(at, 0) for r in d["otherData"]["rounds"]]
 
     client, server = pair(queries)
-    with pytest.raises(PartyError, match="went one way only"):
+    with pytest.raises(Error, match="went one way only"):
         merge([edited(client, tmp_path / "c", silent(4)), edited(server, tmp_path / "s", silent(5))])
 
 
@@ -502,14 +503,14 @@ def test_a_wrong_prediction_is_an_error(
 ) -> None:
     def wrong(program: Program) -> Profile:
         found = profile(program)
-        return dataclasses.replace(found, total=found.total + Cost(rounds=1))
+        return dataclasses.replace(found, total=found.total + CircuitCost(rounds=1))
 
     monkeypatch.setattr(measured, "profile", wrong)
     ended = run("embed", TEXT, *at(server, dealer), "--profile", str(tmp_path / "traces"))
     assert ended.code == 1
     assert "1 of 1 queries DIFFER" in ended.out
     assert "embedding (32 numbers)" in ended.out
-    assert "unseen: error: query 0 did not take what was predicted, in 1 places: the query: Cost(" in ended.err
+    assert "unseen: error: query 0 did not take what was predicted, in 1 places: the query: CircuitCost(" in ended.err
 
 
 @pytest.mark.parametrize("verb", ["serve", "embed", "demo"])
@@ -561,7 +562,7 @@ def test_a_failed_query_leaves_the_traces_before_it(
 
     def failing(self: Connection, inputs: Any) -> Any:
         if self.reports:
-            raise PartyError("it broke")
+            raise Error("it broke")
         return query(self, inputs)
 
     monkeypatch.setattr(Connection, "query", failing)

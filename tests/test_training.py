@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from parties.cli.train import data_set
-from parties.net.errors import PartyError
+from secure.errors import Error
 
 
 def saved(directory: Path, parts: list[dict[str, list[object]]]) -> Path:
@@ -35,7 +35,7 @@ def test_of_several_parts_the_one_for_training(tmp_path: Path) -> None:
     saved(tmp_path / "all" / "train", [{"sentence": ["yes"]}])
     (tmp_path / "all" / "dataset_dict.json").write_text(json.dumps({"splits": ["test", "train"]}))
     assert data_set(tmp_path / "all", "sentence") == ["yes"]
-    with pytest.raises(PartyError, match="no column 'text'") as caught:
+    with pytest.raises(Error, match="no column 'text'") as caught:
         data_set(tmp_path / "all", "text")
     assert "sentence" in str(caught.value)
 
@@ -45,7 +45,7 @@ def test_what_is_no_data_set(tmp_path: Path, state: str | None) -> None:
     pytest.importorskip("pyarrow")
     if state is not None:
         (tmp_path / "state.json").write_text(state)
-    with pytest.raises(PartyError, match="is no data set"):
+    with pytest.raises(Error, match="is no data set"):
         data_set(tmp_path, "text")
 
 
@@ -53,5 +53,5 @@ def test_a_file_name_leads_nowhere_else(tmp_path: Path) -> None:
     directory = saved(tmp_path / "set", [{"text": ["here"]}])
     (tmp_path / "outside.arrow").write_bytes((directory / "data-00000-of-00001.arrow").read_bytes())
     (directory / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../outside.arrow"}]}))
-    with pytest.raises(PartyError, match="is no data set"):
+    with pytest.raises(Error, match="is no data set"):
         data_set(directory, "text")

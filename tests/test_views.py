@@ -58,7 +58,7 @@ def party_views(
         outcome = run_three(circuit, secret, weights, views=True, made=made)
         circuit = made.circuit
     views: list[View] = []
-    frames = (outcome.traffic.frames_to_server, outcome.traffic.frames_to_client)
+    frames = (outcome.traffic.frames_to_first, outcome.traffic.frames_to_second)
     for party, received in zip(("server", "client"), frames, strict=True):
         last = circuit[-1].protocol
         opens = [i.protocol for i in circuit if isinstance(i.protocol, (tp.Open, tp.OpenBits, tp.Deliver))]

@@ -19,14 +19,15 @@ from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from parties.cli import main as cli
 from parties.two_party.keys import DEPLOYMENT
-from parties.two_party.masked_model import compile_text_model
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 from secure.cost.count import LOOPBACK, NETWORKS, profile
 from secure.cost.kernel_times import Segment, Timings
 from secure.cost.projection import Transport
+from secure.cost.runnable import Runnable
 from secure.deployments.compare import Outcome, Samples, Variant, cheapest, compare, projected, variants
-from secure.deployments.three_party import DEPLOYMENTS, Runnable
+from secure.deployments.three_party import DEPLOYMENTS
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.text import compile_text_model
 from tests.tiny import LENGTH, TEXT, WORDS
 
 WAN = "wan"
@@ -210,7 +211,7 @@ def test_an_unknown_setting_is_refused(wrong: dict[str, str]) -> None:
 
 def outcome(bits: int, cosine: float | None, seconds: float, size: int = 1, problem: str | None = None) -> Outcome:
     return Outcome(
-        Variant(8, fraction_bits=bits), Cost(1, size, 0, 0), {WAN: seconds, "lan": -seconds}, cosine, problem
+        Variant(8, fraction_bits=bits), CircuitCost(1, size, 0, 0), {WAN: seconds, "lan": -seconds}, cosine, problem
     )
 
 
@@ -283,15 +284,15 @@ def test_json(run: Run, tiny: list[str]) -> None:
         }
         assert set(row["seconds"]) == {*(n.key for n in NETWORKS), "250,20"}
         assert row["meets"] == (row["lowest_cosine"] >= 0.999)
-        assert min(row["bytes_online"]["to_server"], row["bytes_online"]["to_client"], row["bytes_offline"]) > 0
+        assert min(row["bytes_online"]["to_first"], row["bytes_online"]["to_second"], row["bytes_offline"]) > 0
 
 
 def test_costs_are_those_of_the_profile_command(run: Run, tiny: list[str], directory: Path) -> None:
     (row,) = compared(run, *tiny, "--gelu", "puma", "--embedding", "client-table")["variants"]
     arguments = (str(directory), LENGTH, "client-table", "puma", secure.FixedPoint())
     total = profile(compile_text_model(*arguments)[0].program).total
-    assert (row["rounds"], row["bytes_offline"]) == (total.rounds, total.offline_to_server)
-    assert row["bytes_online"] == {"to_server": total.to_server, "to_client": total.to_client}
+    assert (row["rounds"], row["bytes_offline"]) == (total.rounds, total.dealt)
+    assert row["bytes_online"] == {"to_first": total.to_first, "to_second": total.to_second}
 
 
 def test_the_table_marks_the_choice_and_names_problems(run: Run, tiny: list[str]) -> None:
@@ -389,7 +390,7 @@ def test_minilm(run: Run) -> None:
     cubic, quartic = found["variants"]
     assert cubic["meets"]
     assert quartic["lowest_cosine"] < cubic["lowest_cosine"]
-    assert quartic["bytes_online"]["to_server"] < cubic["bytes_online"]["to_server"]
+    assert quartic["bytes_online"]["to_first"] < cubic["bytes_online"]["to_first"]
     assert found["chosen"] in (cubic["name"], quartic["name"])
     for row in found["variants"]:
         assert 0 < row["seconds"]["lan"] < row["seconds"]["wan"] < row["seconds"]["slow-wan"]

@@ -16,8 +16,8 @@ from torch import Tensor
 from protocols import ring
 from protocols.circuit import Circuit, Correlations, Instruction, deal, execute, prepare
 from protocols.prg import Key
-from protocols.protocol import Cost, Protocol, Shape, Step, Weights
-from protocols.steps import Traffic, run_pair
+from protocols.protocol import CircuitCost, Protocol, Shape, Step, Weights
+from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import SharedInput, Translated, translate
 from protocols.three_party.endpoints import seeded_share
 from protocols.three_party.sharing import HELPER, PARTIES
@@ -57,10 +57,10 @@ def translated(circuit: Circuit, *, public: bool = False) -> Translated:
     return replace(made, circuit=tuple(new))
 
 
-def cost_of(circuit: Translated, index: int) -> Cost:
+def cost_of(circuit: Translated, index: int) -> CircuitCost:
     """What a Program's instruction costs among three parties."""
     parts = [i.protocol.cost() for i, origin in zip(circuit.circuit, circuit.origin, strict=True) if origin == index]
-    return sum(parts, Cost())
+    return sum(parts, CircuitCost())
 
 
 def held_weights(
@@ -139,7 +139,7 @@ def run_three(
 ) -> Outcome:
     """Deal a circuit and run parties 0 and 1 ("server" and "client"); after a Reveal the client has its result."""
     asked = query(circuit, inputs, weights, public=public, made=made)
-    traffic = Traffic(frames_to_server=[], frames_to_client=[]) if views else Traffic()
+    traffic = PairTraffic(frames_to_first=[], frames_to_second=[]) if views else PairTraffic()
     zero, one = run_pair(asked.party(0), asked.party(1, prepared=prepared), traffic)
     last = circuit[-1].protocol
     if isinstance(last, Reveal):

@@ -15,9 +15,9 @@ from parties.three_party.party_0 import ZeroService
 from parties.three_party.party_1 import OneService
 from parties.three_party.party_2 import HelperService
 from parties.three_party.shared_model import load_share, share_model
-from parties.two_party.masked_model import compile_text_model
 from proto.unseen_pb2_grpc import add_PartyServicer_to_server
 from protocols.fixedpoint import FixedPoint
+from secure.models.text import compile_text_model
 from tests.tiny import LENGTH, Served, sentences
 
 Kinds = Mapping[int, type[PartyService]]

@@ -24,7 +24,7 @@ from parties.two_party import server as server_module
 from parties.two_party.client import Connection, connect
 from parties.two_party.dealer import DealerService
 from parties.two_party.keys import DEPLOYMENT, deal_proof, join_proof, query_key
-from parties.two_party.masked_model import ServedModel, compile_text_model, serve_ready, text_inputs
+from parties.two_party.masked_model import ServedModel, serve_ready
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import (
@@ -39,6 +39,7 @@ from protocols.protocol import CLIENT
 from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.text import compile_text_model, text_inputs
 from secure.models.tokens import load_tokenizer
 from secure.mpc.program import VERSION
 

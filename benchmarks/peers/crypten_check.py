@@ -33,11 +33,11 @@ from benchmarks.peers.works import free_ports
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
 from secure.capture.capture import capture
-from secure.lowering.lower import Lowered, lower, observe
+from secure.lowering.lower import Lowered, Sample, lower, trace_inputs
+from secure.lowering.observe import observe
 from secure.lowering.ranges import dyadic
 from secure.lowering.trace import Primitive, Trace, evaluate
 from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
-from secure.mpc.compile import Sample, trace_inputs
 
 Arrays = Mapping[str, NDArray[Any]]
 Secret = Any  # CrypTen's tensor

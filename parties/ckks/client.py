@@ -23,7 +23,6 @@ from parties.ckks.keystore import keys_digest
 from parties.ckks.server import DEPLOYMENT, largest
 from parties.net.calls import calling
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import HandshakeError, PartyError, PeerLost, ProtocolError, from_code, printable
 from parties.net.frames import parts, to_frames
 from parties.net.watchdog import Watchdog
 from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, store, unpack_tables
@@ -32,8 +31,8 @@ from proto.unseen_pb2_grpc import EncryptedStub
 from protocols.ckks.refresh import Refresher
 from protocols.ckks.seal import Client, Context, key_names
 from secure.ckks.program import VERSION, EncryptedProgram
+from secure.errors import Error, HandshakeError, InvalidProgram, PeerLost, ProtocolError, from_code, printable
 from secure.models.tokens import tokenize
-from secure.mpc.program import InvalidProgram
 
 Told = Callable[[int, int, str], None]
 
@@ -164,7 +163,7 @@ class EncryptedConnection:
     def embed(self, text: str) -> Tensor:
         """The model's answer on a text."""
         if self.tokenizer is None:
-            raise PartyError("the model that is served takes no text")
+            raise Error("the model that is served takes no text")
         ids, mask = tokenize(self.tokenizer, text, self.length)
         return self.query({"input_ids": ids, "attention_mask": mask})[0]
 

@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from parties.net.errors import PartyError, ProtocolError
 from protocols.ckks.evaluate import Weights, evaluate
 from protocols.ckks.seal import Context, EvaluationKeys, InvalidCiphertext
 from secure.ckks.compile import Encrypted
+from secure.errors import Error, ProtocolError
 
 log = logging.getLogger("unseen.evaluators")
 
@@ -32,7 +32,7 @@ STEP = 0.25  # seconds between two reports of progress
 MAXIMUM_MESSAGE = 1 << 32
 
 
-class InvalidKeys(PartyError):
+class InvalidKeys(Error):
     """Keys that are none of this Program's."""
 
     code = "invalid-keys"
@@ -93,7 +93,7 @@ class Evaluators:
         return self._answer()
 
     def load(self, digest: str, path: Path) -> None:
-        """Have the host hold these keys. PartyError where they are none of this Program's."""
+        """Have the host hold these keys. Error where they are none of this Program's."""
         with self._lock:
             self._host.send({"do": "load", "digest": digest, "path": str(path)})
             self._answer()
@@ -125,9 +125,9 @@ class Evaluators:
         try:
             header, _ = self._host.receive()
         except (EOFError, OSError):
-            raise PartyError("the process that evaluates is gone", "restart the server") from None
+            raise Error("the process that evaluates is gone", "restart the server") from None
         if "error" in header:
-            raise (InvalidKeys if header.get("invalid") else PartyError)(header["error"])
+            raise (InvalidKeys if header.get("invalid") else Error)(header["error"])
         return header
 
 
@@ -144,7 +144,7 @@ class Running:
         try:
             header, payloads = self.channel.receive()
         except (EOFError, OSError):
-            raise PartyError("the evaluation ended without an answer", "the server may be short of memory") from None
+            raise Error("the evaluation ended without an answer", "the server may be short of memory") from None
         if "error" in header:
             raise ProtocolError(header["error"])
         return header, payloads

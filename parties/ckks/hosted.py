@@ -20,12 +20,12 @@ from parties.ckks.evaluators import Evaluators
 from parties.ckks.server import EncryptedService, ServedEncrypted
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
-from parties.net.errors import PartyError
 from parties.reports.tables import mb
-from parties.two_party.masked_model import calibration_inputs, model_directory
 from proto.unseen_pb2_grpc import add_EncryptedServicer_to_server
 from protocols.ckks.cost import seconds
 from secure.ckks.compile import Encrypted, encrypt
+from secure.errors import Error
+from secure.models.text import calibration_inputs, model_directory
 from secure.models.tokens import load_tokenizer
 
 KEY_MEMORY = 8 << 30  # bytes of evaluation keys held decoded, at most
@@ -70,7 +70,7 @@ def compile_text(
     directory = model_directory(model)
     encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)
     if not 2 < length <= encoder.maximum_length:
-        raise PartyError(f"the model takes no length of {length} tokens", f"3 to {encoder.maximum_length}")
+        raise Error(f"the model takes no length of {length} tokens", f"3 to {encoder.maximum_length}")
     samples = calibration_inputs(tokenizer, length, [*SENTENCES, *sentences])
     encrypted = encrypt(
         encoder,

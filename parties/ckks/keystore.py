@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from parties.ckks.evaluators import write_keys
-from parties.net.errors import ProtocolError
 from protocols.ckks.seal import key_names
 from secure.ckks.program import EncryptedProgram
+from secure.errors import ProtocolError
 
 EXPIRES = 24 * 3600.0  # seconds after the last use
 MAXIMUM_BYTES = 16 << 30  # on disk, of all clients together

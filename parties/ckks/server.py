@@ -23,7 +23,6 @@ from safetensors.torch import save
 from parties.ckks.evaluators import Evaluators, InvalidKeys, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
 from parties.net.calls import answering, unexpected
-from parties.net.errors import DownloadError, HandshakeError, PartyError, PeerLost, ProtocolError, QueryError
 from parties.net.frames import parts, to_frames
 from parties.net.watchdog import Watchdog
 from parties.served.files import TOKEN_TABLE, describe
@@ -31,6 +30,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import EncryptedServicer
 from secure.ckks.compile import Encrypted
 from secure.ckks.program import VERSION, EncryptedProgram
+from secure.errors import DownloadError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.models.tokens import TextTokenizer
 
 log = logging.getLogger("unseen.server")
@@ -115,7 +115,7 @@ class EncryptedService(EncryptedServicer):
         try:
             with answering(context, log):
                 if not self._uploads.acquire(blocking=False):
-                    raise PartyError(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
+                    raise Error(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
                 try:
                     sizes = self._received(requests, watch)
                 finally:
@@ -155,18 +155,18 @@ class EncryptedService(EncryptedServicer):
         who, began = unquote(context.peer()), time.perf_counter()
         try:
             if not self._waiting.acquire(blocking=False):
-                raise PartyError(f"{WAITING} queries wait or run, which is the limit", "try again later")
+                raise Error(f"{WAITING} queries wait or run, which is the limit", "try again later")
             try:
                 yield from watch.sending(self._query(_Requests(requests, watch)))
             finally:
                 self._waiting.release()
             log.info("query of %s answered in %.2f s", who, time.perf_counter() - began)
-        except PartyError as error:
+        except Error as error:
             log.warning("query of %s ended: %s", who, str(error).splitlines()[0])
             yield pb.EncryptedReply(failure=pb.Failure(code=error.code, message=str(error)))
         except Exception as error:
             unexpected(error, log)
-            yield pb.EncryptedReply(failure=pb.Failure(code=PartyError.code, message="internal error"))
+            yield pb.EncryptedReply(failure=pb.Failure(code=Error.code, message="internal error"))
         finally:
             watch.stop()
 

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from parties.cli.options import Length, Threads, read_texts
 from parties.cli.profile import Format, checked_output, write_report
-from parties.net.errors import PartyError
-from parties.two_party.masked_model import PACKAGED, calibration_inputs, model_directory, text_inputs
 from protocols.fixedpoint import FixedPoint
+from secure.errors import Error
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
 from secure.polynomial.forms import forms
 from secure.training.fidelity import Computed, Fidelity, Held
@@ -91,10 +91,10 @@ def measured(
 
     model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
     if not any(forms(model)):
-        raise PartyError(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
+        raise Error(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
     length = length or min(LENGTH, model.maximum_length)
     if not 2 < length <= model.maximum_length:
-        raise PartyError(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
+        raise Error(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
     samples = calibration_inputs(tokenizer, length, SENTENCES)
     _say("compiling")
     labels = {"model": trained.name, "length": str(length)}

@@ -18,10 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from parties.cli.options import ONE_HOT, OURS, Approximations, Embedding, Gelu, Threads, read_texts
-from parties.net.errors import PartyError, printable
 from parties.net.hosting import settle
 from parties.net.measure import measure_transport
-from parties.two_party.masked_model import PACKAGED, calibration_inputs, model_directory, text_inputs
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.cost.count import LOOPBACK, NETWORKS, Network, find_network
@@ -39,7 +37,9 @@ from secure.deployments.compare import (
     waiting,
 )
 from secure.deployments.three_party import DEPLOYMENTS, TWO_PARTY
+from secure.errors import Error, printable
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
 
 out = Console(highlight=False)
@@ -97,7 +97,7 @@ def compare_command(
     asked = find_network(network)
     key = asked.key if asked else LOOPBACK
     if asked is None and not time:
-        raise PartyError("on loopback a query waits for computation alone", "give --time, or another --network")
+        raise Error("on loopback a query waits for computation alone", "give --time, or another --network")
     for bits in fraction_bits or ():
         FixedPoint(fraction_bits=bits)
     chosen = variants(
@@ -124,7 +124,7 @@ def compare_command(
             else:
                 _show(model, outcomes, best, accuracy, key, time)
     if all(o.problem for o in outcomes):
-        raise PartyError("no variant of the model works", _first_line(outcomes[0].problem or ""))
+        raise Error("no variant of the model works", _first_line(outcomes[0].problem or ""))
 
 
 def _outcomes(
@@ -192,8 +192,8 @@ def _row(outcome: Outcome, accuracy: float) -> dict[str, Any]:
         "name": outcome.variant.name,
         "settings": outcome.variant.settings,
         "rounds": cost and cost.rounds,
-        "bytes_online": cost and {"to_server": cost.to_server, "to_client": cost.to_client},
-        "bytes_offline": cost and cost.offline_to_server,
+        "bytes_online": cost and {"to_server": cost.to_first, "to_client": cost.to_second},
+        "bytes_offline": cost and cost.dealt,
         "seconds": dict(outcome.seconds),
         "lowest_cosine": outcome.lowest_cosine,
         "meets": outcome.meets(accuracy),
@@ -245,7 +245,7 @@ def _cells(outcome: Outcome, networks: Sequence[str]) -> list[str]:
     cost, cosine = outcome.cost, outcome.lowest_cosine
     if cost is None:
         return ["-"] * (5 + len(networks))
-    sizes = (f"{size / 1e6:.1f}" for size in (cost.to_server, cost.to_client, cost.offline_to_server))
+    sizes = (f"{size / 1e6:.1f}" for size in (cost.to_first, cost.to_second, cost.dealt))
     times = (f"{outcome.seconds[n]:.2f}" for n in networks)
     return [str(cost.rounds), *sizes, *times, "-" if cosine is None else f"{cosine:.7f}"]
 

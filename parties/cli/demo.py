@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from parties.net import hosting
-from parties.net.errors import PartyError
 from parties.traces.merge import merged
 from parties.traces.trace_file import TraceDirectory
+from secure.errors import Error
 
 _COLOURS = ("blue", "green", "magenta")
 
@@ -53,7 +53,7 @@ def process(
                     address = json.loads(line)["listening"]
                     break
             if not address:
-                raise PartyError(f"the {name} did not start (exit code {child.wait()})", "see its output above")
+                raise Error(f"the {name} did not start (exit code {child.wait()})", "see its output above")
             reader = threading.Thread(target=_echo_all, args=(console, name, colour, output), daemon=True)
             reader.start()
             yield address

@@ -112,7 +112,7 @@ def serve(dealer: str, state: Path, layers: int) -> None:
     cost = compiled.program.cost
     sys.stdout.write(
         f"accuracy on the test images {reached:.4f}; a query takes {cost.rounds} rounds and "
-        f"{mb(cost.to_server + cost.to_client)}, no comparison\n"
+        f"{mb(cost.to_first + cost.to_second)}, no comparison\n"
     )
     ready = serve_ready(compiled, None, b"", state)
     hosting.settle()
@@ -154,7 +154,7 @@ def run(console: Console, count: int, layers: int) -> int:
         cost = reports[-1].cost
         console.print(
             f"{right} of {count} right; online {seconds:.3f} s, {cost.rounds} rounds, "
-            f"{mb(cost.to_server + cost.to_client)} an image; offline {mb(cost.offline_to_server)}",
+            f"{mb(cost.to_first + cost.to_second)} an image; offline {mb(cost.dealt)}",
             highlight=False,
         )
     return 0 if right >= WANTED * count else 1

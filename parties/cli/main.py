@@ -37,7 +37,6 @@ from parties.cli.profile import profile_command
 from parties.cli.train import train_command
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
-from parties.net.errors import PartyError
 from parties.reports import answers
 from parties.reports import tables as reports
 from parties.reports.tables import mb
@@ -49,11 +48,13 @@ from parties.traces.merge import merged
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import connect
 from parties.two_party.dealer import DealerService
-from parties.two_party.masked_model import PACKAGED, compile_text_model, model_directory, serve_ready, state_directory
+from parties.two_party.masked_model import serve_ready, state_directory
 from parties.two_party.server import InferenceService
 from proto.unseen_pb2_grpc import add_DealerServicer_to_server, add_InferenceServicer_to_server
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
+from secure.errors import Error
+from secure.models.text import PACKAGED, compile_text_model, model_directory
 
 app = typer.Typer(
     add_completion=False,
@@ -159,15 +160,13 @@ def serve(
 ) -> None:
     """Serve a model that nobody gets to see."""
     if deployment is Deployment.THREE_PARTY:
-        raise PartyError(
-            "three parties serve a model together", "`unseen share-model`, then `unseen party` three times"
-        )
+        raise Error("three parties serve a model together", "`unseen share-model`, then `unseen party` three times")
     _threads(threads)
     hosting.log_to_stderr(verbose)
     listening, dealing = Endpoint.parse(listen, what="--listen"), Endpoint.parse(dealer, what="--dealer")
     if deployment is Deployment.CKKS:
         if embedding is ONE_HOT:  # there is no other way of looking tokens up here, and it shows weights: by name alone
-            raise PartyError("under ckks clients hold the token table", "--embedding client-table, if they may see it")
+            raise Error("under ckks clients hold the token table", "--embedding client-table, if they may see it")
         listening.require_private(insecure=insecure, what="the server")
         more = read_texts(calibration, "--calibration", "sentence") if calibration else ()
         _say(f"unseen serve: packing {model} for {length} tokens ...")
@@ -198,7 +197,7 @@ def serve(
     cost = compiled.program.cost
     _say(
         f"unseen serve: {model}, {length} tokens: {cost.rounds} rounds, "
-        f"{mb(cost.to_server + cost.to_client)} online, {mb(cost.offline_to_server)} offline a query; "
+        f"{mb(cost.to_first + cost.to_second)} online, {mb(cost.dealt)} offline a query; "
         f"Program {compiled.program.digest}"
     )
     _say(f"unseen serve: embedding {reports.embedding_price(compiled.program)}")
@@ -235,10 +234,10 @@ def embed(
     typed = [] if texts or sys.stdin.isatty() else sys.stdin
     given = texts or [line.strip() for line in typed if line.strip()]
     if not given:
-        raise PartyError("no text", "give texts as arguments, or one a line on standard input")
+        raise Error("no text", "give texts as arguments, or one a line on standard input")
     if deployment is Deployment.CKKS:
         if compare_with or traces:
-            raise PartyError("--compare-with and --profile are not for ckks", "`unseen accuracy` compares models")
+            raise Error("--compare-with and --profile are not for ckks", "`unseen accuracy` compares models")
         options = {"insecure": insecure, "deadline": deadline, "keys": keys, "program_digest": program_digest}
         where = cache_directory() if cache else None
         encrypted_hosting.embed(out, given, server, as_json=as_json, cache=where, **options)
@@ -247,7 +246,7 @@ def embed(
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     if deployment is Deployment.THREE_PARTY:
         if traces:
-            raise PartyError("--profile is for two parties", "`unseen profile --deployment three-party` predicts")
+            raise Error("--profile is for two parties", "`unseen profile --deployment three-party` predicts")
         connected = connect_three(
             parties.split(","), insecure=insecure, deadline=deadline, cache=cache, program_digest=program_digest
         )
@@ -316,7 +315,7 @@ def demo(
         on = on_digits.run_encrypted if deployment is Deployment.CKKS else on_digits.run
         raise typer.Exit(on(out, images, layers))
     if deployment is Deployment.CKKS:
-        raise PartyError("the demo of the ckks deployment is the one on digits", "add --digits")
+        raise Error("the demo of the ckks deployment is the one on digits", "add --digits")
     chosen = texts or list(demonstration.SENTENCES)
     form = (embedding.value, gelu.value, approximations.value)
     if deployment is Deployment.THREE_PARTY:
@@ -328,7 +327,7 @@ def app_main() -> None:
     """Entry point: errors that a user can cause end with a message and code 1."""
     try:
         app()
-    except (PartyError, ValueError, ImportError, OSError) as error:
+    except (Error, ValueError, ImportError, OSError) as error:
         first, *rest = str(error).splitlines() or [type(error).__name__]
         _say(f"unseen: error: {first}")
         for line in rest:

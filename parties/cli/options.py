@@ -10,8 +10,8 @@ import typer
 
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
-from parties.net.errors import PartyError
-from secure.lowering.lower import EMBEDDINGS
+from secure.errors import Error
+from secure.lowering.client_inputs import EMBEDDINGS
 
 # Enums for typer's choices; their members come from the library.
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
@@ -38,13 +38,13 @@ Threads = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 
 
 
 def read_texts(path: Path, option: str, what: str) -> list[str]:
-    """The lines of a file that are not blank; ``what`` they are called. PartyError names the option."""
+    """The lines of a file that are not blank; ``what`` they are called. Error names the option."""
     hint = f"a text file, one {what} a line"
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise PartyError(f"{option}: {path} cannot be read: {reason}", hint) from None
+        raise Error(f"{option}: {path} cannot be read: {reason}", hint) from None
     if not lines:
-        raise PartyError(f"{option}: {path} has no {what}s", hint)
+        raise Error(f"{option}: {path} has no {what}s", hint)
     return lines

@@ -18,9 +18,9 @@ from parties.net.endpoints import Endpoint
 from parties.reports.tables import mb
 from parties.three_party.hosted import described, start
 from parties.three_party.shared_model import share_model
-from parties.two_party.masked_model import PACKAGED, compile_text_model
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
+from secure.models.text import PACKAGED, compile_text_model
 
 PARTIES = "127.0.0.1:50060,127.0.0.1:50061,127.0.0.1:50062"
 

@@ -27,13 +27,11 @@ from parties.cli.options import (
     Threads,
     Where,
 )
-from parties.net.errors import PartyError
 from parties.net.hosting import settle
 from parties.net.measure import measure_transport
 from parties.reports import tables as reports
 from parties.reports.tables import mb
 from parties.served.files import store
-from parties.two_party.masked_model import PACKAGED, compile_text_model
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import PARTY_NAMES
@@ -41,7 +39,10 @@ from secure.cost.count import LOOPBACK, NETWORKS, Profile, find_network, module,
 from secure.cost.kernel_times import measure
 from secure.cost.outline import SHAPES, is_shape, outline_shape
 from secure.cost.projection import Projection, project
-from secure.deployments.three_party import THREE_PARTY_PUBLIC, Deployed, deployed
+from secure.cost.runnable import Deployed
+from secure.deployments.three_party import THREE_PARTY_PUBLIC, deployed
+from secure.errors import Error
+from secure.models.text import PACKAGED, compile_text_model
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 
@@ -82,7 +83,7 @@ def profile_command(
 ) -> None:
     """What a query will cost, before anything runs: rounds, bytes and memory exactly, seconds on given networks."""
     if public_weights and deployment is not Deployment.THREE_PARTY:
-        raise PartyError("--public-weights is for three parties", "--deployment three-party")
+        raise Error("--public-weights is for three parties", "--deployment three-party")
     if deployment is Deployment.CKKS:
         from parties.cli.profile_ckks import command
 
@@ -90,7 +91,7 @@ def profile_command(
         return
     networks = {name: find_network(name) for name in network or [LOOPBACK, *(n.key for n in NETWORKS)]}
     if as_json and form.value == "html":
-        raise PartyError("--json and --format html exclude each other", "give one of them")
+        raise Error("--json and --format html exclude each other", "give one of them")
     chosen = "json" if as_json else form.value
     checked_output(output, chosen)
     settle()
@@ -130,7 +131,7 @@ def _program(
         form = {"embedding": embedding, "gelu": gelu, "approximations": approximations}
         return outline_shape(model, length, **form, fixed_point=fixed, recipe=recipe)
     if polynomial:
-        raise PartyError("--polynomial is for shapes", f"a trained model's directory, or one of {', '.join(SHAPES)}")
+        raise Error("--polynomial is for shapes", f"a trained model's directory, or one of {', '.join(SHAPES)}")
     return compile_text_model(model, length, embedding, gelu, fixed, approximations=approximations)[0].program
 
 
@@ -147,18 +148,18 @@ def checked_output(output: Path | None, form: str) -> None:
     if output is not None:
         folder = output.absolute().parent
         if not folder.is_dir():
-            raise PartyError(f"--output: there is no directory {folder}", "make it first")
+            raise Error(f"--output: there is no directory {folder}", "make it first")
         if output.is_dir():
-            raise PartyError(f"--output: {output} is a directory", "give a file")
+            raise Error(f"--output: {output} is a directory", "give a file")
         if not os.access(output if output.exists() else folder, os.W_OK):
-            raise PartyError(f"--output: {output} cannot be written", "give a place that you may write to")
+            raise Error(f"--output: {output} cannot be written", "give a place that you may write to")
     if form == "table" and output is not None:
-        raise PartyError("tables are for the terminal", "give --format json or html with --output")
+        raise Error("tables are for the terminal", "give --format json or html with --output")
     if form == "html":
         if output is None and out.is_terminal:
-            raise PartyError("an HTML page is not for a terminal", "give --output FILE")
+            raise Error("an HTML page is not for a terminal", "give --output FILE")
         if importlib.util.find_spec("plotly") is None:
-            raise PartyError("plotly is not installed", "pip install 'unseen[report]'")
+            raise Error("plotly is not installed", "pip install 'unseen[report]'")
 
 
 def write_report(text: str, output: Path | None) -> None:
@@ -170,7 +171,7 @@ def write_report(text: str, output: Path | None) -> None:
         store(output, text.encode())
     except OSError as error:
         out.file.write(text)
-        raise PartyError(f"--output: {output} cannot be written: {error.strerror}", "the report is above") from None
+        raise Error(f"--output: {output} cannot be written: {error.strerror}", "the report is above") from None
 
 
 def _print_tables(program: Program, running: Deployed, found: Profile, depth: int, document: Mapping[str, Any]) -> None:
@@ -181,12 +182,12 @@ def _print_tables(program: Program, running: Deployed, found: Profile, depth: in
     if names == PARTY_NAMES:
         out.print(f"embedding {reports.embedding_price(program)}")
         server, client = (f"the {name}" for name in names)
-        offline = f"offline {mb(total.offline_to_server)} to the server, none to the client"
+        offline = f"offline {mb(total.dealt)} to the server, none to the client"
     else:
         server, client = names
-        offline = f"{mb(total.offline_to_server)} from party 2 to party 0, ahead"
+        offline = f"{mb(total.dealt)} from party 2 to party 0, ahead"
     out.print(
-        f"a query: {total.rounds} rounds (merged), {mb(total.to_server)} to {server}, {mb(total.to_client)} to "
+        f"a query: {total.rounds} rounds (merged), {mb(total.to_first)} to {server}, {mb(total.to_second)} to "
         f"{client}; {offline}"
     )
     for party, memory in zip((server, client), found.memory, strict=True):

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parties.cli.accuracy import measured, show
 from parties.cli.options import Threads, read_texts
-from parties.net.errors import PartyError
-from parties.two_party.masked_model import PACKAGED, model_directory
+from secure.errors import Error
 from secure.models.calibration import HELD_OUT
+from secure.models.text import PACKAGED, model_directory
 from secure.polynomial.recipe import Recipe
 from secure.training.trainer import Progress as Step
 from secure.training.trainer import Settings
@@ -59,7 +59,7 @@ def train_command(
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
-        raise PartyError(f"--{option}: {problem['msg']}", KNOWN) from None
+        raise Error(f"--{option}: {problem['msg']}", KNOWN) from None
     directory = model_directory(model)
     texts = data_set(text, column) if text.is_dir() else read_texts(text, "--text", "sentence")
     others = read_texts(held_out, "--held-out", "sentence") if held_out else list(HELD_OUT)
@@ -91,7 +91,7 @@ def data_set(directory: Path, column: str) -> list[str]:
     try:
         from pyarrow import ArrowException, ipc  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise PartyError(f"--text: {directory} is a directory", "for data sets: pip install 'unseen[data]'") from None
+        raise Error(f"--text: {directory} is a directory", "for data sets: pip install 'unseen[data]'") from None
     hint = "a directory that save_to_disk wrote"
     try:
         if (parts := directory / "dataset_dict.json").is_file():
@@ -102,15 +102,13 @@ def data_set(directory: Path, column: str) -> list[str]:
         ]
         tables = [ipc.open_stream((directory / name).read_bytes()).read_all() for name in names]
     except (OSError, ValueError, LookupError, TypeError, ArrowException) as error:
-        raise PartyError(f"--text: {directory} is no data set: {error}", hint) from None
+        raise Error(f"--text: {directory} is no data set: {error}", hint) from None
     found: list[str] = []
     for table in tables:
         if column not in table.column_names:
-            raise PartyError(
-                f"--column: {directory} has no column {column!r}", f"it has {', '.join(table.column_names)}"
-            )
+            raise Error(f"--column: {directory} has no column {column!r}", f"it has {', '.join(table.column_names)}")
         values = table.column(column).to_pylist()
         found += [line for value in values if value and (line := " ".join(str(value).split()))]
     if not found:
-        raise PartyError(f"--text: {directory} has no sentences", hint)
+        raise Error(f"--text: {directory} has no sentences", hint)
     return found

@@ -1,6 +1,5 @@
 """Bytes between parties: addresses, channels, frames, deadlines, services.
 
-errors       what can go wrong between parties
 endpoints    host:port, the loopback rule, channels
 calls        errors of gRPC calls, in words on both ends
 frames       byte strings as parts of about 1 MB

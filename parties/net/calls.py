@@ -9,13 +9,11 @@ from contextlib import contextmanager
 import grpc
 
 from parties.net.endpoints import Endpoint
-from parties.net.errors import PartyError, PeerLost, printable
+from secure.errors import Error, PeerLost, printable
 
 
 @contextmanager
-def calling(
-    who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type[PartyError] = PeerLost
-) -> Iterator[None]:
+def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type[Error] = PeerLost) -> Iterator[None]:
     """Turn a gRPC error into one that says who failed at what, and what to do: the peer's own hint, else ``hint``."""
     try:
         yield
@@ -35,10 +33,10 @@ def calling(
 
 @contextmanager
 def answering(context: grpc.ServicerContext, log: logging.Logger) -> Iterator[None]:
-    """Send a PartyError as the call's status; log anything else without a traceback (with one at level DEBUG)."""
+    """Send a Error as the call's status; log anything else without a traceback (with one at level DEBUG)."""
     try:
         yield
-    except PartyError as error:
+    except Error as error:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     except Exception as error:
         unexpected(error, log)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from parties.net.errors import EndpointError
+from secure.errors import EndpointError
 
 # Bytes of one gRPC message. Frames are of about 1 MB, but a Program goes to the dealer in one message, and Program and
 # tokenizer to the client.

@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
-from parties.net.errors import DealerError, EndpointError
+from secure.errors import DealerError, EndpointError
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_STREAMS = 32  # sessions and calls served at a time; each takes a thread
@@ -86,7 +86,7 @@ def child(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
 
     ``-P`` keeps the working directory off the path: a file there that bears a module's name must not run in its place.
     """
-    ours = str(Path(__file__).resolve().parent.parent)
+    ours = str(Path(__file__).resolve().parents[2])
     return [sys.executable, "-P", "-m", module, *arguments], {**os.environ, "PYTHONPATH": ours}
 
 

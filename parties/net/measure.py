@@ -14,12 +14,12 @@ import numpy as np
 
 from parties.net import hosting
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import PartyError
 from parties.net.frames import FrameReader, to_frames
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
 from secure.cost.kernel_times import evict_caches
 from secure.cost.projection import Transport
+from secure.errors import Error
 
 SIZES = (64, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 21)
 SMALL, LARGE = 1 << 12, 1 << 18  # sizes that cost a message, and those that cost their bytes
@@ -63,7 +63,7 @@ def measure_transport() -> Transport:
         assert child.stdout is not None
         address = child.stdout.readline().strip()
         if not address:
-            raise PartyError("the other process did not start", "see its output above")
+            raise Error("the other process did not start", "see its output above")
         return _fit(_swap(address))
     finally:
         child.terminate()

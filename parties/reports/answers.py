@@ -10,7 +10,7 @@ from rich.table import Table
 
 from parties.reports.tables import mb
 from parties.two_party.client import Connection
-from parties.two_party.masked_model import model_directory, text_inputs
+from secure.models.text import model_directory, text_inputs
 from secure.models.tokens import load_tokenizer
 
 
@@ -20,9 +20,9 @@ def as_json(out: Console, texts: list[str], vectors: list[torch.Tensor], connect
             "text": text,
             "embedding": vector.tolist(),
             "rounds": r.cost.rounds,
-            "bytes_to_server": r.cost.to_server,
-            "bytes_to_client": r.cost.to_client,
-            "offline_bytes_to_server": r.cost.offline_to_server,
+            "bytes_to_server": r.cost.to_first,
+            "bytes_to_client": r.cost.to_second,
+            "offline_bytes_to_server": r.cost.dealt,
             "offline_bytes_to_client": r.offline_to_client,
             "online_seconds": r.online_seconds,
             "offline_seconds": r.offline_seconds,
@@ -45,11 +45,11 @@ def report(
         first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
         out.print(f"  embedding ({len(vector)} numbers)         {first} …")
         out.print(
-            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {mb(r.cost.to_server)} to the server, "
-            f"{mb(r.cost.to_client)} to the client"
+            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {mb(r.cost.to_first)} to the server, "
+            f"{mb(r.cost.to_second)} to the client"
         )
         out.print(
-            f"  offline   {r.offline_seconds:6.2f} s   {mb(r.cost.offline_to_server)} from the dealer to the server "
+            f"  offline   {r.offline_seconds:6.2f} s   {mb(r.cost.dealt)} from the dealer to the server "
             f"({r.dealer_seconds:.2f} s), none to the client (which computes {r.client_seconds:.2f} s)"
         )
     if len(vectors) > 1:

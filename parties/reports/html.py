@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from parties.net.errors import printable
+from secure.errors import printable
 
 MOST = 25  # bars; what costs less is summed as "others"
 COLOURS = ("#0072b2", "#e69f00", "#999999")  # told apart by colour-blind people too (Okabe and Ito)

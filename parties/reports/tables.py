@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from parties.two_party.keys import DEPLOYMENT
-from protocols.protocol import PARTY_NAMES, Cost
+from protocols.protocol import PARTY_NAMES, CircuitCost
 from protocols.two_party import Input
 from secure.cost.count import NETWORKS, Network, Profile, module, total_seconds
 from secure.cost.projection import Projection
@@ -26,7 +26,7 @@ def embedding_price(program: Program) -> str:
     """What the chosen look-up of tokens costs a query and shows to clients, in words."""
     read = {i: c.protocol.name for i, c in enumerate(program.circuit) if isinstance(c.protocol, Input)}
     one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
-    size = sum(c.protocol.cost().to_server for c in program.circuit if {read.get(i) for i in c.inputs} & one_hot)
+    size = sum(c.protocol.cost().to_first for c in program.circuit if {read.get(i) for i in c.inputs} & one_hot)
     if one_hot:
         return (
             f"one-hot: {mb(size)} of a query's bytes, and shows nothing (client-table: none, but shows the token table)"
@@ -35,12 +35,12 @@ def embedding_price(program: Program) -> str:
     return f"client-table: no bytes a query, but shows clients the token table ({mb(4 * rows)}, once)"
 
 
-def _cost(cost: Cost) -> dict[str, int]:
+def _cost(cost: CircuitCost) -> dict[str, int]:
     return {
         "rounds": cost.rounds,
-        "bytes_to_server": cost.to_server,
-        "bytes_to_client": cost.to_client,
-        "offline_bytes_to_server": cost.offline_to_server,
+        "bytes_to_server": cost.to_first,
+        "bytes_to_client": cost.to_second,
+        "offline_bytes_to_server": cost.dealt,
     }
 
 
@@ -50,7 +50,7 @@ def profile_json(program: Program, profile: Profile, depth: int, deployment: str
     Of three parties "server" is party 0, "client" party 1, and what is offline comes from party 2.
     """
 
-    def rows(found: dict[str, tuple[Cost, int, int]]) -> dict[str, dict[str, int]]:
+    def rows(found: dict[str, tuple[CircuitCost, int, int]]) -> dict[str, dict[str, int]]:
         return {
             name: {**_cost(cost), "multiply_accumulates": products, "comparisons": comparisons}
             for name, (cost, products, comparisons) in found.items()
@@ -103,16 +103,18 @@ def projection_table(networks: Sequence[Mapping[str, Any]], names: tuple[str, st
     return table
 
 
-def profile_table(title: str, found: dict[str, tuple[Cost, int, int]], names: tuple[str, str] = PARTY_NAMES) -> Table:
+def profile_table(
+    title: str, found: dict[str, tuple[CircuitCost, int, int]], names: tuple[str, str] = PARTY_NAMES
+) -> Table:
     """One row a module or kind, dearest first; what costs nothing is left out."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in ("rounds, unmerged", *(f"to {name}" for name in names), "offline", "MMAC", "comparisons"):
         table.add_column(column, justify="right")
-    dearest = sorted(found.items(), key=lambda item: -item[1][0].to_server - item[1][0].to_client)
+    dearest = sorted(found.items(), key=lambda item: -item[1][0].to_first - item[1][0].to_second)
     for name, (cost, products, comparisons) in dearest:
-        if cost == Cost() and not products:
+        if cost == CircuitCost() and not products:
             continue
-        sizes = (mb(size) for size in (cost.to_server, cost.to_client, cost.offline_to_server))
+        sizes = (mb(size) for size in (cost.to_first, cost.to_second, cost.dealt))
         table.add_row(name, str(cost.rounds), *sizes, f"{products / 1e6:.0f}", str(comparisons))
     return table

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from parties.net.errors import DownloadError, HandshakeError, printable
 from proto.unseen_pb2 import File
 from protocols import wire
 from protocols.wire import Wire
+from secure.errors import DownloadError, HandshakeError, printable
 from secure.models.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from parties.net.calls import calling
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import HandshakeError, PartyError, ProtocolError
 from parties.net.frames import to_frames
 from parties.served.files import TOKEN_TABLE, cache_directory, fetch, received_tokenizer, unpack_tables
 from parties.three_party.party import DEPLOYMENT, SESSION_BYTES
@@ -30,10 +29,11 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import ring, wire
 from protocols.prg import fresh_seed
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
 from protocols.three_party.sharing import HELPER
 from secure.deployments.three_party import three_party
+from secure.errors import Error, HandshakeError, ProtocolError
 from secure.models.tokens import tokenize
 from secure.mpc.program import VERSION, Program
 
@@ -42,11 +42,11 @@ GRACE = 2.0  # seconds that the other party has to say why, when one has failed
 
 @dataclass(frozen=True)
 class ThreePartyReport:
-    """What one query took. ``cost``: bytes between the parties, ``to_client`` from 0 to 1 and ``to_server`` back,
-    ``offline_to_server`` from 2 to 0.
+    """What one query took. ``cost``: bytes between the parties, ``to_second`` from 0 to 1 and ``to_first`` back,
+    ``dealt`` from 2 to 0.
     """
 
-    cost: Cost
+    cost: CircuitCost
     seconds: float  # that the client waited
     online_seconds: float  # of party 0, from the first round to the last
     waited_seconds: float  # of which for corrections of party 2
@@ -73,7 +73,7 @@ class ThreePartyConnection:
         program_digest: str | None = None,
     ) -> None:
         if len(parties) not in (2, 3):
-            raise PartyError(f"{len(parties)} addresses of parties", "those of parties 0 and 1, and 2 if you like")
+            raise Error(f"{len(parties)} addresses of parties", "those of parties 0 and 1, and 2 if you like")
         self._at = [Endpoint.parse(a, what=f"party {i}") for i, a in enumerate(parties)]
         self._deadline, self._lock = deadline, threading.Lock()
         self.reports: list[ThreePartyReport] = []
@@ -147,13 +147,13 @@ class ThreePartyConnection:
                 if party != HELPER or frame:
                     messages.append([pb.AskPart(start=start_of), *(pb.AskPart(frame=f) for f in frames)])
             if len(messages) > len(self._stubs):
-                raise PartyError("tokens are looked up in a shared table, so party 2 is needed", "give three addresses")
+                raise Error("tokens are looked up in a shared table, so party 2 is needed", "give three addresses")
             zero, one = self._ask(messages)
             result = self._put_together(zero, one)
             seconds = time.perf_counter() - start
             self.reports.append(
                 ThreePartyReport(
-                    Cost(zero.rounds, one.sent, zero.sent, zero.corrections),
+                    CircuitCost(zero.rounds, one.sent, zero.sent, zero.corrections),
                     seconds,
                     zero.seconds,
                     zero.waited,
@@ -211,7 +211,7 @@ class ThreePartyConnection:
     def embed_each(self, texts: Sequence[str]) -> Iterator[Tensor]:
         """The same one by one, so that a failure leaves the answers before it."""
         if self._tokenizer is None:
-            raise PartyError("this model takes no text", "use query with the model's own arguments")
+            raise Error("this model takes no text", "use query with the model's own arguments")
         pairs = [tokenize(self._tokenizer, text, self.length) for text in texts]
         return (self.query({"input_ids": ids, "attention_mask": mask})[0] for ids, mask in pairs)
 

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
-from parties.net.errors import PartyError
 from parties.reports.answers import plain
 from parties.reports.tables import mb
 from parties.served.files import TOKEN_TABLE
@@ -26,6 +25,7 @@ from parties.three_party.party_1 import OneService
 from parties.three_party.party_2 import HelperService
 from parties.three_party.shared_model import PartyShare, load_share
 from proto.unseen_pb2_grpc import add_PartyServicer_to_server
+from secure.errors import Error
 
 
 def service(
@@ -35,7 +35,7 @@ def service(
 
     def at(address: str | None, party: int) -> Endpoint:
         if address is None:
-            raise PartyError(f"party {share.party} needs the address of party {party}", f"--party-{party} host:port")
+            raise Error(f"party {share.party} needs the address of party {party}", f"--party-{party} host:port")
         return Endpoint.parse(address, what=f"--party-{party}")
 
     if share.party == 2:
@@ -59,7 +59,7 @@ def start(
     """Load a share and serve it. ``party``: which one it is expected to be."""
     share = load_share(directory)
     if party is not None and share.party != party:
-        raise PartyError(f"{directory} is the share of party {share.party}, not {party}", f"--share .../party-{party}")
+        raise Error(f"{directory} is the share of party {share.party}, not {party}", f"--share .../party-{party}")
     listen.require_private(insecure=insecure, what=f"party {share.party}")
     made = service(share, zero, helper, ahead=ahead, insecure=insecure, deadline=deadline)
     hosting.settle()
@@ -76,8 +76,8 @@ def described(share: PartyShare) -> str:
     """What a query takes between the parties, in a line."""
     cost, held = share.circuit.cost, "public weights" if share.manifest.public_weights else "shared weights"
     return (
-        f"{held}; a query takes {cost.rounds} rounds, {mb(cost.to_client + cost.to_server)} between parties 0 and 1, "
-        f"{mb(cost.offline_to_server)} from party 2 to party 0 ahead; Program {share.program.digest}"
+        f"{held}; a query takes {cost.rounds} rounds, {mb(cost.to_second + cost.to_first)} between parties 0 and 1, "
+        f"{mb(cost.dealt)} from party 2 to party 0 ahead; Program {share.program.digest}"
     )
 
 
@@ -108,12 +108,10 @@ def embed(
             first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
             console.print(f"  embedding ({len(vector)} numbers)         {first} …")
             console.print(
-                f"  {r.seconds:.2f} s; {r.cost.rounds} rounds of {mb(r.cost.to_client)} from party 0 to 1, "
-                f"{mb(r.cost.to_server)} back"
+                f"  {r.seconds:.2f} s; {r.cost.rounds} rounds of {mb(r.cost.to_second)} from party 0 to 1, "
+                f"{mb(r.cost.to_first)} back"
             )
-            console.print(
-                f"  {mb(r.cost.offline_to_server)} from party 2 to 0 (who waited {r.waited_seconds:.2f} s for them)"
-            )
+            console.print(f"  {mb(r.cost.dealt)} from party 2 to 0 (who waited {r.waited_seconds:.2f} s for them)")
             console.print(f"  {r.sent / 1e3:,.0f} kB from this client, {r.received / 1e3:,.1f} kB to it")
         console.print(_who_learns(connection))
 

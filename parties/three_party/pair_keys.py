@@ -12,15 +12,9 @@ import hmac
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from parties.net.errors import HandshakeError, PartyError
 from protocols.prg import Key, derive_key
 from protocols.protocol import Shape
-
-
-class PartiesDisagree(PartyError):
-    """Two parties hold different copies of what both should hold."""
-
-    code = "disagree"
+from secure.errors import HandshakeError, PartiesDisagree
 
 
 class Seal:

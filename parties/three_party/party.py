@@ -10,7 +10,6 @@ import grpc
 from torch import Tensor
 
 from parties.net.calls import answering
-from parties.net.errors import DownloadError, HandshakeError, ProtocolError
 from parties.net.frames import FrameReader, parts
 from parties.net.watchdog import Watchdog
 from parties.three_party.shared_model import PartyShare
@@ -20,6 +19,7 @@ from protocols.three_party import SharedLinear
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import HELPER
 from protocols.three_party.weights import SharedWeights
+from secure.errors import DownloadError, HandshakeError, ProtocolError
 from secure.mpc.program import VERSION
 
 DEPLOYMENT = "three-party"

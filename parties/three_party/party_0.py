@@ -18,7 +18,6 @@ from torch import Tensor
 
 from parties.net.calls import answering, calling, unexpected
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import PartyError, PeerLost, ProtocolError, from_code
 from parties.net.frames import to_frames
 from parties.net.watchdog import Watchdog
 from parties.three_party.party import MAXIMUM_QUERIES, PartyService
@@ -30,6 +29,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
 from protocols.circuit import Correlations
+from secure.errors import Error, PeerLost, ProtocolError, from_code
 
 PEER = "party 1"
 
@@ -81,7 +81,7 @@ class ZeroService(PartyService):
             try:
                 with calling("party 2", self._helper_at, "start it with: unseen party --id 2", doing="dealing"):
                     arriving.receive(self._helper.Supply(request))
-            except PartyError as error:
+            except Error as error:
                 arriving.fail(error)
 
         threading.Thread(target=take, name="unseen-supply", daemon=True).start()
@@ -92,7 +92,7 @@ class ZeroService(PartyService):
     def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> pb.Answer:
         with answering(context, self.log):
             if not self._free.acquire(blocking=False):
-                raise PartyError(f"party 0 has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
+                raise Error(f"party 0 has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
             watch = Watchdog(self.deadline, context.cancel)
             try:
                 asked = self._ask(requests, watch)
@@ -189,7 +189,7 @@ class _Computation:
         if self._asked is not None and not self._asked.answer.done():
             self._fail(PeerLost(f"{PEER} is gone", "see its log"))
 
-    def _fail(self, error: PartyError) -> None:
+    def _fail(self, error: Error) -> None:
         if self._asked is not None:
             with suppress(Exception):  # the client may have left, which cancels its future
                 self._asked.answer.set_exception(error)
@@ -199,14 +199,14 @@ class _Computation:
         log = self._service.log
         try:
             yield from self._run()
-        except PartyError as error:
+        except Error as error:
             log.warning("a query ended: %s", str(error).splitlines()[0])
             self._fail(error)
             yield pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error)))
         except Exception as error:
             unexpected(error, log)
-            self._fail(PartyError("party 0 has an internal error", "see its log"))
-            yield pb.PeerMessage(failure=pb.Failure(code=PartyError.code, message="internal error of party 0"))
+            self._fail(Error("party 0 has an internal error", "see its log"))
+            yield pb.PeerMessage(failure=pb.Failure(code=Error.code, message="internal error of party 0"))
 
     def _next(self, what: str) -> pb.PeerMessage:
         try:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from parties.net.calls import answering, calling
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import PartyError, PeerLost, ProtocolError, from_code, printable
 from parties.net.frames import to_frames
 from parties.net.watchdog import Watchdog
 from parties.three_party.party import PartyService
@@ -25,6 +24,7 @@ from protocols import wire
 from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES, Key, derive_key
 from protocols.three_party.endpoints import seeded_share
+from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
 from secure.mpc.program import VERSION
 
 PEER = "party 0"
@@ -119,7 +119,7 @@ class _Call:
         number = welcome.welcome.supply
         try:
             return self._compute(start, keys, number)
-        except PartyError as error:
+        except Error as error:
             self._outbox.put(pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error))))
             raise
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import grpc
 
 from parties.net.calls import answering
-from parties.net.errors import HandshakeError, PeerLost, ProtocolError, QueryError
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.three_party.party import MAXIMUM_QUERIES, PartyService
@@ -26,6 +25,7 @@ from proto import unseen_pb2 as pb
 from protocols import wire
 from protocols.circuit import deal
 from protocols.prg import Key, derive_key, fresh_seed
+from secure.errors import HandshakeError, PeerLost, ProtocolError, QueryError
 
 MAXIMUM_SEEDS = 1024  # of party 1, waiting for it
 

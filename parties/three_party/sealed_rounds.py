@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from parties.net.errors import PeerLost, ProtocolError
 from parties.net.frames import FrameReader
 from parties.three_party.pair_keys import Link, Seal
 from parties.three_party.shared_model import PartyShare
@@ -14,6 +13,7 @@ from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, Observer, Part, execute
 from protocols.protocol import Step
 from protocols.steps import pack_frame, unpack_frame
+from secure.errors import PeerLost, ProtocolError
 
 Framed = Generator[tuple[bytes, int], bytes, Any]  # yields a payload and the size of the answer, gets the answer
 

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from parties.net.errors import PartyError
 from parties.served.files import describe, pack_masked, store, unpack_masked
 from parties.three_party.pair_keys import Link
 from proto.unseen_pb2 import File
@@ -32,6 +31,7 @@ from protocols.three_party import Translated
 from protocols.three_party.sharing import HELPER, HOLDERS, PARTIES
 from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
 from secure.deployments.three_party import three_party
+from secure.errors import ShareError
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import Compiled
 from secure.mpc.program import VERSION, Program
@@ -42,12 +42,6 @@ PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
 
 
 AnyWeights = SharedWeights | HelperWeights | PublicWeights
-
-
-class ShareError(PartyError):
-    """A share of a model is damaged, or not what the Program prescribes."""
-
-    code = "share"
 
 
 class Manifest(BaseModel):

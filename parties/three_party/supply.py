@@ -8,12 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from parties.net.errors import PartyError, PeerLost, ProtocolError
 from parties.net.frames import PART
 from parties.three_party.pair_keys import Seal
 from proto import unseen_pb2 as pb
 from protocols.circuit import Circuit
 from protocols.prg import SEED_BYTES
+from secure.errors import Error, PeerLost, ProtocolError
 
 NUMBER_BYTES = 16
 
@@ -39,7 +39,7 @@ class Arriving:
         self._news = threading.Condition()
         self.waited = self.dealing = 0.0
 
-    _error: PartyError | None
+    _error: Error | None
 
     def receive(self, parts: Iterable[pb.SupplyPart]) -> None:
         """Take everything in; an error reaches whoever waits."""
@@ -50,7 +50,7 @@ class Arriving:
             if not self._whole:
                 raise ProtocolError(f"party 2 sent {self._filled} of {self.size} bytes of corrections")
             self.dealing = time.perf_counter() - start
-        except PartyError as error:
+        except Error as error:
             self.fail(error)
 
     def _take(self, part: pb.SupplyPart) -> None:
@@ -75,7 +75,7 @@ class Arriving:
         else:
             raise ProtocolError(f"party 2 sent {kind!r} where it is not expected, or more than the Program prescribes")
 
-    def fail(self, error: PartyError) -> None:
+    def fail(self, error: Error) -> None:
         with self._news:
             self._error = error
             self._news.notify_all()

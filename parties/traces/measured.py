@@ -10,25 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parties.net.errors import PartyError, ProtocolError, printable
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import Connection
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 from secure.cost.count import Profile, module, profile
 from secure.cost.timeline import Timeline, Usage
+from secure.errors import Error, ProtocolError, printable
 from secure.mpc.program import Program
 
 DEPTH = 3  # parts of a module path that the table tells apart
 BETWEEN = "(between steps)"
 
 
-def costs(timeline: Timeline, instructions: int) -> list[Cost]:
+def costs(timeline: Timeline, instructions: int) -> list[CircuitCost]:
     """What each instruction really exchanged, in a Program of so many; offline bytes are not in a timeline."""
-    out = [Cost()] * instructions
+    out = [CircuitCost()] * instructions
     for r in timeline.rounds:
         for part in r.parts:
             up, down = (part.received, part.sent) if timeline.party == "server" else (part.sent, part.received)
-            out[part.index] += Cost(1, up, down)
+            out[part.index] += CircuitCost(1, up, down)
     return out
 
 
@@ -48,8 +48,8 @@ def differences(timeline: Timeline, predicted: Profile) -> list[str]:
     return out
 
 
-def _online(cost: Cost) -> Cost:
-    return Cost(cost.rounds, cost.to_server, cost.to_client)
+def _online(cost: CircuitCost) -> CircuitCost:
+    return CircuitCost(cost.rounds, cost.to_first, cost.to_second)
 
 
 class Measurements:
@@ -57,7 +57,7 @@ class Measurements:
 
     def __init__(self, directory: Path) -> None:
         self._traces = TraceDirectory(directory)
-        self._failures: list[PartyError] = []
+        self._failures: list[Error] = []
         self._predicted: Profile | None = None
         self.traces: list[Path | None] = []  # one a query
         self.timelines: list[Timeline] = []
@@ -70,7 +70,7 @@ class Measurements:
         path = None
         try:
             path = self._traces.write(timeline, connection.program, report.query, connection.session_label)
-        except PartyError as error:
+        except Error as error:
             self._failures.append(error)
         if found := differences(timeline, self._predicted):
             self._failures.append(
@@ -117,7 +117,7 @@ def table(timelines: Sequence[Timeline], program: Program, predicted: Profile) -
         rows.setdefault(BETWEEN, Usage()).add(Usage(compute=rest), 1 / len(timelines))
     for name, usage in timelines[-1].by(names.__getitem__).items():
         rows[name].sent, rows[name].received = usage.sent, usage.received
-    bytes_of = dict.fromkeys(rows, Cost())
+    bytes_of = dict.fromkeys(rows, CircuitCost())
     for name, line in zip(names, predicted.lines, strict=True):
         bytes_of[name] += line.cost
     many = f"mean of {len(timelines)} queries" if len(timelines) > 1 else "one query"
@@ -133,13 +133,13 @@ def table(timelines: Sequence[Timeline], program: Program, predicted: Profile) -
         ("wire", f"{whole.wire:.3f}"),
         ("wait", f"{whole.waiting:.3f}"),
         ("sent", _mb(whole.sent)),
-        ("pre-\ndicted", _mb(cost.to_server)),
+        ("pre-\ndicted", _mb(cost.to_first)),
         ("received", _mb(whole.received)),
-        ("pre-\ndicted", _mb(cost.to_client)),
+        ("pre-\ndicted", _mb(cost.to_second)),
     ):
         shown.add_column(heading, footer=footer, justify="right")
     for name, usage in sorted(rows.items(), key=lambda item: -item[1].seconds):
-        sizes = (usage.sent, bytes_of[name].to_server, usage.received, bytes_of[name].to_client)
+        sizes = (usage.sent, bytes_of[name].to_first, usage.received, bytes_of[name].to_second)
         times = (usage.compute, usage.wire, usage.waiting)
         shown.add_row(escape(printable(name)), *(f"{t:.3f}" for t in times), *map(_mb, sizes))
     return shown

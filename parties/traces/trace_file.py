@@ -17,9 +17,9 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import secure
-from parties.net.errors import PartyError
 from parties.served.files import store
 from secure.cost.timeline import Timeline
+from secure.errors import Error
 from secure.mpc.program import Program
 
 FORMAT: Final = 1
@@ -147,7 +147,7 @@ class TraceDirectory:
             directory.mkdir(parents=True, mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
-            raise PartyError(
+            raise Error(
                 f"--profile: the directory {directory} cannot be written: {error.strerror}", "give another one"
             ) from None
 
@@ -160,11 +160,11 @@ class TraceDirectory:
 
 
 def write(path: Path, encoded: bytes) -> None:
-    """Atomically; PartyError where it cannot be."""
+    """Atomically; Error where it cannot be."""
     try:
         store(path, encoded)
     except OSError as error:
-        raise PartyError(
+        raise Error(
             f"the trace {path} cannot be written: {error.strerror}", "make room there, or give another directory"
         ) from None
 
@@ -176,16 +176,16 @@ def _is_of(party: str, event: Event) -> bool:
 
 
 def read(path: Path) -> Trace:
-    """A file of ``TraceDirectory``; PartyError where it is none."""
+    """A file of ``TraceDirectory``; Error where it is none."""
     hint = "give the client's and the server's files, as --profile wrote them"
     try:
         document = json.loads(path.read_bytes())
         head = TypeAdapter(Head).validate_python(document["otherData"])
         events = TypeAdapter(list[Event]).validate_python(document["traceEvents"])
         if not all(_is_of(head.party, event) for event in events):
-            raise PartyError(f"{path} holds events that no party's trace has", hint)
+            raise Error(f"{path} holds events that no party's trace has", hint)
     except OSError as error:
-        raise PartyError(f"the trace {path} cannot be read: {error.strerror}", hint) from None
+        raise Error(f"the trace {path} cannot be read: {error.strerror}", hint) from None
     except (LookupError, TypeError, ValueError, RecursionError, ValidationError) as error:
-        raise PartyError(f"{path} is not one party's trace of a query ({type(error).__name__})", hint) from None
+        raise Error(f"{path} is not one party's trace of a query ({type(error).__name__})", hint) from None
     return Trace(head, events)

@@ -22,16 +22,6 @@ from torch import Tensor
 
 from parties.net.calls import calling
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import (
-    DealerError,
-    HandshakeError,
-    PartyError,
-    PeerLost,
-    ProtocolError,
-    QueryError,
-    from_code,
-    printable,
-)
 from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
 from parties.served.files import (
@@ -48,10 +38,11 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceStub
 from protocols.circuit import Correlations, execute, prepare
 from protocols.prg import fresh_seed
-from protocols.protocol import CLIENT, Cost, Exchange
+from protocols.protocol import CLIENT, CircuitCost, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
 from secure.cost.timeline import Recorder, Timeline
+from secure.errors import DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError, from_code, printable
 from secure.models.tokens import tokenize
 from secure.mpc.program import VERSION, Program
 
@@ -60,7 +51,7 @@ from secure.mpc.program import VERSION, Program
 class QueryReport:
     """What one query took, as measured here. Bytes are payloads of both directions and of the dealer's corrections."""
 
-    cost: Cost
+    cost: CircuitCost
     online_seconds: float
     offline_seconds: float  # from asking until both sides were ready
     dealer_seconds: float  # of which the server waited for the dealer
@@ -259,7 +250,7 @@ class Connection:
             result, timeline = self._run(ready, values)
             self._expect("finished", "the end of the query")
             online = time.perf_counter() - start
-            total = timeline.cost + Cost(offline_to_server=ready.corrections)
+            total = timeline.cost + CircuitCost(dealt=ready.corrections)
             times = (online, ready.seconds, ready.dealer_seconds, ready.client_seconds)
             self.reports.append(QueryReport(total, *times, ready.received, ready.query))
             self.timeline = timeline
@@ -333,9 +324,9 @@ class Connection:
     def embed_each(self, texts: Sequence[str]) -> Iterator[Tensor]:
         """The same one by one, so that a failure leaves the answers before it."""
         if self._tokenizer is None:
-            raise PartyError("this server's model takes no text", "use query with the model's own arguments")
+            raise Error("this server's model takes no text", "use query with the model's own arguments")
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise PartyError("embed takes a list of texts", 'for example embed(["A sentence."])')
+            raise Error("embed takes a list of texts", 'for example embed(["A sentence."])')
         pairs = []
         for number, text in enumerate(texts, 1):
             try:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 import grpc
 
 from parties.net.calls import answering
-from parties.net.errors import HandshakeError, PartyError, ProtocolError, QueryError
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.two_party.keys import (
@@ -38,7 +37,8 @@ from proto.unseen_pb2_grpc import DealerServicer
 from protocols.circuit import deal
 from protocols.prg import SEED_BYTES
 from protocols.weights import DealerWeights
-from secure.mpc.program import VERSION, InvalidProgram, Program
+from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
+from secure.mpc.program import VERSION, Program
 
 log = logging.getLogger("unseen.dealer")
 
@@ -173,7 +173,7 @@ class DealerService(DealerServicer):
         with self._lock:
             session = self._sessions.get(token) if len(token) == SESSION_BYTES else None
         if session is None:
-            raise PartyError("no such session (a restarted dealer knows none)", "connect again")
+            raise Error("no such session (a restarted dealer knows none)", "connect again")
         return session
 
 

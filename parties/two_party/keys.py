@@ -12,8 +12,8 @@ import hmac
 import secrets
 import threading
 
-from parties.net.errors import QueryError
 from protocols.prg import Key, derive_key
+from secure.errors import QueryError
 
 DEPLOYMENT = "two-party"
 SESSION_BYTES = 16

@@ -20,15 +20,6 @@ from torch import Tensor
 
 from parties.net.calls import answering, calling, unexpected
 from parties.net.endpoints import Endpoint, open_channel
-from parties.net.errors import (
-    DealerError,
-    DownloadError,
-    HandshakeError,
-    PartyError,
-    PeerLost,
-    ProtocolError,
-    QueryError,
-)
 from parties.net.frames import FrameReader, parts, to_frames
 from parties.net.watchdog import Watchdog
 from parties.traces.trace_file import TraceDirectory
@@ -50,6 +41,7 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from secure.cost.timeline import Recorder, Timeline
+from secure.errors import DealerError, DownloadError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.program import VERSION
 
 log = logging.getLogger("unseen.server")
@@ -134,7 +126,7 @@ class InferenceService(InferenceServicer):
     ) -> Iterator[pb.ServerMessage]:
         if not self._free.acquire(blocking=False):
             busy = f"the server has {MAXIMUM_SESSIONS} sessions, which is its limit\nhint: try again later"
-            yield pb.ServerMessage(failure=pb.Failure(code=PartyError.code, message=busy))
+            yield pb.ServerMessage(failure=pb.Failure(code=Error.code, message=busy))
             return
         try:
             session = _Session(self, requests, context)
@@ -177,7 +169,7 @@ class _Session:
         """Everything that this client is told; a failure is the last of it."""
         try:
             yield from self._run()
-        except PartyError as error:
+        except Error as error:
             log.warning("session of %s ended: %s", self._who, str(error).splitlines()[0])
             yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
         except GeneratorExit:
@@ -188,7 +180,7 @@ class _Session:
         except Exception as error:
             unexpected(error, log)
             message = f"internal error ({self._doing})"
-            yield pb.ServerMessage(failure=pb.Failure(code=PartyError.code, message=message))
+            yield pb.ServerMessage(failure=pb.Failure(code=Error.code, message=message))
 
     def _run(self) -> Iterator[pb.ServerMessage]:
         first = self._next("the handshake")
@@ -261,7 +253,7 @@ class _Session:
         """Fetch a query's corrections. The dealer burns the number, so they can be fetched only once."""
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
-        start, size = time.perf_counter(), self._program.cost.offline_to_server
+        start, size = time.perf_counter(), self._program.cost.dealt
         if not 0 <= query < MAXIMUM_QUERY:
             raise QueryError(f"query number {query} is out of range")
         request = pb.DealRequest(session=self._id, query=query, proof=deal_proof(self._seed, self._id, query))
@@ -325,7 +317,7 @@ class _Session:
             return
         try:
             path = self._service.traces.write(timeline, self._program, query, session_label(self._id))
-        except PartyError as error:
+        except Error as error:
             log.error("query %d left no trace: %s", query, str(error).replace("\n", "; "))
         else:
             log.info("query %d: trace in %s", query, path)

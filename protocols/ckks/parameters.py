@@ -12,12 +12,10 @@ from functools import cached_property
 
 from sympy import isprime
 
+from protocols.errors import DoesNotFit
+
 MAXIMUM_BITS = {2048: 54, 4096: 109, 8192: 218, 16384: 438, 32768: 881}
 SMALLEST_SCALE, LARGEST_PRIME = 22, 60
-
-
-class DoesNotFit(ValueError):
-    """No ring degree holds what is asked for at 128-bit security."""
 
 
 @dataclass(frozen=True)

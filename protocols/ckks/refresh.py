@@ -24,8 +24,9 @@ import numpy as np
 from tenseal import sealapi
 
 from protocols.ckks.codec import Coefficients, Integers
-from protocols.ckks.parameters import DoesNotFit, Parameters
+from protocols.ckks.parameters import Parameters
 from protocols.ckks.seal import Client, Context
+from protocols.errors import DoesNotFit
 
 HIDING = 40  # statistical distance of one refreshed ciphertext from uniform, at most 2^-HIDING
 INTEGER = 6  # values refreshed are below 2^INTEGER; with the scale, their coefficients are too

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from protocols.ckks.circuit import TAKES_LEVEL, Circuit, Node, last_readers
-from protocols.ckks.parameters import DoesNotFit
+from protocols.errors import DoesNotFit
 
 ROUND = 3  # what a round costs beside a refreshed ciphertext, when cuts are chosen
 

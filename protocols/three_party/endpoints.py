@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from protocols.prg import Key
-from protocols.protocol import Cost, Local, Shape, Weights, bytes_of, count
+from protocols.protocol import CircuitCost, Local, Shape, Weights, bytes_of, count
 from protocols.three_party import dpf
 from protocols.three_party.lookup import (
     LookupKeys,
@@ -108,8 +108,8 @@ class LookedUp(SharedInput):
         """
         return torch.zeros(self.shape, dtype=torch.int64) if self.public else key.stream(index).words(self.shape)
 
-    def cost(self) -> Cost:
-        return Cost() if self.public else Cost(offline_to_server=bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost() if self.public else CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
 
 def seeded_share(key: Key, index: int, shape: Shape) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protocols.protocol import Cost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import CircuitCost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 
@@ -51,8 +51,8 @@ class SharedLinear(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)
 
-    def cost(self) -> Cost:
-        return Cost(offline_to_server=bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
 
 @dataclass(frozen=True)

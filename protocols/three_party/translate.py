@@ -16,7 +16,7 @@ from functools import cached_property
 
 from protocols.circuit import Circuit, Instruction, total_cost
 from protocols.local import AddWeight
-from protocols.protocol import Cost, Protocol
+from protocols.protocol import CircuitCost, Protocol
 from protocols.three_party.endpoints import LookedUp, SharedInput
 from protocols.three_party.linear import PublicLinear, SharedLinear
 from protocols.two_party import Deliver, Input, Linear, Open, Reveal
@@ -36,8 +36,8 @@ class Translated:
     origin: tuple[int, ...]
 
     @cached_property
-    def cost(self) -> Cost:
-        """``to_client``: party 0 to 1; ``to_server``: 1 to 0; ``offline_to_server``: 2 to 0. Rounds are of 0 and 1."""
+    def cost(self) -> CircuitCost:
+        """``to_second``: party 0 to 1; ``to_first``: 1 to 0; ``dealt``: 2 to 0. Rounds are of 0 and 1."""
         return total_cost(self.circuit)
 
     @cached_property

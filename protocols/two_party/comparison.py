@@ -24,7 +24,19 @@ import torch
 from torch import Tensor
 
 from protocols import bits, kernels, ring
-from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, count, plane_shape, swap
+from protocols.protocol import (
+    SERVER,
+    CircuitCost,
+    Draw,
+    Material,
+    Protocol,
+    Shape,
+    Step,
+    Weights,
+    count,
+    plane_shape,
+    swap,
+)
 from protocols.two_party import bitproducts
 from protocols.two_party.bitproducts import Term
 from protocols.wire import Wire
@@ -199,8 +211,8 @@ class Compare(Protocol):
         below = [bits.pack(ring.top_bit(x - ring.wrap(t), self.width)) for t in self.thresholds]
         return torch.stack(below)
 
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         each, m = plane_shape(self.shape)[1], len(self.thresholds)
         online = sum(level.variables for level in self.levels) * m * each
         dealt = sum(level.dealt for level in self.levels) * m * each
-        return Cost(len(self.levels), online, online, 8 * self.words * count(self.shape) + each + dealt)
+        return CircuitCost(len(self.levels), online, online, 8 * self.words * count(self.shape) + each + dealt)

@@ -18,7 +18,7 @@ from protocols import ring
 from protocols.protocol import (
     CLIENT,
     SERVER,
-    Cost,
+    CircuitCost,
     Exchange,
     Material,
     Protocol,
@@ -105,5 +105,5 @@ class Reveal(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.reduce(operands[0], self.ring)
 
-    def cost(self) -> Cost:
-        return Cost(1, to_client=bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(1, to_second=bytes_of(self.shape, self.ring))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from protocols import ring
-from protocols.protocol import Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 _LOW = 10  # bits of the finer of the two tables
@@ -113,5 +113,5 @@ class Exponential(Protocol):
         x = ring.reduce(operands[0], self.ring).to(torch.float64) * 2.0**-self.fraction
         return torch.round(torch.exp(-x) * 2.0 ** (self.mask_fraction + self.public_fraction)).to(torch.int64)
 
-    def cost(self) -> Cost:
-        return Cost(offline_to_server=2 * bytes_of(self.shape, ring.WORD))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=2 * bytes_of(self.shape, ring.WORD))

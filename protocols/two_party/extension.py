@@ -21,7 +21,7 @@ from protocols import bits, kernels, ring
 from protocols.protocol import (
     CLIENT,
     SERVER,
-    Cost,
+    CircuitCost,
     Draw,
     Material,
     Protocol,
@@ -81,6 +81,6 @@ class Extend(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.signed(operands[0], self.ring)
 
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         size = plane_shape(self.shape)[1]
-        return Cost(1, size, size, bytes_of(self.shape, self.wide - self.ring))
+        return CircuitCost(1, size, size, bytes_of(self.shape, self.wide - self.ring))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from protocols.protocol import (
     CLIENT,
-    Cost,
+    CircuitCost,
     Draw,
     Exchange,
     Material,
@@ -69,8 +69,8 @@ class Deliver(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
 
-    def cost(self) -> Cost:
-        return Cost(1, to_server=bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(1, to_first=bytes_of(self.shape, self.ring))
 
 
 @dataclass(frozen=True)
@@ -113,5 +113,5 @@ class Linear(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._product(operands[0], weights)
 
-    def cost(self) -> Cost:
-        return Cost(offline_to_server=bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=bytes_of(self.shape, self.ring))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from protocols import ring
 from protocols.protocol import (
-    Cost,
+    CircuitCost,
     Draw,
     Material,
     Opening,
@@ -58,9 +58,9 @@ class Open(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.reduce(operands[0], self.ring)
 
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         size = bytes_of(self.shape, self.ring)
-        return Cost(1, size, size)
+        return CircuitCost(1, size, size)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ class OpenBits(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
 
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         size = self.out.size
-        return Cost(1, size, size)
+        return CircuitCost(1, size, size)

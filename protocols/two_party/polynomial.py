@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import kernels, ring
-from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 
@@ -62,8 +62,8 @@ class Powers(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
 
-    def cost(self) -> Cost:
-        return Cost(offline_to_server=(self.degree - 1) * bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=(self.degree - 1) * bytes_of(self.shape, self.ring))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols.matmul import matmul
-from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 
@@ -52,5 +52,5 @@ class Product(Protocol):
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._times(*operands)
 
-    def cost(self) -> Cost:
-        return Cost(offline_to_server=bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=bytes_of(self.shape, self.ring))

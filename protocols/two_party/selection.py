@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import bits, kernels, ring
-from protocols.protocol import SERVER, Cost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 
@@ -88,5 +88,5 @@ class Select(Protocol):
             total = total + bits.unpack(plane, self.shape) * value
         return total
 
-    def cost(self) -> Cost:
-        return Cost(offline_to_server=(len(self.slopes) + len(self._sloped)) * bytes_of(self.shape, self.ring))
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=(len(self.slopes) + len(self._sloped)) * bytes_of(self.shape, self.ring))

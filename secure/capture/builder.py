@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from secure.capture.clear_operations import CLEAR_OPERATIONS, encode_argument, evaluate_clear, kind_of
-from secure.capture.graph import (
-    MASKED,
-    SHARED_OPERATIONS,
-    Graph,
-    Node,
-    UnsupportedOperation,
-    constant_attrs,
-    placeholder,
-    result_visibility,
-)
+from secure.capture.graph import MASKED, SHARED_OPERATIONS, Graph, Node, constant_attrs, placeholder, result_visibility
+from secure.errors import UnsupportedOperation
 
 HUGE = -1.0e30
 """Constants below this are meant as minus infinity."""

@@ -19,8 +19,9 @@ import secure.operations.polynomial_forms
 import secure.operations.shapes  # noqa: F401  (both register rules)
 from secure.capture.builder import Builder, Norm, Root, Value, shape_of
 from secure.capture.clear_operations import CLEAR_OPERATIONS, CREATION_OPERATIONS, kind_of
-from secure.capture.graph import Graph, Node, UnsupportedOperation
+from secure.capture.graph import Graph, Node
 from secure.capture.rules import CASTS, IDENTITIES, IGNORED, RULES, STRUCTURAL, call
+from secure.errors import UnsupportedOperation
 
 PUBLIC_BUFFERS = frozenset({"inv_freq", "original_inv_freq"})
 """Names of float buffers that follow from a model's architecture alone (rotary embeddings)."""

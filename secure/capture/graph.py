@@ -33,10 +33,6 @@ MASKED = -1.0e4
 """What an additive attention mask holds at masked positions: finite, so that it has a fixed-point form."""
 
 
-class UnsupportedOperation(ValueError):
-    """A model does something that has no private protocol; the message names the module and the operation."""
-
-
 @dataclass(frozen=True)
 class Node:
     """One operation of a graph and the type of its result."""

@@ -19,20 +19,21 @@ from approximations import choose
 from protocols.ckks import noise
 from protocols.ckks.circuit import Vector, clear
 from protocols.ckks.cost import seconds
-from protocols.ckks.parameters import MAXIMUM_BITS, DoesNotFit, Parameters
+from protocols.ckks.parameters import MAXIMUM_BITS, Parameters
 from protocols.ckks.refresh import INTEGER, reserve
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
 from secure.capture.capture import capture
-from secure.capture.graph import Graph, UnsupportedOperation, run
-from secure.ckks.layout import Cube, DoesNotPack, at
+from secure.capture.graph import Graph, run
+from secure.ckks.layout import Cube, at
 from secure.ckks.linear_maps import Array
 from secure.ckks.pack import Packed, Packer
 from secure.ckks.pack_batch import BatchPacker, slots_of
 from secure.ckks.polynomials import Range
 from secure.ckks.program import HEADROOM, EncryptedProgram
-from secure.lowering.lower import Lowered, lower, observe
+from secure.errors import DoesNotFit, DoesNotPack, UnsupportedOperation
+from secure.lowering.lower import Lowered, Sample, lower, trace_inputs
+from secure.lowering.observe import observe
 from secure.lowering.trace import evaluate
-from secure.mpc.compile import Sample, trace_inputs
 
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 DEGREES = (8192, 16384, 32768)
@@ -94,7 +95,7 @@ def encrypt(
             cube = _cube(lowered, degree // 2)
             packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
             chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
-        except (DoesNotFit, DoesNotPack) as error:
+        except DoesNotFit as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
             unpacked = error if isinstance(error, DoesNotPack) else unpacked
             continue

@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 
 from protocols.ckks.diagonals import Diagonals
 from secure.ckks.linear_maps import Matrix
+from secure.errors import DoesNotPack
 
 EMPTY = -1
 SAMPLE = 256  # of what is still wanted, on which offsets are compared
 
 Content = NDArray[np.int64]  # (ciphertexts, slots)
-
-
-class DoesNotPack(ValueError):
-    """A shape that the layout has no place for."""
 
 
 def power_of_two(n: int) -> int:

@@ -1,7 +1,7 @@
 """From a traced model to a circuit of ciphertexts: what stands where, and which products, rotations and diagonals.
 
-Three rules carry it. What is linear waits as a matrix (``secure.ckks.linear_maps``) until a product or a polynomial needs it as a
-ciphertext. A chain of polynomials of one value is one polynomial, of which the degree alone costs levels. And every
+Three rules carry it. What is linear waits as a matrix (``secure.ckks.linear_maps``) until a product or a
+polynomial needs it as a ciphertext. A chain of polynomials of one value is one polynomial, of which the degree alone costs levels. And every
 ciphertext holds its value divided by a *unit*, chosen so that products and polynomials meet numbers around one: the
 factor is part of the matrix, and costs nothing.
 """
@@ -18,10 +18,10 @@ from scipy import sparse
 from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
-from secure.capture.graph import UnsupportedOperation
 from secure.ckks.layout import EMPTY, Content, Cube, at, diagonals, first_only, power_of_two, repeated
 from secure.ckks.linear_maps import RULES, Affine, Array, Matrix, column_sums, selection
 from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power, units
+from secure.errors import UnsupportedOperation
 from secure.lowering.trace import Primitive, Trace
 
 DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way

@@ -15,9 +15,9 @@ from numpy.polynomial import Chebyshev
 
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
-from secure.capture.graph import UnsupportedOperation
 from secure.ckks.linear_maps import RULES, Affine, Array
 from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power, units
+from secure.errors import UnsupportedOperation
 from secure.lowering.trace import Primitive, Trace
 
 

@@ -23,8 +23,8 @@ from secure.capture.graph import Graph
 from secure.capture.graph import run as run_graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
-from secure.lowering.lower import ClientInput
-from secure.mpc.program import InvalidProgram, encode_input
+from secure.errors import InvalidProgram
+from secure.lowering.client_inputs import ClientInput, encode_input
 
 VERSION = 1
 _MALFORMED = (

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Cost, Exchange, Protocol, Step
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol, Step
 from protocols.two_party import Powers
-from secure.deployments.three_party import Runnable
+from secure.cost.runnable import Runnable
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Network:
     round_trip: float  # seconds
     bandwidth: float  # bytes a second
 
-    def seconds(self, cost: Cost) -> float:
+    def seconds(self, cost: CircuitCost) -> float:
         """Online waiting: half a round trip a round, as both parties send at once, and the larger direction's bytes."""
-        return cost.rounds * self.round_trip / 2 + max(cost.to_server, cost.to_client) / self.bandwidth
+        return cost.rounds * self.round_trip / 2 + max(cost.to_first, cost.to_second) / self.bandwidth
 
 
 NETWORKS = (
@@ -67,7 +67,7 @@ class Line:
 
     path: str
     kind: str
-    cost: Cost
+    cost: CircuitCost
     products: int  # ring multiply-accumulates of both parties, in matrix products and linear layers
     comparisons: int
 
@@ -99,15 +99,15 @@ class Profile:
     """
 
     lines: tuple[Line, ...]
-    total: Cost
+    total: CircuitCost
     schedules: tuple[tuple[Stage, ...], tuple[Stage, ...]]
     memory: tuple[Memory, Memory]
 
-    def by(self, key: Callable[[Line], str]) -> dict[str, tuple[Cost, int, int]]:
+    def by(self, key: Callable[[Line], str]) -> dict[str, tuple[CircuitCost, int, int]]:
         """(summed cost, products, comparisons) by any property of a line, e.g. its kind or a prefix of its path."""
-        out: dict[str, tuple[Cost, int, int]] = {}
+        out: dict[str, tuple[CircuitCost, int, int]] = {}
         for line in self.lines:
-            cost, products, comparisons = out.get(key(line), (Cost(), 0, 0))
+            cost, products, comparisons = out.get(key(line), (CircuitCost(), 0, 0))
             out[key(line)] = (cost + line.cost, products + line.products, comparisons + line.comparisons)
         return out
 
@@ -122,7 +122,7 @@ class Profile:
     @property
     def correlations(self) -> dict[str, int]:
         """Bytes of corrections by the kind of protocol that uses them up."""
-        found = {kind: cost.offline_to_server for kind, (cost, _, _) in self.by(lambda line: line.kind).items()}
+        found = {kind: cost.dealt for kind, (cost, _, _) in self.by(lambda line: line.kind).items()}
         return {kind: size for kind, size in found.items() if size}
 
 
@@ -153,13 +153,13 @@ def profile(program: Runnable) -> Profile:
     for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
         offline = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
         rounds, up, down = (parties[CLIENT].rounds[index], parties[CLIENT].sent[index], parties[SERVER].sent[index])
-        cost = Cost(rounds, up, down, offline)
+        cost = CircuitCost(rounds, up, down, offline)
         lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
-    summed = sum((line.cost for line in lines), Cost())
-    total = Cost(len(parties[SERVER].stages) - 1, summed.to_server, summed.to_client, summed.offline_to_server)
+    summed = sum((line.cost for line in lines), CircuitCost())
+    total = CircuitCost(len(parties[SERVER].stages) - 1, summed.to_first, summed.to_second, summed.dealt)
     prepared = sum(_held(i.protocol) for i in circuit if type(i.protocol).offline is not Protocol.offline)
     server, client = parties
-    memory = (Memory(server.most, total.offline_to_server), Memory(client.most, prepared))
+    memory = (Memory(server.most, total.dealt), Memory(client.most, prepared))
     return Profile(tuple(lines), total, (tuple(server.stages), tuple(client.stages)), memory)
 
 
@@ -264,5 +264,5 @@ def module(path: str, depth: int) -> str:
     return ".".join(parts[:depth]) or "(model)"
 
 
-def total_seconds(networks: Iterable[Network], cost: Cost) -> dict[str, float]:
+def total_seconds(networks: Iterable[Network], cost: CircuitCost) -> dict[str, float]:
     return {n.name: n.seconds(cost) for n in networks}

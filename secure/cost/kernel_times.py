@@ -32,8 +32,8 @@ from protocols.two_party import Deliver
 from protocols.two_party.polynomial import Powers
 from protocols.weights import ServerWeights
 from protocols.wire import Wire
+from secure.cost.runnable import Runnable
 from secure.cost.timeline import Recorder, Timeline
-from secure.deployments.three_party import Runnable
 
 REPEATS, ENOUGH = 3, 10.0  # runs of each party, and the seconds after which no further one begins
 OCCURRENCES = 3  # of one and the same instruction in a run

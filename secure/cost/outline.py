@@ -21,7 +21,8 @@ from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from secure.capture.capture import capture
 from secure.capture.graph import MASKED, Graph
-from secure.lowering.lower import Observed, lower
+from secure.lowering.lower import lower
+from secure.lowering.observe import Observed
 from secure.lowering.ranges import Ranges
 from secure.mpc.compile import emit_program
 from secure.mpc.program import Program

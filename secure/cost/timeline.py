@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protocols.circuit import Observer, Part
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Timeline:
         return usage
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         """Rounds and bytes that crossed, to be compared with a profile's."""
         sent, received = sum(r.sent for r in self.rounds), sum(r.received for r in self.rounds)
         up, down = (received, sent) if self.party == "server" else (sent, received)
-        return Cost(len(self.rounds), up, down)
+        return CircuitCost(len(self.rounds), up, down)
 
     def by(self, key: Callable[[int], str]) -> dict[str, Usage]:
         """Usage by any property of an instruction; a round's time is shared equally among the instructions in it."""

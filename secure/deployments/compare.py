@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
-from protocols.protocol import Cost
+from protocols.protocol import CircuitCost
 from secure.cost.count import NETWORKS, Network, Profile, profile
 from secure.cost.kernel_times import Timings, measure
 from secure.cost.projection import Transport, project
+from secure.cost.runnable import Runnable
 from secure.deployments.in_process import plain_reference
-from secure.deployments.three_party import DEPLOYMENTS, Runnable, deployed
-from secure.lowering.lower import EMBEDDINGS
-from secure.mpc.compile import Compiled, Sample, compile
+from secure.deployments.three_party import DEPLOYMENTS, deployed
+from secure.lowering.client_inputs import EMBEDDINGS
+from secure.lowering.lower import Sample
+from secure.mpc.compile import Compiled, compile
 
 FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
 FRACTION_BITS = FixedPoint().fraction_bits
@@ -120,7 +122,7 @@ class Outcome:
     """What became of a variant. With a ``problem`` it cannot be used; what was found before that is kept."""
 
     variant: Variant
-    cost: Cost | None = None
+    cost: CircuitCost | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     lowest_cosine: float | None = None
     problem: str | None = None
@@ -194,8 +196,8 @@ def cheapest(outcomes: Iterable[Outcome], accuracy: float, network: str) -> Outc
         if network not in outcome.seconds:
             known = ", ".join(outcome.seconds) or "none"
             raise ValueError(f"no seconds on the network {network!r}\nhint: there are those on {known}")
-        cost = outcome.cost or Cost()
-        return outcome.seconds[network], cost.to_server + cost.to_client, cost.offline_to_server
+        cost = outcome.cost or CircuitCost()
+        return outcome.seconds[network], cost.to_first + cost.to_second, cost.dealt
 
     return min((o for o in outcomes if o.meets(accuracy)), key=price, default=None)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from protocols.circuit import Correlations, deal, execute, prepare, reference
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, SERVER, Cost
-from protocols.steps import Traffic, run_pair
+from protocols.protocol import CLIENT, SERVER, CircuitCost
+from protocols.steps import PairTraffic, run_pair
 from protocols.three_party.endpoints import seeded_share
 from protocols.three_party.sharing import HELPER, PARTIES
 from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
@@ -29,7 +29,7 @@ from secure.mpc.compile import Compiled
 class Report:
     """What one query took. ``cost`` is measured; times are of this process, which plays every role in turn."""
 
-    cost: Cost
+    cost: CircuitCost
     dealer_seconds: float
     client_offline_seconds: float
     online_seconds: float
@@ -78,8 +78,8 @@ class InsecureThreeParties:
             shares[1][name] = rows[1] + zero_share
             shares[0][name] = sum(rows[2:], rows[0]) - zero_share
         # what party 2 sends party 0 within the query
-        rows_of_two = sum(p.cost().offline_to_server for _, p in self.translated.lookups.values())
-        traffic = Traffic()
+        rows_of_two = sum(p.cost().dealt for _, p in self.translated.lookups.values())
+        traffic = PairTraffic()
         zero, one = (
             execute(
                 circuit, output, party, Correlations(party, streams[party], supply), self._weights[party], shares[party]
@@ -88,7 +88,9 @@ class InsecureThreeParties:
         )
         (a,), (b,) = run_pair(zero, one, traffic)
         done = time.perf_counter()
-        cost = Cost(traffic.rounds, traffic.to_server, traffic.to_client, sum(map(len, ahead.values())) + rows_of_two)
+        cost = CircuitCost(
+            traffic.rounds, traffic.to_first, traffic.to_second, sum(map(len, ahead.values())) + rows_of_two
+        )
         # (parties of a deployment add a zero share before they send these to a client)
         return self.program.decode(a + b), Report(cost, dealt - start, 0.0, done - dealt)
 
@@ -114,14 +116,14 @@ class InsecureInProcess:
         prepare(circuit, client_correlations, self._client)
         ready = time.perf_counter()
         values = program.client_values(inputs, self._tables)
-        outputs, traffic = [program.output], Traffic()
+        outputs, traffic = [program.output], PairTraffic()
         _, (result,) = run_pair(
             execute(circuit, outputs, SERVER, Correlations(SERVER, server_key, corrections), self._server),
             execute(circuit, outputs, CLIENT, client_correlations, self._client, values),
             traffic,
         )
         done = time.perf_counter()
-        cost = Cost(traffic.rounds, traffic.to_server, traffic.to_client, sum(map(len, corrections.values())))
+        cost = CircuitCost(traffic.rounds, traffic.to_first, traffic.to_second, sum(map(len, corrections.values())))
         return program.decode(result), Report(cost, dealt - start, ready - dealt, done - ready)
 
 

@@ -5,41 +5,13 @@ Two parties run a Program's circuit as it is; of three, parties 0 and 1 run its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
-
-from protocols.circuit import Circuit
 from protocols.protocol import PARTY_NAMES
 from protocols.three_party import Translated, translate
+from secure.cost.runnable import Deployed
 from secure.mpc.program import Program
 
 TWO_PARTY, THREE_PARTY, THREE_PARTY_PUBLIC = "two-party", "three-party", "three-party-public-weights"
 DEPLOYMENTS = (TWO_PARTY, THREE_PARTY, THREE_PARTY_PUBLIC)
-
-
-class Runnable(Protocol):
-    """What a cost can be counted of: a Program, or what a deployment makes of it."""
-
-    @property
-    def circuit(self) -> Circuit: ...
-    @property
-    def output(self) -> int: ...
-    @property
-    def paths(self) -> tuple[str, ...]: ...
-    @property
-    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Deployed:
-    """``names``: of the party that gets corrections, and of the other one."""
-
-    circuit: Circuit
-    output: int
-    paths: tuple[str, ...]
-    weight_shapes: Mapping[str, tuple[int, ...]]
-    names: tuple[str, str]
 
 
 def three_party(program: Program, *, public: bool = False) -> Translated:

@@ -8,9 +8,8 @@ of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,33 +17,15 @@ from torch import Tensor
 
 from approximations import Functions, relu, tanh
 from approximations.softmax import CLIP
-from secure.capture.graph import MASKED, Graph, Node, UnsupportedOperation, evaluate, run
+from secure.capture.graph import MASKED, Graph, Node, evaluate, run
+from secure.errors import UnsupportedOperation
+from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, encode_input
+from secure.lowering.observe import Observed
 from secure.lowering.trace import Symbol, Trace, WeightRef, concatenate
 from secure.operations.normalizations import Normalizations
 
 POLYNOMIAL = frozenset({"polynomial", "power", "polynomial_norm"})  # operations of models in polynomial form
 COMPARING = frozenset({"softmax", "gelu", "relu", "silu", "tanh", "layer_norm"})
-EMBEDDINGS = ("one-hot", "client-table")
-
-
-@dataclass(frozen=True)
-class ClientInput:
-    """How the client makes one input of the circuit: from output ``output`` of its own graph, as it is or encoded."""
-
-    name: str
-    output: int
-    encoding: str  # "plain", "one-hot" or "client-table"
-    size: int  # rows of the token table (one-hot, client-table), else 0
-    shape: tuple[int, ...]
-    table: str = ""  # the weight that the client holds (client-table)
-
-
-@dataclass
-class Observed:
-    """What calibration on the graph itself showed, by node."""
-
-    variance: dict[int, tuple[float, float]] = field(default_factory=dict)
-    magnitude: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,37 +36,6 @@ class Lowered:
     client_graph: Graph
     client_inputs: list[ClientInput]
     clamps: dict[str, float]  # inputs that are additive masks: how low they need to go
-
-
-def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
-    """Run the graph in float64 on the calibration inputs and keep the ranges that approximations ask for."""
-    readers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        if (
-            node.op in ("layer_norm", "rms_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
-            and node.visibility == "shared"
-        ):
-            readers.setdefault(node.inputs[0], []).append(node)
-    seen = Observed()
-
-    def look(node: Node, value: Tensor) -> None:
-        if value.is_floating_point() and value.numel():
-            seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), float(value.abs().max()))
-        for reader in readers.get(node.id, ()):
-            if reader.op in ("layer_norm", "polynomial_norm"):
-                measured = value.var(dim=tuple(reader.attrs.get("axes", (-1,))), unbiased=False)
-            elif reader.op == "rms_norm":
-                measured = value.square().mean(-1) + reader.attrs["eps"]
-            elif reader.op == "l2_normalize":
-                measured = value.square().sum(dim=reader.attrs["dim"])
-            else:
-                measured = value
-            low, high = seen.variance.get(reader.id, (math.inf, 0.0))
-            seen.variance[reader.id] = (min(low, float(measured.min())), max(high, float(measured.max())))
-
-    for sample in samples:
-        run(graph, sample, parameters, look)
-    return seen
 
 
 def lower(
@@ -372,3 +322,15 @@ def _subgraph(graph: Graph, outputs: Sequence[int]) -> Graph:
             Node(number[old], n.op, tuple(number[i] for i in n.inputs), n.attrs, n.shape, n.dtype, n.visibility, n.path)
         )
     return Graph(tuple(nodes), tuple(number[o] for o in outputs))
+
+
+Sample = Mapping[str, Tensor]
+
+
+def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    values = run(lowered.client_graph, sample, {}) if lowered.client_inputs else []
+    out = {}
+    for spec in lowered.client_inputs:
+        value = encode_input(spec, values[spec.output], tables).to(torch.float64)
+        out[spec.name] = value.clamp(min=-lowered.clamps[spec.name]) if spec.name in lowered.clamps else value
+    return out

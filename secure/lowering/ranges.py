@@ -111,3 +111,9 @@ def _assumed(p: Primitive, operands: list[tuple[float, float]], reach: float, tr
     if p.op == "cat":
         return min(low for low, _ in operands), max(high for _, high in operands)
     return (p.attrs["low"], p.attrs["high"]) if p.op == "bounded" else (low, high)
+
+
+def widened(edge: float, *, down: bool = False) -> float:
+    """An edge of a range, outwards to a quarter of an octave: an exact one would show a value of a single sentence."""
+    quarters = 4 * math.log2(edge)
+    return float(2.0 ** ((math.floor(quarters) if down else math.ceil(quarters)) / 4))

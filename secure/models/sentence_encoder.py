@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.capture.graph import MASKED
-from secure.models.tokens import EmptyInput, InputTooLong, TextTokenizer, load_tokenizer, read_json, tokenize
+from secure.models.tokens import TextTokenizer, load_tokenizer, read_json, tokenize
 from secure.polynomial.recipe import read_recipe
 from secure.polynomial.swap import polynomialize
 
 __all__ = [
-    "EmptyInput",
-    "InputTooLong",
     "SentenceEncoder",
     "TextTokenizer",
     "find_packaged_model",

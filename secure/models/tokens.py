@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secure.errors import EmptyInput, InputTooLong
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-class InputTooLong(ValueError):
-    """A text has more tokens than the length it is to be padded to."""
-
-
-class EmptyInput(ValueError):
-    """A text has no tokens of its own."""
 
 
 @dataclass(frozen=True)

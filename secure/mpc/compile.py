@@ -18,13 +18,13 @@ from protocols.local import AddWeight
 from protocols.two_party import Linear
 from protocols.weights import ServerWeights
 from secure.capture.capture import capture
-from secure.capture.graph import run
-from secure.lowering.lower import ClientInput, Lowered, lower, observe
+from secure.lowering.client_inputs import ClientInput
+from secure.lowering.lower import Lowered, Sample, lower, trace_inputs
+from secure.lowering.observe import observe
 from secure.lowering.ranges import Ranges
-from secure.mpc.emitter import Emitter, Plan, split_weight_key
-from secure.mpc.program import Program, encode_input
-
-Sample = Mapping[str, Tensor]
+from secure.mpc.emitter import Emitter, split_weight_key
+from secure.mpc.plan import Plan
+from secure.mpc.program import Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +85,6 @@ def compile(  # the verb that torch uses; always written secure.compile
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     named = {"embedding": embedding, **functions.labels, **(labels or {})}
     return finish(lowered, ranges, fixed, tables, named)
-
-
-def trace_inputs(lowered: Lowered, sample: Sample, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    values = run(lowered.client_graph, sample, {}) if lowered.client_inputs else []
-    out = {}
-    for spec in lowered.client_inputs:
-        value = encode_input(spec, values[spec.output], tables).to(torch.float64)
-        out[spec.name] = value.clamp(min=-lowered.clamps[spec.name]) if spec.name in lowered.clamps else value
-    return out
 
 
 def finish(

@@ -17,26 +17,21 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from protocols import ring
 from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fixedpoint import FixedPoint
-from protocols.protocol import Cost, Protocol
+from protocols.protocol import CircuitCost, Protocol
 from protocols.two_party import Input, Linear, Reveal
 from secure.capture.graph import Graph, run
-from secure.lowering.lower import ClientInput
+from secure.errors import InvalidProgram
+from secure.lowering.client_inputs import ENCODINGS, ClientInput, encode_input
 
 VERSION = 1
 MAXIMUM_ELEMENTS = 1 << 30  # of one tensor of a Program that somebody else sent
 MAXIMUM_INSTRUCTIONS = 1 << 20
-ENCODINGS = ("plain", "one-hot", "client-table")
-
-
-class InvalidProgram(ValueError):
-    """An encoded Program does not hold together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +67,7 @@ class Program:
         return rings
 
     @cached_property
-    def cost(self) -> Cost:
+    def cost(self) -> CircuitCost:
         """Rounds and bytes of one query."""
         return total_cost(self.circuit)
 
@@ -155,17 +150,6 @@ class Program:
         except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, ValidationError) as error:
             raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
         return program
-
-
-def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-    """One client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds."""
-    if spec.encoding == "plain":
-        return value
-    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
-        raise ValueError(f"a token id is outside 0..{spec.size - 1}\nhint: use the tokenizer that belongs to the model")
-    if spec.encoding == "one-hot":
-        return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
-    return tables[spec.table][value]
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Lowering of normalizations, and of the polynomial forms that a model was trained with; a part of ``secure.lowering.lower``."""
+"""Lowering of normalizations, and of the polynomial forms that a model was trained with."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from approximations import Functions, Piece, l2_normalize, polynomial, polynomial_layer_norm, power, rms_norm, rsqrt
 from approximations.powers import steps_for
-from secure.capture.graph import Graph, Node, UnsupportedOperation
+from secure.capture.graph import Graph, Node
+from secure.errors import UnsupportedOperation
+from secure.lowering.ranges import widened
 from secure.lowering.trace import Symbol, WeightRef
-from secure.polynomial.forms import widened
 
 if TYPE_CHECKING:
-    from secure.lowering.lower import Observed
+    from secure.lowering.observe import Observed
 
 NORM_DEGREE, NORM_ERROR = 3, 2.0**-13  # of the inverse roots of a Program that compares nothing else
 

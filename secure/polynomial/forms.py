@@ -19,17 +19,12 @@ from approximations.fits import least_squares
 from approximations.norms import polynomial_layer_norm
 from approximations.powers import power, power_attend, power_error, power_pieces, power_scores, steps_for
 from approximations.primitives import Piece
+from secure.lowering.ranges import widened
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
 from secure.polynomial.recipe import Recipe
 
 SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
 RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
-
-
-def widened(edge: float, *, down: bool = False) -> float:
-    """An edge of a range, outwards to a quarter of an octave: an exact one would show a value of a single sentence."""
-    quarters = 4 * math.log2(edge)
-    return float(2.0 ** ((math.floor(quarters) if down else math.ceil(quarters)) / 4))
 
 
 def _excess(away: Tensor) -> Tensor:

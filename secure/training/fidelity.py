@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secure.deployments.in_process import InsecureInProcess, plain_reference
+from secure.lowering.lower import Sample
 from secure.models.sentence_encoder import SentenceEncoder
-from secure.mpc.compile import Compiled, Sample
+from secure.mpc.compile import Compiled
 from secure.polynomial.forms import Form, forms
 from secure.training.distil import Agreement, agreement_of, hidden_states
 

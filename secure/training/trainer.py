@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from approximations.powers import power_scores
+from secure.errors import Diverged, RangeLost
 from secure.polynomial.forms import (
     SAMPLES,
     Form,
@@ -83,14 +84,6 @@ class Progress:
     parts: dict[str, float]
     stage: str
     seconds: float
-
-
-class Diverged(ValueError):
-    """The loss is not finite; the last checkpoint is kept."""
-
-
-class RangeLost(ValueError):
-    """Training could not hold a range."""
 
 
 Batch = Mapping[str, Tensor]

@@ -1,0 +1,37 @@
+"""How a client makes the inputs of a circuit from its own values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMBEDDINGS = ("one-hot", "client-table")
+
+
+@dataclass(frozen=True)
+class ClientInput:
+    """How the client makes one input of the circuit: from output ``output`` of its own graph, as it is or encoded."""
+
+    name: str
+    output: int
+    encoding: str  # "plain", "one-hot" or "client-table"
+    size: int  # rows of the token table (one-hot, client-table), else 0
+    shape: tuple[int, ...]
+    table: str = ""  # the weight that the client holds (client-table)
+
+
+ENCODINGS = ("plain", "one-hot", "client-table")
+
+
+def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    """One client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds."""
+    if spec.encoding == "plain":
+        return value
+    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
+        raise ValueError(f"a token id is outside 0..{spec.size - 1}\nhint: use the tokenizer that belongs to the model")
+    if spec.encoding == "one-hot":
+        return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
+    return tables[spec.table][value]
