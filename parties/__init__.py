@@ -4,10 +4,11 @@ In dependency order, one line a wing:
 
 net/         addresses, channels, frames, deadlines, services
 served/      what a service publishes
-two_party/   client, server and dealer
 traces/      timelines of queries, as files
-reports/     what commands print
+two_party/   client, server and dealer
 three_party/ three servers that share a model
 ckks/        a server that computes on ciphertexts
+deployments  all of them by name: serve and connect
+reports/     what commands print
 cli/         the command ``unseen``
 """

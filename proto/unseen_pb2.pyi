@@ -6,6 +6,57 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class File(_message.Message):
+    __slots__ = ("name", "sha256", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    sha256: str
+    size: int
+    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("version", "deployment", "role", "program", "model", "files", "tokenizer", "pad_id", "lowercase", "compiled_as")
+    class CompiledAsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    PAD_ID_FIELD_NUMBER: _ClassVar[int]
+    LOWERCASE_FIELD_NUMBER: _ClassVar[int]
+    COMPILED_AS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    deployment: str
+    role: str
+    program: bytes
+    model: str
+    files: _containers.RepeatedCompositeFieldContainer[File]
+    tokenizer: bytes
+    pad_id: int
+    lowercase: bool
+    compiled_as: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program: _Optional[bytes] = ..., model: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ..., compiled_as: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class DownloadRequest(_message.Message):
+    __slots__ = ("sha256",)
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    def __init__(self, sha256: _Optional[str] = ...) -> None: ...
+
 class Chunk(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
@@ -73,46 +124,6 @@ class DealRequest(_message.Message):
     query: int
     proof: bytes
     def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
-
-class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class File(_message.Message):
-    __slots__ = ("name", "sha256", "size")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    sha256: str
-    size: int
-    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
-
-class Description(_message.Message):
-    __slots__ = ("version", "deployment", "program", "weights_digest", "files", "tokenizer", "pad_id", "lowercase")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
-    PROGRAM_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    FILES_FIELD_NUMBER: _ClassVar[int]
-    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
-    PAD_ID_FIELD_NUMBER: _ClassVar[int]
-    LOWERCASE_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    deployment: str
-    program: bytes
-    weights_digest: str
-    files: _containers.RepeatedCompositeFieldContainer[File]
-    tokenizer: bytes
-    pad_id: int
-    lowercase: bool
-    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., program: _Optional[bytes] = ..., weights_digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ...) -> None: ...
-
-class DownloadRequest(_message.Message):
-    __slots__ = ("sha256",)
-    SHA256_FIELD_NUMBER: _ClassVar[int]
-    sha256: str
-    def __init__(self, sha256: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "deployment", "program_digest", "fixed_point", "weights_digest", "session")
@@ -204,26 +215,6 @@ class ServerMessage(_message.Message):
     failure: Failure
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
-class EncryptedDescription(_message.Message):
-    __slots__ = ("version", "deployment", "program", "weights_digest", "files", "tokenizer", "pad_id", "lowercase")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
-    PROGRAM_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    FILES_FIELD_NUMBER: _ClassVar[int]
-    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
-    PAD_ID_FIELD_NUMBER: _ClassVar[int]
-    LOWERCASE_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    deployment: str
-    program: bytes
-    weights_digest: str
-    files: _containers.RepeatedCompositeFieldContainer[File]
-    tokenizer: bytes
-    pad_id: int
-    lowercase: bool
-    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., program: _Optional[bytes] = ..., weights_digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ...) -> None: ...
-
 class KeysRequest(_message.Message):
     __slots__ = ("digest",)
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -305,30 +296,6 @@ class EncryptedReply(_message.Message):
     frame: Frame
     failure: Failure
     def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., refresh: _Optional[int] = ..., result: _Optional[int] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
-
-class PartyDescription(_message.Message):
-    __slots__ = ("version", "deployment", "party", "public_weights", "program", "model", "files", "tokenizer", "pad_id", "lowercase")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
-    PARTY_FIELD_NUMBER: _ClassVar[int]
-    PUBLIC_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
-    PROGRAM_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    FILES_FIELD_NUMBER: _ClassVar[int]
-    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
-    PAD_ID_FIELD_NUMBER: _ClassVar[int]
-    LOWERCASE_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    deployment: str
-    party: int
-    public_weights: bool
-    program: bytes
-    model: str
-    files: _containers.RepeatedCompositeFieldContainer[File]
-    tokenizer: bytes
-    pad_id: int
-    lowercase: bool
-    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., party: _Optional[int] = ..., public_weights: _Optional[bool] = ..., program: _Optional[bytes] = ..., model: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ...) -> None: ...
 
 class AskStart(_message.Message):
     __slots__ = ("version", "model", "session", "seed")

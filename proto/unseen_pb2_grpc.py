@@ -25,6 +25,125 @@ if _version_not_supported:
     )
 
 
+class ModelStub:
+    """What is served, in every deployment: whoever answers clients answers this too. Everything here is public.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Describe = channel.unary_unary(
+                '/unseen.v2.Model/Describe',
+                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.Description.FromString,
+                _registered_method=True)
+        self.Download = channel.unary_stream(
+                '/unseen.v2.Model/Download',
+                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
+                _registered_method=True)
+
+
+class ModelServicer:
+    """What is served, in every deployment: whoever answers clients answers this too. Everything here is public.
+    """
+
+    def Describe(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Download(self, request, context):
+        """A once-per-model file of the description, by its SHA-256.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.Description.SerializeToString,
+            ),
+            'Download': grpc.unary_stream_rpc_method_handler(
+                    servicer.Download,
+                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'unseen.v2.Model', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('unseen.v2.Model', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Model:
+    """What is served, in every deployment: whoever answers clients answers this too. Everything here is public.
+    """
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Model/Describe',
+            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+            proto_dot_unseen__pb2.Description.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Download(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unseen.v2.Model/Download',
+            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+            proto_dot_unseen__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class DealerStub:
     """Hands out correlated randomness before queries; never sees an input, a weight or a share.
     """
@@ -36,22 +155,22 @@ class DealerStub:
             channel: A grpc.Channel.
         """
         self.Register = channel.unary_unary(
-                '/unseen.v1.Dealer/Register',
+                '/unseen.v2.Dealer/Register',
                 request_serializer=proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.RegisterReply.FromString,
                 _registered_method=True)
         self.Open = channel.unary_unary(
-                '/unseen.v1.Dealer/Open',
+                '/unseen.v2.Dealer/Open',
                 request_serializer=proto_dot_unseen__pb2.OpenRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.OpenReply.FromString,
                 _registered_method=True)
         self.Join = channel.unary_unary(
-                '/unseen.v1.Dealer/Join',
+                '/unseen.v2.Dealer/Join',
                 request_serializer=proto_dot_unseen__pb2.JoinRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.JoinReply.FromString,
                 _registered_method=True)
         self.Deal = channel.unary_stream(
-                '/unseen.v1.Dealer/Deal',
+                '/unseen.v2.Dealer/Deal',
                 request_serializer=proto_dot_unseen__pb2.DealRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
@@ -114,9 +233,9 @@ def add_DealerServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v1.Dealer', rpc_method_handlers)
+            'unseen.v2.Dealer', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v1.Dealer', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v2.Dealer', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -138,7 +257,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v1.Dealer/Register',
+            '/unseen.v2.Dealer/Register',
             proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
             proto_dot_unseen__pb2.RegisterReply.FromString,
             options,
@@ -165,7 +284,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v1.Dealer/Open',
+            '/unseen.v2.Dealer/Open',
             proto_dot_unseen__pb2.OpenRequest.SerializeToString,
             proto_dot_unseen__pb2.OpenReply.FromString,
             options,
@@ -192,7 +311,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v1.Dealer/Join',
+            '/unseen.v2.Dealer/Join',
             proto_dot_unseen__pb2.JoinRequest.SerializeToString,
             proto_dot_unseen__pb2.JoinReply.FromString,
             options,
@@ -219,7 +338,7 @@ class Dealer:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/unseen.v1.Dealer/Deal',
+            '/unseen.v2.Dealer/Deal',
             proto_dot_unseen__pb2.DealRequest.SerializeToString,
             proto_dot_unseen__pb2.Chunk.FromString,
             options,
@@ -243,18 +362,8 @@ class InferenceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Describe = channel.unary_unary(
-                '/unseen.v1.Inference/Describe',
-                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Description.FromString,
-                _registered_method=True)
-        self.Download = channel.unary_stream(
-                '/unseen.v1.Inference/Download',
-                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
-                _registered_method=True)
         self.Session = channel.stream_stream(
-                '/unseen.v1.Inference/Session',
+                '/unseen.v2.Inference/Session',
                 request_serializer=proto_dot_unseen__pb2.ClientMessage.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.ServerMessage.FromString,
                 _registered_method=True)
@@ -263,20 +372,6 @@ class InferenceStub:
 class InferenceServicer:
     """The model owner's server.
     """
-
-    def Describe(self, request, context):
-        """What is served: everything here is public.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Download(self, request, context):
-        """A once-per-model file, by its SHA-256: the masked weights D = W - B, or the token table that the owner lets clients hold.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
         """One client's session: a handshake, then preparations and queries.
@@ -288,16 +383,6 @@ class InferenceServicer:
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Describe': grpc.unary_unary_rpc_method_handler(
-                    servicer.Describe,
-                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Description.SerializeToString,
-            ),
-            'Download': grpc.unary_stream_rpc_method_handler(
-                    servicer.Download,
-                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
-            ),
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
                     request_deserializer=proto_dot_unseen__pb2.ClientMessage.FromString,
@@ -305,69 +390,15 @@ def add_InferenceServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v1.Inference', rpc_method_handlers)
+            'unseen.v2.Inference', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v1.Inference', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v2.Inference', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """The model owner's server.
     """
-
-    @staticmethod
-    def Describe(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/unseen.v1.Inference/Describe',
-            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-            proto_dot_unseen__pb2.Description.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Download(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/unseen.v1.Inference/Download',
-            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-            proto_dot_unseen__pb2.Chunk.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Session(request_iterator,
@@ -383,7 +414,7 @@ class Inference:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v1.Inference/Session',
+            '/unseen.v2.Inference/Session',
             proto_dot_unseen__pb2.ClientMessage.SerializeToString,
             proto_dot_unseen__pb2.ServerMessage.FromString,
             options,
@@ -408,28 +439,18 @@ class EncryptedStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Describe = channel.unary_unary(
-                '/unseen.v1.Encrypted/Describe',
-                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.EncryptedDescription.FromString,
-                _registered_method=True)
-        self.Download = channel.unary_stream(
-                '/unseen.v1.Encrypted/Download',
-                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
-                _registered_method=True)
         self.Keys = channel.unary_unary(
-                '/unseen.v1.Encrypted/Keys',
+                '/unseen.v2.Encrypted/Keys',
                 request_serializer=proto_dot_unseen__pb2.KeysRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Upload = channel.stream_unary(
-                '/unseen.v1.Encrypted/Upload',
+                '/unseen.v2.Encrypted/Upload',
                 request_serializer=proto_dot_unseen__pb2.UploadPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Query = channel.stream_stream(
-                '/unseen.v1.Encrypted/Query',
+                '/unseen.v2.Encrypted/Query',
                 request_serializer=proto_dot_unseen__pb2.EncryptedRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.EncryptedReply.FromString,
                 _registered_method=True)
@@ -439,20 +460,6 @@ class EncryptedServicer:
     """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
     decrypts is ever sent back.
     """
-
-    def Describe(self, request, context):
-        """What is served: everything here is public.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Download(self, request, context):
-        """The token table that the owner lets clients hold, by its SHA-256.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Keys(self, request, context):
         """Whether the server holds the evaluation keys of this digest.
@@ -478,16 +485,6 @@ class EncryptedServicer:
 
 def add_EncryptedServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Describe': grpc.unary_unary_rpc_method_handler(
-                    servicer.Describe,
-                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.EncryptedDescription.SerializeToString,
-            ),
-            'Download': grpc.unary_stream_rpc_method_handler(
-                    servicer.Download,
-                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
-            ),
             'Keys': grpc.unary_unary_rpc_method_handler(
                     servicer.Keys,
                     request_deserializer=proto_dot_unseen__pb2.KeysRequest.FromString,
@@ -505,9 +502,9 @@ def add_EncryptedServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v1.Encrypted', rpc_method_handlers)
+            'unseen.v2.Encrypted', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v1.Encrypted', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v2.Encrypted', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -515,60 +512,6 @@ class Encrypted:
     """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
     decrypts is ever sent back.
     """
-
-    @staticmethod
-    def Describe(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/unseen.v1.Encrypted/Describe',
-            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-            proto_dot_unseen__pb2.EncryptedDescription.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Download(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/unseen.v1.Encrypted/Download',
-            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-            proto_dot_unseen__pb2.Chunk.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Keys(request,
@@ -584,7 +527,7 @@ class Encrypted:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v1.Encrypted/Keys',
+            '/unseen.v2.Encrypted/Keys',
             proto_dot_unseen__pb2.KeysRequest.SerializeToString,
             proto_dot_unseen__pb2.KeysReply.FromString,
             options,
@@ -611,7 +554,7 @@ class Encrypted:
         return grpc.experimental.stream_unary(
             request_iterator,
             target,
-            '/unseen.v1.Encrypted/Upload',
+            '/unseen.v2.Encrypted/Upload',
             proto_dot_unseen__pb2.UploadPart.SerializeToString,
             proto_dot_unseen__pb2.KeysReply.FromString,
             options,
@@ -638,7 +581,7 @@ class Encrypted:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v1.Encrypted/Query',
+            '/unseen.v2.Encrypted/Query',
             proto_dot_unseen__pb2.EncryptedRequest.SerializeToString,
             proto_dot_unseen__pb2.EncryptedReply.FromString,
             options,
@@ -663,38 +606,28 @@ class PartyStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Describe = channel.unary_unary(
-                '/unseen.v1.Party/Describe',
-                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.PartyDescription.FromString,
-                _registered_method=True)
-        self.Download = channel.unary_stream(
-                '/unseen.v1.Party/Download',
-                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
-                _registered_method=True)
         self.Ask = channel.stream_unary(
-                '/unseen.v1.Party/Ask',
+                '/unseen.v2.Party/Ask',
                 request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Answer.FromString,
                 _registered_method=True)
         self.Compute = channel.stream_stream(
-                '/unseen.v1.Party/Compute',
+                '/unseen.v2.Party/Compute',
                 request_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.PeerMessage.FromString,
                 _registered_method=True)
         self.Supply = channel.unary_stream(
-                '/unseen.v1.Party/Supply',
+                '/unseen.v2.Party/Supply',
                 request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.SupplyPart.FromString,
                 _registered_method=True)
         self.Contribute = channel.unary_unary(
-                '/unseen.v1.Party/Contribute',
+                '/unseen.v2.Party/Contribute',
                 request_serializer=proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Contribution.FromString,
                 _registered_method=True)
         self.Seed = channel.unary_unary(
-                '/unseen.v1.Party/Seed',
+                '/unseen.v2.Party/Seed',
                 request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.SeedReply.FromString,
                 _registered_method=True)
@@ -704,20 +637,6 @@ class PartyServicer:
     """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
     party 0 its share of every product, which depends on no input.
     """
-
-    def Describe(self, request, context):
-        """What is served: everything here is public.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Download(self, request, context):
-        """The token table that the owner lets clients hold, by its SHA-256.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Ask(self, request_iterator, context):
         """Client to parties 0 and 1: its input's share, in parts; back comes the output's share. To party 2 its keys where
@@ -758,16 +677,6 @@ class PartyServicer:
 
 def add_PartyServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Describe': grpc.unary_unary_rpc_method_handler(
-                    servicer.Describe,
-                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.PartyDescription.SerializeToString,
-            ),
-            'Download': grpc.unary_stream_rpc_method_handler(
-                    servicer.Download,
-                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
-            ),
             'Ask': grpc.stream_unary_rpc_method_handler(
                     servicer.Ask,
                     request_deserializer=proto_dot_unseen__pb2.AskPart.FromString,
@@ -795,9 +704,9 @@ def add_PartyServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v1.Party', rpc_method_handlers)
+            'unseen.v2.Party', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v1.Party', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v2.Party', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -805,60 +714,6 @@ class Party:
     """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
     party 0 its share of every product, which depends on no input.
     """
-
-    @staticmethod
-    def Describe(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/unseen.v1.Party/Describe',
-            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-            proto_dot_unseen__pb2.PartyDescription.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Download(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/unseen.v1.Party/Download',
-            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-            proto_dot_unseen__pb2.Chunk.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Ask(request_iterator,
@@ -874,7 +729,7 @@ class Party:
         return grpc.experimental.stream_unary(
             request_iterator,
             target,
-            '/unseen.v1.Party/Ask',
+            '/unseen.v2.Party/Ask',
             proto_dot_unseen__pb2.AskPart.SerializeToString,
             proto_dot_unseen__pb2.Answer.FromString,
             options,
@@ -901,7 +756,7 @@ class Party:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v1.Party/Compute',
+            '/unseen.v2.Party/Compute',
             proto_dot_unseen__pb2.PeerMessage.SerializeToString,
             proto_dot_unseen__pb2.PeerMessage.FromString,
             options,
@@ -928,7 +783,7 @@ class Party:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/unseen.v1.Party/Supply',
+            '/unseen.v2.Party/Supply',
             proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
             proto_dot_unseen__pb2.SupplyPart.FromString,
             options,
@@ -955,7 +810,7 @@ class Party:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v1.Party/Contribute',
+            '/unseen.v2.Party/Contribute',
             proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
             proto_dot_unseen__pb2.Contribution.FromString,
             options,
@@ -982,7 +837,7 @@ class Party:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v1.Party/Seed',
+            '/unseen.v2.Party/Seed',
             proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
             proto_dot_unseen__pb2.SeedReply.FromString,
             options,

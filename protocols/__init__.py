@@ -2,6 +2,7 @@
 
 In dependency order, one line a module:
 
+errors       the base of all errors, and those of protocols
 ring         arithmetic in Z_2^k on int64 tensors
 bits         bits of many elements, packed
 wire         tensors as bytes

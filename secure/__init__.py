@@ -1,43 +1,21 @@
-"""Private inference of torch models: compile, run, connect.
+"""Private inference of torch models: compile, serve, connect.
 
-``compile`` a module, ``connect`` to a server, or run everything in one process (which protects nothing, and says so by
-its name).
+In dependency order, one line a wing; each imports only what stands before it:
 
-In dependency order, one line a module:
-
-tokens       text to token ids
-clear        operations that one party evaluates in the clear
-graph        a model as a flat list of typed operations
-operations   what torch.export keeps whole, for models in polynomial form
-shapes, rules, polynomial_rules, builder, capture    from torch.export to a graph
-recipe       how a model is put into polynomial form
-polynomial   modules in the place of softmax, activations and norms
-swap         those modules swapped into Hugging Face models
-models       sentence encoders in sentence-transformers' format
-checkpoints  of a training run, in one file
-training, distillation    of a model into that form, in stages that a killed run resumes
-digits       a small vision transformer in polynomial form
-calibration  public sentences that set ranges, and others to try a model out on
-trace        symbolic values that record primitives
-values, ranges    ranges of values, and how many bits they take
-normalizations, lower    from a graph to a trace, through the approximations
-functions, emit    from a trace to a circuit
-program      Programs: circuit, digest, canonical encoding
-compiler     all of it in one call
-affine, chains    what is linear in a trace as matrices; polynomials of one value as one
-batched      many inputs at once, one ciphertext an element
-packing, packer    elements in slots, and a trace as a circuit of ciphertexts
-encrypted    Programs for ciphertexts: what client and server agree on
-encrypting   from a module to such a Program: parameters derived, errors predicted
-deployments  a Program as one deployment runs it
-inprocess    all parties in one process: insecure, by name
-fidelity     how close a polynomial model is to its original, and its Program to itself
-timeline     when a party did what in one query, measured or predicted
-profile      what a Program costs, before anything runs
-outline      a Program of a model without its weights, for its costs
-timing       what this machine takes for each step of a Program
-projection   how long a query takes on a network
-whatif       variants of a model side by side, and the cheapest that will do
+errors       the one family of errors
+version      of the package and of the wire
+capture/     from a torch module to a graph of operations
+lowering/    from a graph to a trace of primitives
+polynomial/  models in polynomial form
+operations/  every operation: meaning, how torch writes it, lowering
+mpc/         the compiler for secret sharing
+ckks/        the compiler for ciphertexts
+models/      models as they are found, and the text around them
+cost/        what a Program costs, before anything runs
+tasks/       what people ask a model for
+session      the one client
+deployments/ who computes on what
+training/    training a model into polynomial form
 """
 
 from __future__ import annotations
@@ -45,65 +23,117 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from protocols.fixedpoint import FixedPoint
-from secure.ckks.compile import Encrypted, encrypt
-from secure.ckks.program import EncryptedProgram
-from secure.cost.count import Network, Profile, profile
-from secure.cost.runnable import Deployed
-from secure.deployments.in_process import InsecureInProcess, InsecureThreeParties, plain_reference
-from secure.deployments.three_party import deployed
-from secure.errors import DoesNotFit, FixedPointError, InvalidProgram, UnsupportedOperation
-from secure.mpc.compile import Compiled, compile
+from secure.cost.traffic import Cost, Traffic
+from secure.deployments.ckks import Ckks
+from secure.deployments.compiled import Compiled, compile, compile_text_model, insecure_in_process, plain_reference
+from secure.deployments.deployment import Deployment
+from secure.deployments.three_party import ThreeParty
+from secure.deployments.two_party import TwoParty
+from secure.errors import (
+    DealerError,
+    Diverged,
+    DoesNotFit,
+    DoesNotPack,
+    DownloadError,
+    EmptyInput,
+    EndpointError,
+    Error,
+    FixedPointError,
+    HandshakeError,
+    InputTooLong,
+    InvalidInput,
+    InvalidProgram,
+    MissingPackage,
+    ModelNotFound,
+    PartiesDisagree,
+    PeerLost,
+    ProtocolError,
+    QueryError,
+    RangeLost,
+    ShareError,
+    UnsupportedOperation,
+)
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
+from secure.session import Report, Session
+from secure.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from parties.three_party.client import ThreePartyConnection
-    from parties.two_party.client import Connection
-
-__version__ = "0.1.0"
+    from parties.net.hosting import Service
+    from parties.net.network import Network, Plaintext
 
 __all__ = [
+    "Ckks",
     "Compiled",
-    "Deployed",
+    "Cost",
+    "DealerError",
+    "Deployment",
+    "Diverged",
     "DoesNotFit",
-    "Encrypted",
-    "EncryptedProgram",
+    "DoesNotPack",
+    "DownloadError",
+    "EmptyInput",
+    "EndpointError",
+    "Error",
     "FixedPoint",
     "FixedPointError",
-    "InsecureInProcess",
-    "InsecureThreeParties",
+    "HandshakeError",
+    "InputTooLong",
+    "InvalidInput",
     "InvalidProgram",
+    "MissingPackage",
+    "ModelNotFound",
     "Network",
-    "Profile",
+    "PartiesDisagree",
+    "PeerLost",
+    "Plaintext",
     "Program",
+    "ProtocolError",
+    "QueryError",
+    "RangeLost",
     "Recipe",
+    "Report",
+    "Service",
+    "Session",
+    "ShareError",
+    "ThreeParty",
+    "Traffic",
+    "TwoParty",
     "UnsupportedOperation",
+    "__version__",
     "compile",
+    "compile_text_model",
     "connect",
-    "connect_parties",
-    "deployed",
-    "encrypt",
+    "insecure_in_process",
     "plain_reference",
     "polynomialize",
-    "profile",
+    "serve",
 ]
 
 
-def connect_parties(parties: Sequence[str], **options: Any) -> ThreePartyConnection:
-    """Connect to parties 0 and 1 of three; see ``parties.three_party.client.connect_three``."""
-    from parties.three_party.client import connect_three
+def connect(deployment: Deployment, **options: Any) -> Session:
+    """Connect to those who serve a model; see ``parties.deployments.connect`` for the options."""
+    from parties.deployments import connect
 
-    return connect_three(parties, **options)
+    return connect(deployment, **options)
 
 
-def connect(server: str, dealer: str, **options: Any) -> Connection:
-    """Connect to a server and a dealer; see ``parties.two_party.client.connect``.
+def serve(held: Any = None, **options: Any) -> Service:
+    """Host one role of a deployment; see ``parties.deployments.serve`` for the options."""
+    from parties.deployments import serve
 
-    The one place where ``secure`` reaches up to ``parties``: users find everything under one name.
-    """
-    from parties.two_party.client import connect as connect_parties
+    return serve(held, **options)
 
-    return connect_parties(server, dealer, **options)
+
+def __getattr__(name: str) -> Any:
+    """Names of ``parties`` that belong to this interface, loaded when first used: they need gRPC."""
+    if name in ("Network", "Plaintext"):
+        from parties.net import network
+
+        return getattr(network, name)
+    if name == "Service":
+        from parties.net.hosting import Service
+
+        return Service
+    raise AttributeError(f"module 'secure' has no attribute {name!r}")

@@ -1,12 +1,10 @@
-"""Addresses and channels. Plaintext only on loopback, unless ``insecure`` is given by name (TLS is not there yet)."""
+"""Addresses, and the options of every channel."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 from dataclasses import dataclass
-
-import grpc
 
 from secure.errors import EndpointError
 
@@ -48,17 +46,3 @@ class Endpoint:
         except (OSError, UnicodeError):
             raise EndpointError(f"the host {self.host!r} cannot be resolved") from None
         return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
-
-    def require_private(self, *, insecure: bool, what: str) -> None:
-        """Refuse an unencrypted channel that leaves this machine: who reads it learns seeds, so inputs and weights."""
-        if not insecure and not self.is_loopback():
-            raise EndpointError(
-                f"{what}: {self} is not on this machine, and the channel would not be encrypted",
-                "use a loopback address behind an encrypted tunnel, "
-                "or --insecure (insecure=True) where nobody else can read the network",
-            )
-
-
-def open_channel(endpoint: Endpoint, *, insecure: bool, what: str) -> grpc.Channel:
-    endpoint.require_private(insecure=insecure, what=what)
-    return grpc.insecure_channel(str(endpoint), options=(*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT)))

@@ -10,58 +10,123 @@ import queue
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import grpc
 
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
-from secure.errors import DealerError, EndpointError
+from parties.net.network import Network
+from secure.errors import EndpointError, PeerLost
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_STREAMS = 32  # sessions and calls served at a time; each takes a thread
 
 
+@dataclass(frozen=True)
+class HostOptions:
+    """What whoever hosts a role may say; which of it a role takes is its deployment's to say.
+
+    network: how channels are protected. deadline: seconds that any one wait for a client or peer may last. state: a
+    directory for what must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory for
+    timelines of queries. workers: processes that evaluate. ahead: queries whose corrections are kept ready.
+    """
+
+    network: Network
+    deadline: float = 60.0
+    state: Path | None = None
+    traces: Path | None = None
+    workers: int = 1
+    ahead: int = 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one role's service is made of: functions that add servicers, and what ends it.
+
+    about: lines for a person, said once it listens.
+    """
+
+    add: Sequence[Callable[[grpc.Server], None]]
+    close: Callable[[], None] = lambda: None
+    about: Sequence[str] = ()
+
+
+class Service:
+    """A running service; a context manager. ``address``: where it listens, with its real port."""
+
+    def __init__(self, parts: Parts, listen: Endpoint, network: Network, *, what: str) -> None:
+        self._parts, self.about = parts, tuple(parts.about)
+        try:
+            self._server, at = start(listen, parts.add, network=network, what=what)
+        except BaseException:
+            parts.close()
+            raise
+        self.address = str(at)
+
+    def wait(self) -> None:
+        """Serve until the process is interrupted or terminated; running queries get two seconds to end."""
+        run_until_stopped(self._server, lambda: None)
+
+    def wait_announced(self, announce: Callable[[], None]) -> None:
+        """The same; ``announce`` is called once a signal would end it cleanly."""
+        run_until_stopped(self._server, announce)
+
+    def close(self) -> None:
+        """Stop at once."""
+        self._server.stop(0).wait()
+        self._parts.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def start(
-    listen: Endpoint, add: Callable[[grpc.Server], None], *, insecure: bool, what: str
+    listen: Endpoint, add: Sequence[Callable[[grpc.Server], None]], *, network: Network, what: str
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start; returns the server and the address with its real port."""
-    listen.require_private(insecure=insecure, what=what)
+    network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(MAXIMUM_STREAMS),
         options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
         maximum_concurrent_rpcs=MAXIMUM_STREAMS,
     )
-    add(server)
-    try:
-        port = server.add_insecure_port(str(listen))
-    except RuntimeError:
-        port = 0
+    for each in add:
+        each(server)
+    port = network.bind(server, listen, what=what)
     if port == 0:
-        raise EndpointError(
-            f"{what}: the address {listen} cannot be used; it may be in use",
-            IN_USE,
-        )
+        raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE)
     server.start()
     return server, Endpoint(listen.host, port)
 
 
-def check(listen: Endpoint, dealer: Endpoint) -> None:
-    """Before anything takes long: the port is free, and something listens at the dealer's address."""
+def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str) -> None:
+    """Before anything takes long: the port is free, and something listens at every peer's address."""
+    network.check(listen, what=what)
+    for name, at in peers.items():
+        network.check(at, what=f"the {name}")
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((listen.host, listen.port))
         except OSError:
-            raise EndpointError(f"the server: the address {listen} cannot be used; it may be in use", IN_USE) from None
-    try:
-        socket.create_connection((dealer.host, dealer.port), timeout=5).close()
-    except OSError:
-        hint = f"start it with: unseen dealer --listen {dealer}"
-        raise DealerError(f"the dealer at {dealer} cannot be reached", hint) from None
+            raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
+    for name, at in peers.items():
+        try:
+            socket.create_connection((at.host, at.port), timeout=5).close()
+        except OSError:
+            hint = f"start it with: unseen {name} --listen {at}"
+            raise PeerLost(f"the {name} at {at} cannot be reached", hint) from None
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:

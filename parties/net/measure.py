@@ -13,8 +13,9 @@ import grpc
 import numpy as np
 
 from parties.net import hosting
-from parties.net.endpoints import Endpoint, open_channel
+from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
+from parties.net.network import Plaintext
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
 from secure.cost.kernel_times import evict_caches
@@ -78,7 +79,7 @@ def _swap(address: str) -> dict[int, float]:
     """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
     waits = []
-    with open_channel(Endpoint.parse(address, what="the other process"), insecure=False, what="it") as channel:
+    with Plaintext().channel(Endpoint.parse(address, what="the other process"), what="it") as channel:
         answers = (message.frame for message in InferenceStub(channel).Session(iter(outbox.get, None)))
         for size in PLAN:
             evict_caches(BUSY)
@@ -109,8 +110,8 @@ def main() -> None:
     hosting.settle()
     server, address = hosting.start(
         Endpoint.parse("127.0.0.1:0", what="the other process"),
-        lambda s: add_InferenceServicer_to_server(Swap(), s),
-        insecure=False,
+        [lambda s: add_InferenceServicer_to_server(Swap(), s)],
+        network=Plaintext(),
         what="the other process",
     )
     hosting.run_until_stopped(server, lambda: _announce(str(address)))

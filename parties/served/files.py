@@ -99,6 +99,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unseen"
 
 
+def state_directory() -> Path:
+    """``$XDG_STATE_HOME/unseen`` or ``~/.local/state/unseen``."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "unseen"
+
+
 def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None) -> bytes:
     """The file by its digest: from the cache if it is whole there, else downloaded, checked and stored.
 

@@ -16,11 +16,11 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-import secure
 from parties.served.files import store
 from secure.cost.timeline import Timeline
 from secure.errors import Error
 from secure.mpc.program import Program
+from secure.version import __version__
 
 FORMAT: Final = 1
 PROCESSES = {"client": 1, "server": 2}
@@ -82,7 +82,7 @@ def trace(timeline: Timeline, program: Program, query: int, session_label: str) 
     ]
     head = Head(
         format=FORMAT,
-        version=secure.__version__,
+        version=__version__,
         party=_party(timeline),
         query=query,
         program_digest=program.digest,

@@ -38,7 +38,8 @@ from protocols.circuit import deal
 from protocols.prg import SEED_BYTES
 from protocols.weights import DealerWeights
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
-from secure.mpc.program import VERSION, Program
+from secure.mpc.program import Program
+from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.dealer")
 
@@ -109,9 +110,9 @@ class DealerService(DealerServicer):
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
         with answering(context, log):
-            if request.version != VERSION:
+            if request.version != WIRE_VERSION:
                 raise HandshakeError(
-                    f"version: the client has '{request.version}', this dealer '{VERSION}'",
+                    f"version: the client has '{request.version}', this dealer '{WIRE_VERSION}'",
                     "use the same version of unseen everywhere",
                 )
             _require_seed(request.client_seed)

@@ -15,7 +15,6 @@ import threading
 from protocols.prg import Key, derive_key
 from secure.errors import QueryError
 
-DEPLOYMENT = "two-party"
 SESSION_BYTES = 16
 MAXIMUM_QUERY = 1 << 40
 MAXIMUM_PREPARED = 2  # queries that one session may have waiting: the server holds the corrections of each in memory

@@ -1,43 +1,40 @@
-"""What a server serves: a compiled model, its once-per-model files, and its tokenizer."""
+"""A compiled model behind its mask: what the server keeps, and what clients may hold of its weights."""
 
 from __future__ import annotations
 
 import hmac
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save
 
-from parties.served.files import MASKED_WEIGHTS, TOKEN_TABLE, describe, pack_masked, store
+from parties.served.files import MASKED_WEIGHTS, TOKEN_TABLE, pack_masked, store
 from parties.two_party.keys import mask_key
-from proto.unseen_pb2 import File
 from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.errors import Error
-from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import Compiled
+from secure.mpc.program import Program
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ServedModel:
-    """A compiled model with everything that a server needs beside it. ``mask_seed`` is secret."""
+class MaskedModel:
+    """A model as its server holds it. weights, mask_seed: secret. files: for clients, by name.
 
-    compiled: Compiled
+    weights_digest: names the weights, under a key of the server's own.
+    """
+
+    program: Program
     weights: ServerWeights
     weights_digest: str
     mask_seed: bytes
-    files: Mapping[str, bytes]  # by SHA-256
-    descriptions: Sequence[File]
-    tokenizer_json: bytes
-    pad_id: int
-    lowercase: bool
+    files: Mapping[str, bytes]
 
 
-def serve_ready(compiled: Compiled, tokenizer: TextTokenizer | None, tokenizer_json: bytes, state: Path) -> ServedModel:
-    """Make the masked weights and everything else that clients ask for; without a tokenizer, not of texts."""
+def mask_model(compiled: Compiled, state: Path) -> MaskedModel:
+    """Make the masked weights D = W - B, and whatever else clients fetch once."""
     root = load_root_seed(state, compiled.weights_digest)
     # the dealer gets the mask seed; others, it included, see the weights' digest under a key of the server's own,
     # as a plain one would let them confirm a guess of the weights
@@ -48,18 +45,7 @@ def serve_ready(compiled: Compiled, tokenizer: TextTokenizer | None, tokenizer_j
     payloads = {MASKED_WEIGHTS: pack_masked(masked, rings)}
     if compiled.client_tables:
         payloads[TOKEN_TABLE] = save(dict(compiled.client_tables))
-    descriptions = [describe(name, payload) for name, payload in payloads.items()]
-    return ServedModel(
-        compiled,
-        weights,
-        digest,
-        seed,
-        {d.sha256: payloads[d.name] for d in descriptions},
-        descriptions,
-        tokenizer_json,
-        tokenizer.pad_id if tokenizer else 0,
-        tokenizer.lowercase if tokenizer else False,
-    )
+    return MaskedModel(compiled.program, weights, digest, seed, payloads)
 
 
 def load_root_seed(state: Path, weights_digest: str) -> bytes:
@@ -77,8 +63,3 @@ def load_root_seed(state: Path, weights_digest: str) -> bytes:
     if len(seed) != SEED_BYTES:
         raise Error(f"{path} is damaged", "delete it: clients will fetch the masked weights again")
     return seed
-
-
-def state_directory() -> Path:
-    """``$XDG_STATE_HOME/unseen`` or ``~/.local/state/unseen``."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "unseen"

@@ -1,4 +1,4 @@
-"""The server's service: describes the model, hands out its public files, computes on shares with one client a session.
+"""The server's service: computes on shares, with one client a session.
 
 The handler of a session is itself the driver: it yields the frames of the circuit's rounds and reads the client's, so
 no thread stands between the computation and the wire.
@@ -18,13 +18,14 @@ from urllib.parse import unquote
 import grpc
 from torch import Tensor
 
-from parties.net.calls import answering, calling, unexpected
-from parties.net.endpoints import Endpoint, open_channel
-from parties.net.frames import FrameReader, parts, to_frames
+from parties.net.calls import unexpected
+from parties.net.endpoints import Endpoint
+from parties.net.frames import FrameReader, to_frames
+from parties.net.network import Network
+from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.keys import (
-    DEPLOYMENT,
     MAXIMUM_PREPARED,
     MAXIMUM_QUERY,
     Burnt,
@@ -33,7 +34,7 @@ from parties.two_party.keys import (
     query_key,
     session_label,
 )
-from parties.two_party.masked_model import ServedModel
+from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
 from protocols.circuit import Circuit, Correlations, execute
@@ -41,8 +42,9 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Exchange
 from protocols.steps import pack_frame, unpack_frame
 from secure.cost.timeline import Recorder, Timeline
-from secure.errors import DealerError, DownloadError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
-from secure.mpc.program import VERSION
+from secure.deployments.two_party import TwoParty
+from secure.errors import DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
 
@@ -52,37 +54,37 @@ IDLE = 1800.0  # seconds that a client may keep its session between queries
 
 
 class InferenceService(InferenceServicer):
-    """Serves one compiled model. ``deadline``: seconds that a session waits for its client before it gives up.
+    """Answers sessions on one masked model. ``deadline``: seconds that a session waits for its client.
 
     ``traces``: where every query leaves its timeline, if anywhere.
     """
 
     def __init__(
         self,
-        model: ServedModel,
-        dealer: Endpoint,
+        model: MaskedModel,
+        dealer: str | Endpoint,
+        network: Network,
         *,
-        insecure: bool = False,
         deadline: float = 60.0,
         traces: TraceDirectory | None = None,
     ) -> None:
         self.model, self.deadline, self.traces = model, deadline, traces
-        self._dealer_at = dealer
-        self._channel = open_channel(dealer, insecure=insecure, what="the dealer")
-        self.dealer = DealerStub(self._channel)
+        self._dealer_at = Peer("the dealer", dealer, network, start="unseen dealer")
+        self.dealer = DealerStub(self._dealer_at.channel)
         self._free = threading.BoundedSemaphore(MAXIMUM_SESSIONS)
         try:
-            self._register()
+            self.register()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Give up the channel to the dealer."""
-        self._channel.close()
+        self._dealer_at.close()
 
-    def _register(self) -> None:
-        program = self.model.compiled.program
+    def register(self) -> None:
+        """Announce the Program and the mask's seed to the dealer; harmless when it knows them."""
+        program = self.model.program
         request = pb.RegisterRequest(
             program=program.encoded, weights_digest=self.model.weights_digest, mask_seed=self.model.mask_seed
         )
@@ -92,34 +94,7 @@ class InferenceService(InferenceServicer):
             raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
 
     def asking_the_dealer(self, doing: str) -> AbstractContextManager[None]:
-        hint = f"start it with: unseen dealer --listen {self._dealer_at}"
-        return calling("the dealer", self._dealer_at, hint, doing=doing, kind=DealerError)
-
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
-        m = self.model
-        with answering(context, log):
-            self._register()  # again: the dealer may have been restarted since
-        return pb.Description(
-            version=VERSION,
-            deployment=DEPLOYMENT,
-            program=m.compiled.program.encoded,
-            weights_digest=m.weights_digest,
-            files=m.descriptions,
-            tokenizer=m.tokenizer_json,
-            pad_id=m.pad_id,
-            lowercase=m.lowercase,
-        )
-
-    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        watch = Watchdog(self.deadline, context.cancel)
-        try:
-            with answering(context, log):
-                payload = self.model.files.get(request.sha256)
-                if payload is None:
-                    raise DownloadError("it has no such file", "connect again, the server may have changed")
-                yield from watch.sending(pb.Chunk(data=part) for part in parts(payload))
-        finally:
-            watch.stop()
+        return self._dealer_at.calling(doing, kind=DealerError)
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
@@ -147,7 +122,7 @@ class _Session:
         self._service, self._requests = service, requests
         self._who = unquote(context.peer())
         self._model = service.model
-        self._program = self._model.compiled.program
+        self._program = self._model.program
         self._prepared: dict[int, dict[int, memoryview]] = {}
         self._burnt = Burnt()
         self._seed, self._id = fresh_seed(), b""
@@ -227,8 +202,8 @@ class _Session:
         hello, program = message.hello, self._program
         fixed = json.dumps(program.fixed.as_dict(), sort_keys=True)
         for what, theirs, ours in (
-            ("version", str(hello.version), str(VERSION)),
-            ("deployment", hello.deployment, DEPLOYMENT),
+            ("version", str(hello.version), str(WIRE_VERSION)),
+            ("deployment", hello.deployment, TwoParty.name),
             ("fixed point", hello.fixed_point, fixed),
             ("Program digest", hello.program_digest, program.digest),
             ("weights digest", hello.weights_digest, self._model.weights_digest),

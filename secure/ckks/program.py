@@ -23,7 +23,7 @@ from secure.capture.graph import Graph
 from secure.capture.graph import run as run_graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
-from secure.errors import InvalidProgram
+from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.client_inputs import ClientInput, encode_input
 
 VERSION = 1
@@ -159,26 +159,27 @@ class EncryptedProgram:
             value = encode_input(spec, values[spec.output], tables).to(torch.float64).numpy().reshape(-1)
             low, high = self.ranges[spec.name]
             if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
-                raise ValueError(
+                raise InvalidInput(
                     f"input {spec.name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
                     f"for [{low:.4g}, {high:.4g}]\nhint: scale the input as the model's calibration inputs are"
                 )
             flat[spec.name] = value
         return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
 
-    def decode(self, slots: Sequence[Vector]) -> Tensor:
-        """The output from the decrypted slots of its ciphertexts; ValueError where they cannot be right."""
+    def decode(self, slots: Sequence[Vector]) -> dict[str, Tensor]:
+        """The output (float64) from the decrypted slots of its ciphertexts; InvalidInput where they cannot be right."""
         out = np.zeros(math.prod(self.output_shape))
         for row, values in zip(self.output, slots, strict=True):
             used = row >= 0
             out[row[used]] = values[used]
         if not np.isfinite(out).all() or np.abs(out).max() > 2.0 * HEADROOM:
-            raise ValueError(
+            raise InvalidInput(
                 f"the result decrypts to {np.abs(out).max() * self.output_unit:.4g}, calibrated outputs end at "
                 f"{self.output_unit:.4g}: it is not an answer\n"
                 "hint: inputs far from the calibration inputs leave the ranges of the model's polynomials"
             )
-        return torch.from_numpy(np.round(out * self.output_unit / self.grain) * self.grain).reshape(self.output_shape)
+        rounded = torch.from_numpy(np.round(out * self.output_unit / self.grain) * self.grain)
+        return {"output": rounded.reshape(self.output_shape)}
 
 
 def _packed(content: Content) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-from protocols.circuit import Circuit
+from protocols.circuit import Circuit, total_cost
+from protocols.protocol import CircuitCost
 
 
 class Runnable(Protocol):
@@ -24,10 +26,19 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Deployed:
-    """``names``: of the party that gets corrections, and of the other one."""
+    """A Program's circuit as one deployment runs it.
+
+    names: of the first party, which gets corrections ahead, and of the second. dealer: who sends them.
+    """
 
     circuit: Circuit
     output: int
     paths: tuple[str, ...]
     weight_shapes: Mapping[str, tuple[int, ...]]
     names: tuple[str, str]
+    dealer: str
+
+    @cached_property
+    def cost(self) -> CircuitCost:
+        """Rounds and bytes of one query."""
+        return total_cost(self.circuit)

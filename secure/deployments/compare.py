@@ -26,12 +26,17 @@ from secure.cost.count import NETWORKS, Network, Profile, profile
 from secure.cost.kernel_times import Timings, measure
 from secure.cost.projection import Transport, project
 from secure.cost.runnable import Runnable
+from secure.deployments import three_party, two_party  # noqa: F401  (registered before they are counted)
+from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.deployment import variants as deployment_variants
 from secure.deployments.in_process import plain_reference
-from secure.deployments.three_party import DEPLOYMENTS, deployed
+from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.lowering.lower import Sample
 from secure.mpc.compile import Compiled, compile
 
+DEPLOYMENTS: Mapping[str, CircuitDeployment] = deployment_variants(CircuitDeployment)
+FIRST_DEPLOYMENT = next(iter(DEPLOYMENTS))
 FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
 FRACTION_BITS = FixedPoint().fraction_bits
 
@@ -47,7 +52,7 @@ class Variant:
     embedding: str = EMBEDDINGS[0]
     gelu: str = GELU_FORMS[0]
     fraction_bits: int = FRACTION_BITS
-    deployment: str = DEPLOYMENTS[0]
+    deployment: str = FIRST_DEPLOYMENT
     form: str = FORMS[0]
     approximations: str = APPROXIMATIONS[0]
 
@@ -61,7 +66,7 @@ class Variant:
         }
         for what, known in known_of.items():
             if (value := getattr(self, what)) not in known:
-                raise ValueError(f"unknown {what} {value!r}\nhint: one of {', '.join(known)}")
+                raise InvalidInput(f"unknown {what} {value!r}\nhint: one of {', '.join(known)}")
 
     @property
     def name(self) -> str:
@@ -80,7 +85,7 @@ class Variant:
             words["gelu"] = self.form
         elif self.approximations != APPROXIMATIONS[0]:  # GeLU is one of them
             words["gelu"] = f"all {self.approximations}"
-        return words if self.deployment == DEPLOYMENTS[0] else {**words, "deployment": self.deployment}
+        return words if self.deployment == FIRST_DEPLOYMENT else {**words, "deployment": self.deployment}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def variants(
     embeddings: Iterable[str] = EMBEDDINGS[:1],
     gelus: Iterable[str] = GELU_FORMS,
     fraction_bits: Iterable[int] = (FRACTION_BITS,),
-    deployments: Iterable[str] = DEPLOYMENTS[:1],
+    deployments: Iterable[str] = (FIRST_DEPLOYMENT,),
     forms: Iterable[str] = FORMS[:1],
     approximations: Iterable[str] = APPROXIMATIONS[:1],
 ) -> list[Variant]:
@@ -174,10 +179,10 @@ def compare(
                 prepared[variant.length] = _prepare(exact[0], samples(variant.length))
             ready = prepared[variant.length]
             if variant.form != FORMS[0] and polynomial is None:
-                raise ValueError("no model in polynomial form was given")
+                raise InvalidInput("no model in polynomial form was given")
             used = model if variant.form == FORMS[0] or polynomial is None else polynomial
             compiled = _compile(used, variant, ready.samples, labels or {})
-            running = deployed(compiled.program, variant.deployment)
+            running = DEPLOYMENTS[variant.deployment].deployed(compiled.program)
             found = profile(running)
             taken = (seconds or waiting())(running, found)
             outcome = replace(outcome, cost=found.total, seconds=dict(taken))
@@ -195,7 +200,7 @@ def cheapest(outcomes: Iterable[Outcome], accuracy: float, network: str) -> Outc
     def price(outcome: Outcome) -> tuple[float, int, int]:
         if network not in outcome.seconds:
             known = ", ".join(outcome.seconds) or "none"
-            raise ValueError(f"no seconds on the network {network!r}\nhint: there are those on {known}")
+            raise InvalidInput(f"no seconds on the network {network!r}\nhint: there are those on {known}")
         cost = outcome.cost or CircuitCost()
         return outcome.seconds[network], cost.to_first + cost.to_second, cost.dealt
 
@@ -210,7 +215,7 @@ class _Prepared:
 
 def _prepare(exact: nn.Module, samples: Samples) -> _Prepared:
     if not samples.calibration or not samples.held_out:
-        raise ValueError("a comparison needs inputs to calibrate on, and others to compare answers on")
+        raise InvalidInput("a comparison needs inputs to calibrate on, and others to compare answers on")
     with torch.no_grad():
         answers = (exact(**{k: _double(v) for k, v in inputs.items()}) for inputs in samples.held_out)
         return _Prepared(samples, tuple(answer.double().flatten() for answer in answers))
@@ -240,5 +245,5 @@ def _lowest_cosine(compiled: Compiled, ready: _Prepared) -> float:
         answer = plain_reference(compiled, inputs).flatten()
         cosines.append(float(torch.nn.functional.cosine_similarity(answer, expected, dim=0)))
     if not all(map(math.isfinite, cosines)):
-        raise ValueError("the model's answer on a held-out input is not finite")
+        raise InvalidInput("the model's answer on a held-out input is not finite")
     return min(cosines)

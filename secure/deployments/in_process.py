@@ -1,15 +1,14 @@
-"""All parties in one process: for notebooks, tests and accuracy reports. It protects NOTHING, as its name says.
+"""All parties in one process: for notebooks, tests and accuracy reports. It protects NOTHING, as its names say.
 
-``InsecureInProcess`` runs the real protocols (dealer, server and client, real frames) in one memory,
-``InsecureThreeParties`` those of three servers.
-``plain_reference`` runs the same Program on plain integers, without sharing.
+The links here run the real protocols, frames included, in one memory; a ``Session`` asks them like any other.
+``plain_reference`` runs a Program on plain integers, without sharing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,41 +16,84 @@ from protocols.circuit import Correlations, deal, execute, prepare, reference
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER, CircuitCost
 from protocols.steps import PairTraffic, run_pair
+from protocols.three_party import Translated
 from protocols.three_party.endpoints import seeded_share
 from protocols.three_party.sharing import HELPER, PARTIES
 from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
 from protocols.weights import ClientWeights, DealerWeights
-from secure.deployments.three_party import three_party
+from secure.cost.runnable import Deployed
+from secure.cost.traffic import links
+from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import Compiled
+from secure.session import Link, Report, only
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one query took. ``cost`` is measured; times are of this process, which plays every role in turn."""
+class _InProcess(Link):
+    """What both forms have: the model's own tables and tokenizer, and links named as its deployment does."""
 
-    cost: CircuitCost
-    dealer_seconds: float
-    client_offline_seconds: float
-    online_seconds: float
+    def __init__(self, model: Compiled, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
+        self.program, self.tables, self.tokenizer = model.program, model.client_tables, tokenizer
+        self.deployment, self._running = deployment, running
+
+    def close(self) -> None:
+        pass
+
+    def _report(self, traffic: PairTraffic, dealt: int, times: Sequence[float], number: int) -> Report:
+        """``times``: seconds of dealing, of the client's own preparation, and online."""
+        cost = CircuitCost(traffic.rounds, traffic.to_first, traffic.to_second, dealt)
+        dealing, preparing, online = times
+        moved = links(cost, *self._running.names, self._running.dealer)
+        return Report(traffic.rounds, moved, online, dealing + preparing, preparing + online, dealing, number)
 
 
-class InsecureThreeParties:
-    """The three servers of a compiled model, its owner and a client, all in one process.
+class TwoPartiesInProcess(_InProcess):
+    """Dealer, server and client of a compiled model."""
 
-    ``public_weights``: whether the owner lets all three know the weights.
-    """
+    def __init__(self, model: Compiled, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
+        super().__init__(model, tokenizer, deployment, running)
+        self._dealer = DealerWeights(_key(), model.program.weight_shapes)
+        self._server = model.server_weights
+        self._client = ClientWeights(dict(self._server.masked(self._dealer, model.program.weight_rings)))
 
-    def __init__(self, compiled: Compiled, *, public_weights: bool = False) -> None:
-        program = compiled.program
-        self.program, self._tables = program, compiled.client_tables
-        self.translated = three_party(program, public=public_weights)
-        rings = self.translated.weight_rings
+    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+        circuit, outputs = self._running.circuit, [self._running.output]
+        server_key, client_key = _key(), _key()
+        start = time.perf_counter()
+        corrections = dict(deal(circuit, server_key, client_key, self._dealer))
+        dealt = time.perf_counter()
+        client_correlations = Correlations(CLIENT, client_key)
+        prepare(circuit, client_correlations, self._client)
+        ready, traffic = time.perf_counter(), PairTraffic()
+        _, results = run_pair(
+            execute(circuit, outputs, SERVER, Correlations(SERVER, server_key, corrections), self._server),
+            execute(circuit, outputs, CLIENT, client_correlations, self._client, values),
+            traffic,
+        )
+        times = (dealt - start, ready - dealt, time.perf_counter() - ready)
+        return results, self._report(traffic, sum(map(len, corrections.values())), times, number)
+
+
+class ThreePartiesInProcess(_InProcess):
+    """The three servers of a compiled model, its owner and a client. ``public``: all three know the weights."""
+
+    def __init__(
+        self,
+        model: Compiled,
+        tokenizer: TextTokenizer | None,
+        deployment: str,
+        running: Deployed,
+        translated: Translated,
+        *,
+        public: bool,
+    ) -> None:
+        super().__init__(model, tokenizer, deployment, running)
+        self.translated = translated
         self._weights: list[SharedWeights | HelperWeights | PublicWeights]
-        if public_weights:
-            self._weights = [PublicWeights(party, compiled.integers) for party in range(PARTIES)]
+        if public:
+            self._weights = [PublicWeights(party, model.integers) for party in range(PARTIES)]
             return
         zero, two = _key(), _key()
-        common = dict(masked(compiled.integers, zero, two, rings))
+        common = dict(masked(model.integers, zero, two, translated.weight_rings))
         shapes = {name: tuple(w.shape) for name, w in common.items()}
         self._weights = [
             SharedWeights(0, zero, common),
@@ -59,14 +101,12 @@ class InsecureThreeParties:
             HelperWeights(zero, two, shapes),
         ]
 
-    def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
-        """The model's answer (float64) and what it took: ``cost`` among the parties, ``dealer_seconds`` of party 2."""
+    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
         circuit, output = self.translated.circuit, [self.translated.output]
         streams, split = (_key(), _key()), _key()
         start = time.perf_counter()
         ahead = dict(deal(circuit, *streams, self._weights[HELPER]))
         dealt = time.perf_counter()
-        values = self.program.client_values(inputs, self._tables)
         shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, (index, protocol) in self.translated.inputs.items():
             shares[1][name] = seeded_share(split, index, protocol.shape)
@@ -86,53 +126,18 @@ class InsecureThreeParties:
             )
             for party, supply in ((0, ahead), (1, None))
         )
-        (a,), (b,) = run_pair(zero, one, traffic)
-        done = time.perf_counter()
-        cost = CircuitCost(
-            traffic.rounds, traffic.to_first, traffic.to_second, sum(map(len, ahead.values())) + rows_of_two
-        )
+        a, b = run_pair(zero, one, traffic)
+        times = (dealt - start, 0.0, time.perf_counter() - dealt)
+        report = self._report(traffic, sum(map(len, ahead.values())) + rows_of_two, times, number)
         # (parties of a deployment add a zero share before they send these to a client)
-        return self.program.decode(a + b), Report(cost, dealt - start, 0.0, done - dealt)
+        return [x + y for x, y in zip(a, b, strict=True)], report
 
 
-class InsecureInProcess:
-    """Dealer, server and client of a compiled model in one process."""
-
-    def __init__(self, compiled: Compiled) -> None:
-        program = compiled.program
-        self.program, self._tables = program, compiled.client_tables
-        self._dealer = DealerWeights(_key(), program.weight_shapes)
-        self._server = compiled.server_weights
-        self._client = ClientWeights(dict(self._server.masked(self._dealer, program.weight_rings)))
-
-    def query(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Report]:
-        """The model's answer (float64) and what it took."""
-        program, circuit = self.program, self.program.circuit
-        server_key, client_key = _key(), _key()
-        start = time.perf_counter()
-        corrections = dict(deal(circuit, server_key, client_key, self._dealer))
-        dealt = time.perf_counter()
-        client_correlations = Correlations(CLIENT, client_key)
-        prepare(circuit, client_correlations, self._client)
-        ready = time.perf_counter()
-        values = program.client_values(inputs, self._tables)
-        outputs, traffic = [program.output], PairTraffic()
-        _, (result,) = run_pair(
-            execute(circuit, outputs, SERVER, Correlations(SERVER, server_key, corrections), self._server),
-            execute(circuit, outputs, CLIENT, client_correlations, self._client, values),
-            traffic,
-        )
-        done = time.perf_counter()
-        cost = CircuitCost(traffic.rounds, traffic.to_first, traffic.to_second, sum(map(len, corrections.values())))
-        return program.decode(result), Report(cost, dealt - start, ready - dealt, done - ready)
-
-
-def plain_reference(compiled: Compiled, inputs: Mapping[str, Tensor]) -> Tensor:
+def plain_reference(model: Compiled, inputs: Mapping[str, Tensor]) -> Any:
     """INSECURE: the Program in plain fixed-point arithmetic, for comparison."""
-    program = compiled.program
-    values = program.client_values(inputs, compiled.client_tables)
-    (result,) = reference(program.circuit, [program.output], compiled.server_weights, values)
-    return program.decode(result)
+    program = model.program
+    values = program.client_values(inputs, model.client_tables)
+    return only(program.decode(reference(program.circuit, [program.output], model.server_weights, values)))
 
 
 def _key() -> Key:

@@ -1,31 +1,75 @@
-"""A Program as one deployment runs it: the circuit between two computing parties, and who they are called.
+"""Three servers with an honest majority: weights and inputs are shared among them, and nobody deals from outside.
 
-Two parties run a Program's circuit as it is; of three, parties 0 and 1 run its translation, and party 2 deals.
+Parties 0 and 1 run the translation of a Program's circuit; party 2 deals its summand of every product ahead.
 """
 
 from __future__ import annotations
 
-from protocols.protocol import PARTY_NAMES
+from dataclasses import dataclass
+from typing import ClassVar
+
 from protocols.three_party import Translated, translate
 from secure.cost.runnable import Deployed
+from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.deployment import (
+    ALL,
+    ANSWERS,
+    COMPILE,
+    CONNECT,
+    NOTHING,
+    OWN,
+    SHAPE,
+    TEXTS,
+    TIMES,
+    WEIGHTS,
+    Role,
+    option,
+    register,
+)
+from secure.deployments.in_process import ThreePartiesInProcess
+from secure.models.tokens import TextTokenizer
+from secure.mpc import compile as mpc
 from secure.mpc.program import Program
+from secure.session import Link
 
-TWO_PARTY, THREE_PARTY, THREE_PARTY_PUBLIC = "two-party", "three-party", "three-party-public-weights"
-DEPLOYMENTS = (TWO_PARTY, THREE_PARTY, THREE_PARTY_PUBLIC)
-
-
-def three_party(program: Program, *, public: bool = False) -> Translated:
-    """A Program's circuit for three servers; ``public``: whether they all know the weights."""
-    one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
-    return translate(program.circuit, program.output, public=public, one_hot=one_hot)
+CLIENT, PARTIES = "client", ("party 0", "party 1", "party 2")
+ADDRESSES = ("127.0.0.1:50060", "127.0.0.1:50061", "127.0.0.1:50062")
 
 
-def deployed(program: Program, deployment: str = TWO_PARTY) -> Deployed:
-    """``program`` under one of DEPLOYMENTS."""
-    if deployment not in DEPLOYMENTS:
-        raise ValueError(f"unknown deployment {deployment!r}\nhint: one of {', '.join(DEPLOYMENTS)}")
-    if deployment == TWO_PARTY:
-        return Deployed(program.circuit, program.output, program.paths, program.weight_shapes, PARTY_NAMES)
-    found = three_party(program, public=deployment == THREE_PARTY_PUBLIC)
-    paths = tuple(program.paths[i] for i in found.origin)
-    return Deployed(found.circuit, found.output, paths, program.weight_shapes, ("party 0", "party 1"))
+@register
+@dataclass(frozen=True)
+class ThreeParty(CircuitDeployment):
+    """Three servers of which no two may collude. The model's owner shares it out once and need not stay."""
+
+    name: ClassVar[str] = "three-party"
+    summary: ClassVar[str] = "three servers that share the model; secret sharing, no dealer"
+    trust: ClassVar[str] = "semi-honest; no two parties may collude"
+    serves: ClassVar[str] = ""
+
+    parties: tuple[str, ...] = option(ADDRESSES, "host:port of parties 0, 1, 2, with commas.", CONNECT)
+    public_weights: bool = option(False, "Let all parties know the weights: cheaper, inputs stay secret.", COMPILE)
+
+    def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
+        shown = ALL if self.public_weights else NOTHING
+        learnt = {TEXTS: NOTHING, WEIGHTS: shown, ANSWERS: NOTHING, SHAPE: ALL, TIMES: ALL}
+        tables = "the token table" if token_table and not self.public_weights else shown
+        return (
+            Role(CLIENT, {TEXTS: OWN, WEIGHTS: tables, ANSWERS: OWN, SHAPE: ALL, TIMES: OWN}, PARTIES),
+            Role(PARTIES[0], learnt, (PARTIES[2],)),
+            Role(PARTIES[1], learnt, (PARTIES[0], PARTIES[2])),
+            Role(PARTIES[2], learnt),
+        )
+
+    def translated(self, program: Program) -> Translated:
+        """A Program's circuit for three servers."""
+        one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
+        return translate(program.circuit, program.output, public=self.public_weights, one_hot=one_hot)
+
+    def deployed(self, program: Program) -> Deployed:
+        found = self.translated(program)
+        paths = tuple(program.paths[i] for i in found.origin)
+        return Deployed(found.circuit, found.output, paths, program.weight_shapes, PARTIES[:2], PARTIES[2])
+
+    def insecure(self, model: mpc.Compiled, tokenizer: TextTokenizer | None) -> Link:
+        running, translated = self.deployed(model.program), self.translated(model.program)
+        return ThreePartiesInProcess(model, tokenizer, self.name, running, translated, public=self.public_weights)

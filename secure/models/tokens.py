@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secure.errors import EmptyInput, InputTooLong
+from secure.errors import EmptyInput, InputTooLong, InvalidInput, MissingPackage, ModelNotFound
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,9 +32,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise InvalidInput(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise InvalidInput(f"{path} does not hold a JSON object")
     return document
 
 
@@ -43,18 +43,18 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise ImportError("the tokenizers library is not installed\nhint: pip install tokenizers") from None
+        raise MissingPackage("the tokenizers library is not installed\nhint: pip install tokenizers") from None
     directory = Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise ModelNotFound(
             f"{directory} has no tokenizer.json\n"
             "hint: give the model's directory; save_pretrained of a fast tokenizer writes this file"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        raise InvalidInput(f"{path} is not a tokenizer: {error}") from None
     pad_id = _pad_id(tokenizer, directory)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -81,7 +81,9 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, 
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("the text holds half a surrogate pair, which is no character\nhint: decode it again") from None
+        raise InvalidInput(
+            "the text holds half a surrogate pair, which is no character\nhint: decode it again"
+        ) from None
     encoding = tokenizer.tokenizer.encode(text.lower() if tokenizer.lowercase else text)
     count = len(encoding.ids)
     if count == sum(encoding.special_tokens_mask):

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -92,9 +92,10 @@ class Program:
             for spec in self.client_inputs
         }
 
-    def decode(self, result: Tensor) -> Tensor:
-        """The revealed integers as float64."""
-        return ring.decode(result, self.output_ring, self.fraction)
+    def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The revealed integers as float64, by the names of the model's outputs."""
+        (result,) = results
+        return {"output": ring.decode(result, self.output_ring, self.fraction)}
 
     # encoding
 

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secure.deployments.in_process import InsecureInProcess, plain_reference
+from secure.deployments.in_process import plain_reference
+from secure.deployments.two_party import TwoParty
 from secure.lowering.lower import Sample
 from secure.models.sentence_encoder import SentenceEncoder
 from secure.mpc.compile import Compiled
 from secure.polynomial.forms import Form, forms
+from secure.session import Session
 from secure.training.distil import Agreement, agreement_of, hidden_states
 
 
@@ -101,8 +103,8 @@ def fidelity(
     ways.append(_computed("fixed point", fixed, floating, wanted))
     if protocol > 1:
         told(f"protocol, {protocol} sentences")
-        query = InsecureInProcess(compiled)
-        asked = _unit([query.query(x)[0] for x in inputs[:protocol]])
+        with Session(TwoParty().insecure(compiled, None)) as session:
+            asked = _unit([session.query(x) for x in inputs[:protocol]])
         ways.append(_computed("protocol", asked, floating, wanted))
     return Fidelity(tuple(ways), tuple((apart / size).sqrt().tolist()[1:]), ranges)
 

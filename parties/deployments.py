@@ -1,0 +1,133 @@
+"""Deployments as processes: by name, who hosts which role and how a client links to it.
+
+``secure.serve`` and ``secure.connect`` are these functions. A deployment of one's own is registered here (its hosted
+form) and in ``secure.deployments.deployment`` (what it is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from parties.ckks.hosted import CkksHosted
+from parties.net.endpoints import Endpoint
+from parties.net.hosting import HostOptions, Parts, Service, settle
+from parties.net.network import Network, Plaintext
+from parties.served.described import ConnectOptions, Told
+from parties.served.files import cache_directory
+from parties.three_party.hosted import ThreePartyHosted
+from parties.two_party.hosted import TwoPartyHosted
+from protocols import kernels
+from secure.deployments.compiled import Compiled
+from secure.deployments.deployment import Deployment
+from secure.errors import InvalidInput
+from secure.session import Link, Session
+
+
+class Hosted(Protocol):
+    """A deployment's services and its link. takes: the HostOptions, beside ``network``, that each role has."""
+
+    deployment: type[Deployment]
+    takes: Mapping[str, frozenset[str]]
+
+    def connect(self, deployment: Deployment, options: ConnectOptions) -> Link: ...
+    def parts(
+        self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
+    ) -> Parts:
+        """``held``: what the role serves, a Compiled or a directory; None where it needs nothing."""
+
+
+_HOSTED: dict[str, Hosted] = {}
+
+
+def host(hosted: Hosted) -> None:
+    """Make a deployment's hosted form known."""
+    _HOSTED[hosted.deployment.name] = hosted
+
+
+def hosted(deployment: Deployment | type[Deployment]) -> Hosted:
+    """The hosted form of a deployment."""
+    if deployment.name not in _HOSTED:
+        raise InvalidInput(f"{deployment.name} has no hosted form", f"those that have: {', '.join(_HOSTED)}")
+    return _HOSTED[deployment.name]
+
+
+for each in (TwoPartyHosted(), ThreePartyHosted(), CkksHosted()):
+    host(each)
+
+
+def connect(
+    deployment: Deployment,
+    *,
+    network: Network | None = None,
+    deadline: float = 60.0,
+    cache: bool | Path = True,
+    program_digest: str | None = None,
+    threads: int = 1,
+    told: Told | None = None,
+) -> Session:
+    """Connect to those who serve a model; the deployment says who and where they are.
+
+    network: how channels are protected; by default unencrypted, on this machine alone. deadline: seconds to wait for
+    any one message before PeerLost. cache: where once-per-model files are kept; True: the user's own directory.
+    program_digest: refuse a service with another Program. threads: of this client while it computes.
+    told: called with (done, of how many, at what) where something lasts.
+    Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
+    """
+    directory = cache_directory() if cache is True else (cache or None)
+    options = ConnectOptions(network or Plaintext(), deadline, directory, program_digest, told)
+    return Session(hosted(deployment).connect(deployment, options), threads=threads)
+
+
+def serve(
+    held: Compiled | str | Path | None = None,
+    *,
+    role: str,
+    listen: str = "127.0.0.1:0",
+    peers: Mapping[str, str] | None = None,
+    deployment: Deployment | None = None,
+    network: Network | None = None,
+    **given: Any,
+) -> Service:
+    """Host one role of a deployment; returns once it listens. Use it as a context manager, and ``wait()`` in it.
+
+    held: what the role serves: a compiled model (its deployment is then known), a directory that ``unseen share-model``
+    wrote (parties), or nothing (dealers). listen: host:port, port 0 for any free one. peers: the addresses of the roles
+    that this one connects to, by role. given: deadline, state, traces, workers, ahead, as the role takes them; see
+    ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
+    """
+    if isinstance(held, Compiled):
+        deployment = held.deployment
+    if deployment is None:
+        raise InvalidInput("serve does not know which deployment", "give deployment=secure.TwoParty(), or another")
+    found, peers = hosted(deployment), dict(peers or {})
+    roles = {r.name: r for r in deployment.roles()}
+    if role not in found.takes:
+        raise InvalidInput(f"{deployment.name} has no service of role {role!r}", f"one of {', '.join(found.takes)}")
+    if missing := [name for name in roles[role].peers if name not in peers]:
+        raise InvalidInput(
+            f"the {role} needs the address of the {missing[0]}", f'peers={{"{missing[0]}": "host:port"}}'
+        )
+    if unknown := sorted(set(peers) - set(roles[role].peers)):
+        raise InvalidInput(
+            f"the {role} connects to no {unknown[0]}", f"peers: {', '.join(roles[role].peers) or 'none'}"
+        )
+    if refused := sorted(set(given) - found.takes[role]):
+        known = ", ".join(sorted(found.takes[role])) or "none"
+        raise InvalidInput(f"{refused[0]} means nothing to the {role} of {deployment.name}", f"it takes {known}")
+    if held is None and role == deployment.serves:
+        raise InvalidInput(f"the {role} has nothing to serve", "give what secure.compile returned")
+    at = Endpoint.parse(listen, what=f"the {role}")
+    options = HostOptions(network or Plaintext(), **given)
+    options.network.check(at, what=f"the {role}")
+    kernels.warm_up()
+    made = found.parts(role, held, deployment, peers, options)
+    settle()
+    return Service(made, at, options.network, what=f"the {role}")
+
+
+def host_defaults() -> dict[str, Any]:
+    """The defaults of HostOptions by name."""
+    return {f.name: f.default for f in fields(HostOptions) if f.default is not MISSING}

@@ -1,0 +1,33 @@
+"""Somebody at the other end of a channel: who it is, where, and what to do when it does not answer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from parties.net.calls import calling
+from parties.net.endpoints import Endpoint
+from parties.net.network import Network
+from secure.errors import Error, PeerLost
+
+
+class Peer:
+    """An open channel to ``who`` ("the dealer"). ``start``: the command that starts it, for hints."""
+
+    def __init__(self, who: str, address: str | Endpoint, network: Network, *, start: str) -> None:
+        self.who = who
+        self.at = Endpoint.parse(address, what=who) if isinstance(address, str) else address
+        self._start = start
+        self.channel = network.channel(self.at, what=who)
+
+    def __str__(self) -> str:
+        return f"{self.who} at {self.at}"
+
+    def calling(
+        self, doing: str = "", *, hint: str | None = None, kind: type[Error] = PeerLost
+    ) -> AbstractContextManager[None]:
+        """Around a call: its gRPC error in words, of ``kind``. ``hint``: by default, how to start the peer."""
+        hint = hint or f"start it with: {self._start} --listen {self.at}"
+        return calling(self.who, self.at, hint, doing=doing, kind=kind)
+
+    def close(self) -> None:
+        self.channel.close()

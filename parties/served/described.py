@@ -1,0 +1,122 @@
+"""What a service says that it serves, checked by the client before it uses any of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from parties.net.network import Network, Plaintext
+from parties.net.peer import Peer
+from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, unpack_tables
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import ModelStub
+from secure.cost.traffic import ONCE, Traffic
+from secure.deployments.deployment import Deployment
+from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
+from secure.lowering.client_inputs import ClientInput
+from secure.models.tokens import TextTokenizer
+from secure.version import WIRE_VERSION
+
+DOWNLOADING = 600.0  # seconds that one file may take
+
+Told = Callable[[int, int, str], None]
+"""Progress: done, of how many, at what."""
+
+
+@dataclass(frozen=True)
+class ConnectOptions:
+    """What every client may say.
+
+    network: how channels are protected. deadline: seconds to wait for any one message before PeerLost. cache: where
+    once-per-model files are kept; None: not at all. program_digest: refuse a service whose Program has another.
+    told: hears of progress where something lasts.
+    """
+
+    network: Network = field(default_factory=Plaintext)
+    deadline: float = 60.0
+    cache: Path | None = None
+    program_digest: str | None = None
+    told: Told | None = None
+
+
+class Decoded(Protocol):
+    """A Program as a client needs it."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def client_inputs(self) -> tuple[ClientInput, ...]: ...
+
+
+P = TypeVar("P", bound=Decoded)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Described(Generic[P]):
+    """A service's description. ``model`` names the weights; ``tables`` are the token tables that clients hold."""
+
+    program: P
+    model: str
+    compiled_as: Mapping[str, str]
+    files: Mapping[str, bytes]
+    tables: Mapping[str, Tensor]
+    tokenizer: TextTokenizer | None
+    once: tuple[Traffic, ...]
+
+
+def ask_description(peer: Peer, deployment: Deployment, role: str, options: ConnectOptions) -> pb.Description:
+    """Describe, with version, deployment, role and compiled options checked; raises HandshakeError."""
+    with peer.calling():
+        found: pb.Description = ModelStub(peer.channel).Describe(pb.DescribeRequest(), timeout=options.deadline)
+    if (found.version, found.deployment) != (WIRE_VERSION, deployment.name):
+        raise HandshakeError(
+            f"version: {peer.who} speaks '{found.version}' of {printable(found.deployment)!r}, "
+            f"this client '{WIRE_VERSION}' of {deployment.name!r}",
+            "use the same version of unseen, and the same deployment, on both sides",
+        )
+    if found.role != role:
+        raise HandshakeError(
+            f"{printable(found.role)} answers at {peer.at}, where {role} should", "check the order of the addresses"
+        )
+    if (name := deployment.differs(found.compiled_as)) is not None:
+        theirs = printable(found.compiled_as[name]) if name in found.compiled_as else "nothing"
+        raise HandshakeError(
+            f"{name}: the model was compiled with {theirs}, this client wants {getattr(deployment, name)}",
+            f"connect without {name}, or ask the server's owner",
+        )
+    return found
+
+
+def read_description(
+    peer: Peer, found: pb.Description, role: str, decode: Callable[[bytes], P], options: ConnectOptions, *wanted: str
+) -> Described[P]:
+    """Decode the Program and fetch the files that are ``wanted``, and the token table; everything is checked."""
+    try:
+        program = decode(found.program)
+    except InvalidProgram as error:
+        raise ProtocolError(f"the Program of {peer.who}: {error}") from None
+    pinned = options.program_digest
+    if pinned is not None and pinned != program.digest:
+        raise HandshakeError(
+            f"Program digest: {peer.who} has {program.digest!r}, this client expects {pinned!r}",
+            "ask the server's owner which Program it serves",
+        )
+
+    def download(sha256: str) -> Iterator[bytes]:
+        for chunk in ModelStub(peer.channel).Download(pb.DownloadRequest(sha256=sha256), timeout=DOWNLOADING):
+            yield chunk.data
+
+    payloads: dict[str, bytes] = {}
+    for file in found.files:
+        if file.name in (*wanted, TOKEN_TABLE):
+            with peer.calling(f"sending {file.name}", hint="try again"):
+                payloads[file.name] = fetch(file, download, options.cache)
+    rows = {c.table: c.size for c in program.client_inputs if c.encoding == "client-table"}
+    tables = unpack_tables(payloads.get(TOKEN_TABLE), rows)
+    tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase)
+    once = tuple(Traffic(role, "client", len(payload), ONCE) for payload in payloads.values())
+    return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once)

@@ -1,0 +1,75 @@
+"""The public side of every service: what is served (Describe) and its files (Download)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+import grpc
+
+from parties.net.calls import answering
+from parties.net.frames import parts
+from parties.net.watchdog import Watchdog
+from parties.served.files import describe
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import ModelServicer
+from secure.deployments.deployment import Deployment
+from secure.errors import DownloadError
+from secure.models.tokens import TextTokenizer
+from secure.version import WIRE_VERSION
+
+
+class Published(ModelServicer):
+    """One model's description and files.
+
+    role: of who answers. program: its canonical encoding. model: a name for the weights that tells nothing of them.
+    files: payloads by name. deadline: seconds that a client may take to read a part.
+    before: called at every Describe; an Error that it raises goes to the client.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        role: str,
+        program: bytes,
+        model: str,
+        files: Mapping[str, bytes],
+        tokenizer: TextTokenizer | None,
+        tokenizer_json: bytes,
+        *,
+        deadline: float,
+        log: logging.Logger,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        described = [describe(name, payload) for name, payload in files.items()]
+        self._files = {file.sha256: files[file.name] for file in described}
+        self.description = pb.Description(
+            version=WIRE_VERSION,
+            deployment=deployment.name,
+            role=role,
+            program=program,
+            model=model,
+            files=described,
+            tokenizer=tokenizer_json,
+            pad_id=tokenizer.pad_id if tokenizer else 0,
+            lowercase=tokenizer.lowercase if tokenizer else False,
+            compiled_as=deployment.compiled_as(),
+        )
+        self._deadline, self._log, self._before = deadline, log, before
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        if self._before is not None:
+            with answering(context, self._log):
+                self._before()
+        return self.description
+
+    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
+        watch = Watchdog(self._deadline, context.cancel)
+        try:
+            with answering(context, self._log):
+                payload = self._files.get(request.sha256)
+                if payload is None:
+                    raise DownloadError("it has no such file", "connect again, the server may have changed")
+                yield from watch.sending(pb.Chunk(data=part) for part in parts(payload))
+        finally:
+            watch.stop()

@@ -1,0 +1,70 @@
+"""Bytes by link: who sends how much to whom, and when. Costs that are predicted and reports that are measured use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from protocols.protocol import CircuitCost
+
+ONCE, OFFLINE, ONLINE = PHASES = ("once", "offline", "online")
+"""Once a model or session; once a query, before its input is known; once a query, with its input."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Payload bytes on one link in one phase; ``sender`` and ``receiver`` are roles of a deployment."""
+
+    sender: str
+    receiver: str
+    bytes: int
+    phase: str
+
+
+def total(
+    traffic: Iterable[Traffic], *, sender: str | None = None, receiver: str | None = None, phase: str | None = None
+) -> int:
+    """The bytes of every link that matches."""
+    return sum(
+        t.bytes
+        for t in traffic
+        if sender in (None, t.sender) and receiver in (None, t.receiver) and phase in (None, t.phase)
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one query of a compiled model takes, known before anything runs.
+
+    rounds: messages that wait for one another, online. traffic: bytes by link and phase.
+    failure_probability: that a query within its ranges goes wrong; 0 where no step is probabilistic.
+    error: of an output element, absolute, where it is predicted (CKKS); None where fixed point alone bounds it.
+    """
+
+    rounds: int
+    traffic: tuple[Traffic, ...]
+    failure_probability: float = 0.0
+    error: float | None = None
+
+    def bytes(self, *, sender: str | None = None, receiver: str | None = None, phase: str | None = None) -> int:
+        """Bytes of the links that match; by default of all."""
+        return total(self.traffic, sender=sender, receiver=receiver, phase=phase)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The cost as JSON has it."""
+        return {"rounds": self.rounds, "traffic": traffic_json(self.traffic)}
+
+
+def traffic_json(traffic: Sequence[Traffic]) -> list[dict[str, Any]]:
+    """Links as JSON has them."""
+    return [{"sender": t.sender, "receiver": t.receiver, "phase": t.phase, "bytes": t.bytes} for t in traffic]
+
+
+def links(cost: CircuitCost, first: str, second: str, dealer: str) -> tuple[Traffic, ...]:
+    """The traffic of a circuit between the roles that are its first and its second party, and who deals to the first."""
+    return (
+        Traffic(second, first, cost.to_first, ONLINE),
+        Traffic(first, second, cost.to_second, ONLINE),
+        Traffic(dealer, first, cost.dealt, OFFLINE),
+    )

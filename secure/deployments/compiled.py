@@ -1,0 +1,119 @@
+"""``secure.compile``: one call for every deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from protocols.fixedpoint import FixedPoint
+from secure.cost.traffic import Cost
+from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.two_party import TwoParty
+from secure.models.tokens import TextTokenizer
+from secure.session import Session
+from secure.tasks.embed import Embed
+from secure.tasks.task import Loaded
+
+Sample = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Compiled:
+    """A model compiled for one deployment: a Program that everybody may see, and what its owner keeps.
+
+    model: the weights in the form that the deployment computes with; secret. tokenizer, tokenizer_json: for clients,
+    where the model takes text.
+    """
+
+    deployment: Deployment
+    model: Any
+    tokenizer: TextTokenizer | None = None
+    tokenizer_json: bytes = b""
+
+    @property
+    def program(self) -> Any:
+        """What all parties agree on before they compute; it holds no weights."""
+        return self.model.program
+
+    @property
+    def client_tables(self) -> Mapping[str, Tensor]:
+        """The token tables that the owner lets clients hold."""
+        tables: Mapping[str, Tensor] = self.model.client_tables
+        return tables
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Rounds, and bytes by link, of one query."""
+        return self.deployment.cost(self.model)
+
+
+def compile(  # the verb that torch uses; always written secure.compile
+    model: nn.Module,
+    example_inputs: Sample,
+    *,
+    calibration: Sequence[Sample] = (),
+    deployment: Deployment | None = None,
+    embedding: str | None = None,
+    gelu: str | None = None,
+    approximations: str | None = None,
+    fixed_point: FixedPoint | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Compiled:
+    """Capture a module, calibrate its ranges, and lower it for one deployment (by default ``TwoParty()``).
+
+    example_inputs: the module's keyword arguments, which fix all shapes; every one of them is the client's secret.
+    calibration: more such inputs, whose values set the ranges; the example counts as one.
+    embedding: "one-hot" (nothing revealed) or "client-table" (the owner lets clients hold the token table, and the
+    look-up costs nothing). gelu: the form of GeLU, see ``approximations.gelu``. approximations: "default" for ours, or
+    "puma" for the published ones of that paper, its GeLU among them. fixed_point: scales and margins.
+    Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value that no ring or modulus holds) and
+    InvalidInput (an option that means nothing in this deployment).
+    """
+    options = CompileOptions(embedding, gelu, approximations, fixed_point)
+    return build(Loaded("", model, [example_inputs, *calibration]), deployment or TwoParty(), options, labels or {})
+
+
+def compile_text_model(
+    model: str,
+    length: int,
+    *,
+    deployment: Deployment | None = None,
+    calibration: Sequence[str] = (),
+    embedding: str | None = None,
+    gelu: str | None = None,
+    approximations: str | None = None,
+    fixed_point: FixedPoint | None = None,
+) -> Compiled:
+    """A sentence encoder with its tokenizer, compiled for texts of up to ``length`` tokens.
+
+    model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package.
+    calibration: sentences of your own that widen the ranges. The rest as in ``secure.compile``.
+    Raises ModelNotFound too.
+    """
+    options = CompileOptions(embedding, gelu, approximations, fixed_point)
+    deployment = deployment or TwoParty()
+    deployment.check(options)  # before the model is loaded
+    return build(Embed().load(model, length, calibration), deployment, options, {})
+
+
+def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, labels: Mapping[str, str]) -> Compiled:
+    """Compile what a task has loaded."""
+    deployment.check(options)
+    named = {"model": loaded.name} if loaded.name else {}
+    named |= {"length": str(loaded.length)} if loaded.length else {}
+    made = deployment.build(loaded.module, loaded.samples, options, {**named, **labels})
+    return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json)
+
+
+def plain_reference(compiled: Compiled, inputs: Sample) -> Any:
+    """INSECURE: a compiled model in plain fixed-point arithmetic, without sharing, for comparison."""
+    return compiled.deployment.reference(compiled.model, inputs)
+
+
+def insecure_in_process(compiled: Compiled, *, threads: int = 1) -> Session:
+    """A session whose parties all live in this process. It protects NOTHING: for trying out, tests and accuracy."""
+    return Session(compiled.deployment.insecure(compiled.model, compiled.tokenizer), threads=threads)

@@ -1,0 +1,184 @@
+"""A deployment: who computes on what, said once.
+
+Its name, its roles and what each of them learns, its own options, how it compiles a model, what a query costs, and its
+in-process form. The commands make their options and help from it, README and SECURITY.md their tables, and a name that
+is not registered here is refused. How its parties are hosted stands in ``parties.deployments``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from protocols.fixedpoint import FixedPoint
+from secure.cost.traffic import Cost
+from secure.errors import InvalidInput
+from secure.models.tokens import TextTokenizer
+from secure.session import Link
+
+COMPILE, CONNECT, SERVE = "compile", "connect", "serve"
+
+TEXTS, WEIGHTS, ANSWERS = "inputs: texts, tokens, true lengths", "weights", "answers"
+SHAPE, TIMES = "architecture, padded length, ranges", "when and how many queries"
+ROWS = (TEXTS, WEIGHTS, ANSWERS, SHAPE, TIMES)
+"""The rows of the table "who learns what"."""
+
+OWN, NOTHING, ALL = "its own", "nothing", "all"
+
+
+@dataclass(frozen=True)
+class Role:
+    """One of those who take part. ``learns``: for each of ROWS, how much. ``peers``: the roles that it connects to."""
+
+    name: str
+    learns: Mapping[str, str]
+    peers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a deployment's field appears on the command line. ``used``: by which verbs, of COMPILE, CONNECT, SERVE."""
+
+    help: str
+    used: tuple[str, ...]
+
+
+def option(default: Any, help: str, *used: str) -> Any:
+    """A field of a deployment that is one of its options."""
+    return field(default=default, metadata={"option": Option(help, used)})
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a caller may say about compiling; None: the deployment's default. See ``secure.compile``."""
+
+    embedding: str | None = None
+    gelu: str | None = None
+    approximations: str | None = None
+    fixed_point: FixedPoint | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that were said, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Deployment(ABC):
+    """Base of all. Subclasses are frozen dataclasses; their fields, made by ``option``, are their own options.
+
+    name: on the command line, on the wire, in reports. summary: one line of help. trust: what is assumed.
+    takes: the names of CompileOptions that mean something here; others are refused.
+    serves: the role that holds a whole compiled model, "" where a model is shared out first.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    trust: ClassVar[str]
+    takes: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(CompileOptions))
+    serves: ClassVar[str] = "server"
+
+    @abstractmethod
+    def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
+        """Everybody who takes part, the client first. ``token_table``: clients hold the token table."""
+
+    @abstractmethod
+    def build(
+        self,
+        model: nn.Module,
+        samples: Sequence[Mapping[str, Tensor]],
+        options: CompileOptions,
+        labels: Mapping[str, str],
+    ) -> Any:
+        """Compile a module: its Program and what its owner keeps. Use ``secure.compile``, which checks the options."""
+
+    @abstractmethod
+    def cost(self, model: Any) -> Cost:
+        """One query of what ``build`` made."""
+
+    @abstractmethod
+    def insecure(self, model: Any, tokenizer: TextTokenizer | None) -> Link:
+        """All parties in one memory. It protects nothing."""
+
+    def reference(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
+        """The same arithmetic in the clear, for comparison; InvalidInput where there is none."""
+        raise InvalidInput(f"{self.name} has no plain reference", "compare with the model itself")
+
+    # options
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[Option, Field[Any]]]:
+        """Its own options by the name of their fields."""
+        return {f.name: (f.metadata["option"], f) for f in fields(cls) if "option" in f.metadata}
+
+    def compiled_as(self) -> dict[str, str]:
+        """Its COMPILE options, as servers publish them and clients that insist on one compare them."""
+        return {name: str(getattr(self, name)) for name, (known, _) in self.options().items() if COMPILE in known.used}
+
+    def differs(self, compiled_as: Mapping[str, str]) -> str | None:
+        """The first COMPILE option that was set here and that the served model was not compiled with."""
+        default = type(self)().compiled_as()
+        ours = self.compiled_as()
+        return next((n for n in ours if ours[n] != default[n] and ours[n] != compiled_as.get(n)), None)
+
+    def check(self, options: CompileOptions) -> None:
+        """Raise InvalidInput for compile options that mean nothing in this deployment."""
+        for name in options.given:
+            if name not in self.takes:
+                known = ", ".join(sorted(self.takes)) or "none of them"
+                raise InvalidInput(f"{name} means nothing under {self.name}", f"it takes {known}")
+
+
+_REGISTERED: dict[str, type[Deployment]] = {}
+
+
+def register(deployment: type[Deployment]) -> type[Deployment]:
+    """Make a deployment known by its name; usable as a decorator."""
+    if deployment.name in _REGISTERED and _REGISTERED[deployment.name] is not deployment:
+        raise ValueError(f"two deployments of the name {deployment.name!r}")
+    _REGISTERED[deployment.name] = deployment
+    return deployment
+
+
+def unregister(deployment: type[Deployment]) -> None:
+    """Forget a deployment."""
+    _REGISTERED.pop(deployment.name, None)
+
+
+def deployments() -> tuple[type[Deployment], ...]:
+    """All registered deployments, the default first."""
+    return tuple(_REGISTERED.values())
+
+
+def find(name: str) -> type[Deployment]:
+    """The deployment of this name."""
+    if name not in _REGISTERED:
+        raise InvalidInput(f"unknown deployment {name!r}", f"one of {', '.join(_REGISTERED)}")
+    return _REGISTERED[name]
+
+
+def variants(base: type[Any]) -> dict[str, Any]:
+    """Every registered deployment of a kind, and once more for each of its COMPILE switches, by names that say so."""
+    out: dict[str, Any] = {}
+    for deployment in deployments():
+        if issubclass(deployment, base):
+            out[deployment.name] = deployment()
+            for name, (known, f) in deployment.options().items():
+                if COMPILE in known.used and f.default is False:
+                    out[f"{deployment.name}-{name.replace('_', '-')}"] = deployment(**{name: True})
+    return out
+
+
+def used_by(verbs: Iterable[str]) -> dict[str, list[type[Deployment]]]:
+    """The names of own options that any of the verbs uses, each with the deployments that have it."""
+    out: dict[str, list[type[Deployment]]] = {}
+    for deployment in deployments():
+        for name, (known, _) in deployment.options().items():
+            if set(known.used) & set(verbs):
+                out.setdefault(name, []).append(deployment)
+    return out

@@ -1,0 +1,60 @@
+"""Two parties and a dealer: the default, and the fastest. The server holds the weights, the dealer deals correlations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secure.cost.runnable import Deployed
+from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.deployment import (
+    ALL,
+    ANSWERS,
+    CONNECT,
+    NOTHING,
+    OWN,
+    SERVE,
+    SHAPE,
+    TEXTS,
+    TIMES,
+    WEIGHTS,
+    Role,
+    option,
+    register,
+)
+from secure.deployments.in_process import TwoPartiesInProcess
+from secure.models.tokens import TextTokenizer
+from secure.mpc import compile as mpc
+from secure.mpc.program import Program
+from secure.session import Link
+
+SERVER, CLIENT, DEALER = "server", "client", "dealer"
+
+
+@register
+@dataclass(frozen=True)
+class TwoParty(CircuitDeployment):
+    """A server that holds the weights, and a dealer of correlations who must not collude with server or client."""
+
+    name: ClassVar[str] = "two-party"
+    summary: ClassVar[str] = "a server and a dealer; secret sharing"
+    trust: ClassVar[str] = "semi-honest; the dealer must not collude with either"
+
+    server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
+    dealer: str = option("127.0.0.1:50052", "The dealer's host:port.", CONNECT, SERVE)
+
+    def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
+        shown = "the token table; of the rest nothing" if token_table else NOTHING
+        return (
+            Role(CLIENT, {TEXTS: OWN, WEIGHTS: shown, ANSWERS: OWN, SHAPE: ALL, TIMES: OWN}, (SERVER, DEALER)),
+            Role(SERVER, {TEXTS: NOTHING, WEIGHTS: OWN, ANSWERS: NOTHING, SHAPE: ALL, TIMES: ALL}, (DEALER,)),
+            Role(DEALER, {TEXTS: NOTHING, WEIGHTS: NOTHING, ANSWERS: NOTHING, SHAPE: ALL, TIMES: ALL}),
+        )
+
+    def deployed(self, program: Program) -> Deployed:
+        """The Program's circuit as it is, between server and client."""
+        names = (SERVER, CLIENT)
+        return Deployed(program.circuit, program.output, program.paths, program.weight_shapes, names, DEALER)
+
+    def insecure(self, model: mpc.Compiled, tokenizer: TextTokenizer | None) -> Link:
+        return TwoPartiesInProcess(model, tokenizer, self.name, self.deployed(model.program))

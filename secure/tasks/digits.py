@@ -1,0 +1,55 @@
+"""The demonstration on images: a small vision transformer tells which digit an 8x8 image shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from secure.errors import InvalidInput
+from secure.models.digits import DigitsModel, load_digits, train_digits
+from secure.polynomial.forms import freeze_untrained
+from secure.tasks.task import Loaded, Served, Task
+
+CALIBRATION = 400  # training images from which ranges are taken
+NAME = "digits"
+
+
+class Digits(Task[Tensor, int]):
+    """An image (64 pixels in 0..1) to its digit. Models are called "digits", "digits-2", "digits-4", by their layers."""
+
+    name: ClassVar[str] = NAME
+    noun: ClassVar[str] = "image"
+
+    def load(self, model: str, length: int = 0, sentences: Sequence[str] = ()) -> Loaded:
+        """Train the model from scratch: half a minute at most."""
+        return prepared(train_digits(layers_of(model))[0])
+
+    def inputs(self, given: Tensor, served: Served) -> Mapping[str, Tensor]:
+        return {"images": given[None]}
+
+    def answer(self, result: Any) -> int:
+        return int(result.argmax())
+
+
+def layers_of(model: str) -> int:
+    """The layers that a model's name asks for."""
+    name, _, layers = model.partition("-")
+    if name != NAME or (layers and not layers.isdigit()) or not 1 <= int(layers or 1) <= 4:
+        raise InvalidInput(f"no model {model!r} on digits", "digits, digits-2, digits-3 or digits-4: the layers")
+    return int(layers or 1)
+
+
+def prepared(model: DigitsModel) -> Loaded:
+    """A model on digits with its calibration images, one a query."""
+    samples = [{"images": image[None]} for image in load_digits().train[0][:CALIBRATION]]
+    return Loaded(NAME, model, samples)
+
+
+def untrained(layers: int) -> DigitsModel:
+    """Random weights, with ranges as they come: for costs alone."""
+    model = DigitsModel(layers).eval()
+    images = load_digits().train[0][:CALIBRATION]
+    freeze_untrained(model, lambda: model(images))
+    return model

@@ -1,0 +1,38 @@
+"""Sentence embeddings: one vector a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from secure.errors import InvalidInput
+from secure.models.text import load_text_model, text_inputs, text_samples
+from secure.tasks.task import Loaded, Served, Task
+
+
+class Embed(Task[str, Tensor]):
+    """A text to its embedding, a float64 vector."""
+
+    name: ClassVar[str] = "embed"
+    noun: ClassVar[str] = "text"
+
+    def load(self, model: str, length: int, sentences: Sequence[str] = ()) -> Loaded:
+        found = load_text_model(model)
+        samples = text_samples(found, length, sentences)
+        return Loaded(found.name, found.module, samples, found.tokenizer, found.tokenizer_json, length)
+
+    def check(self, given: Sequence[str], served: Served) -> None:
+        if served.tokenizer is None:
+            raise InvalidInput("this server's model takes no text", "use query with the model's own arguments")
+        if isinstance(given, str) or not all(isinstance(text, str) for text in given):
+            raise InvalidInput("embed takes a list of texts", 'for example embed(["A sentence."])')
+
+    def inputs(self, given: str, served: Served) -> Mapping[str, Tensor]:
+        assert served.tokenizer is not None  # as ``check`` found
+        return text_inputs(served.tokenizer, given, served.length)
+
+    def answer(self, result: Any) -> Tensor:
+        vector: Tensor = result[0]
+        return vector
