@@ -6,6 +6,8 @@ is also the ``FileNotFoundError`` or ``ImportError`` that Python programs expect
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from protocols.errors import DoesNotFit, Error, FixedPointError
 
 __all__ = [
@@ -163,15 +165,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:2000])
 
 
-_BETWEEN_PARTIES = (
-    *(EndpointError, HandshakeError, DealerError, QueryError, ProtocolError),
-    *(PeerLost, DownloadError, PartiesDisagree, ShareError),
-)
+def kinds(base: type[Error] = Error) -> Iterator[type[Error]]:
+    """Every kind of error that has a code of its own."""
+    for kind in base.__subclasses__():
+        if "code" in kind.__dict__:
+            yield kind
+        yield from kinds(kind)
 
 
 def from_code(code: str, message: str) -> Error:
     """The exception that a peer's Failure message stands for; an unknown code gives ``Error`` itself."""
-    for kind in _BETWEEN_PARTIES:
-        if kind.code == code:
-            return kind(message)
-    return Error(message)
+    return next((kind for kind in kinds() if kind.code == code), Error)(message)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from parties.two_party.masked_model import ServedModel
-    from tests.tiny import Served
+    from tests.tiny import Ready, Served
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +29,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(directory: Path, state: Path) -> ServedModel:
+def model(directory: Path, state: Path) -> Ready:
     """The encoder, compiled."""
     from tests.tiny import ready
 
@@ -47,7 +46,7 @@ def dealer() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def server(model: ServedModel, dealer: Served) -> Iterator[Served]:
+def server(model: Ready, dealer: Served) -> Iterator[Served]:
     """A server of the encoder in this process."""
     from tests.tiny import serving
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import threading
 import time
@@ -15,16 +16,28 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.endpoints import open_channel
 from parties.net.frames import PART
+from parties.net.network import Plaintext
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
-from parties.two_party.masked_model import ServedModel
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import InferenceStub
+from proto.unseen_pb2_grpc import ModelStub
 from secure.errors import DealerError, Error, PeerLost, ProtocolError
-from tests.tiny import FIRST, TEXT, Raw, Served, dealing, dial, refused, serving, session_count, wait_until, works
+from tests.tiny import (
+    FIRST,
+    TEXT,
+    Raw,
+    Ready,
+    Served,
+    dealing,
+    dial,
+    refused,
+    serving,
+    session_count,
+    wait_until,
+    works,
+)
 
 # failures in the middle
 
@@ -62,11 +75,11 @@ def never_last(frame: pb.Frame) -> None:
 
 
 @pytest.mark.parametrize("change", [shorten, lengthen, never_last])
-def test_the_client_refuses_wrong_frames(change: Any, model: ServedModel, dealer: Served) -> None:
+def test_the_client_refuses_wrong_frames(change: Any, model: Ready, dealer: Served) -> None:
     with serving(model, dealer.address, each_frame(change)) as server, dial(server, dealer) as connection:
         with pytest.raises(ProtocolError, match=r"module 'encoder[^']*': the server sent a (frame|part) of \d+ bytes"):
             connection.embed([TEXT])
-        with pytest.raises(PeerLost, match="this connection has ended: module"):
+        with pytest.raises(PeerLost, match="this session has ended: module"):
             connection.embed([TEXT])
         assert connection.reports == []
 
@@ -86,7 +99,7 @@ def test_the_client_refuses_wrong_frames(change: Any, model: ServedModel, dealer
     ],
 )
 def test_the_client_refuses_other_messages(
-    instead: pb.ServerMessage, message: str, model: ServedModel, dealer: Served
+    instead: pb.ServerMessage, message: str, model: Ready, dealer: Served
 ) -> None:
     def run(_: Any, messages: Iterator[pb.ServerMessage], __: Any) -> Iterator[pb.ServerMessage]:
         for m in messages:
@@ -99,7 +112,7 @@ def test_the_client_refuses_other_messages(
         assert len(str(caught.value)) < 2500
 
 
-def test_a_server_that_stalls(model: ServedModel, dealer: Served) -> None:
+def test_a_server_that_stalls(model: Ready, dealer: Served) -> None:
     released = threading.Event()
 
     def run(_: Any, messages: Iterator[pb.ServerMessage], __: Any) -> Iterator[pb.ServerMessage]:
@@ -122,7 +135,7 @@ WAITING = (
 )
 
 
-def test_a_server_that_dies(model: ServedModel, dealer: Served) -> None:
+def test_a_server_that_dies(model: Ready, dealer: Served) -> None:
     def run(_: Any, messages: Iterator[pb.ServerMessage], context: Any) -> Iterator[pb.ServerMessage]:
         for n, message in enumerate(messages):
             if n == 6:
@@ -157,7 +170,7 @@ def bug(*_: object, **__: object) -> Any:
 
 @pytest.mark.parametrize("how", ["stalls", "dies", "ends"])
 def test_a_client_that_is_lost_in_a_query(
-    how: str, model: ServedModel, dealer: Served, caplog: pytest.LogCaptureFixture
+    how: str, model: Ready, dealer: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     with serving(model, dealer.address, deadline=1.0 if how == "stalls" else 20.0) as server:
@@ -181,12 +194,14 @@ def test_a_client_that_is_lost_in_a_query(
         works(server, dealer)
 
 
-def test_a_client_that_does_not_read(model: ServedModel, dealer: Served) -> None:
+def test_a_client_that_does_not_read(model: Ready, dealer: Served) -> None:
     """It fills its window and no more; the server does not wait for it for ever."""
-    large = dataclasses.replace(model, files={"0" * 64: bytes(64 << 20)})
-    with serving(large, dealer.address, deadline=0.5) as server:
-        channel = open_channel(server.endpoint, insecure=False, what="x")
-        chunks = InferenceStub(channel).Download(pb.DownloadRequest(sha256="0" * 64))
+    large = bytes(64 << 20)
+    digest = hashlib.sha256(large).hexdigest()
+    masked = dataclasses.replace(model.masked, files={"large": large})
+    with serving(dataclasses.replace(model, masked=masked), dealer.address, deadline=0.5) as server:
+        channel = Plaintext().channel(server.endpoint, what="x")
+        chunks = ModelStub(channel).Download(pb.DownloadRequest(sha256=digest))
         next(chunks)
         time.sleep(1.5)
         with pytest.raises(grpc.RpcError) as caught:
@@ -195,7 +210,7 @@ def test_a_client_that_does_not_read(model: ServedModel, dealer: Served) -> None
         channel.close()
 
 
-def test_a_client_that_says_nothing(model: ServedModel, dealer: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_says_nothing(model: Ready, dealer: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with serving(model, dealer.address, deadline=0.5) as server, Raw(server, dealer, model) as raw:
         with pytest.raises(grpc.RpcError):
@@ -205,7 +220,7 @@ def test_a_client_that_says_nothing(model: ServedModel, dealer: Served, caplog: 
 
 
 def test_idle_sessions_end(
-    model: ServedModel, dealer: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Ready, dealer: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not by the deadline of a message, but in the end."""
     caplog.set_level(logging.INFO)
@@ -221,7 +236,7 @@ def test_idle_sessions_end(
     assert "was idle too long" in caplog.text or "between queries" in caplog.text
 
 
-def test_too_many_sessions(model: ServedModel, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_sessions(model: Ready, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAXIMUM_SESSIONS", 2)
     with serving(model, dealer.address) as server:
         with dial(server, dealer) as one, dial(server, dealer):
@@ -235,7 +250,7 @@ def test_too_many_sessions(model: ServedModel, dealer: Served, monkeypatch: pyte
 # the dealer
 
 
-def test_a_dealer_that_was_restarted(model: ServedModel) -> None:
+def test_a_dealer_that_was_restarted(model: Ready) -> None:
     with dealing() as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
         connection.embed([TEXT])
         dealer.stop()
@@ -261,7 +276,7 @@ class Dying(DealerService):
             time.sleep(0.01)
 
 
-def test_a_dealer_that_dies_while_it_deals(model: ServedModel) -> None:
+def test_a_dealer_that_dies_while_it_deals(model: Ready) -> None:
     service = Dying()
     with dealing(service) as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
         service.served = dealer
@@ -274,13 +289,13 @@ def test_a_dealer_that_dies_while_it_deals(model: ServedModel) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 100, 10**7])
-def test_a_dealer_that_deals_another_size(size: int, model: ServedModel) -> None:
+def test_a_dealer_that_deals_another_size(size: int, model: Ready) -> None:
     class Other(DealerService):
         def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
             for start in range(0, size, PART):
                 yield pb.Chunk(data=bytes(min(PART, size - start)))
 
-    prescribed = model.compiled.program.cost.dealt
+    prescribed = model.program.cost.dealt
     message = rf"the dealer sent \d+ bytes of corrections, the Program prescribes {prescribed}"
     with dealing(Other()) as dealer, serving(model, dealer.address) as server, dial(server, dealer) as connection:
         with pytest.raises(DealerError, match=message):
@@ -288,7 +303,7 @@ def test_a_dealer_that_deals_another_size(size: int, model: ServedModel) -> None
         assert connection.ready == 0
 
 
-def test_a_dealer_that_stalls(model: ServedModel) -> None:
+def test_a_dealer_that_stalls(model: Ready) -> None:
     """The client gives up, and the server with it."""
 
     class Stalling(DealerService):
@@ -312,7 +327,7 @@ def test_a_dealer_that_stalls(model: ServedModel) -> None:
 
 
 def test_the_dealer_forgets_the_oldest_sessions(
-    server: Served, dealer: Served, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    server: Served, dealer: Served, model: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import parties.two_party.dealer as module
 

@@ -8,7 +8,7 @@ import hmac
 import logging
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,18 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.served.files import describe, fetch, unpack_masked
+from parties.net.network import Plaintext
+from parties.served import described, files
+from parties.served.files import MASKED_WEIGHTS, describe, fetch, unpack_masked
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
-from parties.two_party.client import Connection, connect
-from parties.two_party.masked_model import ServedModel, load_root_seed, serve_ready
+from parties.two_party.masked_model import load_root_seed, mask_model
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
 from secure.errors import DealerError, DownloadError, Error
 from secure.models.tokens import load_tokenizer
-from tests.tiny import TEXT, WORDS, Raw, Served, dealing, dial, serving, works
+from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, works
 
 # files
 
@@ -34,16 +35,19 @@ from tests.tiny import TEXT, WORDS, Raw, Served, dealing, dial, serving, works
 def test_the_cache_spares_the_download(
     server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched, real = list[str](), Connection._download
+    fetched, real = list[str](), files.fetch
 
-    def download(self: Connection, sha256: str) -> Iterator[bytes]:
-        fetched.append(sha256)
-        return real(self, sha256)
+    def fetch_counted(file: pb.File, download: Callable[[str], Iterable[bytes]], cache: Path | None) -> bytes:
+        def counted(sha256: str) -> Iterable[bytes]:
+            fetched.append(sha256)
+            return download(sha256)
 
-    monkeypatch.setattr(Connection, "_download", download)
+        return real(file, counted, cache)
+
+    monkeypatch.setattr(described, "fetch", fetch_counted)
 
     def again() -> None:
-        with connect(server.address, dealer.address, cache=tmp_path / "cache") as connection:
+        with call(server.address, dealer.address, cache=tmp_path / "cache") as connection:
             connection.embed([TEXT])
 
     again()
@@ -65,11 +69,11 @@ def test_the_cache_directory_of_the_user(
     server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    connect(server.address, dealer.address).close()
+    call(server.address, dealer.address, cache=True).close()
     assert len(list((tmp_path / "unseen").iterdir())) == 1
     (tmp_path / "file").touch()
     with pytest.raises(DownloadError, match="cannot be written"):
-        connect(server.address, dealer.address, cache=tmp_path / "file" / "below")
+        call(server.address, dealer.address, cache=tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1] + b"x", lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
@@ -89,8 +93,8 @@ def test_a_download_without_end_stops(tmp_path: Path) -> None:
         fetch(describe("masked-weights", b"abc"), forever, None)
 
 
-def test_masked_weights_that_are_none(model: ServedModel) -> None:
-    program, payload = model.compiled.program, next(iter(model.files.values()))
+def test_masked_weights_that_are_none(model: Ready) -> None:
+    program, payload = model.program, model.masked.files[MASKED_WEIGHTS]
     for bad in (b"", b"\xff" * 64, payload[:100]):
         with pytest.raises(DownloadError, match="not a safetensors file"):
             unpack_masked(bad, program.weight_rings, program.weight_shapes)
@@ -102,8 +106,8 @@ def test_masked_weights_that_are_none(model: ServedModel) -> None:
         unpack_masked(payload, rings, program.weight_shapes)
 
 
-def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, tmp_path: Path) -> None:
-    digest = model.compiled.weights_digest
+def test_the_mask_seed_is_kept_and_secret(directory: Path, model: Ready, tmp_path: Path) -> None:
+    digest = model.compiled.model.weights_digest
     state = tmp_path / "new" / "state"
     seed = load_root_seed(state, digest)
     (file,) = state.iterdir()
@@ -112,12 +116,12 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, t
     assert load_root_seed(state, digest) == seed == file.read_bytes()
     assert len(seed) == 32
     assert load_root_seed(state, "0" * 64) != seed
-    again = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
+    again = mask_model(model.compiled.model, state)
     assert again.mask_seed == derive_seed(seed, "mask") != seed
-    assert again.files.keys() != model.files.keys()  # another seed, another D
+    assert again.files != model.masked.files  # another seed, another D
     # others learn a digest under a key: a plain one would confirm a guess of the weights
     assert len({digest, again.weights_digest, model.weights_digest}) == 3
-    same = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state)
+    same = mask_model(model.compiled.model, state)
     assert same.files == again.files
     file.write_bytes(seed[:5])
     with pytest.raises(Error, match="is damaged\nhint: delete it"):
@@ -125,20 +129,20 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: ServedModel, t
 
 
 def test_the_public_digest_tells_the_dealer_nothing(
-    directory: Path, model: ServedModel, dealer: Served, server: Served, state: Path
+    directory: Path, model: Ready, dealer: Served, server: Served, state: Path
 ) -> None:
     """Who knows the mask seed, as the dealer does, cannot check a guess of the weights against their public name."""
     known = [m for m in dealer.service._models.values() if m.weights_digest == model.weights_digest]
-    assert [m.mask_seed for m in known] == [model.mask_seed]
-    plain, root = model.compiled.weights_digest, load_root_seed(state, model.compiled.weights_digest)
-    seed = model.mask_seed
+    assert [m.mask_seed for m in known] == [model.masked.mask_seed]
+    plain, root = model.compiled.model.weights_digest, load_root_seed(state, model.compiled.model.weights_digest)
+    seed = model.masked.mask_seed
     for key in (seed, derive_seed(seed, "digest"), derive_seed(seed, "mask"), derive_key(seed, "digest"), b""):
         assert hmac.digest(key, plain.encode(), "sha256").hex() != model.weights_digest
     assert plain != model.weights_digest
     # the server itself can, so that its clients' copies stay valid over restarts
     assert hmac.digest(derive_seed(root, "digest"), plain.encode(), "sha256").hex() == model.weights_digest
     assert len({root, seed, derive_seed(root, "digest")}) == 3
-    assert serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, state).files == model.files
+    assert mask_model(model.compiled.model, state).files == model.masked.files
 
 
 def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
@@ -158,25 +162,25 @@ def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_weights_get_another_seed(directory: Path, state: Path, model: ServedModel) -> None:
-    name, value = next(iter(model.compiled.integers.items()))
-    other = dataclasses.replace(model.compiled, integers={**model.compiled.integers, name: value + 1})
-    served = serve_ready(other, load_tokenizer(directory), model.tokenizer_json, state)
+def test_other_weights_get_another_seed(directory: Path, state: Path, model: Ready) -> None:
+    name, value = next(iter(model.compiled.model.integers.items()))
+    other = dataclasses.replace(model.compiled.model, integers={**model.compiled.model.integers, name: value + 1})
+    served = mask_model(other, state)
     assert served.weights_digest != model.weights_digest
-    assert served.mask_seed != model.mask_seed
-    assert served.files.keys() != model.files.keys()
+    assert served.mask_seed != model.masked.mask_seed
+    assert served.files != model.masked.files
 
 
 def test_two_servers_with_two_seeds_at_one_dealer(
-    directory: Path, model: ServedModel, server: Served, dealer: Served, tmp_path: Path
+    directory: Path, model: Ready, server: Served, dealer: Served, tmp_path: Path
 ) -> None:
     """Each has its own mask under its own name; nobody can put another mask under a name that is taken."""
-    second = serve_ready(model.compiled, load_tokenizer(directory), model.tokenizer_json, tmp_path)
-    with serving(second, dealer.address) as other:
+    second = mask_model(model.compiled.model, tmp_path)
+    with serving(Ready(model.compiled, second), dealer.address) as other:
         works(other, dealer)
         works(server, dealer)
     with pytest.raises(DealerError, match=r"another mask seed.*\nhint: give all servers of a model the same --state"):
-        InferenceService(dataclasses.replace(model, mask_seed=second.mask_seed), dealer.endpoint)
+        InferenceService(dataclasses.replace(model.masked, mask_seed=second.mask_seed), dealer.address, Plaintext())
     works(server, dealer)
 
 
@@ -188,15 +192,15 @@ def bug(*_: object) -> None:
 
 
 def test_nothing_secret_is_logged_or_shown(
-    model: ServedModel,
+    model: Ready,
     directory: Path,
     state: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    root = load_root_seed(state, model.compiled.weights_digest)
-    seeds, shown = [model.mask_seed, root, derive_seed(root, "digest")], list[str]()
+    root = load_root_seed(state, model.compiled.model.weights_digest)
+    seeds, shown = [model.masked.mask_seed, root, derive_seed(root, "digest")], list[str]()
     for module in (client_module, server_module):
         real = module.fresh_seed
 
@@ -213,8 +217,10 @@ def test_nothing_secret_is_logged_or_shown(
                     connection.embed([text])
                 shown.append(str(caught.value))
             connection.prepare()
-            assert [repr(ready) for ready in connection._ready] == [object.__repr__(r) for r in connection._ready]
-            shown += [repr(connection), repr(connection.reports), repr(connection._ready)]
+            assert [repr(ready) for ready in connection.link._ready] == [
+                object.__repr__(r) for r in connection.link._ready
+            ]
+            shown += [repr(connection), repr(connection.reports), repr(connection.link._ready)]
             with monkeypatch.context() as patch:
                 patch.setattr(server_module, "unpack_frame", bug)
                 with pytest.raises(Error) as broken:
@@ -225,7 +231,8 @@ def test_nothing_secret_is_logged_or_shown(
             raw.say(frame=pb.Frame(data=b"\0", last=True))
             shown.append(raw.hear_failure().message)
         shown += [repr(s) for s in dealer.service._sessions.values()]
-        shown += [repr(m) for m in dealer.service._models.values()] + [repr(model)]
+        shown += [repr(m) for m in dealer.service._models.values()]
+        shown += [repr(model), repr(model.masked), repr(model.compiled)]
     everything = caplog.text + "\n".join(shown)
     assert len(seeds) == 6
     for seed in seeds:

@@ -11,9 +11,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART
-from parties.two_party.masked_model import ServedModel
 from proto import unseen_pb2 as pb
-from tests.tiny import FIRST, Raw, Served, refused, works
+from tests.tiny import FIRST, Raw, Ready, Served, refused, works
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ from tests.tiny import FIRST, Raw, Served, refused, works
     ],
 )
 def test_the_server_refuses_wrong_frames(
-    frame: pb.Frame, message: str, server: Served, dealer: Served, model: ServedModel
+    frame: pb.Frame, message: str, server: Served, dealer: Served, model: Ready
 ) -> None:
     with Raw(server, dealer, model) as raw:
         raw.start()
@@ -40,7 +39,7 @@ def test_the_server_refuses_wrong_frames(
     works(server, dealer)
 
 
-def test_a_message_beyond_the_limit_of_the_channel(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_a_message_beyond_the_limit_of_the_channel(server: Served, dealer: Served, model: Ready) -> None:
     with Raw(server, dealer, model) as raw:
         raw.start()
         raw.say(frame=pb.Frame(data=bytes(17 << 20), last=True))
@@ -53,7 +52,7 @@ def test_a_message_beyond_the_limit_of_the_channel(server: Served, dealer: Serve
     "content", [{"query": pb.Query(query=1)}, {"prepare": pb.Prepare(query=1)}, {"hello": pb.Hello()}, {}]
 )
 def test_the_server_refuses_other_messages_in_a_query(
-    content: dict[str, Any], server: Served, dealer: Served, model: ServedModel
+    content: dict[str, Any], server: Served, dealer: Served, model: Ready
 ) -> None:
     with Raw(server, dealer, model) as raw:
         raw.start()
@@ -63,7 +62,7 @@ def test_the_server_refuses_other_messages_in_a_query(
 
 @pytest.mark.parametrize("content", [{"frame": pb.Frame()}, {"hello": pb.Hello()}, {}])
 def test_the_server_refuses_other_messages_between_queries(
-    content: dict[str, Any], server: Served, dealer: Served, model: ServedModel
+    content: dict[str, Any], server: Served, dealer: Served, model: Ready
 ) -> None:
     with Raw(server, dealer, model) as raw:
         raw.greet()
@@ -71,16 +70,14 @@ def test_the_server_refuses_other_messages_between_queries(
         refused(raw, "protocol", "where 'prepare' or 'query' was expected")
 
 
-def test_a_session_begins_with_a_handshake(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_a_session_begins_with_a_handshake(server: Served, dealer: Served, model: Ready) -> None:
     with Raw(server, dealer, model) as raw:
         raw.say(query=pb.Query(query=0))
         refused(raw, "handshake", "does not begin with a handshake")
 
 
 @pytest.mark.parametrize("token", [b"", bytes(16), bytes(10_000)])
-def test_sessions_that_the_dealer_does_not_know(
-    token: bytes, server: Served, dealer: Served, model: ServedModel
-) -> None:
+def test_sessions_that_the_dealer_does_not_know(token: bytes, server: Served, dealer: Served, model: Ready) -> None:
     with Raw(server, dealer, model) as raw:
         raw.token = token
         with pytest.raises(AssertionError):

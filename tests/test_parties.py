@@ -16,12 +16,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net import hosting
-from parties.net.endpoints import Endpoint, open_channel
-from parties.two_party.client import connect
-from parties.two_party.keys import DEPLOYMENT
-from parties.two_party.masked_model import ServedModel
+from parties.net.endpoints import Endpoint
+from parties.net.network import Plaintext
+from parties.served.published import Published
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
+from secure.cost.traffic import Traffic
+from secure.deployments.two_party import TwoParty
 from secure.errors import (
     DealerError,
     DownloadError,
@@ -30,14 +31,18 @@ from secure.errors import (
     HandshakeError,
     InputTooLong,
     PeerLost,
+    ProtocolError,
     QueryError,
 )
-from secure.mpc.program import VERSION
+from secure.session import Report
+from secure.version import WIRE_VERSION
 from tests.tiny import (
     LENGTH,
     TEXT,
     WORDS,
+    Ready,
     Served,
+    call,
     dealing,
     dial,
     expected,
@@ -51,23 +56,28 @@ from tests.tiny import (
 # what works
 
 
+def crossed(report: Report) -> tuple[Traffic, ...]:
+    """The links that a cost predicts: all but the server's word that a query is prepared."""
+    return tuple(t for t in report.traffic if (t.sender, t.phase) != ("server", "offline"))
+
+
 @pytest.mark.parametrize("embedding", ["one-hot", "client-table"])
 def test_embeddings_are_those_of_the_model(embedding: str, directory: Path, state: Path, dealer: Served) -> None:
     served, texts = ready(directory, state, embedding), sentences(3)
     with serving(served, dealer.address) as server, dial(server, dealer) as connection:
         assert connection.length == LENGTH
         assert connection.program.digest == served.compiled.program.digest
-        assert ("token-table" in connection.files) == (embedding == "client-table")
+        assert len(connection.once) == (2 if embedding == "client-table" else 1)
         for text, vector in zip(texts, connection.embed(texts), strict=True):
             assert vector.dtype == torch.float64
             torch.testing.assert_close(vector, expected(directory, text), atol=5e-3, rtol=0)
         for report in connection.reports:
-            assert report.cost == served.compiled.program.cost
-            assert report.cost.dealt > 0
+            assert (report.rounds, crossed(report)) == (served.compiled.cost.rounds, served.compiled.cost.traffic)
+            assert report.bytes(sender="dealer") > 0
             assert min(report.online_seconds, report.offline_seconds, report.client_seconds) > 0
 
 
-def test_queries_are_prepared_ahead(server: Served, dealer: Served) -> None:
+def test_queries_are_prepared_ahead(server: Served, dealer: Served, model: Ready) -> None:
     with dial(server, dealer) as connection:
         assert connection.ready == 0
         connection.prepare()
@@ -78,7 +88,7 @@ def test_queries_are_prepared_ahead(server: Served, dealer: Served) -> None:
         assert connection.ready == 2  # nothing was asked, and the connection goes on
         assert len(connection.embed([TEXT] * 3)) == 3
         assert connection.ready == 0
-        assert [r.cost for r in connection.reports] == [connection.program.cost] * 3
+        assert [crossed(r) for r in connection.reports] == [model.compiled.cost.traffic] * 3
 
 
 def test_two_clients_at_once(server: Served, dealer: Served, directory: Path) -> None:
@@ -102,14 +112,14 @@ def test_two_clients_at_once(server: Served, dealer: Served, directory: Path) ->
         torch.testing.assert_close(answers[i], expected(directory, text), atol=5e-3, rtol=0)
 
 
-def test_threads_share_a_connection_one_query_at_a_time(server: Served, dealer: Served) -> None:
+def test_threads_share_a_session_one_query_at_a_time(server: Served, dealer: Served, model: Ready) -> None:
     with dial(server, dealer) as connection:
         threads = [threading.Thread(target=connection.embed, args=([TEXT],)) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert [r.cost for r in connection.reports] == [connection.program.cost] * 3
+        assert [crossed(r) for r in connection.reports] == [model.compiled.cost.traffic] * 3
 
 
 def test_bad_texts_burn_nothing(server: Served, dealer: Served) -> None:
@@ -132,7 +142,7 @@ def test_a_connection_that_was_closed(server: Served, dealer: Served) -> None:
         connection.prepare()
     connection.close()
     for use in (connection.prepare, lambda: connection.embed([TEXT])):
-        with pytest.raises(PeerLost, match="this connection has ended: it was closed\nhint: connect again"):
+        with pytest.raises(PeerLost, match="this session has ended: it was closed\nhint: connect again"):
             use()
 
 
@@ -144,9 +154,9 @@ def test_nothing_is_left_open(server: Served, dealer: Served) -> None:
         with pytest.raises(HandshakeError):
             dial(server, dealer, program_digest="0" * 64)
         with pytest.raises(DealerError):
-            connect(server.address, "127.0.0.1:1", cache=False)
+            call(server.address, "127.0.0.1:1")
         with pytest.raises(PeerLost):
-            connect("127.0.0.1:1", dealer.address, cache=False)
+            call("127.0.0.1:1", dealer.address)
 
     some()
     descriptors, threads = open_files(), threading.active_count()
@@ -175,26 +185,27 @@ def test_a_proxy_is_not_used(server: Served, dealer: Served, monkeypatch: pytest
 @pytest.mark.parametrize("bad", ["", "localhost", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000"])
 def test_malformed_addresses(bad: str) -> None:
     with pytest.raises(EndpointError, match=r"the server: .* is not host:port\nhint: for example"):
-        connect(bad, "127.0.0.1:1", cache=False)
+        call(bad, "127.0.0.1:1")
     with pytest.raises(EndpointError, match=r"the dealer: .* is not host:port"):
-        connect("127.0.0.1:1", bad, cache=False)
+        call("127.0.0.1:1", bad)
 
 
-def test_only_loopback_without_saying_so(model: ServedModel) -> None:
+def test_only_loopback_without_saying_so(model: Ready) -> None:
     far, here = "192.0.2.1:5", "127.0.0.1:5"
     for server, dealer, what in ((far, here, "the server"), (here, far, "the dealer")):
         with pytest.raises(
             EndpointError, match=f"{what}: {far} is not on this machine.*not be encrypted\nhint: .*insecure"
         ):
-            connect(server, dealer, cache=False)
+            call(server, dealer)
     with pytest.raises(EndpointError, match=r"the dealer: 192\.0\.2\.1:5 is not on this machine"):
-        InferenceService(model, Endpoint("192.0.2.1", 5))
+        InferenceService(model.masked, "192.0.2.1:5", Plaintext())
     with pytest.raises(EndpointError, match=r"the thing: 0\.0\.0\.0:0 is not on this machine"):
-        hosting.start(Endpoint("0.0.0.0", 0), lambda _: None, insecure=False, what="the thing")
-    server_, address = hosting.start(Endpoint("0.0.0.0", 0), lambda _: None, insecure=True, what="the thing")
+        hosting.start(Endpoint("0.0.0.0", 0), [], network=Plaintext(), what="the thing")
+    open_to_all = Plaintext(beyond_loopback=True)
+    server_, address = hosting.start(Endpoint("0.0.0.0", 0), [], network=open_to_all, what="the thing")
     server_.stop(None).wait()
     assert address.port > 0
-    open_channel(Endpoint("192.0.2.1", 5), insecure=True, what="x").close()
+    open_to_all.channel(Endpoint("192.0.2.1", 5), what="x").close()
 
 
 def test_a_port_in_use(dealer: Served) -> None:
@@ -205,20 +216,20 @@ def test_a_port_in_use(dealer: Served) -> None:
         pass
 
 
-def test_no_dealer(model: ServedModel, server: Served) -> None:
+def test_no_dealer(model: Ready, server: Served) -> None:
     nobody = "127.0.0.1:1"
     message = f"the dealer at {nobody} cannot be reached.*\nhint: start it with: unseen dealer --listen {nobody}"
     with pytest.raises(DealerError, match=message):
-        InferenceService(model, Endpoint.parse(nobody, what="x"))
+        InferenceService(model.masked, nobody, Plaintext())
     with pytest.raises(DealerError, match=message):
-        connect(server.address, nobody, cache=False)
+        call(server.address, nobody)
 
 
 def test_no_server(dealer: Served) -> None:
     with pytest.raises(
         PeerLost, match=r"the server at 127\.0\.0\.1:1 cannot be reached\nhint: start it with: unseen serve"
     ):
-        connect("127.0.0.1:1", dealer.address, cache=False)
+        call("127.0.0.1:1", dealer.address)
 
 
 def test_another_dealer_than_the_servers(server: Served) -> None:
@@ -241,7 +252,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "name"),
     [
-        ("version", VERSION + 1, "version"),
+        ("version", WIRE_VERSION + 1, "version"),
         ("deployment", "three-party", "deployment"),
         ("fixed_point", '{"fraction_bits": 3}', "fixed point"),
         ("program_digest", "f" * 64, "Program digest"),
@@ -254,13 +265,13 @@ def test_the_server_refuses_another_handshake(
     name: str,
     server: Served,
     dealer: Served,
-    model: ServedModel,
+    model: Ready,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = model.compiled.program
     ours = {
-        "version": str(VERSION),
-        "deployment": DEPLOYMENT,
+        "version": str(WIRE_VERSION),
+        "deployment": TwoParty.name,
         "fixed point": '"fraction_bits": 16',
         "Program digest": program.digest,
         "weights digest": model.weights_digest,
@@ -275,8 +286,8 @@ def test_the_server_refuses_another_handshake(
     works(server, dealer)
 
 
-class Lying(InferenceService):
-    """Describes something else than it serves."""
+class Lying(Published):
+    """Describes something else than is served."""
 
     change: Callable[[pb.Description], object]
 
@@ -286,7 +297,7 @@ class Lying(InferenceService):
         return description
 
 
-def lying(change: Callable[[pb.Description], object]) -> type[InferenceService]:
+def lying(change: Callable[[pb.Description], object]) -> type[Published]:
     return type("Lying", (Lying,), {"change": staticmethod(change)})
 
 
@@ -300,14 +311,14 @@ def spoil_program(description: pb.Description) -> None:
         (
             lambda d: setattr(d, "version", 9),
             HandshakeError,
-            f"the server speaks '9' .*this client '{VERSION}'",
+            f"the server speaks '9' .*this client '{WIRE_VERSION}'",
         ),
         (
             lambda d: setattr(d, "deployment", "ckks"),
             HandshakeError,
-            f"'ckks', this client .* of '{DEPLOYMENT}'",
+            f"'ckks', this client .* of '{TwoParty.name}'",
         ),
-        (lambda d: setattr(d, "weights_digest", "0" * 64), DealerError, "does not know the Program"),
+        (lambda d: setattr(d, "model", "0" * 64), DealerError, "does not know the Program"),
         (lambda d: setattr(d, "tokenizer", b"{"), HandshakeError, "the server's tokenizer cannot be read"),
         (lambda d: d.files.pop(), DownloadError, "the server offers no masked-weights"),
         (lambda d: setattr(d.files[0], "sha256", "../../x"), DownloadError, "masked-weights: the announced digest"),
@@ -315,17 +326,18 @@ def spoil_program(description: pb.Description) -> None:
         (lambda d: setattr(d.files[0], "sha256", "0" * 64), PeerLost, "it has no such file\nhint: connect again"),
         (lambda d: setattr(d.files[0], "size", 1 << 60), DownloadError, "is impossible"),
         (lambda d: setattr(d.files[0], "size", 5), DownloadError, "not the announced file"),
-        (spoil_program, ValueError, "not a valid Program"),
+        (lambda d: setattr(d, "role", "dealer"), HandshakeError, "dealer answers at .* where server should"),
+        (spoil_program, ProtocolError, "the Program of the server: not a valid Program"),
     ],
 )
 def test_a_description_that_does_not_hold(
-    change: Any, kind: type[Exception], message: str, model: ServedModel, dealer: Served, tmp_path: Path
+    change: Any, kind: type[Exception], message: str, model: Ready, dealer: Served, tmp_path: Path
 ) -> None:
-    with serving(model, dealer.address, lying(change)) as server, pytest.raises(kind, match=message):
-        connect(server.address, dealer.address, cache=tmp_path)
+    with serving(model, dealer.address, describing=lying(change)) as server, pytest.raises(kind, match=message):
+        call(server.address, dealer.address, cache=tmp_path)
 
 
-def test_a_pinned_program(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_a_pinned_program(server: Served, dealer: Served, model: Ready) -> None:
     digest = model.compiled.program.digest
     dial(server, dealer, program_digest=digest).close()
     for other in ("0" * 64, "é"):

@@ -16,13 +16,12 @@ from parties.two_party import client as client_module
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.keys import MAXIMUM_QUERY, join_proof, query_key
-from parties.two_party.masked_model import ServedModel
 from proto import unseen_pb2 as pb
 from secure.errors import PeerLost
-from tests.tiny import TEXT, Raw, Served, dealing, dial, refused, run_query, serving
+from tests.tiny import TEXT, Raw, Ready, Served, dealing, dial, refused, run_query, serving
 
 
-def test_the_server_refuses_a_burnt_number(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_the_server_refuses_a_burnt_number(server: Served, dealer: Served, model: Ready) -> None:
     for number, message in ((5, "already used"), (4, "already used"), (6, "was not prepared")):
         with Raw(server, dealer, model) as raw:
             raw.start(5)
@@ -31,7 +30,7 @@ def test_the_server_refuses_a_burnt_number(server: Served, dealer: Served, model
             refused(raw, "query", message)
 
 
-def test_the_server_limits_what_is_prepared(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_the_server_limits_what_is_prepared(server: Served, dealer: Served, model: Ready) -> None:
     with Raw(server, dealer, model) as raw:
         raw.greet()
         raw.prepare(0)
@@ -41,7 +40,7 @@ def test_the_server_limits_what_is_prepared(server: Served, dealer: Served, mode
 
 
 def test_a_query_drops_what_was_prepared_before_it(
-    server: Served, dealer: Served, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    server: Served, dealer: Served, model: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Smaller numbers are burnt with it: their corrections neither stay in memory nor take up the limit."""
     sessions, real = list[Any](), server_module._Session.__init__
@@ -70,7 +69,7 @@ def test_a_query_drops_what_was_prepared_before_it(
         refused(raw, "query", "query 0 was already used")
 
 
-def test_the_server_refuses_numbers_out_of_range(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_the_server_refuses_numbers_out_of_range(server: Served, dealer: Served, model: Ready) -> None:
     for number in (MAXIMUM_QUERY, (1 << 64) - 1):
         for content in ({"prepare": pb.Prepare(query=number)}, {"query": pb.Query(query=number)}):
             with Raw(server, dealer, model) as raw:
@@ -79,7 +78,7 @@ def test_the_server_refuses_numbers_out_of_range(server: Served, dealer: Served,
                 refused(raw, "query", f"query number {number} is out of range")
 
 
-def test_the_dealer_deals_a_number_once(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_the_dealer_deals_a_number_once(server: Served, dealer: Served, model: Ready) -> None:
     with Raw(server, dealer, model) as raw:
         raw.greet()
         raw.prepare(3)
@@ -93,40 +92,40 @@ def test_the_dealer_deals_a_number_once(server: Served, dealer: Served, model: S
         refused(raw, "dealer", "query 3 was already used")
 
 
-def test_a_session_is_joined_once(server: Served, dealer: Served, model: ServedModel) -> None:
+def test_a_session_is_joined_once(server: Served, dealer: Served, model: Ready) -> None:
     with Raw(server, dealer, model) as raw:
         with pytest.raises(grpc.RpcError, match="was not joined"):
             raw.deal(bytes(32), 0)
         wrong: tuple[dict[str, Any], ...] = ({"program_digest": "0" * 64}, {"weights_digest": "0" * 64})
         for fields in wrong:
             with pytest.raises(grpc.RpcError, match="opened for another Program or other weights"):
-                raw.dealer.Join(raw.join(model.mask_seed, **fields))
+                raw.dealer.Join(raw.join(model.masked.mask_seed, **fields))
         with pytest.raises(grpc.RpcError, match="a seed has 32 bytes, not 5"):
-            raw.dealer.Join(raw.join(model.mask_seed, server_seed=b"short"))
+            raw.dealer.Join(raw.join(model.masked.mask_seed, server_seed=b"short"))
         raw.greet()
         with pytest.raises(grpc.RpcError, match="already joined"):
-            raw.dealer.Join(raw.join(model.mask_seed))
+            raw.dealer.Join(raw.join(model.masked.mask_seed))
         raw.prepare(0)
     with Raw(server, dealer, model) as raw:  # and two of a server's streams cannot share one session
-        raw.dealer.Join(raw.join(model.mask_seed))
+        raw.dealer.Join(raw.join(model.masked.mask_seed))
         with pytest.raises(AssertionError):
             raw.greet()
 
 
-def test_a_session_is_joined_for_its_own_weights(dealer: Served, server: Served, model: ServedModel) -> None:
+def test_a_session_is_joined_for_its_own_weights(dealer: Served, server: Served, model: Ready) -> None:
     """Other weights of the same Program have another mask, even if the dealer knows both."""
     with Raw(server, dealer, model) as raw:
         other = "a" * 64
         raw.dealer.Register(pb.RegisterRequest(program=raw.program.encoded, weights_digest=other, mask_seed=bytes(32)))
         proof = join_proof(bytes(32), raw.token, raw.program.digest, other, bytes(32))
         with pytest.raises(grpc.RpcError, match="other weights"):
-            raw.dealer.Join(raw.join(model.mask_seed, weights_digest=other, proof=proof))
+            raw.dealer.Join(raw.join(model.masked.mask_seed, weights_digest=other, proof=proof))
         with pytest.raises(grpc.RpcError, match="only the server of this model"):
-            raw.dealer.Join(raw.join(model.mask_seed, proof=proof))
+            raw.dealer.Join(raw.join(model.masked.mask_seed, proof=proof))
 
 
-def test_the_dealer_checks_what_is_registered(dealer: Served, server: Served, model: ServedModel) -> None:
-    program = model.compiled.program.encoded
+def test_the_dealer_checks_what_is_registered(dealer: Served, server: Served, model: Ready) -> None:
+    program = model.program.encoded
     good: dict[str, Any] = {"program": program, "weights_digest": "b" * 64, "mask_seed": bytes(32)}
     with Raw(server, dealer, model) as raw:
         raw.dealer.Register(pb.RegisterRequest(**good))
@@ -162,7 +161,7 @@ class Recording(DealerService):
         yield from chunks
 
 
-def test_after_a_failure_all_is_fresh(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failure_all_is_fresh(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, frames, real = list[bytes](), list[bytes](), query_key
 
     def recorded(*names: Any) -> Any:
@@ -184,7 +183,7 @@ def test_after_a_failure_all_is_fresh(model: ServedModel, monkeypatch: pytest.Mo
                 patch.setattr(client_module, "unpack_frame", fail)
                 with pytest.raises(KeyboardInterrupt):
                     connection.embed([TEXT])
-            with pytest.raises(PeerLost, match="this connection has ended: KeyboardInterrupt"):
+            with pytest.raises(PeerLost, match="this session has ended: KeyboardInterrupt"):
                 connection.embed([TEXT])
             rounds = len(frames)
         with dial(server, dealer) as connection:
@@ -194,7 +193,7 @@ def test_after_a_failure_all_is_fresh(model: ServedModel, monkeypatch: pytest.Mo
         assert {len(s) for s in sent} == {len(frames[0])}
         dealt = dealer.service.dealt
     assert len(dealt) == len(set(dealt)) == 4
-    assert {len(d) for d in dealt} == {model.compiled.program.cost.dealt}
+    assert {len(d) for d in dealt} == {model.program.cost.dealt}
     assert len(keys) == len(set(keys)) == 8  # a client's and a server's key of each query
 
 

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from approximations.activations import GELU_FORMS
+import secure
 from parties.net import hosting
-from parties.net.endpoints import Endpoint, open_channel
-from parties.served.files import unpack_masked
+from parties.net.endpoints import Endpoint
+from parties.net.network import Plaintext
+from parties.served.files import MASKED_WEIGHTS, unpack_masked
+from parties.served.published import Published
 from parties.two_party import server as server_module
-from parties.two_party.client import Connection, connect
 from parties.two_party.dealer import DealerService
-from parties.two_party.keys import DEPLOYMENT, deal_proof, join_proof, query_key
-from parties.two_party.masked_model import ServedModel, serve_ready
+from parties.two_party.keys import deal_proof, join_proof, query_key
+from parties.two_party.masked_model import MaskedModel, mask_model
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import (
@@ -32,16 +34,20 @@ from proto.unseen_pb2_grpc import (
     InferenceStub,
     add_DealerServicer_to_server,
     add_InferenceServicer_to_server,
+    add_ModelServicer_to_server,
 )
 from protocols.circuit import Correlations, execute, prepare
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CLIENT
 from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
+from secure.deployments.two_party import SERVER, TwoParty
 from secure.models.sentence_encoder import load_sentence_encoder
-from secure.models.text import compile_text_model, text_inputs
+from secure.models.text import text_inputs
 from secure.models.tokens import load_tokenizer
-from secure.mpc.program import VERSION
+from secure.mpc.program import Program
+from secure.session import Session
+from secure.version import WIRE_VERSION
 
 LENGTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -80,13 +86,28 @@ def sentences(count: int = 12, words: int = LENGTH - 2) -> list[str]:
     return [" ".join(generator.choices(WORDS, k=generator.randint(1, words))) for _ in range(count)]
 
 
-def ready(directory: Path, state: Path, embedding: str = "one-hot", **fixed: int) -> ServedModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ready:
+    """A compiled model, and behind its mask."""
+
+    compiled: secure.Compiled
+    masked: MaskedModel
+
+    @property
+    def program(self) -> Program:
+        return self.masked.program
+
+    @property
+    def weights_digest(self) -> str:
+        return self.masked.weights_digest
+
+
+def ready(directory: Path, state: Path, embedding: str = "one-hot", **fixed: int) -> Ready:
     """The model of ``directory``, compiled and with its files."""
-    fixed_point = FixedPoint(**fixed)
-    compiled, tokenizer, raw = compile_text_model(
-        str(directory), LENGTH, embedding, GELU_FORMS[0], fixed_point, sentences()
+    compiled = secure.compile_text_model(
+        str(directory), LENGTH, embedding=embedding, fixed_point=FixedPoint(**fixed), calibration=sentences()
     )
-    return serve_ready(compiled, tokenizer, raw, state)
+    return Ready(compiled, mask_model(compiled.model, state))
 
 
 def expected(directory: Path, text: str) -> Tensor:
@@ -100,9 +121,18 @@ def expected(directory: Path, text: str) -> Tensor:
 class Served:
     """A running service: its address, and how to end it."""
 
-    def __init__(self, add: Callable[[Any, grpc.Server], None], service: Any, listen: Endpoint = LOOPBACK) -> None:
+    def __init__(
+        self,
+        add: Callable[[Any, grpc.Server], None],
+        service: Any,
+        listen: Endpoint = LOOPBACK,
+        published: Published | None = None,
+    ) -> None:
         self.service = service
-        self._server, self.endpoint = hosting.start(listen, lambda s: add(service, s), insecure=False, what="the test")
+        adding: list[Callable[[grpc.Server], None]] = [lambda server: add(service, server)]
+        if published is not None:
+            adding.append(lambda server: add_ModelServicer_to_server(published, server))
+        self._server, self.endpoint = hosting.start(listen, adding, network=Plaintext(), what="the test")
         self.address = str(self.endpoint)
 
     def stop(self) -> None:
@@ -122,15 +152,29 @@ def dealing(service: DealerService | None = None, listen: Endpoint = LOOPBACK) -
 
 @contextmanager
 def serving(
-    model: ServedModel,
+    model: Ready,
     dealer: str,
     kind: type[InferenceService] = InferenceService,
     deadline: float = 20.0,
+    describing: type[Published] = Published,
     **options: Any,
 ) -> Iterator[Served]:
-    """A server of ``model``; ``kind``: one that misbehaves."""
-    service = kind(model, Endpoint.parse(dealer, what="the dealer"), deadline=deadline, **options)
-    served = Served(add_InferenceServicer_to_server, service)
+    """A server of ``model``; ``kind``, ``describing``: those that misbehave."""
+    compiled, masked = model.compiled, model.masked
+    service = kind(masked, dealer, Plaintext(), deadline=deadline, **options)
+    published = describing(
+        compiled.deployment,
+        SERVER,
+        masked.program.encoded,
+        masked.weights_digest,
+        masked.files,
+        compiled.tokenizer,
+        compiled.tokenizer_json,
+        deadline=deadline,
+        log=server_module.log,
+        before=service.register,
+    )
+    served = Served(add_InferenceServicer_to_server, service, published=published)
     try:
         yield served
     finally:
@@ -138,8 +182,13 @@ def serving(
         service.close()
 
 
-def dial(server: Served, dealer: Served, **options: Any) -> Connection:
-    return connect(server.address, dealer.address, cache=False, **{"deadline": 20.0, **options})
+def dial(server: Served, dealer: Served, **options: Any) -> Session:
+    return call(server.address, dealer.address, **{"deadline": 20.0, **options})
+
+
+def call(server: str, dealer: str, **options: Any) -> Session:
+    """A session with a server and a dealer at these addresses; no cache unless ``options`` say so."""
+    return secure.connect(TwoParty(server=server, dealer=dealer), **{"cache": False, **options})
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
@@ -164,16 +213,16 @@ def session_count(server: Served) -> int:
 class Raw:
     """The wire format by hand."""
 
-    def __init__(self, server: Served, dealer: Served, model: ServedModel) -> None:
-        self.model, self.program = model, model.compiled.program
-        self.channels = [open_channel(s.endpoint, insecure=False, what="x") for s in (server, dealer)]
+    def __init__(self, server: Served, dealer: Served, model: Ready) -> None:
+        self.model, self.program = model, model.program
+        self.channels = [Plaintext().channel(s.endpoint, what="x") for s in (server, dealer)]
         self.dealer = DealerStub(self.channels[1])
         self.token = self.dealer.Open(self.open_request()).session
         self.outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
         self.call = InferenceStub(self.channels[0]).Session(iter(self.outbox.get, None))
 
     def open_request(self, **other: Any) -> pb.OpenRequest:
-        fields = {"version": VERSION, "program_digest": self.program.digest, "client_seed": bytes(32)}
+        fields = {"version": WIRE_VERSION, "program_digest": self.program.digest, "client_seed": bytes(32)}
         return pb.OpenRequest(**{**fields, "weights_digest": self.model.weights_digest, **other})
 
     def join(self, mask_seed: bytes, seed: bytes = bytes(32), **other: Any) -> pb.JoinRequest:
@@ -206,8 +255,8 @@ class Raw:
         fixed = json.dumps(self.program.fixed.as_dict(), sort_keys=True)
         self.say(
             hello=pb.Hello(
-                version=VERSION,
-                deployment=DEPLOYMENT,
+                version=WIRE_VERSION,
+                deployment=TwoParty.name,
                 program_digest=self.program.digest,
                 fixed_point=fixed,
                 weights_digest=self.model.weights_digest,
@@ -247,7 +296,7 @@ def refused(raw: Raw, code: str, message: str) -> None:
 def run_query(raw: Raw, number: int) -> None:
     """All of a prepared query, by hand."""
     key = query_key(bytes(32), "client", raw.token, raw.program.digest, number)
-    correlations, payload = Correlations(CLIENT, key), next(iter(raw.model.files.values()))
+    correlations, payload = Correlations(CLIENT, key), raw.model.masked.files[MASKED_WEIGHTS]
     weights = ClientWeights(unpack_masked(payload, raw.program.weight_rings, raw.program.weight_shapes))
     ids = torch.full((1, LENGTH), 5)
     values = raw.program.client_values({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
