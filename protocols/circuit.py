@@ -21,7 +21,7 @@ from protocols import bits, wire
 from protocols.local import AddWeight
 from protocols.prg import Key, Stream
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Step, Weights
-from protocols.steps import merge
+from protocols.steps import Done, FrameObserver, advance, merge
 from protocols.two_party.polynomial import Polynomial, Powers
 
 
@@ -45,8 +45,11 @@ class Part:
     received: int
 
 
-class Observer:
-    """Told what one party's ``execute`` does, instruction by instruction, and no data; this one ignores it all."""
+class Observer(FrameObserver):
+    """Told what one party's ``execute`` does, instruction by instruction, and no data; this one ignores it all.
+
+    The party's ``Framed`` may tell the same observer of the frames.
+    """
 
     def computing(self, index: int) -> None:
         """An instruction starts, or goes on with what came back."""
@@ -210,14 +213,12 @@ def execute(
         resume(index, protocol.run(party, material, operands, weights), None)
 
     def resume(index: int, step: Step[Any], received: tuple[Tensor, ...] | None) -> None:
-        try:
-            exchange = next(step) if received is None else step.send(received)
-        except StopIteration as stop:
-            told.computed(index)
-            finish(index, stop.value)
+        now = advance(step, received)
+        told.computed(index)
+        if isinstance(now, Done):
+            finish(index, now.result)
         else:
-            told.computed(index)
-            waiting.append((index, step, exchange))
+            waiting.append((index, step, now))
 
     while ready or waiting:
         while ready:

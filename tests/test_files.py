@@ -216,7 +216,7 @@ def test_nothing_secret_is_logged_or_shown(
             assert [repr(ready) for ready in connection._ready] == [object.__repr__(r) for r in connection._ready]
             shown += [repr(connection), repr(connection.reports), repr(connection._ready)]
             with monkeypatch.context() as patch:
-                patch.setattr(server_module, "unpack_frame", bug)
+                patch.setattr(server_module, "Framed", bug)
                 with pytest.raises(Error) as broken:
                     connection.embed([TEXT])
             shown.append(str(broken.value))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol, Step
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol
+from protocols.steps import Done, advance
 from protocols.two_party import Powers
 from secure.cost.runnable import Runnable
 
@@ -137,23 +138,19 @@ def profile(program: Runnable) -> Profile:
         execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
         for party in (SERVER, CLIENT)
     ]
-    answers: list[Any] = [None, None]
-    while True:
-        going = [_advance(step, answer) for step, answer in zip(steps, answers, strict=True)]
-        if None in going:
-            if going != [None, None]:
-                raise AssertionError(f"only the {PARTY_NAMES[going[0] is None]} goes on")
-            for party in parties:
-                party.end()
-            break
-        answers = [
-            tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in e.receive) for e in going if e is not None
-        ]
+    going = [advance(step) for step in steps]
+    while (waiting := [e for e in going if isinstance(e, Exchange)]) and len(waiting) == len(steps):
+        answers = (tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in e.receive) for e in waiting)
+        going = [advance(step, answer) for step, answer in zip(steps, answers, strict=True)]
+    if waiting:
+        raise AssertionError(f"only the {PARTY_NAMES[isinstance(going[0], Done)]} goes on")
+    for party in parties:
+        party.end()
     lines = []
     for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
         offline = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
-        rounds, up, down = (parties[CLIENT].rounds[index], parties[CLIENT].sent[index], parties[SERVER].sent[index])
-        cost = CircuitCost(rounds, up, down, offline)
+        up, down = parties[CLIENT].sent_bytes[index], parties[SERVER].sent_bytes[index]
+        cost = CircuitCost(parties[CLIENT].rounds[index], up, down, offline)
         lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
     summed = sum((line.cost for line in lines), CircuitCost())
     total = CircuitCost(len(parties[SERVER].stages) - 1, summed.to_first, summed.to_second, summed.dealt)
@@ -161,13 +158,6 @@ def profile(program: Runnable) -> Profile:
     server, client = parties
     memory = (Memory(server.most, total.dealt), Memory(client.most, prepared))
     return Profile(tuple(lines), total, (tuple(server.stages), tuple(client.stages)), memory)
-
-
-def _advance(step: Step[list[Any]], answer: tuple[Tensor, ...] | None) -> Exchange | None:
-    try:
-        return next(step) if answer is None else step.send(answer)
-    except StopIteration:
-        return None
 
 
 class _NoData(Correlations):
@@ -191,7 +181,7 @@ class _Counter(Observer):
     """One party's schedule, and the largest set of results that it holds at a time."""
 
     def __init__(self, circuit: Circuit, output: int) -> None:
-        self.rounds, self.sent = [0] * len(circuit), [0] * len(circuit)
+        self.rounds, self.sent_bytes = [0] * len(circuit), [0] * len(circuit)
         self.stages: list[Stage] = []
         self.most = 0
         self._circuit, self._work = circuit, list[int]()
@@ -209,7 +199,7 @@ class _Counter(Observer):
         self._work = []
         for part in parts:
             self.rounds[part.index] += 1
-            self.sent[part.index] += part.sent
+            self.sent_bytes[part.index] += part.sent
 
     def finished(self, index: int) -> None:
         if self._uses[index]:

@@ -27,7 +27,7 @@ from protocols.circuit import Circuit, Correlations, Instruction, execute, prepa
 from protocols.matmul import Matrix
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Local, Opening, Protocol, Weights
-from protocols.steps import pack_frame, unpack_frame
+from protocols.steps import Framed
 from protocols.two_party import Deliver
 from protocols.two_party.polynomial import Powers
 from protocols.weights import ServerWeights
@@ -192,19 +192,10 @@ def _run(party: int, circuit: Circuit, output: int, weights: Weights, inputs: Ma
     recorder = Recorder(PARTY_NAMES[party])
     step = execute(circuit, [output], party, correlations, weights, inputs, recorder)
     recorder.start()
-    answer: tuple[Tensor, ...] | None = None
-    while True:
-        try:
-            exchange = next(step) if answer is None else step.send(answer)
-        except StopIteration:
-            recorder.stop()
-            return recorder.timeline
-        recorder.packing()
-        recorder.sent(len(pack_frame(exchange)))
-        came = bytes(sum(form.size for form in exchange.receive))
-        recorder.received(len(came))
-        answer = unpack_frame(came, exchange)
-        recorder.unpacked()
+    for _ in Framed(step, bytes, recorder):
+        pass  # the peer's frames are zeros
+    recorder.stop()
+    return recorder.timeline
 
 
 def _corrections(circuit: Circuit) -> dict[int, memoryview]:
