@@ -35,7 +35,7 @@ from parties.two_party.keys import (
 from parties.two_party.masked_model import ServedModel
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
-from protocols.circuit import Circuit, Correlations, execute
+from protocols.circuit import Correlations, execute, split_corrections
 from protocols.prg import fresh_seed
 from protocols.protocol import SERVER
 from protocols.steps import Framed
@@ -326,14 +326,3 @@ class _Session:
                 raise ProtocolError(f"module '{path}': {error}") from None
             if payload is not None:
                 return payload
-
-
-def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
-    """The dealer's stream cut by instruction, without copies; sizes follow from the circuit."""
-    out, start, view = {}, 0, memoryview(payload)
-    for index, instruction in enumerate(circuit):
-        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
-        if size:
-            out[index] = view[start : start + size]
-            start += size
-    return out

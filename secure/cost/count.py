@@ -6,19 +6,16 @@ What is counted is what the generators really exchange and draw, so it equals a 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
+from protocols.circuit import Circuit, Correlations, MetaWeights, Observer, Part, execute
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol
 from protocols.steps import Done, advance
-from protocols.two_party import Powers
 from secure.cost.runnable import Runnable
 
 
@@ -148,13 +145,13 @@ def profile(program: Runnable) -> Profile:
         party.end()
     lines = []
     for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
-        offline = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
         up, down = parties[CLIENT].sent_bytes[index], parties[SERVER].sent_bytes[index]
-        cost = CircuitCost(parties[CLIENT].rounds[index], up, down, offline)
-        lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
+        p, operands = instruction.protocol, [circuit[i].protocol.out.shape for i in instruction.inputs]
+        cost = CircuitCost(parties[CLIENT].rounds[index], up, down, p.dealt_bytes)
+        lines.append(Line(path, p.kind, cost, p.products(program.weight_shapes, operands), p.comparisons()))
     summed = sum((line.cost for line in lines), CircuitCost())
     total = CircuitCost(len(parties[SERVER].stages) - 1, summed.to_first, summed.to_second, summed.dealt)
-    prepared = sum(_held(i.protocol) for i in circuit if type(i.protocol).offline is not Protocol.offline)
+    prepared = sum(i.protocol.memory() for i in circuit if i.protocol.works_offline)
     server, client = parties
     memory = (Memory(server.most, total.dealt), Memory(client.most, prepared))
     return Profile(tuple(lines), total, (tuple(server.stages), tuple(client.stages)), memory)
@@ -203,44 +200,16 @@ class _Counter(Observer):
 
     def finished(self, index: int) -> None:
         if self._uses[index]:
-            self._held += _held(self._circuit[index].protocol)
+            self._held += self._circuit[index].protocol.memory()
         self.most = max(self.most, self._held)
         for i in self._circuit[index].inputs:
             self._uses[i] -= 1
             if not self._uses[i]:
-                self._held -= _held(self._circuit[i].protocol)
+                self._held -= self._circuit[i].protocol.memory()
 
     def end(self) -> None:
         """What is computed after the last exchange."""
         self.stages.append(Stage(tuple(self._work), ()))
-
-
-def _held(protocol: Protocol) -> int:
-    """Bytes of a result in memory: an opening is two tensors, powers are an opening's value and a mask for each, bits
-    are packed, ring elements take 8 bytes.
-    """
-    form = protocol.out
-    size = math.prod(form.shape) * (1 if form.planes else 8)
-    if isinstance(protocol, Powers):
-        return (1 + protocol.degree) * size
-    return 2 * size if protocol.gives in ("opening", "bit opening") else size
-
-
-_PRODUCTS = {"linear": 1, "public_linear": 2, "shared_linear": 4}  # of an input and a weight, by both parties
-
-
-def _arithmetic(instruction: Instruction, program: Runnable) -> tuple[int, int]:
-    """(multiply-accumulates, comparisons) of one instruction."""
-    p: Any = instruction.protocol
-    elements = torch.Size(p.out.shape).numel()
-    if p.kind in _PRODUCTS and not p.diagonal:
-        return _PRODUCTS[p.kind] * elements * program.weight_shapes[p.weight][0], 0
-    if p.kind == "product" and p.matrix:
-        inner = program.circuit[instruction.inputs[0]].protocol.out.shape[-1]
-        return 4 * elements * inner, 0  # two products a party
-    if p.kind == "compare":
-        return 0, torch.Size(p.shape).numel() * len(p.thresholds)
-    return 0, 0
 
 
 def module(path: str, depth: int) -> str:
