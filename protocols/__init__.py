@@ -12,7 +12,7 @@ limbs        exact matrix products through float64
 matmul       the faster of two exact kernels
 prg          AES-CTR streams, keys
 protocol     what a protocol is; exchanges, openings, draws, costs
-steps        merging and driving steps; the in-memory channel
+steps        merging steps and running them: the loop of every party
 local        steps without messages: sums, shapes, truncation
 ckks/        homomorphic evaluation: the server computes on ciphertexts
 two_party/   the protocols between client and server with a dealer

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from protocols import bits, wire
-from protocols.local import AddWeight
 from protocols.prg import Key, Stream
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Step, Weights
-from protocols.steps import merge
-from protocols.two_party.polynomial import Polynomial, Powers
+from protocols.steps import Done, FrameObserver, advance, merge
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,11 @@ class Part:
     received: int
 
 
-class Observer:
-    """Told what one party's ``execute`` does, instruction by instruction, and no data; this one ignores it all."""
+class Observer(FrameObserver):
+    """Told what one party's ``execute`` does, instruction by instruction, and no data; this one ignores it all.
+
+    The party's ``Framed`` may tell the same observer of the frames.
+    """
 
     def computing(self, index: int) -> None:
         """An instruction starts, or goes on with what came back."""
@@ -210,14 +211,12 @@ def execute(
         resume(index, protocol.run(party, material, operands, weights), None)
 
     def resume(index: int, step: Step[Any], received: tuple[Tensor, ...] | None) -> None:
-        try:
-            exchange = next(step) if received is None else step.send(received)
-        except StopIteration as stop:
-            told.computed(index)
-            finish(index, stop.value)
+        now = advance(step, received)
+        told.computed(index)
+        if isinstance(now, Done):
+            finish(index, now.result)
         else:
-            told.computed(index)
-            waiting.append((index, step, exchange))
+            waiting.append((index, step, now))
 
     while ready or waiting:
         while ready:
@@ -245,7 +244,7 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> N
     values: dict[int, Any] = {}
     for index, instruction in enumerate(circuit):
         protocol = instruction.protocol
-        if type(protocol).offline is not Protocol.offline:
+        if protocol.works_offline:
             operands = tuple(values[i] for i in instruction.inputs if i in values)
             values[index] = correlations.prepare(index, protocol, operands, weights)
 
@@ -276,6 +275,24 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
         derived = [d for d in draws if d.derived]
         if derived:
             yield index, b"".join(wire.encode(d.remove(totals[d.name], client_shares[d.name]), d.wire) for d in derived)
+
+
+def correction_places(circuit: Circuit) -> dict[int, slice]:
+    """Where each instruction's corrections lie in what ``deal`` gives, one after the other; those with none have no
+    place. Sizes follow from the circuit.
+    """
+    places, start = {}, 0
+    for index, instruction in enumerate(circuit):
+        if size := instruction.protocol.dealt_bytes:
+            places[index] = slice(start, start + size)
+            start += size
+    return places
+
+
+def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
+    """What ``deal`` gives, as one byte string, cut by instruction without copies."""
+    view = memoryview(payload)
+    return {index: view[place] for index, place in correction_places(circuit).items()}
 
 
 def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]) -> list[Any]:
@@ -320,11 +337,7 @@ def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> Non
         try:
             p.validate()
             _check_operands(circuit, instruction)
-            if isinstance(
-                p, AddWeight
-            ):  # the weight's own shape is the server's affair: the others expand to the result's
-                result = shapes[instruction.inputs[0]].expand(p.shape)
-            elif p.input_of(CLIENT) is not None:
+            if p.input_of(CLIENT) is not None:
                 result = torch.empty(p.out.shape, dtype=torch.int64, device="meta")
             else:
                 result = p.clear(tuple(shapes[i] for i in instruction.inputs), weights)
@@ -351,15 +364,14 @@ def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
             made_for = getattr(p, "shape", p.out.shape)
             if operand.out.shape != made_for:
                 raise ValueError(f"its operand has shape {operand.out.shape}, it is made for {made_for}")
-        if isinstance(p, Polynomial) and isinstance(operand, Powers) and operand.degree < len(p.coefficients) - 1:
-            raise ValueError(f"degree {len(p.coefficients) - 1} of powers up to {operand.degree}")
         of_bits = getattr(p, "shape", ()) if kind in ("bits", "bit opening") else ()
         if of_bits and operand.out.shape[-1] != bits.plane_bytes(torch.Size(of_bits).numel()):
             raise ValueError(f"its bits are those of another number of elements than {of_bits}")
+    p.check_operands([circuit[i].protocol for i in instruction.inputs])
 
 
 class MetaWeights(Weights):
-    """Weights without data, by their shapes."""
+    """Weights without data, by their shapes. Nothing is added of a weight: its shape is the server's affair."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes

@@ -84,6 +84,8 @@ class AddWeight(_Shaped):
     """[x] + w for a weight w (a bias, position embeddings): each party adds its summand, the server the whole of it."""
 
     kind: ClassVar[str] = "add_weight"
+    weight_field: ClassVar[str] = "weight"
+    multiplies: ClassVar[bool] = False
     weight: str
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -51,6 +51,18 @@ class Opening(NamedTuple):
 
     value: Tensor
     mask: Tensor
+
+
+class WeightUse(NamedTuple):
+    """A weight that a protocol reads, and the ring it is read in.
+
+    ``multiplied``: its shape is public then, and a party may hold it masked. Where it is added, its shape is the
+    server's affair: the parties that know only the Program see what it is broadcast to.
+    """
+
+    name: str
+    ring: int
+    multiplied: bool
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,8 @@ class Protocol(ABC):
     gives: ClassVar[str] = "share"
     elementwise: ClassVar[bool] = False  # masks or loops over its operands' elements, so their shape must be its own
     finished_offline: ClassVar[bool] = False  # whether the client's ``offline`` is already its result
+    weight_field: ClassVar[str] = ""  # the field that names the weight that it reads, where it reads one
+    multiplies: ClassVar[bool] = True  # by that weight; False: it adds it
     in_programs: ClassVar[bool] = True  # False: of one deployment, which makes it from what a Program names
     registry: ClassVar[dict[str, type[Protocol]]] = {}
 
@@ -158,12 +172,34 @@ class Protocol(ABC):
         """The ring that operands must at least have for the result to be right; 0 where they are bits or absent."""
         return int(getattr(self, "ring", 0))
 
+    @property
+    def weight_use(self) -> WeightUse | None:
+        """The weight that it reads; None where it reads none."""
+        if not self.weight_field:
+            return None
+        return WeightUse(getattr(self, self.weight_field), self.out.bits, self.multiplies)
+
+    @property
+    def dealt_bytes(self) -> int:
+        """Bytes of its corrections: what the dealer sends the first party for one use."""
+        return sum(d.wire.size for d in self.draws if d.derived)
+
+    @property
+    def works_offline(self) -> bool:
+        """Whether ``offline`` gives something, so that the client runs it before a query."""
+        return type(self).offline is not Protocol.offline
+
     def input_of(self, party: int) -> str | None:
         """The input that this party must have, where this is one."""
         return None
 
     def validate(self) -> None:  # noqa: B027 - most protocols have nothing to check
         """ValueError where the fields make no sense by themselves; sizes against operands are ``circuit.check``'s."""
+
+    def check_operands(self, operands: Sequence[Protocol]) -> None:  # noqa: B027 - kinds, rings and shapes mostly do
+        """ValueError where what it reads does not suffice, beyond the kinds, rings and shapes that all protocols have
+        and ``circuit.check`` compares.
+        """
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
         """Dealer: from the plain masks drawn here and those of the operands,
@@ -185,6 +221,31 @@ class Protocol(ABC):
 
     def cost(self) -> CircuitCost:
         return CircuitCost()
+
+    def memory(self) -> int:
+        """Bytes of its result in one party's memory: 8 a ring element, packed bits as they are."""
+        size = count(self.out.shape) * (1 if self.out.planes else 8)
+        return 2 * size if self._opens else size
+
+    def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
+        """Multiply-accumulates of both parties in matrix products; elementwise products count as nothing.
+
+        ``weights``: shapes by name; ``operands``: shapes of what it reads, in order.
+        """
+        return 0
+
+    def comparisons(self) -> int:
+        """How many numbers it compares with a threshold."""
+        return 0
+
+    def stand_in(self) -> Any:
+        """A result of the right form, made of zeros: what reads it can be timed without it."""
+        value = torch.zeros(self.out.shape, dtype=self.out.dtype)
+        return Opening(value, value) if self._opens else value
+
+    @property
+    def _opens(self) -> bool:
+        return self.gives in ("opening", "bit opening")
 
 
 class Local(Protocol):

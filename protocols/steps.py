@@ -1,80 +1,38 @@
-"""Running protocol steps: merge independent ones into shared rounds,
-and drive them against a channel or in one process.
+"""Running protocol steps: one round at a time, as frames of bytes, and both parties' in one process.
+
+``advance`` is the only place that resumes a step; ``Framed`` is the loop that every party runs.
 """
 
 from __future__ import annotations
 
-import queue
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from itertools import zip_longest
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from protocols import wire
 from protocols.protocol import CircuitCost, Exchange, Step
 
+A = TypeVar("A")
 T = TypeVar("T")
+Y = TypeVar("Y")
 
 
-class ChannelClosed(ConnectionError):
-    """The peer is gone, or did not answer within the deadline."""
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """The end of a step, and its result."""
+
+    result: T
 
 
-class Channel(Protocol):
-    """Moves byte strings between two parties, in order. ``receive`` raises ChannelClosed when nothing can come."""
-
-    def send(self, payload: bytes) -> None: ...
-
-    def receive(self, size: int) -> bytes: ...
-
-
-class MemoryChannel:
-    """The in-memory twin of the network channel: two queues in one process, for tests, examples and notebooks."""
-
-    def __init__(self, inbox: queue.SimpleQueue[bytes], outbox: queue.SimpleQueue[bytes], timeout: float) -> None:
-        self._inbox, self._outbox, self._timeout = inbox, outbox, timeout
-
-    @classmethod
-    def pair(cls, timeout: float = 60.0) -> tuple[MemoryChannel, MemoryChannel]:
-        """Two connected ends; ``timeout`` seconds without an answer raise ChannelClosed."""
-        a: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        b: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        return cls(a, b, timeout), cls(b, a, timeout)
-
-    def send(self, payload: bytes) -> None:
-        self._outbox.put(payload)
-
-    def receive(self, size: int) -> bytes:
-        try:
-            return self._inbox.get(timeout=self._timeout)
-        except queue.Empty:
-            raise ChannelClosed(f"nothing came within {self._timeout:g} s (waiting for {size} bytes)") from None
-
-
-def gather(*steps: Step[Any]) -> Step[list[Any]]:
-    """Run independent steps side by side: whatever they exchange at the same time leaves as one round."""
-    results: list[Any] = [None] * len(steps)
-    waiting: list[tuple[int, Step[Any], Exchange]] = []
-
-    def resume(index: int, step: Step[Any], answer: tuple[Tensor, ...] | None) -> None:
-        try:
-            exchange = next(step) if answer is None else step.send(answer)
-        except StopIteration as stop:
-            results[index] = stop.value
-        else:
-            waiting.append((index, step, exchange))
-
-    for index, step in enumerate(steps):
-        resume(index, step, None)
-    while waiting:
-        current, waiting = waiting, []
-        answers = yield merge([exchange for _, _, exchange in current])
-        start = 0
-        for index, step, exchange in current:
-            stop = start + len(exchange.receive)
-            resume(index, step, answers[start:stop])
-            start = stop
-    return results
+def advance(step: Generator[Y, A, T], answer: A | None = None) -> Y | Done[T]:
+    """Run a step until it yields again or ends; ``answer`` is what it waits for, None to start it."""
+    try:
+        return next(step) if answer is None else step.send(answer)
+    except StopIteration as stop:
+        return Done(stop.value)
 
 
 def merge(exchanges: list[Exchange]) -> Exchange:
@@ -87,6 +45,7 @@ def pack_frame(exchange: Exchange) -> bytes:
 
 
 def unpack_frame(payload: bytes, exchange: Exchange) -> tuple[Tensor, ...]:
+    """The tensors of a peer's frame; FrameError if it has another size than the exchange prescribes."""
     expected = sum(form.size for form in exchange.receive)
     if len(payload) != expected:
         raise wire.FrameError(f"the Program prescribes a frame of {expected} bytes here, got {len(payload)}")
@@ -97,25 +56,61 @@ def unpack_frame(payload: bytes, exchange: Exchange) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
-def drive(step: Step[T], channel: Channel) -> T:
-    """Run one party's step to its end over a channel. A frame leaves only where there is something to send."""
-    answer: tuple[Tensor, ...] | None = None
-    while True:
-        try:
-            exchange = next(step) if answer is None else step.send(answer)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        if exchange.send:
-            channel.send(pack_frame(exchange))
-        answer = ()
-        if exchange.receive:
-            answer = unpack_frame(channel.receive(sum(w.size for w in exchange.receive)), exchange)
+class FrameObserver:
+    """Told when a party's frames pass, in this order once a round; this one ignores it all."""
+
+    def packing(self) -> None:
+        """A round begins: what the party sends is packed now."""
+
+    def sent(self, payload: bytes) -> None:
+        """The frame has left; it is empty where the party sends nothing in this round."""
+
+    def received(self, payload: bytes) -> None:
+        """The peer's frame is here; it is empty where nothing comes in this round."""
+
+    def unpacked(self) -> None:
+        """The round is over, and the party computes again."""
+
+
+class Framed(Generic[T]):
+    """One party's step as frames. Iterating runs it and gives a frame to send in each round, empty for none::
+
+        frames = Framed(step, receive)
+        for payload in frames:
+            send(payload)
+        return frames.result
+
+    ``receive(size)`` gives the peer's frame of each round: b"" where ``size`` is 0, as none comes then. FrameError if
+    it has another size. ``result`` is there after the last frame.
+    """
+
+    result: T
+
+    def __init__(self, step: Step[T], receive: Callable[[int], bytes], observer: FrameObserver | None = None) -> None:
+        self._step, self._receive, self._told = step, receive, observer or FrameObserver()
+
+    def __iter__(self) -> Iterator[bytes]:
+        step, told = self._step, self._told
+        now = advance(step)
+        while not isinstance(now, Done):
+            told.packing()
+            payload = pack_frame(now)
+            yield payload
+            told.sent(payload)
+            came = self._receive(sum(form.size for form in now.receive))
+            told.received(came)
+            answer = unpack_frame(came, now)
+            told.unpacked()
+            now = advance(step, answer)
+        self.result = now.result
 
 
 @dataclass
-class PairTraffic:
-    """What crossed between the two parties of ``run_pair``: the measured cost, and each party's view if asked for."""
+class PairTraffic(FrameObserver):
+    """What crossed between the two parties of ``run_pair``: the measured cost, and each party's view if asked for.
+
+    ``run_pair`` tells it of the first party's frames.
+    """
 
     rounds: int = 0
     to_first: int = 0
@@ -123,34 +118,32 @@ class PairTraffic:
     frames_to_first: list[bytes] | None = None
     frames_to_second: list[bytes] | None = None
 
+    def sent(self, payload: bytes) -> None:
+        self.rounds += 1
+        self.to_second += len(payload)
+        if self.frames_to_second is not None:
+            self.frames_to_second.append(payload)
+
+    def received(self, payload: bytes) -> None:
+        self.to_first += len(payload)
+        if self.frames_to_first is not None:
+            self.frames_to_first.append(payload)
+
     @property
     def cost(self) -> CircuitCost:
         return CircuitCost(self.rounds, self.to_first, self.to_second)
 
 
 def run_pair(server: Step[Any], client: Step[Any], traffic: PairTraffic | None = None) -> tuple[Any, Any]:
-    """Run both parties' steps in this thread, in lockstep, through real byte frames; returns both results."""
-    traffic = traffic if traffic is not None else PairTraffic()
-    results: list[Any] = []
-    answers: list[tuple[Tensor, ...] | None] = [None, None]
-    while True:
-        exchanges: list[Exchange] = []
-        for step, answer in zip((server, client), answers, strict=True):
-            try:
-                exchanges.append(next(step) if answer is None else step.send(answer))
-            except StopIteration as stop:
-                results.append(stop.value)
-        if len(results) == 2:
-            return results[0], results[1]
-        if results:
+    """Run both parties' steps in this thread, in lockstep, through real byte frames; returns both results.
+
+    RuntimeError if one of them ends while the other waits for a message.
+    """
+    crossing: tuple[bytes, bytes] = (b"", b"")
+    first = Framed(server, lambda size: crossing[1], traffic)
+    second = Framed(client, lambda size: crossing[0])
+    for to_second, to_first in zip_longest(first, second):
+        if to_second is None or to_first is None:
             raise RuntimeError("one party finished while the other waits for a message")
-        from_server, from_client = (pack_frame(e) for e in exchanges)
-        traffic.rounds += 1
-        traffic.to_second += len(from_server)
-        traffic.to_first += len(from_client)
-        if traffic.frames_to_first is not None:
-            traffic.frames_to_first.append(from_client)
-        if traffic.frames_to_second is not None:
-            traffic.frames_to_second.append(from_server)
-        answers[0] = unpack_frame(from_client, exchanges[0])
-        answers[1] = unpack_frame(from_server, exchanges[1])
+        crossing = (to_second, to_first)
+    return first.result, second.result

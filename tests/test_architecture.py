@@ -119,3 +119,10 @@ def test_module_maps_are_current(package: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_are_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
+
+
+def test_one_place_resumes_a_step() -> None:
+    """Whoever runs a step uses ``protocols.steps``: ``advance``, or the loop ``Framed``."""
+    resumed = re.compile(r"= next\(\w+\) if |\.send\((answer|received|came)\b")
+    found = [name_of(p) for _, p in EVERY for _ in resumed.findall(p.read_text(encoding="utf-8"))]
+    assert found == ["protocols/steps.py"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from protocols.circuit import (
     total_cost,
 )
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Exchange, Local, Protocol, Shape, Step, Weights
-from protocols.steps import ChannelClosed, MemoryChannel, PairTraffic, drive, gather, run_pair, unpack_frame
+from protocols.steps import Done, Framed, FrameObserver, PairTraffic, advance, run_pair, unpack_frame
 from protocols.weights import ServerWeights
 from protocols.wire import FrameError, Wire
 from tests.helpers import combine, deal_circuit, integers, key, run_circuit, shared, words
@@ -507,7 +508,7 @@ def test_a_result_may_be_an_output_several_times() -> None:
     assert torch.equal(outcome.value(2), NUMBERS["x"])
 
 
-# steps and channels
+# steps and frames
 
 
 def counting(rounds: int, tag: int) -> Step[int]:
@@ -519,21 +520,19 @@ def counting(rounds: int, tag: int) -> Step[int]:
     return total
 
 
-def test_gather_merges_rounds_and_keeps_the_order() -> None:
+def test_run_pair_counts_rounds_and_bytes() -> None:
     traffic = PairTraffic()
-    server = gather(counting(3, 1), counting(0, 2), counting(1, 3))
-    client = gather(counting(3, 4), counting(0, 5), counting(1, 6))
-    mine, theirs = run_pair(server, client, traffic)
-    assert traffic.rounds == 3
-    assert traffic.cost == CircuitCost(3, 32, 32)
-    assert mine == [400 + 401 + 402, 0, 600]
-    assert theirs == [100 + 101 + 102, 0, 300]
+    assert run_pair(counting(3, 1), counting(3, 4), traffic) == (400 + 401 + 402, 100 + 101 + 102)
+    assert traffic.cost == CircuitCost(3, 24, 24)
+    assert run_pair(counting(0, 1), counting(0, 1)) == (0, 0)
 
 
-def test_gather_of_nothing_and_of_gathers() -> None:
-    assert run_pair(gather(), gather()) == ([], [])
-    nested = run_pair(gather(gather(counting(2, 1)), counting(1, 2)), gather(gather(counting(2, 3)), counting(1, 4)))
-    assert nested == ([[300 + 301], 400], [[100 + 101], 200])
+def test_advance_starts_resumes_and_ends_a_step() -> None:
+    step = counting(1, 7)
+    exchange = advance(step)
+    assert isinstance(exchange, Exchange)
+    assert exchange.send[0][0].tolist() == [700]
+    assert advance(step, (torch.tensor([5]),)) == Done(5)
 
 
 def test_run_pair_notices_a_party_that_ends_early() -> None:
@@ -560,14 +559,28 @@ def both(server: Callable[[], Any], client: Callable[[], Any]) -> tuple[Any, Any
     return results[0], results[1]
 
 
+class Line:
+    """Two queues between two threads, each with a party at its end."""
+
+    def __init__(self) -> None:
+        self.queues: tuple[queue.SimpleQueue[bytes], ...] = (queue.SimpleQueue(), queue.SimpleQueue())
+
+    def run(self, party: int, step: Step[Any], observer: FrameObserver | None = None) -> Any:
+        inbox, outbox = self.queues[party], self.queues[1 - party]
+        frames = Framed(step, lambda size: inbox.get(timeout=10) if size else b"", observer)
+        for payload in frames:
+            if payload:
+                outbox.put(payload)
+        return frames.result
+
+
 def test_two_threads_compute_what_one_does() -> None:
     for circuit, inputs, weights in (
         (product_circuit(), NUMBERS, {}),
         (linear_circuit(), LINEAR_INPUT, LINEAR_WEIGHTS),
     ):
-        dealt = deal_circuit(circuit, inputs, range(len(circuit)), weights)
-        at_server, at_client = MemoryChannel.pair()
-        threaded = both(lambda: drive(dealt.server(), at_server), lambda: drive(dealt.client(prepared=True), at_client))  # noqa: B023
+        dealt, line = deal_circuit(circuit, inputs, range(len(circuit)), weights), Line()
+        threaded = both(lambda: line.run(0, dealt.server()), lambda: line.run(1, dealt.client(prepared=True)))  # noqa: B023
         together = run_pair(dealt.server(), dealt.client(prepared=True))
         for left, right in zip(threaded, together, strict=True):
             assert len(left) == len(right) == len(circuit)
@@ -581,43 +594,76 @@ def flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
 
 
-def test_a_silent_peer_closes_the_channel() -> None:
-    channel, _ = MemoryChannel.pair(timeout=0.05)
-    with pytest.raises(ChannelClosed, match=r"nothing came within 0.05 s \(waiting for 8 bytes\)"):
-        drive(counting(1, 1), channel)
-    assert issubclass(ChannelClosed, ConnectionError)
+class Told(FrameObserver):
+    """Notes what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, bytes]] = []
+
+    def packing(self) -> None:
+        self.events.append(("packing", b""))
+
+    def sent(self, payload: bytes) -> None:
+        self.events.append(("sent", payload))
+
+    def received(self, payload: bytes) -> None:
+        self.events.append(("received", payload))
+
+    def unpacked(self) -> None:
+        self.events.append(("unpacked", b""))
 
 
-class Cut(MemoryChannel):
-    """Changes the length of what it receives."""
+def test_an_observer_is_told_of_every_frame_once_it_has_passed() -> None:
+    told = Told()
 
-    def receive(self, size: int) -> bytes:
-        return super().receive(size)[:-1]
+    def receive(size: int) -> bytes:
+        told.events.append(("receive", bytes(size)))
+        return b"1" * size
+
+    for payload in Framed(counting(2, 1), receive, told):
+        told.events.append(("send", payload))
+    first, second = (torch.tensor([n]).numpy().tobytes() for n in (100, 101))
+    assert told.events == [
+        event
+        for payload in (first, second)
+        for event in (
+            ("packing", b""),
+            ("send", payload),
+            ("sent", payload),
+            ("receive", bytes(8)),
+            ("received", b"1" * 8),
+            ("unpacked", b""),
+        )
+    ]
 
 
 def test_frames_of_another_size_are_refused() -> None:
-    here, there = MemoryChannel.pair()
     for payload in (bytes(7), bytes(9), b""):
-        there.send(payload)
         with pytest.raises(FrameError, match=rf"prescribes a frame of 8 bytes here, got {len(payload)}"):
-            drive(counting(1, 1), here)
+            list(Framed(counting(1, 1), lambda _: payload))  # noqa: B023
     with pytest.raises(FrameError):
         unpack_frame(bytes(5), Exchange((), (Wire((2,), 20),)))
-    dealt = deal_circuit(product_circuit(), NUMBERS, [9])
-    at_server, at_client = MemoryChannel.pair(timeout=1.0)
-    at_client.__class__ = Cut
-    _, client = both(lambda: drive(dealt.server(), at_server), lambda: drive(dealt.client(), at_client))
-    assert isinstance(client, FrameError)
+
+    def silent() -> Step[None]:  # sends where the other expects nothing
+        yield Exchange(((torch.tensor([1]), Wire((1,), 64)),), ())
+
+    def waiting() -> Step[None]:
+        yield Exchange()
+
+    run_pair(waiting(), waiting())
+    with pytest.raises(FrameError, match="a frame of 0 bytes here, got 8"):
+        run_pair(silent(), waiting())
+    with pytest.raises(FrameError, match="a frame of 0 bytes here, got 8"):
+        run_pair(waiting(), silent())
 
 
 def test_nothing_is_sent_where_nothing_is_to_send() -> None:
     circuit = [*sources(), Instruction(tp.Reveal(SHAPE, RING), (0,))]
-    dealt = deal_circuit(circuit, NUMBERS)
-    at_server, at_client = MemoryChannel.pair(timeout=0.05)
-    _, (result,) = both(lambda: drive(dealt.server(), at_server), lambda: drive(dealt.client(), at_client))
+    dealt, line, told = deal_circuit(circuit, NUMBERS), Line(), Told()
+    _, (result,) = both(lambda: line.run(0, dealt.server()), lambda: line.run(1, dealt.client(), told))
     assert (integers(result, RING) == integers(NUMBERS["x"], RING)).all()
-    with pytest.raises(ChannelClosed):  # no frame went to the server
-        at_server.receive(0)
+    assert ("sent", b"") in told.events  # a round in which no frame went to the server
+    assert line.queues[0].empty()
 
 
 def test_frames_are_kept_on_request() -> None:

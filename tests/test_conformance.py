@@ -531,6 +531,10 @@ def test_every_protocol_has_a_case() -> None:
     assert set(MADE_BY) == {kind for kind, p in Protocol.registry.items() if not p.in_programs} - elsewhere
 
 
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for part in result for x in tensors(part)]
+
+
 def measure(s: Setup, length: int, deployment: str, *, prepared: bool = False) -> Outcome:
     circuit = s.circuit[:length]
     if deployment == TWO:
@@ -583,6 +587,10 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
             assert share.dtype == out.dtype
         elif isinstance(share, Opening):
             assert tuple(share.value.shape) == tuple(share.mask.shape) == out.shape
+        if share is not None:
+            parts = tensors(share)
+            assert protocol.memory() == sum(x.numel() * x.element_size() for x in parts)
+            assert [(x.shape, x.dtype) for x in tensors(protocol.stand_in())] == [(x.shape, x.dtype) for x in parts]
 
     if protocol.error == "exact":
         for circuit, output in ((setup.circuit, size - 1), (made.circuit, made.output)):

@@ -222,7 +222,7 @@ def test_nothing_secret_is_logged_or_shown(
             ]
             shown += [repr(connection), repr(connection.reports), repr(connection.link._ready)]
             with monkeypatch.context() as patch:
-                patch.setattr(server_module, "unpack_frame", bug)
+                patch.setattr(server_module, "Framed", bug)
                 with pytest.raises(Error) as broken:
                     connection.embed([TEXT])
             shown.append(str(broken.value))

@@ -1,6 +1,9 @@
 """The profiler: what it counts without data is what a query takes."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,8 +12,24 @@ from typer.testing import CliRunner
 
 import secure
 from parties.reports import tables as reports
-from protocols.protocol import CircuitCost
+from protocols.circuit import Instruction
+from protocols.protocol import (
+    PARTY_NAMES,
+    CircuitCost,
+    Draw,
+    Material,
+    Protocol,
+    Shape,
+    Step,
+    Weights,
+    WeightUse,
+    count,
+    swap,
+)
+from protocols.two_party import Input
+from protocols.wire import Wire
 from secure.cost.count import NETWORKS, Network, module, profile
+from secure.cost.runnable import Deployed
 
 
 class Tiny(nn.Module):
@@ -48,6 +67,57 @@ def test_every_line_is_what_its_protocol_declares(compiled: secure.Compiled) -> 
     for line, instruction in zip(found.lines, compiled.program.circuit, strict=True):
         assert line.cost == instruction.protocol.cost()
         assert line.kind == instruction.protocol.kind
+
+
+@dataclass(frozen=True)
+class Mixed(Protocol):
+    """A protocol that nobody has heard of: the product with a weight, and its square, as one result of three parts."""
+
+    kind: ClassVar[str] = "mixed"
+    weight_field: ClassVar[str] = "matrix"
+    shape: Shape
+    ring: int
+    matrix: str
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("a", self.shape, self.ring), Draw("b", self.shape, self.ring, derived=True))
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        x = operands[0] @ torch.empty(8, 4, dtype=torch.int64, device="meta")
+        (y,) = yield swap(x, self.out)
+        return x, y, y
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        raise AssertionError("nothing is computed")
+
+    def memory(self) -> int:
+        return 3 * super().memory()
+
+    def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
+        return 7 * count(operands[0]) * weights[self.matrix][1]
+
+    def comparisons(self) -> int:
+        return 11
+
+
+Protocol.registry.pop("mixed")  # of this test alone: no Program may name it
+
+
+def test_a_protocol_of_ones_own_is_counted_by_what_it_says() -> None:
+    shape, out = (5, 8), (5, 4)
+    entry, mixed = Input(shape, 32, "x", 8, -1.0, 1.0), Mixed(out, 32, "m")
+    program = Deployed((Instruction(entry), Instruction(mixed, (0,))), 1, ("", "own"), {"m": (8, 4)}, PARTY_NAMES)
+    found = profile(program)
+    line = found.lines[1]
+    assert line.cost == CircuitCost(1, 5 * 4 * 4, 5 * 4 * 4, 5 * 4 * 4)
+    assert (line.products, line.comparisons) == (7 * 40 * 4, 11)
+    assert [m.live for m in found.memory] == [8 * (40 + 3 * 20)] * 2  # the input and the result
+    assert (mixed.dealt_bytes, mixed.weight_use) == (80, WeightUse("m", 32, multiplied=True))
 
 
 def test_sums_by_module_and_kind_agree(compiled: secure.Compiled) -> None:

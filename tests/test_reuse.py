@@ -17,6 +17,7 @@ from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.keys import MAXIMUM_QUERY, join_proof, query_key
 from proto import unseen_pb2 as pb
+from secure.cost.timeline import Recorder
 from secure.errors import PeerLost
 from tests.tiny import TEXT, Raw, Ready, Served, dealing, dial, refused, run_query, serving
 
@@ -180,7 +181,7 @@ def test_after_a_failure_all_is_fresh(model: Ready, monkeypatch: pytest.MonkeyPa
         with dial(server, dealer) as connection:
             connection.embed([TEXT])
             with monkeypatch.context() as patch:
-                patch.setattr(client_module, "unpack_frame", fail)
+                patch.setattr(client_module, "Recorder", Failing)
                 with pytest.raises(KeyboardInterrupt):
                     connection.embed([TEXT])
             with pytest.raises(PeerLost, match="this session has ended: KeyboardInterrupt"):
@@ -197,5 +198,8 @@ def test_after_a_failure_all_is_fresh(model: Ready, monkeypatch: pytest.MonkeyPa
     assert len(keys) == len(set(keys)) == 8  # a client's and a server's key of each query
 
 
-def fail(*_: object) -> Any:
-    raise KeyboardInterrupt
+class Failing(Recorder):
+    """Fails in the first round, when the party has sent its frame and got the peer's."""
+
+    def unpacked(self) -> None:
+        raise KeyboardInterrupt

@@ -233,15 +233,11 @@ class _Computation:
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)
         start = time.perf_counter()
         rows = service.look_up(asked, supply.number)
-        running = rounds.run(correlations, asked.inputs)
-        try:
-            payload, size = next(running)
-            while True:
-                for frame in to_frames(payload) if payload else ():
-                    yield pb.PeerMessage(frame=frame)
-                payload, size = running.send(rounds.read(size, self._next, PEER))
-        except StopIteration as stop:
-            share = stop.value
+        running = rounds.run(correlations, asked.inputs, self._next, PEER)
+        for payload in running:
+            for frame in to_frames(payload) if payload else ():
+                yield pb.PeerMessage(frame=frame)
+        (share,) = running.result
         seconds = time.perf_counter() - start
         yield pb.PeerMessage(tag=rounds.sent_seal.tag())
         rounds.compare(self._next("its tag"), PEER)
@@ -253,7 +249,7 @@ class _Computation:
             seconds=seconds,
             waited=supply.waited,
             rounds=rounds.count,
-            sent=rounds.sent,
+            sent=rounds.sent_bytes,
             corrections=supply.size + rows,
             dealing=supply.dealing,
         )

@@ -134,15 +134,11 @@ class _Call:
             index, p = share.circuit.lookups[name]
             inputs[name] = rows + p.zero_share(own, index)
         correlations, rounds = Correlations(1, own), Rounds.of(share, share.links[0], number)
-        running = rounds.run(correlations, inputs)
-        try:
-            payload, size = next(running)
-            while True:
-                for frame in to_frames(payload) if payload else ():
-                    self._outbox.put(pb.PeerMessage(frame=frame))
-                payload, size = running.send(rounds.read(size, self._next, PEER))
-        except StopIteration as stop:
-            result = stop.value
+        running = rounds.run(correlations, inputs, self._next, PEER)
+        for payload in running:
+            for frame in to_frames(payload) if payload else ():
+                self._outbox.put(pb.PeerMessage(frame=frame))
+        (result,) = running.result
         seconds = time.perf_counter() - begun
         self._outbox.put(pb.PeerMessage(tag=rounds.sent_seal.tag()))
         rounds.compare(self._next("its tag"), PEER)
@@ -153,4 +149,4 @@ class _Call:
         form = share.circuit.result
         result = result - share.links[0].zero_share(number, form.shape)
         encoded = bytes(wire.encode(result, form))
-        return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent)
+        return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent_bytes)

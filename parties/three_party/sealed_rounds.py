@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,10 @@ from parties.three_party.pair_keys import Link, Seal
 from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, Observer, Part, execute
-from protocols.protocol import Step
-from protocols.steps import pack_frame, unpack_frame
+from protocols.steps import Framed
 from secure.errors import PeerLost, ProtocolError
 
-Framed = Generator[tuple[bytes, int], bytes, Any]  # yields a payload and the size of the answer, gets the answer
+NextMessage = Callable[[str], pb.PeerMessage]  # the peer's next message, given what is waited for
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Rounds(Observer):
     sent_seal: Seal
     received_seal: Seal
     count: int = 0
-    sent: int = 0
+    sent_bytes: int = 0
     _waiting: int = field(default=0, repr=False)
 
     @classmethod
@@ -44,28 +43,21 @@ class Rounds(Observer):
         path = self.share.program.paths[circuit.origin[self._waiting]] or "the model's input"
         return f"module '{path}' (round {self.count} of {circuit.cost.rounds})"
 
-    def run(self, correlations: Correlations, inputs: dict[str, Any]) -> Framed:
+    def run(self, correlations: Correlations, inputs: dict[str, Any], following: NextMessage, peer: str) -> Framed[Any]:
+        """This party's part, as frames to send; the peer's are among ``following``. Its results are a list of one."""
         circuit, outputs = self.share.circuit.circuit, [self.share.circuit.output]
         step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
-        return self._framed(step)
+        return Framed(step, lambda size: self._read(size, following, peer), self)
 
-    def _framed(self, step: Step[Any]) -> Framed:
-        answer: tuple[Any, ...] | None = None
-        while True:
-            try:
-                exchange = next(step) if answer is None else step.send(answer)
-            except StopIteration as stop:
-                return stop.value[0]
-            payload = pack_frame(exchange)
-            self.count += 1
-            self.sent += len(payload)
-            self.sent_seal.update(payload)
-            came = yield payload, sum(w.size for w in exchange.receive)
-            self.received_seal.update(came)
-            answer = unpack_frame(came, exchange)
+    def sent(self, payload: bytes) -> None:
+        self.count += 1
+        self.sent_bytes += len(payload)
+        self.sent_seal.update(payload)
 
-    def read(self, size: int, following: Callable[[str], pb.PeerMessage], peer: str) -> bytes:
-        """The peer's frame of a round. ``following``: its next message, given what is waited for."""
+    def received(self, payload: bytes) -> None:
+        self.received_seal.update(payload)
+
+    def _read(self, size: int, following: NextMessage, peer: str) -> bytes:
         reader, what = FrameReader(size), f"its message of {self.where()}"
         while size:
             message = following(what)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from parties.net.frames import PART
 from parties.three_party.pair_keys import Seal
 from proto import unseen_pb2 as pb
-from protocols.circuit import Circuit
+from protocols.circuit import Circuit, correction_places
 from protocols.prg import SEED_BYTES
 from secure.errors import Error, PeerLost, ProtocolError
 
@@ -23,14 +23,8 @@ class Arriving:
 
     def __init__(self, circuit: Circuit, seal: Callable[[bytes], Seal], deadline: float) -> None:
         self.number = secrets.token_bytes(NUMBER_BYTES)
-        self._places: dict[int, tuple[int, int]] = {}
-        size = 0
-        for index, instruction in enumerate(circuit):
-            own = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
-            if own:
-                self._places[index] = (size, size + own)
-                size += own
-        self.size, self._deadline = size, deadline
+        self._places = correction_places(circuit)
+        self.size, self._deadline = max((place.stop for place in self._places.values()), default=0), deadline
         self._parts: list[bytes] = []  # of PART bytes each but for the last; one whose bytes were all taken is dropped
         self._left: list[int] = []  # bytes of each that were not
         self._filled = 0
@@ -103,7 +97,7 @@ class Arriving:
         place = self._places.pop(index, None)  # once
         if place is None:
             return default
-        start, stop = place
+        start, stop = place.start, place.stop
         self._wait(lambda: self._filled >= stop)
         found = [self._cut(number, start, stop) for number in range(start // PART, (stop - 1) // PART + 1)]
         return found[0] if len(found) == 1 else b"".join(found)

@@ -27,8 +27,8 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceStub
 from protocols.circuit import Correlations, execute, prepare
 from protocols.prg import fresh_seed
-from protocols.protocol import CLIENT, Exchange
-from protocols.steps import pack_frame, unpack_frame
+from protocols.protocol import CLIENT
+from protocols.steps import Framed
 from protocols.weights import ClientWeights
 from secure.cost.timeline import Recorder, Timeline
 from secure.cost.traffic import OFFLINE, Traffic, links
@@ -203,27 +203,21 @@ class TwoPartyLink(Link):
             values,
             recorder,
         )
-        recorder.start()
-        answer: tuple[Tensor, ...] | None = None
-        while True:
-            try:
-                exchange = next(step) if answer is None else step.send(answer)
-            except StopIteration as stop:
-                recorder.stop()
-                return stop.value, recorder.timeline
-            recorder.packing()
-            payload = pack_frame(exchange)
-            for frame in to_frames(payload) if exchange.send else ():
-                self._send(frame=frame)
-            recorder.sent(len(payload))
-            path = program.paths[recorder.waiting] or "the model's input"
-            came = self._receive(exchange, path, len(recorder.timeline.rounds) + 1) if exchange.receive else b""
-            recorder.received(len(came))
-            answer = unpack_frame(came, exchange)
-            recorder.unpacked()
 
-    def _receive(self, exchange: Exchange, path: str, rounds: int) -> bytes:
-        reader = FrameReader(sum(w.size for w in exchange.receive))
+        def receive(size: int) -> bytes:
+            path = program.paths[recorder.waiting] or "the model's input"
+            return self._receive(size, path, len(recorder.timeline.rounds) + 1) if size else b""
+
+        recorder.start()
+        frames = Framed(step, receive, recorder)
+        for payload in frames:
+            for frame in to_frames(payload) if payload else ():
+                self._send(frame=frame)
+        recorder.stop()
+        return frames.result, recorder.timeline
+
+    def _receive(self, size: int, path: str, rounds: int) -> bytes:
+        reader = FrameReader(size)
         while True:
             frame = self._expect(
                 "frame", f"its message of module '{path}' (round {rounds} of {self.program.cost.rounds})"

@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from urllib.parse import unquote
 
 import grpc
-from torch import Tensor
 
 from parties.net.calls import unexpected
 from parties.net.endpoints import Endpoint
@@ -37,10 +36,10 @@ from parties.two_party.keys import (
 from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
-from protocols.circuit import Circuit, Correlations, execute
+from protocols.circuit import Correlations, execute, split_corrections
 from protocols.prg import fresh_seed
-from protocols.protocol import SERVER, Exchange
-from protocols.steps import pack_frame, unpack_frame
+from protocols.protocol import SERVER
+from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import TwoParty
 from secure.errors import DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
@@ -260,24 +259,15 @@ class _Session:
         key = query_key(self._seed, "server", self._id, self._program.digest, query)
         correlations = Correlations(SERVER, key, corrections)
         step = execute(program.circuit, [program.output], SERVER, correlations, self._model.weights, observer=recorder)
+
+        def where() -> str:
+            return program.paths[recorder.waiting] or "the model's input"
+
         recorder.start()
-        answer: tuple[Tensor, ...] | None = None
-        while True:
-            try:
-                exchange = next(step) if answer is None else step.send(answer)
-            except StopIteration:
-                break
-            recorder.packing()
-            path = program.paths[recorder.waiting] or "the model's input"
-            self._doing = f"query {query}, module '{path}'"
-            payload = pack_frame(exchange)
-            for frame in to_frames(payload) if exchange.send else ():
+        for payload in Framed(step, lambda size: self._receive(size, where()) if size else b"", recorder):
+            self._doing = f"query {query}, module '{where()}'"
+            for frame in to_frames(payload) if payload else ():
                 yield pb.ServerMessage(frame=frame)
-            recorder.sent(len(payload))
-            came = self._receive(exchange, path) if exchange.receive else b""
-            recorder.received(len(came))
-            answer = unpack_frame(came, exchange)
-            recorder.unpacked()
         recorder.stop()
         log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
         self._doing = BETWEEN
@@ -297,8 +287,8 @@ class _Session:
         else:
             log.info("query %d: trace in %s", query, path)
 
-    def _receive(self, exchange: Exchange, path: str) -> bytes:
-        reader = FrameReader(sum(w.size for w in exchange.receive))
+    def _receive(self, size: int, path: str) -> bytes:
+        reader = FrameReader(size)
         while True:
             message = self._next(f"its message of module '{path}'")
             if message is None:
@@ -311,14 +301,3 @@ class _Session:
                 raise ProtocolError(f"module '{path}': {error}") from None
             if payload is not None:
                 return payload
-
-
-def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
-    """The dealer's stream cut by instruction, without copies; sizes follow from the circuit."""
-    out, start, view = {}, 0, memoryview(payload)
-    for index, instruction in enumerate(circuit):
-        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
-        if size:
-            out[index] = view[start : start + size]
-            start += size
-    return out

@@ -67,6 +67,7 @@ class LookedUp(SharedInput):
     """
 
     kind: ClassVar[str] = "looked_up"
+    weight_field: ClassVar[str] = "table"
     table: str
     rows: int
     public: bool = False

@@ -9,10 +9,11 @@ Seen by party 0: u - s, uniform as s is used once. Parties 1 and 2 see nothing h
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protocols.protocol import CircuitCost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import CircuitCost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of, count
 from protocols.wire import Wire
 
 
@@ -24,6 +25,7 @@ class SharedLinear(Protocol):
     """
 
     kind: ClassVar[str] = "shared_linear"
+    weight_field: ClassVar[str] = "weight"
     in_programs: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     shape: Shape  # of the result
@@ -54,12 +56,17 @@ class SharedLinear(Protocol):
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
+    def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
+        """Two a party: the opened value's and its mask's."""
+        return 0 if self.diagonal else 4 * count(self.shape) * weights[self.weight][0]
+
 
 @dataclass(frozen=True)
 class PublicLinear(Local):
     """[x W] modulo 2^ring for a W that all parties know. No message, no correlation; exact modulo 2^ring."""
 
     kind: ClassVar[str] = "public_linear"
+    weight_field: ClassVar[str] = "weight"
     in_programs: ClassVar[bool] = False
     shape: Shape  # of the result
     ring: int
@@ -72,3 +79,6 @@ class PublicLinear(Local):
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         return weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)
+
+    def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
+        return 0 if self.diagonal else 2 * count(self.shape) * weights[self.weight][0]

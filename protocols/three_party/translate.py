@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from protocols.circuit import Circuit, Instruction, total_cost
-from protocols.local import AddWeight
 from protocols.protocol import CircuitCost, Protocol
 from protocols.three_party.endpoints import LookedUp, SharedInput
 from protocols.three_party.linear import PublicLinear, SharedLinear
@@ -45,10 +44,8 @@ class Translated:
         """Every weight that is read, and the widest ring in which it is."""
         rings: dict[str, int] = {}
         for instruction in self.circuit:
-            p = instruction.protocol
-            if isinstance(p, (SharedLinear, PublicLinear, AddWeight, LookedUp)):
-                name = p.table if isinstance(p, LookedUp) else p.weight
-                rings[name] = max(p.ring, rings.get(name, 0))
+            if use := instruction.protocol.weight_use:
+                rings[use.name] = max(use.ring, rings.get(use.name, 0))
         return rings
 
     @cached_property

@@ -216,3 +216,6 @@ class Compare(Protocol):
         online = sum(level.variables for level in self.levels) * m * each
         dealt = sum(level.dealt for level in self.levels) * m * each
         return CircuitCost(len(self.levels), online, online, 8 * self.words * count(self.shape) + each + dealt)
+
+    def comparisons(self) -> int:
+        return count(self.shape) * len(self.thresholds)

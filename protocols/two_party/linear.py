@@ -12,6 +12,7 @@ B belongs to one set of weights: under two, D_1 - D_2 would show their differenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from protocols.protocol import (
     Step,
     Weights,
     bytes_of,
+    count,
     receive_one,
 )
 from protocols.wire import Wire
@@ -81,6 +83,7 @@ class Linear(Protocol):
     """
 
     kind: ClassVar[str] = "linear"
+    weight_field: ClassVar[str] = "weight"
     reads: ClassVar[tuple[str, ...]] = ("delivery",)
     finished_offline: ClassVar[bool] = True
     shape: Shape  # of the result
@@ -115,3 +118,7 @@ class Linear(Protocol):
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
+
+    def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
+        """The server's: the client's are made before the query."""
+        return 0 if self.diagonal else count(self.shape) * weights[self.weight][0]

@@ -9,6 +9,7 @@ Seen by the server: its corrections of r^2, ..., r^d, masked by the client's sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,6 +66,14 @@ class Powers(Protocol):
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=(self.degree - 1) * bytes_of(self.shape, self.ring))
 
+    def memory(self) -> int:
+        """The opening's value, and a mask for each power."""
+        return (1 + self.degree) * super().memory()
+
+    def stand_in(self) -> Any:
+        value = super().stand_in()
+        return value, (value,) * self.degree
+
 
 @dataclass(frozen=True)
 class Polynomial(Protocol):
@@ -88,6 +97,11 @@ class Polynomial(Protocol):
     def validate(self) -> None:
         if not self.coefficients:
             raise ValueError("a polynomial without coefficients")
+
+    def check_operands(self, operands: Sequence[Protocol]) -> None:
+        (powers,) = operands
+        if isinstance(powers, Powers) and powers.degree < len(self.coefficients) - 1:
+            raise ValueError(f"degree {len(self.coefficients) - 1} of powers up to {powers.degree}")
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, powers),) = operands

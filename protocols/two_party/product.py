@@ -8,11 +8,12 @@ Seen by the server: its correction of r_x r_y, masked by the client's share.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols.matmul import matmul
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of, count
 from protocols.wire import Wire
 
 
@@ -54,3 +55,7 @@ class Product(Protocol):
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
+
+    def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
+        """Two a party."""
+        return 4 * count(self.shape) * operands[0][-1] if self.matrix else 0

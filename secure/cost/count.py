@@ -6,18 +6,16 @@ What is counted is what the generators really exchange and draw, so it equals a 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from protocols.circuit import Circuit, Correlations, Instruction, MetaWeights, Observer, Part, execute
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol, Step
-from protocols.two_party import Powers
+from protocols.circuit import Circuit, Correlations, MetaWeights, Observer, Part, execute
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol
+from protocols.steps import Done, advance
 from secure.cost.runnable import Runnable
 
 
@@ -137,37 +135,26 @@ def profile(program: Runnable) -> Profile:
         execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
         for party in (SERVER, CLIENT)
     ]
-    answers: list[Any] = [None, None]
-    while True:
-        going = [_advance(step, answer) for step, answer in zip(steps, answers, strict=True)]
-        if None in going:
-            if going != [None, None]:
-                raise AssertionError(f"only the {PARTY_NAMES[going[0] is None]} goes on")
-            for party in parties:
-                party.end()
-            break
-        answers = [
-            tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in e.receive) for e in going if e is not None
-        ]
+    going = [advance(step) for step in steps]
+    while (waiting := [e for e in going if isinstance(e, Exchange)]) and len(waiting) == len(steps):
+        answers = (tuple(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in e.receive) for e in waiting)
+        going = [advance(step, answer) for step, answer in zip(steps, answers, strict=True)]
+    if waiting:
+        raise AssertionError(f"only the {PARTY_NAMES[isinstance(going[0], Done)]} goes on")
+    for party in parties:
+        party.end()
     lines = []
     for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
-        offline = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
-        rounds, up, down = (parties[CLIENT].rounds[index], parties[CLIENT].sent[index], parties[SERVER].sent[index])
-        cost = CircuitCost(rounds, up, down, offline)
-        lines.append(Line(path, instruction.protocol.kind, cost, *_arithmetic(instruction, program)))
+        up, down = parties[CLIENT].sent_bytes[index], parties[SERVER].sent_bytes[index]
+        p, operands = instruction.protocol, [circuit[i].protocol.out.shape for i in instruction.inputs]
+        cost = CircuitCost(parties[CLIENT].rounds[index], up, down, p.dealt_bytes)
+        lines.append(Line(path, p.kind, cost, p.products(program.weight_shapes, operands), p.comparisons()))
     summed = sum((line.cost for line in lines), CircuitCost())
     total = CircuitCost(len(parties[SERVER].stages) - 1, summed.to_first, summed.to_second, summed.dealt)
-    prepared = sum(_held(i.protocol) for i in circuit if type(i.protocol).offline is not Protocol.offline)
+    prepared = sum(i.protocol.memory() for i in circuit if i.protocol.works_offline)
     server, client = parties
     memory = (Memory(server.most, total.dealt), Memory(client.most, prepared))
     return Profile(tuple(lines), total, (tuple(server.stages), tuple(client.stages)), memory)
-
-
-def _advance(step: Step[list[Any]], answer: tuple[Tensor, ...] | None) -> Exchange | None:
-    try:
-        return next(step) if answer is None else step.send(answer)
-    except StopIteration:
-        return None
 
 
 class _NoData(Correlations):
@@ -191,7 +178,7 @@ class _Counter(Observer):
     """One party's schedule, and the largest set of results that it holds at a time."""
 
     def __init__(self, circuit: Circuit, output: int) -> None:
-        self.rounds, self.sent = [0] * len(circuit), [0] * len(circuit)
+        self.rounds, self.sent_bytes = [0] * len(circuit), [0] * len(circuit)
         self.stages: list[Stage] = []
         self.most = 0
         self._circuit, self._work = circuit, list[int]()
@@ -209,48 +196,20 @@ class _Counter(Observer):
         self._work = []
         for part in parts:
             self.rounds[part.index] += 1
-            self.sent[part.index] += part.sent
+            self.sent_bytes[part.index] += part.sent
 
     def finished(self, index: int) -> None:
         if self._uses[index]:
-            self._held += _held(self._circuit[index].protocol)
+            self._held += self._circuit[index].protocol.memory()
         self.most = max(self.most, self._held)
         for i in self._circuit[index].inputs:
             self._uses[i] -= 1
             if not self._uses[i]:
-                self._held -= _held(self._circuit[i].protocol)
+                self._held -= self._circuit[i].protocol.memory()
 
     def end(self) -> None:
         """What is computed after the last exchange."""
         self.stages.append(Stage(tuple(self._work), ()))
-
-
-def _held(protocol: Protocol) -> int:
-    """Bytes of a result in memory: an opening is two tensors, powers are an opening's value and a mask for each, bits
-    are packed, ring elements take 8 bytes.
-    """
-    form = protocol.out
-    size = math.prod(form.shape) * (1 if form.planes else 8)
-    if isinstance(protocol, Powers):
-        return (1 + protocol.degree) * size
-    return 2 * size if protocol.gives in ("opening", "bit opening") else size
-
-
-_PRODUCTS = {"linear": 1, "public_linear": 2, "shared_linear": 4}  # of an input and a weight, by both parties
-
-
-def _arithmetic(instruction: Instruction, program: Runnable) -> tuple[int, int]:
-    """(multiply-accumulates, comparisons) of one instruction."""
-    p: Any = instruction.protocol
-    elements = torch.Size(p.out.shape).numel()
-    if p.kind in _PRODUCTS and not p.diagonal:
-        return _PRODUCTS[p.kind] * elements * program.weight_shapes[p.weight][0], 0
-    if p.kind == "product" and p.matrix:
-        inner = program.circuit[instruction.inputs[0]].protocol.out.shape[-1]
-        return 4 * elements * inner, 0  # two products a party
-    if p.kind == "compare":
-        return 0, torch.Size(p.shape).numel() * len(p.thresholds)
-    return 0, 0
 
 
 def module(path: str, depth: int) -> str:

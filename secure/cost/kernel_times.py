@@ -26,10 +26,8 @@ from torch import Tensor
 from protocols.circuit import Circuit, Correlations, Instruction, execute, prepare
 from protocols.matmul import Matrix
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Local, Opening, Protocol, Weights
-from protocols.steps import pack_frame, unpack_frame
-from protocols.two_party import Deliver
-from protocols.two_party.polynomial import Powers
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Local, Protocol, Weights
+from protocols.steps import Framed
 from protocols.weights import ServerWeights
 from protocols.wire import Wire
 from secure.cost.runnable import Runnable
@@ -93,23 +91,24 @@ def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
 def _key(program: Runnable, instruction: Instruction) -> Any:
     p: Any = instruction.protocol
     weight: Any = None
-    if hasattr(p, "weight"):
-        weight, p = program.weight_shapes.get(p.weight), replace(p, weight="")
+    if use := p.weight_use:  # one of the same shape takes as long
+        weight, p = program.weight_shapes.get(use.name), replace(p, **{p.weight_field: ""})
     forms = tuple((o.gives, o.out) for o in (program.circuit[i].protocol for i in instruction.inputs))
     return type(p), p, weight, forms, torch.get_num_threads()
 
 
 def _chosen(program: Runnable, keys: Sequence[Any], occurrences: int) -> set[int]:
-    """The first instructions of every key that is not None, and the deliveries that they read, which the client
-    cannot do without.
+    """The first instructions of every key that is not None, and what the client must have done offline for those that
+    it does offline.
     """
-    seen: Counter[Any] = Counter()
+    circuit, seen = program.circuit, Counter[Any]()
     out: set[int] = set()
     for index, key in enumerate(keys):
         if key is not None and seen[key] < occurrences:
             seen[key] += 1
-            inputs = program.circuit[index].inputs
-            out |= {index, *(i for i in inputs if isinstance(program.circuit[i].protocol, Deliver))}
+            out.add(index)
+            if circuit[index].protocol.works_offline:
+                out |= {i for i in circuit[index].inputs if circuit[i].protocol.works_offline}
     return out
 
 
@@ -134,10 +133,7 @@ class _StandIn(Local):
         return self.of.out
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
-        value = torch.zeros(self.out.shape, dtype=self.out.dtype)
-        if self.of.gives in ("opening", "bit opening"):
-            return Opening(value, value)
-        return (value, (value,) * self.of.degree) if isinstance(self.of, Powers) else value
+        return self.of.stand_in()
 
 
 class _MadeUp(ServerWeights):
@@ -192,26 +188,17 @@ def _run(party: int, circuit: Circuit, output: int, weights: Weights, inputs: Ma
     recorder = Recorder(PARTY_NAMES[party])
     step = execute(circuit, [output], party, correlations, weights, inputs, recorder)
     recorder.start()
-    answer: tuple[Tensor, ...] | None = None
-    while True:
-        try:
-            exchange = next(step) if answer is None else step.send(answer)
-        except StopIteration:
-            recorder.stop()
-            return recorder.timeline
-        recorder.packing()
-        recorder.sent(len(pack_frame(exchange)))
-        came = bytes(sum(form.size for form in exchange.receive))
-        recorder.received(len(came))
-        answer = unpack_frame(came, exchange)
-        recorder.unpacked()
+    for _ in Framed(step, bytes, recorder):
+        pass  # the peer's frames are zeros
+    recorder.stop()
+    return recorder.timeline
 
 
 def _corrections(circuit: Circuit) -> dict[int, memoryview]:
     """Zeros, from here and there in a large piece of memory, so that no cache holds them."""
     memory, at, out = _zeros().numpy().data, 0, dict[int, memoryview]()
     for index, instruction in enumerate(circuit):
-        size = sum(d.wire.size for d in instruction.protocol.draws if d.derived)
+        size = instruction.protocol.dealt_bytes
         at = at if at + size <= len(memory) else 0
         out[index] = memory[at : at + size] if size <= len(memory) else memoryview(bytes(size))
         at += size

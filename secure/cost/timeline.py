@@ -108,8 +108,7 @@ class Timeline:
 class Recorder(Observer):
     """Makes the timeline of one query as it runs; costs about a microsecond an instruction, so that it is always on.
 
-    The driver of ``execute`` calls ``start`` and ``stop``, and for each exchange ``packing``, ``sent``, ``received``
-    and ``unpacked``, in this order.
+    Both ``execute`` and ``Framed`` tell it what they do; whoever runs them calls ``start`` and ``stop``.
     """
 
     def __init__(self, party: str, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -142,11 +141,11 @@ class Recorder(Observer):
     def packing(self) -> None:
         self._began = self._clock()
 
-    def sent(self, size: int) -> None:
-        self._sent_at, self._sent = self._clock(), size
+    def sent(self, payload: bytes) -> None:
+        self._sent_at, self._sent = self._clock(), len(payload)
 
-    def received(self, size: int) -> None:
-        self._received_at, self._received = self._clock(), size
+    def received(self, payload: bytes) -> None:
+        self._received_at, self._received = self._clock(), len(payload)
 
     def unpacked(self) -> None:
         moments = (self._began, self._sent_at, self._received_at, self._clock())

@@ -14,8 +14,6 @@ from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols import two_party as tp
 from protocols.fixedpoint import FixedPoint
-from protocols.local import AddWeight
-from protocols.two_party import Linear
 from protocols.weights import ServerWeights
 from secure.capture.capture import capture
 from secure.lowering.client_inputs import ClientInput
@@ -101,7 +99,7 @@ def finish(
 
 def weight_keys(program: Program) -> list[str]:
     """The server's integers that a Program reads, by name and scale."""
-    return list({i.protocol.weight: None for i in program.circuit if isinstance(i.protocol, (Linear, AddWeight))})
+    return list({use.name: None for i in program.circuit if (use := i.protocol.weight_use)})
 
 
 def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
@@ -111,7 +109,7 @@ def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Ma
     emitter.run({c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs})
     value = emitter.get(output.id, 0)
     emitter.emit(tp.Reveal(output.shape, value.ring), value.index)
-    read = {i.protocol.weight for i in emitter.circuit if isinstance(i.protocol, Linear)}
+    read = {use.name for i in emitter.circuit if (use := i.protocol.weight_use) and use.multiplied}
     return Program(
         circuit=tuple(emitter.circuit),
         paths=tuple(emitter.paths),

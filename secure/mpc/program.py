@@ -24,7 +24,7 @@ from protocols import ring
 from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
-from protocols.two_party import Input, Linear, Reveal
+from protocols.two_party import Input, Reveal
 from secure.capture.graph import Graph, run
 from secure.errors import InvalidProgram
 from secure.lowering.client_inputs import ENCODINGS, ClientInput, encode_input
@@ -61,9 +61,9 @@ class Program:
         """The widest ring in which each weight is multiplied: what the client's D must hold."""
         rings: dict[str, int] = {}
         for instruction in self.circuit:
-            p = instruction.protocol
-            if isinstance(p, Linear):
-                rings[p.weight] = max(rings.get(p.weight, 0), p.ring)
+            use = instruction.protocol.weight_use
+            if use and use.multiplied:
+                rings[use.name] = max(rings.get(use.name, 0), use.ring)
         return rings
 
     @cached_property
@@ -178,8 +178,8 @@ def _check(program: Program) -> None:
         wires = [p.out, *(d.wire for d in p.draws)]
         if any(min((*w.shape, 1)) < 0 or w.size > 8 * MAXIMUM_ELEMENTS or not 0 < w.bits <= ring.WORD for w in wires):
             raise InvalidProgram(f"instruction {index} ({p.kind}) has an impossible size")
-        if isinstance(p, Linear) and p.weight not in program.weight_shapes:
-            raise InvalidProgram(f"instruction {index} reads the weight {p.weight!r}, whose shape is not given")
+        if (use := p.weight_use) and use.multiplied and use.name not in program.weight_shapes:
+            raise InvalidProgram(f"instruction {index} reads the weight {use.name!r}, whose shape is not given")
     if not 0 <= program.output < len(program.circuit) or not isinstance(
         program.circuit[program.output].protocol, Reveal
     ):
