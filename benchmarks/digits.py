@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import common
 from parties.cli.demo_digits import compile_digits
-from secure.deployments.in_process import InsecureInProcess
+from secure import insecure_in_process
 from secure.models.digits import load_digits, train_digits
 
 
@@ -28,12 +28,13 @@ def measured(layers: int) -> dict[str, Any]:
     model, accuracy = train_digits(layers)
     seconds = time.perf_counter() - began
     compiled = compile_digits(model)
-    query, (images, labels) = InsecureInProcess(compiled), load_digits().test
+    query, (images, labels) = insecure_in_process(compiled), load_digits().test
     with torch.no_grad():
         plain = model(images).argmax(-1)
     found, times = [], []
     for image in images:
-        answer, report = query.query({"images": image[None]})
+        answer = query.query({"images": image[None]})
+        report = query.reports[-1]
         found.append(int(answer.argmax()))
         times.append(report.online_seconds)
     private, cost = torch.tensor(found), compiled.program.cost

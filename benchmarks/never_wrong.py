@@ -52,12 +52,12 @@ def main() -> None:
     torch.set_num_threads(1)
     model = Small().eval()
     compiled = secure.compile(model, sample(0), calibration=[sample(s) for s in range(1, 200)])
-    process, model = secure.InsecureInProcess(compiled), model.double()
+    process, model = secure.insecure_in_process(compiled), model.double()
     worst, wrong, start = 0.0, 0, time.perf_counter()
     with torch.no_grad():
         for seed in range(10_000, 10_000 + count):
             inputs = sample(seed)
-            error = float((process.query(inputs)[0] - model(inputs["x"].double())).abs().max())
+            error = float((process.query(inputs) - model(inputs["x"].double())).abs().max())
             worst, wrong = max(worst, error), wrong + (error > BOUND)
     print(f"{count} queries in {time.perf_counter() - start:.0f} s: {wrong} wrong, largest error {worst:.2e}")
     if wrong:

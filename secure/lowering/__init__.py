@@ -3,4 +3,6 @@
 trace        symbolic values that record primitives
 ranges       the range of every traced value
 lower        a graph through the approximations
+client_inputs   how a client makes the inputs of a circuit
+observe      ranges that approximations ask for
 """

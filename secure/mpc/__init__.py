@@ -5,4 +5,5 @@ nonlinear    piecewise polynomials, exponentials, maxima
 emitter      from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compile      all of it in one call
+plan         what the readers of every value need
 """
