@@ -290,6 +290,7 @@ PLAIN = {
     # no user's mistake: a program that is wrong, control flow of a library
     *("AssertionError", "NotImplementedError", "RuntimeError", "KeyError", "LookupError", "AttributeError"),
     *("StopIteration", "SystemExit", "typer.Exit", "TypeError", "typer.BadParameter"),
+    "FrameError",  # whoever reads frames says which module and which peer
 }
 
 

@@ -148,7 +148,8 @@ def test_two_compilations_have_one_digest() -> None:
 def test_the_digest_is_the_same_in_another_process() -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
-        "from tests.test_program import classifier; c = classifier()[1]; print(c.program.digest, c.model.weights_digest)"
+        "from tests.test_program import classifier; c = classifier()[1]\n"
+        "print(c.program.digest, c.model.weights_digest)"
     )
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

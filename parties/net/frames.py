@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from protocols.wire import FrameError
 from proto.unseen_pb2 import Chunk, Frame
 
 PART = 1 << 20
@@ -46,12 +47,12 @@ class FrameReader:
         self._parts: list[bytes] = []
 
     def add(self, frame: Frame) -> bytes | None:
-        """The whole payload after the last part, else None. ValueError on a wrong size."""
+        """The whole payload after the last part, else None. FrameError on a wrong size."""
         self._size += len(frame.data)
         if self._size > self._expected or (frame.last and self._size != self._expected):
-            raise ValueError(f"a frame of {self._size} bytes or more, where the Program prescribes {self._expected}")
+            raise FrameError(f"a frame of {self._size} bytes or more, where the Program prescribes {self._expected}")
         if not frame.last and len(frame.data) != PART:
-            raise ValueError(f"a part of {len(frame.data)} bytes that is not the last, where it has {PART}")
+            raise FrameError(f"a part of {len(frame.data)} bytes that is not the last, where it has {PART}")
         self._parts.append(frame.data)
         if not frame.last:
             return None

@@ -1,4 +1,4 @@
-"""Bytes by link: who sends how much to whom, and when. Costs that are predicted and reports that are measured use it."""
+"""Bytes by link: who sends how much to whom, and when. Predicted costs and measured reports are made of it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def traffic_json(traffic: Sequence[Traffic]) -> list[dict[str, Any]]:
 
 
 def links(cost: CircuitCost, first: str, second: str, dealer: str) -> tuple[Traffic, ...]:
-    """The traffic of a circuit between the roles that are its first and its second party, and who deals to the first."""
+    """The traffic of a circuit: between its first and second party, and from the dealer to the first."""
     return (
         Traffic(second, first, cost.to_first, ONLINE),
         Traffic(first, second, cost.to_second, ONLINE),

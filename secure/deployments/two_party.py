@@ -1,4 +1,4 @@
-"""Two parties and a dealer: the default, and the fastest. The server holds the weights, the dealer deals correlations."""
+"""Two parties and a dealer: the default, and the fastest. The server holds the weights."""
 
 from __future__ import annotations
 

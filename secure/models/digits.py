@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secure.errors import MissingPackage
 from secure.polynomial.forms import Form, PowerAttention, forms
 from secure.polynomial.recipe import Recipe
 
@@ -96,7 +97,7 @@ def load_digits(seed: int = 0, held_out: int = 360) -> Digits:
     try:
         from sklearn import datasets
     except ImportError:
-        raise ImportError("scikit-learn is not installed\nhint: pip install 'unseen[demo]'") from None
+        raise MissingPackage("scikit-learn is not installed\nhint: pip install 'unseen[demo]'") from None
     raw = datasets.load_digits()
     images = torch.as_tensor(raw.data, dtype=torch.float32) / 16
     labels = torch.as_tensor(raw.target, dtype=torch.int64)

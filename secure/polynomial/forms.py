@@ -19,6 +19,7 @@ from approximations.fits import least_squares
 from approximations.norms import polynomial_layer_norm
 from approximations.powers import power, power_attend, power_error, power_pieces, power_scores, steps_for
 from approximations.primitives import Piece
+from secure.errors import InvalidInput
 from secure.lowering.ranges import widened
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
 from secure.polynomial.recipe import Recipe
@@ -237,7 +238,7 @@ class PolynomialNorm(Form):
     def __init__(self, original: nn.LayerNorm, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
         super().__init__(recipe, found)
         if len(original.normalized_shape) != 1:
-            raise ValueError(f"layer_norm over {original.normalized_shape}\nhint: the last dimension alone")
+            raise InvalidInput(f"layer_norm over {original.normalized_shape}\nhint: the last dimension alone")
         self.weight, self.bias, self.eps = original.weight, original.bias, original.eps
 
     def _power(self) -> tuple[float, int]:

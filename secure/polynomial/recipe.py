@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from secure.errors import InvalidInput
+
 QUAD = 5.0  # the shift of 2Quad
 
 
@@ -32,11 +34,11 @@ class Found(BaseModel):
         given = self.model_fields_set
         for together in ({"low", "high", "steps"}, {"coefficients", "seen"}):
             if given & together and not together <= given:
-                raise ValueError(f"{', '.join(sorted(together - given))} is missing")
+                raise InvalidInput(f"{', '.join(sorted(together - given))} is missing")
         if any(getattr(self, name) is None for name in given):
-            raise ValueError("null is no value")
+            raise InvalidInput("null is no value")
         if self.low is not None and self.high is not None and self.low >= self.high:
-            raise ValueError(f"a range from {self.low} to {self.high}")
+            raise InvalidInput(f"a range from {self.low} to {self.high}")
         return self
 
 
@@ -70,7 +72,7 @@ class Recipe(BaseModel):
     @classmethod
     def _sane(cls, shift: float | None) -> float | None:
         if shift and not 2.0**-6 <= shift <= 2.0**6:
-            raise ValueError("a shift is 0 or from 1/64 to 64")
+            raise InvalidInput("a shift is 0 or from 1/64 to 64")
         return shift
 
     @field_validator("layers")
@@ -95,4 +97,4 @@ def read_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path} is no recipe: {error.errors()[0]['msg']}\nhint: unseen train writes it") from None
+        raise InvalidInput(f"{path} is no recipe: {error.errors()[0]['msg']}\nhint: unseen train writes it") from None

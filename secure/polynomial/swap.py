@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secure.errors import InvalidInput
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PolynomialRMSNorm, PowerAttention, forms
 from secure.polynomial.recipe import Recipe
 
@@ -29,7 +30,7 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
     others = sorted({type(m).__name__ for _, m in model.named_modules() if _has_no_form(m)})
     if not attention or others:
         kinds = sorted({type(m).__name__ for _, m in model.named_modules() if not list(m.children())})
-        raise ValueError(
+        raise InvalidInput(
             f"{type(model).__name__} has no known polynomial form: "
             + (f"{', '.join(others)} cannot be replaced" if others else "no attention that can be replaced")
             + f"; its modules are {', '.join(kinds)}\nhint: supported are attention through transformers' interface "
@@ -49,7 +50,7 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
     _register()
     known = {prefix + path for path, _ in forms(model)}
     if unknown := [path for path in recipe.layers if path not in known]:
-        raise ValueError(
+        raise InvalidInput(
             f"the recipe knows of {unknown[0]!r}, the model does not\nhint: it is a recipe for another model"
         )
     return model
@@ -66,7 +67,7 @@ def _query_scaling(attention: nn.Module) -> Callable[[Tensor], None]:
             break
     else:
         children = ", ".join(name for name, _ in attention.named_children())
-        raise ValueError(
+        raise InvalidInput(
             f"{type(attention).__name__} has no known projection of queries among {children}\n"
             "hint: query, q_lin, q_proj and c_attn are known"
         )
@@ -127,7 +128,7 @@ def _attention(
     """transformers' attention interface; the mask's summands become weights."""
     for name in ("softcap", "s_aux"):
         if others.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for {name}, which has no polynomial form")
+            raise InvalidInput(f"{type(module).__name__} asks for {name}, which has no polynomial form")
     form: Any = module.polynomial
     groups: int = getattr(module, "num_key_value_groups", 1)
     if groups > 1:  # queries that share keys and values

@@ -17,7 +17,7 @@ NAME = "digits"
 
 
 class Digits(Task[Tensor, int]):
-    """An image (64 pixels in 0..1) to its digit. Models are called "digits", "digits-2", "digits-4", by their layers."""
+    """An image (64 pixels in 0..1) to its digit. Models are "digits", "digits-2" and so on, by their layers."""
 
     name: ClassVar[str] = NAME
     noun: ClassVar[str] = "image"

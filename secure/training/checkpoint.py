@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from secure.errors import InvalidInput
+
 CHECKPOINT = "training.safetensors"
 _ABOUT = "unseen"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state
@@ -36,9 +38,9 @@ def read_about(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()[_ABOUT])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"no checkpoint of a training run: {error}") from None
+        raise InvalidInput(f"no checkpoint of a training run: {error}") from None
     if not isinstance(about, dict):
-        raise ValueError("no checkpoint of a training run")
+        raise InvalidInput("no checkpoint of a training run")
     return about
 
 
@@ -50,11 +52,11 @@ def read_state(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, 
         for name, p in parameters.items():
             wanted = {f"{key}.{name}": p.shape if key != "step" else torch.Size([]) for key in ("model", *_MOMENTS)}
             if f"model.{name}" not in names:
-                raise ValueError(f"it has no {name}")
+                raise InvalidInput(f"it has no {name}")
             found = {key: file.get_tensor(key) for key in wanted if key in names}
             for key, tensor in found.items():
                 if tensor.shape != wanted[key]:
-                    raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(wanted[key])}")
+                    raise InvalidInput(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(wanted[key])}")
             values[name] = found.pop(f"model.{name}")
             states[name] = {
                 key.split(".", 1)[0]: tensor if key.startswith("step.") else tensor.to(p.device)

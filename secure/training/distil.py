@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secure.errors import InvalidInput
 from secure.models.sentence_encoder import RECIPE, SentenceEncoder, load_sentence_encoder, load_tokenizer
 from secure.models.tokens import TextTokenizer, tokenize
 from secure.polynomial.recipe import Recipe
@@ -158,16 +159,16 @@ def distil(
     Killed and started again with the same arguments, it goes on from the last checkpoint in ``output``.
     """
     if output.resolve() == directory.resolve():
-        raise ValueError(f"{output} is the original model's directory\nhint: give another one")
+        raise InvalidInput(f"{output} is the original model's directory\nhint: give another one")
     if (directory / RECIPE).is_file():
-        raise ValueError(f"{directory} is in polynomial form already\nhint: give the original model")
+        raise InvalidInput(f"{directory} is in polynomial form already\nhint: give the original model")
     tokenizer = load_tokenizer(directory)
     teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
     longest = min(LONG, student.maximum_length)
     data = rows(tokenizer, texts, min(LENGTH, longest))
     kept = min(HELD_OUT, max(2, len(data) // 20)) if settings.patience else 0
     if len(data) - kept < settings.batch:
-        raise ValueError(
+        raise InvalidInput(
             f"{len(data)} sentences, {kept} of them to check on, are fewer than a batch of {settings.batch}\n"
             "hint: give more text"
         )

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from approximations.powers import power_scores
-from secure.errors import Diverged, RangeLost
+from secure.errors import Diverged, InvalidInput, RangeLost
 from secure.polynomial.forms import (
     SAMPLES,
     Form,
@@ -69,7 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 2 or not 0 < self.narrow <= self.substitute < 1:
-            raise ValueError(
+            raise InvalidInput(
                 f"settings out of range: {self}\nhint: steps from 1, batch from 2, 0 < narrow <= substitute < 1"
             )
 
@@ -306,10 +306,10 @@ class Trainer:
             recipe = Recipe.model_validate(about["recipe"])
             step, history = int(about["step"]), list(about["history"])
             if not 0 <= step <= self.settings.steps or len(history) != step:
-                raise ValueError(f"step {step}, of {self.settings.steps}")
+                raise InvalidInput(f"step {step}, of {self.settings.steps}")
         except (KeyError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"{path} is no checkpoint: {reason}\nhint: delete it to begin anew") from None
+            raise InvalidInput(f"{path} is no checkpoint: {reason}\nhint: delete it to begin anew") from None
         wanted = {
             "settings": (asdict(self.settings), about.get("settings")),
             "recipe": (self.recipe.model_dump(exclude={"layers"}), recipe.model_dump(exclude={"layers"})),
@@ -317,13 +317,15 @@ class Trainer:
         }
         for what, (ours, theirs) in wanted.items():
             if theirs != ours:
-                raise ValueError(
+                raise InvalidInput(
                     f"{path} is a run with other {what}: {theirs}\nhint: give the same to go on, or another directory"
                 )
         try:
             values, states = read_state(path, self.parameters)
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is no checkpoint of this model: {error}\nhint: delete it to begin anew") from None
+            raise InvalidInput(
+                f"{path} is no checkpoint of this model: {error}\nhint: delete it to begin anew"
+            ) from None
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(values[name])
