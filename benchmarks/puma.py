@@ -17,11 +17,9 @@ from torch import Tensor
 from approximations import APPROXIMATIONS, choose
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
-from secure.capture.capture import capture
 from secure.cost.count import profile
 from secure.deployments.in_process import plain_reference
-from secure.lowering.lower import lower, trace_inputs
-from secure.lowering.observe import observe
+from secure.frontend import lower_model
 from secure.lowering.trace import evaluate
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import load_sentence_encoder
@@ -65,14 +63,16 @@ def main() -> None:
     with torch.no_grad():
         expected = [exact(**x)[0] for x in inputs]
     samples = calibration_inputs(tokenizer, length, SENTENCES)
-    graph, parameters = capture(encoder, samples[0])
-    parameters = {k: v.detach().double() if v.is_floating_point() else v for k, v in parameters.items()}
-    seen = observe(graph, samples, parameters)
     for name in APPROXIMATIONS:
-        lowered = lower(graph, parameters, seen, FixedPoint().margin_bits, "client-table", choose(name))
-        tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.table}
+        lowered = lower_model(
+            encoder,
+            samples,
+            margin_bits=FixedPoint().margin_bits,
+            embedding="client-table",
+            functions=choose(name),
+        )
         (out,) = lowered.outputs
-        given = (trace_inputs(lowered, x, tables) for x in inputs)
+        given = map(lowered.inputs, inputs)
         alone = [evaluate(lowered.trace, x, lowered.weights, outputs=[out.id])[0] for x in given]
         print(f"{name}: alone, {cosines(alone, expected)}")
         arguments = (PACKAGED, length, "client-table", "cubic", FixedPoint())

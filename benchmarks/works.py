@@ -201,7 +201,7 @@ def reciprocals(pattern: Compiled, samples: Sequence[Tensor]) -> Compiled:
     result = reciprocal(x, low, high)
     lowered = Lowered(trace, [result], weights, program.client_graph, [spec], {})
     ranges = Ranges.calibrate(trace, ({spec.name: x.double()} for x in samples), weights, fixed.margin_bits)
-    return finish(lowered, ranges, fixed, {}, {})
+    return finish(lowered, ranges, fixed, {})
 
 
 # jobs

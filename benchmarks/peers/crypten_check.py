@@ -32,9 +32,8 @@ from benchmarks.peers import crypten_import
 from benchmarks.peers.works import free_ports
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
-from secure.capture.capture import capture
-from secure.lowering.lower import Lowered, Sample, lower, trace_inputs
-from secure.lowering.observe import observe
+from secure.frontend import lower_model
+from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import dyadic
 from secure.lowering.trace import Primitive, Trace, evaluate
 from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
@@ -201,8 +200,7 @@ def cross_check(
     """Compile a model, and answer one query by our protocols, on CrypTen, and in float64."""
     compiled = secure.compile(model, inputs, calibration=calibration, embedding=embedding)
     lowered = lowered_model(model, [inputs, *calibration], embedding)
-    tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    given = trace_inputs(lowered, inputs, tables)
+    given = lowered.inputs(inputs)
     (output,) = lowered.outputs
     check_range(lowered, given)
     plain = evaluate(lowered.trace, given, lowered.weights, outputs=[output.id])[0]
@@ -217,10 +215,8 @@ def cross_check(
 
 def lowered_model(model: nn.Module, samples: Sequence[Sample], embedding: str) -> Lowered:
     """The trace that ``secure.compile`` emits its circuit from, made by the same steps."""
-    graph, parameters = capture(model, samples[0])
-    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
-    seen = observe(graph, samples, parameters)
-    return lower(graph, parameters, seen, FixedPoint().margin_bits, embedding, choose())
+    margin_bits = FixedPoint().margin_bits
+    return lower_model(model, samples, margin_bits=margin_bits, embedding=embedding, functions=choose())
 
 
 def check_range(lowered: Lowered, given: Mapping[str, Tensor]) -> None:

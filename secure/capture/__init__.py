@@ -1,8 +1,8 @@
 """From a torch module to a graph of typed operations, through ``torch.export``.
 
 clear_operations    functions that one party evaluates in the clear
+operation    operations as records, and the rules that translate torch's into them
 graph        a model as a flat list of typed operations, and its float interpreter
 builder      nodes, visibilities, folding of public values
-rules        how operations of torch become nodes
 capture      a module through ``torch.export``
 """

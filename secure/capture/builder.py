@@ -1,4 +1,4 @@
-"""Building a graph: visibilities, folding of public values, and the operations that translation rules share."""
+"""Building a graph: visibilities, folding of public values, and the operations that translation rules are made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from secure.capture.clear_operations import CLEAR_OPERATIONS, encode_argument, evaluate_clear, kind_of
-from secure.capture.graph import MASKED, SHARED_OPERATIONS, Graph, Node, constant_attrs, placeholder, result_visibility
+from secure.capture.graph import MASKED, Graph, Node, constant_attrs, placeholder, result_visibility
+from secure.capture.operation import OPERATIONS, RULES
 from secure.errors import UnsupportedOperation
 
 HUGE = -1.0e30
@@ -96,7 +97,7 @@ class Builder:
         self.target = ""  # the operation that is being translated and its arguments, for messages
         self.arguments: Sequence[Value] = ()
         self.operation = ""  # the operation whose rule runs, which may be part of the target's
-        self.before_softmax = False  # whether the target's result goes to softmax alone
+        self.takes_masks = False  # whether the target's result is read by softmax alone, which ignores masked entries
         self._known: dict[str, Node] = {}  # clear operations and constants already there
         self._huge: set[int] = set()  # clear nodes that may hold an "infinite" value
 
@@ -119,7 +120,7 @@ class Builder:
         where = f"module {self.path!r}" if self.path else "the top-level module"
         raise UnsupportedOperation(
             f"{where}: {self.target}({operands}) has no private protocol\n"
-            f"supported on shared values: {', '.join(SHARED_OPERATIONS)}\nhint: {hint}"
+            f"supported on shared values: {', '.join(sorted(OPERATIONS))}\nhint: {hint}"
         )
 
     def operand(self, value: Value) -> Node:
@@ -137,14 +138,12 @@ class Builder:
     def shared(self, op: str, *operands: Value, **attrs: Any) -> Node:
         """Append an operation on shared values; numbers that are not floats are converted by who holds them."""
         nodes = [self.operand(value) for value in operands]
-        nodes = [
-            self.operand(self.cast(node, torch.float32)) if node.dtype != "float" and op != "embedding" else node
-            for node in nodes
-        ]
+        if not OPERATIONS[op].takes_integers:
+            nodes = [self.operand(self.cast(node, torch.float32)) for node in nodes]
         if not is_private(nodes):
             self.unsupported("it is supported on shared values only; compute it outside of the model")
         visibility = result_visibility(op, [node.visibility for node in nodes])
-        result = SHARED_OPERATIONS[op]([placeholder(node) for node in nodes], attrs)
+        result = OPERATIONS[op].meaning(*map(placeholder, nodes), **attrs)
         return self.add(op, nodes, attrs, result.shape, kind_of(result.dtype), visibility)
 
     def clear(self, target: str, *args: Value, **kwargs: Value) -> Value:
@@ -197,6 +196,23 @@ class Builder:
         if isinstance(value, Node) and value.id in self._huge:
             return self.clear("aten.clamp_min.default", value, MASKED)
         return value
+
+    def call(self, target: str, *args: Value, **kwargs: Value) -> Value:
+        """Apply an operation of torch by its rule, or in the clear where that is possible."""
+        rule = RULES.get(target)
+        if rule is None or not rule.structural:
+            private = is_private((args, kwargs))
+            if not private and (target in CLEAR_OPERATIONS or rule is None):
+                return self.clear(target, *args, **kwargs)
+            if rule is None:
+                self.unsupported(
+                    "replace it by supported operations, or leave it to the client, before or after the model"
+                )
+        outer, self.operation = self.operation, target
+        try:
+            return rule.function(self, *args, **kwargs)
+        finally:
+            self.operation = outer
 
     # Operations of any visibility.
 
@@ -269,49 +285,12 @@ class Builder:
             return self.shared("mul", a, scalar=number)
         if isinstance(a, Node) and a == b:
             return self.shared("square", a)
-        known = self._gelu(a, b) or self._gelu(b, a) or self._rms_norm(a, b) or self._rms_norm(b, a)
-        return known or self.shared("mul", a, b)
-
-    def _scaled(self, value: Value, op: str, number: float) -> Node | None:
-        """The operand of ``value``, if that is ``op`` of it and about this number."""
-        if isinstance(value, Node) and value.op == op and abs(value.attrs.get("scalar", 0.0) - number) < 1e-6:
-            return self.nodes[value.inputs[0]]
-        return None
-
-    def _gelu(self, half: Value, rest: Value) -> Node | None:
-        """Recognize x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as several models write it."""
-        x = self._scaled(half, "mul", 0.5)
-        tanh = self._scaled(rest, "add", 1.0)
-        if x is None or tanh is None or tanh.op != "tanh":
-            return None
-        inner = self._scaled(self.nodes[tanh.inputs[0]], "mul", 0.7978845608)
-        if inner is None or inner.op != "add" or x.id not in inner.inputs or len(inner.inputs) != 2:
-            return None
-        other = self.nodes[inner.inputs[1] if inner.inputs[0] == x.id else inner.inputs[0]]
-        cube = self._scaled(other, "mul", 0.044715)
-        if cube is None or cube.op != "mul" or x.id not in cube.inputs or len(cube.inputs) != 2:
-            return None
-        square = self.nodes[cube.inputs[0] if cube.inputs[1] == x.id else cube.inputs[1]]
-        if square.op != "square" or square.inputs != (x.id,):
-            return None
-        return self.shared("gelu", x, approximate="tanh")
-
-    def _rms_norm(self, x: Value, factor: Value) -> Node | None:
-        """Recognize x * rsqrt(mean(x^2) + eps) over the last axis, and that times a weight of the server's."""
-        if not isinstance(x, Node):
-            return None
-        known = isinstance(factor, Tensor) or (isinstance(factor, Node) and factor.visibility == "server")
-        if known and x.op == "rms_norm" and len(x.inputs) == 1 and shape_of(factor) == x.shape[-1:]:
-            return self.shared("rms_norm", self.nodes[x.inputs[0]], factor, eps=x.attrs["eps"])
-        if not isinstance(factor, Node) or factor.op != "rsqrt":
-            return None
-        total = self.nodes[factor.inputs[0]]
-        eps = total.attrs.get("scalar", 0.0) if total.op == "add" else 0.0
-        mean = self.nodes[total.inputs[0]]
-        if eps <= 0 or mean.op != "mean" or mean.attrs != {"dims": [len(x.shape) - 1], "keepdim": True}:
-            return None
-        square = self.nodes[mean.inputs[0]]
-        return self.shared("rms_norm", x, eps=eps) if square.op == "square" and square.inputs == (x.id,) else None
+        for operation in OPERATIONS.values():
+            if operation.recognition is not None:
+                known: Node | None = operation.recognition(self, a, b) or operation.recognition(self, b, a)
+                if known is not None:
+                    return known
+        return self.shared("mul", a, b)
 
     def finish(self, outputs: Sequence[Value]) -> Graph:
         """The graph of these results: nodes that none of them needs are dropped, except for inputs."""

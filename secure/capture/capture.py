@@ -15,13 +15,33 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_unflatten
 
-import secure.operations.polynomial_forms
-import secure.operations.shapes  # noqa: F401  (both register rules)
 from secure.capture.builder import Builder, Norm, Root, Value, shape_of
 from secure.capture.clear_operations import CLEAR_OPERATIONS, CREATION_OPERATIONS, kind_of
 from secure.capture.graph import Graph, Node
-from secure.capture.rules import CASTS, IDENTITIES, IGNORED, RULES, STRUCTURAL, call
+from secure.capture.operation import RULES
 from secure.errors import UnsupportedOperation
+
+IDENTITIES = frozenset(
+    f"aten.{name}"
+    for name in (
+        "alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default",
+        "dropout.default", "feature_dropout.default", "lift_fresh.default", "lift_fresh_copy.default",
+        "positive.default",
+    )
+)  # fmt: skip
+"""Operations that do nothing in evaluation mode."""
+
+CASTS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "_to_copy.default", "to.device", "to.dtype", "to.dtype_layout", "to.other", "to.prim_Device",
+        "type_as.default",
+    )
+)  # fmt: skip
+"""Operations that change the data type or the device only."""
+
+IGNORED = frozenset({"aten._assert_tensor_metadata.default", "aten._assert_scalar.default"})
+"""Checks that static shapes make superfluous."""
 
 PUBLIC_BUFFERS = frozenset({"inv_freq", "original_inv_freq"})
 """Names of float buffers that follow from a model's architecture alone (rotary embeddings)."""
@@ -74,7 +94,7 @@ def _export(model: nn.Module, inputs: dict[str, Tensor]) -> torch.export.Exporte
 
 def _known() -> frozenset[str]:
     tables: tuple[Collection[str], ...] = (CLEAR_OPERATIONS, CREATION_OPERATIONS, CASTS, IDENTITIES, IGNORED)
-    return frozenset().union(*tables, RULES, STRUCTURAL)
+    return frozenset().union(*tables, RULES)
 
 
 def _export_error(model: nn.Module, error: Exception) -> UnsupportedOperation:
@@ -183,7 +203,7 @@ class _Translator:
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         example = node.meta.get("val")
         b.target, b.arguments = name, [*args, *kwargs.values()]
-        b.before_softmax = _before_softmax(node)
+        b.takes_masks = _takes_masks(node)
         if node.target is operator.getitem:
             result = args[0][args[1]]
         elif name in IDENTITIES:
@@ -202,7 +222,7 @@ class _Translator:
             result = CREATION_OPERATIONS[name](*examples, **{k: v for k, v in kwargs.items() if k != "device"})
         else:
             try:
-                result = call(b, name, *args, **kwargs)
+                result = b.call(name, *args, **kwargs)
             except UnsupportedOperation:
                 raise
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -221,11 +241,15 @@ def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
     return (address or name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
 
 
-def _before_softmax(node: torch.fx.Node) -> bool:
-    """Whether a value is read by softmax alone (after operations that change nothing)."""
+def _takes_masks(node: torch.fx.Node) -> bool:
+    """Whether a value is only read (after operations that change nothing) where large negative numbers mark absence."""
     readers = [user for user in node.users if str(user.target) not in IGNORED]
     return bool(readers) and all(
-        str(user.target) in ("aten.softmax.int", "aten._softmax.default")
-        or (str(user.target) in IDENTITIES | CASTS and _before_softmax(user))
+        _is_of_masks(str(user.target)) or (str(user.target) in IDENTITIES | CASTS and _takes_masks(user))
         for user in readers
     )
+
+
+def _is_of_masks(target: str) -> bool:
+    operation = RULES[target].operation if target in RULES else None
+    return operation is not None and operation.takes_masks

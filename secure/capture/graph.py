@@ -8,7 +8,8 @@ Operations:
 
 - "input" (name), "parameter" (name), "constant" (dtype; "values", a nested list, or "fill", one value everywhere);
 - "clear": a whitelisted function (see `secure.capture.clear_operations`) of values that one party knows;
-- the operations of `SHARED_OPERATIONS` on values of any visibility, whose result is shared.
+- those of `secure.capture.operation.OPERATIONS` on values of any visibility, whose result is shared. Axes are never
+  negative.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from approximations.norms import polynomial_layer_norm
-from approximations.powers import power
-from approximations.primitives import Piece
 from secure.capture.clear_operations import dtype_of, evaluate_clear, kind_of
+from secure.capture.operation import OPERATIONS
+from secure.errors import InvalidInput
 
 MASKED = -1.0e4
 """What an additive attention mask holds at masked positions: finite, so that it has a fixed-point form."""
@@ -51,64 +50,6 @@ class Node:
         if len(operands) > 160:
             operands = operands[:157] + "..."
         return f"%{self.id} = {self.op}({operands}) : {self.visibility} {self.dtype} {self.shape}  # {self.path}"
-
-
-def _pair(scalar: Callable[[Tensor, float], Tensor], tensor: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    def function(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
-        return scalar(x[0], float(a["scalar"])) if "scalar" in a else tensor(x[0], x[1])
-
-    return function
-
-
-def _slice(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
-    return x[0][(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
-
-
-def _polynomial_norm(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
-    form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
-    return torch.as_tensor(polynomial_layer_norm(x[0], x[1], x[2], *form))
-
-
-def _power(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
-    return torch.as_tensor(power(x[0], a["exponent"], a["low"], a["high"], a["degree"], a["steps"]))
-
-
-def _layer_norm(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
-    shape = [x[0].shape[axis] for axis in a["axes"]]
-    return F.layer_norm(x[0], shape, x[1] if len(x) > 1 else None, x[2] if len(x) > 2 else None, a["eps"])
-
-
-SHARED_OPERATIONS: Mapping[str, Callable[[Sequence[Tensor], Mapping[str, Any]], Tensor]] = {
-    "add": _pair(lambda x, s: x + s, torch.add),
-    "cat": lambda x, a: torch.cat(list(x), a["dim"]),
-    "embedding": lambda x, a: F.embedding(x[0], x[1]),
-    "expand": lambda x, a: x[0].expand(a["shape"]),
-    "gelu": lambda x, a: F.gelu(x[0], approximate=a["approximate"]),
-    "l2_normalize": lambda x, a: F.normalize(x[0], dim=a["dim"], eps=a["eps"]),
-    "layer_norm": _layer_norm,
-    "linear": lambda x, a: F.linear(x[0], x[1], x[2] if len(x) > 2 else None),
-    "matmul": lambda x, a: torch.matmul(x[0], x[1]),
-    "mean": lambda x, a: torch.mean(x[0], a["dims"], a["keepdim"]),
-    "mul": _pair(lambda x, s: x * s, torch.mul),
-    "neg": lambda x, a: -x[0],
-    "permute": lambda x, a: x[0].permute(a["dims"]),
-    "polynomial": lambda x, a: Piece(tuple(a["coefficients"]), a["centre"])(x[0]),
-    "polynomial_norm": _polynomial_norm,
-    "power": _power,
-    "relu": lambda x, a: torch.relu(x[0]),
-    "reshape": lambda x, a: x[0].reshape(a["shape"]),
-    "rms_norm": lambda x, a: F.rms_norm(x[0], x[0].shape[-1:], x[1] if len(x) > 1 else None, a["eps"]),
-    "rsqrt": lambda x, a: torch.rsqrt(x[0]),
-    "silu": lambda x, a: F.silu(x[0]),
-    "slice": _slice,
-    "softmax": lambda x, a: torch.softmax(x[0], a["dim"]),
-    "square": lambda x, a: torch.square(x[0]),
-    "sub": lambda x, a: torch.sub(x[0], x[1]),
-    "sum": lambda x, a: torch.sum(x[0], a["dims"], a["keepdim"]),
-    "tanh": lambda x, a: torch.tanh(x[0]),
-}
-"""The operations on shared values and their meaning in the clear. Axes are never negative; "mul" and "add" have
-two operands or one and the attribute "scalar"; "linear", "layer_norm" and "rms_norm" may lack their last operands."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +124,7 @@ def result_visibility(op: str, operands: Sequence[str]) -> str:
     """The visibility that the result of an operation has, given the visibilities of its operands."""
     if op in (leaves := {"input": "client", "parameter": "server", "constant": "public"}):
         return leaves[op]
-    if op != "clear" and op not in SHARED_OPERATIONS:
+    if op != "clear" and op not in OPERATIONS:
         raise ValueError(f"unknown operation {op!r}")
     private = sorted(set(operands) - {"public"})
     clear = len(private) == 1 and private[0] in ("client", "server")
@@ -242,7 +183,7 @@ def evaluate(node: Node, operands: Sequence[Tensor], float_dtype: torch.dtype, d
     elif node.op == "clear":
         result = evaluate_clear(node.attrs, operands, float_dtype)
     else:
-        result = SHARED_OPERATIONS[node.op](operands, node.attrs)
+        result = OPERATIONS[node.op].meaning(*operands, **node.attrs)
     if tuple(result.shape) != node.shape or kind_of(result.dtype) != node.dtype:
         raise ValueError(
             f"node {node.id} ({node.op}, {node.path or 'model'}) gives {kind_of(result.dtype)} "
@@ -284,11 +225,12 @@ def run(
 def _given(node: Node, source: Mapping[str, Tensor], float_dtype: torch.dtype) -> Tensor:
     name = node.attrs["name"]
     if name not in source:
-        raise ValueError(f"the {node.op} {name!r} is missing\nhint: the graph needs {node.dtype} {node.shape}")
+        raise InvalidInput(f"the {node.op} {name!r} is missing", f"the graph needs {node.dtype} {node.shape}")
     value = source[name].detach()
     if tuple(value.shape) != node.shape or kind_of(value.dtype) != node.dtype:
-        raise ValueError(
+        raise InvalidInput(
             f"the {node.op} {name!r} is {kind_of(value.dtype)} {tuple(value.shape)}, "
-            f"the graph was made for {node.dtype} {node.shape}\nhint: capture the model again with such an example"
+            f"the graph was made for {node.dtype} {node.shape}",
+            "capture the model again with such an example",
         )
     return value.to(dtype_of(node.dtype, float_dtype))

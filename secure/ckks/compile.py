@@ -22,7 +22,6 @@ from protocols.ckks.cost import seconds
 from protocols.ckks.parameters import MAXIMUM_BITS, Parameters
 from protocols.ckks.refresh import INTEGER, reserve
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
-from secure.capture.capture import capture
 from secure.capture.graph import Graph, run
 from secure.ckks.layout import Cube, at
 from secure.ckks.linear_maps import Array
@@ -31,8 +30,8 @@ from secure.ckks.pack_batch import BatchPacker, slots_of
 from secure.ckks.polynomials import Range
 from secure.ckks.program import HEADROOM, EncryptedProgram
 from secure.errors import DoesNotFit, DoesNotPack, UnsupportedOperation
-from secure.lowering.lower import Lowered, Sample, lower, trace_inputs
-from secure.lowering.observe import observe
+from secure.frontend import lower_model
+from secure.lowering.lower import Lowered, Sample
 from secure.lowering.trace import evaluate
 
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
@@ -84,7 +83,6 @@ def encrypt(
         raise ValueError(f"unknown mode {mode!r}\nhint: one of {', '.join(MODES)}")
     lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration])
     (output,) = lowered.outputs
-    tables = _tables(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
     problems: list[str] = []
@@ -136,7 +134,7 @@ def encrypt(
         program,
         timed,
         watched.error(chosen) * best.output_unit + program.grain / 2,
-        {name: table.to(torch.float32) for name, table in tables.items()},
+        {name: table.to(torch.float32) for name, table in lowered.tables.items()},
         watched.by_path(timed, chosen),
     )
 
@@ -193,11 +191,8 @@ def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequ
 
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
     """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
-    graph, parameters = capture(model, samples[0])
-    parameters = {k: blurred(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
-    lowered = lower(graph, parameters, observe(graph, samples, parameters), 1, "client-table", choose())
-    tables = _tables(lowered)
-    inputs = [trace_inputs(lowered, s, tables) for s in samples]
+    lowered = lower_model(model, samples, margin_bits=1, embedding="client-table", functions=choose(), weight=blurred)
+    inputs = [lowered.inputs(s) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs)
 
 
@@ -213,10 +208,6 @@ def blurred(name: str, weight: Tensor) -> Tensor:
     seed = hashlib.sha256(name.encode() + exact.contiguous().numpy().tobytes()).digest()
     added = np.random.default_rng(int.from_bytes(seed)).uniform(-1.0, 1.0, tuple(exact.shape))
     return exact + torch.from_numpy(np.asarray(added)) * ((size or 1.0) * 2.0**-30)
-
-
-def _tables(lowered: Lowered) -> dict[str, Tensor]:
-    return {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
 
 
 @dataclass

@@ -19,11 +19,7 @@ from torch.utils._device import _device_constructors
 from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
-from secure.capture.capture import capture
-from secure.capture.graph import MASKED, Graph
-from secure.lowering.lower import lower
-from secure.lowering.observe import Observed
-from secure.lowering.ranges import Ranges
+from secure.frontend import lower_outline
 from secure.mpc.compile import emit_program
 from secure.mpc.program import Program
 from secure.polynomial.forms import forms
@@ -31,7 +27,6 @@ from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 
 REACH = 32.0
-SMALLEST_VARIANCE = 0.25
 _LARGE = 1 << 16  # elements; what has fewer is allocated, so that small buffers have their real values
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -91,32 +86,9 @@ def outline(
     Raises UnsupportedOperation and DoesNotFit as ``secure.compile`` does.
     """
     fixed, functions = fixed_point or FixedPoint(), choose(approximations, gelu)
-    graph, parameters = capture(model, example_inputs)
-    shapes = {
-        name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
-        for name, v in parameters.items()
-    }
-    lowered = lower(graph, shapes, _assume(graph, reach), 0, embedding, functions)
-    polynomial = any(node.op in ("power", "polynomial_norm") for node in graph.nodes)
-    ranges = Ranges.assume(lowered.trace, reach, polynomial=polynomial)
+    lowered, ranges = lower_outline(model, example_inputs, reach=reach, embedding=embedding, functions=functions)
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     return emit_program(lowered, ranges, fixed, named)
-
-
-def _assume(graph: Graph, reach: float) -> Observed:
-    seen = Observed(magnitude={node.id: reach for node in graph.nodes})
-    readers = graph.consumers()
-    for node in graph.nodes:
-        if node.op in ("layer_norm", "rms_norm", "l2_normalize", "rsqrt"):
-            size = graph.nodes[node.inputs[0]].shape[-1] if node.op == "l2_normalize" else 1
-            seen.variance[node.id] = (SMALLEST_VARIANCE, size * reach**2)
-        if node.op in ("power", "polynomial_norm"):
-            seen.variance[node.id] = (node.attrs["low"], node.attrs["high"])
-        masked = node.op == "add" and any(graph.nodes[i].op == "softmax" for i in readers[node.id])
-        for i in node.inputs if masked else ():
-            if graph.nodes[i].visibility == "client":
-                seen.magnitude[i] = -MASKED
-    return seen
 
 
 def is_shape(model: str) -> bool:

@@ -33,9 +33,7 @@ def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor])
     if spec.encoding == "plain":
         return value
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
-        raise InvalidInput(
-            f"a token id is outside 0..{spec.size - 1}\nhint: use the tokenizer that belongs to the model"
-        )
+        raise InvalidInput(f"a token id is outside 0..{spec.size - 1}", "use the tokenizer that belongs to the model")
     if spec.encoding == "one-hot":
         return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
     return tables[spec.table][value]

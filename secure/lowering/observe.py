@@ -1,4 +1,4 @@
-"""What one floating-point pass over the calibration inputs shows: ranges that approximations ask for."""
+"""Ranges that approximations ask for: from one floating-point pass over the calibration inputs, or assumed."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from secure.capture.graph import Graph, Node, run
+from secure.capture.graph import MASKED, Graph, Node, run
+from secure.capture.operation import OPERATIONS
 
 
 @dataclass
 class Observed:
-    """What calibration on the graph itself showed, by node."""
+    """Ranges by node.
 
-    variance: dict[int, tuple[float, float]] = field(default_factory=dict)
+    measured: the smallest and the largest entry of what an operation observes (`Operation.observes`).
+    magnitude: the largest absolute entry of a node's value.
+    """
+
+    measured: dict[int, tuple[float, float]] = field(default_factory=dict)
     magnitude: dict[int, float] = field(default_factory=dict)
 
 
 def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
-    """Run the graph in float64 on the calibration inputs and keep the ranges that approximations ask for."""
+    """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges."""
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if (
-            node.op in ("layer_norm", "rms_norm", "polynomial_norm", "l2_normalize", "rsqrt", "power")
-            and node.visibility == "shared"
-        ):
+        if node.visibility == "shared" and OPERATIONS[node.op].measure is not None:
             readers.setdefault(node.inputs[0], []).append(node)
     seen = Observed()
 
@@ -34,17 +36,31 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
         if value.is_floating_point() and value.numel():
             seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), float(value.abs().max()))
         for reader in readers.get(node.id, ()):
-            if reader.op in ("layer_norm", "polynomial_norm"):
-                measured = value.var(dim=tuple(reader.attrs.get("axes", (-1,))), unbiased=False)
-            elif reader.op == "rms_norm":
-                measured = value.square().mean(-1) + reader.attrs["eps"]
-            elif reader.op == "l2_normalize":
-                measured = value.square().sum(dim=reader.attrs["dim"])
-            else:
-                measured = value
-            low, high = seen.variance.get(reader.id, (math.inf, 0.0))
-            seen.variance[reader.id] = (min(low, float(measured.min())), max(high, float(measured.max())))
+            measure = OPERATIONS[reader.op].measure
+            assert measure is not None
+            measured = measure(value, **reader.attrs)
+            low, high = seen.measured.get(reader.id, (math.inf, -math.inf))
+            seen.measured[reader.id] = (min(low, float(measured.min())), max(high, float(measured.max())))
 
     for sample in samples:
         run(graph, sample, parameters, look)
+    return seen
+
+
+def assume(graph: Graph, reach: float) -> Observed:
+    """The same without calibration, for costs only: values stay within ``reach``, masks reach as low as they may."""
+    seen = Observed(magnitude={node.id: reach for node in graph.nodes})
+    readers = graph.consumers()
+    for node in graph.nodes:
+        if node.visibility != "shared":
+            continue
+        operation = OPERATIONS[node.op]
+        if operation.measure is not None:
+            if operation.assumption is None:
+                raise ValueError(f"operation {node.op!r} observes its operand, but does not say what range to assume")
+            seen.measured[node.id] = operation.assumption(graph.nodes[node.inputs[0]], reach, **node.attrs)
+        masked = any(OPERATIONS[graph.nodes[i].op].takes_masks for i in readers[node.id])
+        for i in node.inputs if masked else ():
+            if graph.nodes[i].visibility == "client":
+                seen.magnitude[i] = -MASKED
     return seen

@@ -15,10 +15,9 @@ from protocols import ring
 from protocols import two_party as tp
 from protocols.fixedpoint import FixedPoint
 from protocols.weights import ServerWeights
-from secure.capture.capture import capture
+from secure.frontend import lower_model
 from secure.lowering.client_inputs import ClientInput
-from secure.lowering.lower import Lowered, Sample, lower, trace_inputs
-from secure.lowering.observe import observe
+from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
 from secure.mpc.emitter import Emitter, split_weight_key
 from secure.mpc.plan import Plan
@@ -73,28 +72,22 @@ def compile(  # the verb that torch uses; always written secure.compile
     """
     fixed = fixed_point or FixedPoint()
     functions = choose(approximations, gelu)
-    graph, parameters = capture(model, example_inputs)
-    parameters = {k: v.detach().to(torch.float64) if v.is_floating_point() else v for k, v in parameters.items()}
     samples = [example_inputs, *calibration]
-    seen = observe(graph, samples, parameters)
-    lowered = lower(graph, parameters, seen, fixed.margin_bits, embedding, functions)
-    tables = {c.table: lowered.weights[c.table] for c in lowered.client_inputs if c.encoding == "client-table"}
-    clear_inputs = (trace_inputs(lowered, s, tables) for s in samples)  # one at a time: one-hot rows are large
+    lowered = lower_model(model, samples, margin_bits=fixed.margin_bits, embedding=embedding, functions=functions)
+    clear_inputs = map(lowered.inputs, samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     named = {"embedding": embedding, **functions.labels, **(labels or {})}
-    return finish(lowered, ranges, fixed, tables, named)
+    return finish(lowered, ranges, fixed, named)
 
 
-def finish(
-    lowered: Lowered, ranges: Ranges, fixed: FixedPoint, tables: Mapping[str, Tensor], labels: Mapping[str, str]
-) -> Compiled:
+def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Compiled:
     """The circuit of a lowered model, and its weights as integers."""
     program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
     integers = {}
     for key in weight_keys(program):
         name, fraction = split_weight_key(key)
         integers[key] = ring.encode(lowered.weights[name], fraction)
-    return Compiled(program, integers, {name: table.to(torch.float32) for name, table in tables.items()})
+    return Compiled(program, integers, {name: table.to(torch.float32) for name, table in lowered.tables.items()})
 
 
 def weight_keys(program: Program) -> list[str]:

@@ -1,130 +1,244 @@
-"""Lowering of normalizations, and of the polynomial forms that a model was trained with."""
+"""Norms and inverse roots. What is rooted has a calibrated range, which the inverse root is made for."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from approximations import Functions, Piece, l2_normalize, polynomial, polynomial_layer_norm, power, rms_norm, rsqrt
-from approximations.powers import steps_for
-from secure.capture.graph import Graph, Node
-from secure.errors import UnsupportedOperation
+import approximations
+from approximations.powers import power, steps_for
+from secure.capture.builder import Builder, Norm, Value, shape_of
+from secure.capture.graph import Node
+from secure.capture.operation import operation, rule
+from secure.lowering.lower import Lowering
 from secure.lowering.ranges import widened
-from secure.lowering.trace import Symbol, WeightRef
+from secure.lowering.trace import Symbol
+from secure.operations.arithmetic import axes_of
 
-if TYPE_CHECKING:
-    from secure.lowering.observe import Observed
-
-NORM_DEGREE, NORM_ERROR = 3, 2.0**-13  # of the inverse roots of a Program that compares nothing else
+SMALLEST_VARIANCE = 0.25  # of what is rooted, where nothing is calibrated
+ROOT_DEGREE, ROOT_ERROR = 3, 2.0**-13  # of the inverse roots of a Program that compares nothing else
 
 
-class Normalizations:
-    """Handlers by operation; the attributes are those of the lowering."""
+def _range_of_root(to: Lowering, node: Node) -> tuple[float, float]:
+    """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides, and twice that
+    where it is compared.
+    """
+    low, high = to.measured(node)
+    if not low > 0:
+        raise to.unsupported(
+            node,
+            f"'{node.op}' met a value of {low:.3g} at calibration, where a positive one is needed",
+            "check the calibration inputs",
+        )
+    if to.compares:
+        return low / (2 * to.margin), high * 2 * to.margin
+    # less room, as it costs polynomials rounds; and rounded, as their edges themselves are public
+    return widened(low / to.margin, down=True), widened(high * to.margin)
 
-    graph: Graph
-    seen: Observed
-    functions: Functions
-    margin: float
-    compares: bool
-    readers: tuple[tuple[int, ...], ...]
-    server: dict[int, Tensor]
-    unscaled: dict[int, Symbol]
 
-    @abstractmethod
-    def _symbol(self, i: int) -> Symbol: ...
+def _root(x: Symbol, low: float, high: float) -> Symbol:
+    """1 / sqrt(x) by polynomials alone, brought to a size around one first."""
+    halves = round(math.log2(math.sqrt(low * high)))
+    low, high = low * 2.0**-halves, high * 2.0**-halves
+    steps = steps_for(-0.5, ROOT_DEGREE, low, high, ROOT_ERROR)
+    result: Symbol = power(x * 2.0**-halves, -0.5, low, high, ROOT_DEGREE, steps, 2.0 ** (-halves / 2))
+    return result
 
-    @abstractmethod
-    def _weight(self, i: int, suffix: str = "", value: Tensor | None = None) -> WeightRef: ...
 
-    def _affine(self, node: Node) -> tuple[Tensor | None, Tensor | None]:
-        """A normalization's weight and bias."""
-        scale, shift, *_ = (*(self.server[i] for i in node.inputs[1:]), None, None)
-        return scale, shift
+# Layer normalization.
 
-    def _layer_norm(self, node: Node) -> Symbol:
-        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
-        if list(node.attrs["axes"]) != [len(node.shape) - 1]:
-            raise UnsupportedOperation(f"{node.path or 'model'}: layer_norm over axes {node.attrs['axes']}")
-        unit = self.functions.layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]), low, high)
-        return self._scaled(node, cast(Symbol, unit))
 
-    def _rms_norm(self, node: Node) -> Symbol:
-        x, (low, high), eps = self._symbol(node.inputs[0]), self._variance(node), float(node.attrs["eps"])
-        if self.compares:
-            return self._scaled(node, cast(Symbol, rms_norm(x, 1.0, eps, low - eps, high - eps)))
-        return self._scaled(node, x * self._root(x.square().mean(-1, keepdim=True) + eps, low, high))
+@operation("layer_norm", compares=True)
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, /, *, eps: float, axes: Sequence[int]
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axes."""
+    return F.layer_norm(x, [x.shape[axis] for axis in axes], weight, bias, eps)
 
-    def _polynomial_norm(self, node: Node) -> Symbol:
-        x, a = self._symbol(node.inputs[0]), node.attrs
-        self._holds(node)
-        form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
-        return self._scaled(node, cast(Symbol, polynomial_layer_norm(x, 1.0, 0.0, *form)))
 
-    def _scaled(self, node: Node, unit: Symbol) -> Symbol:
-        """A normalization's own weight and bias, unless linear layers alone read it: they take them in."""
-        self.unscaled[node.id] = unit
-        readers = [self.graph.nodes[i] for i in self.readers[node.id]]
-        if readers and node.id not in self.graph.outputs and all(r.op == "linear" for r in readers):
-            return unit
-        # an absent weight is one, an absent bias zero
-        weight = self._weight(node.inputs[1]) if len(node.inputs) > 1 else 1.0
-        bias = self._weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
-        return unit * weight + bias
+@layer_norm.aten("layer_norm.default")
+def _(
+    b: Builder, x: Value, shape: Sequence[int], weight: Value = None, bias: Value = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Value:  # fmt: skip
+    rank = len(shape_of(x))
+    operands = [weight] if bias is None else [torch.ones(list(shape)) if weight is None else weight, bias]
+    known = [operand for operand in operands if operand is not None]
+    return b.shared("layer_norm", x, *known, eps=eps, axes=list(range(rank - len(shape), rank)))
 
-    def _polynomial(self, node: Node) -> Symbol:
-        piece = Piece(tuple(node.attrs["coefficients"]), float(node.attrs["centre"]))
-        return cast(Symbol, polynomial(self._symbol(node.inputs[0]), piece))
 
-    def _power(self, node: Node) -> Symbol:
-        self._holds(node)
-        a = node.attrs
-        form = (a["exponent"], a["low"], a["high"], a["degree"], a["steps"])
-        return cast(Symbol, power(self._symbol(node.inputs[0]), *form))
+@layer_norm.observes
+def _(x: Tensor, *, axes: Sequence[int], **_: Any) -> Tensor:
+    """The variance."""
+    return x.var(dim=tuple(axes), unbiased=False)
 
-    def _holds(self, node: Node) -> None:
-        """Whether calibration stays in the range that training has left."""
-        low, high = self.seen.variance[node.id]
-        if not node.attrs["low"] <= low <= high <= node.attrs["high"]:
-            raise ValueError(
-                f"{node.path or 'model'}: '{node.op}' met values in [{low:.4g}, {high:.4g}], its polynomial is "
-                f"made for [{node.attrs['low']:.4g}, {node.attrs['high']:.4g}]\n"
-                "hint: train on inputs like these, or longer, so that the range holds"
-            )
 
-    def _l2_normalize(self, node: Node) -> Symbol:
-        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
-        if node.attrs["dim"] != len(node.shape) - 1:
-            raise UnsupportedOperation(f"{node.path or 'model'}: normalize over dimension {node.attrs['dim']}")
-        if self.compares:
-            return cast(Symbol, l2_normalize(x, low, high))
-        return x * self._root(x.square().sum(-1, keepdim=True), low, high)
+@layer_norm.assumes
+def _(operand: Node, reach: float, **_: Any) -> tuple[float, float]:
+    return SMALLEST_VARIANCE, reach**2
 
-    def _rsqrt(self, node: Node) -> Symbol:
-        x, (low, high) = self._symbol(node.inputs[0]), self._variance(node)
-        return rsqrt(x, low, high) if self.compares else self._root(x, low, high)
 
-    def _root(self, x: Symbol, low: float, high: float) -> Symbol:
-        """1 / sqrt(x) by polynomials alone, brought to a size around one first."""
-        halves = round(math.log2(math.sqrt(low * high)))
-        low, high = low * 2.0**-halves, high * 2.0**-halves
-        steps = steps_for(-0.5, NORM_DEGREE, low, high, NORM_ERROR)
-        return cast(Symbol, power(x * 2.0**-halves, -0.5, low, high, NORM_DEGREE, steps, 2.0 ** (-halves / 2)))
+@layer_norm.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x, (low, high) = to.symbol(node.inputs[0]), _range_of_root(to, node)
+    if list(node.attrs["axes"]) != [len(node.shape) - 1]:
+        raise to.unsupported(node, f"layer_norm over axes {node.attrs['axes']}", "only the last axis is supported")
+    return to.normalized(node, to.functions.layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]), low, high))
 
-    def _variance(self, node: Node) -> tuple[float, float]:
-        """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides, and twice that
-        where it is compared.
-        """
-        low, high = self.seen.variance[node.id]
-        if not low > 0:
-            raise UnsupportedOperation(
-                f"{node.path or 'model'}: '{node.op}' met a value of {low:.3g} at calibration, "
-                "where a positive one is needed\n"
-                "hint: check the calibration inputs"
-            )
-        if self.compares:
-            return low / (2 * self.margin), high * 2 * self.margin
-        # less room, as it costs polynomials rounds; and rounded, as their edges themselves are public
-        return widened(low / self.margin, down=True), widened(high * self.margin)
+
+# RMS normalization.
+
+
+@operation("rms_norm")
+def rms_norm(x: Tensor, weight: Tensor | None = None, /, *, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@rms_norm.aten("rms_norm.default")
+def _(b: Builder, x: Value, shape: Sequence[int], weight: Value = None, eps: float | None = None) -> Value:
+    """Written out, as by hand; over the last axis the products are then recognized."""
+    rank = len(shape_of(x))
+    dims = list(range(rank - len(shape), rank))
+    mean = b.shared("mean", b.shared("square", x), dims=dims, keepdim=True)
+    scale = b.shared("rsqrt", b.plus(mean, torch.finfo(torch.float32).eps if eps is None else eps))
+    return b.times(b.times(x, scale), 1.0 if weight is None else weight)
+
+
+@rms_norm.recognizes
+def _(b: Builder, x: Value, factor: Value) -> Node | None:
+    """x * rsqrt(mean(x^2) + eps) over the last axis, and that times a weight of the server's."""
+    if not isinstance(x, Node):
+        return None
+    known = isinstance(factor, Tensor) or (isinstance(factor, Node) and factor.visibility == "server")
+    if known and x.op == "rms_norm" and len(x.inputs) == 1 and shape_of(factor) == x.shape[-1:]:
+        return b.shared("rms_norm", b.nodes[x.inputs[0]], factor, eps=x.attrs["eps"])
+    if not isinstance(factor, Node) or factor.op != "rsqrt":
+        return None
+    total = b.nodes[factor.inputs[0]]
+    eps = total.attrs.get("scalar", 0.0) if total.op == "add" else 0.0
+    mean = b.nodes[total.inputs[0]]
+    if eps <= 0 or mean.op != "mean" or mean.attrs != {"dims": [len(x.shape) - 1], "keepdim": True}:
+        return None
+    square = b.nodes[mean.inputs[0]]
+    return b.shared("rms_norm", x, eps=eps) if square.op == "square" and square.inputs == (x.id,) else None
+
+
+@rms_norm.observes
+def _(x: Tensor, *, eps: float) -> Tensor:
+    """The mean square, with eps: what is rooted."""
+    return x.square().mean(-1) + eps
+
+
+@rms_norm.assumes
+def _(operand: Node, reach: float, **_: Any) -> tuple[float, float]:
+    return SMALLEST_VARIANCE, reach**2
+
+
+@rms_norm.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x, (low, high), eps = to.symbol(node.inputs[0]), _range_of_root(to, node), float(node.attrs["eps"])
+    if to.compares:
+        return to.normalized(node, approximations.rms_norm(x, 1.0, eps, low - eps, high - eps))
+    return to.normalized(node, x * _root(x.square().mean(-1, keepdim=True) + eps, low, high))
+
+
+# Batch normalization.
+
+
+@rule("batch_norm.default")
+def batch_norm(
+    b: Builder, x: Value, weight: Value, bias: Value, mean: Value, variance: Value, training: bool, momentum: float,
+    eps: float, cudnn_enabled: bool = True,
+) -> Value:  # fmt: skip
+    """In evaluation mode an affine map with coefficients that the server computes."""
+    if training or mean is None or variance is None:
+        b.unsupported("use its running statistics: evaluation mode and track_running_stats=True")
+    scale = b.call("aten.rsqrt.default", b.plus(variance, eps))
+    scale = scale if weight is None else b.times(scale, weight)
+    shift = b.call("aten.neg.default", b.times(mean, scale))
+    shift = shift if bias is None else b.plus(shift, bias)
+    shape = [-1 if axis == 1 else 1 for axis in range(len(shape_of(x)))]
+    shape[1] = shape_of(x)[1]
+    return b.plus(b.times(x, b.reshape(scale, shape)), b.reshape(shift, shape))
+
+
+# Euclidean norms, which exist as denominators only, and inverse roots.
+
+
+@operation("l2_normalize")
+def l2_normalize(x: Tensor, /, *, dim: int, eps: float) -> Tensor:
+    """x / |x| along an axis."""
+    return F.normalize(x, dim=dim, eps=eps)
+
+
+@rule("linalg_vector_norm.default")
+def vector_norm(
+    b: Builder, x: Value, order: float = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Value:
+    """A denominator to be; "div" makes the node."""
+    axes = axes_of(dims, len(shape_of(x)))
+    if order != 2 or len(axes) != 1 or not keepdim:
+        b.unsupported("of norms only the L2 norm along one axis is, as a denominator: F.normalize(x, dim=d)")
+    shape = tuple(1 if axis == axes[0] else size for axis, size in enumerate(shape_of(x)))
+    return Norm(b.operand(x), axes[0], shape)
+
+
+@l2_normalize.observes
+def _(x: Tensor, *, dim: int, **_: Any) -> Tensor:
+    """The squared norm."""
+    return x.square().sum(dim=dim)
+
+
+@l2_normalize.assumes
+def _(operand: Node, reach: float, **_: Any) -> tuple[float, float]:
+    return SMALLEST_VARIANCE, operand.shape[-1] * reach**2
+
+
+@l2_normalize.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x, (low, high) = to.symbol(node.inputs[0]), _range_of_root(to, node)
+    if node.attrs["dim"] != len(node.shape) - 1:
+        raise to.unsupported(
+            node, f"normalize over dimension {node.attrs['dim']}", "only the last dimension is supported"
+        )
+    if to.compares:
+        result: Symbol = approximations.l2_normalize(x, low, high)
+        return result
+    return x * _root(x.square().sum(-1, keepdim=True), low, high)
+
+
+@operation("rsqrt")
+def rsqrt(x: Tensor, /) -> Tensor:
+    """1 / sqrt(x)."""
+    return torch.rsqrt(x)
+
+
+@rsqrt.aten("rsqrt.default")
+def _(b: Builder, x: Value) -> Value:
+    return b.shared("rsqrt", x)
+
+
+@rsqrt.observes
+def _(x: Tensor) -> Tensor:
+    """The operand itself."""
+    return x
+
+
+@rsqrt.assumes
+def _(operand: Node, reach: float) -> tuple[float, float]:
+    return SMALLEST_VARIANCE, reach**2
+
+
+@rsqrt.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x, (low, high) = to.symbol(node.inputs[0]), _range_of_root(to, node)
+    if to.compares:
+        result: Symbol = approximations.rsqrt(x, low, high)
+        return result
+    return _root(x, low, high)

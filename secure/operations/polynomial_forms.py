@@ -1,32 +1,115 @@
-"""Translation rules for the operations of ``secure.operations``; see `secure.capture.rules`."""
+"""Models in polynomial form: polynomials with public coefficients, and powers on ranges that training has left.
+
+``secure.polynomial.operations`` defines these for torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+import approximations
+from approximations import Piece
 from secure.capture.builder import Builder, Value
-from secure.capture.rules import RULES
+from secure.capture.graph import Node
+from secure.capture.operation import operation
+from secure.errors import InvalidInput
+from secure.lowering.lower import Lowering
+from secure.lowering.trace import Symbol
 
 
-def polynomial(b: Builder, x: Value, coefficients: Sequence[float], centre: float) -> Value:
-    """A polynomial with public coefficients."""
+def _check_range(to: Lowering, node: Node) -> None:
+    """Refuse a calibration that leaves the range of training."""
+    low, high = to.measured(node)
+    if not node.attrs["low"] <= low <= high <= node.attrs["high"]:
+        raise InvalidInput(
+            f"{node.path or 'model'}: '{node.op}' met values in [{low:.4g}, {high:.4g}], its polynomial is "
+            f"made for [{node.attrs['low']:.4g}, {node.attrs['high']:.4g}]",
+            "train on inputs like these, or longer, so that the range holds",
+        )
+
+
+@operation("polynomial", polynomial=True)
+def polynomial(x: Tensor, /, *, coefficients: Sequence[float], centre: float) -> Tensor:
+    """sum_j coefficients[j] (x - centre)^j."""
+    return Piece(tuple(coefficients), centre)(x)
+
+
+@polynomial.aten("polynomial.default", namespace="unseen")
+def _(b: Builder, x: Value, coefficients: Sequence[float], centre: float) -> Value:
     return b.shared("polynomial", x, coefficients=list(coefficients), centre=centre)
 
 
-def power(b: Builder, x: Value, exponent: float, low: float, high: float, degree: int, steps: int) -> Value:
-    """An inverse power by polynomials."""
+@polynomial.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    piece = Piece(tuple(node.attrs["coefficients"]), float(node.attrs["centre"]))
+    result: Symbol = approximations.polynomial(to.symbol(node.inputs[0]), piece)
+    return result
+
+
+@operation("power", polynomial=True)
+def power(x: Tensor, /, *, exponent: float, low: float, high: float, degree: int, steps: int) -> Tensor:
+    """x^exponent on [low, high], by the polynomials that stand for it; see ``approximations.power``."""
+    return torch.as_tensor(approximations.power(x, exponent, low, high, degree, steps))
+
+
+@power.aten("power.default", namespace="unseen")
+def _(b: Builder, x: Value, exponent: float, low: float, high: float, degree: int, steps: int) -> Value:
     return b.shared("power", x, exponent=exponent, low=low, high=high, degree=degree, steps=steps)
 
 
-def layer_norm(
+@power.observes
+def _(x: Tensor, **_: Any) -> Tensor:
+    """The operand itself."""
+    return x
+
+
+@power.assumes
+def _(operand: Node, reach: float, *, low: float, high: float, **_: Any) -> tuple[float, float]:
+    return low, high
+
+
+@power.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    _check_range(to, node)
+    a = node.attrs
+    form = (a["exponent"], a["low"], a["high"], a["degree"], a["steps"])
+    result: Symbol = approximations.power(to.symbol(node.inputs[0]), *form)
+    return result
+
+
+@operation("polynomial_norm", polynomial=True)
+def polynomial_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, /, *, eps: float, low: float, high: float, degree: int, steps: int
+) -> Tensor:
+    """Layer normalization over the last axis, with the inverse root by polynomials."""
+    return torch.as_tensor(approximations.polynomial_layer_norm(x, weight, bias, eps, low, high, degree, steps))
+
+
+@polynomial_norm.aten("layer_norm.default", namespace="unseen")
+def _(
     b: Builder, x: Value, weight: Value, bias: Value, eps: float, low: float, high: float, degree: int, steps: int
 ) -> Value:
-    """Layer normalization by polynomials."""
     return b.shared("polynomial_norm", x, weight, bias, eps=eps, low=low, high=high, degree=degree, steps=steps)
 
 
-RULES |= {
-    "unseen.polynomial.default": polynomial,
-    "unseen.power.default": power,
-    "unseen.layer_norm.default": layer_norm,
-}
+@polynomial_norm.observes
+def _(x: Tensor, **_: Any) -> Tensor:
+    """The variance."""
+    return x.var(dim=-1, unbiased=False)
+
+
+@polynomial_norm.assumes
+def _(operand: Node, reach: float, *, low: float, high: float, **_: Any) -> tuple[float, float]:
+    return low, high
+
+
+@polynomial_norm.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    _check_range(to, node)
+    a = node.attrs
+    form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
+    return to.normalized(node, approximations.polynomial_layer_norm(to.symbol(node.inputs[0]), 1.0, 0.0, *form))

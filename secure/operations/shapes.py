@@ -1,4 +1,4 @@
-"""Translation rules for shapes, pieces and selections; see `secure.capture.rules`."""
+"""Shapes, pieces and concatenation: what moves values and computes nothing."""
 
 from __future__ import annotations
 
@@ -7,40 +7,86 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from secure.capture.builder import Builder, Norm, Value, scalar_of, shape_of
+from secure.capture.builder import Builder, Norm, Value, shape_of
 from secure.capture.clear_operations import CLEAR_OPERATIONS
-from secure.capture.graph import MASKED, Node
-from secure.capture.rules import STRUCTURAL, additive, call, rule
+from secure.capture.graph import Node
+from secure.capture.operation import operation, rule
+from secure.lowering.lower import Lowering
+from secure.lowering.trace import Symbol, concatenate
 
 
-@rule("view.default", "reshape.default", "_unsafe_view.default")
-def reshape(b: Builder, x: Value, shape: Sequence[int]) -> Value:
+@operation("reshape")
+def reshape(x: Tensor, /, *, shape: Sequence[int]) -> Tensor:
+    """The same entries in another shape."""
+    return x.reshape(list(shape))
+
+
+@reshape.aten("view.default", "reshape.default", "_unsafe_view.default")
+def _(b: Builder, x: Value, shape: Sequence[int]) -> Value:
     """A new shape, in which one size may be -1."""
     return b.reshape(x, tuple(torch.empty(shape_of(x), device="meta").reshape(list(shape)).shape))
 
 
-@rule("flatten.using_ints", "squeeze.default", "squeeze.dim", "squeeze.dims", "unflatten.int", "unsqueeze.default")
-def shape_only(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """Operations that change the shape only."""
+@reshape.aten(
+    "flatten.using_ints", "squeeze.default", "squeeze.dim", "squeeze.dims", "unflatten.int", "unsqueeze.default"
+)
+def _(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Other spellings: torch itself says what the new shape is."""
     function = CLEAR_OPERATIONS[b.operation]
     return b.reshape(x, tuple(function(torch.empty(shape_of(x), device="meta"), *args, **kwargs).shape))
 
 
-@rule("permute.default", "transpose.int", "swapaxes.default", "t.default", "numpy_T.default", "mT.default")
-def permute(b: Builder, x: Value, *dims: Any) -> Value:
-    """Permutations of axes."""
-    rank, name = len(shape_of(x)), b.operation.split(".")[1]
-    if name == "permute":
-        return b.permute(x, dims[0])
-    if name in ("transpose", "swapaxes"):
-        return b.transpose(x, dims[0] % rank, dims[1] % rank)
-    return b.transpose(x, rank - 2, rank - 1) if name == "mT" else b.permute(x, range(rank)[::-1])
+@reshape.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).reshape(node.shape)
 
 
-@rule("expand.default", "expand_as.default")
-def expand(b: Builder, x: Value, shape: Any, *, implicit: bool = False) -> Value:
-    """Broadcasting; a norm broadcasts by itself."""
+@operation("permute")
+def permute(x: Tensor, /, *, dims: Sequence[int]) -> Tensor:
+    """The axes in another order."""
+    return x.permute(list(dims))
+
+
+@permute.aten("permute.default")
+def _(b: Builder, x: Value, dims: Sequence[int]) -> Value:
+    return b.permute(x, dims)
+
+
+@permute.aten("transpose.int", "swapaxes.default")
+def _(b: Builder, x: Value, first: int, second: int) -> Value:
+    rank = len(shape_of(x))
+    return b.transpose(x, first % rank, second % rank)
+
+
+@permute.aten("t.default", "numpy_T.default")
+def _(b: Builder, x: Value) -> Value:
+    """All axes, from the last to the first."""
+    return b.permute(x, range(len(shape_of(x)))[::-1])
+
+
+@permute.aten("mT.default")
+def _(b: Builder, x: Value) -> Value:
+    """The last two axes."""
+    rank = len(shape_of(x))
+    return b.transpose(x, rank - 2, rank - 1)
+
+
+@permute.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).permute(node.attrs["dims"])
+
+
+@operation("expand")
+def expand(x: Tensor, /, *, shape: Sequence[int]) -> Tensor:
+    """Broadcast to a shape."""
+    return x.expand(list(shape))
+
+
+@expand.aten("expand.default", "expand_as.default")
+def _(b: Builder, x: Value, shape: Any, *, implicit: bool = False) -> Value:
+    """A norm broadcasts by itself."""
     if isinstance(x, Norm):
         return x
     if not isinstance(shape, list | tuple):
@@ -48,14 +94,30 @@ def expand(b: Builder, x: Value, shape: Any, *, implicit: bool = False) -> Value
     return b.expand(x, tuple(torch.empty(shape_of(x), device="meta").expand(list(shape)).shape))
 
 
-@rule("slice.Tensor", table=STRUCTURAL)
-def slice_(b: Builder, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+@expand.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).expand(node.shape)
+
+
+@operation("slice")
+def slice_(x: Tensor, /, *, dim: int, start: int, stop: int, step: int) -> Tensor:
     """A range of an axis."""
+    return x[(slice(None),) * dim + (slice(start, stop, step),)]
+
+
+@slice_.aten("slice.Tensor", structural=True)
+def _(b: Builder, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     axis = dim % len(shape_of(x))
     return b.slice(x, axis, *slice(start, end, step).indices(shape_of(x)[axis]))
 
 
-@rule("select.int", table=STRUCTURAL)
+@slice_.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    a = node.attrs
+    return to.symbol(node.inputs[0]).slice(a["dim"], a["start"], a["stop"], a["step"])
+
+
+@rule("select.int", structural=True)
 def select(b: Builder, x: Value, dim: int, index: int) -> Value:
     """One entry of an axis."""
     shape = shape_of(x)
@@ -64,27 +126,53 @@ def select(b: Builder, x: Value, dim: int, index: int) -> Value:
     return b.reshape(b.slice(x, axis, start, start + 1), shape[:axis] + shape[axis + 1 :])
 
 
-@rule("split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int", table=STRUCTURAL)
-def split(b: Builder, x: Value, count: Any = 0, dim: int = 0) -> list[Value]:
-    """Pieces of an axis."""
+@rule("unbind.int", structural=True)
+def unbind(b: Builder, x: Value, dim: int = 0) -> list[Value]:
+    """Every entry of an axis."""
+    return [select(b, x, dim, index) for index in range(shape_of(x)[dim % len(shape_of(x))])]
+
+
+@rule("split.Tensor", structural=True)
+def split(b: Builder, x: Value, width: int, dim: int = 0) -> list[Value]:
+    """Pieces of an axis, of one width but for the last."""
+    return _pieces(b, x, dim, [*range(0, shape_of(x)[dim % len(shape_of(x))], width)])
+
+
+@rule("chunk.default", structural=True)
+def chunk(b: Builder, x: Value, count: int, dim: int = 0) -> list[Value]:
+    """At most that many pieces of an axis, of one width but for the last."""
+    size = shape_of(x)[dim % len(shape_of(x))]
+    return split(b, x, max(1, -(-size // count)), dim)
+
+
+@rule("split_with_sizes.default", structural=True)
+def split_with_sizes(b: Builder, x: Value, sizes: Sequence[int], dim: int = 0) -> list[Value]:
+    """Pieces of an axis, of these widths."""
+    return _pieces(b, x, dim, list(itertools.accumulate(sizes[:-1], initial=0)))
+
+
+def _pieces(b: Builder, x: Value, dim: int, starts: Sequence[int]) -> list[Value]:
     axis = dim % len(shape_of(x))
-    name, size = b.operation.split(".")[1], shape_of(x)[axis]
-    if name == "unbind":
-        axis = count % len(shape_of(x))
-        return [select(b, x, axis, index) for index in range(shape_of(x)[axis])]
-    if name == "split_with_sizes":
-        bounds = list(itertools.accumulate(count, initial=0))
-    else:
-        width = max(1, -(-size // count) if name == "chunk" else count)
-        bounds = [*range(0, size, width), size]
-    return [b.slice(x, axis, start, stop) for start, stop in itertools.pairwise(bounds)]
+    bounds = itertools.pairwise([*starts, shape_of(x)[axis]])
+    return [b.slice(x, axis, start, stop) for start, stop in bounds]
 
 
-@rule("cat.default", "concat.default", "concatenate.default")
-def cat(b: Builder, values: Iterable[Value], dim: int = 0) -> Value:
-    """Concatenation."""
+@operation("cat")
+def cat(*parts: Tensor, dim: int) -> Tensor:
+    """Concatenation along an axis."""
+    return torch.cat(parts, dim)
+
+
+@cat.aten("cat.default", "concat.default", "concatenate.default")
+def concatenation(b: Builder, values: Iterable[Value], dim: int = 0) -> Value:
+    """Without what is empty."""
     parts = [value for value in values if shape_of(value) != (0,)]
     return b.shared("cat", *parts, dim=dim % len(shape_of(parts[0]))) if len(parts) > 1 else parts[0]
+
+
+@cat.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return concatenate([to.symbol(i) for i in node.inputs], node.attrs["dim"])
 
 
 @rule("stack.default")
@@ -93,42 +181,4 @@ def stack(b: Builder, values: Iterable[Value], dim: int = 0) -> Value:
     parts = list(values)
     shape = shape_of(parts[0])
     axis = dim % (len(shape) + 1)
-    return cat(b, [b.reshape(part, (*shape[:axis], 1, *shape[axis:])) for part in parts], axis)
-
-
-# Selections.
-
-
-@rule("embedding.default")
-def embedding(b: Builder, table: Value, ids: Value, *_: Any) -> Value:
-    """The client's (or shared) look-up in a table that the server knows."""
-    if not isinstance(ids, Node) or ids.visibility != "client":
-        b.unsupported("the ids of an embedding are an input of the client, its table a parameter")
-    return b.shared("embedding", ids, table)
-
-
-@rule("where.self", "where.ScalarOther", "where.ScalarSelf")
-def where(b: Builder, condition: Value, x: Value, y: Value) -> Value:
-    """x where a condition that one party knows holds, else y."""
-    for value in (condition, x, y):
-        number = scalar_of(value)
-        if value is not condition and number is not None and number <= MASKED:
-            return _masked(b, condition, y if value is x else x, attend=value is y)
-    keep = b.cast(condition, torch.float32)
-    drop = b.plus(call(b, "aten.neg.default", keep), 1.0)
-    return b.plus(b.times(x, keep), b.times(y, drop))
-
-
-@rule("masked_fill.Scalar", "masked_fill.Tensor")
-def masked_fill(b: Builder, x: Value, mask: Value, value: Value) -> Value:
-    """A value where a mask holds, else x."""
-    number = scalar_of(value)
-    return where(b, mask, torch.tensor(number if number is not None else value), x)
-
-
-def _masked(b: Builder, mask: Value, scores: Value, attend: bool) -> Value:
-    """Scores with minus "infinity" where a mask says; exact after a softmax alone, which is checked."""
-    if not b.before_softmax:
-        b.unsupported("filling with a large negative number is supported directly before a softmax only")
-    summand = additive(b, mask) if attend else b.times(b.cast(mask, torch.float32), MASKED)
-    return b.plus(scores, summand)
+    return concatenation(b, [b.reshape(part, (*shape[:axis], 1, *shape[axis:])) for part in parts], axis)

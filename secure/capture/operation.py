@@ -1,0 +1,151 @@
+"""Operations as records: everything that the package asks about an operation, said where the operation is defined.
+
+``secure.operations`` fills the table, a file for each family:
+
+    @operation("softplus", compares=True)
+    def softplus(x: Tensor, /, *, beta: float) -> Tensor:  # its meaning in the clear
+        return F.softplus(x, beta)
+
+    @softplus.aten("softplus.default")  # how torch writes it
+    def _(b: Builder, x: Value, beta: float = 1.0) -> Value:
+        return b.shared("softplus", x, beta=beta)
+
+    @softplus.lower  # its approximation
+    def _(to: Lowering, node: Node) -> Symbol: ...
+
+Shapes, types and the float interpreter follow from the meaning: operands stand before the slash, attributes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(eq=False)
+class Operation:
+    """One operation on shared values; the decorators below complete it.
+
+    compares: its approximation compares values. A model without such operations, but with one in polynomial form,
+    compares nothing: inverse roots become polynomials as well.
+    polynomial: models in polynomial form are made of it.
+    takes_integers: its operands need not be floats (token ids).
+    takes_masks: a large negative number in its operand stands for an entry that is not there.
+    takes_affine: a weight and a bias of the server's in front of it move into its own.
+    """
+
+    name: str
+    meaning: Callable[..., Tensor]
+    compares: bool = False
+    polynomial: bool = False
+    takes_integers: bool = False
+    takes_masks: bool = False
+    takes_affine: bool = False
+    lowering: Callable[..., Any] | None = None
+    measure: Callable[..., Tensor] | None = None
+    assumption: Callable[..., tuple[float, float]] | None = None
+    recognition: Callable[..., Any] | None = None
+
+    def aten(self, *names: str, namespace: str = "aten", structural: bool = False) -> Callable[[Function], Function]:
+        """Register the rule that makes a node of these operations of torch; see `rule`."""
+        return rule(*names, namespace=namespace, structural=structural, operation=self)
+
+    def lower(self, function: Function) -> Function:
+        """Register ``function(to, node)``: the symbol that a node becomes, given a `secure.lowering.lower.Lowering`."""
+        self._once("lowering", function)
+        return function
+
+    def observes(self, function: Function) -> Function:
+        """Register ``function(x, **attributes)``: the tensor, made from the first operand's value, whose smallest and
+        largest entry the lowering must know. Calibration measures it.
+        """
+        self._once("measure", function)
+        return function
+
+    def assumes(self, function: Function) -> Function:
+        """Register ``function(operand, reach, **attributes)``: that range for a model that nothing calibrates, given
+        the first operand's node and the largest magnitude that its values are taken to have.
+        """
+        self._once("assumption", function)
+        return function
+
+    def recognizes(self, function: Function) -> Function:
+        """Register ``function(b, x, y)``, asked for every product of two private values in either order: the node if
+        the product completes this operation, as models write it by hand, or None.
+        """
+        self._once("recognition", function)
+        return function
+
+    def _once(self, part: str, function: Callable[..., Any]) -> None:
+        if getattr(self, part) is not None:
+            raise ValueError(f"the {part} of operation {self.name!r} is defined twice")
+        setattr(self, part, function)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an operation of torch is translated. ``function`` takes a `Builder` and the operation's own arguments."""
+
+    function: Callable[..., Any]
+    structural: bool  # applies whatever the visibilities are; others apply when an operand is private
+    operation: Operation | None  # None: the rule composes other operations
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""The operations on shared values by name."""
+
+RULES: dict[str, Rule] = {}
+"""The rules by the name of the operation of torch, as ``torch.export`` prints it."""
+
+
+def operation(
+    name: str,
+    *,
+    compares: bool = False,
+    polynomial: bool = False,
+    takes_integers: bool = False,
+    takes_masks: bool = False,
+    takes_affine: bool = False,
+) -> Callable[[Callable[..., Tensor]], Operation]:
+    """Register the decorated function as the meaning of a new operation; the properties are those of `Operation`."""
+    if name in OPERATIONS:
+        raise ValueError(f"operation {name!r} is defined twice")
+
+    def register(meaning: Callable[..., Tensor]) -> Operation:
+        OPERATIONS[name] = Operation(
+            name,
+            meaning,
+            compares=compares,
+            polynomial=polynomial,
+            takes_integers=takes_integers,
+            takes_masks=takes_masks,
+            takes_affine=takes_affine,
+        )
+        return OPERATIONS[name]
+
+    return register
+
+
+def rule(
+    *names: str, namespace: str = "aten", structural: bool = False, operation: Operation | None = None
+) -> Callable[[Function], Function]:
+    """Register the decorated function as the translation of operations of torch.
+
+    Rules compose the builder's methods, which choose by the visibilities of their operands, so that what one party can
+    compute on its own stays in the clear. What a rule cannot translate it refuses by ``b.unsupported``.
+    """
+
+    def register(function: Function) -> Function:
+        for name in names:
+            target = f"{namespace}.{name}"
+            if target in RULES:
+                raise ValueError(f"the rule of {target} is defined twice")
+            RULES[target] = Rule(function, structural, operation)
+        return function
+
+    return register

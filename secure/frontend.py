@@ -1,0 +1,67 @@
+"""The first half of every compiler: from a torch module and samples to a trace of primitives.
+
+Capture translates the module into a graph, a floating-point pass observes the ranges that approximations ask for, and
+lowering replaces every operation by its approximation. What comes after depends on the deployment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import secure.operations  # noqa: F401  (the operations register)
+from approximations import Functions
+from secure.capture.capture import capture
+from secure.capture.operation import OPERATIONS
+from secure.errors import InvalidInput
+from secure.lowering.lower import Lowered, Sample, lower
+from secure.lowering.observe import assume, observe
+from secure.lowering.ranges import Ranges
+
+
+def exact(name: str, weight: Tensor) -> Tensor:
+    """A weight in float64."""
+    return weight.to(torch.float64)
+
+
+def lower_model(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    margin_bits: int,
+    embedding: str,
+    functions: Functions,
+    weight: Callable[[str, Tensor], Tensor] = exact,
+) -> Lowered:
+    """A module as a trace, with ranges from the samples.
+
+    samples: keyword arguments of the module; the first fixes all shapes, every one sets ranges.
+    margin_bits: room above what the samples show. embedding: one of ``client_inputs.EMBEDDINGS``.
+    weight: makes the float64 tensor that stands for a floating-point parameter, given its name and value.
+    Raises UnsupportedOperation, naming module and operation.
+    """
+    if not samples:
+        raise InvalidInput("a model is compiled for an example input", "give at least one")
+    graph, parameters = capture(model, samples[0])
+    parameters = {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
+    seen = observe(graph, samples, parameters)
+    return lower(graph, parameters, seen, margin_bits, embedding, functions)
+
+
+def lower_outline(
+    model: nn.Module, example_inputs: Sample, *, reach: float, embedding: str, functions: Functions
+) -> tuple[Lowered, Ranges]:
+    """A module as a trace without its weights, and the ranges of its values if they stay within ``reach``.
+
+    No parameter is read. For costs only: nothing may be computed with it.
+    """
+    graph, parameters = capture(model, example_inputs)
+    shapes = {
+        name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
+        for name, v in parameters.items()
+    }
+    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions)
+    polynomial = any(OPERATIONS[node.op].polynomial for node in graph.nodes if node.visibility == "shared")
+    return lowered, Ranges.assume(lowered.trace, reach, polynomial=polynomial)

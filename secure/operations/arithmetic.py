@@ -1,0 +1,244 @@
+"""Sums, products, quotients and powers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approximations.softmax import CLIP
+from secure.capture.builder import Builder, Norm, Root, Value, scalar_of, shape_of
+from secure.capture.graph import MASKED, Node
+from secure.capture.operation import operation, rule
+from secure.errors import InvalidInput
+from secure.lowering.lower import Lowering
+from secure.lowering.trace import Symbol, WeightRef
+
+# Sums. An additive attention mask is a summand that the client knows.
+
+
+@operation("add")
+def add(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -> Tensor:
+    """x + y, or x + scalar."""
+    return x + float(scalar) if scalar is not None else torch.add(x, _second(y))
+
+
+def _second(y: Tensor | None) -> Tensor:
+    if y is None:
+        raise ValueError("it has neither a second operand nor a scalar")
+    return y
+
+
+@add.aten("add.Tensor", "add.Scalar")
+def _(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
+    """x + alpha * y."""
+    return b.plus(x, y if alpha == 1 else b.times(y, alpha))
+
+
+@add.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    if "scalar" in node.attrs:
+        return to.symbol(node.inputs[0]) + float(node.attrs["scalar"])
+    first, second = node.inputs
+    for mask, other in ((first, second), (second, first)):
+        _clamp_mask(to, mask, other)
+    left, right = to.operand(first), to.operand(second)
+    if isinstance(left, WeightRef):
+        assert isinstance(right, Symbol)
+        return right + left
+    return left + right
+
+
+def _clamp_mask(to: Lowering, mask: int, other: int) -> None:
+    """Make an additive mask of the client's as low as it takes, not as low as it comes."""
+    node = to.graph.nodes[mask]
+    if node.visibility != "client":
+        return
+    if not to.seen.magnitude.get(mask, 0.0):
+        raise InvalidInput(
+            f"{node.path or 'model'}: what the client adds here was zero in every calibration input, so its range is "
+            "unknown",
+            "for an attention mask, add a padded input to the calibration",
+        )
+    if to.seen.magnitude[mask] >= -MASKED:
+        to.clamp(mask, 2 * to.seen.magnitude[other] * to.margin + CLIP + 1)
+
+
+@operation("sub")
+def sub(x: Tensor, y: Tensor, /) -> Tensor:
+    """x - y."""
+    return torch.sub(x, y)
+
+
+@sub.aten("sub.Tensor", "sub.Scalar")
+def difference(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
+    """x - alpha * y."""
+    y = y if alpha == 1 else b.times(y, alpha)
+    number = scalar_of(y)
+    if number is not None:
+        return b.plus(x, torch.full(shape_of(y), -number))
+    if scalar_of(x) is not None:
+        return b.plus(b.shared("neg", y), x)
+    return b.shared("sub", b.finite(x), b.finite(y))
+
+
+@rule("rsub.Tensor", "rsub.Scalar")
+def rsub(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
+    """y - alpha * x."""
+    return difference(b, y, x, alpha)
+
+
+@sub.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    first, second = node.inputs
+    left, right = to.operand(first), to.operand(second)
+    if isinstance(left, WeightRef):
+        assert isinstance(right, Symbol)
+        return -right + left
+    return left + to.weight(second, ".neg", -to.known(second)) if isinstance(right, WeightRef) else left - right
+
+
+@operation("neg")
+def neg(x: Tensor, /) -> Tensor:
+    """-x."""
+    return -x
+
+
+@neg.aten("neg.default")
+def _(b: Builder, x: Value) -> Value:
+    return b.shared("neg", x)
+
+
+@neg.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return -to.symbol(node.inputs[0])
+
+
+@operation("sum")
+def sum_(x: Tensor, /, *, dims: Sequence[int], keepdim: bool) -> Tensor:
+    """The sum over axes."""
+    return torch.sum(x, list(dims), keepdim)
+
+
+@sum_.aten("sum.dim_IntList", "sum.default")
+def _(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
+    return b.shared("sum", x, dims=axes_of(dims, len(shape_of(x))), keepdim=keepdim)
+
+
+@sum_.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).sum(node.attrs["dims"], node.attrs["keepdim"])
+
+
+@operation("mean")
+def mean(x: Tensor, /, *, dims: Sequence[int], keepdim: bool) -> Tensor:
+    """The mean over axes."""
+    return torch.mean(x, list(dims), keepdim)
+
+
+@mean.aten("mean.dim", "mean.default")
+def _(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
+    return b.shared("mean", x, dims=axes_of(dims, len(shape_of(x))), keepdim=keepdim)
+
+
+@mean.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).mean(node.attrs["dims"], node.attrs["keepdim"])
+
+
+def axes_of(dims: int | Sequence[int] | None, rank: int) -> list[int]:
+    """Axes as a list of natural numbers; none given means all."""
+    if dims is None or (not isinstance(dims, int) and not dims):
+        return list(range(rank))
+    return sorted(dim % rank for dim in ([dims] if isinstance(dims, int) else dims))
+
+
+# Products and quotients.
+
+
+@operation("mul")
+def mul(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -> Tensor:
+    """x * y, or x * scalar."""
+    return x * float(scalar) if scalar is not None else torch.mul(x, _second(y))
+
+
+@mul.aten("mul.Tensor", "mul.Scalar")
+def _(b: Builder, x: Value, y: Value) -> Value:
+    return b.times(x, y)
+
+
+@mul.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    if "scalar" in node.attrs:
+        x = to.symbol(node.inputs[0])
+        return x if node.id in to.absorbed else x * float(node.attrs["scalar"])
+    left, right = (to.operand(i) for i in node.inputs)
+    if isinstance(left, WeightRef):
+        assert isinstance(right, Symbol)
+        return right * left
+    return left * right
+
+
+@rule("div.Tensor", "div.Scalar")
+def div(b: Builder, x: Value, y: Value) -> Value:
+    """x / y for y that one party knows, that is a square root, or that is the norm of x."""
+    if isinstance(y, Norm):
+        if not isinstance(x, Node) or x.id != y.value.id:
+            b.unsupported("divide a value by its own norm only (F.normalize)")
+        return b.shared("l2_normalize", x, dim=y.dim, eps=y.eps)
+    if isinstance(y, Root):
+        return b.times(x, b.shared("rsqrt", y.value))
+    if isinstance(y, Node) and y.visibility == "shared":
+        b.unsupported("divide by a value that one party knows, by sqrt(v) or by a norm; softmax as one operation")
+    number = scalar_of(y)
+    if number is not None:
+        return b.times(x, torch.full(shape_of(y), 1 / number))
+    return b.times(x, b.clear("aten.reciprocal.default", b.cast(y, torch.float32)))
+
+
+@rule("reciprocal.default")
+def reciprocal(b: Builder, x: Value) -> Value:
+    """1 / sqrt(v)."""
+    return div(b, 1.0, x) if not isinstance(x, Root) else b.shared("rsqrt", x.value)
+
+
+# Powers.
+
+
+@operation("square")
+def square(x: Tensor, /) -> Tensor:
+    """x * x."""
+    return torch.square(x)
+
+
+@square.aten("square.default")
+def _(b: Builder, x: Value) -> Value:
+    return b.shared("square", x)
+
+
+@square.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).square()
+
+
+@rule("pow.Tensor_Scalar")
+def power(b: Builder, x: Value, exponent: float) -> Value:
+    """Small natural powers, square roots (as denominators) and their inverses."""
+    if exponent in (0.5, -0.5):
+        return Root(b.operand(x)) if exponent > 0 else b.shared("rsqrt", x)
+    if exponent != int(exponent) or not 1 <= exponent <= 16:
+        b.unsupported("the exponents 1 to 16, 0.5 and -0.5 are supported")
+    result: Value = None
+    for digit in bin(int(exponent))[2:]:  # square and multiply
+        result = None if result is None else b.shared("square", result)
+        if digit == "1":
+            result = x if result is None else b.times(x, result)
+    return result
+
+
+@rule("sqrt.default")
+def sqrt(b: Builder, x: Value) -> Value:
+    """A denominator to be."""
+    return Root(b.operand(x))
