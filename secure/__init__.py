@@ -8,6 +8,7 @@ capture/     from a torch module to a graph of operations
 lowering/    from a graph to a trace of primitives
 polynomial/  models in polynomial form
 operations/  every operation: meaning, how torch writes it, lowering
+frontend     from a torch module and samples to a trace
 mpc/         the compiler for secret sharing
 ckks/        the compiler for ciphertexts
 models/      models as they are found, and the text around them

@@ -45,7 +45,8 @@ CLEAR_OPERATIONS: Mapping[str, Callable[..., Any]] = {
         aten.amax.default, aten.amin.default, aten.bmm.default, aten.gelu.default, aten.layer_norm.default,
         aten.linalg_vector_norm.default, aten.linear.default, aten.matmul.default, aten.mean.default,
         aten.mean.dim, aten.mm.default, aten.mv.default, aten.relu.default, aten.sigmoid.default,
-        aten.silu.default, aten.softmax.int, aten.sum.default, aten.sum.dim_IntList, aten.tanh.default,
+        aten.silu.default, aten.softmax.int, aten.softplus.default, aten.sum.default, aten.sum.dim_IntList,
+        aten.tanh.default,
     )
 }  # fmt: skip
 """The whitelist: the name of an operation (as ``torch.export`` prints it) and its function."""
