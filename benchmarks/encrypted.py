@@ -31,7 +31,7 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Refresher
 from protocols.ckks.schedule import Schedule, schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys
-from secure.ckks.compile import Encrypted, encrypt, encrypt_batch
+from secure.ckks.compile import CkksModel, encrypt, encrypt_batch
 from secure.models.digits import load_digits, train_digits
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, freeze_untrained
 from secure.polynomial.recipe import Recipe
@@ -108,7 +108,7 @@ class Party:
         }
 
 
-def levels_of(encrypted: Encrypted) -> dict[str, int]:
+def levels_of(encrypted: CkksModel) -> dict[str, int]:
     return {name: level for name, (_, level, _) in encrypted.program.views.items()}
 
 

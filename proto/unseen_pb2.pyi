@@ -255,23 +255,23 @@ class UploadPart(_message.Message):
     data: bytes
     def __init__(self, header: _Optional[_Union[KeysHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class EncryptedStart(_message.Message):
-    __slots__ = ("program_digest", "weights_digest", "keys_digest")
+class CkksStart(_message.Message):
+    __slots__ = ("program_digest", "model", "keys_digest")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     KEYS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
-    weights_digest: str
+    model: str
     keys_digest: str
-    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., keys_digest: _Optional[str] = ...) -> None: ...
+    def __init__(self, program_digest: _Optional[str] = ..., model: _Optional[str] = ..., keys_digest: _Optional[str] = ...) -> None: ...
 
-class EncryptedRequest(_message.Message):
+class CkksRequest(_message.Message):
     __slots__ = ("start", "frame")
     START_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
-    start: EncryptedStart
+    start: CkksStart
     frame: Frame
-    def __init__(self, start: _Optional[_Union[EncryptedStart, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    def __init__(self, start: _Optional[_Union[CkksStart, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("done", "total", "path")
@@ -283,7 +283,7 @@ class Progress(_message.Message):
     path: str
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
-class EncryptedReply(_message.Message):
+class CkksReply(_message.Message):
     __slots__ = ("progress", "refresh", "result", "frame", "failure")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     REFRESH_FIELD_NUMBER: _ClassVar[int]

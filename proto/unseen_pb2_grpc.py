@@ -428,7 +428,7 @@ class Inference:
             _registered_method=True)
 
 
-class EncryptedStub:
+class CkksStub:
     """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
     decrypts is ever sent back.
     """
@@ -440,23 +440,23 @@ class EncryptedStub:
             channel: A grpc.Channel.
         """
         self.Keys = channel.unary_unary(
-                '/unseen.v2.Encrypted/Keys',
+                '/unseen.v2.Ckks/Keys',
                 request_serializer=proto_dot_unseen__pb2.KeysRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
-        self.Upload = channel.stream_unary(
-                '/unseen.v2.Encrypted/Upload',
+        self.Upload = channel.stream_stream(
+                '/unseen.v2.Ckks/Upload',
                 request_serializer=proto_dot_unseen__pb2.UploadPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Query = channel.stream_stream(
-                '/unseen.v2.Encrypted/Query',
-                request_serializer=proto_dot_unseen__pb2.EncryptedRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.EncryptedReply.FromString,
+                '/unseen.v2.Ckks/Query',
+                request_serializer=proto_dot_unseen__pb2.CkksRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.CkksReply.FromString,
                 _registered_method=True)
 
 
-class EncryptedServicer:
+class CkksServicer:
     """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
     decrypts is ever sent back.
     """
@@ -469,7 +469,8 @@ class EncryptedServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Evaluation keys, once per client: a header, then the bytes of each key in its order. Held until they expire.
+        """Evaluation keys, once per client: a header, then the bytes of each key in its order. Held until they expire. Back
+        come words that say that the server works (held is false), then one that says that it holds the keys.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -483,32 +484,32 @@ class EncryptedServicer:
         raise NotImplementedError('Method not implemented!')
 
 
-def add_EncryptedServicer_to_server(servicer, server):
+def add_CkksServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Keys': grpc.unary_unary_rpc_method_handler(
                     servicer.Keys,
                     request_deserializer=proto_dot_unseen__pb2.KeysRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.KeysReply.SerializeToString,
             ),
-            'Upload': grpc.stream_unary_rpc_method_handler(
+            'Upload': grpc.stream_stream_rpc_method_handler(
                     servicer.Upload,
                     request_deserializer=proto_dot_unseen__pb2.UploadPart.FromString,
                     response_serializer=proto_dot_unseen__pb2.KeysReply.SerializeToString,
             ),
             'Query': grpc.stream_stream_rpc_method_handler(
                     servicer.Query,
-                    request_deserializer=proto_dot_unseen__pb2.EncryptedRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.EncryptedReply.SerializeToString,
+                    request_deserializer=proto_dot_unseen__pb2.CkksRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.CkksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Encrypted', rpc_method_handlers)
+            'unseen.v2.Ckks', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Encrypted', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v2.Ckks', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Encrypted:
+class Ckks:
     """CKKS: the server computes on a client's ciphertexts, which the client alone can decrypt. Nothing that the client
     decrypts is ever sent back.
     """
@@ -527,7 +528,7 @@ class Encrypted:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Encrypted/Keys',
+            '/unseen.v2.Ckks/Keys',
             proto_dot_unseen__pb2.KeysRequest.SerializeToString,
             proto_dot_unseen__pb2.KeysReply.FromString,
             options,
@@ -551,10 +552,10 @@ class Encrypted:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Encrypted/Upload',
+            '/unseen.v2.Ckks/Upload',
             proto_dot_unseen__pb2.UploadPart.SerializeToString,
             proto_dot_unseen__pb2.KeysReply.FromString,
             options,
@@ -581,9 +582,9 @@ class Encrypted:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Encrypted/Query',
-            proto_dot_unseen__pb2.EncryptedRequest.SerializeToString,
-            proto_dot_unseen__pb2.EncryptedReply.FromString,
+            '/unseen.v2.Ckks/Query',
+            proto_dot_unseen__pb2.CkksRequest.SerializeToString,
+            proto_dot_unseen__pb2.CkksReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,8 +1,11 @@
 """The CKKS deployment: a server that computes on a client's ciphertexts.
 
-evaluators   processes that evaluate
+key_file     evaluation keys in a file
+pipe         messages between the processes of one server
+host         the process that evaluates, and its children
+evaluators   the server's handle of that process
 keystore     clients' evaluation keys on the server's disk
 server       the server's service
 client       the client
-hosted       what the commands do for this deployment
+hosted       the service and the link, as ``parties.deployments`` starts them
 """

@@ -1,25 +1,78 @@
-"""The services of this deployment, and its link."""
+"""The server of ciphertexts and its client's link, as ``parties.deployments`` starts them."""
 
 from __future__ import annotations
 
+import hmac
+import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
+from safetensors.torch import save
+
+from parties.ckks.client import CkksLink
+from parties.ckks.evaluators import Evaluators
+from parties.ckks.server import CkksService
 from parties.net.hosting import HostOptions, Parts
 from parties.served.described import ConnectOptions
-from secure.deployments.ckks import Ckks
+from parties.served.files import TOKEN_TABLE, state_directory
+from parties.served.published import Published
+from proto.unseen_pb2_grpc import add_CkksServicer_to_server, add_ModelServicer_to_server
+from secure.ckks.compile import CkksModel
+from secure.ckks.profile import summary
+from secure.deployments.ckks import SERVER, Ckks
+from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.session import Link
 
+KEY_MEMORY = 8 << 30  # bytes of evaluation keys held decoded, at most
+
 
 class CkksHosted:
+    """The service of ``Ckks``, and its link."""
+
     deployment: type[Deployment] = Ckks
-    takes: Mapping[str, frozenset[str]] = {}
+    takes: Mapping[str, frozenset[str]] = {SERVER: frozenset({"state", "deadline", "workers"})}
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
-        raise NotImplementedError
+        assert isinstance(deployment, Ckks)
+        return CkksLink(deployment, options)
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
-        raise NotImplementedError
+        """Starts the process that evaluates, and waits until it has encoded the weights: seconds to minutes.
+
+        That process is a program of its own, no fork of this one, so it may be started at any time: after threads of
+        numba, channels and other services of this process.
+        """
+        compiled: Compiled = held
+        model: CkksModel = compiled.model
+        # a name for the weights that tells nothing of them: clients only compare it between calls
+        name = hmac.digest(secrets.token_bytes(32), model.weights_digest.encode(), "sha256").hex()
+        published = Published(
+            compiled.deployment,
+            SERVER,
+            model.program.encoded,
+            name,
+            {TOKEN_TABLE: save(dict(model.client_tables))} if model.client_tables else {},
+            compiled.tokenizer,
+            compiled.tokenizer_json,
+            deadline=options.deadline,
+            log=logging.getLogger("unseen.server"),
+        )
+        evaluators = Evaluators(model, workers=options.workers, key_memory=KEY_MEMORY)
+        try:
+            state = options.state or state_directory()
+            service = CkksService(model.program, name, evaluators, state, deadline=options.deadline)
+        except BaseException:
+            evaluators.close()
+            raise
+
+        def add(server: grpc.Server) -> None:
+            add_ModelServicer_to_server(published, server)
+            add_CkksServicer_to_server(service, server)
+
+        encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
+        return Parts([add], evaluators.close, (summary(model), encoded))

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from parties.ckks.evaluators import write_keys
+from parties.ckks.key_file import write_keys
 from protocols.ckks.seal import key_names
-from secure.ckks.program import EncryptedProgram
+from secure.ckks.program import CkksProgram
 from secure.errors import ProtocolError
 
 EXPIRES = 24 * 3600.0  # seconds after the last use
@@ -40,7 +40,7 @@ class KeyStore:
     """Keys of one Program's clients in a directory; what is oldest goes first when there is no room."""
 
     def __init__(
-        self, directory: Path, program: EncryptedProgram, *, expires: float = EXPIRES, maximum: int = MAXIMUM_BYTES
+        self, directory: Path, program: CkksProgram, *, expires: float = EXPIRES, maximum: int = MAXIMUM_BYTES
     ) -> None:
         self.directory, self.program, self.expires, self.maximum = directory, program, expires, maximum
         self.names = key_names(program.steps)

@@ -1,4 +1,4 @@
-"""The server of the CKKS deployment: hands out the Program, keeps clients' evaluation keys, computes on ciphertexts.
+"""The service of the CKKS server: keeps clients' evaluation keys, computes on ciphertexts.
 
 It sees ciphertexts, evaluation keys, sizes and times; it has no key that decrypts. What a client decrypts for a refresh
 is masked, and comes back encrypted anew; nothing else that it decrypts comes back at all.
@@ -8,135 +8,86 @@ from __future__ import annotations
 
 import hmac
 import logging
-import secrets
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import unquote
 
 import grpc
-from safetensors.torch import save
 
 from parties.ckks.evaluators import Evaluators, InvalidKeys, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
 from parties.net.calls import answering, unexpected
-from parties.net.frames import parts, to_frames
+from parties.net.frames import to_frames
 from parties.net.watchdog import Watchdog
-from parties.served.files import TOKEN_TABLE, describe
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import EncryptedServicer
-from secure.ckks.compile import Encrypted
-from secure.ckks.program import VERSION, EncryptedProgram
-from secure.errors import DownloadError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
-from secure.models.tokens import TextTokenizer
+from proto.unseen_pb2_grpc import CkksServicer
+from secure.ckks.program import CkksProgram
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
 
 log = logging.getLogger("unseen.server")
+T = TypeVar("T")
 
-DEPLOYMENT = "ckks"
 WAITING = 8  # queries that wait for a worker or run
-QUEUED = 5.0  # seconds between two words to a client that waits for a worker
+WORD = 1.0  # seconds between two words to a client that waits: for a worker, for its keys to be loaded
 UPLOADS = 2  # at a time: each is in memory as a whole
 
 
-@dataclass(frozen=True, eq=False)
-class ServedEncrypted:
-    """What is served; ``files``: the token table, where there is one."""
+class CkksService(CkksServicer):
+    """Keeps clients' keys for one Program, and answers queries by its ``evaluators``.
 
-    encrypted: Encrypted
-    tokenizer: TextTokenizer | None = None
-    tokenizer_json: bytes = b""
-    files: dict[str, bytes] = field(default_factory=dict)
-    descriptions: list[pb.File] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, encrypted: Encrypted, tokenizer: TextTokenizer | None = None, tokenizer_json: bytes = b""
-    ) -> ServedEncrypted:
-        payloads = {TOKEN_TABLE: save(dict(encrypted.client_tables))} if encrypted.client_tables else {}
-        descriptions = [describe(name, payload) for name, payload in payloads.items()]
-        files = {d.sha256: payloads[d.name] for d in descriptions}
-        return cls(encrypted, tokenizer, tokenizer_json, files, descriptions)
-
-
-class EncryptedService(EncryptedServicer):
-    """``deadline``: seconds that a query waits for any message of its client; ``state``: where keys are kept."""
+    model: the name of the weights, as described. state: where keys are kept. deadline: seconds that a query waits for
+    any message of its client. expires: seconds that keys are held after their last use.
+    """
 
     def __init__(
         self,
-        served: ServedEncrypted,
+        program: CkksProgram,
+        model: str,
         evaluators: Evaluators,
         state: Path,
         *,
         deadline: float = 60.0,
         expires: float = EXPIRES,
     ) -> None:
-        self.served, self.evaluators, self.deadline, self.expires = served, evaluators, deadline, expires
-        self.program = served.encrypted.program
-        self.store = KeyStore(state / "evaluation-keys" / self.program.digest[:32], self.program, expires=expires)
-        # a name for the weights that tells nothing of them: clients only compare it between calls
-        self.weights_label = hmac.digest(
-            secrets.token_bytes(32), served.encrypted.weights_digest.encode(), "sha256"
-        ).hex()
+        self.program, self.model, self.evaluators = program, model, evaluators
+        self.deadline, self.expires = deadline, expires
+        self.store = KeyStore(state / "evaluation-keys" / program.digest[:32], program, expires=expires)
         self._waiting = threading.BoundedSemaphore(WAITING)
         self._uploads = threading.BoundedSemaphore(UPLOADS)
-
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.EncryptedDescription:
-        s = self.served
-        return pb.EncryptedDescription(
-            version=VERSION,
-            deployment=DEPLOYMENT,
-            program=self.program.encoded,
-            weights_digest=self.weights_label,
-            files=s.descriptions,
-            tokenizer=s.tokenizer_json,
-            pad_id=s.tokenizer.pad_id if s.tokenizer else 0,
-            lowercase=s.tokenizer.lowercase if s.tokenizer else False,
-        )
-
-    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        watch = Watchdog(self.deadline, context.cancel)
-        try:
-            with answering(context, log):
-                payload = self.served.files.get(request.sha256)
-                if payload is None:
-                    raise DownloadError("it has no such file", "connect again, the server may have changed")
-                yield from watch.sending(pb.Chunk(data=part) for part in parts(payload))
-        finally:
-            watch.stop()
 
     def Keys(self, request: pb.KeysRequest, context: grpc.ServicerContext) -> pb.KeysReply:
         return pb.KeysReply(held=self.store.path(request.digest) is not None, expires_seconds=self.expires)
 
-    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> pb.KeysReply:
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, log):
                 if not self._uploads.acquire(blocking=False):
                     raise Error(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
                 try:
-                    sizes = self._received(requests, watch)
+                    for _ in _while_doing(lambda: self._received(requests, watch, unquote(context.peer()))):
+                        yield pb.KeysReply(held=False)
                 finally:
                     self._uploads.release()
+                yield pb.KeysReply(held=True, expires_seconds=self.expires)
         finally:
             watch.stop()
-        log.info("%s uploaded evaluation keys of %.0f MB", unquote(context.peer()), sum(n for _, n in sizes) / 1e6)
-        return pb.KeysReply(held=True, expires_seconds=self.expires)
 
-    def _received(self, requests: Iterator[pb.UploadPart], watch: Watchdog) -> list[tuple[str, int]]:
-        with watch.guard():
-            first = next(requests, None)
+    def _received(self, requests: Iterator[pb.UploadPart], watch: Watchdog, who: str) -> None:
+        first = _next(requests, watch, "the header of its keys")
         if first is None or first.WhichOneof("content") != "header":
             raise ProtocolError("an upload begins with the header of its keys")
         header = first.header
         if not hmac.compare_digest(header.program_digest.encode(), self.program.digest.encode()):
             raise HandshakeError("the keys are for another Program", "connect again to fetch the server's")
         sizes = [(k.name, k.size) for k in header.keys]
-        self.store.add(header.digest, sizes, _guarded(requests, watch))
+        self.store.add(header.digest, sizes, _data(requests, watch))
         self._load(header.digest)
-        return sizes
+        log.info("%s uploaded evaluation keys of %.0f MB", who, sum(n for _, n in sizes) / 1e6)
 
     def _load(self, digest: str) -> None:
         path = self.store.path(digest)
@@ -148,9 +99,7 @@ class EncryptedService(EncryptedServicer):
             path.unlink(missing_ok=True)  # keys that cannot be read are of no use to anybody
             raise
 
-    def Query(
-        self, requests: Iterator[pb.EncryptedRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.EncryptedReply]:
+    def Query(self, requests: Iterator[pb.CkksRequest], context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
         watch = Watchdog(self.deadline, context.cancel)
         who, began = unquote(context.peer()), time.perf_counter()
         try:
@@ -163,18 +112,18 @@ class EncryptedService(EncryptedServicer):
             log.info("query of %s answered in %.2f s", who, time.perf_counter() - began)
         except Error as error:
             log.warning("query of %s ended: %s", who, str(error).splitlines()[0])
-            yield pb.EncryptedReply(failure=pb.Failure(code=error.code, message=str(error)))
+            yield pb.CkksReply(failure=pb.Failure(code=error.code, message=str(error)))
         except Exception as error:
             unexpected(error, log)
-            yield pb.EncryptedReply(failure=pb.Failure(code=Error.code, message="internal error"))
+            yield pb.CkksReply(failure=pb.Failure(code=Error.code, message="internal error"))
         finally:
             watch.stop()
 
-    def _query(self, requests: _Requests) -> Iterator[pb.EncryptedReply]:
+    def _query(self, requests: _Requests) -> Iterator[pb.CkksReply]:
         start = requests.start()
         for what, theirs, ours in (
             ("Program digest", start.program_digest, self.program.digest),
-            ("weights digest", start.weights_digest, self.weights_label),
+            ("model", start.model, self.model),
         ):
             if not hmac.compare_digest(theirs.encode(), ours.encode()):
                 raise HandshakeError(
@@ -182,45 +131,60 @@ class EncryptedService(EncryptedServicer):
                 )
         sizes = [largest(self.program, level) for _, level, _ in self.program.views.values()]
         inputs = requests.ciphertexts(sizes)
-        self._load(start.keys_digest)
-        while not self.evaluators.acquire(QUEUED):
-            yield pb.EncryptedReply(progress=pb.Progress(done=0, total=1, path="waiting for other queries"))
+        for _ in _while_doing(lambda: self._load(start.keys_digest)):
+            yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="loading keys"))
+        while not self.evaluators.acquire(WORD):
+            yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="waiting for other queries"))
         query = self.evaluators.query(start.keys_digest)
         try:
             yield from self._evaluated(query, inputs, requests)
         finally:
             query.close()
 
-    def _evaluated(self, query: Running, inputs: list[bytes], requests: _Requests) -> Iterator[pb.EncryptedReply]:
+    def _evaluated(self, query: Running, inputs: list[bytes], requests: _Requests) -> Iterator[pb.CkksReply]:
         query.send(inputs)
         while True:
             header, payloads = query.receive()
             if "done" in header:
                 progress = pb.Progress(done=header["done"], total=header["total"], path=header["path"])
-                yield pb.EncryptedReply(progress=progress)
+                yield pb.CkksReply(progress=progress)
                 continue
             stage = int(header.get("refresh", 0))
-            yield pb.EncryptedReply(refresh=stage) if stage else pb.EncryptedReply(result=len(payloads))
+            yield pb.CkksReply(refresh=stage) if stage else pb.CkksReply(result=len(payloads))
             for payload in payloads:
                 for frame in to_frames(payload):
-                    yield pb.EncryptedReply(frame=frame)
+                    yield pb.CkksReply(frame=frame)
             if not stage:
                 return
             sizes = [largest(self.program, level) for level in self.program.refreshes[stage - 1]]
             query.send(requests.ciphertexts(sizes))
 
 
-def largest(program: EncryptedProgram, level: int) -> int:
+def largest(program: CkksProgram, level: int) -> int:
     """Bytes that a ciphertext of a level can have at most."""
     return 16 * program.parameters.degree * (level + 1) + 4096
 
 
-def _guarded(requests: Iterator[pb.UploadPart], watch: Watchdog) -> Iterator[bytes]:
-    while True:
+def _while_doing(work: Callable[[], None]) -> Iterator[None]:
+    """Yields every WORD seconds until ``work``, on a thread of its own, is done; raises what it raised."""
+    with ThreadPoolExecutor(1, "unseen-keys") as pool:
+        future = pool.submit(work)
+        while not wait([future], WORD).done:
+            yield
+        future.result()
+
+
+def _next(messages: Iterator[T], watch: Watchdog, what: str) -> T | None:
+    """The client's next message, in time; None where it has ended the stream."""
+    try:
         with watch.guard():
-            part = next(requests, None)
-        if part is None:
-            return
+            return next(messages, None)
+    except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
+        raise PeerLost(f"the client did not send {what} ({type(error).__name__})") from None
+
+
+def _data(requests: Iterator[pb.UploadPart], watch: Watchdog) -> Iterator[bytes]:
+    while (part := _next(requests, watch, "the rest of its keys")) is not None:
         if part.WhichOneof("content") != "data":
             raise ProtocolError("a second header in an upload")
         yield part.data
@@ -229,24 +193,20 @@ def _guarded(requests: Iterator[pb.UploadPart], watch: Watchdog) -> Iterator[byt
 class _Requests:
     """The client's messages of one query, in their order."""
 
-    def __init__(self, requests: Iterator[pb.EncryptedRequest], watch: Watchdog) -> None:
+    def __init__(self, requests: Iterator[pb.CkksRequest], watch: Watchdog) -> None:
         self._requests, self._watch = requests, watch
 
-    def _next(self, what: str) -> Any:
-        try:
-            with self._watch.guard():
-                message = next(self._requests, None)
-        except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
-            raise PeerLost(f"the client did not send {what} ({type(error).__name__})") from None
+    def _next(self, what: str) -> pb.CkksRequest:
+        message = _next(self._requests, self._watch, what)
         if message is None:
             raise PeerLost(f"the client ended the stream before {what}")
         return message
 
-    def start(self) -> pb.EncryptedStart:
+    def start(self) -> pb.CkksStart:
         message = self._next("the start of its query")
         if message.WhichOneof("content") != "start":
             raise ProtocolError("a query begins with its start")
-        return message.start  # type: ignore[no-any-return]
+        return message.start
 
     def ciphertexts(self, limits: list[int]) -> list[bytes]:
         """As many ciphertexts as there are limits, each at most that long."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from protocols.wire import FrameError
 from proto.unseen_pb2 import Chunk, Frame
+from protocols.wire import FrameError
 
 PART = 1 << 20
 

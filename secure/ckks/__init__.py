@@ -7,4 +7,6 @@ layout       which element stands in which slot
 pack         a trace as a circuit of ciphertexts
 program      what client and server agree on
 compile      from a module to such a Program: parameters derived, errors predicted
+client       the client's side of a query
+profile      what a model costs, before anything runs
 """

@@ -1,4 +1,4 @@
-"""``secure.encrypt``: from a torch module in polynomial form to what client and server do under CKKS.
+"""From a torch module in polynomial form to what client and server do under CKKS.
 
 The ring degree, the primes and the scale follow from the circuit: its depth, the ranges that calibration met, and the
 precision wished for. All of it is known before a key exists; what does not fit is refused with the levels by module.
@@ -28,8 +28,8 @@ from secure.ckks.linear_maps import Array
 from secure.ckks.pack import Packed, Packer
 from secure.ckks.pack_batch import BatchPacker, slots_of
 from secure.ckks.polynomials import Range
-from secure.ckks.program import HEADROOM, EncryptedProgram
-from secure.errors import DoesNotFit, DoesNotPack, UnsupportedOperation
+from secure.ckks.program import HEADROOM, CkksProgram
+from secure.errors import DoesNotFit, DoesNotPack, InvalidInput, UnsupportedOperation
 from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.trace import evaluate
@@ -37,6 +37,7 @@ from secure.lowering.trace import evaluate
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
+MOST_BITS = 40  # of precision that may be asked for; what a ring has is less
 SCALES, SPARE = (26, 51), (8, 4, 0)
 OUTGROWN = 2.0**12  # units that no slot may reach: zeros of the next map are only zero to a rounding
 CLIENT, ROUND = 0.07, 0.1  # seconds: of the client and the network for a refreshed ciphertext, and for a round
@@ -44,17 +45,22 @@ REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with
 
 
 @dataclass(frozen=True, eq=False)
-class Encrypted:
-    """A Program and what the server keeps: the schedule with its weights."""
+class CkksModel:
+    """A Program and what the server keeps: the schedule with its weights.
 
-    program: EncryptedProgram
+    predicted_error: of an output element, absolute, its rounding included. client_tables: the token tables that clients
+    hold. layer_errors: by module path, relative to what its values are divided by.
+    """
+
+    program: CkksProgram
     schedule: Schedule
-    predicted_error: float  # of an output element, absolute, its rounding included
+    predicted_error: float
     client_tables: Mapping[str, Tensor]
-    layer_errors: Mapping[str, float]  # by module path, relative to what its values are divided by
+    layer_errors: Mapping[str, float]
 
     @property
     def weights_digest(self) -> str:
+        """SHA-256 of all weights; secret, as it would confirm a guess of them."""
         total = hashlib.sha256()
         for plain in self.schedule.circuit.plains:
             total.update(np.asarray(plain, dtype=np.float64).tobytes())
@@ -69,19 +75,29 @@ def encrypt(
     mode: str = "pure",
     precision_bits: float = 9.0,
     degrees: Sequence[int] = DEGREES,
+    token_table: bool = False,
     labels: Mapping[str, str] | None = None,
-) -> Encrypted:
+) -> CkksModel:
     """Capture a module in polynomial form and pack it for evaluation on ciphertexts.
 
     mode: "pure" (the server alone; refused where no ring has the levels) or "refresh" (the client re-encrypts masked
     ciphertexts where levels end). precision_bits: wished for at the output, relative to its largest calibrated value;
     the predicted error (``noise.WORST`` standard deviations) is kept below 2^-precision_bits, and answers are rounded
-    to half of that. degrees: rings to choose from; the cheapest by predicted time is taken.
-    Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack.
+    to half of that. degrees: rings to choose from; the cheapest by predicted time is taken. token_table: clients may
+    hold the token table, which is how tokens are looked up here; a model that looks some up is refused without it.
+    Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack,
+    InvalidInput (options).
     """
     if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}\nhint: one of {', '.join(MODES)}")
+        raise InvalidInput(f"unknown mode {mode!r}", f"one of {', '.join(MODES)}")
+    if not 0 < precision_bits <= MOST_BITS:
+        raise InvalidInput(f"a precision of {precision_bits:g} bits", f"more than 0, {MOST_BITS} at most")
     lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration])
+    if not token_table and (shown := [c.table for c in lowered.client_inputs if c.encoding == "client-table"]):
+        raise InvalidInput(
+            f"the model looks tokens up in {shown[0]!r}, and clients would hold that table",
+            "if they may see it, say so: embedding='client-table' (--embedding client-table)",
+        )
     (output,) = lowered.outputs
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
@@ -108,12 +124,13 @@ def encrypt(
         path = depth_by_path(packed.circuit) if packed is not None else []
         taken = ", ".join(f"{name or 'model'} {n}" for name, n in path) or "not known"
         raise DoesNotFit(
-            "the model fits no ring: " + "; ".join(problems) + f". Levels by module on the deepest path: {taken}\n"
-            "hint: --refresh lets the client re-encrypt between layers; or fewer layers, a smaller power or degree"
+            "the model fits no ring: " + "; ".join(problems) + f". Levels by module on the deepest path: {taken}",
+            "--refresh (secure.Ckks(refresh=True)) lets the client re-encrypt between layers; or fewer layers, a "
+            "smaller power or degree",
         )
     _, chosen, timed, best, watched = min(found, key=lambda f: f[0])
     levels = timed.inputs()
-    program = EncryptedProgram(
+    program = CkksProgram(
         parameters=chosen,
         steps=tuple(timed.circuit.steps),
         client_graph=lowered.client_graph,
@@ -130,7 +147,7 @@ def encrypt(
         labels={"mode": mode, **(labels or {})},
     )
     program.check()
-    return Encrypted(
+    return CkksModel(
         program,
         timed,
         watched.error(chosen) * best.output_unit + program.grain / 2,
@@ -171,9 +188,13 @@ class Batched:
 def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequence[Sample] = ()) -> Batched:
     """As ``encrypt`` in mode "pure", for N/2 inputs at once: one ciphertext an element, no rotation, minutes a batch.
 
-    The scale is the largest that the smallest ring with enough levels has room for.
+    The scale is the largest that the smallest ring with enough levels has room for. No service hosts batches, so this
+    stands here and not in ``secure``: keys, encryption and evaluation are the caller's, by ``protocols.ckks`` (as
+    ``benchmarks.encrypted`` does it). Raises what ``encrypt`` does, and InvalidInput for a model that takes tokens.
     """
     lowered, _, ranges = _prepared(model, [example_inputs, *calibration])
+    if any(c.encoding == "client-table" for c in lowered.client_inputs):
+        raise InvalidInput("the model takes tokens, which batches do not", "compile it for single queries")
     (output,) = lowered.outputs
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     for degree in DEGREES:

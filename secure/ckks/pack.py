@@ -1,9 +1,9 @@
 """From a traced model to a circuit of ciphertexts: what stands where, and which products, rotations and diagonals.
 
-Three rules carry it. What is linear waits as a matrix (``secure.ckks.linear_maps``) until a product or a
-polynomial needs it as a ciphertext. A chain of polynomials of one value is one polynomial, of which the degree alone
-costs levels. And every ciphertext holds its value divided by a *unit*, chosen so that products and polynomials meet
-numbers around one: the factor is part of the matrix, and costs nothing.
+Three rules carry it. A linear step waits as a matrix (``ckks.linear_maps``) until a product or a polynomial needs
+it as a ciphertext. A chain of polynomials of one value is one polynomial, whose degree alone costs levels. Every
+ciphertext holds its value divided by a *unit*, chosen so that products and polynomials meet numbers around one: the
+factor is part of the matrix, and costs nothing.
 """
 
 from __future__ import annotations

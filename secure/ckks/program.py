@@ -37,7 +37,7 @@ HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
 
 
 @dataclass(frozen=True, eq=False)
-class EncryptedProgram:
+class CkksProgram:
     """What client and server agree on: parameters, keys, what goes where. No weights in it.
 
     views: for each ciphertext that the client sends, which input it is made of and which element stands in every slot;
@@ -85,7 +85,7 @@ class EncryptedProgram:
         return hashlib.sha256(self.encoded).hexdigest()
 
     @classmethod
-    def from_bytes(cls, encoded: bytes) -> EncryptedProgram:
+    def from_bytes(cls, encoded: bytes) -> CkksProgram:
         """Decode and check; raises InvalidProgram."""
         try:
             d = json.loads(encoded)
@@ -148,6 +148,30 @@ class EncryptedProgram:
             raise InvalidProgram("the masks of its refreshes do not fit the modulus\nhint: do not trust this server")
         if sorted(self.output[self.output >= 0]) != list(range(size)):
             raise InvalidProgram("elements of the output are missing or stand twice")
+
+    # what a query takes, as the parameters predict it; keys and ciphertexts come within a few percent
+
+    @property
+    def rounds(self) -> int:
+        """Messages that wait for one another: the query, and one for each refresh."""
+        return 1 + len(self.refreshes)
+
+    @property
+    def key_bytes(self) -> int:
+        """Evaluation keys, uploaded once."""
+        return self.parameters.key_bytes * (len(self.steps) + 1)
+
+    @property
+    def to_server(self) -> int:
+        """Bytes of one query: inputs, and what the client encrypts anew."""
+        sent = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
+        return sum(map(self.parameters.polynomial_bytes, sent))
+
+    @property
+    def to_client(self) -> int:
+        """Bytes of one query: outputs, and what is to be encrypted anew."""
+        p, refreshed = self.parameters, sum(map(len, self.refreshes))
+        return p.ciphertext_bytes(0) * len(self.output) + p.ciphertext_bytes(self.reserve) * refreshed
 
     # the client's side
 

@@ -5,14 +5,19 @@ For models in polynomial form; small ones, as every product of ciphertexts costs
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from protocols.ckks.circuit import Vector, clear
+from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import compile as ckks
+from secure.ckks.client import Exchange
 from secure.cost.traffic import ONCE, ONLINE, Cost, Traffic
 from secure.deployments.deployment import (
     ALL,
@@ -33,7 +38,7 @@ from secure.deployments.deployment import (
 )
 from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
-from secure.session import Link
+from secure.session import Link, Report, only
 
 SERVER, CLIENT = "server", "client"
 CLIENT_TABLE = "client-table"  # the one way of looking tokens up here
@@ -61,34 +66,83 @@ class Ckks(Deployment):
             Role(SERVER, {TEXTS: NOTHING, WEIGHTS: OWN, ANSWERS: NOTHING, SHAPE: ALL, TIMES: ALL}),
         )
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", float(self.precision))  # "9" and "9.0" are one option
+
     def build(
         self,
         model: nn.Module,
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
-    ) -> ckks.Encrypted:
+    ) -> ckks.CkksModel:
         if options.embedding not in (None, CLIENT_TABLE):
             raise InvalidInput(
                 f"embedding {options.embedding!r} is not to be had under {self.name}",
                 f"clients hold the token table here: {CLIENT_TABLE!r}, if they may see it",
             )
-        mode = "refresh" if self.refresh else "pure"
         return ckks.encrypt(
-            model, samples[0], calibration=samples[1:], mode=mode, precision_bits=self.precision, labels=labels
+            model,
+            samples[0],
+            calibration=samples[1:],
+            mode="refresh" if self.refresh else "pure",
+            precision_bits=self.precision,
+            token_table=options.embedding == CLIENT_TABLE,
+            labels=labels,
         )
 
-    def cost(self, model: ckks.Encrypted) -> Cost:
-        program, p = model.program, model.program.parameters
-        refreshed = [level for stage in program.refreshes for level in stage]
-        up = sum(p.polynomial_bytes(level) for _, level, _ in program.views.values())
-        down = p.ciphertext_bytes(0) * len(program.output) + p.ciphertext_bytes(program.reserve) * len(refreshed)
+    def cost(self, model: ckks.CkksModel) -> Cost:
+        program = model.program
         traffic = (
-            Traffic(CLIENT, SERVER, p.key_bytes * (len(program.steps) + 1), ONCE),
-            Traffic(CLIENT, SERVER, up + sum(map(p.polynomial_bytes, refreshed)), ONLINE),
-            Traffic(SERVER, CLIENT, down, ONLINE),
+            Traffic(CLIENT, SERVER, program.key_bytes, ONCE),
+            Traffic(CLIENT, SERVER, program.to_server, ONLINE),
+            Traffic(SERVER, CLIENT, program.to_client, ONLINE),
         )
-        return Cost(1 + len(program.refreshes), traffic, error=model.predicted_error)
+        return Cost(program.rounds, traffic, error=model.predicted_error)
 
-    def insecure(self, model: ckks.Encrypted, tokenizer: TextTokenizer | None) -> Link:
-        raise NotImplementedError
+    def insecure(self, model: ckks.CkksModel, tokenizer: TextTokenizer | None) -> Link:
+        return CkksInProcess(model, tokenizer, self.name)
+
+    def reference(self, model: ckks.CkksModel, inputs: Mapping[str, Tensor]) -> Any:
+        """The packed circuit on plain slots: what the server computes, without the noise of encryption."""
+        values = model.program.client_values(inputs, model.client_tables)
+        return only(model.program.decode(clear(model.schedule.circuit, values)))
+
+
+class CkksInProcess(Link):
+    """Client and server of a compiled model in one memory: keys are made when it is, and ciphertexts are real."""
+
+    def __init__(self, model: ckks.CkksModel, tokenizer: TextTokenizer | None, deployment: str) -> None:
+        self.deployment, self.program = deployment, model.program
+        self.tables, self.tokenizer = model.client_tables, tokenizer
+        context, steps = Context(model.program.parameters), model.program.steps
+        self._client = Client(context)
+        keys = self._client.evaluation_keys(steps)
+        self.once = (Traffic(CLIENT, SERVER, sum(map(len, keys.values())), ONCE),)
+        self._keys, self._weights = EvaluationKeys(context, keys, steps), Weights(context, model.schedule)
+        self._weights.prepare()
+
+    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Vector], Report]:
+        start = time.perf_counter()
+        exchange = Exchange(self.program, self._client)
+        inputs = dict(zip(self.program.views, exchange.inputs(values), strict=True))
+        running, answers = evaluate(self._weights, self._keys, inputs), list[bytes]()
+        while True:
+            try:
+                masked = running.send(answers) if answers else next(running)
+            except StopIteration as end:
+                results = exchange.results(end.value)
+                return results, report(exchange, number, time.perf_counter() - start)
+            answers = exchange.refreshed(masked)
+
+    def close(self) -> None:
+        pass
+
+
+def report(exchange: Exchange, number: int, seconds: float) -> Report:
+    """What a query took that lasted so long. There is no offline phase, and nobody deals."""
+    traffic = (
+        Traffic(CLIENT, SERVER, exchange.sent, ONLINE),
+        Traffic(SERVER, CLIENT, exchange.received, ONLINE),
+    )
+    return Report(exchange.rounds, traffic, seconds, 0.0, exchange.seconds, 0.0, number)

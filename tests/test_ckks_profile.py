@@ -20,7 +20,7 @@ from protocols.ckks.evaluate import Weights
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context
-from secure.ckks.compile import Batched, Encrypted, encrypt, encrypt_batch
+from secure.ckks.compile import Batched, CkksModel, encrypt, encrypt_batch
 from secure.errors import Error
 
 SIZES = (4, 8, 3)
@@ -42,12 +42,12 @@ def samples(count: int = 12) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def encrypted() -> Encrypted:
+def encrypted() -> CkksModel:
     given = samples()
     return encrypt(model(), given[0], calibration=given[1:], precision_bits=8.0)
 
 
-def test_a_profile_adds_up(encrypted: Encrypted) -> None:
+def test_a_profile_adds_up(encrypted: CkksModel) -> None:
     found = encrypted_profiling.profile(encrypted, measured=False)
     assert found["seconds"] == pytest.approx(sum(found["breakdown"].values()))
     assert found["seconds"] == pytest.approx(sum(row.get("seconds", 0.0) for row in found["modules"].values()))
@@ -57,7 +57,7 @@ def test_a_profile_adds_up(encrypted: Encrypted) -> None:
     assert found["rounds"] == 1
 
 
-def test_bytes_are_those_of_real_keys_and_ciphertexts(encrypted: Encrypted) -> None:
+def test_bytes_are_those_of_real_keys_and_ciphertexts(encrypted: CkksModel) -> None:
     found = encrypted_profiling.profile(encrypted, measured=False)
     p = encrypted.program
     client = Client(Context(p.parameters))
@@ -70,7 +70,7 @@ def test_bytes_are_those_of_real_keys_and_ciphertexts(encrypted: Encrypted) -> N
     assert weights.bytes == found["weight memory"]
 
 
-def test_memory_is_bounded(encrypted: Encrypted) -> None:
+def test_memory_is_bounded(encrypted: CkksModel) -> None:
     weights = Weights(Context(encrypted.program.parameters), encrypted.schedule, limit=1 << 17)
     weights.prepare()
     assert 0 < weights.bytes <= 1 << 17
@@ -99,7 +99,7 @@ def test_more_operations_cost_more() -> None:
     assert cost.seconds(schedule(c), p) > 1.5 * one.total
 
 
-def test_the_command_prints_json_and_a_table(encrypted: Encrypted) -> None:
+def test_the_command_prints_json_and_a_table(encrypted: CkksModel) -> None:
     found = encrypted_profiling.profile(encrypted, measured=False)
     assert json.loads(json.dumps(found)) == found
     console = Console(file=io.StringIO(), width=200)

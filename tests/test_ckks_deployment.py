@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from tests.deployed import Deployed, Script, connect, frames, inputs, kept, running, sent, start, stored, upload, zeros
 
 from parties.ckks import client as encrypted_client
 from parties.ckks.client import EncryptedConnection
@@ -26,13 +27,12 @@ from parties.ckks.server import largest
 from parties.net.endpoints import open_channel
 from parties.net.frames import PART
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import EncryptedStub
+from proto.unseen_pb2_grpc import CkksStub
 from protocols.ckks.evaluate import Weights
 from protocols.ckks.seal import Client, Context, InvalidCiphertext
 from secure.errors import Error, PeerLost, ProtocolError, QueryError
 from tests import deployed
 from tests.ciphertexts import unpacked
-from tests.deployed import Deployed, Script, connect, frames, inputs, kept, running, sent, start, stored, upload, zeros
 from tests.tiny import wait_until
 
 Keys = dict[str, bytes]
@@ -323,7 +323,7 @@ def test_servers_that_are_refused(
     real: Deployed = request.getfixturevalue(name)
     monkeypatch.setattr(real.c, "_deadline", 1.0)
     with deployed.faulty(real.c, script) as server, open_channel(server.endpoint, insecure=False, what="x") as channel:
-        monkeypatch.setattr(real.c, "_stub", EncryptedStub(channel))
+        monkeypatch.setattr(real.c, "_stub", CkksStub(channel))
         with pytest.raises(error, match=message):
             real.c.query(inputs(real.name))
 
@@ -351,7 +351,7 @@ def test_what_a_client_sends(name: str, request: Any, monkeypatch: pytest.Monkey
     # the kinds of messages
     kinds = [(type(m), m.WhichOneof("content") if m.DESCRIPTOR.oneofs else None) for m in recorder.sent]
     uploads, queries = [(pb.UploadPart, k) for k in ("header", "data")], ("start", "frame")
-    order = [(pb.DescribeRequest, None), *uploads, *((pb.EncryptedRequest, k) for k in queries)]
+    order = [(pb.DescribeRequest, None), *uploads, *((pb.CkksRequest, k) for k in queries)]
     assert [kind for kind, _ in itertools.groupby(kinds)] == order
     header, begin, keys, ciphertexts = recorder.apart()
     assert begin == start(c).start

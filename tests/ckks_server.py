@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 import torch
 from rich.console import Console
+from tests.test_encrypted_programs import SAMPLES, digits
 from torch import Tensor, nn
 
 from parties.ckks import hosted as encrypted_hosting
@@ -34,12 +35,11 @@ from parties.net.calls import calling
 from parties.net.endpoints import Endpoint
 from parties.net.frames import parts, to_frames
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import EncryptedServicer, add_EncryptedServicer_to_server
+from proto.unseen_pb2_grpc import CkksServicer, add_CkksServicer_to_server
 from protocols.ckks import codec
 from protocols.ckks.seal import Client, Context
-from secure.ckks.compile import Encrypted, encrypt
+from secure.ckks.compile import CkksModel, encrypt
 from tests.ciphertexts import unpacked
-from tests.test_encrypted_programs import SAMPLES, digits
 from tests.tiny import Served
 
 Script = Callable[[EncryptedConnection], Iterable[Any]]
@@ -69,7 +69,7 @@ def model(name: str) -> nn.Module:
     return Tiny().eval() if name == "tiny" else digits(1)
 
 
-def build(name: str, precision_bits: float = 8) -> Encrypted:
+def build(name: str, precision_bits: float = 8) -> CkksModel:
     """In a ring of 8192, but for a pure DigitsModel, which takes 16384."""
     samples = [inputs(name, k) for k in range(8)]
     mode, degree = ("refresh" if name == "refresh" else "pure"), (16384 if name == "pure" else 8192)
@@ -162,11 +162,11 @@ class Query:
     """One by hand."""
 
     def __init__(self, c: EncryptedConnection) -> None:
-        self.box: queue.SimpleQueue[pb.EncryptedRequest | None] = queue.SimpleQueue()
+        self.box: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
         self.say(start(c), *(request for data in encrypted(c) for request in sent(data)))
         self.replies = c._stub.Query(iter(self.box.get, None), timeout=30)
 
-    def say(self, *requests: pb.EncryptedRequest) -> None:
+    def say(self, *requests: pb.CkksRequest) -> None:
         for request in requests:
             self.box.put(request)
 
@@ -200,13 +200,13 @@ def send_upload(c: EncryptedConnection, messages: Sequence[pb.UploadPart]) -> No
         c._stub.Upload(iter(messages), timeout=20)
 
 
-def start(c: EncryptedConnection, **other: str) -> pb.EncryptedRequest:
+def start(c: EncryptedConnection, **other: str) -> pb.CkksRequest:
     fields = {"program_digest": c.program.digest, "weights_digest": c._weights_digest, "keys_digest": c._keys_digest}
-    return pb.EncryptedRequest(start=pb.EncryptedStart(**{**fields, **other}))
+    return pb.CkksRequest(start=pb.CkksStart(**{**fields, **other}))
 
 
-def sent(data: bytes) -> list[pb.EncryptedRequest]:
-    return [pb.EncryptedRequest(frame=frame) for frame in to_frames(data)]
+def sent(data: bytes) -> list[pb.CkksRequest]:
+    return [pb.CkksRequest(frame=frame) for frame in to_frames(data)]
 
 
 def encrypted(c: EncryptedConnection, lower: int = 0) -> list[bytes]:
@@ -229,7 +229,7 @@ def zeros(c: EncryptedConnection, level: int, **other: int) -> bytes:
 # what a server may say
 
 
-class Faulty(EncryptedServicer):
+class Faulty(CkksServicer):
     """Describes what a real server does, says that it holds all keys, and then says ``script``."""
 
     def __init__(self, c: EncryptedConnection, script: Script) -> None:
@@ -241,14 +241,14 @@ class Faulty(EncryptedServicer):
     def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> pb.KeysReply:
         return pb.KeysReply(held=sum(len(part.data) for part in requests) > 0)
 
-    def Query(self, requests: Any, context: grpc.ServicerContext) -> Iterator[pb.EncryptedReply]:
+    def Query(self, requests: Any, context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
         for content in self.script(self.c):
-            yield pb.EncryptedReply(**content)
+            yield pb.CkksReply(**content)
 
 
 @contextmanager
 def faulty(c: EncryptedConnection, script: Script) -> Iterator[Served]:
-    served = Served(add_EncryptedServicer_to_server, Faulty(c, script))
+    served = Served(add_CkksServicer_to_server, Faulty(c, script))
     try:
         yield served
     finally:
@@ -291,14 +291,14 @@ class Recorder(
     def intercept_stream_stream(self, go_on: Any, details: Any, requests: Any) -> Any:
         return go_on(details, self._noted(requests))
 
-    def apart(self) -> tuple[pb.KeysHeader, pb.EncryptedStart, list[bytes], list[bytes]]:
+    def apart(self) -> tuple[pb.KeysHeader, pb.CkksStart, list[bytes], list[bytes]]:
         """Header, start, keys and ciphertexts."""
         header = next(m.header for m in self.sent if type(m) is pb.UploadPart)
-        begin = next(m.start for m in self.sent if type(m) is pb.EncryptedRequest)
+        begin = next(m.start for m in self.sent if type(m) is pb.CkksRequest)
         joined = b"".join(m.data for m in self.sent if type(m) is pb.UploadPart)
         at = np.cumsum([0, *(key.size for key in header.keys)]).tolist()
         assert len(joined) == at[-1]
-        frames = [m.frame for m in self.sent if type(m) is pb.EncryptedRequest and m.HasField("frame")]
+        frames = [m.frame for m in self.sent if type(m) is pb.CkksRequest and m.HasField("frame")]
         ends = [0, *(i + 1 for i, frame in enumerate(frames) if frame.last)]
         ciphertexts = [b"".join(f.data for f in frames[a:b]) for a, b in itertools.pairwise(ends)]
         return header, begin, [joined[a:b] for a, b in itertools.pairwise(at)], ciphertexts

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from protocols.ckks.circuit import clear
-from secure.ckks.compile import Encrypted, encrypt
-from secure.ckks.program import EncryptedProgram
+from secure.ckks.compile import CkksModel, encrypt
+from secure.ckks.program import CkksProgram
 from secure.errors import DoesNotFit, InvalidProgram, UnsupportedOperation
 from secure.models.digits import DigitsModel
 from secure.polynomial.forms import freeze_untrained
@@ -43,12 +43,12 @@ def digits(layers: int) -> DigitsModel:
     return model
 
 
-def packed(model: nn.Module, mode: str, degree: int) -> Encrypted:
+def packed(model: nn.Module, mode: str, degree: int) -> CkksModel:
     return encrypt(model, SAMPLES[0], calibration=SAMPLES[1:], mode=mode, precision_bits=8, degrees=[degree])
 
 
 @pytest.fixture(scope="module")
-def refreshed() -> Encrypted:
+def refreshed() -> CkksModel:
     return packed(digits(2), "refresh", 8192)
 
 
@@ -98,9 +98,9 @@ def test_a_model_with_comparisons_is_refused(function: nn.Module) -> None:
         packed(Small(function).eval(), "pure", 8192)
 
 
-def test_a_document_comes_back(refreshed: Encrypted) -> None:
+def test_a_document_comes_back(refreshed: CkksModel) -> None:
     program = refreshed.program
-    back = EncryptedProgram.from_bytes(program.encoded)
+    back = CkksProgram.from_bytes(program.encoded)
     assert (back.encoded, back.digest) == (program.encoded, program.digest)
     assert back.parameters == program.parameters
     assert back.refreshes == program.refreshes
@@ -163,12 +163,12 @@ def view(d: dict[str, Any], place: int, value: Any) -> None:
         (lambda d: d.update(ranges={}), "do not hold together"),
     ],
 )
-def test_a_document_that_was_changed_is_refused(change: Change, message: str, refreshed: Encrypted) -> None:
+def test_a_document_that_was_changed_is_refused(change: Change, message: str, refreshed: CkksModel) -> None:
     document = json.loads(refreshed.program.encoded)
-    EncryptedProgram.from_bytes(json.dumps(document).encode())
+    CkksProgram.from_bytes(json.dumps(document).encode())
     change(document)
     with pytest.raises(InvalidProgram, match=message):
-        EncryptedProgram.from_bytes(json.dumps(document).encode())
+        CkksProgram.from_bytes(json.dumps(document).encode())
 
 
 @pytest.mark.parametrize(
@@ -182,21 +182,21 @@ def test_a_document_that_was_changed_is_refused(change: Change, message: str, re
         ),
     ],
 )
-def test_a_document_that_cannot_be_used_is_refused(change: Change, refreshed: Encrypted) -> None:
+def test_a_document_that_cannot_be_used_is_refused(change: Change, refreshed: CkksModel) -> None:
     document = json.loads(refreshed.program.encoded)
     change(document)
     with pytest.raises(InvalidProgram):
-        EncryptedProgram.from_bytes(json.dumps(document).encode())
+        CkksProgram.from_bytes(json.dumps(document).encode())
 
 
 def test_bytes_that_are_no_document_are_refused() -> None:
     for data in (b"", b"{}", b"[]", b"\xff\xfe", b"[" * 100_000, b"null"):
         with pytest.raises(InvalidProgram):
-            EncryptedProgram.from_bytes(data)
+            CkksProgram.from_bytes(data)
 
 
 @pytest.mark.parametrize("value", [3.0, -1.0, float("nan"), float("inf")])
-def test_inputs_out_of_range_are_refused(value: float, refreshed: Encrypted) -> None:
+def test_inputs_out_of_range_are_refused(value: float, refreshed: CkksModel) -> None:
     image = images(3)["images"].clone()
     image[0, 5] = value
     with pytest.raises(
@@ -206,7 +206,7 @@ def test_inputs_out_of_range_are_refused(value: float, refreshed: Encrypted) -> 
 
 
 @pytest.mark.parametrize("value", [10.0, -10.0, float("nan"), float("inf")])
-def test_absurd_outputs_are_refused(value: float, refreshed: Encrypted) -> None:
+def test_absurd_outputs_are_refused(value: float, refreshed: CkksModel) -> None:
     program = refreshed.program
     slots = [np.full(program.parameters.slots, 0.5) for _ in program.output]
     assert program.decode(slots) == pytest.approx(torch.full(program.output_shape, 0.5 * program.output_unit))

@@ -1,0 +1,87 @@
+"""Messages between the processes of one server: JSON and counted bytes over a socket, and a schedule as one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from protocols.ckks.circuit import Circuit, Node, Plain
+from protocols.ckks.parameters import Parameters
+from protocols.ckks.schedule import Schedule
+from protocols.errors import Error
+
+LONGEST = 1 << 32  # bytes of one part of a message
+
+
+class Pipe:
+    """One end of a socket between two of a server's processes."""
+
+    def __init__(self, at: socket.socket) -> None:
+        self.socket = at
+
+    def send(self, header: dict[str, Any], payloads: Sequence[bytes | memoryview] = ()) -> None:
+        """A message: a JSON object, and byte strings after it."""
+        text = json.dumps({**header, "sizes": [len(p) for p in payloads]}).encode()
+        self.socket.sendall(struct.pack("<Q", len(text)) + text)
+        for payload in payloads:
+            self.socket.sendall(payload)
+
+    def receive(self) -> tuple[dict[str, Any], list[bytes]]:
+        """The next message; EOFError where the other side is gone."""
+        (size,) = struct.unpack("<Q", self._exactly(8))
+        header = json.loads(self._exactly(size))
+        return header, [self._exactly(n) for n in header.pop("sizes")]
+
+    def _exactly(self, size: int) -> bytes:
+        if size > LONGEST:
+            raise Error(f"a message of {size} bytes between processes, where {LONGEST} is the limit")
+        data = bytearray(size)
+        view, filled = memoryview(data), 0
+        while filled < size:
+            count = self.socket.recv_into(view[filled:])
+            if not count:
+                raise EOFError
+            filled += count
+        return bytes(data)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def send_schedule(pipe: Pipe, schedule: Schedule, parameters: Parameters, views: Sequence[str]) -> None:
+    """All that a process needs to evaluate: weights included, so it goes to the server's own processes alone.
+
+    views: the names of the inputs, in the order in which their ciphertexts will come.
+    """
+    circuit = schedule.circuit
+    vectors = [p for p in circuit.plains if isinstance(p, np.ndarray)]
+    header = {
+        "slots": circuit.slots,
+        "nodes": [[n.op, n.inputs, n.numbers, n.name] for n in circuit.nodes],
+        "paths": circuit.paths,
+        "plains": [None if isinstance(p, np.ndarray) else p for p in circuit.plains],
+        "outputs": circuit.outputs,
+        "levels": schedule.levels,
+        "stages": schedule.stages,
+        "reserve": schedule.reserve,
+        "parameters": dataclasses.asdict(parameters),
+        "views": list(views),
+    }
+    pipe.send(header, [np.ascontiguousarray(v, "<f8").data.cast("B") for v in vectors])
+
+
+def receive_schedule(pipe: Pipe) -> tuple[Schedule, Parameters, list[str]]:
+    """The other end of ``send_schedule``."""
+    d, payloads = pipe.receive()
+    vectors = iter(payloads)
+    plains: list[Plain] = [np.frombuffer(next(vectors), "<f8") if p is None else float(p) for p in d["plains"]]
+    nodes = [Node(op, tuple(inputs), tuple(numbers), name) for op, inputs, numbers, name in d["nodes"]]
+    circuit = Circuit(d["slots"], nodes, d["paths"], plains, d["outputs"])
+    schedule = Schedule(circuit, tuple(d["levels"]), tuple(d["stages"]), d["reserve"])
+    return schedule, Parameters(**d["parameters"]), d["views"]
