@@ -328,12 +328,14 @@ class Working(_message.Message):
     def __init__(self, steps: _Optional[int] = ..., waits_for: _Optional[str] = ...) -> None: ...
 
 class AskReply(_message.Message):
-    __slots__ = ("working", "answer")
+    __slots__ = ("working", "answer", "failure")
     WORKING_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     working: Working
     answer: Answer
-    def __init__(self, working: _Optional[_Union[Working, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ...) -> None: ...
+    failure: Failure
+    def __init__(self, working: _Optional[_Union[Working, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("share", "seconds", "waited", "rounds", "sent", "corrections", "dealing")

@@ -57,8 +57,13 @@ class Asked:
         self._answer.cancel()
 
     def when_left(self, action: Callable[[], object]) -> None:
-        """Call ``action`` once the client has left, or has its answer."""
-        self._answer.add_done_callback(lambda _: action())
+        """Call ``action`` once the client has left before its answer."""
+
+        def look(answer: Future[pb.Answer]) -> None:
+            if answer.cancelled():
+                action()
+
+        self._answer.add_done_callback(look)
 
     def replies(self, joining: float) -> Iterator[pb.AskReply]:
         """Words to the client until the answer; its error is raised.

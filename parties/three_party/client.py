@@ -31,7 +31,7 @@ from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
-from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError
+from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, from_code, printable
 from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
@@ -167,7 +167,7 @@ class _Asking:
         self._peers, self._deadline = peers[: len(messages)], deadline
         self._heard: queue.SimpleQueue[tuple[int, pb.AskReply | grpc.RpcError | None]] = queue.SimpleQueue()
         self._answers: dict[int, pb.Answer] = {}
-        self._failed: dict[int, grpc.RpcError | None] = {}  # in the order in which they did; None: without a word
+        self._failed: dict[int, grpc.RpcError | pb.Failure | None] = {}  # in their order; None: without a word
         self._grown = time.monotonic()  # when the steps of any party last grew
         self._word = [self._grown] * len(messages)  # when each was last heard of
         self._steps, self._waits_for = [0] * len(messages), [""] * len(messages)
@@ -206,6 +206,8 @@ class _Asking:
         if not isinstance(reply, pb.AskReply):
             if party not in self._answers:
                 self._failed.setdefault(party, reply)
+        elif reply.WhichOneof("content") == "failure":
+            self._failed.setdefault(party, reply.failure)
         elif reply.WhichOneof("content") == "answer":
             self._answers[party], self._grown = reply.answer, self._word[party]
         else:
@@ -214,16 +216,20 @@ class _Asking:
             self._waits_for[party] = reply.working.waits_for
 
     def _cause(self) -> Error:
-        """What failed first is nearest to the cause; but a party that cannot be reached explains who waited for it."""
-        gone = [p for p, e in self._failed.items() if _unreachable(e)]
-        party = (gone or list(self._failed))[0]
+        """What failed first is nearest to the cause. But a party that cannot be reached explains who waited for it, and
+        one that says what was wrong, who lost it.
+        """
+        party = min(self._failed, key=lambda p: _distance(self._failed[p]))  # the first of equals
+        peer, error = self._peers[party], self._failed[party]
+        if error is None:
+            return ProtocolError(f"{peer} ended the query without an answer")
+        if isinstance(error, pb.Failure):
+            return from_code(error.code, f"{peer} reports: {printable(error.message)}")
         try:
-            with self._peers[party].calling("asking"):
-                if (error := self._failed[party]) is not None:
-                    raise error
+            with peer.calling("asking"):
+                raise error
         except Error as found:
             return found
-        return ProtocolError(f"{self._peers[party]} ended the query without an answer")
 
     def _late(self, now: float) -> PeerLost | None:
         """The party that kept all others waiting for the deadline, if one did."""
@@ -244,5 +250,8 @@ class _Asking:
         )
 
 
-def _unreachable(error: Any) -> bool:
-    return isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE
+def _distance(error: Any) -> int:
+    """How far a party's failure is from what caused it."""
+    if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
+        return 0
+    return 1 if isinstance(error, pb.Failure) and error.code != PeerLost.code else 2

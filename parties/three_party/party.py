@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import grpc
 from torch import Tensor
 
-from parties.net.calls import answering
+from parties.net.calls import unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -71,7 +71,7 @@ class PartyService(PartyServicer, ABC):
     # the client
 
     def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> Iterator[pb.AskReply]:
-        with answering(context, self.log):
+        try:
             if not self._free.acquire(blocking=False):
                 raise Error(f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
             try:
@@ -82,6 +82,12 @@ class PartyService(PartyServicer, ABC):
                     yield from asked.replies(self.deadline)
             finally:
                 self._free.release()
+        except Error as error:
+            self.log.warning("a query ended: %s", str(error).splitlines()[0])
+            yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
+        except Exception as error:
+            unexpected(error, self.log)
+            yield pb.AskReply(failure=pb.Failure(code=Error.code, message="internal error\nhint: see its log"))
 
     @abstractmethod
     def asked_sizes(self) -> list[int]:

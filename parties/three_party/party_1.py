@@ -60,6 +60,7 @@ class Party1Service(PartyService):
             asked.finish(call.run())
         except Error as error:
             asked.fail(error)
+            call.fail(error)
         except Exception as error:
             unexpected(error, self.log)
             asked.fail(Error("party 1 has an internal error", "see its log"))
@@ -116,12 +117,19 @@ class _Call:
         welcome = self._next("its greeting")
         if welcome.WhichOneof("content") != "welcome":
             raise ProtocolError(f"{PEER} does not begin with its greeting")
-        number = welcome.welcome.supply
-        try:
-            return self._compute(number)
-        except Error as error:
-            self._outbox.put(pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error))))
-            raise
+        return self._compute(welcome.welcome.supply)
+
+    def fail(self, error: Error) -> None:
+        """Tell party 0 why this query has ended."""
+        self._outbox.put(pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error))))
+        self._end()
+
+    def _end(self) -> None:
+        """Until party 0 has read all, or has told the client why not."""
+        self._outbox.put(None)
+        with self._watch.guard(), suppress(grpc.RpcError):
+            for _ in self._call:
+                pass
 
     def _compute(self, number: bytes) -> pb.Answer:
         service, share, asked = self._service, self._service.share, self._asked
@@ -141,9 +149,6 @@ class _Call:
         seconds = time.perf_counter() - begun
         self._outbox.put(pb.PeerMessage(tag=rounds.sent_seal.tag()))
         rounds.compare(self._next("its tag"), PEER)
-        self._outbox.put(None)
-        with self._watch.guard(), suppress(grpc.RpcError):  # until party 0 has read all, or has told the client why not
-            for _ in self._call:
-                pass
+        self._end()
         encoded = service.for_client(running.result, number)
         return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent_bytes)

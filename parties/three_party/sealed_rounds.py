@@ -44,7 +44,10 @@ class Rounds(Observer):
         return f"module '{path}' (round {self.count} of {circuit.cost.rounds})"
 
     def run(self, correlations: Correlations, inputs: dict[str, Any], following: NextMessage, peer: str) -> Framed[Any]:
-        """This party's part, as frames to send; the peer's are among ``following``. Its results are its shares of the outputs."""
+        """This party's part, as frames to send; the peer's are among ``following``.
+
+        The results are its shares of the outputs.
+        """
         circuit, outputs = self.share.circuit.circuit, [self.share.circuit.output]
         step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
         return Framed(step, lambda size: self._read(size, following, peer), self)
