@@ -298,16 +298,18 @@ class CkksReply(_message.Message):
     def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., refresh: _Optional[int] = ..., result: _Optional[int] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class AskStart(_message.Message):
-    __slots__ = ("version", "model", "session", "seed")
+    __slots__ = ("version", "model", "session", "seed", "deadline")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FIELD_NUMBER: _ClassVar[int]
     version: int
     model: str
     session: bytes
     seed: bytes
-    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., seed: _Optional[bytes] = ...) -> None: ...
+    deadline: float
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., deadline: _Optional[float] = ...) -> None: ...
 
 class AskPart(_message.Message):
     __slots__ = ("start", "frame")
@@ -316,6 +318,24 @@ class AskPart(_message.Message):
     start: AskStart
     frame: Frame
     def __init__(self, start: _Optional[_Union[AskStart, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class Working(_message.Message):
+    __slots__ = ("steps", "waits_for")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    waits_for: str
+    def __init__(self, steps: _Optional[int] = ..., waits_for: _Optional[str] = ...) -> None: ...
+
+class AskReply(_message.Message):
+    __slots__ = ("working", "answer", "failure")
+    WORKING_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    working: Working
+    answer: Answer
+    failure: Failure
+    def __init__(self, working: _Optional[_Union[Working, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("share", "seconds", "waited", "rounds", "sent", "corrections", "dealing")

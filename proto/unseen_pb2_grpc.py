@@ -607,10 +607,10 @@ class PartyStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Ask = channel.stream_unary(
+        self.Ask = channel.stream_stream(
                 '/unseen.v2.Party/Ask',
                 request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Answer.FromString,
+                response_deserializer=proto_dot_unseen__pb2.AskReply.FromString,
                 _registered_method=True)
         self.Compute = channel.stream_stream(
                 '/unseen.v2.Party/Compute',
@@ -641,7 +641,9 @@ class PartyServicer:
 
     def Ask(self, request_iterator, context):
         """Client to parties 0 and 1: its input's share, in parts; back comes the output's share. To party 2 its keys where
-        rows are looked up in a shared table; back comes nothing.
+        rows are looked up in a shared table; back comes an answer without a share. Until then a Working comes every
+        second, or four times in the client's deadline if that is more often. A client gives up, and names who is to blame,
+        where a party sends nothing for its deadline, or nobody's steps grow for as long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -678,10 +680,10 @@ class PartyServicer:
 
 def add_PartyServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Ask': grpc.stream_unary_rpc_method_handler(
+            'Ask': grpc.stream_stream_rpc_method_handler(
                     servicer.Ask,
                     request_deserializer=proto_dot_unseen__pb2.AskPart.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Answer.SerializeToString,
+                    response_serializer=proto_dot_unseen__pb2.AskReply.SerializeToString,
             ),
             'Compute': grpc.stream_stream_rpc_method_handler(
                     servicer.Compute,
@@ -727,12 +729,12 @@ class Party:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/unseen.v2.Party/Ask',
             proto_dot_unseen__pb2.AskPart.SerializeToString,
-            proto_dot_unseen__pb2.Answer.FromString,
+            proto_dot_unseen__pb2.AskReply.FromString,
             options,
             channel_credentials,
             insecure,

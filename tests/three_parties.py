@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from approximations.activations import GELU_FORMS
-from parties.three_party.client import ThreePartyConnection, connect_three
+import secure
+from parties.net.hosting import Service
+from parties.net.network import Plaintext
+from parties.net.peer import Peer
+from parties.three_party.hosted import parts_of
 from parties.three_party.party import PartyService
-from parties.three_party.party_0 import ZeroService
-from parties.three_party.party_1 import OneService
-from parties.three_party.party_2 import HelperService
+from parties.three_party.party_0 import Party0Service
+from parties.three_party.party_1 import Party1Service
+from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share, share_model
-from proto.unseen_pb2_grpc import add_PartyServicer_to_server
-from protocols.fixedpoint import FixedPoint
-from secure.models.text import compile_text_model
-from tests.tiny import LENGTH, Served, sentences
+from secure.deployments.three_party import ThreeParty
+from secure.session import Session
+from tests.tiny import LENGTH, LOOPBACK, sentences
 
 Kinds = Mapping[int, type[PartyService]]
 NONE: Mapping[int, Any] = {}
@@ -26,25 +28,54 @@ NONE: Mapping[int, Any] = {}
 
 def shared(directory: Path, where: Path, embedding: str, *, public_weights: bool = False) -> Path:
     """The model of ``directory``, compiled and shared."""
-    compiled, tokenizer, raw = compile_text_model(
-        str(directory), LENGTH, embedding, GELU_FORMS[0], FixedPoint(), sentences()
+    deployment = ThreeParty(public_weights=public_weights)
+    compiled = secure.compile_text_model(
+        str(directory), LENGTH, deployment=deployment, embedding=embedding, calibration=sentences()
     )
-    share_model(compiled, tokenizer, raw, where, public_weights=public_weights)
+    share_model(compiled, where)
     return where
+
+
+@dataclass
+class Party:
+    """One running party."""
+
+    service: PartyService
+    hosted: Service
+
+    @property
+    def address(self) -> str:
+        return self.hosted.address
+
+    def peer(self) -> Peer:
+        """A channel to it."""
+        return Peer(f"party {self.service.share.party}", self.address, Plaintext(), start="the test")
+
+    def stop(self) -> None:
+        """At once, as a kill would."""
+        self.hosted.close()
 
 
 @dataclass
 class Three:
     """Three running parties."""
 
-    parties: list[Served]
+    parties: list[Party]
 
     @property
-    def addresses(self) -> list[str]:
-        return [party.address for party in self.parties]
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(party.address for party in self.parties)
 
-    def dial(self, **options: Any) -> ThreePartyConnection:
-        return connect_three(self.addresses, cache=False, **{"deadline": 20.0, **options})
+    def dial(self, **options: Any) -> Session:
+        return call(self.addresses, **options)
+
+
+def call(addresses: tuple[str, ...], deployment: ThreeParty | None = None, **options: Any) -> Session:
+    """A session with parties at these addresses; no cache unless ``options`` say so."""
+    public = deployment is not None and deployment.public_weights
+    return secure.connect(
+        ThreeParty(parties=addresses, public_weights=public), **{"deadline": 20.0, "cache": False, **options}
+    )
 
 
 @contextmanager
@@ -60,15 +91,15 @@ def running(
     loaded = [load_share(shares.get(party, where / f"party-{party}")) for party in range(3)]
     with ExitStack() as stack:
 
-        def serve(service: PartyService) -> Served:
-            served = Served(add_PartyServicer_to_server, service)
-            stack.callback(getattr(service, "close", lambda: None))
-            stack.callback(served.stop)
-            return served
+        def serve(service: PartyService) -> Party:
+            return Party(
+                service, stack.enter_context(Service(parts_of(service), LOOPBACK, Plaintext(), what="the test"))
+            )
 
-        two = serve(kinds.get(2, HelperService)(loaded[2], deadline=deadline))
-        zero_kind: Any = kinds.get(0, ZeroService)
-        one_kind: Any = kinds.get(1, OneService)
-        zero = serve(zero_kind(loaded[0], two.endpoint, ahead=ahead, deadline=deadline))
-        one = serve(one_kind(loaded[1], zero.endpoint, two.endpoint, deadline=deadline))
+        kind_0: Any = kinds.get(0, Party0Service)
+        kind_1: Any = kinds.get(1, Party1Service)
+        kind_2: Any = kinds.get(2, Party2Service)
+        two = serve(kind_2(loaded[2], deadline=deadline))
+        zero = serve(kind_0(loaded[0], two.peer(), ahead=ahead, deadline=deadline))
+        one = serve(kind_1(loaded[1], zero.peer(), two.peer(), deadline=deadline))
         yield Three([zero, one, two])

@@ -6,24 +6,22 @@ a client as well, or the model's owner: a party learns no more for that than wha
 
 from __future__ import annotations
 
+import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import grpc
 from torch import Tensor
 
-from parties.net.calls import calling
-from parties.net.endpoints import Endpoint, open_channel
 from parties.net.frames import to_frames
-from parties.served.files import TOKEN_TABLE, cache_directory, fetch, received_tokenizer, unpack_tables
-from parties.three_party.party import DEPLOYMENT, SESSION_BYTES
+from parties.net.peer import Peer
+from parties.served.described import ConnectOptions, ask_description, read_description
+from parties.three_party.party import SESSION_BYTES
 from parties.three_party.party_1 import input_key
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
@@ -31,212 +29,229 @@ from protocols import ring, wire
 from protocols.prg import fresh_seed
 from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
-from protocols.three_party.sharing import HELPER
-from secure.deployments.three_party import three_party
-from secure.errors import Error, HandshakeError, ProtocolError
-from secure.models.tokens import tokenize
-from secure.mpc.program import VERSION, Program
+from secure.cost.traffic import ONLINE, Traffic, links
+from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
+from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, from_code, printable
+from secure.mpc.program import Program
+from secure.session import Link, Report
+from secure.version import WIRE_VERSION
 
-GRACE = 2.0  # seconds that the other party has to say why, when one has failed
+GRACE = 2.0  # seconds that the other parties have to say why, when one has failed
 
 
 @dataclass(frozen=True)
-class ThreePartyReport:
-    """What one query took. ``cost``: bytes between the parties, ``to_second`` from 0 to 1 and ``to_first`` back,
-    ``dealt`` from 2 to 0.
+class Times:
+    """Seconds of party 0 in one query: from the first round to the last, and of it those that party 2 kept it waiting
+    for corrections.
     """
 
-    cost: CircuitCost
-    seconds: float  # that the client waited
-    online_seconds: float  # of party 0, from the first round to the last
-    waited_seconds: float  # of which for corrections of party 2
-    dealing_seconds: float  # until all of them were there, which may have been before the query
-    sent: int  # by the client, to both
-    received: int
+    computing: float
+    waited: float
 
 
-class ThreePartyConnection:
-    """Queries to three parties; a context manager. One query at a time.
+class ThreePartyLink(Link):
+    """Queries to three parties. A query that fails does not end it: every query stands for itself.
 
-    parties: their addresses; that of party 2 may be left out where no tokens are looked up in a shared table.
-    deadline: seconds to wait for an answer of a party that does nothing; what lasts is watched by the parties.
-    program_digest: refuse parties whose Program has another digest.
+    served: the deployment that the parties' model was compiled for, public weights or not. times: of the last query.
+
+    Deadline: parties say every second how far they are. A query ends with a PeerLost that names a party which said
+    nothing for the deadline, or which the others waited for while nobody got any further for as long. So a query may
+    last longer than the deadline, but no single step of it.
     """
 
-    def __init__(
-        self,
-        parties: Sequence[str],
-        *,
-        insecure: bool = False,
-        deadline: float = 60.0,
-        cache: Path | None = None,
-        program_digest: str | None = None,
-    ) -> None:
-        if len(parties) not in (2, 3):
-            raise Error(f"{len(parties)} addresses of parties", "those of parties 0 and 1, and 2 if you like")
-        self._at = [Endpoint.parse(a, what=f"party {i}") for i, a in enumerate(parties)]
-        self._deadline, self._lock = deadline, threading.Lock()
-        self.reports: list[ThreePartyReport] = []
-        with ExitStack() as stack:
-            self._open = stack
-            channels = [open_channel(at, insecure=insecure, what=f"party {i}") for i, at in enumerate(self._at)]
-            for channel in channels:
-                stack.callback(channel.close)
-            self._stubs = [PartyStub(channel) for channel in channels]
-            self._describe(program_digest, cache)
+    def __init__(self, deployment: ThreeParty, options: ConnectOptions) -> None:
+        if len(deployment.parties) not in (2, 3):
+            raise InvalidInput(
+                f"parties: {len(deployment.parties)} addresses", "those of parties 0, 1 and 2, in this order"
+            )
+        self.deployment, self._deadline = deployment.name, options.deadline
+        self.times = Times(0.0, 0.0)
+        with ExitStack() as stack:  # whatever fails on the way closes what was opened
+            self._peers = list[Peer]()
+            for number, (role, at) in enumerate(zip(PARTIES, deployment.parties, strict=False)):
+                self._peers.append(Peer(role, at, options.network, start=f"unseen party --id {number}"))
+                stack.callback(self._peers[-1].close)
+            self._describe(deployment, options)
             self._open = stack.pop_all()
 
-    def _describe(self, pinned: str | None, cache: Path | None) -> None:
-        found = []
-        for party, (stub, at) in enumerate(zip(self._stubs, self._at, strict=True)):
-            with calling(f"party {party}", at, f"start it with: unseen party --id {party} --listen {at}"):
-                found.append(stub.Describe(pb.DescribeRequest(), timeout=self._deadline))
-            d = found[-1]
-            if (d.version, d.deployment) != (VERSION, DEPLOYMENT):
-                raise HandshakeError(f"version: party {party} speaks '{d.version}' of {d.deployment!r}")
-            if d.party != party:
-                raise HandshakeError(
-                    f"party {d.party} answers at {at}, where party {party} should", "swap the addresses"
-                )
+    def _describe(self, deployment: ThreeParty, options: ConnectOptions) -> None:
+        found = [
+            ask_description(peer, deployment, role, options) for peer, role in zip(self._peers, PARTIES, strict=False)
+        ]
         first = found[0]
-        if len({(d.model, d.program, d.public_weights) for d in found}) > 1:
-            raise HandshakeError(
-                "the parties serve different models", "give them the shares of one run of: unseen share-model"
-            )
-        self.program, self._model = Program.from_bytes(first.program), first.model
-        if pinned is not None and pinned != self.program.digest:
-            raise HandshakeError(
-                f"Program digest: the parties have {self.program.digest!r}, this client expects {pinned!r}",
-                "ask the model's owner which Program it is",
-            )
-        self.public_weights = first.public_weights
-        self._circuit = three_party(self.program, public=first.public_weights)
-        self.files = {f.name: f.size for f in first.files}
-        payloads = {f.name: fetch(f, self._download, cache) for f in first.files if f.name == TOKEN_TABLE}
-        tables = {c.table: c.size for c in self.program.client_inputs if c.encoding == "client-table"}
-        self._tables = unpack_tables(payloads.get(TOKEN_TABLE), tables)
-        self._tokenizer = received_tokenizer(first.tokenizer, first.pad_id, first.lowercase)
-
-    def _download(self, sha256: str) -> Iterator[bytes]:
-        with calling("party 0", self._at[0], "try again"):
-            for chunk in self._stubs[0].Download(pb.DownloadRequest(sha256=sha256), timeout=600):
-                yield chunk.data
-
-    @property
-    def length(self) -> int:
-        """Tokens that a text may have, special ones included."""
-        return int(self.program.labels.get("length", 0))
-
-    def query(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The model's answer (float64) on the model's own arguments; its report is the last of ``reports``."""
-        values = self.program.client_values(inputs, self._tables)
-        with self._lock:
-            start = time.perf_counter()
-            session, seed = secrets.token_bytes(SESSION_BYTES), fresh_seed()
-            key, payload = input_key(seed, session), bytearray()
-            for name, (index, p) in self._circuit.inputs.items():
-                payload += wire.encode(values[name] - seeded_share(key, index, p.shape), p.out)
-            given = [payload, bytearray(), bytearray()]
-            for p in (p for _, p in self._circuit.lookups.values()):
-                for party, keys in enumerate(p.keys(values[p.source].argmax(-1))):
-                    given[party] += keys
-            messages = []
-            for party, (own, frame) in enumerate(zip((b"", seed, b""), given, strict=True)):
-                start_of = pb.AskStart(version=VERSION, model=self._model, session=session, seed=own)
-                frames = to_frames(bytes(frame)) if frame else ()
-                if party != HELPER or frame:
-                    messages.append([pb.AskPart(start=start_of), *(pb.AskPart(frame=f) for f in frames)])
-            if len(messages) > len(self._stubs):
-                raise Error("tokens are looked up in a shared table, so party 2 is needed", "give three addresses")
-            zero, one = self._ask(messages)
-            result = self._put_together(zero, one)
-            seconds = time.perf_counter() - start
-            self.reports.append(
-                ThreePartyReport(
-                    CircuitCost(zero.rounds, one.sent, zero.sent, zero.corrections),
-                    seconds,
-                    zero.seconds,
-                    zero.waited,
-                    zero.dealing,
-                    sum(part.ByteSize() for parts in messages for part in parts),
-                    zero.ByteSize() + one.ByteSize(),
-                )
-            )
-        return self.program.decode(result)
-
-    def _ask(self, messages: Sequence[Sequence[pb.AskPart]]) -> list[pb.Answer]:
-        """Both parties at once; where one fails the other is given up, after a moment in which it may say why."""
-        calls = [stub.Ask.future(iter(parts)) for stub, parts in zip(self._stubs, messages, strict=False)]
-        ended = threading.Event()
-
-        failed: list[Any] = []
-
-        def look(done: Any) -> None:
-            if done.code() != grpc.StatusCode.OK:
-                failed.append(done)
-            if failed or all(call.done() for call in calls):
-                ended.set()
-
-        for call in calls:
-            call.add_done_callback(look)
-        try:
-            ended.wait()
-            until = time.monotonic() + GRACE
-            while not all(call.done() for call in calls) and time.monotonic() < until:
-                time.sleep(0.02)
-        finally:
-            for call in calls:
-                call.cancel()
-        # what failed first is nearest to the cause; a party that cannot be reached explains more than who waited for it
-        first = sorted(failed, key=lambda call: call.code() != grpc.StatusCode.UNAVAILABLE)[:1]
-        answers: dict[int, pb.Answer] = {}
-        for party in sorted(range(len(calls)), key=lambda i: calls[i] not in first):
-            with calling(
-                f"party {party}", self._at[party], f"start it with: unseen party --id {party}", doing="asking"
+        for role, other in zip(PARTIES[1:], found[1:], strict=False):
+            if (other.model, other.program, dict(other.compiled_as)) != (
+                first.model,
+                first.program,
+                dict(first.compiled_as),
             ):
-                answers[party] = calls[party].result()
-        return [answers[0], answers[1]]
+                raise HandshakeError(
+                    f"the parties serve different models: {role} another than {PARTIES[0]}",
+                    "give them the shares of one run of: unseen share-model",
+                )
+        read = read_description(self._peers[0], first, PARTIES[0], Program.from_bytes, options)
+        self.program, self.once, self._model = read.program, read.once, read.model
+        self.tables, self.tokenizer = read.tables, read.tokenizer
+        try:
+            self.served = ThreeParty.served(read.compiled_as)
+        except InvalidInput as error:
+            raise HandshakeError(f"{PARTIES[0]}: {error}", "use the same version of unseen everywhere") from None
+        self._circuit = self.served.translated(self.program)
+        self._names = self.served.deployed(self.program).names
+        if len(self._peers) < len(PARTIES) and any(not p.public for _, p in self._circuit.lookups.values()):
+            raise InvalidInput(
+                f"tokens are looked up in a shared table, so {PARTIES[2]} is needed", "give three addresses"
+            )
 
-    def _put_together(self, zero: pb.Answer, one: pb.Answer) -> Tensor:
-        form = self._circuit.result
-        for party, answer in enumerate((zero, one)):
-            if len(answer.share) != form.size:
-                raise ProtocolError(f"party {party} sent {len(answer.share)} bytes of the output, it has {form.size}")
-        return ring.reduce(wire.decode(zero.share, form) + wire.decode(one.share, form), form.bits)
+    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+        start = time.perf_counter()
+        messages = self._messages(values)
+        sharing = time.perf_counter() - start
+        asking = _Asking(self._peers, messages, self._deadline)
+        first, second, *_ = answers = asking.run()
+        came = time.perf_counter()
+        results = self._put_together([first.share, second.share])
+        end = time.perf_counter()
+        self.times = Times(first.seconds, first.waited)
+        between = CircuitCost(first.rounds, second.sent, first.sent, first.corrections)
+        sent = [sum(part.ByteSize() for part in parts) for parts in messages]
+        moved = (
+            *(Traffic(CLIENT, role, size, ONLINE) for role, size in zip(PARTIES, sent, strict=False)),
+            *(Traffic(r, CLIENT, a.ByteSize(), ONLINE) for r, a in zip(self._names, answers, strict=False)),
+            *links(between, *self._names, PARTIES[2]),
+        )
+        computed = sharing + end - came
+        return results, Report(first.rounds, moved, end - start, first.dealing, computed, first.dealing, number)
 
-    def embed(self, texts: Sequence[str]) -> list[Tensor]:
-        """One embedding (float64 vector) a text. Too long or empty texts raise before anything is sent."""
-        return list(self.embed_each(texts))
+    def _messages(self, values: Mapping[str, Tensor]) -> list[list[pb.AskPart]]:
+        """What each party is sent; nothing for party 2 where nothing is looked up in a shared table."""
+        session, seed = secrets.token_bytes(SESSION_BYTES), fresh_seed()
+        key, payload = input_key(seed, session), bytearray()
+        for name, (index, p) in self._circuit.inputs.items():
+            payload += wire.encode(values[name] - seeded_share(key, index, p.shape), p.out)
+        given = [payload, bytearray(), bytearray()]
+        for p in (p for _, p in self._circuit.lookups.values()):
+            for party, keys in enumerate(p.keys(values[p.source].argmax(-1))):
+                given[party] += keys
+        out = []
+        for role, own, frame in zip(PARTIES, (b"", seed, b""), given, strict=True):
+            begin = pb.AskStart(
+                version=WIRE_VERSION, model=self._model, session=session, seed=own, deadline=self._deadline
+            )
+            frames = to_frames(bytes(frame)) if frame else ()
+            if role != PARTIES[2] or frame:
+                out.append([pb.AskPart(start=begin), *(pb.AskPart(frame=f) for f in frames)])
+        return out
 
-    def embed_each(self, texts: Sequence[str]) -> Iterator[Tensor]:
-        """The same one by one, so that a failure leaves the answers before it."""
-        if self._tokenizer is None:
-            raise Error("this model takes no text", "use query with the model's own arguments")
-        pairs = [tokenize(self._tokenizer, text, self.length) for text in texts]
-        return (self.query({"input_ids": ids, "attention_mask": mask})[0] for ids, mask in pairs)
+    def _put_together(self, shares: Sequence[bytes]) -> list[Tensor]:
+        """The outputs, each modulo its ring, from the shares of parties 0 and 1."""
+        forms, out, at = [self._circuit.result], [], 0
+        size = sum(form.size for form in forms)
+        for role, share in zip(self._names, shares, strict=True):
+            if len(share) != size:
+                raise ProtocolError(f"{role} sent {len(share)} bytes of the outputs, they have {size}")
+        for form in forms:
+            zero, one = (wire.decode(share[at : at + form.size], form) for share in shares)
+            out.append(ring.reduce(zero + one, form.bits))
+            at += form.size
+        return out
 
     def close(self) -> None:
         self._open.close()
 
-    def __enter__(self) -> ThreePartyConnection:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+class _Asking:
+    """One query to all parties at once: their answers, or who is to blame that there are none."""
+
+    def __init__(self, peers: Sequence[Peer], messages: Sequence[Sequence[pb.AskPart]], deadline: float) -> None:
+        self._peers, self._deadline = peers[: len(messages)], deadline
+        self._heard: queue.SimpleQueue[tuple[int, pb.AskReply | grpc.RpcError | None]] = queue.SimpleQueue()
+        self._answers: dict[int, pb.Answer] = {}
+        self._failed: dict[int, grpc.RpcError | pb.Failure | None] = {}  # in their order; None: without a word
+        self._grown = time.monotonic()  # when the steps of any party last grew
+        self._word = [self._grown] * len(messages)  # when each was last heard of
+        self._steps, self._waits_for = [0] * len(messages), [""] * len(messages)
+        self._calls = [PartyStub(p.channel).Ask(iter(m)) for p, m in zip(self._peers, messages, strict=True)]
+        for party, call in enumerate(self._calls):
+            threading.Thread(target=self._listen, args=(party, call), name="unseen-ask", daemon=True).start()
+
+    def _listen(self, party: int, call: Any) -> None:
+        try:
+            for reply in call:
+                self._heard.put((party, reply))
+            self._heard.put((party, None))
+        except grpc.RpcError as error:
+            self._heard.put((party, error))
+
+    def run(self) -> list[pb.Answer]:
+        """All answers, by party. Where one party fails the others have a moment in which they may say why."""
+        until = None
+        try:
+            while len(self._answers) < len(self._peers):
+                with suppress(queue.Empty):
+                    self._take(*self._heard.get(timeout=min(0.25, self._deadline / 8)))
+                if self._failed:
+                    until = until or time.monotonic() + GRACE
+                    if time.monotonic() > until or len(self._failed) + len(self._answers) == len(self._peers):
+                        raise self._cause()
+                elif late := self._late(time.monotonic()):
+                    raise late
+        finally:
+            for call in self._calls:
+                call.cancel()
+        return [self._answers[party] for party in range(len(self._peers))]
+
+    def _take(self, party: int, reply: pb.AskReply | grpc.RpcError | None) -> None:
+        self._word[party] = time.monotonic()
+        if not isinstance(reply, pb.AskReply):
+            if party not in self._answers:
+                self._failed.setdefault(party, reply)
+        elif reply.WhichOneof("content") == "failure":
+            self._failed.setdefault(party, reply.failure)
+        elif reply.WhichOneof("content") == "answer":
+            self._answers[party], self._grown = reply.answer, self._word[party]
+        else:
+            if reply.working.steps > self._steps[party]:
+                self._steps[party], self._grown = reply.working.steps, self._word[party]
+            self._waits_for[party] = reply.working.waits_for
+
+    def _cause(self) -> Error:
+        """What failed first is nearest to the cause. But a party that cannot be reached explains who waited for it, and
+        one that says what was wrong, who lost it.
+        """
+        party = min(self._failed, key=lambda p: _distance(self._failed[p]))  # the first of equals
+        peer, error = self._peers[party], self._failed[party]
+        if error is None:
+            return ProtocolError(f"{peer} ended the query without an answer")
+        if isinstance(error, pb.Failure):
+            return from_code(error.code, f"{peer} reports: {printable(error.message)}")
+        try:
+            with peer.calling("asking"):
+                raise error
+        except Error as found:
+            return found
+
+    def _late(self, now: float) -> PeerLost | None:
+        """The party that kept all others waiting for the deadline, if one did."""
+        open_ = [party for party in range(len(self._peers)) if party not in self._answers]
+        silent = [party for party in open_ if now - self._word[party] > self._deadline / 2]  # two words are missing
+        if silent and now - self._word[silent[0]] > self._deadline:
+            return PeerLost(f"{self._peers[silent[0]]} said nothing for {self._deadline:g} s", "see its log")
+        if now - self._grown <= self._deadline:
+            return None
+        party, seen = (silent or open_)[0], set[int]()
+        while party in open_ and party not in silent and party not in seen and self._waits_for[party] in PARTIES:
+            seen.add(party)
+            party = PARTIES.index(self._waits_for[party])
+        waiting = ", ".join(PARTIES[p] for p in sorted(seen)) or "this client"
+        who = self._peers[party] if party < len(self._peers) else PARTIES[party]
+        return PeerLost(
+            f"{who} did not get any further for {self._deadline:g} s; {waiting} waited for it", "see its log"
+        )
 
 
-def connect_three(
-    parties: Sequence[str],
-    *,
-    insecure: bool = False,
-    deadline: float = 60.0,
-    cache: bool | Path = True,
-    program_digest: str | None = None,
-) -> ThreePartyConnection:
-    """Connect to parties 0 and 1 ("host:port"), see ``ThreePartyConnection``. ``cache`` True: the user's own."""
-    directory = cache_directory() if cache is True else (cache or None)
-    return ThreePartyConnection(
-        parties, insecure=insecure, deadline=deadline, cache=directory, program_digest=program_digest
-    )
+def _distance(error: Any) -> int:
+    """How far a party's failure is from what caused it."""
+    if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
+        return 0
+    return 1 if isinstance(error, pb.Failure) and error.code != PeerLost.code else 2

@@ -1,25 +1,106 @@
-"""The services of this deployment, and its link."""
+"""The three parties and their client, as ``parties.deployments`` starts them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import grpc
+
 from parties.net.hosting import HostOptions, Parts
+from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
+from parties.served.published import Published
+from parties.three_party.client import ThreePartyLink
+from parties.three_party.party import PartyService
+from parties.three_party.party_0 import Party0Service
+from parties.three_party.party_1 import Party1Service
+from parties.three_party.party_2 import Party2Service
+from parties.three_party.shared_model import PartyShare, load_share
+from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer_to_server
 from secure.deployments.deployment import Deployment
-from secure.deployments.three_party import ThreeParty
+from secure.deployments.three_party import PARTIES, ThreeParty
+from secure.errors import InvalidInput
 from secure.session import Link
 
 
 class ThreePartyHosted:
+    """The three services of ``ThreeParty``, and its link. ``held`` is a party's directory, from ``share_model``."""
+
     deployment: type[Deployment] = ThreeParty
-    takes: Mapping[str, frozenset[str]] = {}
+    takes: Mapping[str, frozenset[str]] = {
+        PARTIES[0]: frozenset({"deadline", "ahead"}),
+        PARTIES[1]: frozenset({"deadline"}),
+        PARTIES[2]: frozenset({"deadline"}),
+    }
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
-        raise NotImplementedError
+        assert isinstance(deployment, ThreeParty)
+        return ThreePartyLink(deployment, options)
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
-        raise NotImplementedError
+        return parts_of(_service(_share(role, held, deployment), peers, options))
+
+
+def parts_of(service: PartyService) -> Parts:
+    """A party's service, and the public description of the model that it shares."""
+    share = service.share
+    published = Published(
+        share.deployment,
+        share.role,
+        share.program.encoded,
+        share.manifest.model,
+        share.files,
+        share.tokenizer,
+        share.tokenizer_json,
+        deadline=service.deadline,
+        log=service.log,
+    )
+
+    def add(server: grpc.Server) -> None:
+        add_ModelServicer_to_server(published, server)
+        add_PartyServicer_to_server(service, server)
+
+    return Parts([add], service.close, [_about(share)])
+
+
+def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
+    """The share in a directory, if it is this role's and of the deployment that was asked for."""
+    if not isinstance(held, (str, Path)):
+        raise InvalidInput(
+            f"{role} serves its share of a model, not {'nothing' if held is None else type(held).__name__}",
+            "give the directory that unseen share-model wrote for it",
+        )
+    share = load_share(held)
+    if share.role != role:
+        raise InvalidInput(f"{held} is the share of {share.role}, not of {role}", "give each party its own directory")
+    if (name := deployment.differs(share.manifest.compiled_as)) is not None:
+        raise InvalidInput(f"{name}: the share in {held} was made with {share.manifest.compiled_as[name]}")
+    return share
+
+
+def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) -> PartyService:
+    """This share's party, and channels to those that it calls."""
+    called = [
+        Peer(role, peers[role], options.network, start=f"unseen party --id {number}")
+        for number, role in enumerate(PARTIES)
+        if role in peers
+    ]
+    if share.party == 0:
+        return Party0Service(share, *called, ahead=options.ahead, deadline=options.deadline)
+    if share.party == 1:
+        return Party1Service(share, *called, deadline=options.deadline)
+    return Party2Service(share, deadline=options.deadline)
+
+
+def _about(share: PartyShare) -> str:
+    """What a query takes between the parties, in a line."""
+    cost, held = share.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
+    between = (cost.to_second + cost.to_first) / 1e6
+    return (
+        f"{held}; a query takes {cost.rounds} rounds, {between:,.1f} MB between parties 0 and 1, "
+        f"{cost.dealt / 1e6:,.1f} MB from party 2 to party 0 ahead; Program {share.program.digest}"
+    )

@@ -41,14 +41,14 @@ class Seal:
             )
 
 
-class Link:
+class PairKey:
     """The seed that parties ``pair`` share, and what is derived from it. Its repr never shows it."""
 
     def __init__(self, seed: bytes, pair: tuple[int, int]) -> None:
         self._seed, self.pair = seed, pair
 
     def __repr__(self) -> str:
-        return f"Link({self.pair})"
+        return f"PairKey({self.pair})"
 
     def weights_key(self) -> Key:
         """Of the summand of all weights that this pair expands."""
@@ -67,13 +67,13 @@ class Link:
                 "give all three parties the shares of one run of: unseen share-model",
             )
 
-    def zero_share(self, number: bytes, shape: Shape) -> Tensor:
-        """What parties 0 and 1 add to and take from their shares of an answer, uniform 64-bit words, once a query.
+    def zero_share(self, number: bytes, output: int, shape: Shape) -> Tensor:
+        """Uniform 64-bit words that party 0 adds to its share of one of a query's outputs, and party 1 takes from its.
 
         Without it, a share of the answer would be a function of openings and of masks that party 2 knows: together
-        with a client it could solve for values inside the network.
+        with a client it could solve for values inside the network. Every output has a key of its own.
         """
-        return Key(derive_key(self._seed, "answer", number.hex())).stream(0).words(shape)
+        return Key(derive_key(self._seed, "answer", number.hex(), output)).stream(0).words(shape)
 
     def seal(self, purpose: str, number: bytes) -> Seal:
         """``number`` names a query and is never used twice by who made it."""

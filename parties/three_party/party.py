@@ -1,42 +1,62 @@
-"""What all three parties answer to clients: who they are, and the files that clients may hold."""
+"""All three parties do this for clients: take their part of a query, and say how far it is until there is an answer."""
 
 from __future__ import annotations
 
 import logging
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 
 import grpc
 from torch import Tensor
 
-from parties.net.calls import answering
-from parties.net.frames import FrameReader, parts
+from parties.net.calls import unexpected
+from parties.net.frames import FrameReader
+from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.three_party.asked import Asked
 from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
+from protocols import wire
 from protocols.three_party import SharedLinear
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import HELPER
 from protocols.three_party.weights import SharedWeights
-from secure.errors import DownloadError, HandshakeError, ProtocolError
-from secure.mpc.program import VERSION
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError
+from secure.version import WIRE_VERSION
 
-DEPLOYMENT = "three-party"
 SESSION_BYTES = 16
 MAXIMUM_QUERIES = 8  # at a time; each takes a thread, and its corrections are held in memory
 
 
-class PartyService(PartyServicer):
-    """Base of the three. ``deadline``: seconds that any one wait may last."""
+class PartyService(PartyServicer, ABC):
+    """Base of the three. deadline: seconds that any one wait may last. peers: whom it calls; ``close`` ends that.
 
-    def __init__(self, share: PartyShare, *, deadline: float) -> None:
+    A query comes by ``Ask``. Another party, or at party 1 the query's own thread, computes on it: it finds it by its
+    session, and leaves the answer in it.
+    """
+
+    joined_by: str  # the role that takes up a query here; "" where this party does so itself
+
+    def __init__(self, share: PartyShare, peers: Sequence[Peer] = (), *, deadline: float) -> None:
         self.share, self.deadline = share, deadline
-        self.log = logging.getLogger(f"unseen.party-{share.party}")
+        self.log = logging.getLogger(f"unseen.{share.role.replace(' ', '-')}")
+        self._peers = peers
+        self._free = threading.BoundedSemaphore(MAXIMUM_QUERIES)
+        self._asked: dict[bytes, Asked] = {}
+        self._came = threading.Condition()
         self._pack()
 
+    def close(self) -> None:
+        """Give up the channels to the other parties."""
+        for peer in self._peers:
+            peer.close()
+
     def _pack(self) -> None:
-        """What the first query would otherwise wait for."""
+        """Do ahead what the first query would otherwise wait for."""
         weights, circuit = self.share.weights, self.share.circuit
         if circuit.lookups:
             warm_up()
@@ -48,52 +68,84 @@ class PartyService(PartyServicer):
                 if isinstance(linear, SharedLinear) and not linear.diagonal:
                     weights.pack(linear.weight, linear.ring)
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.PartyDescription:
-        m = self.share.manifest
-        return pb.PartyDescription(
-            version=VERSION,
-            deployment=DEPLOYMENT,
-            party=m.party,
-            public_weights=m.public_weights,
-            program=self.share.program.encoded,
-            model=m.model,
-            files=self.share.files,
-            tokenizer=self.share.tokenizer,
-            pad_id=m.pad_id,
-            lowercase=m.lowercase,
-        )
+    # the client
 
-    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        watch = Watchdog(self.deadline, context.cancel)
+    def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> Iterator[pb.AskReply]:
         try:
-            with answering(context, self.log):
-                if request.sha256 not in {file.sha256 for file in self.share.files} or self.share.table is None:
-                    raise DownloadError("it has no such file", "connect again, the model may have changed")
-                yield from watch.sending(pb.Chunk(data=part) for part in parts(self.share.table))
+            if not self._free.acquire(blocking=False):
+                raise Error(f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
+            try:
+                asked = self._read_ask(requests, context)
+                context.add_callback(asked.leave)
+                with self._kept(asked):
+                    self.begin(asked)
+                    yield from asked.replies(self.deadline)
+            finally:
+                self._free.release()
+        except Error as error:
+            self.log.warning("a query ended: %s", str(error).splitlines()[0])
+            yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
+        except Exception as error:
+            unexpected(error, self.log)
+            yield pb.AskReply(failure=pb.Failure(code=Error.code, message="internal error\nhint: see its log"))
+
+    @abstractmethod
+    def asked_sizes(self) -> list[int]:
+        """The sizes of the byte strings that a client sends to this party, in order."""
+
+    def begin(self, asked: Asked) -> None:
+        """Start to compute."""
+
+    def _read_ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> Asked:
+        """A client's start, and the byte strings that follow it in one frame."""
+        watch, sizes = Watchdog(self.deadline, context.cancel), self.asked_sizes()
+        try:
+            with watch.guard():
+                first = next(requests, None)
+            if first is None or first.WhichOneof("content") != "start":
+                raise ProtocolError("a query does not begin with its start")
+            self.agree("the client", first.start.version, first.start.model, first.start.session)
+            reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
+            while payload is None:
+                with watch.guard():
+                    part = next(requests, None)
+                if part is None or part.WhichOneof("content") != "frame":
+                    raise ProtocolError("what the client sends did not come whole")
+                try:
+                    payload = reader.add(part.frame)
+                except ValueError as error:
+                    raise ProtocolError(f"the client sent {error}") from None
         finally:
             watch.stop()
+        parts = [payload[a:b] for a, b in pairwise(accumulate(sizes, initial=0))]
+        asked = Asked(first.start.session, first.start.seed, parts, first.start.deadline)
+        asked.progress.waits_for = self.joined_by
+        return asked
 
-    def read_ask(
-        self, requests: Iterator[pb.AskPart], sizes: Sequence[int], watch: Watchdog
-    ) -> tuple[pb.AskStart, list[bytes]]:
-        """A client's start, and the byte strings of ``sizes`` that follow it in one frame."""
-        with watch.guard():
-            first = next(requests, None)
-        if first is None or first.WhichOneof("content") != "start":
-            raise ProtocolError("a query does not begin with its start")
-        self.agree("the client", first.start.version, first.start.model, first.start.session)
-        reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
-        while payload is None:
-            with watch.guard():
-                part = next(requests, None)
-            if part is None or part.WhichOneof("content") != "frame":
-                raise ProtocolError("what the client sends did not come whole")
-            try:
-                payload = reader.add(part.frame)
-            except ValueError as error:
-                raise ProtocolError(f"the client sent {error}") from None
-        ends = list(accumulate(sizes, initial=0))
-        return first.start, [payload[a:b] for a, b in pairwise(ends)]
+    @contextmanager
+    def _kept(self, asked: Asked) -> Iterator[None]:
+        """While a query is under way, so that others find it by its session."""
+        with self._came:
+            if asked.session in self._asked:
+                raise ProtocolError("this session is under way", "take a fresh one")
+            self._asked[asked.session] = asked
+            self._came.notify_all()
+        try:
+            yield
+        finally:
+            with self._came:
+                del self._asked[asked.session]
+
+    def join(self, session: bytes) -> Asked:
+        """Take up the query of a session, once, and for that wait until the client has come."""
+        with self._came:
+            if not self._came.wait_for(lambda: session in self._asked, self.deadline):
+                raise PeerLost(f"the client did not come to {self.share.role} within {self.deadline:g} s")
+            asked = self._asked[session]
+            if asked.joined:
+                raise ProtocolError("this session was joined before")
+            asked.joined, asked.progress.waits_for = True, ""
+        return asked
 
     def key_sizes(self) -> list[int]:
         """Bytes of the keys that this party gets of each look-up."""
@@ -108,11 +160,21 @@ class PartyService(PartyServicer):
             for (name, (_, p)), own in zip(found.items(), keys, strict=True)
         }
 
+    def for_client(self, shares: Sequence[Tensor], number: bytes) -> bytes:
+        """Party 0's or 1's shares of the outputs, one after the other, each under a zero share of its own."""
+        party, payload = self.share.party, bytearray()
+        key, sign = self.share.pair_keys[1 - party], 1 - 2 * party
+        for output, (own, form) in enumerate(zip(shares, [self.share.circuit.result], strict=True)):
+            payload += wire.encode(own + sign * key.zero_share(number, output, form.shape), form)
+        return bytes(payload)
+
+    # the other parties
+
     def agree(self, who: str, version: int, model: str, session: bytes) -> None:
         """HandshakeError unless another's version and model are ours."""
-        if version != VERSION:
+        if version != WIRE_VERSION:
             raise HandshakeError(
-                f"version: {who} has {version}, this party {VERSION}", "use the same version everywhere"
+                f"version: {who} has {version}, this party {WIRE_VERSION}", "use the same version everywhere"
             )
         if model != self.share.manifest.model:
             raise HandshakeError(

@@ -11,21 +11,21 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import grpc
 
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
-from parties.three_party.party import MAXIMUM_QUERIES, PartyService
+from parties.three_party.party import PartyService
 from parties.three_party.shared_model import PartyShare
 from parties.three_party.supply import NUMBER_BYTES
 from proto import unseen_pb2 as pb
 from protocols import wire
 from protocols.circuit import deal
 from protocols.prg import Key, derive_key, fresh_seed
-from secure.errors import HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.deployments.three_party import PARTIES
+from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 
 MAXIMUM_SEEDS = 1024  # of party 1, waiting for it
 
@@ -35,24 +35,19 @@ def query_key(seed: bytes, party: int, number: bytes) -> Key:
     return Key(derive_key(seed, "query", party, number.hex()))
 
 
-@dataclass
-class _Asked:
-    """A client's keys, and whether they were used."""
-
-    keys: list[bytes] = field(repr=False)
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-class HelperService(PartyService):
+class Party2Service(PartyService):
     """Seeds are fresh from this process for every query number, and each is given out once."""
 
-    def __init__(self, share: PartyShare, *, deadline: float) -> None:
+    joined_by = PARTIES[0]
+
+    def __init__(self, share: PartyShare, *, deadline: float = 60.0) -> None:
         super().__init__(share, deadline=deadline)
         self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # of party 1, until it takes them
         self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same, until rows are looked up with them
-        self._asked: dict[bytes, _Asked] = {}
         self._lock = threading.Lock()
-        self._came = threading.Condition(self._lock)
+
+    def asked_sizes(self) -> list[int]:
+        return self.key_sizes()
 
     def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> bytes:
         if request.model != self.share.manifest.model:
@@ -61,7 +56,7 @@ class HelperService(PartyService):
             )
         if len(request.supply) != NUMBER_BYTES:
             raise ProtocolError(f"a query's number has {NUMBER_BYTES} bytes, not {len(request.supply)}")
-        self.share.links[party].require(request.proof, purpose, request.supply)
+        self.share.pair_keys[party].require(request.proof, purpose, request.supply)
         return request.supply
 
     def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart]:
@@ -82,7 +77,7 @@ class HelperService(PartyService):
                 kept[number] = one
                 while len(kept) > MAXIMUM_SEEDS:
                     kept.popitem(last=False)
-        seal = self.share.links[0].seal("corrections", number)
+        seal = self.share.pair_keys[0].seal("corrections", number)
         seal.update(zero)
         yield pb.SupplyPart(seed=zero)
         start = time.perf_counter()
@@ -94,49 +89,29 @@ class HelperService(PartyService):
         yield pb.SupplyPart(tag=seal.tag())
         self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
 
-    def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> pb.Answer:
-        """A client's keys, for as long as it takes until party 0 asks for the rows."""
-        watch = Watchdog(self.deadline, context.cancel)
-        try:
-            with answering(context, self.log):
-                start, keys = self.read_ask(requests, self.key_sizes(), watch)
-                asked = _Asked(keys)
-                with self._came:
-                    if start.session in self._asked or len(self._asked) >= MAXIMUM_QUERIES:
-                        raise ProtocolError("this session is under way, or too many are", "try again later")
-                    self._asked[start.session] = asked
-                    self._came.notify_all()
-                try:
-                    if not asked.done.wait(self.deadline):
-                        raise PeerLost(f"party 0 did not come within {self.deadline:g} s", "see its log")
-                    return pb.Answer()
-                finally:
-                    with self._came:
-                        del self._asked[start.session]
-        finally:
-            watch.stop()
-
     def Contribute(self, request: pb.ContributeRequest, context: grpc.ServicerContext) -> pb.Contribution:
         with answering(context, self.log):
-            link = self.share.links[0]
+            key = self.share.pair_keys[0]
             if request.model != self.share.manifest.model:
                 raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
-            link.require(request.proof, "contribute", request.supply, request.session)
-            with self._came:
+            key.require(request.proof, "contribute", request.supply, request.session)
+            with self._lock:
                 seed = self._looking.pop(request.supply, None)  # once: its zero shares serve one client
-                if not self._came.wait_for(lambda: request.session in self._asked, self.deadline):
-                    raise PeerLost(f"the client did not come to party 2 within {self.deadline:g} s")
-                asked = self._asked[request.session]
-            if seed is None:
-                raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
-            own, rows = query_key(seed, 1, request.supply), bytearray()
-            for name, value in self.looked_up(asked.keys).items():
-                index, p = self.share.circuit.lookups[name]
-                rows += wire.encode(value - p.zero_share(own, index), p.out)
-            seal = link.seal("contribution", request.supply)
-            seal.update(bytes(rows))
-            asked.done.set()
-            return pb.Contribution(rows=bytes(rows), tag=seal.tag())
+            asked = self.join(request.session)
+            try:
+                if seed is None:
+                    raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
+                own, rows = query_key(seed, 1, request.supply), bytearray()
+                for name, value in self.looked_up(asked.parts).items():
+                    index, p = self.share.circuit.lookups[name]
+                    rows += wire.encode(value - p.zero_share(own, index), p.out)
+                seal = key.seal("contribution", request.supply)
+                seal.update(bytes(rows))
+                asked.finish(pb.Answer())
+                return pb.Contribution(rows=bytes(rows), tag=seal.tag())
+            except Error as error:
+                asked.fail(error)
+                raise
 
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):
@@ -149,11 +124,11 @@ class HelperService(PartyService):
 
 
 def _seed_tag(share: PartyShare, seed: bytes, number: bytes) -> bytes:
-    return share.links[1].proof("seed given", number, seed)
+    return share.pair_keys[1].proof("seed given", number, seed)
 
 
 def check_seed(share: PartyShare, reply: pb.SeedReply, number: bytes) -> bytes:
     """Party 1: the seed of a query, if party 2 made it."""
-    if not hmac.compare_digest(share.links[2].proof("seed given", number, reply.seed), reply.tag):
+    if not hmac.compare_digest(share.pair_keys[2].proof("seed given", number, reply.seed), reply.tag):
         raise ProtocolError("the seed that came is not the one that party 2 sent", "ask again")
     return reply.seed

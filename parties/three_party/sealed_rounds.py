@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parties.net.frames import FrameReader
-from parties.three_party.pair_keys import Link, Seal
+from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, Observer, Part, execute
@@ -29,9 +29,9 @@ class Rounds(Observer):
     _waiting: int = field(default=0, repr=False)
 
     @classmethod
-    def of(cls, share: PartyShare, link: Link, number: bytes) -> Rounds:
+    def of(cls, share: PartyShare, key: PairKey, number: bytes) -> Rounds:
         """``number`` is the query's, fresh from party 0's generator."""
-        mine, theirs = (link.seal(f"frames of party {p}", number) for p in (share.party, 1 - share.party))
+        mine, theirs = (key.seal(f"frames of party {p}", number) for p in (share.party, 1 - share.party))
         return cls(share, mine, theirs)
 
     def exchanging(self, parts: Sequence[Part]) -> None:
@@ -44,7 +44,10 @@ class Rounds(Observer):
         return f"module '{path}' (round {self.count} of {circuit.cost.rounds})"
 
     def run(self, correlations: Correlations, inputs: dict[str, Any], following: NextMessage, peer: str) -> Framed[Any]:
-        """This party's part, as frames to send; the peer's are among ``following``. Its results are a list of one."""
+        """This party's part, as frames to send; the peer's are among ``following``.
+
+        The results are its shares of the outputs.
+        """
         circuit, outputs = self.share.circuit.circuit, [self.share.circuit.output]
         step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
         return Framed(step, lambda size: self._read(size, following, peer), self)

@@ -22,19 +22,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from parties.served.files import describe, pack_masked, store, unpack_masked
-from parties.three_party.pair_keys import Link
-from proto.unseen_pb2 import File
+from parties.served.files import TOKEN_TABLE, pack_masked, received_tokenizer, store, unpack_masked
+from parties.three_party.pair_keys import PairKey
 from protocols import ring
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
 from protocols.three_party.sharing import HELPER, HOLDERS, PARTIES
 from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
-from secure.deployments.three_party import three_party
-from secure.errors import ShareError
+from secure.deployments.compiled import Compiled
+from secure.deployments.three_party import PARTIES as ROLES
+from secure.deployments.three_party import ThreeParty
+from secure.errors import InvalidInput, InvalidProgram, ShareError
 from secure.models.tokens import TextTokenizer
-from secure.mpc.compile import Compiled
-from secure.mpc.program import VERSION, Program
+from secure.mpc.program import Program
+from secure.version import WIRE_VERSION
 
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
 TOKENIZER, TABLE = "tokenizer.json", "token-table.safetensors"
@@ -45,14 +46,16 @@ AnyWeights = SharedWeights | HelperWeights | PublicWeights
 
 
 class Manifest(BaseModel):
-    """``model`` names the shared model, equal in all three; ``files``: SHA-256 of what stands beside the manifest."""
+    """model: names the shared model, equal in all three. compiled_as: the deployment's own options that it was compiled
+    with. files: SHA-256 of what stands beside the manifest.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int
     party: Literal[0, 1, 2]
     model: str
-    public_weights: bool
+    compiled_as: dict[str, str]
     rings: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, str]
@@ -62,63 +65,68 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PartyShare:
-    """What one party serves."""
+    """What one party serves. pair_keys: by the other party. files: those that clients may fetch, by name."""
 
     manifest: Manifest
+    deployment: ThreeParty
     program: Program
     circuit: Translated
     weights: AnyWeights
-    links: Mapping[int, Link]  # by the other party
-    tokenizer: bytes
-    table: bytes | None
+    pair_keys: Mapping[int, PairKey]
+    tokenizer: TextTokenizer | None
+    tokenizer_json: bytes
+    files: Mapping[str, bytes]
 
     @property
     def party(self) -> int:
         return self.manifest.party
 
     @property
-    def files(self) -> list[File]:
-        return [describe("token-table", self.table)] if self.table is not None else []
+    def role(self) -> str:
+        return ROLES[self.party]
 
 
-def share_model(
-    compiled: Compiled,
-    tokenizer: TextTokenizer | None,
-    tokenizer_json: bytes,
-    directory: Path,
-    *,
-    public_weights: bool = False,
-) -> list[Path]:
-    """Write party-0, party-1 and party-2 under ``directory``, with fresh seeds: two runs never share a mask."""
-    program = compiled.program
-    translated = three_party(program, public=public_weights)
-    rings = translated.weight_rings
+def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
+    """Write party-0, party-1 and party-2 under ``directory``, with fresh seeds: two runs never share a mask.
+
+    compiled: what ``secure.compile`` made with ``deployment=secure.ThreeParty()``; of another, InvalidInput.
+    Returns the three directories, each for its party alone.
+    """
+    deployment = compiled.deployment
+    if not isinstance(deployment, ThreeParty):
+        raise InvalidInput(
+            f"this model was compiled for {deployment.name}, which shares none among parties",
+            "compile it with deployment=secure.ThreeParty()",
+        )
+    program, integers = compiled.program, compiled.model.integers
+    rings = deployment.translated(program).weight_rings
     seeds = [fresh_seed() for _ in PAIRS]
-    links = [Link(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
-    held: Iterable[tuple[str, Tensor]] = ((name, compiled.integers[name]) for name in rings)
-    if not public_weights:
-        held = masked(compiled.integers, links[0].weights_key(), links[2].weights_key(), rings)
+    keys = [PairKey(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
+    held: Iterable[tuple[str, Tensor]] = ((name, integers[name]) for name in rings)
+    if not deployment.public_weights:
+        held = masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings)
     weights = pack_masked(held, rings)
     common = {PROGRAM: program.encoded}
-    if tokenizer_json:
-        common[TOKENIZER] = tokenizer_json
+    if compiled.tokenizer_json:
+        common[TOKENIZER] = compiled.tokenizer_json
     if compiled.client_tables:
         common[TABLE] = save(dict(compiled.client_tables))
-    name = hashlib.sha256("/".join([program.digest, _sha256(weights), str(public_weights)]).encode()).hexdigest()
+    named = [program.digest, _sha256(weights), str(deployment.public_weights)]
+    name, tokenizer = _sha256("/".join(named).encode()), compiled.tokenizer
     out = []
     for party in range(PARTIES):
-        where = directory / f"party-{party}"
+        where = Path(directory) / f"party-{party}"
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         parts = dict(common)
         if party != HELPER:
             parts[WEIGHTS] = weights
         manifest = Manifest(
-            version=VERSION,
+            version=WIRE_VERSION,
             party=party,  # type: ignore[arg-type]
             model=name,
-            public_weights=public_weights,
+            compiled_as=deployment.compiled_as(),
             rings=dict(rings),
-            shapes={n: tuple(compiled.integers[n].shape) for n in rings},
+            shapes={n: tuple(integers[n].shape) for n in rings},
             files={n: _sha256(payload) for n, payload in parts.items()},
             pad_id=tokenizer.pad_id if tokenizer else 0,
             lowercase=tokenizer.lowercase if tokenizer else False,
@@ -132,16 +140,17 @@ def share_model(
     return out
 
 
-def load_share(directory: Path) -> PartyShare:
+def load_share(directory: str | Path) -> PartyShare:
     """Read and check one party's share; raises ShareError."""
+    directory = Path(directory)
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
         parts = {name: (directory / name).read_bytes() for name in (*manifest.files, SEEDS)}
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its manifest cannot be read"
         raise ShareError(f"no share of a model in {directory}: {reason}", "write it with: unseen share-model") from None
-    if manifest.version != VERSION:
-        raise ShareError(f"{directory}: version {manifest.version}, this is {VERSION}", "share the model anew")
+    if manifest.version != WIRE_VERSION:
+        raise ShareError(f"{directory}: version {manifest.version}, this is {WIRE_VERSION}", "share the model anew")
     for name, digest in manifest.files.items():
         if not hmac.compare_digest(_sha256(parts[name]), digest):
             raise ShareError(f"{directory / name} is damaged: its digest is not the manifest's", "share the model anew")
@@ -149,23 +158,37 @@ def load_share(directory: Path) -> PartyShare:
     if len(parts[SEEDS]) != len(pairs) * SEED_BYTES:
         raise ShareError(f"{directory / SEEDS} is damaged", "share the model anew")
     seeds = (parts[SEEDS][i * SEED_BYTES : (i + 1) * SEED_BYTES] for i in range(len(pairs)))
-    links = {sum(pair) - manifest.party: Link(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
-    program = Program.from_bytes(parts[PROGRAM])
-    translated = three_party(program, public=manifest.public_weights)
+    keys = {sum(pair) - manifest.party: PairKey(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
+    try:
+        deployment = ThreeParty.served(manifest.compiled_as)
+        program = Program.from_bytes(parts[PROGRAM])
+    except (InvalidInput, InvalidProgram) as error:
+        raise ShareError(f"{directory}: {error}", "share the model anew") from None
+    translated = deployment.translated(program)
     if dict(translated.weight_rings) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
-    weights = _weights(manifest, parts.get(WEIGHTS), links)
-    return PartyShare(manifest, program, translated, weights, links, parts.get(TOKENIZER, b""), parts.get(TABLE))
+    text = parts.get(TOKENIZER, b"")
+    return PartyShare(
+        manifest,
+        deployment,
+        program,
+        translated,
+        _weights(manifest, parts.get(WEIGHTS), keys, public=deployment.public_weights),
+        keys,
+        received_tokenizer(text, manifest.pad_id, manifest.lowercase),
+        text,
+        {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {},
+    )
 
 
-def _weights(manifest: Manifest, payload: bytes | None, links: Mapping[int, Link]) -> AnyWeights:
+def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairKey], *, public: bool) -> AnyWeights:
     party = manifest.party
     if party == HELPER:
-        return HelperWeights(links[0].weights_key(), links[1].weights_key(), manifest.shapes)
+        return HelperWeights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)
     held = unpack_masked(payload, manifest.rings, manifest.shapes)
-    if manifest.public_weights:
+    if public:
         return PublicWeights(party, _signed(held, manifest.rings))
-    return SharedWeights(party, links[HELPER].weights_key(), held)
+    return SharedWeights(party, keys[HELPER].weights_key(), held)
 
 
 def _signed(held: Mapping[str, Tensor], rings: Mapping[str, int]) -> dict[str, Tensor]:

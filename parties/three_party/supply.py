@@ -9,17 +9,22 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from parties.net.frames import PART
+from parties.three_party.asked import Progress
 from parties.three_party.pair_keys import Seal
 from proto import unseen_pb2 as pb
 from protocols.circuit import Circuit, correction_places
 from protocols.prg import SEED_BYTES
+from secure.deployments.three_party import PARTIES
 from secure.errors import Error, PeerLost, ProtocolError
 
 NUMBER_BYTES = 16
 
 
 class Arriving:
-    """One query's corrections. ``pop`` waits until those of an instruction are there, at most ``deadline`` seconds."""
+    """One query's corrections. ``pop`` waits until those of an instruction are there, at most ``deadline`` seconds.
+
+    progress: of the query that they serve; it is told of every wait, and of what comes meanwhile.
+    """
 
     def __init__(self, circuit: Circuit, seal: Callable[[bytes], Seal], deadline: float) -> None:
         self.number = secrets.token_bytes(NUMBER_BYTES)
@@ -32,6 +37,7 @@ class Arriving:
         self._whole, self._error = False, None
         self._news = threading.Condition()
         self.waited = self.dealing = 0.0
+        self.progress = Progress()
 
     _error: Error | None
 
@@ -85,7 +91,9 @@ class Arriving:
                 if self._error is not None:
                     raise self._error
                 before = self._filled
-                if not self._news.wait(self._deadline) and self._filled == before:
+                with self.progress.waiting(PARTIES[2]):
+                    came = self._news.wait(self._deadline)
+                if not came and self._filled == before:
                     raise PeerLost(f"party 2 sent nothing for {self._deadline:g} s", "see its log")
         self.waited += time.perf_counter() - start
 

@@ -5,6 +5,7 @@ Parties 0 and 1 run the translation of a Program's circuit; party 2 deals its su
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.deployments.in_process import ThreePartiesInProcess
+from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
 from secure.mpc.program import Program
@@ -48,6 +50,17 @@ class ThreeParty(CircuitDeployment):
 
     parties: tuple[str, ...] = option(ADDRESSES, "host:port of parties 0, 1, 2, with commas.", CONNECT)
     public_weights: bool = option(False, "Let all parties know the weights: cheaper, inputs stay secret.", COMPILE)
+
+    @classmethod
+    def served(cls, compiled_as: Mapping[str, str]) -> ThreeParty:
+        """The deployment that a model was compiled for, from what its parties publish: the inverse of ``compiled_as``.
+
+        Raises InvalidInput where that says something else.
+        """
+        for public in (False, True):
+            if (found := cls(public_weights=public)).compiled_as() == dict(compiled_as):
+                return found
+        raise InvalidInput(f"{cls.name} knows no model compiled as {dict(compiled_as)}")
 
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
         shown = ALL if self.public_weights else NOTHING
