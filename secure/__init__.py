@@ -61,6 +61,8 @@ from secure.session import Report, Session
 from secure.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from parties.net.hosting import Service
     from parties.net.network import Network, Plaintext
 
@@ -110,6 +112,7 @@ __all__ = [
     "plain_reference",
     "polynomialize",
     "serve",
+    "share_model",
 ]
 
 
@@ -125,6 +128,13 @@ def serve(held: Any = None, **options: Any) -> Service:
     from parties.deployments import serve
 
     return serve(held, **options)
+
+
+def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
+    """Share a model out among three parties, as files; see ``parties.three_party.shared_model.share_model``."""
+    from parties.three_party.shared_model import share_model
+
+    return share_model(compiled, directory)
 
 
 def __getattr__(name: str) -> Any:

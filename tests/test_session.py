@@ -1,0 +1,292 @@
+"""One behaviour of a session, in every deployment and with all parties in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("tokenizers")
+
+import secure
+from parties.three_party.shared_model import share_model
+from secure.cost.traffic import PHASES
+from secure.deployments.compiled import build
+from secure.deployments.deployment import CompileOptions, Deployment, deployments
+from secure.deployments.three_party import PARTIES
+from secure.errors import EmptyInput, Error, InputTooLong, InvalidInput, PeerLost
+from secure.models.text import text_inputs
+from secure.models.tokens import load_tokenizer
+from secure.tasks.embed import Embed
+from secure.tasks.task import Loaded
+from tests.relay import Relay
+from tests.tiny import LENGTH, TEXT, WORDS, sentences
+
+DEADLINE = 2.0
+KEYS = {"rounds", "traffic", "online_seconds", "offline_seconds", "client_seconds", "dealer_seconds", "query"}
+
+
+class TinyText(nn.Module):
+    """Token ids to four numbers, in polynomial form, so that every deployment takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(100, 4)
+        self.first, self.last = nn.Linear(4 * LENGTH, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.first(self.table(input_ids).flatten(1))
+        out: Tensor = self.last(x + 0.25 * x * x)
+        return out
+
+
+# every deployment, hosted here
+
+
+Hosts = Callable[[ExitStack, secure.Compiled, Path], tuple[Deployment, dict[str, Relay]]]
+
+
+def host_two(stack: ExitStack, compiled: secure.Compiled, state: Path) -> tuple[Deployment, dict[str, Relay]]:
+    dealer = stack.enter_context(secure.serve(role="dealer", deployment=compiled.deployment))
+    relays = {"dealer": stack.enter_context(Relay(dealer.address))}
+    peers = {"dealer": relays["dealer"].address}
+    server = stack.enter_context(secure.serve(compiled, role="server", peers=peers, state=state, deadline=5.0))
+    relays["server"] = stack.enter_context(Relay(server.address))
+    return secure.TwoParty(server=relays["server"].address, dealer=relays["dealer"].address), relays
+
+
+def host_three(stack: ExitStack, compiled: secure.Compiled, state: Path) -> tuple[Deployment, dict[str, Relay]]:
+    share_model(compiled, state)
+    relays: dict[str, Relay] = {}
+    for number, needs in ((2, ()), (0, (2,)), (1, (0, 2))):
+        peers = {PARTIES[n]: relays[PARTIES[n]].address for n in needs}
+        share, options = state / f"party-{number}", {"ahead": 0} if number == 0 else {}
+        party = secure.serve(
+            share, role=PARTIES[number], deployment=compiled.deployment, peers=peers, deadline=5.0, **options
+        )
+        relays[PARTIES[number]] = stack.enter_context(Relay(stack.enter_context(party).address))
+    return secure.ThreeParty(parties=tuple(relays[name].address for name in PARTIES)), relays
+
+
+def host_ckks(stack: ExitStack, compiled: secure.Compiled, state: Path) -> tuple[Deployment, dict[str, Relay]]:
+    server = stack.enter_context(secure.serve(compiled, role="server", state=state, deadline=5.0))
+    relays = {"server": stack.enter_context(Relay(server.address))}
+    return secure.Ckks(server=relays["server"].address), relays
+
+
+HOSTS: dict[type[Deployment], Hosts] = {
+    secure.TwoParty: host_two,
+    secure.ThreeParty: host_three,
+    secure.Ckks: host_ckks,
+}
+
+
+class Running:
+    """A deployment to connect to, or all its parties in this process (``relays`` is empty then)."""
+
+    def __init__(self, compiled: secure.Compiled, deployment: Deployment | None, relays: dict[str, Relay]) -> None:
+        self.compiled, self.relays, self._deployment = compiled, relays, deployment
+
+    @contextmanager
+    def session(self, **options: Any) -> Iterator[secure.Session]:
+        if self._deployment is None:
+            with secure.insecure_in_process(self.compiled) as session:
+                yield session
+            return
+        with secure.connect(self._deployment, **{"cache": False, "deadline": 20.0, **options}) as session:
+            yield session
+
+    def expected(self, text: str) -> Tensor:
+        assert self.compiled.tokenizer is not None
+        with torch.no_grad():
+            answer: Tensor = TinyText().eval()(**text_inputs(self.compiled.tokenizer, text, LENGTH))[0]
+        return answer.double()
+
+
+FORMS = [(kind, hosted) for kind in HOSTS for hosted in (True, False)]
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=lambda form: f"{form[0].name}{'' if form[1] else ', in process'}")
+def running(
+    request: pytest.FixtureRequest, directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    kind, hosted = request.param
+    tokenizer, raw = load_tokenizer(directory), (directory / "tokenizer.json").read_bytes()
+    samples = [text_inputs(tokenizer, text, LENGTH) for text in sentences()]
+    loaded = Loaded("tiny", TinyText().eval(), samples, tokenizer, raw, LENGTH)
+    compiled = build(loaded, kind(), CompileOptions(embedding="client-table"), {})
+    with ExitStack() as stack:
+        if not hosted:
+            yield Running(compiled, None, {})
+        else:
+            yield Running(compiled, *HOSTS[kind](stack, compiled, tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture
+def hosted(running: Running) -> Running:
+    """The same, where there are parties to connect to."""
+    if not running.relays:
+        pytest.skip("all parties are this process")
+    return running
+
+
+def test_every_deployment_is_here() -> None:
+    assert set(HOSTS) == {found for found in deployments() if found.__module__.startswith("secure.")}
+
+
+# the behaviour
+
+
+def test_a_list_in_a_list_out(running: Running) -> None:
+    texts = sentences(2)
+    with running.session() as session:
+        answers = session.embed(texts)
+        assert isinstance(answers, list)
+        for text, answer in zip(texts, answers, strict=True):
+            assert (answer.dtype, answer.shape) == (torch.float64, (4,))
+            torch.testing.assert_close(answer, running.expected(text), atol=2e-2, rtol=0)
+        assert session.embed([]) == []
+        inputs = text_inputs(running.compiled.tokenizer, texts[0], LENGTH)  # type: ignore[arg-type]
+        assert session.query(inputs).dtype == torch.float64
+        assert len(session.reports) == 3
+        assert (session.length, session.deployment) == (LENGTH, running.compiled.deployment.name)
+        assert session.program.digest == running.compiled.program.digest
+
+
+def test_reports_have_the_same_keys_and_what_was_predicted(running: Running) -> None:
+    with running.session() as session:
+        session.embed([TEXT])
+        (report,) = session.reports
+    as_json = json.loads(json.dumps(report.as_dict()))
+    assert set(as_json) == KEYS
+    assert {key for link in as_json["traffic"] for key in link} == {"sender", "receiver", "phase", "bytes"}
+    assert report.online_seconds > 0
+    assert 0 < report.client_seconds <= report.online_seconds + report.offline_seconds
+    roles = {role.name for role in running.compiled.deployment.roles()}
+    for link in (*report.traffic, *session.once):
+        assert {link.sender, link.receiver} <= roles
+        assert link.phase in PHASES
+    cost = running.compiled.cost
+    assert report.rounds == cost.rounds
+    for link in cost.traffic:
+        if link.phase != "once":
+            measured = report.bytes(sender=link.sender, receiver=link.receiver, phase=link.phase)
+            assert measured == pytest.approx(link.bytes, rel=0.2), link  # ciphertexts are compressed
+
+
+def test_which_text_failed_and_nothing_was_asked(running: Running) -> None:
+    with running.session() as session:
+        with pytest.raises(InputTooLong, match=f"text 2 of 3: the text has .*the limit is {LENGTH}"):
+            session.embed([TEXT, " ".join(WORDS[:LENGTH]), TEXT])
+        with pytest.raises(EmptyInput, match="text 2 of 2: the text is empty"):
+            session.embed([TEXT, "  "])
+        with pytest.raises(EmptyInput, match=r"^the text is empty"):
+            session.embed([" "])
+        with pytest.raises(InvalidInput, match="embed takes a list of texts"):
+            session.embed(TEXT)
+        ids = torch.full((1, LENGTH), 10**6)
+        with pytest.raises(InvalidInput, match="token id"):
+            session.query({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert session.reports == []
+        session.embed([TEXT])
+
+
+def test_the_answers_before_a_failure(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running.session() as session:
+        ask = session.link.ask
+
+        def failing(values: Any, number: int) -> Any:
+            if number == 2:
+                raise PeerLost("the test takes the peer away", "do not worry")
+            return ask(values, number)
+
+        monkeypatch.setattr(session.link, "ask", failing)
+        answers = []
+        with pytest.raises(PeerLost, match=r"text 3 of 4: the test takes the peer away\nhint: do not worry"):
+            for answer in session.run(Embed(), [TEXT] * 4):
+                answers.append(answer)
+        assert len(answers) == len(session.reports) == 2
+
+
+def test_one_query_at_a_time(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running.session() as session:
+        ask, inside, most = session.link.ask, list[int](), list[int]()
+
+        def counting(values: Any, number: int) -> Any:
+            inside.append(number)
+            most.append(len(inside))
+            try:
+                return ask(values, number)
+            finally:
+                inside.remove(number)
+
+        monkeypatch.setattr(session.link, "ask", counting)
+        threads = [threading.Thread(target=session.embed, args=([TEXT],)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == [1, 1, 1]
+        assert sorted(report.query for report in session.reports) == [0, 1, 2]
+
+
+def test_a_closed_session(running: Running) -> None:
+    with running.session() as session:
+        session.prepare()
+    for use in (session.prepare, lambda: session.embed([TEXT])):
+        with pytest.raises(PeerLost, match=r"this session has ended: it was closed\nhint: connect again"):
+            use()
+    session.close()  # again, without harm
+
+
+def test_threads_are_given_back(running: Running) -> None:
+    before = torch.get_num_threads()
+    with running.session() as session:
+        session.embed([TEXT])
+    assert torch.get_num_threads() == before
+
+
+def test_a_pinned_program(hosted: Running) -> None:
+    with hosted.session(program_digest=hosted.compiled.program.digest):
+        pass
+    with pytest.raises(secure.HandshakeError, match="Program digest"), hosted.session(program_digest="0" * 64):
+        pass
+
+
+def test_a_silent_party_ends_a_query_within_the_deadline(hosted: Running) -> None:
+    for role, relay in hosted.relays.items():
+        with hosted.session(deadline=DEADLINE) as session:
+            session.embed([TEXT])
+            relay.silence()
+            start = time.monotonic()
+            try:
+                with pytest.raises(Error) as caught:
+                    session.embed([TEXT])
+                assert time.monotonic() - start < 2 * DEADLINE + 2, role
+                assert type(caught.value) in (PeerLost, secure.DealerError), role
+                assert "hint:" in str(caught.value)
+            finally:
+                relay.speak()
+    with hosted.session() as session:  # the parties go on
+        session.embed([TEXT])
+
+
+def test_a_silent_party_ends_connecting_within_the_deadline(hosted: Running) -> None:
+    for role, relay in hosted.relays.items():
+        relay.silence()
+        start = time.monotonic()
+        try:
+            with pytest.raises(Error), hosted.session(deadline=DEADLINE):
+                pass
+            assert time.monotonic() - start < 2 * DEADLINE + 2, role
+        finally:
+            relay.speak()
