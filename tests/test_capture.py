@@ -15,7 +15,7 @@ from secure.capture.capture import capture
 from secure.capture.clear_operations import CLEAR_OPERATIONS
 from secure.capture.graph import Graph, Node, run
 from secure.capture.operation import OPERATIONS
-from secure.errors import UnsupportedOperation
+from secure.errors import InvalidInput, UnsupportedOperation
 
 
 class Function(nn.Module):
@@ -333,7 +333,7 @@ def test_other_errors() -> None:
         capture(nn.Linear(4, 4), {"x": torch.randn(2, 4)})  # it is called input
     with pytest.raises(UnsupportedOperation, match="returns no tensor"):
         capture(Outer(lambda x: None), {"x": torch.randn(2, 4)})
-    with pytest.raises(TypeError, match="example input 'input'"):
+    with pytest.raises(InvalidInput, match="example input 'input'"):
         capture(nn.Linear(4, 4), {"input": [1.0]})  # type: ignore[dict-item]
 
 

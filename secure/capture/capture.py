@@ -19,7 +19,7 @@ from secure.capture.builder import Builder, Norm, Root, Value, shape_of
 from secure.capture.clear_operations import CLEAR_OPERATIONS, CREATION_OPERATIONS, kind_of
 from secure.capture.graph import Graph, Node
 from secure.capture.operation import RULES
-from secure.errors import UnsupportedOperation
+from secure.errors import InvalidInput, UnsupportedOperation
 
 IDENTITIES = frozenset(
     f"aten.{name}"
@@ -58,7 +58,7 @@ def capture(
     """
     for name, value in example_inputs.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"the example input {name!r} is a {type(value).__name__}, not a tensor")
+            raise InvalidInput(f"the example input {name!r} is a {type(value).__name__}, not a tensor")
     program = _export(model, dict(example_inputs))
     translator = _Translator(program, frozenset(public))
     return translator.graph(), translator.parameters

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secure.errors import InvalidInput
+
 aten = torch.ops.aten
 
 CLEAR_OPERATIONS: Mapping[str, Callable[..., Any]] = {
@@ -66,7 +68,7 @@ CREATION_OPERATIONS: Mapping[str, Callable[..., Any]] = {
 def kind_of(dtype: torch.dtype) -> str:
     """The kind of a torch data type: "float", "int" or "bool"."""
     if dtype.is_complex:
-        raise ValueError(f"complex values ({dtype}) are not supported\nhint: use real arithmetic")
+        raise InvalidInput(f"complex values ({dtype}) are not supported", "use real arithmetic")
     return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
 
 

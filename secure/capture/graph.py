@@ -26,7 +26,7 @@ from torch import Tensor
 
 from secure.capture.clear_operations import dtype_of, evaluate_clear, kind_of
 from secure.capture.operation import OPERATIONS
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, InvalidProgram
 
 MASKED = -1.0e4
 """What an additive attention mask holds at masked positions: finite, so that it has a fixed-point form."""
@@ -88,7 +88,7 @@ class Graph:
 
     @staticmethod
     def from_json(text: str | bytes) -> Graph:
-        """Read what `to_json` wrote, and validate it."""
+        """Read what `to_json` wrote, and validate it; InvalidProgram for anything else."""
         try:
             document = json.loads(text)
             nodes = tuple(
@@ -97,12 +97,12 @@ class Graph:
             )
             graph = Graph(nodes, tuple(document["outputs"]))
         except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not a graph: {error}") from None
+            raise InvalidProgram(f"not a graph: {error}") from None
         graph.validate()
         return graph
 
     def validate(self) -> None:
-        """Check order, operations, visibilities, types and shapes without any data; ValueError names the node."""
+        """Check order, operations, visibilities, types and shapes without any data; InvalidProgram names the node."""
         for position, node in enumerate(self.nodes):
             try:
                 if node.id != position or not all(0 <= i < position for i in node.inputs):
@@ -115,9 +115,9 @@ class Graph:
                 if node.op not in ("input", "parameter"):
                     evaluate(node, [placeholder(operand) for operand in operands], torch.float32, device="meta")
             except (ValueError, RuntimeError, TypeError, KeyError, IndexError, NotImplementedError) as error:
-                raise ValueError(f"invalid graph: node {position} ({node.op!r}): {error}") from error
+                raise InvalidProgram(f"invalid graph: node {position} ({node.op!r}): {error}") from error
         if not self.outputs or not all(0 <= i < len(self.nodes) for i in self.outputs):
-            raise ValueError("invalid graph: its outputs are not nodes of it")
+            raise InvalidProgram("invalid graph: its outputs are not nodes of it")
 
 
 def result_visibility(op: str, operands: Sequence[str]) -> str:
