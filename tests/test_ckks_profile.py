@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_the_token_table_is_not_shown_unless_it_is_said() -> None:
     given = [{"ids": torch.randint(0, 20, (1, 4))} for _ in range(8)]
     model = Tokens().eval()
     options: dict[str, Any] = {"calibration": given[1:], "deployment": secure.Ckks(precision=6)}
-    with pytest.raises(InvalidInput, match=r"clients would hold that table\nhint: .*embedding='client-table'"):
+    with pytest.raises(InvalidInput, match=r"clients would hold that table\nhint: .*\(embedding='client-table'\)"):
         secure.compile(model, given[0], **options)
     with pytest.raises(InvalidInput, match=r"embedding 'one-hot' is not to be had under"):
         secure.compile(model, given[0], embedding="one-hot", **options)
@@ -160,6 +161,28 @@ def test_the_token_table_is_not_shown_unless_it_is_said() -> None:
     made = secure.compile(model, given[0], embedding="client-table", **options)
     with torch.no_grad():
         assert torch.allclose(secure.plain_reference(made, given[3]).float(), model(**given[3]), atol=0.02)
+
+
+def test_a_text_model_is_not_even_loaded_until_it_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"under \w+ clients hold the token table\nhint: --embedding client-table"):
+        secure.compile_text_model(str(tmp_path), 8, deployment=secure.Ckks())
+    with pytest.raises(secure.ModelNotFound):
+        secure.compile_text_model(str(tmp_path), 8, deployment=secure.Ckks(), embedding="client-table")
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.last(x * x)
+
+
+def test_several_outputs_are_refused_in_words() -> None:
+    given = [{"x": s["input"]} for s in samples(3)]
+    with pytest.raises(secure.UnsupportedOperation, match="the model has 2 outputs, ciphertexts are packed for one"):
+        secure.compile(Two().eval(), given[0], calibration=given[1:], deployment=secure.Ckks())
 
 
 @pytest.mark.parametrize("bits", [0.0, -1.0, float("nan"), 1e9])

@@ -96,7 +96,7 @@ def encrypt(
     if not token_table and (shown := [c.table for c in lowered.client_inputs if c.encoding == "client-table"]):
         raise InvalidInput(
             f"the model looks tokens up in {shown[0]!r}, and clients would hold that table",
-            "if they may see it, say so: embedding='client-table' (--embedding client-table)",
+            "--embedding client-table (embedding='client-table'), if they may see it",
         )
     output = _output(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
