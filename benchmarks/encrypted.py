@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from parties.cli.demo_digits import CALIBRATION, encrypt_digits
 from protocols.ckks import diagonals
 from protocols.ckks.circuit import Circuit, Vector
 from protocols.ckks.cost import account, measure
@@ -32,9 +31,13 @@ from protocols.ckks.refresh import Refresher
 from protocols.ckks.schedule import Schedule, schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks.compile import CkksModel, encrypt, encrypt_batch
+from secure.deployments.ckks import Ckks
+from secure.deployments.compiled import build
+from secure.deployments.deployment import CompileOptions
 from secure.models.digits import load_digits, train_digits
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, freeze_untrained
 from secure.polynomial.recipe import Recipe
+from secure.tasks.digits import prepared
 
 WIDTH, HEADS, TOKENS, LAYERS = 384, 12, 16, 6  # all-MiniLM-L6-v2's
 PARTS = ("digits", "refresh", "matrix", "width", "layer", "batch")
@@ -116,7 +119,8 @@ def digits(layers: int, count: int, precision: float = 9.0) -> dict[str, Any]:
     """A trained model; its answers on test images against the plaintext model's."""
     model, accuracy = train_digits(layers)
     began = time.perf_counter()
-    encrypted = encrypt_digits(model, mode="pure" if layers == 1 else "refresh", precision_bits=precision)
+    compiled = build(prepared(model), Ckks(refresh=layers > 1, precision=precision), CompileOptions(), {})
+    encrypted: CkksModel = compiled.model
     packing = time.perf_counter() - began
     party = Party(encrypted.schedule, encrypted.program.parameters)
     images, labels = load_digits().test
@@ -126,7 +130,7 @@ def digits(layers: int, count: int, precision: float = 9.0) -> dict[str, Any]:
     for k in range(count):
         slots = encrypted.program.client_values({"images": images[k][None]}, {})
         found, spent = party.run(slots, levels_of(encrypted))
-        answer = encrypted.program.decode(found)[0]
+        answer = encrypted.program.decode(found)["output"][0]
         same += int(answer.argmax() == plain[k].argmax())
         right += int(answer.argmax() == labels[k])
         errors.append(float((answer - plain[k]).abs().max()))
@@ -282,7 +286,7 @@ def width() -> list[dict[str, Any]]:
                 "client s": statistics.median(r["client"] for r in runs),
                 "up MB": runs[0]["up"] / 1e6,
                 "down MB": runs[0]["down"] / 1e6,
-                "largest error": float((encrypted.program.decode(found) - plain).abs().max()),
+                "largest error": float((encrypted.program.decode(found)["output"] - plain).abs().max()),
                 "predicted error": encrypted.predicted_error,
                 "packing s": packing,
                 **party.described(),
@@ -339,7 +343,7 @@ def batch() -> dict[str, Any]:
     """As many images as there are slots, the test images over and over."""
     model, _ = train_digits(1)
     data = load_digits()
-    samples = [{"images": image[None]} for image in data.train[0][:CALIBRATION]]
+    samples = prepared(model).samples
     batched = encrypt_batch(model, samples[0], calibration=samples[1:])
     party = Party(batched.schedule, batched.parameters)
     images = data.test[0]

@@ -1,6 +1,6 @@
-"""Tiny models under CKKS, and servers of them as processes: evaluators are forked before gRPC has threads.
+"""Tiny models under CKKS, and servers of them as processes of their own, whose children a test can count.
 
-``python -m tests.deployed NAME STATE`` serves one until it is stopped.
+``python -m tests.ckks_server NAME STATE`` serves one until it is stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,28 +22,32 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
-from rich.console import Console
-from tests.test_encrypted_programs import SAMPLES, digits
 from torch import Tensor, nn
 
-from parties.ckks import hosted as encrypted_hosting
-from parties.ckks.client import EncryptedConnection
+import secure
+from parties.ckks.client import CkksLink
 from parties.ckks.keystore import KeyStore, keys_digest
-from parties.ckks.server import ServedEncrypted
-from parties.cli.demo import process
 from parties.net import hosting
-from parties.net.calls import calling
 from parties.net.endpoints import Endpoint
 from parties.net.frames import parts, to_frames
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import CkksServicer, add_CkksServicer_to_server
+from proto.unseen_pb2_grpc import (
+    CkksServicer,
+    ModelServicer,
+    ModelStub,
+    add_CkksServicer_to_server,
+    add_ModelServicer_to_server,
+)
 from protocols.ckks import codec
 from protocols.ckks.seal import Client, Context
 from secure.ckks.compile import CkksModel, encrypt
+from secure.cost.traffic import ONCE
+from secure.session import Session
 from tests.ciphertexts import unpacked
+from tests.test_ckks_programs import SAMPLES, digits
 from tests.tiny import Served
 
-Script = Callable[[EncryptedConnection], Iterable[Any]]
+Script = Callable[[CkksLink], Iterable[Any]]
 SLACK = 2.0  # over the predicted error
 
 
@@ -77,16 +82,45 @@ def build(name: str, precision_bits: float = 8) -> CkksModel:
     return encrypt(model(name), samples[0], calibration=samples[1:], **options)
 
 
+def compiled(name: str) -> secure.Compiled:
+    """The same for its deployment."""
+    return secure.Compiled(secure.Ckks(refresh=name == "refresh"), build(name, 14 if name == "pure" else 8))
+
+
+def dial(address: str, keys: Path | None = None, **options: Any) -> Session:
+    return secure.connect(secure.Ckks(server=address, keys=keys), **{"cache": False, "deadline": 20.0, **options})
+
+
+def uploaded(session: Session) -> int:
+    """Bytes of evaluation keys that this session sent."""
+    return sum(t.bytes for t in session.once if (t.sender, t.receiver, t.phase) == ("client", "server", ONCE))
+
+
+def is_right(session: Session, name: str, error: float, number: int = 0) -> None:
+    """A query whose answer is the model's, to ``error`` as predicted."""
+    sample = inputs(name, number)
+    answer = session.query(sample)
+    with torch.no_grad():
+        wanted = model(name)(**sample)
+    assert (answer.shape, answer.dtype) == (wanted.shape, torch.float64)
+    assert (answer - wanted).abs().max() < SLACK * error + session.program.grain / 2 < 0.1 * wanted.abs().max()
+
+
 @dataclass
-class Deployed:
-    """A running server and somebody's connection to it; ``error``: predicted, of an output element."""
+class RunningCkks:
+    """A running server and somebody's session with it; ``error``: predicted, of an output element."""
 
     name: str
     address: str
     state: Path
     pid: int
     error: float
-    c: EncryptedConnection
+    session: Session
+
+    @property
+    def link(self) -> CkksLink:
+        found: CkksLink = self.session.link
+        return found
 
     @property
     def host(self) -> int:
@@ -105,14 +139,9 @@ class Deployed:
     def key_files(self) -> dict[str, Path]:
         return {path.stem: path for path in self.state.glob("evaluation-keys/*/*.keys")}
 
-    def works(self, c: EncryptedConnection | None = None, number: int = 0) -> None:
+    def works(self, session: Session | None = None, number: int = 0) -> None:
         """A query whose answer is the model's."""
-        c, sample = c or self.c, inputs(self.name, number)
-        answer = c.query(sample)
-        with torch.no_grad():
-            wanted = model(self.name)(**sample)
-        assert answer.shape == wanted.shape
-        assert (answer - wanted).abs().max() < SLACK * self.error + c.program.grain / 2 < 0.1 * wanted.abs().max()
+        is_right(session or self.session, self.name, self.error, number)
 
 
 def children(pid: int) -> list[int]:
@@ -123,11 +152,19 @@ def children(pid: int) -> list[int]:
 
 
 @contextmanager
-def running(name: str, state: Path) -> Iterator[Deployed]:
-    with process(Console(stderr=True), name, "blue", [name, str(state)], module="tests.deployed") as address:
-        about = json.loads((state / "about.json").read_text())
-        with EncryptedConnection(address, deadline=20.0) as c:
-            yield Deployed(name, address, state, **about, c=c)
+def running(name: str, state: Path) -> Iterator[RunningCkks]:
+    command, environment = hosting.child("tests.ckks_server", name, str(state))
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        about = json.loads(server.stdout.readline())
+        with dial(about["listening"]) as session:
+            yield RunningCkks(name, about["listening"], state, about["pid"], about["error"], session)
+    finally:
+        server.terminate()
+        server.wait()
+        if server.stdout is not None:
+            server.stdout.close()
 
 
 # keys
@@ -140,10 +177,10 @@ def kept(directory: Path) -> tuple[Path, str, bytes]:
     return path, digest.decode(), secret
 
 
-def connect(server: Deployed, keys: Path, *, uploads: bool) -> None:
-    with EncryptedConnection(server.address, keys=keys) as c:
-        assert (c.key_bytes > 0, c.key_seconds > 0) == (uploads, uploads)
-        server.works(c)
+def connect(server: RunningCkks, keys: Path, *, uploads: bool) -> None:
+    with dial(server.address, keys) as session:
+        assert (uploaded(session) > 0, session.link.key_seconds > 0) == (uploads, uploads)
+        server.works(session)
 
 
 def stored(store: KeyStore, keys: dict[str, bytes], age: float = 0.0) -> Path:
@@ -161,7 +198,7 @@ def stored(store: KeyStore, keys: dict[str, bytes], age: float = 0.0) -> Path:
 class Query:
     """One by hand."""
 
-    def __init__(self, c: EncryptedConnection) -> None:
+    def __init__(self, c: CkksLink) -> None:
         self.box: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
         self.say(start(c), *(request for data in encrypted(c) for request in sent(data)))
         self.replies = c._stub.Query(iter(self.box.get, None), timeout=30)
@@ -184,24 +221,25 @@ class Query:
         self.box.put(None)
 
 
-def upload(c: EncryptedConnection, made: dict[str, bytes], data: bytes | None = None, **other: Any) -> None:
+def upload(c: CkksLink, made: dict[str, bytes], data: bytes | None = None, **other: Any) -> None:
     body = b"".join(made.values()) if data is None else data
     send_upload(c, [announced(c, made, **other), *(pb.UploadPart(data=part) for part in parts(body))])
 
 
-def announced(c: EncryptedConnection, made: dict[str, bytes], **other: Any) -> pb.UploadPart:
+def announced(c: CkksLink, made: dict[str, bytes], **other: Any) -> pb.UploadPart:
     sizes = [pb.KeySize(name=n, size=len(k)) for n, k in made.items()]
     fields = {"program_digest": c.program.digest, "digest": keys_digest(made), "keys": sizes}
     return pb.UploadPart(header=pb.KeysHeader(**{**fields, **other}))
 
 
-def send_upload(c: EncryptedConnection, messages: Sequence[pb.UploadPart]) -> None:
-    with calling("the server", c._at, ""):
-        c._stub.Upload(iter(messages), timeout=20)
+def send_upload(c: CkksLink, messages: Sequence[pb.UploadPart]) -> None:
+    with c._server.calling(hint=""):
+        *_, last = c._stub.Upload(iter(messages), timeout=20)
+        assert last.held
 
 
-def start(c: EncryptedConnection, **other: str) -> pb.CkksRequest:
-    fields = {"program_digest": c.program.digest, "weights_digest": c._weights_digest, "keys_digest": c._keys_digest}
+def start(c: CkksLink, **other: str) -> pb.CkksRequest:
+    fields = {"program_digest": c.program.digest, "model": c.model, "keys_digest": c.keys_digest}
     return pb.CkksRequest(start=pb.CkksStart(**{**fields, **other}))
 
 
@@ -209,7 +247,7 @@ def sent(data: bytes) -> list[pb.CkksRequest]:
     return [pb.CkksRequest(frame=frame) for frame in to_frames(data)]
 
 
-def encrypted(c: EncryptedConnection, lower: int = 0) -> list[bytes]:
+def encrypted(c: CkksLink, lower: int = 0) -> list[bytes]:
     """The inputs of a query."""
     values = c.program.client_values(inputs("tiny" if c.program.labels["mode"] == "pure" else "refresh"), {})
     return [c.client.encrypt(values[k], level - lower) for k, (_, level, _) in c.program.views.items()]
@@ -219,7 +257,7 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
 
 
-def zeros(c: EncryptedConnection, level: int, **other: int) -> bytes:
+def zeros(c: CkksLink, level: int, **other: int) -> bytes:
     """A ciphertext, under other parameters if given."""
     p = replace(c.program.parameters, **other)
     client = Client(Context(p)) if other else c.client
@@ -229,17 +267,23 @@ def zeros(c: EncryptedConnection, level: int, **other: int) -> bytes:
 # what a server may say
 
 
-class Faulty(CkksServicer):
+class Faulty(CkksServicer, ModelServicer):
     """Describes what a real server does, says that it holds all keys, and then says ``script``."""
 
-    def __init__(self, c: EncryptedConnection, script: Script) -> None:
-        self.description, self.c, self.script = c._stub.Describe(pb.DescribeRequest()), c, script
+    def __init__(self, c: CkksLink, script: Script) -> None:
+        self.description = ModelStub(c._server.channel).Describe(pb.DescribeRequest())
+        self.c, self.script = c, script
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.EncryptedDescription:
-        return self.description  # type: ignore[no-any-return]
+    def add(self, server: grpc.Server) -> None:
+        add_ModelServicer_to_server(self, server)
+        add_CkksServicer_to_server(self, server)
 
-    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> pb.KeysReply:
-        return pb.KeysReply(held=sum(len(part.data) for part in requests) > 0)
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        found: pb.Description = self.description
+        return found
+
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
+        yield pb.KeysReply(held=sum(len(part.data) for part in requests) > 0)
 
     def Query(self, requests: Any, context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
         for content in self.script(self.c):
@@ -247,19 +291,65 @@ class Faulty(CkksServicer):
 
 
 @contextmanager
-def faulty(c: EncryptedConnection, script: Script) -> Iterator[Served]:
-    served = Served(add_CkksServicer_to_server, Faulty(c, script))
+def faulty(c: CkksLink, script: Script, kind: type[Faulty] = Faulty) -> Iterator[Served]:
+    served = Served(lambda service, server: service.add(server), kind(c, script))
     try:
         yield served
     finally:
         served.stop()
 
 
+class SilentDescribe(Faulty):
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        time.sleep(6)
+        return super().Describe(request, context)
+
+
+class SilentUpload(Faulty):
+    """Reads all keys and says nothing."""
+
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
+        for _ in requests:
+            pass
+        time.sleep(6)
+        yield from ()
+
+
+class DeafUpload(Faulty):
+    """Reads nothing, says nothing."""
+
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
+        time.sleep(6)
+        yield from ()
+
+
+class SlowUpload(Faulty):
+    """Takes more seconds than a client's deadline, and says that it works."""
+
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
+        for _ in range(5):
+            time.sleep(0.5)
+            yield pb.KeysReply(held=False)
+        yield pb.KeysReply(held=True)
+
+
+class UploadInVain(Faulty):
+    def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
+        yield pb.KeysReply(held=False)
+
+
 def frames(data: bytes) -> Iterator[dict[str, pb.Frame]]:
     return ({"frame": frame} for frame in to_frames(data))
 
 
-def quiet(c: EncryptedConnection) -> Iterator[dict[str, Any]]:
+def slow(c: CkksLink) -> Iterator[dict[str, Any]]:
+    for done in range(5):
+        time.sleep(0.5)
+        yield {"progress": pb.Progress(done=done, total=5, path="x")}
+    yield {"failure": pb.Failure(code="query", message="late")}
+
+
+def quiet(c: CkksLink) -> Iterator[dict[str, Any]]:
     time.sleep(6)
     yield from ()
 
@@ -267,15 +357,21 @@ def quiet(c: EncryptedConnection) -> Iterator[dict[str, Any]]:
 # what a client sends
 
 
-class Recorder(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.StreamUnaryClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
-):
-    """Every message that leaves a client."""
+class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """A network that notes every message that leaves a client."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self._plain = secure.Plaintext()
+
+    def check(self, endpoint: Endpoint, *, what: str) -> None:
+        self._plain.check(endpoint, what=what)
+
+    def channel(self, endpoint: Endpoint, *, what: str) -> grpc.Channel:
+        return grpc.intercept_channel(self._plain.channel(endpoint, what=what), self)
+
+    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str) -> int:
+        raise AssertionError("a client does not listen")
 
     def _noted(self, messages: Iterable[Any]) -> Iterator[Any]:
         for message in messages:
@@ -284,9 +380,6 @@ class Recorder(
 
     def intercept_unary_unary(self, go_on: Any, details: Any, request: Any) -> Any:
         return go_on(details, next(self._noted([request])))
-
-    def intercept_stream_unary(self, go_on: Any, details: Any, requests: Any) -> Any:
-        return go_on(details, self._noted(requests))
 
     def intercept_stream_stream(self, go_on: Any, details: Any, requests: Any) -> Any:
         return go_on(details, self._noted(requests))
@@ -304,7 +397,7 @@ class Recorder(
         return header, begin, [joined[a:b] for a, b in itertools.pairwise(at)], ciphertexts
 
 
-def forbidden(c: EncryptedConnection, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[codec.Words]:
+def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[codec.Words]:
     """The secret key, as residues and as it is stored (after the name of its parameters); inputs; what it decrypted."""
     p, secret = c.program.parameters, c.client.secret_bytes()
     out = [np.frombuffer(unpacked(secret), np.uint64, (p.levels + 2) * p.degree, 72)]
@@ -337,17 +430,15 @@ def contains(data: bytes, words: codec.Words) -> bool:
 def main(name: str, state: Path) -> None:
     torch.set_num_threads(1)
     state.mkdir(parents=True, exist_ok=True)
-    encrypted = build(name, 14 if name == "pure" else 8)
-    server, address = encrypted_hosting.serve(
-        ServedEncrypted.of(encrypted), Endpoint("127.0.0.1", 0), state, workers=2, insecure=False, deadline=20.0
-    )
-    (state / "about.json").write_text(json.dumps({"pid": os.getpid(), "error": encrypted.predicted_error}))
+    made = compiled(name)
+    with secure.serve(made, role="server", state=state, workers=2, deadline=20.0) as service:
+        about = {"listening": service.address, "pid": os.getpid(), "error": made.model.predicted_error}
 
-    def announce() -> None:
-        sys.stdout.write(json.dumps({"listening": str(address)}) + "\n")
-        sys.stdout.flush()
+        def announce() -> None:
+            sys.stdout.write(json.dumps(about) + "\n")
+            sys.stdout.flush()
 
-    hosting.run_until_stopped(server, announce)
+        service.wait_announced(announce)
 
 
 if __name__ == "__main__":

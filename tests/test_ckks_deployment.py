@@ -6,6 +6,7 @@ import itertools
 import os
 import queue
 import re
+import socket
 import stat
 import threading
 import time
@@ -13,26 +14,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import torch
-from tests.deployed import Deployed, Script, connect, frames, inputs, kept, running, sent, start, stored, upload, zeros
 
-from parties.ckks import client as encrypted_client
-from parties.ckks.client import EncryptedConnection
-from parties.ckks.evaluators import read_keys
+import secure
+from parties.ckks.key_file import read_keys
 from parties.ckks.keystore import KeyStore
 from parties.ckks.server import largest
-from parties.net.endpoints import open_channel
+from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub
 from protocols.ckks.evaluate import Weights
-from protocols.ckks.seal import Client, Context, InvalidCiphertext
-from secure.errors import Error, PeerLost, ProtocolError, QueryError
-from tests import deployed
+from protocols.ckks.seal import Client, Context
+from secure.errors import Error, InvalidInput, PeerLost, ProtocolError, QueryError
+from secure.session import Session
+from tests import ckks_server
 from tests.ciphertexts import unpacked
+from tests.ckks_server import (
+    RunningCkks,
+    Script,
+    connect,
+    dial,
+    frames,
+    inputs,
+    kept,
+    running,
+    sent,
+    start,
+    stored,
+    upload,
+    uploaded,
+    zeros,
+)
 from tests.tiny import wait_until
 
 Keys = dict[str, bytes]
@@ -40,13 +55,13 @@ NOT_ONE, NOT_VALID = "bytes that are not one ciphertext", "not valid under N = 8
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCkks]:
     with running("tiny", tmp_path_factory.mktemp("tiny")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def refreshing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def refreshing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCkks]:
     with running("refresh", tmp_path_factory.mktemp("refresh")) as server:
         yield server
 
@@ -54,44 +69,54 @@ def refreshing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
 def test_a_pure_query(tmp_path: Path) -> None:
     with running("pure", tmp_path) as server:
         server.works(number=1)
-        host, c, p = server.host, server.c, server.c.program.parameters
+        host, c, p = server.host, server.session, server.session.program.parameters
     wait_until(lambda: not Path(f"/proc/{host}").exists(), "the host ends with its server")
     (report,) = c.reports
-    assert (p.degree, c.program.refreshes, report.rounds) == (16384, (), 0)
-    assert 0 < report.client_seconds < report.seconds
+    assert (p.degree, c.program.refreshes, report.rounds) == (16384, (), 1)
+    assert 0 < report.client_seconds < report.online_seconds
+    assert (report.offline_seconds, report.dealer_seconds, report.query) == (0, 0, 0)
     sizes = [p.polynomial_bytes(level) for _, level, _ in c.program.views.values()]
-    assert report.to_server == pytest.approx(sum(sizes), rel=0.15)
-    assert report.to_client == pytest.approx(p.ciphertext_bytes(0), rel=0.15)
-    assert c.key_bytes == pytest.approx(p.key_bytes * (1 + len(c.program.steps)), rel=0.15)
+    assert to_server(report) == pytest.approx(sum(sizes), rel=0.15)
+    assert to_client(report) == pytest.approx(p.ciphertext_bytes(0), rel=0.15)
+    assert report.bytes() == to_server(report) + to_client(report)
+    assert uploaded(c) == pytest.approx(p.key_bytes * (1 + len(c.program.steps)), rel=0.15)
 
 
-def test_a_refreshed_query(refreshing: Deployed) -> None:
-    c = refreshing.c
+def to_server(report: secure.Report) -> int:
+    return report.bytes(sender="client", receiver="server", phase="online")
+
+
+def to_client(report: secure.Report) -> int:
+    return report.bytes(sender="server", receiver="client", phase="online")
+
+
+def test_a_refreshed_query(refreshing: RunningCkks) -> None:
+    c = refreshing.session
     for number in range(2):
         refreshing.works(number=number)
         report, p = c.reports[-1], c.program.parameters
-        assert report.rounds == len(c.program.refreshes) > 0
+        assert report.rounds == 1 + len(c.program.refreshes) > 1
         levels = [level for stage in c.program.refreshes for level in stage]
         fresh = [*(level for _, level, _ in c.program.views.values()), *levels]
-        assert report.to_server == pytest.approx(sum(map(p.polynomial_bytes, fresh)), rel=0.15)
+        assert to_server(report) == pytest.approx(sum(map(p.polynomial_bytes, fresh)), rel=0.15)
         masked = len(levels) * p.ciphertext_bytes(c.program.reserve)
-        assert report.to_client == pytest.approx(masked + p.ciphertext_bytes(0), rel=0.15)
-        assert 0 < report.client_seconds < report.seconds
+        assert to_client(report) == pytest.approx(masked + p.ciphertext_bytes(0), rel=0.15)
+        assert 0 < report.client_seconds < report.online_seconds
 
 
-def test_two_clients_at_once(refreshing: Deployed) -> None:
+def test_two_clients_at_once(refreshing: RunningCkks) -> None:
     most, right = 0, list[int]()
 
-    def ask(c: EncryptedConnection, number: int) -> None:
-        refreshing.works(c, number)
+    def ask(session: Session, number: int) -> None:
+        refreshing.works(session, number)
         right.append(number)
 
-    with EncryptedConnection(refreshing.address) as other:
-        threads = [threading.Thread(target=ask, args=(c, k)) for k, c in enumerate((refreshing.c, other))]
+    with dial(refreshing.address) as other:
+        threads = [threading.Thread(target=ask, args=(s, k)) for k, s in enumerate((refreshing.session, other))]
         for thread in threads:
             thread.start()
         while any(t.is_alive() for t in threads):
-            most = max(most, len(deployed.children(refreshing.host)))
+            most = max(most, len(ckks_server.children(refreshing.host)))
             threads[0].join(0.02)
             threads[1].join(0.02)
     assert (sorted(right), most) == ([0, 1], 2)
@@ -100,7 +125,7 @@ def test_two_clients_at_once(refreshing: Deployed) -> None:
 
 def test_the_weights_of_a_long_chain_are_encoded() -> None:
     """What primes miss their powers of two by must not add up over the levels."""
-    made = deployed.build("pure", precision_bits=8)
+    made = ckks_server.build("pure", precision_bits=8)
     p = made.program.parameters
     assert max(abs(np.log2(scale) - p.scale_bits) for scale in p.scales) < 1
     Weights(Context(p), made.schedule).prepare()
@@ -109,7 +134,7 @@ def test_the_weights_of_a_long_chain_are_encoded() -> None:
 # keys
 
 
-def test_keys_that_are_kept_are_uploaded_once(tiny: Deployed, tmp_path: Path) -> None:
+def test_keys_that_are_kept_are_uploaded_once(tiny: RunningCkks, tmp_path: Path) -> None:
     directory = tmp_path / "keys"
     connect(tiny, directory, uploads=True)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -125,40 +150,40 @@ def test_keys_that_are_kept_are_uploaded_once(tiny: Deployed, tmp_path: Path) ->
     assert kept(directory)[1] in tiny.key_files()
 
 
-def test_keys_expire_on_the_server(tiny: Deployed, tmp_path: Path) -> None:
-    with EncryptedConnection(tiny.address, keys=tmp_path) as c:
-        os.utime(tiny.key_files()[c._keys_digest], (0, 0))
+def test_keys_expire_on_the_server(tiny: RunningCkks, tmp_path: Path) -> None:
+    with dial(tiny.address, tmp_path) as c:
+        os.utime(tiny.key_files()[c.link.keys_digest], (0, 0))
         with pytest.raises(QueryError, match="does not hold these evaluation keys\nhint: connect again"):
             c.query(inputs("tiny"))
     connect(tiny, tmp_path, uploads=True)
 
 
-def test_keys_that_were_damaged_are_uploaded_again(tiny: Deployed, tmp_path: Path) -> None:
+def test_keys_that_were_damaged_are_uploaded_again(tiny: RunningCkks, tmp_path: Path) -> None:
     connect(tiny, tmp_path, uploads=True)
     path, digest, secret = kept(tmp_path)
     tiny.key_files()[digest].with_stem("a" * 64).write_bytes(b"abc")  # by a name that the host does not know yet
     path.write_bytes(b"a" * 64 + b"\n" + secret)
-    with EncryptedConnection(tiny.address, keys=tmp_path) as c, pytest.raises(Error, match="hint: "):
+    with dial(tiny.address, tmp_path) as c, pytest.raises(Error, match="hint: "):
         c.query(inputs("tiny"))
     connect(tiny, tmp_path, uploads=True)
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 64, "../" * 21 + "a", "0" * 63 + "\n", "A" * 64])
-def test_keys_that_nobody_sent(digest: str, tiny: Deployed) -> None:
-    assert not tiny.c._stub.Keys(pb.KeysRequest(digest=digest)).held
-    requests = [start(tiny.c, keys_digest=digest), *sent(deployed.encrypted(tiny.c)[0])]
-    (reply,) = tiny.c._stub.Query(iter(requests), timeout=20)
+def test_keys_that_nobody_sent(digest: str, tiny: RunningCkks) -> None:
+    assert not tiny.link._stub.Keys(pb.KeysRequest(digest=digest)).held
+    requests = [start(tiny.link, keys_digest=digest), *sent(ckks_server.encrypted(tiny.link)[0])]
+    (reply,) = tiny.link._stub.Query(iter(requests), timeout=20)
     assert (reply.failure.code, reply.failure.message[:42]) == ("query", "the server does not hold these evaluation ")
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Deployed) -> Keys:
+def made(tiny: RunningCkks) -> Keys:
     """Keys of somebody, in the Program's order."""
-    return Client(tiny.c.client.context).evaluation_keys(list(tiny.c.program.steps))
+    return Client(tiny.link.client.context).evaluation_keys(list(tiny.link.program.steps))
 
 
-def test_a_store_drops_what_is_oldest(tiny: Deployed, made: Keys, tmp_path: Path) -> None:
-    store = KeyStore(tmp_path, tiny.c.program, maximum=int(2.5 * sum(map(len, made.values()))))
+def test_a_store_drops_what_is_oldest(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path, tiny.link.program, maximum=int(2.5 * sum(map(len, made.values()))))
     others, paths = [{**made, "relin": bytes([k]) * 9} for k in range(4)], list[Path]()
     for k, keys in enumerate(others):
         paths.append(stored(store, keys, 100 - k))
@@ -170,8 +195,8 @@ def test_a_store_drops_what_is_oldest(tiny: Deployed, made: Keys, tmp_path: Path
     assert read_keys(paths[2]) == others[2]
 
 
-def test_a_store_forgets(tiny: Deployed, made: Keys, tmp_path: Path) -> None:
-    store = KeyStore(tmp_path, tiny.c.program, expires=0.5)
+def test_a_store_forgets(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path, tiny.link.program, expires=0.5)
     old, path = stored(store, {**made, "relin": b"x"}, 10), stored(store, made)
     assert not old.exists()
     assert store.path(path.stem) == path
@@ -180,8 +205,8 @@ def test_a_store_forgets(tiny: Deployed, made: Keys, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keys_that_never_fit_drop_nobodys(tiny: Deployed, made: Keys, tmp_path: Path) -> None:
-    store = KeyStore(tmp_path, tiny.c.program, maximum=int(1.1 * sum(map(len, made.values()))))
+def test_keys_that_never_fit_drop_nobodys(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path, tiny.link.program, maximum=int(1.1 * sum(map(len, made.values()))))
     path = stored(store, made)
     with pytest.raises(ProtocolError, match=r"keys of \d+ bytes, where this server keeps \d+ of all clients"):
         stored(store, {name: data + data[: len(data) // 4] for name, data in made.items()})
@@ -209,26 +234,26 @@ def test_keys_that_never_fit_drop_nobodys(tiny: Deployed, made: Keys, tmp_path: 
         (lambda c, k: upload(c, {n: zeros(c, 2, levels=2) for n in k}), "key: .* not valid under"),
         (lambda c, k: upload(c, {n: k.get(n.replace("1", "2"), d) for n, d in k.items()}), "rotates otherwise"),
         (lambda c, k: upload(c, {**k, "relin": k["rotate 1"]}), "relinearization key"),
-        (lambda c, k: deployed.send_upload(c, [pb.UploadPart(data=b"x")]), "begins with the header"),
-        (lambda c, k: deployed.send_upload(c, [deployed.announced(c, k)] * 2), "second header"),
+        (lambda c, k: ckks_server.send_upload(c, [pb.UploadPart(data=b"x")]), "begins with the header"),
+        (lambda c, k: ckks_server.send_upload(c, [ckks_server.announced(c, k)] * 2), "second header"),
     ],
 )
-def test_uploads_that_are_refused(change: Callable[..., None], message: str, tiny: Deployed, made: Keys) -> None:
+def test_uploads_that_are_refused(change: Callable[..., None], message: str, tiny: RunningCkks, made: Keys) -> None:
     before = tiny.key_files()
     with pytest.raises(Error, match=f"^the server at .* refused: .*{message}"):
-        change(tiny.c, made)
+        change(tiny.link, made)
     assert tiny.key_files() == before
     tiny.works()
 
 
-def test_no_more_than_two_upload_at_once(tiny: Deployed) -> None:
+def test_no_more_than_two_upload_at_once(tiny: RunningCkks) -> None:
     def full() -> bool:
         with pytest.raises(Error, match=r"2 clients upload keys at this moment|begins with") as caught:
-            deployed.send_upload(tiny.c, [])
+            ckks_server.send_upload(tiny.link, [])
         return "limit" in str(caught.value)
 
     boxes = [queue.SimpleQueue[None]() for _ in range(2)]
-    calls = [tiny.c._stub.Upload.future(iter(box.get, None)) for box in boxes]
+    calls = [tiny.link._stub.Upload(iter(box.get, None)) for box in boxes]
     wait_until(full, "the limit is reached")
     before = tiny.threads
     assert all(full() for _ in range(20))
@@ -247,16 +272,16 @@ def test_no_more_than_two_upload_at_once(tiny: Deployed) -> None:
         (lambda c, x: [start(c)], "peer-lost", "ended the stream before ciphertext 1 of 1"),
         (lambda c, x: [start(c), *sent(bytes(largest(c.program, 3) + 1))], "protocol", r"more than \d+ bytes"),
         (lambda c, x: [start(c), *sent(x[:-1])], "protocol", NOT_ONE),
-        (lambda c, x: [start(c), *sent(deployed.flipped(x, 40))], "protocol", NOT_VALID),
+        (lambda c, x: [start(c), *sent(ckks_server.flipped(x, 40))], "protocol", NOT_VALID),
         (lambda c, x: [start(c), *sent(x[:16] + os.urandom(len(x) - 16))], "protocol", NOT_VALID),
-        (lambda c, x: [start(c), *sent(deployed.encrypted(c, 1)[0])], "protocol", "expected 2 at level 3"),
+        (lambda c, x: [start(c), *sent(ckks_server.encrypted(c, 1)[0])], "protocol", "expected 2 at level 3"),
         (lambda c, x: [start(c), *sent(zeros(c, 3, scale_bits=27))], "protocol", NOT_VALID),
         (lambda c, x: [start(c, program_digest="0" * 64), *sent(x)], "handshake", "Program digest: the client has '0"),
-        (lambda c, x: [start(c, weights_digest="é"), *sent(x)], "handshake", "weights digest: the client has 'é'"),
+        (lambda c, x: [start(c, model="é"), *sent(x)], "handshake", "model: the client has 'é'"),
     ],
 )
-def test_queries_that_are_refused(change: Callable[..., Any], code: str, message: str, tiny: Deployed) -> None:
-    *before, last = tiny.c._stub.Query(iter(change(tiny.c, deployed.encrypted(tiny.c)[0])), timeout=20)
+def test_queries_that_are_refused(change: Callable[..., Any], code: str, message: str, tiny: RunningCkks) -> None:
+    *before, last = tiny.link._stub.Query(iter(change(tiny.link, ckks_server.encrypted(tiny.link)[0])), timeout=20)
     assert all(reply.WhichOneof("content") == "progress" for reply in before)
     assert last.failure.code == code
     assert re.search(message, last.failure.message)
@@ -264,12 +289,12 @@ def test_queries_that_are_refused(change: Callable[..., Any], code: str, message
 
 
 @pytest.mark.parametrize(
-    "change", [lambda x: x[:-1], lambda x: deployed.flipped(x, 40), lambda x: bytes(1 << 20), None]
+    "change", [lambda x: x[:-1], lambda x: ckks_server.flipped(x, 40), lambda x: bytes(1 << 20), None]
 )
-def test_refreshes_that_are_refused(change: Callable[[bytes], bytes] | None, refreshing: Deployed) -> None:
-    query, levels = deployed.Query(refreshing.c), refreshing.c.program.refreshes[0]
+def test_refreshes_that_are_refused(change: Callable[[bytes], bytes] | None, refreshing: RunningCkks) -> None:
+    query, levels = ckks_server.Query(refreshing.link), refreshing.link.program.refreshes[0]
     query.until_refresh()
-    bad = zeros(refreshing.c, levels[0] - 1) if change is None else change(zeros(refreshing.c, levels[0]))
+    bad = zeros(refreshing.link, levels[0] - 1) if change is None else change(zeros(refreshing.link, levels[0]))
     query.say(*sent(bad) * len(levels))
     failure = query.failure()
     assert failure.code == "protocol"
@@ -278,8 +303,8 @@ def test_refreshes_that_are_refused(change: Callable[[bytes], bytes] | None, ref
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_client_that_vanishes(waits: bool, refreshing: Deployed) -> None:
-    query = deployed.Query(refreshing.c)
+def test_a_client_that_vanishes(waits: bool, refreshing: RunningCkks) -> None:
+    query = ckks_server.Query(refreshing.link)
     if waits:
         query.until_refresh()
     wait_until(lambda: not refreshing.idle, "an evaluator works")
@@ -289,10 +314,10 @@ def test_a_client_that_vanishes(waits: bool, refreshing: Deployed) -> None:
 
 
 @pytest.mark.parametrize("value", [3.0, float("nan")])
-def test_an_image_out_of_range_is_never_sent(value: float, tiny: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny.c, "_stub", None)
+def test_an_image_out_of_range_is_never_sent(value: float, tiny: RunningCkks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.link, "_stub", None)
     with pytest.raises(ValueError, match=r"has values in \[.*\], the Program was made for"):
-        tiny.c.query({"images": torch.full((1, 8), value)})
+        tiny.session.query({"images": torch.full((1, 8), value)})
 
 
 ONE: dict[str, Any] = {"result": 1}
@@ -306,26 +331,177 @@ ONE: dict[str, Any] = {"result": 1}
         ("tiny", lambda c: [ONE, *frames(bytes(largest(c.program, 0) + 1))], ProtocolError, "of more than"),
         ("tiny", lambda c: frames(b"x"), ProtocolError, "sent 'frame' where a refresh or a result"),
         ("tiny", lambda c: [], PeerLost, "ended the query without an answer"),
-        ("tiny", lambda c: [ONE], (Error, InvalidCiphertext), f"{NOT_ONE}|ended the"),
-        ("tiny", lambda c: [ONE, *frames(os.urandom(99))], InvalidCiphertext, "result: 99 bytes"),
-        ("tiny", lambda c: [ONE, *frames(zeros(c, 1))], InvalidCiphertext, "2 polynomials at level 1.* level 0"),
+        ("tiny", lambda c: [ONE], PeerLost, "ended the query within a ciphertext"),
+        (
+            "tiny",
+            lambda c: [ONE, *frames(os.urandom(99))],
+            ProtocolError,
+            "no ciphertext of this Program: result: 99 bytes",
+        ),
+        ("tiny", lambda c: [ONE, *frames(zeros(c, 1))], ProtocolError, "2 polynomials at level 1.* level 0"),
         ("tiny", lambda c: [{"failure": pb.Failure(code="query", message="a\x1b")}], QueryError, r"^a\?$"),
-        ("tiny", deployed.quiet, PeerLost, "nothing for 1 s"),
+        ("tiny", ckks_server.quiet, PeerLost, r"the server at .* said nothing for 1 s \(evaluating\)"),
+        ("tiny", ckks_server.slow, QueryError, "^late$"),  # later than the deadline, but not silent
         ("refreshing", lambda c: [{"refresh": 2}], ProtocolError, "asks for refresh 2, the Program has"),
         ("refreshing", lambda c: [{"refresh": 1}, *frames(bytes(PART))], ProtocolError, "of more than"),
         ("refreshing", lambda c: [{"refresh": 1}, ONE], ProtocolError, "no ciphertext where one was expected"),
-        ("refreshing", lambda c: [{"refresh": 1}, *2 * [*frames(zeros(c, 0))]], InvalidCiphertext, "at level 0"),
+        ("refreshing", lambda c: [{"refresh": 1}, *2 * [*frames(zeros(c, 0))]], ProtocolError, "at level 0"),
     ],
 )
 def test_servers_that_are_refused(
     name: str, script: Script, error: type[Exception], message: str, request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Deployed = request.getfixturevalue(name)
-    monkeypatch.setattr(real.c, "_deadline", 1.0)
-    with deployed.faulty(real.c, script) as server, open_channel(server.endpoint, insecure=False, what="x") as channel:
-        monkeypatch.setattr(real.c, "_stub", CkksStub(channel))
+    real: RunningCkks = request.getfixturevalue(name)
+    monkeypatch.setattr(real.link, "_deadline", 1.0)
+    began = time.monotonic()
+    with (
+        ckks_server.faulty(real.link, script) as server,
+        secure.Plaintext().channel(server.endpoint, what="x") as channel,
+    ):
+        monkeypatch.setattr(real.link, "_stub", CkksStub(channel))
         with pytest.raises(error, match=message):
-            real.c.query(inputs(real.name))
+            real.session.query(inputs(real.name))
+        assert time.monotonic() - began < 5
+    monkeypatch.undo()
+    if name == "tiny":
+        real.works()  # with the same session: a query that failed leaves the next ones as they are
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (ckks_server.SilentDescribe, "did not answer in time"),
+        (ckks_server.SilentUpload, r"said nothing for 1 s \(taking the evaluation keys\)"),
+        (ckks_server.DeafUpload, r"said nothing for 1 s \(taking the evaluation keys\)"),
+        (ckks_server.UploadInVain, "ended the upload and holds no keys"),
+    ],
+)
+def test_a_silent_server_ends_a_connection_within_the_deadline(
+    kind: type[ckks_server.Faulty], message: str, tiny: RunningCkks
+) -> None:
+    with ckks_server.faulty(tiny.link, lambda c: [], kind) as server:
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match=message):
+            dial(server.address, deadline=1.0)
+        assert time.monotonic() - began < 4
+
+
+def test_a_port_that_says_nothing_ends_a_connection_within_the_deadline() -> None:
+    with socket.socket() as quiet:
+        quiet.bind(("127.0.0.1", 0))
+        quiet.listen()
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match="did not answer in time"):
+            dial(f"127.0.0.1:{quiet.getsockname()[1]}", deadline=1.0)
+        assert time.monotonic() - began < 4
+
+
+def test_words_keep_an_upload_alive(tiny: RunningCkks) -> None:
+    with ckks_server.faulty(tiny.link, lambda c: [], ckks_server.SlowUpload) as server:
+        began = time.monotonic()
+        with dial(server.address, deadline=1.0) as session:
+            assert uploaded(session) > 0
+        assert time.monotonic() - began > 2
+
+
+def test_progress_is_told(refreshing: RunningCkks) -> None:
+    heard: list[tuple[int, int, str]] = []
+    with dial(refreshing.address, told=lambda *progress: heard.append(progress)) as session:
+        refreshing.works(session)
+    keys = [(done, total) for done, total, path in heard if path == "uploading keys"]
+    assert keys == [(k, len(keys)) for k in range(2 + len(session.program.steps))]
+    evaluated = [(done, total) for done, total, path in heard if path.startswith("blocks")]
+    assert evaluated == sorted(evaluated)
+    assert all(0 <= done < total for done, total in evaluated)
+    assert evaluated
+
+
+@pytest.mark.parametrize("by_thread", [False, True])
+def test_a_closed_session_answers_nothing(by_thread: bool, refreshing: RunningCkks) -> None:
+    failed: list[BaseException] = []
+
+    def ask(session: Session) -> None:
+        try:
+            session.query(inputs("refresh"))
+        except Error as error:
+            failed.append(error)
+
+    with dial(refreshing.address) as session:
+        if by_thread:
+            thread = threading.Thread(target=ask, args=(session,))
+            thread.start()
+            wait_until(lambda: not refreshing.idle, "an evaluator works")
+    if by_thread:
+        thread.join(10)
+        assert not thread.is_alive()
+        wait_until(lambda: refreshing.idle, "it ends")
+    else:
+        ask(session)
+    (error,) = failed
+    assert isinstance(error, PeerLost)
+    assert "this session has ended: it was closed" in str(error)
+
+
+def test_keys_that_cannot_be_kept(tiny: RunningCkks, tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.write_text("no directory")
+    with pytest.raises(InvalidInput, match=r"the key .*file.*: File exists\nhint: give another directory"):
+        dial(tiny.address, place)
+
+
+def test_a_kept_key_that_is_damaged(tiny: RunningCkks, tmp_path: Path) -> None:
+    connect(tiny, tmp_path, uploads=True)
+    path, digest, secret = kept(tmp_path)
+    path.write_bytes(digest.encode() + b"\n" + secret[:-1])
+    with pytest.raises(InvalidInput, match=r"holds no secret key\nhint: delete it"):
+        dial(tiny.address, tmp_path)
+
+
+# in one process
+
+
+@pytest.mark.parametrize("name", ["tiny", "refresh"])
+def test_all_in_one_process(name: str) -> None:
+    made = ckks_server.compiled(name)
+    with secure.insecure_in_process(made) as session:
+        for number in range(2):
+            ckks_server.is_right(session, name, made.model.predicted_error, number)
+        assert uploaded(session) == pytest.approx(made.cost.bytes(phase="once"), rel=0.15)
+        for number, report in enumerate(session.reports):
+            assert (report.query, report.rounds) == (number, made.cost.rounds)
+            assert to_server(report) == pytest.approx(made.cost.bytes(sender="client", phase="online"), rel=0.15)
+            assert to_client(report) == pytest.approx(made.cost.bytes(sender="server"), rel=0.15)
+            assert 0 < report.client_seconds < report.online_seconds
+        noiseless = secure.plain_reference(made, inputs(name))
+        assert noiseless.dtype == torch.float64
+        assert (session.query(inputs(name)) - noiseless).abs().max() < 2 * made.model.predicted_error
+    with pytest.raises(PeerLost, match="this session has ended"):
+        session.query(inputs(name))
+
+
+def test_a_process_may_serve_and_ask(refreshing: RunningCkks, tmp_path: Path) -> None:
+    """As a notebook does: the process that evaluates starts after channels, threads and servers are there."""
+    made = ckks_server.compiled("tiny")
+    refreshing.works()
+    before = set(ckks_server.children(os.getpid()))
+    with secure.serve(made, role="server", state=tmp_path) as first:
+        with secure.serve(made, role="server", state=tmp_path) as second:
+            for service in (first, second):
+                with dial(service.address) as session:
+                    ckks_server.is_right(session, "tiny", made.model.predicted_error)
+            assert len(set(ckks_server.children(os.getpid())) - before) == 2
+        port = Endpoint.parse(second.address, what="it").port
+        with socket.socket() as free:  # no child holds what this process listened at
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind(("127.0.0.1", port))
+        with dial(first.address) as session:
+            ckks_server.is_right(session, "tiny", made.model.predicted_error)
+    refreshing.works()
+    assert set(ckks_server.children(os.getpid())) == before
+    with secure.serve(made, role="server", state=tmp_path) as third:
+        with pytest.raises(secure.EndpointError, match="it may be in use"):
+            secure.serve(made, role="server", state=tmp_path, listen=third.address)
+        assert len(set(ckks_server.children(os.getpid())) - before) == 1  # what did not start left nothing
 
 
 # what a client sends
@@ -333,20 +509,17 @@ def test_servers_that_are_refused(
 
 @pytest.mark.parametrize("name", ["tiny", "refreshing"])
 def test_what_a_client_sends(name: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    server: Deployed = request.getfixturevalue(name)
-    recorder, decrypted, decrypt = deployed.Recorder(), list[Any](), Client.decrypt_plain
-
-    def recorded(*arguments: Any, **options: Any) -> Any:
-        return grpc.intercept_channel(open_channel(*arguments, **options), recorder)
+    server: RunningCkks = request.getfixturevalue(name)
+    recorder, decrypted, decrypt = ckks_server.Recorder(), list[Any](), Client.decrypt_plain
 
     def noted(client: Client, data: bytes, level: int) -> Any:
         decrypted.append(decrypt(client, data, level))
         return decrypted[-1]
 
-    monkeypatch.setattr(encrypted_client, "open_channel", recorded)
     monkeypatch.setattr(Client, "decrypt_plain", noted)
-    with EncryptedConnection(server.address) as c:
-        server.works(c)
+    with dial(server.address, network=recorder) as session:
+        server.works(session)
+    c = session.link
 
     # the kinds of messages
     kinds = [(type(m), m.WhichOneof("content") if m.DESCRIPTOR.oneofs else None) for m in recorder.sent]
@@ -365,14 +538,14 @@ def test_what_a_client_sends(name: str, request: Any, monkeypatch: pytest.Monkey
     levels += [level for stage in c.program.refreshes for level in stage]
     assert (len(c.program.refreshes) > 0) == (name == "refreshing")
     assert [len(unpacked(x)) for x in ciphertexts] == [len(unpacked(zeros(c, level))) for level in levels]
-    assert sum(map(len, ciphertexts)) == c.reports[0].to_server
+    assert sum(map(len, ciphertexts)) == to_server(session.reports[0])
 
     # no secret key, no input, nothing decrypted in any of it
     assert len(decrypted) == len(levels) - len(c.program.views) + 1
-    forbidden = deployed.forbidden(c, inputs(server.name), decrypted[::3] + decrypted[-1:])
+    forbidden = ckks_server.forbidden(c, inputs(server.name), decrypted[::3] + decrypted[-1:])
     sent = b"".join([*keys, *ciphertexts, *map(unpacked, [*keys, *ciphertexts])])
     sent += b"".join(m.SerializeToString() for m in (recorder.sent[0], header, begin))
     words = np.concatenate(forbidden)
-    assert not deployed.contains(sent, words)
+    assert not ckks_server.contains(sent, words)
     for place in np.cumsum([0, *map(len, forbidden[:-1])]).tolist():  # each would be found
-        assert deployed.contains(sent[:1001] + words[place : place + 4].tobytes() + sent[1001:5000], words)
+        assert ckks_server.contains(sent[:1001] + words[place : place + 4].tobytes() + sent[1001:5000], words)

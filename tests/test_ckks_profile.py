@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
-from parties.cli import profile_ckks as encrypted_profiling
-from parties.cli.main import app
+import secure
 from protocols.ckks import cost
 from protocols.ckks.circuit import Circuit, clear
 from protocols.ckks.evaluate import Weights
@@ -21,7 +19,8 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context
 from secure.ckks.compile import Batched, CkksModel, encrypt, encrypt_batch
-from secure.errors import Error
+from secure.ckks.profile import profile, summary
+from secure.errors import InvalidInput
 
 SIZES = (4, 8, 3)
 
@@ -48,17 +47,17 @@ def encrypted() -> CkksModel:
 
 
 def test_a_profile_adds_up(encrypted: CkksModel) -> None:
-    found = encrypted_profiling.profile(encrypted, measured=False)
+    found = profile(encrypted, measured=False).as_dict()
     assert found["seconds"] == pytest.approx(sum(found["breakdown"].values()))
-    assert found["seconds"] == pytest.approx(sum(row.get("seconds", 0.0) for row in found["modules"].values()))
+    assert found["seconds"] == pytest.approx(sum(row["seconds"] for row in found["modules"].values()))
     assert sum(row["rotations"] for row in found["modules"].values()) == found["counts"]["rotate"]
     assert sum(row["plain products"] for row in found["modules"].values()) == found["counts"]["plain"]
-    assert sum(row.get("levels", 0) for row in found["modules"].values()) == found["parameters"]["levels"] == 3
+    assert sum(row["levels"] for row in found["modules"].values()) == found["parameters"]["levels"] == 3
     assert found["rounds"] == 1
 
 
 def test_bytes_are_those_of_real_keys_and_ciphertexts(encrypted: CkksModel) -> None:
-    found = encrypted_profiling.profile(encrypted, measured=False)
+    found = profile(encrypted, measured=False).as_dict()
     p = encrypted.program
     client = Client(Context(p.parameters))
     keys = client.evaluation_keys(p.steps)
@@ -99,14 +98,24 @@ def test_more_operations_cost_more() -> None:
     assert cost.seconds(schedule(c), p) > 1.5 * one.total
 
 
-def test_the_command_prints_json_and_a_table(encrypted: CkksModel) -> None:
-    found = encrypted_profiling.profile(encrypted, measured=False)
+def test_a_profile_is_json_and_a_table(encrypted: CkksModel) -> None:
+    made = profile(encrypted, measured=False)
+    found = made.as_dict()
     assert json.loads(json.dumps(found)) == found
-    console = Console(file=io.StringIO(), width=200)
-    encrypted_profiling.show(console, found, "a model")
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "128-bit security; pure, 1 round(s)" in text
-    assert "ct x ct" in text
+    columns, rows, lines = made.table()
+    assert len(rows) == len(found["modules"])
+    assert {len(row) for row in rows} == {len(columns)}
+    assert "ct x ct" in columns
+    assert "128-bit security; pure, 1 round(s)" in lines[0]
+    assert "128-bit security), no interaction" in summary(encrypted)
+
+
+def test_the_cost_of_a_compiled_model_is_that_of_its_profile(encrypted: CkksModel) -> None:
+    found, cost = profile(encrypted, measured=False), secure.Compiled(secure.Ckks(), encrypted).cost
+    assert cost.bytes(sender="client", phase="once") == found.key_bytes
+    assert cost.bytes(sender="client", phase="online") == found.to_server
+    assert cost.bytes(sender="server", phase="online") == cost.bytes(sender="server") == found.to_client
+    assert (cost.rounds, cost.error) == (found.rounds, found.predicted_error)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +134,63 @@ def test_a_batch_computes_what_the_model_does(batched: Batched) -> None:
     assert batched.parameters.slots >= 4096
 
 
+class Tokens(nn.Module):
+    """One that looks tokens up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.last = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        out: Tensor = self.last(x * x)
+        return out
+
+
 def test_the_token_table_is_not_shown_unless_it_is_said() -> None:
-    result = CliRunner().invoke(app, ["serve", "all-MiniLM-L6-v2", "--deployment", "ckks", "--length", "16"])
-    assert isinstance(result.exception, Error)
-    assert "clients hold the token table\nhint: --embedding client-table" in str(result.exception)
+    given = [{"ids": torch.randint(0, 20, (1, 4))} for _ in range(8)]
+    model = Tokens().eval()
+    options: dict[str, Any] = {"calibration": given[1:], "deployment": secure.Ckks(precision=6)}
+    with pytest.raises(InvalidInput, match=r"clients would hold that table\nhint: .*\(embedding='client-table'\)"):
+        secure.compile(model, given[0], **options)
+    with pytest.raises(InvalidInput, match=r"embedding 'one-hot' is not to be had under"):
+        secure.compile(model, given[0], embedding="one-hot", **options)
+    with pytest.raises(InvalidInput, match="takes tokens, which batches do not"):
+        encrypt_batch(model, given[0], calibration=given[1:])
+    made = secure.compile(model, given[0], embedding="client-table", **options)
+    with torch.no_grad():
+        assert torch.allclose(secure.plain_reference(made, given[3]).float(), model(**given[3]), atol=0.02)
+
+
+def test_a_text_model_is_not_even_loaded_until_it_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"under \w+ clients hold the token table\nhint: --embedding client-table"):
+        secure.compile_text_model(str(tmp_path), 8, deployment=secure.Ckks())
+    with pytest.raises(secure.ModelNotFound):
+        secure.compile_text_model(str(tmp_path), 8, deployment=secure.Ckks(), embedding="client-table")
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.last(x * x)
+
+
+def test_several_outputs_are_refused_in_words() -> None:
+    given = [{"x": s["input"]} for s in samples(3)]
+    with pytest.raises(secure.UnsupportedOperation, match="the model has 2 outputs, ciphertexts are packed for one"):
+        secure.compile(Two().eval(), given[0], calibration=given[1:], deployment=secure.Ckks())
+
+
+@pytest.mark.parametrize("bits", [0.0, -1.0, float("nan"), 1e9])
+def test_precisions_that_mean_nothing_are_refused(bits: float) -> None:
+    with pytest.raises(InvalidInput, match=r"a precision of .* bits\nhint: more than 0"):
+        secure.compile(model(), samples()[0], deployment=secure.Ckks(precision=bits))
+
+
+def test_options_of_other_deployments_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="gelu means nothing under"):
+        secure.compile(model(), samples()[0], deployment=secure.Ckks(), gelu="tanh")

@@ -86,7 +86,6 @@ class CkksLink(Link):
         self.once = (*self.once, Traffic(CLIENT, SERVER, sum(map(len, keys.values())), ONCE))
         if kept is not None:
             with _usable(kept):
-                kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 store(kept, self.keys_digest.encode() + b"\n" + self.client.secret_bytes())
 
     def _upload(self, keys: Mapping[str, bytes]) -> None:
@@ -142,8 +141,7 @@ class CkksLink(Link):
             elif kind == "refresh":
                 if message.refresh != exchange.rounds or message.refresh > len(refreshes):
                     raise ProtocolError(
-                        f"the server asks for refresh {message.refresh} after {exchange.rounds - 1}, the Program has "
-                        f"{len(refreshes)}"
+                        f"the server asks for refresh {message.refresh}, the Program has {len(refreshes)}"
                     )
                 levels = [self.program.reserve] * len(refreshes[message.refresh - 1])
                 _put(outbox, exchange.refreshed(self._read(replies, levels)))
@@ -213,6 +211,7 @@ def _read_secret(kept: Path | None) -> tuple[str, bytes | None]:
     if kept is None:
         return "", None
     with _usable(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # now: keys that cannot be kept are not uploaded
         if not kept.is_file():
             return "", None
         digest, _, secret = kept.read_bytes().partition(b"\n")

@@ -32,7 +32,7 @@ from secure.ckks.program import HEADROOM, CkksProgram
 from secure.errors import DoesNotFit, DoesNotPack, InvalidInput, UnsupportedOperation
 from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Sample
-from secure.lowering.trace import evaluate
+from secure.lowering.trace import Symbol, evaluate
 
 WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
 DEGREES = (8192, 16384, 32768)
@@ -96,9 +96,9 @@ def encrypt(
     if not token_table and (shown := [c.table for c in lowered.client_inputs if c.encoding == "client-table"]):
         raise InvalidInput(
             f"the model looks tokens up in {shown[0]!r}, and clients would hold that table",
-            "if they may see it, say so: embedding='client-table' (--embedding client-table)",
+            "--embedding client-table (embedding='client-table'), if they may see it",
         )
-    (output,) = lowered.outputs
+    output = _output(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
     problems: list[str] = []
@@ -195,7 +195,7 @@ def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequ
     lowered, _, ranges = _prepared(model, [example_inputs, *calibration])
     if any(c.encoding == "client-table" for c in lowered.client_inputs):
         raise InvalidInput("the model takes tokens, which batches do not", "compile it for single queries")
-    (output,) = lowered.outputs
+    output = _output(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
     for degree in DEGREES:
         packer = BatchPacker(lowered.trace, weights, ranges, degree // 2)
@@ -208,6 +208,15 @@ def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequ
             chosen = Parameters(degree, timed.depth, scale, scale + INTEGER + 1, SPARE[1])
             return Batched(chosen, timed, packer.inputs, tuple(output.shape), unit, sources, lowered.client_graph)
     raise DoesNotFit(f"{timed.depth} levels fit no ring\nhint: fewer layers, a smaller power or degree")
+
+
+def _output(lowered: Lowered) -> Symbol:
+    if len(lowered.outputs) != 1:
+        raise UnsupportedOperation(
+            f"the model has {len(lowered.outputs)} outputs, ciphertexts are packed for one",
+            "return one tensor: torch.cat puts several into one",
+        )
+    return lowered.outputs[0]
 
 
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:

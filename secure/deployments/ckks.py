@@ -69,6 +69,20 @@ class Ckks(Deployment):
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", float(self.precision))  # "9" and "9.0" are one option
 
+    def check(self, options: CompileOptions, *, tokens: bool = False) -> None:
+        """InvalidInput too where tokens are looked up and nobody said that clients may hold the token table."""
+        super().check(options, tokens=tokens)
+        if options.embedding not in (None, CLIENT_TABLE):
+            raise InvalidInput(
+                f"embedding {options.embedding!r} is not to be had under {self.name}",
+                f"clients hold the token table here: {CLIENT_TABLE!r}, if they may see it",
+            )
+        if tokens and options.embedding is None:
+            raise InvalidInput(
+                f"under {self.name} clients hold the token table",
+                f"--embedding {CLIENT_TABLE} (embedding={CLIENT_TABLE!r}), if they may see it",
+            )
+
     def build(
         self,
         model: nn.Module,
@@ -76,11 +90,6 @@ class Ckks(Deployment):
         options: CompileOptions,
         labels: Mapping[str, str],
     ) -> ckks.CkksModel:
-        if options.embedding not in (None, CLIENT_TABLE):
-            raise InvalidInput(
-                f"embedding {options.embedding!r} is not to be had under {self.name}",
-                f"clients hold the token table here: {CLIENT_TABLE!r}, if they may see it",
-            )
         return ckks.encrypt(
             model,
             samples[0],

@@ -96,13 +96,13 @@ def compile_text_model(
     """
     options = CompileOptions(embedding, gelu, approximations, fixed_point)
     deployment = deployment or TwoParty()
-    deployment.check(options)  # before the model is loaded
+    deployment.check(options, tokens=True)  # before the model is loaded
     return build(Embed().load(model, length, calibration), deployment, options, {})
 
 
 def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, labels: Mapping[str, str]) -> Compiled:
     """Compile what a task has loaded."""
-    deployment.check(options)
+    deployment.check(options, tokens=loaded.tokenizer is not None)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"length": str(loaded.length)} if loaded.length else {}
     made = deployment.build(loaded.module, loaded.samples, options, {**named, **labels})

@@ -126,8 +126,11 @@ class Deployment(ABC):
         ours = self.compiled_as()
         return next((n for n in ours if ours[n] != default[n] and ours[n] != compiled_as.get(n)), None)
 
-    def check(self, options: CompileOptions) -> None:
-        """Raise InvalidInput for compile options that mean nothing in this deployment."""
+    def check(self, options: CompileOptions, *, tokens: bool = False) -> None:
+        """Raise InvalidInput for compile options that mean nothing in this deployment, before anything takes long.
+
+        tokens: it is known that the model looks tokens up. A deployment overrides this where it must be told how.
+        """
         for name in options.given:
             if name not in self.takes:
                 known = ", ".join(sorted(self.takes)) or "none of them"
