@@ -69,8 +69,8 @@ def test_a_packed_model_is_the_model(layers: int, mode: str, degree: int) -> Non
         slots = clear(made.schedule.circuit, program.client_values(sample, made.client_tables))
         with torch.no_grad():
             wanted = model(**sample)
-        answer = program.decode(slots)
-        assert answer.shape == wanted.shape
+        answer = program.decode(slots)["output"]
+        assert (answer.shape, answer.dtype) == (wanted.shape, torch.float64)
         assert torch.allclose(answer, wanted.double(), atol=1e-3)
         assert wanted.abs().max() > 0.05
 
@@ -209,7 +209,7 @@ def test_inputs_out_of_range_are_refused(value: float, refreshed: CkksModel) -> 
 def test_absurd_outputs_are_refused(value: float, refreshed: CkksModel) -> None:
     program = refreshed.program
     slots = [np.full(program.parameters.slots, 0.5) for _ in program.output]
-    assert program.decode(slots) == pytest.approx(torch.full(program.output_shape, 0.5 * program.output_unit))
+    assert program.decode(slots)["output"] == pytest.approx(torch.full(program.output_shape, 0.5 * program.output_unit))
     row, slot = np.argwhere(program.output == 4)[0]
     unread = int(np.flatnonzero(program.output[0] == -1)[0])
     slots[0][unread] = value  # nobody's business

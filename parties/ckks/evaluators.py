@@ -20,12 +20,6 @@ from secure.ckks.compile import CkksModel
 from secure.errors import Error, ProtocolError
 
 
-class InvalidKeys(Error):
-    """Keys that are none of this Program's."""
-
-    code = "invalid-keys"
-
-
 class Evaluators:
     """Starts the process and waits until the weights are encoded. ``workers``: queries computed at a time.
 
@@ -51,7 +45,7 @@ class Evaluators:
         self.seconds, self.bytes = float(encoded["seconds"]), int(encoded["bytes"])
 
     def load(self, digest: str, path: Path) -> None:
-        """Have the process hold these keys. InvalidKeys where they are none of this Program's."""
+        """Have the process hold these keys. ProtocolError where they are none of this Program's."""
         with self._lock, _while_it_runs():
             self._host.send({"do": "load", "digest": digest, "path": str(path)})
             self._answer()
@@ -82,7 +76,8 @@ class Evaluators:
     def _answer(self) -> dict[str, Any]:
         header, _ = self._host.receive()
         if "error" in header:
-            raise (InvalidKeys if header.get("invalid") else Error)(header["error"])
+            kind = ProtocolError if header.get("invalid") else Error
+            raise kind(header["error"])
         return header
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from parties.ckks.evaluators import Evaluators, InvalidKeys, Running
+from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
 from parties.net.calls import answering, unexpected
 from parties.net.frames import to_frames
@@ -95,7 +95,7 @@ class CkksService(CkksServicer):
             raise QueryError("the server does not hold these evaluation keys", "connect again to upload them")
         try:
             self.evaluators.load(digest, path)
-        except InvalidKeys:
+        except ProtocolError:
             path.unlink(missing_ok=True)  # keys that cannot be read are of no use to anybody
             raise
 
