@@ -19,7 +19,7 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Material, Step, Weights
 from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import Translated, translate
-from protocols.three_party.weights import HelperWeights, SharedWeights, masked
+from protocols.three_party.weights import Party2Weights, SharedWeights, masked
 from protocols.weights import ServerWeights
 from protocols.wire import Wire, decode
 from secure import Compiled, plain_reference
@@ -127,13 +127,13 @@ def test_party_2_is_done_before_there_is_an_input_or_a_weight() -> None:
     made = translate(program.circuit, program.output)
     keys, seeds = (key(), key()), (key(), key())
     shapes = {name: program.weight_shapes[name] for name in program.weight_rings}  # as the Program names them
-    ahead = dict(deal(made.circuit, *keys, HelperWeights(*seeds, shapes)))
+    ahead = dict(deal(made.circuit, *keys, Party2Weights(*seeds, shapes)))
     assert sum(map(len, ahead.values())) == made.cost.dealt
     for seed, factor in ((1, 1), (2, 0)):
         weights = {name: w * factor for name, w in integers.items()}
         values = program.client_values(points(4, seed), {})
         common = dict(masked(weights, *seeds, made.weight_rings))
-        held = SharedWeights(0, seeds[0], common), SharedWeights(1, seeds[1], common), HelperWeights(*seeds, {})
+        held = SharedWeights(0, seeds[0], common), SharedWeights(1, seeds[1], common), Party2Weights(*seeds, {})
         protocols = {i.protocol.name: i.protocol for i in program.circuit if isinstance(i.protocol, tp.Input)}
         asked = Query(made, ahead, keys, held, shared_inputs(protocols, values, made))
         (a,), (b,) = run_pair(asked.party(0), asked.party(1))
