@@ -101,15 +101,15 @@ def measure(name: str, runs: int, approximations: str = "default") -> dict[str, 
                 result, times = ask(session, job.inputs, runs, pause)
                 reports = session.reports[1:]
             each, last = [report.online_seconds for report in reports], reports[-1]
-            first, second, third = PARTIES
+            party_0, party_1, party_2 = PARTIES
             row[mode] = {
                 "seconds": round(statistics.median(each), 4),
                 "each": [round(s, 4) for s in each],
                 "seconds of the parties": round(statistics.median(t.computing for t in times), 4),
                 "rounds": last.rounds,
-                "bytes between 0 and 1": last.bytes(sender=first, receiver=second)
-                + last.bytes(sender=second, receiver=first),
-                "bytes from 2": last.bytes(sender=third),
+                "bytes between 0 and 1": last.bytes(sender=party_0, receiver=party_1)
+                + last.bytes(sender=party_1, receiver=party_0),
+                "bytes from 2": last.bytes(sender=party_2),
                 "bytes of the client": last.bytes(sender=CLIENT) + last.bytes(receiver=CLIENT),
                 "waited for corrections": round(statistics.median(t.waited for t in times), 4),
                 "peak MB": [round(p.peak) for p in running],

@@ -318,7 +318,7 @@ def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bo
         p = circuit[index].protocol
         return value(circuit[index].inputs[0]) if isinstance(p, (tp.Open, tp.Deliver)) else index
 
-    renamed = {tp.Input: SharedInput, tp.Linear: PublicLinear if public else SharedLinear}
+    renamed: dict[type[Any], type[Any]] = {tp.Input: SharedInput, tp.Linear: PublicLinear if public else SharedLinear}
     assert list(made.origin) == sorted(set(made.origin))
     for index, instruction in enumerate(made.circuit):
         origin, p = circuit[made.origin[index]], instruction.protocol

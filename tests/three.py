@@ -73,8 +73,8 @@ def held_weights(
     zero_key, two_key = key(), key()
     common = dict(masked(weights, zero_key, two_key, rings))
     shapes: dict[str, Shape] = {name: tuple(w.shape) for name, w in common.items()}
-    two = Party2Weights(zero_key, two_key, shapes)
-    return SharedWeights(0, zero_key, common), SharedWeights(1, two_key, common), two
+    seeded = Party2Weights(zero_key, two_key, shapes)
+    return SharedWeights(0, zero_key, common), SharedWeights(1, two_key, common), seeded
 
 
 def shared_inputs(
