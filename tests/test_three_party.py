@@ -335,7 +335,7 @@ def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bo
             assert (p.ring, p.shape) == (max(rings), same[0].shape)
         elif type(origin.protocol) in renamed:
             assert type(p) is renamed[type(origin.protocol)]
-            shown = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
+            shown = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}  # type: ignore[arg-type]
             assert shown == {name: getattr(origin.protocol, name) for name in shown}
         else:
             assert p is origin.protocol
