@@ -19,15 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import secure
 from benchmarks import common, suite, works
 from parties.net import hosting
-from parties.three_party.client import ThreePartyConnection, connect_three
+from parties.three_party.client import Times
 from parties.three_party.shared_model import share_model
+from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
+from secure.session import Session
 
 RESULTS = common.RESULTS / "three_party.json"
 WORKS = tuple(name for name in works.WORKS if name not in works.OURS_ALONE and not name.startswith("product"))
@@ -40,10 +44,10 @@ DEADLINE = 300.0
 
 def share(name: str, directory: Path, approximations: str) -> None:
     """Compile and share a work, in a process of its own, as it takes much memory."""
-    compiled, tokenizer, raw = works.make(name, approximations).build()
+    compiled = works.make(name, approximations).build()
     for public in (False, True):
         where = directory / ("public" if public else "shared")
-        share_model(compiled, tokenizer if raw else None, raw, where, public_weights=public)
+        share_model(replace(compiled, deployment=ThreeParty(public_weights=public)), where)
 
 
 @contextmanager
@@ -64,12 +68,16 @@ def parties(directory: Path, ahead: int) -> Iterator[list[common.Service]]:
         yield [zero, one, two]
 
 
-def ask(connection: ThreePartyConnection, inputs: dict[str, torch.Tensor], runs: int, pause: float) -> torch.Tensor:
-    """One warm-up and ``runs`` queries; before each a pause in which party 2 may deal ahead."""
+def ask(session: Session, inputs: dict[str, torch.Tensor], runs: int, pause: float) -> tuple[torch.Tensor, list[Times]]:
+    """One warm-up and ``runs`` queries; before each a pause in which party 2 may deal ahead. The last answer, and what
+    the parties took for each.
+    """
+    times = []
     for number in range(1 + runs):
         time.sleep(pause if number else 0.0)
-        result = connection.query(inputs)
-    return result
+        result = session.query(inputs)
+        times.append(session.link.times)
+    return result, times[1:]
 
 
 def measure(name: str, runs: int, approximations: str = "default") -> dict[str, Any]:
@@ -82,25 +90,28 @@ def measure(name: str, runs: int, approximations: str = "default") -> dict[str, 
             where = Path(directory) / ("public" if mode == "public weights" else "shared")
             with (
                 parties(where, int(mode == "ahead")) as running,
-                connect_three([p.address for p in running], cache=False, deadline=DEADLINE) as connection,
+                secure.connect(
+                    ThreeParty(parties=tuple(p.address for p in running)), cache=False, deadline=DEADLINE
+                ) as session,
             ):
                 first = time.perf_counter()
-                connection.query(job.inputs)
+                session.query(job.inputs)
                 pause = time.perf_counter() - first if mode == "ahead" else 0.0
-                connection.reports.clear()
-                result = ask(connection, job.inputs, runs, pause)
-                reports = connection.reports[1:]
-            each = [report.seconds for report in reports]
-            cost = reports[-1].cost
+                session.reports.clear()
+                result, times = ask(session, job.inputs, runs, pause)
+                reports = session.reports[1:]
+            each, last = [report.online_seconds for report in reports], reports[-1]
+            party_0, party_1, party_2 = PARTIES
             row[mode] = {
                 "seconds": round(statistics.median(each), 4),
                 "each": [round(s, 4) for s in each],
-                "seconds of the parties": round(statistics.median(r.online_seconds for r in reports), 4),
-                "rounds": cost.rounds,
-                "bytes between 0 and 1": cost.to_second + cost.to_first,
-                "bytes from 2": cost.dealt,
-                "bytes of the client": reports[-1].sent + reports[-1].received,
-                "waited for corrections": round(statistics.median(r.waited_seconds for r in reports), 4),
+                "seconds of the parties": round(statistics.median(t.computing for t in times), 4),
+                "rounds": last.rounds,
+                "bytes between 0 and 1": last.bytes(sender=party_0, receiver=party_1)
+                + last.bytes(sender=party_1, receiver=party_0),
+                "bytes from 2": last.bytes(sender=party_2),
+                "bytes of the client": last.bytes(sender=CLIENT) + last.bytes(receiver=CLIENT),
+                "waited for corrections": round(statistics.median(t.waited for t in times), 4),
                 "peak MB": [round(p.peak) for p in running],
                 **suite.accuracy(job, result),
             }

@@ -19,12 +19,12 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Material, Step, Weights
 from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import Translated, translate
-from protocols.three_party.weights import HelperWeights, SharedWeights, masked
+from protocols.three_party.weights import Party2Weights, SharedWeights, masked
 from protocols.weights import ServerWeights
 from protocols.wire import Wire, decode
-from secure import Compiled, plain_reference
-from secure.deployments import in_process as inprocess
-from secure.deployments.in_process import InsecureInProcess, InsecureThreeParties
+from secure import Compiled, Program, ThreeParty, insecure_in_process, plain_reference
+from secure.deployments import in_process
+from secure.session import Session, only
 from tests.helpers import key
 from tests.test_program import answer, classifier, largest, points
 from tests.three import Query, query, shared_inputs, watched
@@ -34,21 +34,32 @@ RUNS = 40
 Messages = list[tuple[Tensor, int]]  # what a party sees in a query, in order: elements, and bits of each
 
 
+def compiled(*, public: bool = False) -> Compiled:
+    """The classifier, for three parties."""
+    return replace(classifier()[1], deployment=ThreeParty(public_weights=public))
+
+
+def process(*, public: bool = False) -> Session:
+    """Its parties in this process, with fresh keys."""
+    return insecure_in_process(compiled(public=public))
+
+
 # answers
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_model_with_gelu_layernorm_and_softmax(public: bool) -> None:
-    model, compiled = classifier()
-    process = InsecureThreeParties(compiled, public_weights=public)
-    for seed in range(100, 110):
+    model, session = classifier()[0], process(public=public)
+    expected = compiled(public=public).cost
+    for number, seed in enumerate(range(100, 110)):
         inputs = points(4, seed)
-        result, report = process.query(inputs)
+        result = session.query(inputs)
+        report = session.reports[-1]
         assert result.dtype == torch.float64
         assert result.shape == answer(model, inputs).shape
-        assert largest(result - plain_reference(compiled, inputs)) < 5e-3
+        assert largest(result - plain_reference(compiled(public=public), inputs)) < 5e-3
         assert largest(result - answer(model, inputs)) < 5e-3
-        assert report.cost == process.translated.cost
+        assert (report.rounds, report.traffic, report.query) == (expected.rounds, expected.traffic, number)
         assert report.dealer_seconds > 0
         assert report.online_seconds > 0
 
@@ -59,19 +70,18 @@ def test_a_text_encoder(public: bool, model: Any, directory: Path) -> None:
     from secure.models.tokens import load_tokenizer
     from tests.tiny import LENGTH, sentences
 
-    compiled, tokenizer = model.compiled, load_tokenizer(directory)
-    process = InsecureThreeParties(compiled, public_weights=public)
+    made, tokenizer = replace(model.compiled, deployment=ThreeParty(public_weights=public)), load_tokenizer(directory)
+    session = insecure_in_process(made)
     for text in sentences(5):
         inputs = text_inputs(tokenizer, text, LENGTH)
-        result, report = process.query(inputs)
-        assert largest(result - plain_reference(compiled, inputs)) < 5e-3
-        assert report.cost == process.translated.cost
+        result = session.query(inputs)
+        assert largest(result - plain_reference(made, inputs)) < 5e-3
+        assert (session.reports[-1].rounds, session.reports[-1].traffic) == (made.cost.rounds, made.cost.traffic)
 
 
 def test_two_queries_and_two_deployments_share_nothing_but_the_answer() -> None:
-    compiled, inputs = classifier()[1], points(4, 5)
-    processes = [InsecureThreeParties(compiled), InsecureThreeParties(compiled)]
-    answers = [process.query(inputs)[0] for process in (*processes, *processes)]
+    inputs, sessions = points(4, 5), [process(), process()]
+    answers = [session.query(inputs) for session in (*sessions, *sessions)]
     for other in answers[1:]:
         assert largest(answers[0] - other) < 2e-3
 
@@ -84,15 +94,15 @@ def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytes
         seeds.append(fresh_seed())
         return seeds[-1]
 
-    monkeypatch.setattr(inprocess, "fresh_seed", recorded)
+    monkeypatch.setattr(in_process, "fresh_seed", recorded)
     for public, of_weights in ((False, 2), (True, 0)):
         seeds.clear()
-        process = InsecureThreeParties(classifier()[1], public_weights=public)
+        session = process(public=public)
         assert len(seeds) == of_weights
         for number in (1, 2):
-            process.query(points(4, 5))
+            session.query(points(4, 5))
             assert len(set(seeds)) == len(seeds) == of_weights + 3 * number
-    zero, one, _ = InsecureThreeParties(classifier()[1])._weights
+    zero, one, _ = process().link._weights
     assert isinstance(zero, SharedWeights)
     assert isinstance(one, SharedWeights)
     for name in translate(classifier()[1].program.circuit, classifier()[1].program.output).weight_rings:
@@ -104,15 +114,17 @@ def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytes
 def test_costs_beside_those_of_two_parties() -> None:
     """Nothing is revealed between the parties; deliveries go both ways, or with public weights not at all."""
     program = classifier()[1].program
-    two, three = program.cost, InsecureThreeParties(classifier()[1]).translated.cost
-    public = InsecureThreeParties(classifier()[1], public_weights=True).translated.cost
+    two, three = program.cost, ThreeParty().translated(program).cost
+    public = ThreeParty(public_weights=True).translated(program).cost
     assert three.rounds < two.rounds
     assert public.rounds <= three.rounds
     assert three.dealt == two.dealt  # a ring element for an output of a layer, either way
     linear = [i.protocol for i in program.circuit if isinstance(i.protocol, tp.Linear)]
     assert public.dealt == two.dealt - sum(p.cost().dealt for p in linear)
     assert three.to_second == three.to_first >= public.to_second == public.to_first
-    assert InsecureInProcess(classifier()[1]).query(points(4, 1))[1].cost == two  # as before
+    beside = insecure_in_process(classifier()[1])
+    beside.query(points(4, 1))
+    assert beside.reports[0].traffic == classifier()[1].cost.traffic  # as before
 
 
 # party 2
@@ -123,22 +135,23 @@ def test_party_2_is_done_before_there_is_an_input_or_a_weight() -> None:
 
     (One key serves two queries here, as it never may elsewhere.)
     """
-    program, integers = classifier()[1].program, classifier()[1].integers
+    program, integers = classifier()[1].program, classifier()[1].model.integers
     made = translate(program.circuit, program.output)
     keys, seeds = (key(), key()), (key(), key())
     shapes = {name: program.weight_shapes[name] for name in program.weight_rings}  # as the Program names them
-    ahead = dict(deal(made.circuit, *keys, HelperWeights(*seeds, shapes)))
+    ahead = dict(deal(made.circuit, *keys, Party2Weights(*seeds, shapes)))
     assert sum(map(len, ahead.values())) == made.cost.dealt
     for seed, factor in ((1, 1), (2, 0)):
         weights = {name: w * factor for name, w in integers.items()}
         values = program.client_values(points(4, seed), {})
         common = dict(masked(weights, *seeds, made.weight_rings))
-        held = SharedWeights(0, seeds[0], common), SharedWeights(1, seeds[1], common), HelperWeights(*seeds, {})
+        held = SharedWeights(0, seeds[0], common), SharedWeights(1, seeds[1], common), Party2Weights(*seeds, {})
         protocols = {i.protocol.name: i.protocol for i in program.circuit if isinstance(i.protocol, tp.Input)}
         asked = Query(made, ahead, keys, held, shared_inputs(protocols, values, made))
         (a,), (b,) = run_pair(asked.party(0), asked.party(1))
         (plain,) = reference(program.circuit, [program.output], ServerWeights(weights), values)
-        assert largest(program.decode(ring.reduce(a + b, program.output_ring)) - program.decode(plain)) < 5e-3
+        result = ring.reduce(a + b, program.output_ring)
+        assert largest(only(program.decode([result])) - only(program.decode([plain]))) < 5e-3
 
 
 # views
@@ -155,10 +168,10 @@ class Seen:
 
 
 def look(
-    compiled: Compiled, made: Translated, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, public: bool
+    program: Program, made: Translated, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, public: bool
 ) -> Seen:
     """Ask a model, with fresh keys and seeds."""
-    program, seen = compiled.program, Seen()
+    seen = Seen()
     asked = query(program.circuit, program.client_values(inputs, {}), weights, public=public, made=made)
     traffic, views = PairTraffic(), list[list[tuple[Tensor, Wire]]]([[], []])
     with pytest.MonkeyPatch.context() as patch:
@@ -221,9 +234,9 @@ def between(first: list[Messages], second: list[Messages]) -> list[Messages]:
 
 def asked_about(factor: int, value: float, made: Translated, *, public: bool) -> list[Seen]:
     """One input and one model, again and again."""
-    compiled, inputs = classifier()[1], {"x": torch.full((4, 6), value)}
-    weights = {name: w * factor for name, w in compiled.integers.items()}
-    return [look(compiled, made, inputs, weights, public=public) for _ in range(RUNS)]
+    model, inputs = classifier()[1], {"x": torch.full((4, 6), value)}
+    weights = {name: w * factor for name, w in model.model.integers.items()}
+    return [look(model.program, made, inputs, weights, public=public) for _ in range(RUNS)]
 
 
 def suspicions(made: Translated, *, public: bool) -> list[str]:

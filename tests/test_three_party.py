@@ -21,20 +21,11 @@ from protocols.circuit import Circuit, Instruction, draw
 from protocols.protocol import Opening, Protocol, Shape
 from protocols.steps import run_pair
 from protocols.three_party import PublicLinear, SharedInput, SharedLinear, Translated, translate
-from protocols.three_party.sharing import (
-    HELPER,
-    HOLDERS,
-    PARTIES,
-    CopiesDiffer,
-    Pair,
-    held,
-    product,
-    reconstruct,
-    share,
-)
-from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked, summand
+from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
+from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked, summand
 from secure import InvalidProgram, Program
 from tests.helpers import integers, key, octets, shared, shared_bits, tensor, words
+from tests.replicated import CopiesDiffer, Pair, held, product, reconstruct, share
 from tests.test_program import classifier
 from tests.three import held_weights, query
 from tests.uniformity import leaks
@@ -148,11 +139,11 @@ def test_an_opening_is_a_replicated_value(shape: Shape, seed: int, bits: int, pl
     (zero,), (one,) = run_pair(asked.party(0), asked.party(1))
     (spec,) = circuit[1].protocol.draws
     r_0, r_1 = (draw(spec, k.stream(1)) for k in asked.keys)
-    pairs = {0: held(0, zero), 1: held(1, one), 2: held(HELPER, Opening(torch.zeros_like(x), r_0), r_1)}
+    pairs = {0: held(0, zero), 1: held(1, one), 2: held(PARTY_2, Opening(torch.zeros_like(x), r_0), r_1)}
     for parties in TWO_OR_THREE:
         result = reconstruct({p: pairs[p] for p in parties})
         assert torch.equal(result, x) if planes else torch.equal(ring.reduce(result, bits), ring.reduce(x, bits))
-    for party, other in ((0, r_1), (1, r_0), (HELPER, None)):
+    for party, other in ((0, r_1), (1, r_0), (PARTY_2, None)):
         with pytest.raises(ValueError, match="both masks"):
             held(party, zero, other)
 
@@ -172,9 +163,9 @@ def test_what_the_parties_hold_is_the_weight(seed: int, bits: int, shape: Shape)
     for parties in TWO_OR_THREE:
         assert torch.equal(ring.reduce(reconstruct(chosen(pairs, parties)), bits), ring.reduce(w, bits))
     assert torch.equal(ring.reduce(zero.summand("w") + one.summand("w"), bits), ring.reduce(w, bits))
-    helper = HelperWeights(*seeds, {"w": shape})
-    assert helper.summand("w") is None
-    assert torch.equal(helper.mask("w"), w_0 + w_2)
+    two = Party2Weights(*seeds, {"w": shape})
+    assert two.summand("w") is None
+    assert torch.equal(two.mask("w"), w_0 + w_2)
     assert int(common["w"].min()) >= 0 or bits == 64
     assert not bits < 64 or int(common["w"].max()) < 1 << bits
     for weights in (zero, one):
@@ -232,7 +223,7 @@ def test_summands_of_a_product(
     """Parties 0 and 1, and party 2's term, sum to x W; the diagonal where ``outer`` is 0. In two rings."""
     diagonal, bits = outer == 0, min(64, ring_bits + stored)
     w = values(seed, (inner,) if diagonal else (inner, outer))
-    zero, one, helper = held_weights({"w": w}, {"w": bits})
+    zero, one, two = held_weights({"w": w}, {"w": bits})
     assert isinstance(zero, SharedWeights)
     assert isinstance(one, SharedWeights)
     with pytest.MonkeyPatch.context() as patch:
@@ -243,7 +234,7 @@ def test_summands_of_a_product(
             total = (
                 zero.opened_product(z, r_0, "w", taken, diagonal=diagonal)
                 + one.opened_product(z, r_1, "w", taken, diagonal=diagonal)
-                - helper.multiply(r_0 + r_1, "w", taken, diagonal=diagonal)
+                - two.multiply(r_0 + r_1, "w", taken, diagonal=diagonal)
             )
             a, b = (t.numpy().astype(object) for t in (x, w))
             expected = (a * b if diagonal else a @ b) % (1 << taken)
@@ -327,7 +318,7 @@ def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bo
         p = circuit[index].protocol
         return value(circuit[index].inputs[0]) if isinstance(p, (tp.Open, tp.Deliver)) else index
 
-    renamed = {tp.Input: SharedInput, tp.Linear: PublicLinear if public else SharedLinear}
+    renamed: dict[type[Any], type[Any]] = {tp.Input: SharedInput, tp.Linear: PublicLinear if public else SharedLinear}
     assert list(made.origin) == sorted(set(made.origin))
     for index, instruction in enumerate(made.circuit):
         origin, p = circuit[made.origin[index]], instruction.protocol
@@ -344,7 +335,7 @@ def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bo
             assert (p.ring, p.shape) == (max(rings), same[0].shape)
         elif type(origin.protocol) in renamed:
             assert type(p) is renamed[type(origin.protocol)]
-            shown = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
+            shown = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}  # type: ignore[arg-type]
             assert shown == {name: getattr(origin.protocol, name) for name in shown}
         else:
             assert p is origin.protocol

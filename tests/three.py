@@ -20,8 +20,8 @@ from protocols.protocol import CircuitCost, Protocol, Shape, Step, Weights
 from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import SharedInput, Translated, translate
 from protocols.three_party.endpoints import seeded_share
-from protocols.three_party.sharing import HELPER, PARTIES
-from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
+from protocols.three_party.sharing import PARTIES, PARTY_2
+from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
 from protocols.two_party import Input, Reveal
 from protocols.wire import Wire
 from tests.helpers import Outcome, Shared, SharedBits, key
@@ -73,8 +73,8 @@ def held_weights(
     zero_key, two_key = key(), key()
     common = dict(masked(weights, zero_key, two_key, rings))
     shapes: dict[str, Shape] = {name: tuple(w.shape) for name, w in common.items()}
-    helper = HelperWeights(zero_key, two_key, shapes)
-    return SharedWeights(0, zero_key, common), SharedWeights(1, two_key, common), helper
+    seeded = Party2Weights(zero_key, two_key, shapes)
+    return SharedWeights(0, zero_key, common), SharedWeights(1, two_key, common), seeded
 
 
 def shared_inputs(
@@ -123,7 +123,7 @@ def query(
     held = held_weights(weights or {}, made.weight_rings, public=public)
     keys = (key(), key())
     protocols = {i.protocol.name: i.protocol for i in circuit if isinstance(i.protocol, Input)}
-    dealt = dict(deal(made.circuit, *keys, held[HELPER]))
+    dealt = dict(deal(made.circuit, *keys, held[PARTY_2]))
     return Query(made, dealt, keys, held, shared_inputs(protocols, inputs, made))
 
 

@@ -239,15 +239,24 @@ class _Asking:
             return PeerLost(f"{self._peers[silent[0]]} said nothing for {self._deadline:g} s", "see its log")
         if now - self._grown <= self._deadline:
             return None
-        party, seen = (silent or open_)[0], set[int]()
-        while party in open_ and party not in silent and party not in seen and self._waits_for[party] in PARTIES:
-            seen.add(party)
-            party = PARTIES.index(self._waits_for[party])
-        waiting = ", ".join(PARTIES[p] for p in sorted(seen)) or "this client"
+        party = silent[0] if silent else self._waited_for(open_[0])
+        waiting = [PARTIES[p] for p in open_ if p != party and self._waits_for[p]]
         who = self._peers[party] if party < len(self._peers) else PARTIES[party]
         return PeerLost(
-            f"{who} did not get any further for {self._deadline:g} s; {waiting} waited for it", "see its log"
+            f"{who} did not get any further for {self._deadline:g} s"
+            + (f"; {', '.join(waiting)} waited" if waiting else ""),
+            "see its log",
         )
+
+    def _waited_for(self, party: int) -> int:
+        """Who keeps a party waiting in the end; of two that wait for each other, the one that did less."""
+        seen: list[int] = []
+        while party not in seen:
+            seen.append(party)
+            if party >= len(self._peers) or party in self._answers or self._waits_for[party] not in PARTIES:
+                return party
+            party = PARTIES.index(self._waits_for[party])
+        return min(seen[seen.index(party) :], key=lambda p: self._steps[p])
 
 
 def _distance(error: Any) -> int:

@@ -23,7 +23,7 @@ from proto.unseen_pb2_grpc import PartyServicer
 from protocols import wire
 from protocols.three_party import SharedLinear
 from protocols.three_party.lookup import warm_up
-from protocols.three_party.sharing import HELPER
+from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
 from secure.errors import Error, HandshakeError, PeerLost, ProtocolError
 from secure.version import WIRE_VERSION
@@ -150,7 +150,7 @@ class PartyService(PartyServicer, ABC):
     def key_sizes(self) -> list[int]:
         """Bytes of the keys that this party gets of each look-up."""
         found = [p for _, p in self.share.circuit.lookups.values()]
-        return [p.key_bytes for p in found if self.share.party != HELPER or not p.public]
+        return [p.key_bytes for p in found if self.share.party != PARTY_2 or not p.public]
 
     def looked_up(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
         """This party's additive shares of what a client looks up."""

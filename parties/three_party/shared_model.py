@@ -27,8 +27,8 @@ from parties.three_party.pair_keys import PairKey
 from protocols import ring
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
-from protocols.three_party.sharing import HELPER, HOLDERS, PARTIES
-from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
+from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
+from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
 from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
@@ -42,7 +42,7 @@ TOKENIZER, TABLE = "tokenizer.json", "token-table.safetensors"
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
 
 
-AnyWeights = SharedWeights | HelperWeights | PublicWeights
+AnyWeights = SharedWeights | Party2Weights | PublicWeights
 
 
 class Manifest(BaseModel):
@@ -118,7 +118,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
         where = Path(directory) / f"party-{party}"
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         parts = dict(common)
-        if party != HELPER:
+        if party != PARTY_2:
             parts[WEIGHTS] = weights
         manifest = Manifest(
             version=WIRE_VERSION,
@@ -183,12 +183,12 @@ def load_share(directory: str | Path) -> PartyShare:
 
 def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairKey], *, public: bool) -> AnyWeights:
     party = manifest.party
-    if party == HELPER:
-        return HelperWeights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)
+    if party == PARTY_2:
+        return Party2Weights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)
     held = unpack_masked(payload, manifest.rings, manifest.shapes)
     if public:
         return PublicWeights(party, _signed(held, manifest.rings))
-    return SharedWeights(party, keys[HELPER].weights_key(), held)
+    return SharedWeights(party, keys[PARTY_2].weights_key(), held)
 
 
 def _signed(held: Mapping[str, Tensor], rings: Mapping[str, int]) -> dict[str, Tensor]:

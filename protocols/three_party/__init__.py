@@ -11,7 +11,7 @@ x_1 = z, x_0 = -r_0, x_2 = -r_1 (bits likewise, by XOR), and what a dealer gives
 re-randomized by a zero share of parties 1 and 2. What is left to be said is what differs, because nobody knows the
 weights:
 
-sharing       replicated sharing itself: share, reconstruct, products, what two holders have in common
+sharing       replicated sharing itself: who holds which summand
 weights       what each party holds of the model's weights
 linear        products with shared weights, and with public ones
 endpoints     an input that the client shares

@@ -10,8 +10,8 @@ For x W with x opened as z = x + r, r = r_0 + r_1:  x W = (z - r)(W_0 + W_1 + W_
     party 2    -r (W_0 + W_2)
 
 Each of the first two is one matrix product of twice the inner dimension, whose right side is stacked, and packed for
-the matrix kernel, once. (Products of pairs as in ``sharing.product``, where x_0 W_0 and x_2 W_2 are counted by party 2,
-which thereby needs only r and W_0 + W_2.)
+the matrix kernel, once. (In a product of pairs as Araki et al. define it, x_0 W_0 and x_2 W_2 are counted by party 2
+here, which thereby needs only r and W_0 + W_2.)
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SharedWeights(Weights):
         return own + self._masked[name] if self._party else own
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """(W_i, W_(i+1)), as ``sharing.Pair`` has them."""
+        """(W_i, W_(i+1)), its pair of summands."""
         own = summand(self._key, name, tuple(self._masked[name].shape))
         return (self._masked[name], own) if self._party else (own, self._masked[name])
 
@@ -107,7 +107,7 @@ class SharedWeights(Weights):
         return own if self._party else own + self._masked[name]
 
 
-class HelperWeights(DealerWeights):
+class Party2Weights(DealerWeights):
     """Party 2: W_0 + W_2, expanded on first use."""
 
     def __init__(self, zero: Key, two: Key, shapes: Mapping[str, Shape]) -> None:

@@ -18,8 +18,8 @@ from protocols.protocol import CLIENT, SERVER, CircuitCost
 from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import Translated
 from protocols.three_party.endpoints import seeded_share
-from protocols.three_party.sharing import HELPER, PARTIES
-from protocols.three_party.weights import HelperWeights, PublicWeights, SharedWeights, masked
+from protocols.three_party.sharing import PARTIES, PARTY_2
+from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
 from protocols.weights import ClientWeights, DealerWeights
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import links
@@ -88,7 +88,7 @@ class ThreePartiesInProcess(_InProcess):
     ) -> None:
         super().__init__(model, tokenizer, deployment, running)
         self.translated = translated
-        self._weights: list[SharedWeights | HelperWeights | PublicWeights]
+        self._weights: list[SharedWeights | Party2Weights | PublicWeights]
         if public:
             self._weights = [PublicWeights(party, model.integers) for party in range(PARTIES)]
             return
@@ -98,14 +98,14 @@ class ThreePartiesInProcess(_InProcess):
         self._weights = [
             SharedWeights(0, zero, common),
             SharedWeights(1, two, common),
-            HelperWeights(zero, two, shapes),
+            Party2Weights(zero, two, shapes),
         ]
 
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
         circuit, output = self.translated.circuit, [self.translated.output]
         streams, split = (_key(), _key()), _key()
         start = time.perf_counter()
-        ahead = dict(deal(circuit, *streams, self._weights[HELPER]))
+        ahead = dict(deal(circuit, *streams, self._weights[PARTY_2]))
         dealt = time.perf_counter()
         shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, (index, protocol) in self.translated.inputs.items():
