@@ -171,11 +171,11 @@ def registry() -> Iterator[None]:
 
 @pytest.mark.usefixtures("registry")
 def test_nothing_is_defined_twice() -> None:
-    with pytest.raises(ValueError, match="'relu' is defined twice"):
+    with pytest.raises(TypeError, match="'relu' is defined twice"):
         operation("relu")
-    with pytest.raises(ValueError, match=r"aten\.relu\.default is defined twice"):
+    with pytest.raises(TypeError, match=r"aten\.relu\.default is defined twice"):
         rule("relu.default")(lambda b, x: x)
-    with pytest.raises(ValueError, match="the lowering of operation 'relu' is defined twice"):
+    with pytest.raises(TypeError, match="the lowering of operation 'relu' is defined twice"):
         OPERATIONS["relu"].lower(lambda to, node: None)
 
 
@@ -222,7 +222,7 @@ def test_an_operation_that_observes_says_what_to_assume() -> None:
     def _(x: Tensor, **_: Any) -> Tensor:
         return x
 
-    with pytest.raises(ValueError, match="'leaky_relu' observes its operand, but does not say what range to assume"):
+    with pytest.raises(TypeError, match="'leaky_relu' observes its operand, but does not say what range to assume"):
         assume(captured(half)[0], 32.0)
 
 

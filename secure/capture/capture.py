@@ -88,7 +88,7 @@ def _export(model: nn.Module, inputs: dict[str, Tensor]) -> torch.export.Exporte
                     del table[operation]
                 program = program.run_decompositions(table)
         except Exception as error:  # torch.export raises errors of many kinds
-            raise _export_error(model, error) from error
+            raise untraceable(model, error) from error
     return program
 
 
@@ -97,7 +97,7 @@ def _known() -> frozenset[str]:
     return frozenset().union(*tables, RULES)
 
 
-def _export_error(model: nn.Module, error: Exception) -> UnsupportedOperation:
+def untraceable(model: nn.Module, error: Exception) -> UnsupportedOperation:
     """Say which module could not be traced: the innermost one in the traceback."""
     names = {id(module): name for name, module in model.named_modules()}
     place, function = "", "forward"

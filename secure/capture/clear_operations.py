@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, InvalidProgram
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def dtype_of(kind: str, float_dtype: torch.dtype = torch.float32) -> torch.dtype
     try:
         return {"float": float_dtype, "int": torch.int64, "bool": torch.bool}[kind]
     except KeyError:
-        raise ValueError(f"unknown kind of value {kind!r}: one of float, int, bool") from None
+        raise InvalidProgram(f"unknown kind of value {kind!r}: one of float, int, bool") from None
 
 
 def encode_argument(value: Any, position: Callable[[Any], int | None]) -> Any:
@@ -93,11 +93,11 @@ def encode_argument(value: Any, position: Callable[[Any], int | None]) -> Any:
         return {"dtype": kind_of(value)}
     if isinstance(value, list | tuple):
         return [encode_argument(item, position) for item in value]
-    raise ValueError(f"an argument of type {type(value).__name__} cannot be part of a graph")
+    raise InvalidInput(f"an argument of type {type(value).__name__} cannot be part of a graph")
 
 
 def decode_argument(value: Any, operands: Sequence[Tensor], float_dtype: torch.dtype) -> Any:
-    """The inverse of `encode_argument`; raises ValueError on anything it did not write."""
+    """The inverse of `encode_argument`; raises InvalidProgram on anything it did not write."""
     if isinstance(value, list):
         return [decode_argument(item, operands, float_dtype) for item in value]
     if isinstance(value, Mapping):
@@ -108,7 +108,7 @@ def decode_argument(value: Any, operands: Sequence[Tensor], float_dtype: torch.d
                 return dtype_of(kind, float_dtype)
             case [("float", "inf" | "-inf" | "nan" as text)]:
                 return float(text)
-        raise ValueError(f"malformed argument {dict(value)!r} of a clear operation")
+        raise InvalidProgram(f"malformed argument {dict(value)!r} of a clear operation")
     return value
 
 
@@ -117,9 +117,9 @@ def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_d
     target = attrs.get("target")
     function = CLEAR_OPERATIONS.get(target) if isinstance(target, str) else None
     if function is None:
-        raise ValueError(
-            f"{target!r} is not among the operations that may be evaluated in the clear\n"
-            "hint: both parties need the same version; a graph from elsewhere is refused"
+        raise InvalidProgram(
+            f"{target!r} is not among the operations that may be evaluated in the clear",
+            "both parties need the same version; a graph from elsewhere is refused",
         )
     args = decode_argument(list(attrs.get("args", [])), operands, float_dtype)
     kwargs = {
@@ -127,5 +127,5 @@ def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_d
     }
     result = function(*args, **kwargs)
     if not isinstance(result, Tensor):
-        raise ValueError(f"{target} does not give one tensor")
+        raise InvalidProgram(f"{target} does not give one tensor")
     return result.to(float_dtype) if result.is_floating_point() else result

@@ -106,11 +106,11 @@ class Graph:
         for position, node in enumerate(self.nodes):
             try:
                 if node.id != position or not all(0 <= i < position for i in node.inputs):
-                    raise ValueError("its operands do not come before it")
+                    raise InvalidProgram("its operands do not come before it")
                 operands = [self.nodes[i] for i in node.inputs]
                 expected = result_visibility(node.op, [operand.visibility for operand in operands])
                 if node.visibility != expected:
-                    raise ValueError(f"its visibility is {expected} by its operands")
+                    raise InvalidProgram(f"its visibility is {expected} by its operands")
                 check_type(node)
                 if node.op not in ("input", "parameter"):
                     evaluate(node, [placeholder(operand) for operand in operands], torch.float32, device="meta")
@@ -125,21 +125,21 @@ def result_visibility(op: str, operands: Sequence[str]) -> str:
     if op in (leaves := {"input": "client", "parameter": "server", "constant": "public"}):
         return leaves[op]
     if op != "clear" and op not in OPERATIONS:
-        raise ValueError(f"unknown operation {op!r}")
+        raise InvalidProgram(f"unknown operation {op!r}")
     private = sorted(set(operands) - {"public"})
     clear = len(private) == 1 and private[0] in ("client", "server")
     if not private or clear != (op == "clear"):
-        raise ValueError(f"{op!r} of operands that are {', '.join(operands) or 'none'}")
+        raise InvalidProgram(f"{op!r} of operands that are {', '.join(operands) or 'none'}")
     return private[0] if clear else "shared"
 
 
 def check_type(node: Node) -> None:
     """Check the declared shape and kind of a node."""
     if not all(type(size) is int and size >= 0 for size in node.shape):
-        raise ValueError(f"its shape is {node.shape}")
+        raise InvalidProgram(f"its shape is {node.shape}")
     dtype_of(node.dtype)
     if node.visibility == "shared" and node.dtype != "float":
-        raise ValueError("a shared value is a float")
+        raise InvalidProgram("a shared value is a float")
 
 
 def placeholder(node: Node) -> Tensor:
@@ -185,7 +185,7 @@ def evaluate(node: Node, operands: Sequence[Tensor], float_dtype: torch.dtype, d
     else:
         result = OPERATIONS[node.op].meaning(*operands, **node.attrs)
     if tuple(result.shape) != node.shape or kind_of(result.dtype) != node.dtype:
-        raise ValueError(
+        raise InvalidProgram(
             f"node {node.id} ({node.op}, {node.path or 'model'}) gives {kind_of(result.dtype)} "
             f"{tuple(result.shape)}, not {node.dtype} {node.shape}"
         )

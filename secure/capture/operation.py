@@ -83,7 +83,7 @@ class Operation:
 
     def _once(self, part: str, function: Callable[..., Any]) -> None:
         if getattr(self, part) is not None:
-            raise ValueError(f"the {part} of operation {self.name!r} is defined twice")
+            raise TypeError(f"the {part} of operation {self.name!r} is defined twice")
         setattr(self, part, function)
 
 
@@ -114,7 +114,7 @@ def operation(
 ) -> Callable[[Callable[..., Tensor]], Operation]:
     """Register the decorated function as the meaning of a new operation; the properties are those of `Operation`."""
     if name in OPERATIONS:
-        raise ValueError(f"operation {name!r} is defined twice")
+        raise TypeError(f"operation {name!r} is defined twice")
 
     def register(meaning: Callable[..., Tensor]) -> Operation:
         OPERATIONS[name] = Operation(
@@ -144,7 +144,7 @@ def rule(
         for name in names:
             target = f"{namespace}.{name}"
             if target in RULES:
-                raise ValueError(f"the rule of {target} is defined twice")
+                raise TypeError(f"the rule of {target} is defined twice")
             RULES[target] = Rule(function, structural, operation)
         return function
 

@@ -19,6 +19,7 @@ from torch.utils._device import _device_constructors
 from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
+from secure.errors import InvalidInput, MissingPackage
 from secure.frontend import lower_outline
 from secure.mpc.compile import emit_program
 from secure.mpc.program import Program
@@ -113,7 +114,7 @@ def outline_shape(
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError:
-        raise ImportError("transformers is not installed\nhint: pip install 'unseen[models]'") from None
+        raise MissingPackage("transformers is not installed", "pip install 'unseen[models]'") from None
     if shape in SHAPES:
         settings = dict(SHAPES[shape])
     else:
@@ -143,9 +144,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}\nhint: {hint}") from None
+        raise InvalidInput(f"{path} cannot be read as JSON: {error}", hint) from None
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-        raise ValueError(f"{path} has no model_type\nhint: {hint}")
+        raise InvalidInput(f"{path} has no model_type", hint)
     return settings
 
 

@@ -57,7 +57,7 @@ def assume(graph: Graph, reach: float) -> Observed:
         operation = OPERATIONS[node.op]
         if operation.measure is not None:
             if operation.assumption is None:
-                raise ValueError(f"operation {node.op!r} observes its operand, but does not say what range to assume")
+                raise TypeError(f"operation {node.op!r} observes its operand, but does not say what range to assume")
             seen.measured[node.id] = operation.assumption(graph.nodes[node.inputs[0]], reach, **node.attrs)
         masked = any(OPERATIONS[graph.nodes[i].op].takes_masks for i in readers[node.id])
         for i in node.inputs if masked else ():

@@ -12,7 +12,7 @@ from approximations.softmax import CLIP
 from secure.capture.builder import Builder, Norm, Root, Value, scalar_of, shape_of
 from secure.capture.graph import MASKED, Node
 from secure.capture.operation import operation, rule
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol, WeightRef
 
@@ -27,7 +27,7 @@ def add(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -
 
 def _second(y: Tensor | None) -> Tensor:
     if y is None:
-        raise ValueError("it has neither a second operand nor a scalar")
+        raise InvalidProgram("it has neither a second operand nor a scalar")
     return y
 
 
