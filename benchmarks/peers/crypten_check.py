@@ -202,7 +202,7 @@ def cross_check(
     compiled = secure.compile(model, inputs, calibration=calibration, embedding=embedding)
     lowered = lowered_model(model, [inputs, *calibration], embedding)
     given = lowered.inputs(inputs)
-    (output,) = lowered.outputs
+    (output,) = lowered.outputs.values()
     check_range(lowered, given)
     plain = evaluate(lowered.trace, given, lowered.weights, outputs=[output.id])[0]
     arrays = ({n: np.ascontiguousarray(t.numpy()) for n, t in tensors.items()} for tensors in (given, lowered.weights))

@@ -20,7 +20,7 @@ from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
-from secure.mpc.program import Program
+from secure.mpc.program import Output, Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +96,13 @@ def weight_keys(program: Program) -> list[str]:
 
 def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
     """The circuit of a lowered model; of its weights only the shapes are read."""
-    (output,) = lowered.outputs
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
-    emitted = emit(lowered.trace, ranges, fixed, [output.id], clamps)
-    ((instruction, fraction),) = emitted.outputs
+    emitted = emit(lowered.trace, ranges, fixed, [symbol.id for symbol in lowered.outputs.values()], clamps)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     return Program(
         circuit=emitted.circuit,
         paths=emitted.paths,
-        output=instruction,
-        fraction=fraction,
+        outputs=tuple(Output(name, *at) for name, at in zip(lowered.outputs, emitted.outputs, strict=True)),
         fixed=fixed,
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
