@@ -71,7 +71,7 @@ def main() -> None:
             embedding="client-table",
             functions=choose(name),
         )
-        (out,) = lowered.outputs
+        (out,) = lowered.outputs.values()
         given = map(lowered.inputs, inputs)
         alone = [evaluate(lowered.trace, x, lowered.weights, outputs=[out.id])[0] for x in given]
         print(f"{name}: alone, {cosines(alone, expected)}")

@@ -34,6 +34,7 @@ from secure.lowering.trace import Trace, WeightRef
 from secure.models.text import PACKAGED, compile_text_model, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import Compiled, finish
+from secure.mpc.program import Output
 from secure.polynomial.forms import freeze_untrained
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
@@ -184,9 +185,8 @@ def comparison(pattern: Compiled, mask: Tensor) -> Compiled:
         (Reveal(shape, 2), (6,)),
     ]
     circuit = tuple(Instruction(protocol, inputs) for protocol, inputs in steps)
-    made = dataclasses.replace(
-        program, circuit=circuit, paths=("",) * len(circuit), output=len(circuit) - 1, fraction=0, weight_shapes={}
-    )
+    outputs = (Output("output", len(circuit) - 1, 0),)
+    made = dataclasses.replace(program, circuit=circuit, paths=("",) * len(circuit), outputs=outputs, weight_shapes={})
     integers = {"mask": ring.encode(mask, COMPARED_FRACTION)}
     return Compiled(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
 
@@ -199,7 +199,7 @@ def reciprocals(pattern: Compiled, samples: Sequence[Tensor]) -> Compiled:
     trace, weights = Trace(), {"mask": torch.zeros(spec.shape, dtype=torch.float64)}
     x = trace.input(spec.name, spec.shape) + WeightRef("mask", spec.shape)
     result = reciprocal(x, low, high)
-    lowered = Lowered(trace, [result], weights, program.client_graph, [spec], {})
+    lowered = Lowered(trace, {"output": result}, weights, program.client_graph, [spec], {})
     ranges = Ranges.calibrate(trace, ({spec.name: x.double()} for x in samples), weights, fixed.margin_bits)
     return finish(lowered, ranges, fixed, {})
 

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from protocols import ring
-from protocols import two_party as tp
 from protocols.circuit import Circuit, Correlations, Instruction, deal, execute, prepare, reference
 from protocols.fixedpoint import FixedPoint
-from protocols.local import AddWeight
 from protocols.prg import Key
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Material, Opening, Shape, Step, Weights
 from protocols.steps import PairTraffic, run_pair
@@ -25,8 +23,8 @@ from protocols.weights import ClientWeights, DealerWeights, ServerWeights
 from protocols.wire import Wire
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, evaluate
-from secure.mpc.emitter import Emitter, split_weight_key
-from secure.mpc.plan import Plan
+from secure.mpc.arithmetic import split_weight_key
+from secure.mpc.emit import emit
 
 Integers = np.ndarray[Any, np.dtype[Any]]  # of Python integers
 
@@ -228,24 +226,20 @@ def run_function(
     given = dict(zip(names, (x.to(torch.float64) for x in inputs), strict=True))
     real = {name: w.to(torch.float64) for name, w in weights.items()}
     ranges = Ranges.calibrate(trace, samples, real, fixed.margin_bits)
-    emitter = Emitter(Plan(trace, ranges, fixed, [out.id]))
-    emitter.run(dict.fromkeys(names, (-1000000000.0, 1000000000.0)))
-    value = emitter.get(out.id, 0)
-    emitter.emit(tp.Reveal(out.shape, value.ring), value.index)
-    held = {}
-    for instruction in emitter.circuit:
-        p = instruction.protocol
-        if isinstance(p, (Linear, AddWeight)):
-            name, fraction = split_weight_key(p.weight)
-            held[p.weight] = ring.encode(real[name], fraction)
-    encoders = {i.protocol.name: i.protocol for i in emitter.circuit if isinstance(i.protocol, Input)}
+    emitted = emit(trace, ranges, fixed, [out.id], dict.fromkeys(names, (-1000000000.0, 1000000000.0)))
+    ((last, fraction),) = emitted.outputs
+    assert last == len(emitted.circuit) - 1
+    bits = emitted.circuit[last].protocol.out.bits
+    used = [use.name for i in emitted.circuit if (use := i.protocol.weight_use)]
+    held = {key: ring.encode(real[name], f) for key in used for name, f in [split_weight_key(key)]}
+    encoders = {i.protocol.name: i.protocol for i in emitted.circuit if isinstance(i.protocol, Input)}
     encoded = {name: encoders[name].encode(given[name]) for name in names if name in encoders}
-    circuit = randomize(emitter.circuit)
+    circuit = randomize(emitted.circuit)
     outcome = run_circuit(circuit, encoded, weights=held, prepared=True)
     (plain,) = reference(circuit, [len(circuit) - 1], ServerWeights(held), encoded)
     return FunctionRun(
-        ring.decode(outcome.client[0], value.ring, value.fraction),
-        ring.decode(plain, value.ring, value.fraction),
+        ring.decode(outcome.client[0], bits, fraction),
+        ring.decode(plain, bits, fraction),
         evaluate(trace, given, real, outputs=[out.id])[0],
         outcome.cost,
         circuit,

@@ -545,7 +545,7 @@ def measure(s: Setup, length: int, deployment: str, *, prepared: bool = False) -
 def executed(circuit: list[Instruction], deployment: str) -> Translated:
     """The circuit that the parties run."""
     if deployment == TWO:
-        return Translated(tuple(circuit), len(circuit) - 1, circuit[-1].protocol.out, tuple(range(len(circuit))))
+        return Translated(tuple(circuit), (len(circuit) - 1,), (circuit[-1].protocol.out,), tuple(range(len(circuit))))
     return translated(circuit, public=deployment == PUBLIC)
 
 
@@ -558,7 +558,8 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
     size = len(setup.circuit)
     assert setup.circuit[-1].protocol.kind == MADE_BY.get(kind, (kind,))[0]
     made = executed(setup.circuit, deployment)
-    protocol = made.circuit[made.output].protocol
+    (last,) = made.outputs
+    protocol = made.circuit[last].protocol
     assert protocol.kind == kind or kind in ("deliver", "input", "linear", "reveal")
     if kind != "add_weight":  # see test_a_weight_that_broadcasts_its_operand_is_accepted
         shapes = {name: tuple(w.shape) for name, w in setup.weights.items()}
@@ -593,7 +594,7 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
             assert [(x.shape, x.dtype) for x in tensors(protocol.stand_in())] == [(x.shape, x.dtype) for x in parts]
 
     if protocol.error == "exact":
-        for circuit, output in ((setup.circuit, size - 1), (made.circuit, made.output)):
+        for circuit, output in ((setup.circuit, size - 1), (made.circuit, last)):
             (plain,) = reference(circuit, [output], ServerWeights(setup.weights), setup.inputs)
             if isinstance(plain, Tensor) and isinstance(mine, Tensor):
                 result = combine(mine, theirs)

@@ -111,7 +111,7 @@ def test_encoding_round_trip() -> None:
         assert getattr(again, field.name) == getattr(program, field.name), field.name
     assert again.cost == program.cost
     assert again.weight_rings == program.weight_rings
-    assert (again.output_shape, again.output_ring) == (program.output_shape, program.output_ring) != ((), 0)
+    assert again.outputs == program.outputs != ()
 
 
 def test_a_decoded_program_computes_the_same() -> None:
@@ -227,8 +227,8 @@ def remove(key: str) -> Callable[[Any], None]:
 
 
 TAMPERED: dict[str, Callable[[Any], Any]] = {
-    "version": change("version", 2),
-    "version text": change("version", "1"),
+    "version": change("version", 1),
+    "version text": change("version", "2"),
     "no version": remove("version"),
     "no circuit": remove("instructions"),
     "no paths": remove("paths"),
@@ -270,12 +270,16 @@ TAMPERED: dict[str, Callable[[Any], Any]] = {
     "an exponential of a negative scale": change("kind:exponential/1/fraction", -1),
     "an exponential of two to the sixty entries": lambda d: find(d, "exponential")[1].update(ring=64, fraction=60),
     "an exponential without a number": change("kind:exponential/1/ring", 1),
-    "output out of range": change("output", 10**6),
-    "output before the first": change("output", -1),
-    "output is no Reveal": change("output", 0),
-    "no output": change("output", None),
-    "an infinite output": change("output", math.inf),
-    "an output that is no number": change("output", math.nan),
+    "output out of range": change("outputs/0/1", 10**6),
+    "output before the first": change("outputs/0/1", -1),
+    "output is no Reveal": change("outputs/0/1", 0),
+    "no output": change("outputs/0/1", None),
+    "an infinite output": change("outputs/0/1", math.inf),
+    "an output that is no number": change("outputs/0/1", math.nan),
+    "no outputs": change("outputs", []),
+    "two outputs of one name": lambda d: d["outputs"].append(d["outputs"][0]),
+    "a Reveal that is no output": lambda d: d["instructions"].append(d["instructions"][d["outputs"][0][1]]),
+    "outputs of another form": change("outputs", 3),
     "an infinite operand": lambda d: d["instructions"][3].__setitem__(2, [math.inf]),
     "an input without a lower end": change("kind:input/1/low", -math.inf),
     "an input without an upper end": change("kind:input/1/high", math.inf),
@@ -316,8 +320,10 @@ MISFITS: dict[str, Callable[[Any], Any]] = {
     "too few operands": lambda d: find(d, "add")[2].pop(),
     "too many operands": lambda d: find(d, "open")[2].append(0),
     "bits where a share is read": lambda d: (
-        d["instructions"].insert(d["output"], ["open", {"shape": [4, 5], "ring": 20}, [position(d, "open_bits")], 0])
-        or change("output", d["output"] + 1)(d)
+        d["instructions"].insert(
+            d["outputs"][0][1], ["open", {"shape": [4, 5], "ring": 20}, [position(d, "open_bits")], 0]
+        )
+        or change("outputs/0/1", d["outputs"][0][1] + 1)(d)
     ),
     "too wide a comparison": change("kind:compare/1/width", 65),
     "a negative drop": change("kind:compare/1/drop", -3),
@@ -329,7 +335,7 @@ MISFITS: dict[str, Callable[[Any], Any]] = {
     "an unknown input encoding": change("client_inputs/0/encoding", "telepathy"),
     "an output counted from the end": change("client_inputs/0/output", -1),
     "a weight of another shape": lambda d: d["weight_shapes"].update({find(d, "linear")[1]["weight"]: [3, 3]}),
-    "an absurd scale": change("fraction", -(10**6)),
+    "an absurd scale": change("outputs/0/2", -(10**6)),
 }
 
 
@@ -353,7 +359,7 @@ def test_programs_whose_parts_do_not_fit_are_refused(how: str) -> None:
         Program.from_bytes(tampered(MISFITS[how]))
 
 
-@pytest.mark.parametrize("encoded", [b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{", b'{"version": 1}'])
+@pytest.mark.parametrize("encoded", [b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{", b'{"version": 2}'])
 def test_what_is_no_program_is_refused(encoded: bytes) -> None:
     with pytest.raises(InvalidProgram):
         Program.from_bytes(encoded)
@@ -392,7 +398,7 @@ def test_a_client_graph_that_makes_inputs_of_another_shape_is_noticed() -> None:
 
 
 def test_other_versions_are_named() -> None:
-    with pytest.raises(InvalidProgram, match=r"has version 2, this is 1\nhint: upgrade"):
+    with pytest.raises(InvalidProgram, match=r"has version 1, this is 2\nhint: upgrade"):
         Program.from_bytes(tampered(TAMPERED["version"]))
 
 
@@ -483,7 +489,7 @@ def test_inputs_are_clamped_to_what_their_ring_holds() -> None:
     values = program.client_values({"x": torch.full((4, 6), 1e6)}, {})
     (encoded,) = values.values()
     assert largest(ring.decode(encoded, protocol.ring, protocol.fraction)) == pytest.approx(protocol.high)
-    assert isinstance(program.circuit[program.output].protocol, Reveal)
+    assert [type(program.circuit[i].protocol) for i in program.revealed] == [Reveal]
 
 
 @pytest.mark.slow

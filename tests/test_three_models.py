@@ -24,7 +24,7 @@ from protocols.weights import ServerWeights
 from protocols.wire import Wire, decode
 from secure import Compiled, Program, ThreeParty, insecure_in_process, plain_reference
 from secure.deployments import in_process
-from secure.session import Session, only
+from secure.session import Session
 from tests.helpers import key
 from tests.test_program import answer, classifier, largest, points
 from tests.three import Query, query, shared_inputs, watched
@@ -105,7 +105,7 @@ def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytes
     zero, one, _ = process().link._weights
     assert isinstance(zero, SharedWeights)
     assert isinstance(one, SharedWeights)
-    for name in translate(classifier()[1].program.circuit, classifier()[1].program.output).weight_rings:
+    for name in translate(classifier()[1].program.circuit, classifier()[1].program.revealed).weight_rings:
         (w_0, w_1), (same, w_2) = zero.pair(name), one.pair(name)
         assert torch.equal(w_1, same)
         assert not bool(((w_0 == w_2) | (w_0 == w_1) | (w_1 == w_2)).any())
@@ -136,7 +136,7 @@ def test_party_2_is_done_before_there_is_an_input_or_a_weight() -> None:
     (One key serves two queries here, as it never may elsewhere.)
     """
     program, integers = classifier()[1].program, classifier()[1].model.integers
-    made = translate(program.circuit, program.output)
+    made = translate(program.circuit, program.revealed)
     keys, seeds = (key(), key()), (key(), key())
     shapes = {name: program.weight_shapes[name] for name in program.weight_rings}  # as the Program names them
     ahead = dict(deal(made.circuit, *keys, Party2Weights(*seeds, shapes)))
@@ -149,9 +149,10 @@ def test_party_2_is_done_before_there_is_an_input_or_a_weight() -> None:
         protocols = {i.protocol.name: i.protocol for i in program.circuit if isinstance(i.protocol, tp.Input)}
         asked = Query(made, ahead, keys, held, shared_inputs(protocols, values, made))
         (a,), (b,) = run_pair(asked.party(0), asked.party(1))
-        (plain,) = reference(program.circuit, [program.output], ServerWeights(weights), values)
-        result = ring.reduce(a + b, program.output_ring)
-        assert largest(only(program.decode([result])) - only(program.decode([plain]))) < 5e-3
+        (plain,) = reference(program.circuit, program.revealed, ServerWeights(weights), values)
+        (form,) = made.results
+        answer, expected = (program.decode([ring.reduce(x, form.bits)])["output"] for x in (a + b, plain))
+        assert largest(answer - expected) < 5e-3
 
 
 # views
@@ -255,7 +256,7 @@ def suspicions(made: Translated, *, public: bool) -> list[str]:
 @pytest.mark.parametrize("public", [False, True])
 def test_everything_that_a_party_sees_is_uniform(public: bool) -> None:
     program = classifier()[1].program
-    made = translate(program.circuit, program.output, public=public)
+    made = translate(program.circuit, program.revealed, public=public)
     assert not suspicions(made, public=public)
 
 
@@ -269,7 +270,7 @@ class BareOpen(tp.Open):
 
 def test_one_opening_without_a_mask_is_noticed() -> None:
     program = classifier()[1].program
-    made = translate(program.circuit, program.output)
+    made = translate(program.circuit, program.revealed)
     index = next(i for i, x in enumerate(made.circuit) if isinstance(x.protocol, tp.Open))
     opening = made.circuit[index].protocol
     broken = Instruction(BareOpen(opening.shape, opening.ring), made.circuit[index].inputs)  # type: ignore[attr-defined]

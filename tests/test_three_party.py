@@ -269,7 +269,7 @@ def layer(*rings: tuple[type[Protocol], int]) -> list[Instruction]:
 @pytest.mark.parametrize("order", list(itertools.permutations([(tp.Open, 20), (tp.Deliver, 40), (tp.Deliver, 30)])))
 def test_what_is_opened_and_delivered_is_opened_once(order: tuple[tuple[type[Protocol], int], ...]) -> None:
     circuit = layer(*order)
-    made = translate(circuit, len(circuit) - 1)
+    made = translate(circuit, [len(circuit) - 1])
     assert kinds(made)[:2] == ["shared_input", "open"]
     assert made.circuit[0].protocol == SharedInput((2, 3), 64, "x")
     assert made.circuit[1] == Instruction(tp.Open((2, 3), 40), (0,))
@@ -278,9 +278,9 @@ def test_what_is_opened_and_delivered_is_opened_once(order: tuple[tuple[type[Pro
     assert [i.inputs for i in readers] == [(1,)] * 3
     assert made.weight_rings == {"w": 40}
     assert made.origin[:2] == (0, 1)
-    assert made.origin[made.output] == len(circuit) - (3 if order[-1][0] is tp.Open else 2)
+    assert made.origin[made.outputs[0]] == len(circuit) - (3 if order[-1][0] is tp.Open else 2)
 
-    public = translate(circuit, len(circuit) - 1, public=True)
+    public = translate(circuit, [len(circuit) - 1], public=True)
     assert [i.protocol for i in public.circuit if isinstance(i.protocol, tp.Open)] == [tp.Open((2, 3), 20)]
     assert [i.inputs for i in public.circuit if isinstance(i.protocol, PublicLinear)] == [(0,), (0,)]
     assert public.weight_rings == {"w": 40}
@@ -296,19 +296,19 @@ def test_values_apart_are_opened_apart() -> None:
         Instruction(tp.Product((3,), 20), (3, 4)),
         Instruction(tp.Reveal((3,), 20), (5,)),
     ]
-    made = translate(circuit, 6)
+    made = translate(circuit, [6])
     expected = [SharedInput((3,), 64, "x"), SharedInput((3,), 64, "y"), tp.Open((3,), 40), tp.Open((3,), 30)]
     assert [i.protocol for i in made.circuit] == [*expected, tp.Product((3,), 20)]
     assert made.circuit[-1].inputs == (3, 2)
     assert made.origin == (0, 1, 2, 3, 5)
-    assert made.output == 4
+    assert made.outputs == (4,)
     assert {name: index for name, (index, _) in made.inputs.items()} == {"x": 0, "y": 1}
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bool) -> None:
     program = classifier()[1].program
-    made, circuit = translate(program.circuit, program.output, public=public), program.circuit
+    made, circuit = translate(program.circuit, program.revealed, public=public), program.circuit
     again = dataclasses.replace(program)  # encodes anew
     assert (again.encoded, again.digest) == (program.encoded, program.digest)
     assert Program.from_bytes(again.encoded).digest == program.digest
@@ -343,15 +343,15 @@ def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bo
     opened = {o.inputs for o in circuit if isinstance(o.protocol, tp.Open if public else (tp.Open, tp.Deliver))}
     assert kept <= set(made.origin)
     assert len(made.circuit) == len(kept) + len(opened)
-    assert made.origin[made.output] == circuit[program.output].inputs[0]
+    assert made.origin[made.outputs[0]] == circuit[program.revealed[0]].inputs[0]
 
 
 def test_only_the_output_is_revealed() -> None:
     circuit = layer((tp.Deliver, 40))
-    with pytest.raises(ValueError, match="reveals its output alone"):
-        translate([*circuit, Instruction(tp.Reveal((2, 3), 20), (0,))], len(circuit) - 1)
+    with pytest.raises(ValueError, match="reveals its outputs alone"):
+        translate([*circuit, Instruction(tp.Reveal((2, 3), 20), (0,))], [len(circuit) - 1])
     with pytest.raises(ValueError, match="not a Reveal"):
-        translate(circuit, len(circuit) - 2)
+        translate(circuit, [len(circuit) - 2])
 
 
 @pytest.mark.parametrize(

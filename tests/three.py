@@ -44,10 +44,10 @@ def translated(circuit: Circuit, *, public: bool = False) -> Translated:
     """The same circuit for three parties. Its result is that of the last instruction; of a Reveal, what it reads."""
     last = circuit[-1].protocol
     if isinstance(last, Reveal):
-        made = translate(circuit, len(circuit) - 1, public=public)
+        made = translate(circuit, [len(circuit) - 1], public=public)
     else:
         revealed = Instruction(Reveal(last.out.shape, last.out.bits), (len(circuit) - 1,))
-        made = translate([*circuit, revealed], len(circuit), public=public)
+        made = translate([*circuit, revealed], [len(circuit)], public=public)
     new = [
         replace(i, protocol=SharedBitsInput(p.shape, p.ring, p.name))
         if isinstance(p := circuit[origin].protocol, SharedBits)
@@ -107,7 +107,7 @@ class Query:
         correlations = Correlations(party, self.keys[party], None if party else self.corrections)
         if prepared:
             prepare(circuit, correlations, own)
-        return execute(circuit, [self.translated.output], party, correlations, own, self.shares[party])
+        return execute(circuit, self.translated.outputs, party, correlations, own, self.shares[party])
 
 
 def query(

@@ -301,7 +301,7 @@ def run_query(raw: Raw, number: int) -> None:
     ids = torch.full((1, LENGTH), 5)
     values = raw.program.client_values({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
     prepare(raw.program.circuit, correlations, weights)
-    step = execute(raw.program.circuit, [raw.program.output], CLIENT, correlations, weights, values)
+    step = execute(raw.program.circuit, raw.program.revealed, CLIENT, correlations, weights, values)
     exchange = next(step)
     while True:
         if exchange.send:

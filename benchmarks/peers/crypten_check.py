@@ -34,8 +34,9 @@ from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
 from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Sample
+from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
-from secure.lowering.trace import Primitive, Trace, evaluate
+from secure.lowering.trace import Trace, evaluate
 from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder, load_tokenizer, tokenize
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -201,7 +202,7 @@ def cross_check(
     compiled = secure.compile(model, inputs, calibration=calibration, embedding=embedding)
     lowered = lowered_model(model, [inputs, *calibration], embedding)
     given = lowered.inputs(inputs)
-    (output,) = lowered.outputs
+    (output,) = lowered.outputs.values()
     check_range(lowered, given)
     plain = evaluate(lowered.trace, given, lowered.weights, outputs=[output.id])[0]
     arrays = ({n: np.ascontiguousarray(t.numpy()) for n, t in tensors.items()} for tensors in (given, lowered.weights))

@@ -145,7 +145,7 @@ class ThreePartyLink(Link):
 
     def _put_together(self, shares: Sequence[bytes]) -> list[Tensor]:
         """The outputs, each modulo its ring, from the shares of parties 0 and 1."""
-        forms, out, at = [self._circuit.result], [], 0
+        forms, out, at = self._circuit.results, [], 0
         size = sum(form.size for form in forms)
         for role, share in zip(self._names, shares, strict=True):
             if len(share) != size:

@@ -164,7 +164,7 @@ class PartyService(PartyServicer, ABC):
         """Party 0's or 1's shares of the outputs, one after the other, each under a zero share of its own."""
         party, payload = self.share.party, bytearray()
         key, sign = self.share.pair_keys[1 - party], 1 - 2 * party
-        for output, (own, form) in enumerate(zip(shares, [self.share.circuit.result], strict=True)):
+        for output, (own, form) in enumerate(zip(shares, self.share.circuit.results, strict=True)):
             payload += wire.encode(own + sign * key.zero_share(number, output, form.shape), form)
         return bytes(payload)
 

@@ -48,7 +48,7 @@ class Rounds(Observer):
 
         The results are its shares of the outputs.
         """
-        circuit, outputs = self.share.circuit.circuit, [self.share.circuit.output]
+        circuit, outputs = self.share.circuit.circuit, self.share.circuit.outputs
         step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
         return Framed(step, lambda size: self._read(size, following, peer), self)
 

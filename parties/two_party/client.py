@@ -196,7 +196,7 @@ class TwoPartyLink(Link):
         program, recorder = self.program, Recorder("client")
         step = execute(
             program.circuit,
-            [program.output],
+            program.revealed,
             CLIENT,
             ready.correlations,
             self._weights,

@@ -258,7 +258,7 @@ class _Session:
         program, recorder = self._program, Recorder("server")
         key = query_key(self._seed, "server", self._id, self._program.digest, query)
         correlations = Correlations(SERVER, key, corrections)
-        step = execute(program.circuit, [program.output], SERVER, correlations, self._model.weights, observer=recorder)
+        step = execute(program.circuit, program.revealed, SERVER, correlations, self._model.weights, observer=recorder)
 
         def where() -> str:
             return program.paths[recorder.waiting] or "the model's input"

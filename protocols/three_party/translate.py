@@ -24,14 +24,14 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True, eq=False)
 class Translated:
-    """``output``: the share that goes to the client, who gets of it what the Program reveals: ``result``.
+    """``outputs``: the shares that go to the client, who gets of each what the Program reveals: ``results``.
 
     ``origin``: the Program's instruction behind each of ours.
     """
 
     circuit: Circuit
-    output: int
-    result: Wire
+    outputs: tuple[int, ...]
+    results: tuple[Wire, ...]
     origin: tuple[int, ...]
 
     @cached_property
@@ -63,19 +63,24 @@ class Translated:
         return [(i, x.protocol) for i, x in enumerate(self.circuit) if isinstance(x.protocol, SharedInput)]
 
 
-def translate(circuit: Circuit, output: int, *, public: bool = False, one_hot: Collection[str] = ()) -> Translated:
-    """``output``: the Program's Reveal. ``public``: whether all three parties know the weights. ``one_hot``: the inputs
-    that are one-hot rows.
+def translate(
+    circuit: Circuit, outputs: Sequence[int], *, public: bool = False, one_hot: Collection[str] = ()
+) -> Translated:
+    """``outputs``: the Program's Reveals. ``public``: whether all three parties know the weights.
+
+    ``one_hot``: the inputs that are one-hot rows. ValueError where the circuit reveals something else.
     """
-    if not isinstance(circuit[output].protocol, Reveal):
-        raise ValueError(f"the output, instruction {output}, is not a Reveal")
+    for output in outputs:
+        if not isinstance(circuit[output].protocol, Reveal):
+            raise ValueError(f"the output, instruction {output}, is not a Reveal")
     translation = _Translation(circuit, public, one_hot)
     for index, instruction in enumerate(circuit):
-        if index != output:
+        if index not in outputs:
             translation.add(index, instruction)
-    (revealed,) = circuit[output].inputs
-    result = circuit[output].protocol.out  # in its ring: the share may be in a wider one
-    return Translated(tuple(translation.circuit), translation.at[revealed], result, tuple(translation.origin))
+    shares = tuple(translation.at[x] for output in outputs for x in circuit[output].inputs)
+    # in the ring of the Reveal: the share may be in a wider one
+    results = tuple(circuit[output].protocol.out for output in outputs)
+    return Translated(tuple(translation.circuit), shares, results, tuple(translation.origin))
 
 
 class _Translation:
@@ -117,7 +122,7 @@ class _Translation:
         if isinstance(p, Linear):
             return (PublicLinear if self._public else SharedLinear)(p.shape, p.ring, p.weight, p.diagonal)
         if isinstance(p, Reveal):
-            raise ValueError("a Program reveals its output alone")
+            raise ValueError("a Program reveals its outputs alone")
         return p
 
     def _emit(self, index: int, protocol: Protocol, inputs: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ import operator
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -118,6 +119,34 @@ def untraceable(model: nn.Module, error: Exception) -> UnsupportedOperation:
     )
 
 
+def _output_names(program: torch.export.ExportedProgram, count: int) -> list[str]:
+    """The names of a module's results: "output" for a tensor, else keys, fields or places, those of nested ones behind
+    a point.
+    """
+    names = [""] * count
+
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, int):
+            names[value] = ".".join(path) or "output"
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                visit(inner, (*path, str(key)))
+        elif isinstance(value, tuple | list):
+            keys = getattr(value, "_fields", range(len(value)))
+            for key, inner in zip(keys, value, strict=True):
+                visit(inner, (*path, str(key)))
+        elif is_dataclass(value):
+            for entry in fields(value):
+                visit(getattr(value, entry.name), (*path, entry.name))
+
+    visit(tree_unflatten(list(range(count)), program.call_spec.out_spec), ())
+    if "" in names or len(set(names)) != count:
+        raise UnsupportedOperation(
+            "the model's outputs have no names, or the same one twice", "return a tensor, a tuple or a dict of tensors"
+        )
+    return names
+
+
 class _Translator:
     """Walks an exported program and builds the graph."""
 
@@ -140,7 +169,7 @@ class _Translator:
                     f"the model changes its own state ({spec.target or spec.arg.name!r}) when it is called\n"
                     "hint: a private model is a function; remove the assignment to a buffer or parameter"
                 )
-        outputs: list[Value] = []
+        outputs: dict[str, Value] = {}
         signature = self.program.graph_signature
         _, keywords = tree_unflatten(list(signature.user_inputs), self.program.call_spec.in_spec)
         names = {placeholder: name for name, placeholder in keywords.items()}
@@ -153,11 +182,12 @@ class _Translator:
                 self._operation(node)
             elif node.op == "output":
                 found: Any = node.args[0]
-                outputs = [self._argument(value) for value in found if isinstance(value, torch.fx.Node)]
+                named = zip(_output_names(self.program, len(found)), found, strict=True)
+                outputs = {name: self._argument(value) for name, value in named if isinstance(value, torch.fx.Node)}
         if not outputs:
             raise UnsupportedOperation("the model returns no tensor\nhint: return a tensor or a tuple of tensors")
-        b.path, b.target, b.arguments = "", "output", outputs
-        graph = b.finish(outputs)
+        b.path, b.target, b.arguments = "", "output", list(outputs.values())
+        graph = replace(b.finish(list(outputs.values())), names=tuple(outputs))
         self.parameters = {name: self.tensors[name] for name in graph.parameters}
         return graph
 

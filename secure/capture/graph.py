@@ -18,7 +18,7 @@ import collections
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -54,10 +54,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A static-shape model: nodes in an order in which they can be evaluated, and the ids of the results."""
+    """A static-shape model: nodes in an order in which they can be evaluated, and the ids of the results.
+
+    names: of the outputs, in their order, where a module gave them; they are no part of the canonical text.
+    """
 
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
+    names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def inputs(self) -> dict[str, Node]:

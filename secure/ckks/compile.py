@@ -216,7 +216,7 @@ def _output(lowered: Lowered) -> Symbol:
             f"the model has {len(lowered.outputs)} outputs, ciphertexts are packed for one",
             "return one tensor: torch.cat puts several into one",
         )
-    return lowered.outputs[0]
+    return next(iter(lowered.outputs.values()))
 
 
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:

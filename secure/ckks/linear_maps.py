@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from secure.lowering.trace import Primitive
+from secure.lowering.primitives import Primitive
 
 Matrix = Any  # scipy.sparse.csr_array, float64: (elements of the value, elements of the atom)
 Array = NDArray[np.float64]

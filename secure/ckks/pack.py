@@ -22,7 +22,8 @@ from secure.ckks.layout import EMPTY, Content, Cube, at, diagonals, first_only, 
 from secure.ckks.linear_maps import RULES, Affine, Array, Matrix, column_sums, selection
 from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power, units
 from secure.errors import UnsupportedOperation
-from secure.lowering.trace import Primitive, Trace
+from secure.lowering.primitives import Primitive
+from secure.lowering.trace import Trace
 
 DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way
 SETTLED = 3  # atoms in a sum

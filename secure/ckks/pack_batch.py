@@ -18,7 +18,8 @@ from protocols.ckks.circuit import Circuit
 from secure.ckks.linear_maps import RULES, Affine, Array
 from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power, units
 from secure.errors import UnsupportedOperation
-from secure.lowering.trace import Primitive, Trace
+from secure.lowering.primitives import Primitive
+from secure.lowering.trace import Trace
 
 
 class BatchPacker:

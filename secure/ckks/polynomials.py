@@ -13,7 +13,8 @@ import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
 from secure.ckks.linear_maps import Array
-from secure.lowering.trace import Primitive, Trace
+from secure.lowering.primitives import Primitive
+from secure.lowering.trace import Trace
 
 DEGREE = 31  # of a polynomial that chains are composed to
 MARGIN = 1.25  # room around the calibrated range of what a polynomial reads

@@ -130,9 +130,9 @@ def profile(program: Runnable) -> Profile:
     Runs both computing parties' ``execute`` on ``meta`` tensors, in lockstep, and counts.
     """
     weights, circuit = MetaWeights(program.weight_shapes), program.circuit
-    parties = [_Counter(circuit, program.output), _Counter(circuit, program.output)]
+    parties = [_Counter(circuit, program.revealed), _Counter(circuit, program.revealed)]
     steps = [
-        execute(circuit, [program.output], party, _NoData(circuit, party), weights, observer=parties[party])
+        execute(circuit, program.revealed, party, _NoData(circuit, party), weights, observer=parties[party])
         for party in (SERVER, CLIENT)
     ]
     going = [advance(step) for step in steps]
@@ -177,7 +177,7 @@ class _NoData(Correlations):
 class _Counter(Observer):
     """One party's schedule, and the largest set of results that it holds at a time."""
 
-    def __init__(self, circuit: Circuit, output: int) -> None:
+    def __init__(self, circuit: Circuit, outputs: Sequence[int]) -> None:
         self.rounds, self.sent_bytes = [0] * len(circuit), [0] * len(circuit)
         self.stages: list[Stage] = []
         self.most = 0
@@ -186,7 +186,8 @@ class _Counter(Observer):
         for instruction in circuit:
             for i in instruction.inputs:
                 self._uses[i] += 1
-        self._uses[output] += 1
+        for i in outputs:
+            self._uses[i] += 1
 
     def computing(self, index: int) -> None:
         self._work.append(index)

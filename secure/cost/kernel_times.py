@@ -176,17 +176,19 @@ def _rehearse(
     ]
     named = ((i.protocol.input_of(CLIENT), i.protocol.out.shape) for i in circuit)
     inputs = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in named if name is not None}
-    timelines = (_run(party, circuit, program.output, weights, inputs) for party in (SERVER, CLIENT))
+    timelines = (_run(party, circuit, program.revealed, weights, inputs) for party in (SERVER, CLIENT))
     server, client = (_segments(timeline, chosen) for timeline in timelines)
     return server, client
 
 
-def _run(party: int, circuit: Circuit, output: int, weights: Weights, inputs: Mapping[str, Tensor]) -> Timeline:
+def _run(
+    party: int, circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]
+) -> Timeline:
     correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), _corrections(circuit) if party == SERVER else {})
     if party == CLIENT:
         prepare(circuit, correlations, weights)
     recorder = Recorder(PARTY_NAMES[party])
-    step = execute(circuit, [output], party, correlations, weights, inputs, recorder)
+    step = execute(circuit, outputs, party, correlations, weights, inputs, recorder)
     recorder.start()
     for _ in Framed(step, bytes, recorder):
         pass  # the peer's frames are zeros

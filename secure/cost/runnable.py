@@ -17,7 +17,10 @@ class Runnable(Protocol):
     @property
     def circuit(self) -> Circuit: ...
     @property
-    def output(self) -> int: ...
+    def revealed(self) -> tuple[int, ...]:
+        """The instructions whose results the client gets."""
+        ...
+
     @property
     def paths(self) -> tuple[str, ...]: ...
     @property
@@ -32,7 +35,7 @@ class Deployed:
     """
 
     circuit: Circuit
-    output: int
+    revealed: tuple[int, ...]
     paths: tuple[str, ...]
     weight_shapes: Mapping[str, tuple[int, ...]]
     names: tuple[str, str]

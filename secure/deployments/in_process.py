@@ -56,7 +56,7 @@ class TwoPartiesInProcess(_InProcess):
         self._client = ClientWeights(dict(self._server.masked(self._dealer, model.program.weight_rings)))
 
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
-        circuit, outputs = self._running.circuit, [self._running.output]
+        circuit, outputs = self._running.circuit, self._running.revealed
         server_key, client_key = _key(), _key()
         start = time.perf_counter()
         corrections = dict(deal(circuit, server_key, client_key, self._dealer))
@@ -102,7 +102,7 @@ class ThreePartiesInProcess(_InProcess):
         ]
 
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
-        circuit, output = self.translated.circuit, [self.translated.output]
+        circuit, outputs = self.translated.circuit, self.translated.outputs
         streams, split = (_key(), _key()), _key()
         start = time.perf_counter()
         ahead = dict(deal(circuit, *streams, self._weights[PARTY_2]))
@@ -122,7 +122,12 @@ class ThreePartiesInProcess(_InProcess):
         traffic = PairTraffic()
         zero, one = (
             execute(
-                circuit, output, party, Correlations(party, streams[party], supply), self._weights[party], shares[party]
+                circuit,
+                outputs,
+                party,
+                Correlations(party, streams[party], supply),
+                self._weights[party],
+                shares[party],
             )
             for party, supply in ((0, ahead), (1, None))
         )
@@ -137,7 +142,7 @@ def plain_reference(model: Compiled, inputs: Mapping[str, Tensor]) -> Any:
     """INSECURE: the Program in plain fixed-point arithmetic, for comparison."""
     program = model.program
     values = program.client_values(inputs, model.client_tables)
-    return only(program.decode(reference(program.circuit, [program.output], model.server_weights, values)))
+    return only(program.decode(reference(program.circuit, program.revealed, model.server_weights, values)))
 
 
 def _key() -> Key:

@@ -76,12 +76,12 @@ class ThreeParty(CircuitDeployment):
     def translated(self, program: Program) -> Translated:
         """A Program's circuit for three servers."""
         one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
-        return translate(program.circuit, program.output, public=self.public_weights, one_hot=one_hot)
+        return translate(program.circuit, program.revealed, public=self.public_weights, one_hot=one_hot)
 
     def deployed(self, program: Program) -> Deployed:
         found = self.translated(program)
         paths = tuple(program.paths[i] for i in found.origin)
-        return Deployed(found.circuit, found.output, paths, program.weight_shapes, PARTIES[:2], PARTIES[2])
+        return Deployed(found.circuit, found.outputs, paths, program.weight_shapes, PARTIES[:2], PARTIES[2])
 
     def insecure(self, model: mpc.Compiled, tokenizer: TextTokenizer | None) -> Link:
         running, translated = self.deployed(model.program), self.translated(model.program)

@@ -54,7 +54,7 @@ class TwoParty(CircuitDeployment):
     def deployed(self, program: Program) -> Deployed:
         """The Program's circuit as it is, between server and client."""
         names = (SERVER, CLIENT)
-        return Deployed(program.circuit, program.output, program.paths, program.weight_shapes, names, DEALER)
+        return Deployed(program.circuit, program.revealed, program.paths, program.weight_shapes, names, DEALER)
 
     def insecure(self, model: mpc.Compiled, tokenizer: TextTokenizer | None) -> Link:
         return TwoPartiesInProcess(model, tokenizer, self.name, self.deployed(model.program))

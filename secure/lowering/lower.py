@@ -28,11 +28,11 @@ Sample = Mapping[str, Tensor]
 class Lowered:
     """A model as a trace, the weights that it names (float64), and how the client makes its inputs.
 
-    clamps: inputs that are additive masks, and how low they need to go.
+    outputs: the results by name, in their order. clamps: inputs that are additive masks, and how low they need to go.
     """
 
     trace: Trace
-    outputs: list[Symbol]
+    outputs: dict[str, Symbol]
     weights: dict[str, Tensor]
     client_graph: Graph
     client_inputs: list[ClientInput]
@@ -115,13 +115,15 @@ class Lowering:
             elif node.visibility == "shared":
                 with self._trace.within(node.path):
                     self._symbols[node.id] = self._lower(node)
-        if not all(o in self._symbols for o in self.graph.outputs):
-            raise UnsupportedOperation(
-                "an output does not depend on both the client's input and the server's weights, "
-                "so it needs no protocol",
-                "compute it in the clear",
-            )
-        outputs = [self._symbols[o] for o in self.graph.outputs]
+        named = dict(zip(self.graph.names, self.graph.outputs, strict=True))
+        for name, output in named.items():
+            if output not in self._symbols:
+                raise UnsupportedOperation(
+                    f"an output ({name!r}) does not depend on both the client's input and the server's weights, "
+                    "so it needs no protocol",
+                    "compute it in the clear",
+                )
+        outputs = {name: self._symbols[output] for name, output in named.items()}
         client_graph = _subgraph(self.graph, self._client_outputs)
         client_inputs = [spec for spec, _ in self._client_inputs.values()]
         return Lowered(self._trace, outputs, self._weights, client_graph, client_inputs, self._clamps)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
-from approximations.primitives import piecewise
-from secure.lowering.trace import Primitive, Trace, evaluate
+from secure.lowering.primitives import Operand, meaning
+from secure.lowering.trace import Trace, evaluate
 
 _ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
 _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
@@ -31,7 +30,7 @@ def dyadic(value: float) -> tuple[int, int]:
 class Ranges:
     """[low, high] of every primitive of a trace over the calibration inputs, widened by ``margin_bits``.
 
-    A primitive "bounded" replaces what was seen by what its caller knows, without a margin.
+    A primitive whose range its caller promises ("bounded") has that, without a margin, whatever was seen.
     """
 
     def __init__(self, trace: Trace, margin_bits: int) -> None:
@@ -65,8 +64,10 @@ class Ranges:
         """
         ranges = cls(trace, 0)
         for index, p in enumerate(trace.primitives):
-            low, high = _assumed(p, [(ranges._low[i], ranges._high[i]) for i in p.inputs], reach, trace)
-            if polynomial and p.op in ("mul", "mul_weight", "piecewise"):
+            known = meaning(p)
+            operands = [Operand(ranges._low[i], ranges._high[i], trace.primitives[i].shape) for i in p.inputs]
+            low, high = known.assume(p, operands, reach)
+            if polynomial and known.multiplies:
                 low, high = max(low, -reach), min(high, reach)
             ranges._low[index], ranges._high[index] = low, high
         return ranges
@@ -74,8 +75,8 @@ class Ranges:
     def magnitude(self, index: int) -> float:
         """The largest absolute value that the ring is made for."""
         p = self._trace.primitives[index]
-        if p.op == "bounded":
-            return float(max(abs(p.attrs["low"]), abs(p.attrs["high"])))
+        if (promised := meaning(p).promised) is not None:
+            return float(max(map(abs, promised(p))))
         return max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
 
     def bits(self, index: int) -> int:
@@ -85,32 +86,6 @@ class Ranges:
     def seen(self, index: int) -> tuple[float, float]:
         """The range as it was observed."""
         return self._low[index], self._high[index]
-
-
-def _assumed(p: Primitive, operands: list[tuple[float, float]], reach: float, trace: Trace) -> tuple[float, float]:
-    if p.op in ("input", "linear", "matmul", "add", "add_weight"):
-        return (0.0, 1.0) if p.attrs.get("integer") else (-reach, reach)
-    low, high = operands[0]
-    if p.op == "sub":
-        return low - operands[1][1], high - operands[1][0]
-    if p.op in ("mul", "scale", "mul_weight"):
-        factors = operands[1] if p.op == "mul" else (1.0, 1.0) if p.op == "mul_weight" else (p.attrs["value"],) * 2
-        corners = [a * b for a in (low, high) for b in factors]
-        square = p.op == "mul" and p.inputs[0] == p.inputs[1]
-        return (0.0 if square else min(corners)), max(corners)
-    if p.op == "sum":
-        n = math.prod(trace.primitives[p.inputs[0]].shape) // math.prod(p.shape)
-        return n * low, n * high
-    if p.op == "offset":
-        return low + p.attrs["value"], high + p.attrs["value"]
-    if p.op == "piecewise":
-        values = piecewise(torch.linspace(low, high, 513, dtype=torch.float64), p.attrs["knots"], p.attrs["pieces"])
-        return float(values.min()), float(values.max())
-    if p.op == "exp_neg":
-        return 0.0, 1.0
-    if p.op == "cat":
-        return min(low for low, _ in operands), max(high for _, high in operands)
-    return (p.attrs["low"], p.attrs["high"]) if p.op == "bounded" else (low, high)
 
 
 def widened(edge: float, *, down: bool = False) -> float:

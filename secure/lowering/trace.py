@@ -16,20 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approximations.primitives import Piece, exp_neg, piecewise
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Primitive:
-    """One recorded operation: ``attrs`` are plain Python values, ``inputs`` positions in the trace."""
-
-    op: str
-    inputs: tuple[int, ...]
-    attrs: Mapping[str, Any]
-    shape: Shape
-    path: str
+from approximations.primitives import Piece
+from secure.lowering.primitives import Primitive, Shape, meaning
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,10 @@ class Trace:
             self.path = before
 
     def record(self, op: str, inputs: Sequence[Symbol], shape: Shape, **attrs: Any) -> Symbol:
-        self.primitives.append(Primitive(op, tuple(x.id for x in inputs), attrs, tuple(shape), self.path))
+        """A new value. UnsupportedOperation where no record says what ``op`` computes."""
+        p = Primitive(op, tuple(x.id for x in inputs), attrs, tuple(shape), self.path)
+        meaning(p)
+        self.primitives.append(p)
         return Symbol(self, len(self.primitives) - 1)
 
     def input(self, name: str, shape: Shape, *, integer: bool = False) -> Symbol:
@@ -169,33 +160,6 @@ def concatenate(parts: Sequence[Symbol], dim: int) -> Symbol:
     return parts[0].trace.record("cat", parts, tuple(shape), dim=dim)
 
 
-def _slice(x: Tensor, a: Mapping[str, Any]) -> Tensor:
-    return x[(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
-
-
-_EVALUATE: Mapping[str, Callable[..., Tensor]] = {
-    "add": lambda a, p, w, x, y: x + y,
-    "sub": lambda a, p, w, x, y: x - y,
-    "mul": lambda a, p, w, x, y: x * y,
-    "matmul": lambda a, p, w, x, y: x @ y,
-    "linear": lambda a, p, w, x: x @ w[a["weight"]],
-    "mul_weight": lambda a, p, w, x: x * w[a["weight"]],
-    "add_weight": lambda a, p, w, x: x + w[a["weight"]],
-    "offset": lambda a, p, w, x: x + a["value"],
-    "scale": lambda a, p, w, x: x * a["value"],
-    "sum": lambda a, p, w, x: x.sum(a["dims"], keepdim=True),
-    "reshape": lambda a, p, w, x: x.reshape(p.shape),
-    "expand": lambda a, p, w, x: x.expand(p.shape),
-    "permute": lambda a, p, w, x: x.permute(a["dims"]),
-    "slice": lambda a, p, w, x: _slice(x, a),
-    "cat": lambda a, p, w, *x: torch.cat(x, a["dim"]),
-    "piecewise": lambda a, p, w, x: piecewise(x, a["knots"], a["pieces"]),
-    "exp_neg": lambda a, p, w, x: exp_neg(x),
-    "maximum": lambda a, p, w, x: x.amax(-1, keepdim=True),
-    "bounded": lambda a, p, w, x: x,
-}
-
-
 def evaluate(
     trace: Trace,
     inputs: Mapping[str, Tensor],
@@ -211,7 +175,7 @@ def evaluate(
         if p.op == "input":
             value = inputs[p.attrs["name"]]
         else:
-            value = _EVALUATE[p.op](p.attrs, p, weights, *(values[i] for i in p.inputs))
+            value = meaning(p).evaluate(p, weights, [values[i] for i in p.inputs])
         values[index] = value
         if observe is not None:
             observe(index, value)

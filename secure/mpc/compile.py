@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols import ring
-from protocols import two_party as tp
 from protocols.fixedpoint import FixedPoint
 from protocols.weights import ServerWeights
 from secure.frontend import lower_model
 from secure.lowering.client_inputs import ClientInput
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
-from secure.mpc.emitter import Emitter, split_weight_key
-from secure.mpc.plan import Plan
-from secure.mpc.program import Program
+from secure.mpc.arithmetic import split_weight_key
+from secure.mpc.emit import emit
+from secure.mpc.program import Output, Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +96,13 @@ def weight_keys(program: Program) -> list[str]:
 
 def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
     """The circuit of a lowered model; of its weights only the shapes are read."""
-    (output,) = lowered.outputs
-    emitter = Emitter(Plan(lowered.trace, ranges, fixed, [output.id]))
-    emitter.run({c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs})
-    value = emitter.get(output.id, 0)
-    emitter.emit(tp.Reveal(output.shape, value.ring), value.index)
-    read = {use.name for i in emitter.circuit if (use := i.protocol.weight_use) and use.multiplied}
+    clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
+    emitted = emit(lowered.trace, ranges, fixed, [symbol.id for symbol in lowered.outputs.values()], clamps)
+    read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     return Program(
-        circuit=tuple(emitter.circuit),
-        paths=tuple(emitter.paths),
-        output=len(emitter.circuit) - 1,
-        fraction=value.fraction,
+        circuit=emitted.circuit,
+        paths=emitted.paths,
+        outputs=tuple(Output(name, *at) for name, at in zip(lowered.outputs, emitted.outputs, strict=True)),
         fixed=fixed,
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),

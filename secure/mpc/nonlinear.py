@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from approximations.primitives import Piece
 from protocols import local
@@ -12,18 +12,42 @@ from protocols.bits import plane_bytes
 from protocols.protocol import count
 from protocols.ring import WORD
 from protocols.two_party.comparison import DIGIT, GROUP, WINDOW
+from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
-from secure.lowering.trace import Primitive
-from secure.mpc.share import Val
+from secure.mpc.emitter import Emitter
+from secure.mpc.plan import Need, Plan, opened
+from secure.mpc.share import Share
 
-if TYPE_CHECKING:
-    from secure.mpc.emitter import Emitter
-
+EXPONENT_BITS = 4  # e^-x takes x below 2^4
 _SHORT = 8  # bits of a slope that is applied exactly
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
 
 
-def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
+# piecewise polynomials
+
+
+def note_piecewise(plan: Plan, p: Primitive) -> None:
+    plan.compares(p.inputs[0], p.attrs["knots"], p.attrs["tolerance"])
+
+
+def piecewise_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    (x,) = p.inputs
+    return (opened(max(plan.compare_width(x), _linear_ring(plan, i, p)) if p.attrs["knots"] else 0),)
+
+
+def _slope_bits(plan: Plan, i: int, p: Primitive) -> int:
+    """Fraction bits beyond its own that the linear pieces have: of x and the slopes together."""
+    lift = plan.fraction[i] - plan.fraction[p.inputs[0]]
+    slopes = [piece.coefficients[1] for piece in p.attrs["pieces"] if len(piece.coefficients) == 2]
+    return max([0, *(dyadic(slope)[1] - lift for slope in slopes if slope)])
+
+
+def _linear_ring(plan: Plan, i: int, p: Primitive) -> int:
+    """The ring of a selection of linear pieces, before the slopes' bits are truncated."""
+    return plan.own(i) + _slope_bits(plan, i, p)
+
+
+def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Share:
     """Linear pieces are selections of the opened x itself;
     others polynomials of x at a scale whose powers fit 64 bits.
     """
@@ -37,20 +61,20 @@ def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
         raise AssertionError("a linear function of one piece is written with * and +")
     bits = _below(e, x)
     rows = [e.plan.knots[x].index(k) for k in knots]
-    total: Val | None = None
+    total: Share | None = None
 
-    def add(value: Val) -> None:
+    def add(value: Share) -> None:
         nonlocal total
         if total is None:
             total = value
             return
         ring = min(total.ring, value.ring)
-        total = Val(e.emit(local.Add(p.shape, ring), total.index, value.index), ring, total.fraction)
+        total = Share(e.emit(local.Add(p.shape, ring), total.index, value.index), ring, total.fraction)
 
     straight = [s for s, piece in enumerate(pieces) if _is_linear(piece) and any(piece.coefficients)]
     if straight:
-        q = e.plan.slope_bits(i)
-        ring, scale = e.plan.linear_ring(i), e.plan.fraction[i]
+        q = _slope_bits(e.plan, i, p)
+        ring, scale = _linear_ring(e.plan, i, p), e.plan.fraction[i]
         lift = scale - e.plan.fraction[x]
         slopes, offsets = [], []
         for s in straight:
@@ -61,12 +85,12 @@ def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Val:
         chosen = _indicators(e, bits, rows, straight, p.shape)
         operands = (chosen, e.opened(x)) if any(slopes) else (chosen,)
         index = e.emit(tp.Select(p.shape, ring, tuple(slopes), tuple(offsets)), *operands)
-        add(e.truncate(Val(index, ring, scale + q), p.shape, q))
+        add(e.truncate(Share(index, ring, scale + q), p.shape, q))
     for s, value in zip(curved, polynomials, strict=True):
         ring = min(value.ring, e.plan.own(i))
-        opened = e.emit(tp.Open(p.shape, ring), value.index)
+        at = e.emit(tp.Open(p.shape, ring), value.index)
         chosen = _indicators(e, bits, rows, [s], p.shape)
-        add(Val(e.emit(tp.Select(p.shape, ring, (1,), (0,)), chosen, opened), ring, value.fraction))
+        add(Share(e.emit(tp.Select(p.shape, ring, (1,), (0,)), chosen, at), ring, value.fraction))
     assert total is not None
     return total
 
@@ -90,7 +114,7 @@ def _span(e: Emitter, x: int, knots: tuple[float, ...], s: int) -> tuple[float, 
     return (knots[s - 1] if s else -reach), (knots[s] if s < len(knots) else reach)
 
 
-def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Val]:
+def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Share]:
     """All curved pieces from one opening of x at ``fx`` fraction bits; results settled, junk outside their segments."""
     if not pieces:
         return []
@@ -103,15 +127,15 @@ def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tu
     value = e.truncate(e.get(x, 0), shape, e.plan.fraction[x] - fx)
     if value.ring < WORD:
         value = e.extend(value, shape, WORD)
-    opened = e.emit(tp.Open(shape, WORD), value.index)
+    at = e.emit(tp.Open(shape, WORD), value.index)
     degree = max(len(p.coefficients) - 1 for p in pieces)
-    powers = e.emit(tp.Powers(shape, WORD, degree), opened)
+    powers = e.emit(tp.Powers(shape, WORD, degree), at)
     out = []
     for piece in pieces:
         centre = round(piece.centre * 2**fx)
         coefficients = tuple(round(c * 2.0 ** (scale - j * fx)) for j, c in enumerate(piece.coefficients))
         index = e.emit(tp.Polynomial(shape, WORD, centre, coefficients), powers)
-        out.append(e.truncate(Val(index, WORD, scale), shape, scale - settled))
+        out.append(e.truncate(Share(index, WORD, scale), shape, scale - settled))
     return out
 
 
@@ -130,13 +154,16 @@ def _below(e: Emitter, x: int) -> int:
 
 
 def compare(
-    e: Emitter, opened: int, shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], tolerance: float
+    e: Emitter, at: int, shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], tolerance: float
 ) -> int:
-    """Drop low bits down to ``tolerance`` units if that saves a round, and use every bit of the digits there are."""
+    """Bits of the opening ``at`` below ``thresholds``.
+
+    Low bits are dropped, down to ``tolerance`` units, if that saves a round; every bit of the digits there are is used.
+    """
     spare = max(0, math.floor(math.log2(max(tolerance, 1.0))))
     digits = max(GROUP, -(-(width - 1 - spare) // DIGIT)) if width - 1 > WINDOW else GROUP
     drop = max(0, width - 1 - DIGIT * digits)
-    return e.emit(tp.Compare(shape, width, drop, thresholds), opened)
+    return e.emit(tp.Compare(shape, width, drop, thresholds), at)
 
 
 def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], shape: tuple[int, ...]) -> int:
@@ -148,15 +175,29 @@ def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], sha
     return e.emit(tp.OpenBits(shape, len(segments)), stacked)
 
 
-def emit_exponential(e: Emitter, i: int, p: Primitive) -> Val:
+# the exponential
+
+
+def exponential_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    return (opened(plan.fraction[p.inputs[0]] + EXPONENT_BITS + 1),)
+
+
+def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
     (x,) = p.inputs
     ring, fraction = e.plan.opened[x], e.plan.fraction[x]
-    opened = e.opened(x)
     protocol = tp.Exponential(p.shape, ring, fraction, MASK_FRACTION, PUBLIC_FRACTION)
-    return Val(e.emit(protocol, opened), WORD, MASK_FRACTION + PUBLIC_FRACTION)
+    return Share(e.emit(protocol, e.opened(x)), WORD, MASK_FRACTION + PUBLIC_FRACTION)
 
 
-def emit_maximum(e: Emitter, i: int, p: Primitive) -> Val:
+# the row maximum
+
+
+def maximum_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    ring = plan.own(p.inputs[0]) + 1
+    return (Need(ring, ring),)
+
+
+def emit_maximum(e: Emitter, i: int, p: Primitive) -> Share:
     """A tournament over the last dimension: each level m = b + [a >= b] (a - b) for the two halves."""
     (x,) = p.inputs
     ring, fraction = e.plan.own(x) + 1, e.plan.fraction[x]
@@ -180,4 +221,4 @@ def emit_maximum(e: Emitter, i: int, p: Primitive) -> Val:
         if width % 2:
             best = e.emit(local.Concat((*shape[:-1], half + 1), ring, dim), best, part(2 * half, width))
         current, width = best, width - half
-    return Val(current, ring, fraction)
+    return Share(current, ring, fraction)

@@ -29,19 +29,27 @@ from secure.capture.graph import Graph, run
 from secure.errors import InvalidProgram
 from secure.lowering.client_inputs import ENCODINGS, ClientInput, encode_input
 
-VERSION = 1
+VERSION = 2
 MAXIMUM_ELEMENTS = 1 << 30  # of one tensor of a Program that somebody else sent
 MAXIMUM_INSTRUCTIONS = 1 << 20
 
 
+@dataclass(frozen=True)
+class Output:
+    """A result of the model by name: the Reveal instruction, and the scale of what it reveals."""
+
+    name: str
+    instruction: int
+    fraction: int
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
-    """``output``: the Reveal instruction; ``fraction``: the scale of its result."""
+    """``outputs``: what the client learns, in the order of the model's results."""
 
     circuit: Circuit
     paths: tuple[str, ...]
-    output: int
-    fraction: int
+    outputs: tuple[Output, ...]
     fixed: FixedPoint
     client_graph: Graph
     client_inputs: tuple[ClientInput, ...]
@@ -49,12 +57,9 @@ class Program:
     labels: Mapping[str, str]  # what a person wants to know: model, embedding, approximations
 
     @property
-    def output_shape(self) -> tuple[int, ...]:
-        return self.circuit[self.output].protocol.out.shape
-
-    @property
-    def output_ring(self) -> int:
-        return self.circuit[self.output].protocol.out.bits
+    def revealed(self) -> tuple[int, ...]:
+        """The Reveal instruction of each output."""
+        return tuple(output.instruction for output in self.outputs)
 
     @cached_property
     def weight_rings(self) -> dict[str, int]:
@@ -93,9 +98,11 @@ class Program:
         }
 
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The revealed integers as float64, by the names of the model's outputs."""
-        (result,) = results
-        return {"output": ring.decode(result, self.output_ring, self.fraction)}
+        """The revealed integers, one tensor an output, as float64 by the names of the model's outputs."""
+        return {
+            o.name: ring.decode(result, self.circuit[o.instruction].protocol.out.bits, o.fraction)
+            for o, result in zip(self.outputs, results, strict=True)
+        }
 
     # encoding
 
@@ -111,8 +118,7 @@ class Program:
                 for i, path in zip(self.circuit, self.paths, strict=True)
             ],
             "paths": paths,
-            "output": self.output,
-            "fraction": self.fraction,
+            "outputs": [list(dataclasses.astuple(output)) for output in self.outputs],
             "fixed": self.fixed.as_dict(),
             "client_graph": self.client_graph.to_json(),
             "client_inputs": [dataclasses.asdict(c) for c in self.client_inputs],
@@ -136,8 +142,7 @@ class Program:
             program = cls(
                 circuit=tuple(_instruction(kind, fields, inputs) for kind, fields, inputs, _ in d["instructions"]),
                 paths=tuple(str(d["paths"][path]) for *_, path in d["instructions"]),
-                output=int(d["output"]),
-                fraction=int(d["fraction"]),
+                outputs=tuple(Output(str(name), int(at), int(fraction)) for name, at, fraction in d["outputs"]),
                 fixed=FixedPoint(**d["fixed"]),
                 client_graph=Graph.from_json(d["client_graph"]),
                 client_inputs=tuple(TypeAdapter(ClientInput).validate_python(c) for c in d["client_inputs"]),
@@ -180,16 +185,18 @@ def _check(program: Program) -> None:
             raise InvalidProgram(f"instruction {index} ({p.kind}) has an impossible size")
         if (use := p.weight_use) and use.multiplied and use.name not in program.weight_shapes:
             raise InvalidProgram(f"instruction {index} reads the weight {use.name!r}, whose shape is not given")
-    if not 0 <= program.output < len(program.circuit) or not isinstance(
-        program.circuit[program.output].protocol, Reveal
-    ):
-        raise InvalidProgram("the output is not a Reveal")
+    reveals = {index for index, i in enumerate(program.circuit) if isinstance(i.protocol, Reveal)}
+    if set(program.revealed) != reveals or not reveals:
+        raise InvalidProgram("the outputs are not what the circuit reveals")
+    if len({output.name for output in program.outputs}) != len(program.outputs):
+        raise InvalidProgram("two outputs have the same name")
     for name, shape in program.weight_shapes.items():
         if not all(size > 0 for size in shape) or math.prod(shape) > MAXIMUM_ELEMENTS:
             raise InvalidProgram(f"the weight {name!r} has the impossible shape {shape}")
     check(program.circuit, program.weight_shapes)
-    if not 0 <= program.fraction <= ring.WORD:
-        raise InvalidProgram(f"a result with {program.fraction} fraction bits")
+    for output in program.outputs:
+        if not 0 <= output.fraction <= ring.WORD:
+            raise InvalidProgram(f"the output {output.name!r} has {output.fraction} fraction bits")
     names = {i.protocol.name for i in program.circuit if isinstance(i.protocol, Input)}
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Val:
+class Share:
     """A share in the circuit: instruction, ring, fraction bits."""
 
     index: int

@@ -1,0 +1,177 @@
+"""Primitives: what a traced model is made of, one record each.
+
+A record says what a primitive computes in floating point and which range its result is taken to have where nothing is
+calibrated. How a compiler computes it is said by a record of the same name there (``secure.mpc.emit``,
+``secure.ckks.rules``), so a new primitive is a record here and one in each compiler that can compute it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from approximations.primitives import exp_neg, piecewise
+from secure.errors import UnsupportedOperation
+
+Shape = tuple[int, ...]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """One recorded operation: ``attrs`` are plain Python values, ``inputs`` positions in the trace."""
+
+    op: str
+    inputs: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    shape: Shape
+    path: str
+
+    @property
+    def where(self) -> str:
+        """The module that it belongs to, for messages."""
+        return self.path or "the function"
+
+
+class Operand(NamedTuple):
+    """What is taken to be known of an operand without calibration."""
+
+    low: float
+    high: float
+    shape: Shape
+
+
+Weights = Mapping[str, Tensor]
+Evaluate = Callable[[Primitive, Weights, Sequence[Tensor]], Tensor]
+Assume = Callable[[Primitive, Sequence[Operand], float], Interval]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a primitive computes.
+
+    evaluate: the value from the operands' values, in floating point; ``weights`` are the server's, by name.
+    assume: the range of the result from the operands' ranges and the ``reach`` that values are taken to have.
+    multiplies: whether its interval grows with the number of layers, as a product's does. Where the model is in
+    polynomial form it is taken to stay within reach.
+    promised: the range that its caller knows, whatever calibration shows.
+    """
+
+    name: str
+    evaluate: Evaluate
+    assume: Assume
+    multiplies: bool = False
+    promised: Callable[[Primitive], Interval] | None = None
+
+
+def meaning(p: Primitive) -> Meaning:
+    """The record of a primitive; UnsupportedOperation where there is none."""
+    found = PRIMITIVES.get(p.op)
+    if found is None:
+        raise UnsupportedOperation(
+            f"{p.where}: no record says what the primitive '{p.op}' computes",
+            "add one to PRIMITIVES in secure/lowering/primitives.py",
+        )
+    return found
+
+
+# ranges without calibration
+
+
+def _within_reach(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return -reach, reach
+
+
+def _of_input(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return (0.0, 1.0) if p.attrs["integer"] else (-reach, reach)
+
+
+def _kept(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return x[0].low, x[0].high
+
+
+def _of_all(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return min(o.low for o in x), max(o.high for o in x)
+
+
+def _of_difference(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return x[0].low - x[1].high, x[0].high - x[1].low
+
+
+def _of_product(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    corners = [a * b for a in x[0][:2] for b in x[1][:2]]
+    square = p.inputs[0] == p.inputs[1]
+    return (0.0 if square else min(corners)), max(corners)
+
+
+def _scaled(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    ends = [end * p.attrs["value"] for end in x[0][:2]]
+    return min(ends), max(ends)
+
+
+def _shifted(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return x[0].low + p.attrs["value"], x[0].high + p.attrs["value"]
+
+
+def _summed(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    n = math.prod(x[0].shape) // math.prod(p.shape)
+    return n * x[0].low, n * x[0].high
+
+
+def _of_pieces(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    grid = torch.linspace(x[0].low, x[0].high, 513, dtype=torch.float64)
+    values = piecewise(grid, p.attrs["knots"], p.attrs["pieces"])
+    return float(values.min()), float(values.max())
+
+
+def _promise(p: Primitive) -> Interval:
+    return p.attrs["low"], p.attrs["high"]
+
+
+# values
+
+
+def _no_operand(p: Primitive, w: Weights, x: Sequence[Tensor]) -> Tensor:
+    raise AssertionError("an input's value is given, not computed")
+
+
+def _slice(p: Primitive, w: Weights, x: Sequence[Tensor]) -> Tensor:
+    a = p.attrs
+    return x[0][(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
+
+
+PRIMITIVES: dict[str, Meaning] = {
+    m.name: m
+    for m in (
+        Meaning("input", _no_operand, _of_input),
+        Meaning("add", lambda p, w, x: x[0] + x[1], _within_reach),
+        Meaning("sub", lambda p, w, x: x[0] - x[1], _of_difference),
+        Meaning("offset", lambda p, w, x: x[0] + p.attrs["value"], _shifted),
+        Meaning("scale", lambda p, w, x: x[0] * p.attrs["value"], _scaled),
+        Meaning("mul", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
+        Meaning("matmul", lambda p, w, x: x[0] @ x[1], _within_reach),
+        Meaning("linear", lambda p, w, x: x[0] @ w[p.attrs["weight"]], _within_reach),
+        Meaning("mul_weight", lambda p, w, x: x[0] * w[p.attrs["weight"]], _kept, multiplies=True),
+        Meaning("add_weight", lambda p, w, x: x[0] + w[p.attrs["weight"]], _within_reach),
+        Meaning("sum", lambda p, w, x: x[0].sum(p.attrs["dims"], keepdim=True), _summed),
+        Meaning("reshape", lambda p, w, x: x[0].reshape(p.shape), _kept),
+        Meaning("expand", lambda p, w, x: x[0].expand(p.shape), _kept),
+        Meaning("permute", lambda p, w, x: x[0].permute(p.attrs["dims"]), _kept),
+        Meaning("slice", _slice, _kept),
+        Meaning("cat", lambda p, w, x: torch.cat(list(x), p.attrs["dim"]), _of_all),
+        Meaning(
+            "piecewise",
+            lambda p, w, x: piecewise(x[0], p.attrs["knots"], p.attrs["pieces"]),
+            _of_pieces,
+            multiplies=True,
+        ),
+        Meaning("exp_neg", lambda p, w, x: exp_neg(x[0]), lambda p, x, reach: (0.0, 1.0)),
+        Meaning("maximum", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
+        Meaning("bounded", lambda p, w, x: x[0], lambda p, x, reach: _promise(p), promised=_promise),
+    )
+}

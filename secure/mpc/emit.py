@@ -1,0 +1,134 @@
+"""From a float-level trace and its calibrated ranges to a circuit: rings, scales, and where shares must be extended.
+
+Ring width is a level, like the modulus in CKKS: a product of scales f and g with a result below 2^m needs m + f + g +
+2 bits, truncation gives f of them back by narrowing the ring, and ``Extend`` (one round, one bit an element each way)
+widens it again.
+Two passes over the trace, which ask the record of each primitive in ``RULES``:
+
+1. ``Plan`` walks backwards and notes what every reader of a value needs: the ring it must have (``base``), the ring
+   that would spare its readers extensions of their own (``wish``), the ring in which it is opened, the ring in which
+   it is delivered to the server.
+2. ``emit`` walks forwards with an ``Emitter``: protocols are appended, each result is truncated to its settled scale,
+   and extended, once, where its ring falls short of ``base``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from protocols import local
+from protocols import two_party as tp
+from protocols.circuit import Instruction
+from protocols.fixedpoint import FixedPoint
+from protocols.protocol import Protocol
+from secure.errors import UnsupportedOperation
+from secure.lowering.primitives import Primitive
+from secure.lowering.ranges import Ranges
+from secure.lowering.trace import Trace
+from secure.mpc import arithmetic, nonlinear
+from secure.mpc.emitter import Emitter
+from secure.mpc.plan import Plan, Planning, nothing
+from secure.mpc.share import Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Planning):
+    """How a primitive is computed on shares; ``emit`` appends the protocols of primitive i of the trace.
+
+    The share may have more or fewer fraction bits than the plan's: it is settled afterwards.
+    """
+
+    emit: Callable[[Emitter, int, Primitive], Share]
+
+
+def _local(make: arithmetic.Local) -> Rule:
+    """A protocol without messages, of operands at one scale."""
+    return Rule(arithmetic.local_needs, keeps_scale=True, emit=partial(arithmetic.emit_local, make=make))
+
+
+def _shaped(protocol: Callable[..., Protocol]) -> Rule:
+    """A protocol that moves elements, and takes what the trace says as it is."""
+    return _local(lambda p, ring, fraction: protocol(p.shape, ring, **p.attrs))
+
+
+def _weighted(*, diagonal: bool) -> Rule:
+    return Rule(arithmetic.weighted_needs, emit=partial(arithmetic.emit_weighted, diagonal=diagonal))
+
+
+def _product(*, matrix: bool) -> Rule:
+    return Rule(arithmetic.product_needs, emit=partial(arithmetic.emit_product, matrix=matrix))
+
+
+RULES: dict[str, Rule] = {
+    "input": Rule(nothing, emit=arithmetic.emit_input),
+    "linear": _weighted(diagonal=False),
+    "mul_weight": _weighted(diagonal=True),
+    "mul": _product(matrix=False),
+    "matmul": _product(matrix=True),
+    "add": _local(lambda p, ring, fraction: local.Add(p.shape, ring)),
+    "sub": _local(lambda p, ring, fraction: local.Sub(p.shape, ring)),
+    "offset": _local(
+        lambda p, ring, fraction: local.AddConstant(p.shape, ring, round(p.attrs["value"] * 2.0**fraction))
+    ),
+    "add_weight": _local(
+        lambda p, ring, fraction: local.AddWeight(p.shape, ring, arithmetic.weight_key(p.attrs["weight"], fraction))
+    ),
+    "sum": _shaped(local.Sum),
+    "reshape": _shaped(local.Reshape),
+    "expand": _shaped(local.Expand),
+    "permute": _shaped(local.Permute),
+    "slice": _shaped(local.Slice),
+    "cat": _shaped(local.Concat),
+    "bounded": Rule(arithmetic.local_needs, keeps_scale=True, emit=arithmetic.emit_same),
+    "scale": Rule(arithmetic.scale_needs, keeps_scale=True, emit=arithmetic.emit_scale),
+    "piecewise": Rule(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
+    "exp_neg": Rule(nonlinear.exponential_needs, emit=nonlinear.emit_exponential),
+    "maximum": Rule(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
+}
+"""How shares compute every primitive of ``secure.lowering.primitives``."""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A circuit, the module path of each instruction, and for each output its Reveal and the scale of the result."""
+
+    circuit: tuple[Instruction, ...]
+    paths: tuple[str, ...]
+    outputs: tuple[tuple[int, int], ...]
+
+
+def emit(
+    trace: Trace,
+    ranges: Ranges,
+    fixed: FixedPoint,
+    outputs: Sequence[int],
+    clamps: Mapping[str, tuple[float, float]],
+) -> Emitted:
+    """The circuit that reveals ``outputs`` (positions in the trace) to the client.
+
+    ``clamps``: the range to which the client clamps each input, by name. Raises UnsupportedOperation (a primitive that
+    shares cannot compute, by module) and DoesNotFit (a value that no ring can hold).
+    """
+    rules = [_rule(p) for p in trace.primitives]
+    e = Emitter(Plan(trace, ranges, fixed, outputs, rules), clamps)
+    for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
+        e.path = p.path
+        e.settle(i, rule.emit(e, i, p))
+    revealed = []
+    for i in outputs:
+        value = e.get(i, 0)
+        index = e.emit(tp.Reveal(trace.primitives[i].shape, value.ring), value.index)
+        revealed.append((index, value.fraction))
+    return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed))
+
+
+def _rule(p: Primitive) -> Rule:
+    found = RULES.get(p.op)
+    if found is None:
+        raise UnsupportedOperation(
+            f"{p.where}: no record says how shares compute the primitive '{p.op}'",
+            "add one to RULES in secure/mpc/emit.py",
+        )
+    return found
