@@ -1,4 +1,4 @@
-"""Put the pages that stand at the root of the repository into the site, and turn links between files into links of pages."""
+"""Put the pages at the root of the repository into the site, and turn links between files into links of pages."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ class Squares(nn.Module):
 
 
 def main() -> None:
-    model = Squares().eval()
-    samples = [(torch.rand(1, 16) - 0.5,) for _ in range(64)]
+    model = Squares().eval().requires_grad_(False)
+    samples = [{"x": torch.rand(1, 16) - 0.5} for _ in range(64)]
     compiled = secure.compile(model, samples[0], calibration=samples, deployment=secure.Ckks())
     with secure.insecure_in_process(compiled) as session:
         answer = session.query(samples[0])
     report = session.reports[-1]
-    print(f"largest error {float((answer - model(*samples[0])).abs().max()):.1e}")
+    print(f"largest error {float((answer - model(**samples[0])).abs().max()):.1e}")
     print(f"{report.online_seconds:.2f} s, of which the client took {report.client_seconds:.2f} s")
 
 

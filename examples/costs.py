@@ -1,6 +1,6 @@
 """Count what a query will cost, link by link, before anything runs; and compare two deployments.
 
-python -m examples.profile
+python -m examples.costs
 """
 
 import torch
@@ -11,7 +11,7 @@ import secure
 
 def main() -> None:
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 8)).eval()
-    samples = [(torch.randn(16, 64),) for _ in range(8)]
+    samples = [{"input": torch.randn(16, 64)} for _ in range(8)]
     for deployment in (secure.TwoParty(), secure.ThreeParty()):
         compiled = secure.compile(model, samples[0], calibration=samples, deployment=deployment)
         print(f"{type(deployment).__name__}: {compiled.cost.rounds} rounds")

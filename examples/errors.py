@@ -17,16 +17,16 @@ class Sorted(nn.Module):
 
 
 def main() -> None:
-    sample = (torch.randn(1, 8),)
+    sample = {"x": torch.randn(1, 8)}
     try:
-        secure.compile(Sorted(), sample, calibration=[sample], deployment=secure.TwoParty())
+        secure.compile(Sorted(), sample, deployment=secure.TwoParty())
     except secure.UnsupportedOperation as error:
         print(f"at compiling: {error}")
 
-    compiled = secure.compile(nn.Linear(8, 2), sample, calibration=[sample], deployment=secure.TwoParty())
+    compiled = secure.compile(nn.Linear(8, 2), {"input": sample["x"]}, deployment=secure.TwoParty())
     with secure.insecure_in_process(compiled) as session:
         try:
-            session.query((torch.randn(1, 9),))
+            session.query({"input": torch.randn(1, 9)})
         except secure.Error as error:
             print(f"at asking: {error}")
 

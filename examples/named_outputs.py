@@ -22,11 +22,11 @@ class TwoHeads(nn.Module):
 
 
 def main() -> None:
-    model, samples = TwoHeads().eval(), [(torch.randn(1, 16),) for _ in range(16)]
+    model, samples = TwoHeads().eval().requires_grad_(False), [{"x": torch.randn(1, 16)} for _ in range(16)]
     compiled = secure.compile(model, samples[0], calibration=samples, deployment=secure.TwoParty())
     with secure.insecure_in_process(compiled) as session:
         answers = session.query(samples[0])
-    for name, exact in model(*samples[0]).items():
+    for name, exact in model(**samples[0]).items():
         print(f"{name}: {answers[name].tolist()}, largest error {float((answers[name] - exact).abs().max()):.1e}")
 
 

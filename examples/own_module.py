@@ -21,7 +21,7 @@ class Scorer(nn.Module):
 
 
 def main() -> None:
-    model = Scorer().eval()
+    model = Scorer().eval().requires_grad_(False)
     calibration = [{"x": torch.randn(1, 16)} for _ in range(32)]  # like the inputs that you expect: they set the ranges
     compiled = secure.compile(model, calibration[0], calibration=calibration, deployment=secure.TwoParty())
     inputs = {"x": calibration[0]["x"] * 0.9}
