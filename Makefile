@@ -52,7 +52,7 @@ types: $(STAMP) ## Check types
 	$(BIN)/mypy
 
 docs: $(STAMP) ## Build the documentation site into DOCS_OUT (site/)
-	$(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(DOCS_OUT))
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(DOCS_OUT))
 
 proto: $(STAMP) ## Regenerate the gRPC stubs from proto/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) $(PROTOS)

@@ -114,7 +114,7 @@ def test_readme_is_short_and_shows_the_most_important_first() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= README_LINES
     first = "\n".join(lines[:FIRST_SCREEN])
-    for part in ("make demo", "import secure", "make demo", "semi-honest", "SECURITY.md"):
+    for part in ("make demo", "import secure", " s a text", "semi-honest", "SECURITY.md"):
         assert part in first, part
 
 
@@ -138,6 +138,12 @@ def test_documented_commands_parse(line: str) -> None:
     _, verb, *arguments = shlex.split(line)
     group: Any = typer.main.get_command(app)
     group.commands[verb].make_context(verb, arguments)  # raises on an unknown option or a bad value
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: secure\.(\w+)$", text, re.MULTILINE)
+    assert sorted(found) == sorted(set(secure.__all__) - {"__version__"})
 
 
 def test_every_command_is_documented() -> None:
