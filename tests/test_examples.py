@@ -171,9 +171,13 @@ def test_adding_an_approximation(load: Callable[..., Any]) -> None:
 def test_adding_an_operation(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "OPERATIONS", dict(operations.OPERATIONS))
     monkeypatch.setattr(operations, "RULES", dict(operations.RULES))
-    imports = "from secure.operations.activations import *", "from secure.capture.operation import operation"
-    imports += "from approximations.primitives import *", "import secure, torch"
-    load(*imports, *blocks("docs/adding.md", "hardtanh")).test_hardtanh()
+    imports = ["from secure.operations.activations import *", "from secure.capture.operation import operation"]
+    load(
+        *imports,
+        "from approximations.primitives import *",
+        "import secure, torch",
+        *blocks("docs/adding.md", "hardtanh"),
+    ).test_hardtanh()
 
 
 def test_adding_a_task(load: Callable[..., Any]) -> None:
