@@ -22,7 +22,7 @@ import tests.test_conformance as conformance
 from examples import embed
 from parties.cli.main import app
 from protocols.protocol import Protocol
-from secure.capture import operation as operations
+from secure.capture.operation import OPERATIONS, RULES
 from tests.tiny import write_model
 
 ROOT = Path(__file__).parent.parent
@@ -168,16 +168,14 @@ def test_adding_an_approximation(load: Callable[..., Any]) -> None:
     load(*imports, helpers, *blocks("docs/adding.md", "softplus")).test_softplus()
 
 
-def test_adding_an_operation(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "OPERATIONS", dict(operations.OPERATIONS))
-    monkeypatch.setattr(operations, "RULES", dict(operations.RULES))
+def test_adding_an_operation(load: Callable[..., Any]) -> None:
     imports = ["from secure.operations.activations import *", "from secure.capture.operation import operation"]
-    load(
-        *imports,
-        "from approximations.primitives import *",
-        "import secure, torch",
-        *blocks("docs/adding.md", "hardtanh"),
-    ).test_hardtanh()
+    imports += ["from approximations.primitives import *", "import secure, torch"]
+    try:
+        load(*imports, *blocks("docs/adding.md", "hardtanh")).test_hardtanh()
+    finally:
+        OPERATIONS.pop("hardtanh", None)
+        RULES.pop("aten.hardtanh.default", None)
 
 
 def test_adding_a_task(load: Callable[..., Any]) -> None:
