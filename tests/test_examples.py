@@ -17,11 +17,13 @@ import typer.main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from secure.capture.operation import OPERATIONS, RULES
+from secure.deployments.deployment import deployments
 
 import secure
 import tests.test_conformance as conformance
 from examples import embed
 from parties.cli.main import app
+from parties.reports.who_learns import written
 from protocols.protocol import Protocol
 from tests.tiny import write_model
 
@@ -150,6 +152,15 @@ def test_every_command_is_documented() -> None:
     group: Any = typer.main.get_command(app)
     text = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)) == set(group.commands)
+
+
+def test_tables_of_who_learns_what_are_those_of_the_code() -> None:
+    marked = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text == written(text), f"run: python -m parties.reports.who_learns {page}"
+        marked += text.count("<!-- who-learns:")
+    assert marked >= 1 + len(deployments())  # README has one, SECURITY.md one of each deployment
 
 
 def test_links_lead_somewhere() -> None:
