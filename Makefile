@@ -10,6 +10,7 @@ PIP_FLAGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 PROTO_OUT ?= .
+DOCS_OUT ?= site
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.unseen-installed
@@ -17,7 +18,7 @@ PROTOS := $(wildcard proto/*.proto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint format types proto proto-check hooks clean
+.PHONY: help setup demo test test-fast lint format types docs proto proto-check hooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,9 @@ format: $(STAMP) ## Fix what can be fixed, and format
 types: $(STAMP) ## Check types
 	$(BIN)/mypy
 
+docs: $(STAMP) ## Build the documentation site into DOCS_OUT (site/)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(DOCS_OUT))
+
 proto: $(STAMP) ## Regenerate the gRPC stubs from proto/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) $(PROTOS)
 
@@ -64,5 +68,5 @@ hooks: $(STAMP) ## Install the pre-commit hooks
 	$(BIN)/pre-commit install
 
 clean: ## Remove the virtual environment, caches and build output
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

