@@ -32,7 +32,8 @@ def main() -> None:
     with secure.insecure_in_process(compiled) as session:
         answer = session.query(samples[0])
     print(f"cosine to the plaintext {float(F.cosine_similarity(answer, model(**samples[0]), dim=-1).min()):.7f}")
-    print(session.reports[-1])
+    report = session.reports[-1]
+    print(f"{report.rounds} rounds, {report.bytes() / 1e3:.0f} kB, {report.online_seconds:.2f} s online")
 
 
 if __name__ == "__main__":
