@@ -25,7 +25,7 @@ from benchmarks import common
 from protocols.ckks import diagonals
 from protocols.ckks.circuit import Circuit, Vector
 from protocols.ckks.cost import account, measure
-from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Refresher
 from protocols.ckks.schedule import Schedule, schedule
@@ -55,7 +55,7 @@ class Party:
         self.key_seconds, self.key_bytes = time.perf_counter() - began, sum(map(len, keys.values()))
         self.keys = EvaluationKeys(context, keys, timed.circuit.steps)
         began = time.perf_counter()
-        self.weights = Weights(context, timed, limit)
+        self.weights = EncodedWeights(context, timed, limit)
         self.weights.prepare()
         self.encoding_seconds = time.perf_counter() - began
         self.refresher = Refresher(self.client)

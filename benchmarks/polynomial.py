@@ -31,7 +31,7 @@ from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import SentenceEncoder, load_sentence_encoder, load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory
 from secure.models.tokens import TextTokenizer
-from secure.mpc.compile import Compiled, compile
+from secure.mpc.compile import MpcModel, compile
 from secure.polynomial.forms import forms
 from secure.training.checkpoint import CHECKPOINT, read_about
 from secure.training.distil import agreement_of, hidden_states
@@ -142,7 +142,7 @@ def _labelled(path: Path) -> tuple[list[str], Tensor]:
     return [text for _, text in rows], torch.tensor([int(label) for label, _ in rows])
 
 
-def compiled_for(model: SentenceEncoder, tokenizer: TextTokenizer, length: int) -> Compiled:
+def compiled_for(model: SentenceEncoder, tokenizer: TextTokenizer, length: int) -> MpcModel:
     """Calibrated on the public sentences, as ``unseen serve`` does."""
     samples = calibration_inputs(tokenizer, length, SENTENCES)
     return compile(model, samples[0], calibration=samples[1:], embedding="client-table")

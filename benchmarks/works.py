@@ -33,13 +33,13 @@ from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, WeightRef
 from secure.models.text import PACKAGED, compile_text_model, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer
-from secure.mpc.compile import Compiled, finish
+from secure.mpc.compile import MpcModel, finish
 from secure.mpc.program import Output
 from secure.polynomial.forms import freeze_untrained
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 
-Built = tuple[Compiled, TextTokenizer, bytes]
+Built = tuple[MpcModel, TextTokenizer, bytes]
 
 MATMULS = tuple(name for name in peers.WORKS if name.startswith("matmul"))
 COUNTERPARTS = {name.replace("matmul", "product", 1): name for name in MATMULS}
@@ -168,7 +168,7 @@ def module(work: peers.Work, kind: str, masks: Mapping[str, Tensor]) -> nn.Modul
     return Shared(FUNCTIONS[kind], masks)
 
 
-def comparison(pattern: Compiled, mask: Tensor) -> Compiled:
+def comparison(pattern: MpcModel, mask: Tensor) -> MpcModel:
     """x > 0 as a Program, put together by hand, as no module may end in a comparison; its input is ``pattern``'s."""
     program = pattern.program
     (spec,) = program.client_inputs
@@ -188,10 +188,10 @@ def comparison(pattern: Compiled, mask: Tensor) -> Compiled:
     outputs = (Output("output", len(circuit) - 1, 0),)
     made = dataclasses.replace(program, circuit=circuit, paths=("",) * len(circuit), outputs=outputs, weight_shapes={})
     integers = {"mask": ring.encode(mask, COMPARED_FRACTION)}
-    return Compiled(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
+    return MpcModel(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
 
 
-def reciprocals(pattern: Compiled, samples: Sequence[Tensor]) -> Compiled:
+def reciprocals(pattern: MpcModel, samples: Sequence[Tensor]) -> MpcModel:
     """1 / x as a Program, put together by hand, as no module may divide by a secret; its input is ``pattern``'s."""
     program, fixed = pattern.program, FixedPoint()
     (spec,) = program.client_inputs
@@ -207,7 +207,7 @@ def reciprocals(pattern: Compiled, samples: Sequence[Tensor]) -> Compiled:
 # jobs
 
 
-def without_text(compiled: Compiled) -> Built:
+def without_text(compiled: MpcModel) -> Built:
     none: Any = None
     return compiled, TextTokenizer(none, 0), b""
 

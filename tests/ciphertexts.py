@@ -7,7 +7,7 @@ import zstandard
 
 from protocols.ckks import refresh, seal
 from protocols.ckks.circuit import Vector
-from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import Schedule
 from protocols.ckks.seal import Client, EvaluationKeys
@@ -27,7 +27,7 @@ def unpacked(data: bytes) -> bytes:
 def run(client: Client, server: EvaluationKeys, s: Schedule) -> list[Vector]:
     """The outputs, by the server and a client that refreshes."""
     encrypted = {name: client.encrypt(INPUTS[name], level) for name, level in s.inputs().items()}
-    refresher, computing = refresh.Refresher(client), evaluate(Weights(client.context, s), server, encrypted)
+    refresher, computing = refresh.Refresher(client), evaluate(EncodedWeights(client.context, s), server, encrypted)
     stage, answers = 0, None
     while True:
         try:

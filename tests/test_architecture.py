@@ -277,7 +277,8 @@ def test_everything_that_a_user_can_catch_is_in_secure() -> None:
             yield each
             yield from below(each)
 
-    for kind in {Error, *below(Error)}:
+    found: set[type[Error]] = {Error, *below(Error)}
+    for kind in found:
         if kind.__module__.split(".")[0] in PACKAGES:
             assert kind.__name__ in secure.__all__, f"{kind.__module__}.{kind.__name__} is not in secure.__all__"
             assert getattr(secure, kind.__name__) is kind
@@ -358,3 +359,12 @@ def test_one_place_resumes_a_step() -> None:
     resumed = re.compile(r"= next\(\w+\) if |\.send\((answer|received|came)\b")
     found = [name_of(p) for _, p in EVERY for _ in resumed.findall(p.read_text(encoding="utf-8"))]
     assert found == ["protocols/steps.py"]
+
+
+def test_no_two_classes_of_one_name() -> None:
+    found: dict[str, set[str]] = {}
+    for path in ALL_FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).add(name_of(path))
+    assert {name: sorted(places) for name, places in found.items() if len(places) > 1} == {}

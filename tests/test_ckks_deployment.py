@@ -26,7 +26,7 @@ from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub
-from protocols.ckks.evaluate import Weights
+from protocols.ckks.evaluate import EncodedWeights
 from protocols.ckks.seal import Client, Context
 from secure.errors import Error, InvalidInput, PeerLost, ProtocolError, QueryError
 from secure.session import Session
@@ -128,7 +128,7 @@ def test_the_weights_of_a_long_chain_are_encoded() -> None:
     made = ckks_server.build("pure", precision_bits=8)
     p = made.program.parameters
     assert max(abs(np.log2(scale) - p.scale_bits) for scale in p.scales) < 1
-    Weights(Context(p), made.schedule).prepare()
+    EncodedWeights(Context(p), made.schedule).prepare()
 
 
 # keys

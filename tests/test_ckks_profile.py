@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import secure
 from protocols.ckks import cost
 from protocols.ckks.circuit import Circuit, clear
-from protocols.ckks.evaluate import Weights
+from protocols.ckks.evaluate import EncodedWeights
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context
@@ -64,13 +64,13 @@ def test_bytes_are_those_of_real_keys_and_ciphertexts(encrypted: CkksModel) -> N
     assert sum(map(len, keys.values())) == pytest.approx(found["key bytes"], rel=0.1)
     sent = sum(len(client.encrypt(np.zeros(p.parameters.slots), level)) for _, level, _ in p.views.values())
     assert sent == pytest.approx(found["to server"], rel=0.1)
-    weights = Weights(client.context, encrypted.schedule)
+    weights = EncodedWeights(client.context, encrypted.schedule)
     weights.prepare()
     assert weights.bytes == found["weight memory"]
 
 
 def test_memory_is_bounded(encrypted: CkksModel) -> None:
-    weights = Weights(Context(encrypted.program.parameters), encrypted.schedule, limit=1 << 17)
+    weights = EncodedWeights(Context(encrypted.program.parameters), encrypted.schedule, limit=1 << 17)
     weights.prepare()
     assert 0 < weights.bytes <= 1 << 17
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocols.ckks import codec, noise, refresh
 from protocols.ckks.circuit import Circuit, Vector, clear
-from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys, InvalidCiphertext, saved
@@ -113,7 +113,7 @@ def test_a_refresh_that_comes_back_otherwise_is_refused(client: Client) -> None:
     c = Circuit(P.slots)
     c.outputs = [c.multiply(c.multiply(c.multiply(x := c.dot([(c.input("x"), 0.5)]), x), x), x)]
     s = schedule(c, 3, TOP)
-    weights, none = Weights(client.context, s), EvaluationKeys(client.context, client.evaluation_keys([]), [])
+    weights, none = EncodedWeights(client.context, s), EvaluationKeys(client.context, client.evaluation_keys([]), [])
     for answer, error in (
         ([], ValueError),
         ([client.encrypt(INPUTS["x"], 0)] * len(s.refreshes(1)), InvalidCiphertext),

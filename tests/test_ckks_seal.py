@@ -14,7 +14,7 @@ from tenseal import sealapi
 
 from protocols.ckks import codec, diagonals, noise, refresh
 from protocols.ckks.circuit import Circuit, Vector, clear
-from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys, InvalidCiphertext, saved
@@ -197,7 +197,7 @@ def test_a_ciphertext_of_something_else_is_refused(context: Context, client: Cli
 def test_an_input_at_another_level_is_refused(context: Context, client: Client, server: EvaluationKeys) -> None:
     c = Circuit(P.slots)
     c.outputs = [c.dot([(c.input("x"), 0.5)])]
-    computing = evaluate(Weights(context, schedule(c)), server, {"x": client.encrypt(INPUTS["x"], 2)})
+    computing = evaluate(EncodedWeights(context, schedule(c)), server, {"x": client.encrypt(INPUTS["x"], 2)})
     with pytest.raises(InvalidCiphertext, match="input 'x': 2 polynomials at level 2"):
         next(computing)
 

@@ -17,7 +17,7 @@ from protocols import matmul, ring, wire
 from protocols.three_party import dpf, lookup
 from protocols.three_party.dpf import Keys
 from protocols.three_party.endpoints import LookedUp
-from protocols.three_party.lookup import LookupKeys, Table, lookup_keys, lookup_products
+from protocols.three_party.lookup import LookupKeys, LookupTable, lookup_keys, lookup_products
 from protocols.wire import FrameError
 from tests.helpers import key
 from tests.three import held_weights
@@ -138,7 +138,7 @@ def test_repr_hides_content() -> None:
     assert repr(keys) == str(keys) == "Keys(2 points, domain 77)"
     sent = lookup_keys([5, 5], 77)[0]
     assert repr(sent) == f"LookupKeys(low={keys!r}, high={keys!r})"
-    assert repr(Table(uniform(77, 2), 64)) == "Table(77 rows of 2, 64 bits)"
+    assert repr(LookupTable(uniform(77, 2), 64)) == "LookupTable(77 rows of 2, 64 bits)"
 
 
 # what one key shows
@@ -199,7 +199,7 @@ def share(table: Tensor) -> list[Tensor]:
 
 
 def looked_up(keys: list[LookupKeys], parts: list[Tensor], ring_bits: int) -> list[Tensor]:
-    tables = [Table(part, ring_bits) for part in parts]
+    tables = [LookupTable(part, ring_bits) for part in parts]
     return [
         lookup_products(sent.low, sent.high, tables[i], tables[(i + 1) % 3], ring_bits) for i, sent in enumerate(keys)
     ]
@@ -236,7 +236,7 @@ def test_lookup_in_slices(monkeypatch: pytest.MonkeyPatch, native: bool, ring_bi
 
 def test_a_narrower_ring_than_the_tables() -> None:
     table = uniform(10, 2)
-    parts = [Table(part, 64) for part in share(table)]
+    parts = [LookupTable(part, 64) for part in share(table)]
     keys = lookup_keys([7], 10)
     shares = [lookup_products(k.low, k.high, parts[i], parts[(i + 1) % 3], 20) for i, k in enumerate(keys)]
     assert torch.equal(ring.reduce(sum(shares, torch.zeros(1, 2).long()), 20), ring.reduce(table[7:8], 20))
@@ -253,13 +253,13 @@ def test_no_server_holds_both_keys_of_a_pair() -> None:
 
 
 def test_lookups_that_do_not_fit() -> None:
-    keys, table = lookup_keys([3], 40)[0], Table(uniform(40, 2), 48)
+    keys, table = lookup_keys([3], 40)[0], LookupTable(uniform(40, 2), 48)
     with pytest.raises(ValueError, match="modulo 2\\^64"):
         lookup_products(keys.low, keys.high, table, table, 64)
     with pytest.raises(ValueError, match="41 rows"):
-        lookup_products(keys.low, keys.high, table, Table(uniform(41, 2), 48), 48)
+        lookup_products(keys.low, keys.high, table, LookupTable(uniform(41, 2), 48), 48)
     with pytest.raises(ValueError, match="of 3"):
-        lookup_products(keys.low, keys.high, table, Table(uniform(40, 3), 48), 48)
+        lookup_products(keys.low, keys.high, table, LookupTable(uniform(40, 3), 48), 48)
     with pytest.raises(ValueError, match="2 points"):
         lookup_products(keys.low, lookup_keys([3, 3], 40)[0].high, table, table, 48)
     raw = keys.to_bytes()

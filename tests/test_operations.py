@@ -26,7 +26,8 @@ from secure.errors import InvalidInput, UnsupportedOperation
 from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Lowering, lower
 from secure.lowering.observe import Observed, assume, observe
-from secure.lowering.trace import Primitive, Symbol, evaluate
+from secure.lowering.primitives import Primitive
+from secure.lowering.trace import Symbol, evaluate
 from secure.operations.activations import approximate_softplus
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
 from tests.helpers import run_function
@@ -99,7 +100,7 @@ def lowered(function: Callable[..., Tensor]) -> Lowered:
 def error_of(function: Callable[..., Tensor]) -> float:
     """By how much the trace misses the function."""
     made = lowered(function)
-    (output,) = made.outputs
+    (output,) = made.outputs.values()
     (result,) = evaluate(made.trace, made.inputs(sample(1)), made.weights, outputs=[output.id])
     with torch.no_grad():
         expected = Alone(function).double()(sample(1)["x"].double(), sample(1)["ids"])

@@ -26,7 +26,7 @@ from secure.cost.count import profile
 from secure.cost.outline import outline
 from secure.deployments.deployment import Deployment
 from secure.errors import UnsupportedOperation
-from secure.mpc.compile import Compiled, compile
+from secure.mpc.compile import MpcModel, compile
 from secure.mpc.program import Program
 from tests.three import pooled, watched
 from tests.uniformity import difference, suspicious
@@ -99,7 +99,7 @@ class Heads(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Compiled:
+def compiled() -> MpcModel:
     return compile(Heads(), inputs(0), calibration=[inputs(seed) for seed in range(1, 9)])
 
 
@@ -131,19 +131,19 @@ def test_outputs_that_are_ready_together_are_revealed_in_one_round() -> None:
     assert program.cost.rounds == alone.cost.rounds == len(rounds)
 
 
-def test_an_output_that_stands_twice_is_revealed_once(compiled: Compiled) -> None:
+def test_an_output_that_stands_twice_is_revealed_once(compiled: MpcModel) -> None:
     deep, shallow, again = compiled.program.outputs
     assert (deep.name, shallow.name, again.name) == ("deep", "shallow", "again")
     assert deep.instruction == again.instruction != shallow.instruction
 
 
-def test_a_program_with_outputs_decodes_to_itself(compiled: Compiled) -> None:
+def test_a_program_with_outputs_decodes_to_itself(compiled: MpcModel) -> None:
     again = Program.from_bytes(compiled.program.encoded)
     assert again.outputs == compiled.program.outputs
     assert again.encoded == compiled.program.encoded
 
 
-def views(compiled: Compiled, x: Tensor) -> list[dict[int, Tensor]]:
+def views(compiled: MpcModel, x: Tensor) -> list[dict[int, Tensor]]:
     """What server and client receive in one query, by the width of its elements; the server's corrections too."""
     program, keys = compiled.program, [Key(fresh_seed()[:KEY_BYTES]) for _ in range(3)]
     dealer = DealerWeights(keys[2], program.weight_shapes)
@@ -200,7 +200,7 @@ def test_version_two_differs_from_version_one_in_the_outputs_alone() -> None:
     assert hashlib.sha256(encoded).hexdigest() == "6bcc5267fd6c50550b84dc70074d507d5dc07e6ab0330bb3add194437ee5abbd"
 
 
-def test_a_result_too_many_or_too_few_is_refused(compiled: Compiled) -> None:
+def test_a_result_too_many_or_too_few_is_refused(compiled: MpcModel) -> None:
     shapes = [compiled.program.circuit[i].protocol.out.shape for i in compiled.program.revealed]
     zeros = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
     assert list(compiled.program.decode(zeros)) == ["deep", "shallow", "again"]

@@ -11,11 +11,11 @@ from secure.lowering.primitives import PRIMITIVES, Meaning
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Symbol, Trace
 from secure.mpc import arithmetic
-from secure.mpc.emit import RULES, Rule
+from secure.mpc.emit import RULES, Emission
 from tests.helpers import run_function
 
 TRIPLE = Meaning("triple", lambda p, w, x: 3 * x[0], lambda p, x, reach: (3 * x[0].low, 3 * x[0].high))
-ON_SHARES = Rule(
+ON_SHARES = Emission(
     arithmetic.local_needs,
     keeps_scale=True,
     emit=lambda e, i, p: arithmetic.emit_local(e, i, p, lambda p, ring, _: local.MulConstant(p.shape, ring, 3)),

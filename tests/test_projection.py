@@ -27,7 +27,8 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def program() -> secure.Program:
     samples = [{"x": torch.randn(1, 4, 8)} for _ in range(5)]
-    return secure.compile(Model().eval(), samples[0], calibration=samples[1:]).program
+    program: secure.Program = secure.compile(Model().eval(), samples[0], calibration=samples[1:]).program
+    return program
 
 
 @pytest.fixture(scope="module")

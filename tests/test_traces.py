@@ -28,7 +28,18 @@ from parties.traces import measured
 from parties.traces import trace_file as traces
 from parties.traces.measured import Measurements, costs, differences
 from parties.traces.merge import merge
-from parties.traces.trace_file import COMPUTE, PROCESSES, WIRE, Head, Stamps, Trace, TraceDirectory, read, trace, write
+from parties.traces.trace_file import (
+    COMPUTE,
+    PROCESSES,
+    WIRE,
+    Head,
+    Stamps,
+    TraceDirectory,
+    TraceFile,
+    read,
+    trace,
+    write,
+)
 from parties.two_party.client import Connection
 from parties.two_party.masked_model import ServedModel, serve_ready
 from protocols.circuit import Part
@@ -302,7 +313,7 @@ def test_unequal_delays_stay_within_the_bound(up: float, down: float, tmp_path: 
     for party in ("client", "server"):
         head = Head(1, "0", party, 3, "d", "s", 20.0, list(Stamps._fields), rounds[party])
         paths.append(tmp_path / f"{party}.json")
-        write(paths[-1], Trace(head, []).encoded)
+        write(paths[-1], TraceFile(head, []).encoded)
     found = merge(paths)
     assert found.bound == pytest.approx((up + down) / 2)
     assert abs(found.offset - AHEAD) <= found.bound + 1e-9

@@ -27,7 +27,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub
 from protocols.ckks.circuit import Vector
 from protocols.ckks.seal import Client, Context, InvalidCiphertext, key_names
-from secure.ckks.client import Exchange
+from secure.ckks.client import ClientQuery
 from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.ckks import CLIENT, SERVER, Ckks, report
@@ -108,7 +108,7 @@ class CkksLink(Link):
 
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Vector], Report]:
         began = time.perf_counter()
-        exchange = Exchange(self.program, self.client)
+        exchange = ClientQuery(self.program, self.client)
         start = pb.CkksStart(program_digest=self.program.digest, model=self.model, keys_digest=self.keys_digest)
         outbox: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
         outbox.put(pb.CkksRequest(start=start))
@@ -124,7 +124,7 @@ class CkksLink(Link):
 
     def _answer(
         self,
-        exchange: Exchange,
+        exchange: ClientQuery,
         replies: Iterator[pb.CkksReply],
         outbox: queue.SimpleQueue[pb.CkksRequest | None],
     ) -> list[bytes]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from parties.ckks.key_file import read_keys
 from parties.ckks.pipe import Pipe, receive_schedule
-from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.seal import Context, EvaluationKeys, InvalidCiphertext
 
 log = logging.getLogger("unseen.evaluators")
@@ -39,7 +39,7 @@ class Host:
         self.most = max(1, key_memory // (parameters.key_memory * (len(self.steps) + 1)))
         self.keys: OrderedDict[str, EvaluationKeys] = OrderedDict()
         self.context = Context(parameters)
-        self.weights = Weights(self.context, schedule)
+        self.weights = EncodedWeights(self.context, schedule)
         self.weights.prepare()
         pipe.send({"seconds": time.perf_counter() - began, "bytes": self.weights.bytes})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from protocols.ckks.circuit import Circuit, Node, Plain
+from protocols.ckks.circuit import Circuit, CkksNode, Plain
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import Schedule
 from protocols.errors import Error
@@ -81,7 +81,7 @@ def receive_schedule(pipe: Pipe) -> tuple[Schedule, Parameters, list[str]]:
     d, payloads = pipe.receive()
     vectors = iter(payloads)
     plains: list[Plain] = [np.frombuffer(next(vectors), "<f8") if p is None else float(p) for p in d["plains"]]
-    nodes = [Node(op, tuple(inputs), tuple(numbers), name) for op, inputs, numbers, name in d["nodes"]]
+    nodes = [CkksNode(op, tuple(inputs), tuple(numbers), name) for op, inputs, numbers, name in d["nodes"]]
     circuit = Circuit(d["slots"], nodes, d["paths"], plains, d["outputs"])
     schedule = Schedule(circuit, tuple(d["levels"]), tuple(d["stages"]), d["reserve"])
     return schedule, Parameters(**d["parameters"]), d["views"]

@@ -27,7 +27,7 @@ from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
 from protocols import kernels
 from secure.ckks.compile import Encrypted, encrypt
 from secure.models.digits import DigitsModel, load_digits, train_digits
-from secure.mpc.compile import Compiled, compile
+from secure.mpc.compile import MpcModel, compile
 from secure.polynomial.forms import freeze_untrained
 
 CALIBRATION = 400  # training images from which ranges are taken
@@ -35,7 +35,7 @@ SHOWN = 3  # images that are drawn
 WANTED = 0.95  # of the answers
 
 
-def compile_digits(model: DigitsModel) -> Compiled:
+def compile_digits(model: DigitsModel) -> MpcModel:
     """For one image a query."""
     images = load_digits().train[0][:CALIBRATION]
     samples = [{"images": image[None]} for image in images]

@@ -62,7 +62,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceFile:
     """One party's query, as in its file."""
 
     head: Head
@@ -73,7 +73,7 @@ class Trace:
         return encode(self.events, dataclasses.asdict(self.head) | {"rounds": [list(r) for r in self.head.rounds]})
 
 
-def trace(timeline: Timeline, program: Program, query: int, session_label: str) -> Trace:
+def trace(timeline: Timeline, program: Program, query: int, session_label: str) -> TraceFile:
     """The timeline of one query of ``program``."""
     zero = timeline.start
     rounds = [
@@ -91,7 +91,7 @@ def trace(timeline: Timeline, program: Program, query: int, session_label: str) 
         round_fields=list(Stamps._fields),
         rounds=rounds,
     )
-    return Trace(head, list(_events(timeline, program)))
+    return TraceFile(head, list(_events(timeline, program)))
 
 
 def _party(timeline: Timeline) -> Literal["client", "server"]:
@@ -175,7 +175,7 @@ def _is_of(party: str, event: Event) -> bool:
     return known and event["pid"] == PROCESSES[party] and event.get("tid", WIRE) in (COMPUTE, WIRE)
 
 
-def read(path: Path) -> Trace:
+def read(path: Path) -> TraceFile:
     """A file of ``TraceDirectory``; Error where it is none."""
     hint = "give the client's and the server's files, as --profile wrote them"
     try:
@@ -188,4 +188,4 @@ def read(path: Path) -> Trace:
         raise Error(f"the trace {path} cannot be read: {error.strerror}", hint) from None
     except (LookupError, TypeError, ValueError, RecursionError, ValidationError) as error:
         raise Error(f"{path} is not one party's trace of a query ({type(error).__name__})", hint) from None
-    return Trace(head, events)
+    return TraceFile(head, events)

@@ -48,7 +48,7 @@ READING = 120.0  # seconds that a server may take to read one part of its correc
 
 
 @dataclass(eq=False)
-class _Model:
+class _RegisteredModel:
     program: Program
     weights_digest: str
     weights: DealerWeights = field(repr=False)
@@ -56,8 +56,8 @@ class _Model:
 
 
 @dataclass(eq=False)
-class _Session:
-    model: _Model
+class _DealtSession:
+    model: _RegisteredModel
     client_seed: bytes = field(repr=False)
     server_seed: bytes | None = field(default=None, repr=False)
     burnt: Burnt = field(default_factory=Burnt)
@@ -68,8 +68,8 @@ class DealerService(DealerServicer):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._models: OrderedDict[tuple[str, str], _Model] = OrderedDict()
-        self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], _RegisteredModel] = OrderedDict()
+        self._sessions: OrderedDict[bytes, _DealtSession] = OrderedDict()
 
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterReply:
         with answering(context, log):
@@ -98,7 +98,7 @@ class DealerService(DealerServicer):
         return key[0]
 
     @staticmethod
-    def _new_model(request: pb.RegisterRequest) -> _Model:
+    def _new_model(request: pb.RegisterRequest) -> _RegisteredModel:
         try:
             program = Program.from_bytes(request.program)
         except InvalidProgram as error:
@@ -106,7 +106,7 @@ class DealerService(DealerServicer):
         if program.encoded != request.program:
             raise HandshakeError("the Program is not in its canonical encoding")
         weights = DealerWeights(mask_key(request.mask_seed, request.weights_digest), program.weight_shapes)
-        return _Model(program, request.weights_digest, weights, request.mask_seed)
+        return _RegisteredModel(program, request.weights_digest, weights, request.mask_seed)
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
         with answering(context, log):
@@ -124,7 +124,7 @@ class DealerService(DealerServicer):
                         f"it does not know the Program {request.program_digest[:12]!r} with these weights",
                         "start the server with this dealer's address, and use the same dealer for the client",
                     )
-                self._sessions[session] = _Session(model, request.client_seed)
+                self._sessions[session] = _DealtSession(model, request.client_seed)
                 while len(self._sessions) > MAXIMUM_SESSIONS:
                     self._sessions.popitem(last=False)
             return pb.OpenReply(session=session)
@@ -170,7 +170,7 @@ class DealerService(DealerServicer):
         yield from to_chunks(payload for _, payload in corrections)
         log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
 
-    def _session(self, token: bytes) -> _Session:
+    def _session(self, token: bytes) -> _DealtSession:
         with self._lock:
             session = self._sessions.get(token) if len(token) == SESSION_BYTES else None
         if session is None:

@@ -15,7 +15,7 @@ from parties.two_party.keys import mask_key
 from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.errors import Error
-from secure.mpc.compile import Compiled
+from secure.mpc.compile import MpcModel
 from secure.mpc.program import Program
 
 
@@ -33,7 +33,7 @@ class MaskedModel:
     files: Mapping[str, bytes]
 
 
-def mask_model(compiled: Compiled, state: Path) -> MaskedModel:
+def mask_model(compiled: MpcModel, state: Path) -> MaskedModel:
     """Make the masked weights D = W - B, and whatever else clients fetch once."""
     root = load_root_seed(state, compiled.weights_digest)
     # the dealer gets the mask seed; others, it included, see the weights' digest under a key of the server's own,

@@ -21,7 +21,7 @@ TAKES_LEVEL = frozenset({"multiply", "dot"})
 
 
 @dataclass(frozen=True)
-class Node:
+class CkksNode:
     """``inputs``: node ids; ``numbers``: step (rotate), signs (add), ids of plain operands (shift, dot)."""
 
     op: str
@@ -35,17 +35,17 @@ class Circuit:
     """Equal nodes are one: a rotation that two layers need is done once."""
 
     slots: int
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[CkksNode] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)  # the module that a node belongs to
     plains: list[Plain] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # where a refresh may stand: before the node of this id
     path: str = ""
-    _known: dict[Node, int] = field(default_factory=dict)
+    _known: dict[CkksNode, int] = field(default_factory=dict)
     _plain_ids: dict[bytes, int] = field(default_factory=dict)
 
     def _node(self, op: str, inputs: Sequence[int] = (), numbers: Sequence[int] = (), name: str = "") -> int:
-        node = Node(op, tuple(inputs), tuple(numbers), name)
+        node = CkksNode(op, tuple(inputs), tuple(numbers), name)
         if node not in self._known:
             self._known[node] = len(self.nodes)
             self.nodes.append(node)
@@ -143,7 +143,7 @@ def clear(
     return [values[x] for x in circuit.outputs]
 
 
-def _clear(circuit: Circuit, node: Node, x: Sequence[Vector], inputs: Mapping[str, Vector]) -> Vector:
+def _clear(circuit: Circuit, node: CkksNode, x: Sequence[Vector], inputs: Mapping[str, Vector]) -> Vector:
     if node.op == "input":
         return inputs[node.name]
     if node.op == "rotate":

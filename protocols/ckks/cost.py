@@ -28,7 +28,7 @@ KINDS = ("plain", "add", "rescale", "multiply", "switch", "input", "refresh")
 REPEATS = 5  # measurements of which the median counts
 
 
-class Times(Protocol):
+class PrimitiveTimes(Protocol):
     """Seconds of one core for one operation on ciphertexts of so many limbs."""
 
     def of(self, kind: str, degree: int, limbs: int) -> float: ...
@@ -82,7 +82,7 @@ class Account:
         return sum(self.kinds.values())
 
 
-def account(schedule: Schedule, parameters: Parameters, times: Times | None = None) -> Account:
+def account(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | None = None) -> Account:
     """What the server's evaluation of a schedule costs, operation by operation."""
     out, n, by = Account(), parameters.degree, times or Formula()
     for i, node in enumerate(schedule.circuit.nodes):
@@ -104,7 +104,7 @@ def account(schedule: Schedule, parameters: Parameters, times: Times | None = No
     return out
 
 
-def seconds(schedule: Schedule, parameters: Parameters, times: Times | None = None) -> float:
+def seconds(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | None = None) -> float:
     """Of one core of the server."""
     return account(schedule, parameters, times).total
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tenseal import sealapi
 
-from protocols.ckks.circuit import Node, last_readers
+from protocols.ckks.circuit import CkksNode, last_readers
 from protocols.ckks.refresh import Mask, Masks
 from protocols.ckks.schedule import Schedule
 from protocols.ckks.seal import Context, EvaluationKeys, saved
@@ -16,7 +16,7 @@ from protocols.ckks.seal import Context, EvaluationKeys, saved
 CACHE = 4 << 30  # bytes of encoded weights kept, by default
 
 
-class Weights:
+class EncodedWeights:
     """The plain vectors of a schedule, encoded once at the level and scale at which they are read.
 
     ``limit``: bytes that encoded vectors may take; what does not fit is encoded at every use.
@@ -33,7 +33,7 @@ class Weights:
                 for place in range(len(node.numbers)):
                     self.operand(i, node, place)
 
-    def operand(self, i: int, node: Node, place: int) -> Any:
+    def operand(self, i: int, node: CkksNode, place: int) -> Any:
         """The encoded plain operand ``place`` of node i."""
         s, level = self.context.parameters.scales, self.schedule.levels[i]
         if node.op == "dot":  # whatever scale its operand has, the product has the one that rescales to scales[level]
@@ -55,7 +55,7 @@ class Weights:
 
 
 def evaluate(
-    weights: Weights,
+    weights: EncodedWeights,
     keys: EvaluationKeys,
     inputs: Mapping[str, bytes],
     progress: Callable[[int, str], None] | None = None,
@@ -110,7 +110,7 @@ def _refreshed(
 
 
 class _Run:
-    def __init__(self, weights: Weights, keys: EvaluationKeys) -> None:
+    def __init__(self, weights: EncodedWeights, keys: EvaluationKeys) -> None:
         self.weights, self.keys, self.context = weights, keys, weights.context
         self.schedule = weights.schedule
         self.evaluator = sealapi.Evaluator(self.context.seal)
@@ -141,7 +141,7 @@ class _Run:
         self.evaluator.add(x, zero, out)
         return out
 
-    def node(self, i: int, node: Node) -> Any:
+    def node(self, i: int, node: CkksNode) -> Any:
         e, out, level = self.evaluator, sealapi.Ciphertext(), self.schedule.levels[i]
         if node.op == "rotate":
             step = node.numbers[0]
@@ -156,7 +156,7 @@ class _Run:
             return self._dot(i, node, level)
         return out
 
-    def _products(self, node: Node, level: int) -> Any:
+    def _products(self, node: CkksNode, level: int) -> Any:
         e, total, part = self.evaluator, sealapi.Ciphertext(), sealapi.Ciphertext()
         for place in range(0, len(node.inputs), 2):
             x, y = node.inputs[place : place + 2]
@@ -170,7 +170,7 @@ class _Run:
         e.relinearize_inplace(total, self.keys.relin)
         return self._rescaled(total, level)
 
-    def _add(self, node: Node, level: int) -> Any:
+    def _add(self, node: CkksNode, level: int) -> Any:
         e, out = self.evaluator, sealapi.Ciphertext()
         operands = [self.at(x, level) for x in node.inputs]
         signs = list(node.numbers)
@@ -184,7 +184,7 @@ class _Run:
                 (e.add_inplace if sign > 0 else e.sub_inplace)(out, x)
         return out
 
-    def _dot(self, i: int, node: Node, level: int) -> Any:
+    def _dot(self, i: int, node: CkksNode, level: int) -> Any:
         e, total, part = self.evaluator, sealapi.Ciphertext(), sealapi.Ciphertext()
         for place, x in enumerate(node.inputs):
             e.multiply_plain(self.at(x, level + 1), self.weights.operand(i, node, place), part if place else total)

@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from protocols.ckks.circuit import TAKES_LEVEL, Circuit, Node, last_readers
+from protocols.ckks.circuit import TAKES_LEVEL, Circuit, CkksNode, last_readers
 from protocols.errors import DoesNotFit
 
 ROUND = 3  # what a round costs beside a refreshed ciphertext, when cuts are chosen
@@ -132,7 +132,7 @@ def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[in
     last = last_readers(circuit)
     out, stages, place = Circuit(circuit.slots, plains=circuit.plains), list[int](), dict[int, int]()
 
-    def append(node: Node, path: str, stage: int) -> int:
+    def append(node: CkksNode, path: str, stage: int) -> int:
         out.nodes.append(node)
         out.paths.append(path)
         stages.append(stage)
@@ -145,7 +145,7 @@ def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[in
             stage += 1
             for x in range(i):
                 if last[x] >= i and circuit.nodes[x].op != "input":
-                    place[x] = append(Node("refresh", (place[x],)), circuit.paths[x], stage)
+                    place[x] = append(CkksNode("refresh", (place[x],)), circuit.paths[x], stage)
         inputs = tuple(place[x] for x in node.inputs)
         place[i] = append(replace(node, inputs=inputs), circuit.paths[i], stage)
     out.outputs = [place[i] for i in circuit.outputs]
@@ -165,7 +165,7 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
     one = len(circuit.plains)
     out.plains.append(1.0)
 
-    def append(node: Node, path: str, level: int, stage: int) -> int:
+    def append(node: CkksNode, path: str, level: int, stage: int) -> int:
         out.nodes.append(node)
         out.paths.append(path)
         new_levels.append(level)
@@ -179,7 +179,7 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
         if node.op == "dot" or levels[x] == level:
             return place[x]
         if (x, level) not in dropped:
-            dropped[x, level] = append(Node("dot", (place[x],), (one,)), circuit.paths[i], level, stages[i])
+            dropped[x, level] = append(CkksNode("dot", (place[x],), (one,)), circuit.paths[i], level, stages[i])
         return dropped[x, level]
 
     for i, node in enumerate(circuit.nodes):
@@ -193,6 +193,6 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
     for i in circuit.outputs:  # results leave at level 0, whoever else reads them
         last = place[i]
         if levels[i]:
-            last = append(Node("dot", (place[i],), (one,)), circuit.paths[i], 0, stages[i])
+            last = append(CkksNode("dot", (place[i],), (one,)), circuit.paths[i], 0, stages[i])
         out.outputs.append(last)
     return Schedule(out, tuple(new_levels), tuple(new_stages), reserve)

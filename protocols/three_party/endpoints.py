@@ -18,7 +18,7 @@ from protocols.protocol import CircuitCost, Local, Shape, Weights, bytes_of, cou
 from protocols.three_party import dpf
 from protocols.three_party.lookup import (
     LookupKeys,
-    Table,
+    LookupTable,
     lookup_bytes,
     lookup_keys,
     lookup_products,
@@ -30,7 +30,7 @@ from protocols.wire import Wire
 class Tabled(Protocol):
     """Weights that look-ups can be made in."""
 
-    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]: ...
+    def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]: ...
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from protocols.wire import FrameError
 SERVERS = 3
 
 
-class Table:
+class LookupTable:
     """One component of a shared table, (V, d) residues, packed once for products modulo 2^ring.
 
     Cut into slices of rows, which takes two thirds of the time of one long product: what a slice meets stays in cache.
@@ -45,7 +45,7 @@ class Table:
         self._slices = [Matrix(rows, ring_bits, signed=False) for rows in component.split(dpf.SLICE)]
 
     def __repr__(self) -> str:
-        return f"Table({self.domain} rows of {self.width}, {self.ring_bits} bits)"
+        return f"LookupTable({self.domain} rows of {self.width}, {self.ring_bits} bits)"
 
     def add_product(self, total: Tensor, shares: Tensor, first: int) -> None:
         """total += shares @ rows, for shares (P, n) of rows first, ..., first + n - 1; first is a multiple of SLICE."""
@@ -87,7 +87,9 @@ def lookup_keys(ids: Sequence[int] | Tensor, domain: int) -> tuple[LookupKeys, L
     return first, second, third
 
 
-def lookup_products(keys_low: Keys, keys_high: Keys, table_low: Table, table_high: Table, ring_bits: int) -> Tensor:
+def lookup_products(
+    keys_low: Keys, keys_high: Keys, table_low: LookupTable, table_high: LookupTable, ring_bits: int
+) -> Tensor:
     """A server's additive share of T[ids] modulo 2^ring_bits, (P, d); ring_bits is at most that of the tables.
 
     Holds a few megabytes beside the keys and the result, whatever V and P (see ``dpf.slices``).
@@ -101,14 +103,14 @@ def lookup_products(keys_low: Keys, keys_high: Keys, table_low: Table, table_hig
     return ring.reduce(total, ring_bits)
 
 
-def public_product(keys: Keys, party: int, table: Table, ring_bits: int) -> Tensor:
+def public_product(keys: Keys, party: int, table: LookupTable, ring_bits: int) -> Tensor:
     """The same for a table that two servers know: one pair of keys, of which this is key ``party``."""
     total = torch.zeros((len(keys), table.width), dtype=torch.int64)
     _add_rows(total, keys, party, table, ring_bits)
     return ring.reduce(total, ring_bits)
 
 
-def _add_rows(total: Tensor, keys: Keys, party: int, table: Table, ring_bits: int) -> None:
+def _add_rows(total: Tensor, keys: Keys, party: int, table: LookupTable, ring_bits: int) -> None:
     if keys.domain != table.domain or ring_bits > table.ring_bits:
         raise ValueError(f"{keys!r} for {table!r}, modulo 2^{ring_bits}")
     for points, rows, shares in dpf.slices(keys, party):
@@ -117,7 +119,7 @@ def _add_rows(total: Tensor, keys: Keys, party: int, table: Table, ring_bits: in
 
 def warm_up() -> None:
     """Compile what a lookup needs (or load it from the cache), so that no query waits for the compiler."""
-    table, domain = Table(torch.zeros((9, 1), dtype=torch.int64), ring.WORD), 9
+    table, domain = LookupTable(torch.zeros((9, 1), dtype=torch.int64), ring.WORD), 9
     for keys in lookup_keys([0], domain):
         received = LookupKeys.from_bytes(keys.to_bytes(), 1, domain)
         lookup_products(received.low, received.high, table, table, ring.WORD)

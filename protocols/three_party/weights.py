@@ -27,7 +27,7 @@ from protocols import ring
 from protocols.matmul import Matrix
 from protocols.prg import Key
 from protocols.protocol import Shape, Weights
-from protocols.three_party.lookup import Table
+from protocols.three_party.lookup import LookupTable
 from protocols.weights import DealerWeights, ServerWeights
 
 
@@ -50,15 +50,17 @@ class _Tables:
     """Pairs of token tables, packed once; a look-up that comes meanwhile waits for the packing."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], tuple[Table, Table]] = {}
+        self._known: dict[tuple[str, int], tuple[LookupTable, LookupTable]] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str, ring_bits: int, pair: Callable[[str], tuple[Tensor, Tensor]]) -> tuple[Table, Table]:
+    def get(
+        self, name: str, ring_bits: int, pair: Callable[[str], tuple[Tensor, Tensor]]
+    ) -> tuple[LookupTable, LookupTable]:
         with self._lock:
             if (name, ring_bits) not in self._known:
                 low, high = pair(name)
-                first = Table(low, ring_bits)
-                self._known[name, ring_bits] = first, first if high is low else Table(high, ring_bits)
+                first = LookupTable(low, ring_bits)
+                self._known[name, ring_bits] = first, first if high is low else LookupTable(high, ring_bits)
             return self._known[name, ring_bits]
 
 
@@ -94,7 +96,7 @@ class SharedWeights(Weights):
         own = summand(self._key, name, tuple(self._masked[name].shape))
         return (self._masked[name], own) if self._party else (own, self._masked[name])
 
-    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]:
+    def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]:
         """The pair of a token table, packed for look-ups on first use."""
         return self._tables.get(name, ring_bits, self.pair)
 
@@ -120,7 +122,7 @@ class Party2Weights(DealerWeights):
         shape = self._shapes[name]
         return summand(self._two, name, shape), summand(self._zero, name, shape)
 
-    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]:
+    def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]:
         return self._tables.get(name, ring_bits, self.pair)
 
     def mask(self, name: str) -> Tensor:
@@ -135,7 +137,7 @@ class PublicWeights(ServerWeights):
         super().__init__(tensors)
         self._party, self._tables = party, _Tables()
 
-    def tables(self, name: str, ring_bits: int) -> tuple[Table, Table]:
+    def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]:
         """Twice the table itself."""
         return self._tables.get(name, ring_bits, lambda n: (self._tensors[n],) * 2)
 

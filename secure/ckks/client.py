@@ -15,7 +15,7 @@ from protocols.ckks.seal import Client
 from secure.ckks.program import CkksProgram
 
 
-class Exchange:
+class ClientQuery:
     """One query, and what it took so far.
 
     sent, received: bytes of ciphertexts. rounds: messages that waited for one another. seconds: of the client's work.

@@ -25,7 +25,7 @@ from protocols.ckks.schedule import Schedule, depth_by_path, schedule
 from secure.capture.graph import Graph, run
 from secure.ckks.layout import Cube, at
 from secure.ckks.linear_maps import Array
-from secure.ckks.pack import Packed, Packer
+from secure.ckks.pack import PackedModel, Packer
 from secure.ckks.pack_batch import BatchPacker, slots_of
 from secure.ckks.polynomials import Range
 from secure.ckks.program import HEADROOM, CkksProgram
@@ -100,10 +100,10 @@ def encrypt(
         )
     output = _output(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
-    found: list[tuple[float, Parameters, Schedule, Packed, _Watched]] = []
+    found: list[tuple[float, Parameters, Schedule, PackedModel, _Watched]] = []
     problems: list[str] = []
     unpacked: DoesNotPack | None = None
-    packed: Packed | None = None
+    packed: PackedModel | None = None
     for degree in degrees:
         try:
             cube = _cube(lowered, degree // 2)
@@ -264,7 +264,7 @@ def _shrink(scale_bits: int) -> float:
 
 
 def _fitted(
-    packed: Packed, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
+    packed: PackedModel, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
 ) -> tuple[Parameters, Schedule, _Watched]:
     """Scale, base prime and levels of one ring degree: the smallest scale that keeps the predicted error."""
     tried: dict[tuple[int, int], Schedule] = {}
@@ -308,7 +308,9 @@ def _fits(timed: Schedule, magnitude: Array) -> None:
         raise DoesNotFit(f"a value of {largest:.3g} units at the lowest level, where {2**INTEGER} fit")
 
 
-def _watch(packed: Packed, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]) -> _Watched:
+def _watch(
+    packed: PackedModel, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]
+) -> _Watched:
     magnitude = np.zeros(len(timed.circuit.nodes))
 
     def look(i: int, value: Vector) -> None:

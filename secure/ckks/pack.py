@@ -40,7 +40,7 @@ class Atom:
 
 
 @dataclass
-class Packed:
+class PackedModel:
     """The circuit, and how the client fills inputs and reads the output."""
 
     circuit: Circuit
@@ -70,7 +70,7 @@ class Packer:
         self.needed = needed(trace, self.chains)
         self.units = units(trace, ranges, self.chains, self.needed)
 
-    def run(self, output: int) -> Packed:
+    def run(self, output: int) -> PackedModel:
         for i, p in enumerate(self.trace.primitives):
             self.circuit.path = p.path
             if self.needed[i] or i == output:
@@ -82,7 +82,7 @@ class Packer:
         unit = self.ranges[output].magnitude
         # through diagonals whatever it is: they are zero wherever no element of the output stands
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
-        return Packed(self.circuit, self.views, content, unit, self.cube)
+        return PackedModel(self.circuit, self.views, content, unit, self.cube)
 
     def _unit(self, i: int) -> float:
         return self.units.get(i, self.ranges[i].magnitude)

@@ -31,13 +31,13 @@ class CircuitDeployment(Deployment):
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
-    ) -> mpc.Compiled:
+    ) -> mpc.MpcModel:
         return mpc.compile(model, samples[0], calibration=samples[1:], labels=labels, **options.given)
 
-    def cost(self, model: mpc.Compiled) -> Cost:
+    def cost(self, model: mpc.MpcModel) -> Cost:
         return self.price(model.program)
 
-    def reference(self, model: mpc.Compiled, inputs: Mapping[str, Tensor]) -> Any:
+    def reference(self, model: mpc.MpcModel, inputs: Mapping[str, Tensor]) -> Any:
         return plain_reference(model, inputs)
 
     def price(self, program: Program) -> Cost:

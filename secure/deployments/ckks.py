@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from protocols.ckks.circuit import Vector, clear
-from protocols.ckks.evaluate import Weights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import compile as ckks
-from secure.ckks.client import Exchange
+from secure.ckks.client import ClientQuery
 from secure.cost.traffic import ONCE, ONLINE, Cost, Traffic
 from secure.deployments.deployment import (
     ALL,
@@ -128,12 +128,12 @@ class CkksInProcess(Link):
         self._client = Client(context)
         keys = self._client.evaluation_keys(steps)
         self.once = (Traffic(CLIENT, SERVER, sum(map(len, keys.values())), ONCE),)
-        self._keys, self._weights = EvaluationKeys(context, keys, steps), Weights(context, model.schedule)
+        self._keys, self._weights = EvaluationKeys(context, keys, steps), EncodedWeights(context, model.schedule)
         self._weights.prepare()
 
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Vector], Report]:
         start = time.perf_counter()
-        exchange = Exchange(self.program, self._client)
+        exchange = ClientQuery(self.program, self._client)
         inputs = dict(zip(self.program.views, exchange.inputs(values), strict=True))
         running, answers = evaluate(self._weights, self._keys, inputs), list[bytes]()
         while True:
@@ -148,7 +148,7 @@ class CkksInProcess(Link):
         pass
 
 
-def report(exchange: Exchange, number: int, seconds: float) -> Report:
+def report(exchange: ClientQuery, number: int, seconds: float) -> Report:
     """What a query took that lasted so long. There is no offline phase, and nobody deals."""
     traffic = (
         Traffic(CLIENT, SERVER, exchange.sent, ONLINE),

@@ -33,7 +33,7 @@ from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.lowering.lower import Sample
-from secure.mpc.compile import Compiled, compile
+from secure.mpc.compile import MpcModel, compile
 
 DEPLOYMENTS: Mapping[str, CircuitDeployment] = deployment_variants(CircuitDeployment)
 FIRST_DEPLOYMENT = next(iter(DEPLOYMENTS))
@@ -225,7 +225,7 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mapping[str, str]) -> Compiled:
+def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mapping[str, str]) -> MpcModel:
     example, *more = samples.calibration
     return compile(
         model,
@@ -239,7 +239,7 @@ def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mappi
     )
 
 
-def _lowest_cosine(compiled: Compiled, ready: _Prepared) -> float:
+def _lowest_cosine(compiled: MpcModel, ready: _Prepared) -> float:
     cosines = []
     for inputs, expected in zip(ready.samples.held_out, ready.expected, strict=True):
         answer = plain_reference(compiled, inputs).flatten()

@@ -24,14 +24,14 @@ from protocols.weights import ClientWeights, DealerWeights
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import links
 from secure.models.tokens import TextTokenizer
-from secure.mpc.compile import Compiled
+from secure.mpc.compile import MpcModel
 from secure.session import Link, Report, only
 
 
 class _InProcess(Link):
     """What both forms have: the model's own tables and tokenizer, and links named as its deployment does."""
 
-    def __init__(self, model: Compiled, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
+    def __init__(self, model: MpcModel, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
         self.program, self.tables, self.tokenizer = model.program, model.client_tables, tokenizer
         self.deployment, self._running = deployment, running
 
@@ -49,7 +49,7 @@ class _InProcess(Link):
 class TwoPartiesInProcess(_InProcess):
     """Dealer, server and client of a compiled model."""
 
-    def __init__(self, model: Compiled, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
+    def __init__(self, model: MpcModel, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
         super().__init__(model, tokenizer, deployment, running)
         self._dealer = DealerWeights(_key(), model.program.weight_shapes)
         self._server = model.server_weights
@@ -78,7 +78,7 @@ class ThreePartiesInProcess(_InProcess):
 
     def __init__(
         self,
-        model: Compiled,
+        model: MpcModel,
         tokenizer: TextTokenizer | None,
         deployment: str,
         running: Deployed,
@@ -138,7 +138,7 @@ class ThreePartiesInProcess(_InProcess):
         return [x + y for x, y in zip(a, b, strict=True)], report
 
 
-def plain_reference(model: Compiled, inputs: Mapping[str, Tensor]) -> Any:
+def plain_reference(model: MpcModel, inputs: Mapping[str, Tensor]) -> Any:
     """INSECURE: the Program in plain fixed-point arithmetic, for comparison."""
     program = model.program
     values = program.client_values(inputs, model.client_tables)

@@ -83,6 +83,6 @@ class ThreeParty(CircuitDeployment):
         paths = tuple(program.paths[i] for i in found.origin)
         return Deployed(found.circuit, found.outputs, paths, program.weight_shapes, PARTIES[:2], PARTIES[2])
 
-    def insecure(self, model: mpc.Compiled, tokenizer: TextTokenizer | None) -> Link:
+    def insecure(self, model: mpc.MpcModel, tokenizer: TextTokenizer | None) -> Link:
         running, translated = self.deployed(model.program), self.translated(model.program)
         return ThreePartiesInProcess(model, tokenizer, self.name, running, translated, public=self.public_weights)

@@ -56,5 +56,5 @@ class TwoParty(CircuitDeployment):
         names = (SERVER, CLIENT)
         return Deployed(program.circuit, program.revealed, program.paths, program.weight_shapes, names, DEALER)
 
-    def insecure(self, model: mpc.Compiled, tokenizer: TextTokenizer | None) -> Link:
+    def insecure(self, model: mpc.MpcModel, tokenizer: TextTokenizer | None) -> Link:
         return TwoPartiesInProcess(model, tokenizer, self.name, self.deployed(model.program))

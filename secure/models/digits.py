@@ -85,14 +85,14 @@ class DigitsModel(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Digits:
+class DigitsData:
     """The data set, split once and for all."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
 
-def load_digits(seed: int = 0, held_out: int = 360) -> Digits:
+def load_digits(seed: int = 0, held_out: int = 360) -> DigitsData:
     """scikit-learn's 1,797 images as numbers in [0, 1], shuffled with a seed; ImportError with a hint without it."""
     try:
         from sklearn import datasets
@@ -103,7 +103,7 @@ def load_digits(seed: int = 0, held_out: int = 360) -> Digits:
     labels = torch.as_tensor(raw.target, dtype=torch.int64)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order], labels[order]
-    return Digits((images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out]))
+    return DigitsData((images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out]))
 
 
 def train_digits(

@@ -24,7 +24,7 @@ from secure.mpc.program import Output, Program
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
+class MpcModel:
     """A Program and what the server keeps: its weights as integers, and the tables that it lets clients hold."""
 
     program: Program
@@ -58,7 +58,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     labels: Mapping[str, str] | None = None,
-) -> Compiled:
+) -> MpcModel:
     """Capture a module, calibrate its ranges, and lower it to a circuit for two parties and a dealer.
 
     example_inputs: the module's keyword arguments, which fix all shapes; every one of them is the client's secret.
@@ -79,14 +79,14 @@ def compile(  # the verb that torch uses; always written secure.compile
     return finish(lowered, ranges, fixed, named)
 
 
-def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Compiled:
+def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> MpcModel:
     """The circuit of a lowered model, and its weights as integers."""
     program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
     integers = {}
     for key in weight_keys(program):
         name, fraction = split_weight_key(key)
         integers[key] = ring.encode(lowered.weights[name], fraction)
-    return Compiled(program, integers, {name: table.to(torch.float32) for name, table in lowered.tables.items()})
+    return MpcModel(program, integers, {name: table.to(torch.float32) for name, table in lowered.tables.items()})
 
 
 def weight_keys(program: Program) -> list[str]:

@@ -34,7 +34,7 @@ from secure.mpc.share import Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(Planning):
+class Emission(Planning):
     """How a primitive is computed on shares; ``emit`` appends the protocols of primitive i of the trace.
 
     The share may have more or fewer fraction bits than the plan's: it is settled afterwards.
@@ -43,26 +43,26 @@ class Rule(Planning):
     emit: Callable[[Emitter, int, Primitive], Share]
 
 
-def _local(make: arithmetic.Local) -> Rule:
+def _local(make: arithmetic.Local) -> Emission:
     """A protocol without messages, of operands at one scale."""
-    return Rule(arithmetic.local_needs, keeps_scale=True, emit=partial(arithmetic.emit_local, make=make))
+    return Emission(arithmetic.local_needs, keeps_scale=True, emit=partial(arithmetic.emit_local, make=make))
 
 
-def _shaped(protocol: Callable[..., Protocol]) -> Rule:
+def _shaped(protocol: Callable[..., Protocol]) -> Emission:
     """A protocol that moves elements, and takes what the trace says as it is."""
     return _local(lambda p, ring, fraction: protocol(p.shape, ring, **p.attrs))
 
 
-def _weighted(*, diagonal: bool) -> Rule:
-    return Rule(arithmetic.weighted_needs, emit=partial(arithmetic.emit_weighted, diagonal=diagonal))
+def _weighted(*, diagonal: bool) -> Emission:
+    return Emission(arithmetic.weighted_needs, emit=partial(arithmetic.emit_weighted, diagonal=diagonal))
 
 
-def _product(*, matrix: bool) -> Rule:
-    return Rule(arithmetic.product_needs, emit=partial(arithmetic.emit_product, matrix=matrix))
+def _product(*, matrix: bool) -> Emission:
+    return Emission(arithmetic.product_needs, emit=partial(arithmetic.emit_product, matrix=matrix))
 
 
-RULES: dict[str, Rule] = {
-    "input": Rule(nothing, emit=arithmetic.emit_input),
+RULES: dict[str, Emission] = {
+    "input": Emission(nothing, emit=arithmetic.emit_input),
     "linear": _weighted(diagonal=False),
     "mul_weight": _weighted(diagonal=True),
     "mul": _product(matrix=False),
@@ -81,11 +81,11 @@ RULES: dict[str, Rule] = {
     "permute": _shaped(local.Permute),
     "slice": _shaped(local.Slice),
     "cat": _shaped(local.Concat),
-    "bounded": Rule(arithmetic.local_needs, keeps_scale=True, emit=arithmetic.emit_same),
-    "scale": Rule(arithmetic.scale_needs, keeps_scale=True, emit=arithmetic.emit_scale),
-    "piecewise": Rule(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
-    "exp_neg": Rule(nonlinear.exponential_needs, emit=nonlinear.emit_exponential),
-    "maximum": Rule(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
+    "bounded": Emission(arithmetic.local_needs, keeps_scale=True, emit=arithmetic.emit_same),
+    "scale": Emission(arithmetic.scale_needs, keeps_scale=True, emit=arithmetic.emit_scale),
+    "piecewise": Emission(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
+    "exp_neg": Emission(nonlinear.exponential_needs, emit=nonlinear.emit_exponential),
+    "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
 }
 """How shares compute every primitive of ``secure.lowering.primitives``."""
 
@@ -124,7 +124,7 @@ def emit(
     return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed))
 
 
-def _rule(p: Primitive) -> Rule:
+def _rule(p: Primitive) -> Emission:
     found = RULES.get(p.op)
     if found is None:
         raise UnsupportedOperation(

@@ -19,7 +19,7 @@ from secure.models.sentence_encoder import RECIPE, SentenceEncoder, load_sentenc
 from secure.models.tokens import TextTokenizer, tokenize
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
-from secure.training.trainer import Batch, Progress, Settings, Trainer
+from secure.training.trainer import Batch, Settings, Trainer, TrainingProgress
 
 LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
 JOINED = 8  # sentences to a long one, which is cut
@@ -152,7 +152,7 @@ def distil(
     recipe: Recipe,
     settings: Settings,
     output: Path,
-    told: Callable[[Progress], None] | None = None,
+    told: Callable[[TrainingProgress], None] | None = None,
 ) -> Recipe:
     """Train the model of ``directory`` and leave it in ``output``, with its recipe, as a model that can be served.
 

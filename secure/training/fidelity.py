@@ -13,7 +13,7 @@ from secure.deployments.in_process import plain_reference
 from secure.deployments.two_party import TwoParty
 from secure.lowering.lower import Sample
 from secure.models.sentence_encoder import SentenceEncoder
-from secure.mpc.compile import Compiled
+from secure.mpc.compile import MpcModel
 from secure.polynomial.forms import Form, forms
 from secure.session import Session
 from secure.training.distil import Agreement, agreement_of, hidden_states
@@ -67,7 +67,7 @@ class Fidelity:
 def fidelity(
     model: SentenceEncoder,
     original: SentenceEncoder,
-    compiled: Compiled,
+    compiled: MpcModel,
     inputs: Sequence[Sample],
     protocol: int,
     told: Callable[[str], None] = lambda _: None,

@@ -75,7 +75,7 @@ class Settings:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a run tells after every step."""
 
     step: int
@@ -140,7 +140,7 @@ class Trainer:
 
     # stages
 
-    def run(self, told: Callable[[Progress], None] | None = None, until: int | None = None) -> Recipe:
+    def run(self, told: Callable[[TrainingProgress], None] | None = None, until: int | None = None) -> Recipe:
         """Train to the last step (or ``until``); returns the recipe with ranges and coefficients."""
         s, began = self.settings, time.monotonic()
         freezing = round(s.steps * s.substitute)
@@ -180,7 +180,7 @@ class Trainer:
                 self.save()
             if told is not None:
                 stage = "substitute" if self._frozen else "swap"
-                told(Progress(self.step, s.steps, loss.item(), parts, stage, time.monotonic() - began))
+                told(TrainingProgress(self.step, s.steps, loss.item(), parts, stage, time.monotonic() - began))
         self._watch(False)
         for _, form in forms(self.student):
             form.blend = 1.0
