@@ -211,7 +211,8 @@ def branches(text: str) -> list[str]:
     for node in ast.walk(ast.parse(text)):
         whole = ast.unparse(node)
         if isinstance(node, ast.Compare):
-            compared = r"\bdeployment(\.name|\.value)? (==|!=|is not|is|not in|in) (?!None\b)"
+            # (whether a registry holds a name is no branch on it)
+            compared = r"\bdeployment(\.name|\.value)? (==|!=|is not|is|(not )?in [\(\[{]) ?(?!None\b)"
             if set(re.findall(r"\w+", whole)) & DEPLOYMENT_CLASSES or re.search(compared, whole):
                 out.append(whole)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
@@ -291,6 +292,7 @@ PLAIN = {
     # no user's mistake: a program that is wrong, control flow of a library
     *("AssertionError", "NotImplementedError", "RuntimeError", "KeyError", "LookupError", "AttributeError"),
     *("StopIteration", "SystemExit", "typer.Exit", "TypeError", "typer.BadParameter"),
+    "FileExistsError",  # beside those that the system raises where a file is stored
     "FrameError",  # whoever reads frames says which module and which peer
 }
 

@@ -143,7 +143,7 @@ _REGISTERED: dict[str, type[Deployment]] = {}
 def register(deployment: type[Deployment]) -> type[Deployment]:
     """Make a deployment known by its name; usable as a decorator."""
     if deployment.name in _REGISTERED and _REGISTERED[deployment.name] is not deployment:
-        raise ValueError(f"two deployments of the name {deployment.name!r}")
+        raise InvalidInput(f"two deployments of the name {deployment.name!r}")
     _REGISTERED[deployment.name] = deployment
     return deployment
 
