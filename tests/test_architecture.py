@@ -212,7 +212,7 @@ def branches(text: str) -> list[str]:
         whole = ast.unparse(node)
         if isinstance(node, ast.Compare):
             # (whether a registry holds a name is no branch on it)
-            compared = r"\bdeployment(\.name|\.value)? (==|!=|is not|is|(not )?in [\(\[{]) ?(?!None\b)"
+            compared = r"\bdeployment(\.name|\.value)? ((==|!=|is not|is) (?!not |None\b)|(not )?in [(\[{])"
             if set(re.findall(r"\w+", whole)) & DEPLOYMENT_CLASSES or re.search(compared, whole):
                 out.append(whole)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
@@ -261,7 +261,8 @@ def test_no_branch_on_a_deployment(path: Path) -> None:
 )
 def test_a_planted_branch_is_found(planted: str) -> None:
     assert branches(planted)
-    assert not branches("if deployment is None: pass")
+    for harmless in ("if deployment is None: pass", "if deployment is not None: pass", "x = deployment.name in known"):
+        assert not branches(harmless)
     assert said("'doc'\nx = 'two-party'") == {"two-party"}
 
 

@@ -26,7 +26,7 @@ from secure.errors import InvalidInput, UnsupportedOperation
 from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Lowering, lower
 from secure.lowering.observe import Observed, assume, observe
-from secure.lowering.primitives import Primitive
+from secure.lowering.primitives import PRIMITIVES, Primitive
 from secure.lowering.trace import Symbol, evaluate
 from secure.operations.activations import approximate_softplus
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
@@ -107,8 +107,15 @@ def error_of(function: Callable[..., Tensor]) -> float:
     return float((result - expected).abs().max())
 
 
+ARITHMETIC = {
+    *("input", "linear", "matmul", "mul", "mul_weight", "add", "add_weight", "sub", "offset", "scale", "sum"),
+    *("reshape", "expand", "permute", "slice", "cat", "bounded"),
+}
+COMPARISONS = {"piecewise", "exp_neg", "maximum"}  # but for a "piecewise" of one piece, which is a polynomial
+
+
 def is_comparison(p: Primitive) -> bool:
-    return p.op in ("maximum", "exp_neg") or (p.op == "piecewise" and bool(p.attrs["knots"]))
+    return p.op in COMPARISONS and p.attrs.get("knots") != ()
 
 
 def in_polynomial_company(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -116,8 +123,9 @@ def in_polynomial_company(function: Callable[..., Tensor]) -> Callable[..., Tens
     return lambda x, w, v, ids: polynomial_operation(function(x, w, v, ids), [0.0, 1.0], 0.0)
 
 
-def test_every_operation_is_here() -> None:
+def test_everything_is_here() -> None:
     assert set(ALONE) == set(OPERATIONS)
+    assert {"input", *PRIMITIVES} == ARITHMETIC | COMPARISONS
 
 
 @pytest.mark.parametrize("name", ALONE)
