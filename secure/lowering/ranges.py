@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from secure.errors import InvalidInput
 from secure.lowering.primitives import Operand, meaning
 from secure.lowering.trace import Trace, evaluate
 
@@ -51,7 +52,7 @@ class Ranges:
         for sample in samples:
             evaluate(trace, sample, weights, ranges.observe)
         if math.inf in ranges._low:
-            raise ValueError("calibration needs at least one input")
+            raise InvalidInput("calibration needs at least one input")
         return ranges
 
     @classmethod
