@@ -30,7 +30,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Rule:
+class CiphertextRule:
     """What ciphertexts make of a primitive.
 
     linear: of its operands, the server's weight if it reads one, as matrices. chain: of operands that are chains, as
@@ -147,24 +147,26 @@ def _same(p: Primitive, unit: float) -> float:
     return unit
 
 
-RULES: dict[str, Rule] = {
-    "add": Rule(lambda p, x, w: x[0].plus(x[1]), chain=_added),
-    "sub": Rule(lambda p, x, w: x[0].plus(x[1], -1.0), chain=lambda p, x: _added(p, x, -1.0)),
-    "mul": Rule(chain=_multiplied),
-    "offset": Rule(lambda p, x, w: x[0].offset(p.attrs["value"]), chain=_shifted, unit=_same),
-    "scale": Rule(
+RULES: dict[str, CiphertextRule] = {
+    "add": CiphertextRule(lambda p, x, w: x[0].plus(x[1]), chain=_added),
+    "sub": CiphertextRule(lambda p, x, w: x[0].plus(x[1], -1.0), chain=lambda p, x: _added(p, x, -1.0)),
+    "mul": CiphertextRule(chain=_multiplied),
+    "offset": CiphertextRule(lambda p, x, w: x[0].offset(p.attrs["value"]), chain=_shifted, unit=_same),
+    "scale": CiphertextRule(
         lambda p, x, w: x[0].scaled(p.attrs["value"]), chain=_scaled, unit=lambda p, unit: unit / abs(p.attrs["value"])
     ),
-    "piecewise": Rule(chain=_polynomial),
-    "bounded": Rule(lambda p, x, w: x[0], unit=_same),
-    "reshape": Rule(lambda p, x, w: x[0].reshaped(p.shape), unit=_same),
-    "expand": Rule(lambda p, x, w: x[0].broadcast(p.shape), unit=_same),
-    "permute": Rule(lambda p, x, w: x[0].select(x[0].positions().transpose(p.attrs["dims"]), p.shape), unit=_same),
-    "slice": Rule(_slice),
-    "cat": Rule(_cat),
-    "sum": Rule(lambda p, x, w: summed(x[0], p.shape), unit=_same),
-    "linear": Rule(_linear),
-    "mul_weight": Rule(lambda p, x, w: x[0].broadcast(p.shape).scaled(_spread(w, p.shape))),
-    "add_weight": Rule(lambda p, x, w: x[0].broadcast(p.shape).offset(_spread(w, p.shape))),
+    "piecewise": CiphertextRule(chain=_polynomial),
+    "bounded": CiphertextRule(lambda p, x, w: x[0], unit=_same),
+    "reshape": CiphertextRule(lambda p, x, w: x[0].reshaped(p.shape), unit=_same),
+    "expand": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape), unit=_same),
+    "permute": CiphertextRule(
+        lambda p, x, w: x[0].select(x[0].positions().transpose(p.attrs["dims"]), p.shape), unit=_same
+    ),
+    "slice": CiphertextRule(_slice),
+    "cat": CiphertextRule(_cat),
+    "sum": CiphertextRule(lambda p, x, w: summed(x[0], p.shape), unit=_same),
+    "linear": CiphertextRule(_linear),
+    "mul_weight": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape).scaled(_spread(w, p.shape))),
+    "add_weight": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape).offset(_spread(w, p.shape))),
 }
 """By primitive of ``secure.lowering.primitives``."""
