@@ -14,9 +14,11 @@ from scipy import sparse
 from approximations.powers import power, power_error
 from secure.ckks import layout as packing
 from secure.ckks.layout import EMPTY, Content, Cube, diagonals
-from secure.ckks.linear_maps import RULES, Affine
-from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power
+from secure.ckks.linear_maps import Affine
+from secure.ckks.polynomials import Range, chains, needed, pure_power
+from secure.ckks.rules import RULES, Chain, linear
 from secure.errors import DoesNotPack
+from secure.lowering.primitives import PRIMITIVES
 from secure.lowering.trace import Symbol, Trace, WeightRef, concatenate, evaluate
 
 # contents
@@ -167,7 +169,7 @@ def test_linear_values_are_matrices(names: list[str], two: bool) -> None:
             inputs[p.attrs["name"]] = torch.from_numpy(atoms[i]).reshape(p.shape)
         else:
             weight = WEIGHTS[p.attrs["weight"]].numpy() if "weight" in p.attrs else None
-            values[i] = RULES[p.op](p, [values[k] for k in p.inputs], weight)
+            values[i] = linear(p, [values[k] for k in p.inputs], weight)
         assert values[i].shape == p.shape
     (expected,) = evaluate(trace, inputs, WEIGHTS, outputs=[out.id])
     assert values[out.id].of(atoms) == pytest.approx(expected.numpy().reshape(-1), abs=1e-9)
@@ -208,3 +210,8 @@ def test_a_power_is_seen_as_one(degree: int) -> None:
     assert pure_power(Chain(0, degree + 1, lambda x: x ** (degree + 1)), Range(-1.0, 2.0)) is None
     if degree > 2:
         assert pure_power(Chain(0, degree, lambda x: x**degree + x), Range(-1.0, 2.0)) is None
+
+
+def test_every_record_is_of_a_primitive() -> None:
+    assert set(RULES) <= set(PRIMITIVES)
+    assert set(PRIMITIVES) - set(RULES) == {"input", "matmul", "exp_neg", "maximum"}  # the packers', and comparisons

@@ -1,6 +1,7 @@
 """The compiler for ciphertexts: from a trace to a CKKS Program.
 
 linear_maps  what is linear in a trace, as sparse matrices
+rules        the record of every primitive
 polynomials  polynomials of one value, composed
 pack_batch   many inputs at once, one ciphertext an element
 layout       which element stands in which slot

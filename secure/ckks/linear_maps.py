@@ -7,15 +7,13 @@ row all melt into one matrix an atom, which then costs one level wherever it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-
-from secure.lowering.primitives import Primitive
 
 Matrix = Any  # scipy.sparse.csr_array, float64: (elements of the value, elements of the atom)
 Array = NDArray[np.float64]
@@ -83,74 +81,17 @@ class Affine:
         return np.asarray(sum((m @ atoms[a] for a, m in self.terms.items()), self.bias))
 
 
-def _linear(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
-    assert weight is not None
-    rows, (inner, outer) = int(np.prod(x[0].shape[:-1])), weight.shape
-    # (that no weight is exactly zero is ``encrypting.blurred``'s affair)
-    columns = np.arange(rows)[:, None, None] * inner + np.zeros((1, outer, 1), np.int64) + np.arange(inner)
-    starts = np.arange(rows * outer + 1) * inner
-    data = np.broadcast_to(weight.T, (rows, outer, inner)).reshape(-1)
-    return x[0].mapped(sparse.csr_array((data, columns.reshape(-1), starts), (rows * outer, rows * inner)), p.shape)
-
-
-def _sum(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
-    target = np.broadcast_to(np.arange(int(np.prod(p.shape))).reshape(p.shape), x[0].shape).reshape(-1)
+def summed(x: Affine, shape: tuple[int, ...]) -> Affine:
+    """Over the dimensions that ``shape`` has with length one."""
+    size = int(np.prod(shape))
+    target = np.broadcast_to(np.arange(size).reshape(shape), x.shape).reshape(-1)
     ones, source = np.ones(len(target)), np.arange(len(target))
-    return x[0].mapped(sparse.csr_array((ones, (target, source)), shape=(int(np.prod(p.shape)), len(target))), p.shape)
+    return x.mapped(sparse.csr_array((ones, (target, source)), shape=(size, len(target))), shape)
 
 
 def column_sums(x: Affine, shape: tuple[int, ...]) -> Affine:
     """Over the last dimension but one."""
-    kept = (*x.shape[:-2], 1, x.shape[-1])
-    return _sum(Primitive("sum", (), {}, kept, ""), [x], None).reshaped(shape)
-
-
-def _cat(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
-    """The parts one after the other, then in the order of the whole."""
-    atoms = {a for part in x for a in part.terms}
-    sizes = [len(part.bias) for part in x]
-    stacked = {}
-    for a in atoms:
-        width = next(part.terms[a].shape[1] for part in x if a in part.terms)
-        stacked[a] = sparse.csr_array(
-            sparse.vstack([part.terms.get(a, sparse.csr_array((n, width))) for part, n in zip(x, sizes, strict=True)])
-        )
-    whole = Affine((sum(sizes),), stacked, np.concatenate([part.bias for part in x]))
-    starts = np.cumsum([0, *sizes[:-1]])
-    order = np.concatenate(
-        [part.positions() + start for part, start in zip(x, starts, strict=True)], axis=p.attrs["dim"]
-    )
-    return whole.select(order, p.shape)
-
-
-def _slice(p: Primitive, x: list[Affine], weight: Array | None) -> Affine:
-    a = p.attrs
-    index = x[0].positions()[(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
-    return x[0].select(index, p.shape)
-
-
-def _spread(weight: Array | None, shape: tuple[int, ...]) -> Array:
-    assert weight is not None
-    return np.broadcast_to(weight, shape).reshape(-1)
-
-
-RULES: Mapping[str, Callable[[Primitive, list[Affine], Array | None], Affine]] = {
-    "add": lambda p, x, w: x[0].plus(x[1]),
-    "sub": lambda p, x, w: x[0].plus(x[1], -1.0),
-    "offset": lambda p, x, w: x[0].offset(p.attrs["value"]),
-    "scale": lambda p, x, w: x[0].scaled(p.attrs["value"]),
-    "bounded": lambda p, x, w: x[0],
-    "reshape": lambda p, x, w: x[0].reshaped(p.shape),
-    "expand": lambda p, x, w: x[0].broadcast(p.shape),
-    "permute": lambda p, x, w: x[0].select(x[0].positions().transpose(p.attrs["dims"]), p.shape),
-    "slice": _slice,
-    "cat": _cat,
-    "sum": _sum,
-    "linear": _linear,
-    "mul_weight": lambda p, x, w: x[0].broadcast(p.shape).scaled(_spread(w, p.shape)),
-    "add_weight": lambda p, x, w: x[0].broadcast(p.shape).offset(_spread(w, p.shape)),
-}
-"""What every primitive that is linear in its operands makes of them; ``w``: the server's weight."""
+    return summed(x, (*x.shape[:-2], 1, x.shape[-1])).reshaped(shape)
 
 
 class Selection(NamedTuple):

@@ -19,8 +19,10 @@ from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
 from secure.ckks.layout import EMPTY, Content, Cube, at, diagonals, first_only, power_of_two, repeated
-from secure.ckks.linear_maps import RULES, Affine, Array, Matrix, column_sums, selection
-from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power, units
+from secure.ckks.linear_maps import Affine, Array, Matrix, column_sums, selection
+from secure.ckks.polynomials import Range, chains, needed, pure_power, units
+from secure.ckks.rules import Chain
+from secure.ckks.rules import linear as linear_rule
 from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.trace import Trace
@@ -103,13 +105,7 @@ class Packer:
         operands = [self.values[x] for x in p.inputs]
         if p.op == "sum" and (summed := self._sum_of_scores(p, operands[0])) is not None:
             return summed
-        if p.op not in RULES:
-            raise UnsupportedOperation(
-                f"{p.path or 'model'}: '{p.op}' is not a polynomial, and ciphertexts have no comparison\n"
-                "hint: bring the model into polynomial form first (unseen train), or serve it two-party"
-            )
-        weight = self.weights.get(p.attrs.get("weight", ""))
-        value = RULES[p.op](p, operands, weight)
+        value = linear_rule(p, operands, self.weights.get(p.attrs.get("weight", "")))
         if self.settle and p.op == "add" and len(value.terms) >= SETTLED and len(value.shape) > 1:
             content = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1])
             nodes, unit = self._materialized(value, content, self._unit(i), content)

@@ -15,9 +15,10 @@ from numpy.polynomial import Chebyshev
 
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
-from secure.ckks.linear_maps import RULES, Affine, Array
-from secure.ckks.polynomials import Chain, Range, chains, needed, pure_power, units
-from secure.errors import UnsupportedOperation
+from secure.ckks.linear_maps import Affine, Array
+from secure.ckks.polynomials import Range, chains, needed, pure_power, units
+from secure.ckks.rules import Chain
+from secure.ckks.rules import linear as linear_rule
 from secure.lowering.primitives import Primitive
 from secure.lowering.trace import Trace
 
@@ -57,9 +58,7 @@ class BatchPacker:
             return self._atom(p.shape, [self.circuit.input(name) for name in names])
         if p.op in ("mul", "matmul"):
             return self._product(i, p)
-        if p.op not in RULES:
-            raise UnsupportedOperation(f"{p.path or 'model'}: '{p.op}' is not a polynomial")
-        return RULES[p.op](p, [self.values[x] for x in p.inputs], self.weights.get(p.attrs.get("weight", "")))
+        return linear_rule(p, [self.values[x] for x in p.inputs], self.weights.get(p.attrs.get("weight", "")))
 
     def _atom(self, shape: tuple[int, ...], nodes: list[int], factor: float = 1.0) -> Affine:
         self.nodes.append(nodes)

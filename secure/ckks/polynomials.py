@@ -6,29 +6,18 @@ composed degree, whose depth is the logarithm of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
-from secure.ckks.linear_maps import Array
-from secure.lowering.primitives import Primitive
+from secure.ckks import rules
+from secure.ckks.rules import Chain
 from secure.lowering.trace import Trace
 
 DEGREE = 31  # of a polynomial that chains are composed to
 MARGIN = 1.25  # room around the calibrated range of what a polynomial reads
-
-Function = Callable[[Array], Array]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A value that is a polynomial, of this degree, of one other value."""
-
-    root: int
-    degree: int
-    function: Function
 
 
 @dataclass
@@ -57,32 +46,12 @@ def chains(trace: Trace) -> dict[int, Chain]:
         return out.get(i, Chain(i, 1, lambda x: x))
 
     for i, p in enumerate(trace.primitives):
-        made = _extended(p, [of(x) for x in p.inputs])
+        made = rules.chain(p, [of(x) for x in p.inputs])
         if made is not None and made.degree > DEGREE:  # begins anew
-            made = _extended(p, [Chain(x, 1, lambda v: v) for x in p.inputs])
+            made = rules.chain(p, [Chain(x, 1, lambda v: v) for x in p.inputs])
         if made is not None and trace.primitives[made.root].shape == p.shape:
             out[i] = made
     return out
-
-
-def _extended(p: Primitive, x: list[Chain]) -> Chain | None:
-    if p.op == "piecewise" and not p.attrs["knots"]:
-        (piece,) = p.attrs["pieces"]
-        shape = Polynomial(piece.coefficients or (0.0,))
-        degree = max((j for j, c in enumerate(piece.coefficients) if c), default=0)
-        return Chain(x[0].root, x[0].degree * degree, lambda v: shape(x[0].function(v) - piece.centre))
-    if p.op in ("scale", "offset"):
-        value = p.attrs["value"]
-        if p.op == "scale":
-            return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) * value)
-        return Chain(x[0].root, x[0].degree, lambda v: x[0].function(v) + value)
-    if p.op in ("add", "sub", "mul") and x[0].root == x[1].root:
-        f, g = x[0].function, x[1].function
-        if p.op == "mul":
-            return Chain(x[0].root, x[0].degree + x[1].degree, lambda v: f(v) * g(v))
-        sign = 1.0 if p.op == "add" else -1.0
-        return Chain(x[0].root, max(x[0].degree, x[1].degree), lambda v: f(v) + sign * g(v))
-    return None
 
 
 def needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
@@ -133,10 +102,8 @@ def units(
             else:
                 scale, centre, _ = pure
                 reach = max(abs(root.low - centre), abs(root.high - centre), 1e-9)
-                unit = wanted.get(i, abs(scale) * reach**chain.degree)
-                wanted[chain.root] = float((unit / abs(scale)) ** (1 / chain.degree))
-        elif i in wanted and p.op in ("sum", "offset", "reshape", "permute", "expand", "bounded"):
-            wanted.setdefault(p.inputs[0], wanted[i])
-        elif i in wanted and p.op == "scale":
-            wanted.setdefault(p.inputs[0], wanted[i] / abs(p.attrs["value"]))
+                own = wanted.get(i, abs(scale) * reach**chain.degree)
+                wanted[chain.root] = float((own / abs(scale)) ** (1 / chain.degree))
+        elif i in wanted and (unit := rules.operand_unit(p, wanted[i])) is not None:
+            wanted.setdefault(p.inputs[0], unit)
     return wanted

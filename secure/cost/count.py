@@ -17,6 +17,7 @@ from protocols.circuit import Circuit, Correlations, MetaWeights, Observer, Part
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol
 from protocols.steps import Done, advance
 from secure.cost.runnable import Runnable
+from secure.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def find_network(text: str) -> Network | None:
         mbps = 0.0
     if mbps <= 0:
         known = ", ".join([LOOPBACK, *(n.key for n in NETWORKS)])
-        raise ValueError(f"unknown network {text!r}\nhint: one of {known}, or MBPS,ROUND_TRIP_MS such as 250,20")
+        raise InvalidInput(f"unknown network {text!r}", f"one of {known}, or MBPS,ROUND_TRIP_MS such as 250,20")
     return Network(text, f"{mbps:g} Mbps, {milliseconds:g} ms", milliseconds / 1e3, mbps * 1e6 / 8)
 
 
