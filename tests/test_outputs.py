@@ -7,6 +7,8 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -120,6 +122,22 @@ def test_every_output_is_the_models(deployment: Deployment) -> None:
         assert float((value - expected[name]).abs().max()) < 5e-3
         assert float((plain[name] - expected[name]).abs().max()) < 5e-3
     assert torch.equal(answer["deep"], answer["again"])
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=str)
+def test_services_give_every_output(deployment: Deployment, tmp_path: Path) -> None:
+    """The same over the network, where the shares of three parties' outputs lie one after the other."""
+    pytest.importorskip("tokenizers")
+    from tests.test_session import HOSTS
+
+    model = secure.compile(Heads(), inputs(0), calibration=[inputs(s) for s in range(1, 9)], deployment=deployment)
+    with ExitStack() as stack, torch.no_grad():
+        at, _ = HOSTS[type(deployment)](stack, model, tmp_path)
+        session = stack.enter_context(secure.connect(at, cache=False, deadline=20.0))
+        answer, expected = session.query(inputs(3)), Heads()(**inputs(3))
+    assert list(answer) == list(expected)
+    for name, value in answer.items():
+        assert float((value - expected[name]).abs().max()) < 5e-3
 
 
 def test_outputs_that_are_ready_together_are_revealed_in_one_round() -> None:
