@@ -112,7 +112,7 @@ def test_a_protocol_of_ones_own_is_counted_by_what_it_says() -> None:
     shape, out = (5, 8), (5, 4)
     entry, mixed = Input(shape, 32, "x", 8, -1.0, 1.0), Mixed(out, 32, "m")
     circuit = (Instruction(entry), Instruction(mixed, (0,)))
-    program = Deployed(circuit, 1, ("", "own"), {"m": (8, 4)}, PARTY_NAMES, "dealer")
+    program = Deployed(circuit, (1,), ("", "own"), {"m": (8, 4)}, PARTY_NAMES, "dealer")
     found = profile(program)
     line = found.lines[1]
     assert line.cost == CircuitCost(1, 5 * 4 * 4, 5 * 4 * 4, 5 * 4 * 4)
