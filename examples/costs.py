@@ -17,7 +17,7 @@ def main() -> None:
         print(f"{type(deployment).__name__}: {compiled.cost.rounds} rounds")
         for link in compiled.cost.traffic:
             print(f"  {link.sender} -> {link.receiver}, {link.phase}: {link.bytes / 1e3:.1f} kB")
-        print(secure.profile(compiled, networks=["lan", "wan"]))
+        print(*secure.profile(compiled, networks=["lan", "wan"]).lines, sep="\n")
 
 
 if __name__ == "__main__":
