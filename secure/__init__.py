@@ -21,11 +21,14 @@ training/    training a model into polynomial form
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from protocols.fixedpoint import FixedPoint
+from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost, Traffic
 from secure.deployments.ckks import Ckks
+from secure.deployments.compare import compare
 from secure.deployments.compiled import Compiled, compile, compile_text_model, insecure_in_process, plain_reference
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import ThreeParty
@@ -91,6 +94,7 @@ __all__ = [
     "PartiesDisagree",
     "PeerLost",
     "Plaintext",
+    "ProfileReport",
     "Program",
     "ProtocolError",
     "QueryError",
@@ -105,12 +109,14 @@ __all__ = [
     "TwoParty",
     "UnsupportedOperation",
     "__version__",
+    "compare",
     "compile",
     "compile_text_model",
     "connect",
     "insecure_in_process",
     "plain_reference",
     "polynomialize",
+    "profile",
     "serve",
     "share_model",
 ]
@@ -128,6 +134,22 @@ def serve(held: Any = None, **options: Any) -> Service:
     from parties.deployments import serve
 
     return serve(held, **options)
+
+
+def profile(
+    compiled: Compiled, *, networks: Iterable[str] | None = None, depth: int | None = None, time: bool = False
+) -> ProfileReport:
+    """What one query takes, before anything runs: rounds, bytes and memory exactly, seconds projected on request.
+
+    networks: where seconds are wanted: "loopback", "lan", "wan", "slow-wan", or "MBPS,ROUND_TRIP_MS"; by default all of
+    them. depth: parts of a module path to tell apart, 3 by default. time: time this machine's kernels and messages,
+    which takes up to a minute; else waiting for the network alone is given.
+    Raises InvalidInput for an option that means nothing in the deployment.
+    """
+    from parties.net.measure import measure_transport
+    from secure.deployments.compiled import profile
+
+    return profile(compiled, networks=networks, depth=depth, transport=measure_transport if time else None)
 
 
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:

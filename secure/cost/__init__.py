@@ -7,4 +7,6 @@ kernel_times    what this machine takes for each step of a Program
 projection   how long a query takes on a network
 runnable     what a cost can be counted of
 traffic      bytes by link; costs
+report       a profile as every deployment gives it
+circuit_profile the profile of a circuit
 """

@@ -1,7 +1,7 @@
 """The cost of a Program before anything runs: its own protocol generators on torch's ``meta`` device, with no data.
 
 What is counted is what the generators really exchange and draw, so it equals a live query's traffic byte for byte
-(tests compare them). ``Network`` turns rounds and bytes into seconds of waiting.
+(tests compare them). ``NetworkSpeed`` turns rounds and bytes into seconds of waiting.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from secure.errors import InvalidInput
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpeed:
     """Round-trip time and bandwidth between the parties; each direction has the bandwidth for itself."""
 
     key: str
@@ -35,14 +35,14 @@ class Network:
 
 
 NETWORKS = (
-    Network("lan", "LAN, 5 Gbps, 1 ms", 1e-3, 5e9 / 8),
-    Network("wan", "WAN, 400 Mbps, 10 ms", 10e-3, 400e6 / 8),
-    Network("slow-wan", "WAN, 100 Mbps, 80 ms", 80e-3, 100e6 / 8),
+    NetworkSpeed("lan", "LAN, 5 Gbps, 1 ms", 1e-3, 5e9 / 8),
+    NetworkSpeed("wan", "WAN, 400 Mbps, 10 ms", 10e-3, 400e6 / 8),
+    NetworkSpeed("slow-wan", "WAN, 100 Mbps, 80 ms", 80e-3, 100e6 / 8),
 )
 LOOPBACK = "loopback"
 
 
-def find_network(text: str) -> Network | None:
+def find_network(text: str) -> NetworkSpeed | None:
     """A network by its short name, or one given as "MBPS,ROUND_TRIP_MS" ("250,20"); None for loopback."""
     if text == LOOPBACK:
         return None
@@ -57,7 +57,7 @@ def find_network(text: str) -> Network | None:
     if mbps <= 0:
         known = ", ".join([LOOPBACK, *(n.key for n in NETWORKS)])
         raise InvalidInput(f"unknown network {text!r}", f"one of {known}, or MBPS,ROUND_TRIP_MS such as 250,20")
-    return Network(text, f"{mbps:g} Mbps, {milliseconds:g} ms", milliseconds / 1e3, mbps * 1e6 / 8)
+    return NetworkSpeed(text, f"{mbps:g} Mbps, {milliseconds:g} ms", milliseconds / 1e3, mbps * 1e6 / 8)
 
 
 @dataclass(frozen=True)
@@ -225,5 +225,5 @@ def module(path: str, depth: int) -> str:
     return ".".join(parts[:depth]) or "(model)"
 
 
-def total_seconds(networks: Iterable[Network], cost: CircuitCost) -> dict[str, float]:
+def total_seconds(networks: Iterable[NetworkSpeed], cost: CircuitCost) -> dict[str, float]:
     return {n.name: n.seconds(cost) for n in networks}

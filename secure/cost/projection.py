@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER
-from secure.cost.count import Network, Profile, Stage
+from secure.cost.count import NetworkSpeed, Profile, Stage
 from secure.cost.kernel_times import Segment, Timings
 from secure.cost.timeline import Round, Timeline, Work
 
@@ -22,11 +22,11 @@ class Transport:
     message: float
     byte: float
 
-    def latency(self, network: Network | None) -> float:
+    def latency(self, network: NetworkSpeed | None) -> float:
         """From handing an empty payload over to having it at the other side."""
         return self.message + (network.round_trip / 2 if network else 0.0)
 
-    def passing(self, size: int, network: Network | None) -> float:
+    def passing(self, size: int, network: NetworkSpeed | None) -> float:
         """How long a payload keeps its direction of the link busy."""
         slower = max(self.byte, 1 / network.bandwidth) if network else self.byte  # they overlap: it leaves in parts
         return size * slower
@@ -44,7 +44,9 @@ class Projection:
         return self.client.seconds
 
 
-def project(profile: Profile, timings: Timings, transport: Transport, network: Network | None = None) -> Projection:
+def project(
+    profile: Profile, timings: Timings, transport: Transport, network: NetworkSpeed | None = None
+) -> Projection:
     """Play one query. ``network`` None: both parties on this machine."""
     clocks = [_Clock(party, timings) for party in (SERVER, CLIENT)]
     free = [0.0, 0.0]  # when each party's direction of the link has passed on what was sent

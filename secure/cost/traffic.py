@@ -12,6 +12,11 @@ ONCE, OFFLINE, ONLINE = PHASES = ("once", "offline", "online")
 """Once a model or session; once a query, before its input is known; once a query, with its input."""
 
 
+def mb(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Payload bytes on one link in one phase; ``sender`` and ``receiver`` are roles of a deployment."""
@@ -59,6 +64,16 @@ class Cost:
 def traffic_json(traffic: Sequence[Traffic]) -> list[dict[str, Any]]:
     """Links as JSON has them."""
     return [{"sender": t.sender, "receiver": t.receiver, "phase": t.phase, "bytes": t.bytes} for t in traffic]
+
+
+def in_words(traffic: Iterable[Traffic], phase: str) -> str:
+    """The links of one phase that carry something, and how much, in words; "" where none does."""
+    found: dict[tuple[str, str], int] = {}
+    for t in traffic:
+        if t.phase == phase and t.bytes:
+            found[t.sender, t.receiver] = found.get((t.sender, t.receiver), 0) + t.bytes
+    sizes = {link: mb(size) if size >= 50_000 else f"{size / 1e3:.1f} kB" for link, size in found.items()}
+    return ", ".join(f"{size} from {sender} to {receiver}" for (sender, receiver), size in sizes.items())
 
 
 def links(cost: CircuitCost, first: str, second: str, dealer: str) -> tuple[Traffic, ...]:

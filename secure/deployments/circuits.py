@@ -9,12 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secure.cost.circuit_profile import Weightless, circuit_profile, failure
+from secure.cost.count import LOOPBACK, NETWORKS
+from secure.cost.outline import SHAPES, is_shape, outline_shape
+from secure.cost.report import ProfileReport
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import Cost, links
-from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.in_process import plain_reference
+from secure.errors import InvalidInput
 from secure.mpc import compile as mpc
 from secure.mpc.program import Program
+from secure.polynomial.recipe import Recipe
+from secure.tasks.embed import LENGTH
+
+DEPTH = 3  # parts of a module path that a profile tells apart
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,37 @@ class CircuitDeployment(Deployment):
     ) -> mpc.MpcModel:
         return mpc.compile(model, samples[0], calibration=samples[1:], labels=labels, **options.given)
 
-    def cost(self, model: mpc.MpcModel) -> Cost:
+    def cost(self, model: mpc.MpcModel | Weightless) -> Cost:
         return self.price(model.program)
+
+    def outline(
+        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False
+    ) -> Weightless | None:
+        if is_shape(model):
+            recipe = Recipe() if polynomial else None
+            return Weightless(outline_shape(model, length or LENGTH, recipe=recipe, **options.given))
+        if polynomial:
+            raise InvalidInput(
+                "polynomial is for shapes", f"a trained model's directory, or one of {', '.join(SHAPES)}"
+            )
+        return None
+
+    def profile(self, model: mpc.MpcModel | Weightless, options: ProfileOptions) -> ProfileReport:
+        default = {LOOPBACK: None, **{n.key: n for n in NETWORKS}}
+        program, transport = model.program, options.transport and options.transport()
+        return circuit_profile(
+            self.name,
+            program,
+            self.deployed(program),
+            self.price(program),
+            options.networks if options.networks is not None else default,
+            transport,
+            options.depth or DEPTH,
+            self.remarks(program),
+        )
+
+    def remarks(self, program: Program) -> tuple[str, ...]:
+        return (failure(program),)
 
     def reference(self, model: mpc.MpcModel, inputs: Mapping[str, Tensor]) -> Any:
         return plain_reference(model, inputs)

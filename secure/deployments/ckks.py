@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,9 @@ from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import compile as ckks
 from secure.ckks.client import ClientQuery
+from secure.ckks.profile import profile
+from secure.cost.outline import is_shape
+from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.traffic import ONCE, ONLINE, Cost, Traffic
 from secure.deployments.deployment import (
     ALL,
@@ -32,6 +35,7 @@ from secure.deployments.deployment import (
     WEIGHTS,
     CompileOptions,
     Deployment,
+    ProfileOptions,
     Role,
     option,
     register,
@@ -39,6 +43,8 @@ from secure.deployments.deployment import (
 from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
 from secure.session import Link, Report, only
+from secure.tasks.digits import is_digits, layers_of, prepared, untrained
+from secure.tasks.embed import Embed
 
 SERVER, CLIENT = "server", "client"
 CLIENT_TABLE = "client-table"  # the one way of looking tokens up here
@@ -53,6 +59,8 @@ class Ckks(Deployment):
     summary: ClassVar[str] = "one server, on ciphertexts; models in polynomial form"
     trust: ClassVar[str] = "semi-honest; nobody else to trust"
     takes: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    profiled_by: ClassVar[frozenset[str]] = frozenset()
+    runs_packaged: ClassVar[bool] = False
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     refresh: bool = option(False, "The client re-encrypts where the levels end.", COMPILE)
@@ -108,6 +116,32 @@ class Ckks(Deployment):
             Traffic(SERVER, CLIENT, program.to_client, ONLINE),
         )
         return Cost(program.rounds, traffic, error=model.predicted_error)
+
+    def outline(
+        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False
+    ) -> ckks.CkksModel | None:
+        """The levels of a model depend on its ranges, so there is none without weights but those on digits, at random.
+
+        Nobody gets a token table by a profile, so texts need no ``embedding`` here.
+        """
+        if is_shape(model):
+            known = "a directory that `unseen train` wrote; or digits, digits-2, digits-4"
+            raise InvalidInput(f"{self.name} cannot profile the shape {model!r} without its weights", known)
+        if not is_digits(model):
+            loaded = Embed().load(model, length)
+            options = replace(options, embedding=CLIENT_TABLE)
+        elif length:
+            raise InvalidInput("images take no length", "leave it out for a model on digits")
+        else:
+            loaded = prepared(untrained(layers_of(model)))
+        return self.build(loaded.module, loaded.samples, options, {"model": model})
+
+    def profile(self, model: ckks.CkksModel, options: ProfileOptions) -> ProfileReport:
+        cost, found = self.cost(model), profile(model, measured=options.transport is not None)
+        about = {"deployment": self.name, "program_digest": model.program.digest, "labels": dict(model.program.labels)}
+        columns, rows, lines = found.table()
+        table = ReportTable("by module", tuple(columns), tuple(map(tuple, rows)))
+        return ProfileReport(cost, {**about, **found.as_dict(), "total": cost.as_dict()}, [table], lines)
 
     def insecure(self, model: ckks.CkksModel, tokenizer: TextTokenizer | None) -> Link:
         return CkksInProcess(model, tokenizer, self.name)

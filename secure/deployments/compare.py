@@ -1,8 +1,8 @@
 """Variants of one model side by side: what each costs, how close it stays, and which is the cheapest that will do.
 
-Costs are exact (``secure.profile``). Accuracy is the lowest cosine, over held-out inputs, between the Program in plain
-fixed-point arithmetic and the float64 model; under the protocol a truncation may differ from it by one unit. It is
-measured for every variant, for those that differ in the embedding alone too: a table of the client's is rounded to
+Costs are exact (``secure.cost.count``). Accuracy is the lowest cosine, over held-out inputs, between the Program in
+plain fixed-point arithmetic and the float64 model; under the protocol a truncation may differ from it by one unit. It
+is measured for every variant, for those that differ in the embedding alone too: a table of the client's is rounded to
 other bits than one-hot rows times the server's.
 """
 
@@ -12,7 +12,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
-from protocols.protocol import CircuitCost
-from secure.cost.count import NETWORKS, Network, Profile, profile
+from secure.cost.count import NETWORKS, NetworkSpeed, Profile, profile
 from secure.cost.kernel_times import Timings, measure
 from secure.cost.projection import Transport, project
 from secure.cost.runnable import Runnable
+from secure.cost.traffic import OFFLINE, ONLINE, Cost
 from secure.deployments import three_party, two_party  # noqa: F401  (registered before they are counted)
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import variants as deployment_variants
@@ -35,8 +35,13 @@ from secure.lowering.client_inputs import EMBEDDINGS
 from secure.lowering.lower import Sample
 from secure.mpc.compile import MpcModel, compile
 
-DEPLOYMENTS: Mapping[str, CircuitDeployment] = deployment_variants(CircuitDeployment)
-FIRST_DEPLOYMENT = next(iter(DEPLOYMENTS))
+
+def comparable() -> dict[str, CircuitDeployment]:
+    """Deployments that a comparison knows, the default first: those that run one Program, with and without switches."""
+    return deployment_variants(CircuitDeployment)
+
+
+FIRST_DEPLOYMENT = next(iter(comparable()))
 FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
 FRACTION_BITS = FixedPoint().fraction_bits
 
@@ -60,7 +65,7 @@ class Variant:
         known_of = {
             "embedding": EMBEDDINGS,
             "gelu": GELU_FORMS,
-            "deployment": DEPLOYMENTS,
+            "deployment": comparable(),
             "form": FORMS,
             "approximations": APPROXIMATIONS,
         }
@@ -85,7 +90,8 @@ class Variant:
             words["gelu"] = self.form
         elif self.approximations != APPROXIMATIONS[0]:  # GeLU is one of them
             words["gelu"] = f"all {self.approximations}"
-        return words if self.deployment == FIRST_DEPLOYMENT else {**words, "deployment": self.deployment}
+        said = {f.name: str(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {**words, **{name: word for name, word in said.items() if name in ("deployment",)}}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,7 +133,7 @@ class Outcome:
     """What became of a variant. With a ``problem`` it cannot be used; what was found before that is kept."""
 
     variant: Variant
-    cost: CircuitCost | None = None
+    cost: Cost | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     lowest_cosine: float | None = None
     problem: str | None = None
@@ -136,14 +142,14 @@ class Outcome:
         return self.problem is None and self.lowest_cosine is not None and self.lowest_cosine >= accuracy
 
 
-def waiting(networks: Iterable[Network] = NETWORKS) -> Seconds:
+def waiting(networks: Iterable[NetworkSpeed] = NETWORKS) -> Seconds:
     """Seconds of waiting for the network alone."""
     chosen = tuple(networks)
     return lambda program, profile: {n.key: n.seconds(profile.total) for n in chosen}
 
 
 def projected(
-    networks: Mapping[str, Network | None], transport: Transport, timings: Callable[[Runnable], Timings] = measure
+    networks: Mapping[str, NetworkSpeed | None], transport: Transport, timings: Callable[[Runnable], Timings] = measure
 ) -> Seconds:
     """Seconds of a query with computation, from timed kernels; None: both parties on this machine."""
 
@@ -182,10 +188,11 @@ def compare(
                 raise InvalidInput("no model in polynomial form was given")
             used = model if variant.form == FORMS[0] or polynomial is None else polynomial
             compiled = _compile(used, variant, ready.samples, labels or {})
-            running = DEPLOYMENTS[variant.deployment].deployed(compiled.program)
+            deployment = comparable()[variant.deployment]
+            running = deployment.deployed(compiled.program)
             found = profile(running)
             taken = (seconds or waiting())(running, found)
-            outcome = replace(outcome, cost=found.total, seconds=dict(taken))
+            outcome = replace(outcome, cost=deployment.price(compiled.program), seconds=dict(taken))
             outcome = replace(outcome, lowest_cosine=_lowest_cosine(compiled, ready))
         except ValueError as error:  # DoesNotFit, UnsupportedOperation, a length that the model does not take, ...
             outcome = replace(outcome, problem=str(error) or type(error).__name__)
@@ -201,8 +208,8 @@ def cheapest(outcomes: Iterable[Outcome], accuracy: float, network: str) -> Outc
         if network not in outcome.seconds:
             known = ", ".join(outcome.seconds) or "none"
             raise InvalidInput(f"no seconds on the network {network!r}\nhint: there are those on {known}")
-        cost = outcome.cost or CircuitCost()
-        return outcome.seconds[network], cost.to_first + cost.to_second, cost.dealt
+        cost = outcome.cost or Cost(0, ())
+        return outcome.seconds[network], cost.bytes(phase=ONLINE), cost.bytes(phase=OFFLINE)
 
     return min((o for o in outcomes if o.meets(accuracy)), key=price, default=None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from protocols.fixedpoint import FixedPoint
+from secure.cost.count import find_network
+from secure.cost.projection import Transport
+from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
-from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.two_party import TwoParty
 from secure.models.tokens import TextTokenizer
 from secure.session import Session
+from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
-from secure.tasks.task import Loaded
+from secure.tasks.task import Loaded, Task
 
 Sample = Mapping[str, Tensor]
 
@@ -107,6 +111,25 @@ def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, label
     named |= {"length": str(loaded.length)} if loaded.length else {}
     made = deployment.build(loaded.module, loaded.samples, options, {**named, **labels})
     return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json)
+
+
+def task_of(model: str) -> Task[Any, Any]:
+    """The task that loads a model of this name."""
+    return next((task for task in (Digits(),) if task.knows(model)), Embed())
+
+
+def profile(
+    compiled: Compiled,
+    *,
+    networks: Iterable[str] | None = None,
+    depth: int | None = None,
+    transport: Callable[[], Transport] | None = None,
+) -> ProfileReport:
+    """The cost of one query in detail, see ``secure.profile``. ``transport`` measures messages of processes here."""
+    chosen = {name: find_network(name) for name in networks} if networks is not None else None
+    options = ProfileOptions(chosen, depth, transport)
+    compiled.deployment.check_profile(options)
+    return compiled.deployment.profile(compiled.model, options)
 
 
 def plain_reference(compiled: Compiled, inputs: Sample) -> Any:

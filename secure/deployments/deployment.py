@@ -8,13 +8,16 @@ is not registered here is refused. How its parties are hosted stands in ``partie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from protocols.fixedpoint import FixedPoint
+from secure.cost.count import NetworkSpeed
+from secure.cost.projection import Transport
+from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
 from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
@@ -69,19 +72,39 @@ class CompileOptions:
 
 
 @dataclass(frozen=True)
+class ProfileOptions:
+    """What a caller may say about a profile; None: the deployment's default.
+
+    networks: by name, where a query's seconds are wanted; one that is None means both parties on one machine. depth:
+    parts of a module path to tell apart. transport: measures messages between two processes here; without it nothing
+    is timed.
+    """
+
+    networks: Mapping[str, NetworkSpeed | None] | None = None
+    depth: int | None = None
+    transport: Callable[[], Transport] | None = None
+
+
+@dataclass(frozen=True)
 class Deployment(ABC):
     """Base of all. Subclasses are frozen dataclasses; their fields, made by ``option``, are their own options.
 
     name: on the command line, on the wire, in reports. summary: one line of help. trust: what is assumed.
-    takes: the names of CompileOptions that mean something here; others are refused.
-    serves: the role that holds a whole compiled model, "" where a model is shared out first.
+    takes: the names of CompileOptions that mean something here; others are refused. profiled_by: the same for a
+    profile's options: networks, depth, polynomial (of shapes), html. serves: the role that holds a whole compiled
+    model, "" where a model is shared out first; how_to_serve: then the commands. runs_packaged: whether the packaged
+    sentence encoder can be compiled as it is. default: whether it is the one that is meant where none is named.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     trust: ClassVar[str]
     takes: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(CompileOptions))
+    profiled_by: ClassVar[frozenset[str]] = frozenset({"networks", "depth", "polynomial", "html"})
     serves: ClassVar[str] = "server"
+    how_to_serve: ClassVar[str] = ""
+    default: ClassVar[bool] = False
+    runs_packaged: ClassVar[bool] = True
 
     @abstractmethod
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
@@ -108,6 +131,25 @@ class Deployment(ABC):
     def reference(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
         """The same arithmetic in the clear, for comparison; InvalidInput where there is none."""
         raise InvalidInput(f"{self.name} has no plain reference", "compare with the model itself")
+
+    def outline(self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False) -> Any | None:
+        """A model for ``cost`` and ``profile`` alone, where the name is that of a shape without weights; else None.
+        ``polynomial``: the shape in polynomial form.
+        """
+        return None
+
+    def profile(self, model: Any, options: ProfileOptions) -> ProfileReport:
+        """The cost of one query in detail, of what ``build`` or ``outline`` made; by default the cost alone."""
+        cost = self.cost(model)
+        return ProfileReport(cost, {"deployment": self.name, **cost.as_dict()})
+
+    def remarks(self, program: Any) -> tuple[str, ...]:
+        """Lines for people about the queries of a Program."""
+        return ()
+
+    def located(self, addresses: Mapping[str, str]) -> Self:
+        """The same deployment, reached at these addresses by role; by default in the fields of the roles' names."""
+        return replace(self, **{name: at for name, at in addresses.items() if name in self.options()})
 
     # options
 
@@ -136,15 +178,21 @@ class Deployment(ABC):
                 known = ", ".join(sorted(self.takes)) or "none of them"
                 raise InvalidInput(f"{name} means nothing under {self.name}", f"it takes {known}")
 
+    def check_profile(self, options: ProfileOptions) -> None:
+        """The same for a profile's options."""
+        for name in ("networks", "depth"):
+            if getattr(options, name) is not None and name not in self.profiled_by:
+                raise InvalidInput(f"{name} means nothing in a profile under {self.name}", "leave it out")
+
 
 _REGISTERED: dict[str, type[Deployment]] = {}
 
 
 def register(deployment: type[Deployment]) -> type[Deployment]:
     """Make a deployment known by its name; usable as a decorator."""
-    if deployment.name in _REGISTERED and _REGISTERED[deployment.name] is not deployment:
-        raise InvalidInput(f"two deployments of the name {deployment.name!r}")
-    _REGISTERED[deployment.name] = deployment
+    known = _REGISTERED.setdefault(deployment.name, deployment)
+    if known is not deployment:
+        raise InvalidInput(f"two deployments of the name {deployment.name!r}", "give each a name of its own")
     return deployment
 
 
@@ -155,7 +203,7 @@ def unregister(deployment: type[Deployment]) -> None:
 
 def deployments() -> tuple[type[Deployment], ...]:
     """All registered deployments, the default first."""
-    return tuple(_REGISTERED.values())
+    return tuple(sorted(_REGISTERED.values(), key=lambda deployment: not deployment.default))
 
 
 def find(name: str) -> type[Deployment]:

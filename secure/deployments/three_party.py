@@ -6,8 +6,8 @@ Parties 0 and 1 run the translation of a Program's circuit; party 2 deals its su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from protocols.three_party import Translated, translate
 from secure.cost.runnable import Deployed
@@ -47,6 +47,7 @@ class ThreeParty(CircuitDeployment):
     summary: ClassVar[str] = "three servers that share the model; secret sharing, no dealer"
     trust: ClassVar[str] = "semi-honest; no two parties may collude"
     serves: ClassVar[str] = ""
+    how_to_serve: ClassVar[str] = "`unseen share-model`, then `unseen party` three times"
 
     parties: tuple[str, ...] = option(ADDRESSES, "host:port of parties 0, 1, 2, with commas.", CONNECT)
     public_weights: bool = option(False, "Let all parties know the weights: cheaper, inputs stay secret.", COMPILE)
@@ -72,6 +73,9 @@ class ThreeParty(CircuitDeployment):
             Role(PARTIES[1], learnt, (PARTIES[0], PARTIES[2])),
             Role(PARTIES[2], learnt),
         )
+
+    def located(self, addresses: Mapping[str, str]) -> Self:
+        return replace(self, parties=tuple(addresses[name] for name in PARTIES))
 
     def translated(self, program: Program) -> Translated:
         """A Program's circuit for three servers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secure.cost.circuit_profile import embedding_price
 from secure.cost.runnable import Deployed
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import (
@@ -39,6 +40,7 @@ class TwoParty(CircuitDeployment):
     name: ClassVar[str] = "two-party"
     summary: ClassVar[str] = "a server and a dealer; secret sharing"
     trust: ClassVar[str] = "semi-honest; the dealer must not collude with either"
+    default: ClassVar[bool] = True
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     dealer: str = option("127.0.0.1:50052", "The dealer's host:port.", CONNECT, SERVE)
@@ -55,6 +57,10 @@ class TwoParty(CircuitDeployment):
         """The Program's circuit as it is, between server and client."""
         names = (SERVER, CLIENT)
         return Deployed(program.circuit, program.revealed, program.paths, program.weight_shapes, names, DEALER)
+
+    def remarks(self, program: Program) -> tuple[str, ...]:
+        price = embedding_price(program)
+        return (*super().remarks(program), *((price,) if price else ()))
 
     def insecure(self, model: mpc.MpcModel, tokenizer: TextTokenizer | None) -> Link:
         return TwoPartiesInProcess(model, tokenizer, self.name, self.deployed(model.program))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -24,13 +26,24 @@ class Digits(Task[Tensor, int]):
 
     def load(self, model: str, length: int = 0, sentences: Sequence[str] = ()) -> Loaded:
         """Train the model from scratch: half a minute at most."""
-        return prepared(train_digits(layers_of(model))[0])
+        if length or sentences:
+            raise InvalidInput("images take no length and no sentences", "leave them out for a model on digits")
+        trained, reached = train_digits(layers_of(model))
+        return replace(prepared(trained), about=f"accuracy on the test images {reached:.4f}")
+
+    def knows(self, model: str) -> bool:
+        return is_digits(model)
 
     def inputs(self, given: Tensor, served: Served) -> Mapping[str, Tensor]:
         return {"images": given[None]}
 
     def answer(self, result: Any) -> int:
         return int(result.argmax())
+
+
+def is_digits(model: str) -> bool:
+    """Whether a name means one of these models: "digits" or "digits-", unless there is a directory of that name."""
+    return model.partition("-")[0] == NAME and not Path(model).is_dir()
 
 
 def layers_of(model: str) -> int:

@@ -11,6 +11,8 @@ from secure.errors import InvalidInput
 from secure.models.text import load_text_model, text_inputs, text_samples
 from secure.tasks.task import Loaded, Served, Task
 
+LENGTH = 128  # tokens that a text is padded to, unless something else is asked for
+
 
 class Embed(Task[str, Tensor]):
     """A text to its embedding, a float64 vector."""
@@ -18,8 +20,8 @@ class Embed(Task[str, Tensor]):
     name: ClassVar[str] = "embed"
     noun: ClassVar[str] = "text"
 
-    def load(self, model: str, length: int, sentences: Sequence[str] = ()) -> Loaded:
-        found = load_text_model(model)
+    def load(self, model: str, length: int = 0, sentences: Sequence[str] = ()) -> Loaded:
+        found, length = load_text_model(model), length or LENGTH
         samples = text_samples(found, length, sentences)
         return Loaded(found.name, found.module, samples, found.tokenizer, found.tokenizer_json, length)
 

@@ -28,7 +28,10 @@ class Served:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
-    """A model ready to be compiled: the module, inputs that calibrate it, and the tokenizer that clients will need."""
+    """A model ready to be compiled: the module, inputs that calibrate it, and the tokenizer that clients will need.
+
+    about: a line for the model's owner, "" where there is nothing to say.
+    """
 
     name: str
     module: nn.Module
@@ -36,6 +39,7 @@ class Loaded:
     tokenizer: TextTokenizer | None = None
     tokenizer_json: bytes = b""
     length: int = 0
+    about: str = ""
 
 
 class Task(ABC, Generic[Given, Answer]):
@@ -44,9 +48,15 @@ class Task(ABC, Generic[Given, Answer]):
     name: ClassVar[str]
     noun: ClassVar[str] = "input"  # what messages call one of several
 
+    def knows(self, model: str) -> bool:
+        """Whether the task alone can load a model of this name; directories and other names are for texts."""
+        return False
+
     @abstractmethod
     def load(self, model: str, length: int, sentences: Sequence[str] = ()) -> Loaded:
-        """The model of this name or directory, for one padded length. ``sentences``: more of them to calibrate with."""
+        """The model of this name or directory, for one padded length; 0: the task's own, where it has lengths.
+        ``sentences``: more of them to calibrate with.
+        """
 
     def check(self, given: Sequence[Given], served: Served) -> None:
         """Raise InvalidInput where the model that is served does not fit, or ``given`` as a whole is no input."""

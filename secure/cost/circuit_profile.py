@@ -1,0 +1,161 @@
+"""The profile of a circuit: counted costs, projected seconds, by module and by kind of operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from protocols.protocol import CircuitCost
+from protocols.two_party import Input
+from secure.cost.count import Line, NetworkSpeed, Profile, module, profile, total_seconds
+from secure.cost.kernel_times import measure
+from secure.cost.projection import Projection, Transport, project
+from secure.cost.report import ProfileReport, ReportTable
+from secure.cost.runnable import Deployed
+from secure.cost.timeline import Timeline, Usage
+from secure.cost.traffic import Cost, in_words, links, mb, traffic_json
+from secure.mpc.program import Program
+
+Networks = Mapping[str, NetworkSpeed | None]
+"""Networks by name; None: both parties on one machine."""
+
+Groups = dict[str, tuple[CircuitCost, int, int]]
+
+
+@dataclass(frozen=True)
+class Weightless:
+    """A model of which there is a Program alone: it can be priced and profiled, not run."""
+
+    program: Program
+
+
+def circuit_profile(
+    deployment: str,
+    program: Program,
+    running: Deployed,
+    cost: Cost,
+    networks: Networks,
+    transport: Transport | None,
+    depth: int,
+    remarks: Sequence[str],
+) -> ProfileReport:
+    """Count a deployment's circuit and, with ``transport``, time its kernels here and project a query's seconds."""
+    found = profile(running)
+    projections: dict[str, Projection] = {}
+    if transport is not None:
+        timings = measure(running)
+        projections = {name: project(found, timings, transport, n) for name, n in networks.items()}
+    by_module, by_kind = found.by(lambda line: module(line.path, depth)), found.by(_kind)
+    waiting = total_seconds([n for n in networks.values() if n], found.total)
+    rows = [_projection(name, networks[name], p, running) for name, p in projections.items()]
+    document = {
+        "program_digest": program.digest,
+        "labels": dict(program.labels),
+        "deployment": deployment,
+        "total": _row(found.total, found.products, found.comparisons, running),
+        "failure_probability": program.failure_bound,
+        "memory": {name: asdict(memory) for name, memory in zip(running.names, found.memory, strict=True)},
+        "correlations": found.correlations,
+        "modules": {name: _row(*row, running) for name, row in by_module.items()},
+        "kinds": {name: _row(*row, running) for name, row in by_kind.items()},
+        "waiting_seconds": waiting,
+        "networks": rows,
+    }
+    tables = [_table("by module", by_module, running), _table("by protocol", by_kind, running)]
+    lines = [*_lines(found, cost, running), *remarks]
+    if rows:
+        tables.append(_projection_table(rows, running))
+    else:
+        lines += [f"waiting for the network, without computation: {s:6.2f} s on {name}" for name, s in waiting.items()]
+    return ProfileReport(cost, document, tables, lines)
+
+
+def failure(program: Program) -> str:
+    """How likely a query within its ranges goes wrong, in words."""
+    ranges = program.labels.get("ranges", "calibrated")
+    return f"failure probability within the ranges ({ranges}): {program.failure_bound:g} (no step is probabilistic)"
+
+
+def embedding_price(program: Program) -> str:
+    """The price of looking tokens up between two parties, and what clients see by it, in words; "" without tokens."""
+    read = {i: c.protocol.name for i, c in enumerate(program.circuit) if isinstance(c.protocol, Input)}
+    one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
+    if one_hot:
+        size = sum(c.protocol.cost().to_first for c in program.circuit if {read.get(i) for i in c.inputs} & one_hot)
+        return (
+            f"embedding one-hot: {mb(size)} of a query's bytes, and shows nothing (client-table: none, but the table)"
+        )
+    rows = sum(spec.size * spec.shape[-1] for spec in program.client_inputs if spec.encoding == "client-table")
+    shown = f"embedding client-table: no bytes a query, but shows clients the token table ({mb(4 * rows)}, once)"
+    return shown if rows else ""
+
+
+def _kind(line: Line) -> str:
+    return line.kind
+
+
+def _row(cost: CircuitCost, products: int, comparisons: int, running: Deployed) -> dict[str, Any]:
+    traffic = traffic_json(links(cost, *running.names, running.dealer))
+    return {
+        "rounds": cost.rounds,
+        "traffic": traffic,
+        "multiply_accumulates": products,
+        "comparisons": comparisons,
+    }
+
+
+def _projection(name: str, network: NetworkSpeed | None, projection: Projection, running: Deployed) -> dict[str, Any]:
+    """One network: seconds of a query, and how each computing party spends them."""
+    both: Sequence[Timeline] = (projection.server, projection.client)
+    return {
+        "name": network.name if network else name,
+        "round_trip_ms": network.round_trip * 1e3 if network else 0.0,
+        "mbps": network.bandwidth * 8 / 1e6 if network else None,
+        "seconds": projection.seconds,
+        "parties": {name: _usage(timeline.total) for name, timeline in zip(running.names, both, strict=True)},
+    }
+
+
+def _usage(usage: Usage) -> dict[str, float]:
+    return {"compute": usage.compute, "wire": usage.wire, "waiting": usage.waiting}
+
+
+# for people
+
+
+def _lines(found: Profile, cost: Cost, running: Deployed) -> list[str]:
+    lines = [f"a query: {cost.rounds} rounds (merged), {in_words(cost.traffic, 'online')}"]
+    lines.append(f"offline: {in_words(cost.traffic, 'offline') or 'nothing'}")
+    for party, memory in zip(running.names, found.memory, strict=True):
+        lines.append(
+            f"memory of {party}, beside the weights: {mb(memory.live)} of shares at once, "
+            f"{mb(memory.correlations)} of correlations for each prepared query"
+        )
+    return lines
+
+
+def _table(title: str, found: Groups, running: Deployed) -> ReportTable:
+    """One row a module or kind, dearest first; what costs nothing is left out."""
+    dearest = sorted(found.items(), key=lambda item: -item[1][0].to_first - item[1][0].to_second)
+    rows = [
+        (
+            *(name, str(cost.rounds), *(mb(size) for size in (cost.to_first, cost.to_second, cost.dealt))),
+            *(f"{products / 1e6:.0f}", str(comparisons)),
+        )
+        for name, (cost, products, comparisons) in dearest
+        if cost != CircuitCost() or products
+    ]
+    directions = (f"to {name}" for name in running.names)
+    return ReportTable(title, ("", "rounds, unmerged", *directions, "offline", "MMAC", "comparisons"), tuple(rows))
+
+
+def _projection_table(networks: Sequence[Mapping[str, Any]], running: Deployed) -> ReportTable:
+    first, second = running.names
+    rows = []
+    for row in networks:
+        used = row["parties"][second]
+        figures = (row["seconds"], used["compute"], used["wire"], used["waiting"], row["parties"][first]["compute"])
+        rows.append((str(row["name"]), *(f"{value:.2f}" for value in figures)))
+    title = f"a query, projected from this machine's kernels ({second}'s seconds)"
+    return ReportTable(title, ("", "seconds", "computing", "packing", "waiting", f"{first} computes"), tuple(rows))
