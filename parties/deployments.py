@@ -6,7 +6,7 @@ form) and in ``secure.deployments.deployment`` (what it is).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from parties.three_party.hosted import ThreePartyHosted
 from parties.two_party.hosted import TwoPartyHosted
 from protocols import kernels
 from secure.deployments.compiled import Compiled
-from secure.deployments.deployment import Deployment
+from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
 from secure.session import Link, Session
 
@@ -38,6 +38,15 @@ class Hosted(Protocol):
     ) -> Parts:
         """``held``: what the role serves, a Compiled or a directory; None where it needs nothing."""
 
+    def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
+        """The ``unseen`` command line that a model's owner runs once before the roles start, if there is one.
+
+        compiling: the model and how it is compiled, as command-line arguments. directory: for what must be kept.
+        """
+
+    def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
+        """The ``unseen`` command line that hosts a role, but for --listen. ``peers``: addresses by role."""
+
 
 _HOSTED: dict[str, Hosted] = {}
 
@@ -49,9 +58,10 @@ def host(hosted: Hosted) -> None:
 
 def hosted(deployment: Deployment | type[Deployment]) -> Hosted:
     """The hosted form of a deployment."""
-    if deployment.name not in _HOSTED:
+    found = _HOSTED.get(deployment.name)
+    if found is None:
         raise InvalidInput(f"{deployment.name} has no hosted form", f"those that have: {', '.join(_HOSTED)}")
-    return _HOSTED[deployment.name]
+    return found
 
 
 for each in (TwoPartyHosted(), ThreePartyHosted(), CkksHosted()):
@@ -126,6 +136,18 @@ def serve(
     made = found.parts(role, held, deployment, peers, options)
     settle()
     return Service(made, at, options.network, what=f"the {role}")
+
+
+def starting_order(deployment: Deployment) -> list[Role]:
+    """The roles that are hosted, each behind those that it connects to."""
+    served = set(hosted(deployment).takes)
+    waiting = [role for role in deployment.roles() if role.name in served]
+    out: list[Role] = []
+    while waiting:
+        ready = next(role for role in waiting if not {r.name for r in waiting} & set(role.peers))
+        waiting.remove(ready)
+        out.append(ready)
+    return out
 
 
 def host_defaults() -> dict[str, Any]:

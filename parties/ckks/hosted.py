@@ -5,7 +5,8 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -76,3 +77,10 @@ class CkksHosted:
 
         encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
         return Parts([add], evaluators.close, (summary(model), encoded))
+
+    def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
+        return ()
+
+    def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
+        options = ("--deployment", self.deployment.name, "--state", str(directory / "server"), "--threads", "0")
+        return ("serve", *compiling, *options)

@@ -1,13 +1,16 @@
 """The command ``unseen``, one file a verb.
 
-options      options that several commands take
-profile_ckks what a model costs on ciphertexts
+console      the two consoles, threads, progress
+options      options that several commands take, and those of deployments
+output       reports in a file or on the terminal
 profile      ``unseen profile``
 compare      ``unseen compare``
-train        ``unseen train``
 accuracy     ``unseen accuracy``
+train        ``unseen train``
+timeline     ``unseen timeline``
+serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
+embed        ``unseen embed``
 demo         ``unseen demo``
-demo_digits  ``unseen demo --digits``
 main         the commands put together
 """

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from parties.cli.options import Length, Threads, read_texts
-from parties.cli.profile import Format, checked_output, write_report
+from parties.cli.console import ERR, OUT, say, use_threads
+from parties.cli.options import MODEL, ThreadsOption, read_texts
+from parties.cli.output import TABLE, FormatOption, OutputOption, checked_output, write_report
+from parties.reports.tables import titled
 from protocols.fixedpoint import FixedPoint
-from secure.errors import Error
+from secure.errors import InvalidInput
 from secure.models.calibration import HELD_OUT, SENTENCES
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
@@ -26,29 +25,24 @@ from secure.training.fidelity import Computed, Fidelity, Held
 
 LENGTH = 32  # tokens of a sentence, if nothing else is asked for
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 WAYS = ("computed in", "sentences", "Spearman", "same nearest", "mean cosine", "lowest", "lowest to own float")
 RANGES = ("module", "met", "allowed", "used (log)", "corrections", "error to exact")
 
 
-def accuracy_command(
+def accuracy(
     model: Annotated[str, typer.Argument(help="A model directory that `unseen train` wrote.")],
-    original: Annotated[
-        str, typer.Option(help=f"The model that it was made of, a directory or {PACKAGED!r}.")
-    ] = PACKAGED,
+    original: Annotated[str, typer.Option(help=f"The model that it was made of. {MODEL}.")] = PACKAGED,
     texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 8 of ours by default.")] = None,
-    length: Length = LENGTH,
+    length: Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")] = LENGTH,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
     protocol: Annotated[int, typer.Option(min=0, help="How many of them to ask under the protocol as well.")] = 10,
-    form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format["table"],
-    output: Annotated[Path | None, typer.Option(help="Where to write JSON or HTML; by default the terminal.")] = None,
-    threads: Threads = 0,
+    form: FormatOption = TABLE,
+    output: OutputOption = None,
+    threads: ThreadsOption = 0,
 ) -> None:
     """Compare a polynomial model with its original: in floating point, in fixed point, and under the protocol."""
     checked_output(output, form.value)
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    use_threads(threads)
     given = read_texts(texts, "--texts", "sentence") if texts else list(HELD_OUT)
     fixed = FixedPoint(fraction_bits=fraction_bits)
     found = measured(model_directory(model), model_directory(original), given, length, protocol, fixed)
@@ -78,7 +72,7 @@ def warn(found: Fidelity) -> None:
     for held in found.ranges:
         if held.used is not None and not held.used <= 1:
             met = f"met {held.met_low:.3g} to {held.met_high:.3g}, made for {held.low:.3g} to {held.high:.3g}"
-            err.print(f"unseen accuracy: warning: {held.path}: {met}; answers on such texts are wrong", soft_wrap=True)
+            ERR.print(f"unseen accuracy: warning: {held.path}: {met}; answers on such texts are wrong", soft_wrap=True)
 
 
 def measured(
@@ -91,18 +85,20 @@ def measured(
 
     model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
     if not any(forms(model)):
-        raise Error(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
+        raise InvalidInput(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
     length = length or min(LENGTH, model.maximum_length)
     if not 2 < length <= model.maximum_length:
-        raise Error(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
+        raise InvalidInput(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
     samples = calibration_inputs(tokenizer, length, SENTENCES)
-    _say("compiling")
+    say("unseen accuracy: compiling ...")
     labels = {"model": trained.name, "length": str(length)}
     compiled = compile(
         model, samples[0], calibration=samples[1:], embedding="client-table", fixed_point=fixed, labels=labels
     )
     inputs = [x for text in texts if (x := cut(tokenizer, text, length)) is not None]
-    return fidelity(model, teacher, compiled, inputs, min(protocol, len(inputs)), _say)
+    return fidelity(
+        model, teacher, compiled, inputs, min(protocol, len(inputs)), lambda line: say(f"unseen accuracy: {line} ...")
+    )
 
 
 def cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Tensor] | None:
@@ -120,12 +116,7 @@ def show(found: Fidelity) -> None:
     """As tables in the terminal. "used" of a range: in logarithms, from its middle."""
     warn(found)
     for title, heads, rows in _tables(found):
-        table = Table(title=title, title_justify="left")
-        for head in heads:
-            table.add_column(head, justify="left" if head == heads[0] else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(str(cell) for cell in row))
-        out.print(table)
+        OUT.print(titled(title, heads, [[str(cell) for cell in row] for row in rows]))
 
 
 def _tables(found: Fidelity) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
@@ -170,7 +161,3 @@ def _page(document: dict[str, Any], found: Fidelity) -> str:
     for (title, heads, rows), picture in zip(_tables(found), pictures, strict=True):
         body.append(f"<h2>{escaped(title)}</h2>{picture}{table_html(heads, rows)}")
     return page(f"unseen accuracy: {document['model']} of {document['original']}", body, charts)
-
-
-def _say(line: str) -> None:
-    err.print(f"unseen accuracy: {line} ...", markup=False, soft_wrap=True)

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from parties.cli.options import ONE_HOT, OURS, Approximations, Embedding, Gelu, Threads, read_texts
+from parties.cli.console import OUT, say, use_threads, write
+from parties.cli.options import Approximations, Embedding, Gelu, TextModelArgument, ThreadsOption, read_texts
 from parties.net.hosting import settle
 from parties.net.measure import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
-from secure.cost.count import LOOPBACK, NETWORKS, Network, find_network
+from secure.cost.count import LOOPBACK, NETWORKS, NetworkSpeed, find_network
+from secure.cost.traffic import OFFLINE, ONLINE
+from secure.deployments import compare as comparison
 from secure.deployments.compare import (
+    FIRST_DEPLOYMENT,
     FORMS,
     FRACTION_BITS,
     Outcome,
@@ -31,19 +32,15 @@ from secure.deployments.compare import (
     Seconds,
     Variant,
     cheapest,
-    compare,
+    comparable,
     projected,
     variants,
     waiting,
 )
-from secure.deployments.three_party import DEPLOYMENTS, TWO_PARTY
-from secure.errors import Error, printable
+from secure.errors import InvalidInput, printable
 from secure.models.calibration import HELD_OUT, SENTENCES
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 LENGTH = 128
 MARK = "*"
@@ -58,21 +55,18 @@ HEADINGS = {
 }
 
 
-Compared = StrEnum("Compared", {d: d for d in DEPLOYMENTS})  # type: ignore[misc]
-DEPLOYMENTS_BY_DEFAULT = [Compared[TWO_PARTY]]
+Compared = StrEnum("Compared", {d: d for d in comparable()})  # type: ignore[misc]
 
 
-def compare_command(
-    model: Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
+def compare(
+    model: TextModelArgument = PACKAGED,
     length: Annotated[list[int] | None, typer.Option(min=3, help=f"Padded length; {LENGTH} by default.")] = None,
     embedding: Annotated[list[Embedding] | None, typer.Option(help="One-hot by default.")] = None,
     gelu: Annotated[list[Gelu] | None, typer.Option(help="Form of GeLU; all of them by default.")] = None,
     approximations: Annotated[
         list[Approximations] | None, typer.Option(help="Ours by default; PUMA's have a GeLU of their own.")
     ] = None,
-    deployment: Annotated[
-        list[Compared] | None, typer.Option(help="Two parties by default; of three, 'server' is party 0.")
-    ] = None,
+    deployment: Annotated[list[Compared] | None, typer.Option(help=f"{FIRST_DEPLOYMENT} by default.")] = None,
     fraction_bits: Annotated[
         list[int] | None, typer.Option(help=f"Fraction bits of activations; {FRACTION_BITS} by default.")
     ] = None,
@@ -90,28 +84,28 @@ def compare_command(
     time: Annotated[
         bool, typer.Option(help="Time this machine's kernels, for seconds with computation; a minute a variant.")
     ] = False,
-    threads: Threads = 1,
+    threads: ThreadsOption = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare variants of a model: cost, seconds and accuracy of each. Give an option again for one more value."""
     asked = find_network(network)
     key = asked.key if asked else LOOPBACK
     if asked is None and not time:
-        raise Error("on loopback a query waits for computation alone", "give --time, or another --network")
+        raise InvalidInput("on loopback a query waits for computation alone", "give --time, or another --network")
     for bits in fraction_bits or ():
         FixedPoint(fraction_bits=bits)
     chosen = variants(
         length or [LENGTH],
-        [e.value for e in embedding or [ONE_HOT]],
+        [e.value for e in embedding or [*Embedding][:1]],
         [g.value for g in gelu or Gelu],
         fraction_bits or [FRACTION_BITS],
-        approximations=[a.value for a in approximations or [OURS]],
-        deployments=[d.value for d in deployment or DEPLOYMENTS_BY_DEFAULT],
+        approximations=[a.value for a in approximations or [*Approximations][:1]],
+        deployments=[d.value for d in deployment or [*Compared][:1]],
         forms=FORMS if beside else FORMS[:1],
     )
     held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]
     directory = model_directory(model)
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    use_threads(threads)
     outcomes: list[Outcome] = []
     try:
         for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, time), beside):
@@ -120,11 +114,11 @@ def compare_command(
         if outcomes:
             best = cheapest(outcomes, accuracy, key)
             if as_json:
-                out.file.write(json.dumps(document(outcomes, best, accuracy, key, time)) + "\n")
+                write(json.dumps(document(outcomes, best, accuracy, key, time)) + "\n")
             else:
                 _show(model, outcomes, best, accuracy, key, time)
     if all(o.problem for o in outcomes):
-        raise Error("no variant of the model works", _first_line(outcomes[0].problem or ""))
+        raise InvalidInput("no variant of the model works", _first_line(outcomes[0].problem or ""))
 
 
 def _outcomes(
@@ -136,17 +130,17 @@ def _outcomes(
 
     def samples(length: int) -> Samples:
         if not 2 < length <= encoder.maximum_length:
-            raise ValueError(f"the model takes no length of {length} tokens\nhint: 3 to {encoder.maximum_length}")
+            raise InvalidInput(f"the model takes no length of {length} tokens", f"3 to {encoder.maximum_length}")
         held_out = [_cut(tokenizer, text, length) for text in texts]
         if cut := sum(shorter for _, shorter in held_out):
-            _say(f"{cut} of {len(texts)} texts cut to {length} tokens")
+            say(f"unseen compare: {cut} of {len(texts)} texts cut to {length} tokens")
         return Samples(calibration_inputs(tokenizer, length, SENTENCES), [inputs for inputs, _ in held_out])
 
     polynomial = load_sentence_encoder(model_directory(beside)) if beside else None
     labels = {"model": Path(model).name}
-    found = compare(encoder, chosen, samples, seconds, labels=labels, polynomial=polynomial)
+    found = comparison.compare(encoder, chosen, samples, seconds, labels=labels, polynomial=polynomial)
     for number, variant in enumerate(chosen, 1):
-        _say(f"{number} of {len(chosen)}: {variant.name} ...")
+        say(f"unseen compare: {number} of {len(chosen)}: {variant.name} ...")
         yield next(found)
 
 
@@ -158,12 +152,10 @@ def _cut(tokenizer: TextTokenizer, text: str, length: int) -> tuple[dict[str, Te
             return text_inputs(tokenizer, " ".join(words[:kept]), length), kept < len(words)
         except ValueError:
             continue
-    raise ValueError(
-        f"a text has a first word of more than {length} tokens\nhint: leave it out, or take a larger length"
-    )
+    raise InvalidInput(f"a text has a first word of more than {length} tokens", "leave it out, or take a larger length")
 
 
-def _seconds(asked: Network | None, timed: bool) -> Seconds:
+def _seconds(asked: NetworkSpeed | None, timed: bool) -> Seconds:
     """On the usual networks and the one asked for."""
     networks = {n.key: n for n in (*NETWORKS, *([asked] if asked else ()))}
     if not timed:
@@ -192,8 +184,7 @@ def _row(outcome: Outcome, accuracy: float) -> dict[str, Any]:
         "name": outcome.variant.name,
         "settings": outcome.variant.settings,
         "rounds": cost and cost.rounds,
-        "bytes_online": cost and {"to_server": cost.to_first, "to_client": cost.to_second},
-        "bytes_offline": cost and cost.dealt,
+        "traffic": cost and cost.as_dict()["traffic"],
         "seconds": dict(outcome.seconds),
         "lowest_cosine": outcome.lowest_cosine,
         "meets": outcome.meets(accuracy),
@@ -204,18 +195,18 @@ def _row(outcome: Outcome, accuracy: float) -> dict[str, Any]:
 def _show(
     model: str, outcomes: Sequence[Outcome], best: Outcome | None, accuracy: float, network: str, timed: bool
 ) -> None:
-    out.print(table(model, outcomes, best))
+    OUT.print(table(model, outcomes, best))
     for outcome in outcomes:
         if outcome.problem:
-            out.print(f"{outcome.variant.name}: {printable(outcome.problem)}", markup=False, soft_wrap=True)
+            OUT.print(f"{outcome.variant.name}: {printable(outcome.problem)}", markup=False, soft_wrap=True)
     kind = "a query, with this machine's computation" if timed else "waiting for the network, without computation"
-    out.print(f"seconds: {kind}; of latencies and bandwidths, not measured on a network")
+    OUT.print(f"seconds: {kind}; of latencies and bandwidths, not measured on a network")
     if best:
         seconds = best.seconds[network]
         said = f"{MARK} the cheapest on {network} with a lowest cosine of {accuracy:g} or more: {best.variant.name}"
-        out.print(f"{said} ({seconds:.2f} s)", markup=False, soft_wrap=True)
+        OUT.print(f"{said} ({seconds:.2f} s)", markup=False, soft_wrap=True)
         return
-    out.print(f"none has a lowest cosine of {accuracy:g} or more", markup=False, soft_wrap=True)
+    OUT.print(f"none has a lowest cosine of {accuracy:g} or more", markup=False, soft_wrap=True)
 
 
 def table(model: str, outcomes: Sequence[Outcome], best: Outcome | None) -> Table:
@@ -230,7 +221,7 @@ def table(model: str, outcomes: Sequence[Outcome], best: Outcome | None) -> Tabl
         shown.add_column(heading, overflow="fold")
     networks = list(next((o.seconds for o in outcomes if o.seconds), {}))
     places = [n.replace("-", "-\n").replace(LOOPBACK, "loop-\nback") for n in networks]
-    columns = ["rounds", "MB to\nserver", "MB to\nclient", "MB\noff-\nline", *(f"s on\n{place}" for place in places)]
+    columns = ["rounds", "MB on-\nline", "MB off-\nline", *(f"s on\n{place}" for place in places)]
     for heading in (*columns, "lowest\ncosine"):
         shown.add_column(heading, justify="right", overflow="fold")
     for outcome in outcomes:
@@ -244,14 +235,10 @@ def table(model: str, outcomes: Sequence[Outcome], best: Outcome | None) -> Tabl
 def _cells(outcome: Outcome, networks: Sequence[str]) -> list[str]:
     cost, cosine = outcome.cost, outcome.lowest_cosine
     if cost is None:
-        return ["-"] * (5 + len(networks))
-    sizes = (f"{size / 1e6:.1f}" for size in (cost.to_first, cost.to_second, cost.dealt))
+        return ["-"] * (4 + len(networks))
+    sizes = (f"{size / 1e6:.1f}" for size in (cost.bytes(phase=phase) for phase in (ONLINE, OFFLINE)))
     times = (f"{outcome.seconds[n]:.2f}" for n in networks)
     return [str(cost.rounds), *sizes, *times, "-" if cosine is None else f"{cosine:.7f}"]
-
-
-def _say(line: str) -> None:
-    err.print(f"unseen compare: {line}", markup=False, soft_wrap=True)
 
 
 def _first_line(text: str) -> str:

@@ -1,40 +1,141 @@
-"""``unseen demo``: dealer, server and client as three processes on this machine, on real input."""
+"""``unseen demo``: everybody who takes part as a process of its own on this machine, on real input."""
 
 from __future__ import annotations
 
-import json
+import statistics
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
+from parties import deployments
+from parties.cli.console import OUT, announced, progress
+from parties.cli.options import (
+    MODEL,
+    ApproximationsOption,
+    EmbeddingOption,
+    FractionBitsOption,
+    GeluOption,
+    LengthOption,
+    TraceOption,
+    arguments,
+    compile_options,
+    require_traces,
+)
 from parties.net import hosting
+from parties.reports.answers import lines
 from parties.traces.merge import merged
 from parties.traces.trace_file import TraceDirectory
-from secure.errors import Error
-
-_COLOURS = ("blue", "green", "magenta")
+from secure.cost.traffic import ONCE, in_words
+from secure.deployments.deployment import COMPILE, CONNECT, Deployment
+from secure.errors import Error, InvalidInput
+from secure.models.digits import load_digits
+from secure.models.text import PACKAGED
+from secure.tasks.digits import NAME, Digits
 
 SENTENCES = (
     "My doctor says the test results are not good.",
     "The patient has received bad news about her health.",
     "The stadium sold out within an hour of tickets going on sale.",
 )
+IMAGES, SHOWN = 50, 3  # test images that are asked about, and how many are drawn
+WANTED = 0.95  # of the answers
+_COLOURS = ("magenta", "blue", "green", "cyan")
+
+
+def demo(
+    deployment: Deployment,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed; three of ours by default.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{MODEL}, which is the default.")] = None,
+    length: LengthOption = None,
+    embedding: EmbeddingOption = None,
+    gelu: GeluOption = None,
+    approximations: ApproximationsOption = None,
+    fraction_bits: FractionBitsOption = None,
+    trace: TraceOption = None,
+    digits: Annotated[
+        bool, typer.Option("--digits", help="Train and serve a small vision transformer on scikit-learn's digits.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(min=1, max=4, help="Layers of that model; 1 by default.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, max=360, help=f"Test images to ask it about; {IMAGES} by default.")
+    ] = None,
+) -> None:
+    """Run everybody who takes part as processes on this machine, and embed a few sentences privately."""
+    given: dict[str, Any] = {
+        "embedding": embedding,
+        "gelu": gelu,
+        "approximations": approximations,
+        "fraction_bits": fraction_bits,
+    }
+    compile_options(deployment, **given)  # what means nothing is refused
+    if trace is not None:
+        require_traces(deployment)
+    of_texts: dict[str, Any] = {
+        "TEXTS": texts,
+        "--model": model,
+        "--length": length,
+        **{f"--{n}": v for n, v in given.items()},
+    }
+    of_texts["--trace"] = trace
+    of_images = {"--layers": layers, "--images": images}
+    for name, value in (of_texts if digits else of_images).items():
+        if value:
+            raise InvalidInput(
+                f"{name.replace('_', '-')} means nothing in the demo of {'digits' if digits else 'texts'}"
+            )
+    compiling = [f"--{n.replace('_', '-')}={v}" for n, v in (*given.items(), ("length", length)) if v is not None]
+    compiling += arguments(deployment, (COMPILE,))[2:]
+    if digits:
+        named = NAME if layers in (None, 1) else f"{NAME}-{layers}"
+        with hosted(OUT, deployment, [named, *compiling]) as located:
+            raise typer.Exit(ask_digits(OUT, located, images or IMAGES))
+    if model is None and not deployment.runs_packaged:
+        raise InvalidInput(
+            f"{PACKAGED} does not run under {deployment.name} as it is", "add --digits, or --model and its directory"
+        )
+    raise typer.Exit(embed_texts(OUT, deployment, model or PACKAGED, compiling, texts or SENTENCES, trace))
 
 
 @contextmanager
-def process(
-    console: Console, name: str, colour: str, arguments: Sequence[str], module: str = "parties.cli"
-) -> Iterator[str]:
-    """Run ``unseen ARGUMENTS`` (or another module of ours) until the block ends; yields the address that it announces
-    on its standard output.
+def hosted(
+    console: Console, deployment: Deployment, compiling: Sequence[str], *, serving: Sequence[str] = ()
+) -> Iterator[Deployment]:
+    """Everybody but the client, each a process, until the block ends; yields the deployment at their addresses.
+
+    compiling: the model and how it is compiled, as arguments. serving: more of them for the role that serves it.
     """
-    command, environment = hosting.child(module, *arguments)
+    found = deployments.hosted(deployment)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
+        if first := found.owner(compiling, directory):
+            command, environment = hosting.child("parties.cli", *first)
+            if code := subprocess.call(command, env=environment, stdin=subprocess.DEVNULL):
+                raise Error(f"the owner's part failed (exit code {code})", "see its output above")
+        addresses: dict[str, str] = {}
+        for number, role in enumerate(deployments.starting_order(deployment)):
+            peers = {name: addresses[name] for name in role.peers}
+            more = serving if role.name == deployment.serves else ()
+            command_line = [*found.command(role.name, compiling, directory, peers), *more]
+            command_line += ["--listen", "127.0.0.1:0", "--announce"]
+            started = process(console, role.name, _COLOURS[number % len(_COLOURS)], command_line)
+            addresses[role.name] = stack.enter_context(started)
+        console.rule("client")
+        yield deployment.located(addresses)
+
+
+@contextmanager
+def process(console: Console, name: str, colour: str, line: Sequence[str]) -> Iterator[str]:
+    """Run ``unseen LINE`` until the block ends; yields the address that it announces on its standard output."""
+    command, environment = hosting.child("parties.cli", *line)
     child = subprocess.Popen(
         command,
         env=environment,
@@ -45,16 +146,15 @@ def process(
     )
     assert child.stdout is not None
     with child.stdout as output:
+        reader = threading.Thread(target=_echo_all, args=(console, name, colour, output), daemon=True)
+        address: str | None = None
         try:
-            address = ""
-            for line in output:
-                _echo(console, name, colour, line)
-                if line.startswith("{"):
-                    address = json.loads(line)["listening"]
+            for said in output:
+                if address := announced(said):
                     break
+                _echo(console, name, colour, said)
             if not address:
                 raise Error(f"the {name} did not start (exit code {child.wait()})", "see its output above")
-            reader = threading.Thread(target=_echo_all, args=(console, name, colour, output), daemon=True)
             reader.start()
             yield address
         finally:
@@ -74,26 +174,28 @@ def _echo_all(console: Console, name: str, colour: str, lines: Iterable[str]) ->
 
 
 def _echo(console: Console, name: str, colour: str, line: str) -> None:
-    if not line.startswith("{"):
-        console.print(f"[{colour}]{name:>7}[/] │ {escape(line.rstrip())}", highlight=False, soft_wrap=True)
+    console.print(f"[{colour}]{name:>7}[/] │ {escape(line.rstrip())}", highlight=False, soft_wrap=True)
 
 
-def run(
+# texts
+
+
+def embed_texts(
     console: Console,
+    deployment: Deployment,
     model: str,
-    length: int,
-    embedding: str,
-    gelu: str,
-    approximations: str,
+    compiling: Sequence[str],
     texts: Sequence[str],
-    traces: Path | None = None,
+    trace: Path | None,
 ) -> int:
-    """The client's exit code. ``traces``: where both parties leave theirs, and what they are together."""
-    directory = TraceDirectory(traces).path if traces else None
+    """The exit code of the client, a process too. ``trace``: where both parties leave theirs, put together."""
+    directory = TraceDirectory(trace).path if trace else None
     before = set(directory.iterdir()) if directory else set()
-    profiling = ["--profile", str(directory)] if directory else []
-    served = _served(length, embedding, gelu, approximations)
-    code = _run(console, model, [*served, *profiling], [*texts, *profiling])
+    tracing = ["--trace", str(directory)] if directory else []
+    with hosted(console, deployment, [model, *compiling], serving=tracing) as located:
+        asking = ["embed", *arguments(located, (CONNECT,)), "--compare-with", model, "--no-cache", *tracing]
+        command, environment = hosting.child("parties.cli", *asking, "--", *texts)
+        code = subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
     # the server has ended by now, so its last trace is there too
     for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():
         name = path.name.removeprefix("client-")
@@ -102,51 +204,33 @@ def run(
     return code
 
 
-def _served(length: int, embedding: str, gelu: str, approximations: str) -> list[str]:
-    return ["--length", str(length), "--embedding", embedding, "--gelu", gelu, "--approximations", approximations]
+# images
 
 
-def _run(console: Console, model: str, serving: Sequence[str], asking: Sequence[str]) -> int:
-    with ExitStack() as stack:
-        state = stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-"))
-        dealer = stack.enter_context(
-            process(console, "dealer", "magenta", ["dealer", "--listen", "127.0.0.1:0", "--threads", "1", "--announce"])
-        )
-        served = ["serve", model, "--dealer", dealer, "--listen", "127.0.0.1:0", *serving]
-        served += ["--state", str(Path(state) / "server")]
-        server = stack.enter_context(process(console, "server", "blue", [*served, "--threads", "1", "--announce"]))
-        client = ["embed", *asking, "--server", server, "--dealer", dealer, "--compare-with", model, "--threads", "1"]
-        console.rule("client")
-        command, environment = hosting.child("parties.cli", *client, "--no-cache")
-        return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
+def ask_digits(console: Console, deployment: Deployment, count: int) -> int:
+    """Ask about test images from this process. The exit code: 1 if fewer than ``WANTED`` of the answers are right."""
+    hosting.settle()
+    images, labels = load_digits().test
+    images, labels = images[:count], labels[:count]
+    right = 0
+    with progress("preparing") as told, deployments.connect(deployment, cache=False, told=told) as session:
+        if once := in_words(session.once, ONCE):
+            console.print(f"once: {once}", highlight=False, soft_wrap=True)
+        for number, answer in enumerate(session.run(Digits(), list(images))):
+            right += answer == int(labels[number])
+            if number < SHOWN:
+                console.print(drawn(images[number]), highlight=False, markup=False)
+                console.print(f"is a {answer} (label {int(labels[number])})", highlight=False)
+        reports = session.reports[1:] or session.reports  # the first one warms up
+    seconds = statistics.median(report.online_seconds for report in reports)
+    console.print(f"{right} of {count} right; online {seconds:.3f} s an image; the last one:", highlight=False)
+    for line in lines(reports[-1]):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    return 0 if right >= WANTED * count else 1
 
 
-def run_three(
-    console: Console,
-    model: str,
-    length: int,
-    embedding: str,
-    gelu: str,
-    approximations: str,
-    texts: Sequence[str],
-) -> int:
-    """A model shared among three parties, each a process, and a client; the client's exit code."""
-    with ExitStack() as stack:
-        shares = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
-        command, environment = hosting.child("parties.cli", "share-model", model, "--output", str(shares))
-        code = subprocess.call([*command, *_served(length, embedding, gelu, approximations)], env=environment)
-        if code:
-            return code
-
-        def party(number: int, *options: str) -> str:
-            arguments = ["party", "--id", str(number), "--share", str(shares / f"party-{number}"), *options]
-            arguments += ["--listen", "127.0.0.1:0", "--threads", "1", "--announce"]
-            return stack.enter_context(process(console, f"party {number}", _COLOURS[number], arguments))
-
-        two = party(2)
-        zero = party(0, "--party-2", two)
-        one = party(1, "--party-0", zero, "--party-2", two)
-        client = ["embed", *texts, "--deployment", "three-party", "--parties", f"{zero},{one},{two}"]
-        console.rule("client")
-        command, environment = hosting.child("parties.cli", *client, "--compare-with", model, "--no-cache")
-        return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
+def drawn(image: Tensor) -> str:
+    """An image of a digit in characters."""
+    shades = " .:-=+*#@"
+    rows = (image.reshape(8, 8) * (len(shades) - 1)).round().int().tolist()
+    return "\n".join("".join(shades[v] * 2 for v in row) for row in rows)

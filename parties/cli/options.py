@@ -1,50 +1,255 @@
-"""Options that several commands take, and what a person may give for them."""
+"""Options that several commands take, and those that are made from the fields of deployments.
+
+An option that only some deployments have is None unless it was given, and is refused where it means nothing.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
-from secure.errors import Error
+from parties.deployments import hosted
+from protocols.fixedpoint import FixedPoint
+from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
+from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
+from secure.models.text import PACKAGED
+from secure.tasks.embed import LENGTH
 
 # Enums for typer's choices; their members come from the library.
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 Approximations = StrEnum("Approximations", {a: a for a in APPROXIMATIONS})  # type: ignore[misc]
 
+MODEL = f"A model directory, or {PACKAGED!r}"
 
-class Deployment(StrEnum):
-    TWO_PARTY = "two-party"
-    THREE_PARTY = "three-party"
-    CKKS = "ckks"
+ModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}; or digits, digits-2, ..., which is trained first.")]
+TextModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}.")]
+LengthOption = Annotated[
+    int | None, typer.Option(min=3, help=f"Padded length of texts in tokens; public. {LENGTH} by default.")
+]
+EmbeddingOption = Annotated[
+    Embedding | None, typer.Option("--embedding", help=f"How tokens are looked up; {EMBEDDINGS[0]} by default.")
+]
+GeluOption = Annotated[
+    Gelu | None, typer.Option("--gelu", help=f"The approximation of GeLU; {GELU_FORMS[0]} by default.")
+]
+ApproximationsOption = Annotated[
+    Approximations | None, typer.Option("--approximations", help="Ours by default, or PUMA's, its GeLU among them.")
+]
+FractionBitsOption = Annotated[
+    int | None, typer.Option(help=f"Fraction bits of activations; {FixedPoint().fraction_bits} by default.")
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
+]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="DIRECTORY", help="Write what each query did when to a trace file there."),
+]
+DeadlineOption = Annotated[
+    float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
+]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
+AnnounceOption = Annotated[
+    bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
+ListenOption = Annotated[str, typer.Option(help="host:port")]
 
 
-ONE_HOT, BEST_GELU = Embedding[EMBEDDINGS[0]], Gelu[GELU_FORMS[0]]
-OURS = Approximations[APPROXIMATIONS[0]]
+def dashed(name: str) -> str:
+    """A parameter as it is written on the command line."""
+    return "--" + name.replace("_", "-")
 
-Where = Annotated[Deployment, typer.Option("--deployment", help="Who computes on what.")]
-Precision = Annotated[float, typer.Option("--precision", help="ckks: bits of the answer, of its largest value.")]
-Lookup = Annotated[Embedding, typer.Option("--embedding", help="How a client's tokens are looked up.")]
-Form = Annotated[Gelu, typer.Option("--gelu", help="The approximation of GeLU.")]
-Chosen = Annotated[Approximations, typer.Option("--approximations", help="Ours, or PUMA's, its GeLU among them.")]
-Length = Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")]
+
+def refused(name: str, deployment: Deployment | type[Deployment], takes: Sequence[str], who: str = "") -> InvalidInput:
+    """The error for an option that means nothing. ``takes``: what does. ``who``: of which role, where not of all."""
+    known = ", ".join(map(dashed, takes)) or "none of this kind"
+    where = f"to the {who} of" if who else "under"
+    return InvalidInput(f"{dashed(name)} means nothing {where} {deployment.name}", f"it takes {known}")
+
+
+# what is compiled, and how it is hosted
+
+_COMPILED_BY = {
+    "embedding": "embedding",
+    "gelu": "gelu",
+    "approximations": "approximations",
+    "fraction_bits": "fixed_point",
+}
+"""Command-line parameters by the names of CompileOptions."""
+
+_HOSTED_BY = {"state": "state", "trace": "traces", "deadline": "deadline", "ahead": "ahead"}
+"""The same for HostOptions."""
+
+
+def compile_options(
+    deployment: Deployment,
+    *,
+    embedding: str | None = None,
+    gelu: str | None = None,
+    approximations: str | None = None,
+    fraction_bits: int | None = None,
+) -> CompileOptions:
+    """What was said about compiling; InvalidInput for what means nothing in this deployment."""
+    given = {"embedding": embedding, "gelu": gelu, "approximations": approximations, "fraction_bits": fraction_bits}
+    for name, value in given.items():
+        if value is not None and _COMPILED_BY[name] not in deployment.takes:
+            raise refused(name, deployment, [n for n, field in _COMPILED_BY.items() if field in deployment.takes])
+    fixed = None if fraction_bits is None else FixedPoint(fraction_bits=fraction_bits)
+    plain = {name: str(value) for name, value in given.items() if value is not None and name != "fraction_bits"}
+    return CompileOptions(**plain, fixed_point=fixed)
+
+
+def host_options(deployment: Deployment, role: str, **given: Any) -> dict[str, Any]:
+    """What was said about hosting a role, for ``serve``; InvalidInput for what means nothing to the role."""
+    takes = hosted(deployment).takes.get(role, frozenset())
+    out = {_HOSTED_BY[name]: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if value is not None and _HOSTED_BY[name] not in takes:
+            raise refused(name, deployment, [n for n, field in _HOSTED_BY.items() if field in takes], role)
+    return out
+
+
+def keeps_traces(deployment: Deployment) -> bool:
+    """Whether the parties of a deployment write timelines."""
+    return "traces" in hosted(deployment).takes.get(deployment.serves, frozenset())
+
+
+def require_traces(deployment: Deployment) -> None:
+    """Raise InvalidInput where --trace means nothing."""
+    if not keeps_traces(deployment):
+        known = [d.name for d in deployments() if keeps_traces(d())]
+        raise InvalidInput(
+            f"--trace means nothing under {deployment.name}", f"it is for {', '.join(known)}; see `unseen profile` too"
+        )
+
+
+# options from the fields of deployments
+
+
+@dataclass(frozen=True)
+class OwnOption:
+    """An option that some deployments have: its name, the type of its value there, and who takes it."""
+
+    name: str
+    kind: Any
+    takers: tuple[type[Deployment], ...]
+
+    @property
+    def help(self) -> str:
+        """The deployments that take it, what it says there, and their defaults."""
+        said: dict[str, list[str]] = {}
+        for deployment in self.takers:
+            option, field = deployment.options()[self.name]
+            shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            default = "" if field.default in (None, False) else f" {shown} by default."
+            said.setdefault(option.help + default, []).append(deployment.name)
+        return " ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """As typer reads it; None unless it is given."""
+        kind: Any = str if self.kind == tuple[str, ...] else self.kind
+        annotation: Any = Annotated[kind | None, typer.Option(dashed(self.name), help=self.help)]
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def value(self, given: Any) -> Any:
+        """A value of the command line as the field has it."""
+        return tuple(given.split(",")) if self.kind == tuple[str, ...] else given
+
+
+def own_options(verbs: Sequence[str], chosen: Sequence[type[Deployment]]) -> dict[str, OwnOption]:
+    """The options of these deployments that any of the verbs uses."""
+    out = {}
+    for name, found in used_by(verbs).items():
+        takers = tuple(d for d in found if d in chosen)
+        kinds = {get_type_hints(d)[name] for d in takers}
+        if len(kinds) > 1:
+            raise TypeError(f"the option {name!r} has several types: {kinds}")
+        if takers:
+            out[name] = OwnOption(name, kinds.pop(), takers)
+    return out
+
+
+def deployment_of(chosen: type[Deployment], verbs: Sequence[str], given: Mapping[str, Any]) -> Deployment:
+    """A deployment with what was given on the command line; InvalidInput for options of another."""
+    known = own_options(verbs, [chosen])
+    said = {name: value for name, value in given.items() if value is not None}
+    for name in said:
+        if name not in known:
+            raise refused(name, chosen, list(known))
+    return chosen(**{name: known[name].value(value) for name, value in said.items()})
+
+
+def arguments(deployment: Deployment, verbs: Sequence[str]) -> list[str]:
+    """The command line that ``deployment_of`` reads as this deployment."""
+    out = ["--deployment", deployment.name]
+    for name in own_options(verbs, [type(deployment)]):
+        value, field = getattr(deployment, name), deployment.options()[name][1]
+        if value == field.default:
+            continue
+        written = ",".join(value) if isinstance(value, tuple) else str(value)
+        out += [dashed(name)] if value is True else [dashed(name), written]
+    return out
+
+
+def for_deployments(command: Callable[..., None], *verbs: str, only: type[Deployment] | None = None) -> Any:
+    """A command whose first parameter is a Deployment, as typer takes it.
+
+    --deployment chooses among all that are registered now, and the options of those that any of ``verbs`` uses are
+    added. ``only``: a command of one deployment, which has nothing to choose. typer reads ``__signature__``.
+    """
+    chosen = (only,) if only else deployments()
+    own = own_options(verbs, chosen)
+    hints = get_type_hints(command, include_extras=True)
+    _, *rest = inspect.signature(command).parameters.values()
+    if clash := {p.name for p in rest} & {*own, "deployment"}:
+        raise TypeError(f"{command.__name__} has a parameter and a deployment an option of the name {clash}")
+    plain = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in rest]
+    added = [] if only else [_choice(chosen)]
+    parameters = [*plain, *added, *(option.parameter for option in own.values())]
+
+    def asked(**given: Any) -> None:
+        named = only or find(str(given.pop("deployment")))
+        mine = {name: given.pop(name) for name in own}
+        command(deployment_of(named, verbs, mine), **given)
+
+    asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    asked.__annotations__ = {p.name: p.annotation for p in parameters}
+    asked.__doc__, asked.__name__ = command.__doc__, command.__name__
+    return asked
+
+
+def _choice(chosen: Sequence[type[Deployment]]) -> inspect.Parameter:
+    names = StrEnum("DeploymentName", {d.name: d.name for d in chosen})  # type: ignore[misc]
+    said = "; ".join(f"{d.name}: {d.summary}" for d in chosen)
+    annotation = Annotated[names, typer.Option("--deployment", help=f"Who computes on what. {said}.")]
+    default = names(chosen[0].name)
+    return inspect.Parameter("deployment", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+# files that are given
 
 
 def read_texts(path: Path, option: str, what: str) -> list[str]:
-    """The lines of a file that are not blank; ``what`` they are called. Error names the option."""
+    """The lines of a file that are not blank; ``what`` they are called. InvalidInput names the option."""
     hint = f"a text file, one {what} a line"
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise Error(f"{option}: {path} cannot be read: {reason}", hint) from None
+        raise InvalidInput(f"{option}: {path} cannot be read: {reason}", hint) from None
     if not lines:
-        raise Error(f"{option}: {path} has no {what}s", hint)
+        raise InvalidInput(f"{option}: {path} has no {what}s", hint)
     return lines

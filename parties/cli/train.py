@@ -10,30 +10,27 @@ from typing import Annotated
 import torch
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parties.cli.accuracy import measured, show
-from parties.cli.options import Threads, read_texts
-from secure.errors import Error
+from parties.cli.console import OUT
+from parties.cli.options import TextModelArgument, ThreadsOption, read_texts
+from secure.errors import InvalidInput, MissingPackage
 from secure.models.calibration import HELD_OUT
 from secure.models.text import PACKAGED, model_directory
 from secure.polynomial.recipe import Recipe
-from secure.training.trainer import Progress as Step
-from secure.training.trainer import Settings
+from secure.training.trainer import Settings, TrainingProgress
 
 Attention = StrEnum("Attention", {a: a for a in ("power", "quad")})  # type: ignore[misc]
 
 KNOWN = "powers are 2, 4, 6 or 8; degrees 2 to 4; shifts 0, or from 1/64 to 64"
 SAID = 100  # steps from one line of a log to the next
 
-out = Console(highlight=False)
 
-
-def train_command(
+def train(
     text: Annotated[Path, typer.Option(help="A file of sentences, one a line, or a saved data set.")],
     output: Annotated[Path, typer.Option(help="Where the trained model and its checkpoints go.")],
-    model: Annotated[str, typer.Argument(help=f"A model directory, or {PACKAGED!r}.")] = PACKAGED,
+    model: TextModelArgument = PACKAGED,
     attention: Annotated[Attention, typer.Option(help="Power-Softmax, or MPCFormer's 2Quad.")] = Attention["power"],
     power: Annotated[int, typer.Option(help="The even power of Power-Softmax.")] = 4,
     shift: Annotated[float | None, typer.Option(help="c of (1 + x/c)^power; 0: x^power; by default c = power.")] = None,
@@ -47,8 +44,10 @@ def train_command(
         int, typer.Option(min=0, help="End after so many checks without a better held-out loss; 0: never.")
     ] = 0,
     held_out: Annotated[Path | None, typer.Option(help="Sentences for the report; 8 of ours by default.")] = None,
-    column: Annotated[str, typer.Option(help="Of a Hugging Face data set: where its sentences are.")] = "text",
-    threads: Threads = 0,
+    column: Annotated[
+        str | None, typer.Option(help="Of a Hugging Face data set: where its sentences are; text by default.")
+    ] = None,
+    threads: ThreadsOption = 0,
 ) -> None:
     """Put a model into polynomial form, so that no private query compares anything. Run again, it goes on."""
     from secure.training.distil import distil
@@ -59,29 +58,31 @@ def train_command(
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
-        raise Error(f"--{option}: {problem['msg']}", KNOWN) from None
+        raise InvalidInput(f"--{option}: {problem['msg']}", KNOWN) from None
     directory = model_directory(model)
-    texts = data_set(text, column) if text.is_dir() else read_texts(text, "--text", "sentence")
+    if column is not None and not text.is_dir():
+        raise InvalidInput(f"--column means nothing with the file {text}", "it is for a saved data set")
+    texts = data_set(text, column or "text") if text.is_dir() else read_texts(text, "--text", "sentence")
     others = read_texts(held_out, "--held-out", "sentence") if held_out else list(HELD_OUT)
     if threads:
         torch.set_num_threads(threads)
     settings = Settings(steps=steps, batch=batch, rate=rate, seed=seed, bfloat16=bfloat16, patience=patience)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out) as bar:
+    with Progress(*columns, console=OUT) as bar:
         task = bar.add_task("training", total=steps)
 
-        def told(step: Step) -> None:
+        def told(step: TrainingProgress) -> None:
             bar.update(task, completed=step.step, description=f"{step.stage}, loss {step.loss:.3f}")
-            if not out.is_terminal and step.step % SAID == 0:  # a log has no bar
+            if not OUT.is_terminal and step.step % SAID == 0:  # a log has no bar
                 parts = ", ".join(f"{name} {value:.4f}" for name, value in step.parts.items())
                 bar.console.print(
                     f"step {step.step} of {steps}, {step.stage}: {parts}; {step.seconds:.0f} s", soft_wrap=True
                 )
 
-        out.print(f"a checkpoint every {settings.checkpoint_seconds / 60:.0f} minutes in {output}", markup=False)
+        OUT.print(f"a checkpoint every {settings.checkpoint_seconds / 60:.0f} minutes in {output}", markup=False)
         distil(directory, texts, recipe, settings, output, told)
     show(measured(output, directory, others, 0, protocol=0))
-    out.print(f"serve it with: unseen serve {output}", markup=False)
+    OUT.print(f"serve it with: unseen serve {output}", markup=False)
 
 
 def data_set(directory: Path, column: str) -> list[str]:
@@ -91,7 +92,9 @@ def data_set(directory: Path, column: str) -> list[str]:
     try:
         from pyarrow import ArrowException, ipc  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise Error(f"--text: {directory} is a directory", "for data sets: pip install 'unseen[data]'") from None
+        raise MissingPackage(
+            f"--text: {directory} is a directory", "for data sets: pip install 'unseen[data]'"
+        ) from None
     hint = "a directory that save_to_disk wrote"
     try:
         if (parts := directory / "dataset_dict.json").is_file():
@@ -102,13 +105,15 @@ def data_set(directory: Path, column: str) -> list[str]:
         ]
         tables = [ipc.open_stream((directory / name).read_bytes()).read_all() for name in names]
     except (OSError, ValueError, LookupError, TypeError, ArrowException) as error:
-        raise Error(f"--text: {directory} is no data set: {error}", hint) from None
+        raise InvalidInput(f"--text: {directory} is no data set: {error}", hint) from None
     found: list[str] = []
     for table in tables:
         if column not in table.column_names:
-            raise Error(f"--column: {directory} has no column {column!r}", f"it has {', '.join(table.column_names)}")
+            raise InvalidInput(
+                f"--column: {directory} has no column {column!r}", f"it has {', '.join(table.column_names)}"
+            )
         values = table.column(column).to_pylist()
         found += [line for value in values if value and (line := " ".join(str(value).split()))]
     if not found:
-        raise Error(f"--text: {directory} has no sentences", hint)
+        raise InvalidInput(f"--text: {directory} has no sentences", hint)
     return found

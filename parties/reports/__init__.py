@@ -1,6 +1,7 @@
 """What commands print.
 
-tables       costs as tables and JSON
+tables       tables of figures
 html         a profile as one HTML page with charts
-answers      answers, what each took, who learns what
+who_learns   who learns what in a deployment, for terminal and documents
+answers      answers and what each took
 """

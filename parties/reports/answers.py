@@ -1,88 +1,74 @@
-"""What ``unseen embed`` prints: answers, what each took, and who learnt what."""
+"""What ``unseen embed`` prints: answers, what each took, and who learnt what; the same for every deployment."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
-from parties.reports.tables import mb
-from parties.two_party.client import Connection
-from secure.models.text import model_directory, text_inputs
-from secure.models.tokens import load_tokenizer
+from parties.reports.who_learns import who_learns
+from secure.cost.traffic import OFFLINE, ONCE, ONLINE, in_words
+from secure.deployments.deployment import Deployment
+from secure.models.text import load_text_model, text_inputs
+from secure.session import Report, Session
 
 
-def as_json(out: Console, texts: list[str], vectors: list[torch.Tensor], connection: Connection) -> None:
+def as_json(out: Console, texts: Sequence[str], vectors: Sequence[Tensor], reports: Sequence[Report]) -> None:
+    """One row a text, with the same keys in every deployment: text, embedding, and those of ``Report.as_dict``."""
     rows = [
-        {
-            "text": text,
-            "embedding": vector.tolist(),
-            "rounds": r.cost.rounds,
-            "bytes_to_server": r.cost.to_first,
-            "bytes_to_client": r.cost.to_second,
-            "offline_bytes_to_server": r.cost.dealt,
-            "offline_bytes_to_client": r.offline_to_client,
-            "online_seconds": r.online_seconds,
-            "offline_seconds": r.offline_seconds,
-        }
-        for text, vector, r in zip(texts, vectors, connection.reports, strict=True)
+        {"text": text, "embedding": vector.tolist(), **report.as_dict()}
+        for text, vector, report in zip(texts, vectors, reports, strict=True)
     ]
     out.file.write(json.dumps(rows) + "\n")
 
 
 def report(
-    out: Console, texts: list[str], vectors: list[torch.Tensor], connection: Connection, compare_with: str | None
+    out: Console,
+    deployment: Deployment,
+    session: Session,
+    texts: Sequence[str],
+    vectors: Sequence[Tensor],
+    compare_with: str | None,
 ) -> None:
-    program = connection.program
-    exact = plain(compare_with, texts, connection.length) if compare_with else [None] * len(texts)
-    for text, vector, reference, r in zip(texts, vectors, exact, connection.reports, strict=True):
-        out.print(f"\n{text!r}", markup=False, style="bold")
+    """Every text with its answer, cosines, what crossed once, remarks, and the table of who learnt what."""
+    exact = plain(compare_with, texts, session.length) if compare_with else [None] * len(texts)
+    for text, vector, reference, taken in zip(texts, vectors, exact, session.reports, strict=True):
+        out.print(f"\n{text!r}", markup=False, style="bold", soft_wrap=True)
         if reference is not None:
             cosine = torch.nn.functional.cosine_similarity(vector, reference, dim=0)
             out.print(f"  cosine to the plaintext model   {cosine:.7f}")
         first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
         out.print(f"  embedding ({len(vector)} numbers)         {first} …")
-        out.print(
-            f"  online    {r.online_seconds:6.2f} s   {r.cost.rounds} rounds, {mb(r.cost.to_first)} to the server, "
-            f"{mb(r.cost.to_second)} to the client"
-        )
-        out.print(
-            f"  offline   {r.offline_seconds:6.2f} s   {mb(r.cost.dealt)} from the dealer to the server "
-            f"({r.dealer_seconds:.2f} s), none to the client (which computes {r.client_seconds:.2f} s)"
-        )
+        for line in lines(taken):
+            out.print(f"  {line}", soft_wrap=True)
     if len(vectors) > 1:
         out.print("\ncosine similarities between the texts:")
-        unit = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        unit = torch.nn.functional.normalize(torch.stack(list(vectors)), dim=-1)
         for i, row in enumerate(unit @ unit.T):
             out.print("  " + " ".join(f"{v:7.3f}" for v in row.tolist()) + f"   {texts[i][:40]!r}", markup=False)
-    once = ", ".join(f"{name} {mb(size)}" for name, size in connection.files.items())
-    out.print(f"\nonce per model, to the client: {once}")
-    out.print(
-        f"failure probability of a query within its calibrated ranges: {program.failure_bound:g} "
-        "(no step is probabilistic)"
-    )
-    out.print(who_learns(program.labels.get("embedding", "")))
+    out.print(f"\nonce: {in_words(session.once, ONCE) or 'nothing'}", soft_wrap=True)
+    for line in deployment.remarks(session.program):
+        out.print(line, markup=False, soft_wrap=True)
+    out.print(who_learns(deployment, token_table=bool(session.link.tables)))
 
 
-def plain(model: str, texts: list[str], length: int) -> list[torch.Tensor | None]:
-    from secure.models.sentence_encoder import load_sentence_encoder
+def lines(taken: Report) -> list[str]:
+    """What one query took, for people: a line a phase."""
+    out = [f"online    {taken.online_seconds:6.2f} s   {taken.rounds} rounds, {in_words(taken.traffic, ONLINE)}"]
+    offline = in_words(taken.traffic, OFFLINE)
+    if offline or taken.offline_seconds:
+        dealt = f"; {taken.dealer_seconds:.2f} s of dealing" if taken.dealer_seconds else ""
+        out.append(f"offline   {taken.offline_seconds:6.2f} s   {offline or 'nothing'}{dealt}")
+    out.append(f"of both   {taken.client_seconds:6.2f} s   of computing at this client")
+    return out
 
-    directory = model_directory(model)
-    encoder, tokenizer = load_sentence_encoder(directory).double(), load_tokenizer(directory)
+
+def plain(model: str, texts: Sequence[str], length: int) -> list[Tensor | None]:
+    """The answers of a model that runs here, in the clear."""
+    found = load_text_model(model)
+    encoder = found.module.double()
     with torch.no_grad():
-        return [encoder(**text_inputs(tokenizer, text, length))[0] for text in texts]
-
-
-def who_learns(embedding: str) -> Table:
-    table = Table(title="who learnt what (semi-honest; the dealer must not collude with either)", title_justify="left")
-    for column in ("", "client", "server", "dealer"):
-        table.add_column(column)
-    table.add_row("texts, tokens, true lengths", "its own", "nothing", "nothing")
-    tables = "the token table; of the rest nothing" if embedding == "client-table" else "nothing"
-    table.add_row("weights", tables, "its own", "nothing")
-    table.add_row("embeddings (the answer)", "its own", "nothing", "nothing")
-    table.add_row("architecture, padded length, ranges", "all", "all", "all")
-    table.add_row("when and how many queries", "its own", "all", "all")
-    return table
+        return [encoder(**text_inputs(found.tokenizer, text, length))[0] for text in texts]

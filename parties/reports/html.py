@@ -15,11 +15,11 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secure.errors import printable
+from secure.cost.traffic import OFFLINE, ONLINE
+from secure.errors import MissingPackage, printable
 
 MOST = 25  # bars; what costs less is summed as "others"
 COLOURS = ("#0072b2", "#e69f00", "#999999")  # told apart by colour-blind people too (Okabe and Ito)
-BYTES = (("to server", "bytes_to_server"), ("to client", "bytes_to_client"), ("offline", "offline_bytes_to_server"))
 COUNTS = (("rounds, unmerged", "rounds"), ("multiply-accumulates", "multiply_accumulates"), ("comparisons",) * 2)
 SECONDS = (("computing", "compute"), ("packing", "wire"), ("waiting", "waiting"))
 LEAST = 1e-9  # where the error of a cosine of exactly 1 is drawn
@@ -55,25 +55,28 @@ for (const [i, {data, layout, long, short}] of charts.entries()) {
 """
 
 Rows = Mapping[str, Mapping[str, Any]]
+LinkName = tuple[str, str, str]
+"""Sender, receiver, phase."""
 
 
 def html_report(document: Mapping[str, Any]) -> str:
     """The page of a profile."""
     charts: list[dict[str, Any]] = []
     body = [_summary(document)]
+    links = list(_sizes(document.get("total", {})))
     for title, key in (("Bytes by module", "modules"), ("Bytes by kind of operation", "kinds")):
-        body.append(_costs(title, document.get(key, {}), charts))
+        body.append(_costs(title, document.get(key, {}), links, charts))
     body += [_correlations(document.get("correlations", {}), charts), _networks(document, charts)]
     body.append(_variants(document, charts))
     return page(f"unseen profile: {document.get('labels', {}).get('model', 'a model')}", body, charts)
 
 
 def page(heading: str, body: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> str:
-    """Sections of HTML and the charts that they hold as one page. ImportError with a hint where plotly is not there."""
+    """Sections of HTML and the charts that they hold as one page. MissingPackage where plotly is not there."""
     try:
         from plotly.offline import get_plotlyjs  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise ImportError("plotly is not installed\nhint: pip install 'unseen[report]'") from None
+        raise MissingPackage("plotly is not installed", "pip install 'unseen[report]'") from None
     title, plotly = escaped(heading), get_plotlyjs()
     digests = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (plotly, DRAW))
     policy = f"{POLICY}; script-src" + "".join(f" 'sha256-{digest}'" for digest in digests)
@@ -178,9 +181,9 @@ def bar_chart(
 def _summary(document: Mapping[str, Any]) -> str:
     total, labels = document.get("total", {}), document.get("labels", {})
     rows: list[tuple[object, ...]] = [(key, labels[key]) for key in ("model", "length") if key in labels]
-    rows.append(("deployment", document.get("deployment", "two-party")))
+    rows.append(("deployment", document.get("deployment")))
     rows.append(("rounds, merged", total.get("rounds")))
-    rows += [(label if label == "offline" else f"online, {label}", _size(total.get(key, 0))) for label, key in BYTES]
+    rows += [(_label(link), _size(size)) for link, size in _sizes(total).items()]
     rows += [(label, total.get(key)) for label, key in COUNTS[1:]]
     for party, memory in document.get("memory", {}).items():
         rows.append((f"memory of the {party}: shares at once", _size(memory["live"])))
@@ -195,33 +198,43 @@ def _summary(document: Mapping[str, Any]) -> str:
     )
 
 
+def _sizes(row: Mapping[str, Any]) -> dict[LinkName, int]:
+    """Bytes by link."""
+    return {(t["sender"], t["receiver"], t["phase"]): int(t["bytes"]) for t in row.get("traffic", ())}
+
+
+def _label(link: LinkName) -> str:
+    sender, receiver, phase = link
+    return f"{phase}, {sender} to {receiver}"
+
+
 def _size(size: int) -> str:
     return f"{size / 1e6:,.1f} MB ({size:,} bytes)"
 
 
-def _costs(title: str, groups: Rows, charts: list[dict[str, Any]]) -> str:
-    def size(row: Mapping[str, Any]) -> int:
-        return sum(int(row[key]) for _, key in BYTES)
-
-    ordered = sorted(groups.items(), key=lambda i: -size(i[1]))
-    dear = [(name, row) for name, row in ordered if size(row)]
+def _costs(title: str, groups: Rows, links: Sequence[LinkName], charts: list[dict[str, Any]]) -> str:
+    sizes = {name: _sizes(row) for name, row in groups.items()}
+    ordered = sorted(groups, key=lambda name: -sum(sizes[name].values()))
+    dear = [name for name in ordered if sum(sizes[name].values())]
     shown, rest = dear[:MOST], dear[MOST:]
-    names = [name for name, _ in shown] + ([f"others ({len(rest)})"] if rest else [])
+    names = shown + ([f"others ({len(rest)})"] if rest else [])
     series = {
-        label: [row[key] / 1e6 for _, row in shown] + ([sum(row[key] for _, row in rest) / 1e6] if rest else [])
-        for label, key in BYTES
+        _label(link): [sizes[name].get(link, 0) / 1e6 for name in shown]
+        + ([sum(sizes[name].get(link, 0) for name in rest) / 1e6] if rest else [])
+        for link in links
     }
-    heads = [title.split()[2], *(f"bytes {label}" for label, _ in BYTES), *(label for label, _ in COUNTS)]
-    table = table_html(heads, [(n, *(r[k] for _, k in (*BYTES, *COUNTS))) for n, r in ordered])
-    chart = bar_chart(charts, names, series, "MB")
-    return f"<h2>{escaped(title)}</h2>{chart}{table}"
+    heads = [title.split()[2], *(f"bytes {_label(link)}" for link in links), *(label for label, _ in COUNTS)]
+    rows = [
+        (n, *(sizes[n].get(link, 0) for link in links), *(groups[n].get(key) for _, key in COUNTS)) for n in ordered
+    ]
+    return f"<h2>{escaped(title)}</h2>{bar_chart(charts, names, series, 'MB')}{table_html(heads, rows)}"
 
 
 def _correlations(found: Mapping[str, int], charts: list[dict[str, Any]]) -> str:
     if not found:
         return ""
     ordered = sorted(found.items(), key=lambda item: -item[1])
-    chart = bar_chart(charts, [n for n, _ in ordered], {"offline, to the server": [s / 1e6 for _, s in ordered]}, "MB")
+    chart = bar_chart(charts, [n for n, _ in ordered], {"offline": [s / 1e6 for _, s in ordered]}, "MB")
     return f"<h2>Correlations by kind</h2>{chart}{table_html(('correlations', 'bytes'), ordered)}"
 
 
@@ -236,13 +249,13 @@ def _networks(document: Mapping[str, Any], charts: list[dict[str, Any]]) -> str:
             charts, list(waiting), {"waiting": list(waiting.values())}, "seconds", log=_far(list(waiting.values()))
         )
         return f"<h2>Waiting for the network</h2><p>Nothing was timed: without computation.</p>{chart}{table}"
-    lines = [(row, party) for row in networks for party in ("client", "server")]
+    lines = [(row, party) for row in networks for party in row["parties"]]
     log = _far([row["seconds"] for row in networks])
     names = [f"{row['name']}, {party}" for row, party in lines]
-    series = {label: [row[party][key] for row, party in lines] for label, key in SECONDS}
+    series = {label: [row["parties"][party][key] for row, party in lines] for label, key in SECONDS}
     heads = ["network, party", "round trip, ms", "Mbps", "a query, s", *(f"{label}, s" for label, _ in SECONDS)]
     rows = [
-        (name, *(row[key] for key in ("round_trip_ms", "mbps", "seconds")), *(row[party][key] for _, key in SECONDS))
+        (name, *(row[k] for k in ("round_trip_ms", "mbps", "seconds")), *(row["parties"][party][k] for _, k in SECONDS))
         for name, (row, party) in zip(names, lines, strict=True)
     ]
     note = "<p>The axis is logarithmic: the parts stand side by side.</p>" if log else ""
@@ -271,7 +284,7 @@ def _variants(document: Mapping[str, Any], charts: list[dict[str, Any]]) -> str:
     rows = [
         (
             f"{number}. {v['name']}" + (" (chosen)" if best is not None and v["name"] == best else ""),
-            *(v.get("rounds"), _bytes(v.get("bytes_online")), _bytes(v.get("bytes_offline"))),
+            *(v.get("rounds"), _bytes(v, ONLINE), _bytes(v, OFFLINE)),
             *((v.get("seconds") or {}).get(n) for n in networks),
             "" if v.get("lowest_cosine") is None else f"{v['lowest_cosine']:.9g}",
             *(_meets(v), v.get("problem")),
@@ -292,9 +305,10 @@ def _meets(variant: Mapping[str, Any]) -> str:
     return _number(bool(variant["meets"])) if known else ""
 
 
-def _bytes(size: Any) -> int | None:
-    """One number, or one a direction."""
-    return sum(size.values()) if isinstance(size, Mapping) else size
+def _bytes(variant: Mapping[str, Any], phase: str) -> int | None:
+    """The bytes of all links in one phase; None where nothing was counted."""
+    found = variant.get("traffic")
+    return None if found is None else sum(t["bytes"] for t in found if t["phase"] == phase)
 
 
 def _points(

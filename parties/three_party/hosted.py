@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ class ThreePartyHosted:
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         return parts_of(_service(_share(role, held, deployment), peers, options))
+
+    def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
+        return ("share-model", *compiling, "--output", str(directory), "--threads", "1")
+
+    def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
+        number = PARTIES.index(role)
+        others = [word for name, at in peers.items() for word in (f"--{name.replace(' ', '-')}", at)]
+        return ("party", "--id", str(number), "--share", str(directory / f"party-{number}"), *others)
 
 
 def parts_of(service: PartyService) -> Parts:

@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from parties.traces.trace_file import TraceDirectory
-from parties.two_party.client import Connection
 from protocols.protocol import CircuitCost
 from secure.cost.count import Profile, module, profile
 from secure.cost.timeline import Timeline, Usage
 from secure.errors import Error, ProtocolError, printable
 from secure.mpc.program import Program
+from secure.session import Session
 
 DEPTH = 3  # parts of a module path that the table tells apart
 BETWEEN = "(between steps)"
@@ -62,14 +62,14 @@ class Measurements:
         self.traces: list[Path | None] = []  # one a query
         self.timelines: list[Timeline] = []
 
-    def add(self, connection: Connection) -> None:
-        """The connection's last query."""
-        report, timeline = connection.reports[-1], connection.timeline
+    def add(self, session: Session) -> None:
+        """The session's last query, of a deployment that keeps timelines."""
+        report, timeline, program = session.reports[-1], session.timeline, session.program
         assert timeline is not None  # as there was a query
-        self._predicted = self._predicted or profile(connection.program)
+        self._predicted = self._predicted or profile(program)
         path = None
         try:
-            path = self._traces.write(timeline, connection.program, report.query, connection.session_label)
+            path = self._traces.write(timeline, program, report.query, session.link.session_label)
         except Error as error:
             self._failures.append(error)
         if found := differences(timeline, self._predicted):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parties.traces.trace_file import PROCESSES, WIRE, Event, Head, Stamps, encode, microseconds, read, write
-from secure.errors import Error
+from secure.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ def merge(paths: Sequence[Path]) -> Merged:
     """
     traces = {t.head.party: t for t in map(read, paths)}
     if len(paths) != 2 or len(traces) != 2:
-        raise Error("two traces are merged: one of the client and one of the server", "give one file of each")
+        raise InvalidInput("two traces are merged: one of the client and one of the server", "give one file of each")
     client, server = traces["client"], traces["server"]
     _require_same_query(client.head, server.head)
     d1 = _delay(client.head.rounds, server.head.rounds)
     d2 = _delay(server.head.rounds, client.head.rounds)
     offset, bound = (d1 - d2) / 2, (d1 + d2) / 2
     if bound < 0:
-        raise Error("a message came before it was sent: the stamps are not of one query", "measure it again")
+        raise InvalidInput("a message came before it was sent: the stamps are not of one query", "measure it again")
     # both start at 0 on their own clocks; neither is moved to before 0, which viewers dislike
     shifts = {"client": max(0.0, offset), "server": max(0.0, -offset)}
     events = [_shifted(event, shifts[t.head.party]) for t in (client, server) for event in t.events]
@@ -62,13 +62,13 @@ def _require_same_query(client: Head, server: Head) -> None:
     for what, of in _IDENTITY:
         ours, theirs = of(client), of(server)
         if ours != theirs:
-            raise Error(
+            raise InvalidInput(
                 f"these are not traces of one query: the client's {what} is {ours!r}, the server's {theirs!r}",
                 "traces of one query have the same name but for the party",
             )
     for number, (c, s) in enumerate(zip(client.rounds, server.rounds, strict=True), 1):
         if (c.sent, c.received) != (s.received, s.sent):
-            raise Error(
+            raise InvalidInput(
                 f"the parties measured different bytes in round {number}: the client sent {c.sent} and received "
                 f"{c.received}, the server received {s.received} and sent {s.sent}",
                 "please report it: this should not happen",
@@ -87,7 +87,7 @@ def _delay(sender: Sequence[Stamps], receiver: Sequence[Stamps]) -> float:
     """The smallest receiver's minus sender's moment of one message: its delay, plus what the receiver is ahead."""
     delays = [r.received_at - s.start for s, r in zip(sender, receiver, strict=True) if s.sent]
     if not delays:
-        raise Error("messages went one way only, so the two clocks cannot be compared")
+        raise InvalidInput("messages went one way only, so the two clocks cannot be compared")
     return min(delays)
 
 

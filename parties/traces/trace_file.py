@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from parties.served.files import store
 from secure.cost.timeline import Timeline
-from secure.errors import Error
+from secure.errors import InvalidInput
 from secure.mpc.program import Program
 from secure.version import __version__
 
@@ -147,8 +147,8 @@ class TraceDirectory:
             directory.mkdir(parents=True, mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
-            raise Error(
-                f"--profile: the directory {directory} cannot be written: {error.strerror}", "give another one"
+            raise InvalidInput(
+                f"--trace: the directory {directory} cannot be written: {error.strerror}", "give another one"
             ) from None
 
     def write(self, timeline: Timeline, program: Program, query: int, session_label: str) -> Path:
@@ -160,11 +160,11 @@ class TraceDirectory:
 
 
 def write(path: Path, encoded: bytes) -> None:
-    """Atomically; Error where it cannot be."""
+    """Atomically; InvalidInput where it cannot be."""
     try:
         store(path, encoded)
     except OSError as error:
-        raise Error(
+        raise InvalidInput(
             f"the trace {path} cannot be written: {error.strerror}", "make room there, or give another directory"
         ) from None
 
@@ -176,16 +176,17 @@ def _is_of(party: str, event: Event) -> bool:
 
 
 def read(path: Path) -> TraceFile:
-    """A file of ``TraceDirectory``; Error where it is none."""
-    hint = "give the client's and the server's files, as --profile wrote them"
+    """A file of ``TraceDirectory``; InvalidInput where it is none."""
+    hint = "give the client's and the server's files, as --trace wrote them"
     try:
         document = json.loads(path.read_bytes())
         head = TypeAdapter(Head).validate_python(document["otherData"])
         events = TypeAdapter(list[Event]).validate_python(document["traceEvents"])
-        if not all(_is_of(head.party, event) for event in events):
-            raise Error(f"{path} holds events that no party's trace has", hint)
+        foreign = not all(_is_of(head.party, event) for event in events)
     except OSError as error:
-        raise Error(f"the trace {path} cannot be read: {error.strerror}", hint) from None
+        raise InvalidInput(f"the trace {path} cannot be read: {error.strerror}", hint) from None
     except (LookupError, TypeError, ValueError, RecursionError, ValidationError) as error:
-        raise Error(f"{path} is not one party's trace of a query ({type(error).__name__})", hint) from None
+        raise InvalidInput(f"{path} is not one party's trace of a query ({type(error).__name__})", hint) from None
+    if foreign:
+        raise InvalidInput(f"{path} holds events that no party's trace has", hint)
     return TraceFile(head, events)

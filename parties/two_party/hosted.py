@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -45,6 +46,15 @@ class TwoPartyHosted:
             dealer = DealerService()
             return Parts([lambda server: add_DealerServicer_to_server(dealer, server)])
         return self._server(held, peers[DEALER], options)
+
+    def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
+        return ()
+
+    def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
+        if role == DEALER:
+            return ("dealer",)
+        where = ("--dealer", peers[DEALER], "--state", str(directory / "server"))
+        return ("serve", *compiling, "--deployment", self.deployment.name, *where)
 
     @staticmethod
     def _server(held: Compiled, dealer: str, options: HostOptions) -> Parts:

@@ -1,0 +1,85 @@
+"""The commands share two consoles, lines on the error output, announced addresses, threads, and progress bars."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from parties.served.described import Told
+from protocols import kernels
+
+OUT = Console(highlight=False)
+"""Answers and reports."""
+
+ERR = Console(stderr=True, highlight=False)
+"""Everything else that is said, so that answers can be piped on."""
+
+
+def say(line: str) -> None:
+    """A line on the error output, "unseen VERB: ..."."""
+    ERR.print(line, markup=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Text for programs, as it is."""
+    OUT.file.write(text)
+    OUT.file.flush()
+
+
+def announce(address: str) -> None:
+    """Say in a line of JSON where a service listens, for whoever started it."""
+    write(json.dumps({"listening": address}) + "\n")
+
+
+def announced(line: str) -> str | None:
+    """The address in a line of ``announce``; None for any other line."""
+    if not line.startswith('{"listening"'):
+        return None
+    return str(json.loads(line)["listening"])
+
+
+def say_error(error: BaseException) -> None:
+    """A user's mistake in words: its message, then its hint."""
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    say(f"unseen: error: {first}")
+    for line in rest:
+        say(line)
+
+
+def use_threads(count: int) -> None:
+    """Let this process compute with so many threads; 0: one a processor."""
+    torch.set_num_threads(count or os.cpu_count() or 1)
+
+
+def get_ready(threads: int) -> None:
+    """The same, and compile kernels before the first query waits for them."""
+    use_threads(threads)
+    kernels.warm_up()
+
+
+@contextmanager
+def progress(first: str) -> Iterator[Told]:
+    """A function that shows a bar on the error output from its first call on, where that is a terminal.
+
+    ``first``: what the bar says while nobody has said what is being done.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with ExitStack() as stack:
+        bars: list[tuple[Progress, TaskID]] = []
+
+        def told(done: int, total: int, what: str) -> None:
+            if not ERR.is_terminal:
+                return
+            if not bars:
+                bar = stack.enter_context(Progress(*columns, console=ERR, transient=True))
+                bars.append((bar, bar.add_task(first, total=None)))
+            bar, task = bars[0]
+            bar.update(task, completed=done, total=total or None, description=what or first)
+
+        yield told

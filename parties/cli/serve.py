@@ -1,0 +1,152 @@
+"""The commands ``unseen serve`` and ``unseen dealer``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parties import deployments
+from parties.cli.console import announce, get_ready, say, use_threads
+from parties.cli.options import (
+    AnnounceOption,
+    ApproximationsOption,
+    CalibrationOption,
+    DeadlineOption,
+    EmbeddingOption,
+    FractionBitsOption,
+    GeluOption,
+    InsecureOption,
+    LengthOption,
+    ListenOption,
+    ModelArgument,
+    ThreadsOption,
+    TraceOption,
+    VerboseOption,
+    compile_options,
+    host_options,
+    read_texts,
+)
+from parties.net import hosting
+from parties.net.endpoints import Endpoint
+from parties.net.hosting import Service
+from parties.net.network import Plaintext
+from parties.traces.trace_file import TraceDirectory
+from secure.cost.traffic import OFFLINE, ONLINE, in_words
+from secure.deployments.compiled import Compiled, build, task_of
+from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.two_party import DEALER, TwoParty
+from secure.errors import InvalidInput
+from secure.models.text import PACKAGED, model_directory
+from secure.tasks.embed import Embed
+
+
+def serve(
+    deployment: Deployment,
+    model: ModelArgument = PACKAGED,
+    listen: ListenOption = "127.0.0.1:50051",
+    length: LengthOption = None,
+    embedding: EmbeddingOption = None,
+    gelu: GeluOption = None,
+    approximations: ApproximationsOption = None,
+    fraction_bits: FractionBitsOption = None,
+    calibration: CalibrationOption = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
+    ] = None,
+    trace: TraceOption = None,
+    deadline: DeadlineOption = None,
+    threads: ThreadsOption = 1,
+    insecure: InsecureOption = False,
+    announce: AnnounceOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve a model that nobody gets to see."""
+    role = deployment.serves
+    if not role:
+        raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
+    options = compile_options(
+        deployment,
+        embedding=embedding,
+        gelu=gelu,
+        approximations=approximations,
+        fraction_bits=fraction_bits,
+    )
+    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline)
+    if "workers" in deployments.hosted(deployment).takes[role]:
+        given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
+    get_ready(threads)
+    hosting.log_to_stderr(verbose)
+    network, at = Plaintext(beyond_loopback=insecure), Endpoint.parse(listen, what="--listen")
+    found = {r.name: r for r in deployment.roles()}[role]
+    peers = {name: str(getattr(deployment, name.replace(" ", "_"))) for name in found.peers}
+    endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
+    network.check(at, what=f"the {role}")
+    for name, endpoint in endpoints.items():
+        network.check(endpoint, what=f"the {name}")
+    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
+    if isinstance(task_of(model), Embed):
+        model_directory(model)  # a mistake that can be seen before anything is loaded
+    hosting.check(at, endpoints, network, what=f"the {role}")
+    if trace is not None:
+        TraceDirectory(trace)
+    compiled = compiled_model("serve", deployment, model, length, options, sentences)
+    service = deployments.serve(compiled, role=role, listen=str(at), peers=peers, network=network, **given)
+    run(service, "serve", announced=announce)
+
+
+def compiled_model(
+    verb: str,
+    deployment: Deployment,
+    model: str,
+    length: int | None,
+    options: CompileOptions,
+    sentences: tuple[str, ...] | list[str],
+) -> Compiled:
+    """A model by its name, loaded or trained, and compiled; says what a query of it takes."""
+    task = task_of(model)
+    say(f"unseen {verb}: compiling {model} for {deployment.name} ...")
+    loaded = task.load(model, length or 0, sentences)
+    if loaded.about:
+        say(f"unseen {verb}: {loaded.about}")
+    compiled = build(loaded, deployment, options, {})
+    cost, tokens = compiled.cost, f", {loaded.length} tokens" if loaded.length else ""
+    offline = in_words(cost.traffic, OFFLINE)
+    say(
+        f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
+        f"{f'offline {offline}; ' if offline else ''}Program {compiled.program.digest}"
+    )
+    for line in deployment.remarks(compiled.program):
+        say(f"unseen {verb}: {line}")
+    return compiled
+
+
+def run(service: Service, verb: str, *, announced: bool) -> None:
+    """Say where a service listens, and wait until it is stopped."""
+
+    def tell() -> None:
+        for line in service.about:
+            say(f"unseen {verb}: {line}")
+        say(f"unseen {verb}: listening on {service.address} (semi-honest: it is assumed to follow the protocol)")
+        if announced:
+            announce(service.address)
+
+    service.wait_announced(tell)
+
+
+def dealer(
+    listen: ListenOption = "127.0.0.1:50052",
+    threads: ThreadsOption = 1,
+    insecure: InsecureOption = False,
+    announce: AnnounceOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
+    use_threads(threads)
+    hosting.log_to_stderr(verbose)
+    at = Endpoint.parse(listen, what="--listen")
+    network = Plaintext(beyond_loopback=insecure)
+    service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network)
+    run(service, "dealer", announced=announce)

@@ -1,0 +1,73 @@
+"""Who learns what in a deployment: a table for the terminal, and the same as Markdown for README and SECURITY.md.
+
+In a document the table stands between the lines ``<!-- who-learns:NAME -->`` and ``<!-- /who-learns -->``; NAME is a
+deployment's, or that of one of its variants ("three-party-public-weights"). The tables are written anew by
+``python -m parties.reports.who_learns FILE``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from secure.deployments.deployment import ROWS, Deployment, Role, variants
+from secure.errors import InvalidInput
+
+_BETWEEN = re.compile(r"(<!-- who-learns:([\w-]+) -->\n).*?(<!-- /who-learns -->)", re.DOTALL)
+
+
+def columns(roles: Sequence[Role]) -> dict[str, Role]:
+    """Roles by their headings; neighbours that learn the same share a column."""
+    out: dict[str, Role] = {}
+    for role in roles:
+        last = next(reversed(out), None)
+        if last is not None and out[last].learns == role.learns:
+            out[f"{last}, {role.name}"] = out.pop(last)
+        else:
+            out[role.name] = role
+    return out
+
+
+def who_learns(deployment: Deployment, *, token_table: bool) -> Table:
+    """The table for the terminal. ``token_table``: clients hold it."""
+    table = Table(title=f"who learnt what ({deployment.trust})", title_justify="left")
+    found = columns(deployment.roles(token_table=token_table))
+    for heading in ("", *found):
+        table.add_column(heading)
+    for row in ROWS:
+        table.add_row(row, *(role.learns[row] for role in found.values()))
+    return table
+
+
+def markdown(deployment: Deployment) -> str:
+    """The table as Markdown, without a token table at the clients."""
+    found = columns(deployment.roles())
+    lines = ["| " + " | ".join(("", *found)) + " |", "|" + " --- |" * (1 + len(found))]
+    lines += ["| " + " | ".join((row, *(role.learns[row] for role in found.values()))) + " |" for row in ROWS]
+    return "\n".join(lines) + "\n"
+
+
+def written(text: str) -> str:
+    """A document with every marked table as the code has it."""
+    known = variants(Deployment)
+
+    def table(found: re.Match[str]) -> str:
+        if found[2] not in known:
+            raise InvalidInput(f"who-learns: unknown deployment {found[2]!r}", f"one of {', '.join(known)}")
+        return f"{found[1]}{markdown(known[found[2]])}{found[3]}"
+
+    return _BETWEEN.sub(table, text)
+
+
+def main() -> None:
+    """Write the tables of the documents that are named on the command line."""
+    for name in sys.argv[1:]:
+        Path(name).write_text(written(Path(name).read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
