@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from parties.cli.demo_digits import compile_digits
 from secure import insecure_in_process
+from secure.deployments.compiled import build
+from secure.deployments.deployment import CompileOptions
+from secure.deployments.two_party import TwoParty
 from secure.models.digits import load_digits, train_digits
+from secure.tasks.digits import prepared
 
 
 def measured(layers: int) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def measured(layers: int) -> dict[str, Any]:
     began = time.perf_counter()
     model, accuracy = train_digits(layers)
     seconds = time.perf_counter() - began
-    compiled = compile_digits(model)
+    compiled = build(prepared(model), TwoParty(), CompileOptions(), {})
     query, (images, labels) = insecure_in_process(compiled), load_digits().test
     with torch.no_grad():
         plain = model(images).argmax(-1)

@@ -20,41 +20,41 @@ import torch
 import secure
 from benchmarks import common, works
 from parties.net import hosting
-from parties.net.endpoints import Endpoint
-from parties.two_party.masked_model import serve_ready
-from parties.two_party.server import InferenceService
-from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
 from protocols import kernels
+from secure.cost.traffic import OFFLINE, ONLINE
+from secure.deployments.two_party import CLIENT, DEALER, SERVER
 
 DEADLINE = 600.0  # seconds; the offline phase of a large model is one long wait
 
 
 def serve(name: str, dealer: str, state: Path) -> None:
     start = time.perf_counter()
-    compiled, tokenizer, raw = works.make(name).build()
+    compiled = works.make(name).build()
     seconds = time.perf_counter() - start
-    ready = serve_ready(compiled, tokenizer, raw, state)
-    hosting.settle()  # after compiling, as `unseen serve` does
-    service = InferenceService(ready, Endpoint.parse(dealer, what="--dealer"), deadline=DEADLINE)
-    listen = Endpoint("127.0.0.1", 0)
-    server, address = hosting.start(
-        listen, lambda s: add_InferenceServicer_to_server(service, s), insecure=False, what="the server"
-    )
-    said = {"listening": str(address), "compile s": round(seconds, 2), "compile peak MB": round(common.peak())}
+    service = secure.serve(compiled, role=SERVER, peers={DEALER: dealer}, state=state, deadline=DEADLINE)
+    said = {"listening": service.address, "compile s": round(seconds, 2), "compile peak MB": round(common.peak())}
     common.forget_peak()
-    hosting.run_until_stopped(server, lambda: print(json.dumps(said), flush=True))
+    service.wait_announced(lambda: print(json.dumps(said), flush=True))
 
 
 def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None:
     hosting.settle()
     with np.load(inputs) as archive:
         given = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    with secure.connect(server, dealer, cache=False, deadline=DEADLINE) as connection:
+    deployment = secure.TwoParty(server=server, dealer=dealer)
+    with secure.connect(deployment, cache=False, deadline=DEADLINE) as session:
         for _ in range(1 + runs):
-            result = connection.query(given)
-        reports, predicted = connection.reports, connection.program.cost
-    if any(report.cost != predicted for report in reports):
-        raise SystemExit(f"a query took {reports[-1].cost}, its Program promises {predicted}")
+            result = session.query(given)
+        reports, predicted = session.reports, session.program.cost
+    last = reports[-1]
+    measured = (
+        last.rounds,
+        last.bytes(sender=CLIENT, receiver=SERVER, phase=ONLINE),
+        last.bytes(sender=SERVER, receiver=CLIENT, phase=ONLINE),
+        last.bytes(sender=DEALER, receiver=SERVER, phase=OFFLINE),
+    )
+    if measured != predicted.astuple() or any(report.traffic != last.traffic for report in reports):
+        raise SystemExit(f"a query took {measured}, its Program promises {predicted}")
     np.save(answer, result.numpy())
     document = {
         "online s, each": [report.online_seconds for report in reports[1:]],
@@ -65,7 +65,7 @@ def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None
         "online bytes to server": predicted.to_first,
         "online bytes to client": predicted.to_second,
         "offline bytes to server": predicted.dealt,
-        "offline bytes to client": reports[-1].offline_to_client,
+        "offline bytes to client": last.bytes(receiver=CLIENT, phase=OFFLINE),
         "peak MB": round(common.peak()),
     }
     print(json.dumps(document))

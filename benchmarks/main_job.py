@@ -24,6 +24,8 @@ import torch
 from benchmarks import common
 from benchmarks.common import RESULTS, Service
 from benchmarks.sentences import sentences
+from secure.cost.traffic import OFFLINE, ONLINE
+from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.models.sentence_encoder import load_sentence_encoder
 from secure.models.text import PACKAGED, model_directory, text_inputs
 from secure.models.tokens import load_tokenizer
@@ -116,16 +118,21 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return float(round(statistics.median(row[name] for row in rows), 3))
 
     first = rows[0]
+
+    def moved(sender: str, receiver: str, phase: str) -> int:
+        links = (t for t in first["traffic"] if (t["sender"], t["receiver"], t["phase"]) == (sender, receiver, phase))
+        return sum(link["bytes"] for link in links)
+
     return {
         "queries": len(rows),
         "online s": median("online_seconds"),
         "online s, each": [round(row["online_seconds"], 3) for row in rows],
         "offline s": median("offline_seconds"),
         "rounds": first["rounds"],
-        "online MB to server": first["bytes_to_server"] / 1e6,
-        "online MB to client": first["bytes_to_client"] / 1e6,
-        "offline MB to server": first["offline_bytes_to_server"] / 1e6,
-        "offline bytes to client": first["offline_bytes_to_client"],
+        "online MB to server": moved(CLIENT, SERVER, ONLINE) / 1e6,
+        "online MB to client": moved(SERVER, CLIENT, ONLINE) / 1e6,
+        "offline MB to server": moved(DEALER, SERVER, OFFLINE) / 1e6,
+        "offline bytes to client": moved(SERVER, CLIENT, OFFLINE),
     }
 
 

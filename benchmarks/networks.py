@@ -28,16 +28,16 @@ from typing import Any
 
 import torch
 
+import secure
 from benchmarks.common import RESULTS, machine
 from benchmarks.sentences import sentences
 from parties.net.hosting import settle
 from parties.net.measure import measure_transport
 from protocols import kernels
-from protocols.fixedpoint import FixedPoint
-from secure.cost.count import NETWORKS, Network, find_network, profile
+from secure.cost.count import NETWORKS, NetworkSpeed, find_network, profile
 from secure.cost.kernel_times import measure
 from secure.cost.projection import project
-from secure.models.text import PACKAGED, compile_text_model
+from secure.models.text import PACKAGED
 
 SERVER_AT, CLIENT_AT = "10.177.77.1", "10.177.77.2"
 SPACES = ("unseen-server", "unseen-client")
@@ -50,7 +50,7 @@ def _ip(*arguments: str) -> None:
 
 
 @contextmanager
-def namespaces(network: Network) -> Iterator[bool]:
+def namespaces(network: NetworkSpeed) -> Iterator[bool]:
     """Two namespaces and their cable; yields whether the kernel delays by itself."""
     try:
         for space in SPACES:
@@ -70,7 +70,7 @@ def namespaces(network: Network) -> Iterator[bool]:
             subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
 
 
-def _limit(space: str, device: str, network: Network) -> bool:
+def _limit(space: str, device: str, network: NetworkSpeed) -> bool:
     add = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", device]
     rate = f"{network.bandwidth * 8 / 1e6:g}mbit"
     delay = f"{network.round_trip * 500:g}ms"
@@ -138,7 +138,7 @@ def child(space: str, *command: str) -> Iterator[str]:
         process.stdout.close()
 
 
-def measured(length: int, runs: int, network: Network | None) -> tuple[list[float], str]:
+def measured(length: int, runs: int, network: NetworkSpeed | None) -> tuple[list[float], str]:
     """Online seconds of warm queries, and what made the delay."""
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
@@ -186,12 +186,12 @@ def _script(space: str, text: str) -> Iterator[str]:
         process.stdout.close()
 
 
-def compare(length: int, runs: int, networks: Sequence[Network | None]) -> list[dict[str, Any]]:
+def compare(length: int, runs: int, networks: Sequence[NetworkSpeed | None]) -> list[dict[str, Any]]:
     """One row a network."""
     settle()
     torch.set_num_threads(1)
     kernels.warm_up()
-    program = compile_text_model(PACKAGED, length, "client-table", "cubic", FixedPoint())[0].program
+    program = secure.compile_text_model(PACKAGED, length, embedding="client-table").program
     found, rows = profile(program), []
     for network in networks:
         timings, transport = measure(program), measure_transport()
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="*", help="names as of unseen profile")
     parser.add_argument("--write", action="store_true", help="write a results file")
     options = parser.parse_args()
-    chosen: list[Network | None] = [None]
+    chosen: list[NetworkSpeed | None] = [None]
     if shutil.which("ip") and os.geteuid() == 0:
         chosen += NETWORKS
     if options.network:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import secure
 from benchmarks import common
 from parties.cli.accuracy import cut
 from secure import insecure_in_process
@@ -121,7 +122,7 @@ def sst2(
         report[f"{name}, floating point"] = float((answers == test_labels).double().mean())
     classifier = Classifier(model, head).eval()
     samples = calibration_inputs(tokenizer, SST2_LENGTH, [*SENTENCES, *train[:100]])
-    compiled = compile(classifier, samples[0], calibration=samples[1:], embedding="client-table")
+    compiled = secure.compile(classifier, samples[0], calibration=samples[1:], embedding="client-table")
     query, right, same = insecure_in_process(compiled), 0, 0
     for text, label, plain in zip(test[:SST2_ASKED], test_labels[:SST2_ASKED], answers[:SST2_ASKED], strict=True):
         inputs = cut(tokenizer, text, SST2_LENGTH)

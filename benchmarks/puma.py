@@ -14,16 +14,16 @@ import statistics
 import torch
 from torch import Tensor
 
+import secure
 from approximations import APPROXIMATIONS, choose
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
 from secure.cost.count import profile
-from secure.deployments.in_process import plain_reference
 from secure.frontend import lower_model
 from secure.lowering.trace import evaluate
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import load_sentence_encoder
-from secure.models.text import PACKAGED, calibration_inputs, compile_text_model, model_directory, text_inputs
+from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
 
 Inputs = dict[str, Tensor]
@@ -75,9 +75,8 @@ def main() -> None:
         given = map(lowered.inputs, inputs)
         alone = [evaluate(lowered.trace, x, lowered.weights, outputs=[out.id])[0] for x in given]
         print(f"{name}: alone, {cosines(alone, expected)}")
-        arguments = (PACKAGED, length, "client-table", "cubic", FixedPoint())
-        compiled = compile_text_model(*arguments, approximations=name)[0]
-        fixed = [plain_reference(compiled, x) for x in inputs[: options.fixed]]
+        compiled = secure.compile_text_model(PACKAGED, length, embedding="client-table", approximations=name)
+        fixed = [secure.plain_reference(compiled, x) for x in inputs[: options.fixed]]
         print(f"{name}: fixed point, {cosines(fixed, expected[: options.fixed])}")
         print(f"{name}: of these alone, {cosines(alone[: options.fixed], expected[: options.fixed])}")
         cost = profile(compiled.program).total

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import secure
-from approximations.activations import GELU_FORMS
 from approximations.division import reciprocal
 from benchmarks.peers import works as peers
 from benchmarks.peers.works import Array
@@ -31,15 +30,12 @@ from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
 from secure.lowering.lower import Lowered
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, WeightRef
-from secure.models.text import PACKAGED, compile_text_model, model_directory, text_inputs
-from secure.models.tokens import TextTokenizer
+from secure.models.text import PACKAGED, model_directory, text_inputs
 from secure.mpc.compile import MpcModel, finish
 from secure.mpc.program import Output
 from secure.polynomial.forms import freeze_untrained
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
-
-Built = tuple[MpcModel, TextTokenizer, bytes]
 
 MATMULS = tuple(name for name in peers.WORKS if name.startswith("matmul"))
 COUNTERPARTS = {name.replace("matmul", "product", 1): name for name in MATMULS}
@@ -76,7 +72,7 @@ class Job:
 
     name: str
     inputs: dict[str, Tensor]  # the client's
-    build: Callable[[], Built]
+    build: Callable[[], secure.Compiled]
     expected: Callable[[], Tensor]
 
     @property
@@ -207,11 +203,6 @@ def reciprocals(pattern: MpcModel, samples: Sequence[Tensor]) -> MpcModel:
 # jobs
 
 
-def without_text(compiled: MpcModel) -> Built:
-    none: Any = None
-    return compiled, TextTokenizer(none, 0), b""
-
-
 def like(x: Tensor, seed: int) -> Tensor:
     """Another tensor from the same distribution; in steps of 1/1024, so that differences are exact in float32."""
     if float(x.min()) > 0:  # logarithms that are spread evenly
@@ -236,15 +227,16 @@ def operation(name: str, approximations: str) -> Job:
     def inputs(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {given if n == "x" else n: x - masks[n] if masks else x for n, x in values.items()}
 
-    def build() -> Built:
+    def build() -> secure.Compiled:
         first, *others = (inputs({n: like(x, seed) for n, x in actual.items()}) for seed in range(CALIBRATION))
         made = module(work, kind, masks).eval()
         compiled = secure.compile(made, first, calibration=others, approximations=approximations)
         if kind == "compare":
-            compiled = comparison(compiled, masks["x"])
+            compiled = replace(compiled, model=comparison(compiled.model, masks["x"]))
         if kind == "reciprocal":
-            compiled = reciprocals(compiled, [like(x, seed) for seed in range(CALIBRATION) for x in actual.values()])
-        return without_text(compiled)
+            drawn = [like(x, seed) for seed in range(CALIBRATION) for x in actual.values()]
+            compiled = replace(compiled, model=reciprocals(compiled.model, drawn))
+        return compiled
 
     return Job(name, inputs(actual), build, lambda: torch.from_numpy(np.asarray(work.expected[0], np.float64)))
 
@@ -258,10 +250,8 @@ def minilm(name: str, approximations: str) -> Job:
     tokenizer = load_tokenizer(directory)
     inputs = text_inputs(tokenizer, fitting(tokenizer, length), length)
 
-    def build() -> Built:
-        return compile_text_model(
-            PACKAGED, length, "client-table", GELU_FORMS[0], FixedPoint(), approximations=approximations
-        )
+    def build() -> secure.Compiled:
+        return secure.compile_text_model(PACKAGED, length, embedding="client-table", approximations=approximations)
 
     def expected() -> Tensor:
         with torch.no_grad():
@@ -292,12 +282,11 @@ def bert_base(name: str, approximations: str) -> Job:
         drawn = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(seed))
         return {"input_ids": drawn, "attention_mask": (torch.arange(length) < real).long()[None]}
 
-    def build() -> Built:
+    def build() -> secure.Compiled:
         # one is padded, as the range of the mask comes from calibration too
         first, *others = (ids(seed, length // seed) for seed in range(1, CALIBRATION + 1))
-        return without_text(
-            secure.compile(model(), first, calibration=others, embedding="client-table", approximations=approximations)
-        )
+        chosen = {"embedding": "client-table", "approximations": approximations}
+        return secure.compile(model(), first, calibration=others, **chosen)  # type: ignore[arg-type]
 
     def expected() -> Tensor:
         with torch.no_grad():
