@@ -127,10 +127,13 @@ def test_modes_of_a_peer(tmp_path: Path) -> None:
 )
 def test_small_works_are_right_and_take_what_the_profile_says(name: str) -> None:
     job = works.make(name)
-    compiled, _, _ = job.build()
-    answer, report = secure.InsecureInProcess(compiled).query(job.inputs)
+    compiled = job.build()
+    with secure.insecure_in_process(compiled) as session:
+        answer = session.query(job.inputs)
     torch.testing.assert_close(answer, job.expected(), atol=4e-3, rtol=0)
-    assert report.cost == secure.profile(compiled.program).total
+    (report,) = session.reports
+    assert (report.rounds, report.traffic) == (compiled.cost.rounds, compiled.cost.traffic)
+    assert secure.profile(compiled).cost == compiled.cost
 
 
 def test_nobody_knows_the_operand_of_an_operation() -> None:
@@ -139,7 +142,7 @@ def test_nobody_knows_the_operand_of_an_operation() -> None:
 
 
 def test_comparisons_use_the_whole_ring_and_stay_within_the_bar() -> None:
-    (compiled, _, _), bar = works.make("compare 800").build(), suite.BARS["compare 393216"]["online bytes an element"]
+    compiled, bar = works.make("compare 800").build(), suite.BARS["compare 393216"]["online bytes an element"]
     cost = compiled.program.cost
     (comparison,) = (i.protocol for i in compiled.program.circuit if i.protocol.kind == "compare")
     assert (comparison.operand_ring, getattr(comparison, "drop", None)) == (64, 0)
@@ -150,8 +153,7 @@ def test_comparisons_use_the_whole_ring_and_stay_within_the_bar() -> None:
 def test_one_small_work_through_three_processes() -> None:
     name = "gelu 4x8"
     row = suite.measure(name, runs=1)
-    compiled, _, _ = works.make(name).build()
-    predicted = secure.profile(compiled.program).total
+    predicted = works.make(name).build().program.cost
     assert row["rounds"] == predicted.rounds
     assert row["online bytes to server"] == predicted.to_first
     assert row["online bytes to client"] == predicted.to_second

@@ -21,10 +21,13 @@ import pytest
 import torch
 from rich.console import Console
 
+import secure
+from parties import deployments
 from parties.cli import demo
 from parties.cli import main as cli
 from parties.net import hosting
-from parties.two_party.client import Connection, connect
+from parties.two_party.client import TwoPartyLink
+from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.errors import Error, PeerLost
 from tests.tiny import LENGTH, TEXT, WORDS, Served, expected, sentences
 
@@ -183,7 +186,7 @@ def test_an_interrupt_is_no_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "connect", interrupted)
+    monkeypatch.setattr(deployments, "connect", interrupted)
     ended = run("embed", "x")
     assert ended.code == 130
     assert "Traceback" not in ended.err
@@ -197,14 +200,17 @@ def test_embeddings_as_json(run: Run, server: Served, dealer: Served, directory:
     ended = run("embed", *texts, "--server", server.address, "--dealer", dealer.address, "--json")
     assert (ended.code, ended.err) == (0, "")
     rows = json.loads(ended.out)
-    cost = server.service.model.compiled.program.cost
+    cost = server.service.model.program.cost
     for text, row in zip(texts, rows, strict=True):
         assert row["text"] == text
         torch.testing.assert_close(
             torch.tensor(row["embedding"], dtype=torch.float64), expected(directory, text), atol=5e-3, rtol=0
         )
-        measured = [row[k] for k in ("rounds", "bytes_to_server", "bytes_to_client", "offline_bytes_to_server")]
-        assert measured == list(cost.astuple())
+        moved = {(t["sender"], t["receiver"], t["phase"]): t["bytes"] for t in row["traffic"]}
+        assert row["rounds"] == cost.rounds
+        assert moved[CLIENT, SERVER, "online"] == cost.to_first
+        assert moved[SERVER, CLIENT, "online"] == cost.to_second
+        assert moved[DEALER, SERVER, "offline"] == cost.dealt
     assert len(list((tmp_path / "cache" / "unseen").iterdir())) == 1
     assert run("embed", TEXT, "--server", server.address, "--dealer", dealer.address, "--json", "--no-cache").code == 0
 
@@ -216,9 +222,9 @@ def test_a_report_for_people(run: Run, server: Served, dealer: Served, directory
     cosines = [float(c) for c in re.findall(r"cosine to the plaintext model\s+([\d.]+)", ended.out)]
     assert len(cosines) == 2
     assert min(cosines) > 0.999
-    assert f"{server.service.model.compiled.program.cost.rounds} rounds" in ended.out
+    assert f"{server.service.model.program.cost.rounds} rounds" in ended.out
     assert "who learnt what" in ended.out
-    assert "once per model, to the client: masked-weights" in ended.out
+    assert re.search(r"once: [\d.]+ [kM]B from server to client", ended.out)
 
 
 # processes
@@ -251,6 +257,10 @@ def process(log: Path, *arguments: str) -> Iterator[Process]:
             child.wait()
 
 
+def at(server: Process, dealer: Process) -> secure.TwoParty:
+    return secure.TwoParty(server=server.address, dealer=dealer.address)
+
+
 def serve(directory: Path, dealer: Process, log: Path, state: Path, texts: Path, *more: str) -> Any:
     arguments = ["serve", str(directory), "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--threads", "1"]
     arguments += ["--length", str(LENGTH), "--state", str(state), "--calibration", str(texts)]
@@ -276,23 +286,23 @@ def test_three_processes(directory: Path, tmp_path: Path, monkeypatch: pytest.Mo
             vector = torch.tensor(json.loads(ended.stdout)[0]["embedding"], dtype=torch.float64)
             torch.testing.assert_close(vector, expected(directory, TEXT), atol=5e-3, rtol=0)
 
-            frames, send = list[None](), Connection._send
+            frames, send = list[None](), TwoPartyLink._send
 
-            def killing(self: Connection, **content: Any) -> None:
+            def killing(self: TwoPartyLink, **content: Any) -> None:
                 frames.extend([None] * ("frame" in content))
                 if len(frames) == 20:
                     server.end(signal.SIGKILL)
                 send(self, **content)
 
-            monkeypatch.setattr(Connection, "_send", killing)
-            with connect(server.address, dealer.address, cache=cache, deadline=20) as connection:
+            monkeypatch.setattr(TwoPartyLink, "_send", killing)
+            with secure.connect(at(server, dealer), cache=cache, deadline=20) as session:
                 message = r"is gone; this client waited for its message of module 'encoder[^']*' \(round \d+ of"
                 with pytest.raises(PeerLost, match=message):
-                    connection.embed([TEXT])
+                    session.embed([TEXT])
             monkeypatch.undo()
         with serve(directory, dealer, logs[2], tmp_path / "state", texts, "--verbose") as server:  # knows its seed yet
-            with connect(server.address, dealer.address, cache=cache, deadline=20) as connection:
-                connection.embed([TEXT])
+            with secure.connect(at(server, dealer), cache=cache, deadline=20) as session:
+                session.embed([TEXT])
             assert len(list(cache.iterdir())) == 1
             assert server.end() == 0
         assert dealer.end() == 0

@@ -16,12 +16,12 @@ import torch
 import typer.main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parties.reports.who_learns import written
 
 import secure
 import tests.test_conformance as conformance
 from examples import embed
 from parties.cli.main import app
+from parties.reports.who_learns import written
 from protocols.protocol import Protocol
 from secure.capture.operation import OPERATIONS, RULES
 from secure.deployments.deployment import deployments

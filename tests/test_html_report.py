@@ -17,16 +17,20 @@ pytest.importorskip("plotly")
 
 from parties.reports.html import DRAW, MOST, html_report
 
-COST = {
+COST: dict[str, Any] = {
     "rounds": 3,
-    "bytes_to_server": 1_234_567,
-    "bytes_to_client": 7_654_321,
-    "offline_bytes_to_server": 1_111_111,
+    "traffic": [
+        {"sender": "client", "receiver": "server", "phase": "online", "bytes": 1_234_567},
+        {"sender": "server", "receiver": "client", "phase": "online", "bytes": 7_654_321},
+        {"sender": "dealer", "receiver": "server", "phase": "offline", "bytes": 1_111_111},
+    ],
     "multiply_accumulates": 2_222_222,
     "comparisons": 3_333,
 }
 EVIL = "</script><script>document.title='owned'</script>"
 USED = {"compute": 0.125, "wire": 0.25, "waiting": 0.5}
+BOTH = {"server": USED, "client": USED}
+FREE = {"rounds": 0, "traffic": [], "multiply_accumulates": 0, "comparisons": 0}
 DOCUMENT: dict[str, Any] = {
     "program_digest": "ab" * 32,
     "labels": {"model": EVIL, "length": "8"},
@@ -38,8 +42,8 @@ DOCUMENT: dict[str, Any] = {
     "kinds": {"compare": COST},
     "correlations": {"compare": 1_111_111},
     "networks": [
-        {"name": "loopback", "round_trip_ms": 0.0, "mbps": None, "seconds": 0.875, "client": USED, "server": USED},
-        {"name": "far", "round_trip_ms": 80.0, "mbps": 100.0, "seconds": 87.5, "client": USED, "server": USED},
+        {"name": "loopback", "round_trip_ms": 0.0, "mbps": None, "seconds": 0.875, "parties": BOTH},
+        {"name": "far", "round_trip_ms": 80.0, "mbps": 100.0, "seconds": 87.5, "parties": BOTH},
     ],
     "variants": [
         {"name": "one", "rounds": 5, "seconds": {"wan": 2.5}, "lowest_cosine": 0.999991, "problem": None},
@@ -100,13 +104,15 @@ def test_every_number_is_in_a_table() -> None:
 
 
 def test_what_costs_nothing_is_in_the_table_alone() -> None:
-    page = own(html_report({**DOCUMENT, "kinds": {"reshape": dict.fromkeys(COST, 0)}}))
+    page = own(html_report({**DOCUMENT, "kinds": {"reshape": FREE}}))
     assert page.count("reshape") == 1
     assert "reshape</th>" in page
 
 
 def test_variants_say_what_they_cost_and_whether_they_will_do() -> None:
-    known = {"rounds": 5, "bytes_online": {"to_first": 1_000_000, "to_second": 234_567}, "bytes_offline": 7_654_000}
+    sizes = {("a", "b", "online"): 1_000_000, ("b", "a", "online"): 234_567, ("c", "a", "offline"): 7_654_000}
+    traffic = [{"sender": s, "receiver": r, "phase": p, "bytes": size} for (s, r, p), size in sizes.items()]
+    known = {"rounds": 5, "traffic": traffic}
     seconds = {"lan": 0.5, "wan": 2.5}
     variants = [
         {"name": name, **known, "seconds": seconds, "lowest_cosine": cosine, "meets": cosine > 0.999}

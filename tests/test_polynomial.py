@@ -392,7 +392,7 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     text.write_text("\n".join(sentences(40)))
     arguments = ["train", str(model), "--text", str(text), "--output", str(output), "--threads", "1"]
     few = ["--batch", "8", "--steps", "12", "--power", "2", "--held-out", str(text)]
-    result = CliRunner().invoke(app, [*arguments, *few])
+    result = CliRunner().invoke(app(), [*arguments, *few])
     assert result.exit_code == 0, result.output
     assert "Spearman" in result.output
     trained, tokenizer = load_sentence_encoder(output), load_tokenizer(output)
@@ -400,13 +400,13 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     compiled = secure.compile(trained, inputs[0], calibration=inputs[1:], embedding="client-table")
     assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
     report = ["accuracy", str(output), "--original", str(model), "--length", str(LENGTH), "--texts", str(text)]
-    shown = CliRunner().invoke(app, [*report, "--protocol", "3"])
+    shown = CliRunner().invoke(app(), [*report, "--protocol", "3"])
     assert shown.exit_code == 0, shown.output
     assert all(word in shown.output for word in ("floating point", "fixed point", "protocol", "ranges"))
     document = tmp_path / "report.json"
     assert (
         not CliRunner()
-        .invoke(app, [*report, "--protocol", "3", "--format", "json", "--output", str(document)])
+        .invoke(app(), [*report, "--protocol", "3", "--format", "json", "--output", str(document)])
         .exit_code
     )
     found = json.loads(document.read_text())
@@ -416,15 +416,15 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     assert all(way["lowest_own_cosine"] > 0.999 for way in found["ways"])
     assert len(found["layers"]) == 1
     assert {held["kind"] for held in found["ranges"]} == {"attention", "activation", "norm"}
-    exact = CliRunner().invoke(app, ["accuracy", str(model), "--original", str(model), "--length", str(LENGTH)])
+    exact = CliRunner().invoke(app(), ["accuracy", str(model), "--original", str(model), "--length", str(LENGTH)])
     assert "not in polynomial form" in str(exact.exception)
     again = CliRunner().invoke(
-        app, ["train", str(output), "--text", str(text), "--output", str(tmp_path / "more"), *few]
+        app(), ["train", str(output), "--text", str(text), "--output", str(tmp_path / "more"), *few]
     )
     assert "in polynomial form already" in str(again.exception)
     two = tmp_path / "two"
     two.write_text("\n".join(sentences(2)))
-    lines = CliRunner().invoke(app, [*report[:-1], str(two), "--protocol", "0", "--format", "json"]).stdout
+    lines = CliRunner().invoke(app(), [*report[:-1], str(two), "--protocol", "0", "--format", "json"]).stdout
     assert json.loads(lines)["ways"][0]["agreement"]["spearman"] is None  # of two sentences there is none
     path = output / "polynomial.json"
     narrow = json.loads(path.read_text())
@@ -432,11 +432,11 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
         if "low" in held:
             held["high"] = held["low"] * 1.0001
     path.write_text(json.dumps(narrow))
-    left = CliRunner().invoke(app, [*report, "--protocol", "0"])
+    left = CliRunner().invoke(app(), [*report, "--protocol", "0"])
     assert "made for" in str(left.exception)  # the calibration sentences leave it too
-    odd = CliRunner().invoke(app, [*arguments, "--power", "3"])
+    odd = CliRunner().invoke(app(), [*arguments, "--power", "3"])
     assert "--power" in str(odd.exception)
-    same = CliRunner().invoke(app, ["train", str(model), "--text", str(text), "--output", str(model)])
+    same = CliRunner().invoke(app(), ["train", str(model), "--text", str(text), "--output", str(model)])
     assert "original model's directory" in str(same.exception)
 
 

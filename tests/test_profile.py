@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import secure
-from parties.reports import tables as reports
+from parties.reports.tables import profile_tables
 from protocols.circuit import Instruction
 from protocols.protocol import (
     PARTY_NAMES,
@@ -28,8 +28,10 @@ from protocols.protocol import (
 )
 from protocols.two_party import Input
 from protocols.wire import Wire
-from secure.cost.count import NETWORKS, Network, module, profile
+from secure.cost.count import NETWORKS, NetworkSpeed, module, profile
 from secure.cost.runnable import Deployed
+from secure.cost.traffic import links
+from secure.deployments.two_party import CLIENT, DEALER, SERVER
 
 
 class Tiny(nn.Module):
@@ -58,8 +60,12 @@ def compiled() -> secure.Compiled:
 
 def test_predicted_is_measured(compiled: secure.Compiled) -> None:
     found = profile(compiled.program)
-    _, report = secure.InsecureInProcess(compiled).query(inputs(3))
-    assert found.total == report.cost == compiled.program.cost
+    with secure.insecure_in_process(compiled) as session:
+        session.query(inputs(3))
+    (report,) = session.reports
+    assert found.total == compiled.program.cost
+    assert report.rounds == compiled.cost.rounds == found.total.rounds
+    assert report.traffic == compiled.cost.traffic == links(found.total, SERVER, CLIENT, DEALER)
 
 
 def test_every_line_is_what_its_protocol_declares(compiled: secure.Compiled) -> None:
@@ -135,7 +141,7 @@ def test_sums_by_module_and_kind_agree(compiled: secure.Compiled) -> None:
 
 
 def test_a_network_waits_half_a_round_trip_a_round() -> None:
-    network = Network("test", "test", round_trip=0.1, bandwidth=1000)
+    network = NetworkSpeed("test", "test", round_trip=0.1, bandwidth=1000)
     assert network.seconds(CircuitCost(10, 500, 2000, 10**9)) == pytest.approx(10 * 0.05 + 2)
 
 
@@ -147,17 +153,38 @@ def test_module_paths_are_cut(path: str, depth: int, expected: str) -> None:
     assert module(path, depth) == expected
 
 
-def test_reports(compiled: secure.Compiled) -> None:
-    found = profile(compiled.program)
-    document = json.loads(json.dumps(reports.profile_json(compiled.program, found, 1)))
-    assert document["total"]["bytes_to_server"] == found.total.to_first
+def test_a_profile_says_the_same_to_programs_and_to_people(compiled: secure.Compiled) -> None:
+    found = secure.profile(compiled, depth=1)
+    document = json.loads(json.dumps(found.as_dict()))
+    assert document["total"]["traffic"] == compiled.cost.as_dict()["traffic"]
+    assert document["total"]["rounds"] == found.cost.rounds == compiled.cost.rounds
     assert set(document["waiting_seconds"]) == {n.name for n in NETWORKS}
-    assert reports.profile_table("by protocol", found.by(lambda line: line.kind)).row_count > 5
+    assert document["networks"] == []
+    assert set(document["memory"]) == {SERVER, CLIENT}
+    by_module, by_kind = profile_tables(found)
+    assert by_kind.row_count > 5
+    assert by_module.row_count < by_kind.row_count
+    assert f"{compiled.cost.rounds} rounds" in found.lines[0]
+
+
+def test_parties_have_the_names_of_their_deployment() -> None:
+    example = [inputs(s) for s in range(4)]
+    model = secure.compile(Tiny().eval(), example[0], calibration=example[1:], deployment=secure.ThreeParty())
+    text = json.dumps(secure.profile(model).as_dict())
+    assert '"party 0"' in text
+    assert '"server"' not in text
+
+
+def test_networks_are_found_by_name(compiled: secure.Compiled) -> None:
+    document = secure.profile(compiled, networks=["lan", "250,20"]).as_dict()
+    assert list(document["waiting_seconds"]) == [NETWORKS[0].name, "250 Mbps, 20 ms"]
+    with pytest.raises(secure.InvalidInput, match="moon"):
+        secure.profile(compiled, networks=["moon"])
 
 
 def test_the_command_names_a_missing_model() -> None:
     from parties.cli.main import app
 
-    result = CliRunner().invoke(app, ["profile", "/nowhere"])
+    result = CliRunner().invoke(app(), ["profile", "/nowhere"])
     assert result.exit_code != 0
     assert "no model at '/nowhere'" in str(result.exception)

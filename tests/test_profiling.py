@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from parties.cli import output as writing
 from parties.cli import profile as profiling
 from parties.cli.main import app
 from parties.net import hosting
@@ -31,7 +32,7 @@ def shape(tmp_path: Path) -> str:
 
 
 def run(*arguments: str) -> tuple[int, str, BaseException | None]:
-    result = CliRunner().invoke(app, ["profile", *arguments])
+    result = CliRunner().invoke(app(), ["profile", *arguments])
     return result.exit_code, result.output, result.exception
 
 
@@ -41,10 +42,14 @@ def test_json_has_everything_and_exact_sums(shape: str) -> None:
     document = json.loads(output)
     total = document["total"]
     for group in ("modules", "kinds"):
-        for key in ("bytes_to_server", "bytes_to_client", "offline_bytes_to_server", "comparisons"):
+        for key in ("multiply_accumulates", "comparisons"):
             assert sum(row[key] for row in document[group].values()) == total[key]
-    assert sum(document["correlations"].values()) == total["offline_bytes_to_server"]
-    assert document["memory"]["server"]["correlations"] == total["offline_bytes_to_server"]
+        for link in total["traffic"]:
+            rows = [other for row in document[group].values() for other in row["traffic"]]
+            assert sum(other["bytes"] for other in rows if {**other, "bytes": link["bytes"]} == link) == link["bytes"]
+    (dealt,) = [link["bytes"] for link in total["traffic"] if link["phase"] == "offline"]
+    assert sum(document["correlations"].values()) == dealt
+    assert document["memory"]["server"]["correlations"] == dealt
     assert document["networks"] == []
     assert document["deployment"] == "two-party"
     assert document["failure_probability"] == 0
@@ -75,11 +80,11 @@ def test_the_table_names_the_failure_bound_and_the_memory(shape: str) -> None:
     code, output, _ = run(shape, "--length", "8", "--no-time")
     assert code == 0
     assert "failure probability within the ranges (assumed" in " ".join(output.split())
-    assert "memory of the server" in output
+    assert "memory of server" in output
 
 
 def test_an_unknown_network_fails_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_program", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(profiling, "profiled", lambda *_: pytest.fail("compiled"))
     code, _, error = run("bert-base", "--network", "moon")
     assert code != 0
     assert "loopback, lan, wan, slow-wan" in str(error)
@@ -92,7 +97,7 @@ def test_an_unknown_format_lists_the_known_ones() -> None:
 
 
 def test_a_missing_directory_is_noticed_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(profiling, "_program", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(profiling, "profiled", lambda *_: pytest.fail("compiled"))
     code, _, error = run("bert-base", "--output", str(tmp_path / "none" / "report.json"))
     assert code != 0
     assert "there is no directory" in str(error)
@@ -126,7 +131,7 @@ def test_a_report_that_cannot_be_written_is_printed(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(profiling, "store", full)
+    monkeypatch.setattr(writing, "store", full)
     target = str(tmp_path / "report.json")
     code, output, error = run(shape, "--length", "8", "--no-time", "--json", "--output", target)
     assert code != 0

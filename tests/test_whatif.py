@@ -18,16 +18,23 @@ import secure
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from parties.cli import main as cli
-from parties.two_party.keys import DEPLOYMENT
-from protocols.protocol import CircuitCost
-from secure.cost.count import LOOPBACK, NETWORKS, profile
+from secure.cost.count import LOOPBACK, NETWORKS, Profile, profile
 from secure.cost.kernel_times import Segment, Timings
 from secure.cost.projection import Transport
 from secure.cost.runnable import Runnable
-from secure.deployments.compare import Outcome, Samples, Variant, cheapest, compare, projected, variants
-from secure.deployments.three_party import DEPLOYMENTS
+from secure.cost.traffic import Cost, Traffic
+from secure.deployments.compare import (
+    FIRST_DEPLOYMENT,
+    Outcome,
+    Samples,
+    Variant,
+    cheapest,
+    comparable,
+    compare,
+    projected,
+    variants,
+)
 from secure.models.calibration import HELD_OUT, SENTENCES
-from secure.models.text import compile_text_model
 from tests.tiny import LENGTH, TEXT, WORDS
 
 WAN = "wan"
@@ -68,19 +75,18 @@ def test_approximations_by_name(run: Run, tiny: list[str], directory: Path) -> N
     assert [row["settings"]["approximations"] for row in (ours, puma)] == list(APPROXIMATIONS)
     assert puma["settings"]["gelu"] == "puma"
     assert puma["lowest_cosine"] < ours["lowest_cosine"]
-    arguments = (str(directory), LENGTH, "one-hot", "quartic", secure.FixedPoint())
-    compiled = compile_text_model(*arguments, approximations="puma")[0]
+    compiled = secure.compile_text_model(str(directory), LENGTH, approximations="puma")
     assert compiled.program.labels["approximations"] == "puma"
-    assert puma["rounds"] == compiled.program.cost.rounds
+    assert puma["rounds"] == compiled.cost.rounds
 
 
 def test_costs_are_those_of_the_profiler() -> None:
     for outcome in compare(Tiny(), variants([3, 5], gelus=["puma"], fraction_bits=[12, 16]), samples):
         v, (first, *more) = outcome.variant, samples(outcome.variant.length).calibration
         fixed = secure.FixedPoint(fraction_bits=v.fraction_bits)
-        program = secure.compile(Tiny(), first, calibration=more, gelu=v.gelu, fixed_point=fixed).program
-        assert outcome.cost == profile(program).total
-        assert outcome.seconds == {n.key: n.seconds(program.cost) for n in NETWORKS}
+        compiled = secure.compile(Tiny(), first, calibration=more, gelu=v.gelu, fixed_point=fixed)
+        assert outcome.cost == compiled.cost
+        assert outcome.seconds == {n.key: n.seconds(profile(compiled.program).total) for n in NETWORKS}
         assert outcome.problem is None
 
 
@@ -169,7 +175,7 @@ def test_projected_seconds_are_asked_for_every_program() -> None:
     seconds = projected({LOOPBACK: None, WAN: NETWORKS[1]}, Transport(0.0, 0.0), timings)
     (outcome,) = compare(Tiny(), variants([3], gelus=["cubic"]), samples, seconds)
     assert outcome.cost is not None
-    waited = NETWORKS[1].seconds(outcome.cost)
+    waited = NETWORKS[1].round_trip / 2 * outcome.cost.rounds
     assert outcome.seconds[LOOPBACK] >= 0.5
     assert outcome.seconds[WAN] >= outcome.seconds[LOOPBACK] + waited * 0.9
 
@@ -198,7 +204,8 @@ def test_variants_are_every_combination_once() -> None:
     assert [v.name for v in both] == [
         f"8 tokens, one-hot, {form}, 16 bits" for form in ("cubic", "all puma", "quartic")
     ]
-    assert DEPLOYMENTS[0] == DEPLOYMENT
+    assert next(iter(comparable())) == FIRST_DEPLOYMENT == secure.TwoParty.name
+    assert set(comparable()) == {"two-party", "three-party", "three-party-public-weights"}
 
 
 @pytest.mark.parametrize(
@@ -210,9 +217,8 @@ def test_an_unknown_setting_is_refused(wrong: dict[str, str]) -> None:
 
 
 def outcome(bits: int, cosine: float | None, seconds: float, size: int = 1, problem: str | None = None) -> Outcome:
-    return Outcome(
-        Variant(8, fraction_bits=bits), CircuitCost(1, size, 0, 0), {WAN: seconds, "lan": -seconds}, cosine, problem
-    )
+    cost = Cost(1, (Traffic("client", "server", size, "online"),))
+    return Outcome(Variant(8, fraction_bits=bits), cost, {WAN: seconds, "lan": -seconds}, cosine, problem)
 
 
 def test_the_cheapest_that_meets() -> None:
@@ -260,8 +266,8 @@ def tiny(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     """Arguments that compare GeLU forms of the tiny text model, whose tokenizer knows words of its own."""
     texts = tmp_path / "texts.txt"
     texts.write_text(f"{TEXT}\n\n{' '.join(WORDS[:30])}\n", encoding="utf-8")
-    for module in ("comparing", "model"):
-        monkeypatch.setattr(f"parties.{module}.SENTENCES", CALIBRATION)
+    for module in ("parties.cli.compare", "secure.models.text"):
+        monkeypatch.setattr(f"{module}.SENTENCES", CALIBRATION)
     return [str(directory), "--length", str(LENGTH), "--texts", str(texts)]
 
 
@@ -279,20 +285,22 @@ def test_json(run: Run, tiny: list[str]) -> None:
     assert (found["asked_accuracy"], found["asked_network"]) == (0.999, "250,20")
     for row in found["variants"]:
         assert set(row) == {
-            *("name", "settings", "rounds", "bytes_online", "bytes_offline"),
+            *("name", "settings", "rounds", "traffic"),
             *("seconds", "lowest_cosine", "meets", "problem"),
         }
         assert set(row["seconds"]) == {*(n.key for n in NETWORKS), "250,20"}
         assert row["meets"] == (row["lowest_cosine"] >= 0.999)
-        assert min(row["bytes_online"]["to_first"], row["bytes_online"]["to_second"], row["bytes_offline"]) > 0
+        assert [(t["sender"], t["receiver"]) for t in row["traffic"] if t["bytes"] > 0] == [
+            ("client", "server"),
+            ("server", "client"),
+            ("dealer", "server"),
+        ]
 
 
 def test_costs_are_those_of_the_profile_command(run: Run, tiny: list[str], directory: Path) -> None:
     (row,) = compared(run, *tiny, "--gelu", "puma", "--embedding", "client-table")["variants"]
-    arguments = (str(directory), LENGTH, "client-table", "puma", secure.FixedPoint())
-    total = profile(compile_text_model(*arguments)[0].program).total
-    assert (row["rounds"], row["bytes_offline"]) == (total.rounds, total.dealt)
-    assert row["bytes_online"] == {"to_first": total.to_first, "to_second": total.to_second}
+    compiled = secure.compile_text_model(str(directory), LENGTH, embedding="client-table", gelu="puma")
+    assert (row["rounds"], row["traffic"]) == (compiled.cost.rounds, compiled.cost.as_dict()["traffic"])
 
 
 def test_the_table_marks_the_choice_and_names_problems(run: Run, tiny: list[str]) -> None:
@@ -327,7 +335,7 @@ def test_what_was_found_before_an_interruption_is_shown(
 ) -> None:
     asked: list[Runnable] = []
 
-    def interrupted(program: Runnable) -> secure.Profile:
+    def interrupted(program: Runnable) -> Profile:
         asked.append(program)
         if len(asked) == 3:  # PUMA's GeLU
             raise KeyboardInterrupt
@@ -390,7 +398,7 @@ def test_minilm(run: Run) -> None:
     cubic, quartic = found["variants"]
     assert cubic["meets"]
     assert quartic["lowest_cosine"] < cubic["lowest_cosine"]
-    assert quartic["bytes_online"]["to_first"] < cubic["bytes_online"]["to_first"]
+    assert sum(t["bytes"] for t in quartic["traffic"]) < sum(t["bytes"] for t in cubic["traffic"])
     assert found["chosen"] in (cubic["name"], quartic["name"])
     for row in found["variants"]:
         assert 0 < row["seconds"]["lan"] < row["seconds"]["wan"] < row["seconds"]["slow-wan"]

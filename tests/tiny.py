@@ -59,7 +59,6 @@ LOOPBACK = Endpoint("127.0.0.1", 0)
 
 def write_model(directory: Path, seed: int = 0) -> Path:
     """A random Bert of one layer and its word-level tokenizer, as files."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(seed)
@@ -70,15 +69,23 @@ def write_model(directory: Path, seed: int = 0) -> Path:
         "num_attention_heads": 2,
     }
     BertModel(BertConfig(vocab_size=100, max_position_embeddings=16, **sizes)).eval().save_pretrained(directory)
+    tokenizer = word_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    return directory
+
+
+def word_tokenizer() -> Any:
+    """A word a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
-    return directory
+    return tokenizer
 
 
 def sentences(count: int = 12, words: int = LENGTH - 2) -> list[str]:

@@ -1,0 +1,401 @@
+"""Every option of every command, for every deployment, changes what the command does or is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import typer
+import typer.main
+from torch import Tensor, nn
+
+import secure
+from parties import deployments
+from parties.cli import accuracy, compare, console, demo, embed, main, output, party, profile, serve, timeline, train
+from parties.net import hosting
+from parties.net.hosting import HostOptions, Parts
+from parties.reports import answers
+from parties.served.described import ConnectOptions
+from secure.cost.report import ProfileReport
+from secure.cost.traffic import ONLINE, Cost, Traffic
+from secure.deployments import deployment as registry
+from secure.deployments.compare import Outcome, variants
+from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
+from secure.models.tokens import TextTokenizer
+from secure.session import Link, Report
+from secure.tasks.task import Loaded
+from secure.training.fidelity import Fidelity
+from tests.test_cli import Run, run
+from tests.tiny import word_tokenizer
+
+__all__ = ["run"]  # the fixture
+
+NAMES = [d.name for d in registry.deployments()]
+FREE = "127.0.0.1:0"
+
+
+# what commands do, written down instead
+
+
+@dataclass
+class Calls:
+    """What a command asked of the library, as text."""
+
+    made: list[str] = field(default_factory=list)
+
+    def note(self, name: str, answer: Any = None) -> Callable[..., Any]:
+        def called(*arguments: Any, **named: Any) -> Any:
+            shown = [a for a in arguments if not isinstance(a, SimpleNamespace)]
+            shown += [(k, v) for k, v in sorted(named.items()) if not callable(v)]
+            self.made.append(f"{name}{shown!r}")
+            return answer(*arguments, **named) if callable(answer) else answer
+
+        return called
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    """Commands end where the library begins: nothing is loaded, compiled, hosted, asked or trained."""
+    found = Calls()
+
+    def put(module: Any, name: str, answer: Any = None) -> None:
+        monkeypatch.setattr(module, name, found.note(name, answer))
+
+    service = SimpleNamespace(about=(), address="nowhere:1", wait_announced=lambda tell: tell())
+    cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
+    compiled = SimpleNamespace(cost=cost, program=SimpleNamespace(digest="d"), model=None)
+    task = SimpleNamespace(load=found.note("load", Loaded("m", nn.Identity(), [])))
+    session = SimpleNamespace(run=lambda *_: iter([torch.zeros(2)]), reports=[], program=None)
+
+    @contextmanager
+    def connected(*_: Any, **__: Any) -> Iterator[Any]:
+        yield session
+
+    for module in (serve, party, embed, demo, profile):
+        for name in ("get_ready", "use_threads", "compiled_model"):
+            if hasattr(module, name) and name != "compiled_model":
+                put(module, name)
+    put(hosting, "log_to_stderr")
+    put(hosting, "check")
+    put(deployments, "serve", service)
+    put(deployments, "connect", connected)
+    put(serve, "task_of", lambda _: task)
+    put(serve, "build", lambda *_: compiled)
+    monkeypatch.setattr(Deployment, "remarks", lambda *_: ())
+    for each in registry.deployments():
+        monkeypatch.setattr(each, "remarks", lambda *_: ())
+    for module in (embed, compare, train, accuracy):
+        put(module, "model_directory", Path)
+    put(party, "write_shares", lambda *_: [])
+    put(embed, "Measurements", SimpleNamespace(add=found.note("add"), show=found.note("show"), check=lambda: None))
+    put(answers, "report")
+    put(answers, "as_json")
+    put(profile, "profiled", lambda *_: ProfileReport(cost, {"deployment": "d"}))
+    put(compare, "_outcomes", lambda *_: iter([Outcome(variants([8])[0], cost, {"wan": 1.0, "250,20": 1.0})]))
+    put(compare, "_seconds")
+    put(compare, "use_threads")
+    put(demo, "embed_texts", 0)
+    put(demo, "ask_digits", 0)
+
+    @contextmanager
+    def hosted(*_: Any, **__: Any) -> Iterator[Any]:
+        yield None
+
+    put(demo, "hosted", hosted)
+    for module in (train, accuracy):
+        put(module, "measured", Fidelity(ways=(), layers=(), ranges=()))
+        put(module, "show")
+    put(accuracy, "use_threads")
+    put(torch, "set_num_threads")
+    put(train, "data_set", [])
+    monkeypatch.setattr("secure.training.distil.distil", found.note("distil"))
+    put(timeline, "merged", "merged")
+    put(output, "write")
+    put(output, "store")
+    (tmp_path / "texts").write_text("One.\nTwo.\n")
+    (tmp_path / "set").mkdir()
+    return found
+
+
+# how every option is given
+
+FIRST: dict[str, list[str]] = {
+    "embed": ["A text."],
+    "serve": ["--listen", FREE],
+    "dealer": ["--listen", FREE],
+    "party": ["--share", "s", "--id", "0", "--listen", FREE],
+    "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
+    "accuracy": ["a-model"],
+    "timeline": ["c", "s", "--output", "o"],
+}
+"""What a command needs anyway."""
+
+WITH: dict[tuple[str, str], list[str]] = {
+    ("profile", "output"): ["--json"],
+    ("accuracy", "output"): ["--format", "json"],
+    ("compare", "network"): ["--time"],
+    ("demo", "layers"): ["--digits"],
+    ("demo", "images"): ["--digits"],
+    **{("demo", name): ["--model", "m"] for name in ("texts", "length", "embedding", "refresh", "precision")},
+    ("party", "party_0"): ["--id", "1"],
+}
+"""What else is said where an option is tried."""
+
+POSITIONS = {("accuracy", "model"): 1, ("timeline", "client"): 1, ("timeline", "server"): 2}
+"""Arguments that a command needs anyway, by their places in its line."""
+
+VALUES: dict[str, str] = {
+    "listen": "127.0.0.1:7",
+    "dealer": "127.0.0.1:7",
+    "server": "127.0.0.1:7",
+    "parties": "127.0.0.1:7,127.0.0.1:8,127.0.0.1:9",
+    "party_0": "127.0.0.1:7",
+    "party_2": "127.0.0.1:7",
+    "calibration": "{tmp}/texts",
+    "texts": "{tmp}/texts",
+    "held_out": "{tmp}/texts",
+    "text": "{tmp}/set",
+    "network": "250,20",
+    "number": "1",
+    "power": "6",
+    "shift": "2",
+    "activation_degree": "3",
+    "fraction_bits": "12",
+    "accuracy": "0.5",
+    "trace": "{tmp}/traces",
+    "output": "{tmp}/written",
+    "embedding": "client-table",
+    "gelu": "puma",
+    "approximations": "puma",
+    "form": "json",
+    "attention": "quad",
+    "deployment": "three-party",
+    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
+}
+
+
+def commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(main.app())
+    return dict(group.commands)
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """(command, deployment or "", parameter): all there are."""
+    out = []
+    for name, command in commands().items():
+        of = NAMES if any(p.name == "deployment" for p in command.params) and name != "compare" else [""]
+        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name != "help"]
+    return out
+
+
+def given(parameter: Any) -> list[str]:
+    """An option on the command line, with another value than its default; or an argument."""
+    if getattr(parameter, "is_flag", False):
+        return [parameter.secondary_opts[0] if parameter.default else parameter.opts[0]]
+    default = parameter.default
+    number = isinstance(default, (int, float)) and parameter.name not in VALUES
+    value = str(default + 1) if number else VALUES.get(parameter.name, "something-else")
+    return [parameter.opts[0], value] if parameter.opts[0].startswith("-") else [value]
+
+
+@pytest.mark.parametrize(("name", "deployment", "parameter"), cases())
+def test_every_option_is_read_or_refused(
+    name: str, deployment: str, parameter: str, run: Run, calls: Calls, tmp_path: Path
+) -> None:
+    command = commands()[name]
+    (tried,) = (p for p in command.params if p.name == parameter)
+    if parameter == "deployment" and name != "compare":
+        pytest.skip("every other case names one")
+    chosen = ["--deployment", deployment] if deployment else []
+    common = [name, *chosen, *WITH.get((name, parameter), []), *FIRST.get(name, [])]
+    common = [word.replace("{tmp}", str(tmp_path)) for word in common]
+    with_it = [word.replace("{tmp}", str(tmp_path)) for word in given(tried)]
+
+    def seen(arguments: Sequence[str]) -> tuple[Any, ...]:
+        calls.made.clear()
+        ended = run(*arguments)
+        assert ended.code != 2, ended.err
+        return ended.code, ended.out, ended.err, tuple(calls.made)
+
+    before = seen(common)
+    if (name, parameter) in POSITIONS:
+        place = POSITIONS[name, parameter]
+        after = seen([*common[:place], *with_it, *common[place + 1 :]])
+    else:
+        argument = not tried.opts[0].startswith("-")
+        after = seen([common[0], *with_it, *common[1:]] if argument else [*common, *with_it])
+    written = tried.opts[0]
+    if "nobody serves a whole model" in before[2]:
+        assert after[0] == 1  # the command as a whole is refused
+        return
+    refused = after[0] == 1 and re.search(rf"{written}\b.* (means? nothing|exclude)", after[2], re.IGNORECASE)
+    assert refused or after != before, f"{name}: {written} was ignored: {after}"
+
+
+def test_an_ignored_option_is_noticed(run: Run, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dealer(listen: str = FREE, colour: str = "red") -> None:
+        deployments.serve(role="dealer", listen=listen)
+
+    monkeypatch.setattr(main, "dealer", dealer)
+    test_every_option_is_read_or_refused("dealer", "", "listen", run, calls, tmp_path)
+    with pytest.raises(AssertionError, match="--colour was ignored"):
+        test_every_option_is_read_or_refused("dealer", "", "colour", run, calls, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["embed", "x", "--deployment", "ckks", "--dealer", "a:1"], "--dealer means nothing under ckks", "--server"),
+        (["embed", "x", "--keys", "k"], "--keys means nothing under two-party", "it takes --server, --dealer"),
+        (["embed", "x", "--deployment", "ckks", "--trace", "t"], "--trace means nothing under ckks", "two-party"),
+        (["profile", "--public-weights"], "--public-weights means nothing under two-party", "none of this kind"),
+        (["profile", "--deployment", "ckks", "--gelu", "puma"], "--gelu means nothing under ckks", "--embedding"),
+        (["profile", "--deployment", "ckks", "--network", "wan"], "--network means nothing under ckks", "none of"),
+        (["serve", "--deployment", "three-party"], "nobody serves a whole model under three-party", "share-model"),
+        (["serve", "--deployment", "ckks", "--trace", "t"], "--trace means nothing to the server of ckks", "--state"),
+        (
+            ["party", "--share", "s", "--id", "2", "--ahead", "2"],
+            "--ahead means nothing to the party 2 of",
+            "--deadline",
+        ),
+        (["party", "--share", "s", "--id", "2", "--party-0", "a:1"], "--party-0 means nothing to the party 2", "none"),
+        (["demo", "--deployment", "ckks"], "all-MiniLM-L6-v2 does not run under ckks", "--digits"),
+        (["demo", "--digits", "--length", "16"], "--length means nothing in the demo of digits", ""),
+        (
+            ["train", "--text", __file__, "--output", "o", "--column", "c"],
+            "--column means nothing with the file",
+            "set",
+        ),
+    ],
+)
+def test_options_of_others_are_refused(arguments: list[str], message: str, hint: str, run: Run, calls: Calls) -> None:
+    ended = run(*arguments)
+    assert (ended.code, ended.out) == (1, "")
+    first, *rest = ended.err.splitlines()
+    assert first.startswith("unseen: error: ")
+    assert message in first
+    assert hint in "".join(rest)
+
+
+def test_help_names_who_takes_an_option(run: Run) -> None:
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", run("embed", "--help").out).split())
+    assert "three-party: host:port of parties 0, 1, 2" in said
+    assert "two-party, ckks: The server's host:port." in said or "ckks, two-party: The server's host:port." in said
+
+
+# a deployment of one's own
+
+
+@dataclass(frozen=True)
+class Toy(Deployment):
+    """One role, which echoes."""
+
+    name: ClassVar[str] = "toy"
+    summary: ClassVar[str] = "an echo"
+    trust: ClassVar[str] = "none"
+    takes: ClassVar[frozenset[str]] = frozenset()
+    serves: ClassVar[str] = "echo"
+
+    echo: str = option("127.0.0.1:50099", "The echo's host:port.", CONNECT)
+    loudness: int = option(3, "How loud it is.", COMPILE, SERVE, CONNECT)
+
+    def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
+        everything = dict.fromkeys(ROWS, "all")
+        return (Role("client", everything, ("echo",)), Role("echo", everything))
+
+    def build(
+        self,
+        model: nn.Module,
+        samples: Sequence[Mapping[str, Tensor]],
+        options: CompileOptions,
+        labels: Mapping[str, str],
+    ) -> Any:
+        return SimpleNamespace(program=EchoProgram(), client_tables={})
+
+    def cost(self, model: Any) -> Cost:
+        return Cost(1, ())
+
+    def insecure(self, model: Any, tokenizer: TextTokenizer | None) -> Link:
+        return EchoLink(self)
+
+
+class EchoProgram:
+    labels: Mapping[str, str] = {"length": "8"}
+    digest = "echo"
+
+    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        return inputs
+
+    def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
+        return {"out": results[0]}
+
+
+class EchoLink(Link):
+    deployment = Toy.name
+
+    def __init__(self, toy: Toy) -> None:
+        self.program, self.tables, self._toy = EchoProgram(), {}, toy
+        self.tokenizer = TextTokenizer(word_tokenizer(), 0, lowercase=False)
+
+    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
+        answer = values["attention_mask"].double() * self._toy.loudness
+        return [answer], Report(1, (Traffic("client", "echo", 8, ONLINE),), 0.1, 0.0, 0.0, 0.0, number)
+
+    def close(self) -> None:
+        pass
+
+
+class ToyHosted:
+    deployment: type[Deployment] = Toy
+    takes: Mapping[str, frozenset[str]] = {"echo": frozenset()}
+
+    def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
+        assert isinstance(deployment, Toy)
+        return EchoLink(deployment)
+
+    def parts(
+        self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
+    ) -> Parts:
+        return Parts([lambda server: None], about=[f"loudness {deployment.loudness}"])  # type: ignore[attr-defined]
+
+    def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
+        return ()
+
+    def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
+        return ("serve", *compiling, "--deployment", Toy.name)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    registry.register(Toy)
+    deployments.host(ToyHosted())
+    yield
+    registry.unregister(Toy)
+    deployments._HOSTED.pop(Toy.name)
+
+
+def test_a_deployment_of_ones_own_needs_no_edit_elsewhere(toy: None, run: Run) -> None:
+    """It has its options in every command, is asked by the one client, and options of others are refused."""
+    ended = run("embed", "zqba zqbe", "--deployment", "toy", "--loudness", "7", "--json")
+    assert ended.code == 0, ended.err
+    assert '"embedding": [7.0, 7.0, 7.0, 7.0, 0.0, 0.0, 0.0, 0.0]' in ended.out
+    told = run("embed", "zqba", "--deployment", "toy", "--echo", "127.0.0.1:7")
+    assert "8 bytes" in told.out or "from client to echo" in told.out
+    assert "who learnt what (none)" in told.out
+    assert "--loudness means nothing under two-party" in run("embed", "x", "--loudness", "1").err
+    assert "--keys means nothing under toy" in run("embed", "x", "--deployment", "toy", "--keys", "k").err
+    assert "--gelu means nothing under toy" in run("serve", "--deployment", "toy", "--gelu", "puma").err
+    assert "toy: How loud it is. 3 by default." in " ".join(run("serve", "--help").out.replace("│", " ").split())
+    with secure.connect(Toy(loudness=2)) as session:
+        assert session.embed(["zqba"])[0].tolist() == [2.0] * 3 + [0.0] * 5
+    compiled = secure.compile(nn.Identity(), {"x": torch.zeros(1)}, deployment=Toy(loudness=9))
+    with secure.serve(compiled, role="echo", listen=FREE) as service:
+        assert service.about == ("loudness 9",)
+    assert console.announced('{"listening": "a:1"}\n') == "a:1"

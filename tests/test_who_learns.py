@@ -1,0 +1,47 @@
+"""The tables of who learns what: in the documents they are those of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parties.reports.who_learns import columns, markdown, who_learns, written
+from secure.deployments.deployment import ROWS, Deployment, deployments, variants
+from secure.errors import InvalidInput
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documents_have_the_tables_of_the_code(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == written(text), f"python -m parties.reports.who_learns {page.name}"
+
+
+def test_every_deployment_has_its_table_in_security() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for deployment in deployments():
+        assert f"<!-- who-learns:{deployment.name} -->" in text
+
+
+@pytest.mark.parametrize("name", variants(Deployment))
+def test_a_column_for_everybody_who_learns_something_else(name: str) -> None:
+    deployment = variants(Deployment)[name]
+    for table in (False, True):
+        roles = deployment.roles(token_table=table)
+        assert all(set(role.learns) == set(ROWS) for role in roles)
+        found = columns(roles)
+        assert ", ".join(found).split(", ") == [role.name for role in roles]
+        assert len(who_learns(deployment, token_table=table).columns) == 1 + len(found)
+
+
+def test_tables_are_written_between_their_marks() -> None:
+    two_party = next(iter(deployments()))()
+    text = "before\n<!-- who-learns:two-party -->\nold\n<!-- /who-learns -->\nafter\n"
+    new = written(text)
+    assert new == f"before\n<!-- who-learns:two-party -->\n{markdown(two_party)}<!-- /who-learns -->\nafter\n"
+    assert written(new) == new
+    with pytest.raises(InvalidInput, match="unknown deployment 'moon'"):
+        written(text.replace("two-party", "moon"))
