@@ -207,7 +207,8 @@ def cross_check(
     plain = evaluate(lowered.trace, given, lowered.weights, outputs=[output.id])[0]
     arrays = ({n: np.ascontiguousarray(t.numpy()) for n, t in tensors.items()} for tensors in (given, lowered.weights))
     theirs, errors = on_crypten(lowered.trace, output.id, *arrays)
-    ours, _ = secure.InsecureInProcess(compiled).query(inputs)
+    with secure.insecure_in_process(compiled) as session:
+        ours = session.query(inputs)
     with torch.no_grad():
         exact: Tensor = model.double()(**inputs)
     model.float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,9 +54,6 @@ HEADINGS = {
 }
 
 
-Compared = StrEnum("Compared", {d: d for d in comparable()})  # type: ignore[misc]
-
-
 def compare(
     model: TextModelArgument = PACKAGED,
     length: Annotated[list[int] | None, typer.Option(min=3, help=f"Padded length; {LENGTH} by default.")] = None,
@@ -66,7 +62,9 @@ def compare(
     approximations: Annotated[
         list[Approximations] | None, typer.Option(help="Ours by default; PUMA's have a GeLU of their own.")
     ] = None,
-    deployment: Annotated[list[Compared] | None, typer.Option(help=f"{FIRST_DEPLOYMENT} by default.")] = None,
+    deployment: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(comparable())}; {FIRST_DEPLOYMENT} by default.")
+    ] = None,
     fraction_bits: Annotated[
         list[int] | None, typer.Option(help=f"Fraction bits of activations; {FRACTION_BITS} by default.")
     ] = None,
@@ -100,7 +98,7 @@ def compare(
         [g.value for g in gelu or Gelu],
         fraction_bits or [FRACTION_BITS],
         approximations=[a.value for a in approximations or [*Approximations][:1]],
-        deployments=[d.value for d in deployment or [*Compared][:1]],
+        deployments=deployment or [FIRST_DEPLOYMENT],
         forms=FORMS if beside else FORMS[:1],
     )
     held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]
