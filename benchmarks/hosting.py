@@ -69,8 +69,12 @@ def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None
 
 def measured(report: Report) -> CircuitCost:
     """What a query took, of what a Program promises."""
-    online = [report.bytes(sender=s, receiver=r, phase=ONLINE) for s, r in ((CLIENT, SERVER), (SERVER, CLIENT))]
-    return CircuitCost(report.rounds, *online, report.bytes(sender=DEALER, receiver=SERVER, phase=OFFLINE))
+    return CircuitCost(
+        report.rounds,
+        report.bytes(sender=CLIENT, receiver=SERVER, phase=ONLINE),
+        report.bytes(sender=SERVER, receiver=CLIENT, phase=ONLINE),
+        report.bytes(sender=DEALER, receiver=SERVER, phase=OFFLINE),
+    )
 
 
 def main() -> None:
