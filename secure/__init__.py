@@ -1,9 +1,12 @@
 """Private inference of torch models: compile, serve, connect.
 
-In dependency order, one line a wing; each imports only what stands before it:
+``compile`` turns a torch module into a Program for one deployment, ``serve`` hosts a role of that deployment, and
+``connect`` opens a client's session with those who serve.
+
+The wings of this package, in dependency order; each imports only those above it in this list:
 
 errors       the one family of errors
-version      of the package and of the wire
+version      the versions of the package and of the wire format
 capture/     from a torch module to a graph of operations
 lowering/    from a graph to a trace of primitives
 polynomial/  models in polynomial form
@@ -11,11 +14,11 @@ operations/  every operation: meaning, how torch writes it, lowering
 frontend     from a torch module and samples to a trace
 mpc/         the compiler for secret sharing
 ckks/        the compiler for ciphertexts
-models/      models as they are found, and the text around them
-cost/        what a Program costs, before anything runs
-tasks/       what people ask a model for
+models/      loading models and tokenizers, and calibrating on text
+cost/        rounds, bytes, memory and time of a Program, predicted before anything runs
+tasks/       tasks that a model serves, such as embedding texts
 session      the one client
-deployments/ who computes on what
+deployments/ the roles of each deployment, and what each of them learns
 training/    training a model into polynomial form
 """
 
@@ -123,14 +126,20 @@ __all__ = [
 
 
 def connect(deployment: Deployment, **options: Any) -> Session:
-    """Connect to those who serve a model; see ``parties.deployments.connect`` for the options."""
+    """Connect to the servers of a model and return a Session.
+
+    The options are those of ``parties.deployments.connect``.
+    """
     from parties.deployments import connect
 
     return connect(deployment, **options)
 
 
 def serve(held: Any = None, **options: Any) -> Service:
-    """Host one role of a deployment; see ``parties.deployments.serve`` for the options."""
+    """Host one role of a deployment and return its Service.
+
+    The options are those of ``parties.deployments.serve``.
+    """
     from parties.deployments import serve
 
     return serve(held, **options)
@@ -153,14 +162,17 @@ def profile(
 
 
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
-    """Share a model out among three parties, as files; see ``parties.three_party.shared_model.share_model``."""
+    """Split a model's weights into shares for three parties and write them as files; return the files.
+
+    See ``parties.three_party.shared_model.share_model``.
+    """
     from parties.three_party.shared_model import share_model
 
     return share_model(compiled, directory)
 
 
 def __getattr__(name: str) -> Any:
-    """Names of ``parties`` that belong to this interface, loaded when first used: they need gRPC."""
+    """Load names of ``parties`` that belong to this interface when they are first used, because they need gRPC."""
     if name in ("Network", "Plaintext"):
         from parties.net import network
 

@@ -1,7 +1,7 @@
-"""One family of errors. Whoever catches ``secure.Error`` catches everything that unseen raises on purpose.
+"""The one family of errors. Whoever catches ``secure.Error`` catches everything that unseen raises on purpose.
 
-Those about what was given (a model, an input, an option) are ``ValueError`` too; a model or a package that is not there
-is also the ``FileNotFoundError`` or ``ImportError`` that Python programs expect.
+Errors about what the caller gave (a model, an input, an option) are also ``ValueError``. A missing model is also a
+``FileNotFoundError``, and a missing package an ``ImportError``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-# what was given
+# what the caller gave
 
 
 class InvalidInput(Error, ValueError):
@@ -48,7 +48,7 @@ class InvalidInput(Error, ValueError):
 
 
 class InputTooLong(InvalidInput):
-    """A text has more tokens than the length it is to be padded to."""
+    """A text has more tokens than the length to which texts are padded."""
 
 
 class EmptyInput(InvalidInput):
@@ -62,7 +62,7 @@ class ModelNotFound(Error, FileNotFoundError):
 
 
 class MissingPackage(Error, ImportError):
-    """A package that this needs is not installed."""
+    """A package that the call needs is not installed."""
 
     code = "package"
 
@@ -71,19 +71,19 @@ class MissingPackage(Error, ImportError):
 
 
 class UnsupportedOperation(Error, ValueError):
-    """A model does something that has no private protocol; the message names the module and the operation."""
+    """A model contains an operation that has no private protocol. The message names the module and the operation."""
 
     code = "unsupported"
 
 
 class DoesNotPack(DoesNotFit):
-    """A shape has no place in the slots of a ciphertext."""
+    """A shape cannot be laid out in the slots of a ciphertext."""
 
     code = "does-not-pack"
 
 
 class InvalidProgram(Error, ValueError):
-    """An encoded Program does not hold together."""
+    """An encoded Program is malformed or inconsistent."""
 
     code = "program"
 
@@ -92,13 +92,13 @@ class InvalidProgram(Error, ValueError):
 
 
 class Diverged(Error, ValueError):
-    """A loss is not finite; the last checkpoint is kept."""
+    """The training loss is not finite. The last checkpoint is kept."""
 
     code = "diverged"
 
 
 class RangeLost(Error, ValueError):
-    """Training could not hold a range."""
+    """Training could not keep the arguments of a polynomial within their range."""
 
     code = "range-lost"
 
@@ -107,7 +107,7 @@ class RangeLost(Error, ValueError):
 
 
 class EndpointError(Error):
-    """An address that cannot be used, or may not be used without saying so."""
+    """An address is unusable, or must not be used without an explicit option."""
 
     code = "endpoint"
 
@@ -125,7 +125,7 @@ class DealerError(Error):
 
 
 class QueryError(Error):
-    """A query that cannot be run as asked: not prepared, its number already burnt, or the session closed."""
+    """A query cannot run: it is not prepared, its number was used before, or the session is closed."""
 
     code = "query"
 
@@ -149,24 +149,24 @@ class DownloadError(Error):
 
 
 class PartiesDisagree(Error):
-    """Two parties hold different copies of what both should hold."""
+    """Two parties hold different copies of data that should be equal."""
 
     code = "disagree"
 
 
 class ShareError(Error):
-    """A share of a model is damaged, or not what the Program prescribes."""
+    """A share of a model is damaged, or differs from what the Program prescribes."""
 
     code = "share"
 
 
 def printable(text: str) -> str:
-    """What a peer wrote, safe for a terminal or a log."""
+    """Make a peer's text safe for a terminal or a log: at most 2,000 characters, unprintable ones replaced by "?"."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:2000])
 
 
 def kinds(base: type[Error] = Error) -> Iterator[type[Error]]:
-    """Every kind of error that has a code of its own."""
+    """Yield every class of error that has a code of its own."""
     for kind in base.__subclasses__():
         if "code" in kind.__dict__:
             yield kind
@@ -174,5 +174,5 @@ def kinds(base: type[Error] = Error) -> Iterator[type[Error]]:
 
 
 def from_code(code: str, message: str) -> Error:
-    """The exception that a peer's Failure message stands for; an unknown code gives ``Error`` itself."""
+    """Return the exception for the code of a peer's Failure message; an unknown code gives ``Error`` itself."""
     return next((kind for kind in kinds() if kind.code == code), Error)(message)

@@ -1,7 +1,7 @@
 """The first half of every compiler: from a torch module and samples to a trace of primitives.
 
 Capture translates the module into a graph, a floating-point pass observes the ranges that approximations ask for, and
-lowering replaces every operation by its approximation. What comes after depends on the deployment.
+lowering replaces every operation by its approximation. The second half depends on the deployment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from secure.lowering.ranges import Ranges
 
 
 def exact(name: str, weight: Tensor) -> Tensor:
-    """A weight in float64."""
+    """Return the weight itself, in float64."""
     return weight.to(torch.float64)
 
 
@@ -35,12 +35,12 @@ def lower_model(
     functions: Functions,
     weight: Callable[[str, Tensor], Tensor] = exact,
 ) -> Lowered:
-    """A module as a trace, with ranges from the samples.
+    """Turn a module into a trace, with ranges observed on the samples.
 
     samples: keyword arguments of the module; the first fixes all shapes, every one sets ranges.
-    margin_bits: room above what the samples show. embedding: one of ``client_inputs.EMBEDDINGS``.
+    margin_bits: room above the observed ranges, in bits. embedding: one of ``client_inputs.EMBEDDINGS``.
     weight: makes the float64 tensor that stands for a floating-point parameter, given its name and value.
-    Raises UnsupportedOperation, naming module and operation.
+    Raises InvalidInput without samples, and UnsupportedOperation, which names the module and the operation.
     """
     if not samples:
         raise InvalidInput("a model is compiled for an example input", "give at least one")
@@ -53,9 +53,10 @@ def lower_model(
 def lower_outline(
     model: nn.Module, example_inputs: Sample, *, reach: float, embedding: str, functions: Functions
 ) -> tuple[Lowered, Ranges]:
-    """A module as a trace without its weights, and the ranges of its values if they stay within ``reach``.
+    """Turn a module into a trace without reading its weights; return also the ranges of its values within ``reach``.
 
-    No parameter is read. For costs only: nothing may be computed with it.
+    ``reach`` bounds the magnitude of inputs, matrix products, linear layers and sums (see ``Ranges.assume``). The
+    result is good for predicting costs only: nothing may be computed with it.
     """
     graph, parameters = capture(model, example_inputs)
     shapes = {

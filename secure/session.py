@@ -1,8 +1,8 @@
-"""The one client: a session with whoever serves a model. Every deployment, and the in-process form, is asked this way.
+"""The one client: a session with the servers of a model, the same for every deployment and for the in-process form.
 
-A ``Session`` holds what is the same everywhere: one query at a time, tasks, the answers before a failure, reports, the
-threads that a client uses. A ``Link`` is what differs: how a deployment prepares and asks. No sockets here; the links
-that have some stand in ``parties``.
+A ``Session`` does everything that deployments have in common: it runs one query at a time and tasks of several queries,
+delivers the answers that came before a failure, keeps reports, and limits the threads that the client uses. A ``Link``
+does the rest: it prepares and runs one query in its deployment. Links that use sockets are in ``parties``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Report:
-    """What one query took, measured at the client.
+    """The time and traffic of one query, measured at the client.
 
-    rounds: messages that waited for one another, online. traffic: payload bytes by link and phase.
-    online_seconds: from the query to its answer. offline_seconds: of its offline phase, ahead or not.
-    client_seconds: of both, in which this client computed. dealer_seconds: of the offline phase, in which correlations
-    were dealt; 0 where nobody deals. query: its number in the session, from 0.
+    rounds: messages of the online phase that waited for one another. traffic: payload bytes by link and phase.
+    online_seconds: time from the query to its answer. offline_seconds: time of its offline phase, whether that ran
+    ahead of the query or not. client_seconds: the part of both in which this client computed. dealer_seconds: the part
+    of the offline phase in which correlations were dealt; 0 where nobody deals. query: its number in the session, from
+    0.
     """
 
     rounds: int
@@ -48,38 +49,38 @@ class Report:
     query: int
 
     def bytes(self, *, sender: str | None = None, receiver: str | None = None, phase: str | None = None) -> int:
-        """Bytes of the links that match; by default of all."""
+        """Sum the bytes of the links that match; by default of all links."""
         return total(self.traffic, sender=sender, receiver=receiver, phase=phase)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it, with the same keys in every deployment."""
+        """Return the report as JSON values, with the same keys in every deployment."""
         return {**asdict(self), "traffic": traffic_json(self.traffic)}
 
 
 class ClientProgram(Protocol):
-    """The client's side of a Program: what every deployment's Programs have."""
+    """The client's side of a Program, which the Programs of every deployment have."""
 
     @property
     def labels(self) -> Mapping[str, str]: ...
     @property
     def digest(self) -> str: ...
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Inputs as the protocol takes them; ``tables``: the token tables that the owner lets clients hold."""
+        """Encode inputs for the protocol. ``tables`` are the token tables that the owner lets clients hold."""
 
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
-        """Results as float64 tensors by the names of the model's outputs."""
+        """Decode results into float64 tensors, by the names of the model's outputs."""
 
 
 def only(outputs: Mapping[str, Tensor]) -> Any:
-    """A model's answer: the tensor itself where there is one output, else all of them by name."""
+    """Return a model's answer: the tensor itself if there is one output, else a dict of all outputs by name."""
     return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
 
 
 class Link(ABC):
     """One deployment's connection, as a Session uses it.
 
-    program, tables, tokenizer: of the model that is served. once: what crossed once, downloads and keys.
-    ended: why nothing can be asked any more, "" while it can.
+    program, tables, tokenizer: those of the served model. once: traffic that happens once per session (downloads,
+    keys). ended: the reason why no query can run any more; "" while queries can run.
     """
 
     deployment: str
@@ -92,29 +93,29 @@ class Link(ABC):
 
     @property
     def ready(self) -> int:
-        """Queries that are prepared and not yet used."""
+        """The number of prepared queries that are not yet used."""
         return 0
 
     def prepare(self) -> None:  # noqa: B027 - not every deployment has an offline phase
-        """The offline phase of one query, ahead of it; nothing where a deployment has none."""
+        """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
 
     @abstractmethod
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
-        """Run the session's query ``number``; the results for ``program.decode``, and what it took.
+        """Run the session's query ``number``; return the results for ``program.decode``, and the query's report.
 
-        Raises PeerLost where a party says nothing for longer than the deadline.
+        Raises PeerLost if a party stays silent for longer than the deadline.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; called once."""
+        """Release everything that the link holds. It is called once."""
 
 
 class Session:
-    """A connection to a served model; a context manager. Threads may share it: one query runs at a time.
+    """A connection to a served model, usable as a context manager. Threads may share it: one query runs at a time.
 
-    reports: one of every answered query. threads: torch's threads while this session computes; more than one rarely
-    help a client, whose work is many small steps.
+    reports: one report per answered query. threads: the number of torch's threads while this session computes; more
+    than one rarely helps, as a client's work consists of many small steps.
     """
 
     def __init__(self, link: Link, *, threads: int = 1) -> None:
@@ -131,43 +132,43 @@ class Session:
 
     @property
     def program(self) -> Any:
-        """The Program that is served, public to all."""
+        """The served Program, which is public to all parties."""
         return self._link.program
 
     @property
     def length(self) -> int:
-        """The padded length of texts in tokens, special ones included; 0 where the model takes no text."""
+        """The length in tokens to which texts are padded, special tokens included; 0 if the model takes no text."""
         return int(self.program.labels.get("length", 0))
 
     @property
     def once(self) -> tuple[Traffic, ...]:
-        """What crossed once for this session: files of the model, keys."""
+        """The traffic that happened once for this session: files of the model, and keys."""
         return self._link.once
 
     @property
     def link(self) -> Any:
-        """The deployment's own side of this session, for what only it has."""
+        """The deployment's own side of this session, for features that only one deployment has."""
         return self._link
 
     @property
     def timeline(self) -> Timeline | None:
-        """When this client did what in the last query, where the deployment keeps it."""
+        """The timeline of the last query at this client, if the deployment keeps one."""
         return self._link.timeline
 
     @property
     def ready(self) -> int:
-        """Queries that are prepared and not yet used."""
+        """The number of prepared queries that are not yet used."""
         return self._link.ready
 
     def prepare(self) -> None:
-        """The offline phase of one query, ahead of it; nothing where the deployment has none."""
+        """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
         with self._open():
             self._link.prepare()
 
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
-        """The model's answer on its own arguments: a float64 tensor, or a dict of them by name where it has several.
+        """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
 
-        Raises InvalidInput before anything is sent, where inputs are not what the model takes.
+        Raises InvalidInput before anything is sent if the inputs do not fit the model.
         """
         values = self.program.client_values(inputs, self._link.tables)
         with self._open():
@@ -178,9 +179,9 @@ class Session:
         return only(answer)
 
     def run(self, task: Task[Given, Answer], given: Sequence[Given]) -> Iterator[Answer]:
-        """The task's answers, one by one, so that a failure leaves those before it.
+        """Run a task on several inputs and yield answers one by one, so that a failure leaves the answers before it.
 
-        Everything is checked before the first query is sent; an error names which of several inputs it is about.
+        All inputs are checked before the first query is sent. An error says which of several inputs it is about.
         """
         served = Served(self._link.tokenizer, self.length)
         task.check(given, served)
@@ -197,13 +198,16 @@ class Session:
             yield task.answer(result)
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
-        """One embedding (float64 vector) a text. Too long or empty texts raise before anything is sent."""
+        """Return one embedding (a float64 vector) per text.
+
+        Raises InputTooLong or EmptyInput before anything is sent.
+        """
         return list(self.run(Embed(), texts))
 
     def close(self) -> None:
-        """End the session; what was prepared and not used is discarded by all sides."""
+        """End the session; all sides discard prepared queries that were not used."""
         self._link.ended = self._link.ended or "it was closed"
-        self._link.close()  # without the lock: a query of another thread ends by it
+        self._link.close()  # without the lock, so that it ends a query of another thread
 
     def __enter__(self) -> Session:
         return self
@@ -215,7 +219,7 @@ class Session:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """One caller at a time, on a session that has not ended, with this session's threads."""
+        """Admit one caller at a time, refuse an ended session, and set this session's number of threads."""
         with self._lock:
             if self._link.ended:
                 raise PeerLost(f"this session has ended: {self._link.ended}", "connect again")
@@ -231,7 +235,7 @@ class Session:
 
 @contextmanager
 def _naming(number: int, of: int, noun: str) -> Iterator[None]:
-    """Errors that say which of several inputs they are about."""
+    """Say in every error which of several inputs it is about."""
     try:
         yield
     except Error as error:

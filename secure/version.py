@@ -1,4 +1,4 @@
-"""The version of the package, and of what its parties say to one another."""
+"""The version of the package, and the version of the messages between its parties."""
 
 __version__ = "0.2.0"
 

@@ -1,8 +1,8 @@
 """From a torch module to a graph of typed operations, through ``torch.export``.
 
 clear_operations    functions that one party evaluates in the clear
-operation    operations as records, and the rules that translate torch's into them
-graph        a model as a flat list of typed operations, and its float interpreter
-builder      nodes, visibilities, folding of public values
-capture      a module through ``torch.export``
+operation           operations as records, and the rules that translate torch's operations into them
+graph               a model as a flat list of typed operations, and its float interpreter
+builder             building a graph: nodes, visibilities, folding of public values
+capture             translating a module through ``torch.export``
 """

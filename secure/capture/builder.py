@@ -1,4 +1,4 @@
-"""Building a graph: visibilities, folding of public values, and the operations that translation rules are made of."""
+"""Building a model's graph: visibilities, folding of public values, and the methods that translation rules compose."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secure.capture.operation import OPERATIONS, RULES
 from secure.errors import UnsupportedOperation
 
 HUGE = -1.0e30
-"""Constants below this are meant as minus infinity."""
+"""Constants up to this number stand for minus infinity."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Root:
 
 
 Value = Any
-"""What stands for a value during translation: a `Node`, a Tensor (public, known at capture time), a Python number,
-`Norm` or `Root`, or a list of these."""
+"""A value during translation: a `Node`, a Tensor (public, known at capture time), a Python number, `Norm` or `Root`, or
+a list of these."""
 
 
 def leaves(value: Value) -> Iterator[Value]:
-    """The values in nested arguments that are not plain Python constants."""
+    """Yield the values in nested arguments that are not plain Python constants."""
     if isinstance(value, Node | Tensor | Norm | Root):
         yield value
     elif isinstance(value, list | tuple):
@@ -53,7 +53,7 @@ def leaves(value: Value) -> Iterator[Value]:
 
 
 def is_private(value: Value) -> bool:
-    """Whether a protocol is needed to compute with these values: some are shared, or two parties hold them."""
+    """True if a protocol is needed to compute with these values: one is shared, or different parties hold them."""
     held = {"shared" if isinstance(v, Norm | Root) else v.visibility for v in leaves(value) if not _public(v)}
     return "shared" in held or len(held) > 1
 
@@ -63,12 +63,12 @@ def _public(value: Value) -> bool:
 
 
 def shape_of(value: Value) -> tuple[int, ...]:
-    """The shape of a value; a number's is ()."""
+    """Return the shape of a value; a number has the shape ()."""
     return tuple(value.shape) if isinstance(value, Node | Tensor | Norm) else ()
 
 
 def scalar_of(value: Value) -> float | None:
-    """The number that a value is everywhere, if it is public and uniform."""
+    """Return the number that all entries of a value equal if it is public and uniform, else None."""
     if isinstance(value, Tensor) and value.numel():
         flat = value.reshape(-1)
         return float(flat[0]) if bool((flat == flat[0]).all()) else None
@@ -76,7 +76,7 @@ def scalar_of(value: Value) -> float | None:
 
 
 def describe(value: Value) -> str:
-    """A value's type, for messages."""
+    """Describe a value's type for messages."""
     if isinstance(value, Node):
         return f"{value.visibility} {value.dtype} {value.shape}"
     if isinstance(value, Tensor):
@@ -89,7 +89,10 @@ def describe(value: Value) -> str:
 
 
 class Builder:
-    """Collects nodes. Its methods take and give values of any visibility and choose clear or shared operations."""
+    """A graph in the making. Its methods take and return values of any visibility and append clear or shared operations.
+
+    A method refuses what it cannot translate by `unsupported`, which raises UnsupportedOperation.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -104,7 +107,7 @@ class Builder:
     def add(
         self, op: str, inputs: Sequence[Node], attrs: dict[str, Any], shape: Sequence[int], kind: str, visibility: str
     ) -> Node:
-        """Append a node; an equal leaf or clear node is used again."""
+        """Append a node and return it, or return an equal leaf or clear node that exists already."""
         key = json.dumps([op, [node.id for node in inputs], attrs, list(shape), kind])
         if visibility != "shared" and key in self._known:
             return self._known[key]
@@ -115,7 +118,7 @@ class Builder:
         return node
 
     def unsupported(self, hint: str) -> NoReturn:
-        """Raise for the operation that is being translated."""
+        """Raise UnsupportedOperation for the operation that is being translated."""
         operands = ", ".join(map(describe, self.arguments))
         where = f"module {self.path!r}" if self.path else "the top-level module"
         raise UnsupportedOperation(
@@ -124,7 +127,7 @@ class Builder:
         )
 
     def operand(self, value: Value) -> Node:
-        """A value as a node."""
+        """Return a value as a node; public tensors and numbers become "constant" nodes."""
         if isinstance(value, Norm | Root):
             self.unsupported("norms and square roots are supported as denominators (F.normalize, x / sqrt(v)) only")
         if isinstance(value, Node):
@@ -136,7 +139,7 @@ class Builder:
         return node
 
     def shared(self, op: str, *operands: Value, **attrs: Any) -> Node:
-        """Append an operation on shared values; numbers that are not floats are converted by who holds them."""
+        """Append an operation on shared values. The party that holds an operand converts it to floats if needed."""
         nodes = [self.operand(value) for value in operands]
         if not OPERATIONS[op].takes_integers:
             nodes = [self.operand(self.cast(node, torch.float32)) for node in nodes]
@@ -147,7 +150,7 @@ class Builder:
         return self.add(op, nodes, attrs, result.shape, kind_of(result.dtype), visibility)
 
     def clear(self, target: str, *args: Value, **kwargs: Value) -> Value:
-        """A clear operation on values that one party knows; evaluated right away if they are public."""
+        """Append a clear operation on values that one party knows, or evaluate it right away if all are public."""
         if target not in CLEAR_OPERATIONS:
             self.unsupported("compute it outside of the model, or use other operations")
         found = list(leaves((args, kwargs)))
@@ -180,7 +183,7 @@ class Builder:
         return node
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
-        """Convert between kinds; a float stays as it is."""
+        """Convert a value to the kind (float, int, bool) of ``dtype``; a value of that kind stays as it is."""
         if isinstance(value, Tensor):
             return value.to(dtype)
         if not isinstance(value, Node) or value.dtype == kind_of(dtype):
@@ -190,7 +193,7 @@ class Builder:
         return self.clear("aten.to.dtype", value, dtype)
 
     def finite(self, value: Value) -> Value:
-        """A clear operand of a shared sum with its "infinities" (masks) made `MASKED`."""
+        """Raise the "infinities" (masks) in a clear operand of a shared sum to `MASKED`, which fixed point can hold."""
         if isinstance(value, Tensor) and value.is_floating_point() and bool((value <= HUGE).any()):
             return value.clamp_min(MASKED)
         if isinstance(value, Node) and value.id in self._huge:
@@ -198,7 +201,7 @@ class Builder:
         return value
 
     def call(self, target: str, *args: Value, **kwargs: Value) -> Value:
-        """Apply an operation of torch by its rule, or in the clear where that is possible."""
+        """Apply an operation of torch by its rule, or in the clear if that is possible."""
         rule = RULES.get(target)
         if rule is None or not rule.structural:
             private = is_private((args, kwargs))
@@ -253,7 +256,7 @@ class Builder:
         return self.shared("expand", value, shape=list(shape))
 
     def slice(self, value: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
-        """Take a range of an axis; all numbers are in bounds."""
+        """Take a range of an axis; all numbers must be in bounds."""
         if (start, stop, step) == (0, shape_of(value)[dim], 1):
             return value
         if not is_private(value):
@@ -261,7 +264,7 @@ class Builder:
         return self.shared("slice", value, dim=dim, start=start, stop=stop, step=step)
 
     def plus(self, a: Value, b: Value) -> Value:
-        """The sum; adding a public number is an attribute, adding zero is nothing."""
+        """Add two values. A public number becomes an attribute of the node; adding zero appends no node."""
         if not is_private((a, b)):
             return self.clear("aten.add.Tensor", a, b)
         a, b = self.finite(a), self.finite(b)
@@ -273,7 +276,7 @@ class Builder:
         return self.shared("add", a, b)
 
     def times(self, a: Value, b: Value) -> Value:
-        """The product; a public factor is an attribute, a product with itself a square."""
+        """Multiply two values. A public number becomes an attribute of the node; a product with itself is a square."""
         if not is_private((a, b)):
             return self.clear("aten.mul.Tensor", a, b)
         if scalar_of(a) is not None:
@@ -293,7 +296,7 @@ class Builder:
         return self.shared("mul", a, b)
 
     def finish(self, outputs: Sequence[Value]) -> Graph:
-        """The graph of these results: nodes that none of them needs are dropped, except for inputs."""
+        """Return the graph of these results, without the nodes that none of them needs; inputs all stay."""
         wanted = [self.operand(value).id for value in outputs]
         alive = set(wanted)
         for node in reversed(self.nodes):
@@ -306,7 +309,7 @@ class Builder:
 
 
 def _absorbs(a: Value, b: Value) -> bool:
-    """Whether b broadcasts to the shape of a, so that a uniform b is a number."""
+    """True if b broadcasts to the shape of a, so that a uniform b can be replaced by its number."""
     try:
         return tuple(torch.broadcast_shapes(shape_of(a), shape_of(b))) == shape_of(a)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""From a torch module to a `Graph`, by ``torch.export``."""
+"""Translate a torch module into a `Graph`, by ``torch.export``."""
 
 from __future__ import annotations
 
@@ -51,11 +51,14 @@ PUBLIC_BUFFERS = frozenset({"inv_freq", "original_inv_freq"})
 def capture(
     model: nn.Module, example_inputs: Mapping[str, Tensor], *, public: Collection[str] = PUBLIC_BUFFERS
 ) -> tuple[Graph, dict[str, Tensor]]:
-    """Translate a module, called with these keyword arguments, in evaluation mode and for these very shapes.
+    """Translate a module, called with these keyword arguments, in evaluation mode and for exactly these shapes.
 
-    Returns the graph and the parameters and buffers it names. All inputs are the client's, all parameters and buffers
-    the server's, except for what follows from the architecture: integer and boolean buffers that are no part of the
-    model's state, and float ones whose last name is in ``public``.
+    Returns the graph, and the parameters and buffers that it names. All inputs are the client's, all parameters and
+    buffers the server's. The only exceptions are tensors that are no part of the model's state and follow from its
+    architecture, which are public: constants written in ``forward``, integer and boolean buffers, and float buffers
+    whose last name is in ``public``.
+    Raises InvalidInput for an example that is no tensor, and UnsupportedOperation for a model that cannot be traced or
+    that contains an operation without a private protocol.
     """
     for name, value in example_inputs.items():
         if not isinstance(value, Tensor):
@@ -99,7 +102,7 @@ def _known() -> frozenset[str]:
 
 
 def untraceable(model: nn.Module, error: Exception) -> UnsupportedOperation:
-    """Say which module could not be traced: the innermost one in the traceback."""
+    """Return an error that names the module that could not be traced: the innermost one in the traceback."""
     names = {id(module): name for name, module in model.named_modules()}
     place, function = "", "forward"
     frame: TracebackType | None = error.__traceback__
@@ -120,8 +123,9 @@ def untraceable(model: nn.Module, error: Exception) -> UnsupportedOperation:
 
 
 def _output_names(program: torch.export.ExportedProgram, count: int) -> list[str]:
-    """The names of a module's results: "output" for a tensor, else keys, fields or places, those of nested ones behind
-    a point.
+    """Return the names of a module's results.
+
+    A single tensor is "output"; other results have their keys, fields or positions, joined by points where they nest.
     """
     names = [""] * count
 
@@ -148,7 +152,7 @@ def _output_names(program: torch.export.ExportedProgram, count: int) -> list[str
 
 
 class _Translator:
-    """Walks an exported program and builds the graph."""
+    """A walk over an exported program that builds the graph."""
 
     def __init__(self, program: torch.export.ExportedProgram, public: frozenset[str]) -> None:
         self.program = program
@@ -160,7 +164,7 @@ class _Translator:
         self._tied: dict[tuple[Any, ...], str] = {}
 
     def graph(self) -> Graph:
-        """Translate everything."""
+        """Translate the whole program."""
         b = self.builder
         specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         for spec in self.program.graph_signature.output_specs:
@@ -212,7 +216,7 @@ class _Translator:
         return b.add("parameter", [], {"name": name}, value.shape, kind_of(value.dtype), "server")
 
     def _follows_from_architecture(self, name: str, value: Tensor, kind: InputKind) -> bool:
-        """Whether a tensor that is no part of the model's state is public."""
+        """True if a tensor that is no part of the model's state is public."""
         written_in_forward = kind == InputKind.CONSTANT_TENSOR and name.rpartition(".")[2].startswith("lifted_tensor")
         index = value.dtype in (torch.bool, torch.int32, torch.int64)
         return written_in_forward or index or name.rpartition(".")[2] in self.public
@@ -243,7 +247,7 @@ class _Translator:
         elif name in CASTS and isinstance(example, Tensor):
             result = b.cast(args[0], example.dtype)
         elif name in CREATION_OPERATIONS:
-            examples = [  # the shape and the type matter alone
+            examples = [  # only their shape and type matter
                 torch.zeros(value.shape, dtype=source.meta["val"].dtype)
                 if isinstance(value, Node) and isinstance(source, torch.fx.Node)
                 else value
@@ -266,13 +270,13 @@ class _Translator:
 
 
 def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory seen in the same way."""
+    """Return a key that is equal for tensors that view the same memory in the same way."""
     address = tensor.untyped_storage().data_ptr() if tensor.device.type != "meta" else 0
     return (address or name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
 
 
 def _takes_masks(node: torch.fx.Node) -> bool:
-    """Whether a value is only read (after operations that change nothing) where large negative numbers mark absence."""
+    """True if all readers of a value, after operations that change nothing, take large negative numbers as masks."""
     readers = [user for user in node.users if str(user.target) not in IGNORED]
     return bool(readers) and all(
         _is_of_masks(str(user.target)) or (str(user.target) in IDENTITIES | CASTS and _takes_masks(user))

@@ -1,7 +1,7 @@
-"""Operations evaluated in the clear by the one party that knows all their operands.
+"""Operations that one party evaluates in the clear, because it knows all their operands.
 
-A client evaluates such nodes of a graph it received from a server, so the operations are an explicit table of pure
-tensor functions: a name that is not in it is an error, and nothing is ever looked up by an arbitrary name.
+A client evaluates such nodes of a graph that a server sent. The operations are therefore an explicit table of pure
+tensor functions: a name that is not in the table is an error, and nothing is ever looked up by an arbitrary name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CLEAR_OPERATIONS: Mapping[str, Callable[..., Any]] = {
         aten.tanh.default,
     )
 }  # fmt: skip
-"""The whitelist: the name of an operation (as ``torch.export`` prints it) and its function."""
+"""The whitelist. It maps the name of an operation, as ``torch.export`` prints it, to its function."""
 
 CREATION_OPERATIONS: Mapping[str, Callable[..., Any]] = {
     str(operation): operation
@@ -62,18 +62,18 @@ CREATION_OPERATIONS: Mapping[str, Callable[..., Any]] = {
         aten.zeros.default, aten.zeros_like.default,
     )
 }  # fmt: skip
-"""Operations whose result depends on shapes alone; evaluated at capture time and never part of a graph."""
+"""Operations whose result depends on shapes alone. They are evaluated at capture time and never part of a graph."""
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """The kind of a torch data type: "float", "int" or "bool"."""
+    """Return the kind of a torch data type: "float", "int" or "bool". Raises InvalidInput for complex types."""
     if dtype.is_complex:
         raise InvalidInput(f"complex values ({dtype}) are not supported", "use real arithmetic")
     return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
 
 
 def dtype_of(kind: str, float_dtype: torch.dtype = torch.float32) -> torch.dtype:
-    """The torch data type that stands for a kind."""
+    """Return the torch data type that stands for a kind. Raises InvalidProgram for an unknown kind."""
     try:
         return {"float": float_dtype, "int": torch.int64, "bool": torch.bool}[kind]
     except KeyError:
@@ -81,7 +81,7 @@ def dtype_of(kind: str, float_dtype: torch.dtype = torch.float32) -> torch.dtype
 
 
 def encode_argument(value: Any, position: Callable[[Any], int | None]) -> Any:
-    """Encode an argument as JSON; ``position`` gives the number of an operand and None for anything else."""
+    """Encode an argument as JSON; ``position`` returns the number of an operand, and None for anything else."""
     index = position(value)
     if index is not None:
         return {"input": index}
@@ -97,7 +97,7 @@ def encode_argument(value: Any, position: Callable[[Any], int | None]) -> Any:
 
 
 def decode_argument(value: Any, operands: Sequence[Tensor], float_dtype: torch.dtype) -> Any:
-    """The inverse of `encode_argument`; raises InvalidProgram on anything it did not write."""
+    """Decode what `encode_argument` wrote. Raises InvalidProgram for anything else."""
     if isinstance(value, list):
         return [decode_argument(item, operands, float_dtype) for item in value]
     if isinstance(value, Mapping):
@@ -113,7 +113,10 @@ def decode_argument(value: Any, operands: Sequence[Tensor], float_dtype: torch.d
 
 
 def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_dtype: torch.dtype) -> Tensor:
-    """Evaluate a clear operation given its attributes {"target", "args", "kwargs"}."""
+    """Evaluate a clear operation given its attributes {"target", "args", "kwargs"}.
+
+    Raises InvalidProgram for a target outside the whitelist, malformed arguments, or a result that is not one tensor.
+    """
     target = attrs.get("target")
     function = CLEAR_OPERATIONS.get(target) if isinstance(target, str) else None
     if function is None:

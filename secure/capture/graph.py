@@ -1,8 +1,8 @@
 """The high-level graph of a model: a flat list of typed operations with static shapes, and its float interpreter.
 
-A graph holds no weights: "parameter" nodes name them. Every node has a visibility, which says who knows its value:
+A graph holds no weights; its "parameter" nodes name them. Every node has a visibility, which says who knows its value:
 
-- "public": everybody; "client" or "server": that party alone holds the plaintext; "shared": nobody.
+- "public": everybody; "client" or "server": that party alone, in plaintext; "shared": nobody.
 
 Operations:
 
@@ -29,7 +29,7 @@ from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, InvalidProgram
 
 MASKED = -1.0e4
-"""What an additive attention mask holds at masked positions: finite, so that it has a fixed-point form."""
+"""The value of an additive attention mask at masked positions. It is finite, so that fixed point can hold it."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A static-shape model: nodes in an order in which they can be evaluated, and the ids of the results.
+    """A model with static shapes: its nodes in an order in which they can be evaluated, and the ids of its results.
 
-    names: of the outputs, in their order, where a module gave them; they are no part of the canonical text.
+    names: the outputs' names in their order, if a module gave them; they are no part of the canonical text.
     """
 
     nodes: tuple[Node, ...]
@@ -74,11 +74,11 @@ class Graph:
         return {str(node.attrs["name"]): node for node in self.nodes if node.op == "parameter"}
 
     def counts(self, visibility: str = "shared") -> dict[str, int]:
-        """How often each operation occurs among the nodes of one visibility, sorted by name."""
+        """Count each operation among the nodes of one visibility; the result is sorted by name."""
         return dict(sorted(collections.Counter(n.op for n in self.nodes if n.visibility == visibility).items()))
 
     def consumers(self) -> tuple[tuple[int, ...], ...]:
-        """For each node the ids of the nodes that read it, ascending."""
+        """Return for each node the ids of the nodes that read it, in ascending order."""
         readers: list[list[int]] = [[] for _ in self.nodes]
         for node in self.nodes:
             for operand in dict.fromkeys(node.inputs):
@@ -86,13 +86,13 @@ class Graph:
         return tuple(map(tuple, readers))
 
     def to_json(self) -> str:
-        """A canonical text: equal graphs give equal texts."""
+        """Return a canonical text: equal graphs give equal texts."""
         document = {"nodes": [asdict(node) for node in self.nodes], "outputs": list(self.outputs)}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @staticmethod
     def from_json(text: str | bytes) -> Graph:
-        """Read what `to_json` wrote, and validate it; InvalidProgram for anything else."""
+        """Read and validate what `to_json` wrote. Raises InvalidProgram for anything else."""
         try:
             document = json.loads(text)
             nodes = tuple(
@@ -106,7 +106,10 @@ class Graph:
         return graph
 
     def validate(self) -> None:
-        """Check order, operations, visibilities, types and shapes without any data; InvalidProgram names the node."""
+        """Check order, operations, visibilities, types and shapes without any data.
+
+        Raises InvalidProgram, which names the node.
+        """
         for position, node in enumerate(self.nodes):
             try:
                 if node.id != position or not all(0 <= i < position for i in node.inputs):
@@ -125,7 +128,10 @@ class Graph:
 
 
 def result_visibility(op: str, operands: Sequence[str]) -> str:
-    """The visibility that the result of an operation has, given the visibilities of its operands."""
+    """Return the visibility of an operation's result, given those of its operands.
+
+    Raises InvalidProgram for an unknown operation, and for operands of visibilities that the operation cannot take.
+    """
     if op in (leaves := {"input": "client", "parameter": "server", "constant": "public"}):
         return leaves[op]
     if op != "clear" and op not in OPERATIONS:
@@ -138,7 +144,7 @@ def result_visibility(op: str, operands: Sequence[str]) -> str:
 
 
 def check_type(node: Node) -> None:
-    """Check the declared shape and kind of a node."""
+    """Check the declared shape and kind of a node. Raises InvalidProgram."""
     if not all(type(size) is int and size >= 0 for size in node.shape):
         raise InvalidProgram(f"its shape is {node.shape}")
     dtype_of(node.dtype)
@@ -147,12 +153,12 @@ def check_type(node: Node) -> None:
 
 
 def placeholder(node: Node) -> Tensor:
-    """A tensor without data of the type of a node."""
+    """Return a tensor without data that has the shape and type of a node."""
     return torch.empty(node.shape, dtype=dtype_of(node.dtype), device="meta")
 
 
 def constant_attrs(value: Tensor) -> dict[str, Any]:
-    """The attributes of a "constant" node: floats that are not finite are strings, as JSON has none."""
+    """Return the attributes of a "constant" node. Floats that are not finite become strings, as JSON has none."""
     kind = kind_of(value.dtype)
     flat = value.detach().reshape(-1)
     if flat.numel() > 1 and bool((flat == flat[0]).all()):
@@ -181,7 +187,10 @@ def _constant(node: Node, float_dtype: torch.dtype, device: str) -> Tensor:
 
 
 def evaluate(node: Node, operands: Sequence[Tensor], float_dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Evaluate one node in the clear (not "input" or "parameter"); its result must have the declared type."""
+    """Evaluate one node (not "input" or "parameter") in the clear.
+
+    Raises InvalidProgram if the result does not have the declared shape and kind.
+    """
     if node.op == "constant":
         result = _constant(node, float_dtype, device)
     elif node.op == "clear":
@@ -202,9 +211,11 @@ def run(
     parameters: Mapping[str, Tensor],
     observe: Callable[[Node, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Evaluate a graph in the clear, on one machine that sees everything: the reference, not a private inference.
+    """Evaluate a graph in the clear and return its outputs. This is the reference, not a private inference.
 
-    Computes in float64 if a parameter is float64, else in float32. ``observe`` sees every node's value.
+    It runs on one machine that sees everything, in float64 if a parameter is float64, else in float32. ``observe`` is
+    called with every node and its value. Raises InvalidInput for an input or parameter that is missing or of another
+    type.
     """
     precise = any(parameters[name].dtype == torch.float64 for name in graph.parameters if name in parameters)
     float_dtype = torch.float64 if precise else torch.float32

@@ -1,6 +1,6 @@
-"""Operations as records: everything that the package asks about an operation, said where the operation is defined.
+"""Records of operations. Everything that the package asks about an operation is said where the operation is defined.
 
-``secure.operations`` fills the table, a file for each family:
+``secure.operations`` fills the table, with one file for each family:
 
     @operation("softplus", compares=True)
     def softplus(x: Tensor, /, *, beta: float) -> Tensor:  # its meaning in the clear
@@ -32,11 +32,11 @@ class Operation:
     """One operation on shared values; the decorators below complete it.
 
     compares: its approximation compares values. A model without such operations, but with one in polynomial form,
-    compares nothing: inverse roots become polynomials as well.
-    polynomial: models in polynomial form are made of it.
+    compares nothing: its inverse roots become polynomials as well.
+    polynomial: models in polynomial form consist of such operations.
     takes_integers: its operands need not be floats (token ids).
-    takes_masks: a large negative number in its operand stands for an entry that is not there.
-    takes_affine: a weight and a bias of the server's in front of it move into its own.
+    takes_masks: a large negative number in its operand marks an absent entry.
+    takes_affine: it takes the server's weight and bias of a preceding normalization into its own weight and bias.
     """
 
     name: str
@@ -52,31 +52,35 @@ class Operation:
     recognition: Callable[..., Any] | None = None
 
     def aten(self, *names: str, namespace: str = "aten", structural: bool = False) -> Callable[[Function], Function]:
-        """Register the rule that makes a node of these operations of torch; see `rule`."""
+        """Register the rule that turns these operations of torch into a node; see `rule`."""
         return rule(*names, namespace=namespace, structural=structural, operation=self)
 
     def lower(self, function: Function) -> Function:
-        """Register ``function(to, node)``: the symbol that a node becomes, given a `secure.lowering.lower.Lowering`."""
+        """Register ``function(to, node)``, which returns the symbol for a node; ``to`` is the current `Lowering`."""
         self._once("lowering", function)
         return function
 
     def observes(self, function: Function) -> Function:
-        """Register ``function(x, **attributes)``: the tensor, made from the first operand's value, whose smallest and
-        largest entry the lowering must know. Calibration measures it.
+        """Register ``function(x, **attributes)``, which calibration calls with the first operand's value.
+
+        The lowering gets the smallest and the largest entry of the tensor that it returns.
         """
         self._once("measure", function)
         return function
 
     def assumes(self, function: Function) -> Function:
-        """Register ``function(operand, reach, **attributes)``: that range for a model that nothing calibrates, given
-        the first operand's node and the largest magnitude that its values are taken to have.
+        """Register ``function(operand, reach, **attributes)``, which returns that range for a model without calibration.
+
+        ``operand`` is the first operand's node, ``reach`` the largest magnitude that its values are assumed to have.
         """
         self._once("assumption", function)
         return function
 
     def recognizes(self, function: Function) -> Function:
-        """Register ``function(b, x, y)``, asked for every product of two private values in either order: the node if
-        the product completes this operation, as models write it by hand, or None.
+        """Register ``function(b, x, y)``, which recognizes this operation where models write it by hand.
+
+        It is called for every product of two private values, in both orders. It returns the node if the product
+        completes this operation, else None.
         """
         self._once("recognition", function)
         return function
@@ -89,10 +93,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class Rule:
-    """How an operation of torch is translated. ``function`` takes a `Builder` and the operation's own arguments."""
+    """The translation of an operation of torch. ``function`` takes a `Builder` and the operation's own arguments."""
 
     function: Callable[..., Any]
-    structural: bool  # applies whatever the visibilities are; others apply when an operand is private
+    structural: bool  # applies to operands of any visibility; other rules apply only if an operand is private
     operation: Operation | None  # None: the rule composes other operations
 
 
@@ -112,7 +116,7 @@ def operation(
     takes_masks: bool = False,
     takes_affine: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Operation]:
-    """Register the decorated function as the meaning of a new operation; the properties are those of `Operation`."""
+    """Register the decorated function as the meaning of a new operation; the options are fields of `Operation`."""
     if name in OPERATIONS:
         raise TypeError(f"operation {name!r} is defined twice")
 
@@ -136,8 +140,8 @@ def rule(
 ) -> Callable[[Function], Function]:
     """Register the decorated function as the translation of operations of torch.
 
-    Rules compose the builder's methods, which choose by the visibilities of their operands, so that what one party can
-    compute on its own stays in the clear. What a rule cannot translate it refuses by ``b.unsupported``.
+    A rule composes the builder's methods. They choose by the visibilities of their operands, so that whatever one party
+    can compute on its own stays in the clear. A rule refuses what it cannot translate by ``b.unsupported``.
     """
 
     def register(function: Function) -> Function:
