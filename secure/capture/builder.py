@@ -89,7 +89,7 @@ def describe(value: Value) -> str:
 
 
 class Builder:
-    """A graph in the making. Its methods take and return values of any visibility and append clear or shared operations.
+    """A graph in the making. Its methods take and return values of any visibility and append clear or shared nodes.
 
     A method refuses what it cannot translate by `unsupported`, which raises UnsupportedOperation.
     """

@@ -1,4 +1,4 @@
-"""How a client makes the inputs of a circuit from its own values."""
+"""The encoding of a client's values as the inputs of a circuit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EMBEDDINGS = ("one-hot", "client-table")
 
 @dataclass(frozen=True)
 class ClientInput:
-    """How the client makes one input of the circuit: from output ``output`` of its own graph, as it is or encoded."""
+    """One input of the circuit, which the client makes from output ``output`` of its own graph, plain or encoded."""
 
     name: str
     output: int
@@ -29,7 +29,10 @@ ENCODINGS = ("plain", "one-hot", "client-table")
 
 
 def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-    """One client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds."""
+    """Encode one client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds.
+
+    Raises InvalidInput for a token id outside the table.
+    """
     if spec.encoding == "plain":
         return value
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:

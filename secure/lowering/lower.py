@@ -1,7 +1,7 @@
 """From a model's graph to a trace of primitives: every operation becomes its approximation, run on symbolic values.
 
-Weights that only the server knows are evaluated here, in the clear; what only the client knows stays a graph of its
-own. How an operation is lowered is said where the operation is defined (`secure.capture.operation`).
+Nodes that only the server knows are evaluated here, in the clear; nodes that only the client knows become the client's
+own graph. The lowering of each operation is defined beside the operation (`secure.capture.operation`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ Sample = Mapping[str, Tensor]
 
 @dataclass
 class Lowered:
-    """A model as a trace, the weights that it names (float64), and how the client makes its inputs.
+    """A model as a trace, the weights that it names (float64), and the recipe by which the client makes its inputs.
 
-    outputs: the results by name, in their order. clamps: inputs that are additive masks, and how low they need to go.
+    outputs: the results by name, in their order. clamps: the inputs that are additive masks, each with the magnitude
+    down to which its negative values are kept.
     """
 
     trace: Trace
@@ -44,7 +45,7 @@ class Lowered:
         return {c.table: self.weights[c.table] for c in self.client_inputs if c.encoding == "client-table"}
 
     def inputs(self, sample: Sample) -> dict[str, Tensor]:
-        """The trace's inputs in float64, as the client makes them."""
+        """Make the trace's inputs from a sample as the client does, in float64."""
         values = run(self.client_graph, sample, {}) if self.client_inputs else []
         out = {}
         for spec in self.client_inputs:
@@ -61,23 +62,26 @@ def lower(
     embedding: str,
     functions: Functions,
 ) -> Lowered:
-    """Trace the graph through the approximations. ``parameters`` are float64."""
+    """Trace the graph through the approximations. ``parameters`` are float64.
+
+    Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
+    """
     if embedding not in EMBEDDINGS:
         raise InvalidInput(f"unknown embedding {embedding!r}", f"one of {', '.join(EMBEDDINGS)}")
     return Lowering(graph, parameters, seen, margin_bits, embedding, functions).run()
 
 
 class Lowering:
-    """One pass over a graph, in order. An operation's lowering gets this object and its node, and gives a symbol.
+    """One pass over a graph, in order. An operation's lowering gets this object and its node, and returns a symbol.
 
-    compares: whether the model compares values; if not, nothing in it may.
+    compares: True if the model compares values; if False, no approximation may compare either.
     functions: the approximations chosen by name. margin: the factor of room over calibrated ranges.
 
-    An operation leaves notes for those that read its result:
+    An operation leaves notes for the operations that read its result:
 
     - ``units``: results of normalizations before their weight and bias, by node;
-    - ``scores``: what a softmax was taken of, where the product that alone reads it divides after it, by node;
-    - ``absorbed``: products with a number which the linear layer before them has taken into its weights.
+    - ``scores``: the argument of a softmax, by node, if its only reader is a product that divides by the sums itself;
+    - ``absorbed``: nodes that multiply by a number which the preceding linear layer has taken into its weights.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class Lowering:
         self._clamps: dict[str, float] = {}
 
     def run(self) -> Lowered:
-        """Lower everything."""
+        """Lower the whole graph."""
         for node in self.graph.nodes:
             if node.visibility in ("public", "server"):
                 self._known[node.id] = self._evaluate(node)
@@ -145,13 +149,13 @@ class Lowering:
         return symbol
 
     def unsupported(self, node: Node, message: str, hint: str | None = None) -> UnsupportedOperation:
-        """The error for a node that cannot be lowered, to be raised."""
+        """Return the error to raise for a node that cannot be lowered."""
         return UnsupportedOperation(f"{node.path or 'model'}: {message}", hint)
 
     # operands, by their node's number
 
     def symbol(self, i: int) -> Symbol:
-        """A value that nobody knows, or that the client gives."""
+        """Return the symbol of a shared node or of a client's. Raises UnsupportedOperation for other nodes."""
         node = self.graph.nodes[i]
         if node.visibility == "shared":
             return self._symbols[i]
@@ -160,16 +164,17 @@ class Lowering:
         raise self.unsupported(node, f"a {node.visibility} operand cannot stand here")
 
     def operand(self, i: int) -> Symbol | WeightRef:
-        """A value of any visibility, to stand beside a symbol."""
+        """Return a node of any visibility as an operand: a WeightRef if the server knows it, else a symbol."""
         return self.weight(i) if i in self._known else self.symbol(i)
 
     def known(self, i: int) -> Tensor:
-        """The value of a node that the server knows, in float64; on "meta" where no weights are there."""
+        """Return the value of a node that the server knows, in float64; on device "meta" if there are no weights."""
         return self._known[i]
 
     def weight(self, i: int, suffix: str = "", value: Tensor | None = None) -> WeightRef:
-        """A weight of the trace: a node that the server knows, or ``value`` that it computes from that node, which then
-        has the ``suffix`` in its name.
+        """Name a weight of the trace: a node that the server knows, or a ``value`` that it computes from that node.
+
+        ``suffix`` tells the names of such values from that of the node.
         """
         node = self.graph.nodes[i]
         name = (node.attrs["name"] if node.op == "parameter" else f"%{i}") + suffix
@@ -180,8 +185,9 @@ class Lowering:
         return WeightRef(name, tuple(found.shape))
 
     def client_input(self, i: int, encoding: str = "plain", table: WeightRef | None = None) -> Symbol:
-        """An input of the circuit that the client makes from node ``i`` of its graph: as it is, or as "one-hot" rows or
-        rows ("client-table") of a table.
+        """Return the input of the circuit that the client makes from node ``i`` of its graph.
+
+        The node enters as it is ("plain"), as "one-hot" rows, or as rows of a table ("client-table").
         """
         key = (i, encoding, table.name if table is not None else "")
         if key not in self._client_inputs:
@@ -200,7 +206,7 @@ class Lowering:
         return self._client_inputs[key][1]
 
     def clamp(self, i: int, reach: float) -> None:
-        """Let the client's node ``i``, an additive mask, go down to -reach and no further."""
+        """Clamp the client's node ``i``, an additive mask, from below at -reach."""
         self.client_input(i)
         name = self._client_inputs[i, "plain", ""][0].name
         self._clamps[name] = max(self._clamps.get(name, 0.0), reach)
@@ -208,29 +214,29 @@ class Lowering:
     # the surroundings of a node
 
     def readers(self, node: Node) -> list[Node]:
-        """The nodes that read this one."""
+        """Return the nodes that read this one."""
         return [self.graph.nodes[i] for i in self._readers[node.id]]
 
     def only_reader(self, node: Node) -> Node | None:
-        """The node that alone reads this one, as its first operand and no other; None if there is none such."""
+        """Return the only reader of a node if it reads it as its first operand alone; else None."""
         if len(self._readers[node.id]) != 1 or node.id in self.graph.outputs:
             return None
         (reader,) = self.readers(node)
         return reader if reader.inputs[0] == node.id and node.id not in reader.inputs[1:] else None
 
     def measured(self, node: Node) -> tuple[float, float]:
-        """The range of what the node's operation observes."""
+        """Return the (smallest, largest) entry of the tensor that the node's operation observes."""
         return self.seen.measured[node.id]
 
     # normalizations
 
     def affine(self, node: Node) -> tuple[Tensor | None, Tensor | None]:
-        """A normalization's weight and bias; None where it has none."""
+        """Return a normalization's weight and bias, each None if it is absent."""
         scale, shift, *_ = (*(self._known[i] for i in node.inputs[1:]), None, None)
         return scale, shift
 
     def normalized(self, node: Node, unit: Symbol) -> Symbol:
-        """A normalization's result: ``unit`` times its weight plus its bias, unless all readers take those in."""
+        """Return a normalization's result: ``unit`` times weight plus bias, or ``unit`` if all readers absorb both."""
         self.units[node.id] = unit
         readers = self.readers(node)
         if readers and node.id not in self.graph.outputs and all(OPERATIONS[r.op].takes_affine for r in readers):
@@ -242,8 +248,9 @@ class Lowering:
 
 
 def _subgraph(graph: Graph, outputs: Sequence[int]) -> Graph:
-    """The part of a graph that ``outputs`` depend on, renumbered; its inputs all stay, so that every client gives the
-    same.
+    """Return the part of a graph that ``outputs`` depend on, renumbered.
+
+    Its inputs all stay, so that every client gives the same inputs.
     """
     wanted = {node.id for node in graph.nodes if node.op == "input"}
     stack = list(outputs)

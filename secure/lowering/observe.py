@@ -1,4 +1,4 @@
-"""Ranges that approximations ask for: from one floating-point pass over the calibration inputs, or assumed."""
+"""Ranges that approximations ask for, either from a floating-point pass over the calibration inputs or assumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secure.capture.operation import OPERATIONS
 class Observed:
     """Ranges by node.
 
-    measured: the smallest and the largest entry of what an operation observes (`Operation.observes`).
+    measured: the smallest and the largest entry of the tensor that an operation observes (`Operation.observes`).
     magnitude: the largest absolute entry of a node's value.
     """
 
@@ -48,7 +48,7 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
 
 
 def assume(graph: Graph, reach: float) -> Observed:
-    """The same without calibration, for costs only: values stay within ``reach``, masks reach as low as they may."""
+    """Assume ranges without calibration, for costs only: values stay within ``reach``, masks go down to `MASKED`."""
     seen = Observed(magnitude={node.id: reach for node in graph.nodes})
     readers = graph.consumers()
     for node in graph.nodes:

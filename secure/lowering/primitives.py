@@ -1,8 +1,8 @@
-"""Primitives: what a traced model is made of, one record each.
+"""Primitives: the steps that a traced model consists of, with one record for each.
 
-A record says what a primitive computes in floating point and which range its result is taken to have where nothing is
-calibrated. How a compiler computes it is said by a record of the same name there (``secure.mpc.emit``,
-``secure.ckks.rules``), so a new primitive is a record here and one in each compiler that can compute it.
+A record says what a primitive computes in floating point, and which range its result is assumed to have without
+calibration. A record of the same name in each compiler (``secure.mpc.emit``, ``secure.ckks.rules``) says how that
+compiler computes it. A new primitive is thus a record here and one in each compiler that can compute it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Primitive:
 
     @property
     def where(self) -> str:
-        """The module that it belongs to, for messages."""
+        """The module that the primitive belongs to, for messages."""
         return self.path or "the function"
 
 
 class Operand(NamedTuple):
-    """What is taken to be known of an operand without calibration."""
+    """The range and shape of an operand, as assumed without calibration."""
 
     low: float
     high: float
@@ -53,13 +53,13 @@ Assume = Callable[[Primitive, Sequence[Operand], float], Interval]
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a primitive computes.
+    """The meaning of a primitive.
 
-    evaluate: the value from the operands' values, in floating point; ``weights`` are the server's, by name.
-    assume: the range of the result from the operands' ranges and the ``reach`` that values are taken to have.
-    multiplies: whether its interval grows with the number of layers, as a product's does. Where the model is in
-    polynomial form it is taken to stay within reach.
-    promised: the range that its caller knows, whatever calibration shows.
+    evaluate: computes the value from the operands' values, in floating point; ``weights`` are the server's, by name.
+    assume: computes the range of the result from the operands' ranges and the ``reach`` assumed of values.
+    multiplies: True if its interval grows with the number of layers, as a product's does. In a model in polynomial form
+    such results are assumed to stay within reach.
+    promised: gives the range that the caller of the primitive knows, whatever calibration shows.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Meaning:
 
 
 def meaning(p: Primitive) -> Meaning:
-    """The record of a primitive; UnsupportedOperation where there is none."""
+    """Return the record of a primitive. Raises UnsupportedOperation if there is none."""
     found = PRIMITIVES.get(p.op)
     if found is None:
         raise UnsupportedOperation(

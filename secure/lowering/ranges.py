@@ -1,4 +1,4 @@
-"""Ranges of traced values, learnt from calibration inputs, and how many bits they take."""
+"""Ranges of traced values, learnt from calibration inputs, and the number of bits that they need."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
 
 
 def dyadic(value: float) -> tuple[int, int]:
-    """(m, q) with value = m 2^-q, exact if m takes at most 14 bits, else rounded to 14 significant bits;
-    m odd or zero.
+    """Return (m, q) with value = m 2^-q and m odd or zero.
+
+    It is exact if m takes at most 14 bits, else rounded to 14 significant bits.
     """
     if value == 0:
         return 0, 0
@@ -29,9 +30,9 @@ def dyadic(value: float) -> tuple[int, int]:
 
 
 class Ranges:
-    """[low, high] of every primitive of a trace over the calibration inputs, widened by ``margin_bits``.
+    """The range [low, high] of every primitive of a trace over the calibration inputs, widened by ``margin_bits``.
 
-    A primitive whose range its caller promises ("bounded") has that, without a margin, whatever was seen.
+    A primitive whose caller promises a range ("bounded") has that range, without a margin, whatever was observed.
     """
 
     def __init__(self, trace: Trace, margin_bits: int) -> None:
@@ -47,7 +48,7 @@ class Ranges:
     def calibrate(
         cls, trace: Trace, samples: Iterable[Mapping[str, Tensor]], weights: Mapping[str, Tensor], margin_bits: int
     ) -> Ranges:
-        """Evaluate the trace in floating point on every sample."""
+        """Evaluate the trace in floating point on every sample. Raises InvalidInput if there is no sample."""
         ranges = cls(trace, margin_bits)
         for sample in samples:
             evaluate(trace, sample, weights, ranges.observe)
@@ -57,11 +58,12 @@ class Ranges:
 
     @classmethod
     def assume(cls, trace: Trace, reach: float, *, polynomial: bool = False) -> Ranges:
-        """No calibration: inputs, matrix products, linear layers and sums are taken to stay within ``reach``.
+        """Assume ranges without calibration: inputs, matrix products, linear layers and sums stay within ``reach``.
 
-        Other primitives follow from their operands by interval arithmetic, elementwise weights being taken for 1. Good
-        to a few bits, for costs only: nothing may be computed with such ranges. ``polynomial``: so are products and
-        polynomials, whose intervals grow without bound where training keeps arguments together.
+        The ranges of other primitives follow from their operands by interval arithmetic, with elementwise weights
+        assumed to be 1. They are good to a few bits and for costs only: nothing may be computed with them.
+        ``polynomial``: products and polynomials stay within ``reach`` too. Their intervals would grow without bound,
+        while training keeps the real arguments of such models together.
         """
         ranges = cls(trace, 0)
         for index, p in enumerate(trace.primitives):
@@ -74,22 +76,25 @@ class Ranges:
         return ranges
 
     def magnitude(self, index: int) -> float:
-        """The largest absolute value that the ring is made for."""
+        """Return the largest absolute value that a ring must hold for this primitive."""
         p = self._trace.primitives[index]
         if (promised := meaning(p).promised) is not None:
             return float(max(map(abs, promised(p))))
         return max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
 
     def bits(self, index: int) -> int:
-        """Integer bits m >= 0 with magnitude < 2^m, and room for the error of fixed point (the sign not counted)."""
+        """Return the integer bits m >= 0, without the sign, such that magnitude plus fixed-point error is below 2^m."""
         return max(0, math.floor(math.log2(self.magnitude(index) * _ROOM)) + 1)
 
     def seen(self, index: int) -> tuple[float, float]:
-        """The range as it was observed."""
+        """Return the range as it was observed, without the margin."""
         return self._low[index], self._high[index]
 
 
 def widened(edge: float, *, down: bool = False) -> float:
-    """An edge of a range, outwards to a quarter of an octave: an exact one would show a value of a single sentence."""
+    """Round an edge of a range outwards to a quarter of an octave.
+
+    An exact edge, which is public, would reveal a value of a single calibration sentence.
+    """
     quarters = 4 * math.log2(edge)
     return float(2.0 ** ((math.floor(quarters) if down else math.ceil(quarters)) / 4))

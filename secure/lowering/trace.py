@@ -1,8 +1,8 @@
-"""Symbolic values: running a function on them records the primitive operations that it is made of.
+"""Symbolic values. Running a function on them records the primitives that it consists of.
 
-The recorded trace is float-level: shapes, weights by name, no rings yet. It has its own interpreter, ``evaluate``,
-which is how calibration learns the range of every intermediate value and how the approximations alone can be
-measured.
+The recorded trace is at the level of floating point: it has shapes and names of weights, but no rings yet. Its
+interpreter, ``evaluate``, lets calibration learn the range of every intermediate value, and measures the error of the
+approximations alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from secure.lowering.primitives import Primitive, Shape, meaning
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A tensor that the server holds, standing in an expression: ``x * ref``, ``x + ref``."""
+    """A reference to a tensor that the server holds, for use in expressions: ``x * ref``, ``x + ref``."""
 
     name: str
     shape: Shape
@@ -44,14 +44,14 @@ class Trace:
             self.path = before
 
     def record(self, op: str, inputs: Sequence[Symbol], shape: Shape, **attrs: Any) -> Symbol:
-        """A new value. UnsupportedOperation where no record says what ``op`` computes."""
+        """Record a primitive and return its symbol. Raises UnsupportedOperation if ``op`` has no record."""
         p = Primitive(op, tuple(x.id for x in inputs), attrs, tuple(shape), self.path)
         meaning(p)
         self.primitives.append(p)
         return Symbol(self, len(self.primitives) - 1)
 
     def input(self, name: str, shape: Shape, *, integer: bool = False) -> Symbol:
-        """A client's input; ``integer``: whole numbers, which need no fraction bits (one-hot rows)."""
+        """Record a client's input. ``integer``: it holds whole numbers, which need no fraction bits (one-hot rows)."""
         return self.record("input", (), shape, name=name, integer=integer)
 
 
@@ -61,7 +61,7 @@ def _broadcast(a: Shape, b: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A value that does not exist yet; its operators record."""
+    """A traced value. Its operators compute nothing; they record primitives in its trace."""
 
     trace: Trace = field(repr=False)
     id: int
@@ -108,7 +108,7 @@ class Symbol:
         return self.trace.record("matmul", (self, other), (*batch, self.shape[-2], other.shape[-1]))
 
     def linear(self, weight: WeightRef) -> Symbol:
-        """x @ W for a weight of shape (in, out)."""
+        """Return x @ W for a weight of shape (in, out)."""
         return self.trace.record("linear", (self,), (*self.shape[:-1], weight.shape[-1]), weight=weight.name)
 
     def square(self) -> Symbol:
@@ -167,7 +167,10 @@ def evaluate(
     observe: Callable[[int, Tensor], None] | None = None,
     outputs: Sequence[int] = (),
 ) -> list[Tensor]:
-    """The values of ``outputs`` in floating point. ``observe`` is told every primitive's value as it comes."""
+    """Evaluate a trace in floating point and return the values of ``outputs`` (positions in the trace).
+
+    ``observe`` is called with every primitive's position and value.
+    """
     last = {i: index for index, p in enumerate(trace.primitives) for i in p.inputs}
     last |= dict.fromkeys(outputs, len(trace.primitives))
     values: dict[int, Tensor] = {}

@@ -1,7 +1,7 @@
-"""Models in polynomial form: nothing to compare, nothing to divide.
+"""Models in polynomial form, which need neither comparisons nor divisions.
 
 recipe       how a model is put into that form
-operations   what ``torch.export`` keeps whole
+operations   operations that ``torch.export`` keeps whole
 forms        modules in the place of softmax, activations and norms
 swap         those modules swapped into Hugging Face models
 """

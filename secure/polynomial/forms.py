@@ -1,7 +1,7 @@
 """Modules in polynomial form, in the place of attention's softmax, activations and normalizations.
 
-Each has two faces. While a model is trained, it computes the exact function and tells how far its arguments stray from
-a range (``range_loss``); once ``frozen``, it uses a polynomial, with the exact function beside it while ``blend`` is
+Each has two modes. While a model is trained, it computes the exact function and measures how far its arguments stray
+from a range (``range_loss``). Once ``frozen``, it uses a polynomial, mixed with the exact function while ``blend`` is
 below one. Captured into a Program, each becomes operations whose protocols compare nothing (``approximations.powers``).
 """
 
@@ -24,31 +24,35 @@ from secure.lowering.ranges import widened
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
 from secure.polynomial.recipe import Recipe
 
-SAMPLES = 1 << 18  # arguments of an activation under which its polynomial is fitted
+SAMPLES = 1 << 18  # arguments of an activation on which its polynomial is fitted
 RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
 
 
 def _excess(away: Tensor) -> Tensor:
-    """The mean square of what lies beyond a range, and the largest, for which polynomials must hold as well.
+    """Return the mean square of the distances beyond a range, plus the largest distance.
 
-    away: in logarithms, so that the far outliers of a fresh student do not drown everything else.
+    The largest counts by itself because the polynomial must hold for it too. away: signed distances in logarithms
+    (positive beyond the range), so that the far outliers of a fresh student do not drown everything else.
     """
     beyond = F.relu(away)
     return beyond.square().sum() / (away > 0).sum().clamp_min(1) + beyond.amax()
 
 
 class Form(nn.Module):
-    """What the three have in common: a range, a loss for leaving it, and what was seen."""
+    """A module in polynomial form: it has a range, a loss for leaving that range, and a record of the arguments seen.
+
+    found: what training found (``centre`` of the range, then ``low``, ``high``, ``steps``).
+    """
 
     kind = ""
-    floor = 0.0  # below which no argument can fall
+    floor = 0.0  # no argument can be smaller
 
     def __init__(self, recipe: Recipe, found: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.recipe, self.found = recipe, dict(found or {})
-        self.blend = 1.0  # how much of a frozen form is the polynomial; the rest is exact. Below one in training alone
-        self.watching = False  # whether forward keeps what it saw, and its range loss
-        self.guarded = False  # whether it is exact beyond its range, as in training; never what is served
+        self.blend = 1.0  # share of the polynomial in a frozen form, the rest is exact; below one only in training
+        self.watching = False  # forward records the arguments that it saw, and its range loss
+        self.guarded = False  # exact beyond the range; for training only, never in a served model
         self.range_loss: Tensor | None = None
         self.seen: list[Tensor] = []
 
@@ -57,12 +61,12 @@ class Form(nn.Module):
         return "low" in self.found
 
     def wanted(self) -> tuple[float, float]:
-        """The range that training should keep arguments in, so that with some room it is the recipe's."""
+        """Return the range in which training should keep arguments: the recipe's range less some room."""
         reach = math.sqrt(self.recipe.norm_spread) / RANGE_ROOM
         return self.found["centre"] / reach, self.found["centre"] * reach
 
     def _watch(self, value: Tensor) -> None:
-        """Keep the range loss of a positive value: squared distance of its logarithm from the wanted range."""
+        """Record a positive value's extremes and its range loss, which grows with its distance from the wanted range."""
         if not self.watching:
             return
         logarithm = value.clamp_min(1e-12).log()
@@ -72,52 +76,54 @@ class Form(nn.Module):
             self.range_loss = _excess(torch.maximum(logarithm - math.log(high), math.log(low) - logarithm))
 
     def _mixed(self, value: Tensor, form: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Tensor:
-        """In training: ``blend`` of the polynomial and the rest exact; all of it exact beyond the range, so that one
-        sentence cannot make the loss infinite before the range loss has drawn it in.
+        """Mix the polynomial (by ``blend``) with the exact function, for training.
+
+        Beyond the range the result is exact, so that one sentence cannot make the loss infinite before the range loss
+        has drawn it in.
         """
         low, high = self.bounds()
         inside = self.blend * form(value.clamp(low, high)) + (1 - self.blend) * exact(value)
         return torch.where((value < low) | (value > high), exact(value), inside)
 
     def bounds(self) -> tuple[float, float]:
-        """Where the polynomial holds."""
+        """Return the range on which the polynomial holds."""
         return self.found["low"], self.found["high"]
 
     def range_seen(self) -> tuple[float, float]:
-        """The smallest and the largest argument since ``seen`` was emptied."""
+        """Return the smallest and the largest argument since ``seen`` was emptied."""
         both = torch.stack(self.seen)
         return float(both[:, 0].min().exp()), float(both[:, 1].max().exp())
 
     def freeze(self) -> None:
-        """From here on use polynomials on the range that was seen, and some room."""
+        """Switch to polynomials on the range that was seen, plus some room."""
         low, high = (edge * room for edge, room in zip(self.range_seen(), (1 / RANGE_ROOM, RANGE_ROOM), strict=True))
         low, high = max(widened(low, down=True), self.floor), widened(high)
         steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
         self.found |= {"low": low, "high": high, "steps": steps}
 
     def assume(self) -> None:
-        """The range that training aims at, as if it were met: for a model without weights."""
+        """Freeze on the range that training aims at. For models without weights."""
         self.found = {"centre": 1.0}
         low, high = self.wanted()
         steps = steps_for(*self._power(), low, high, self.recipe.inverse_error)
         self.found |= {"low": low, "high": high, "steps": steps}
 
     def _power(self) -> tuple[float, int]:
-        """The exponent of its inverse power, and the degree of the polynomial that this begins with."""
+        """Return the exponent of the inverse power, and the degree of the polynomial that approximates it first."""
         return -1.0, self.recipe.reciprocal_degree
 
     def error(self) -> float:
-        """Of the polynomial beside the exact function; zero before ranges are frozen."""
+        """Return the relative error of the polynomial against the exact function; zero before ranges are frozen."""
         if not self.frozen:
             return 0.0
         return power_error(*self._power(), self.found["low"], self.found["high"], self.found["steps"])
 
 
 class PowerAttention(Form):
-    """Attention by Power-Softmax; ``found``: the range of the mean of the scores' powers.
+    """Attention by Power-Softmax. ``found`` holds the range of the mean of the scores' powers.
 
-    scale_queries: multiplies the queries' projection by one factor per head (heads,), before training: in a softmax
-    model a head's mean power is anything from 0.1 to 100,000, and one polynomial must hold for all heads.
+    scale_queries: multiplies the queries' projection by one factor per head, shape (heads,), before training. In a
+    softmax model a head's mean power lies anywhere from 0.1 to 100,000, and one polynomial must hold for all heads.
     """
 
     kind = "attention"
@@ -139,8 +145,9 @@ class PowerAttention(Form):
         return self.floor, self.floor * self.recipe.attention_spread / RANGE_ROOM
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, scaling: float) -> Tensor:
-        """(B, H, T, d) each; weights (B, 1, 1 or T, L), zero where masked, adding up to one in every row; None: equal
-        ones.
+        """Attend with query, key and value of shape (B, H, T, d).
+
+        weights: (B, 1, 1 or T, L), zero where masked, with a sum of one in every row; None for equal weights.
         """
         r = self.recipe
         scores = (query @ key.transpose(-1, -2)) * scaling
@@ -178,7 +185,7 @@ class PowerAttention(Form):
 
 
 class PolynomialActivation(Form):
-    """A polynomial in place of GeLU and the like; ``found``: its coefficients, and how far arguments reached."""
+    """A polynomial in place of GeLU and the like. ``found`` holds its coefficients, and the largest argument seen."""
 
     kind = "activation"
 
@@ -210,12 +217,12 @@ class PolynomialActivation(Form):
         return -self.found["seen"], self.found["seen"]
 
     def fit(self, samples: Tensor) -> None:
-        """Least squares under these arguments (one dimension)."""
+        """Fit the polynomial by least squares on these arguments (one dimension)."""
         piece, error = least_squares(self.original, samples.cpu(), self.recipe.activation_degree)
         self.found |= {"coefficients": list(piece.coefficients), "error": float(f"{error:.4g}")}
 
     def freeze(self) -> None:
-        """``fit`` gives its polynomial; there is no range that it must keep."""
+        """Record the largest argument seen. The polynomial itself comes from ``fit``, and no range must be kept."""
         self.found["seen"] = self.range_seen()[1]
 
     def assume(self) -> None:
@@ -224,13 +231,14 @@ class PolynomialActivation(Form):
         self.found["seen"] = reach
 
     def error(self) -> float:
-        """The root mean square where it was fitted."""
+        """Return the root mean square error of the fit."""
         return float(self.found.get("error", 0.0))
 
 
 class PolynomialNorm(Form):
-    """LayerNorm over the last dimension, under the names of its weight and bias; ``found``: the range of the
-    variance.
+    """LayerNorm over the last dimension, with the original's names of weight and bias.
+
+    ``found`` holds the range of the variance.
     """
 
     kind = "norm"
@@ -263,7 +271,7 @@ class PolynomialNorm(Form):
         return torch.as_tensor(polynomial_layer_norm(x, weight, bias, *form))
 
     def _trained(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The same function but for ``_mixed``."""
+        """Compute the same function for training, with the inverse root by ``_mixed``."""
         centred = x - x.mean(-1, keepdim=True)
         edges = (self.found["low"] + self.eps, self.found["high"] + self.eps)
         form = (-0.5, *edges, self.recipe.norm_degree, self.found["steps"])
@@ -277,7 +285,10 @@ class PolynomialNorm(Form):
 
 
 class PolynomialRMSNorm(Form):
-    """RMSNorm over the last dimension, under the name of its weight; ``found``: the range of the mean square."""
+    """RMSNorm over the last dimension, with the original's name of its weight.
+
+    ``found`` holds the range of the mean square.
+    """
 
     kind = "norm"
 
@@ -298,7 +309,7 @@ class PolynomialRMSNorm(Form):
             exact: Tensor = x * (square + self.eps).rsqrt() * self.weight
             return exact
         low, high = (edge + self.eps for edge in self.bounds())
-        halves = 2 * round(math.log2(low * high) / 4)  # what is rooted lies around one then
+        halves = 2 * round(math.log2(low * high) / 4)  # brings the argument of the root to about one
         shrink = 2.0**-halves
         form = (-0.5, low * shrink, high * shrink, self.recipe.norm_degree, self.found["steps"])
 
@@ -314,14 +325,14 @@ class PolynomialRMSNorm(Form):
 
 
 def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:
-    """The polynomial modules of a model, by path."""
+    """Yield the polynomial modules of a model with their paths."""
     for path, module in model.named_modules():
         if isinstance(module, Form):
             yield path, module
 
 
 def freeze_untrained(model: nn.Module, run: Callable[[], object]) -> None:
-    """Freeze every form on what ``run`` makes it meet, without any training: for costs, and for tests."""
+    """Freeze every form on the arguments that it gets while ``run`` runs, without training. For costs and tests."""
     met: dict[Form, list[Tensor]] = {}
     hooks = []
 
@@ -347,10 +358,10 @@ def freeze_untrained(model: nn.Module, run: Callable[[], object]) -> None:
 
 
 def described(model: nn.Module, recipe: Recipe) -> Recipe:
-    """The recipe with what the model's modules found."""
+    """Return the recipe, completed by what the model's modules found."""
     return recipe.model_copy(update={"layers": {path: form.found for path, form in forms(model)}})
 
 
 def key_weights(weights: Tensor | None, scores: Tensor) -> Tensor:
-    """The weights of the keys, equal ones if there are none."""
+    """Return the weights of the keys, or equal ones if there are none."""
     return scores.new_full((1,), 1.0 / scores.shape[-1]) if weights is None else weights

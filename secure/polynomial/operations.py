@@ -12,13 +12,13 @@ from approximations.primitives import Piece
 
 @torch.library.custom_op("unseen::polynomial", mutates_args=())
 def polynomial_operation(x: Tensor, coefficients: list[float], centre: float) -> Tensor:
-    """sum_j coefficients[j] (x - centre)^j."""
+    """Compute sum_j coefficients[j] (x - centre)^j."""
     return torch.as_tensor(polynomial(x, Piece(tuple(coefficients), centre))).clone()
 
 
 @torch.library.custom_op("unseen::power", mutates_args=())
 def power_operation(x: Tensor, exponent: float, low: float, high: float, degree: int, steps: int) -> Tensor:
-    """x^exponent on [low, high], see ``approximations.power``."""
+    """Compute x^exponent on [low, high]; see ``approximations.power``."""
     return torch.as_tensor(power(x, exponent, low, high, degree, steps))
 
 
@@ -26,7 +26,7 @@ def power_operation(x: Tensor, exponent: float, low: float, high: float, degree:
 def layer_norm_operation(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, low: float, high: float, degree: int, steps: int
 ) -> Tensor:
-    """See ``approximations.polynomial_layer_norm``."""
+    """Normalize over the last axis; see ``approximations.polynomial_layer_norm``."""
     return torch.as_tensor(polynomial_layer_norm(x, weight, bias, eps, low, high, degree, steps))
 
 

@@ -1,4 +1,4 @@
-"""A recipe: how a model is put into polynomial form, and what was found for its modules."""
+"""A recipe says how a model is put into polynomial form, and holds what training found for its modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Coefficient = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Found(BaseModel):
-    """What may be known of a module: a recipe file comes from somebody else, and what it says is computed with."""
+    """The values that a recipe may hold for one module.
+
+    They are validated strictly, because a recipe file may come from anyone and its values enter computations.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -43,14 +46,15 @@ class Found(BaseModel):
 
 
 class Recipe(BaseModel):
-    """How a model is put into polynomial form. ``layers``: what was found for each module, by path.
+    """The settings by which a model is put into polynomial form. ``layers``: what was found for each module, by path.
 
     attention: "power" is Power-Softmax (1 + x/shift)^p, or x^p for shift 0; shift None is p. "quad" is MPCFormer's
-    2Quad, p = 2 and shift 5. Both over a mean with ``eps``.
-    activation_degree: of the least-squares polynomial; activation_reach: what |arguments| should stay below.
-    reciprocal_degree, norm_degree: of the polynomials that inverse powers begin with.
-    inverse_error: relative error of inverse powers, which training gets used to; corrections follow until it is met.
-    *_spread: how many times larger than the smallest the largest argument of an inverse power should be.
+    2Quad, p = 2 and shift 5. Both are divided by a mean plus ``eps``.
+    activation_degree: degree of the least-squares polynomial. activation_reach: bound for the magnitude of arguments.
+    reciprocal_degree, norm_degree: degrees of the polynomials that inverse powers begin with.
+    inverse_error: relative error allowed for inverse powers, which training compensates; corrections are added until it
+    is met.
+    *_spread: the ratio of the largest to the smallest argument of an inverse power that training aims at.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -86,14 +90,14 @@ class Recipe(BaseModel):
 
     @property
     def offset(self) -> float:
-        """c of (1 + x/c)^p, zero for x^p."""
+        """The shift c of (1 + x/c)^p; zero stands for x^p."""
         if self.attention == "quad":
             return QUAD
         return float(self.power) if self.shift is None else self.shift
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe file; ValueError where it is none."""
+    """Read a recipe file. Raises InvalidInput if it is not a valid recipe."""
     try:
         return Recipe.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -1,5 +1,6 @@
-"""``polynomialize``: polynomial forms swapped into Hugging Face models whose attention goes through transformers'
-attention interface. All weights keep their names, so that with its recipe a checkpoint is a checkpoint.
+"""``polynomialize`` swaps polynomial forms into Hugging Face models that use transformers' attention interface.
+
+All weights keep their names, so that a trained model is saved as an ordinary checkpoint with its recipe beside it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _ACTIVATIONS = ("GELU", "SiLU", "ReLU", "QuickGELU", "NewGELU", "Tanh")
 
 
 def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Module:
-    """Swap a model's softmax, activations and layer norms, in place; ``recipe.layers`` restores what was found before.
+    """Swap a model's softmax, activations and layer norms in place, and return the model.
 
-    prefix: of the model's own path in those names.
-    Weights and their names stay. ValueError for an architecture without a known recipe: it names what was found.
+    ``recipe.layers`` restores what training found before. prefix: the path of this model in those names, with its
+    trailing point. Weights and their names stay. Raises InvalidInput for an architecture without a known polynomial
+    form, with the names of its modules.
     """
     attention = [(n, m) for n, m in model.named_modules() if _goes_through_interface(m)]
     norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) or _is_rms(m)]
@@ -61,7 +63,7 @@ def _goes_through_interface(module: nn.Module) -> bool:
 
 
 def _query_scaling(attention: nn.Module) -> Callable[[Tensor], None]:
-    """Of the projection that an attention module's queries come from, by the names that it goes by."""
+    """Return a function that scales an attention module's query projection, which is found by its usual names."""
     for name in ("query", "q_lin", "q_proj", "c_attn"):
         if isinstance(projection := getattr(attention, name, None), nn.Module):
             break
@@ -125,7 +127,7 @@ def _attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; the mask's summands become weights."""
+    """Implement transformers' attention interface; the additive mask becomes weights of the keys."""
     for name in ("softcap", "s_aux"):
         if others.get(name) is not None:
             raise InvalidInput(f"{type(module).__name__} asks for {name}, which has no polynomial form")
@@ -139,7 +141,7 @@ def _attention(
 
 
 def mask_weights(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """An additive mask (B, 1, 1 or T, L), zero or very low, as weights of the keys."""
+    """Turn an additive mask (B, 1, 1 or T, L), zero or very low, into weights of the keys with a sum of one."""
     if mask is None:
         return None
     keep = (mask if mask.dtype == torch.bool else mask > -1.0).to(query.dtype)
