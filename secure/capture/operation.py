@@ -56,7 +56,7 @@ class Operation:
         return rule(*names, namespace=namespace, structural=structural, operation=self)
 
     def lower(self, function: Function) -> Function:
-        """Register ``function(to, node)``, which returns the symbol for a node; ``to`` is the `Lowering` object."""
+        """Register ``function(to, node)``, which returns the symbol for a node; ``to`` is a `Lowering`."""
         self._once("lowering", function)
         return function
 

@@ -1,12 +1,11 @@
 """The compiler for secret sharing: from a trace to a Program, which two and three parties run.
 
-share        a value and its ring
-plan         what the readers of every value need
+share        a shared value: its place, ring and scale
+plan         the rings and openings that the readers of every value need
 emitter      the circuit in the making
 arithmetic   inputs, products, sums, shapes
 nonlinear    piecewise polynomials, exponentials, maxima
 emit         the record of every primitive; from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 compile      all of it in one call
-plan         what the readers of every value need
 """

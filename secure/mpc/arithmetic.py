@@ -1,4 +1,4 @@
-"""Inputs, products, sums and shapes: what they need of their operands, and what they become."""
+"""Emission of inputs, products, sums and shapes: the rings that they need of their operands, and their protocols."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def emit_input(e: Emitter, i: int, p: Primitive) -> Share:
 
 
 def _weighted_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """The ring of the untruncated product."""
+    """Return the ring of the product before truncation."""
     return plan.fitting(i, plan.fraction[p.inputs[0]] + plan.fixed.weight_fraction_bits)
 
 
@@ -47,7 +47,7 @@ def emit_weighted(e: Emitter, i: int, p: Primitive, *, diagonal: bool) -> Share:
 
 
 def _product_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """The ring of the untruncated product."""
+    """Return the ring of the product before truncation."""
     return plan.fitting(i, sum(plan.fraction[x] for x in p.inputs))
 
 
@@ -61,7 +61,7 @@ def emit_product(e: Emitter, i: int, p: Primitive, *, matrix: bool) -> Share:
     return Share(index, ring, sum(e.plan.fraction[x] for x in p.inputs))
 
 
-# what each party does alone
+# operations that each party computes on its own share
 
 
 def local_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -70,18 +70,18 @@ def local_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
         yield Need(plan.own(i) - lift, plan.want(i) - lift)
 
 
-Local = Callable[[Primitive, int, int], Protocol]  # of a primitive, the ring and the scale of its operands
+Local = Callable[[Primitive, int, int], Protocol]  # takes a primitive, and the ring and scale of its operands
 
 
 def emit_local(e: Emitter, i: int, p: Primitive, make: Local) -> Share:
-    """The operands at one scale, the result in the narrowest of their rings."""
+    """Emit a protocol without messages: operands at one scale, the result in the narrowest of their rings."""
     operands = _at_one_scale(e, i, p)
     ring, fraction = min(v.ring for v in operands), e.plan.fraction[i]
     return Share(e.emit(make(p, ring, fraction), *(v.index for v in operands)), ring, fraction)
 
 
 def emit_same(e: Emitter, i: int, p: Primitive) -> Share:
-    """The operand itself."""
+    """Return the operand itself, at the planned scale."""
     return _at_one_scale(e, i, p)[0]
 
 
@@ -94,7 +94,7 @@ def _at_one_scale(e: Emitter, i: int, p: Primitive) -> list[Share]:
     return shares
 
 
-# products with public numbers, which need no truncation where they are short
+# products with public numbers m 2^-q: a product with the integer m, whose result has q more fraction bits
 
 
 def scale_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -115,7 +115,7 @@ def emit_scale(e: Emitter, i: int, p: Primitive) -> Share:
 
 
 def weight_key(name: str, fraction: int) -> str:
-    """The name of a weight's integers at one scale."""
+    """Name a weight's integers at one scale (fraction bits)."""
     return f"{name}@{fraction}"
 
 

@@ -1,4 +1,4 @@
-"""``secure.compile``: from a torch module to a Program and the server's weights."""
+"""The compiler for secret sharing in one call: from a torch module to a Program and the server's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from secure.mpc.program import Output, Program
 
 @dataclass(frozen=True, eq=False)
 class MpcModel:
-    """A Program and what the server keeps: its weights as integers, and the tables that it lets clients hold."""
+    """A Program, the server's weights as integers, and the token tables that the owner lets clients hold.
+
+    The Program is public; ``integers`` are the server's secret.
+    """
 
     program: Program
     integers: Mapping[str, Tensor]
@@ -37,8 +40,9 @@ class MpcModel:
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256 over the integer weights by name:
-        two servers with equal digests hold the same model at the same scales.
+        """SHA-256 over the integer weights by name.
+
+        Two servers with equal digests hold the same model at the same scales.
         """
         total = hashlib.sha256()
         for name in sorted(self.integers):
@@ -80,7 +84,7 @@ def compile(  # the verb that torch uses; always written secure.compile
 
 
 def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> MpcModel:
-    """The circuit of a lowered model, and its weights as integers."""
+    """Emit the circuit of a lowered model, and encode its weights as integers."""
     program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
     integers = {}
     for key in weight_keys(program):
@@ -90,12 +94,12 @@ def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[
 
 
 def weight_keys(program: Program) -> list[str]:
-    """The server's integers that a Program reads, by name and scale."""
+    """List the keys (name and scale) of the server's integers that a Program reads."""
     return list({use.name: None for i in program.circuit if (use := i.protocol.weight_use)})
 
 
 def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
-    """The circuit of a lowered model; of its weights only the shapes are read."""
+    """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read."""
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
     emitted = emit(lowered.trace, ranges, fixed, [symbol.id for symbol in lowered.outputs.values()], clamps)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
@@ -112,7 +116,7 @@ def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Ma
 
 
 def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:
-    """The range that the ring of an input was made for."""
+    """Return the range for which the ring of an input was chosen."""
     index = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name)
     reach = ranges.magnitude(index)
     return (-lowered.clamps[spec.name], reach) if spec.name in lowered.clamps else (-reach, reach)

@@ -1,15 +1,16 @@
-"""From a float-level trace and its calibrated ranges to a circuit: rings, scales, and where shares must be extended.
+"""From a float-level trace and its calibrated ranges to a circuit: chooses rings and scales, and places extensions.
 
-Ring width is a level, like the modulus in CKKS: a product of scales f and g with a result below 2^m needs m + f + g +
-2 bits, truncation gives f of them back by narrowing the ring, and ``Extend`` (one round, one bit an element each way)
-widens it again.
-Two passes over the trace, which ask the record of each primitive in ``RULES``:
+The width of a ring is a level, like the modulus in CKKS. A product of scales f and g with a result below 2^m needs
+m + f + g + 2 bits. Truncation removes f fraction bits by narrowing the ring; ``Extend`` (one round, one bit per element
+each way) widens the ring again.
 
-1. ``Plan`` walks backwards and notes what every reader of a value needs: the ring it must have (``base``), the ring
-   that would spare its readers extensions of their own (``wish``), the ring in which it is opened, the ring in which
-   it is delivered to the server.
-2. ``emit`` walks forwards with an ``Emitter``: protocols are appended, each result is truncated to its settled scale,
-   and extended, once, where its ring falls short of ``base``.
+Two passes over the trace ask the record of each primitive in ``RULES``:
+
+1. ``Plan`` walks backwards and notes what the readers of a value need: the ring it must have (``base``), the ring
+   that would spare its readers extensions of their own (``wish``), the ring in which it is opened, and the ring in
+   which it is delivered to the server.
+2. ``emit`` walks forwards with an ``Emitter``. It appends protocols, truncates each result to its settled scale, and
+   extends a result once if its ring is narrower than ``base``.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from secure.mpc.share import Share
 
 @dataclass(frozen=True, kw_only=True)
 class Emission(Planning):
-    """How a primitive is computed on shares; ``emit`` appends the protocols of primitive i of the trace.
+    """The computation of a primitive on shares. ``emit`` appends the protocols of primitive i of the trace.
 
-    The share may have more or fewer fraction bits than the plan's: it is settled afterwards.
+    The share that it returns may have more or fewer fraction bits than planned; ``Emitter.settle`` corrects that.
     """
 
     emit: Callable[[Emitter, int, Primitive], Share]
 
 
 def _local(make: arithmetic.Local) -> Emission:
-    """A protocol without messages, of operands at one scale."""
+    """Make the record of a protocol without messages, whose operands have one scale."""
     return Emission(arithmetic.local_needs, keeps_scale=True, emit=partial(arithmetic.emit_local, make=make))
 
 
 def _shaped(protocol: Callable[..., Protocol]) -> Emission:
-    """A protocol that moves elements, and takes what the trace says as it is."""
+    """Make the record of a protocol that moves elements, with the attributes of the primitive."""
     return _local(lambda p, ring, fraction: protocol(p.shape, ring, **p.attrs))
 
 
@@ -87,12 +88,12 @@ RULES: dict[str, Emission] = {
     "exp_neg": Emission(nonlinear.exponential_needs, emit=nonlinear.emit_exponential),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
 }
-"""How shares compute every primitive of ``secure.lowering.primitives``."""
+"""The record of every primitive of ``secure.lowering.primitives`` for shares."""
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """A circuit, the module path of each instruction, and for each output its Reveal and the scale of the result."""
+    """A circuit, the module path of each instruction, and for each output its Reveal and its scale in fraction bits."""
 
     circuit: tuple[Instruction, ...]
     paths: tuple[str, ...]
@@ -106,10 +107,10 @@ def emit(
     outputs: Sequence[int],
     clamps: Mapping[str, tuple[float, float]],
 ) -> Emitted:
-    """The circuit that reveals ``outputs`` (positions in the trace) to the client.
+    """Emit the circuit that reveals ``outputs`` (positions in the trace) to the client.
 
-    ``clamps``: the range to which the client clamps each input, by name. Raises UnsupportedOperation (a primitive that
-    shares cannot compute, by module) and DoesNotFit (a value that no ring can hold).
+    ``clamps``: the range to which the client clamps each input, by name. Raises UnsupportedOperation (shares cannot
+    compute a primitive; names the module) and DoesNotFit (no ring can hold a value).
     """
     rules = [_rule(p) for p in trace.primitives]
     e = Emitter(Plan(trace, ranges, fixed, outputs, rules), clamps)

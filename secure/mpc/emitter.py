@@ -1,4 +1,4 @@
-"""Pass 2 over a trace, forwards: the circuit in the making, and the shares that it holds."""
+"""Pass 2 over a trace, forwards: this module builds the circuit and keeps the shares that it computes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from secure.mpc.share import Share
 
 
 class Emitter:
-    """``emit`` appends a protocol (once: equal ones are shared) and labels it with ``path``, the module under way.
+    """A circuit in the making.
 
-    ``clamps``: the range to which the client clamps each input, by name.
+    ``emit`` appends a protocol, or finds an equal instruction that exists, and labels it with ``path``, the current
+    module. ``clamps``: the range to which the client clamps each input, by name.
     """
 
     def __init__(self, plan: Plan, clamps: Mapping[str, tuple[float, float]]) -> None:
@@ -38,7 +39,7 @@ class Emitter:
         return self._known[instruction]
 
     def settle(self, i: int, value: Share) -> None:
-        """Value i of the trace: truncated to its settled scale, and extended if a reader needs it."""
+        """Bring value i of the trace to its planned scale, and extend its ring if a reader needs a wider one."""
         shape, excess = self.trace.primitives[i].shape, value.fraction - self.plan.fraction[i]
         if excess > 0:
             value = self.truncate(value, shape, excess)
@@ -49,7 +50,7 @@ class Emitter:
             self._wide[i] = self.extend(value, shape, max(self.plan.base[i], min(WORD, self.plan.wish[i])))
 
     def get(self, i: int, ring: int) -> Share:
-        """Value i in a ring of at least ``ring`` bits."""
+        """Return value i in a ring of at least ``ring`` bits."""
         settled = self._settled[i]
         return settled if settled.ring >= ring else self._wide[i]
 
@@ -60,7 +61,7 @@ class Emitter:
         return Share(index, value.ring - shift, value.fraction - shift)
 
     def lift(self, value: Share, shape: tuple[int, ...], shift: int) -> Share:
-        """More fraction bits: x 2^d modulo 2^(k+d), exact and free."""
+        """Add d fraction bits: x 2^d modulo 2^(k+d), which is exact and needs no messages."""
         ring = min(WORD, value.ring + shift)
         return Share(self.emit(local.MulConstant(shape, ring, 1 << shift), value.index), ring, value.fraction + shift)
 
@@ -68,11 +69,11 @@ class Emitter:
         return Share(self.emit(tp.Extend(shape, value.ring, ring), value.index), ring, value.fraction)
 
     def opened(self, i: int) -> int:
-        """The one opening of value i, as wide as its widest reader needs."""
+        """Return the only opening of value i, as wide as its widest reader needs."""
         ring = self.plan.opened[i]
         return self.emit(tp.Open(self.trace.primitives[i].shape, ring), self.get(i, ring).index)
 
     def delivered(self, i: int) -> int:
-        """The one delivery of value i to the server, as wide as its widest reader needs."""
+        """Return the only delivery of value i to the server, as wide as its widest reader needs."""
         ring = self.plan.delivered[i]
         return self.emit(tp.Deliver(self.trace.primitives[i].shape, ring), self.get(i, ring).index)

@@ -1,4 +1,4 @@
-"""How piecewise functions, the exponential and the row maximum become openings, comparisons and selections."""
+"""Emission of piecewise functions, the exponential and the row maximum as openings, comparisons and selections."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ def piecewise_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
 
 
 def _slope_bits(plan: Plan, i: int, p: Primitive) -> int:
-    """Fraction bits beyond its own that the linear pieces have: of x and the slopes together."""
+    """Return the fraction bits, beyond those of the result, that the linear pieces have from x and their slopes."""
     lift = plan.fraction[i] - plan.fraction[p.inputs[0]]
     slopes = [piece.coefficients[1] for piece in p.attrs["pieces"] if len(piece.coefficients) == 2]
     return max([0, *(dyadic(slope)[1] - lift for slope in slopes if slope)])
 
 
 def _linear_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """The ring of a selection of linear pieces, before the slopes' bits are truncated."""
+    """Return the ring of a selection of linear pieces, before the slopes' bits are truncated."""
     return plan.own(i) + _slope_bits(plan, i, p)
 
 
 def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Share:
-    """Linear pieces are selections of the opened x itself;
-    others polynomials of x at a scale whose powers fit 64 bits.
+    """Emit linear pieces as selections of the opened x itself, and others as polynomials of x.
+
+    The polynomials read x at a scale at which its powers fit 64 bits.
     """
     (x,) = p.inputs
     pieces, knots = p.attrs["pieces"], p.attrs["knots"]
@@ -96,7 +97,7 @@ def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Share:
 
 
 def _is_linear(piece: Piece) -> bool:
-    """Degree at most one, with a slope that is a short binary fraction (one that can be applied exactly)."""
+    """True if the degree is at most one and the slope is a short binary fraction, which can be applied exactly."""
     if len(piece.coefficients) < 2:
         return True
     slope, *higher = piece.coefficients[1:]
@@ -109,17 +110,20 @@ def _line(piece: Piece) -> tuple[float, float]:
 
 
 def _span(e: Emitter, x: int, knots: tuple[float, ...], s: int) -> tuple[float, float]:
-    """The segment of piece s, ending at x's range where it is unbounded."""
+    """Return the segment of piece s; an unbounded one ends at x's range."""
     reach = e.ranges.magnitude(x)
     return (knots[s - 1] if s else -reach), (knots[s] if s < len(knots) else reach)
 
 
 def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Share]:
-    """All curved pieces from one opening of x at ``fx`` fraction bits; results settled, junk outside their segments."""
+    """Emit all curved pieces from one opening of x at ``fx`` fraction bits.
+
+    Results are at the planned scale; outside its segment a piece's result is meaningless.
+    """
     if not pieces:
         return []
     shape, settled = e.trace.primitives[i].shape, e.plan.fraction[i]
-    scale = WORD - e.plan.own(i) + settled  # what is left after truncation must still hold the result
+    scale = WORD - e.plan.own(i) + settled  # the ring that truncation leaves must still hold the result
     fx = min(
         range(6, e.plan.fraction[x] + 1),
         key=lambda f: max(_rounding(p, a, b, f, scale) for p, (a, b) in zip(pieces, spans, strict=True)),
@@ -140,14 +144,14 @@ def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tu
 
 
 def _rounding(piece: Piece, low: float, high: float, fx: int, scale: int) -> float:
-    """Bound of the error that rounding x to ``fx`` bits and the coefficients to their scales adds on [low, high]."""
+    """Bound the error on [low, high] from rounding x to ``fx`` fraction bits and the coefficients to their scales."""
     reach = max(abs(low - piece.centre), abs(high - piece.centre))
     slope = sum(j * abs(c) * reach ** (j - 1) for j, c in enumerate(piece.coefficients) if j)
     return slope * 2.0**-fx + sum((2.0 ** (j * fx - scale - 1)) * reach**j for j in range(len(piece.coefficients)))
 
 
 def _below(e: Emitter, x: int) -> int:
-    """Stacked bits [x < t] for all knots of x, from its one opening."""
+    """Emit stacked bits [x < t] for all knots t of x, from its only opening."""
     fraction, shape = e.plan.fraction[x], e.trace.primitives[x].shape
     thresholds = tuple(round(k * 2.0**fraction) for k in e.plan.knots[x])
     return compare(e, e.opened(x), shape, e.plan.compare_width(x), thresholds, e.plan.tolerance[x] * 2.0**fraction)
@@ -156,9 +160,10 @@ def _below(e: Emitter, x: int) -> int:
 def compare(
     e: Emitter, at: int, shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], tolerance: float
 ) -> int:
-    """Bits of the opening ``at`` below ``thresholds``.
+    """Emit the bits that tell whether the opened value ``at`` is below each of ``thresholds``.
 
-    Low bits are dropped, down to ``tolerance`` units, if that saves a round; every bit of the digits there are is used.
+    Low bits worth at most ``tolerance`` units are dropped if that saves a round; all bits of the remaining digits are
+    used.
     """
     spare = max(0, math.floor(math.log2(max(tolerance, 1.0))))
     digits = max(GROUP, -(-(width - 1 - spare) // DIGIT)) if width - 1 > WINDOW else GROUP
@@ -167,7 +172,7 @@ def compare(
 
 
 def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], shape: tuple[int, ...]) -> int:
-    """The opening of the bits "x is in segment s"."""
+    """Emit the opening of the bits "x is in segment s" for these segments."""
     last = len(rows)
     chosen = tuple((rows[0],) if s == 0 else (rows[-1],) if s == last else (rows[s - 1], rows[s]) for s in segments)
     negate = tuple(s == last for s in segments)
@@ -198,7 +203,7 @@ def maximum_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
 
 
 def emit_maximum(e: Emitter, i: int, p: Primitive) -> Share:
-    """A tournament over the last dimension: each level m = b + [a >= b] (a - b) for the two halves."""
+    """Emit a tournament over the last dimension: each level computes b + [a >= b] (a - b) for its halves a and b."""
     (x,) = p.inputs
     ring, fraction = e.plan.own(x) + 1, e.plan.fraction[x]
     value, shape = e.get(x, ring), e.trace.primitives[x].shape

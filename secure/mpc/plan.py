@@ -1,4 +1,4 @@
-"""Pass 1 over a trace, backwards: what the readers of every value need of it. Rings, scales, openings."""
+"""Pass 1 over a trace, backwards: this module finds the ring, scale and openings that the readers of a value need."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from secure.lowering.trace import Trace
 
 @dataclass(frozen=True)
 class Need:
-    """What a reader needs of an operand, in bits of a ring.
+    """The needs that a reader has of an operand, in bits of a ring.
 
-    base: the ring that it must have; wish: the ring that spares its readers extensions of their own; opened, delivered:
-    the rings in which it is opened, and in which the server gets it masked (0: it is not).
+    base: the ring that the operand must have. wish: the ring that spares its readers extensions of their own.
+    opened: the ring in which it is opened (0: it is not). delivered: the ring in which the server gets it, masked (0:
+    it does not).
     """
 
     base: int
@@ -36,7 +37,7 @@ Needs = Callable[["Plan", int, Primitive], Iterable[Need]]
 
 
 def nothing(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    """The needs of a primitive without operands."""
+    """Return the needs of a primitive without operands: none."""
     return ()
 
 
@@ -44,9 +45,9 @@ def nothing(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
 class Planning:
     """The part of a primitive's record that pass 1 reads.
 
-    needs: of each operand in order, for primitive i of the plan's trace.
+    needs: returns the needs of each operand in order, for primitive i of the plan's trace.
     keeps_scale: the result has the largest scale among the operands, not the usual one.
-    note: what must be known of all readers of a value before any of them is asked for its needs.
+    note: records facts about a value that all its readers contribute before any of them is asked for its needs.
     """
 
     needs: Needs
@@ -55,7 +56,7 @@ class Planning:
 
 
 class Plan:
-    """``rules``: for each primitive of the trace, in order."""
+    """The scale (fraction bits) and the rings of every value of a trace. ``rules``: one per primitive, in order."""
 
     def __init__(
         self, trace: Trace, ranges: Ranges, fixed: FixedPoint, outputs: Sequence[int], rules: Sequence[Planning]
@@ -90,11 +91,11 @@ class Plan:
         self.delivered[x] = max(self.delivered[x], need.delivered)
 
     def own(self, i: int) -> int:
-        """The narrowest ring that holds value i at its settled scale, with the sign and the spare bit of extension."""
+        """Return the narrowest ring for value i at its planned scale, with the sign and the spare bit of extension."""
         return self.fitting(i, self.fraction[i])
 
     def fitting(self, i: int, scale: int) -> int:
-        """The same at another scale; DoesNotFit where no ring is wide enough."""
+        """Return the narrowest ring for value i at another scale. Raises DoesNotFit if no ring is wide enough."""
         bits = self.ranges.bits(i) + scale + 2
         if bits > WORD:
             p = self.trace.primitives[i]
@@ -108,15 +109,15 @@ class Plan:
     def want(self, i: int) -> int:
         return min(WORD, max(self.own(i), self.wish[i]))
 
-    # comparisons: all functions of one value share them
+    # comparisons, which all functions of one value share
 
     def compares(self, x: int, knots: Iterable[float], tolerance: float) -> None:
-        """Value x is compared with ``knots``, each of which may be missed by ``tolerance``."""
+        """Note that value x is compared with ``knots``, each of which may be missed by ``tolerance``."""
         self.knots[x] = tuple(sorted({*self.knots.get(x, ()), *knots}))
         self.tolerance[x] = min(self.tolerance.get(x, math.inf), tolerance)
 
     def compare_width(self, x: int) -> int:
-        """Bits of x - t, sign included, for every knot t of any function of x, and a tolerance to spare at the top."""
+        """Return the bits, sign included, of x - t for every knot t of any function of x, plus the tolerance."""
         knots, tolerance = self.knots.get(x, ()), self.tolerance.get(x, 0.0)
         reach = self.ranges.magnitude(x) + max((abs(k) for k in knots), default=0.0) + tolerance
         return int(reach * 2.0 ** self.fraction[x] + 1).bit_length() + 1

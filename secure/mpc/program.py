@@ -1,9 +1,9 @@
-"""Programs: what client, server and dealer agree on before they compute. No weights, no inputs; public to all three.
+"""Programs. A Program is the public description of a computation on which all parties agree before they compute.
 
-A Program is a circuit with its shapes, rings and approximations, the graph of what the client computes in the clear,
-and the scales of its result. It has one canonical encoding (sorted JSON, no floats that JSON cannot write) and a
-SHA-256 digest of it. Decoding trusts nothing: every instruction is checked against its protocol's fields, and its
-operands and sizes against what precedes it.
+It holds no weights and no inputs. It is a circuit with its shapes, rings and approximations, the graph that the client
+computes in the clear, and the scales of its results. It has one canonical encoding (sorted JSON, without floats that
+JSON cannot write) and a SHA-256 digest of it. Decoding trusts nothing: every instruction is checked against its
+protocol's fields, and its operands and sizes against the instructions before it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAXIMUM_INSTRUCTIONS = 1 << 20
 
 @dataclass(frozen=True)
 class Output:
-    """A result of the model by name: the Reveal instruction, and the scale of what it reveals."""
+    """A result of the model by name: its Reveal instruction, and the scale (fraction bits) of the revealed integers."""
 
     name: str
     instruction: int
@@ -45,7 +45,11 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """``outputs``: what the client learns, in the order of the model's results."""
+    """A circuit and all that its parties must agree on; public to all of them.
+
+    outputs: the results that the client learns, in the order of the model's results. paths: the module of each
+    instruction. client_graph: computed by the client in the clear; ``client_inputs`` say how it feeds the circuit.
+    """
 
     circuit: Circuit
     paths: tuple[str, ...]
@@ -54,7 +58,7 @@ class Program:
     client_graph: Graph
     client_inputs: tuple[ClientInput, ...]
     weight_shapes: Mapping[str, tuple[int, ...]]  # of the weights that products read
-    labels: Mapping[str, str]  # what a person wants to know: model, embedding, approximations
+    labels: Mapping[str, str]  # for people: model, embedding, approximations
 
     @property
     def revealed(self) -> tuple[int, ...]:
@@ -63,7 +67,7 @@ class Program:
 
     @cached_property
     def weight_rings(self) -> dict[str, int]:
-        """The widest ring in which each weight is multiplied: what the client's D must hold."""
+        """The widest ring in which each weight is multiplied; the client's masked weights D must have it."""
         rings: dict[str, int] = {}
         for instruction in self.circuit:
             use = instruction.protocol.weight_use
@@ -73,22 +77,23 @@ class Program:
 
     @cached_property
     def cost(self) -> CircuitCost:
-        """Rounds and bytes of one query."""
+        """The rounds and bytes of one query."""
         return total_cost(self.circuit)
 
     @property
     def failure_bound(self) -> float:
-        """Probability that a query within its calibrated ranges goes wrong:
-        no protocol of this family has a probabilistic step.
+        """The probability that a query within its calibrated ranges goes wrong.
+
+        It is zero, as no protocol of this family has a probabilistic step.
         """
         return 0.0
 
     # the client's side
 
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the client feeds into the circuit, as integers: its own graph in the clear, then each input's encoding.
+        """Compute the circuit's inputs as integers: the client's graph in the clear, then the encoding of each input.
 
-        ``tables``: the token tables that the owner lets clients hold (client-table).
+        ``tables``: the token tables that the owner lets clients hold (client-table). Raises InvalidInput.
         """
         values = run(self.client_graph, inputs, {}) if self.client_inputs else []
         protocols = {i.protocol.name: i.protocol for i in self.circuit if isinstance(i.protocol, Input)}
@@ -98,7 +103,7 @@ class Program:
         }
 
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The revealed integers, one tensor an output, as float64 by the names of the model's outputs."""
+        """Decode the revealed integers, one tensor per output, into float64 by the names of the model's outputs."""
         return {
             o.name: ring.decode(result, self.circuit[o.instruction].protocol.out.bits, o.fraction)
             for o, result in zip(self.outputs, results, strict=True)
@@ -134,7 +139,7 @@ class Program:
 
     @classmethod
     def from_bytes(cls, encoded: bytes) -> Program:
-        """Decode and check; raises InvalidProgram."""
+        """Decode and check a Program that may come from anyone. Raises InvalidProgram."""
         try:
             d = json.loads(encoded)
             if d["version"] != VERSION:

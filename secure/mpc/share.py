@@ -1,4 +1,4 @@
-"""What an emitted value is: a share somewhere in the circuit."""
+"""A share: a reference to a value that the circuit computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """A share in the circuit: instruction, ring, fraction bits."""
+    """A share in the circuit: the index of its instruction, the bits of its ring, and its fraction bits."""
 
     index: int
     ring: int

@@ -1,6 +1,7 @@
-"""The operations on shared values, a file for each family; importing this package registers them.
+"""The operations on shared values, in one file for each family. Importing this package registers them.
 
-All about an operation stands in one file: meaning, rule of translation, approximation, and what calibration must find.
+Everything about an operation is in one file: its meaning, its translation from torch, its approximation, and the range
+that calibration must find.
 
 shapes              shapes, pieces and concatenation
 arithmetic          sums, products, quotients and powers
@@ -8,7 +9,7 @@ linear              products with matrices; embeddings
 attention           softmax, masks and attention
 activations         functions of one value
 normalizations      norms and inverse roots
-polynomial_forms    what models in polynomial form are made of
+polynomial_forms    polynomials and powers of models in polynomial form
 """
 
 from secure.operations import (  # noqa: F401  (they register)

@@ -1,4 +1,4 @@
-"""Functions of one value."""
+"""Activations: functions of one value, such as GeLU and tanh."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from secure.lowering.trace import Symbol
 
 @operation("relu", compares=True)
 def relu(x: Tensor, /) -> Tensor:
-    """max(x, 0)."""
+    """Compute max(x, 0)."""
     return torch.relu(x)
 
 
@@ -32,7 +32,7 @@ def _(b: Builder, x: Value) -> Value:
 
 @rule("clamp_min.default", "clamp.default")
 def clamp(b: Builder, x: Value, minimum: float | None = None, maximum: float | None = None) -> Value:
-    """The lower bound of a norm; max(x, 0)."""
+    """Bound a norm from below, or compute max(x, 0)."""
     if isinstance(x, Norm) and isinstance(minimum, float) and maximum is None:
         return Norm(x.value, x.dim, x.shape, max(minimum, x.eps))
     if minimum == 0 and maximum is None:
@@ -48,7 +48,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("gelu", compares=True)
 def gelu(x: Tensor, /, *, approximate: str) -> Tensor:
-    """x times the normal distribution function of x, exactly or by a tanh."""
+    """Multiply x by the normal distribution function of x, exactly or approximated by a tanh."""
     return F.gelu(x, approximate=approximate)
 
 
@@ -59,7 +59,7 @@ def _(b: Builder, x: Value, *, approximate: str = "none") -> Value:
 
 @gelu.recognizes
 def _(b: Builder, half: Value, rest: Value) -> Node | None:
-    """x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as several models write it."""
+    """Recognize x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as several models write it."""
     x = _operand_of(b, half, "mul", 0.5)
     tanh = _operand_of(b, rest, "add", 1.0)
     if x is None or tanh is None or tanh.op != "tanh":
@@ -78,7 +78,7 @@ def _(b: Builder, half: Value, rest: Value) -> Node | None:
 
 
 def _operand_of(b: Builder, value: Value, op: str, number: float) -> Node | None:
-    """The operand of ``value``, if that is ``op`` of it and about this number."""
+    """Return the operand x if ``value`` is ``op`` of x and (about) this number; else None."""
     if isinstance(value, Node) and value.op == op and abs(value.attrs.get("scalar", 0.0) - number) < 1e-6:
         return b.nodes[value.inputs[0]]
     return None
@@ -92,7 +92,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("silu", compares=True)
 def silu(x: Tensor, /) -> Tensor:
-    """x sigmoid(x)."""
+    """Compute x sigmoid(x)."""
     return F.silu(x)
 
 
@@ -109,7 +109,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("tanh", compares=True)
 def tanh(x: Tensor, /) -> Tensor:
-    """The hyperbolic tangent."""
+    """Compute the hyperbolic tangent."""
     return torch.tanh(x)
 
 
@@ -120,7 +120,7 @@ def _(b: Builder, x: Value) -> Value:
 
 @rule("sigmoid.default")
 def sigmoid(b: Builder, x: Value) -> Value:
-    """(1 + tanh(x / 2)) / 2."""
+    """Compute the sigmoid as (1 + tanh(x / 2)) / 2."""
     return b.times(b.plus(b.shared("tanh", b.times(x, 0.5)), 1.0), 0.5)
 
 
@@ -132,13 +132,13 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("softplus", compares=True)
 def softplus(x: Tensor, /, *, beta: float) -> Tensor:
-    """log(1 + e^(beta x)) / beta."""
+    """Compute log(1 + e^(beta x)) / beta."""
     return F.softplus(x, beta)
 
 
 @softplus.aten("softplus.default")
 def _(b: Builder, x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
-    """From ``threshold`` on torch takes beta x for its softplus; with a low one it computes another function."""
+    """Refuse a low ``threshold``: above it torch replaces softplus by beta x, which would be another function."""
     if beta <= 0:
         b.unsupported("softplus with beta > 0 is supported")
     if threshold < _SOFTPLUS_KNOTS[-1]:
@@ -158,8 +158,8 @@ _SOFTPLUS_PIECES = [minimax(F.softplus, low, high, 3)[0] for low, high in pairwi
 
 
 def approximate_softplus(x: Argument) -> Argument:
-    """log(1 + e^x): cubics between the knots, 0 below them and x above.
+    """Approximate log(1 + e^x) by cubics between the knots, 0 below them and x above.
 
-    Maximal error 5e-4 (measured in tests); that of softplus with beta is as many times smaller.
+    The maximal error is 5e-4 (measured in tests). For softplus with ``beta`` it is 1/beta of that.
     """
     return piecewise(x, _SOFTPLUS_KNOTS, [ZERO, *_SOFTPLUS_PIECES, IDENTITY])

@@ -16,12 +16,12 @@ from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol, WeightRef
 
-# Sums. An additive attention mask is a summand that the client knows.
+# Sums. An additive attention mask is an operand that the client knows.
 
 
 @operation("add")
 def add(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -> Tensor:
-    """x + y, or x + scalar."""
+    """Compute x + y, or x + scalar."""
     return x + float(scalar) if scalar is not None else torch.add(x, _second(y))
 
 
@@ -33,7 +33,7 @@ def _second(y: Tensor | None) -> Tensor:
 
 @add.aten("add.Tensor", "add.Scalar")
 def _(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
-    """x + alpha * y."""
+    """Translate x + alpha * y."""
     return b.plus(x, y if alpha == 1 else b.times(y, alpha))
 
 
@@ -52,7 +52,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 
 def _clamp_mask(to: Lowering, mask: int, other: int) -> None:
-    """Make an additive mask of the client's as low as it takes, not as low as it comes."""
+    """Clamp an additive mask of the client's at the depth that the softmax needs, so that it fits a smaller ring."""
     node = to.graph.nodes[mask]
     if node.visibility != "client":
         return
@@ -68,13 +68,13 @@ def _clamp_mask(to: Lowering, mask: int, other: int) -> None:
 
 @operation("sub")
 def sub(x: Tensor, y: Tensor, /) -> Tensor:
-    """x - y."""
+    """Compute x - y."""
     return torch.sub(x, y)
 
 
 @sub.aten("sub.Tensor", "sub.Scalar")
 def difference(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
-    """x - alpha * y."""
+    """Translate x - alpha * y."""
     y = y if alpha == 1 else b.times(y, alpha)
     number = scalar_of(y)
     if number is not None:
@@ -86,7 +86,7 @@ def difference(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
 
 @rule("rsub.Tensor", "rsub.Scalar")
 def rsub(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
-    """y - alpha * x."""
+    """Translate y - alpha * x."""
     return difference(b, y, x, alpha)
 
 
@@ -102,7 +102,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("neg")
 def neg(x: Tensor, /) -> Tensor:
-    """-x."""
+    """Compute -x."""
     return -x
 
 
@@ -118,7 +118,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("sum")
 def sum_(x: Tensor, /, *, dims: Sequence[int], keepdim: bool) -> Tensor:
-    """The sum over axes."""
+    """Sum over axes."""
     return torch.sum(x, list(dims), keepdim)
 
 
@@ -134,7 +134,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("mean")
 def mean(x: Tensor, /, *, dims: Sequence[int], keepdim: bool) -> Tensor:
-    """The mean over axes."""
+    """Compute the mean over axes."""
     return torch.mean(x, list(dims), keepdim)
 
 
@@ -149,7 +149,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 
 def axes_of(dims: int | Sequence[int] | None, rank: int) -> list[int]:
-    """Axes as a list of natural numbers; none given means all."""
+    """Return axes as a sorted list of numbers that are not negative; no axes stand for all."""
     if dims is None or (not isinstance(dims, int) and not dims):
         return list(range(rank))
     return sorted(dim % rank for dim in ([dims] if isinstance(dims, int) else dims))
@@ -160,7 +160,7 @@ def axes_of(dims: int | Sequence[int] | None, rank: int) -> list[int]:
 
 @operation("mul")
 def mul(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -> Tensor:
-    """x * y, or x * scalar."""
+    """Compute x * y, or x * scalar."""
     return x * float(scalar) if scalar is not None else torch.mul(x, _second(y))
 
 
@@ -183,7 +183,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @rule("div.Tensor", "div.Scalar")
 def div(b: Builder, x: Value, y: Value) -> Value:
-    """x / y for y that one party knows, that is a square root, or that is the norm of x."""
+    """Translate x / y if one party knows y, or y is a square root, or y is the norm of x."""
     if isinstance(y, Norm):
         if not isinstance(x, Node) or x.id != y.value.id:
             b.unsupported("divide a value by its own norm only (F.normalize)")
@@ -200,7 +200,7 @@ def div(b: Builder, x: Value, y: Value) -> Value:
 
 @rule("reciprocal.default")
 def reciprocal(b: Builder, x: Value) -> Value:
-    """1 / sqrt(v)."""
+    """Translate 1 / x if one party knows x, or x is a square root."""
     return div(b, 1.0, x) if not isinstance(x, Root) else b.shared("rsqrt", x.value)
 
 
@@ -209,7 +209,7 @@ def reciprocal(b: Builder, x: Value) -> Value:
 
 @operation("square")
 def square(x: Tensor, /) -> Tensor:
-    """x * x."""
+    """Compute x * x."""
     return torch.square(x)
 
 
@@ -225,7 +225,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @rule("pow.Tensor_Scalar")
 def power(b: Builder, x: Value, exponent: float) -> Value:
-    """Small natural powers, square roots (as denominators) and their inverses."""
+    """Translate powers with exponents 1 to 16, square roots (as denominators) and inverse square roots."""
     if exponent in (0.5, -0.5):
         return Root(b.operand(x)) if exponent > 0 else b.shared("rsqrt", x)
     if exponent != int(exponent) or not 1 <= exponent <= 16:
@@ -240,5 +240,5 @@ def power(b: Builder, x: Value, exponent: float) -> Value:
 
 @rule("sqrt.default")
 def sqrt(b: Builder, x: Value) -> Value:
-    """A denominator to be."""
+    """Keep a square root until a division uses it as the denominator."""
     return Root(b.operand(x))

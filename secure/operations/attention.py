@@ -1,4 +1,4 @@
-"""Softmax, what masks its entries, and attention."""
+"""Softmax, the masking of its entries, and attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from secure.lowering.trace import Symbol
 
 @operation("softmax", compares=True, takes_masks=True)
 def softmax(x: Tensor, /, *, dim: int) -> Tensor:
-    """e^x over its sum along an axis."""
+    """Divide e^x by its sum along an axis."""
     return torch.softmax(x, dim)
 
 
@@ -28,7 +28,7 @@ def _(b: Builder, x: Value, dim: int, *_: Any, **__: Any) -> Value:
 
 @softmax.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """Where a product alone reads it, as the left operand, that product divides after it; see "matmul"."""
+    """Leave the division to the product if a product is the only reader and this its left operand; see "matmul"."""
     x = to.symbol(node.inputs[0])
     if node.attrs["dim"] != len(node.shape) - 1:
         raise to.unsupported(
@@ -47,7 +47,7 @@ def attention(
     b: Builder, query: Value, key: Value, value: Value, attn_mask: Value = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Value:  # fmt: skip
-    """softmax(query @ key^T * scale + mask) @ value."""
+    """Translate softmax(query @ key^T * scale + mask) @ value."""
     if dropout_p or enable_gqa:
         b.unsupported("call it with dropout_p=0 and as many key as query heads")
     rank, size = len(shape_of(key)), shape_of(query)[-1]
@@ -62,13 +62,13 @@ def attention(
 
 
 def additive(b: Builder, keep: Value) -> Value:
-    """A boolean mask (true: attend) as a summand: 0 or `MASKED`."""
+    """Turn a boolean mask (true: attend) into an additive one of 0 and `MASKED`."""
     return b.times(b.plus(b.cast(keep, torch.float32), -1.0), -MASKED)
 
 
 @rule("where.self", "where.ScalarOther", "where.ScalarSelf")
 def where(b: Builder, condition: Value, x: Value, y: Value) -> Value:
-    """x where a condition that one party knows holds, else y."""
+    """Select x if a condition that one party knows holds, else y."""
     for value in (condition, x, y):
         number = scalar_of(value)
         if value is not condition and number is not None and number <= MASKED:
@@ -80,13 +80,13 @@ def where(b: Builder, condition: Value, x: Value, y: Value) -> Value:
 
 @rule("masked_fill.Scalar", "masked_fill.Tensor")
 def masked_fill(b: Builder, x: Value, mask: Value, value: Value) -> Value:
-    """A value where a mask holds, else x."""
+    """Select a value if a mask holds, else x."""
     number = scalar_of(value)
     return where(b, mask, torch.tensor(number if number is not None else value), x)
 
 
 def _masked(b: Builder, mask: Value, scores: Value, attend: bool) -> Value:
-    """Scores with minus "infinity" where a mask says; exact after a softmax alone, which is checked."""
+    """Add minus "infinity" to masked scores. It is exact only before a softmax, which is checked."""
     if not b.takes_masks:
         b.unsupported("filling with a large negative number is supported directly before a softmax only")
     summand = additive(b, mask) if attend else b.times(b.cast(mask, torch.float32), MASKED)

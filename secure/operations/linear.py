@@ -1,4 +1,4 @@
-"""Products with matrices: linear layers, products of two tensors, convolutions of disjoint patches, embeddings."""
+"""Matrix products: linear layers, products of two shared tensors, convolutions of disjoint patches, and embeddings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from secure.lowering.trace import Symbol
 
 @operation("linear", takes_affine=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor:
-    """x @ weight.T + bias for a weight that the server (or everybody) knows."""
+    """Compute x @ weight.T + bias for a weight that the server (or everybody) knows."""
     return F.linear(x, weight, bias)
 
 
 @linear.aten("linear.default")
 def layer(b: Builder, x: Value, weight: Value, bias: Value = None) -> Value:
-    """With a matrix that the server does not know it is a product of two tensors."""
+    """Translate a linear layer; if the server does not know the matrix, it is a product of two shared tensors."""
     if any(isinstance(w, Node) and w.visibility not in ("server", "public") for w in (weight, bias)):
         product = b.call("aten.matmul.default", x, b.permute(weight, range(len(shape_of(weight)))[::-1]))
         return product if bias is None else b.plus(product, bias)
@@ -34,12 +34,13 @@ def layer(b: Builder, x: Value, weight: Value, bias: Value = None) -> Value:
 
 @linear.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """Weight and bias of a normalization in front, and a factor that follows, move into its own weight and bias."""
+    """Fold the weight and bias of a preceding normalization, and a factor that follows, into the layer's own."""
     source, factor = node.inputs[0], _following_factor(to, node)
     suffix = f"*{factor:.17g}" if factor != 1.0 else ""
     weight, *bias = (to.known(i) if factor == 1.0 else to.known(i) * factor for i in node.inputs[1:])
     if source in to.units:
-        # what a normalization delivers to the server for its own weight serves here too: two rounds less
+        # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
+        # two rounds
         x, suffix = to.units[source], f"{suffix}*%{source}"
         scale, shift = to.affine(to.graph.nodes[source])
         bias = [sum(bias, weight @ shift)] if shift is not None else bias
@@ -50,13 +51,14 @@ def _(to: Lowering, node: Node) -> Symbol:
     if not bias:
         return out
     key = node.inputs[2] if len(node.inputs) > 2 and source not in to.units else node.inputs[1]
-    # a folded bias depends on the weight, whose name it then takes: weights may share a bias
+    # a folded bias depends on the weight and takes the weight's name, as layers with other weights may share the bias
     return out + to.weight(key, (".bias" if key == node.inputs[1] else "") + suffix, bias[0])
 
 
 def _following_factor(to: Lowering, node: Node) -> float:
-    """The number that a layer's result is multiplied by later (attention's 1/sqrt(d), after the product with the keys),
-    if nothing else reads it; the multiplication is noted as absorbed.
+    """Return the number by which a layer's result is multiplied later, or 1 if anything else reads it.
+
+    Such a number is attention's 1/sqrt(d) after the product with the keys. The multiplication is noted as absorbed.
     """
     reader = to.only_reader(node)
     while reader is not None and reader.op in ("matmul", "reshape", "permute"):
@@ -69,13 +71,13 @@ def _following_factor(to: Lowering, node: Node) -> float:
 
 @operation("matmul")
 def matmul(x: Tensor, y: Tensor, /) -> Tensor:
-    """x @ y."""
+    """Compute x @ y."""
     return torch.matmul(x, y)
 
 
 @matmul.aten("matmul.default", "mm.default", "bmm.default", "mv.default")
 def product(b: Builder, x: Value, y: Value) -> Value:
-    """With a matrix of the server it is "linear"."""
+    """Translate x @ y; with a matrix that the server knows it becomes "linear"."""
     if not is_private((x, y)):
         return b.clear("aten.matmul.default", x, y)
     known = isinstance(y, Tensor) or (isinstance(y, Node) and y.visibility == "server")
@@ -86,7 +88,7 @@ def product(b: Builder, x: Value, y: Value) -> Value:
 
 @matmul.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """After a softmax, it divides by the softmax's sums: it has fewer entries to divide."""
+    """Divide by a preceding softmax's sums here, where fewer entries are to be divided."""
     left, right = node.inputs
     if left in to.scores:
         attended: Symbol = to.functions.attend(to.scores[left], to.symbol(right))
@@ -96,7 +98,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @rule("addmm.default", "baddbmm.default")
 def addmm(b: Builder, bias: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
-    """beta * bias + alpha * x @ y."""
+    """Translate beta * bias + alpha * x @ y."""
     known = all(isinstance(v, Tensor) or (isinstance(v, Node) and v.visibility == "server") for v in (bias, y))
     if known and (beta, alpha) == (1, 1) and len(shape_of(y)) == 2 and len(shape_of(bias)) == 1:
         return layer(b, x, b.transpose(y, 0, 1), bias)
@@ -108,7 +110,7 @@ def conv2d(
     b: Builder, x: Value, weight: Value, bias: Value = None, stride: Any = (1, 1), padding: Any = (0, 0),
     dilation: Any = (1, 1), groups: int = 1,
 ) -> Value:  # fmt: skip
-    """The convolution of disjoint patches (as in vision transformers): a linear map of each patch."""
+    """Translate a convolution of disjoint patches, as in vision transformers, into a linear map of each patch."""
     (batch, channels, height, width), (out, _, kh, kw) = shape_of(x), shape_of(weight)
     pairs = [tuple(p) * (2 // len(p)) for p in (stride, padding, dilation)]
     if pairs != [(kh, kw), (0, 0), (1, 1)] or groups != 1 or height % kh or width % kw:
@@ -122,13 +124,13 @@ def conv2d(
 
 @operation("embedding", takes_integers=True)
 def embedding(ids: Tensor, table: Tensor, /) -> Tensor:
-    """The rows of a table that the client's ids name."""
+    """Look up the rows of a table that the client's ids name."""
     return F.embedding(ids, table)
 
 
 @embedding.aten("embedding.default")
 def _(b: Builder, table: Value, ids: Value, *_: Any) -> Value:
-    """The client's (or shared) look-up in a table that the server knows."""
+    """Translate a look-up of the client's ids in a table that the server knows."""
     if not isinstance(ids, Node) or ids.visibility != "client":
         b.unsupported("the ids of an embedding are an input of the client, its table a parameter")
     return b.shared("embedding", ids, table)
@@ -136,7 +138,7 @@ def _(b: Builder, table: Value, ids: Value, *_: Any) -> Value:
 
 @embedding.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """By a product with one-hot rows, or by the client, which holds the table."""
+    """Look up by a product with one-hot rows, or let the client look up, which then holds the table."""
     ids, table = node.inputs[0], to.weight(node.inputs[1])
     rows = to.client_input(ids, to.embedding, table)
     return rows.linear(table) if to.embedding == "one-hot" else rows

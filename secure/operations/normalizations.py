@@ -1,4 +1,4 @@
-"""Norms and inverse roots. What is rooted has a calibrated range, which the inverse root is made for."""
+"""Normalizations and inverse roots. The argument of each root has a calibrated range, for which the root is made."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from secure.lowering.ranges import widened
 from secure.lowering.trace import Symbol
 from secure.operations.arithmetic import axes_of
 
-SMALLEST_VARIANCE = 0.25  # of what is rooted, where nothing is calibrated
-ROOT_DEGREE, ROOT_ERROR = 3, 2.0**-13  # of the inverse roots of a Program that compares nothing else
+SMALLEST_VARIANCE = 0.25  # smallest argument of a root that is assumed without calibration
+ROOT_DEGREE, ROOT_ERROR = 3, 2.0**-13  # of inverse roots in Programs that compare nothing
 
 
 def _range_of_root(to: Lowering, node: Node) -> tuple[float, float]:
-    """The calibrated range of what is rooted, widened by the margin (it is a square) on both sides, and twice that
-    where it is compared.
+    """Return the calibrated range of a root's argument, widened by the margin on both sides.
+
+    Models that compare values get another factor of two on each side. Raises UnsupportedOperation if calibration met an
+    argument that is not positive.
     """
     low, high = to.measured(node)
     if not low > 0:
@@ -37,12 +39,12 @@ def _range_of_root(to: Lowering, node: Node) -> tuple[float, float]:
         )
     if to.compares:
         return low / (2 * to.margin), high * 2 * to.margin
-    # less room, as it costs polynomials rounds; and rounded, as their edges themselves are public
+    # less room, as room costs polynomials rounds; rounded, as the edges of a polynomial's range are public
     return widened(low / to.margin, down=True), widened(high * to.margin)
 
 
 def _root(x: Symbol, low: float, high: float) -> Symbol:
-    """1 / sqrt(x) by polynomials alone, brought to a size around one first."""
+    """Compute 1 / sqrt(x) by polynomials alone, after scaling x to about one."""
     halves = round(math.log2(math.sqrt(low * high)))
     low, high = low * 2.0**-halves, high * 2.0**-halves
     steps = steps_for(-0.5, ROOT_DEGREE, low, high, ROOT_ERROR)
@@ -57,7 +59,7 @@ def _root(x: Symbol, low: float, high: float) -> Symbol:
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, /, *, eps: float, axes: Sequence[int]
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axes."""
+    """Compute (x - mean) / sqrt(variance + eps) * weight + bias over the last axes."""
     return F.layer_norm(x, [x.shape[axis] for axis in axes], weight, bias, eps)
 
 
@@ -74,7 +76,7 @@ def _(
 
 @layer_norm.observes
 def _(x: Tensor, *, axes: Sequence[int], **_: Any) -> Tensor:
-    """The variance."""
+    """Return the variance."""
     return x.var(dim=tuple(axes), unbiased=False)
 
 
@@ -96,13 +98,13 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor | None = None, /, *, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis."""
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @rms_norm.aten("rms_norm.default")
 def _(b: Builder, x: Value, shape: Sequence[int], weight: Value = None, eps: float | None = None) -> Value:
-    """Written out, as by hand; over the last axis the products are then recognized."""
+    """Write the normalization out as products; those over the last axis are then recognized below."""
     rank = len(shape_of(x))
     dims = list(range(rank - len(shape), rank))
     mean = b.shared("mean", b.shared("square", x), dims=dims, keepdim=True)
@@ -112,7 +114,7 @@ def _(b: Builder, x: Value, shape: Sequence[int], weight: Value = None, eps: flo
 
 @rms_norm.recognizes
 def _(b: Builder, x: Value, factor: Value) -> Node | None:
-    """x * rsqrt(mean(x^2) + eps) over the last axis, and that times a weight of the server's."""
+    """Recognize x * rsqrt(mean(x^2) + eps) over the last axis, and its product with a weight of the server's."""
     if not isinstance(x, Node):
         return None
     known = isinstance(factor, Tensor) or (isinstance(factor, Node) and factor.visibility == "server")
@@ -131,7 +133,7 @@ def _(b: Builder, x: Value, factor: Value) -> Node | None:
 
 @rms_norm.observes
 def _(x: Tensor, *, eps: float) -> Tensor:
-    """The mean square, with eps: what is rooted."""
+    """Return the mean square plus eps, the argument of the root."""
     return x.square().mean(-1) + eps
 
 
@@ -156,7 +158,7 @@ def batch_norm(
     b: Builder, x: Value, weight: Value, bias: Value, mean: Value, variance: Value, training: bool, momentum: float,
     eps: float, cudnn_enabled: bool = True,
 ) -> Value:  # fmt: skip
-    """In evaluation mode an affine map with coefficients that the server computes."""
+    """Translate the evaluation mode into an affine map whose coefficients the server computes."""
     if training or mean is None or variance is None:
         b.unsupported("use its running statistics: evaluation mode and track_running_stats=True")
     scale = b.call("aten.rsqrt.default", b.plus(variance, eps))
@@ -173,7 +175,7 @@ def batch_norm(
 
 @operation("l2_normalize")
 def l2_normalize(x: Tensor, /, *, dim: int, eps: float) -> Tensor:
-    """x / |x| along an axis."""
+    """Compute x / |x| along an axis."""
     return F.normalize(x, dim=dim, eps=eps)
 
 
@@ -181,7 +183,7 @@ def l2_normalize(x: Tensor, /, *, dim: int, eps: float) -> Tensor:
 def vector_norm(
     b: Builder, x: Value, order: float = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Value:
-    """A denominator to be; "div" makes the node."""
+    """Keep a norm until a division uses it as the denominator; "div" makes the node."""
     axes = axes_of(dims, len(shape_of(x)))
     if order != 2 or len(axes) != 1 or not keepdim:
         b.unsupported("of norms only the L2 norm along one axis is, as a denominator: F.normalize(x, dim=d)")
@@ -191,7 +193,7 @@ def vector_norm(
 
 @l2_normalize.observes
 def _(x: Tensor, *, dim: int, **_: Any) -> Tensor:
-    """The squared norm."""
+    """Return the squared norm."""
     return x.square().sum(dim=dim)
 
 
@@ -215,7 +217,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("rsqrt")
 def rsqrt(x: Tensor, /) -> Tensor:
-    """1 / sqrt(x)."""
+    """Compute 1 / sqrt(x)."""
     return torch.rsqrt(x)
 
 
@@ -226,7 +228,7 @@ def _(b: Builder, x: Value) -> Value:
 
 @rsqrt.observes
 def _(x: Tensor) -> Tensor:
-    """The operand itself."""
+    """Return the operand itself."""
     return x
 
 

@@ -1,6 +1,6 @@
-"""Models in polynomial form: polynomials with public coefficients, and powers on ranges that training has left.
+"""Operations of models in polynomial form: polynomials with public coefficients, and powers on ranges from training.
 
-``secure.polynomial.operations`` defines these for torch.
+``secure.polynomial.operations`` defines them for torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from secure.lowering.trace import Symbol
 
 
 def _check_range(to: Lowering, node: Node) -> None:
-    """Refuse a calibration that leaves the range of training."""
+    """Refuse a calibration that leaves the range of training. Raises InvalidInput."""
     low, high = to.measured(node)
     if not node.attrs["low"] <= low <= high <= node.attrs["high"]:
         raise InvalidInput(
@@ -34,7 +34,7 @@ def _check_range(to: Lowering, node: Node) -> None:
 
 @operation("polynomial", polynomial=True)
 def polynomial(x: Tensor, /, *, coefficients: Sequence[float], centre: float) -> Tensor:
-    """sum_j coefficients[j] (x - centre)^j."""
+    """Compute sum_j coefficients[j] (x - centre)^j."""
     return Piece(tuple(coefficients), centre)(x)
 
 
@@ -52,7 +52,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("power", polynomial=True)
 def power(x: Tensor, /, *, exponent: float, low: float, high: float, degree: int, steps: int) -> Tensor:
-    """x^exponent on [low, high], by the polynomials that stand for it; see ``approximations.power``."""
+    """Compute x^exponent on [low, high] by polynomials; see ``approximations.power``."""
     return torch.as_tensor(approximations.power(x, exponent, low, high, degree, steps))
 
 
@@ -63,7 +63,7 @@ def _(b: Builder, x: Value, exponent: float, low: float, high: float, degree: in
 
 @power.observes
 def _(x: Tensor, **_: Any) -> Tensor:
-    """The operand itself."""
+    """Return the operand itself."""
     return x
 
 
@@ -85,7 +85,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 def polynomial_norm(
     x: Tensor, weight: Tensor, bias: Tensor, /, *, eps: float, low: float, high: float, degree: int, steps: int
 ) -> Tensor:
-    """Layer normalization over the last axis, with the inverse root by polynomials."""
+    """Normalize over the last axis, with the inverse root by polynomials."""
     return torch.as_tensor(approximations.polynomial_layer_norm(x, weight, bias, eps, low, high, degree, steps))
 
 
@@ -98,7 +98,7 @@ def _(
 
 @polynomial_norm.observes
 def _(x: Tensor, **_: Any) -> Tensor:
-    """The variance."""
+    """Return the variance."""
     return x.var(dim=-1, unbiased=False)
 
 

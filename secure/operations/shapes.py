@@ -1,4 +1,4 @@
-"""Shapes, pieces and concatenation: what moves values and computes nothing."""
+"""Shapes, pieces and concatenation: operations that move values and compute nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from secure.lowering.trace import Symbol, concatenate
 
 @operation("reshape")
 def reshape(x: Tensor, /, *, shape: Sequence[int]) -> Tensor:
-    """The same entries in another shape."""
+    """Put the same entries into another shape."""
     return x.reshape(list(shape))
 
 
 @reshape.aten("view.default", "reshape.default", "_unsafe_view.default")
 def _(b: Builder, x: Value, shape: Sequence[int]) -> Value:
-    """A new shape, in which one size may be -1."""
+    """Translate to a new shape, in which one size may be -1."""
     return b.reshape(x, tuple(torch.empty(shape_of(x), device="meta").reshape(list(shape)).shape))
 
 
@@ -33,7 +33,7 @@ def _(b: Builder, x: Value, shape: Sequence[int]) -> Value:
     "flatten.using_ints", "squeeze.default", "squeeze.dim", "squeeze.dims", "unflatten.int", "unsqueeze.default"
 )
 def _(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """Other spellings: torch itself says what the new shape is."""
+    """Translate other spellings of reshape; torch itself computes the new shape."""
     function = CLEAR_OPERATIONS[b.operation]
     return b.reshape(x, tuple(function(torch.empty(shape_of(x), device="meta"), *args, **kwargs).shape))
 
@@ -45,7 +45,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("permute")
 def permute(x: Tensor, /, *, dims: Sequence[int]) -> Tensor:
-    """The axes in another order."""
+    """Put the axes into another order."""
     return x.permute(list(dims))
 
 
@@ -62,13 +62,13 @@ def _(b: Builder, x: Value, first: int, second: int) -> Value:
 
 @permute.aten("t.default", "numpy_T.default")
 def _(b: Builder, x: Value) -> Value:
-    """All axes, from the last to the first."""
+    """Reverse the order of all axes."""
     return b.permute(x, range(len(shape_of(x)))[::-1])
 
 
 @permute.aten("mT.default")
 def _(b: Builder, x: Value) -> Value:
-    """The last two axes."""
+    """Exchange the last two axes."""
     rank = len(shape_of(x))
     return b.transpose(x, rank - 2, rank - 1)
 
@@ -86,7 +86,7 @@ def expand(x: Tensor, /, *, shape: Sequence[int]) -> Tensor:
 
 @expand.aten("expand.default", "expand_as.default")
 def _(b: Builder, x: Value, shape: Any, *, implicit: bool = False) -> Value:
-    """A norm broadcasts by itself."""
+    """Translate an expansion; a norm stays as it is, since it broadcasts by itself."""
     if isinstance(x, Norm):
         return x
     if not isinstance(shape, list | tuple):
@@ -101,7 +101,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @operation("slice")
 def slice_(x: Tensor, /, *, dim: int, start: int, stop: int, step: int) -> Tensor:
-    """A range of an axis."""
+    """Take a range of an axis."""
     return x[(slice(None),) * dim + (slice(start, stop, step),)]
 
 
@@ -119,7 +119,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @rule("select.int", structural=True)
 def select(b: Builder, x: Value, dim: int, index: int) -> Value:
-    """One entry of an axis."""
+    """Take one entry of an axis."""
     shape = shape_of(x)
     axis = dim % len(shape)
     start = index % shape[axis]
@@ -128,26 +128,26 @@ def select(b: Builder, x: Value, dim: int, index: int) -> Value:
 
 @rule("unbind.int", structural=True)
 def unbind(b: Builder, x: Value, dim: int = 0) -> list[Value]:
-    """Every entry of an axis."""
+    """Take every entry of an axis."""
     return [select(b, x, dim, index) for index in range(shape_of(x)[dim % len(shape_of(x))])]
 
 
 @rule("split.Tensor", structural=True)
 def split(b: Builder, x: Value, width: int, dim: int = 0) -> list[Value]:
-    """Pieces of an axis, of one width but for the last."""
+    """Split an axis into pieces of one width; the last may be narrower."""
     return _pieces(b, x, dim, [*range(0, shape_of(x)[dim % len(shape_of(x))], width)])
 
 
 @rule("chunk.default", structural=True)
 def chunk(b: Builder, x: Value, count: int, dim: int = 0) -> list[Value]:
-    """At most that many pieces of an axis, of one width but for the last."""
+    """Split an axis into at most ``count`` pieces of one width; the last may be narrower."""
     size = shape_of(x)[dim % len(shape_of(x))]
     return split(b, x, max(1, -(-size // count)), dim)
 
 
 @rule("split_with_sizes.default", structural=True)
 def split_with_sizes(b: Builder, x: Value, sizes: Sequence[int], dim: int = 0) -> list[Value]:
-    """Pieces of an axis, of these widths."""
+    """Split an axis into pieces of these widths."""
     return _pieces(b, x, dim, list(itertools.accumulate(sizes[:-1], initial=0)))
 
 
@@ -159,13 +159,13 @@ def _pieces(b: Builder, x: Value, dim: int, starts: Sequence[int]) -> list[Value
 
 @operation("cat")
 def cat(*parts: Tensor, dim: int) -> Tensor:
-    """Concatenation along an axis."""
+    """Concatenate along an axis."""
     return torch.cat(parts, dim)
 
 
 @cat.aten("cat.default", "concat.default", "concatenate.default")
 def concatenation(b: Builder, values: Iterable[Value], dim: int = 0) -> Value:
-    """Without what is empty."""
+    """Concatenate without the empty parts."""
     parts = [value for value in values if shape_of(value) != (0,)]
     return b.shared("cat", *parts, dim=dim % len(shape_of(parts[0]))) if len(parts) > 1 else parts[0]
 
@@ -177,7 +177,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 @rule("stack.default")
 def stack(b: Builder, values: Iterable[Value], dim: int = 0) -> Value:
-    """Concatenation along a new axis."""
+    """Concatenate along a new axis."""
     parts = list(values)
     shape = shape_of(parts[0])
     axis = dim % (len(shape) + 1)

@@ -66,7 +66,7 @@ class Form(nn.Module):
         return self.found["centre"] / reach, self.found["centre"] * reach
 
     def _watch(self, value: Tensor) -> None:
-        """Record a positive value's extremes and its range loss, which grows with its distance from the wanted range."""
+        """Record a positive value's extremes, and its range loss, which grows with the distance from the range."""
         if not self.watching:
             return
         logarithm = value.clamp_min(1e-12).log()
