@@ -56,12 +56,12 @@ class Operation:
         return rule(*names, namespace=namespace, structural=structural, operation=self)
 
     def lower(self, function: Function) -> Function:
-        """Register ``function(to, node)``, which returns the symbol for a node; ``to`` is a `Lowering`."""
+        """Register ``function(to, node)``, which returns the symbol of a node; ``to`` is a `Lowering`."""
         self._once("lowering", function)
         return function
 
     def observes(self, function: Function) -> Function:
-        """Register ``function(x, **attributes)``, which calibration calls with the first operand's value.
+        """Register ``function(x, **attributes)``, which calibration calls on the first operand's value.
 
         The lowering gets the smallest and the largest entry of the tensor that it returns.
         """
@@ -69,7 +69,7 @@ class Operation:
         return function
 
     def assumes(self, function: Function) -> Function:
-        """Register ``function(operand, reach, **attributes)``, which returns that range for a model without calibration.
+        """Register ``function(operand, reach, **attributes)``, which assumes that range where nothing is calibrated.
 
         ``operand`` is the first operand's node, ``reach`` the largest magnitude that its values are assumed to have.
         """

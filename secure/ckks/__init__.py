@@ -1,13 +1,13 @@
 """The compiler for ciphertexts: from a trace to a CKKS Program.
 
-linear_maps  what is linear in a trace, as sparse matrices
+linear_maps  the linear parts of a trace, as sparse matrices
 rules        the record of every primitive
 polynomials  polynomials of one value, composed
-pack_batch   many inputs at once, one ciphertext an element
-layout       which element stands in which slot
+pack_batch   many inputs at once, with one ciphertext per element
+layout       the elements that each slot holds
 pack         a trace as a circuit of ciphertexts
-program      what client and server agree on
-compile      from a module to such a Program: parameters derived, errors predicted
+program      the Program on which client and server agree
+compile      from a module to such a Program, with derived parameters and predicted errors
 client       the client's side of a query
-profile      what a model costs, before anything runs
+profile      the cost of a model, before anything runs
 """

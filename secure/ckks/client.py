@@ -1,6 +1,6 @@
-"""The client's side of one query: it encrypts the inputs, encrypts anew what a refresh asks for, decrypts the results.
+"""The client's side of one query: it encrypts the inputs, re-encrypts refreshed ciphertexts, and decrypts the results.
 
-It moves nothing: whoever uses it carries the ciphertexts to the server and back.
+It sends nothing: the caller carries the ciphertexts to the server and back.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from secure.ckks.program import CkksProgram
 
 
 class ClientQuery:
-    """One query, and what it took so far.
+    """One query and its cost so far.
 
-    sent, received: bytes of ciphertexts. rounds: messages that waited for one another. seconds: of the client's work.
+    sent, received: bytes of ciphertexts. rounds: messages that waited for one another. seconds: the client's computing
+    time.
     """
 
     def __init__(self, program: CkksProgram, client: Client) -> None:
@@ -28,14 +29,14 @@ class ClientQuery:
         self.rounds, self.seconds = 1, 0.0
 
     def inputs(self, values: Mapping[str, Vector]) -> list[bytes]:
-        """The ciphertexts of ``program.client_values``, in the Program's order."""
+        """Encrypt the values of ``program.client_values``, in the Program's order."""
         with self._working():
             out = [self._client.encrypt(values[name], level) for name, (_, level, _) in self._program.views.items()]
         self.sent += sum(map(len, out))
         return out
 
     def refreshed(self, masked: Sequence[bytes]) -> list[bytes]:
-        """Fresh ciphertexts of the next refresh; InvalidCiphertext where the server's are none."""
+        """Re-encrypt the masked ciphertexts of the next refresh. Raises InvalidCiphertext for malformed ones."""
         assert self._refresher is not None
         levels, reserve = self._program.refreshes[self.rounds - 1], self._program.reserve
         self.received += sum(map(len, masked))
@@ -46,7 +47,7 @@ class ClientQuery:
         return out
 
     def results(self, encrypted: Sequence[bytes]) -> list[Vector]:
-        """The slots of the outputs, for ``program.decode``; InvalidCiphertext where the server's are none."""
+        """Decrypt the slots of the outputs, for ``program.decode``. Raises InvalidCiphertext for malformed ones."""
         self.received += sum(map(len, encrypted))
         with self._working():
             return [self._client.decrypt(data) for data in encrypted]

@@ -1,7 +1,8 @@
-"""From a torch module in polynomial form to what client and server do under CKKS.
+"""The compiler for CKKS: from a torch module in polynomial form to a Program and the server's schedule.
 
 The ring degree, the primes and the scale follow from the circuit: its depth, the ranges that calibration met, and the
-precision wished for. All of it is known before a key exists; what does not fit is refused with the levels by module.
+requested precision. All of it is known before a key exists. A model that does not fit is refused, with the levels that
+each module needs.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.trace import Symbol, evaluate
 
-WATCHED = 24  # calibration inputs that run through the packed circuit: magnitudes and errors
+WATCHED = 24  # calibration inputs that run through the packed circuit, for magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
-MOST_BITS = 40  # of precision that may be asked for; what a ring has is less
+MOST_BITS = 40  # of precision that may be requested; rings have less
 SCALES, SPARE = (26, 51), (8, 4, 0)
-OUTGROWN = 2.0**12  # units that no slot may reach: zeros of the next map are only zero to a rounding
-CLIENT, ROUND = 0.07, 0.1  # seconds: of the client and the network for a refreshed ciphertext, and for a round
-REFERENCE_SCALE = 30  # bits at which errors are first computed: they scale with the scale
+OUTGROWN = 2.0**12  # units that no slot may reach, as zeros of the next map are zero only up to rounding
+CLIENT, ROUND = 0.07, 0.1  # seconds of client and network for a refreshed ciphertext, and for a round
+REFERENCE_SCALE = 30  # bits of the scale at which errors are computed first; an error halves with every further bit
 
 
 @dataclass(frozen=True, eq=False)
 class CkksModel:
-    """A Program and what the server keeps: the schedule with its weights.
+    """A public Program, and the schedule with its weights, which the server keeps secret.
 
-    predicted_error: of an output element, absolute, its rounding included. client_tables: the token tables that clients
-    hold. layer_errors: by module path, relative to what its values are divided by.
+    predicted_error: absolute error of an output element, its rounding included. client_tables: the token tables that
+    clients hold. layer_errors: errors by module path, relative to the unit by which a ciphertext's values are divided.
     """
 
     program: CkksProgram
@@ -60,7 +61,7 @@ class CkksModel:
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256 of all weights; secret, as it would confirm a guess of them."""
+        """SHA-256 of all weights. It is secret, as it would confirm a guess of them."""
         total = hashlib.sha256()
         for plain in self.schedule.circuit.plains:
             total.update(np.asarray(plain, dtype=np.float64).tobytes())
@@ -80,13 +81,15 @@ def encrypt(
 ) -> CkksModel:
     """Capture a module in polynomial form and pack it for evaluation on ciphertexts.
 
-    mode: "pure" (the server alone; refused where no ring has the levels) or "refresh" (the client re-encrypts masked
-    ciphertexts where levels end). precision_bits: wished for at the output, relative to its largest calibrated value;
-    the predicted error (``noise.WORST`` standard deviations) is kept below 2^-precision_bits, and answers are rounded
-    to half of that. degrees: rings to choose from; the cheapest by predicted time is taken. token_table: clients may
-    hold the token table, which is how tokens are looked up here; a model that looks some up is refused without it.
-    Raises UnsupportedOperation (a module that is no polynomial, by path), DoesNotFit (levels by module), DoesNotPack,
-    InvalidInput (options).
+    mode: "pure" (the server computes alone; refused if no ring has enough levels) or "refresh" (the client re-encrypts
+    masked ciphertexts that have run out of levels).
+    precision_bits: precision of the output, relative to its largest calibrated value. The predicted error
+    (``noise.WORST`` standard deviations) is kept below 2^-precision_bits, and answers are rounded to half of that.
+    degrees: the ring degrees to choose from; the cheapest by predicted time is taken.
+    token_table: clients may hold the token table. Here clients look tokens up themselves, so that a model with a token
+    table is refused without it.
+    Raises UnsupportedOperation (a module is no polynomial; names its path), DoesNotFit (names the levels by module),
+    DoesNotPack (a shape has no layout) and InvalidInput (options).
     """
     if mode not in MODES:
         raise InvalidInput(f"unknown mode {mode!r}", f"one of {', '.join(MODES)}")
@@ -158,7 +161,11 @@ def encrypt(
 
 @dataclass(frozen=True, eq=False)
 class Batched:
-    """A batch's circuit: ``inputs`` by name (input of the model, element), outputs element by element in ``unit``."""
+    """A circuit for a batch of inputs.
+
+    inputs: for each input of the circuit the model's input and its element. shape: of one answer, with a leading 1.
+    unit: the number by which the circuit's outputs are divided.
+    """
 
     parameters: Parameters
     schedule: Schedule
@@ -169,7 +176,7 @@ class Batched:
     client_graph: Graph
 
     def slots(self, samples: Sequence[Sample]) -> dict[str, Vector]:
-        """The slots of every ciphertext for at most N/2 inputs."""
+        """Return the slots of every input ciphertext for at most N/2 samples."""
         rows: dict[str, list[Array]] = {name: [] for name in self.sources}
         for sample in samples:
             values = run(self.client_graph, sample, {})
@@ -179,18 +186,19 @@ class Batched:
         return slots_of(self.inputs, stacked, self.parameters.slots)
 
     def answers(self, slots: Sequence[Vector], count: int) -> Tensor:
-        """The first ``count`` answers."""
+        """Return the first ``count`` answers from the decrypted slots of the outputs."""
         return torch.from_numpy(np.stack([v[:count] for v in slots], axis=1) * self.unit).reshape(
             count, *self.shape[1:]
         )
 
 
 def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequence[Sample] = ()) -> Batched:
-    """As ``encrypt`` in mode "pure", for N/2 inputs at once: one ciphertext an element, no rotation, minutes a batch.
+    """Compile as ``encrypt`` does in mode "pure", but for N/2 inputs at once.
 
-    The scale is the largest that the smallest ring with enough levels has room for. No service hosts batches, so this
-    stands here and not in ``secure``: keys, encryption and evaluation are the caller's, by ``protocols.ckks`` (as
-    ``benchmarks.encrypted`` does it). Raises what ``encrypt`` does, and InvalidInput for a model that takes tokens.
+    A batch has one ciphertext per element, needs no rotation, and takes minutes. The scale is the largest that fits the
+    smallest ring with enough levels. No service hosts batches, so that this function is here and not in ``secure``: the
+    caller makes keys, encrypts and evaluates by ``protocols.ckks`` (``benchmarks.encrypted`` shows it). Raises what
+    ``encrypt`` raises, and InvalidInput for a model that takes tokens.
     """
     lowered, _, ranges = _prepared(model, [example_inputs, *calibration])
     if any(c.encoding == "client-table" for c in lowered.client_inputs):
@@ -220,18 +228,18 @@ def _output(lowered: Lowered) -> Symbol:
 
 
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
-    """The trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
+    """Return the trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
     lowered = lower_model(model, samples, margin_bits=1, embedding="client-table", functions=choose(), weight=blurred)
     inputs = [lowered.inputs(s) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs)
 
 
 def blurred(name: str, weight: Tensor) -> Tensor:
-    """A weight in float64 with an arbitrary 2^-30 of its largest entry added to each: below what a ciphertext resolves.
+    """Return a weight in float64 with noise of up to 2^-30 of its largest entry, which no ciphertext resolves.
 
-    Which diagonals, views and nodes there are is public. Without this it would tell of weights that are zero, or equal
-    to each other. Not a mask: nothing rests on it but that exact coincidences go. It follows from name and weight, so
-    that a server which starts again has the same Program, and clients need not upload keys anew.
+    The set of diagonals, views and nodes is public. Without the noise it would reveal which weights are zero or equal
+    to each other. The noise is not a mask: its only purpose is to remove exact coincidences. It is derived from name
+    and weight, so that a server that restarts has the same Program and clients need not upload keys again.
     """
     exact = weight.to(torch.float64)
     size = float(exact.abs().max()) if exact.numel() else 0.0
@@ -242,7 +250,11 @@ def blurred(name: str, weight: Tensor) -> Tensor:
 
 @dataclass
 class _Watched:
-    """magnitude: the largest slot of every node; error: its largest standard deviation at REFERENCE_SCALE."""
+    """Measurements of a packed circuit on calibration inputs.
+
+    magnitude: the largest slot of every node. deviation: the largest standard deviation of its error, at
+    REFERENCE_SCALE.
+    """
 
     magnitude: Array
     deviation: Array
@@ -266,7 +278,10 @@ def _shrink(scale_bits: int) -> float:
 def _fitted(
     packed: PackedModel, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
 ) -> tuple[Parameters, Schedule, _Watched]:
-    """Scale, base prime and levels of one ring degree: the smallest scale that keeps the predicted error."""
+    """Choose scale, base prime and levels for one ring degree: the smallest scale that keeps the predicted error.
+
+    Raises DoesNotFit.
+    """
     tried: dict[tuple[int, int], Schedule] = {}
     problem: DoesNotFit | None = None
     for spare in SPARE:
@@ -297,7 +312,7 @@ def _fitted(
 
 
 def _fits(timed: Schedule, magnitude: Array) -> None:
-    """DoesNotFit where values outgrow the base prime, which alone is left at level 0, or what masks are made for."""
+    """Raise DoesNotFit if values outgrow the base prime, which alone is left at level 0, or the range of the masks."""
     low = [m for m, level in zip(magnitude, timed.levels, strict=True) if level == 0]
     sent = [magnitude[n.inputs[0]] for n in timed.circuit.nodes if n.op == "refresh"]
     largest = max([*low, *sent]) * HEADROOM
@@ -339,14 +354,14 @@ def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]]) -> list[Ra
 
 
 def _reach(lowered: Lowered, ranges: Sequence[Range], name: str) -> tuple[float, float]:
-    """What an input may be: what calibration showed, with a little room."""
+    """Return the range allowed for an input: its calibrated range, with 5 % of room on both sides."""
     i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
     room = 0.05 * max(ranges[i].high - ranges[i].low, 1e-6)
     return ranges[i].low - room, ranges[i].high + room
 
 
 def _cube(lowered: Lowered, slots: int) -> Cube:
-    """By the attention of the model; without one, tokens (rows) and features of its first linear layer."""
+    """Choose the slot layout from the shape of the model's attention, else from that of its first linear layer."""
     for p in lowered.trace.primitives:
         if p.op == "matmul":
             x = lowered.trace.primitives[p.inputs[0]].shape

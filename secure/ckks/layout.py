@@ -1,12 +1,13 @@
-"""Where elements stand in slots: contents, and linear maps between them as diagonals.
+"""The layout of tensors in slots: contents, and linear maps between them as diagonals.
 
-A *content* says for every slot of a ciphertext which element of a tensor it holds; ``EMPTY``: none (zero, or nothing
-that anybody may read). An element may stand in many slots.
+A *content* says for every slot of a ciphertext which element of a tensor it holds. ``EMPTY`` means none: the slot is
+zero, or holds something that must not be read. Several slots may hold the same element.
 
-The cube: slots are (d, u, h, t), t fastest: features of a head, keys, heads, queries (tokens). With d outermost, a sum
-over d is cyclic in the whole ciphertext, so every slot gets it; what it gives does not depend on d, so a sum over u,
-whose carry goes into d, is right everywhere too. Neither takes a mask or a level. Heads or keys that do not fit go to
-further ciphertexts. (T^2 d slots for all heads; the d-outermost order is ours.)
+The cube: slots have the axes (d, u, h, t), t fastest: features of a head, keys, heads, queries (tokens). With d
+outermost, a sum over d is cyclic in the whole ciphertext, so that every slot gets it. Its result does not depend on d,
+so that a sum over u, whose carry goes into d, is right everywhere too. Neither sum takes a mask or a level. Heads or
+keys that do not fit go to further ciphertexts. (Attention takes T^2 d slots for all heads; the d-outermost order is
+ours.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from secure.ckks.linear_maps import Matrix
 from secure.errors import DoesNotPack
 
 EMPTY = -1
-SAMPLE = 256  # of what is still wanted, on which offsets are compared
+SAMPLE = 256  # entries still to be served, on which offsets are compared
 
 Content = NDArray[np.int64]  # (ciphertexts, slots)
 
@@ -32,7 +33,7 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Cube:
-    """Sizes within one ciphertext, ``heads`` and ``keys`` of all, and the slots."""
+    """The axes of a ciphertext. d, u, h, t: sizes within one ciphertext. heads, keys: totals over all ciphertexts."""
 
     slots: int
     d: int
@@ -44,8 +45,9 @@ class Cube:
 
     @classmethod
     def fitting(cls, slots: int, features: int, keys: int, heads: int, tokens: int) -> Cube:
-        """The fewest ciphertexts; among those, keys are divided before heads. Sums double, so ``keys`` and ``tokens``
-        are powers of two.
+        """Choose the cube with the fewest ciphertexts; among those, keys are divided before heads.
+
+        ``keys`` and ``tokens`` must be powers of two, as sums are computed by doubling. Raises DoesNotPack.
         """
         for name, n in (("keys", keys), ("tokens", tokens)):
             if n != power_of_two(n):
@@ -77,15 +79,16 @@ class Cube:
 
     @property
     def axes(self) -> dict[str, NDArray[np.int64]]:
-        """The coordinates of every slot; beyond d * u * h * t slots the pattern repeats."""
+        """The coordinates of every slot by axis. Beyond d * u * h * t slots the pattern repeats."""
         place = np.arange(self.slots)
         sizes = {"t": self.t, "h": self.h, "u": self.u, "d": self.d}
         return {name: place // stride % sizes[name] for name, stride in self.strides.items()}
 
     def attention(self, index: str, shape: tuple[int, ...]) -> Content:
-        """The content of a tensor (heads, ...) of an attention, one row a (head group, key group).
+        """Return the content of an attention's tensor (heads, ...), with one row per (head group, key group).
 
-        index: its last two dimensions, of "t" (queries), "u" (keys), "d" (features); the third axis is repeated.
+        index: the axes of its last two dimensions, out of "t" (queries), "u" (keys), "d" (features). Elements repeat
+        along the third of these axes.
         """
         axes, rows = self.axes, []
         for group in range(self.head_groups):
@@ -98,12 +101,15 @@ class Cube:
         return np.stack(rows)
 
     def summed(self, index: str, shape: tuple[int, ...]) -> Content:
-        """The same tensor where u is zero, a row a head group: what a sum over keys leaves. Keys stand along t too."""
+        """Return the content that a sum over keys leaves: elements where u is zero, with one row per head group.
+
+        If the tensor has keys, they are along t.
+        """
         content = self.attention(index.replace("u", "t"), shape)[:: self.key_groups]
         return first_only(content, self.strides["u"], self.u)
 
     def once(self, index: str, shape: tuple[int, ...]) -> Content:
-        """The same tensor with every element once, in as few ciphertexts as there can be."""
+        """Return a content of the same tensor with every element once, in as few ciphertexts as possible."""
         if self.head_groups == 1:
             return self.summed(index, shape)
         heads, features = shape[0], shape[1 + index.index("d")]
@@ -113,14 +119,17 @@ class Cube:
         return np.where(dense >= 0, (head * shape[1] + order[0]) * shape[2] + order[1], EMPTY)
 
     def natural(self, shape: tuple[int, ...]) -> Content:
-        """The content of a tensor that nothing else decides: tokens and features, or those of every head."""
+        """Return the default content of a tensor: tokens by features, of all heads together or of every head."""
         rows, heads = int(np.prod(shape[:-1])), int(np.prod(shape[:-2]))
         if rows not in (1, self.t) and heads == self.heads and shape[-2] == self.t and shape[-1] <= self.d:
             return self.once("td", (heads, *shape[-2:]))
         return self.dense(rows, shape[-1])
 
     def dense(self, rows: int, features: int) -> Content:
-        """(rows, features): rows along t, features along d, then h, then u, then further ciphertexts."""
+        """Return the content of a matrix (rows, features).
+
+        Rows lie along t; features along d, then h, then u, then further ciphertexts. Raises DoesNotPack.
+        """
         if rows not in (1, self.t):
             raise DoesNotPack(f"{rows} rows of {features} features among {self.t} tokens")
         axes = self.axes
@@ -136,11 +145,12 @@ class Cube:
 
 
 def diagonals(matrix: Matrix, target: Content, source: Content, limit: int) -> Diagonals | None:
-    """The diagonals of a map from the elements in ``source`` (all its ciphertexts) to the ones in ``target`` (one).
+    """Return the diagonals of a map from the elements in ``source`` (all its ciphertexts) to those in ``target`` (one).
 
-    matrix: (elements of the result, elements of the source). Offsets are chosen greedily: of all places of an element,
-    the one whose offset also serves most of a sample of what is still wanted; of equal ones one along an outer axis,
-    and the nearest. None: more than ``limit`` diagonals, or an element that stands nowhere.
+    matrix: (elements of the result, elements of the source). Offsets are chosen greedily. Of all places of an element,
+    the one is taken whose offset also serves most of a sample of the remaining entries; ties go to offsets along an
+    outer axis, then to the nearest. The result is None if there were more than ``limit`` diagonals, or if no slot holds
+    an element.
     """
     slots = target.shape[-1]
     rows = np.flatnonzero(target >= 0)
@@ -167,7 +177,7 @@ def diagonals(matrix: Matrix, target: Content, source: Content, limit: int) -> D
         sample = generator.choice(waiting, SAMPLE) if len(waiting) > SAMPLE else waiting
         offset = (place - slot[first]) % slots
         served = source[part[:, None], (slot[sample] + offset[:, None]) % slots] == element[sample]
-        aligned = np.where(offset, offset & -offset, slots)  # an offset along an outer axis has no edges that it misses
+        aligned = np.where(offset, offset & -offset, slots)  # an offset along an outer axis crosses no edge of others
         best = np.lexsort((np.minimum(offset, slots - offset), -aligned, -served.sum(1)))[0]
         where = int(part[best]), int(offset[best])
         found = source[where[0]][(rows + where[1]) % slots]
@@ -181,7 +191,7 @@ def diagonals(matrix: Matrix, target: Content, source: Content, limit: int) -> D
 
 
 class _Places:
-    """Where every element stands."""
+    """An index of the places (ciphertext, slot) of every element."""
 
     def __init__(self, source: Content, size: int) -> None:
         self.slots = source.shape[1]
@@ -195,16 +205,16 @@ class _Places:
 
 
 def repeated(content: Content, stride: int, size: int) -> bool:
-    """Whether what stands in a slot does not depend on its coordinate of this axis."""
+    """True if the element in a slot does not depend on the slot's coordinate on this axis."""
     base = np.arange(content.shape[-1]) // stride % size * stride
     return size > 1 and bool((content == content[..., np.arange(content.shape[-1]) - base]).all())
 
 
 def first_only(content: Content, stride: int, size: int) -> Content:
-    """The same with everything but the first place of this axis empty."""
+    """Return the content with all slots empty except for the first place on this axis."""
     return np.where(np.arange(content.shape[-1]) // stride % size == 0, content, EMPTY)
 
 
 def at(flat: NDArray[np.float64], content: Content) -> NDArray[np.float64]:
-    """The slots of one ciphertext: elements where the content says, zero elsewhere."""
+    """Fill the slots of one ciphertext: elements as the content says, zero elsewhere."""
     return np.where(content >= 0, flat[np.maximum(content, 0)], 0.0)

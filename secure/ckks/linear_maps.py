@@ -1,8 +1,8 @@
-"""Everything that is linear in a traced model, as sparse matrices: what ciphertexts leave to plain arithmetic.
+"""The linear parts of a traced model as sparse matrices, so that consecutive linear steps cost one level together.
 
-A traced value is a sum of matrices times *atoms* (inputs, and results of products and polynomials, which need a
-ciphertext of their own) and a constant. Reshapes, permutations, means, biases, residual sums and linear layers in a
-row all melt into one matrix an atom, which then costs one level wherever it is used.
+A traced value is a constant plus a sum of matrices times *atoms*. Atoms are the inputs and the results of products and
+polynomials, which need ciphertexts of their own. Consecutive reshapes, permutations, means, biases, residual sums and
+linear layers are merged into one matrix per atom, which then costs one level wherever it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """``terms``: matrices by atom; ``bias``: one number an element. Elements are in the order of the flat tensor."""
+    """An affine function of atoms. ``terms``: matrices by atom. ``bias``: one number per element of the flat tensor."""
 
     shape: tuple[int, ...]
     terms: Mapping[int, Matrix]
@@ -34,11 +34,11 @@ class Affine:
 
     @property
     def only(self) -> tuple[int, Matrix] | None:
-        """The one atom and its matrix."""
+        """The atom and its matrix if there is exactly one, else None."""
         return next(iter(self.terms.items())) if len(self.terms) == 1 else None
 
     def select(self, index: NDArray[np.int64], shape: tuple[int, ...]) -> Affine:
-        """The tensor whose elements are those at ``index``."""
+        """Return the tensor whose elements are those at ``index``."""
         flat = index.reshape(-1)
         return Affine(shape, {a: m[flat] for a, m in self.terms.items()}, self.bias[flat])
 
@@ -51,7 +51,7 @@ class Affine:
         return np.arange(int(np.prod(self.shape))).reshape(self.shape)
 
     def scaled(self, factor: Array | float) -> Affine:
-        """Times one number, or one number an element."""
+        """Multiply by one number, or by one number per element."""
         if isinstance(factor, np.ndarray):
             terms = {a: sparse.csr_array(sparse.diags_array(factor) @ m) for a, m in self.terms.items()}
         else:
@@ -62,7 +62,7 @@ class Affine:
         return Affine(shape, self.terms, self.bias)
 
     def mapped(self, matrix: Matrix, shape: tuple[int, ...]) -> Affine:
-        """A matrix times the flat tensor."""
+        """Multiply the flat tensor by a matrix."""
         return Affine(shape, {a: sparse.csr_array(matrix @ m) for a, m in self.terms.items()}, matrix @ self.bias)
 
     def plus(self, other: Affine, sign: float = 1.0) -> Affine:
@@ -77,12 +77,12 @@ class Affine:
         return Affine(self.shape, self.terms, self.bias + value)
 
     def of(self, atoms: Mapping[int, Array]) -> Array:
-        """The value in floating point, from the flat values of its atoms."""
+        """Evaluate in floating point, from the flat values of the atoms."""
         return np.asarray(sum((m @ atoms[a] for a, m in self.terms.items()), self.bias))
 
 
 def summed(x: Affine, shape: tuple[int, ...]) -> Affine:
-    """Over the dimensions that ``shape`` has with length one."""
+    """Sum over the dimensions that have length one in ``shape``."""
     size = int(np.prod(shape))
     target = np.broadcast_to(np.arange(size).reshape(shape), x.shape).reshape(-1)
     ones, source = np.ones(len(target)), np.arange(len(target))
@@ -90,12 +90,12 @@ def summed(x: Affine, shape: tuple[int, ...]) -> Affine:
 
 
 def column_sums(x: Affine, shape: tuple[int, ...]) -> Affine:
-    """Over the last dimension but one."""
+    """Sum over the last dimension but one."""
     return summed(x, (*x.shape[:-2], 1, x.shape[-1])).reshaped(shape)
 
 
 class Selection(NamedTuple):
-    """A value that is one factor times elements of one atom: element i is factor * atom[column[i]]."""
+    """A value made of elements of one atom times one factor: element i is factor * atom[column[i]]."""
 
     atom: int
     factor: float

@@ -1,9 +1,9 @@
-"""From a traced model to a circuit of ciphertexts: what stands where, and which products, rotations and diagonals.
+"""From a traced model to a circuit of ciphertexts: layouts, products, rotations and diagonals.
 
-Three rules carry it. A linear step waits as a matrix (``ckks.linear_maps``) until a product or a polynomial needs
-it as a ciphertext. A chain of polynomials of one value is one polynomial, whose degree alone costs levels. Every
-ciphertext holds its value divided by a *unit*, chosen so that products and polynomials meet numbers around one: the
-factor is part of the matrix, and costs nothing.
+There are three rules. A linear step waits as a matrix (``ckks.linear_maps``) until a product or a polynomial needs it
+as a ciphertext. A chain of polynomials of one value is one polynomial, whose degree alone costs levels. Every
+ciphertext holds its value divided by a *unit*, chosen so that products and polynomials get numbers around one; the
+factor is part of the matrix and costs nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.trace import Trace
 
-DIRECT, SPREAD = 160, 400  # diagonals above which a map goes another way
-SETTLED = 3  # atoms in a sum
+DIRECT, SPREAD = 160, 400  # diagonals above which a map takes another route
+SETTLED = 3  # atoms in a sum that becomes a ciphertext of its own
 
 
 @dataclass
 class Atom:
-    """What has ciphertexts of its own: one node and one row of content each. ``kind``: "tu" for attention's scores."""
+    """A value with ciphertexts of its own: one node and one row of content for each.
+
+    kind: "tu" for attention's scores.
+    """
 
     shape: tuple[int, ...]
     nodes: list[int]
@@ -43,7 +46,7 @@ class Atom:
 
 @dataclass
 class PackedModel:
-    """The circuit, and how the client fills inputs and reads the output."""
+    """A circuit, with the contents by which the client fills its inputs and reads its output."""
 
     circuit: Circuit
     views: dict[str, tuple[str, Content]]  # input of the circuit: input of the trace, content (one row)
@@ -53,10 +56,10 @@ class PackedModel:
 
 
 class Packer:
-    """``weights``: as the trace names them; ``ranges``: calibrated, by primitive.
+    """A walk over a trace that emits the circuit. ``weights``: by their names in the trace; ``ranges``: calibrated.
 
-    settle: sums of many atoms (a residual stream) become ciphertexts of their own, for a level; else every layer reads
-    all that was ever added.
+    settle: sums of many atoms (a residual stream) become ciphertexts of their own, for one level; else every layer
+    reads all atoms that were ever added.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Packer:
         rows = int(np.prod(value.shape[:-1]))
         content = self.cube.dense(rows, value.shape[-1])
         unit = self.ranges[output].magnitude
-        # through diagonals whatever it is: they are zero wherever no element of the output stands
+        # always through diagonals, as these are zero in slots that hold no element of the output
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
         return PackedModel(self.circuit, self.views, content, unit, self.cube)
 
@@ -140,16 +143,16 @@ class Packer:
         return self._atom(shape, nodes, content, out, kind)
 
     def _shifted(self, nodes: list[int], content: Content, value: float) -> list[int]:
-        """Where elements stand, and nowhere else: a slot that holds zero must not leave the range of a polynomial."""
+        """Add ``value`` to slots that hold elements only, as a zero in others must not leave a polynomial's range."""
         rows = [np.where(row >= 0, value, 0.0) for row in content]
         return [self.circuit.shift(n, row) for n, row in zip(nodes, rows, strict=True)]
 
     def _own_content(self, value: Affine) -> tuple[Content, str]:
-        """The content in which a value already stands, else the dense one."""
+        """Return the content that already holds a value, and its kind; else the default content."""
         direct = selection(value)
         if direct is not None and self.atoms[direct.atom].nodes:
             atom, column = self.atoms[direct.atom], direct.column
-            back = np.full(int(np.prod(atom.shape)) + 1, EMPTY)  # the last one: what EMPTY becomes
+            back = np.full(int(np.prod(atom.shape)) + 1, EMPTY)  # EMPTY (-1) indexes the last entry
             back[column] = np.arange(len(column))
             if len(np.unique(column)) == len(column):
                 return back[atom.content], atom.kind
@@ -200,7 +203,7 @@ class Packer:
         return self._atom(p.shape, nodes, cube.attention("tu", (heads, rows, columns)), a * b, "tu")
 
     def _weighed(self, i: int, p: Primitive, right: Affine, content: Content, x: list[int], a: float) -> Affine:
-        """Scores times one secret weight a key: rotations as for their sum, right in every slot."""
+        """Multiply scores by one secret weight per key and sum over keys, by rotations that are right in every slot."""
         cube, c, shape = self.cube, self.circuit, (*p.shape[:-1], right.shape[-2])
         keys = np.broadcast_to(np.swapaxes(right.positions(), -1, -2), shape)
         y, b = self._materialized(right.select(keys, shape), content, self._unit(i) / a)
@@ -212,7 +215,7 @@ class Packer:
         return self._atom(p.shape, nodes, np.where(rows >= 0, rows // shape[-1], EMPTY), a * b)
 
     def _weighted_sum(self, i: int, p: Primitive, weights: Affine, rows: Affine) -> Affine:
-        """A vector times a matrix, as a pooling of tokens by secret weights: an elementwise product, then a sum."""
+        """Multiply a vector by a matrix (pooling of tokens by secret weights): an elementwise product, then a sum."""
         index = np.swapaxes(weights.positions(), -1, -2)
         content, _ = self._own_content(rows)
         x, a = self._materialized(rows, content, self._unit(p.inputs[1]))
@@ -231,7 +234,7 @@ class Packer:
             )
 
     def _sum_of_scores(self, p: Primitive, value: Affine) -> Affine | None:
-        """A sum over keys: rotations, right in every slot."""
+        """Sum scores over keys by rotations that are right in every slot; None if the value is not scores."""
         direct = selection(value)
         if direct is None or self.atoms[direct.atom].kind != "tu" or p.attrs["dims"] != (len(value.shape) - 1,):
             return None
@@ -252,9 +255,10 @@ class Packer:
     def _materialized(
         self, value: Affine, content: Content, unit: float, dense: Content | None = None
     ) -> tuple[list[int], float]:
-        """Nodes that hold value / factor in ``content``, and the factor: ``unit`` unless it stands there already.
+        """Return nodes that hold value / factor in ``content``, and the factor.
 
-        dense: a content with each element once, through which it may go.
+        The factor is ``unit`` unless existing nodes hold the value already. dense: a content with each element once,
+        through which the value may go.
         """
         direct = selection(value)
         if direct is not None:
@@ -276,8 +280,10 @@ class Packer:
         return None
 
     def _route(self, value: Affine, row: Content, dense: Content | None = None) -> int:
-        """A linear value in one row of content: directly; or in the first place of what repeats, then spread; or with
-        every element once first, which takes a level more.
+        """Return a node that holds a linear value in one row of content, by the first route that is short enough.
+
+        The routes are: directly; to the first place of repeated elements, which are then spread; or first to a content
+        with every element once, which takes one more level.
         """
         node = self._mapped(value, row, DIRECT)
         if node is not None:
@@ -301,7 +307,7 @@ class Packer:
         return node
 
     def _mapped(self, value: Affine, row: Content, limit: int) -> int | None:
-        """One level; None where it takes more than ``limit`` diagonals."""
+        """Apply a linear map, for one level; return None if it takes more than ``limit`` diagonals."""
         operands: list[int] = []
         whole: dict[tuple[int, int], Array] = {}
         for number, matrix in value.terms.items():
@@ -324,7 +330,7 @@ class Packer:
         return [(atom.nodes, atom.content, matrix)]
 
     def _pooled(self, atom: Atom, matrix: Matrix) -> tuple[list[int], Content, Matrix] | None:
-        """Where all tokens have the same weight: their sum, by rotations, then a map of one token."""
+        """If all tokens have the same weight, sum them by rotations, so that a map of one token remains; else None."""
         t = self.cube.t
         if t == 1 or not atom.nodes or matrix.nnz < matrix.shape[0] * t:
             return None
@@ -353,9 +359,9 @@ class Packer:
         return nodes, base[kept], sparse.csr_array(matrix @ sparse.diags_array(first_of))
 
     def _views(self, number: int, matrix: Matrix, row: Content) -> list[int]:
-        """Which of the client's ciphertexts of an input serve a map, after adding what is missing.
+        """Return the client's ciphertexts of an input that serve a map, after adding missing ones.
 
-        What a slot needs stands beside it along d, where d has room for it; else every element stands once.
+        If d has room, the elements that a slot needs lie beside it along d; else every element is held once.
         """
         atom, wanted = self.atoms[number], sparse.csr_array(matrix)
         d, stride = self.cube.d, self.cube.strides["d"]

@@ -1,8 +1,8 @@
-"""Many inputs at once: one ciphertext an element of a tensor, one slot an input of the batch.
+"""Circuits for many inputs at once, with one ciphertext per element of a tensor and one slot per input of the batch.
 
-No rotation is left, so no rotation key: everything is products and sums. N/2 inputs take as long as one would, which is
-minutes, and cost each of them milliseconds. Any traced model fits, of any shapes; memory is what bounds it, so nodes
-run depth first from the outputs.
+There are only products and sums: no rotation is needed, and so no rotation key. N/2 inputs take as long as one, which
+is minutes, so that each costs milliseconds. Traced models of any shapes fit. Memory is the limit, so that nodes run
+depth first from the outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from secure.lowering.trace import Trace
 
 
 class BatchPacker:
-    """Emits the circuit of a trace for ``slots`` inputs at once; see ``packer.Packer`` for units and chains."""
+    """A walk over a trace that emits the circuit for ``slots`` inputs at once; it has the units of ``pack.Packer``."""
 
     def __init__(self, trace: Trace, weights: Mapping[str, Array], ranges: Sequence[Range], slots: int) -> None:
         self.trace, self.weights, self.ranges = trace, weights, ranges
@@ -37,7 +37,7 @@ class BatchPacker:
         self.units = units(trace, ranges, self.chains, self.needed)
 
     def run(self, output: int) -> tuple[Circuit, float]:
-        """The circuit, whose outputs are the elements of the result divided by the unit that comes with it."""
+        """Return the circuit and a unit; the circuit's outputs are the elements of the result divided by the unit."""
         for i, p in enumerate(self.trace.primitives):
             self.circuit.path = p.path
             if self.needed[i] or i == output:
@@ -82,7 +82,7 @@ class BatchPacker:
         return self._atom(shape, nodes, out)
 
     def _product(self, i: int, p: Primitive) -> Affine:
-        """Elementwise products, and matrix products with one relinearization an element of the result."""
+        """Multiply elementwise, or as matrices with one relinearization per element of the result."""
         left, right = (self.values[x] for x in p.inputs)
         x, a = self._nodes(left, self._unit(i) / self.ranges[p.inputs[1]].magnitude)
         y, b = self._nodes(right, self._unit(i) / a)
@@ -104,7 +104,7 @@ class BatchPacker:
         return self._atom(p.shape, nodes, a * b)
 
     def _nodes(self, value: Affine, unit: float) -> tuple[list[int], float]:
-        """One node an element of value / factor, and the factor: ``unit``, unless sums alone make the value."""
+        """Return one node per element of value / factor, and the factor: ``unit``, unless the value needs sums only."""
         rows = {atom: matrix.tocsr() for atom, matrix in value.terms.items()}
         data = np.concatenate([m.data for m in rows.values()])
         same = float(data[0])
@@ -122,7 +122,7 @@ class BatchPacker:
 
 
 def depth_first(circuit: Circuit) -> Circuit:
-    """The same circuit in the order in which outputs ask for nodes: what is done early is needed soon."""
+    """Reorder a circuit so that nodes run just before they are needed, depth first from the outputs."""
     out, place = Circuit(circuit.slots, plains=circuit.plains), dict[int, int]()
     stack = [(x, False) for x in reversed(circuit.outputs)]
     while stack:
@@ -142,7 +142,7 @@ def depth_first(circuit: Circuit) -> Circuit:
 
 
 def slots_of(inputs: Mapping[str, tuple[str, int]], batch: Mapping[str, Array], slots: int) -> dict[str, Array]:
-    """The slots of every input: element ``k`` of each of the batch's inputs (rows), zero in slots beyond them."""
+    """Fill the slots of every input: element ``k`` of each of the batch's rows, zero in slots beyond them."""
     out = {}
     for name, (source, k) in inputs.items():
         values = np.zeros(slots)

@@ -1,7 +1,7 @@
-"""Chains of polynomials of one value: in a traced model, what is one polynomial, of which degree.
+"""Chains: parts of a traced model that are one polynomial of one value, and the degree of that polynomial.
 
-A reciprocal is written as a polynomial, corrections and their products; on ciphertexts that is one polynomial of the
-composed degree, whose depth is the logarithm of it.
+A reciprocal, for instance, is traced as a polynomial, corrections and their products. On ciphertexts it is one
+polynomial of the composed degree, whose depth is the logarithm of that degree.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from secure.ckks import rules
 from secure.ckks.rules import Chain
 from secure.lowering.trace import Trace
 
-DEGREE = 31  # of a polynomial that chains are composed to
-MARGIN = 1.25  # room around the calibrated range of what a polynomial reads
+DEGREE = 31  # largest degree to which chains are composed
+MARGIN = 1.25  # room around the calibrated range of a polynomial's argument
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Range:
 
 
 def chains(trace: Trace) -> dict[int, Chain]:
-    """Which values are polynomials of one other value, with the degree of the whole."""
+    """Find the values that are polynomials of one other value, with the composed degree."""
     out: dict[int, Chain] = {}
 
     def of(i: int) -> Chain:
@@ -47,7 +47,7 @@ def chains(trace: Trace) -> dict[int, Chain]:
 
     for i, p in enumerate(trace.primitives):
         made = rules.chain(p, [of(x) for x in p.inputs])
-        if made is not None and made.degree > DEGREE:  # begins anew
+        if made is not None and made.degree > DEGREE:  # a new chain begins
             made = rules.chain(p, [Chain(x, 1, lambda v: v) for x in p.inputs])
         if made is not None and trace.primitives[made.root].shape == p.shape:
             out[i] = made
@@ -55,7 +55,7 @@ def chains(trace: Trace) -> dict[int, Chain]:
 
 
 def needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
-    """Which values somebody reads as such: not those that only a longer chain goes through."""
+    """Tell for each value if anything reads it itself, rather than only through a longer chain."""
     out = [False] * len(trace.primitives)
     out[-1] = True
     for i in range(len(out) - 1, -1, -1):
@@ -67,7 +67,7 @@ def needed(trace: Trace, known: Mapping[int, Chain]) -> list[bool]:
 
 
 def pure_power(chain: Chain, known: Range) -> tuple[float, float, float] | None:
-    """(a, c, b) where the chain is a (x - c)^degree + b with a degree that is a power of two: squarings alone."""
+    """Return (a, c, b) if the chain is a (x - c)^degree + b and squarings suffice (the degree is a power of two)."""
     n = chain.degree
     if n & (n - 1) or n > 8:
         return None
@@ -88,8 +88,10 @@ def pure_power(chain: Chain, known: Range) -> tuple[float, float, float] | None:
 def units(
     trace: Trace, ranges: Sequence[Range], known: Mapping[int, Chain], wanted_by: Sequence[bool]
 ) -> dict[int, float]:
-    """What ciphertexts of some values are divided by, from the last primitive to the first: what polynomials want of
-    what they read, and sums of what they add. Others take their largest magnitude.
+    """Return the units by which ciphertexts of some values are divided; other values take their largest magnitude.
+
+    The walk goes from the last primitive to the first: polynomials ask for the units of their arguments, and linear
+    primitives pass the unit of their result on to their operand.
     """
     wanted: dict[int, float] = {}
     for i in range(len(trace.primitives) - 1, -1, -1):

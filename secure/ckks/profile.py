@@ -1,7 +1,7 @@
-"""A model's cost on ciphertexts, before anything runs.
+"""The cost of a model on ciphertexts, before anything runs.
 
-The circuit, its levels, keys and bytes are exact; time is predicted from primitives, which this machine may be measured
-on.
+The circuit, its levels, keys and bytes are exact. Time is predicted from the times of primitives, which can be measured
+on this machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECURITY = 128  # bits
 
 
 class Table(NamedTuple):
-    """A table for people: the first column is words, the others are numbers. ``lines`` stand below it."""
+    """A table for people. The first column holds words, the others numbers; ``lines`` go below it."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -31,9 +31,10 @@ class Table(NamedTuple):
 
 @dataclass
 class ModuleCost:
-    """One module's part. levels: that it takes on the deepest path. lowest, highest: level at which its work is done.
+    """One module's part of the cost.
 
-    seconds: of one core of the server. bits: of its largest error, relative to what its values are divided by.
+    levels: those that it takes on the deepest path. lowest, highest: the levels at which its work is done. seconds:
+    time of one core of the server. bits: precision left by its largest error, relative to the unit of its ciphertexts.
     """
 
     lowest: int
@@ -48,12 +49,12 @@ class ModuleCost:
 
 @dataclass(frozen=True)
 class CkksProfile:
-    """One query of a compiled model.
+    """The cost of one query of a compiled model.
 
-    counts: nodes of the circuit by kind. breakdown: predicted seconds of one core, by kind of operation. modules: by
-    path, "" for what belongs to none. predicted_error: of an output element, absolute. The rest are bytes:
-    key_bytes cross once, key_memory, weight_memory and ciphertext_memory are the server's, to_server and to_client
-    cross in each query. rounds: messages that wait for one another.
+    counts: nodes of the circuit by kind. breakdown: predicted seconds of one core, by kind of operation. modules: costs
+    by path, with "" for operations outside all modules. predicted_error: absolute error of an output element.
+    Bytes: key_bytes are sent once; to_server and to_client are sent in each query; key_memory, weight_memory and
+    ciphertext_memory are the server's memory. rounds: messages that wait for one another.
     """
 
     parameters: Parameters
@@ -72,11 +73,11 @@ class CkksProfile:
 
     @property
     def seconds(self) -> float:
-        """Of one core of the server."""
+        """The predicted seconds of one core of the server."""
         return sum(self.breakdown.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The profile as JSON has it."""
+        """Return the profile as JSON values."""
         p = self.parameters
         modules = {
             path: {
@@ -115,7 +116,7 @@ class CkksProfile:
         }
 
     def table(self) -> Table:
-        """The profile by module, and its sums in words."""
+        """Return the profile by module, with its sums in words."""
         p = self.parameters
         columns = ("module", "levels", "at", "rotations", "ct x ct", "plain", "s", "bits")
         rows = [
@@ -145,7 +146,10 @@ class CkksProfile:
 
 
 def profile(model: CkksModel, *, measured: bool = True) -> CkksProfile:
-    """Count a compiled model's operations, keys and bytes. ``measured``: time the primitives here, some seconds."""
+    """Count a compiled model's operations, keys and bytes.
+
+    ``measured``: time the primitives on this machine, which takes some seconds.
+    """
     program, schedule = model.program, model.schedule
     p, circuit = program.parameters, schedule.circuit
     spent = account(schedule, p, measure(p) if measured else None)
@@ -181,7 +185,7 @@ def profile(model: CkksModel, *, measured: bool = True) -> CkksProfile:
 
 
 def summary(model: CkksModel) -> str:
-    """A query's cost in one line."""
+    """Describe a query's cost in one line."""
     program, p = model.program, model.program.parameters
     refreshed = sum(map(len, program.refreshes))
     rounds = f", {len(program.refreshes)} refreshes of {refreshed} ciphertexts" if refreshed else ", no interaction"

@@ -1,4 +1,4 @@
-"""What client and server agree on under CKKS: parameters, keys, what stands in which slot. No weights, no inputs."""
+"""Programs for CKKS: the public description on which client and server agree. It holds no weights and no inputs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ _MALFORMED = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError),
     zlib.error,
 )
-MAXIMUM_KEYS = 8 << 30  # bytes that a client makes and uploads for a Program
-MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes
-HEADROOM = 2.0  # of magnitudes met there, before a value is said not to fit
+MAXIMUM_KEYS = 8 << 30  # bytes of keys that a client makes and uploads for a Program
+MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes, and of the output
+HEADROOM = 2.0  # room over calibrated magnitudes before a value is refused
 
 
 @dataclass(frozen=True, eq=False)
 class CkksProgram:
-    """What client and server agree on: parameters, keys, what goes where. No weights in it.
+    """Parameters, rotations and layouts on which client and server agree; public, and without weights.
 
-    views: for each ciphertext that the client sends, which input it is made of and which element stands in every slot;
-    refreshes: for each stage, the level of every ciphertext that comes back.
+    steps: the rotations for which the client makes keys. ranges: allowed values of each input.
+    views: for each ciphertext that the client sends, the input it is made from, its level, and the element that each
+    slot holds. refreshes: for each stage, the level of every ciphertext that the client sends back.
+    reserve: the level at which masked ciphertexts are sent to the client; its modulus hides the message.
     """
 
     parameters: Parameters
@@ -55,7 +57,7 @@ class CkksProgram:
     output_shape: tuple[int, ...]
     output: Content
     output_unit: float
-    grain: float  # answers are rounded to multiples of it: digits beyond are noise, which tells of keys and weights
+    grain: float  # answers are rounded to multiples of it; further digits are noise, which depends on keys and weights
     counts: Mapping[str, int]
     labels: Mapping[str, str]
 
@@ -86,7 +88,7 @@ class CkksProgram:
 
     @classmethod
     def from_bytes(cls, encoded: bytes) -> CkksProgram:
-        """Decode and check; raises InvalidProgram."""
+        """Decode and check a Program that may come from anyone. Raises InvalidProgram."""
         try:
             d = json.loads(encoded)
             if d["version"] != VERSION:
@@ -120,7 +122,7 @@ class CkksProgram:
         return program
 
     def check(self) -> None:
-        """What a client relies on before it makes keys for somebody else's Program."""
+        """Check all that a client relies on before it makes keys for another's Program. Raises InvalidProgram."""
         levels = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
         names = {c.name for c in self.client_inputs}
         sizes = {c.name: math.prod(c.shape) for c in self.client_inputs}
@@ -149,34 +151,34 @@ class CkksProgram:
         if sorted(self.output[self.output >= 0]) != list(range(size)):
             raise InvalidProgram("elements of the output are missing or stand twice")
 
-    # what a query takes, as the parameters predict it; keys and ciphertexts come within a few percent
+    # the cost of a query as the parameters predict it; real keys and ciphertexts are within a few percent
 
     @property
     def rounds(self) -> int:
-        """Messages that wait for one another: the query, and one for each refresh."""
+        """The messages that wait for one another: the query, and one for each refresh."""
         return 1 + len(self.refreshes)
 
     @property
     def key_bytes(self) -> int:
-        """Evaluation keys, uploaded once."""
+        """The bytes of evaluation keys, which are uploaded once."""
         return self.parameters.key_bytes * (len(self.steps) + 1)
 
     @property
     def to_server(self) -> int:
-        """Bytes of one query: inputs, and what the client encrypts anew."""
+        """The bytes to the server in one query: inputs and re-encrypted ciphertexts."""
         sent = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
         return sum(map(self.parameters.polynomial_bytes, sent))
 
     @property
     def to_client(self) -> int:
-        """Bytes of one query: outputs, and what is to be encrypted anew."""
+        """The bytes to the client in one query: outputs and masked ciphertexts to re-encrypt."""
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
         return p.ciphertext_bytes(0) * len(self.output) + p.ciphertext_bytes(self.reserve) * refreshed
 
     # the client's side
 
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
-        """The slots of every ciphertext that the client sends; ValueError for an input outside of its range."""
+        """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
         values = run_graph(self.client_graph, inputs, {}) if self.client_inputs else []
         flat: dict[str, Array] = {}
         for spec in self.client_inputs:
@@ -191,7 +193,10 @@ class CkksProgram:
         return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
 
     def decode(self, slots: Sequence[Vector]) -> dict[str, Tensor]:
-        """The output (float64) from the decrypted slots of its ciphertexts; InvalidInput where they cannot be right."""
+        """Read the output (float64), by name, from the decrypted slots of its ciphertexts, and round it to the grain.
+
+        Raises InvalidInput if the values are too large to be an answer.
+        """
         out = np.zeros(math.prod(self.output_shape))
         for row, values in zip(self.output, slots, strict=True):
             used = row >= 0

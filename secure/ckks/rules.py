@@ -1,7 +1,7 @@
 """The record of every primitive that ciphertexts can compute.
 
-Where a primitive is neither linear nor part of a chain, it takes a ciphertext of its own, which depends on where
-elements stand: inputs and products are the packers' own affair.
+A primitive that is neither linear nor part of a chain takes ciphertexts of its own, which depend on the layout. The
+packers handle those themselves: inputs and products.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Function = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Chain:
-    """A value that is a polynomial, of this degree, of one other value."""
+    """A value that is a polynomial of this degree of one other value, ``root``."""
 
     root: int
     degree: int
@@ -31,10 +31,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class CiphertextRule:
-    """What ciphertexts make of a primitive.
+    """The computation of a primitive on ciphertexts.
 
-    linear: of its operands, the server's weight if it reads one, as matrices. chain: of operands that are chains, as
-    one longer chain; None where it is none. unit: what its operand is best divided by where it is divided by a number.
+    linear: computes the result from operands as matrices, and from the server's weight if the primitive reads one.
+    chain: composes operands that are chains into a longer chain, or returns None.
+    unit: returns the best unit of the operand, given the unit of the result.
     """
 
     linear: Callable[[Primitive, Sequence[Affine], Array | None], Affine] | None = None
@@ -43,7 +44,7 @@ class CiphertextRule:
 
 
 def linear(p: Primitive, operands: Sequence[Affine], weight: Array | None) -> Affine:
-    """A primitive of linear values; UnsupportedOperation where it is not linear."""
+    """Apply a primitive to linear values. Raises UnsupportedOperation if it is not linear."""
     rule = RULES.get(p.op)
     if rule is None or rule.linear is None:
         raise UnsupportedOperation(
@@ -54,13 +55,13 @@ def linear(p: Primitive, operands: Sequence[Affine], weight: Array | None) -> Af
 
 
 def chain(p: Primitive, operands: Sequence[Chain]) -> Chain | None:
-    """A primitive as one polynomial of what its operands are polynomials of; None where it is none."""
+    """Compose a primitive with its operands' chains into one polynomial; return None if that is impossible."""
     rule = RULES.get(p.op)
     return rule.chain(p, operands) if rule is not None and rule.chain is not None else None
 
 
 def operand_unit(p: Primitive, unit: float) -> float | None:
-    """What the operand is best divided by where the result is divided by ``unit``; None: it does not matter."""
+    """Return the best unit of the operand, given the unit of the result; None if it does not matter."""
     rule = RULES.get(p.op)
     return rule.unit(p, unit) if rule is not None and rule.unit is not None else None
 
@@ -71,7 +72,7 @@ def operand_unit(p: Primitive, unit: float) -> float | None:
 def _linear(p: Primitive, x: Sequence[Affine], weight: Array | None) -> Affine:
     assert weight is not None
     rows, (inner, outer) = int(np.prod(x[0].shape[:-1])), weight.shape
-    # (that no weight is exactly zero is ``secure.ckks.compile.blurred``'s affair)
+    # (``secure.ckks.compile.blurred`` makes sure that no weight is exactly zero, which would show)
     columns = np.arange(rows)[:, None, None] * inner + np.zeros((1, outer, 1), np.int64) + np.arange(inner)
     starts = np.arange(rows * outer + 1) * inner
     data = np.broadcast_to(weight.T, (rows, outer, inner)).reshape(-1)
@@ -79,7 +80,7 @@ def _linear(p: Primitive, x: Sequence[Affine], weight: Array | None) -> Affine:
 
 
 def _cat(p: Primitive, x: Sequence[Affine], weight: Array | None) -> Affine:
-    """The parts one after the other, then in the order of the whole."""
+    """Stack the parts, then bring their elements into the order of the whole."""
     atoms = {a for part in x for a in part.terms}
     sizes = [len(part.bias) for part in x]
     stacked = {}
@@ -169,4 +170,4 @@ RULES: dict[str, CiphertextRule] = {
     "mul_weight": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape).scaled(_spread(w, p.shape))),
     "add_weight": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape).offset(_spread(w, p.shape))),
 }
-"""By primitive of ``secure.lowering.primitives``."""
+"""The records, by primitive of ``secure.lowering.primitives``."""
