@@ -1,4 +1,4 @@
-"""What a Program costs, before anything runs.
+"""The cost of a Program, known before anything runs: rounds, bytes, memory and time.
 
 timeline     when a party did what in one query, measured or predicted
 count        rounds, bytes and memory

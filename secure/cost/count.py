@@ -1,4 +1,4 @@
-"""The cost of a Program before anything runs: its own protocol generators on torch's ``meta`` device, with no data.
+"""Counting a Program's cost before anything runs, by its own protocol generators on torch's ``meta`` device.
 
 What is counted is what the generators really exchange and draw, so it equals a live query's traffic byte for byte
 (tests compare them). ``NetworkSpeed`` turns rounds and bytes into seconds of waiting.
@@ -30,7 +30,10 @@ class NetworkSpeed:
     bandwidth: float  # bytes a second
 
     def seconds(self, cost: CircuitCost) -> float:
-        """Online waiting: half a round trip a round, as both parties send at once, and the larger direction's bytes."""
+        """Return the seconds of waiting online: half a round trip per round, plus the larger direction's bytes.
+
+        A round takes half a round trip because both parties send at once.
+        """
         return cost.rounds * self.round_trip / 2 + max(cost.to_first, cost.to_second) / self.bandwidth
 
 
@@ -62,7 +65,7 @@ def find_network(text: str) -> NetworkSpeed | None:
 
 @dataclass(frozen=True)
 class Line:
-    """What one instruction takes. ``rounds`` are its own; merged with others' in the total."""
+    """The cost of one instruction. Its rounds are its own; in the total they are merged with those of others."""
 
     path: str
     kind: str
@@ -73,9 +76,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a query needs of one party beside the weights: at most ``live`` at once in results between two steps
-    (8 bytes a ring element; results that are views of others are counted as if they were not), and ``correlations``
-    held ready before it. What a step needs while it runs is not counted.
+    """The bytes of memory that a query needs of one party beside the weights.
+
+    live: the most that results take at once between two steps, at 8 bytes per ring element; results that are views of
+    others are counted in full. correlations: bytes held ready before the query. Memory that a step needs while it runs
+    is not counted.
     """
 
     live: int
@@ -84,7 +89,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a party computes, in order, until it must exchange; then what every waiting instruction exchanges."""
+    """The instructions that a party computes, in order, before it must exchange, and the parts that it exchanges."""
 
     work: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -92,9 +97,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Profile:
-    """``total.rounds`` are those of the merged schedule; every other figure is the sum over ``lines``.
+    """The cost of a query by instruction and in total.
 
-    ``schedules``, ``memory``: of the server and of the client.
+    ``total.rounds`` are those of the merged schedule; every other figure is the sum over ``lines``. ``schedules`` and
+    ``memory`` are those of the server (the first party) and of the client (the second).
     """
 
     lines: tuple[Line, ...]
@@ -103,7 +109,7 @@ class Profile:
     memory: tuple[Memory, Memory]
 
     def by(self, key: Callable[[Line], str]) -> dict[str, tuple[CircuitCost, int, int]]:
-        """(summed cost, products, comparisons) by any property of a line, e.g. its kind or a prefix of its path."""
+        """Sum (cost, products, comparisons) by any property of a line, such as its kind or a prefix of its path."""
         out: dict[str, tuple[CircuitCost, int, int]] = {}
         for line in self.lines:
             cost, products, comparisons = out.get(key(line), (CircuitCost(), 0, 0))
@@ -120,15 +126,15 @@ class Profile:
 
     @property
     def correlations(self) -> dict[str, int]:
-        """Bytes of corrections by the kind of protocol that uses them up."""
+        """The bytes of corrections by the kind of protocol that uses them."""
         found = {kind: cost.dealt for kind, (cost, _, _) in self.by(lambda line: line.kind).items()}
         return {kind: size for kind, size in found.items() if size}
 
 
 def profile(program: Runnable) -> Profile:
-    """Of a Program between client and server, or as another deployment runs it (``secure.deployments.three_party``).
+    """Count rounds, bytes and memory of one query by running both computing parties on ``meta`` tensors in lockstep.
 
-    Runs both computing parties' ``execute`` on ``meta`` tensors, in lockstep, and counts.
+    program: a Program between client and server, or its circuit as another deployment runs it (``Deployed``).
     """
     weights, circuit = MetaWeights(program.weight_shapes), program.circuit
     parties = [_Counter(circuit, program.revealed), _Counter(circuit, program.revealed)]
@@ -159,7 +165,7 @@ def profile(program: Runnable) -> Profile:
 
 
 class _NoData(Correlations):
-    """Correlations of the right shapes, on ``meta``. The client's finished results are ready, as after ``prepare``."""
+    """Correlations of the right shapes, on ``meta``. The client's offline results are ready, as after ``prepare``."""
 
     def __init__(self, circuit: Circuit, party: int) -> None:
         self._circuit, self._client = circuit, party == CLIENT
@@ -210,12 +216,12 @@ class _Counter(Observer):
                 self._held -= self._circuit[i].protocol.memory()
 
     def end(self) -> None:
-        """What is computed after the last exchange."""
+        """Add the work after the last exchange as the last stage."""
         self.stages.append(Stage(tuple(self._work), ()))
 
 
 def module(path: str, depth: int) -> str:
-    """The first ``depth`` parts of a module path, numbers counted with what they index ("layer.0" is one part)."""
+    """Return the first ``depth`` parts of a module path; a number belongs to the part before it ("layer.0" is one)."""
     parts: list[str] = []
     for part in path.split("."):
         if part.isdigit() and parts:

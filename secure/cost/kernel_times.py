@@ -1,10 +1,10 @@
-"""What this machine's processor takes for each step of a Program: each party runs its side of a query, alone.
+"""Measuring the time of each step of a Program on this machine: each party runs its side of a query, alone.
 
-The party gets zeros for what its peer and the dealer would send; no input, no weights and no peer are needed. The order
-is a query's, so that an instruction finds in the processor's caches what it would find there. Layers that repeat are
-run ``OCCURRENCES`` times and stood in for by zeros after that, so that neither the time that this takes nor its memory
-grows with a model's depth. Meanwhile another process streams through memory, as the other party does in a query on the
-same machine: parties on machines of their own compute up to a third faster than this says.
+The party gets zeros in place of the messages of its peer and the dealer, so that no input, no weights and no peer are
+needed. Instructions run in a query's order, so that the processor's caches hold what they would hold in a query. A
+repeated layer runs ``OCCURRENCES`` times; after that zeros replace its results, so that neither the time of measuring
+nor its memory grows with a model's depth. Meanwhile another process streams through memory, as the other party does in
+a query on the same machine. Parties on separate machines compute up to a third faster than measured here.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from protocols.wire import Wire
 from secure.cost.runnable import Runnable
 from secure.cost.timeline import Recorder, Timeline
 
-REPEATS, ENOUGH = 3, 10.0  # runs of each party, and the seconds after which no further one begins
-OCCURRENCES = 3  # of one and the same instruction in a run
-_ALL = 48 << 20  # bytes that the processor's caches do not hold
+REPEATS, ENOUGH = 3, 10.0  # runs of each party, and the seconds after which no further run begins
+OCCURRENCES = 3  # of the same instruction in a run
+_ALL = 48 << 20  # bytes that are too many for the processor's caches
 _STREAM = 2 << 20  # eight-byte words that the neighbour reads, twice, and writes over and over
-_SIGNED_BITS = 14  # of a made-up weight, as those of a Program have
+_SIGNED_BITS = 14  # of a made-up weight, as in real Programs
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Seconds of one instruction between two exchanges, and of packing and unpacking what it exchanges then."""
+    """Seconds that one instruction computes between two exchanges, and that it packs and unpacks in the second."""
 
     compute: float
     pack: float = 0.0
@@ -54,12 +54,12 @@ Segments = tuple[Segment, ...]
 
 @dataclass(frozen=True)
 class Timings:
-    """``segments[party][instruction]``; an instruction that exchanges n times has n + 1 segments."""
+    """Measured times: ``segments[party][instruction]``. An instruction that exchanges n times has n + 1 segments."""
 
     segments: tuple[tuple[Segments, ...], tuple[Segments, ...]]
 
     def compute(self, party: int) -> float:
-        """Seconds of computing of one party in one query."""
+        """Sum the seconds that one party computes in one query."""
         return sum(s.compute for segments in self.segments[party] for s in segments)
 
 
@@ -67,7 +67,7 @@ _known: dict[Any, tuple[Segments, Segments]] = {}  # measured before in this pro
 
 
 def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
-    """Medians for every distinct instruction of a Program, with torch's present number of threads."""
+    """Measure median times of every distinct instruction of a Program, with torch's current number of threads."""
     keys = [_key(program, instruction) for instruction in program.circuit]
     new = [key if key not in _known else None for key in keys]
     if any(new):
@@ -91,15 +91,16 @@ def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
 def _key(program: Runnable, instruction: Instruction) -> Any:
     p: Any = instruction.protocol
     weight: Any = None
-    if use := p.weight_use:  # one of the same shape takes as long
+    if use := p.weight_use:  # weights of the same shape take the same time
         weight, p = program.weight_shapes.get(use.name), replace(p, **{p.weight_field: ""})
     forms = tuple((o.gives, o.out) for o in (program.circuit[i].protocol for i in instruction.inputs))
     return type(p), p, weight, forms, torch.get_num_threads()
 
 
 def _chosen(program: Runnable, keys: Sequence[Any], occurrences: int) -> set[int]:
-    """The first instructions of every key that is not None, and what the client must have done offline for those that
-    it does offline.
+    """Choose the first ``occurrences`` instructions of every key that is not None.
+
+    For instructions that the client runs offline, their operands that it computes offline are chosen too.
     """
     circuit, seen = program.circuit, Counter[Any]()
     out: set[int] = set()
@@ -124,7 +125,7 @@ def _median(runs: Sequence[Segments]) -> Segments:
 
 @dataclass(frozen=True)
 class _StandIn(Local):
-    """A result of the right form at no cost. Without a kind, so that no Program can name it."""
+    """A protocol that gives a result of the right form at no cost. It has no kind, so that no Program can name it."""
 
     of: Protocol
 
@@ -137,7 +138,7 @@ class _StandIn(Local):
 
 
 class _MadeUp(ServerWeights):
-    """Weights of the right shapes, one for all of the same shape; what is added is zero."""
+    """Random weights of the right shapes, one for all weights of the same shape; weights that are added are zero."""
 
     def __init__(self, program: Runnable) -> None:
         super().__init__({})
@@ -169,7 +170,7 @@ class _MadeUp(ServerWeights):
 def _rehearse(
     program: Runnable, chosen: Collection[int], weights: Weights
 ) -> tuple[dict[int, Segments], dict[int, Segments]]:
-    """Run both parties, one after the other; what the chosen instructions took."""
+    """Run both parties, one after the other, and return the times of the chosen instructions."""
     circuit = [
         instruction if index in chosen else Instruction(_StandIn(instruction.protocol), instruction.inputs)
         for index, instruction in enumerate(program.circuit)
@@ -197,7 +198,7 @@ def _run(
 
 
 def _corrections(circuit: Circuit) -> dict[int, memoryview]:
-    """Zeros, from here and there in a large piece of memory, so that no cache holds them."""
+    """Return corrections of zeros from different places of a large block of memory, so that no cache holds them."""
     memory, at, out = _zeros().numpy().data, 0, dict[int, memoryview]()
     for index, instruction in enumerate(circuit):
         size = instruction.protocol.dealt_bytes
@@ -208,7 +209,7 @@ def _corrections(circuit: Circuit) -> dict[int, memoryview]:
 
 
 def _segments(timeline: Timeline, chosen: Collection[int]) -> dict[int, Segments]:
-    """Seconds by instruction; a round's packing is shared among its parts by their bytes."""
+    """Split a timeline into seconds by instruction; a round's packing is divided among its parts by their bytes."""
     computed: dict[int, list[float]] = {index: [] for index in chosen}
     wire: dict[int, list[tuple[float, float]]] = {index: [] for index in chosen}
     for work in timeline.work:
@@ -246,5 +247,5 @@ def _zeros() -> Tensor:  # made when first needed: most processes time nothing
 
 
 def evict_caches(size: int = _ALL) -> None:
-    """Fill the processor's caches with something else, ``size`` bytes of it."""
+    """Evict the processor's caches by writing ``size`` bytes."""
     _zeros()[:size].zero_()

@@ -1,7 +1,7 @@
-"""A Program without its weights: what a model of some shape would cost, for models too large to have here.
+"""Programs without weights, for predicting the cost of models that are too large to load here.
 
-``outline`` lowers a module whose parameters take no memory; nothing is calibrated, so ranges are assumed. The result is
-for ``secure.profile`` and nothing else: rings, and so bytes, may differ by a few bits from those of a real model.
+``outline`` lowers a module whose parameters take no memory. Nothing is calibrated, so that ranges are assumed. The
+result is for counting costs and nothing else: rings, and so bytes, may differ by a few bits from those of a real model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 
 REACH = 32.0
-_LARGE = 1 << 16  # elements; what has fewer is allocated, so that small buffers have their real values
+_LARGE = 1 << 16  # elements; tensors with fewer are allocated, so that small buffers have their real values
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "bert-base": {"model_type": "bert"},
@@ -41,11 +41,11 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     },
     "llama-7b": {"model_type": "llama"},
 }
-"""Well-known shapes as Hugging Face configurations; what is left out has the library's default."""
+"""Well-known shapes as Hugging Face configurations; other settings have the library's defaults."""
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Large tensors that a module makes for itself get no memory."""
+    """A mode in which large tensors that a module makes for itself get no memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,7 +57,7 @@ class _LargeOnMeta(TorchFunctionMode):
 
 
 def hollow(make: Callable[[], nn.Module]) -> nn.Module:
-    """The module that ``make`` returns, with parameters that take no memory: zeros that all share one element."""
+    """Make a module by ``make`` with parameters that take no memory: zeros that all share one element."""
     with _LargeOnMeta():
         model = make()
     replaced: dict[int, Tensor] = {}  # by identity: tied parameters stay tied
@@ -82,7 +82,7 @@ def outline(
     fixed_point: FixedPoint | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Program:
-    """The Program of a module for values within ``reach``; no weight is read, so those of ``hollow`` will do.
+    """Return the Program of a module for values within ``reach``. It reads no weight, so that ``hollow`` ones suffice.
 
     Raises UnsupportedOperation and DoesNotFit as ``secure.compile`` does.
     """
@@ -93,7 +93,7 @@ def outline(
 
 
 def is_shape(model: str) -> bool:
-    """Whether ``outline_shape`` takes it: one of SHAPES, or a configuration file."""
+    """True if ``outline_shape`` takes it: one of SHAPES, or a configuration file."""
     return model in SHAPES or (model.endswith(".json") and Path(model).is_file())
 
 
@@ -107,9 +107,10 @@ def outline_shape(
     fixed_point: FixedPoint | None = None,
     recipe: Recipe | None = None,
 ) -> Program:
-    """The Program of one of SHAPES, or of a Hugging Face ``config.json``, for ``length`` tokens: the hidden states.
+    """Return the Program that computes hidden states for ``length`` tokens, without weights.
 
-    recipe: in polynomial form, with the ranges that training aims at.
+    shape: one of SHAPES, or the path of a Hugging Face ``config.json``. recipe: put the model into polynomial form,
+    with the ranges that training aims at. Raises MissingPackage and InvalidInput too.
     """
     try:
         from transformers import AutoConfig, AutoModel
@@ -151,7 +152,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _Encoder(nn.Module):
-    """Token ids to hidden states, without a cache; a decoder keeps its causal mask, no position is padding."""
+    """A model from token ids to hidden states, without cache or padding. A decoder keeps its causal mask."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""How long a query takes on a network: both parties' schedules, timed kernels and messages, as two clocks.
+"""Predicting how long a query takes on a network, from both parties' schedules and timed kernels.
 
-Each party computes, packs, sends, waits for the peer's message of the same round, unpacks, and goes on. A message of n
-bytes that leaves at t, or when the one before it has passed, is there latency + n / bandwidth later. The result has the
-form of a measured ``Timeline``.
+Each party has a clock. It computes, packs, sends, waits for the peer's message of the same round, unpacks, and goes on.
+A message of n bytes that leaves at time t, or when the message before it has passed, arrives latency + n / bandwidth
+later. The result has the form of a measured ``Timeline``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from secure.cost.timeline import Round, Timeline, Work
 
 @dataclass(frozen=True)
 class Transport:
-    """What the messages of two processes on one machine take: seconds a message, seconds a byte."""
+    """The cost of messages between two processes on one machine, in seconds per message and per byte."""
 
     message: float
     byte: float
@@ -51,7 +51,7 @@ def project(
     clocks = [_Clock(party, timings) for party in (SERVER, CLIENT)]
     free = [0.0, 0.0]  # when each party's direction of the link has passed on what was sent
     latency = transport.latency(network)
-    clocks[SERVER].now = latency  # of the client's message that the query begins
+    clocks[SERVER].now = latency  # the client's message that begins the query
     for stages in zip(*profile.schedules, strict=True):
         left = [clock.send(stage) for clock, stage in zip(clocks, stages, strict=True)]
         for party, stage in enumerate(stages):
@@ -65,7 +65,7 @@ def project(
 
 
 class _Clock:
-    """One party's time."""
+    """One party's clock, and the timeline that it writes."""
 
     def __init__(self, party: int, timings: Timings) -> None:
         self.now = 0.0
@@ -75,7 +75,7 @@ class _Clock:
         self._began = self._sent_at = 0.0
 
     def send(self, stage: Stage) -> float:
-        """Compute and pack; the moment when the message leaves."""
+        """Compute and pack; return the moment when the message leaves."""
         for index in stage.work:
             seconds = self._segments[index][self._passed[index]].compute
             self._timeline.work.append(Work(index, self.now, seconds))

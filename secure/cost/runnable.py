@@ -1,4 +1,4 @@
-"""What a cost can be counted of."""
+"""Circuits whose cost can be counted: a Program, or its circuit as a deployment runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protocols.protocol import CircuitCost
 
 
 class Runnable(Protocol):
-    """What a cost can be counted of: a Program, or what a deployment makes of it."""
+    """A circuit whose cost can be counted: a Program, or its circuit as a deployment runs it."""
 
     @property
     def circuit(self) -> Circuit: ...
@@ -31,7 +31,7 @@ class Runnable(Protocol):
 class Deployed:
     """A Program's circuit as one deployment runs it.
 
-    names: of the first party, which gets corrections ahead, and of the second. dealer: who sends them.
+    names: the first party, which gets corrections ahead of a query, and the second. dealer: the role that sends them.
     """
 
     circuit: Circuit
@@ -43,5 +43,5 @@ class Deployed:
 
     @cached_property
     def cost(self) -> CircuitCost:
-        """Rounds and bytes of one query."""
+        """The rounds and bytes of one query."""
         return total_cost(self.circuit)

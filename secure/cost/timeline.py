@@ -1,8 +1,8 @@
-"""When one party did what during one query: measured by a ``Recorder``, or predicted (``secure.cost.projection``).
+"""The timeline of one party in one query: measured by a ``Recorder``, or predicted (``secure.cost.projection``).
 
 Times are seconds on the party's own monotonic clock. The order, the sizes and the kinds of all steps follow from the
-public Program. Durations do not depend on inputs, but a server's may on its weights: without AVX-512 the number of
-limbs of a matrix product follows from the layer's largest weight.
+public Program. Durations do not depend on inputs, but a server's durations may depend on its weights: without AVX-512
+the number of limbs of a matrix product follows from the layer's largest weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from protocols.protocol import CircuitCost
 
 @dataclass(frozen=True)
 class Work:
-    """Local computation of one instruction, or the part of it between two exchanges."""
+    """The local computation of one instruction, or the part of it between two exchanges."""
 
     index: int
     start: float
@@ -26,10 +26,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Round:
-    """One exchange: packed from ``start``, left at ``sent_at``, all came until ``received_at``, unpacked at ``stop``.
+    """One exchange: packing began at ``start``, the payload left at ``sent_at``, the peer's payload had arrived by
+    ``received_at``, and was unpacked by ``stop``.
 
-    ``sent``, ``received``: bytes of the payloads that really crossed. Where nothing is sent or received the two
-    moments that would enclose it are the same.
+    ``sent``, ``received``: bytes of the payloads. If nothing is sent or received, the two moments around it are equal.
     """
 
     parts: tuple[Part, ...]
@@ -43,7 +43,7 @@ class Round:
 
 @dataclass
 class Usage:
-    """What a module, a kind or a whole query took of one party."""
+    """The seconds and bytes that a module, a kind of protocol or a whole query took of one party."""
 
     compute: float = 0.0
     wire: float = 0.0  # packing and unpacking
@@ -66,7 +66,7 @@ class Usage:
 
 @dataclass
 class Timeline:
-    """One party's query; ``party`` is "server" or "client"."""
+    """The timeline of one party in one query; ``party`` is "server" or "client"."""
 
     party: str
     start: float = 0.0
@@ -85,13 +85,13 @@ class Timeline:
 
     @property
     def cost(self) -> CircuitCost:
-        """Rounds and bytes that crossed, to be compared with a profile's."""
+        """The rounds and bytes of the query, for comparison with a profile."""
         sent, received = sum(r.sent for r in self.rounds), sum(r.received for r in self.rounds)
         up, down = (received, sent) if self.party == "server" else (sent, received)
         return CircuitCost(len(self.rounds), up, down)
 
     def by(self, key: Callable[[int], str]) -> dict[str, Usage]:
-        """Usage by any property of an instruction; a round's time is shared equally among the instructions in it."""
+        """Sum usage by any property of an instruction; a round's time is divided equally among its instructions."""
         out: dict[str, Usage] = {}
         for work in self.work:
             out.setdefault(key(work.index), Usage()).add(Usage(compute=work.seconds))
@@ -106,9 +106,10 @@ class Timeline:
 
 
 class Recorder(Observer):
-    """Makes the timeline of one query as it runs; costs about a microsecond an instruction, so that it is always on.
+    """An observer that records the timeline of a query as it runs.
 
-    Both ``execute`` and ``Framed`` tell it what they do; whoever runs them calls ``start`` and ``stop``.
+    It costs about a microsecond per instruction, so that it is always on. Both ``execute`` and ``Framed`` report to it;
+    their caller calls ``start`` and ``stop``.
     """
 
     def __init__(self, party: str, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -126,7 +127,7 @@ class Recorder(Observer):
 
     @property
     def waiting(self) -> int:
-        """The first instruction of the round that the party is in; -1 before the first."""
+        """The first instruction of the current round; -1 before the first round."""
         return self._parts[0].index if self._parts else -1
 
     def computing(self, index: int) -> None:

@@ -1,4 +1,4 @@
-"""Bytes by link: who sends how much to whom, and when. Predicted costs and measured reports are made of it."""
+"""Traffic in bytes by link and phase, in which both predicted costs and measured reports are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from protocols.protocol import CircuitCost
 
 ONCE, OFFLINE, ONLINE = PHASES = ("once", "offline", "online")
-"""Once a model or session; once a query, before its input is known; once a query, with its input."""
+"""The phases: once per model or session; once per query before its input is known; once per query with its input."""
 
 
 def mb(size: int) -> str:
@@ -30,7 +30,7 @@ class Traffic:
 def total(
     traffic: Iterable[Traffic], *, sender: str | None = None, receiver: str | None = None, phase: str | None = None
 ) -> int:
-    """The bytes of every link that matches."""
+    """Sum the bytes of every link that matches."""
     return sum(
         t.bytes
         for t in traffic
@@ -40,11 +40,11 @@ def total(
 
 @dataclass(frozen=True)
 class Cost:
-    """What one query of a compiled model takes, known before anything runs.
+    """The cost of one query of a compiled model, known before anything runs.
 
-    rounds: messages that wait for one another, online. traffic: bytes by link and phase.
-    failure_probability: that a query within its ranges goes wrong; 0 where no step is probabilistic.
-    error: of an output element, absolute, where it is predicted (CKKS); None where fixed point alone bounds it.
+    rounds: messages of the online phase that wait for one another. traffic: bytes by link and phase.
+    failure_probability: the probability that a query within its ranges goes wrong; 0 if no step is probabilistic.
+    error: the predicted absolute error of an output element (CKKS); None if only fixed point bounds it.
     """
 
     rounds: int
@@ -53,16 +53,16 @@ class Cost:
     error: float | None = None
 
     def bytes(self, *, sender: str | None = None, receiver: str | None = None, phase: str | None = None) -> int:
-        """Bytes of the links that match; by default of all."""
+        """Sum the bytes of the links that match; by default of all links."""
         return total(self.traffic, sender=sender, receiver=receiver, phase=phase)
 
     def as_dict(self) -> dict[str, Any]:
-        """The cost as JSON has it."""
+        """Return the cost as JSON values."""
         return {"rounds": self.rounds, "traffic": traffic_json(self.traffic)}
 
 
 def traffic_json(traffic: Sequence[Traffic]) -> list[dict[str, Any]]:
-    """Links as JSON has them."""
+    """Return links as JSON values."""
     return [{"sender": t.sender, "receiver": t.receiver, "phase": t.phase, "bytes": t.bytes} for t in traffic]
 
 
@@ -77,7 +77,7 @@ def in_words(traffic: Iterable[Traffic], phase: str) -> str:
 
 
 def links(cost: CircuitCost, first: str, second: str, dealer: str) -> tuple[Traffic, ...]:
-    """The traffic of a circuit: between its first and second party, and from the dealer to the first."""
+    """Return the traffic of a circuit: between its first and second party, and from the dealer to the first."""
     return (
         Traffic(second, first, cost.to_first, ONLINE),
         Traffic(first, second, cost.to_second, ONLINE),

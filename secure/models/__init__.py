@@ -1,8 +1,8 @@
-"""Models as they are found, and the text around them.
+"""Loading models and tokenizers, and making their inputs and calibration inputs.
 
-tokens       text to token ids
-calibration  public sentences that set ranges, and others to try a model out on
+tokens              text to token ids
+calibration         public sentences that set ranges, and others that test a model
 sentence_encoder    sentence encoders in sentence-transformers' format
-digits       a small vision transformer in polynomial form
-text         text models: directories, tokenizers, inputs, calibration
+digits              a small vision transformer in polynomial form
+text                text models: directories, tokenizers, inputs, calibration
 """

@@ -1,7 +1,8 @@
-"""Public sentences, written for this project; give your own for another domain.
+"""Public sentences for calibrating and testing text models, written for this project. Give your own for other domains.
 
-``SENTENCES`` set a text model's ranges. ``HELD_OUT`` are others, for trying out how close a compiled model stays: they
-must not calibrate. The last is long enough to fill 128 tokens; texts are cut to a shorter length.
+``SENTENCES`` set a text model's ranges. ``HELD_OUT`` are others, which measure how close a compiled model stays to the
+original; they must not be used for calibration. The last is long enough to fill 128 tokens, and texts are cut to the
+model's length.
 """
 
 SENTENCES = (

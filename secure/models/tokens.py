@@ -1,4 +1,4 @@
-"""From text to token ids, with the ``tokenizers`` library alone: what a client needs, and no model code."""
+"""From text to token ids, with the ``tokenizers`` library alone, so that a client needs no model code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer that neither truncates nor pads, the id it pads with, and whether text is lowercased before."""
+    """A tokenizer that neither truncates nor pads. pad_id: the padding token. lowercase: text is lowercased first."""
 
     tokenizer: Tokenizer = field(repr=False)
     pad_id: int
@@ -26,7 +26,7 @@ class TextTokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} if there is no such file."""
+    """Read a JSON object from a file; return {} if there is no such file. Raises InvalidInput for other contents."""
     if not path.is_file():
         return {}
     try:
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(directory: str | Path) -> TextTokenizer:
-    """Load ``tokenizer.json`` of a model directory."""
+    """Load ``tokenizer.json`` of a model directory. Raises MissingPackage, ModelNotFound and InvalidInput."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -63,7 +63,7 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
 
 
 def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
-    """The padding id: of the tokenizer, of its padding token by name, or of the model."""
+    """Find the padding id: from the tokenizer, from its padding token's name, or from the model's configuration."""
     if tokenizer.padding is not None:
         return int(tokenizer.padding["pad_id"])
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -77,7 +77,10 @@ def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
 
 
 def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of a text, each of shape (1, length), padded on the right."""
+    """Return token ids and attention mask of a text, int64 of shape (1, length) each, padded on the right.
+
+    Raises EmptyInput (no tokens of its own), InputTooLong (more than ``length``), and InvalidInput (not Unicode text).
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""What people ask a model for: how a task loads a model, makes its inputs, and reads its answer.
+"""Tasks that a model serves. A task loads a model, makes its inputs, and reads its answer.
 
-task         what a task is
+task         the base of all tasks
 embed        texts to vectors
 digits       images of digits to the digits
 """

@@ -1,4 +1,4 @@
-"""The demonstration on images: a small vision transformer tells which digit an 8x8 image shows."""
+"""The demonstration on images: a small vision transformer recognizes the digit on an 8x8 image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ NAME = "digits"
 
 
 class Digits(Task[Tensor, int]):
-    """An image (64 pixels in 0..1) to its digit. Models are "digits", "digits-2" and so on, by their layers."""
+    """The task that maps an image (64 pixels in 0..1) to its digit.
+
+    Models are named by their layers: "digits" (one layer), "digits-2" and so on.
+    """
 
     name: ClassVar[str] = NAME
     noun: ClassVar[str] = "image"
@@ -47,7 +50,7 @@ def is_digits(model: str) -> bool:
 
 
 def layers_of(model: str) -> int:
-    """The layers that a model's name asks for."""
+    """Return the number of layers in a model's name. Raises InvalidInput."""
     name, _, layers = model.partition("-")
     if name != NAME or (layers and not layers.isdigit()) or not 1 <= int(layers or 1) <= 4:
         raise InvalidInput(f"no model {model!r} on digits", "digits, digits-2, digits-3 or digits-4: the layers")
@@ -55,13 +58,13 @@ def layers_of(model: str) -> int:
 
 
 def prepared(model: DigitsModel) -> Loaded:
-    """A model on digits with its calibration images, one a query."""
+    """Return a digits model with its calibration images, one per query."""
     samples = [{"images": image[None]} for image in load_digits().train[0][:CALIBRATION]]
     return Loaded(NAME, model, samples)
 
 
 def untrained(layers: int) -> DigitsModel:
-    """Random weights, with ranges as they come: for costs alone."""
+    """Make a model with random weights, and ranges frozen without training. For costs only."""
     model = DigitsModel(layers).eval()
     images = load_digits().train[0][:CALIBRATION]
     freeze_untrained(model, lambda: model(images))

@@ -1,4 +1,4 @@
-"""Sentence embeddings: one vector a text."""
+"""The task of sentence embedding: one vector per text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTH = 128  # tokens that a text is padded to, unless something else is asked 
 
 
 class Embed(Task[str, Tensor]):
-    """A text to its embedding, a float64 vector."""
+    """The task that maps a text to its embedding, a float64 vector."""
 
     name: ClassVar[str] = "embed"
     noun: ClassVar[str] = "text"

@@ -1,6 +1,7 @@
-"""A task: what a person gives, what the model takes, what comes back. It knows no deployment and no network.
+"""The base of tasks. A task turns what a person gives into a model's inputs, and the model's result into an answer.
 
-A new task is a class here, and a command in ``parties/cli`` if it is to have one; ``Session.run`` does the rest.
+It knows no deployment and no network. A new task is a class in this package, and a command in ``parties/cli`` if it
+should have one; ``Session.run`` does the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Served:
-    """What a task may use of the model that a session asks: its tokenizer, if it takes text, and its padded length."""
+    """The parts of a served model that a task may use: its tokenizer, if it takes text, and its padded length."""
 
     tokenizer: TextTokenizer | None
     length: int
@@ -43,10 +44,10 @@ class Loaded:
 
 
 class Task(ABC, Generic[Given, Answer]):
-    """Subclasses are stateless; ``name`` is how commands and messages call the task."""
+    """A task that a session can run. Subclasses have no state. ``name`` is its name in commands and messages."""
 
     name: ClassVar[str]
-    noun: ClassVar[str] = "input"  # what messages call one of several
+    noun: ClassVar[str] = "input"  # for one of several inputs, in messages
 
     def knows(self, model: str) -> bool:
         """Whether the task alone can load a model of this name; directories and other names are for texts."""
@@ -59,12 +60,12 @@ class Task(ABC, Generic[Given, Answer]):
         """
 
     def check(self, given: Sequence[Given], served: Served) -> None:
-        """Raise InvalidInput where the model that is served does not fit, or ``given`` as a whole is no input."""
+        """Raise InvalidInput if the served model does not fit the task, or ``given`` as a whole is no input."""
 
     @abstractmethod
     def inputs(self, given: Given, served: Served) -> Mapping[str, Tensor]:
-        """One input as the model's own arguments; raises InvalidInput, InputTooLong, EmptyInput."""
+        """Turn one input into the model's own arguments. Raises InvalidInput, InputTooLong and EmptyInput."""
 
     @abstractmethod
     def answer(self, result: Any) -> Answer:
-        """What the caller gets of the model's result (a float64 tensor, or a dict of them by name)."""
+        """Turn the model's result (a float64 tensor, or a dict of them by name) into the caller's answer."""
