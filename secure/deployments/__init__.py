@@ -1,8 +1,8 @@
-"""Deployments: who computes on what. Each is said once, in its own file.
+"""Deployments: the roles that take part in a query, and what each computes and learns. Each has its own file.
 
-deployment   what a deployment is: name, roles, what each learns, options, compiler, cost; the registry
-in_process   all parties in one process: insecure, by name
-circuits     what deployments by secret sharing have in common
+deployment   the base of deployments (name, roles, what each learns, options, compiler, cost), and the registry
+in_process   all parties in one process, which is insecure and says so
+circuits     the base of deployments by secret sharing
 two_party    a server and a dealer
 three_party  three servers that share a model
 ckks         one server, on ciphertexts

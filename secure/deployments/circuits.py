@@ -1,4 +1,4 @@
-"""What deployments that run a Program's circuit have in common: the compiler, and costs counted on the circuit."""
+"""The base of deployments by secret sharing, which share one compiler and count costs on the Program's circuit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DEPTH = 3  # parts of a module path that a profile tells apart
 
 @dataclass(frozen=True)
 class CircuitDeployment(Deployment):
-    """A deployment by secret sharing. All of them run the same Programs, so a Program can be priced in each."""
+    """A deployment by secret sharing. All of them run the same Programs, so that a Program's cost is known in each."""
 
     @abstractmethod
     def deployed(self, program: Program) -> Deployed:
-        """The circuit that the two computing parties run, and the names of those who take part in it."""
+        """Return the circuit that the two computing parties run for a Program, with the names of the roles."""
 
     def build(
         self,
@@ -79,6 +79,6 @@ class CircuitDeployment(Deployment):
         return plain_reference(model, inputs)
 
     def price(self, program: Program) -> Cost:
-        """One query of a Program, with or without its weights."""
+        """Return the cost of one query of a Program; no weights are needed."""
         running = self.deployed(program)
         return Cost(running.cost.rounds, links(running.cost, *running.names, running.dealer), program.failure_bound)

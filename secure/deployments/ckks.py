@@ -1,6 +1,6 @@
-"""Ciphertexts alone: the client encrypts and decrypts, the server computes on what it cannot read. No dealer.
+"""Homomorphic encryption: the client encrypts and decrypts, and the server computes on ciphertexts. There is no dealer.
 
-For models in polynomial form; small ones, as every product of ciphertexts costs tens of milliseconds.
+It is for small models in polynomial form, as every product of ciphertexts costs tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from secure.tasks.digits import is_digits, layers_of, prepared, untrained
 from secure.tasks.embed import Embed
 
 SERVER, CLIENT = "server", "client"
-CLIENT_TABLE = "client-table"  # the one way of looking tokens up here
+CLIENT_TABLE = "client-table"  # the only way of looking tokens up on ciphertexts
 
 
 @register
@@ -78,7 +78,7 @@ class Ckks(Deployment):
         object.__setattr__(self, "precision", float(self.precision))  # "9" and "9.0" are one option
 
     def check(self, options: CompileOptions, *, tokens: bool = False) -> None:
-        """InvalidInput too where tokens are looked up and nobody said that clients may hold the token table."""
+        """Check options. Raises InvalidInput too if the model looks tokens up and clients may not hold the table."""
         super().check(options, tokens=tokens)
         if options.embedding not in (None, CLIENT_TABLE):
             raise InvalidInput(
@@ -147,13 +147,16 @@ class Ckks(Deployment):
         return CkksInProcess(model, tokenizer, self.name)
 
     def reference(self, model: ckks.CkksModel, inputs: Mapping[str, Tensor]) -> Any:
-        """The packed circuit on plain slots: what the server computes, without the noise of encryption."""
+        """Run the packed circuit on plain slots: the server's computation without the noise of encryption."""
         values = model.program.client_values(inputs, model.client_tables)
         return only(model.program.decode(clear(model.schedule.circuit, values)))
 
 
 class CkksInProcess(Link):
-    """Client and server of a compiled model in one memory: keys are made when it is, and ciphertexts are real."""
+    """INSECURE: client and server of a compiled model in one memory.
+
+    Keys and ciphertexts are real; the keys are made when the link is.
+    """
 
     def __init__(self, model: ckks.CkksModel, tokenizer: TextTokenizer | None, deployment: str) -> None:
         self.deployment, self.program = deployment, model.program
@@ -183,7 +186,7 @@ class CkksInProcess(Link):
 
 
 def report(exchange: ClientQuery, number: int, seconds: float) -> Report:
-    """What a query took that lasted so long. There is no offline phase, and nobody deals."""
+    """Make the report of a query that took ``seconds``. There is no offline phase, and nobody deals."""
     traffic = (
         Traffic(CLIENT, SERVER, exchange.sent, ONLINE),
         Traffic(SERVER, CLIENT, exchange.received, ONLINE),

@@ -1,4 +1,4 @@
-"""Variants of one model side by side: what each costs, how close it stays, and which is the cheapest that will do.
+"""Comparing variants of one model: their costs, their accuracy, and the cheapest that is accurate enough.
 
 Costs are exact (``secure.cost.count``). Accuracy is the lowest cosine, over held-out inputs, between the Program in
 plain fixed-point arithmetic and the float64 model; under the protocol a truncation may differ from it by one unit. It
@@ -46,12 +46,12 @@ FORMS = ("exact", "polynomial")  # the model as it is, or what training made of 
 FRACTION_BITS = FixedPoint().fraction_bits
 
 Seconds = Callable[[Runnable, Profile], Mapping[str, float]]
-"""How long a query takes, by network."""
+"""A function that returns the seconds of a query, by network."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to serve a model. ``length``: its padded length, or whatever number its samples go by."""
+    """One way to serve a model. ``length``: its padded length, or any number by which its samples are chosen."""
 
     length: int
     embedding: str = EMBEDDINGS[0]
@@ -79,7 +79,7 @@ class Variant:
 
     @property
     def words(self) -> dict[str, str]:
-        """Every setting for people; deployment, form and approximations only where they are not the first one."""
+        """All settings in words; deployment, form and approximations only if they differ from the default."""
         words = {
             "length": f"{self.length} tokens",
             "embedding": self.embedding,
@@ -107,7 +107,7 @@ def variants(
     forms: Iterable[str] = FORMS[:1],
     approximations: Iterable[str] = APPROXIMATIONS[:1],
 ) -> list[Variant]:
-    """Every combination, each once; of the polynomial form there is one, and of PUMA's, whatever the GeLU."""
+    """List every combination once. The polynomial form and PUMA's approximations do not vary with the form of GeLU."""
     combined = itertools.product(lengths, embeddings, gelus, fraction_bits, deployments, forms, approximations)
     return list(dict.fromkeys(_plain(Variant(*settings)) for settings in combined))
 
@@ -120,8 +120,9 @@ def _plain(variant: Variant) -> Variant:
 
 @dataclass(frozen=True)
 class Samples:
-    """A model's inputs at one length: ``calibration`` sets the ranges (its first fixes the shapes), ``held_out`` is
-    what the answers are compared on.
+    """A model's inputs at one length.
+
+    calibration: sets the ranges; its first fixes the shapes. held_out: other inputs, on which answers are compared.
     """
 
     calibration: Sequence[Sample]
@@ -130,7 +131,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a variant. With a ``problem`` it cannot be used; what was found before that is kept."""
+    """The result for a variant. If it has a ``problem`` it cannot be used; results from before the problem are kept."""
 
     variant: Variant
     cost: Cost | None = None
@@ -151,7 +152,10 @@ def waiting(networks: Iterable[NetworkSpeed] = NETWORKS) -> Seconds:
 def projected(
     networks: Mapping[str, NetworkSpeed | None], transport: Transport, timings: Callable[[Runnable], Timings] = measure
 ) -> Seconds:
-    """Seconds of a query with computation, from timed kernels; None: both parties on this machine."""
+    """Predict the seconds of a query with its computation, from timed kernels.
+
+    networks: by name; None stands for both parties on this machine.
+    """
 
     def seconds(program: Runnable, profile: Profile) -> dict[str, float]:
         timed = timings(program)
@@ -169,11 +173,11 @@ def compare(
     labels: Mapping[str, str] | None = None,
     polynomial: nn.Module | None = None,
 ) -> Iterator[Outcome]:
-    """Compile, count and try out one variant after the other; one that does not work does not keep the others from it.
+    """Compile, count and measure one variant after the other; a variant that fails does not stop the others.
 
-    samples: the model's inputs at a length; asked once a length.
-    seconds: by default those of waiting for the usual networks.
-    polynomial: the model in polynomial form; its answers too are compared with those of ``model``.
+    samples: returns the model's inputs at a length; it is called once per length.
+    seconds: by default the seconds of waiting for the usual networks.
+    polynomial: the model in polynomial form; its answers are compared with those of ``model`` too.
     """
     prepared: dict[int, _Prepared] = {}
     exact: list[nn.Module] = []  # the float64 model, made when it is first needed
@@ -200,8 +204,9 @@ def compare(
 
 
 def cheapest(outcomes: Iterable[Outcome], accuracy: float, network: str) -> Outcome | None:
-    """The fastest on ``network`` whose lowest cosine is at least ``accuracy``, if there is one; of equals, the one with
-    the fewest bytes.
+    """Return the fastest outcome on ``network`` whose lowest cosine is at least ``accuracy``, or None.
+
+    Of equally fast ones the one with the fewest bytes is taken. Raises InvalidInput for an unknown network.
     """
 
     def price(outcome: Outcome) -> tuple[float, int, int]:
@@ -217,7 +222,7 @@ def cheapest(outcomes: Iterable[Outcome], accuracy: float, network: str) -> Outc
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     samples: Samples
-    expected: tuple[Tensor, ...]  # the float64 model's answers on what is held out
+    expected: tuple[Tensor, ...]  # the float64 model's answers on the held-out inputs
 
 
 def _prepare(exact: nn.Module, samples: Samples) -> _Prepared:

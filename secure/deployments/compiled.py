@@ -1,4 +1,4 @@
-"""``secure.compile``: one call for every deployment."""
+"""``secure.compile``, which compiles a model for any deployment."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Sample = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Compiled:
-    """A model compiled for one deployment: a Program that everybody may see, and what its owner keeps.
+    """A model compiled for one deployment: a public Program, and the weights, which its owner keeps secret.
 
-    model: the weights in the form that the deployment computes with; secret. tokenizer, tokenizer_json: for clients,
-    where the model takes text.
+    model: the Program and the weights in the form with which the deployment computes; secret.
+    tokenizer, tokenizer_json: for clients, if the model takes text.
     """
 
     deployment: Deployment
@@ -40,7 +40,7 @@ class Compiled:
 
     @property
     def program(self) -> Any:
-        """What all parties agree on before they compute; it holds no weights."""
+        """The Program, on which all parties agree before they compute. It is public and holds no weights."""
         return self.model.program
 
     @property
@@ -51,7 +51,7 @@ class Compiled:
 
     @cached_property
     def cost(self) -> Cost:
-        """Rounds, and bytes by link, of one query."""
+        """The rounds of one query, and its bytes by link."""
         return self.deployment.cost(self.model)
 
 
@@ -92,11 +92,11 @@ def compile_text_model(
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
 ) -> Compiled:
-    """A sentence encoder with its tokenizer, compiled for texts of up to ``length`` tokens.
+    """Load a sentence encoder with its tokenizer, and compile it for texts of up to ``length`` tokens.
 
     model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package.
-    calibration: sentences of your own that widen the ranges. The rest as in ``secure.compile``.
-    Raises ModelNotFound too.
+    calibration: sentences of your own that widen the ranges. Other arguments and exceptions are those of
+    ``secure.compile``. Raises ModelNotFound too.
     """
     options = CompileOptions(embedding, gelu, approximations, fixed_point)
     deployment = deployment or TwoParty()
@@ -105,7 +105,7 @@ def compile_text_model(
 
 
 def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, labels: Mapping[str, str]) -> Compiled:
-    """Compile what a task has loaded."""
+    """Compile a model that a task has loaded."""
     deployment.check(options, tokens=loaded.tokenizer is not None)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"length": str(loaded.length)} if loaded.length else {}
@@ -133,10 +133,16 @@ def profile(
 
 
 def plain_reference(compiled: Compiled, inputs: Sample) -> Any:
-    """INSECURE: a compiled model in plain fixed-point arithmetic, without sharing, for comparison."""
+    """INSECURE: run a compiled model in its deployment's plain arithmetic, without sharing or encryption, to compare.
+
+    Raises InvalidInput if the deployment has no such arithmetic.
+    """
     return compiled.deployment.reference(compiled.model, inputs)
 
 
 def insecure_in_process(compiled: Compiled, *, threads: int = 1) -> Session:
-    """A session whose parties all live in this process. It protects NOTHING: for trying out, tests and accuracy."""
+    """INSECURE: open a session whose parties all run in this process. It protects NOTHING.
+
+    It is for trials, tests and measurements of accuracy. threads: torch's threads while the session computes.
+    """
     return Session(compiled.deployment.insecure(compiled.model, compiled.tokenizer), threads=threads)

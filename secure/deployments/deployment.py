@@ -1,8 +1,8 @@
-"""A deployment: who computes on what, said once.
+"""The base of deployments. A deployment says which roles take part in a query, and what each computes and learns.
 
-Its name, its roles and what each of them learns, its own options, how it compiles a model, what a query costs, and its
-in-process form. The commands make their options and help from it, README and SECURITY.md their tables, and a name that
-is not registered here is refused. How its parties are hosted stands in ``parties.deployments``.
+It has a name, roles and what each of them learns, options of its own, a compiler, the cost of a query, and an
+in-process form. The commands make their options and help from it, README and SECURITY.md have their tables from it, and
+a name that is not registered here is refused. ``parties.deployments`` hosts its roles.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OWN, NOTHING, ALL = "its own", "nothing", "all"
 
 @dataclass(frozen=True)
 class Role:
-    """One of those who take part. ``learns``: for each of ROWS, how much. ``peers``: the roles that it connects to."""
+    """A role of a deployment. ``learns``: how much it learns of each of ROWS. ``peers``: the roles it connects to."""
 
     name: str
     learns: Mapping[str, str]
@@ -44,20 +44,20 @@ class Role:
 
 @dataclass(frozen=True)
 class Option:
-    """How a deployment's field appears on the command line. ``used``: by which verbs, of COMPILE, CONNECT, SERVE."""
+    """The help of a deployment's field on the command line, and the verbs that use it (COMPILE, CONNECT, SERVE)."""
 
     help: str
     used: tuple[str, ...]
 
 
 def option(default: Any, help: str, *used: str) -> Any:
-    """A field of a deployment that is one of its options."""
+    """Declare a field of a deployment that is one of its options."""
     return field(default=default, metadata={"option": Option(help, used)})
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What a caller may say about compiling; None: the deployment's default. See ``secure.compile``."""
+    """The options of compiling. None stands for the deployment's default. See ``secure.compile``."""
 
     embedding: str | None = None
     gelu: str | None = None
@@ -66,7 +66,7 @@ class CompileOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that were said, by name."""
+        """The options that were given, by name."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -87,7 +87,7 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class Deployment(ABC):
-    """Base of all. Subclasses are frozen dataclasses; their fields, made by ``option``, are their own options.
+    """The base of all deployments.
 
     name: on the command line, on the wire, in reports. summary: one line of help. trust: what is assumed.
     takes: the names of CompileOptions that mean something here; others are refused. profiled_by: the same for a
@@ -108,7 +108,7 @@ class Deployment(ABC):
 
     @abstractmethod
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
-        """Everybody who takes part, the client first. ``token_table``: clients hold the token table."""
+        """Return all roles, the client first. ``token_table``: clients hold the token table."""
 
     @abstractmethod
     def build(
@@ -118,18 +118,18 @@ class Deployment(ABC):
         options: CompileOptions,
         labels: Mapping[str, str],
     ) -> Any:
-        """Compile a module: its Program and what its owner keeps. Use ``secure.compile``, which checks the options."""
+        """Compile a module into a Program and its weights. Call ``secure.compile``, which checks the options."""
 
     @abstractmethod
     def cost(self, model: Any) -> Cost:
-        """One query of what ``build`` made."""
+        """Return the cost of one query of a model from ``build``."""
 
     @abstractmethod
     def insecure(self, model: Any, tokenizer: TextTokenizer | None) -> Link:
-        """All parties in one memory. It protects nothing."""
+        """Run all parties in one memory, which protects nothing."""
 
     def reference(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
-        """The same arithmetic in the clear, for comparison; InvalidInput where there is none."""
+        """Run the same arithmetic in the clear, for comparison. Raises InvalidInput if there is none."""
         raise InvalidInput(f"{self.name} has no plain reference", "compare with the model itself")
 
     def outline(self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False) -> Any | None:
@@ -155,23 +155,23 @@ class Deployment(ABC):
 
     @classmethod
     def options(cls) -> dict[str, tuple[Option, Field[Any]]]:
-        """Its own options by the name of their fields."""
+        """Return the deployment's own options by the names of their fields."""
         return {f.name: (f.metadata["option"], f) for f in fields(cls) if "option" in f.metadata}
 
     def compiled_as(self) -> dict[str, str]:
-        """Its COMPILE options, as servers publish them and clients that insist on one compare them."""
+        """Return its COMPILE options as text. Servers publish them, and clients that set one compare them."""
         return {name: str(getattr(self, name)) for name, (known, _) in self.options().items() if COMPILE in known.used}
 
     def differs(self, compiled_as: Mapping[str, str]) -> str | None:
-        """The first COMPILE option that was set here and that the served model was not compiled with."""
+        """Return the first COMPILE option that is set here and differs in the served model, or None."""
         default = type(self)().compiled_as()
         ours = self.compiled_as()
         return next((n for n in ours if ours[n] != default[n] and ours[n] != compiled_as.get(n)), None)
 
     def check(self, options: CompileOptions, *, tokens: bool = False) -> None:
-        """Raise InvalidInput for compile options that mean nothing in this deployment, before anything takes long.
+        """Raise InvalidInput for compile options that do not apply in this deployment, before anything takes long.
 
-        tokens: it is known that the model looks tokens up. A deployment overrides this where it must be told how.
+        tokens: the model is known to look tokens up. A deployment overrides this method if it restricts that.
         """
         for name in options.given:
             if name not in self.takes:
@@ -207,14 +207,14 @@ def deployments() -> tuple[type[Deployment], ...]:
 
 
 def find(name: str) -> type[Deployment]:
-    """The deployment of this name."""
+    """Return the deployment of this name. Raises InvalidInput if there is none."""
     if name not in _REGISTERED:
         raise InvalidInput(f"unknown deployment {name!r}", f"one of {', '.join(_REGISTERED)}")
     return _REGISTERED[name]
 
 
 def variants(base: type[Any]) -> dict[str, Any]:
-    """Every registered deployment of a kind, and once more for each of its COMPILE switches, by names that say so."""
+    """Return every registered deployment of a kind, and one more for each of its COMPILE switches, by name."""
     out: dict[str, Any] = {}
     for deployment in deployments():
         if issubclass(deployment, base):
@@ -226,7 +226,7 @@ def variants(base: type[Any]) -> dict[str, Any]:
 
 
 def used_by(verbs: Iterable[str]) -> dict[str, list[type[Deployment]]]:
-    """The names of own options that any of the verbs uses, each with the deployments that have it."""
+    """Return the names of all own options that any of the verbs uses, each with the deployments that have it."""
     out: dict[str, list[type[Deployment]]] = {}
     for deployment in deployments():
         for name, (known, _) in deployment.options().items():

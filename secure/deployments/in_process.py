@@ -1,6 +1,6 @@
-"""All parties in one process: for notebooks, tests and accuracy reports. It protects NOTHING, as its names say.
+"""INSECURE: all parties in one process, for notebooks, tests and accuracy reports. It protects NOTHING.
 
-The links here run the real protocols, frames included, in one memory; a ``Session`` asks them like any other.
+The links here run the real protocols, frames included, in one memory. A ``Session`` uses them like any other link.
 ``plain_reference`` runs a Program on plain integers, without sharing.
 """
 
@@ -29,7 +29,7 @@ from secure.session import Link, Report, only
 
 
 class _InProcess(Link):
-    """What both forms have: the model's own tables and tokenizer, and links named as its deployment does."""
+    """The base of both links: the model's own tables and tokenizer, and traffic named by the deployment's roles."""
 
     def __init__(self, model: MpcModel, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
         self.program, self.tables, self.tokenizer = model.program, model.client_tables, tokenizer
@@ -39,7 +39,7 @@ class _InProcess(Link):
         pass
 
     def _report(self, traffic: PairTraffic, dealt: int, times: Sequence[float], number: int) -> Report:
-        """``times``: seconds of dealing, of the client's own preparation, and online."""
+        """Make the report of a query. ``times``: seconds of dealing, of the client's own preparation, and online."""
         cost = CircuitCost(traffic.rounds, traffic.to_first, traffic.to_second, dealt)
         dealing, preparing, online = times
         moved = links(cost, *self._running.names, self._running.dealer)
@@ -47,7 +47,7 @@ class _InProcess(Link):
 
 
 class TwoPartiesInProcess(_InProcess):
-    """Dealer, server and client of a compiled model."""
+    """INSECURE: dealer, server and client of a compiled model in one memory."""
 
     def __init__(self, model: MpcModel, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
         super().__init__(model, tokenizer, deployment, running)
@@ -74,7 +74,10 @@ class TwoPartiesInProcess(_InProcess):
 
 
 class ThreePartiesInProcess(_InProcess):
-    """The three servers of a compiled model, its owner and a client. ``public``: all three know the weights."""
+    """INSECURE: the three servers of a compiled model, its owner and a client in one memory.
+
+    public: all three servers know the weights.
+    """
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class ThreePartiesInProcess(_InProcess):
             zero_share = found.zero_share(streams[1], index)
             shares[1][name] = rows[1] + zero_share
             shares[0][name] = sum(rows[2:], rows[0]) - zero_share
-        # what party 2 sends party 0 within the query
+        # bytes that party 2 sends party 0 within the query
         rows_of_two = sum(p.cost().dealt for _, p in self.translated.lookups.values())
         traffic = PairTraffic()
         zero, one = (
@@ -139,7 +142,7 @@ class ThreePartiesInProcess(_InProcess):
 
 
 def plain_reference(model: MpcModel, inputs: Mapping[str, Tensor]) -> Any:
-    """INSECURE: the Program in plain fixed-point arithmetic, for comparison."""
+    """INSECURE: run the Program in plain fixed-point arithmetic, for comparison."""
     program = model.program
     values = program.client_values(inputs, model.client_tables)
     return only(program.decode(reference(program.circuit, program.revealed, model.server_weights, values)))

@@ -1,6 +1,6 @@
-"""Three servers with an honest majority: weights and inputs are shared among them, and nobody deals from outside.
+"""Three servers with an honest majority. Weights and inputs are shared among them, and there is no dealer outside.
 
-Parties 0 and 1 run the translation of a Program's circuit; party 2 deals its summand of every product ahead.
+Parties 0 and 1 run the translation of a Program's circuit; party 2 deals its summand of every product ahead of a query.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ADDRESSES = ("127.0.0.1:50060", "127.0.0.1:50061", "127.0.0.1:50062")
 @register
 @dataclass(frozen=True)
 class ThreeParty(CircuitDeployment):
-    """Three servers of which no two may collude. The model's owner shares it out once and need not stay."""
+    """Three servers, of which no two may collude. The model's owner splits it into shares once and need not stay."""
 
     name: ClassVar[str] = "three-party"
     summary: ClassVar[str] = "three servers that share the model; secret sharing, no dealer"
@@ -54,9 +54,9 @@ class ThreeParty(CircuitDeployment):
 
     @classmethod
     def served(cls, compiled_as: Mapping[str, str]) -> ThreeParty:
-        """The deployment that a model was compiled for, from what its parties publish: the inverse of ``compiled_as``.
+        """Return the deployment for which a model was compiled, from the options that its parties publish.
 
-        Raises InvalidInput where that says something else.
+        It is the inverse of ``compiled_as``. Raises InvalidInput for other options.
         """
         for public in (False, True):
             if (found := cls(public_weights=public)).compiled_as() == dict(compiled_as):
@@ -78,7 +78,7 @@ class ThreeParty(CircuitDeployment):
         return replace(self, parties=tuple(addresses[name] for name in PARTIES))
 
     def translated(self, program: Program) -> Translated:
-        """A Program's circuit for three servers."""
+        """Translate a Program's circuit for three servers."""
         one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
         return translate(program.circuit, program.revealed, public=self.public_weights, one_hot=one_hot)
 

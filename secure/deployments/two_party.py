@@ -1,4 +1,4 @@
-"""Two parties and a dealer: the default, and the fastest. The server holds the weights."""
+"""Two parties and a dealer: the default deployment, and the fastest. The server holds the weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SERVER, CLIENT, DEALER = "server", "client", "dealer"
 @register
 @dataclass(frozen=True)
 class TwoParty(CircuitDeployment):
-    """A server that holds the weights, and a dealer of correlations who must not collude with server or client."""
+    """A server that holds the weights, and a dealer of correlations that must not collude with server or client."""
 
     name: ClassVar[str] = "two-party"
     summary: ClassVar[str] = "a server and a dealer; secret sharing"
@@ -54,7 +54,7 @@ class TwoParty(CircuitDeployment):
         )
 
     def deployed(self, program: Program) -> Deployed:
-        """The Program's circuit as it is, between server and client."""
+        """Return the Program's circuit unchanged, to run between server and client."""
         names = (SERVER, CLIENT)
         return Deployed(program.circuit, program.revealed, program.paths, program.weight_shapes, names, DEALER)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one safetensors file, with what is no tensor as JSON in its header."""
+"""Checkpoints of a training run: one safetensors file, with everything that is no tensor as JSON in its header."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state
 def write_checkpoint(
     path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
 ) -> None:
-    """Whole or not at all: written beside, then renamed."""
+    """Write a checkpoint whole or not at all: it is written to another file, which is then renamed."""
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in parameters.items()}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
@@ -33,7 +33,7 @@ def write_checkpoint(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What is no tensor. ValueError where there is none."""
+    """Read the JSON in the header of a checkpoint. Raises InvalidInput if the file is no checkpoint."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()[_ABOUT])
@@ -45,7 +45,10 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Values and optimizer's state by name. The file may come from anyone: shapes must be those of the parameters."""
+    """Read values and the optimizer's state by name.
+
+    The file may come from anyone. Raises InvalidInput if a parameter is missing or has another shape.
+    """
     values, states = {}, {}
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())

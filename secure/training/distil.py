@@ -1,4 +1,4 @@
-"""Distil a sentence encoder into polynomial form: data, loss, report. The training itself is ``secure.training``."""
+"""Distil a sentence encoder into polynomial form: data, loss and report. ``secure.training.trainer`` has the loop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.trainer import Batch, Settings, Trainer, TrainingProgress
 
-LENGTH, LONG = 32, 128  # tokens of a training sentence, and of those joined for the sake of long inputs
-JOINED = 8  # sentences to a long one, which is cut
-HELD_OUT = 480  # sentences of the data that a run with patience checks on
-PADDED = 4  # of so many sentences one is kept where there is much padding
-KINDS = 6  # batches, of which one is of long inputs, one of strange ones, and one with much padding
+LENGTH, LONG = 32, 128  # tokens of a training sentence, and of a long input of joined sentences
+JOINED = 8  # sentences joined into a long input, which is then cut
+HELD_OUT = 480  # sentences that a run with patience keeps for checks
+PADDED = 4  # a batch with much padding keeps one of so many sentences
+KINDS = 6  # of so many batches one has long inputs, one strange ones, and one much padding
 COSINE, SIMILARITY = 5.0, 10.0  # weights of the loss beside the hidden states' mean square error
 
 Row = Tensor  # the token ids of one sentence, special ones included
@@ -33,10 +33,10 @@ Row = Tensor  # the token ids of one sentence, special ones included
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close a model's embeddings are to another's on the same sentences.
+    """The agreement of two models' embeddings on the same sentences.
 
-    spearman: rank correlation of all pairwise cosine similarities. nearest: share of sentences whose nearest neighbour
-    is the same.
+    spearman: rank correlation of all pairwise cosine similarities; NaN for fewer than three sentences. nearest: share
+    of sentences whose nearest neighbour is the same. mean_cosine, lowest_cosine: between the embeddings of a sentence.
     """
 
     sentences: int
@@ -47,7 +47,7 @@ class Agreement:
 
 
 def rows(tokenizer: TextTokenizer, texts: Sequence[str], length: int = LENGTH) -> list[Row]:
-    """Token ids of each text that is not empty, cut by words to ``length`` tokens."""
+    """Return the token ids of each text that is not empty, cut by words to ``length`` tokens."""
     out = []
     for text in texts:
         words = text.split()
@@ -64,9 +64,11 @@ def rows(tokenizer: TextTokenizer, texts: Sequence[str], length: int = LENGTH) -
 
 @dataclass(frozen=True)
 class Collate:
-    """Sentences of a batch padded together. Of ``KINDS`` batches, told by their first sentence, one each is of long
-    inputs (joined sentences), of strange ones (words replaced by any in the vocabulary), and of much padding: ranges
-    must hold for texts unlike those that a model is trained on.
+    """A function that pads the sentences of a batch together, and varies some batches.
+
+    The first sentence decides on the kind of a batch. One in ``KINDS`` batches each has long inputs (joined sentences),
+    strange ones (words replaced by any in the vocabulary), and much padding, as ranges must hold for texts unlike those
+    in the training data.
     """
 
     pad: int
@@ -79,7 +81,7 @@ class Collate:
         if kind == 0 and len(chosen) >= JOINED:
             starts = range(0, len(chosen) - JOINED + 1, JOINED)
             drawn = torch.randint(self.longest // 2, 3 * self.longest // 2, (len(starts),), generator=generator)
-            lengths = drawn.clamp_max(self.longest).tolist()  # half of them as long as can be: every position is met
+            lengths = drawn.clamp_max(self.longest).tolist()  # half have the full length, to meet every position
             chosen = [_joined(chosen[i : i + JOINED], n) for i, n in zip(starts, lengths, strict=True)]
         elif kind == 1:
             chosen = [self._strange(row, generator) for row in chosen]
@@ -94,7 +96,7 @@ class Collate:
         return {"input_ids": ids, "attention_mask": mask}
 
     def _strange(self, row: Row, generator: torch.Generator) -> Row:
-        """Some of the words, from none to all of a sentence, replaced; its first and last token stay."""
+        """Replace a random share of a sentence's words; its first and last token stay."""
         drawn = self.vocabulary[torch.randint(len(self.vocabulary), (len(row),), generator=generator)]
         share = torch.empty(1).uniform_(generator=generator)  # for training; nothing here is a secret
         replaced = torch.empty(len(row)).uniform_(generator=generator) < share
@@ -103,7 +105,7 @@ class Collate:
 
 
 def words(tokenizer: TextTokenizer) -> Tensor:
-    """The ids of a vocabulary without special and unused tokens, which stand in brackets."""
+    """Return the ids of a vocabulary without special and unused tokens, whose names are in brackets."""
     vocabulary = tokenizer.tokenizer.get_vocab().items()
     return torch.tensor(sorted(i for token, i in vocabulary if not (token[0] in "[<" and token[-1] in "]>")))
 
@@ -114,20 +116,20 @@ def _joined(parts: Sequence[Row], longest: int) -> Row:
 
 
 def hidden_states(model: SentenceEncoder, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Of every layer, and the embeddings, of length one."""
+    """Return the hidden states of every layer, and the L2-normalized embeddings."""
     mask = batch["attention_mask"].to(next(model.parameters()).dtype)
     out: Any = model.encoder(
         input_ids=batch["input_ids"], attention_mask=model.summand(mask), output_hidden_states=True
     )
     if model.pooling == "cls":
         pooled = out.last_hidden_state[:, 0]
-    else:  # no matrix product: it stays in float32 whatever the products' precision
+    else:  # without a matrix product, so that it stays in float32 whatever the products' precision
         pooled = ((mask / mask.sum(-1, keepdim=True)).unsqueeze(-1) * out.last_hidden_state).sum(1)
     return out.hidden_states, F.normalize(pooled, dim=-1)
 
 
 def distillation_loss(teacher: SentenceEncoder, student: SentenceEncoder) -> Callable[[Batch], Any]:
-    """Hidden states (mean square error), embeddings (cosine), and the similarities within a batch."""
+    """Make the loss: hidden states (mean square error), embeddings (cosine), and the similarities within a batch."""
 
     def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
@@ -154,9 +156,10 @@ def distil(
     output: Path,
     told: Callable[[TrainingProgress], None] | None = None,
 ) -> Recipe:
-    """Train the model of ``directory`` and leave it in ``output``, with its recipe, as a model that can be served.
+    """Train the model of ``directory``, write it to ``output`` with its recipe, ready to be served; return the recipe.
 
-    Killed and started again with the same arguments, it goes on from the last checkpoint in ``output``.
+    If it is killed and started again with the same arguments, it continues from the last checkpoint in ``output``.
+    Raises InvalidInput, Diverged (the loss is not finite) and RangeLost (a range could not be held).
     """
     if output.resolve() == directory.resolve():
         raise InvalidInput(f"{output} is the original model's directory\nhint: give another one")
@@ -196,7 +199,7 @@ def distil(
 
 
 def _digest(teacher: nn.Module, data: Sequence[Row]) -> str:
-    """Of the original's weights and the sentences: a run goes on with the same."""
+    """Hash the original's weights and the sentences, with which alone a run may continue."""
     total = hashlib.sha256()
     for tensor in (*teacher.state_dict().values(), *data):
         total.update(f"{tuple(tensor.shape)}".encode())
@@ -205,7 +208,7 @@ def _digest(teacher: nn.Module, data: Sequence[Row]) -> str:
 
 
 def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path) -> None:
-    """The weights in the place of the original's, every other file beside them, and the recipe."""
+    """Write the student's weights and recipe to ``output``, with the original's other files beside them."""
     ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "__pycache__", "*.py")
     shutil.copytree(original, output, ignore=ignored, dirs_exist_ok=True)
     encoder: Any = student.encoder
@@ -214,10 +217,10 @@ def save(student: SentenceEncoder, recipe: Recipe, original: Path, output: Path)
 
 
 def agreement_of(a: Tensor, b: Tensor) -> Agreement:
-    """Of embeddings of length one, (sentences, width) each."""
+    """Compare L2-normalized embeddings, each (sentences, width)."""
     pairs = torch.triu_indices(len(a), len(a), 1)
     similar, wanted = a @ a.T, b @ b.T
-    spearman = math.nan  # of fewer than three sentences there is none
+    spearman = math.nan  # undefined for fewer than three sentences
     if len(a) > 2:
         ranks = torch.stack([_ranks(s[pairs[0], pairs[1]]) for s in (similar, wanted)])
         spearman = float(torch.corrcoef(ranks)[0, 1])

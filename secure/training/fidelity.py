@@ -1,4 +1,4 @@
-"""How faithful a sentence encoder in polynomial form is: to its original, and its Program to its own floating point."""
+"""Measure how close a polynomial sentence encoder is to its original, and its Program to its own floating point."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from secure.training.distil import Agreement, agreement_of, hidden_states
 
 @dataclass(frozen=True)
 class Computed:
-    """Embeddings that were computed in one way: against the original's, and against the model's own floating point."""
+    """The agreement of embeddings, computed in one way, with the original's and with the model's floating point.
+
+    agreement: with the original's. lowest_own_cosine: to those that the model computes in floating point.
+    """
 
     how: str
     agreement: Agreement
@@ -30,10 +33,11 @@ class Computed:
 
 @dataclass(frozen=True)
 class Held:
-    """A module's polynomial: the range that it allows, what was met, and its error beside the exact function.
+    """The range that a module's polynomial allows, the range of arguments met, and its error to the exact function.
 
-    For activations, whose polynomial allows everything, ``low`` and ``high`` are None and what was met is |argument|.
-    error: relative of inverse powers, the largest on the allowed range; root mean square of activations at the fit.
+    For activations, whose polynomials allow everything, ``low`` and ``high`` are None, and the met range is that of
+    |argument|. error: for inverse powers the largest relative error on the allowed range; for activations the root mean
+    square of the fit.
     """
 
     path: str
@@ -47,7 +51,7 @@ class Held:
 
     @property
     def used(self) -> float | None:
-        """The share of the allowed range, in logarithms, that was met; over one where it was left."""
+        """The share of the allowed range, in logarithms, that was met; above one if the range was left."""
         if self.low is None or self.high is None:
             return None
         edges = torch.tensor([self.low, self.high, self.met_low, self.met_high], dtype=torch.float64).log()
@@ -57,7 +61,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """``layers``: relative root mean square error of the hidden states behind each layer."""
+    """The fidelity of a polynomial model. ``layers``: relative root mean square error of each layer's hidden states."""
 
     ways: tuple[Computed, ...]
     layers: tuple[float, ...]
@@ -72,8 +76,10 @@ def fidelity(
     protocol: int,
     told: Callable[[str], None] = lambda _: None,
 ) -> Fidelity:
-    """inputs: tokens padded to the compiled length, one sentence each; ``protocol``: how many of them are asked under
-    the protocol too, all parties in this process.
+    """Measure a polynomial model in floating point, in fixed point and under the protocol.
+
+    inputs: tokens padded to the compiled length, one sentence each. protocol: the number of inputs that run under the
+    protocol too, with all parties in this process; none below 2. told: called with the name of each part as it begins.
     """
     told("floating point")
     apart, size = torch.zeros(()), torch.zeros(())

@@ -1,13 +1,13 @@
-"""Distil a model into its polynomial form, in stages, so that a killed run goes on where it was.
+"""Distil a model into its polynomial form in two stages; a killed run resumes from its checkpoint.
 
-1. *Swap*: Power-Softmax stands in from the first step; divisions, norms and activations stay exact. The student follows
-   the teacher's hidden states and embeddings, and a range loss, of growing weight, draws arguments together.
-2. *Substitute*: ranges are frozen on what was seen, activations and inverse powers become polynomials on them little by
-   little (``blend_steps``), and training goes on.
+1. *Swap*: Power-Softmax replaces softmax from the first step; divisions, norms and activations stay exact. The student
+   follows the teacher's hidden states and embeddings, and a range loss of growing weight draws arguments together.
+2. *Substitute*: ranges are frozen on the arguments seen. Activations and inverse powers gradually become polynomials on
+   these ranges (over ``blend_steps``), and training continues.
 
-The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), no dropout. A
-checkpoint is one file, of weights, the optimizer's moments and, as JSON in its header, the step, the recipe and
-the history of the loss.
+The state after a step depends on the seed and the step alone: batches are drawn from (seed, epoch), and there is no
+dropout. A checkpoint is one file of the weights, the optimizer's moments and, as JSON in its header, the step, the
+recipe and the history of the loss.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ from secure.polynomial.recipe import Recipe
 from secure.training.checkpoint import CHECKPOINT, read_about, read_state, write_checkpoint
 
 FRESH = 2  # batches from which scales of queries and centres are taken
-FITTING = 12  # from which coefficients are
-EXACT = 0.1  # the last share of steps, which is in float32 whatever the setting
+FITTING = 12  # batches on which coefficients are fitted
+EXACT = 0.1  # share of the last steps that run in float32 whatever the setting
 POOL = 16  # batches whose items are sorted by size
 FREEZING = 48  # batches whose ranges are frozen
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: of all stages. narrow: the share of them over which the range loss grows to its full weight; substitute:
-    after which ranges are frozen and polynomials take over.
-    patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; 0: never.
+    """The settings of a training run. Raises InvalidInput for values out of range.
+
+    steps: the steps of all stages. narrow: the share of steps over which the range loss grows to its full weight.
+    substitute: the share of steps after which ranges are frozen and polynomials take over.
+    patience: the run ends after so many checks on held-out data without a better loss, all in the last stage; with 0 it
+    never ends early.
     """
 
     steps: int = 4500
@@ -62,7 +65,7 @@ class Settings:
     substitute: float = 0.45
     blend_steps: int = 300  # over which polynomials take over from exact divisions
     range_weight: float = 0.01
-    bfloat16: bool = False  # products in bfloat16 but for the last steps: twice as fast where the processor has it
+    bfloat16: bool = False  # products in bfloat16 except in the last steps: twice as fast if the processor has it
     check_every: int = 100  # steps from one check on held-out data to the next
     patience: int = 0
     checkpoint_seconds: float = 180.0
@@ -76,7 +79,7 @@ class Settings:
 
 @dataclass
 class TrainingProgress:
-    """What a run tells after every step."""
+    """The progress of a run, reported after every step."""
 
     step: int
     steps: int
@@ -92,7 +95,12 @@ Loss = Callable[[Batch], tuple[Tensor, dict[str, float]]]
 
 @dataclass
 class Trainer:
-    """student: in polynomial form; loss: of one batch, without ranges; batches: the data, in order."""
+    """A training run.
+
+    student: the model in polynomial form, trained in place. loss: of one batch, without the range loss; returns the
+    loss and its parts by name. collate: makes a batch of items of ``data``. directory: for checkpoints; None keeps
+    none.
+    """
 
     student: nn.Module
     recipe: Recipe
@@ -101,10 +109,10 @@ class Trainer:
     collate: Callable[[Sequence[Any]], Batch]
     settings: Settings
     directory: Path | None = None
-    forward: Callable[[Batch], object] | None = None  # of the student alone; by default with the batch as keywords
-    held_out: Sequence[Any] = ()  # data that is only checked on
-    about: str = ""  # a digest of what is learnt from: a run goes on with the same
-    size: Callable[[Any], int] | None = None  # of an item: batches are then of items of about one size
+    forward: Callable[[Batch], object] | None = None  # runs the student alone; by default with the batch as keywords
+    held_out: Sequence[Any] = ()  # data for checks only
+    about: str = ""  # a digest of data and teacher, with which alone a run may continue
+    size: Callable[[Any], int] | None = None  # the size of an item; batches then have items of about one size
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -129,7 +137,7 @@ class Trainer:
         epoch, place = divmod(step, max(1, count // size))
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=generator)
-        if self.size is not None:  # items of a pool of batches, by size, and those batches in any order
+        if self.size is not None:  # sort the items of a pool of batches by size, and shuffle those batches
             pool, within = divmod(place, POOL)
             order = order[pool * POOL * size : (pool + 1) * POOL * size]
             sizes = torch.tensor([self.size(self.data[i]) for i in order.tolist()])
@@ -141,7 +149,10 @@ class Trainer:
     # stages
 
     def run(self, told: Callable[[TrainingProgress], None] | None = None, until: int | None = None) -> Recipe:
-        """Train to the last step (or ``until``); returns the recipe with ranges and coefficients."""
+        """Train to the last step (or ``until``) and return the recipe with ranges and coefficients.
+
+        Raises Diverged if the loss is not finite, and RangeLost if training could not hold a range.
+        """
         s, began = self.settings, time.monotonic()
         freezing = round(s.steps * s.substitute)
         if self.step == 0 and not self._started:
@@ -170,7 +181,7 @@ class Trainer:
             total.backward()
             nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
-            self._watch(True)  # empties what was seen
+            self._watch(True)  # forget the arguments seen
             self.step += 1
             parts = {**parts, "range": ranges.item()}
             self.history.append({"step": self.step, "loss": loss.item(), **parts})
@@ -200,7 +211,7 @@ class Trainer:
         self._watch(False)
         size, losses = self.settings.batch, []
         for start in range(0, len(self.held_out), size):
-            if len(chosen := self.held_out[start : start + size]) > 1:  # a loss of similarities takes two
+            if len(chosen := self.held_out[start : start + size]) > 1:  # a loss of similarities needs two
                 losses.append(self._loss(self.collate(chosen)))
         self._watch(True)
         return sum(losses) / len(losses)
@@ -226,7 +237,7 @@ class Trainer:
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def _range_weight(self) -> float:
-        """Growing over the first stage: on a fresh student the range loss would drown all others."""
+        """Return the weight of the range loss. It grows at first, as it would drown all others on a fresh student."""
         s = self.settings
         return s.range_weight * min(1.0, self.step / (s.steps * s.narrow))
 
@@ -241,8 +252,9 @@ class Trainer:
             self.forward(batch) if self.forward is not None else self.student(**batch)
 
     def _prepare(self) -> None:
-        """Scales of queries, layer by layer in the order of the computation as each changes what follows; then the
-        centres of the norms.
+        """Set the scales of queries, then the centres of the norms.
+
+        Attentions go one by one in the order of the computation, as each changes the arguments of the next.
         """
         batches = [self.batch(i) for i in range(FRESH)]
         order = _in_order(self.student, lambda: self._forward(batches[0]))
@@ -265,7 +277,7 @@ class Trainer:
             self._forward(batch)
         activations: list[Form] = [form for _, form in forms(self.student) if isinstance(form, PolynomialActivation)]
         for activation, met in self._met(activations, batches[:FITTING]).items():
-            if met:  # not of a module that this model never calls
+            if met:  # the model may have modules that it never calls
                 samples = torch.cat([x.reshape(-1) for x in met])
                 cast(PolynomialActivation, activation).fit(samples[:: max(1, samples.numel() // SAMPLES)])
         for path, form in forms(self.student):
@@ -287,7 +299,7 @@ class Trainer:
     # checkpoints
 
     def save(self) -> None:
-        """A checkpoint in the run's directory, whole or not at all."""
+        """Write a checkpoint to the run's directory, whole or not at all."""
         assert self.directory is not None
         about = {
             "step": self.step,
@@ -300,7 +312,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def _resume(self, path: Path) -> None:
-        """ValueError for what is no checkpoint of this run."""
+        """Resume from a checkpoint. Raises InvalidInput if it is not one of this run."""
         try:
             about = read_about(path)
             recipe = Recipe.model_validate(about["recipe"])
@@ -347,7 +359,7 @@ def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:
 
 @contextmanager
 def _arguments(group: Sequence[Form]) -> Iterator[dict[Form, list[Tensor]]]:
-    """What these modules are called with (their first four arguments), one call after the other."""
+    """Capture the first four arguments of these modules, one call after the other."""
     captured: dict[Form, list[Tensor]] = {form: [] for form in group}
     hooks = [form.register_forward_pre_hook(lambda m, args: captured[m].extend(args[:4])) for form in group]
     try:
@@ -358,7 +370,7 @@ def _arguments(group: Sequence[Form]) -> Iterator[dict[Form, list[Tensor]]]:
 
 
 def _start(form: Form, captured: list[Tensor]) -> None:
-    """What a module needs before the first step, from its own arguments."""
+    """Set a module's scale and centre before the first step, from its own arguments."""
     if isinstance(form, PowerAttention):
         totals: list[list[Tensor]] = []
         for query, key, _, weights in zip(*(captured[i::4] for i in range(4)), strict=True):
@@ -377,5 +389,5 @@ def _start(form: Form, captured: list[Tensor]) -> None:
 
 
 def _spread(norm: Form, x: Tensor) -> Tensor:
-    """What a norm takes the root of."""
+    """Return the argument of a norm's root, without eps."""
     return x.var(-1, unbiased=False) if isinstance(norm, PolynomialNorm) else x.square().mean(-1)
