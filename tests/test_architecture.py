@@ -32,6 +32,7 @@ WINGS = {
     ),
 }
 LONG = 400  # lines at which an author is asked whether a module is still one idea
+PLAIN_ENGLISH = ("secure",)  # packages whose docstrings are sentences that name their noun
 
 
 def modules(package: str) -> list[Path]:
@@ -371,3 +372,44 @@ def test_no_two_classes_of_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, set()).add(name_of(path))
     assert {name: sorted(places) for name, places in found.items() if len(places) > 1} == {}
+
+
+def riddles(text: str) -> list[str]:
+    """First lines of docstrings, those below variables too, that begin with a question word or "Of".
+
+    Such a noun phrase ("What a query took", "Of texts, in tokens") leaves out its noun. "How to ..." is allowed.
+    """
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                first = value.value.strip().partition("\n")[0]
+                if re.match(r"(What|Of|Where|Whether|Who|How(?! to))\b(?!-)", first):
+                    found.append(f"line {value.lineno}: {first}")
+    return found
+
+
+@pytest.mark.parametrize("package", PLAIN_ENGLISH)
+def test_docstrings_name_their_noun(package: str) -> None:
+    found = {name_of(path): riddles(path.read_text(encoding="utf-8")) for path in modules(package)}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("docstring", "riddle"),
+    [
+        ("What a query took.", True),
+        ("Of texts, in tokens.", True),
+        ("Whether it is frozen.", True),
+        ("How long a query takes.", True),
+        ("How to add an operation.", False),
+        ("What-if analysis of a model.", False),
+        ("The length of texts, in tokens.", False),
+        ("Whole or not at all.", False),
+    ],
+)
+def test_a_planted_riddle_is_found(docstring: str, riddle: bool) -> None:
+    assert bool(riddles(f'def f():\n    """{docstring}"""\n')) == riddle
+    assert bool(riddles(f'X = 1\n"""{docstring}"""\n')) == riddle

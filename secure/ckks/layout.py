@@ -28,6 +28,7 @@ Content = NDArray[np.int64]  # (ciphertexts, slots)
 
 
 def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()
 
 

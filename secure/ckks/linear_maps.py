@@ -103,6 +103,7 @@ class Selection(NamedTuple):
 
 
 def selection(value: Affine) -> Selection | None:
+    """Return a value as a selection of one atom's elements, or None if it is none."""
     if value.only is None:
         return None
     number, matrix = value.only

@@ -76,6 +76,7 @@ class Packer:
         self.units = units(trace, ranges, self.chains, self.needed)
 
     def run(self, output: int) -> PackedModel:
+        """Pack the trace up to ``output``, a position in it. Raises DoesNotPack and UnsupportedOperation."""
         for i, p in enumerate(self.trace.primitives):
             self.circuit.path = p.path
             if self.needed[i] or i == output:

@@ -22,6 +22,8 @@ MARGIN = 1.25  # room around the calibrated range of a polynomial's argument
 
 @dataclass
 class Range:
+    """The calibrated range of a value, empty at first."""
+
     low: float = np.inf
     high: float = -np.inf
 
@@ -31,6 +33,7 @@ class Range:
 
     @property
     def half(self) -> float:
+        """Half the width of the range, with MARGIN of room."""
         return max((self.high - self.low) / 2, 1e-9) * MARGIN
 
     @property

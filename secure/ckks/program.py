@@ -63,6 +63,7 @@ class CkksProgram:
 
     @cached_property
     def encoded(self) -> bytes:
+        """The canonical encoding."""
         document = {
             "version": VERSION,
             "parameters": dataclasses.asdict(self.parameters),
@@ -84,6 +85,7 @@ class CkksProgram:
 
     @cached_property
     def digest(self) -> str:
+        """SHA-256 of the canonical encoding, as hexadecimal digits."""
         return hashlib.sha256(self.encoded).hexdigest()
 
     @classmethod

@@ -49,7 +49,7 @@ def project(
 ) -> Projection:
     """Play one query. ``network`` None: both parties on this machine."""
     clocks = [_Clock(party, timings) for party in (SERVER, CLIENT)]
-    free = [0.0, 0.0]  # when each party's direction of the link has passed on what was sent
+    free = [0.0, 0.0]  # the time at which each party's direction of the link is free again
     latency = transport.latency(network)
     clocks[SERVER].now = latency  # the client's message that begins the query
     for stages in zip(*profile.schedules, strict=True):

@@ -41,6 +41,7 @@ class Ranges:
         self._low, self._high = [math.inf] * n, [-math.inf] * n
 
     def observe(self, index: int, value: Tensor) -> None:
+        """Widen the range of one primitive so that it holds ``value``."""
         self._low[index] = min(self._low[index], float(value.min()))
         self._high[index] = max(self._high[index], float(value.max()))
 

@@ -37,6 +37,7 @@ class Trace:
 
     @contextmanager
     def within(self, path: str) -> Iterator[None]:
+        """Label the primitives recorded in this context with the path of a module."""
         before, self.path = self.path, path
         try:
             yield
@@ -115,6 +116,7 @@ class Symbol:
         return self._two("mul", self, extra=0)
 
     def precise_product(self, other: Symbol, extra_bits: int) -> Symbol:
+        """Multiply, with ``extra_bits`` more fraction bits in the result."""
         return self._two("mul", other, extra=extra_bits)
 
     def sum(self, dim: int | Sequence[int], keepdim: bool = False) -> Symbol:
@@ -142,19 +144,27 @@ class Symbol:
         return self.trace.record("slice", (self,), tuple(shape), dim=dim, start=start, stop=stop, step=step)
 
     def piecewise(self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int) -> Symbol:
+        """Apply ``pieces[s]`` between the knots s - 1 and s.
+
+        Each knot may be missed by ``tolerance``. ``extra``: more fraction bits in the result.
+        """
         return self._same("piecewise", knots=knots, pieces=pieces, tolerance=tolerance, extra=extra)
 
     def exp_neg(self) -> Symbol:
+        """Compute e^-x."""
         return self._same("exp_neg")
 
     def maximum(self, tolerance: float) -> Symbol:
+        """Compute the maximum over the last dimension, which is kept; the result may be too low by ``tolerance``."""
         return self.trace.record("maximum", (self,), (*self.shape[:-1], 1), tolerance=tolerance)
 
     def bounded(self, low: float, high: float) -> Symbol:
+        """Promise that the value lies in [low, high]; no calibration widens that range."""
         return self._same("bounded", low=low, high=high)
 
 
 def concatenate(parts: Sequence[Symbol], dim: int) -> Symbol:
+    """Concatenate symbols of one trace along a dimension."""
     shape = list(parts[0].shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
     return parts[0].trace.record("cat", parts, tuple(shape), dim=dim)

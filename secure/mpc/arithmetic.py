@@ -120,5 +120,6 @@ def weight_key(name: str, fraction: int) -> str:
 
 
 def split_weight_key(key: str) -> tuple[str, int]:
+    """Split a key of `weight_key` into the weight's name and its fraction bits."""
     name, _, fraction = key.rpartition("@")
     return name, int(fraction)

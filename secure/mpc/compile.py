@@ -47,7 +47,7 @@ class MpcModel:
         total = hashlib.sha256()
         for name in sorted(self.integers):
             value = self.integers[name].contiguous()
-            total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # names cannot run into what follows
+            total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # lengths keep fields apart
             total.update(value.numpy().tobytes())
         return total.hexdigest()
 

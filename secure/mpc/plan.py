@@ -30,6 +30,7 @@ class Need:
 
 
 def opened(ring: int) -> Need:
+    """Return the need of a reader that opens its operand in a ring of ``ring`` bits."""
     return Need(ring, ring, opened=ring)
 
 
@@ -107,6 +108,7 @@ class Plan:
         return bits
 
     def want(self, i: int) -> int:
+        """Return the ring that spares the readers of value i extensions of their own, at most 64 bits."""
         return min(WORD, max(self.own(i), self.wish[i]))
 
     # comparisons, which all functions of one value share

@@ -25,7 +25,7 @@ from secure.polynomial.operations import layer_norm_operation, polynomial_operat
 from secure.polynomial.recipe import Recipe
 
 SAMPLES = 1 << 18  # arguments of an activation on which its polynomial is fitted
-RANGE_ROOM = 2.0  # a frozen range reaches this far beyond what was seen
+RANGE_ROOM = 2.0  # factor by which a frozen range reaches beyond the arguments seen
 
 
 def _excess(away: Tensor) -> Tensor:
