@@ -148,12 +148,12 @@ def serve(held: Any = None, **options: Any) -> Service:
 def profile(
     compiled: Compiled, *, networks: Iterable[str] | None = None, depth: int | None = None, time: bool = False
 ) -> ProfileReport:
-    """What one query takes, before anything runs: rounds, bytes and memory exactly, seconds projected on request.
+    """Report the cost of one query before anything runs: exact rounds, bytes and memory, and projected seconds.
 
-    networks: where seconds are wanted: "loopback", "lan", "wan", "slow-wan", or "MBPS,ROUND_TRIP_MS"; by default all of
-    them. depth: parts of a module path to tell apart, 3 by default. time: time this machine's kernels and messages,
-    which takes up to a minute; else waiting for the network alone is given.
-    Raises InvalidInput for an option that means nothing in the deployment.
+    networks: those for which seconds are wanted: "loopback", "lan", "wan", "slow-wan", or "MBPS,ROUND_TRIP_MS"; by
+    default the four named ones. depth: the parts of a module path that the report tells apart, 3 by default. time:
+    measure this machine's kernels and messages, which takes up to a minute; else only waiting for the network counts.
+    Raises InvalidInput for an option that does not apply in the deployment.
     """
     from parties.net.measure import measure_transport
     from secure.deployments.compiled import profile

@@ -18,14 +18,14 @@ from secure.cost.traffic import Cost, in_words, links, mb, traffic_json
 from secure.mpc.program import Program
 
 Networks = Mapping[str, NetworkSpeed | None]
-"""Networks by name; None: both parties on one machine."""
+"""Networks by name. None stands for both parties on one machine."""
 
 Groups = dict[str, tuple[CircuitCost, int, int]]
 
 
 @dataclass(frozen=True)
 class Weightless:
-    """A model of which there is a Program alone: it can be priced and profiled, not run."""
+    """A Program without weights. Its cost and profile are known, but it cannot run."""
 
     program: Program
 
@@ -40,7 +40,12 @@ def circuit_profile(
     depth: int,
     remarks: Sequence[str],
 ) -> ProfileReport:
-    """Count a deployment's circuit and, with ``transport``, time its kernels here and project a query's seconds."""
+    """Profile a deployment's circuit: count its cost and, with a ``transport``, project a query's seconds.
+
+    running: the circuit as the deployment runs it. transport: measured messages between processes here; with it the
+    circuit's kernels are timed on this machine. depth: the parts of a module path that the profile tells apart.
+    remarks: more lines for people.
+    """
     found = profile(running)
     projections: dict[str, Projection] = {}
     if transport is not None:
@@ -72,13 +77,13 @@ def circuit_profile(
 
 
 def failure(program: Program) -> str:
-    """How likely a query within its ranges goes wrong, in words."""
+    """Say in words how likely a query within its ranges goes wrong."""
     ranges = program.labels.get("ranges", "calibrated")
     return f"failure probability within the ranges ({ranges}): {program.failure_bound:g} (no step is probabilistic)"
 
 
 def embedding_price(program: Program) -> str:
-    """The price of looking tokens up between two parties, and what clients see by it, in words; "" without tokens."""
+    """Say in words what a look-up of tokens costs between two parties and shows to clients; "" without tokens."""
     read = {i: c.protocol.name for i, c in enumerate(program.circuit) if isinstance(c.protocol, Input)}
     one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
     if one_hot:
@@ -106,7 +111,7 @@ def _row(cost: CircuitCost, products: int, comparisons: int, running: Deployed) 
 
 
 def _projection(name: str, network: NetworkSpeed | None, projection: Projection, running: Deployed) -> dict[str, Any]:
-    """One network: seconds of a query, and how each computing party spends them."""
+    """Return the seconds of a query on one network, and how each computing party spends them, as JSON values."""
     both: Sequence[Timeline] = (projection.server, projection.client)
     return {
         "name": network.name if network else name,
@@ -136,7 +141,7 @@ def _lines(found: Profile, cost: Cost, running: Deployed) -> list[str]:
 
 
 def _table(title: str, found: Groups, running: Deployed) -> ReportTable:
-    """One row a module or kind, dearest first; what costs nothing is left out."""
+    """Make a table with one row per module or kind, the dearest first, without those that cost nothing."""
     dearest = sorted(found.items(), key=lambda item: -item[1][0].to_first - item[1][0].to_second)
     rows = [
         (

@@ -1,7 +1,7 @@
 """Counting a Program's cost before anything runs, by its own protocol generators on torch's ``meta`` device.
 
-What is counted is what the generators really exchange and draw, so it equals a live query's traffic byte for byte
-(tests compare them). ``NetworkSpeed`` turns rounds and bytes into seconds of waiting.
+No data is needed. The generators' real exchanges and draws are counted, so that the result equals a live query's
+traffic byte for byte (tests compare them). ``NetworkSpeed`` turns rounds and bytes into seconds of waiting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from secure.errors import InvalidInput
 
 @dataclass(frozen=True)
 class NetworkSpeed:
-    """Round-trip time and bandwidth between the parties; each direction has the bandwidth for itself."""
+    """The round-trip time and bandwidth of a network between the parties. Each direction has the full bandwidth."""
 
     key: str
     name: str
@@ -46,7 +46,10 @@ LOOPBACK = "loopback"
 
 
 def find_network(text: str) -> NetworkSpeed | None:
-    """A network by its short name, or one given as "MBPS,ROUND_TRIP_MS" ("250,20"); None for loopback."""
+    """Find a network by its short name, or make one from "MBPS,ROUND_TRIP_MS" ("250,20"); None stands for loopback.
+
+    Raises InvalidInput.
+    """
     if text == LOOPBACK:
         return None
     for network in NETWORKS:

@@ -23,12 +23,12 @@ class Transport:
     byte: float
 
     def latency(self, network: NetworkSpeed | None) -> float:
-        """From handing an empty payload over to having it at the other side."""
+        """Return the seconds from handing over an empty payload to its arrival at the other side."""
         return self.message + (network.round_trip / 2 if network else 0.0)
 
     def passing(self, size: int, network: NetworkSpeed | None) -> float:
-        """How long a payload keeps its direction of the link busy."""
-        slower = max(self.byte, 1 / network.bandwidth) if network else self.byte  # they overlap: it leaves in parts
+        """Return the seconds for which a payload of ``size`` bytes keeps its direction of the link busy."""
+        slower = max(self.byte, 1 / network.bandwidth) if network else self.byte  # both overlap: it leaves in parts
         return size * slower
 
 
@@ -47,7 +47,7 @@ class Projection:
 def project(
     profile: Profile, timings: Timings, transport: Transport, network: NetworkSpeed | None = None
 ) -> Projection:
-    """Play one query. ``network`` None: both parties on this machine."""
+    """Predict one query. Without a ``network`` both parties are on this machine."""
     clocks = [_Clock(party, timings) for party in (SERVER, CLIENT)]
     free = [0.0, 0.0]  # the time at which each party's direction of the link is free again
     latency = transport.latency(network)

@@ -1,4 +1,4 @@
-"""A profile as every deployment gives it: the cost, a document for programs, tables and lines for people."""
+"""The form of a profile, the same for every deployment: the cost, a document for programs, and text for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from secure.cost.traffic import Cost
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Rows of text under headings; the first column names the row."""
+    """A table of text with headings. The first column names the row."""
 
     title: str
     columns: tuple[str, ...]
@@ -20,10 +20,10 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """What a query of a model will take, before anything runs.
+    """The profile of one query of a model, made before anything runs.
 
-    cost: rounds, and bytes by link. document: everything as JSON has it; bytes and rounds are exact, seconds are
-    projected. tables, lines: the same for people.
+    cost: rounds, and bytes by link. document: everything as JSON values; bytes and rounds are exact, seconds are
+    projected. tables, lines: the same as text for people.
     """
 
     cost: Cost
@@ -32,5 +32,5 @@ class ProfileReport:
     lines: Sequence[str] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
-        """The profile as JSON has it."""
+        """Return the profile as JSON values."""
         return dict(self.document)

@@ -13,7 +13,7 @@ ONCE, OFFLINE, ONLINE = PHASES = ("once", "offline", "online")
 
 
 def mb(size: int) -> str:
-    """Bytes for people."""
+    """Write a number of bytes in megabytes."""
     return f"{size / 1e6:.1f} MB"
 
 
@@ -67,7 +67,7 @@ def traffic_json(traffic: Sequence[Traffic]) -> list[dict[str, Any]]:
 
 
 def in_words(traffic: Iterable[Traffic], phase: str) -> str:
-    """The links of one phase that carry something, and how much, in words; "" where none does."""
+    """Say in words how much each link carries in one phase; "" if no link carries anything."""
     found: dict[tuple[str, str], int] = {}
     for t in traffic:
         if t.phase == phase and t.bytes:

@@ -120,9 +120,10 @@ class Ckks(Deployment):
     def outline(
         self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False
     ) -> ckks.CkksModel | None:
-        """The levels of a model depend on its ranges, so there is none without weights but those on digits, at random.
+        """Load a text model, or make a digits model with random weights, for its profile.
 
-        Nobody gets a token table by a profile, so texts need no ``embedding`` here.
+        Shapes without weights are refused, as the levels of a model depend on its ranges. Texts need no ``embedding``
+        here, as a profile gives nobody the token table.
         """
         if is_shape(model):
             known = "a directory that `unseen train` wrote; or digits, digits-2, digits-4"

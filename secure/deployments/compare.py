@@ -1,9 +1,9 @@
 """Comparing variants of one model: their costs, their accuracy, and the cheapest that is accurate enough.
 
 Costs are exact (``secure.cost.count``). Accuracy is the lowest cosine, over held-out inputs, between the Program in
-plain fixed-point arithmetic and the float64 model; under the protocol a truncation may differ from it by one unit. It
-is measured for every variant, for those that differ in the embedding alone too: a table of the client's is rounded to
-other bits than one-hot rows times the server's.
+plain fixed-point arithmetic and the float64 model; under the protocol a truncation may differ from that by one unit. It
+is measured for every variant, even for those that differ in the embedding alone, because a client's table is rounded to
+other bits than one-hot rows times the server's table.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from secure.mpc.compile import MpcModel, compile
 
 
 def comparable() -> dict[str, CircuitDeployment]:
-    """Deployments that a comparison knows, the default first: those that run one Program, with and without switches."""
+    """Return the deployments that can be compared, the default first: those that run the same Program, by name."""
     return deployment_variants(CircuitDeployment)
 
 
 FIRST_DEPLOYMENT = next(iter(comparable()))
-FORMS = ("exact", "polynomial")  # the model as it is, or what training made of it
+FORMS = ("exact", "polynomial")  # the model as it is, or its polynomial form from training
 FRACTION_BITS = FixedPoint().fraction_bits
 
 Seconds = Callable[[Runnable, Profile], Mapping[str, float]]
@@ -144,7 +144,7 @@ class Outcome:
 
 
 def waiting(networks: Iterable[NetworkSpeed] = NETWORKS) -> Seconds:
-    """Seconds of waiting for the network alone."""
+    """Count only the seconds of waiting for the network."""
     chosen = tuple(networks)
     return lambda program, profile: {n.key: n.seconds(profile.total) for n in chosen}
 

@@ -114,7 +114,7 @@ def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, label
 
 
 def task_of(model: str) -> Task[Any, Any]:
-    """The task that loads a model of this name."""
+    """Return the task that loads a model of this name."""
     return next((task for task in (Digits(),) if task.knows(model)), Embed())
 
 
@@ -125,7 +125,10 @@ def profile(
     depth: int | None = None,
     transport: Callable[[], Transport] | None = None,
 ) -> ProfileReport:
-    """The cost of one query in detail, see ``secure.profile``. ``transport`` measures messages of processes here."""
+    """Report the cost of one query in detail; see ``secure.profile``.
+
+    transport: measures messages between processes on this machine; without it nothing is timed.
+    """
     chosen = {name: find_network(name) for name in networks} if networks is not None else None
     options = ProfileOptions(chosen, depth, transport)
     compiled.deployment.check_profile(options)

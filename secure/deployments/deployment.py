@@ -73,11 +73,11 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What a caller may say about a profile; None: the deployment's default.
+    """The options of a profile. None stands for the deployment's default.
 
-    networks: by name, where a query's seconds are wanted; one that is None means both parties on one machine. depth:
-    parts of a module path to tell apart. transport: measures messages between two processes here; without it nothing
-    is timed.
+    networks: by name, those for which a query's seconds are wanted; a network that is None stands for both parties on
+    one machine. depth: the parts of a module path that the profile tells apart. transport: measures messages between
+    two processes on this machine; without it nothing is timed.
     """
 
     networks: Mapping[str, NetworkSpeed | None] | None = None
@@ -89,11 +89,13 @@ class ProfileOptions:
 class Deployment(ABC):
     """The base of all deployments.
 
-    name: on the command line, on the wire, in reports. summary: one line of help. trust: what is assumed.
-    takes: the names of CompileOptions that mean something here; others are refused. profiled_by: the same for a
-    profile's options: networks, depth, polynomial (of shapes), html. serves: the role that holds a whole compiled
-    model, "" where a model is shared out first; how_to_serve: then the commands. runs_packaged: whether the packaged
-    sentence encoder can be compiled as it is. default: whether it is the one that is meant where none is named.
+    Subclasses are frozen dataclasses; their fields, made by ``option``, are their own options.
+
+    name: on the command line, on the wire, in reports. summary: one line of help. trust: the assumptions on who is
+    honest. takes: the names of CompileOptions that apply here; others are refused. profiled_by: the options of a
+    profile that apply here (networks, depth, polynomial for shapes, html). serves: the role that holds a whole compiled
+    model; "" if the model is split into shares first, in which case how_to_serve names the commands. runs_packaged: the
+    packaged sentence encoder can be compiled as it is. default: it is the deployment if none is named.
     """
 
     name: ClassVar[str]
@@ -133,22 +135,23 @@ class Deployment(ABC):
         raise InvalidInput(f"{self.name} has no plain reference", "compare with the model itself")
 
     def outline(self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False) -> Any | None:
-        """A model for ``cost`` and ``profile`` alone, where the name is that of a shape without weights; else None.
-        ``polynomial``: the shape in polynomial form.
+        """Make a model for ``cost`` and ``profile`` alone if the name is that of a shape without weights; else None.
+
+        polynomial: put the shape into polynomial form.
         """
         return None
 
     def profile(self, model: Any, options: ProfileOptions) -> ProfileReport:
-        """The cost of one query in detail, of what ``build`` or ``outline`` made; by default the cost alone."""
+        """Report the cost of one query of a model from ``build`` or ``outline`` in detail; here only ``cost``."""
         cost = self.cost(model)
         return ProfileReport(cost, {"deployment": self.name, **cost.as_dict()})
 
     def remarks(self, program: Any) -> tuple[str, ...]:
-        """Lines for people about the queries of a Program."""
+        """Return lines for people about the queries of a Program."""
         return ()
 
     def located(self, addresses: Mapping[str, str]) -> Self:
-        """The same deployment, reached at these addresses by role; by default in the fields of the roles' names."""
+        """Return the deployment with these addresses, by role; by default they go to the fields of the roles' names."""
         return replace(self, **{name: at for name, at in addresses.items() if name in self.options()})
 
     # options
@@ -179,7 +182,7 @@ class Deployment(ABC):
                 raise InvalidInput(f"{name} means nothing under {self.name}", f"it takes {known}")
 
     def check_profile(self, options: ProfileOptions) -> None:
-        """The same for a profile's options."""
+        """Raise InvalidInput for options of a profile that do not apply in this deployment."""
         for name in ("networks", "depth"):
             if getattr(options, name) is not None and name not in self.profiled_by:
                 raise InvalidInput(f"{name} means nothing in a profile under {self.name}", "leave it out")
@@ -189,7 +192,7 @@ _REGISTERED: dict[str, type[Deployment]] = {}
 
 
 def register(deployment: type[Deployment]) -> type[Deployment]:
-    """Make a deployment known by its name; usable as a decorator."""
+    """Make a deployment known by its name; usable as a decorator. Raises InvalidInput for a name that is taken."""
     known = _REGISTERED.setdefault(deployment.name, deployment)
     if known is not deployment:
         raise InvalidInput(f"two deployments of the name {deployment.name!r}", "give each a name of its own")
@@ -202,7 +205,7 @@ def unregister(deployment: type[Deployment]) -> None:
 
 
 def deployments() -> tuple[type[Deployment], ...]:
-    """All registered deployments, the default first."""
+    """Return all registered deployments, the default first."""
     return tuple(sorted(_REGISTERED.values(), key=lambda deployment: not deployment.default))
 
 

@@ -28,7 +28,7 @@ class Digits(Task[Tensor, int]):
     noun: ClassVar[str] = "image"
 
     def load(self, model: str, length: int = 0, sentences: Sequence[str] = ()) -> Loaded:
-        """Train the model from scratch: half a minute at most."""
+        """Train the model from scratch, which takes half a minute at most. Raises InvalidInput."""
         if length or sentences:
             raise InvalidInput("images take no length and no sentences", "leave them out for a model on digits")
         trained, reached = train_digits(layers_of(model))
@@ -45,7 +45,7 @@ class Digits(Task[Tensor, int]):
 
 
 def is_digits(model: str) -> bool:
-    """Whether a name means one of these models: "digits" or "digits-", unless there is a directory of that name."""
+    """True if a name is "digits" or begins with "digits-", unless there is a directory of that name."""
     return model.partition("-")[0] == NAME and not Path(model).is_dir()
 
 

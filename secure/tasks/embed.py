@@ -11,7 +11,7 @@ from secure.errors import InvalidInput
 from secure.models.text import load_text_model, text_inputs, text_samples
 from secure.tasks.task import Loaded, Served, Task
 
-LENGTH = 128  # tokens that a text is padded to, unless something else is asked for
+LENGTH = 128  # tokens to which texts are padded by default
 
 
 class Embed(Task[str, Tensor]):

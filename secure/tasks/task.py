@@ -29,9 +29,9 @@ class Served:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
-    """A model ready to be compiled: the module, inputs that calibrate it, and the tokenizer that clients will need.
+    """A model ready to be compiled: the module, its calibration inputs, and the tokenizer that clients will need.
 
-    about: a line for the model's owner, "" where there is nothing to say.
+    about: a line for the model's owner, or "".
     """
 
     name: str
@@ -50,13 +50,14 @@ class Task(ABC, Generic[Given, Answer]):
     noun: ClassVar[str] = "input"  # for one of several inputs, in messages
 
     def knows(self, model: str) -> bool:
-        """Whether the task alone can load a model of this name; directories and other names are for texts."""
+        """True if only this task can load a model of this name. Directories and other names are text models."""
         return False
 
     @abstractmethod
     def load(self, model: str, length: int, sentences: Sequence[str] = ()) -> Loaded:
-        """The model of this name or directory, for one padded length; 0: the task's own, where it has lengths.
-        ``sentences``: more of them to calibrate with.
+        """Load the model of this name or directory, for one padded length; 0 stands for the task's default, if any.
+
+        ``sentences`` add to the calibration.
         """
 
     def check(self, given: Sequence[Given], served: Served) -> None:
