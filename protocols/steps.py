@@ -64,10 +64,10 @@ class FrameObserver:
         """A round begins: the party packs the frame that it sends."""
 
     def sent(self, payload: bytes) -> None:
-        """The frame has left; it is empty where the party sends nothing in this round."""
+        """The frame has left; it is empty if the party sends nothing in this round."""
 
     def received(self, payload: bytes) -> None:
-        """The peer's frame is here; it is empty where nothing comes in this round."""
+        """The peer's frame is here; it is empty if nothing comes in this round."""
 
     def unpacked(self) -> None:
         """The round is over, and the party computes again."""
