@@ -1,17 +1,18 @@
-"""Functions that stand in for softmax, GeLU, LayerNorm and their kin, written once in torch style.
+"""Approximations of softmax, GeLU, LayerNorm and similar functions by operations that protocols can compute.
 
-Each takes a ``torch.Tensor`` (then it is the plaintext reference) or a symbolic value with the same operators (then
-it records the primitive operations that protocols carry out). Uses torch alone.
+Each function is written once. Called with a ``torch.Tensor``, it computes the plaintext reference; called with a
+symbolic value that has the same operators, it records the primitive operations that protocols carry out. This package
+needs torch alone.
 
-primitives    what a value must offer: piecewise polynomials, e^-x, row maximum
+primitives    the operations that values must offer: piecewise polynomials, e^-x, row maximum
 fits          minimax polynomials (Remez exchange), least squares
 division      reciprocal and inverse square root by range reduction
 powers        forms without comparisons: polynomials, inverse powers, Power-Softmax
 norms         layer_norm, rms_norm, l2_normalize
-puma          the published forms of PUMA, beside ours
+puma          the published forms of PUMA, for comparison
 activations   relu, gelu, tanh, sigmoid, silu, abs
 softmax       softmax and attention, clipped before the row sum
-choice        which of them stand for a model's operations, by name
+choice        sets of approximations for a model's operations, by name
 """
 
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh

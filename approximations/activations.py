@@ -1,9 +1,9 @@
-"""Activations as piecewise polynomials of one comparison pass.
+"""Activations as piecewise polynomials; all comparisons of one activation come from one opening.
 
-GeLU has three forms. "cubic", the default: relu(x) - bump(|x|) with the bump two minimax cubics on |x| < 3.7 (maximal
-error 5.6e-4, five comparisons; cubics keep all 16 fraction bits of x in a 64-bit ring). "quartic": one minimax
-quartic on |x| < 3.25 (1.9e-3, three comparisons). "puma": the published segments (arXiv 2307.12533, eq. 2; 2.0e-2),
-for comparison.
+GeLU has three forms. "cubic", the default: relu(x) - bump(|x|), where the bump is two minimax cubics on |x| < 3.7
+(maximal error 5.6e-4, five comparisons; cubics keep all 16 fraction bits of x in a 64-bit ring). "quartic": one minimax
+quartic on |x| < 3.25 (maximal error 1.9e-3, three comparisons). "puma": the published segments (arXiv 2307.12533,
+eq. 2; maximal error 2.0e-2), for comparison.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def absolute(x: Value) -> Value:
 
 
 def _bump(a: Tensor) -> Tensor:
-    """relu(x) - gelu(x) as a function of a = |x|."""
+    """Return relu(x) - gelu(x) as a function of a = |x|."""
     return 0.5 * a * torch.erfc(a / math.sqrt(2))
 
 
 def gelu(x: Value, form: str = "cubic") -> Value:
-    """x Phi(x), in one of GELU_FORMS."""
+    """Return x Phi(x) in one of GELU_FORMS; raises ValueError for another form."""
     if form == "puma":
         return puma.gelu(x)
     if form not in _GELU_FITS:
@@ -46,7 +46,7 @@ def gelu(x: Value, form: str = "cubic") -> Value:
 
 
 def _even_bump(x: Value, bump: Callable[[Tensor], Tensor], knots: tuple[float, ...], degree: int) -> Value:
-    """relu(x) - bump(|x|), with the bump zero beyond the last knot."""
+    """Return relu(x) - bump(|x|), where the bump is zero beyond the last knot."""
     minus = [Piece(tuple(-c for c in p.coefficients), p.centre) for p in _segments(bump, knots, degree)]
     right = [_plus_identity(p) for p in minus]
     left = [p.mirrored() for p in reversed(minus)]
@@ -55,7 +55,7 @@ def _even_bump(x: Value, bump: Callable[[Tensor], Tensor], knots: tuple[float, .
 
 
 def _plus_identity(p: Piece) -> Piece:
-    """x + p(x)."""
+    """Return the piece x + p(x)."""
     c = list(p.coefficients)
     return Piece((c[0] + p.centre, c[1] + 1.0, *c[2:]), p.centre)
 
@@ -65,7 +65,7 @@ def _segments(function: Callable[[Tensor], Tensor], knots: tuple[float, ...], de
 
 
 def tanh(x: Value) -> Value:
-    """Odd: cubics on [0, 0.7, 1.5, 2.6, 4.5], their mirror images, and -1 / 1 beyond."""
+    """Return tanh(x), an odd function: cubics between 0, 0.7, 1.5, 2.6 and 4.5, their mirror images, -1 or 1 beyond."""
     knots = (0.0, 0.7, 1.5, 2.6, 4.5)
     right = _segments(torch.tanh, knots, 3)
     left = [p.mirrored(-1.0) for p in reversed(right)]
@@ -74,7 +74,7 @@ def tanh(x: Value) -> Value:
 
 
 def sigmoid(x: Value) -> Value:
-    """(1 + tanh(x / 2)) / 2."""
+    """Return the sigmoid of x, as (1 + tanh(x / 2)) / 2."""
     return tanh(x * 0.5) * 0.5 + 0.5
 
 
@@ -83,7 +83,7 @@ def _silu_bump(a: Tensor) -> Tensor:
 
 
 def silu(x: Value) -> Value:
-    """x sigmoid(x) = relu(x) - |x| sigmoid(-|x|), the latter by cubics on [0, 2, 4.5, 9].
+    """Return x sigmoid(x) = relu(x) - |x| sigmoid(-|x|), where cubics between 0, 2, 4.5 and 9 replace the last term.
 
     Maximal error 1.2e-3 (measured in tests).
     """

@@ -1,4 +1,4 @@
-"""Which functions stand for a model's operations: one table, by name."""
+"""The sets of approximations that can replace a model's operations, by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Functions:
-    """One choice. Operations that are not here (tanh, ReLU, RMSNorm, L2 normalization) have one approximation each."""
+    """A set of approximations. Operations not listed (tanh, ReLU, RMSNorm, L2 normalization) have only one each."""
 
     name: str
     gelu_form: str
@@ -29,7 +29,7 @@ class Functions:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What a Program says of it."""
+        """The labels that a Program records for this set."""
         return {"gelu": self.gelu_form, "approximations": self.name}
 
 
@@ -40,7 +40,10 @@ APPROXIMATIONS = tuple(_BY_NAME)
 
 
 def choose(approximations: str = APPROXIMATIONS[0], gelu_form: str = GELU_FORMS[0]) -> Functions:
-    """Ours with a form of GeLU, or PUMA's, whose GeLU is its own whatever ``gelu_form`` says."""
+    """Return a set by name: "default" with a form of GeLU, or "puma", which has its own GeLU and ignores ``gelu_form``.
+
+    Raises ValueError for an unknown name or form.
+    """
     if approximations not in _BY_NAME:
         raise ValueError(f"unknown approximations {approximations!r}\nhint: one of {', '.join(APPROXIMATIONS)}")
     if gelu_form not in GELU_FORMS:

@@ -1,9 +1,8 @@
 """Reciprocal and inverse square root of a positive value in a known range, by range reduction.
 
-x is compared with powers of 2^(1/4); the secret segment bits give u = c x just below 1 and the matching c^-p as
-piecewise linear functions, and a minimax cubic does the rest: x^p = u^p c^-p. All comparisons come from one opening.
-Values in need of this are few (one a row), so segments are cheap and rounds are not: no Newton or Goldschmidt step
-follows.
+x is compared with powers of 2^(1/4). The secret segment bits give u = c x just below 1 and the matching c^-p as
+piecewise linear functions, and a minimax cubic gives u^p: x^p = u^p c^-p. All comparisons come from one opening. Few
+values need this (one a row), so segments are cheap and rounds are expensive: no Newton or Goldschmidt step follows.
 Relative error: ``reciprocal_error()``, ``rsqrt_error()`` (1.8e-5 and 4.6e-6) plus fixed-point rounding.
 """
 
@@ -19,7 +18,7 @@ from approximations.fits import minimax
 from approximations.primitives import Piece, Value, constant, piecewise, precise_product
 
 PER_OCTAVE, DEGREE = 4, 3
-# u's range: a segment, what rounding c adds, and what a comparison with dropped bits puts into the neighbouring segment
+# the range of u: one segment, widened by the rounding of c and by comparisons that pick the neighbouring segment
 _LOWEST, _HIGHEST = 2.0 ** (-1 / PER_OCTAVE) * (1 - 2**-6) * (1 - 2**-7), 1 + 2**-6
 
 
@@ -44,23 +43,23 @@ def _power(x: Value, exponent: float, low: float, high: float, scale: float) -> 
 
 
 def _dyadic(c: float) -> float:
-    """c to six significant bits: exact in fixed point, and x^p = (c x)^p c^-p holds for any c."""
+    """Round c to six significant bits, which is exact in fixed point; x^p = (c x)^p c^-p holds for any c."""
     unit = 2.0 ** (math.floor(math.log2(c)) - 5)
     return round(c / unit) * unit
 
 
 def reciprocal(x: Value, low: float, high: float) -> Value:
-    """1 / x for low <= x <= high."""
+    """Return 1 / x for low <= x <= high; raises ValueError unless 0 < low < high."""
     return _power(x, -1.0, low, high, 1.0)
 
 
 def rsqrt(x: Value, low: float, high: float, scale: float = 1.0) -> Value:
-    """scale / sqrt(x) for low <= x <= high."""
+    """Return scale / sqrt(x) for low <= x <= high; raises ValueError unless 0 < low < high."""
     return _power(x, -0.5, low, high, scale)
 
 
 def reciprocal_error() -> float:
-    """Largest relative error of the polynomial alone."""
+    """Return the largest relative error of the polynomial alone, without fixed-point rounding."""
     return _relative_error(-1.0)
 
 

@@ -20,8 +20,10 @@ _ROUNDS = 40
 
 @lru_cache(maxsize=128)
 def minimax(function: Function, low: float, high: float, degree: int, *, relative: bool = False) -> tuple[Piece, float]:
-    """The polynomial of ``degree`` on [low, high] with the smallest maximal error, about the middle, and that error;
-    ``relative``: the error divided by the function, which must not vanish there.
+    """Fit the polynomial of ``degree`` with the smallest maximal error on [low, high]; return it and that error.
+
+    The polynomial is centred in the middle of the range. relative: minimize the error divided by the function, which
+    must not vanish there.
     """
     centre, half = (low + high) / 2, (high - low) / 2
     grid = torch.cos(torch.linspace(torch.pi, 0, _GRID, dtype=torch.float64))
@@ -37,7 +39,7 @@ def minimax(function: Function, low: float, high: float, degree: int, *, relativ
         solution = torch.linalg.solve(system, target[nodes])
         coefficients = solution[:-1]
         error = target - basis @ coefficients
-        if (largest := float(error.abs().max())) < smallest:  # rounding can make the exchange go round in circles
+        if (largest := float(error.abs().max())) < smallest:  # rounding can make the exchange repeat itself
             best, smallest = coefficients, largest
         new = _alternation(error, degree + 2)
         if new is None or torch.equal(new, nodes):
@@ -48,7 +50,7 @@ def minimax(function: Function, low: float, high: float, degree: int, *, relativ
 
 
 def _alternation(error: Tensor, count: int) -> Tensor | None:
-    """Indices of ``count`` extrema of alternating sign, the largest run there is; None if the error has fewer."""
+    """Return the indices of ``count`` large extrema with alternating signs; None if the error has fewer."""
     change = torch.nonzero(torch.sign(error[1:]) != torch.sign(error[:-1])).flatten() + 1
     bounds = [0, *change.tolist(), len(error)]
     extrema = [a + int(error[a:b].abs().argmax()) for a, b in pairwise(bounds) if b > a]
@@ -58,7 +60,7 @@ def _alternation(error: Tensor, count: int) -> Tensor | None:
 
 
 def least_squares(function: Function, samples: Tensor, degree: int) -> tuple[Piece, float]:
-    """The polynomial of ``degree`` closest to a function where its arguments lie, and the root mean square error there.
+    """Fit the polynomial of ``degree`` closest to a function on samples; return it and the root mean square error.
 
     samples: arguments as they occur (one dimension).
     """
@@ -68,7 +70,7 @@ def least_squares(function: Function, samples: Tensor, degree: int) -> tuple[Pie
     target = function(x)
     solution = torch.linalg.lstsq(basis, target[:, None]).solution.squeeze(-1)
     error = target - basis @ solution
-    # rounded far below the error: the last digits differ from run to run, and a resumed training must not
+    # round far below the error: the last digits differ from run to run, but a resumed training must repeat exactly
     unit = 2.0 ** (math.floor(math.log2(float(solution.abs().max().clamp_min(1e-30)))) - 30)
     coefficients = tuple(round(float(c) / unit) * unit / scale**j for j, c in enumerate(solution))
     return Piece(coefficients), float(error.square().mean().sqrt())

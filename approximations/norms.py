@@ -1,7 +1,7 @@
-"""LayerNorm, RMSNorm and L2 normalization: scale-invariant, which saves the divisions by n.
+"""LayerNorm, RMSNorm and L2 normalization, computed without divisions by n, because they are scale-invariant.
 
 With d = n x - sum(x), LayerNorm is d sqrt(n) / sqrt(sum d^2): the mean is never rounded, and the power of two that
-brings d back to size is free (PUMA section 4.5 likewise takes the sum of squares and one inverse square root).
+scales d back costs nothing (PUMA section 4.5 likewise takes the sum of squares and one inverse square root).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from approximations.primitives import Value
 
 
 def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, high: float) -> Value:
-    """Over the last dimension; ``low``, ``high``: the range of the variance."""
+    """Return LayerNorm over the last dimension. low, high: the range of the variance."""
     n = x.shape[-1]
     shrink = 2.0 ** -math.ceil(math.log2(n))
     d = (x * float(n) - x.sum(-1, keepdim=True)) * shrink  # (n shrink)(x - mean), n shrink in (1/2, 1]
@@ -26,12 +26,15 @@ def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, hig
 def polynomial_layer_norm(
     x: Value, weight: Value, bias: Value, eps: float, low: float, high: float, degree: int, steps: int
 ) -> Value:
-    """The same without comparisons: the inverse square root is ``power`` on [low, high], the range of the variance."""
+    """Return LayerNorm without comparisons: ``power`` computes the inverse square root on the range of the variance.
+
+    low, high: that range. degree, steps: those of ``power``.
+    """
     n = x.shape[-1]
     shrink = 2.0 ** -math.ceil(math.log2(n))
     d = (x * float(n) - x.sum(-1, keepdim=True)) * shrink
     unit = n * (n * shrink) ** 2
-    halves = round(math.log2(unit * math.sqrt((low + eps) * (high + eps))))  # what is rooted lies around one then
+    halves = round(math.log2(unit * math.sqrt((low + eps) * (high + eps))))  # scales the root's argument to about one
     total = (d.square().sum(-1, keepdim=True) + unit * eps) * 2.0**-halves
     unit *= 2.0**-halves
     scale = power(
@@ -41,12 +44,12 @@ def polynomial_layer_norm(
 
 
 def rms_norm(x: Value, weight: Value, eps: float, low: float, high: float) -> Value:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; ``low``, ``high``: the range of the mean square."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension. low, high: the range of the mean square."""
     n = x.shape[-1]
     squares = x.square().sum(-1, keepdim=True)
     return x * rsqrt(squares + n * eps, n * (low + eps), n * (high + eps), math.sqrt(n)) * weight
 
 
 def l2_normalize(x: Value, low: float, high: float) -> Value:
-    """x / |x| over the last dimension; ``low``, ``high``: the range of |x|^2."""
+    """Return x / |x| over the last dimension. low, high: the range of |x|^2."""
     return x * rsqrt(x.square().sum(-1, keepdim=True), low, high)

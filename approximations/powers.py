@@ -1,13 +1,14 @@
 """Forms without comparisons: polynomials, inverse powers by polynomials, and Power-Softmax.
 
-``power`` is x^-1 or x^-1/2 on a range [low, high] that its argument must keep: a minimax polynomial y of small
-relative error, then ``steps`` corrections y (1 - e)^exponent with e = 1 - x y^(-1/exponent), the last factor by its
-series up to e^3: what is left is of the order of e^4. For x^-1 it is e^4 itself, and the first e is a polynomial of x:
-each is there as soon as the one before is opened. Outside of the range it is wrong without notice, so models are
-trained to stay inside (``secure.polynomial``).
+``power`` computes x^-1 or x^-1/2 on a range [low, high] that its argument must not leave. It starts with a minimax
+polynomial y of small relative error; then come ``steps`` corrections y (1 - e)^exponent with
+e = 1 - x y^(-1/exponent), where the factor is replaced by its series up to e^3, so that an error of the order of e^4
+remains. For x^-1 the new error is e^4 itself, and the first e is a polynomial of x, so that each e is known as soon as
+the one before is opened. Outside of the range the result is wrong without notice, so models are trained to stay inside
+(``secure.polynomial``).
 
-Power-Softmax (Zimerman et al., arXiv 2410.09457): x^p / sum x^p for even p. Here with weights w of the keys (zero where
-masked, else one over the number of keys: the mean of the length-agnostic form):
+Power-Softmax (Zimerman et al., arXiv 2410.09457) is x^p / sum x^p for even p. This form has weights w of the keys (zero
+if masked, else one over the number of keys: the mean of the length-agnostic form):
     sum_j w_j x_j^p v_j / (eps + sum_j w_j x_j^p).
 With a shift c the power is (1 + x/c)^p, and c = p makes it the limit form of the exponential: all-MiniLM-L6-v2 without
 any training keeps a rank correlation of 0.95 (p = 4), 0.97 (6) and 0.98 (8) to its own similarities, and 0.1 without
@@ -28,7 +29,7 @@ _SERIES = {-1.0: (1.0, 1.0, 1.0, 1.0), -0.5: (1.0, 0.5, 0.375, 0.3125)}
 
 
 def polynomial(x: Value, piece: Piece) -> Value:
-    """piece(x) everywhere: all powers of x come from one opening."""
+    """Return piece(x) for every x; all powers of x come from one opening."""
     c = piece.coefficients
     if isinstance(x, Tensor) or len(c) > 2:
         return piece(x) if isinstance(x, Tensor) else piecewise(x, [], [piece])
@@ -46,7 +47,10 @@ _ROOTS = {-1.0: _inverse, -0.5: torch.rsqrt}
 def power(
     x: Value, exponent: float, low: float, high: float, degree: int = 3, steps: int = 0, scale: float = 1.0
 ) -> Value:
-    """scale * x^exponent for low <= x <= high; exponent -1 or -1/2. Relative error: ``power_error``."""
+    """Return scale * x^exponent for low <= x <= high; exponent is -1 or -1/2. Relative error: ``power_error``.
+
+    Raises ValueError unless 0 < low < high.
+    """
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
     start, _ = minimax(_ROOTS[exponent], low, high, degree, relative=True)
@@ -64,7 +68,7 @@ def power(
 
 
 def _error(x: Value, start: Piece) -> Value:
-    """1 - x start(x), a polynomial of x itself: from the same opening as start(x)."""
+    """Return 1 - x start(x), a polynomial of x itself, so that it comes from the same opening as start(x)."""
     c = start.coefficients
     product = [start.centre * low + high for low, high in zip((*c, 0.0), (0.0, *c), strict=True)]
     return polynomial(x, Piece((1.0 - product[0], *(-v for v in product[1:])), start.centre))
@@ -75,13 +79,13 @@ def _times(piece: Piece, scale: float) -> Piece:
 
 
 def power_error(exponent: float, degree: int, low: float, high: float, steps: int = 0) -> float:
-    """The largest relative error on the range, of the polynomials alone."""
+    """Return the largest relative error on the range, of the polynomials alone, without fixed-point rounding."""
     x = torch.exp(torch.linspace(math.log(low), math.log(high), 4001, dtype=torch.float64))
     return float((power(x, exponent, low, high, degree, steps) / x**exponent - 1).abs().max())
 
 
 def steps_for(exponent: float, degree: int, low: float, high: float, error: float) -> int:
-    """How many corrections bring the relative error to ``error``; ValueError where none do."""
+    """Return the number of corrections that bring the relative error to ``error``; raises ValueError if none do."""
     for steps in range(5):
         if power_error(exponent, degree, low, high, steps) <= error:
             return steps
@@ -92,15 +96,17 @@ def steps_for(exponent: float, degree: int, low: float, high: float, error: floa
 
 
 def power_scores(scores: Value, p: int, shift: float = 0.0) -> Value:
-    """(1 + scores / shift)^p, or scores^p without a shift; p even: one opening up to p = 4, two above."""
+    """Return (1 + scores / shift)^p, or scores^p without a shift, for even p: one opening up to p = 4, two above."""
     for piece in power_pieces(p, shift):
         scores = polynomial(scores, piece)
     return scores
 
 
 def power_pieces(p: int, shift: float) -> list[Piece]:
-    """That power as polynomials one after the other: 64 bits hold the fourth power of a fixed-point number to a good
-    precision, and not the sixth.
+    """Return the power of ``power_scores`` as polynomials to apply one after the other.
+
+    64 bits hold the fourth power of a fixed-point number precisely enough, but not the sixth. Raises ValueError unless
+    p is even and positive.
     """
     if p < 2 or p % 2:
         raise ValueError(f"the power of Power-Softmax is even and positive, got {p}")
@@ -112,11 +118,11 @@ def power_pieces(p: int, shift: float) -> list[Piece]:
 def power_attend(
     scores: Tensor, values: Tensor, weights: Tensor, p: int, eps: float, shift: float = 0.0, *, stable: bool = False
 ) -> Tensor:
-    """Power-Softmax attention with an exact division: the training form.
+    """Return Power-Softmax attention with an exact division, as training uses it.
 
-    scores (..., T, L), values (..., L, d), weights (..., 1 or T, L): per key, zero where masked, adding up to one.
-    stable: what is raised is divided by its largest magnitude first, and eps to match, which changes nothing but
-    overflow.
+    scores: (..., T, L); values: (..., L, d); weights: (..., 1 or T, L), zero for masked keys, adding up to one.
+    stable: divide the base of the power by its largest magnitude first, and eps accordingly; this changes nothing but
+    avoids overflow.
     """
     if stable:
         base = 1 + scores / shift if shift else scores

@@ -1,7 +1,7 @@
-"""The primitives that approximations are made of, on tensors and on symbolic values alike.
+"""The primitive operations from which approximations are built, for tensors and for symbolic values.
 
-A symbolic value offers ``+ - * @`` with its like and with Python numbers, ``sum``, ``square``, ``shape``, and the
-methods that the functions here call when their argument is not a tensor.
+A symbolic value offers ``+ - * @`` with other symbolic values and with Python numbers, ``sum``, ``square``, ``shape``,
+and the methods that the functions here call if their argument is not a tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Value = Any  # a Tensor or a symbolic value; the functions here are generic over
 
 @dataclass(frozen=True)
 class Piece:
-    """sum_j coefficients[j] (x - centre)^j on one segment. ``Piece(())`` is zero."""
+    """The polynomial sum_j coefficients[j] (x - centre)^j on one segment. ``Piece(())`` is zero."""
 
     coefficients: tuple[float, ...]
     centre: float = 0.0
@@ -30,7 +30,7 @@ class Piece:
         return out
 
     def mirrored(self, sign: float = 1.0) -> Piece:
-        """The piece q with q(x) = sign * p(-x)."""
+        """Return the piece q with q(x) = sign * p(-x)."""
         return Piece(tuple(sign * c * (-1) ** j for j, c in enumerate(self.coefficients)), -self.centre)
 
 
@@ -45,13 +45,11 @@ def constant(value: float) -> Piece:
 def piecewise(
     x: Value, knots: Sequence[float], pieces: Sequence[Piece], tolerance: float = 2**-8, extra_bits: int = 0
 ) -> Value:
-    """pieces[i](x) where knots[i-1] <= x < knots[i]; one piece more than knots, knots ascending.
+    """Return pieces[i](x) for knots[i-1] <= x < knots[i].
 
-    Under the protocol an x less than ``tolerance`` below a knot may be taken for one above it; ``extra_bits`` as in
-    ``precise_product``.
-
-    Under the protocol the knots cost one comparison each, all from one opening of x, and functions of the same x
-    share them.
+    There is one piece more than knots, and knots ascend, else ValueError. Under the protocol each knot costs one
+    comparison, all from one opening of x, and functions of the same x share them. An x less than ``tolerance`` below a
+    knot may then count as above it. extra_bits: as in ``precise_product``.
     """
     if len(pieces) != len(knots) + 1 or list(knots) != sorted(knots):
         raise ValueError(f"{len(knots)} ascending knots take {len(knots) + 1} pieces, got {len(pieces)}")
@@ -64,20 +62,20 @@ def piecewise(
 
 
 def exp_neg(x: Value) -> Value:
-    """e^-x for 0 <= x < 16."""
+    """Return e^-x for 0 <= x < 16."""
     return torch.exp(-x) if isinstance(x, Tensor) else x.exp_neg()
 
 
 def maximum(x: Value, tolerance: float) -> Value:
-    """m with max - tolerance <= m <= max over the last dimension (kept with length one)."""
+    """Return m with max - tolerance <= m <= max over the last dimension, which is kept with length one."""
     return x.amax(-1, keepdim=True) if isinstance(x, Tensor) else x.maximum(tolerance)
 
 
 def bounded(x: Value, low: float, high: float) -> Value:
-    """x, of which the caller knows that it lies in [low, high] whatever the calibration inputs showed."""
+    """Return x, with the caller's promise that it lies in [low, high], whatever calibration observed."""
     return x if isinstance(x, Tensor) else x.bounded(low, high)
 
 
 def precise_product(x: Value, y: Value, extra_bits: int) -> Value:
-    """x * y kept with ``extra_bits`` more fraction bits than usual, for results well below one."""
+    """Return x * y with ``extra_bits`` more fraction bits than usual, for results well below one."""
     return x * y if isinstance(x, Tensor) else x.precise_product(y, extra_bits)

@@ -1,9 +1,9 @@
-"""The approximations of PUMA (Dong et al., arXiv 2307.12533) with the published constants, to compare ours with.
+"""The approximations of PUMA (Dong et al., arXiv 2307.12533) with the published constants, for comparison with ours.
 
-The paper takes maximum, reciprocal and inverse square root as given: here they are ours. In two places it had to be
-read with care: the clip at T_EXP comes *before* the row sum, as (1 - y/32)^32 grows again for y above 64 (Algorithm 2
-as printed clips after the division); and SiLU, for which the paper has no formula, is that of the authors' LLaMA
-example. RMSNorm has no form of its own there: Algorithm 3 without its mean is ours.
+The paper assumes protocols for maximum, reciprocal and inverse square root; here ours are used. Two places depart from
+the printed text. The clip at T_EXP comes *before* the row sum, because (1 - y/32)^32 grows again for y above 64
+(Algorithm 2 as printed clips after the division). SiLU, for which the paper has no formula, is that of the authors'
+LLaMA example. The paper has no form of RMSNorm: Algorithm 3 without its mean is the same as ours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from approximations.primitives import IDENTITY, ZERO, Piece, Value, bounded, max
 T_EXP = -14.0
 SQUARINGS = 5
 EPS = 1e-6
-TOLERANCE = 0.125  # what the maximum may be short by
-EXTRA_BITS = 2  # of the powers, whose rounding five squarings make 31 times as large; two cost no byte
+TOLERANCE = 0.125  # by how much the maximum may be too small
+EXTRA_BITS = 2  # more fraction bits for the powers, as five squarings enlarge rounding 31 times; two bits cost no byte
 
 _GELU = (
     ZERO,
@@ -35,20 +35,20 @@ _SILU = (
 
 
 def gelu(x: Value) -> Value:
-    """Equation 2. Largest error 2.0e-2, at the knot 3."""
+    """Return GeLU by equation 2. The largest error is 2.0e-2, at the knot 3."""
     return piecewise(x, [-4.0, -1.95, 3.0], _GELU)
 
 
 def silu(x: Value) -> Value:
-    """Largest error 7.2e-2, at the knot 4."""
+    """Return SiLU. The largest error is 7.2e-2, at the knot 4."""
     return piecewise(x, [-8.0, -4.0, 4.0], _SILU)
 
 
 def exp_neg(y: Value) -> Value:
-    """(1 - y/32)^32 in the place of e^-y, zero from y = 14 on; y at least -TOLERANCE. Largest error 8.5e-3.
+    """Return (1 - y/32)^32 instead of e^-y, and zero from y = 14 on, for y >= -TOLERANCE. Largest error 8.5e-3.
 
-    Base and clip are one piecewise function of one comparison, which may be coarse: from y = 12 on the power is below
-    3e-7.
+    Base and clip are one piecewise function with one comparison. The comparison may be coarse: from y = 12 on the power
+    is below 3e-7.
     """
     share = 2.0**-SQUARINGS
     base = piecewise(y, [-T_EXP], [Piece((1.0, -share)), ZERO], 2.0, EXTRA_BITS)
@@ -59,7 +59,7 @@ def exp_neg(y: Value) -> Value:
 
 
 def _exponentials(x: Value) -> tuple[Value, Value]:
-    """Algorithm 2: the powers of a row, and the one reciprocal of their sum."""
+    """Return the powers of a row and the reciprocal of their sum, by Algorithm 2."""
     e = exp_neg(maximum(x, TOLERANCE) - x + EPS)
     n = x.shape[-1]
     total = bounded(e.sum(-1, keepdim=True), 0.0, n * math.exp(TOLERANCE))
@@ -67,20 +67,20 @@ def _exponentials(x: Value) -> tuple[Value, Value]:
 
 
 def softmax(x: Value) -> Value:
-    """Over the last dimension."""
+    """Return softmax over the last dimension."""
     e, inverse = _exponentials(x)
     return e * inverse
 
 
 def attend(scores: Value, values: Value) -> Value:
-    """softmax(scores) @ values, dividing after the product, as our own does."""
+    """Return softmax(scores) @ values; as in our own form, the division comes after the product."""
     e, inverse = _exponentials(scores)
     return (e @ values) * inverse
 
 
 def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, high: float) -> Value:
-    """Algorithm 3, over the last dimension: one inverse square root of the sum of squares, which takes sqrt(n) in.
+    """Return LayerNorm over the last dimension by Algorithm 3.
 
-    ``low``, ``high``: the range of the variance.
+    It takes one inverse square root of the sum of squares, scaled by sqrt(n). low, high: the range of the variance.
     """
     return rms_norm(x - x.mean(-1, keepdim=True), weight, eps, low, high) + bias

@@ -1,8 +1,9 @@
 """Softmax: subtract the row maximum, clip, exponentiate, then divide by the row sum.
 
 y = max - x is clipped at CLIP *before* the row sum: e^-CLIP is below one unit, and nothing that the clip removes can
-ever enter the sum (PUMA's Algorithm 2 as printed clips after the division, where (1 + x/32)^32 has grown again).
-The maximum may be short by TOLERANCE, which softmax does not see, as long as y stays positive: hence the offset.
+ever enter the sum (PUMA's Algorithm 2 as printed clips after the division, when (1 + x/32)^32 has grown again).
+The maximum may be too small by TOLERANCE, which does not change softmax as long as y stays positive; hence TOLERANCE
+is added to y.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ def _exponentials(x: Value) -> tuple[Value, Value]:
 
 
 def softmax(x: Value) -> Value:
-    """Over the last dimension."""
+    """Return softmax over the last dimension."""
     e, inverse = _exponentials(x)
     return e * inverse
 
 
 def attend(scores: Value, values: Value) -> Value:
-    """softmax(scores) @ values, dividing after the product:
-    a head's width of products a row instead of a row's length.
+    """Return softmax(scores) @ values, dividing after the product.
+
+    So a row takes as many multiplications as the head is wide, instead of as many as the row is long.
     """
     e, inverse = _exponentials(scores)
     return (e @ values) * inverse

@@ -1,14 +1,14 @@
-"""Client and servers as processes over gRPC: the only place where bytes move.
+"""Clients and servers as processes that talk over gRPC. Only this package moves bytes between processes.
 
 In dependency order, one line a wing:
 
 net/         addresses, channels, frames, deadlines, services
-served/      what a service publishes
+served/      the public description and files of a service
 traces/      timelines of queries, as files
 two_party/   client, server and dealer
 three_party/ three servers that share a model
 ckks/        a server that computes on ciphertexts
-deployments  all of them by name: serve and connect
-reports/     what commands print
+deployments  all deployments by name: serve and connect
+reports/     the output of commands
 cli/         the command ``unseen``
 """

@@ -1,7 +1,7 @@
-"""Deployments as processes: by name, who hosts which role and how a client links to it.
+"""Host the roles of a deployment as services, and connect a client to them.
 
-``secure.serve`` and ``secure.connect`` are these functions. A deployment of one's own is registered here (its hosted
-form) and in ``secure.deployments.deployment`` (what it is).
+``secure.serve`` and ``secure.connect`` are these functions. To add a deployment, register its hosted form here and the
+deployment itself in ``secure.deployments.deployment``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from secure.session import Link, Session
 
 
 class Hosted(Protocol):
-    """A deployment's services and its link. takes: the HostOptions, beside ``network``, that each role has."""
+    """A deployment's services and its link. takes: by role, the HostOptions (beside ``network``) that it accepts."""
 
     deployment: type[Deployment]
     takes: Mapping[str, frozenset[str]]
@@ -36,28 +36,28 @@ class Hosted(Protocol):
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
-        """``held``: what the role serves, a Compiled or a directory; None where it needs nothing."""
+        """Make the parts of one role's service. held: what it serves, a Compiled or a directory; None for nothing."""
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         """The ``unseen`` command line that a model's owner runs once before the roles start, if there is one.
 
-        compiling: the model and how it is compiled, as command-line arguments. directory: for what must be kept.
+        compiling: the model and its options, as command-line arguments. directory: a place for files to keep.
         """
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
-        """The ``unseen`` command line that hosts a role, but for --listen. ``peers``: addresses by role."""
+        """The ``unseen`` command line that hosts a role, without --listen. peers: addresses by role."""
 
 
 _HOSTED: dict[str, Hosted] = {}
 
 
 def host(hosted: Hosted) -> None:
-    """Make a deployment's hosted form known."""
+    """Register a deployment's hosted form."""
     _HOSTED[hosted.deployment.name] = hosted
 
 
 def hosted(deployment: Deployment | type[Deployment]) -> Hosted:
-    """The hosted form of a deployment."""
+    """Return the hosted form of a deployment; raises InvalidInput if it has none."""
     found = _HOSTED.get(deployment.name)
     if found is None:
         raise InvalidInput(f"{deployment.name} has no hosted form", f"those that have: {', '.join(_HOSTED)}")
@@ -78,12 +78,12 @@ def connect(
     threads: int = 1,
     told: Told | None = None,
 ) -> Session:
-    """Connect to those who serve a model; the deployment says who and where they are.
+    """Connect to the services of a model; the deployment holds their addresses.
 
-    network: how channels are protected; by default unencrypted, on this machine alone. deadline: seconds to wait for
-    any one message before PeerLost. cache: where once-per-model files are kept; True: the user's own directory.
-    program_digest: refuse a service with another Program. threads: of this client while it computes.
-    told: called with (done, of how many, at what) where something lasts.
+    network: the protection of channels; by default unencrypted, on this machine alone. deadline: seconds to wait for
+    any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
+    keep none. program_digest: refuse a service with another Program. threads: threads of this client while it computes.
+    told: called with (done, total, what is being done) while something takes long.
     Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     directory = cache_directory() if cache is True else (cache or None)
@@ -101,11 +101,11 @@ def serve(
     network: Network | None = None,
     **given: Any,
 ) -> Service:
-    """Host one role of a deployment; returns once it listens. Use it as a context manager, and ``wait()`` in it.
+    """Host one role of a deployment; returns once it listens. Use it as a context manager, and call its ``wait()``.
 
-    held: what the role serves: a compiled model (its deployment is then known), a directory that ``unseen share-model``
-    wrote (parties), or nothing (dealers). listen: host:port, port 0 for any free one. peers: the addresses of the roles
-    that this one connects to, by role. given: deadline, state, traces, workers, ahead, as the role takes them; see
+    held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
+    wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
+    of the roles that this one connects to. given: deadline, state, traces, workers, ahead, if the role takes them; see
     ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
@@ -139,7 +139,7 @@ def serve(
 
 
 def starting_order(deployment: Deployment) -> list[Role]:
-    """The roles that are hosted, each behind those that it connects to."""
+    """List the roles that are hosted, each after those that it connects to."""
     served = set(hosted(deployment).takes)
     waiting = [role for role in deployment.roles() if role.name in served]
     out: list[Role] = []
@@ -151,5 +151,5 @@ def starting_order(deployment: Deployment) -> list[Role]:
 
 
 def host_defaults() -> dict[str, Any]:
-    """The defaults of HostOptions by name."""
+    """Return the defaults of HostOptions by name."""
     return {f.name: f.default for f in fields(HostOptions) if f.default is not MISSING}

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelStub:
-    """What is served, in every deployment: whoever answers clients answers this too. Everything here is public.
+    """The description of the served model. In every deployment, each service that clients talk to offers this one too.
+    Everything here is public.
     """
 
     def __init__(self, channel):
@@ -48,7 +49,8 @@ class ModelStub:
 
 
 class ModelServicer:
-    """What is served, in every deployment: whoever answers clients answers this too. Everything here is public.
+    """The description of the served model. In every deployment, each service that clients talk to offers this one too.
+    Everything here is public.
     """
 
     def Describe(self, request, context):
@@ -58,7 +60,7 @@ class ModelServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """A once-per-model file of the description, by its SHA-256.
+        """Download a file of the description, by its SHA-256; clients need it once per model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,7 +88,8 @@ def add_ModelServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Model:
-    """What is served, in every deployment: whoever answers clients answers this too. Everything here is public.
+    """The description of the served model. In every deployment, each service that clients talk to offers this one too.
+    Everything here is public.
     """
 
     @staticmethod
@@ -145,7 +148,7 @@ class Model:
 
 
 class DealerStub:
-    """Hands out correlated randomness before queries; never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
     """
 
     def __init__(self, channel):
@@ -177,7 +180,7 @@ class DealerStub:
 
 
 class DealerServicer:
-    """Hands out correlated randomness before queries; never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
     """
 
     def Register(self, request, context):
@@ -202,7 +205,7 @@ class DealerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Deal(self, request, context):
-        """Server: the corrections of one query of a session, in the circuit's order. Each query number is dealt once.
+        """Server: get the corrections of one query of a session, in the circuit's order. Each query number is dealt once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,7 +243,7 @@ def add_DealerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Dealer:
-    """Hands out correlated randomness before queries; never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
     """
 
     @staticmethod
@@ -462,22 +465,22 @@ class CkksServicer:
     """
 
     def Keys(self, request, context):
-        """Whether the server holds the evaluation keys of this digest.
+        """Ask if the server holds the evaluation keys with this digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Evaluation keys, once per client: a header, then the bytes of each key in its order. Held until they expire. Back
-        come words that say that the server works (held is false), then one that says that it holds the keys.
+        """Upload evaluation keys, once per client: a header, then the bytes of each key in the header's order. The server
+        holds them until they expire. While it works it replies with held = false, and at the end with held = true.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Query(self, request_iterator, context):
-        """One query: a start, the ciphertexts of the inputs, and an answer to every refresh.
+        """Ask one query: a start, the ciphertexts of the inputs, and an answer to every refresh.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -597,7 +600,7 @@ class Ckks:
 
 
 class PartyStub:
-    """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
+    """One of three servers among which weights and inputs are secret-shared. Parties 0 and 1 answer queries. Party 2 sends
     party 0 its share of every product, which depends on no input.
     """
 
@@ -635,43 +638,44 @@ class PartyStub:
 
 
 class PartyServicer:
-    """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
+    """One of three servers among which weights and inputs are secret-shared. Parties 0 and 1 answer queries. Party 2 sends
     party 0 its share of every product, which depends on no input.
     """
 
     def Ask(self, request_iterator, context):
-        """Client to parties 0 and 1: its input's share, in parts; back comes the output's share. To party 2 its keys where
-        rows are looked up in a shared table; back comes an answer without a share. Until then a Working comes every
-        second, or four times in the client's deadline if that is more often. A client gives up, and names who is to blame,
-        where a party sends nothing for its deadline, or nobody's steps grow for as long.
+        """The client sends parties 0 and 1 their shares of its input, in parts; each answers with its share of the output.
+        If rows are looked up in a shared table, the client sends party 2 its keys; party 2 answers without a share. Until
+        the answer, a Working comes every second, or four times in the client's deadline if that is more often. The client
+        gives up, and names who is to blame, if a party sends nothing for the deadline, or if nobody's steps grow for as
+        long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Compute(self, request_iterator, context):
-        """Party 1 to party 0: the rounds of one query.
+        """Party 1 calls party 0: the rounds of one query.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Supply(self, request, context):
-        """Party 0 to party 2: the seed of party 0 and the corrections of one query, both fresh.
+        """Party 0 calls party 2: get party 0's seed and the corrections of one query, both fresh.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Contribute(self, request, context):
-        """Party 0 to party 2: its part of the rows that a client looks up, masked.
+        """Party 0 calls party 2: get party 2's part of the rows that a client looks up, masked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Seed(self, request, context):
-        """Party 1 to party 2: the seed of party 1 of a query that was or is being dealt. Given once.
+        """Party 1 calls party 2: get party 1's seed of a query that was dealt or is being dealt. It is given once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -714,7 +718,7 @@ def add_PartyServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Party:
-    """One of three servers among whom weights and inputs are secret-shared. Parties 0 and 1 answer queries, party 2 sends
+    """One of three servers among which weights and inputs are secret-shared. Parties 0 and 1 answer queries. Party 2 sends
     party 0 its share of every product, which depends on no input.
     """
 

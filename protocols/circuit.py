@@ -1,9 +1,9 @@
-"""Circuits: a flat list of protocols and what they read, and its four readings.
+"""Circuits: a flat list of protocols with the results that each one reads. Four functions run a circuit.
 
-``execute``   one party's online part, as one step that merges everything ready into one round
-``prepare``   the client's offline part: results that need no input (its shares of linear layers)
-``deal``      the dealer's part: corrections for the server, in the circuit's order
-``reference`` plain fixed-point arithmetic on residues: INSECURE, for tests and accuracy reports
+``execute``   runs one party's online part, as one step that merges everything ready into one round
+``prepare``   runs the client's offline part: results that need no input (its shares of linear layers)
+``deal``      runs the dealer's part: corrections for the server, in the circuit's order
+``reference`` computes in plain fixed-point arithmetic on residues: INSECURE, for tests and accuracy reports
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from protocols.steps import Done, FrameObserver, advance, merge
 
 @dataclass(frozen=True)
 class Instruction:
-    """A protocol and the instructions whose results it reads, by position."""
+    """A protocol, and the positions of the instructions whose results it reads."""
 
     protocol: Protocol
     inputs: tuple[int, ...] = ()
@@ -36,7 +36,7 @@ Circuit = Sequence[Instruction]
 
 @dataclass(frozen=True)
 class Part:
-    """What one instruction sends and receives in a round, in bytes."""
+    """The bytes that one instruction (``index``) sends and receives in a round."""
 
     index: int
     sent: int
@@ -44,43 +44,44 @@ class Part:
 
 
 class Observer(FrameObserver):
-    """Told what one party's ``execute`` does, instruction by instruction, and no data; this one ignores it all.
+    """A listener to one party's ``execute``: it hears of every instruction, but gets no data. The base ignores all.
 
-    The party's ``Framed`` may tell the same observer of the frames.
+    The party's ``Framed`` may report its frames to the same observer.
     """
 
     def computing(self, index: int) -> None:
-        """An instruction starts, or goes on with what came back."""
+        """An instruction starts, or continues with the answer to its exchange."""
 
     def computed(self, index: int) -> None:
-        """It stops: finished, or waiting for an exchange."""
+        """The instruction stops: it has finished, or it waits for an exchange."""
 
     def finished(self, index: int) -> None:
-        """Its result is there; those of its operands that nobody else reads are dropped."""
+        """The instruction's result is there, and operands that nothing else reads have been dropped."""
 
     def exchanging(self, parts: Sequence[Part]) -> None:
-        """Every instruction that waits, in order, and how much it exchanges in the round that comes now."""
+        """A round begins. ``parts``: every instruction that waits, in order, and the bytes that it exchanges."""
 
 
 class CorrelationReused(RuntimeError):
-    """A correlation was asked for twice; it was burnt the first time."""
+    """A correlation was asked for twice; the first use has burnt it."""
 
 
 class Supply(typing.Protocol):
-    """Corrections by instruction, each taken once; one that is still on its way is waited for, and ``default`` is the
-    answer for an instruction that has none.
+    """Corrections by instruction. Each is taken once; ``pop`` waits for one that is still on its way.
+
+    ``pop`` returns ``default`` for an instruction that has none.
     """
 
     def pop(self, index: int, default: bytes) -> bytes | memoryview: ...
 
 
 class Correlations:
-    """One query's correlated randomness of one party. Taking an entry burns it."""
+    """One party's correlated randomness of one query. Taking an entry burns it."""
 
     def __init__(
         self, party: int, key: Key, corrections: Mapping[int, bytes | memoryview] | Supply | None = None
     ) -> None:
-        """``corrections``: the dealer's bytes by instruction (server); the client has none."""
+        """Hold the key of the party's streams, and at the server the dealer's ``corrections`` by instruction."""
         self._party, self._key = party, key
         self._corrections = dict(corrections or {}) if isinstance(corrections, Mapping | None) else corrections
         self._taken: set[int] = set()
@@ -88,7 +89,10 @@ class Correlations:
         self._finished: dict[int, Any] = {}
 
     def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
-        """The material of instruction ``index``; raises CorrelationReused the second time."""
+        """Return the material of instruction ``index``, by draw; raises CorrelationReused the second time.
+
+        Raises FrameError if its corrections have another size than its draws.
+        """
         draws = protocol.draws
         if not draws:
             return {}
@@ -105,7 +109,7 @@ class Correlations:
         return material
 
     def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
-        """Client, before the query: draw an instruction's material and compute what needs no input, for one use."""
+        """Client, before the query: draw an instruction's material, and compute and keep what needs no input."""
         material = self.take(index, protocol)
         value = protocol.offline(material, operands, weights)
         if protocol.finished_offline:
@@ -115,7 +119,7 @@ class Correlations:
         return value
 
     def is_finished(self, index: int) -> bool:
-        """Whether ``prepare`` left the result itself; ``finished`` then gives it, once."""
+        """True if ``prepare`` left the result itself; ``finished`` then returns it, once."""
         return index in self._finished
 
     def finished(self, index: int) -> Any:
@@ -142,7 +146,7 @@ def _split(payload: bytes | memoryview, draws: Sequence[Draw]) -> dict[str, Tens
 
 
 class _Values:
-    """Results by instruction, dropped after their last use."""
+    """Results by instruction; each is dropped after its last use."""
 
     def __init__(self, circuit: Circuit, outputs: Sequence[int]) -> None:
         self._uses = [0] * len(circuit)
@@ -175,10 +179,11 @@ def execute(
     inputs: Mapping[str, Tensor] | None = None,
     observer: Observer | None = None,
 ) -> Step[list[Any]]:
-    """Run a circuit as dataflow: what is ready runs until it must exchange, then all of that leaves as one round.
+    """Run one party's part of a circuit as dataflow, and return the results of the instructions ``outputs``.
 
-    The order depends on the circuit alone, so both parties merge the same messages. ``inputs``: by name, the client's
-    integers, or this party's shares of them where the client is none of the parties.
+    Every instruction that is ready runs until it must exchange; then all exchanges become one round. The order depends
+    on the circuit alone, so both parties merge the same messages. inputs: by name, the client's integers, or this
+    party's shares of them if the client is none of the parties.
     """
     values, told = _Values(circuit, outputs), observer or Observer()
     missing = [len(set(i.inputs)) for i in circuit]
@@ -240,7 +245,7 @@ def _part(index: int, exchange: Exchange) -> Part:
 
 
 def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> None:
-    """The client's work before a query, kept in ``correlations``: masks of deliveries, shares of linear layers."""
+    """Do the client's work before a query: masks of deliveries, shares of linear layers, kept in ``correlations``."""
     values: dict[int, Any] = {}
     for index, instruction in enumerate(circuit):
         protocol = instruction.protocol
@@ -250,8 +255,10 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> N
 
 
 def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, bytes]]:
-    """The dealer's corrections, (instruction, bytes) in order,
-    for one query whose party keys are ``server`` and ``client``.
+    """Yield the dealer's corrections of one query as (instruction, bytes), in order.
+
+    server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
+    to the server.
     """
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
@@ -263,7 +270,7 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
         streams = (server.stream(index), client.stream(index))
         plain: dict[str, Tensor] = {}
         client_shares: dict[str, Tensor] = {}
-        # each party reads its own stream in the order of ``draws``: the client all of it, the server only the masks
+        # each party draws from its own stream in the order of ``draws``: the client everything, the server only masks
         for d in draws:
             shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p) and not (d.derived and p == SERVER)]
             if d.derived:
@@ -278,8 +285,9 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
 
 
 def correction_places(circuit: Circuit) -> dict[int, slice]:
-    """Where each instruction's corrections lie in what ``deal`` gives, one after the other; those with none have no
-    place. Sizes follow from the circuit.
+    """Return each instruction's place in the joined bytes of ``deal``; instructions without corrections have none.
+
+    The sizes follow from the circuit alone.
     """
     places, start = {}, 0
     for index, instruction in enumerate(circuit):
@@ -290,15 +298,15 @@ def correction_places(circuit: Circuit) -> dict[int, slice]:
 
 
 def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
-    """What ``deal`` gives, as one byte string, cut by instruction without copies."""
+    """Cut the joined bytes of ``deal`` by instruction, without copying them."""
     view = memoryview(payload)
     return {index: view[place] for index, place in correction_places(circuit).items()}
 
 
 def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]) -> list[Any]:
-    """INSECURE: the same circuit on plain residues, as if there were one party.
+    """INSECURE: run the same circuit on plain residues, as if there were one party. For comparison only.
 
-    Exact fixed point; for comparison only.
+    inputs: the client's integers by name. Returns the results of the instructions ``outputs``, in exact fixed point.
     """
     values = _Values(circuit, outputs)
     for index, instruction in enumerate(circuit):
@@ -311,7 +319,7 @@ def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs
 
 
 def total_cost(circuit: Circuit) -> CircuitCost:
-    """Bytes of all instructions; rounds of the dataflow schedule (what ``execute`` takes), not of the sum."""
+    """Sum the bytes of all instructions, and count the rounds of the dataflow schedule, which ``execute`` takes."""
     finished = [0] * len(circuit)
     total = CircuitCost()
     for index, instruction in enumerate(circuit):
@@ -322,13 +330,14 @@ def total_cost(circuit: Circuit) -> CircuitCost:
 
 
 class CircuitError(ValueError):
-    """A circuit does not hold together."""
+    """An instruction of a circuit does not fit its operands, its weights or itself."""
 
 
 def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check a circuit that somebody else made: fields, kinds, rings and shapes of all operands. No data, little memory.
+    """Check a circuit that somebody else made: fields, kinds, rings and shapes of all operands.
 
-    The shapes matter for secrecy too: a mask must have the shape of what it hides. CircuitError names the instruction.
+    It runs on meta tensors, so it takes no data and little memory. Shapes matter for secrecy too: a mask must have the
+    shape of what it hides. Raises CircuitError, which names the instruction.
     """
     shapes: list[Any] = []
     weights = MetaWeights(weight_shapes)
@@ -371,7 +380,7 @@ def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
 
 
 class MetaWeights(Weights):
-    """Weights without data, by their shapes. Nothing is added of a weight: its shape is the server's affair."""
+    """Weights without data, by their shapes. It adds no weights: the shape of an added weight stays with the server."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes

@@ -1,13 +1,13 @@
-"""The one family of errors, and those of its members that protocols raise; ``secure.errors`` has the rest."""
+"""The base class of all errors, and the errors that protocols raise; ``secure.errors`` has the others."""
 
 from __future__ import annotations
 
 
 class Error(Exception):
-    """Base of everything that can go wrong and that a person can do something about.
+    """Base class of every error that a person can do something about.
 
     The message names the place, the value and the bound; ``hint`` says what to do. Messages never hold shares, seeds,
-    keys or inputs. ``code`` names the kind of error to the other side of a connection.
+    keys or inputs. ``code`` tells the other side of a connection which kind of error this is.
     """
 
     code = "error"
@@ -17,7 +17,7 @@ class Error(Exception):
 
 
 class DoesNotFit(Error, ValueError):
-    """A value cannot be held: no ring or modulus is wide enough for its range, scale and precision."""
+    """No ring or modulus is wide enough for the range, scale and precision of a value."""
 
     code = "does-not-fit"
 

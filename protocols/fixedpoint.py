@@ -1,4 +1,4 @@
-"""How real numbers stand in the ring: a literal checked into a frozen object."""
+"""The fixed-point encoding of real numbers: its parameters, checked when they are set."""
 
 from dataclasses import asdict, dataclass
 
@@ -9,9 +9,10 @@ from protocols.errors import FixedPointError
 class FixedPoint:
     """Fraction bits of activations and weights, and the safety margin on calibrated ranges.
 
-    fraction_bits: a settled activation x is round(x * 2^fraction_bits); one unit is 2^-fraction_bits.
+    fraction_bits: an activation x is rescaled to round(x * 2^fraction_bits); one unit is 2^-fraction_bits.
     weight_fraction_bits: the same for the server's weights.
-    margin_bits: a value seen up to v at calibration may grow to v * 2^margin_bits before the ring overflows.
+    margin_bits: a value that calibration saw up to v may grow to v * 2^margin_bits before the ring overflows.
+    Raises FixedPointError if a parameter is no integer or out of its range.
     """
 
     fraction_bits: int = 16

@@ -1,7 +1,7 @@
 """The hot loops over elements and their packed bits, compiled by numba for CPU tensors.
 
-Each function has one meaning and two forms: one pass over memory in compiled code, and whole-tensor torch operations
-for other devices, which are also the oracle of the tests. Both give the same integers, so parties may differ in this.
+Each function has two forms: one pass over memory in compiled code, and whole-tensor torch operations for other devices,
+with which tests compare the first. Both give the same integers, so two parties may use different forms.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def _flat(x: Tensor) -> Array:
     return x.reshape(-1).numpy()
 
 
-# packed bits: a block of elements at a time, one flag a byte and then eight flags a byte, as only such loops vectorize
+# packed bits: a block of elements at a time, first one flag a byte, then eight flags a byte; only such loops vectorize
 
 BLOCK = 2048  # elements whose flags stay in the innermost cache
 _LOWEST = np.uint64(0x0101010101010101)  # the lowest bit of every byte of a word ...
-_GATHER = np.uint64(0x0102040810204080)  # ... times this: the eight of them side by side in the top byte
+_GATHER = np.uint64(0x0102040810204080)  # ... times this gives the eight of them side by side in the top byte
 _TOP_BYTE = np.uint64(56)
 
 
 @compiled
 def _gathered(flags: Array, bit: int, out: Array, at: int, size: int) -> None:
-    """Bit ``bit`` of every byte of ``flags``, packed into out[at : at + size]."""
+    """Pack bit ``bit`` of every byte of ``flags`` into out[at : at + size]."""
     words, shift = flags.view(np.uint64), np.uint64(bit)
     for j in range(size):
         out[at + j] = np.uint8((((words[j] >> shift) & _LOWEST) * _GATHER) >> _TOP_BYTE)
@@ -51,7 +51,7 @@ def _gathered(flags: Array, bit: int, out: Array, at: int, size: int) -> None:
 
 @compiled
 def _spread(plane: Array, at: int, out: Array, size: int) -> None:
-    """The bits of plane[at : at + size] as int64 masks, 0 or -1."""
+    """Spread the bits of plane[at : at + size] to int64 masks, 0 or -1."""
     for byte in range(size):
         packed = np.int64(plane[at + byte])
         for k in range(8):
@@ -71,13 +71,13 @@ def _bit_plane(x: Array, offset: int, bit: int) -> Array:
 
 
 def bit_plane(x: Tensor, offset: int, bit: int) -> Tensor:
-    """Bit ``bit`` of x + offset, packed."""
+    """Return bit ``bit`` of x + offset as a packed plane."""
     if _fast(x):
         return torch.from_numpy(_bit_plane(_flat(x), ring.wrap(offset), bit))
     return bits.pack(ring.right(x + ring.wrap(offset), bit))
 
 
-# comparison: looking a public digit up in shares of a unary code
+# comparison: look a public digit up in shares of a unary code
 
 
 @compiled
@@ -111,12 +111,14 @@ def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: i
 def digit_planes(
     z: Tensor, table: Tensor, thresholds: tuple[int, ...], width: int, drop: int, digits: int, first: int
 ) -> Tensor:
-    """Planes of zeta = z - threshold: its bit width - 1, then for each digit of its lower bits without the ``drop``
-    lowest (radix 16, lowest first) the looked-up bits "less" and "equal".
+    """Look the digits of zeta = z - threshold up in ``table``, for every threshold, and pack what is found.
+
+    Returns planes of shape (1 + 2 digits, thresholds * ceil(n / 8)), the thresholds side by side. Plane 0 is bit
+    width - 1 of zeta. The bits below it, without the ``drop`` lowest, are cut into digits (radix 16, lowest first);
+    each digit gives two planes, the looked-up bits "less" and "equal".
 
     z: n elements. table: (ceil(digits / 4), n) words, the unary codes of four digits each. first: the constant that
-    turns "less" into "at most" (see ``two_party.comparison``). Returns (1 + 2 digits, thresholds * ceil(n / 8)): the
-    thresholds' planes in a row.
+    turns "less" into "at most" (see ``two_party.comparison``).
     """
     if z.is_meta:
         row = len(thresholds) * bits.plane_bytes(z.numel())
@@ -154,7 +156,7 @@ def _select(
             slope, offset, constant = slopes[s], offsets[s], one * offsets[s]
             _spread(planes[s], start >> 3, chosen, (total.size + 7) >> 3)
             b = beta[s, start : start + BLOCK]
-            # a mask instead of a branch, which random bits would mispredict every other time
+            # a mask instead of a branch: the processor would mispredict random bits every other time
             if slope != 0:
                 br, v, mine = beta_r[sloped, start : start + BLOCK], z[start : start + BLOCK], x[start : start + BLOCK]
                 for i in range(total.size):
@@ -177,16 +179,17 @@ def select(
     *,
     server: bool,
 ) -> Tensor:
-    """This party's share of sum_s b_s (slopes[s] x + offsets[s]), for b_s = c_s XOR beta_s with c_s in ``planes[s]``.
+    """Return this party's share of sum_s b_s (slopes[s] x + offsets[s]) for the bits b_s = planes[s] XOR beta_s.
 
-    beta: (S, *shape), shares of the mask bits. opened: (z, this party's share of x, (T, *shape) shares of beta_s r for
-    the T nonzero slopes), None if there are none. The server counts the constants.
+    planes: the opened bits, known to both parties. beta: (S, *shape), shares of the mask bits. opened: (z, this party's
+    share of x, (T, *shape) shares of beta_s r for the T nonzero slopes); None if there are none. Only the server adds
+    the public constants. Arithmetic modulo 2^64.
     """
     m, q = (torch.tensor([ring.wrap(v) for v in values], device=beta.device) for values in (slopes, offsets))
     one = 1 if server else 0
     if _fast(beta):
         flat = beta.reshape(len(slopes), -1).numpy()
-        z, x, beta_r = opened if opened is not None else (beta, beta, beta)  # not read without a slope
+        z, x, beta_r = opened if opened is not None else (beta, beta, beta)  # not read if there is no slope
         rows = beta_r.reshape(beta_r.shape[0], -1).numpy()
         total = _select(planes.numpy(), m.numpy(), q.numpy(), flat, rows, _flat(z), _flat(x), one)
         return torch.from_numpy(total).reshape(beta.shape[1:])
@@ -225,7 +228,7 @@ def _extended(x: Array, mine: Array, theirs: Array, product: Array, offset: int,
 
 
 def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: int, *, client: bool) -> Tensor:
-    """Step 2 of ``two_party.extension``: this party's share in the wide ring."""
+    """Return this party's share in the wide ring: step 2 of ``two_party.extension``."""
     offset = 0 if client else 1 << (width - 2)
     if _fast(x):
         flat = _extended(_flat(x), _flat(mine), _flat(theirs), _flat(product), offset, width, client)
@@ -250,7 +253,7 @@ def _dropped(x: Array, offset: int, shift: int, mask: int) -> Array:
 
 
 def dropped(x: Tensor, offset: int, shift: int, bits: int) -> Tensor:
-    """floor((x + offset) / 2^shift) of the representative in [0, 2^bits)."""
+    """Return floor((x + offset) / 2^shift), with x + offset read as its representative in [0, 2^bits)."""
     if _fast(x) and shift:
         flat = _dropped(_flat(x), ring.wrap(offset), shift, ring.low_mask(bits - shift))
         return torch.from_numpy(flat).reshape(x.shape)
@@ -275,9 +278,9 @@ def _cubic(z: Array, r: Array, r2: Array, r3: Array, centre: int, t: Array, serv
 
 
 def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients: tuple[int, ...], first: int) -> Tensor:
-    """sum_{k >= first} (-1)^k r^k sum_{j >= k} C_j binom(j, k) (z - centre)^(j - k), with r^k in ``powers[k - 1]``.
+    """Return sum_{k >= first} (-1)^k r^k sum_{j >= k} C_j binom(j, k) (z - centre)^(j - k); powers[k - 1] holds r^k.
 
-    first: 0 for the party that counts the term without r, 1 for the other. Arithmetic modulo 2^64.
+    first: 0 for the party that adds the term without r, 1 for the other. Arithmetic modulo 2^64.
     """
     degree = len(coefficients) - 1
     table = torch.zeros((max(degree, 3) + 1, max(degree, 3) + 1), dtype=torch.int64)
@@ -285,7 +288,7 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
         for j in range(k, degree + 1):
             table[k, j] = ring.wrap((-1) ** k * math.comb(j, k) * coefficients[j])
     if _fast(z) and 1 <= degree <= 3:
-        r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # those past the degree meet zeros
+        r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # powers above the degree meet zeros
         flat = _cubic(_flat(z), r, r2, r3, ring.wrap(centre), table.numpy(), first == 0)
         return torch.from_numpy(flat).reshape(z.shape)
     v, total = z - ring.wrap(centre), torch.zeros_like(z)
@@ -322,26 +325,26 @@ def _loaded(raw: Array, width: tuple[int, ...]) -> Array:
 
 
 def _known(width: int) -> tuple[int, ...]:
-    """A width that the compiler knows, so that inner loops vectorize: the length of a tuple is a part of its type."""
+    """Return a tuple of this length. Its length is part of its type, so the compiler knows the width and vectorizes."""
     return (0,) * width
 
 
 def stored(x: Array, width: int, mask: int) -> Array:
-    """x & mask, each in ``width`` bytes, little-endian."""
+    """Store x & mask in ``width`` bytes an element, little-endian."""
     out: Array = _stored(x, mask, _known(width))
     return out
 
 
 def loaded(raw: Array, width: int) -> Array:
-    """The int64 elements that ``stored`` made ``raw`` of."""
+    """Load int64 elements from bytes that ``stored`` made; the inverse of it."""
     bytes_ = raw.view()
-    bytes_.flags.writeable = False  # as most are that come in, and another type to the compiler
+    bytes_.flags.writeable = False  # received bytes mostly are, and numba would compile both kinds
     out: Array = _loaded(bytes_, _known(width))
     return out
 
 
 def warm_up() -> None:
-    """Compile every kernel (or load it from the cache beside this file), so that no query waits for the compiler."""
+    """Compile every kernel, or load it from the cache beside this file, so that no query waits for the compiler."""
     x, plane = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
     bit_plane(x, 0, 1)
     digit_planes(x, x.reshape(1, 8), (0,), 17, 0, 4, 0)

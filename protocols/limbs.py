@@ -11,7 +11,7 @@ blocks are then converted to int64, shifted by ``s_i + t_j`` and added with wrap
 Two operands of three limbs, of which six pairs matter, need five products only (Karatsuba on the low two limbs):
 ``x0*y1 + x1*y0 = (x0 + x1)*(y0 + y1) - x0*y0 - x1*y1``, where ``x1*y1`` is needed anyway.
 
-This pays where torch multiplies int64 matrices by a plain loop.  On x86 processors with AVX-512 torch has a vectorized
+This pays if torch multiplies int64 matrices with a plain loop.  On x86 processors with AVX-512 torch has a vectorized
 kernel (FBGEMM's) for a single thread, which is faster than most products here: `benchmarks/limbs.py` compares them.
 """
 
@@ -33,9 +33,9 @@ _MAXIMUM_LIMBS = 4
 _WIDEST_PACKED = 32
 """Widest limb of a packed matrix: narrow enough for a left operand of any width."""
 _CHUNK = 1 << 15
-"""Elements split at a time, so that the scratch stays in cache."""
+"""Number of elements split at a time, so that the scratch stays in cache."""
 _TILE, _LIMBS_TILE, _NARROWEST = 1 << 18, 1 << 20, 128
-"""Elements of products, and of limbs of an unpacked right operand, held at a time; the fewest columns of a tile."""
+"""Elements held at a time, of products and of limbs of an unpacked right operand; then the fewest columns of a tile."""
 _CONVERT_COST = 30
 """Multiply-accumulates that take as long as converting one float64 to int64 and adding it."""
 _SPLIT_COST = 28
@@ -65,7 +65,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Which limbs are multiplied.
+    """A choice of the limbs that are multiplied, and of their order.
 
     `order` lists the limbs of the left operand as they are stacked, and every group ``(j, start, stop)`` multiplies the
     stacked limbs ``start:stop`` by limb ``j`` of the right operand.  With `karatsuba` both operands have a fourth limb,
@@ -83,10 +83,10 @@ class _Schedule:
 def pack(matrix: Tensor, bits: int, *, signed: bool, ring: int | None = None, other_bits: int | None = None) -> Packed:
     """Split `matrix`, int64 of shape (..., n, p), into limbs for use as the right operand of `matmul`.
 
-    `signed` matrices hold true integers in [-2^(bits-1), 2^(bits-1)), anything else being a ValueError; otherwise the
-    elements are residues mod 2^bits whose higher bits are ignored.  `ring` (default: 64, or `bits` for residues) and
-    `other_bits` (default: `ring`) are the ring and the width of the left operand for which the split is optimized; the
-    result is exact with any other.  Takes 8 bytes an element for each limb: one limb for weights of up to 21 bits.
+    `signed` matrices hold true integers in [-2^(bits-1), 2^(bits-1)), and any other element is a ValueError; otherwise
+    the elements are residues mod 2^bits whose higher bits are ignored.  `ring` (default: 64, or `bits` for residues)
+    and `other_bits` (default: `ring`) are the ring and the width of the left operand for which the split is optimized;
+    products are exact with any other.  A limb takes 8 bytes an element; weights of up to 21 bits take one limb.
     """
     _check(matrix, "matrix")
     _check_bits("bits", bits)
@@ -265,17 +265,17 @@ def _candidates(width: int) -> tuple[Widths, ...]:
 
 
 def _shifts(widths: Widths) -> Widths:
-    """Weights (binary exponents) of limbs of these widths."""
+    """Return the weights (binary exponents) of limbs of these widths."""
     return tuple(sum(widths[:index]) for index in range(len(widths)))
 
 
 def _amount(bits: int, like: Tensor) -> Tensor:
-    """A shift distance as a tensor: torch vectorizes shifts by a tensor, and may not those by a Python integer."""
+    """Return a shift distance as a tensor: torch vectorizes shifts by a tensor, but not always by a Python integer."""
     return torch.full((1,), bits, dtype=torch.int64, device=like.device)
 
 
 def _width(name: str, bits: int | None, ring: int) -> tuple[int, bool]:
-    """Width of the elements of an operand, and whether they are residues mod 2^ring."""
+    """Return the width of an operand's elements, and True if they are residues mod 2^ring."""
     if bits is None:
         return ring, True
     _check_bits(name, bits)

@@ -1,6 +1,6 @@
 """Steps that each party takes alone: sums, shapes, public constants, truncation. No rounds, no bytes, no correlations.
 
-Constants are added by the server only, so that the sum of the shares moves by the constant once.
+Only the server adds constants, so that the shares' sum changes by the constant once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class MulConstant(_Shaped):
 
     @property
     def operand_ring(self) -> int:
-        """x 2^d is known modulo 2^(k + d) when x is modulo 2^k."""
+        """The narrowest ring that suffices: if x is known modulo 2^k, then x 2^d is known modulo 2^(k + d)."""
         return self.ring - (self.constant & -self.constant).bit_length() + 1 if self.constant else 0
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
@@ -81,7 +81,10 @@ class MulConstant(_Shaped):
 
 @dataclass(frozen=True)
 class AddWeight(_Shaped):
-    """[x] + w for a weight w (a bias, position embeddings): each party adds its summand, the server the whole of it."""
+    """[x] + w for a weight w (a bias, position embeddings).
+
+    Each party adds its summand of w; if the server holds w in the clear, the server adds all of it.
+    """
 
     kind: ClassVar[str] = "add_weight"
     weight_field: ClassVar[str] = "weight"
@@ -96,7 +99,7 @@ class AddWeight(_Shaped):
 
 @dataclass(frozen=True)
 class Sum(_Shaped):
-    """The sum over ``dims`` (kept with length one)."""
+    """The sum over ``dims``, which are kept with length one."""
 
     kind: ClassVar[str] = "sum"
     dims: tuple[int, ...]
@@ -160,11 +163,11 @@ class Concat(_Shaped):
 
 @dataclass(frozen=True)
 class Truncate(Local):
-    """[x] in a ring of ``ring`` bits -> [x / 2^shift] in a ring of ``ring - shift`` bits (truncate-reduce, SIGMA).
+    """Truncate [x] in a ring of ``ring`` bits to [x / 2^shift] in a ring of ``ring - shift`` bits.
 
-    Each party shifts its own share; the carry out of the low parts is lost, and 2^shift added beforehand centres the
-    error. Never wrong at the top, since the ring narrows along with the shares: what fails in local truncation
-    *within* one ring (SecureML) is the wrap, which here stays a multiple of the new modulus.
+    Source: truncate-reduce of SIGMA. Each party shifts its own share. The carry out of the low parts is lost, and the
+    server adds 2^shift beforehand to centre the error. The high bits are never wrong: local truncation *within* one
+    ring (SecureML) fails when the shares wrap around, but here the wrap stays a multiple of the new, narrower modulus.
     Error: result - x / 2^shift lies in (-1, 1], mean zero for uniform shares.
     """
 
@@ -195,8 +198,9 @@ class Truncate(Local):
 
 @dataclass(frozen=True)
 class Indicators(Local):
-    """Stacked XORs of chosen planes, each optionally negated:
-    from comparisons [x < t_j], the segments t_j <= x < t_{j+1}.
+    """Stacked XORs of chosen planes, each optionally negated.
+
+    From the comparisons [x < t_j] it makes the bits of the segments t_j <= x < t_{j+1}. rows: the planes of each XOR.
     """
 
     kind: ClassVar[str] = "indicators"

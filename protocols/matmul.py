@@ -1,8 +1,9 @@
 """Matrix products modulo 2^ring, by the faster of two exact kernels.
 
-torch multiplies int64 matrices with a just-in-time AVX-512 kernel where the processor has it (13-32 GMAC/s a thread
-on Zen 5) and with a plain loop elsewhere (0.3 GMAC/s on Zen 3); ``limbs`` goes through float64 products and takes
-2-28 GMAC/s on both. Wrap-around makes both exact, and they agree bit for bit, so two parties may choose differently.
+torch multiplies int64 matrices with a just-in-time AVX-512 kernel if the processor has it (13-32 GMAC/s a thread on
+Zen 5) and with a plain loop otherwise (0.3 GMAC/s on Zen 3). ``limbs`` uses float64 products and reaches 2-28 GMAC/s
+on both. Both kernels are exact and agree bit for bit, because integers wrap around, so two parties may choose
+differently.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from protocols import limbs, ring
 
 @cache
 def native() -> bool:
-    """Whether torch's int64 product is the faster kernel on this processor."""
+    """True if torch's int64 product is the faster kernel on this processor."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Matrix:
-    """The right-hand side of many products: residues, or true integers of few bits, in the form the kernel wants."""
+    """The right-hand side of many products, kept in the form that the kernel needs.
+
+    value: (n, p) residues modulo 2^ring_bits or, with ``signed``, true integers, whose few bits make products cheaper.
+    """
 
     def __init__(self, value: Tensor, ring_bits: int, *, signed: bool) -> None:
         self._ring, self._shape = ring_bits, tuple(value.shape)
@@ -36,7 +40,7 @@ class Matrix:
             self._value = limbs.pack(value, ring_bits, signed=False, ring=ring_bits)
 
     def times(self, x: Tensor) -> Tensor:
-        """x @ self modulo 2^ring, for (..., n) residues."""
+        """Return x @ self modulo 2^ring, for residues x of shape (..., n)."""
         if isinstance(self._value, Tensor):
             return matmul(x, self._value, self._ring)
         if x.is_meta:
@@ -47,7 +51,7 @@ class Matrix:
 
 
 def matmul(a: Tensor, b: Tensor, ring_bits: int) -> Tensor:
-    """a @ b modulo 2^ring, batched like torch.matmul."""
+    """Return a @ b modulo 2^ring, batched like ``torch.matmul``."""
     if a.is_meta or native():
         return ring.reduce(torch.matmul(a.contiguous(), b.contiguous()), ring_bits)
     return limbs.matmul(a, b, ring_bits)

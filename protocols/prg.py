@@ -1,9 +1,9 @@
 """Pseudorandom streams: AES-128 in counter mode, keyed with HKDF-SHA-256 over a fresh seed.
 
-Every stream is named by (key, index): the key belongs to one (session, query number, party), the index is that of the
-instruction in the Program (or of the weight), and the 128-bit counter block is index * 2^64 + position. Two
-different names therefore never share a block, whatever was retried or reordered; reuse of a name is the caller's
-to exclude, and queries do so by burning their number before anything is drawn.
+A stream is named by (key, index). The key belongs to one (session, query number, party); the index is that of the
+instruction in the Program (or of the weight); the 128-bit counter block is index * 2^64 + position. So two different
+names never share a block, whatever was retried or reordered. The caller must never use a name twice: a query burns its
+number before anything is drawn.
 """
 
 import secrets
@@ -23,17 +23,20 @@ _ZEROS = np.zeros(1 << 20, dtype=np.uint8)
 
 
 def fresh_seed() -> bytes:
-    """32 bytes from the operating system's generator."""
+    """Draw a seed: 32 bytes from the operating system's generator."""
     return secrets.token_bytes(SEED_BYTES)
 
 
 def derive_key(seed: bytes, *names: str | int) -> bytes:
-    """An AES key bound to a seed and a purpose; different names give independent keys (HKDF-SHA-256, RFC 5869)."""
+    """Derive an AES key for one purpose from a seed; different names give independent keys (HKDF-SHA-256, RFC 5869).
+
+    Raises ValueError if the seed has fewer than 16 bytes.
+    """
     return _derive(seed, KEY_BYTES, names)
 
 
 def derive_seed(seed: bytes, *names: str | int) -> bytes:
-    """Another seed, of SEED_BYTES bytes, that says nothing of the first."""
+    """Derive another seed of SEED_BYTES bytes, which tells nothing about the first."""
     return _derive(seed, SEED_BYTES, names)
 
 
@@ -59,7 +62,7 @@ class Key:
 
 
 class Stream:
-    """Bytes of one named stream, read front to back."""
+    """The bytes of one named stream, read from front to back."""
 
     def __init__(self, key: Key, index: int) -> None:
         counter = index.to_bytes(8, "big") + bytes(8)
@@ -73,13 +76,11 @@ class Stream:
         return out
 
     def words(self, shape: tuple[int, ...]) -> Tensor:
-        """Uniform int64 elements of ``shape``
-        (8 bytes of stream each, whatever the ring: junk above it is harmless).
-        """
+        """Read uniform int64 elements of ``shape``: 8 bytes of the stream each, whatever the ring."""
         count = int(np.prod(shape, dtype=np.int64))
         return torch.from_numpy(self.read(8 * count).view(np.int64)).reshape(shape)
 
     def planes(self, shape: tuple[int, ...]) -> Tensor:
-        """Uniform bytes of ``shape``."""
+        """Read uniform bytes of ``shape``."""
         count = int(np.prod(shape, dtype=np.int64))
         return torch.from_numpy(self.read(count)).reshape(shape)

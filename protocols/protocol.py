@@ -1,17 +1,17 @@
-"""What every protocol is: a frozen object of sizes whose verbs are local steps; nothing here moves a byte.
+"""The base class of all protocols: a protocol is a frozen object of sizes, and its methods are local steps.
 
-A protocol says
+A protocol defines
 
-- which correlated randomness it needs (``draws``) and how the dealer completes it (``deal``),
+- the correlated randomness that it needs (``draws``) and how the dealer completes it (``deal``),
 - what the parties do online (``run``, a generator that yields what it must exchange and is resumed with
   what came back),
-- what it means on plain residues (``clear``), and what it costs (``cost``, as formulas that tests measure).
+- its function on plain residues (``clear``), and its cost (``cost``, as formulas that tests check by measuring).
 
-Values at run time are torch tensors or small tuples of them:
+Nothing here moves a byte. Values at run time are torch tensors or small tuples of them:
 
-- a *share*: int64 tensor, this party's summand of x modulo 2^ring;
-- an *opening*: ``Opening(z, r)``: z = x + r is known to both parties, r is this party's share of the mask;
-- a *delivery*: ``Delivery(x - r)`` at the server, whose client alone knows r;
+- a *share*: an int64 tensor, this party's summand of x modulo 2^ring;
+- an *opening*: ``Opening(z, r)``: both parties know z = x + r, and r is this party's share of the mask;
+- a *delivery*: the tensor x - r at the server and r at the client, who alone knows r;
 - *bits*: packed planes, this party's XOR share; and a *bit opening* ``Opening(c, beta)``, the same with XOR.
 """
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Exchange(NamedTuple):
-    """One round: the tensors to send, and the forms of those to receive (either may be empty)."""
+    """One round: the tensors to send with their forms, and the forms of those to receive; either may be empty."""
 
     send: tuple[tuple[Tensor, Wire], ...] = ()
     receive: tuple[Wire, ...] = ()
@@ -47,17 +47,17 @@ Step = Generator[Exchange, tuple[Tensor, ...], T]
 
 
 class Opening(NamedTuple):
-    """A masked value that both parties know, and this party's share of the mask."""
+    """A masked value, which both parties know, and this party's share of its mask."""
 
     value: Tensor
     mask: Tensor
 
 
 class WeightUse(NamedTuple):
-    """A weight that a protocol reads, and the ring it is read in.
+    """A weight that a protocol reads, and the ring in which it reads it.
 
-    ``multiplied``: its shape is public then, and a party may hold it masked. Where it is added, its shape is the
-    server's affair: the parties that know only the Program see what it is broadcast to.
+    multiplied: True if the weight is multiplied; then its shape is public, and a party may hold it masked. If it is
+    added, its shape stays with the server: parties that know only the Program see the shape it is broadcast to.
     """
 
     name: str
@@ -69,9 +69,9 @@ class WeightUse(NamedTuple):
 class Draw:
     """One tensor of correlated randomness.
 
-    A *mask* is drawn by its holders from their own streams, and the dealer knows the sum (or XOR). A *derived* draw is
-    a function of masks that only the dealer can compute: the client's share comes from its stream, the server's is a
-    correction that the dealer sends; being masked by the client's share, it is uniform to the server.
+    Its holders draw a *mask* from their own streams, and the dealer knows the sum (or XOR). A *derived* draw is a
+    function of masks that only the dealer can compute: the client's share comes from its stream, and the server's share
+    is a correction that the dealer sends. The client's share masks that correction, so it is uniform to the server.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Draw:
     planes: bool = False  # packed bits, shared by XOR
     xor: bool = False  # 64-bit words shared by XOR
     derived: bool = False
-    holder: int | None = None  # a mask that one party alone holds; None: both hold a share
+    holder: int | None = None  # the one party that holds this mask; None: both hold a share
 
     @property
     def wire(self) -> Wire:
@@ -90,16 +90,16 @@ class Draw:
         return a ^ b if self.planes or self.xor else a + b
 
     def remove(self, total: Tensor, share: Tensor) -> Tensor:
-        """The other share."""
+        """Return the other share of ``total``."""
         return total ^ share if self.planes or self.xor else ring.reduce(total - share, self.bits)
 
 
 @dataclass(frozen=True)
 class CircuitCost:
-    """Rounds and bytes of one run between the two parties that compute: the first (0) and the second (1).
+    """Rounds and bytes of one run between the two parties that compute, the first (0) and the second (1).
 
-    to_first, to_second: payload bytes of the rounds; framing is the channel's. dealt: bytes of corrections that the
-    first party gets ahead. Who these parties are is the deployment's to say.
+    to_first, to_second: payload bytes of the rounds, without the channel's framing. dealt: bytes of corrections that
+    the first party receives before the query. The deployment determines who these parties are.
     """
 
     rounds: int = 0
@@ -108,7 +108,7 @@ class CircuitCost:
     dealt: int = 0
 
     def __add__(self, other: CircuitCost) -> CircuitCost:
-        """Costs in sequence."""
+        """Add the costs of two runs, one after the other."""
         return CircuitCost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
 
     def astuple(self) -> tuple[int, int, int, int]:
@@ -119,33 +119,33 @@ Material = Mapping[str, Tensor]
 
 
 class Weights(ABC):
-    """What a party holds of the server's weights: the integers (server), W - B (client) or B (dealer)."""
+    """One party's part of the server's weights: the integers W (server), W - B (client) or B (dealer)."""
 
     @abstractmethod
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        """x @ held(name) (or x * held(name)) modulo 2^ring_bits."""
+        """Return x @ held(name), or x * held(name) if ``diagonal``, modulo 2^ring_bits."""
 
     def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        """This party's summand of x @ W (or x * W) from an opening of x, where the weights are shared."""
+        """Return this party's summand of x @ W (or x * W) from an opening of x; LookupError if W is not shared."""
         raise LookupError(f"{name!r} is not shared")
 
     def summand(self, name: str) -> Tensor | None:
-        """This party's summand of a weight that is added (a bias, position embeddings); None: it adds nothing."""
+        """Return this party's summand of a weight that is added (a bias, position embeddings); None to add nothing."""
         return None
 
 
 class Protocol(ABC):
-    """Base of every protocol; subclasses are frozen dataclasses whose fields are integers, strings and tuples."""
+    """Base class of every protocol. Subclasses are frozen dataclasses whose fields are integers, strings and tuples."""
 
     kind: ClassVar[str]
     error: ClassVar[str] = "exact"
     reads: ClassVar[tuple[str, ...]] = ("share",)  # kinds of the operands; "..." repeats the one before it
     gives: ClassVar[str] = "share"
-    elementwise: ClassVar[bool] = False  # masks or loops over its operands' elements, so their shape must be its own
-    finished_offline: ClassVar[bool] = False  # whether the client's ``offline`` is already its result
-    weight_field: ClassVar[str] = ""  # the field that names the weight that it reads, where it reads one
-    multiplies: ClassVar[bool] = True  # by that weight; False: it adds it
-    in_programs: ClassVar[bool] = True  # False: of one deployment, which makes it from what a Program names
+    elementwise: ClassVar[bool] = False  # True if it masks or loops over elements: operands must have its own shape
+    finished_offline: ClassVar[bool] = False  # True if the client's ``offline`` is already its result
+    weight_field: ClassVar[str] = ""  # the field that names the weight that it reads; "" if it reads none
+    multiplies: ClassVar[bool] = True  # True: it multiplies by that weight; False: it adds it
+    in_programs: ClassVar[bool] = True  # False: only one deployment's translation of a Program makes it
     registry: ClassVar[dict[str, type[Protocol]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -156,7 +156,7 @@ class Protocol(ABC):
     @property
     @abstractmethod
     def out(self) -> Wire:
-        """Shape and ring of the result (planes for bits)."""
+        """The form of the result: shape and ring, or planes of bits."""
 
     @property
     def draws(self) -> tuple[Draw, ...]:
@@ -164,82 +164,84 @@ class Protocol(ABC):
 
     @property
     def operand_kinds(self) -> tuple[str, ...]:
-        """``reads``, where it depends on the fields."""
+        """The kinds of the operands; a subclass overrides this if ``reads`` depends on its fields."""
         return self.reads
 
     @property
     def operand_ring(self) -> int:
-        """The ring that operands must at least have for the result to be right; 0 where they are bits or absent."""
+        """The narrowest ring of the operands for which the result is right; 0 if they are bits or absent."""
         return int(getattr(self, "ring", 0))
 
     @property
     def weight_use(self) -> WeightUse | None:
-        """The weight that it reads; None where it reads none."""
+        """The weight that it reads; None if it reads none."""
         if not self.weight_field:
             return None
         return WeightUse(getattr(self, self.weight_field), self.out.bits, self.multiplies)
 
     @property
     def dealt_bytes(self) -> int:
-        """Bytes of its corrections: what the dealer sends the first party for one use."""
+        """Bytes of the corrections that the dealer sends to the first party for one use."""
         return sum(d.wire.size for d in self.draws if d.derived)
 
     @property
     def works_offline(self) -> bool:
-        """Whether ``offline`` gives something, so that the client runs it before a query."""
+        """True if it has an ``offline`` part, which the client runs before a query."""
         return type(self).offline is not Protocol.offline
 
     def input_of(self, party: int) -> str | None:
-        """The input that this party must have, where this is one."""
+        """Return the name of the input that this party must have; None if this protocol is no input."""
         return None
 
     def validate(self) -> None:  # noqa: B027 - most protocols have nothing to check
-        """ValueError where the fields make no sense by themselves; sizes against operands are ``circuit.check``'s."""
+        """Raise ValueError if the fields contradict each other; ``circuit.check`` compares sizes with the operands'."""
 
     def check_operands(self, operands: Sequence[Protocol]) -> None:  # noqa: B027 - kinds, rings and shapes mostly do
-        """ValueError where what it reads does not suffice, beyond the kinds, rings and shapes that all protocols have
-        and ``circuit.check`` compares.
+        """Raise ValueError if the operands do not suffice.
+
+        ``circuit.check`` compares kinds, rings and shapes for all protocols; this is for everything beyond those.
         """
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
-        """Dealer: from the plain masks drawn here and those of the operands,
-        the derived totals and this result's mask.
+        """Dealer: return the derived totals by name, and the mask of this result for its readers (None: it has none).
+
+        masks: the plain masks drawn for this protocol; operands: the masks of its operands.
         """
         return {}, None
 
     def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
-        """Client, before the query: what of the result is known without any input (None: nothing)."""
+        """Client, before the query: return the part of its result that needs no input; None if there is none."""
         return None
 
     @abstractmethod
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        """One party's online part."""
+        """Run one party's online part."""
 
     @abstractmethod
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        """The same function of plain residues: the fixed-point reference (no security)."""
+        """Compute the same function of plain residues: the fixed-point reference, without any security."""
 
     def cost(self) -> CircuitCost:
         return CircuitCost()
 
     def memory(self) -> int:
-        """Bytes of its result in one party's memory: 8 a ring element, packed bits as they are."""
+        """Return the bytes that its result takes in one party's memory: 8 a ring element, 1 a byte of packed bits."""
         size = count(self.out.shape) * (1 if self.out.planes else 8)
         return 2 * size if self._opens else size
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
-        """Multiply-accumulates of both parties in matrix products; elementwise products count as nothing.
+        """Count the multiply-accumulates of both parties in matrix products; elementwise products are not counted.
 
-        ``weights``: shapes by name; ``operands``: shapes of what it reads, in order.
+        weights: shapes by name; operands: shapes of the operands, in order.
         """
         return 0
 
     def comparisons(self) -> int:
-        """How many numbers it compares with a threshold."""
+        """Count the comparisons of a number with a threshold."""
         return 0
 
     def stand_in(self) -> Any:
-        """A result of the right form, made of zeros: what reads it can be timed without it."""
+        """Return a result of the right form made of zeros, so that its readers can be timed without computing it."""
         value = torch.zeros(self.out.shape, dtype=self.out.dtype)
         return Opening(value, value) if self._opens else value
 
@@ -267,12 +269,12 @@ def count(shape: Shape) -> int:
 
 
 def bytes_of(shape: Shape, ring_bits: int) -> int:
-    """Wire bytes of a tensor of ring elements."""
+    """Return the bytes on the wire of a tensor of ring elements."""
     return count(shape) * -(-ring_bits // 8)
 
 
 def plane_shape(shape: Shape, planes: int = 1) -> Shape:
-    """The packed form of ``planes`` bits of each element of a tensor."""
+    """Return the shape of the packed planes that hold ``planes`` bits of each element of a tensor."""
     return (planes, bits.plane_bytes(count(shape)))
 
 
@@ -281,7 +283,7 @@ def receive_one(wire: Wire) -> Exchange:
 
 
 def swap(x: Tensor, wire: Wire) -> Exchange:
-    """Send a tensor and receive one of the same form."""
+    """Return the exchange that sends a tensor and receives one of the same form."""
     return Exchange(((x, wire),), (wire,))
 
 

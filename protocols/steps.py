@@ -1,6 +1,7 @@
-"""Running protocol steps: one round at a time, as frames of bytes, and both parties' in one process.
+"""Run protocol steps: merge what is exchanged in a round, pack it into frames of bytes, and resume the step.
 
-``advance`` is the only place that resumes a step; ``Framed`` is the loop that every party runs.
+``advance`` is the only place that resumes a step. ``Framed`` is the loop that every party runs; ``run_pair`` runs both
+parties in one process.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ Y = TypeVar("Y")
 
 @dataclass(frozen=True)
 class Done(Generic[T]):
-    """The end of a step, and its result."""
+    """A finished step's result."""
 
     result: T
 
 
 def advance(step: Generator[Y, A, T], answer: A | None = None) -> Y | Done[T]:
-    """Run a step until it yields again or ends; ``answer`` is what it waits for, None to start it."""
+    """Run a step until it yields again or ends. ``answer``: what it waits for; None starts it."""
     try:
         return next(step) if answer is None else step.send(answer)
     except StopIteration as stop:
@@ -36,7 +37,7 @@ def advance(step: Generator[Y, A, T], answer: A | None = None) -> Y | Done[T]:
 
 
 def merge(exchanges: list[Exchange]) -> Exchange:
-    """One exchange that carries all of them, in order."""
+    """Merge exchanges, in order, into one."""
     return Exchange(tuple(part for e in exchanges for part in e.send), tuple(w for e in exchanges for w in e.receive))
 
 
@@ -45,7 +46,7 @@ def pack_frame(exchange: Exchange) -> bytes:
 
 
 def unpack_frame(payload: bytes, exchange: Exchange) -> tuple[Tensor, ...]:
-    """The tensors of a peer's frame; FrameError if it has another size than the exchange prescribes."""
+    """Decode the tensors of a peer's frame; raises FrameError if it has another size than ``exchange`` prescribes."""
     expected = sum(form.size for form in exchange.receive)
     if len(payload) != expected:
         raise wire.FrameError(f"the Program prescribes a frame of {expected} bytes here, got {len(payload)}")
@@ -57,31 +58,31 @@ def unpack_frame(payload: bytes, exchange: Exchange) -> tuple[Tensor, ...]:
 
 
 class FrameObserver:
-    """Told when a party's frames pass, in this order once a round; this one ignores it all."""
+    """A listener to one party's frames; its methods are called in this order, once a round. The base ignores them."""
 
     def packing(self) -> None:
-        """A round begins: what the party sends is packed now."""
+        """A round begins: the party packs the frame that it sends."""
 
     def sent(self, payload: bytes) -> None:
-        """The frame has left; it is empty where the party sends nothing in this round."""
+        """The frame has left; it is empty if the party sends nothing in this round."""
 
     def received(self, payload: bytes) -> None:
-        """The peer's frame is here; it is empty where nothing comes in this round."""
+        """The peer's frame is here; it is empty if nothing comes in this round."""
 
     def unpacked(self) -> None:
         """The round is over, and the party computes again."""
 
 
 class Framed(Generic[T]):
-    """One party's step as frames. Iterating runs it and gives a frame to send in each round, empty for none::
+    """One party's step, run as frames. Iterating runs it and yields each round's frame to send (empty: send nothing)::
 
         frames = Framed(step, receive)
         for payload in frames:
             send(payload)
         return frames.result
 
-    ``receive(size)`` gives the peer's frame of each round: b"" where ``size`` is 0, as none comes then. FrameError if
-    it has another size. ``result`` is there after the last frame.
+    ``receive(size)`` returns the peer's frame of the round; it must return b"" if ``size`` is 0, because no frame comes
+    then. Raises FrameError if the frame has another size. ``result`` is set after the last frame.
     """
 
     result: T
@@ -107,9 +108,9 @@ class Framed(Generic[T]):
 
 @dataclass
 class PairTraffic(FrameObserver):
-    """What crossed between the two parties of ``run_pair``: the measured cost, and each party's view if asked for.
+    """Measure the traffic between the two parties of ``run_pair``, and record each party's view if asked to.
 
-    ``run_pair`` tells it of the first party's frames.
+    It observes the first party's frames. frames_to_first, frames_to_second: lists that collect the frames, or None.
     """
 
     rounds: int = 0
@@ -135,9 +136,9 @@ class PairTraffic(FrameObserver):
 
 
 def run_pair(server: Step[Any], client: Step[Any], traffic: PairTraffic | None = None) -> tuple[Any, Any]:
-    """Run both parties' steps in this thread, in lockstep, through real byte frames; returns both results.
+    """Run both parties' steps in this thread, in lockstep, through real byte frames; return both results.
 
-    RuntimeError if one of them ends while the other waits for a message.
+    Raises RuntimeError if one party ends while the other waits for a message.
     """
     crossing: tuple[bytes, bytes] = (b"", b"")
     first = Framed(server, lambda size: crossing[1], traffic)

@@ -1,8 +1,8 @@
-"""What each party holds of the server's weights: the server the integers W, the dealer a mask B, the client D = W - B.
+"""Each party's part of the server's weights: the server holds the integers W, the dealer a mask B, the client W - B.
 
-B is expanded from a seed that the server and the dealer share, one stream a weight, as uniform 64-bit words; modulo a
-narrower ring its low bits are used. D is public to the client only, made once per model, and holds ``ring`` bits an
-element: enough for the widest product that a Program of that model takes.
+B is expanded from a seed that the server and the dealer share: uniform 64-bit words, one stream for each weight. In a
+narrower ring only its low bits are used. D = W - B is made once per model and given to clients only. It holds as many
+bits an element as the widest product that the model's Program takes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from protocols.protocol import Weights
 
 
 class _Held(Weights):
-    """Integer tensors by name, packed for matrix products once per ring."""
+    """Integer tensors by name, each packed for matrix products once per ring."""
 
     signed = False
 
@@ -37,7 +37,7 @@ class _Held(Weights):
 
 
 class ServerWeights(_Held):
-    """The integers themselves; products use true signed widths."""
+    """The server's weights: the integers W themselves, so that products use their true signed widths."""
 
     signed = True
 
@@ -45,26 +45,26 @@ class ServerWeights(_Held):
         return self._tensors[name]
 
     def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
-        """D = W - B, one by one, for the weights that products use, reduced to ``rings`` bits: what the client gets."""
+        """Yield (name, D = W - B) for every weight in ``rings``, reduced to its bits there; clients get these."""
         for name, bits in rings.items():
             yield name, ring.reduce(self._tensors[name] - mask.mask(name), bits)
 
 
 class ClientWeights(_Held):
-    """D = W - B. Being uniform without B, it says nothing of W."""
+    """The client's masked weights D = W - B. Without B they are uniform, so they say nothing about W."""
 
 
 class DealerWeights(_Held):
-    """B, from the seed's key and the weights' shapes; expanded on first use."""
+    """The dealer's mask B, expanded on first use from the seed's key and the weights' shapes."""
 
     def __init__(self, key: Key, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__({})
         self._key, self._shapes = key, dict(shapes)
 
     def mask(self, name: str) -> Tensor:
-        """B of one weight: uniform 64-bit words.
+        """Return the mask B of one weight: uniform 64-bit words.
 
-        The stream's number comes from the name, so that Programs may share B.
+        The name determines the stream's number, so that several Programs of one model can share B.
         """
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
         return self._key.stream(number).words(self._shapes[name])

@@ -1,6 +1,7 @@
-"""How tensors become bytes: fixed sizes, known to both sides beforehand, no self-description, never pickle.
+"""The encoding of tensors as bytes: sizes are fixed and known to both sides, and nothing is ever pickled.
 
-Ring elements travel little-endian in ceil(bits / 8) bytes each; packed bit planes travel as they are.
+A ring element takes ceil(bits / 8) bytes, little-endian; packed bit planes are sent as they are. The bytes carry no
+description of themselves.
 """
 
 import math
@@ -40,10 +41,10 @@ class Wire:
 
 
 def encode(x: Tensor, wire: Wire) -> memoryview:
-    """The bytes of one tensor; ring elements are reduced first, so junk above the ring never leaves. Planes are not
-    copied: the bytes are those of x.
+    """Encode one tensor. Ring elements are reduced first, so that junk above the ring is never sent.
 
-    A tensor of another shape is refused: had a one-time mask been broadcast over it, this is where it would leak.
+    Planes are not copied: the result is a view of the memory of ``x``. Raises FrameError for a tensor of another shape
+    than ``wire`` says: if a one-time mask had been broadcast over that tensor, sending it would leak.
     """
     if tuple(x.shape) != wire.shape:
         raise FrameError(f"a tensor of shape {tuple(x.shape)} where one of shape {wire.shape} is to be sent")
@@ -54,7 +55,7 @@ def encode(x: Tensor, wire: Wire) -> memoryview:
 
 
 def decode(buffer: bytes | memoryview, wire: Wire) -> Tensor:
-    """The tensor whose bytes ``buffer`` is; raises FrameError on a wrong size."""
+    """Decode one tensor; raises FrameError if ``buffer`` has another size than ``wire`` says."""
     if len(buffer) != wire.size:
         raise FrameError(f"a tensor of shape {wire.shape} takes {wire.size} bytes, got {len(buffer)}")
     stored = np.frombuffer(buffer, dtype=np.uint8)

@@ -1,7 +1,7 @@
-"""The client of the CKKS deployment: makes the keys, encrypts, re-encrypts masked ciphertexts, decrypts.
+"""The client of the CKKS deployment: it makes the keys, encrypts, re-encrypts masked ciphertexts, and decrypts.
 
-The secret key is made here and stays here. The client sends evaluation keys, ciphertexts and digests. Its caller alone
-gets what it decrypts.
+The secret key is made here and stays here. The client sends evaluation keys, ciphertexts and digests. Only its caller
+gets decrypted values.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from secure.session import Link, Report
 
 
 class CkksLink(Link):
-    """A server, and this client's keys for its Program. A query that fails leaves the others as they are.
+    """A link to a server, with this client's keys for its Program. A query that fails does not affect others.
 
-    The deadline is for any one message; an evaluation may last longer, as its progress comes in messages.
-    key_seconds: of making the evaluation keys; 0 where the server had them already.
+    The deadline is for any one message; an evaluation may last longer, because messages report its progress.
+    key_seconds: seconds that it took to make the evaluation keys; 0 if the server had them already.
     """
 
     def __init__(self, deployment: Ckks, options: ConnectOptions) -> None:
@@ -63,9 +63,9 @@ class CkksLink(Link):
     # keys
 
     def _prepare_keys(self, directory: Path | None) -> None:
-        """Make a key, or take the one that was kept, and upload its evaluation keys unless the server holds them."""
+        """Make a secret key, or load the one that was kept, and upload evaluation keys unless the server holds them."""
         context = Context(self.program.parameters)
-        # one key a server and Program: the digest of its evaluation keys is a name that servers could compare
+        # one key for each server and Program: servers could recognize a client by its evaluation keys' digest
         label = hashlib.sha256(f"{self._server.at}/{self.program.digest}".encode()).hexdigest()[:32]
         kept = directory / f"{label}.secret" if directory else None
         digest, secret = _read_secret(kept)
@@ -128,7 +128,7 @@ class CkksLink(Link):
         replies: Iterator[pb.CkksReply],
         outbox: queue.SimpleQueue[pb.CkksRequest | None],
     ) -> list[bytes]:
-        """The encrypted outputs; refreshes on the way are answered."""
+        """Return the encrypted outputs, after answering the refreshes on the way."""
         refreshes = self.program.refreshes
         for message in replies:
             kind = message.WhichOneof("content")
@@ -154,7 +154,7 @@ class CkksLink(Link):
         raise PeerLost(f"{self._server} ended the query without an answer", "connect again")
 
     def _read(self, replies: Iterator[pb.CkksReply], levels: Sequence[int]) -> list[bytes]:
-        """One ciphertext a level."""
+        """Read one ciphertext for each level; raises ProtocolError if one is too long."""
         out = []
         for level in levels:
             data, limit = bytearray(), largest(self.program, level)
@@ -173,7 +173,7 @@ class CkksLink(Link):
 
     @contextmanager
     def _listening(self, stream: Any, doing: str) -> Iterator[Iterator[Any]]:
-        """The messages of a stream, each within the deadline; the stream ends with this."""
+        """Yield the messages of a stream, each within the deadline; the stream ends with this context."""
         watch = Watchdog(self._deadline, stream.cancel)
 
         def messages() -> Iterator[Any]:
@@ -207,11 +207,11 @@ def _put(outbox: queue.SimpleQueue[pb.CkksRequest | None], ciphertexts: Sequence
 
 
 def _read_secret(kept: Path | None) -> tuple[str, bytes | None]:
-    """The digest of the evaluation keys, and the secret key, as kept; no key where none is."""
+    """Read the kept digest of the evaluation keys, and the secret key; the key is None if none was kept."""
     if kept is None:
         return "", None
     with _usable(kept):
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # now: keys that cannot be kept are not uploaded
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # before the upload of keys that could not be kept
         if not kept.is_file():
             return "", None
         digest, _, secret = kept.read_bytes().partition(b"\n")
@@ -220,7 +220,7 @@ def _read_secret(kept: Path | None) -> tuple[str, bytes | None]:
 
 @contextmanager
 def _usable(kept: Path) -> Iterator[None]:
-    """Around a file of the user's: an error that names it."""
+    """Turn an OSError on the user's key file into an InvalidInput that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The server's handle of the process that evaluates (``host``), and of its children, one for each query.
+"""The server's handle for the process that evaluates (``host``), and for its children, one for each query.
 
-The process is started as a program of its own rather than forked, so it does not matter which threads, channels and
-listening sockets the server's process has: a notebook may serve here and be a client of other services too.
+The process is started as a program of its own rather than forked, so the threads, channels and listening sockets of the
+server's process do not matter: a notebook may serve here and also be a client of other services.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from secure.errors import Error, ProtocolError
 
 
 class Evaluators:
-    """Starts the process and waits until the weights are encoded. ``workers``: queries computed at a time.
+    """The process that evaluates. The constructor starts it and waits until the weights are encoded.
 
-    key_memory: bytes of evaluation keys held decoded. seconds, bytes: of encoding the weights.
+    workers: queries computed at a time. key_memory: bytes of evaluation keys held decoded. seconds, bytes: the time and
+    memory that encoding the weights took.
     """
 
     def __init__(self, model: CkksModel, *, workers: int, key_memory: int) -> None:
@@ -45,17 +46,17 @@ class Evaluators:
         self.seconds, self.bytes = float(encoded["seconds"]), int(encoded["bytes"])
 
     def load(self, digest: str, path: Path) -> None:
-        """Have the process hold these keys. ProtocolError where they are none of this Program's."""
+        """Load keys into the process; raises ProtocolError if they are not keys of this Program."""
         with self._lock, _while_it_runs():
             self._host.send({"do": "load", "digest": digest, "path": str(path)})
             self._answer()
 
     def acquire(self, seconds: float) -> bool:
-        """A worker for one query, within so many seconds; ``query`` or nothing follows."""
+        """Acquire a worker for one query within so many seconds; True if there is one. Then call ``query``."""
         return self._free.acquire(timeout=seconds)
 
     def query(self, digest: str) -> Running:
-        """A child process for one query, with the keys of this digest, for an acquired worker."""
+        """Start a child process for one query with the keys of this digest; needs an acquired worker."""
         ours, theirs = socket.socketpair()
         try:
             with theirs, self._lock, _while_it_runs():
@@ -69,7 +70,7 @@ class Evaluators:
         return Running(Pipe(ours), self._free.release)
 
     def close(self) -> None:
-        """End the process; children end with their queries."""
+        """End the process; its children end with their queries."""
         self._host.close()
         self._process.wait()
 
@@ -83,7 +84,7 @@ class Evaluators:
 
 @contextmanager
 def _while_it_runs() -> Iterator[None]:
-    """Around words with the process: an Error where it is gone."""
+    """Turn a broken connection to the process into an Error."""
     try:
         yield
     except (EOFError, OSError):
@@ -109,6 +110,6 @@ class Running:
         return header, payloads
 
     def close(self) -> None:
-        """End the child, whatever it does."""
+        """End the child, even if it still computes, and release its worker."""
         self._pipe.close()
         self._release()

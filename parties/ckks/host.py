@@ -1,8 +1,8 @@
 """The process that evaluates: ``python -m parties.ckks.host`` with a socket of the server's as its only argument.
 
-It holds the encoded weights and the evaluation keys of the clients seen last. For each query it forks a child, which
-shares both copy-on-write, computes and ends: the library of the backend holds the interpreter's lock, so threads would
-take turns. This process has one thread and no gRPC, and imports neither torch nor the compiler.
+It holds the encoded weights, and the evaluation keys of the most recent clients. For each query it forks a child, which
+shares both copy-on-write, computes and ends: the backend's library holds the interpreter's lock, so threads could not
+run at the same time. This process has one thread and no gRPC, and imports neither torch nor the compiler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ STEP = 0.25  # seconds between two reports of progress
 
 
 class Host:
-    """Answers the server's messages until the server is gone. ``key_memory``: bytes of keys held decoded, at most."""
+    """The process's main loop: it answers the server's messages until the server is gone.
+
+    key_memory: the most bytes of keys held decoded.
+    """
 
     def __init__(self, pipe: Pipe, key_memory: int) -> None:
         began = time.perf_counter()
@@ -109,7 +112,7 @@ class Host:
 
 
 def _end_with(work: Callable[[], None]) -> None:
-    """Run a forked process to its end; it must not return into its parent's stack."""
+    """Run a forked process to its end, because it must not return into its parent's stack."""
     code = 0
     try:
         work()

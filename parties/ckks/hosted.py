@@ -43,14 +43,14 @@ class CkksHosted:
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
-        """Starts the process that evaluates, and waits until it has encoded the weights: seconds to minutes.
+        """Start the process that evaluates, and wait until it has encoded the weights: seconds to minutes.
 
-        That process is a program of its own, no fork of this one, so it may be started at any time: after threads of
-        numba, channels and other services of this process.
+        That process is a program of its own and no fork of this one, so it may be started at any time, even after this
+        process has started threads, channels and other services.
         """
         compiled: Compiled = held
         model: CkksModel = compiled.model
-        # a name for the weights that tells nothing of them: clients only compare it between calls
+        # a name for the weights that tells nothing about them; clients only compare it between calls
         name = hmac.digest(secrets.token_bytes(32), model.weights_digest.encode(), "sha256").hex()
         published = Published(
             compiled.deployment,

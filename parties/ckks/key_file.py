@@ -1,4 +1,4 @@
-"""Evaluation keys in a file: a JSON line that names them with their sizes, then the bytes of each in its order."""
+"""Evaluation keys in a file: a JSON object with their names and sizes, then the bytes of each in the same order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Evaluation keys of clients on the server's disk: by digest, at most so many bytes, for so long.
+"""Clients' evaluation keys on the server's disk: by digest, with a limit on bytes and on time.
 
-They are public to the server by design (it computes with them) and useless without the client's secret key; files are
-its owner's alone all the same.
+The server sees them by design (it computes with them), and they decrypt nothing without the client's secret key. Even
+so, only the files' owner can read them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from secure.ckks.program import CkksProgram
 from secure.errors import ProtocolError
 
 EXPIRES = 24 * 3600.0  # seconds after the last use
-MAXIMUM_BYTES = 16 << 30  # on disk, of all clients together
-SLACK = 1.5  # of one client's keys, over what the parameters predict
+MAXIMUM_BYTES = 16 << 30  # bytes on disk of all clients' keys together
+SLACK = 1.5  # how many times larger than the parameters predict a key may be
 
 
 def keys_digest(keys: dict[str, bytes]) -> str:
-    """SHA-256 over the keys by name."""
+    """Return the SHA-256 over all keys, in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(keys):
         total.update(f"{len(name)}:{name}:{len(keys[name])}:".encode())
@@ -37,7 +37,7 @@ def keys_digest(keys: dict[str, bytes]) -> str:
 
 
 class KeyStore:
-    """Keys of one Program's clients in a directory; what is oldest goes first when there is no room."""
+    """The keys of one Program's clients in a directory; if there is no room, the oldest are deleted first."""
 
     def __init__(
         self, directory: Path, program: CkksProgram, *, expires: float = EXPIRES, maximum: int = MAXIMUM_BYTES
@@ -51,7 +51,7 @@ class KeyStore:
             part.unlink(missing_ok=True)
 
     def path(self, digest: str) -> Path | None:
-        """The file of these keys, which counts as a use; None where they are not held."""
+        """Return the file of these keys, which counts as a use; None if they are not held or have expired."""
         if not re.fullmatch("[0-9a-f]{64}", digest):
             return None
         path = self.directory / f"{digest}.keys"
@@ -64,7 +64,7 @@ class KeyStore:
         return None
 
     def add(self, digest: str, sizes: list[tuple[str, int]], chunks: Iterable[bytes]) -> None:
-        """Receive keys of the announced sizes; ProtocolError where they are not this Program's, or not as announced."""
+        """Receive and store keys; raises ProtocolError if they are not this Program's or not as announced."""
         if [name for name, _ in sizes] != self.names:
             raise ProtocolError("the keys announced are not those that the Program needs", "fetch the Program again")
         for name, size in sizes:
@@ -96,7 +96,7 @@ class KeyStore:
 
 
 class _Bytes:
-    """Byte strings of wanted sizes out of chunks of any."""
+    """A reader of byte strings of given sizes from chunks of any sizes."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks: Iterator[bytes] = iter(chunks)

@@ -1,4 +1,4 @@
-"""Messages between the processes of one server: JSON and counted bytes over a socket, and a schedule as one of them."""
+"""Messages between the processes of one server: JSON and byte strings over a socket. A schedule is one such message."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Pipe:
         self.socket = at
 
     def send(self, header: dict[str, Any], payloads: Sequence[bytes | memoryview] = ()) -> None:
-        """A message: a JSON object, and byte strings after it."""
+        """Send a message: a JSON object, followed by byte strings."""
         text = json.dumps({**header, "sizes": [len(p) for p in payloads]}).encode()
         self.socket.sendall(struct.pack("<Q", len(text)) + text)
         for payload in payloads:
             self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], list[bytes]]:
-        """The next message; EOFError where the other side is gone."""
+        """Return the next message; raises EOFError if the other side is gone."""
         (size,) = struct.unpack("<Q", self._exactly(8))
         header = json.loads(self._exactly(size))
         return header, [self._exactly(n) for n in header.pop("sizes")]
@@ -55,7 +55,7 @@ class Pipe:
 
 
 def send_schedule(pipe: Pipe, schedule: Schedule, parameters: Parameters, views: Sequence[str]) -> None:
-    """All that a process needs to evaluate: weights included, so it goes to the server's own processes alone.
+    """Send everything that a process needs to evaluate. It includes weights, so only the server's processes may get it.
 
     views: the names of the inputs, in the order in which their ciphertexts will come.
     """
@@ -77,7 +77,7 @@ def send_schedule(pipe: Pipe, schedule: Schedule, parameters: Parameters, views:
 
 
 def receive_schedule(pipe: Pipe) -> tuple[Schedule, Parameters, list[str]]:
-    """The other end of ``send_schedule``."""
+    """Receive the message of ``send_schedule``."""
     d, payloads = pipe.receive()
     vectors = iter(payloads)
     plains: list[Plain] = [np.frombuffer(next(vectors), "<f8") if p is None else float(p) for p in d["plains"]]

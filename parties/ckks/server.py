@@ -1,7 +1,7 @@
-"""The service of the CKKS server: keeps clients' evaluation keys, computes on ciphertexts.
+"""The service of the CKKS server: it keeps clients' evaluation keys and computes on ciphertexts.
 
-It sees ciphertexts, evaluation keys, sizes and times; it has no key that decrypts. What a client decrypts for a refresh
-is masked, and comes back encrypted anew; nothing else that it decrypts comes back at all.
+It sees ciphertexts, evaluation keys, sizes and times; it has no key that decrypts. A value that a client decrypts for a
+refresh is masked, and comes back encrypted anew; no other decrypted value comes back at all.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ log = logging.getLogger("unseen.server")
 T = TypeVar("T")
 
 WAITING = 8  # queries that wait for a worker or run
-WORD = 1.0  # seconds between two words to a client that waits: for a worker, for its keys to be loaded
-UPLOADS = 2  # at a time: each is in memory as a whole
+WORD = 1.0  # seconds between two messages to a client that waits for a worker, or for its keys to be loaded
+UPLOADS = 2  # uploads at a time: each is held in memory as a whole
 
 
 class CkksService(CkksServicer):
-    """Keeps clients' keys for one Program, and answers queries by its ``evaluators``.
+    """A service that keeps clients' keys for one Program, and answers queries with its ``evaluators``.
 
-    model: the name of the weights, as described. state: where keys are kept. deadline: seconds that a query waits for
-    any message of its client. expires: seconds that keys are held after their last use.
+    model: the public name of the weights. state: a directory for keys. deadline: seconds that a query waits for any
+    message of its client. expires: seconds that keys are held after their last use.
     """
 
     def __init__(
@@ -161,12 +161,12 @@ class CkksService(CkksServicer):
 
 
 def largest(program: CkksProgram, level: int) -> int:
-    """Bytes that a ciphertext of a level can have at most."""
+    """Return the most bytes that a ciphertext of a level can have."""
     return 16 * program.parameters.degree * (level + 1) + 4096
 
 
 def _while_doing(work: Callable[[], None]) -> Iterator[None]:
-    """Yields every WORD seconds until ``work``, on a thread of its own, is done; raises what it raised."""
+    """Run ``work`` on a thread of its own, and yield every WORD seconds until it is done; raises what it raised."""
     with ThreadPoolExecutor(1, "unseen-keys") as pool:
         future = pool.submit(work)
         while not wait([future], WORD).done:
@@ -175,7 +175,7 @@ def _while_doing(work: Callable[[], None]) -> Iterator[None]:
 
 
 def _next(messages: Iterator[T], watch: Watchdog, what: str) -> T | None:
-    """The client's next message, in time; None where it has ended the stream."""
+    """Return the client's next message; None if it has ended the stream. Raises PeerLost if none comes in time."""
     try:
         with watch.guard():
             return next(messages, None)
@@ -191,7 +191,7 @@ def _data(requests: Iterator[pb.UploadPart], watch: Watchdog) -> Iterator[bytes]
 
 
 class _Requests:
-    """The client's messages of one query, in their order."""
+    """The client's messages of one query, read in their order."""
 
     def __init__(self, requests: Iterator[pb.CkksRequest], watch: Watchdog) -> None:
         self._requests, self._watch = requests, watch
@@ -209,7 +209,7 @@ class _Requests:
         return message.start
 
     def ciphertexts(self, limits: list[int]) -> list[bytes]:
-        """As many ciphertexts as there are limits, each at most that long."""
+        """Read one ciphertext for each limit, which is its most bytes; raises ProtocolError if one is longer."""
         out = []
         for number, limit in enumerate(limits):
             data = bytearray()

@@ -1,4 +1,4 @@
-"""Errors of gRPC calls, in words on both ends: ``calling`` around a call, ``answering`` around what serves one."""
+"""Explain errors of gRPC calls on both ends: use ``calling`` around a call, and ``answering`` around its handler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secure.errors import Error, PeerLost, printable
 
 @contextmanager
 def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type[Error] = PeerLost) -> Iterator[None]:
-    """Turn a gRPC error into one that says who failed at what, and what to do: the peer's own hint, else ``hint``."""
+    """Turn a gRPC error into a ``kind`` that says who failed at what, with the peer's own hint, or else ``hint``."""
     try:
         yield
     except grpc.RpcError as error:
@@ -33,7 +33,7 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
 
 @contextmanager
 def answering(context: grpc.ServicerContext, log: logging.Logger) -> Iterator[None]:
-    """Send a Error as the call's status; log anything else without a traceback (with one at level DEBUG)."""
+    """Send an Error as the call's status; log any other exception, with a traceback only at level DEBUG."""
     try:
         yield
     except Error as error:
@@ -44,6 +44,6 @@ def answering(context: grpc.ServicerContext, log: logging.Logger) -> Iterator[No
 
 
 def unexpected(error: Exception, log: logging.Logger) -> None:
-    """Log what should not happen."""
+    """Log an exception that should not happen."""
     text = str(error).splitlines() or [""]
     log.error("internal error: %s: %s", type(error).__name__, text[0], exc_info=log.isEnabledFor(logging.DEBUG))

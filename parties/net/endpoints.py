@@ -1,4 +1,4 @@
-"""Addresses, and the options of every channel."""
+"""Addresses of services, and the options of every gRPC channel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from secure.errors import EndpointError
 
-# Bytes of one gRPC message. Frames are of about 1 MB, but a Program goes to the dealer in one message, and Program and
-# tokenizer to the client.
+# The largest gRPC message in bytes. Frames have about 1 MB, but a Program is sent to the dealer in one message, and
+# Program and tokenizer are sent to the client in one.
 SERVICE_LIMIT, CLIENT_LIMIT = 16 << 20, 64 << 20
 OPTIONS = (
     ("grpc.max_send_message_length", CLIENT_LIMIT),
@@ -29,7 +29,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, *, what: str) -> Endpoint:
-        """``host:port``; port 0 lets the system choose (listening only)."""
+        """Parse ``host:port``; port 0 lets the system choose (listening only). Raises EndpointError; names ``what``."""
         host, colon, port = text.strip().rpartition(":")
         host = host.strip("[]")
         if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
@@ -40,7 +40,7 @@ class Endpoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def is_loopback(self) -> bool:
-        """Whether every address that the host resolves to is this machine's own."""
+        """True if every address that the host resolves to is this machine's own; EndpointError if it has none."""
         try:
             found = socket.getaddrinfo(self.host, None)
         except (OSError, UnicodeError):

@@ -1,4 +1,4 @@
-"""Byte strings in parts of about 1 MB, as larger gRPC messages are slower and very large ones fail."""
+"""Cut byte strings into parts of about 1 MB, because larger gRPC messages are slower and very large ones fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PART = 1 << 20
 
 
 def parts(payload: bytes) -> Iterator[bytes]:
-    """At least one part, in order."""
+    """Yield the parts in order; an empty byte string gives one empty part."""
     view = memoryview(payload)
     for start in range(0, max(1, len(payload)), PART):
         yield bytes(view[start : start + PART])
@@ -40,14 +40,14 @@ def to_chunks(pieces: Iterable[bytes]) -> Iterator[Chunk]:
 
 
 class FrameReader:
-    """Collects the parts of one frame; refuses more bytes than the Program prescribes, and parts that are too small."""
+    """Collect the parts of one frame; refuse more bytes than the Program prescribes, and parts that are too small."""
 
     def __init__(self, expected: int) -> None:
         self._expected, self._size = expected, 0
         self._parts: list[bytes] = []
 
     def add(self, frame: Frame) -> bytes | None:
-        """The whole payload after the last part, else None. FrameError on a wrong size."""
+        """Add a part; return the whole payload after the last one, else None. Raises FrameError on a wrong size."""
         self._size += len(frame.data)
         if self._size > self._expected or (frame.last and self._size != self._expected):
             raise FrameError(f"a frame of {self._size} bytes or more, where the Program prescribes {self._expected}")

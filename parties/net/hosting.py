@@ -1,4 +1,4 @@
-"""Starting a service: its port, its start-up line, and a clean end on Ctrl-C or SIGTERM."""
+"""Start a service on a port, prepare its process for queries, and end it cleanly on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from parties.net.network import Network
 from secure.errors import EndpointError, PeerLost
 
 IN_USE = "choose another port, or 0 for any free one"
-MAXIMUM_STREAMS = 32  # sessions and calls served at a time; each takes a thread
+MAXIMUM_STREAMS = 32  # sessions and calls that are served at a time; each takes a thread
 
 
 @dataclass(frozen=True)
 class HostOptions:
-    """What whoever hosts a role may say; which of it a role takes is its deployment's to say.
+    """Options for hosting a role. A deployment determines which of them a role takes.
 
-    network: how channels are protected. deadline: seconds that any one wait for a client or peer may last. state: a
-    directory for what must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory for
-    timelines of queries. workers: processes that evaluate. ahead: queries whose corrections are kept ready.
+    network: the protection of channels. deadline: seconds that any one wait for a client or peer may last. state: a
+    directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
+    for timelines of queries. workers: processes that evaluate. ahead: queries whose corrections are kept ready.
     """
 
     network: Network
@@ -46,9 +46,9 @@ class HostOptions:
 
 @dataclass(frozen=True)
 class Parts:
-    """What one role's service is made of: functions that add servicers, and what ends it.
+    """The parts of one role's service. add: functions that add its servicers; close: ends it.
 
-    about: lines for a person, said once it listens.
+    about: lines to show to a person once the service listens.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
@@ -57,7 +57,7 @@ class Parts:
 
 
 class Service:
-    """A running service; a context manager. ``address``: where it listens, with its real port."""
+    """A running service, as a context manager. address: the address at which it listens, with its real port."""
 
     def __init__(self, parts: Parts, listen: Endpoint, network: Network, *, what: str) -> None:
         self._parts, self.about = parts, tuple(parts.about)
@@ -73,7 +73,7 @@ class Service:
         run_until_stopped(self._server, lambda: None)
 
     def wait_announced(self, announce: Callable[[], None]) -> None:
-        """The same; ``announce`` is called once a signal would end it cleanly."""
+        """Serve like ``wait``, and call ``announce`` as soon as a signal would end the service cleanly."""
         run_until_stopped(self._server, announce)
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Service:
 def start(
     listen: Endpoint, add: Sequence[Callable[[grpc.Server], None]], *, network: Network, what: str
 ) -> tuple[grpc.Server, Endpoint]:
-    """Bind and start; returns the server and the address with its real port."""
+    """Bind and start a server; return it and its address with the real port. Raises EndpointError, naming ``what``."""
     network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(MAXIMUM_STREAMS),
@@ -110,7 +110,10 @@ def start(
 
 
 def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str) -> None:
-    """Before anything takes long: the port is free, and something listens at every peer's address."""
+    """Check, before anything takes long, that the port is free and that something listens at every peer's address.
+
+    Raises EndpointError for the port, PeerLost for a peer.
+    """
     network.check(listen, what=what)
     for name, at in peers.items():
         network.check(at, what=f"the {name}")
@@ -130,7 +133,7 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:
-    """``announce`` the service, then block until SIGINT or SIGTERM; running queries get two seconds to end."""
+    """Call ``announce``, then block until SIGINT or SIGTERM; running queries get two seconds to end."""
     stopped: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, safe to fill from a signal handler
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda caught, _: stopped.put(caught))
@@ -140,32 +143,32 @@ def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Structured one-line logs; they never hold shares, seeds, keys or inputs."""
+    """Log to stderr in structured lines, which never hold shares, seeds, keys or inputs."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
 
 
 def child(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment that run one of our modules in a process of its own.
+    """Return the command and environment that run one of our modules in a process of its own.
 
-    ``-P`` keeps the working directory off the path: a file there that bears a module's name must not run in its place.
+    ``-P`` keeps the working directory off the path: a file there with a module's name must not run in its place.
     """
     ours = str(Path(__file__).resolve().parents[2])
     return [sys.executable, "-P", "-m", module, *arguments], {**os.environ, "PYTHONPATH": ours}
 
 
 def settle() -> None:
-    """Prepare this process for queries: what it holds by now stays, and memory that it frees is kept for reuse.
+    """Prepare this process for queries: freeze the objects that it holds by now, and keep freed memory for reuse.
 
-    Without the first, Python's garbage collector searches everything that was ever imported or compiled every few
+    Without freezing, Python's garbage collector searches everything that was ever imported or compiled every few
     queries: a pause of 0.3 seconds on a server of all-MiniLM-L6-v2.
 
-    By the second, glibc's allocator reuses what was freed, rather than give it back and fetch zeroed pages for the
-    next tensor. A query makes thousands of tensors of up to some megabytes; by default each of them is a mapping of
-    its own, and touching fresh pages costs about as much as the arithmetic. One arena, so that all threads share it.
-    Measured on all-MiniLM-L6-v2 at 128 tokens: tens of thousands of page faults a query become next to none. Without
-    glibc nothing happens.
+    The settings of the memory make glibc's allocator reuse freed memory, instead of giving it back and fetching zeroed
+    pages for the next tensor. A query makes thousands of tensors of up to some megabytes; by default each of them is a
+    mapping of its own, and touching fresh pages costs about as much as the arithmetic. All threads share one arena.
+    Measured on all-MiniLM-L6-v2 at 128 tokens: tens of thousands of page faults a query become next to none. On systems
+    without glibc the memory settings do nothing.
     """
     gc.collect()
     gc.freeze()

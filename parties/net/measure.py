@@ -1,4 +1,4 @@
-"""What a round takes between two processes of this machine, over the same gRPC streams that queries use."""
+"""Measure the time of a round between two processes of this machine, over the gRPC streams that queries use."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from secure.cost.projection import Transport
 from secure.errors import Error
 
 SIZES = (64, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 21)
-SMALL, LARGE = 1 << 12, 1 << 18  # sizes that cost a message, and those that cost their bytes
+SMALL, LARGE = 1 << 12, 1 << 18  # up to SMALL the time is that of a message; from LARGE on, that of the bytes
 ROUNDS = 24
 PLAN = [size for _ in range(ROUNDS) for size in SIZES]
-BUSY = 4 << 20  # bytes that each side writes before a round: in a query it computes then, and its caches and the
-# threads that carry messages cool down
+BUSY = 4 << 20  # bytes that each side writes before a round: in a query each side computes between rounds, so that
+# caches and the threads that carry messages cool down
 
 
 class Swap(InferenceServicer):
-    """Sends a frame of each planned size and reads one of the same, as both parties of a query do at once; tells at
-    the end how long it waited each time.
+    """A service that sends a frame of each planned size and reads one of the same, as both parties of a query do.
+
+    At the end it sends the seconds of each wait.
     """
 
     def Session(
@@ -57,7 +58,7 @@ def _read(size: int, frames: Iterator[pb.Frame]) -> bytes:
 
 
 def measure_transport() -> Transport:
-    """Rounds in which both sides send messages of several sizes at once, fitted by a line."""
+    """Measure rounds in which both sides send messages of several sizes at once, and fit a line to the times."""
     command, environment = hosting.child("parties.net.measure")
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -74,8 +75,9 @@ def measure_transport() -> Transport:
 
 
 def _swap(address: str) -> dict[int, float]:
-    """Median seconds of a round, by the size that each side sends: of the side that came last, as the other one waits
-    for it too.
+    """Return the median seconds of a round, by the size that each side sends.
+
+    The smaller of both sides' times counts: it is that of the side that came last, because the other waits for it too.
     """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
     waits = []
@@ -95,7 +97,7 @@ def _swap(address: str) -> dict[int, float]:
 
 
 def _fit(found: dict[int, float]) -> Transport:
-    """Through the smallest messages, with the slope that fits the largest best, relative to their sizes."""
+    """Fit a line: its constant is the median of the small messages, its slope the median of the large ones'."""
     message = statistics.median(seconds for size, seconds in found.items() if size <= SMALL)
     slopes = [(seconds - message) / size for size, seconds in found.items() if size >= LARGE]
     return Transport(message, max(0.0, statistics.median(slopes)))

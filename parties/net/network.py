@@ -1,7 +1,7 @@
-"""How the bytes between parties are protected: one value, handed to everything that listens or connects.
+"""The protection of the bytes between parties: one value, which everything that listens or connects is given.
 
-``Plaintext`` is what there is so far. TLS will be a second class here, with the same three methods; nothing else in
-``parties`` knows how a channel is made.
+``Plaintext`` is the only kind so far. TLS will be a second class here with the same three methods; nothing else in
+``parties`` makes channels.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from secure.errors import EndpointError
 
 
 class Network(ABC):
-    """Makes channels and listening ports. The commands and the Python API take one; its repr shows no key."""
+    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key."""
 
     @abstractmethod
     def check(self, endpoint: Endpoint, *, what: str) -> None:
-        """Raise EndpointError where this network must not reach ``endpoint``; called before anything takes long.
+        """Raise EndpointError if this network must not reach ``endpoint``; called before anything takes long.
 
-        ``what``: who is meant, for the message.
+        what: the name of the service at ``endpoint``, for the message.
         """
 
     @abstractmethod
     def channel(self, endpoint: Endpoint, *, what: str) -> grpc.Channel:
-        """A channel to ``endpoint``, checked."""
+        """Check ``endpoint`` and open a channel to it."""
 
     @abstractmethod
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str) -> int:
-        """Let ``server`` listen; the port, or 0 where the address cannot be used."""
+        """Let ``server`` listen at ``endpoint``; return the port, or 0 if the address cannot be used."""
 
 
 @dataclass(frozen=True)
 class Plaintext(Network):
-    """No encryption and no identity. It stays on this machine unless ``beyond_loopback`` says otherwise.
+    """A network without encryption or identities. It stays on this machine unless ``beyond_loopback`` is set.
 
     Whoever reads such a channel learns the seeds that cross it, and so inputs and weights.
     """

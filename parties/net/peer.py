@@ -1,4 +1,4 @@
-"""Somebody at the other end of a channel: who it is, where, and what to do when it does not answer."""
+"""The service at the other end of a channel: its name, its address, and a hint for when it does not answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from secure.errors import Error, PeerLost
 
 
 class Peer:
-    """An open channel to ``who`` ("the dealer"). ``start``: the command that starts it, for hints."""
+    """An open channel to ``who`` ("the dealer"). start: the command that starts that service, for hints."""
 
     def __init__(self, who: str, address: str | Endpoint, network: Network, *, start: str) -> None:
         self.who = who
@@ -25,7 +25,7 @@ class Peer:
     def calling(
         self, doing: str = "", *, hint: str | None = None, kind: type[Error] = PeerLost
     ) -> AbstractContextManager[None]:
-        """Around a call: its gRPC error in words, of ``kind``. ``hint``: by default, how to start the peer."""
+        """Return a context that turns a call's gRPC error into a ``kind``. hint: default, how to start the peer."""
         hint = hint or f"start it with: {self._start} --listen {self.at}"
         return calling(self.who, self.at, hint, doing=doing, kind=kind)
 

@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 class Watchdog:
-    """Calls ``action`` when one guarded wait lasts longer than ``seconds``; one sleeping thread, however many waits."""
+    """A deadline for waits: it calls ``action`` if one guarded wait lasts longer than ``seconds``.
+
+    It takes one sleeping thread, however many waits there are.
+    """
 
     def __init__(self, seconds: float, action: Callable[[], object]) -> None:
         self._seconds, self._action = seconds, action
@@ -23,7 +26,7 @@ class Watchdog:
 
     @contextmanager
     def guard(self, seconds: float | None = None) -> Iterator[None]:
-        """One wait, of ``seconds`` at most if given."""
+        """Guard one wait. seconds: another deadline for this wait."""
         self._until = time.monotonic() + (seconds or self._seconds)
         try:
             yield
@@ -31,13 +34,13 @@ class Watchdog:
             self._until = None
 
     def sending(self, messages: Iterable[T]) -> Iterator[T]:
-        """The messages, each guarded while its consumer, which may be a peer that does not read, holds it."""
+        """Yield the messages; each is guarded until its consumer, perhaps a peer that does not read, has taken it."""
         for message in messages:
             with self.guard():
                 yield message
 
     def stop(self) -> None:
-        """End the thread; the action will not be called any more."""
+        """End the thread; the action is not called any more."""
         self._ended.set()
 
     def _run(self) -> None:

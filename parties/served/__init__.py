@@ -1,6 +1,6 @@
-"""What a service publishes.
+"""The public description and files of a service: how a service publishes them, and how a client reads them.
 
-files        once-per-model files: written, announced, fetched, checked, cached
+files        once-per-model files: write, announce, fetch, check, cache
 published    Describe and Download, for every service
-described    what a client gets of them, checked
+described    the description and files as a client receives and checks them
 """

@@ -1,4 +1,4 @@
-"""What a service says that it serves, checked by the client before it uses any of it."""
+"""The client's side of a service's description: everything is checked before it is used."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from secure.version import WIRE_VERSION
 DOWNLOADING = 600.0  # seconds that one file may take
 
 Told = Callable[[int, int, str], None]
-"""Progress: done, of how many, at what."""
+"""Reports progress: (done, total, what is being done)."""
 
 
 @dataclass(frozen=True)
 class ConnectOptions:
-    """What every client may say.
+    """Options that every client takes.
 
-    network: how channels are protected. deadline: seconds to wait for any one message before PeerLost. cache: where
-    once-per-model files are kept; None: not at all. program_digest: refuse a service whose Program has another.
-    told: hears of progress where something lasts.
+    network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
+    directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
+    digest. told: called with progress while something takes long.
     """
 
     network: Network = field(default_factory=Plaintext)
@@ -44,7 +44,7 @@ class ConnectOptions:
 
 
 class Decoded(Protocol):
-    """A Program as a client needs it."""
+    """The part of a Program that a client needs."""
 
     @property
     def digest(self) -> str: ...
@@ -57,7 +57,7 @@ P = TypeVar("P", bound=Decoded)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Described(Generic[P]):
-    """A service's description. ``model`` names the weights; ``tables`` are the token tables that clients hold."""
+    """A service's description. model: names the weights; tables: the token tables that clients hold."""
 
     program: P
     model: str
@@ -69,7 +69,10 @@ class Described(Generic[P]):
 
 
 def ask_description(peer: Peer, deployment: Deployment, role: str, options: ConnectOptions) -> pb.Description:
-    """Describe, with version, deployment, role and compiled options checked; raises HandshakeError."""
+    """Ask a service for its description, and check its version, deployment, role and compiled options.
+
+    Raises HandshakeError if one of them differs, PeerLost if the service cannot be reached.
+    """
     with peer.calling():
         found: pb.Description = ModelStub(peer.channel).Describe(pb.DescribeRequest(), timeout=options.deadline)
     if (found.version, found.deployment) != (WIRE_VERSION, deployment.name):
@@ -94,7 +97,10 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
 def read_description(
     peer: Peer, found: pb.Description, role: str, decode: Callable[[bytes], P], options: ConnectOptions, *wanted: str
 ) -> Described[P]:
-    """Decode the Program and fetch the files that are ``wanted``, and the token table; everything is checked."""
+    """Decode and check the Program, and fetch and check the ``wanted`` files and the token table.
+
+    Raises ProtocolError, HandshakeError, PeerLost, DownloadError.
+    """
     try:
         program = decode(found.program)
     except InvalidProgram as error:

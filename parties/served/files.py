@@ -1,8 +1,8 @@
-"""Once-per-model files: how they are written, announced, fetched, checked and cached.
+"""Once-per-model files: write, announce, fetch, check and cache them.
 
-Both are safetensors (no code in them, unlike pickle). *masked-weights* holds D = W - B, each weight packed to its
-ring's bytes; it is uniform without B, so a cache need not be secret, but without it there is no query. *token-table*
-is what the owner lets clients hold.
+Both are safetensors (they hold no code, unlike pickle). *masked-weights* holds D = W - B, each weight packed to its
+ring's bytes; it is uniform without B, so a cache need not be secret, but a client needs it for every query.
+*token-table* holds the token tables that the owner lets clients hold.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from secure.errors import DownloadError, HandshakeError, printable
 from secure.models.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
-MAXIMUM_FILE = 1 << 37  # bytes; more is not believed, whoever announces it
+MAXIMUM_FILE = 1 << 37  # bytes; a larger announced size is refused
 
 
 def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
-    """D as a file; ``rings``: bits of each weight."""
+    """Encode masked weights D as a file. rings: bits of each weight."""
     packed = {}
     for name, value in masked:
         raw = wire.encode(value, Wire(tuple(value.shape), rings[name]))
@@ -42,7 +42,7 @@ def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) 
 def unpack_masked(
     payload: bytes | None, rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The inverse; raises DownloadError where names or sizes are not the Program's."""
+    """Decode a file of ``pack_masked``; raises DownloadError if names or sizes are not the Program's."""
     packed = _load(MASKED_WEIGHTS, payload)
     if set(packed) != set(rings):
         raise DownloadError("the masked weights are not those that the Program reads", "restart the server")
@@ -58,7 +58,10 @@ def unpack_masked(
 
 
 def unpack_tables(payload: bytes | None, rows: Mapping[str, int]) -> dict[str, Tensor]:
-    """The token tables, by name; ``rows``: of each that the Program's client looks tokens up in."""
+    """Decode the token tables by name; raises DownloadError if one is missing or has another size.
+
+    rows: the number of rows of each table in which the Program's client looks tokens up.
+    """
     tables = _load(TOKEN_TABLE, payload) if rows else {}
     for name, count in rows.items():
         if name not in tables or tables[name].dim() != 2 or len(tables[name]) != count:
@@ -80,7 +83,7 @@ def describe(name: str, payload: bytes) -> File:
 
 
 def received_tokenizer(text: bytes, pad_id: int, lowercase: bool) -> TextTokenizer | None:
-    """The tokenizer that a server describes; None where its model takes no text."""
+    """Load the tokenizer that a server describes; None if its model takes no text. Raises HandshakeError."""
     if not text:
         return None
     from tokenizers import Tokenizer
@@ -95,19 +98,19 @@ def received_tokenizer(text: bytes, pad_id: int, lowercase: bool) -> TextTokeniz
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/unseen`` or ``~/.cache/unseen``."""
+    """Return ``$XDG_CACHE_HOME/unseen`` or ``~/.cache/unseen``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unseen"
 
 
 def state_directory() -> Path:
-    """``$XDG_STATE_HOME/unseen`` or ``~/.local/state/unseen``."""
+    """Return ``$XDG_STATE_HOME/unseen`` or ``~/.local/state/unseen``."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "unseen"
 
 
 def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None) -> bytes:
-    """The file by its digest: from the cache if it is whole there, else downloaded, checked and stored.
+    """Return a file's bytes by its digest: from the cache if it is whole there, else download, check and store it.
 
-    ``download``: the parts of the file with a digest; ``cache`` None: not kept.
+    download: returns the parts of the file with a digest. cache: None keeps no file. Raises DownloadError.
     """
     if not re.fullmatch("[0-9a-f]{64}", file.sha256) or file.size > MAXIMUM_FILE:
         raise DownloadError(f"{file.name}: the announced digest or size ({file.size} bytes) is impossible")
@@ -138,10 +141,10 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
 
 
 def store(path: Path, payload: bytes, *, replace: bool = True) -> None:
-    """Write beside, then rename: a kill leaves either nothing or the whole file. Only its owner may read it.
+    """Write a file that only its owner may read, whole or not at all: it is written beside ``path``, then renamed.
 
-    ``replace`` False: FileExistsError if the file is there already. What is there and no ordinary file (a device, a
-    link) is never replaced: OSError.
+    With ``replace`` False, raises FileExistsError if the file exists. Anything that is no ordinary file (a device, a
+    link) is never replaced: raises OSError.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise FileExistsError(errno.EEXIST, "it is no ordinary file")

@@ -1,4 +1,4 @@
-"""The public side of every service: what is served (Describe) and its files (Download)."""
+"""The public side of every service: the description of its model (Describe) and the model's files (Download)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from secure.version import WIRE_VERSION
 
 
 class Published(ModelServicer):
-    """One model's description and files.
+    """The service of one model's description and files; everything in them is public.
 
-    role: of who answers. program: its canonical encoding. model: a name for the weights that tells nothing of them.
-    files: payloads by name. deadline: seconds that a client may take to read a part.
-    before: called at every Describe; an Error that it raises goes to the client.
+    role: the role of this service. program: the Program's canonical encoding. model: a name for the weights that tells
+    nothing about them. files: payloads by name. deadline: seconds that a client may take to read a part. before: called
+    at every Describe; an Error that it raises is sent to the client.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
-"""A model shared among three servers, clients that are none of them.
+"""The three-party deployment: a model shared among three servers, and clients that are none of them.
 
-pair_keys      a pair's seed: proofs, tags over what both hold
+pair_keys      the seed of a pair of parties: proofs, and tags over bytes that both hold
 shared_model   a model's three shares on disk
 asked          a client's query at one party
 supply         corrections that arrive while they are used; a stock of them
-sealed_rounds  one party's rounds as frames, under tags
-party          the part of a query that all three do for clients
-party_2        deals ahead
-party_0        computes with party 1
-party_1        computes with party 0
-client         shares an input, puts the answer together
+sealed_rounds  one party's rounds as frames, authenticated by tags
+party          the base class of the three parties' services
+party_2        the service of party 2, which deals ahead
+party_0        the service of party 0, which computes with party 1
+party_1        the service of party 1, which computes with party 0
+client         the client, which shares its input and adds up the answer
 hosted         the services and the link, as ``parties.deployments`` starts them
 """

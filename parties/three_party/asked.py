@@ -1,4 +1,4 @@
-"""A client's query at one party: its share of the inputs, how far it is, and the answer when it comes."""
+"""A client's query at one party: its share of the inputs, its progress, and its answer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 from proto import unseen_pb2 as pb
 from secure.errors import Error, PeerLost
 
-BEAT = 1.0  # seconds between two words to a client
-FASTEST = 0.05  # the same, whatever deadline a client has
+BEAT = 1.0  # seconds between two messages to a client that waits
+FASTEST = 0.05  # the least seconds between two messages, however short the client's deadline is
 
 
 @dataclass
 class Progress:
-    """How far a query is: ``steps`` grows with all that is done, ``waits_for`` names the role that it waits for."""
+    """The progress of a query. steps: grows with every step done; waits_for: the role that it waits for, or ""."""
 
     steps: int = 0
     waits_for: str = ""
 
     @contextmanager
     def waiting(self, role: str) -> Iterator[None]:
-        """One wait for a message of ``role``; what comes is a step."""
+        """Mark one wait for a message of ``role``; the message counts as a step."""
         self.waits_for = role
         yield
         self.waits_for, self.steps = "", self.steps + 1
@@ -32,28 +32,28 @@ class Progress:
 
 @dataclass(eq=False)
 class Asked:
-    """One query. ``parts``: the byte strings that came with it. ``joined``: whether a computation took it up."""
+    """One query. parts: the byte strings that came with it. joined: True if a computation has taken it up."""
 
     session: bytes = field(repr=False)
     seed: bytes = field(repr=False)
     parts: list[bytes] = field(repr=False)
-    deadline: float  # of the client
+    deadline: float  # the client's, in seconds
     progress: Progress = field(default_factory=Progress)
     joined: bool = False
     _answer: Future[pb.Answer] = field(default_factory=Future, repr=False)
 
     def finish(self, answer: pb.Answer) -> None:
-        """The answer for the client, if it is still there."""
+        """Set the answer for the client, if it is still there."""
         with suppress(Exception):  # a client that left has cancelled it
             self._answer.set_result(answer)
 
     def fail(self, error: Error) -> None:
-        """The same where there is none; after an answer or another error it does nothing."""
+        """Set an error instead of an answer; after an answer or another error this does nothing."""
         with suppress(Exception):
             self._answer.set_exception(error)
 
     def leave(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Cancel the answer, because nobody waits for it any more."""
         self._answer.cancel()
 
     def when_left(self, action: Callable[[], object]) -> None:
@@ -66,9 +66,9 @@ class Asked:
         self._answer.add_done_callback(look)
 
     def replies(self, joining: float) -> Iterator[pb.AskReply]:
-        """Words to the client until the answer; its error is raised.
+        """Yield messages to the client: progress, and at last the answer. Raises the query's error if it failed.
 
-        joining: seconds within which the party that it waits for has to join, else PeerLost.
+        joining: seconds within which the party that the query waits for must join; raises PeerLost if it does not.
         """
         beat = min(BEAT, max(FASTEST, self.deadline / 4))
         until = time.monotonic() + joining

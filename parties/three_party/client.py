@@ -1,7 +1,7 @@
-"""A client of three parties: shares its input between parties 0 and 1, and adds up what they answer.
+"""A client of three parties: it shares its input between parties 0 and 1, and adds up their answers.
 
-It needs no party's weights, and talks to party 2 only to look up tokens in a shared table. Whoever runs a party may be
-a client as well, or the model's owner: a party learns no more for that than what is its own.
+It needs no party's weights, and talks to party 2 only to look up tokens in a shared table. Whoever runs a party may
+also be a client or the model's owner: beyond its own input, answer or weights it learns nothing more by that.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
 
-GRACE = 2.0  # seconds that the other parties have to say why, when one has failed
+GRACE = 2.0  # seconds that the other parties have to give a reason after one has failed
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of party 0 in one query: from the first round to the last, and of it those that party 2 kept it waiting
-    for corrections.
+    """Seconds of party 0 in one query.
+
+    computing: from the first round to the last. waited: those of them in which it waited for party 2's corrections.
     """
 
     computing: float
@@ -50,13 +51,14 @@ class Times:
 
 
 class ThreePartyLink(Link):
-    """Queries to three parties. A query that fails does not end it: every query stands for itself.
+    """Queries to three parties. Queries are independent: one that fails does not end the link.
 
-    served: the deployment that the parties' model was compiled for, public weights or not. times: of the last query.
+    served: the deployment for which the parties' model was compiled, public weights or not. times: those of the last
+    query.
 
-    Deadline: parties say every second how far they are. A query ends with a PeerLost that names a party which said
-    nothing for the deadline, or which the others waited for while nobody got any further for as long. So a query may
-    last longer than the deadline, but no single step of it.
+    Deadline: parties report their progress every second. A query ends with a PeerLost that names a party which said
+    nothing for the deadline, or for which the others waited while nobody made progress for as long. So a query may last
+    longer than the deadline, but no single step of it may.
     """
 
     def __init__(self, deployment: ThreeParty, options: ConnectOptions) -> None:
@@ -124,7 +126,7 @@ class ThreePartyLink(Link):
         return results, Report(first.rounds, moved, end - start, first.dealing, computed, first.dealing, number)
 
     def _messages(self, values: Mapping[str, Tensor]) -> list[list[pb.AskPart]]:
-        """What each party is sent; nothing for party 2 where nothing is looked up in a shared table."""
+        """Make the messages to each party; party 2 gets none unless rows are looked up in a shared table."""
         session, seed = secrets.token_bytes(SESSION_BYTES), fresh_seed()
         key, payload = input_key(seed, session), bytearray()
         for name, (index, p) in self._circuit.inputs.items():
@@ -144,7 +146,7 @@ class ThreePartyLink(Link):
         return out
 
     def _put_together(self, shares: Sequence[bytes]) -> list[Tensor]:
-        """The outputs, each modulo its ring, from the shares of parties 0 and 1."""
+        """Add up the outputs, each modulo its ring, from the shares of parties 0 and 1."""
         forms, out, at = self._circuit.results, [], 0
         size = sum(form.size for form in forms)
         for role, share in zip(self._names, shares, strict=True):
@@ -161,15 +163,15 @@ class ThreePartyLink(Link):
 
 
 class _Asking:
-    """One query to all parties at once: their answers, or who is to blame that there are none."""
+    """One query to all parties at once: it collects their answers, or finds the party to blame if there are none."""
 
     def __init__(self, peers: Sequence[Peer], messages: Sequence[Sequence[pb.AskPart]], deadline: float) -> None:
         self._peers, self._deadline = peers[: len(messages)], deadline
         self._heard: queue.SimpleQueue[tuple[int, pb.AskReply | grpc.RpcError | None]] = queue.SimpleQueue()
         self._answers: dict[int, pb.Answer] = {}
-        self._failed: dict[int, grpc.RpcError | pb.Failure | None] = {}  # in their order; None: without a word
-        self._grown = time.monotonic()  # when the steps of any party last grew
-        self._word = [self._grown] * len(messages)  # when each was last heard of
+        self._failed: dict[int, grpc.RpcError | pb.Failure | None] = {}  # in order of time; None: it gave no reason
+        self._grown = time.monotonic()  # the last time that the steps of any party grew
+        self._word = [self._grown] * len(messages)  # the last time that each party sent a message
         self._steps, self._waits_for = [0] * len(messages), [""] * len(messages)
         self._calls = [PartyStub(p.channel).Ask(iter(m)) for p, m in zip(self._peers, messages, strict=True)]
         for party, call in enumerate(self._calls):
@@ -184,7 +186,7 @@ class _Asking:
             self._heard.put((party, error))
 
     def run(self) -> list[pb.Answer]:
-        """All answers, by party. Where one party fails the others have a moment in which they may say why."""
+        """Return all answers, by party. If one party fails, the others have GRACE seconds to give a reason."""
         until = None
         try:
             while len(self._answers) < len(self._peers):
@@ -216,8 +218,10 @@ class _Asking:
             self._waits_for[party] = reply.working.waits_for
 
     def _cause(self) -> Error:
-        """What failed first is nearest to the cause. But a party that cannot be reached explains who waited for it, and
-        one that says what was wrong, who lost it.
+        """Return the error of the party nearest to the cause: usually the one that failed first.
+
+        But a party that cannot be reached explains why others waited for it, and a party that gives a reason explains
+        why others lost it.
         """
         party = min(self._failed, key=lambda p: _distance(self._failed[p]))  # the first of equals
         peer, error = self._peers[party], self._failed[party]
@@ -232,9 +236,9 @@ class _Asking:
             return found
 
     def _late(self, now: float) -> PeerLost | None:
-        """The party that kept all others waiting for the deadline, if one did."""
+        """Return an error that names the party that kept the others waiting for the deadline; None if none did."""
         open_ = [party for party in range(len(self._peers)) if party not in self._answers]
-        silent = [party for party in open_ if now - self._word[party] > self._deadline / 2]  # two words are missing
+        silent = [party for party in open_ if now - self._word[party] > self._deadline / 2]  # two messages are missing
         if silent and now - self._word[silent[0]] > self._deadline:
             return PeerLost(f"{self._peers[silent[0]]} said nothing for {self._deadline:g} s", "see its log")
         if now - self._grown <= self._deadline:
@@ -249,7 +253,7 @@ class _Asking:
         )
 
     def _waited_for(self, party: int) -> int:
-        """Who keeps a party waiting in the end; of two that wait for each other, the one that did less."""
+        """Find the party that keeps another waiting in the end; of two that wait for each other, the one behind."""
         seen: list[int] = []
         while party not in seen:
             seen.append(party)
@@ -260,7 +264,7 @@ class _Asking:
 
 
 def _distance(error: Any) -> int:
-    """How far a party's failure is from what caused it."""
+    """Rank a party's failure by its distance from the cause: unreachable 0, a reason of its own 1, others 2."""
     if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
         return 0
     return 1 if isinstance(error, pb.Failure) and error.code != PeerLost.code else 2

@@ -26,7 +26,7 @@ from secure.session import Link
 
 
 class ThreePartyHosted:
-    """The three services of ``ThreeParty``, and its link. ``held`` is a party's directory, from ``share_model``."""
+    """The three services of ``ThreeParty``, and its link. held: a party's directory, made by ``share_model``."""
 
     deployment: type[Deployment] = ThreeParty
     takes: Mapping[str, frozenset[str]] = {
@@ -54,7 +54,7 @@ class ThreePartyHosted:
 
 
 def parts_of(service: PartyService) -> Parts:
-    """A party's service, and the public description of the model that it shares."""
+    """Return the parts of a party's service, with the public description of its model."""
     share = service.share
     published = Published(
         share.deployment,
@@ -76,7 +76,7 @@ def parts_of(service: PartyService) -> Parts:
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
-    """The share in a directory, if it is this role's and of the deployment that was asked for."""
+    """Load the share in a directory; raises InvalidInput if it is another role's or was made with other options."""
     if not isinstance(held, (str, Path)):
         raise InvalidInput(
             f"{role} serves its share of a model, not {'nothing' if held is None else type(held).__name__}",
@@ -91,7 +91,7 @@ def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
 
 
 def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) -> PartyService:
-    """This share's party, and channels to those that it calls."""
+    """Make the service of this share's party, with channels to the parties that it calls."""
     called = [
         Peer(role, peers[role], options.network, start=f"unseen party --id {number}")
         for number, role in enumerate(PARTIES)
@@ -105,7 +105,7 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
 
 
 def _about(share: PartyShare) -> str:
-    """What a query takes between the parties, in a line."""
+    """Describe the cost of a query between the parties in one line."""
     cost, held = share.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
     between = (cost.to_second + cost.to_first) / 1e6
     return (

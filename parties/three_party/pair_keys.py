@@ -1,8 +1,8 @@
-"""What a pair of parties has in common: a seed from the model's owner, from which proofs and tags follow.
+"""The common seed of a pair of parties, given by the model's owner; proofs and tags are derived from it.
 
-Each of the three pairs has its own seed, so what one party shows to another cannot be made by the third, nor by a
-client. Tags are GMAC (AES-128-GCM without a message): what two parties both hold, the frames that one sent and the
-other received, is compared under a key of the query, and no answer leaves a party before.
+Each of the three pairs has its own seed, so neither the third party nor a client can make what one party shows to
+another. Tags are GMAC (AES-128-GCM without a message): two parties compare the frames that one sent and the other
+received under a key of the query, and no answer leaves a party before that.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from secure.errors import HandshakeError, PartiesDisagree
 
 
 class Seal:
-    """A running tag over bytes that one party sends to another, under a key that serves this once."""
+    """A running tag over bytes that one party sends to another, under a key that is used for this tag alone."""
 
     def __init__(self, key: bytes) -> None:
-        # a fixed nonce is safe because the key is used for one tag alone
+        # a fixed nonce is safe because the key makes only one tag
         self._running = Cipher(algorithms.AES(key), modes.GCM(bytes(12))).encryptor()
 
     def update(self, payload: bytes | memoryview) -> None:
         self._running.authenticate_additional_data(bytes(payload) if isinstance(payload, memoryview) else payload)
 
     def tag(self) -> bytes:
-        """The tag; nothing can be added after it."""
+        """Finish and return the tag; no bytes can be added after this."""
         self._running.finalize()
         return self._running.tag
 
     def check(self, theirs: bytes, what: str) -> None:
-        """PartiesDisagree where the other holder of ``what`` has another tag."""
+        """Compare with the tag of the other holder of ``what``; raises PartiesDisagree if they differ."""
         if not hmac.compare_digest(self.tag(), theirs):
             raise PartiesDisagree(
                 f"{what} differ between the two parties that hold them: no answer is given",
@@ -42,7 +42,7 @@ class Seal:
 
 
 class PairKey:
-    """The seed that parties ``pair`` share, and what is derived from it. Its repr never shows it."""
+    """The seed that the parties ``pair`` have in common, and the keys derived from it. Its repr never shows it."""
 
     def __init__(self, seed: bytes, pair: tuple[int, int]) -> None:
         self._seed, self.pair = seed, pair
@@ -51,15 +51,15 @@ class PairKey:
         return f"PairKey({self.pair})"
 
     def weights_key(self) -> Key:
-        """Of the summand of all weights that this pair expands."""
+        """Return the key from which this pair expands its summand of all weights."""
         return Key(derive_key(self._seed, "weights"))
 
     def proof(self, purpose: str, *about: bytes) -> bytes:
-        """What only a holder of the seed can show, bound to what it is about."""
+        """Make a proof that the sender holds the seed, bound to a purpose and to the bytes ``about``."""
         return hmac.digest(derive_key(self._seed, "proof", purpose), b"/".join(about), "sha256")
 
     def require(self, proof: bytes, purpose: str, *about: bytes) -> None:
-        """HandshakeError unless ``proof`` was made by a holder of the seed."""
+        """Raise HandshakeError unless a holder of the seed made ``proof``."""
         if not hmac.compare_digest(self.proof(purpose, *about), proof):
             a, b = self.pair
             raise HandshakeError(
@@ -68,13 +68,13 @@ class PairKey:
             )
 
     def zero_share(self, number: bytes, output: int, shape: Shape) -> Tensor:
-        """Uniform 64-bit words that party 0 adds to its share of one of a query's outputs, and party 1 takes from its.
+        """Return uniform 64-bit words that party 0 adds to its share of an output, and party 1 subtracts from its own.
 
-        Without it, a share of the answer would be a function of openings and of masks that party 2 knows: together
-        with a client it could solve for values inside the network. Every output has a key of its own.
+        Without them, a share of the answer would be a function of openings and of masks that party 2 knows, so that
+        party 2 together with a client could solve for values inside the network. Every output has a key of its own.
         """
         return Key(derive_key(self._seed, "answer", number.hex(), output)).stream(0).words(shape)
 
     def seal(self, purpose: str, number: bytes) -> Seal:
-        """``number`` names a query and is never used twice by who made it."""
+        """Start a tag for a purpose in the query ``number``; whoever makes such a number never uses it twice."""
         return Seal(derive_key(self._seed, "seal", purpose, number.hex()))

@@ -1,4 +1,4 @@
-"""All three parties do this for clients: take their part of a query, and say how far it is until there is an answer."""
+"""The base class of the three parties' services: it takes a client's query, and reports progress until the answer."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from secure.errors import Error, HandshakeError, PeerLost, ProtocolError
 from secure.version import WIRE_VERSION
 
 SESSION_BYTES = 16
-MAXIMUM_QUERIES = 8  # at a time; each takes a thread, and its corrections are held in memory
+MAXIMUM_QUERIES = 8  # queries at a time; each takes a thread, and its corrections are held in memory
 
 
 class PartyService(PartyServicer, ABC):
-    """Base of the three. deadline: seconds that any one wait may last. peers: whom it calls; ``close`` ends that.
+    """Base class of the three services. deadline: seconds that any one wait may last. peers: the parties it calls.
 
-    A query comes by ``Ask``. Another party, or at party 1 the query's own thread, computes on it: it finds it by its
-    session, and leaves the answer in it.
+    A query comes by ``Ask``. The call of another party, or at party 1 the query's own thread, computes on it: it finds
+    the query by its session, and leaves the answer in it.
     """
 
-    joined_by: str  # the role that takes up a query here; "" where this party does so itself
+    joined_by: str  # the role whose call takes up a query here; "" if this party does so itself
 
     def __init__(self, share: PartyShare, peers: Sequence[Peer] = (), *, deadline: float) -> None:
         self.share, self.deadline = share, deadline
@@ -51,12 +51,12 @@ class PartyService(PartyServicer, ABC):
         self._pack()
 
     def close(self) -> None:
-        """Give up the channels to the other parties."""
+        """Close the channels to the other parties."""
         for peer in self._peers:
             peer.close()
 
     def _pack(self) -> None:
-        """Do ahead what the first query would otherwise wait for."""
+        """Compile look-ups and pack weights at the start, so that the first query does not wait for it."""
         weights, circuit = self.share.weights, self.share.circuit
         if circuit.lookups:
             warm_up()
@@ -91,13 +91,16 @@ class PartyService(PartyServicer, ABC):
 
     @abstractmethod
     def asked_sizes(self) -> list[int]:
-        """The sizes of the byte strings that a client sends to this party, in order."""
+        """Return the sizes of the byte strings that a client sends to this party, in order."""
 
     def begin(self, asked: Asked) -> None:
-        """Start to compute."""
+        """Start to compute, if this party does not wait for another's call; the default does nothing."""
 
     def _read_ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> Asked:
-        """A client's start, and the byte strings that follow it in one frame."""
+        """Read a client's start and the byte strings that follow it in one frame.
+
+        Raises HandshakeError, ProtocolError.
+        """
         watch, sizes = Watchdog(self.deadline, context.cancel), self.asked_sizes()
         try:
             with watch.guard():
@@ -124,7 +127,7 @@ class PartyService(PartyServicer, ABC):
 
     @contextmanager
     def _kept(self, asked: Asked) -> Iterator[None]:
-        """While a query is under way, so that others find it by its session."""
+        """Keep a query while it is under way, so that other calls find it by its session."""
         with self._came:
             if asked.session in self._asked:
                 raise ProtocolError("this session is under way", "take a fresh one")
@@ -137,7 +140,10 @@ class PartyService(PartyServicer, ABC):
                 del self._asked[asked.session]
 
     def join(self, session: bytes) -> Asked:
-        """Take up the query of a session, once, and for that wait until the client has come."""
+        """Take up the query of a session, after waiting for its client; a query can be taken up only once.
+
+        Raises PeerLost, ProtocolError.
+        """
         with self._came:
             if not self._came.wait_for(lambda: session in self._asked, self.deadline):
                 raise PeerLost(f"the client did not come to {self.share.role} within {self.deadline:g} s")
@@ -148,12 +154,12 @@ class PartyService(PartyServicer, ABC):
         return asked
 
     def key_sizes(self) -> list[int]:
-        """Bytes of the keys that this party gets of each look-up."""
+        """Return the bytes of the keys that this party gets for each look-up."""
         found = [p for _, p in self.share.circuit.lookups.values()]
         return [p.key_bytes for p in found if self.share.party != PARTY_2 or not p.public]
 
     def looked_up(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
-        """This party's additive shares of what a client looks up."""
+        """Return this party's additive shares of the rows that a client looks up, by name."""
         found = self.share.circuit.lookups
         return {
             name: p.rows_of(self.share.party, own, self.share.weights)
@@ -161,7 +167,7 @@ class PartyService(PartyServicer, ABC):
         }
 
     def for_client(self, shares: Sequence[Tensor], number: bytes) -> bytes:
-        """Party 0's or 1's shares of the outputs, one after the other, each under a zero share of its own."""
+        """Encode the outputs' shares of party 0 or 1, one after the other, each masked by a zero share of its own."""
         party, payload = self.share.party, bytearray()
         key, sign = self.share.pair_keys[1 - party], 1 - 2 * party
         for output, (own, form) in enumerate(zip(shares, self.share.circuit.results, strict=True)):
@@ -171,7 +177,7 @@ class PartyService(PartyServicer, ABC):
     # the other parties
 
     def agree(self, who: str, version: int, model: str, session: bytes) -> None:
-        """HandshakeError unless another's version and model are ours."""
+        """Raise HandshakeError unless the version and model of ``who`` are ours and the session is well-formed."""
         if version != WIRE_VERSION:
             raise HandshakeError(
                 f"version: {who} has {version}, this party {WIRE_VERSION}", "use the same version everywhere"

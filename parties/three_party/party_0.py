@@ -1,6 +1,6 @@
-"""Party 0: gets its share of a client's input, computes with party 1, takes its corrections from party 2.
+"""Party 0: it gets a share of a client's input, computes with party 1, and gets its corrections from party 2.
 
-The handler of party 1's stream is itself the driver of the rounds; the client's call waits for what comes out of it.
+The handler of party 1's stream drives the rounds itself; the client's call waits for the result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _, PEER, PARTY_2 = PARTIES
 
 
 class Party0Service(PartyService):
-    """``ahead``: queries whose corrections are kept ready."""
+    """The service of party 0. ahead: the number of queries whose corrections are kept ready."""
 
     joined_by = PEER
 
@@ -44,7 +44,7 @@ class Party0Service(PartyService):
         self._stock.refill()
 
     def _supply(self) -> Arriving:
-        """Ask party 2 for one query's corrections; they come in beside whatever else is done."""
+        """Ask party 2 for one query's corrections; a thread receives them meanwhile."""
         key = self.share.pair_keys[2]
         arriving = Arriving(self.share.circuit.circuit, lambda n: key.seal("corrections", n), self.deadline)
         request = pb.SupplyRequest(
@@ -67,7 +67,7 @@ class Party0Service(PartyService):
         return [*(p.out.size for _, p in self.share.circuit.inputs.values()), *self.key_sizes()]
 
     def inputs(self, asked: Asked, number: bytes) -> tuple[dict[str, Tensor], int]:
-        """This party's shares of a query's inputs, looked-up rows too; and the bytes that party 2 sent for those."""
+        """Return this party's shares of a query's inputs and looked-up rows, and the bytes that party 2 sent."""
         forms = {name: p.out for name, (_, p) in self.share.circuit.inputs.items()}
         shared, keys = asked.parts[: len(forms)], asked.parts[len(forms) :]
         found = {name: wire.decode(part, form) for (name, form), part in zip(forms.items(), shared, strict=True)}
@@ -85,7 +85,7 @@ class Party0Service(PartyService):
             session=asked.session,
             proof=key.proof("contribute", number, asked.session),
         )
-        coming = self._dealing.Contribute.future(request, timeout=self.deadline)  # while this party looks up
+        coming = self._dealing.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
         rows = self.looked_up(keys)
         with asked.progress.waiting(PARTY_2), self._party_2.calling("looking up rows"):
             contribution = coming.result()
@@ -109,20 +109,20 @@ class Party0Service(PartyService):
             self._stock.refill()
 
     def greeted(self, hello: pb.PeerHello) -> Asked:
-        """The query that party 1 comes for."""
+        """Check party 1's greeting, and take up the query that it names. Raises HandshakeError, PeerLost."""
         self.agree(PEER, hello.version, hello.model, hello.session)
         self.share.pair_keys[1].require(hello.proof, "compute", hello.session)
         return self.join(hello.session)
 
     def take(self, progress: Progress) -> Arriving:
-        """The corrections of one query, whose waits for party 2 ``progress`` is told."""
+        """Take the corrections of one query; ``progress`` hears of waits for party 2."""
         supply = self._stock.take()
         supply.progress = progress
         return supply
 
 
 class _Computation:
-    """One query with party 1."""
+    """One query, computed with party 1."""
 
     def __init__(
         self, service: Party0Service, requests: Iterator[pb.PeerMessage], context: grpc.ServicerContext
@@ -134,14 +134,14 @@ class _Computation:
 
     def close(self) -> None:
         self.watch.stop()
-        self._fail(PeerLost(f"{PEER} is gone", "see its log"))  # nothing where it has ended
+        self._fail(PeerLost(f"{PEER} is gone", "see its log"))  # does nothing if the query has ended
 
     def _fail(self, error: Error) -> None:
         if self._asked is not None:
             self._asked.fail(error)
 
     def messages(self) -> Iterator[pb.PeerMessage]:
-        """Everything that party 1 is told; a failure is the last of it, and reaches the client too."""
+        """Yield all messages to party 1; a failure is the last one, and the client gets it too."""
         log = self._service.log
         try:
             yield from self._run()
@@ -174,7 +174,7 @@ class _Computation:
         self._asked = asked = service.greeted(hello.hello)
         self._progress = asked.progress
         supply = service.take(asked.progress)
-        seed = supply.seed()  # a number that party 2 knows by now
+        seed = supply.seed()  # once it is here, party 2 knows the supply's number, so party 1 may use it
         yield pb.PeerMessage(welcome=pb.PeerWelcome(supply=supply.number))
         rounds = Rounds.of(service.share, service.share.pair_keys[1], supply.number)
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)

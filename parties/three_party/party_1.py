@@ -1,4 +1,4 @@
-"""Party 1: expands its share of a client's input from a seed, and computes with party 0."""
+"""Party 1: it expands its share of a client's input from a seed, and computes with party 0."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ PEER, _, PARTY_2 = PARTIES
 
 
 def input_key(seed: bytes, session: bytes) -> Key:
-    """Of party 1's share of a client's input; the client draws the seed afresh for each query."""
+    """Return the key of party 1's share of a client's input; the client draws a fresh seed for each query."""
     return Key(derive_key(seed, "input", session.hex()))
 
 
 class Party1Service(PartyService):
-    """A query has a thread of its own, so that its client hears of it meanwhile."""
+    """The service of party 1. A query has a thread of its own, so that its client hears of progress meanwhile."""
 
     joined_by = ""
 
@@ -68,7 +68,7 @@ class Party1Service(PartyService):
             call.close()
 
     def seed(self, asked: Asked, number: bytes) -> bytes:
-        """This party's seed of a query, from party 2, which gives it once."""
+        """Get this party's seed of a query from party 2, which gives it only once."""
         request = pb.SupplyRequest(
             model=self.share.manifest.model, supply=number, proof=self.share.pair_keys[2].proof("seed", number)
         )
@@ -78,7 +78,7 @@ class Party1Service(PartyService):
 
 
 class _Call:
-    """One query with party 0."""
+    """One query, computed with party 0."""
 
     def __init__(self, service: Party1Service, asked: Asked) -> None:
         self._service, self._asked = service, asked
@@ -125,7 +125,7 @@ class _Call:
         self._end()
 
     def _end(self) -> None:
-        """Until party 0 has read all, or has told the client why not."""
+        """Wait until party 0 has read everything, or has told the client why it did not."""
         self._outbox.put(None)
         with self._watch.guard(), suppress(grpc.RpcError):
             for _ in self._call:

@@ -1,7 +1,7 @@
-"""Party 2: its share of everything comes from seeds, so it deals ahead of queries and sees no message of any.
+"""Party 2: its share of every value comes from seeds, so it deals ahead of queries and sees no message of their rounds.
 
-It knows the masks of every opening and two of three summands of every weight; together with either other party's
-messages these would show everything, which is what "at most one is corrupted" excludes.
+It knows the masks of every opening, and two of the three summands of every weight. Together with either other party's
+messages these would show everything; the assumption that at most one party is corrupted excludes this.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from protocols.prg import Key, derive_key, fresh_seed
 from secure.deployments.three_party import PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 
-MAXIMUM_SEEDS = 1024  # of party 1, waiting for it
+MAXIMUM_SEEDS = 1024  # seeds of party 1 that wait for it
 
 
 def query_key(seed: bytes, party: int, number: bytes) -> Key:
-    """The key of one party's streams in one query; the seed is fresh, so it serves this query alone."""
+    """Return the key of one party's streams in one query; the seed is fresh and serves this query alone."""
     return Key(derive_key(seed, "query", party, number.hex()))
 
 
 class Party2Service(PartyService):
-    """Seeds are fresh from this process for every query number, and each is given out once."""
+    """The service of party 2. It draws fresh seeds for every query number, and gives each out once."""
 
     joined_by = PARTIES[0]
 
     def __init__(self, share: PartyShare, *, deadline: float = 60.0) -> None:
         super().__init__(share, deadline=deadline)
-        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # of party 1, until it takes them
-        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same, until rows are looked up with them
+        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # seeds of party 1, until it takes them
+        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same seeds, until rows are looked up with them
         self._lock = threading.Lock()
 
     def asked_sizes(self) -> list[int]:
@@ -96,7 +96,7 @@ class Party2Service(PartyService):
                 raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
             key.require(request.proof, "contribute", request.supply, request.session)
             with self._lock:
-                seed = self._looking.pop(request.supply, None)  # once: its zero shares serve one client
+                seed = self._looking.pop(request.supply, None)  # used once: its zero shares serve one client
             asked = self.join(request.session)
             try:
                 if seed is None:
@@ -128,7 +128,7 @@ def _seed_tag(share: PartyShare, seed: bytes, number: bytes) -> bytes:
 
 
 def check_seed(share: PartyShare, reply: pb.SeedReply, number: bytes) -> bytes:
-    """Party 1: the seed of a query, if party 2 made it."""
+    """Party 1: return the seed of a query; raises ProtocolError if party 2 did not send it."""
     if not hmac.compare_digest(share.pair_keys[2].proof("seed given", number, reply.seed), reply.tag):
         raise ProtocolError("the seed that came is not the one that party 2 sent", "ask again")
     return reply.seed

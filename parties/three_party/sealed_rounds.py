@@ -1,4 +1,4 @@
-"""One party's rounds as frames, with running tags over what it sends and what it receives."""
+"""One party's rounds as frames, with running tags over the frames that it sends and receives."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from protocols.circuit import Correlations, Observer, Part, execute
 from protocols.steps import Framed
 from secure.errors import PeerLost, ProtocolError
 
-NextMessage = Callable[[str], pb.PeerMessage]  # the peer's next message, given what is waited for
+NextMessage = Callable[[str], pb.PeerMessage]  # returns the peer's next message; its argument says what it should be
 
 
 @dataclass
 class Rounds(Observer):
-    """One query between parties 0 and 1, as this party sees it."""
+    """One query's rounds between parties 0 and 1, as this party sees them."""
 
     share: PartyShare
     sent_seal: Seal
@@ -30,7 +30,7 @@ class Rounds(Observer):
 
     @classmethod
     def of(cls, share: PartyShare, key: PairKey, number: bytes) -> Rounds:
-        """``number`` is the query's, fresh from party 0's generator."""
+        """Start the rounds of a query. number: the query's number, which party 0 has drawn afresh."""
         mine, theirs = (key.seal(f"frames of party {p}", number) for p in (share.party, 1 - share.party))
         return cls(share, mine, theirs)
 
@@ -38,15 +38,15 @@ class Rounds(Observer):
         self._waiting = parts[0].index
 
     def where(self) -> str:
-        """The module whose round is under way."""
+        """Name the module whose round is under way."""
         circuit = self.share.circuit
         path = self.share.program.paths[circuit.origin[self._waiting]] or "the model's input"
         return f"module '{path}' (round {self.count} of {circuit.cost.rounds})"
 
     def run(self, correlations: Correlations, inputs: dict[str, Any], following: NextMessage, peer: str) -> Framed[Any]:
-        """This party's part, as frames to send; the peer's are among ``following``.
+        """Run this party's part, as frames to send; the result is its shares of the outputs.
 
-        The results are its shares of the outputs.
+        following: returns the peer's messages, from which the peer's frames are read.
         """
         circuit, outputs = self.share.circuit.circuit, self.share.circuit.outputs
         step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
@@ -75,7 +75,10 @@ class Rounds(Observer):
         return b""
 
     def compare(self, message: pb.PeerMessage, peer: str) -> None:
-        """The end of a query: what the peer sent is what came here."""
+        """Check, at the end of a query, that the frames received here are those that the peer sent.
+
+        Raises PartiesDisagree if the tags differ, PeerLost if no tag came.
+        """
         if message.WhichOneof("content") != "tag":
             raise PeerLost(f"{peer} did not end the query with its tag")
         self.received_seal.check(message.tag, f"the frames of {peer}")

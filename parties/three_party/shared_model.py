@@ -1,10 +1,10 @@
-"""A model shared among three parties: three directories, written once by its owner, one for each.
+"""A model shared among three parties: its owner writes three directories once, one for each party.
 
-    manifest.json           public facts, and the digests of what stands beside it
+    manifest.json           public facts, and the digests of the files beside it
     program.json            the Program
-    weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself where it is public
-    seeds                   of this party's two pairs, 32 bytes each; only the file's owner may read it
-    tokenizer.json, token-table.safetensors    where the model has them
+    weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself if it is public
+    seeds                   those of this party's two pairs, 32 bytes each; only the file's owner may read it
+    tokenizer.json, token-table.safetensors    if the model has them
 
 W_0 and W_2 are expanded from the seeds of pairs (2, 0) and (1, 2), so party 2 stores no weights at all.
 """
@@ -46,8 +46,10 @@ AnyWeights = SharedWeights | Party2Weights | PublicWeights
 
 
 class Manifest(BaseModel):
-    """model: names the shared model, equal in all three. compiled_as: the deployment's own options that it was compiled
-    with. files: SHA-256 of what stands beside the manifest.
+    """The public facts of one share.
+
+    model: names the shared model; it is equal in all three. compiled_as: the deployment's own options with which the
+    model was compiled. files: SHA-256 of the files beside the manifest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,7 +67,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PartyShare:
-    """What one party serves. pair_keys: by the other party. files: those that clients may fetch, by name."""
+    """One party's share of a model. pair_keys: by the other party of the pair. files: those for clients, by name."""
 
     manifest: Manifest
     deployment: ThreeParty
@@ -89,7 +91,7 @@ class PartyShare:
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     """Write party-0, party-1 and party-2 under ``directory``, with fresh seeds: two runs never share a mask.
 
-    compiled: what ``secure.compile`` made with ``deployment=secure.ThreeParty()``; of another, InvalidInput.
+    compiled: a model compiled with ``deployment=secure.ThreeParty()``; raises InvalidInput for another deployment.
     Returns the three directories, each for its party alone.
     """
     deployment = compiled.deployment
@@ -131,7 +133,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
             pad_id=tokenizer.pad_id if tokenizer else 0,
             lowercase=tokenizer.lowercase if tokenizer else False,
         )
-        # a party holds the seeds of the two pairs that it is in; ``store`` writes for the file's owner alone
+        # a party holds the seeds of its two pairs; only their owner can read files that ``store`` writes
         parts[SEEDS] = b"".join(seed for seed, pair in zip(seeds, PAIRS, strict=True) if party in pair)
         for file, payload in parts.items():
             store(where / file, payload)

@@ -1,4 +1,4 @@
-"""Party 0's side of what party 2 deals: corrections that are used while they still arrive, and a stock of them."""
+"""Corrections at party 0, which party 2 deals: they are used while they still arrive, and a stock is kept of them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ NUMBER_BYTES = 16
 
 
 class Arriving:
-    """One query's corrections. ``pop`` waits until those of an instruction are there, at most ``deadline`` seconds.
+    """One query's corrections. ``pop`` waits until those of an instruction are there.
 
-    progress: of the query that they serve; it is told of every wait, and of what comes meanwhile.
+    It raises PeerLost if nothing comes for ``deadline`` seconds. progress: that of the query that they serve; it hears
+    of every wait and of everything that arrives.
     """
 
     def __init__(self, circuit: Circuit, seal: Callable[[bytes], Seal], deadline: float) -> None:
         self.number = secrets.token_bytes(NUMBER_BYTES)
         self._places = correction_places(circuit)
         self.size, self._deadline = max((place.stop for place in self._places.values()), default=0), deadline
-        self._parts: list[bytes] = []  # of PART bytes each but for the last; one whose bytes were all taken is dropped
-        self._left: list[int] = []  # bytes of each that were not
+        self._parts: list[bytes] = []  # PART bytes each, but for the last; a part whose bytes were all taken is dropped
+        self._left: list[int] = []  # bytes of each part that were not taken yet
         self._filled = 0
         self._seal, self._seed = seal(self.number), b""
         self._whole, self._error = False, None
@@ -42,7 +43,7 @@ class Arriving:
     _error: Error | None
 
     def receive(self, parts: Iterable[pb.SupplyPart]) -> None:
-        """Take everything in; an error reaches whoever waits."""
+        """Receive all parts; whoever waits gets the error if one occurs."""
         start = time.perf_counter()
         try:
             for part in parts:
@@ -111,7 +112,7 @@ class Arriving:
         return found[0] if len(found) == 1 else b"".join(found)
 
     def _cut(self, number: int, start: int, stop: int) -> memoryview:
-        """What part ``number`` holds of bytes start to stop."""
+        """Take those of the bytes start to stop that lie in part ``number``."""
         before = number * PART
         piece = memoryview(self._parts[number])[max(0, start - before) : stop - before]
         self._left[number] -= len(piece)
@@ -120,12 +121,12 @@ class Arriving:
         return piece
 
     def finish(self) -> None:
-        """Wait for the end, whose tag says that all of it was what party 2 sent."""
+        """Wait for the end, where the tag shows that everything came from party 2 unchanged."""
         self._wait(lambda: self._whole)
 
 
 class Stock:
-    """Supplies that are dealt ahead of queries: ``ahead`` of them are kept, 0 for none."""
+    """Corrections of queries that are dealt ahead. ahead: for how many queries they are kept; 0 for none."""
 
     def __init__(self, start: Callable[[], Arriving], ahead: int) -> None:
         self._start, self._ahead = start, ahead
@@ -133,7 +134,7 @@ class Stock:
         self._lock = threading.Lock()
 
     def take(self) -> Arriving:
-        """The oldest that did not fail, or a new one."""
+        """Return the oldest one that did not fail, or start a new one."""
         with self._lock:
             while self._kept:
                 found = self._kept.popleft()

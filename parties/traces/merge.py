@@ -1,4 +1,4 @@
-"""Both parties' traces of a query on one time line: clocks compared, bytes compared, an arrow for every message."""
+"""Merge both parties' traces of a query: compare their clocks and bytes, and draw an arrow for every message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secure.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Merged:
-    """Both parties' trace; ``offset``: seconds that the server's clock is ahead, wrong by ``bound`` at most.
+    """Both parties' trace of a query. offset: seconds that the server's clock is ahead, wrong by ``bound`` at most.
 
     Each party's clock reads 0 when its own part of the query begins.
     """
@@ -24,14 +24,14 @@ class Merged:
 
 
 def merge(paths: Sequence[Path]) -> Merged:
-    """A client's and a server's trace of one query on one time line, with an arrow for every message.
+    """Put a client's and a server's trace of one query on one time line, with an arrow for every message.
 
-    The clocks are compared as NTP does. No message arrives before its sender began to pack it, so with
-    d1 = min(server received - client packs) and d2 = min(client received - server packs) the server's clock is ahead
-    by something in [-d2, d1]. The middle, (d1 - d2) / 2, is right if the fastest message takes the same time in both
-    directions, which is an **assumption**; it is wrong by (d1 + d2) / 2 at most whatever the delays. Clocks are taken
-    to run equally fast within a query. (That a message has left is not used: a gRPC server hears of it late, often
-    after the client has answered.)
+    The clocks are compared as NTP does it. No message arrives before its sender began to pack it. So with
+    d1 = min(server received - client packs) and d2 = min(client received - server packs), the server's clock is ahead
+    by a number in [-d2, d1]. The middle, (d1 - d2) / 2, is right if the fastest message takes the same time in both
+    directions, which is an **assumption**; whatever the delays, it is wrong by (d1 + d2) / 2 at most. Clocks are
+    assumed to run equally fast within a query. (The time at which a message has left is not used: a gRPC server learns
+    of it late, often after the client has answered.)
     """
     traces = {t.head.party: t for t in map(read, paths)}
     if len(paths) != 2 or len(traces) != 2:
@@ -43,7 +43,7 @@ def merge(paths: Sequence[Path]) -> Merged:
     offset, bound = (d1 - d2) / 2, (d1 + d2) / 2
     if bound < 0:
         raise InvalidInput("a message came before it was sent: the stamps are not of one query", "measure it again")
-    # both start at 0 on their own clocks; neither is moved to before 0, which viewers dislike
+    # both start at 0 on their own clocks; neither moves below 0, which viewers show badly
     shifts = {"client": max(0.0, offset), "server": max(0.0, -offset)}
     events = [_shifted(event, shifts[t.head.party]) for t in (client, server) for event in t.events]
     about = {
@@ -84,7 +84,7 @@ _IDENTITY: tuple[tuple[str, Callable[[Head], object]], ...] = (
 
 
 def _delay(sender: Sequence[Stamps], receiver: Sequence[Stamps]) -> float:
-    """The smallest receiver's minus sender's moment of one message: its delay, plus what the receiver is ahead."""
+    """Return the least receiver's minus sender's time of a message: its delay, plus the receiver's clock offset."""
     delays = [r.received_at - s.start for s, r in zip(sender, receiver, strict=True) if s.sent]
     if not delays:
         raise InvalidInput("messages went one way only, so the two clocks cannot be compared")
@@ -100,12 +100,12 @@ def _moved(ts: float, seconds: float) -> float:
 
 
 def _arrows(sender: Head, receiver: Head, shifts: dict[str, float]) -> list[Event]:
-    """From where a message is packed to where it is unpacked."""
+    """Make an arrow for each message, from the start of its packing to the start of its unpacking."""
     events: list[Event] = []
     for number, (s, r) in enumerate(zip(sender.rounds, receiver.rounds, strict=True), 1):
         if s.sent:
             about = {"cat": "message", "name": f"to {receiver.party}", "id": f"{receiver.party}-{number}", "tid": WIRE}
-            # rounded as the slices "pack" and "unpack" are, so that an arrow's end is at a slice's very beginning
+            # rounded like the slices "pack" and "unpack", so that both ends of an arrow lie exactly at a slice's start
             left = _moved(microseconds(s.start), shifts[sender.party])
             came = _moved(microseconds(r.received_at), shifts[receiver.party])
             events.append({"ph": "s", "pid": PROCESSES[sender.party], "ts": left, **about})
@@ -114,7 +114,7 @@ def _arrows(sender: Head, receiver: Head, shifts: dict[str, float]) -> list[Even
 
 
 def merged(paths: Sequence[Path], output: Path) -> str:
-    """Write what ``merge`` makes of the two; says what it found."""
+    """Merge two traces and write the result to ``output``; return a line that says what was found."""
     found = merge(paths)
     write(output, found.encoded)
     return (

@@ -1,7 +1,7 @@
 """One party's timeline of a query as a file that Perfetto and chrome://tracing open.
 
-A file holds what the public Program prescribes, and when it happened: no share, no seed, no text, no session id.
-A server's times show as much of its weights as timing does (SECURITY.md): give its traces to nobody else lightly.
+A file holds the steps that the public Program prescribes, and their times: no share, no seed, no text, no session id.
+A server's times show as much about its weights as timing does (see SECURITY.md), so its traces should stay private.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Event = dict[str, Any]
 
 
 class Stamps(NamedTuple):
-    """A round: seconds since the party's query began, and the bytes that crossed. As in ``timeline.Round``."""
+    """A round's times, in seconds since the party's query began, and its bytes. As in ``timeline.Round``."""
 
     start: float
     sent_at: float
@@ -41,7 +41,7 @@ class Stamps(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What a trace says of itself, under "otherData"."""
+    """The description of a trace, stored in the file under "otherData"."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -57,13 +57,13 @@ class Head:
 
     @property
     def name(self) -> str:
-        """What both parties' traces of a query have in common in their file names."""
+        """The part of the file name that both parties' traces of a query have in common."""
         return f"{self.session_label}-{self.query}"
 
 
 @dataclass(frozen=True)
 class TraceFile:
-    """One party's query, as in its file."""
+    """One party's trace of a query, as in its file."""
 
     head: Head
     events: list[Event]
@@ -74,7 +74,7 @@ class TraceFile:
 
 
 def trace(timeline: Timeline, program: Program, query: int, session_label: str) -> TraceFile:
-    """The timeline of one query of ``program``."""
+    """Make a trace from the timeline of one query of ``program``."""
     zero = timeline.start
     rounds = [
         Stamps(r.start - zero, r.sent_at - zero, r.received_at - zero, r.stop - zero, r.sent, r.received)
@@ -106,7 +106,7 @@ def _events(timeline: Timeline, program: Program) -> Iterator[Event]:
     process, zero = PROCESSES[timeline.party], timeline.start
 
     def span(thread: int, name: str, start: float, stop: float, **arguments: Any) -> Event:
-        # the end is rounded, not the duration, so that neighbours touch and never overlap
+        # round the end, not the duration, so that neighbours touch and never overlap
         ts = microseconds(start - zero)
         dur = round(max(0.0, microseconds(stop - zero) - ts), 3)
         return {"ph": "X", "pid": process, "tid": thread, "name": name, "ts": ts, "dur": dur, "args": arguments}
@@ -139,7 +139,10 @@ def encode(events: Sequence[Event], about: dict[str, Any]) -> bytes:
 
 
 class TraceDirectory:
-    """Where a party leaves a trace of every query. Made before the first, so that a mistake in it costs no query."""
+    """A directory to which a party writes a trace of every query.
+
+    It is made before the first query, so that a wrong directory costs no query; raises InvalidInput then.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory
@@ -152,7 +155,7 @@ class TraceDirectory:
             ) from None
 
     def write(self, timeline: Timeline, program: Program, query: int, session_label: str) -> Path:
-        """``PARTY-SESSIONLABEL-QUERY.json``, whole or not at all."""
+        """Write ``PARTY-SESSIONLABEL-QUERY.json``, whole or not at all, and return its path."""
         made = trace(timeline, program, query, session_label)
         path = self.path / f"{made.head.party}-{made.head.name}.json"
         write(path, made.encoded)
@@ -160,7 +163,7 @@ class TraceDirectory:
 
 
 def write(path: Path, encoded: bytes) -> None:
-    """Atomically; InvalidInput where it cannot be."""
+    """Write a trace atomically; raises InvalidInput if that is not possible."""
     try:
         store(path, encoded)
     except OSError as error:
@@ -170,13 +173,13 @@ def write(path: Path, encoded: bytes) -> None:
 
 
 def _is_of(party: str, event: Event) -> bool:
-    """Whether it is a name or a span of the party's own lanes: a peer's file must not draw into ours."""
+    """True if the event is a name or a span in the party's own lanes: a peer's file must not draw into others."""
     known = event.get("ph") == "M" or (event["ph"] == "X" and float(event["ts"]) >= 0)
     return known and event["pid"] == PROCESSES[party] and event.get("tid", WIRE) in (COMPUTE, WIRE)
 
 
 def read(path: Path) -> TraceFile:
-    """A file of ``TraceDirectory``; InvalidInput where it is none."""
+    """Read a file of ``TraceDirectory``; raises InvalidInput if it is none."""
     hint = "give the client's and the server's files, as --trace wrote them"
     try:
         document = json.loads(path.read_bytes())

@@ -1,7 +1,7 @@
-"""The client of two parties: prepares queries ahead with server and dealer, and asks.
+"""The client of two parties: it prepares queries ahead with server and dealer, and asks them.
 
-It holds no weights and needs no model code: the Program, the masked weights and the tokenizer come from the server and
-are checked by digest; the token table too, if the owner lets clients hold it.
+It holds no weights and needs no model code. The Program, the masked weights and the tokenizer come from the server, and
+so does the token table if the owner lets clients hold it; files are checked by digest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Ready:
 
 
 class TwoPartyLink(Link):
-    """A session with a server and a dealer. What fails ends it: the two sides are at different places then."""
+    """A session with a server and a dealer. Any failure ends it, because the two sides are no longer in step then."""
 
     def __init__(self, deployment: TwoParty, options: ConnectOptions) -> None:
         self.deployment = deployment.name
@@ -107,7 +107,10 @@ class TwoPartyLink(Link):
         self._outbox.put(pb.ClientMessage(**content))
 
     def _expect(self, kind: str, what: str) -> Any:
-        """The server's next message, which must be of one kind."""
+        """Return the content of the server's next message, which must be of one kind.
+
+        Raises PeerLost, ProtocolError, or the error that the server reports.
+        """
         try:
             with self._watch.guard():
                 message = next(self._call)
@@ -130,16 +133,19 @@ class TwoPartyLink(Link):
 
     @property
     def session_label(self) -> str:
-        """What both parties' traces call this session, whose id stays between the parties."""
+        """The name of this session in both parties' traces; the session's id itself stays between the parties."""
         return session_label(self._session)
 
     @property
     def ready(self) -> int:
-        """Queries that are prepared and not yet used."""
+        """The number of queries that are prepared and not yet used."""
         return len(self._ready)
 
     def prepare(self) -> None:
-        """The dealer deals to the server, the client makes its shares of layers; at most MAXIMUM_PREPARED ahead."""
+        """Prepare one query: the dealer sends the server corrections, and the client computes its shares of layers.
+
+        Raises QueryError if MAXIMUM_PREPARED queries are prepared already; PeerLost, ProtocolError.
+        """
         if len(self._ready) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         with self._in_session():
@@ -178,7 +184,7 @@ class TwoPartyLink(Link):
 
     @contextmanager
     def _in_session(self) -> Iterator[None]:
-        """Whatever goes wrong inside ends the session."""
+        """End the session if anything fails inside this context."""
         try:
             yield
         except BaseException as error:

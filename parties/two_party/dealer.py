@@ -1,8 +1,8 @@
-"""The dealer's service: hands out correlated randomness, and sees neither input nor weight nor share.
+"""The dealer's service: it hands out correlated randomness, and sees no input, no weight and no share.
 
 It learns Programs (public), the weight-mask seed of every registered model, and the seeds of both parties of every
-session: together with either party's messages these would show everything, which is why the dealer must not collude
-with either.
+session. Together with either party's messages these would show everything, so the dealer must not collude with either
+party.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _DealtSession:
 
 
 class DealerService(DealerServicer):
-    """State in memory only: a restarted dealer knows no session, so nothing of an old one can be dealt again."""
+    """The dealer. Its state is in memory only: a restarted dealer knows no session, so it deals nothing twice."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -71,7 +71,7 @@ class TwoPartyHosted:
             held.tokenizer_json,
             deadline=deadline,
             log=logging.getLogger("unseen.server"),
-            before=service.register,  # again: the dealer may have been restarted since
+            before=service.register,  # once more, because the dealer may have been restarted since
         )
 
         def add(server: grpc.Server) -> None:

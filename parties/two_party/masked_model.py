@@ -1,4 +1,4 @@
-"""A compiled model behind its mask: what the server keeps, and what clients may hold of its weights."""
+"""A compiled model with masked weights: the server keeps the weights, and clients hold them masked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from secure.mpc.program import Program
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskedModel:
-    """A model as its server holds it. weights, mask_seed: secret. files: for clients, by name.
+    """A model as its server holds it. weights, mask_seed: secret to the server. files: those for clients, by name.
 
-    weights_digest: names the weights, under a key of the server's own.
+    weights_digest: a public name for the weights, their digest under a key that only the server knows.
     """
 
     program: Program
@@ -34,10 +34,10 @@ class MaskedModel:
 
 
 def mask_model(compiled: MpcModel, state: Path) -> MaskedModel:
-    """Make the masked weights D = W - B, and whatever else clients fetch once."""
+    """Make the masked weights D = W - B and the other files that clients fetch once. state: the seed's directory."""
     root = load_root_seed(state, compiled.weights_digest)
-    # the dealer gets the mask seed; others, it included, see the weights' digest under a key of the server's own,
-    # as a plain one would let them confirm a guess of the weights
+    # the dealer gets the mask seed; everyone, the dealer included, sees the weights' digest only under a key of the
+    # server's own, because a plain digest would let them confirm a guess of the weights
     seed = derive_seed(root, "mask")
     digest = hmac.digest(derive_seed(root, "digest"), compiled.weights_digest.encode(), "sha256").hex()
     weights, rings = compiled.server_weights, compiled.program.weight_rings
@@ -49,14 +49,15 @@ def mask_model(compiled: MpcModel, state: Path) -> MaskedModel:
 
 
 def load_root_seed(state: Path, weights_digest: str) -> bytes:
-    """The seed behind B and the public digest of these weights: made once, kept in a file that only its owner may read.
+    """Load, or make once, the seed from which B and the public digest of these weights are derived.
 
-    Kept, so that clients' copies of D stay valid over restarts. It belongs to the weights' digest: other weights, or
-    the same at other scales, get another B, because two D under one B would show their difference.
+    It is kept in a file that only its owner may read, so that clients' copies of D stay valid after a restart. It
+    belongs to the weights' digest: other weights, or the same weights at other scales, get another B, because two D
+    under one B would show their difference. Raises Error if the file is damaged.
     """
     path = state / f"weight-mask-{weights_digest}.seed"
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with suppress(FileExistsError):  # made before, or by another server this moment
+    with suppress(FileExistsError):  # another server may make it at the same moment
         if not path.exists():
             store(path, fresh_seed(), replace=False)
     seed = path.read_bytes()

@@ -1,7 +1,7 @@
-"""The server's service: computes on shares, with one client a session.
+"""The server's service: it computes on shares with clients, one session for each.
 
-The handler of a session is itself the driver: it yields the frames of the circuit's rounds and reads the client's, so
-no thread stands between the computation and the wire.
+The handler of a session drives the computation itself: it yields the frames of the circuit's rounds and reads the
+client's frames, so there is no thread between the computation and the connection.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ IDLE = 1800.0  # seconds that a client may keep its session between queries
 
 
 class InferenceService(InferenceServicer):
-    """Answers sessions on one masked model. ``deadline``: seconds that a session waits for its client.
+    """The service that answers sessions on one masked model.
 
-    ``traces``: where every query leaves its timeline, if anywhere.
+    deadline: seconds that a session waits for its client. traces: a directory for a timeline of every query, or None.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class InferenceService(InferenceServicer):
             raise
 
     def close(self) -> None:
-        """Give up the channel to the dealer."""
+        """Close the channel to the dealer."""
         self._dealer_at.close()
 
     def register(self) -> None:
-        """Announce the Program and the mask's seed to the dealer; harmless when it knows them."""
+        """Send the Program and the mask seed to the dealer; this is harmless if it knows them. Raises DealerError."""
         program = self.model.program
         request = pb.RegisterRequest(
             program=program.encoded, weights_digest=self.model.weights_digest, mask_seed=self.model.mask_seed
@@ -113,7 +113,7 @@ class InferenceService(InferenceServicer):
 
 
 class _Session:
-    """One client's stream."""
+    """One client's session on its stream."""
 
     def __init__(
         self, service: InferenceService, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
@@ -140,7 +140,7 @@ class _Session:
             self._dealing.cancel()
 
     def run(self) -> Iterator[pb.ServerMessage]:
-        """Everything that this client is told; a failure is the last of it."""
+        """Yield all messages to this client; a failure is the last one."""
         try:
             yield from self._run()
         except Error as error:
@@ -175,7 +175,7 @@ class _Session:
                 raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
 
     def _next(self, what: str) -> pb.ClientMessage | None:
-        """The client's next message; None when it has ended the stream."""
+        """Return the client's next message; None if it has ended the stream. Raises PeerLost."""
         try:
             with self.watch.guard():
                 message = next(self._requests, None)
@@ -187,7 +187,7 @@ class _Session:
         return message
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
-        """Between queries a client may take its time, and leave in any way."""
+        """Return the next message between queries, when a client may wait for long; None if it has left in any way."""
         try:
             with self.watch.guard(IDLE):
                 return next(self._requests, None)
@@ -224,7 +224,7 @@ class _Session:
             self._service.dealer.Join(request, timeout=30)
 
     def _prepare(self, query: int) -> pb.ServerMessage:
-        """Fetch a query's corrections. The dealer burns the number, so they can be fetched only once."""
+        """Fetch a query's corrections from the dealer, who burns the number, so that they can be fetched only once."""
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         start, size = time.perf_counter(), self._program.cost.dealt
@@ -250,7 +250,7 @@ class _Session:
         return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
 
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
-        self._burnt.burn(query)  # before anything else: whatever happens from here on, this number is used
+        self._burnt.burn(query)  # before anything else: whatever happens from now on, this number is used
         corrections = self._prepared.pop(query, None)
         self._prepared = {number: kept for number, kept in self._prepared.items() if number > query}  # burnt too
         if corrections is None:
@@ -273,11 +273,11 @@ class _Session:
         self._doing = BETWEEN
         try:
             yield pb.ServerMessage(finished=pb.Finished(query=query))
-        finally:  # after the client's last message, so that it does not wait; also if it leaves upon it
+        finally:  # after the last message, so that the client does not wait for it; also if the client leaves then
             self._keep(recorder.timeline, query)
 
     def _keep(self, timeline: Timeline, query: int) -> None:
-        """Write the trace. That it cannot be written is the server's affair: the client has its answer."""
+        """Write the trace. If that fails, only the server's log says so: the client has its answer."""
         if self._service.traces is None:
             return
         try:

@@ -1,9 +1,9 @@
-"""A computation on ciphertexts: nodes in order, each with its operands; and its meaning on plain slot vectors.
+"""A computation on ciphertexts, as a list of nodes with their operands, and its evaluation on plain slot vectors.
 
 Operations: ``input`` (by name); ``rotate`` (slot i takes slot i + step, cyclic); ``add`` (a sum with signs);
 ``shift`` (adds a plain vector or number); ``multiply`` (the sum of products of pairs, relinearized once); ``dot`` (the
-sum of operands times plain vectors or numbers); ``refresh`` (the client re-encrypts: the levels are back).
-``multiply`` and ``dot`` take a level.
+sum of operands times plain vectors or numbers); ``refresh`` (the client re-encrypts, which restores the levels).
+``multiply`` and ``dot`` use up one level.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TAKES_LEVEL = frozenset({"multiply", "dot"})
 
 @dataclass(frozen=True)
 class CkksNode:
-    """``inputs``: node ids; ``numbers``: step (rotate), signs (add), ids of plain operands (shift, dot)."""
+    """One operation. inputs: node ids; numbers: step (rotate), signs (add), ids of plain operands (shift, dot)."""
 
     op: str
     inputs: tuple[int, ...] = ()
@@ -32,14 +32,14 @@ class CkksNode:
 
 @dataclass
 class Circuit:
-    """Equal nodes are one: a rotation that two layers need is done once."""
+    """A computation under construction. Equal nodes are one node, so a rotation that two layers need is done once."""
 
     slots: int
     nodes: list[CkksNode] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)  # the module that a node belongs to
+    paths: list[str] = field(default_factory=list)  # by node, the module that it belongs to
     plains: list[Plain] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
-    marks: list[int] = field(default_factory=list)  # where a refresh may stand: before the node of this id
+    marks: list[int] = field(default_factory=list)  # ids of nodes before which a refresh may be placed
     path: str = ""
     _known: dict[CkksNode, int] = field(default_factory=dict)
     _plain_ids: dict[bytes, int] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Circuit:
         return self.inner([(x, y)])
 
     def inner(self, pairs: Sequence[tuple[int, int]]) -> int:
-        """The sum of the products of all pairs."""
+        """Add a node for the sum of the products of all pairs."""
         self.mark()
         return self._node("multiply", [i for x, y in pairs for i in ((x, y) if x <= y else (y, x))])
 
@@ -100,11 +100,11 @@ class Circuit:
 
     @property
     def steps(self) -> list[int]:
-        """Every rotation there is: the keys that the server needs."""
+        """The steps of all rotations, in order; the server needs a key for each."""
         return sorted({n.numbers[0] for n in self.nodes if n.op == "rotate"})
 
     def counts(self) -> dict[str, int]:
-        """Nodes by kind; products with plain vectors one by one."""
+        """Count operations by kind; a product of a pair, or with a plain vector, counts as one."""
         out = dict.fromkeys(("rotate", "multiply", "plain", "add", "refresh"), 0)
         for node in self.nodes:
             if node.op == "dot":
@@ -117,7 +117,7 @@ class Circuit:
 
 
 def last_readers(circuit: Circuit) -> list[int]:
-    """For each node the id of the last one that reads it (its own where none does)."""
+    """Return, for each node, the id of the last node that reads it: its own if none does, past the end for outputs."""
     last = list(range(len(circuit.nodes)))
     for i, node in enumerate(circuit.nodes):
         for x in node.inputs:
@@ -130,7 +130,10 @@ def last_readers(circuit: Circuit) -> list[int]:
 def clear(
     circuit: Circuit, inputs: Mapping[str, Vector], observe: Callable[[int, Vector], None] | None = None
 ) -> list[Vector]:
-    """The slots of every output in floating point: the reference, and what calibration watches."""
+    """Compute the slots of every output in floating point, without encryption: the reference.
+
+    inputs: slot vectors by name. observe: called with every node's id and slots, for calibration.
+    """
     values: dict[int, Vector] = {}
     last = last_readers(circuit)
     for i, node in enumerate(circuit.nodes):

@@ -1,8 +1,8 @@
-"""Between SEAL's objects and numpy arrays, through SEAL's own file format.
+"""Convert between SEAL's objects and numpy arrays, through SEAL's own file format.
 
-A file is a header of 16 bytes (magic, its length, version, compression, size) and a body: a plaintext's are its level's
-id, the count and scale, and an array; a ciphertext's the id, its form, three sizes, scale, a correction factor (one for
-CKKS), and an array. An array is a file of its own: a count and 64-bit words.
+A file is a header of 16 bytes (magic, its length, version, compression, size) and a body. A plaintext's body is its
+level's id, the count, the scale and an array. A ciphertext's body is the id, its form, three sizes, the scale, a
+correction factor (one for CKKS) and an array. An array is a file of its own: a count and 64-bit words.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _array(words: Words) -> bytes:
 
 
 def _words(item: Any) -> Words:
-    """The residues of a plaintext, or of both polynomials of a ciphertext, that this process holds."""
+    """Return the residues of a plaintext, or of both polynomials of a ciphertext; only for objects of this process."""
     data = saved(item)
     body = data[HEADER:] if data[5] == PLAIN else zstandard.ZstdDecompressor().decompressobj().decompress(data[HEADER:])
     start = (40 + 8 if isinstance(item, sealapi.Plaintext) else 32 + 1 + 24 + 8 + 8) + HEADER
@@ -47,10 +47,10 @@ def _words(item: Any) -> Words:
 
 
 class Coefficients:
-    """Plaintexts as integer coefficients, exactly.
+    """Convert plaintexts to integer coefficients and back, exactly.
 
-    sealapi transforms ciphertexts alone, so a plaintext travels as the first polynomial of one; the second is a
-    constant, as SEAL refuses a ciphertext without a second one.
+    sealapi can transform ciphertexts only, so a plaintext is put into the first polynomial of one. The second
+    polynomial is a constant, because SEAL refuses a ciphertext without one.
     """
 
     def __init__(self, context: Context) -> None:
@@ -58,21 +58,21 @@ class Coefficients:
         self.evaluator = sealapi.Evaluator(context.seal)
 
     def integers(self, plain: Any, level: int) -> Integers:
-        """The coefficients of a plaintext at a level, between -q/2 and q/2."""
+        """Return the coefficients of a plaintext at a level, between -q/2 and q/2."""
         n, primes = self.context.parameters.degree, self.context.parameters.primes[: level + 1]
         holder = self._ciphertext(_words(plain), level, ntt=True)
         self.evaluator.transform_from_ntt_inplace(holder)
         rows = _words(holder)[: n * len(primes)].astype(object).reshape(len(primes), n)
         modulus = 1
         total = np.zeros(n, dtype=object)
-        for row, prime in zip(rows, primes, strict=True):  # Garner: one more residue, one more digit
+        for row, prime in zip(rows, primes, strict=True):  # Garner's algorithm: each residue gives one more digit
             digit = (row - total) * pow(modulus, -1, prime) % prime
             total = total + digit * modulus
             modulus *= prime
         return np.where(total > modulus // 2, total - modulus, total)
 
     def plaintext(self, integers: Integers, level: int) -> Any:
-        """The plaintext with these coefficients at a level, with that level's scale."""
+        """Return the plaintext with these coefficients at a level, with that level's scale."""
         p = self.context.parameters
         residues = np.concatenate([(integers % prime).astype(np.uint64) for prime in p.primes[: level + 1]])
         holder = self._ciphertext(residues, level, ntt=False)

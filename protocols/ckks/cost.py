@@ -1,7 +1,7 @@
-"""Predicted time, memory and bytes of a schedule: every operation by its ring degree and limbs.
+"""Predict time, memory and bytes of a schedule, from the ring degree and the limbs of every operation.
 
-``Formula`` scales one machine's figures: it chooses between rings and plans. ``Measured`` interpolates what this
-machine took for the very parameters: it predicts.
+``Formula`` scales one machine's figures; use it to choose between rings and plans. ``Measured`` interpolates times that
+this machine took for the very parameters; use it to predict.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ REPEATS = 5  # measurements of which the median counts
 
 
 class PrimitiveTimes(Protocol):
-    """Seconds of one core for one operation on ciphertexts of so many limbs."""
+    """Seconds of one core for one operation, by its kind, the ring degree and the ciphertexts' limbs."""
 
     def of(self, kind: str, degree: int, limbs: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class Formula:
-    """Seconds a residue (N * limbs of them; ``switch``: N log2 N limbs (limbs + 1), one digit a prime). Of one core of
-    a two-core Zen 5 machine at N = 16384.
+    """Seconds for each residue, of which there are N * limbs (``switch``: N log2 N limbs (limbs + 1), a digit a prime).
+
+    Measured on one core of a two-core Zen 5 machine at N = 16384.
     """
 
     plain: float = 5.6e-9
@@ -55,20 +56,20 @@ class Formula:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by kind and limbs, as measured; linear in between."""
+    """Measured seconds by kind and limbs, interpolated linearly."""
 
     table: Mapping[str, Mapping[int, float]]
 
     def of(self, kind: str, degree: int, limbs: int) -> float:
         row = self.table[kind]
-        if not row:  # these parameters have no level at which it could happen
+        if not row:  # no level of these parameters allows this operation
             return Formula().of(kind, degree, limbs)
         return float(np.interp(limbs, sorted(row), [row[n] for n in sorted(row)]))
 
 
 @dataclass
 class Account:
-    """Seconds by kind of operation and by module; the latency breakdown of Power-Softmax's paper, and ours by kind."""
+    """Seconds by kind of operation and by module; the latter is the latency breakdown of Power-Softmax's paper."""
 
     kinds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     paths: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -83,7 +84,7 @@ class Account:
 
 
 def account(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | None = None) -> Account:
-    """What the server's evaluation of a schedule costs, operation by operation."""
+    """Add up the seconds of the server's evaluation of a schedule, operation by operation. times: default Formula."""
     out, n, by = Account(), parameters.degree, times or Formula()
     for i, node in enumerate(schedule.circuit.nodes):
         limbs, path, count = schedule.levels[i] + 1, schedule.circuit.paths[i], len(node.inputs)
@@ -105,12 +106,12 @@ def account(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | 
 
 
 def seconds(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | None = None) -> float:
-    """Of one core of the server."""
+    """Predict the seconds of the server's evaluation on one core."""
     return account(schedule, parameters, times).total
 
 
 def weight_memory(schedule: Schedule, parameters: Parameters) -> int:
-    """Bytes of the encoded plain vectors, each at the level at which it is read."""
+    """Count the bytes of the encoded plain vectors, each at the level at which it is read."""
     kept = set()
     for i, node in enumerate(schedule.circuit.nodes):
         if node.op in ("dot", "shift"):
@@ -121,7 +122,7 @@ def weight_memory(schedule: Schedule, parameters: Parameters) -> int:
 
 
 def live_ciphertexts(schedule: Schedule) -> int:
-    """Bytes of ciphertexts a residue polynomial has, at their highest: residues held at once, two polynomials each."""
+    """Count the most residue polynomials of ciphertexts that are held at once; a ciphertext has two for each limb."""
     circuit, now, most = schedule.circuit, 0, 0
     last = last_readers(circuit)
     for i, node in enumerate(circuit.nodes):
@@ -132,7 +133,7 @@ def live_ciphertexts(schedule: Schedule) -> int:
 
 
 def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Measured:
-    """What this machine takes at some levels of these parameters; some seconds."""
+    """Measure this machine's times at some levels (``points``) of these parameters; this takes some seconds."""
     context = Context(parameters)
     client, evaluator = Client(context), sealapi.Evaluator(context.seal)
     keys = EvaluationKeys(context, client.evaluation_keys([1]), [1])
@@ -152,7 +153,7 @@ def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Meas
         }
         if level >= kept:
             functions["refresh"] = partial(_refreshed, masks, x, data, level)
-        if level:  # where there is a prime left to drop
+        if level:  # there is a prime left to drop
             product = sealapi.Ciphertext()
             evaluator.multiply_plain(x, plain, product)
             functions["plain"] = partial(evaluator.multiply_plain, x, plain, sealapi.Ciphertext())
@@ -164,7 +165,7 @@ def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Meas
 
 
 def _refreshed(masks: Masks, x: Any, data: bytes, level: int) -> None:
-    """The server's part of a refresh."""
+    """Do the server's part of a refresh."""
     mask = masks.draw(level)
     saved(mask.added(x))
     mask.removed(masks.coefficients.context.ciphertext(data, level), level)

@@ -1,8 +1,8 @@
 """Linear maps of slots by their diagonals (Halevi and Shoup), in baby steps and giant steps.
 
 A map y = sum_r D_r * rot(x, r) over the offsets r is evaluated as sum_g rot(sum_b rot(D_{g+b}, -g) * rot(x, b), g).
-Baby steps are made one from the other, giant steps summed from the last (Horner), so that both take as many rotations
-as there are steps but few different keys: a key weighs megabytes.
+Each baby step is made from the one before, and giant steps are summed from the last one on (Horner). So both take as
+many rotations as there are steps, but few different keys; a key takes megabytes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from protocols.ckks.circuit import Circuit, Vector
 
-Diagonals = Mapping[tuple[int, int], Vector]  # (number of the operand, offset): the diagonal
+Diagonals = Mapping[tuple[int, int], Vector]  # diagonals by (number of the operand, offset)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Every offset r as giant + baby, modulo the slots: (giant, baby) by offset."""
+    """A split of every offset r into giant + baby, modulo the slots. parts: (giant, baby) by offset."""
 
     parts: dict[int, tuple[int, int]]
 
@@ -33,13 +33,14 @@ class Split:
         return sorted({g for g, _ in self.parts.values()})
 
     def rotations(self, operands: int) -> int:
-        """Upper bound of what ``apply`` takes, without the last one where giants stand on both sides of zero."""
+        """Bound the rotations that ``apply`` takes, not counting its last one if giants lie on both sides of zero."""
         return operands * sum(b != 0 for b in self.babies) + sum(g != 0 for g in self.giants)
 
 
 def split(offsets: set[int], slots: int, operands: int = 1) -> Split:
-    """The split with the fewest rotations, giants being multiples of one stride: all strides that a layout can have
-    are tried. Offsets beyond half of the slots count as negative.
+    """Find the split with the fewest rotations. Giants are multiples of one stride; all strides of a layout are tried.
+
+    Offsets beyond half of the slots count as negative.
     """
     signed = sorted(r - slots if r > slots // 2 else r for r in offsets)
     found: Split | None = None
@@ -57,7 +58,7 @@ def split(offsets: set[int], slots: int, operands: int = 1) -> Split:
 
 
 def apply(circuit: Circuit, operands: list[int], diagonals: Diagonals) -> int:
-    """The node of y; one level, whatever the number of diagonals."""
+    """Apply a linear map and return the node of y. It takes one level, whatever the number of diagonals."""
     if not diagonals:
         raise ValueError("a linear map without a single diagonal")
     parts = split({r for _, r in diagonals}, circuit.slots, len({i for i, _ in diagonals})).parts
@@ -72,7 +73,7 @@ def apply(circuit: Circuit, operands: list[int], diagonals: Diagonals) -> int:
         for operand in sorted({i for i, _ in diagonals})
     }
     total, at = -1, 0
-    for giant in sorted(inner, reverse=True):  # Horner: rotate what is there by the difference, then add
+    for giant in sorted(inner, reverse=True):  # Horner: rotate the sum so far by the difference, then add
         node = circuit.dot([(rotated[operand][baby], vector) for operand, baby, vector in inner[giant]])
         total = node if total < 0 else circuit.add(circuit.rotate(total, at - giant), node)
         at = giant
@@ -80,7 +81,7 @@ def apply(circuit: Circuit, operands: list[int], diagonals: Diagonals) -> int:
 
 
 def _chain(circuit: Circuit, x: int, babies: set[int]) -> dict[int, int]:
-    """x rotated by every baby step, outwards from zero, each from the one before."""
+    """Rotate x by every baby step, outwards from zero, each from the one before; return the nodes by step."""
     out = {0: x}
     for side in (sorted(b for b in babies if b > 0), sorted((b for b in babies if b < 0), reverse=True)):
         before = 0
@@ -91,7 +92,10 @@ def _chain(circuit: Circuit, x: int, babies: set[int]) -> dict[int, int]:
 
 
 def sum_axis(circuit: Circuit, x: int, stride: int, size: int) -> int:
-    """Slot i becomes the sum of slots i, i + stride, ..., i + (size - 1) stride: log2(size) rotations, no level."""
+    """Replace slot i by the sum of slots i, i + stride, ..., i + (size - 1) stride: log2(size) rotations, no level.
+
+    size: a power of two, else ValueError.
+    """
     _power_of_two(size)
     step = 1
     while step < size:
@@ -101,7 +105,7 @@ def sum_axis(circuit: Circuit, x: int, stride: int, size: int) -> int:
 
 
 def spread_axis(circuit: Circuit, x: int, stride: int, size: int) -> int:
-    """What stands at the first of ``size`` places stands at all of them, where the others held zero."""
+    """Copy the first of ``size`` places to all of them; the other places must hold zero."""
     return sum_axis(circuit, x, -stride, size)
 
 

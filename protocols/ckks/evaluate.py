@@ -19,7 +19,7 @@ CACHE = 4 << 30  # bytes of encoded weights kept, by default
 class EncodedWeights:
     """The plain vectors of a schedule, encoded once at the level and scale at which they are read.
 
-    ``limit``: bytes that encoded vectors may take; what does not fit is encoded at every use.
+    limit: bytes that encoded vectors may take; a vector that does not fit is encoded at every use.
     """
 
     def __init__(self, context: Context, schedule: Schedule, limit: int = CACHE) -> None:
@@ -34,9 +34,9 @@ class EncodedWeights:
                     self.operand(i, node, place)
 
     def operand(self, i: int, node: CkksNode, place: int) -> Any:
-        """The encoded plain operand ``place`` of node i."""
+        """Return the encoded plain operand ``place`` of node i."""
         s, level = self.context.parameters.scales, self.schedule.levels[i]
-        if node.op == "dot":  # whatever scale its operand has, the product has the one that rescales to scales[level]
+        if node.op == "dot":  # the product must rescale to scales[level], whatever scale its operand has
             scale = s[level] * self.context.parameters.primes[level + 1] / s[self.schedule.levels[node.inputs[place]]]
             level += 1
         else:
@@ -60,10 +60,12 @@ def evaluate(
     inputs: Mapping[str, bytes],
     progress: Callable[[int, str], None] | None = None,
 ) -> Generator[list[bytes], list[bytes], list[bytes]]:
-    """Run the whole schedule: yields the masked ciphertexts of each refresh, is resumed with the client's fresh ones,
-    and returns the encrypted outputs. InvalidCiphertext for inputs that do not belong to the parameters.
+    """Run the whole schedule, and return the encrypted outputs.
 
-    ``progress``: told every node before it runs, with its module's path.
+    It yields the masked ciphertexts of each refresh and must be resumed with the client's fresh ones. Raises
+    InvalidCiphertext for inputs that do not belong to the parameters.
+
+    progress: called before each node runs, with its id and its module's path.
     """
     run = _Run(weights, keys)
     schedule, circuit = weights.schedule, weights.schedule.circuit
@@ -122,7 +124,7 @@ class _Run:
         self.dropped.pop(x, None)
 
     def at(self, x: int, level: int) -> Any:
-        """Value x with the limbs of a level (its scale stays)."""
+        """Return value x with the limbs of a level; its scale stays."""
         if self.schedule.levels[x] == level:
             return self.values[x]
         dropped = self.dropped.setdefault(x, {})
@@ -132,8 +134,10 @@ class _Run:
         return dropped[level]
 
     def fresh(self, x: Any) -> Any:
-        """x and a fresh encryption of zero under the client's public key: what leaves the server shows the client its
-        plaintext and noise, not the second polynomial, which is a function of weights that a guess could be tried on.
+        """Add a fresh encryption of zero under the client's public key to x, before x leaves the server.
+
+        So the client sees the plaintext and noise of x, but not its second polynomial, which is a function of the
+        weights and would let the client test a guess of them.
         """
         zero, out = sealapi.Ciphertext(), sealapi.Ciphertext()
         self.keys.zeros.encrypt_zero(x.parms_id(), zero)
@@ -194,5 +198,5 @@ class _Run:
 
     def _rescaled(self, x: Any, level: int) -> Any:
         self.evaluator.rescale_to_next_inplace(x)
-        x.scale = self.context.parameters.scales[level]  # equal but for the rounding of a double
+        x.scale = self.context.parameters.scales[level]  # the same up to the rounding of a double
         return x

@@ -1,14 +1,15 @@
-"""Errors of a schedule before it runs: a variance for every slot, carried through on sample values.
+"""Predict the errors of a schedule before it runs: a variance for every slot, propagated on sample values.
 
-Per slot, of one real number at scale s in a ring of degree N (canonical embedding: a polynomial whose coefficients have
-standard deviation c has slots with c sqrt(N / 2)):
+Standard deviations of the coefficients, for one real number at scale s in a ring of degree N (canonical embedding: a
+polynomial whose coefficients have standard deviation c has slots with c sqrt(N / 2)):
 
 - a fresh ciphertext: sigma = 3.2; encoding: 1 / sqrt(12);
 - rescaling: 1 / sqrt(12) on both polynomials, the second times a ternary secret: sqrt(N / 18);
-- switching keys (rotations, relinearization): one digit a prime, of which the first is as large as the special prime:
-  sigma sqrt(N / 12), the rounding of the special prime, and smaller digits' shares. SEAL's digits lie in [0, q) and so
-  have a mean, whose share is large in the slots whose root of unity is near one (slot 0 foremost): by sigma over twice
-  the sine of half the root's angle. Before a rescaling, as after a product, all of this is divided by the prime.
+- switching keys (rotations, relinearization): there is one digit for each prime, and the first digit is as large as the
+  special prime. It adds sigma sqrt(N / 12), the rounding of the special prime, and the contributions of smaller digits.
+  SEAL's digits lie in [0, q), so they have a mean. Its contribution is large in slots whose root of unity is near one
+  (above all slot 0): sigma divided by twice the sine of half the root's angle. If a rescaling follows, as after a
+  product, all of this is divided by the prime.
 
 Independent errors add up as variances; the same ciphertext on both sides of a product counts twice.
 """
@@ -26,14 +27,14 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import Schedule
 
 SIGMA = 3.2
-WORST = 10.0  # standard deviations that the largest of some ten thousand slots stays below: roundings times a secret
-# have heavier tails than a normal distribution
+WORST = 10.0  # the largest error of some ten thousand slots stays below this many standard deviations: roundings times
+# a secret have heavier tails than a normal distribution
 
 
 def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vector]) -> list[Vector]:
-    """The standard deviation of every node's slots, on one sample. Memory: two vectors a node."""
+    """Return the standard deviation of every node's slots, on one sample. Memory: two vectors a node."""
     circuit, n = schedule.circuit, parameters.degree
-    unit = 2.0 ** (-2 * parameters.scale_bits) * n / 2  # of a variance of one a coefficient
+    unit = 2.0 ** (-2 * parameters.scale_bits) * n / 2  # a slot's variance if each coefficient has variance one
     ratio = 2.0 ** (2 * (parameters.scale_bits - parameters.special_bits))
     fresh, rescaling = (SIGMA**2 + 1 / 12) * unit, n / 18 * unit
     half_angle = np.pi / (2 * n) * np.array([pow(3, j, 2 * n) for j in range(circuit.slots)])
@@ -41,7 +42,7 @@ def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vect
     values: list[Vector] = []
     variance: list[Vector] = []
     for i, node in enumerate(circuit.nodes):
-        top = 2.0 ** (2 * (parameters.base_bits - parameters.special_bits))  # the largest digit's share
+        top = 2.0 ** (2 * (parameters.base_bits - parameters.special_bits))  # the contribution of the largest digit
         switching = (SIGMA**2 * mean * (top + schedule.levels[i] * ratio) + n / 18) * unit
         x = [values[k] for k in node.inputs]
         v = [variance[k] for k in node.inputs]
@@ -80,5 +81,5 @@ def errors(schedule: Schedule, parameters: Parameters, inputs: Mapping[str, Vect
 
 
 def bits(error: float) -> float:
-    """Of precision: -log2 of an absolute error."""
+    """Return the bits of precision of an absolute error, -log2(error), at most 60."""
     return -math.log2(max(error, 2.0**-60))

@@ -1,7 +1,7 @@
 """Encryption parameters: ring degree and primes at 128-bit security, and the exact scale of every level.
 
-A chain is one base prime (what is left at level 0, where results are decrypted), one prime a level, dropped by the
-rescaling that follows a product, and one special prime for key switching. ``MAXIMUM_BITS`` is the bound of the
+A chain of primes has one base prime (the modulus of level 0, at which results are decrypted), one prime for each level,
+which the rescaling after a product drops, and one special prime for key switching. ``MAXIMUM_BITS`` is the bound of the
 Homomorphic Encryption Standard for ternary secrets and 128 bits against classical attacks.
 """
 
@@ -20,9 +20,12 @@ SMALLEST_SCALE, LARGEST_PRIME = 22, 60
 
 @dataclass(frozen=True)
 class Parameters:
-    """degree: N, of which N/2 slots; scale_bits: of every value (and every prime but the first and the special one);
-    base_bits: of the prime of level 0; levels: how many products one after another; spare_bits: by which the special
-    prime is larger than the base prime, so that key switching adds less than rescaling.
+    """Encryption parameters; raises DoesNotFit if they are out of range or exceed 128-bit security.
+
+    degree: N; a ciphertext has N/2 slots. levels: the number of products that can follow each other. scale_bits: the
+    scale of every value (and every prime but the base and the special one). base_bits: the prime of level 0.
+    spare_bits: by how much the special prime is larger than the base prime, so that key switching adds less noise than
+    rescaling.
     """
 
     degree: int
@@ -43,7 +46,7 @@ class Parameters:
                 f"hint: scales have {SMALLEST_SCALE} bits or more, the base prime more than that and at most "
                 f"{LARGEST_PRIME}"
             )
-        if self.total_bits >= MAXIMUM_BITS[self.degree]:  # one bit is left for primes above their power of two
+        if self.total_bits >= MAXIMUM_BITS[self.degree]:  # leaves one bit for primes above their power of two
             raise DoesNotFit(
                 f"{self.levels} levels of {self.scale_bits} bits take a modulus of {self.total_bits} bits; at 128-bit "
                 f"security N = {self.degree} has {MAXIMUM_BITS[self.degree]}\n"
@@ -68,8 +71,10 @@ class Parameters:
 
     @cached_property
     def _chain(self) -> tuple[list[int], list[float]]:
-        """Primes and scales, chosen together from the top: the prime of a level is the one nearest to scale^2 /
-        2^scale_bits, so that what primes miss their powers of two by does not double from level to level.
+        """Primes and scales, chosen together from the top level down.
+
+        A level's prime is the one nearest to scale^2 / 2^scale_bits, so that the primes' distance from their powers of
+        two does not double from level to level.
         """
         special = _nearest(self.degree, 2.0**self.special_bits, set(), below=True)
         base = _nearest(self.degree, 2.0**self.base_bits, {special}, below=True)
@@ -87,8 +92,10 @@ class Parameters:
 
     @property
     def scales(self) -> list[float]:
-        """The scale of values at each level: a product at level l has scale[l]^2 and is rescaled by that level's prime,
-        so scale[l - 1] = scale[l]^2 / prime[l] exactly, and sums never meet two scales.
+        """The exact scale of values at each level.
+
+        A product at level l has scale[l]^2 and is rescaled by that level's prime, so scale[l - 1] =
+        scale[l]^2 / prime[l] exactly, and the operands of a sum always have equal scales.
         """
         return self._chain[1]
 
@@ -96,7 +103,7 @@ class Parameters:
         return level + 1
 
     def ciphertext_bytes(self, level: int) -> int:
-        """Of a ciphertext on the wire, two polynomials; a fresh one from a seed is one."""
+        """Return the bytes of a ciphertext on the wire: two polynomials; a fresh one, from a seed, has only one."""
         return 2 * self.polynomial_bytes(level)
 
     def polynomial_bytes(self, level: int) -> int:
@@ -104,17 +111,17 @@ class Parameters:
 
     @property
     def key_bytes(self) -> int:
-        """One rotation key (or the relinearization key) from a seed: a polynomial over all primes for each."""
+        """Bytes of one rotation key (or the relinearization key), from a seed: a polynomial over all primes a digit."""
         return (self.levels + 1) * sum(map(_packed_bits, self.prime_bits)) * self.degree // 8
 
     @property
     def key_memory(self) -> int:
-        """The same key in memory: two polynomials, eight bytes a residue."""
+        """Bytes of the same key in memory: two polynomials a digit, eight bytes a residue."""
         return 16 * self.degree * (self.levels + 1) * (self.levels + 2)
 
 
 def _nearest(degree: int, target: float, used: set[int], *, below: bool = False) -> int:
-    """The prime nearest to a number (or below it) that has a number-theoretic transform of this degree: 1 mod 2N."""
+    """Find the nearest prime to a number (or below it) that is 1 mod 2N, as a number-theoretic transform needs."""
     step = 2 * degree
     start = int(target) // step
     for distance in range(1 << 16):
@@ -126,5 +133,8 @@ def _nearest(degree: int, target: float, used: set[int], *, below: bool = False)
 
 
 def _packed_bits(prime_bits: int) -> int:
-    """Of a uniform residue in SEAL's files: 64-bit words through Zstandard, measured for primes of 26 to 40 bits."""
+    """Return the bits that a uniform residue takes in SEAL's files: 64-bit words compressed by Zstandard.
+
+    Measured for primes of 26 to 40 bits.
+    """
     return min(64, prime_bits + 8)

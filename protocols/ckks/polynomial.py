@@ -1,8 +1,9 @@
-"""Polynomials of one ciphertext in as few levels as their degree allows: ceil(log2(d + 1)).
+"""Polynomials of one ciphertext in as few levels as their degree d allows: ceil(log2(d + 1)).
 
-In Chebyshev's basis, where coefficients stay as small as the function: p = q T_h + r with h the power of two below the
-length, by T_h T_j = (T_{h+j} + T_{|h-j|}) / 2; q and r in the same way, so that T_h and q are ready at the same level.
-T_{2h} = 2 T_h^2 - 1 takes an addition more than a power does, and no level. (Paterson and Stockmeyer's idea.)
+They are evaluated in Chebyshev's basis, in which coefficients stay as small as the function. With h the largest power
+of two below the number of coefficients, p = q T_h + r, by T_h T_j = (T_{h+j} + T_{|h-j|}) / 2. q and r are split in the
+same way, so that T_h and q are ready at the same level. T_{2h} = 2 T_h^2 - 1 takes one addition more than a power does,
+and no level more. (Source of the idea: Paterson and Stockmeyer.)
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from protocols.ckks.circuit import Circuit
 
 
 def depth(degree: int) -> int:
-    """Levels that ``evaluate`` takes; of ``power``, one less where the degree is a power of two."""
+    """Return the levels that ``evaluate`` takes for a degree; ``power`` takes one less for a power of two."""
     return degree.bit_length() if degree else 0
 
 
 def evaluate(circuit: Circuit, x: int, coefficients: Sequence[float], scale: float = 1.0) -> int:
-    """The node of sum_j coefficients[j] T_j(scale * x), |scale * x| <= 1; degree one at least. ``scale`` is at most
-    one, and one where no level shall go into it.
+    """Add nodes for sum_j coefficients[j] T_j(scale * x), |scale * x| <= 1, and return the last.
+
+    scale: at most one; a scale below one takes one level more. Raises ValueError for a constant polynomial.
     """
     c = [float(v) for v in coefficients]
     while c and not c[-1]:
@@ -54,7 +56,10 @@ def _evaluate(circuit: Circuit, basis: dict[int, int], c: list[float]) -> int:
 
 
 def power(circuit: Circuit, x: int, exponent: int) -> int:
-    """x^exponent, a power of two, by squarings: log2 levels, and factors cost none."""
+    """Add nodes for x^exponent by squarings, and return the last: log2(exponent) levels.
+
+    exponent: a power of two, else ValueError.
+    """
     if exponent < 1 or exponent & (exponent - 1):
         raise ValueError(f"squarings make powers of two, not {exponent}")
     while exponent > 1:

@@ -1,9 +1,10 @@
-"""Levels: where the client refreshes ciphertexts, and how many products every value still has before it.
+"""Assign a level to every value of a circuit, and choose the places at which the client refreshes ciphertexts.
 
-All of it is known before anything is encrypted. A stage is what the server computes between two refreshes; within it
-every node runs as late as its readers allow, which is at the lowest level, where ciphertexts are smallest and
-operations cheapest. A value that a reader wants at a lower level drops there: for free where the reader is ``dot``
-(its plain operand takes up the difference in scale), else by a product with one.
+A value's level is the number of products that can still follow it. All levels are known before anything is encrypted. A
+stage is what the server computes between two refreshes. Within a stage every node gets the lowest level that its
+readers allow, because ciphertexts are smallest and operations cheapest there. If a reader needs a value at a lower
+level, the value drops: at no cost if the reader is ``dot`` (its plain operand makes up for the difference in scale),
+else by a product with one.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from dataclasses import dataclass, replace
 from protocols.ckks.circuit import TAKES_LEVEL, Circuit, CkksNode, last_readers
 from protocols.errors import DoesNotFit
 
-ROUND = 3  # what a round costs beside a refreshed ciphertext, when cuts are chosen
+ROUND = 3  # the cost of a round when cuts are chosen, in refreshed ciphertexts
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """circuit: with refreshes and drops in it; levels: by node, how many its result has left; stages: by node."""
+    """A circuit with refreshes and drops in it. levels: by node, the level of its result; stages: by node."""
 
     circuit: Circuit
     levels: tuple[int, ...]
     stages: tuple[int, ...]
-    reserve: int  # levels that a value that is sent for a refresh keeps, so that its mask fits
+    reserve: int  # the level at which values are sent for a refresh, so that their masks fit
 
     @property
     def depth(self) -> int:
@@ -33,22 +34,23 @@ class Schedule:
 
     @property
     def rounds(self) -> int:
-        """Refreshes one after another."""
+        """The number of refreshes one after another."""
         return max(self.stages, default=0)
 
     def refreshes(self, stage: int) -> list[int]:
-        """The refresh nodes that begin a stage, in order."""
+        """Return the refresh nodes that begin a stage, in order."""
         return [i for i, n in enumerate(self.circuit.nodes) if n.op == "refresh" and self.stages[i] == stage]
 
     def inputs(self) -> dict[str, int]:
-        """The level at which the client encrypts each input."""
+        """Return the level at which the client encrypts each input, by name."""
         return {n.name: self.levels[i] for i, n in enumerate(self.circuit.nodes) if n.op == "input"}
 
 
 def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0) -> Schedule:
-    """Levels of a circuit; with ``levels``, refreshes are placed so that no stage needs more.
+    """Schedule a circuit; with ``levels``, refreshes are placed so that no stage needs more levels than that.
 
-    DoesNotFit where a single step between two places for a refresh is deeper than that.
+    reserve: the level that values keep for a refresh. Raises DoesNotFit if the circuit is deeper than ``levels``
+    between two places for a refresh.
     """
     circuit = _trimmed(circuit)
     cuts = [] if levels is None else _cuts(circuit, levels, reserve)
@@ -56,7 +58,7 @@ def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0) -> S
 
 
 def depth_by_path(circuit: Circuit) -> list[tuple[str, int]]:
-    """Along the deepest chain of products: which module takes how many levels."""
+    """Count the levels that each module takes along the deepest chain of products, as (path, levels)."""
     depth, before = [0] * len(circuit.nodes), [-1] * len(circuit.nodes)
     for i, node in enumerate(circuit.nodes):
         if node.inputs:
@@ -70,7 +72,10 @@ def depth_by_path(circuit: Circuit) -> list[tuple[str, int]]:
 
 
 def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
-    """The marks at which all that is still needed is refreshed: fewest ciphertexts and rounds (dynamic programming)."""
+    """Choose the marks at which all values still needed are refreshed.
+
+    Dynamic programming minimizes the number of refreshed ciphertexts, plus ROUND for each round.
+    """
     end = len(circuit.nodes)
     places = [0, *[m for m in circuit.marks if 0 < m < end], end]
     last = last_readers(circuit)
@@ -108,7 +113,7 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
 
 
 def _trimmed(circuit: Circuit) -> Circuit:
-    """Without what no output needs."""
+    """Remove the nodes that no output needs."""
     needed = [False] * len(circuit.nodes)
     for i in circuit.outputs:
         needed[i] = True
@@ -128,7 +133,7 @@ def _trimmed(circuit: Circuit) -> Circuit:
 
 
 def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[int]]:
-    """The circuit with its refreshes, and the stage of every node."""
+    """Insert refreshes before the nodes ``cuts``; return the circuit and the stage of every node."""
     last = last_readers(circuit)
     out, stages, place = Circuit(circuit.slots, plains=circuit.plains), list[int](), dict[int, int]()
 
@@ -173,7 +178,7 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
         return len(out.nodes) - 1
 
     def operand(i: int, x: int) -> int:
-        """Operand x of node i, dropped to the level at which the node reads it."""
+        """Return operand x of node i, dropped to the level at which the node reads it."""
         node = circuit.nodes[i]
         level = reserve if node.op == "refresh" else levels[i] + (node.op in TAKES_LEVEL)
         if node.op == "dot" or levels[x] == level:
@@ -183,14 +188,14 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
         return dropped[x, level]
 
     for i, node in enumerate(circuit.nodes):
-        if node.op == "refresh":  # all of a stage leave together: what they drop to comes before the first of them
+        if node.op == "refresh":  # a stage's refreshes leave together, so all their drops come before the first of them
             for j in range(i, len(circuit.nodes)):
                 if circuit.nodes[j].op != "refresh":
                     break
                 operand(j, circuit.nodes[j].inputs[0])
         inputs = tuple(operand(i, x) for x in node.inputs)
         place[i] = append(replace(node, inputs=inputs), circuit.paths[i], levels[i], stages[i])
-    for i in circuit.outputs:  # results leave at level 0, whoever else reads them
+    for i in circuit.outputs:  # results leave at level 0, whatever other nodes read them
         last = place[i]
         if levels[i]:
             last = append(CkksNode("dot", (place[i],), (one,)), circuit.paths[i], 0, stages[i])

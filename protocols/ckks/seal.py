@@ -1,7 +1,7 @@
-"""The backend: SEAL by TenSEAL's ``sealapi``, which ``codec``, ``refresh``, ``evaluate`` and ``cost`` call as well.
+"""The backend: SEAL through TenSEAL's ``sealapi``, which ``codec``, ``refresh``, ``evaluate`` and ``cost`` also call.
 
-What another library would have to offer is what is called here: encode at a level and scale, encrypt from a seed, add,
-multiply by plain and by ciphertext with relinearization, rescale, drop to a level, rotate, save and load.
+Another library would have to offer the same operations: encode at a level and scale, encrypt from a seed, add, multiply
+by plain and by ciphertext with relinearization, rescale, drop to a level, rotate, save and load.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ PLAIN, ZSTD = 0, 2  # compression
 
 
 class InvalidCiphertext(ValueError):
-    """Bytes that are no ciphertext (or key) under these parameters."""
+    """The bytes are no ciphertext or key under these parameters."""
 
 
 @contextmanager
 def _file() -> Iterator[tuple[str, IO[bytes]]]:
-    """SEAL saves to and loads from paths alone: a file in memory that has no name and goes with this process, or where
-    the system has none, a temporary one that its owner alone may read. Ciphertexts and keys pass through it, and so do
-    masks, decrypted polynomials and the secret key, each in the process that holds it anyway.
+    """Open a file for SEAL, which can only save to and load from paths.
+
+    It is a file in memory that has no name and ends with this process or, if the system has no such files, a temporary
+    file that its owner alone may read. Ciphertexts and keys pass through it, and so do masks, decrypted polynomials and
+    the secret key, each only in the process that holds it anyway.
     """
     if hasattr(os, "memfd_create"):
         with open(os.memfd_create("seal"), "w+b") as file:
@@ -45,7 +47,7 @@ def _file() -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def saved(item: Any) -> bytes:
-    """The bytes of a ciphertext or a key."""
+    """Return the bytes of a ciphertext or a key."""
     with _file() as (path, file):
         item.save(path)
         file.seek(0)
@@ -53,7 +55,10 @@ def saved(item: Any) -> bytes:
 
 
 def bounded(data: bytes, largest: int, what: str) -> bytes:
-    """The same bytes, if they are one whole file of SEAL's that expands to at most ``largest`` bytes."""
+    """Return ``data`` if it is one whole file of SEAL's that expands to at most ``largest`` bytes.
+
+    Else raises InvalidCiphertext, which names ``what``.
+    """
     whole = len(data) > HEADER and int.from_bytes(data[8:16], "little") == len(data)
     if whole and data[5] == ZSTD:
         with suppress(zstandard.ZstdError):
@@ -70,7 +75,7 @@ def bounded(data: bytes, largest: int, what: str) -> bytes:
 
 
 class Context:
-    """SEAL's tables for some parameters; its own check of 128-bit security is on."""
+    """SEAL's tables for one set of parameters; SEAL's own check of 128-bit security is on."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
@@ -84,7 +89,7 @@ class Context:
 
     @cached_property
     def ids(self) -> list[Any]:
-        """SEAL's name of every level."""
+        """SEAL's id of every level, from level 0."""
         out, data = [], self.seal.first_context_data()
         for _ in range(self.parameters.levels + 1):
             out.append(data.parms_id())
@@ -98,7 +103,7 @@ class Context:
         out = sealapi.Plaintext()
         numbers = value.tolist() if isinstance(value, np.ndarray) else float(value)
         self.encoder.encode(numbers, self.ids[level], scale, out)
-        if out.is_zero():  # SEAL refuses products with zero: the smallest number that there is instead
+        if out.is_zero():  # SEAL refuses products with zero, so the smallest number stands in for it
             self.encoder.encode(1.0 / scale, self.ids[level], scale, out)
         return out
 
@@ -106,7 +111,10 @@ class Context:
         return np.array(self.encoder.decode_double(plain))
 
     def load(self, kind: type[T], data: bytes, what: str) -> T:
-        """A ciphertext or a key from bytes that somebody sent; SEAL checks them against the parameters."""
+        """Load a ciphertext or a key from bytes that somebody sent; SEAL checks them against the parameters.
+
+        Raises InvalidCiphertext, which names ``what``.
+        """
         out = kind()
         try:
             with _file() as (path, file):
@@ -121,8 +129,8 @@ class Context:
         return out
 
     def ciphertext(self, data: bytes, level: int, what: str = "ciphertext") -> Any:
-        """A ciphertext of two polynomials at this level, with the scale that belongs to it."""
-        if len(data) < 16 or int.from_bytes(data[8:16], "little") != len(data):  # SEAL would read a part
+        """Load a ciphertext of two polynomials at this level, with the level's scale; else raises InvalidCiphertext."""
+        if len(data) < 16 or int.from_bytes(data[8:16], "little") != len(data):  # SEAL would read a part of it
             raise InvalidCiphertext(f"{what}: {len(data)} bytes that are not one ciphertext\nhint: send it again")
         out: Any = self.load(sealapi.Ciphertext, data, what)
         scale = self.parameters.scales[level]
@@ -140,12 +148,12 @@ class Context:
 
 
 def galois_element(step: int, degree: int) -> int:
-    """The automorphism that rotates by ``step`` slots."""
+    """Return the Galois element of the automorphism that rotates by ``step`` slots."""
     return pow(3, step % (degree // 2), 2 * degree)
 
 
 class Client:
-    """The client's keys. ``secret``: what ``secret_bytes`` gave before; else a fresh key is made."""
+    """The client's keys. secret: bytes that ``secret_bytes`` returned before; None makes a fresh key."""
 
     def __init__(self, context: Context, secret: bytes | None = None) -> None:
         self.context = context
@@ -159,8 +167,9 @@ class Client:
         self._decryptor = sealapi.Decryptor(context.seal, secret)
 
     def evaluation_keys(self, steps: Sequence[int]) -> dict[str, bytes]:
-        """The relinearization key and one key for each rotation, half of each as a seed; and a public key, by which
-        the server makes fresh what it sends.
+        """Make the relinearization key, one key for each rotation (half of each as a seed), and a public key.
+
+        The server uses the public key to re-randomize the ciphertexts that it sends. Returns the keys' bytes by name.
         """
         public = sealapi.PublicKey()
         self._generator.create_public_key(public)
@@ -171,11 +180,11 @@ class Client:
         return out
 
     def secret_bytes(self) -> bytes:
-        """The secret key, for a file of the client's own."""
+        """Return the secret key's bytes, for a file that only the client may read."""
         return saved(self._generator.secret_key())
 
     def encrypt(self, values: Vector, level: int) -> bytes:
-        """A fresh ciphertext of a vector of slots, from a seed: half the bytes."""
+        """Encrypt a vector of slots at a level; half of the ciphertext is a seed, which saves half of the bytes."""
         return self.encrypt_plain(self.context.encode(values, level, self.context.parameters.scales[level]))
 
     def encrypt_plain(self, plain: Any) -> bytes:
@@ -191,13 +200,14 @@ class Client:
 
 
 def key_names(steps: Sequence[int]) -> list[str]:
-    """The keys of a Program, in the order in which they are sent."""
+    """Return the names of a Program's keys, in the order in which they are sent."""
     return ["public", "relin", *(f"rotate {s}" for s in steps)]
 
 
 class EvaluationKeys:
-    """What the server holds of a client: the public key, the relinearization key and the rotation keys of one Program,
-    no others. Each is bounded before SEAL expands it.
+    """A client's keys at the server: the public, relinearization and rotation keys of one Program, and no others.
+
+    The size of each is checked before SEAL expands it. Raises InvalidCiphertext for keys that do not belong here.
     """
 
     def __init__(self, context: Context, keys: Mapping[str, bytes], steps: Sequence[int]) -> None:
@@ -214,7 +224,7 @@ class EvaluationKeys:
         self.zeros = sealapi.Encryptor(context.seal, context.load(sealapi.PublicKey, public, "public key"))
         relin = bounded(keys["relin"], largest, "relinearization key")
         self.relin: Any = context.load(sealapi.RelinKeys, relin, "relinearization key")
-        if self.relin.size() != 1 or not self.relin.has_key(2):  # one of another kind would be read beyond its end
+        if self.relin.size() != 1 or not self.relin.has_key(2):  # SEAL would read another kind of key beyond its end
             raise InvalidCiphertext("the relinearization key is another key\nhint: make them again")
         self.galois: dict[int, Any] = {}
         for step in steps:

@@ -1,25 +1,25 @@
-"""Distributed point functions: f(x) = 1 if x == point else 0, for 0 <= x < domain, as two keys.
+"""Distributed point functions (DPF): f(x) = 1 if x == point else 0, for 0 <= x < domain, split into two keys.
 
 Source: Boyle, Gilboa, Ishai, "Function Secret Sharing: Improvements and Extensions", CCS 2016: the tree-based DPF with
-early termination, its outputs in Z_2^64. A key is the root of a binary tree of 128-bit seeds, each with a control bit;
-children come from a PRG and, where the control bit is set, are corrected by a word of the level that both keys hold.
-Both evaluations agree off the path to the point, so that their outputs there add up to zero. A seed below which
-LEAF words remain is not split further but stretched to them, and one output correction of LEAF words puts the 1 in.
+early termination, with outputs in Z_2^64. A key is the root of a binary tree of 128-bit seeds, each with a control bit.
+Children come from a PRG; if the control bit is set, a word of the level, which both keys hold, corrects them. The two
+evaluations agree off the path to the point, so that their outputs there add up to zero. A seed below which LEAF words
+remain is not split further but stretched to them, and one output correction of LEAF words puts the 1 in.
 
 Size: a key of one point has 16 (root) + 16 L (seeds) + ceil(L / 8) (control bits) + 8 LEAF (output) bytes, for
 L = ceil(log2(ceil(domain / LEAF))) levels: 258 bytes for the 30 522 tokens of BERT.
 
 PRG: AES_k(s) xor s for fixed public keys k, one for each child (Matyas-Meyer-Oseas). The lowest bit of a seed is always
-cleared, its place in a block being the control bit's. Leaves go through AES once more with keys of their own: taken as
-output words themselves, their cleared bit would make the output correction show the parity of the point.
+cleared, because the control bit takes its place in a block. Leaves go through AES once more with keys of their own: if
+they were output words themselves, their cleared bit would make the output correction show the parity of the point.
 
-What is learnt: whoever holds one key of a pair learns the number of points and the domain, nothing else,
-computationally, if AES with a fixed public key behaves like a random permutation. As every key of every client is made
-with the same AES keys, guessing any one of N seeds takes about 2^127 / N AES calls.
+Seen by the holder of one key of a pair: the number of points and the domain. It learns nothing else, computationally,
+if AES with a fixed public key behaves like a random permutation. Every key of every client is made with the same AES
+keys, so guessing any one of N seeds takes about 2^127 / N AES calls.
 
-Semi-honest: nobody checks that keys are well-formed. The evaluations of malformed keys add up to a vector of the
-sender's choice instead of a unit vector, so what is computed from it is a linear function, chosen by the sender, of
-what the holders multiply it with. The sender gets no output here; but if a result that depends on it comes back, as a
+Security is semi-honest: nobody checks that keys are well-formed. The evaluations of malformed keys add up to a vector
+of the sender's choice instead of a unit vector, so the holders compute a linear function, chosen by the sender, of the
+table that they multiply it with. The sender gets no output here; but if a result that depends on it comes back, as a
 model's does, a deviating sender reads arbitrary linear combinations of table rows through the model, not directly.
 """
 
@@ -41,35 +41,36 @@ from protocols.wire import FrameError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LEAF = 4  # words that one seed is stretched to: keys as short as with 2, and fewer AES calls
+LEAF = 4  # words that one seed is stretched to; keys are as short as with 2, and there are fewer AES calls
 SLICE = 1024  # the rows of the domain evaluated at a time are a multiple of this
-_HELD = 1 << 17  # words of output held at a time, where the points allow it: what a cache holds
+_HELD = 1 << 17  # words of output held at a time, if the points allow it: they fit into a cache
 _POINTS = 256  # points evaluated at a time
 _ONE = np.uint64(1)
 
 
 def levels(domain: int) -> int:
-    """Levels of the tree: each seed of the last one covers LEAF values."""
+    """Return the number of levels of the tree; each seed of the last level covers LEAF values."""
     return (-(-domain // LEAF) - 1).bit_length()
 
 
 def key_bytes(points: int, domain: int) -> int:
-    """Bytes of one key for each of ``points`` points."""
+    """Return the bytes of one key for each of ``points`` points."""
     return points * sum(_widths(domain))
 
 
 def _widths(domain: int) -> tuple[int, int, int, int]:
-    """Bytes a point: root, corrections, control bits, output."""
+    """Return the bytes a point of the root, the corrections, the control bits and the output."""
     depth = levels(domain)
     return 16, 16 * depth, -(-depth // 8), 8 * LEAF
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Keys:
-    """One key for each of P points. Arrays of uint64, a block being two words, its control bit the lowest of the first.
+    """One key for each of P points, as arrays of uint64.
 
-    roots: (P, 2); the lowest bit is not used. corrections: (P, L, 2, 2), a block for the left and one for the right
-    child, which differ in nothing but the control bit. outputs: (P, LEAF).
+    A block is two words; the lowest bit of its first word is the control bit. roots: (P, 2); the lowest bit is not
+    used. corrections: (P, L, 2, 2), one block for the left child and one for the right, which differ in the control bit
+    alone. outputs: (P, LEAF).
     """
 
     domain: int
@@ -84,17 +85,17 @@ class Keys:
         return len(self.roots)
 
     def part(self, start: int, stop: int) -> Keys:
-        """The keys of points start, ..., stop - 1."""
+        """Return the keys of points start, ..., stop - 1."""
         return Keys(self.domain, *(x[start:stop] for x in (self.roots, self.corrections, self.outputs)))
 
     def to_bytes(self) -> bytes:
-        """``key_bytes`` bytes: roots, corrections with the left control bits, the right ones packed, outputs."""
+        """Encode to ``key_bytes`` bytes: roots, corrections with left control bits, packed right ones, outputs."""
         bits = np.packbits(self.corrections[:, :, 1, 0] & _ONE != 0, axis=1, bitorder="little")
         return b"".join(x.tobytes() for x in (self.roots, self.corrections[:, :, 0], bits, self.outputs))
 
     @staticmethod
     def from_bytes(buffer: bytes | memoryview, points: int, domain: int) -> Keys:
-        """The keys that ``to_bytes`` made ``buffer`` of; raises FrameError on a wrong size."""
+        """Decode keys that ``to_bytes`` encoded; raises FrameError on a wrong size."""
         if points < 0 or domain < 1:
             raise ValueError(f"no keys of {points} points in a domain of {domain}")
         if len(buffer) != (expected := key_bytes(points, domain)):
@@ -109,7 +110,7 @@ class Keys:
 
 
 def _words(raw: Array, shape: tuple[int, ...]) -> Array:
-    """A copy, as numba compiles once more for an array that is read-only or not aligned."""
+    """Copy bytes to words: numba would compile again for an array that is read-only or not aligned."""
     return np.frombuffer(bytearray(raw), dtype=np.uint64).reshape(shape)
 
 
@@ -121,12 +122,12 @@ Prg = list[Callable[[Any, Any], int]]  # ciphers, of one thread: left and right 
 
 def _prg() -> Prg:
     keys = (hashlib.sha256(f"unseen/dpf/{n}".encode()).digest()[:16] for n in range(2 + LEAF // 2))
-    # in this mode every block stands for itself, so that nothing is carried from one call to the next
+    # ECB encrypts every block by itself, so nothing is carried from one call to the next
     return [Cipher(algorithms.AES(key), modes.ECB()).encryptor().update_into for key in keys]
 
 
 def _encrypted(prg: Prg, which: int, seeds: Array) -> Array:
-    """AES_k of the seeds; the kernels below do the xor."""
+    """Return AES_k of the seeds; the kernels below do the xor."""
     out = np.empty(seeds.size + 2, dtype=np.uint64)  # the cipher asks for room for one more block
     prg[which](seeds.reshape(-1).view(np.uint8).data, out.view(np.uint8).data)
     return out[:-2].reshape(seeds.shape)
@@ -134,7 +135,7 @@ def _encrypted(prg: Prg, which: int, seeds: Array) -> Array:
 
 @compiled
 def _corrected(nodes: Nodes, left: Array, right: Array, corrections: Array, out: Array, bits: Array) -> None:
-    """Children of (P, n) nodes, left and right by turns, as many as ``out`` takes."""
+    """Make the children of (P, n) nodes, left and right in turn, as many as ``out`` takes."""
     (seeds, controls), one = nodes, np.uint64(1)
     for p in range(out.shape[0]):
         for side in range(2):
@@ -150,7 +151,7 @@ def _corrected(nodes: Nodes, left: Array, right: Array, corrections: Array, out:
 
 @compiled
 def _stretched(nodes: Nodes, hashed: Array, outputs: Array, block: int, negate: bool, out: Array) -> None:
-    """Words 2 block and 2 block + 1 of every leaf, corrected. out: (P, n, LEAF), outputs: (P, LEAF)."""
+    """Write words 2 block and 2 block + 1 of every leaf, corrected. out: (P, n, LEAF), outputs: (P, LEAF)."""
     seeds, controls = nodes
     for p in range(seeds.shape[0]):
         for w in range(2):
@@ -167,7 +168,7 @@ def _start(roots: Array, controls: Array) -> Nodes:
 
 
 def _children(prg: Prg, nodes: Nodes, corrections: Array, count: int) -> Nodes:
-    """The first ``count`` of them. corrections: (P, 2, 2), those of the level."""
+    """Return the first ``count`` children of the nodes. corrections: (P, 2, 2), those of the level."""
     left, right = (_encrypted(prg, side, nodes[0]) for side in range(2))
     out = np.empty((len(left), count, 2), dtype=np.uint64), np.empty((len(left), count), dtype=np.uint64)
     _corrected(nodes, left, right, np.ascontiguousarray(corrections), *out)
@@ -185,7 +186,10 @@ def _leaves(prg: Prg, nodes: Nodes, outputs: Array, *, negate: bool) -> Array:
 
 
 def generate(points: Sequence[int] | Tensor, domain: int) -> tuple[Keys, Keys]:
-    """The two keys of each point, from fresh randomness; the holder of one must never see the other."""
+    """Make the two keys of each point from fresh randomness; the holder of one must never see the other.
+
+    points: P indices below ``domain``, else ValueError.
+    """
     at = np.asarray(points.tolist() if isinstance(points, Tensor) else points, dtype=np.int64)
     if at.ndim != 1 or domain < 1 or not ((at >= 0) & (at < domain)).all():
         raise ValueError(f"points are a list of indices below the domain of {domain}")
@@ -199,7 +203,7 @@ def generate(points: Sequence[int] | Tensor, domain: int) -> tuple[Keys, Keys]:
         right = at // LEAF >> (depth - 1 - level) & 1
         chosen, children = pair[1].reshape(2, count), _children(prg, pair, nothing, 2)
         seeds, controls = children[0].reshape(2, count, 2, 2), children[1].reshape(2, count, 2)
-        # off the path the two evaluations come to agree, on it their control bits stay different
+        # off the path the two evaluations become equal; on the path their control bits stay different
         correction = np.bitwise_xor.reduce(seeds[:, every, 1 - right])
         bits = controls[0] ^ controls[1] ^ (right[:, None] == np.arange(2))
         corrections[:, level] = correction[:, None]
@@ -214,7 +218,7 @@ def generate(points: Sequence[int] | Tensor, domain: int) -> tuple[Keys, Keys]:
 
 
 def evaluate(keys: Keys, party: int) -> Tensor:
-    """Additive shares modulo 2^64 of the points' unit vectors, (P, domain) int64, by the holder of key ``party``."""
+    """Return additive shares modulo 2^64 of the points' unit vectors, (P, domain) int64; ``party``: which key it is."""
     out = torch.empty((len(keys), keys.domain), dtype=torch.int64)
     for rows, columns, values in slices(keys, party):
         out[rows, columns] = values
@@ -222,7 +226,7 @@ def evaluate(keys: Keys, party: int) -> Tensor:
 
 
 def slices(keys: Keys, party: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """``evaluate`` in pieces: (points, values of the domain, their shares), so that little is held at a time.
+    """Evaluate in pieces, so that little is held at a time: yield (points, values of the domain, their shares).
 
     Pieces of the domain start at multiples of SLICE. At most max(256 SLICE, 2^17) words are held, and the tree above.
     """

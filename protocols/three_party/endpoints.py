@@ -1,8 +1,8 @@
-"""Where a value enters: the client, who may be none of the three parties, splits it between parties 0 and 1.
+"""Inputs of three parties: the client, who may be none of the three, splits its input between parties 0 and 1.
 
-x = x_a + x_b modulo 2^ring, x_b expanded from a fresh seed that party 1 gets, x_a = x - x_b sent to party 0. Party 2
-gets nothing: its share of the value's opening comes from seeds. The output goes the other way: parties 0 and 1 add a
-zero share that party 2 does not know, and send their shares to the client, whose sum it is.
+x = x_a + x_b modulo 2^ring. Party 1 expands x_b from a fresh seed that the client sends; party 0 gets x_a = x - x_b.
+Party 2 gets nothing: its share of the value's opening comes from seeds. For the output, parties 0 and 1 add a zero
+share that party 2 does not know, and send their shares to the client, who adds them up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from protocols.wire import Wire
 
 
 class Tabled(Protocol):
-    """Weights that look-ups can be made in."""
+    """Weights whose tables can be used for look-ups."""
 
     def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]: ...
 
@@ -53,17 +53,17 @@ class SharedInput(Local):
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
-        if tuple(x.shape) != self.shape:  # compiled loops trust sizes
+        if tuple(x.shape) != self.shape:  # compiled loops do not check sizes
             raise ValueError(f"the input {self.name!r} has shape {tuple(x.shape)}, the Program says {self.shape}")
         return x
 
 
 @dataclass(frozen=True)
 class LookedUp(SharedInput):
-    """Rows of the weight ``table`` at indices that only the client knows (``lookup``): this party's share of them.
+    """This party's share of rows of the weight ``table`` at indices that only the client knows (see ``lookup``).
 
-    The three parties look up before the circuit begins; party 2 adds a zero share of itself and party 1 to its part
-    and sends it to party 0: ceil(ring / 8) bytes an element. Where the table is public parties 0 and 1 do without it.
+    The three parties look up before the circuit begins. Party 2 adds to its part a zero share, known to it and party 1,
+    and sends it to party 0: ceil(ring / 8) bytes an element. If the table is public, parties 0 and 1 need no party 2.
     """
 
     kind: ClassVar[str] = "looked_up"
@@ -74,26 +74,26 @@ class LookedUp(SharedInput):
 
     @property
     def source(self) -> str:
-        """The Program's input whose one-hot rows this stands for."""
+        """The Program's input whose one-hot rows this look-up replaces."""
         return self.name.rpartition("/")[0]
 
     @property
     def points(self) -> int:
-        """How many rows are looked up."""
+        """The number of rows that are looked up."""
         return count(self.shape[:-1])
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of what the client sends to each party that takes part."""
+        """The bytes of the keys that the client sends to each party that takes part."""
         return (dpf.key_bytes if self.public else lookup_bytes)(self.points, self.rows)
 
     def keys(self, ids: Tensor) -> list[bytes]:
-        """The client's part: fresh keys of its indices, for parties 0, 1 and (unless the table is public) 2."""
+        """Client: make fresh keys of its indices, for parties 0, 1 and (unless the table is public) 2."""
         keys = (dpf.generate if self.public else lookup_keys)(ids.reshape(-1), self.rows)
         return [k.to_bytes() for k in keys]
 
     def rows_of(self, party: int, keys: bytes | memoryview, weights: Tabled) -> Tensor:
-        """This party's additive share of the rows. FrameError where the keys have another size."""
+        """Return this party's additive share of the rows; raises FrameError if the keys have another size."""
         low, high = weights.tables(self.table, self.ring)
         if self.public:
             found = public_product(dpf.Keys.from_bytes(keys, self.points, self.rows), party, low, self.ring)
@@ -103,9 +103,10 @@ class LookedUp(SharedInput):
         return found.reshape(self.shape)
 
     def zero_share(self, key: Key, index: int) -> Tensor:
-        """What party 1 adds and party 2 subtracts; ``key`` is party 1's of the query, ``index`` the instruction's.
+        """Return the mask that party 1 adds and party 2 subtracts: uniform words.
 
-        Zero where the table is public: parties 0 and 1 keep what they have.
+        key: party 1's key of the query; index: the instruction. If the table is public, it is zero: parties 0 and 1
+        keep their shares, and nobody sends one.
         """
         return torch.zeros(self.shape, dtype=torch.int64) if self.public else key.stream(index).words(self.shape)
 
@@ -114,5 +115,5 @@ class LookedUp(SharedInput):
 
 
 def seeded_share(key: Key, index: int, shape: Shape) -> Tensor:
-    """x_b of the input that is instruction ``index``."""
+    """Return party 1's share x_b of the input at instruction ``index``."""
     return key.stream(index).words(shape)

@@ -1,10 +1,10 @@
-"""Products with weights: shared among the three parties, or declared public.
+"""Products with weights that are shared among the three parties, or that are public.
 
-Shared: x is opened (parties 0 and 1 know z = x + r, party 2 knows r), W is held in replicated form. Parties 0 and 1
-compute what ``weights`` says they can; party 2 adds u = -r (W_0 + W_2), which depends on no input: it sends u - s to
-party 0 ahead, with s from its seed with party 1, which adds s.
+Shared: x is opened (parties 0 and 1 know z = x + r, party 2 knows r), and W is held in replicated form. Parties 0 and 1
+compute their parts of x W (see ``weights``). Party 2's part is u = -r (W_0 + W_2), which depends on no input: it sends
+u - s to party 0 ahead, where s comes from its seed with party 1, and party 1 adds s.
 Public: every party multiplies its own share.
-Seen by party 0: u - s, uniform as s is used once. Parties 1 and 2 see nothing here.
+Seen by party 0: u - s, which is uniform because s is used once. Parties 1 and 2 see nothing here.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class SharedLinear(Protocol):
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
-        """Two a party: the opened value's and its mask's."""
+        """Count two products a party: one with the opened value, one with its mask."""
         return 0 if self.diagonal else 4 * count(self.shape) * weights[self.weight][0]
 
 
 @dataclass(frozen=True)
 class PublicLinear(Local):
-    """[x W] modulo 2^ring for a W that all parties know. No message, no correlation; exact modulo 2^ring."""
+    """[x W] modulo 2^ring for a W that all parties know. Rounds 0, bytes 0; exact modulo 2^ring."""
 
     kind: ClassVar[str] = "public_linear"
     weight_field: ClassVar[str] = "weight"

@@ -1,4 +1,4 @@
-"""Rows of a shared table at indices that only the client knows: additive shares of T[ids], without a round.
+"""Look up rows of a shared table at indices that only the client knows: additive shares of T[ids], without a round.
 
 A table T of (V, d) integers is shared in replicated form, T = T0 + T1 + T2 modulo 2^ring: server i holds T_i (low) and
 T_{i+1} (high). For every index and every component T_j the client makes a pair of DPF keys (``dpf``): key 0 goes to
@@ -9,11 +9,11 @@ T[id] modulo 2^ring, exactly.
 A client sends 2 keys an index to each server, ``lookup_bytes``: 6 keys, 1548 bytes an index for V = 30 522. A server
 computes 2 V d multiply-accumulates an index.
 
-What is learnt: a server has one key of each of two independent pairs, so that it learns how many indices there are,
-not which (see ``dpf``), and no more of T than its two components. The client receives nothing. The shares are not
-uniform (for V < d they lie in the span of few rows), and another server, which holds one of the two components, could
-test guesses of the index against one: before a server sends its share on it must add its share of zero. Semi-honest:
-see ``dpf`` for what a client with malformed keys can do.
+Seen by a server: one key of each of two independent pairs. So it learns how many indices there are, but not which (see
+``dpf``), and of T only its own two components. The client receives nothing. The shares are not uniform (for V < d they
+lie in the span of few rows), and another server, which holds one of the two components, could test guesses of the index
+against a share: before a server sends its share, it must add its share of zero. Security is semi-honest: see ``dpf``
+for what a client with malformed keys can do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SERVERS = 3
 class LookupTable:
     """One component of a shared table, (V, d) residues, packed once for products modulo 2^ring.
 
-    Cut into slices of rows, which takes two thirds of the time of one long product: what a slice meets stays in cache.
+    It is cut into slices of rows, which takes two thirds of the time of one long product: a slice's shares stay in
+    cache.
     """
 
     def __init__(self, component: Tensor, ring_bits: int) -> None:
@@ -48,7 +49,10 @@ class LookupTable:
         return f"LookupTable({self.domain} rows of {self.width}, {self.ring_bits} bits)"
 
     def add_product(self, total: Tensor, shares: Tensor, first: int) -> None:
-        """total += shares @ rows, for shares (P, n) of rows first, ..., first + n - 1; first is a multiple of SLICE."""
+        """Add shares @ rows to ``total``, in place.
+
+        shares: (P, n), those of rows first, ..., first + n - 1; ``first`` is a multiple of SLICE.
+        """
         start = first // dpf.SLICE
         for number, part in enumerate(shares.split(dpf.SLICE, dim=1), start):
             total += self._slices[number].times(part)
@@ -56,7 +60,7 @@ class LookupTable:
 
 @dataclass(frozen=True, eq=False)
 class LookupKeys:
-    """What the client sends to one server: key 0 of each pair for its low component, key 1 for its high one."""
+    """The client's keys for one server: key 0 of each pair for its low component, key 1 for its high component."""
 
     low: Keys
     high: Keys
@@ -66,7 +70,7 @@ class LookupKeys:
 
     @staticmethod
     def from_bytes(buffer: bytes | memoryview, points: int, domain: int) -> LookupKeys:
-        """The keys that ``to_bytes`` made ``buffer`` of; raises FrameError on a wrong size."""
+        """Decode keys that ``to_bytes`` encoded; raises FrameError on a wrong size."""
         if len(buffer) != lookup_bytes(points, domain):
             expected = lookup_bytes(points, domain)
             raise FrameError(f"a lookup of {points} rows among {domain} takes {expected} bytes, got {len(buffer)}")
@@ -76,12 +80,12 @@ class LookupKeys:
 
 
 def lookup_bytes(points: int, domain: int) -> int:
-    """Bytes that the client sends to each server."""
+    """Return the bytes that the client sends to each server."""
     return 2 * dpf.key_bytes(points, domain)
 
 
 def lookup_keys(ids: Sequence[int] | Tensor, domain: int) -> tuple[LookupKeys, LookupKeys, LookupKeys]:
-    """The client's part: fresh keys for each component, by server. ValueError if an index is not below ``domain``."""
+    """Client: make fresh keys, by server; raises ValueError if an index is not below ``domain``."""
     pairs = [dpf.generate(ids, domain) for _ in range(SERVERS)]
     first, second, third = (LookupKeys(pairs[i][0], pairs[(i + 1) % SERVERS][1]) for i in range(SERVERS))
     return first, second, third
@@ -90,9 +94,9 @@ def lookup_keys(ids: Sequence[int] | Tensor, domain: int) -> tuple[LookupKeys, L
 def lookup_products(
     keys_low: Keys, keys_high: Keys, table_low: LookupTable, table_high: LookupTable, ring_bits: int
 ) -> Tensor:
-    """A server's additive share of T[ids] modulo 2^ring_bits, (P, d); ring_bits is at most that of the tables.
+    """Return a server's additive share of T[ids] modulo 2^ring_bits, (P, d); ring_bits is at most that of the tables.
 
-    Holds a few megabytes beside the keys and the result, whatever V and P (see ``dpf.slices``).
+    It holds a few megabytes beside the keys and the result, whatever V and P are (see ``dpf.slices``).
     """
     shape = len(keys_low), table_low.width
     if len(keys_high) != shape[0] or table_high.width != shape[1]:
@@ -104,7 +108,7 @@ def lookup_products(
 
 
 def public_product(keys: Keys, party: int, table: LookupTable, ring_bits: int) -> Tensor:
-    """The same for a table that two servers know: one pair of keys, of which this is key ``party``."""
+    """Return a share of T[ids] for a table that two servers know: one pair of keys, of which this is key ``party``."""
     total = torch.zeros((len(keys), table.width), dtype=torch.int64)
     _add_rows(total, keys, party, table, ring_bits)
     return ring.reduce(total, ring_bits)
@@ -118,7 +122,7 @@ def _add_rows(total: Tensor, keys: Keys, party: int, table: LookupTable, ring_bi
 
 
 def warm_up() -> None:
-    """Compile what a lookup needs (or load it from the cache), so that no query waits for the compiler."""
+    """Compile the kernels of a look-up, or load them from the cache, so that no query waits for the compiler."""
     table, domain = LookupTable(torch.zeros((9, 1), dtype=torch.int64), ring.WORD), 9
     for keys in lookup_keys([0], domain):
         received = LookupKeys.from_bytes(keys.to_bytes(), 1, domain)

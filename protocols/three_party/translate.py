@@ -1,11 +1,11 @@
-"""A Program's circuit for three servers: the same values, rings and scales; what differs is who holds the weights.
+"""Translate a Program's circuit for three servers: values, rings and scales stay; who holds the weights changes.
 
-- An input is shared by the client; the result stays shared, for the client to put together.
+- The client shares its input; the result stays shared, and the client adds the shares up.
 - One-hot rows that the client would send, and the table that they are multiplied with, become a ``lookup``.
-- A delivery to the one who knows the weights becomes an opening, as nobody does; where the same value is opened anyway,
-  one opening, in the wider of the rings, serves both (reduction commutes with everything that follows).
-- Where the weights are public a delivery is not needed at all.
-- Everything else is taken over as it is.
+- A delivery to the server, who knows the weights, becomes an opening, because nobody knows them here. If the same value
+  is opened anyway, one opening in the wider ring serves both (reduction commutes with everything that follows).
+- If the weights are public, a delivery is not needed at all.
+- Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True, eq=False)
 class Translated:
-    """``outputs``: the shares that go to the client, who gets of each what the Program reveals: ``results``.
+    """A circuit for three servers.
 
-    ``origin``: the Program's instruction behind each of ours.
+    outputs: the instructions whose shares go to the client. results: the form of each output after the client has added
+    its shares, as the Program reveals it. origin: for each instruction, the Program's instruction that it comes from.
     """
 
     circuit: Circuit
@@ -36,12 +37,12 @@ class Translated:
 
     @cached_property
     def cost(self) -> CircuitCost:
-        """``to_second``: party 0 to 1; ``to_first``: 1 to 0; ``dealt``: 2 to 0. Rounds are of 0 and 1."""
+        """The cost of parties 0 and 1. to_second: from 0 to 1; to_first: from 1 to 0; dealt: from party 2 to 0."""
         return total_cost(self.circuit)
 
     @cached_property
     def weight_rings(self) -> Mapping[str, int]:
-        """Every weight that is read, and the widest ring in which it is."""
+        """The widest ring in which each weight is read, by the weight's name."""
         rings: dict[str, int] = {}
         for instruction in self.circuit:
             if use := instruction.protocol.weight_use:
@@ -66,9 +67,10 @@ class Translated:
 def translate(
     circuit: Circuit, outputs: Sequence[int], *, public: bool = False, one_hot: Collection[str] = ()
 ) -> Translated:
-    """``outputs``: the Program's Reveals. ``public``: whether all three parties know the weights.
+    """Translate a Program's circuit. Raises ValueError if it reveals anything but its outputs.
 
-    ``one_hot``: the inputs that are one-hot rows. ValueError where the circuit reveals something else.
+    outputs: the Program's Reveals. public: True if all three parties know the weights. one_hot: the names of the inputs
+    that are one-hot rows.
     """
     for output in outputs:
         if not isinstance(circuit[output].protocol, Reveal):
@@ -88,8 +90,8 @@ class _Translation:
         self._public = public
         self.circuit: list[Instruction] = []
         self.origin: list[int] = []
-        self.at: dict[int, int] = {}  # where the Program's instructions went
-        self._opened: dict[int, int] = {}  # openings, by what they open
+        self.at: dict[int, int] = {}  # our instruction, by the Program's
+        self._opened: dict[int, int] = {}  # our opening, by the instruction that it opens
         opening = (Open,) if public else (Open, Deliver)
         self._rings: dict[int, int] = {}
         self._lookups = _lookups(circuit, one_hot)
@@ -132,7 +134,7 @@ class _Translation:
 
 
 def _lookups(circuit: Circuit, one_hot: Collection[str]) -> dict[int, LookedUp | None]:
-    """The products of one-hot rows with tables, as look-ups; None: an instruction that this makes superfluous."""
+    """Find the products of one-hot rows with tables, as look-ups; None: the instruction is no longer needed."""
     readers: dict[int, list[int]] = {}
     for index, instruction in enumerate(circuit):
         for i in instruction.inputs:

@@ -1,7 +1,7 @@
-"""Shared weights W = W_0 + W_1 + W_2 modulo 2^64: what each party holds, and in which form products take it.
+"""Shared weights W = W_0 + W_1 + W_2 modulo 2^64: each party's part, in the form that products need.
 
-W_0 and W_2 are expanded from the seeds of parties 2 and 0, and of parties 1 and 2; W_1 = W - W_0 - W_2 is written down
-once by the model's owner, for parties 0 and 1. So party 2 stores two seeds, whatever the model's size.
+Parties 2 and 0 expand W_0 from their seed, and parties 1 and 2 expand W_2 from theirs. The model's owner writes
+W_1 = W - W_0 - W_2 once, for parties 0 and 1. So party 2 stores two seeds, whatever the model's size.
 
 For x W with x opened as z = x + r, r = r_0 + r_1:  x W = (z - r)(W_0 + W_1 + W_2) is the sum of
 
@@ -9,9 +9,9 @@ For x W with x opened as z = x + r, r = r_0 + r_1:  x W = (z - r)(W_0 + W_1 + W_
     party 1    z (W_1 + W_2) - r_1 W_1        = [z, -r_1] [W_1 + W_2; W_1]
     party 2    -r (W_0 + W_2)
 
-Each of the first two is one matrix product of twice the inner dimension, whose right side is stacked, and packed for
-the matrix kernel, once. (In a product of pairs as Araki et al. define it, x_0 W_0 and x_2 W_2 are counted by party 2
-here, which thereby needs only r and W_0 + W_2.)
+Parties 0 and 1 each compute one matrix product of twice the inner dimension; its right side is stacked and packed for
+the matrix kernel once. (Compared with the product of pairs of Araki et al., party 2 computes x_0 W_0 and x_2 W_2 here,
+so that it needs only r and W_0 + W_2.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from protocols.weights import DealerWeights, ServerWeights
 
 
 def summand(key: Key, name: str, shape: Shape) -> Tensor:
-    """W_0 or W_2 of one weight: uniform 64-bit words of its holders' stream, whose number comes from the name."""
+    """Return W_0 or W_2 of one weight: uniform 64-bit words from its holders' key; the name determines the stream."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return key.stream(number).words(shape)
 
@@ -40,14 +40,17 @@ def summand(key: Key, name: str, shape: Shape) -> Tensor:
 def masked(
     integers: Mapping[str, Tensor], zero: Key, two: Key, rings: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """W_1 = W - W_0 - W_2 of every weight, reduced to ``rings`` bits: uniform to whoever lacks one of the keys."""
+    """Yield (name, W_1 = W - W_0 - W_2) for every weight in ``rings``, reduced to its bits there.
+
+    zero, two: the keys of W_0 and W_2. W_1 is uniform to everyone who lacks one of these keys.
+    """
     for name, bits in rings.items():
         w, shape = integers[name], tuple(integers[name].shape)
         yield name, ring.reduce(w - summand(zero, name, shape) - summand(two, name, shape), bits)
 
 
 class _Tables:
-    """Pairs of token tables, packed once; a look-up that comes meanwhile waits for the packing."""
+    """Pairs of token tables, each packed once; a look-up waits for a packing that is under way."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[LookupTable, LookupTable]] = {}
@@ -65,7 +68,7 @@ class _Tables:
 
 
 class SharedWeights(Weights):
-    """Party 0 or 1: its own seeded summand (from ``key``) and W_1, for products with openings and for sums."""
+    """The weights of party 0 or 1: W_1 (``masked``) and its own summand, W_0 or W_2, expanded from ``key``."""
 
     def __init__(self, party: int, key: Key, masked: Mapping[str, Tensor]) -> None:
         self._party, self._key, self._masked = party, key, dict(masked)
@@ -73,7 +76,7 @@ class SharedWeights(Weights):
         self._tables = _Tables()
 
     def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        """This party's summand of x W (or x * W) modulo 2^ring_bits, from an opening of x."""
+        """Return this party's summand of x W (or x * W) modulo 2^ring_bits, from an opening of x."""
         if diagonal:
             left, w_1 = self._left(name), self._masked[name]
             return value * left - mask * w_1
@@ -81,36 +84,36 @@ class SharedWeights(Weights):
         return self._packed[name, ring_bits].times(torch.cat([value, -mask], dim=-1))
 
     def pack(self, name: str, ring_bits: int) -> None:
-        """Bring a matrix into the form that products modulo 2^ring_bits take; once is enough."""
+        """Pack a matrix for products modulo 2^ring_bits, unless it is packed already."""
         if (name, ring_bits) not in self._packed:
             stacked = torch.cat([self._left(name), self._masked[name]])
             self._packed[name, ring_bits] = Matrix(stacked, ring_bits, signed=False)
 
     def _left(self, name: str) -> Tensor:
-        """What z is multiplied with: W_0, or W_1 + W_2."""
+        """Return the factor of z: W_0 (party 0) or W_1 + W_2 (party 1)."""
         own = summand(self._key, name, tuple(self._masked[name].shape))
         return own + self._masked[name] if self._party else own
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """(W_i, W_(i+1)), its pair of summands."""
+        """Return this party's pair of summands, (W_i, W_(i+1))."""
         own = summand(self._key, name, tuple(self._masked[name].shape))
         return (self._masked[name], own) if self._party else (own, self._masked[name])
 
     def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]:
-        """The pair of a token table, packed for look-ups on first use."""
+        """Return the pair of summands of a token table, packed for look-ups on first use."""
         return self._tables.get(name, ring_bits, self.pair)
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         raise LookupError(f"{name!r} is shared: nobody multiplies with it alone")
 
     def summand(self, name: str) -> Tensor:
-        """Of an added weight: W_0 + W_1, or W_2."""
+        """Return this party's summand of an added weight: W_0 + W_1 (party 0) or W_2 (party 1)."""
         own = summand(self._key, name, tuple(self._masked[name].shape))
         return own if self._party else own + self._masked[name]
 
 
 class Party2Weights(DealerWeights):
-    """Party 2: W_0 + W_2, expanded on first use."""
+    """The weights of party 2: W_0 + W_2, expanded on first use from the keys of W_0 and W_2."""
 
     def __init__(self, zero: Key, two: Key, shapes: Mapping[str, Shape]) -> None:
         super().__init__(zero, shapes)
@@ -118,7 +121,7 @@ class Party2Weights(DealerWeights):
         self._tables = _Tables()
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """(W_2, W_0)."""
+        """Return this party's pair of summands, (W_2, W_0)."""
         shape = self._shapes[name]
         return summand(self._two, name, shape), summand(self._zero, name, shape)
 
@@ -131,14 +134,14 @@ class Party2Weights(DealerWeights):
 
 
 class PublicWeights(ServerWeights):
-    """Weights that all three parties know, as the deployment declares them public."""
+    """Weights that all three parties know, because the deployment declares them public."""
 
     def __init__(self, party: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
         self._party, self._tables = party, _Tables()
 
     def tables(self, name: str, ring_bits: int) -> tuple[LookupTable, LookupTable]:
-        """Twice the table itself."""
+        """Return the table itself, twice."""
         return self._tables.get(name, ring_bits, lambda n: (self._tensors[n],) * 2)
 
     def summand(self, name: str) -> Tensor | None:

@@ -1,13 +1,13 @@
-"""Two parties and a dealer: the protocols, one file each, in dependency order.
+"""The protocols of two parties (server and client) with a dealer, one file each, in dependency order.
 
 opening       open a secret under a fresh mask; open bits
 linear        products with weights that the server holds: deliver, linear
-extension     from a narrow ring to a wider one
+extension     extend shares from a narrow ring to a wider one
 product       elementwise and matrix products of opened secrets
 polynomial    powers and public polynomials of one opened secret
 bitproducts   (helper) products of up to four secret bits in one round
-comparison    an opened secret against public thresholds
-selection     secret bits times an opened secret: piecewise linear functions; bits as numbers
+comparison    compare an opened secret with public thresholds
+selection     secret bits times an opened secret: piecewise linear functions; bits to numbers
 exponential   e^-x of an opened secret
 endpoints     the client's input, the revealed output
 """

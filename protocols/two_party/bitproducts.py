@@ -1,8 +1,9 @@
-"""Products of several secret bits in one round: fan-in m AND by opening every factor once under its own mask.
+"""Products of several secret bits in one round: an AND of m bits, each opened once under a mask of its own.
 
-With v' = v XOR mu known to both, the product over a set S of variables is the XOR over its subsets T of (product of
-mu over T) AND (product of v' over S minus T), so shares of all mask products of two or more factors make it local.
-A set of m factors takes 2^m - m - 1 dealt bits; sets that overlap share them.
+Both parties know v' = v XOR mu of every variable v with mask mu. The product over a set S of variables is the XOR, over
+all subsets T of S, of (product of mu over T) AND (product of v' over S minus T). So it is local once the dealer gives
+shares of all products of two or more masks. A set of m factors takes 2^m - m - 1 dealt bits; overlapping sets share
+them.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ Term = frozenset[int]
 
 @lru_cache(maxsize=64)
 def mask_products(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """Every subset of two or more variables of any term, in a fixed order: the dealt bits."""
+    """List every subset of two or more variables of any term, in a fixed order; each is one dealt bit an element."""
     subsets = {frozenset(c) for t in terms for size in range(2, len(t) + 1) for c in combinations(sorted(t), size)}
     return tuple(sorted(subsets, key=lambda s: (len(s), sorted(s))))
 
 
 def deal(terms: tuple[Term, ...], masks: Tensor) -> Tensor:
-    """(variables, bytes) plain masks -> (mask products, bytes)."""
+    """Dealer: compute the mask products, (products, bytes), from the plain masks, (variables, bytes)."""
     return torch.stack([_product(masks, subset) for subset in mask_products(terms)])
 
 
 def evaluate(terms: tuple[Term, ...], party: int, opened: Tensor, masks: Tensor, dealt: Tensor) -> list[Tensor]:
-    """This party's share of every term, from the opened variables, its mask shares and its dealt shares
-    (all stacked planes).
+    """Return this party's share of every term, as planes.
+
+    opened, masks, dealt: stacked planes of the opened variables, of this party's mask shares, and of its dealt shares.
     """
     shares: dict[Term, Tensor] = {s: dealt[i] for i, s in enumerate(mask_products(terms))}
     shares |= {frozenset((v,)): masks[v] for t in terms for v in t}

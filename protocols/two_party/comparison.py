@@ -1,18 +1,18 @@
 """Compare an opened secret with public thresholds, on as few bits as its range needs.
 
-x = z - r with z public; |x - t| < 2^(width-1) for every threshold t. Then x < t is the top bit of x - t modulo
-2^width, and with zeta = z - t: msb(x - t) = msb(zeta) XOR msb(r) XOR [low(zeta) < low(r)], low being the width - 1
-bits below.
+x = z - r with z public, and |x - t| < 2^(width-1) for every threshold t. Then x < t is the top bit of x - t modulo
+2^width. With zeta = z - t, msb(x - t) = msb(zeta) XOR msb(r) XOR [low(zeta) < low(r)], where low is the width - 1 bits
+below the top bit.
 The last term compares a public number with a secret that the dealer knows, digit by digit (radix 16):
-1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the bits [d < rho] for d = 0..15:
-   looked up at the public digit d they give shares of "less", and next to it those of "equal", with no message. One
-   table serves all thresholds.
+1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the bits [d < rho] for d = 0..15. Looking
+   up the public digit d gives shares of "less", and the neighbouring bit gives shares of "equal", without a message.
+   One table serves all thresholds.
 2. less = l_3 XOR e_3 l_2 XOR e_3 e_2 l_1 XOR e_3 e_2 e_1 l_0: the products of up to four bits take one round
-   (``bitproducts``); beyond four digits a second round combines groups of four the same way.
-The lowest ``drop`` bits may be left out: then x in [t - 2^drop, t) may count as not below t, which continuous
-piecewise functions do not mind.
-Seen by a party: masked bits (six or seven a group of digits and threshold), each under its own one-time mask;
-the server also its corrections of the tables, masked by the client's shares.
+   (``bitproducts``). With more than four digits, a second round combines groups of four in the same way.
+The lowest ``drop`` bits may be left out. Then x in [t - 2^drop, t) may count as not below t, which is harmless for
+continuous piecewise functions.
+Seen by a party: masked bits (six or seven for each group of digits and threshold), each under its own one-time mask;
+by the server also its corrections of tables, top bits and mask products, masked by the client's shares.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _FIRST = ring.wrap(0x0001_0001_0001_0001)  # "0 <= rho" at the start of every di
 
 @dataclass(frozen=True)
 class _Level:
-    """One combining round of ``groups`` groups, each of ``sizes[g]`` (less, equal) pairs, lowest first.
+    """One combining round: group g combines ``sizes[g]`` (less, equal) pairs, lowest first.
 
-    Variables of a group of m: e_1..e_{m-1}, l_0..l_{m-2}, and e_0 where "equal" is wanted too
-    (all groups but the lowest).
+    A group of m pairs has the variables e_1..e_{m-1} and l_0..l_{m-2}. All groups but the lowest also have e_0, because
+    they need "equal" too.
     """
 
     sizes: tuple[int, ...]
@@ -93,10 +93,10 @@ def _levels(digits: int) -> tuple[_Level, ...]:
 class Compare(Protocol):
     """Bits [x < t] for every threshold t, stacked: planes of shape (thresholds, ceil(n / 8)).
 
-    With g(d) the combining levels for d = ceil((width - 1 - drop) / 4) digits (one round each; one up to 4 digits,
-    two up to 16): rounds len(g); thresholds * variables(g) bits an element each way; offline, to the server,
-    8 ceil(d / 4) bytes and one bit plus thresholds * dealt(g) bits an element. For d = 4: 6 bits online each way,
-    8 bytes and 1 + 15 bits offline.
+    There are d = ceil((width - 1 - drop) / 4) digits; ``levels`` combine them in one round each (none for one digit,
+    one for up to 4, two for up to 16). Rounds: the number of levels. Online: thresholds * variables bits an element
+    each way. Offline, to the server: 8 ceil(d / 4) bytes and 1 + thresholds * dealt bits an element. With d = 4 and one
+    threshold: 6 bits online each way, 8 bytes and 1 + 15 bits offline.
     Error: exact for -2^(width-1) <= x - t < 2^(width-1) - 2^drop, but x in [t - 2^drop, t) may count as not below t.
     """
 
@@ -186,7 +186,7 @@ class Compare(Protocol):
     def _combine(
         self, party: int, level: _Level, pairs: list[tuple[Tensor, Tensor]], masks: Tensor, dealt: Tensor
     ) -> Step[list[tuple[Tensor, Tensor]]]:
-        """One round: groups of up to four (less, equal) pairs become one pair each."""
+        """Combine groups of up to four (less, equal) pairs into one pair each, in one round."""
         named = [(pairs[GROUP * g + i], name) for g in range(len(level.sizes)) for name, i in level.names(g)]
         mine = torch.stack([equal if name == "e" else less for (less, equal), name in named]) ^ masks
         (theirs,) = yield swap(mine, Wire((level.variables, self.out.size), planes=True))

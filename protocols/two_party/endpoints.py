@@ -1,9 +1,9 @@
-"""Where values enter and leave: the client's private input, and the output that goes to the client alone.
+"""Input and output: the client's private input enters, and the output is revealed to the client alone.
 
-An input is the client's share by itself (the server's is zero), so it costs no message; the first opening masks it.
-``Reveal``: the server sends its share of the output. The client learns the output, including the last-place noise of
-the truncations before it, which depends on the shares' low bits (a unit in the last place, not fresh randomness; see
-SECURITY.md).
+``Input``: the client's share is the input itself and the server's share is zero, so it costs no message; the first
+opening masks it. ``Reveal``: the server sends its share of the output. The client learns the output, including the
+rounding noise of the truncations before it: a unit in the last place that depends on the shares' low bits and is not
+fresh randomness (see SECURITY.md).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Input(Protocol):
-    """The client's integers as a sharing (0, x).
+    """The client's integers, shared as (0, x): the server's share is zero.
 
     Rounds 0, bytes 0. The client's operand is the tensor; the server has none.
     """
@@ -59,14 +59,14 @@ class Input(Protocol):
             raise ValueError(f"an input of {self.fraction} fraction bits in [{self.low}, {self.high}]")
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """The client's real numbers as integers of the ring."""
+        """Clamp the client's real numbers to [low, high] and encode them with ``fraction`` fraction bits."""
         return ring.encode(x.to(torch.float64).clamp(self.low, self.high), self.fraction)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         if party == SERVER:
             return torch.zeros(self.shape, dtype=torch.int64)
         (x,) = operands
-        if tuple(x.shape) != self.shape:  # compiled loops trust sizes
+        if tuple(x.shape) != self.shape:  # compiled loops do not check sizes
             raise ValueError(
                 f"the input {self.name!r} has shape {tuple(x.shape)}, the Program is made for {self.shape}"
             )
@@ -79,7 +79,7 @@ class Input(Protocol):
 
 @dataclass(frozen=True)
 class Reveal(Protocol):
-    """The client learns x modulo 2^ring.
+    """Reveal x modulo 2^ring to the client.
 
     Rounds 1; ceil(ring / 8) bytes an element to the client. The server gets None.
     """

@@ -1,15 +1,15 @@
-"""e^-x of an opened secret x >= 0, with no further round: e^-(z - r) = e^-z e^r, a public factor times a dealt one.
+"""e^-x of an opened secret x >= 0, without another round: e^-(z - r) = e^-z e^r, a public factor times a dealt one.
 
-x in [0, 2^(k-1)) (units of 2^-f) is opened modulo 2^k as z = x + r. Over the integers x = z - rho, where rho = r if z
-is in the upper half and the signed representative of r if it is in the lower: x has no top bit, so the wrap is known
-from z's and r's top bits (as in ``extension``). With H = 2^(k-1) and t = H - (z mod H), in (0, H]:
-e^-x = e^(t / f-units) * P, P = e^(r - 2^k) for the upper and e^(signed(r) - H) for the lower half; both P <= 1 are
-dealt with ``mask_fraction`` fraction bits, and the party picks by z. Source of the idea: additive shares of an
-exponent are multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
+x in [0, 2^(k-1)) (units of 2^-f) is opened modulo 2^k as z = x + r. Over the integers x = z - rho, where rho is r if z
+is in the upper half, and the signed representative of r if z is in the lower half: x has no top bit, so the top bits of
+z and r determine the wrap (as in ``extension``). With H = 2^(k-1) and t = H - (z mod H), in (0, H]:
+e^-x = e^(t 2^-f) * P, where P = e^((r - 2^k) 2^-f) for the upper half and e^((signed(r) - H) 2^-f) for the lower half.
+The dealer gives shares of both P <= 1 with ``mask_fraction`` fraction bits, and each party picks one by z. Source of
+the idea: additive shares of an exponent are multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
 
-Dangerous line: both parties must use the *same integer* for the public factor, as their shares of P are uniform and a
-difference of one unit would make the sum random. So it comes from integer tables made with decimal arithmetic, never
-from libm.
+Both parties must use the *same integer* for the public factor: their shares of P are uniform, so a difference of one
+unit would make the sum random. Hence the factor comes from integer tables made with decimal arithmetic, never from
+libm.
 Seen by the server: its corrections of both P, masked by the client's shares.
 """
 
@@ -33,8 +33,9 @@ _COARSE, _FINE = 19, 20  # fraction bits of the tables: a product stays below 2^
 
 @lru_cache(maxsize=16)
 def _tables(half_bits: int, fraction: int) -> tuple[Tensor, Tensor]:
-    """(e^(i 2^LOW / 2^f) for i = 0..2^(k-1-LOW), e^(j / 2^f) for j < 2^LOW), rounded integers;
-    the same on every machine.
+    """Return tables of rounded integers, the same on every machine, whose products give e^(t / 2^f).
+
+    Coarse: e^(i 2^LOW / 2^f) for i = 0..2^(k-1-LOW). Fine: e^(j / 2^f) for j < 2^LOW.
     """
     with decimal.localcontext(prec=40):
         unit = decimal.Decimal(2) ** -fraction
@@ -49,10 +50,9 @@ def _tables(half_bits: int, fraction: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Exponential(Protocol):
-    """[e^-x] with ``mask_fraction + public_fraction`` fraction bits modulo 2^64,
-    for 0 <= x < 2^(ring - 1 - fraction) <= 16.
+    """[e^-x] modulo 2^64 with ``mask_fraction + public_fraction`` fraction bits, for 0 <= x < 2^(ring - 1 - fraction).
 
-    Rounds 0; offline 16 bytes an element to the server.
+    That bound is at most 16. Rounds 0; offline 16 bytes an element to the server.
     Error: at most 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19 absolute (1.4e-5 for 16 and 40).
     """
 

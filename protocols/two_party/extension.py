@@ -1,15 +1,16 @@
 """Extend shares from Z_2^k to a wider ring Z_2^K, exactly.
 
-x lies in [-2^(k-2), 2^(k-2)), so x' = x + 2^(k-2) lies in [0, 2^(k-1)): its top bit is zero. Then over the integers
-x' = x'_S + x'_C - w 2^k, and the wrap w is a OR b for a = msb(x'_S), b = msb(x'_C): with both zero the sum is below
-2^k, with both one it is not, and with exactly one it can only be x' + 2^k because x' itself has no top bit (Cheetah
-and SIRNN use the same fact under the name "known MSB"). a is the server's bit and b the client's, so w = a + b - ab
-costs one product of private bits:
+x lies in [-2^(k-2), 2^(k-2)), so x' = x + 2^(k-2) lies in [0, 2^(k-1)): its top bit is zero. Over the integers,
+x' = x'_S + x'_C - w 2^k, and the wrap w is a OR b for a = msb(x'_S), b = msb(x'_C): if both are zero, the sum is below
+2^k; if both are one, it is not; if exactly one of them is one, the sum can only be x' + 2^k, because x' itself has no
+top bit (Cheetah and SIRNN use the same fact under the name "known MSB"). a is the server's bit and b the client's, so
+w = a + b - ab costs one product of private bits:
 1. The server sends s = a XOR alpha, the client t = b XOR beta (alpha, beta each known to one party).
 2. ab = (s XOR alpha)(t XOR beta), linear in alpha (server's), beta (client's) and alpha beta (dealt shares modulo
    2^(K-k)).
-Seen by a party: one bit an element under the peer's one-time mask.
-Out of range (|x| >= 2^(k-2)): the result is off by a multiple of 2^k, and nobody notices.
+Seen by a party: one bit an element under the peer's one-time mask; by the server also its correction of alpha beta,
+masked by the client's share.
+If x is out of range (|x| >= 2^(k-2)), the result is off by a multiple of 2^k, and nobody notices.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Extend(Protocol):
-    """[x] modulo 2^ring -> [x] modulo 2^wide, for |x| < 2^(ring-2).
+    """Extend [x] modulo 2^ring to [x] modulo 2^wide, for |x| < 2^(ring-2); exact.
 
     Rounds 1; one bit an element each way; offline ceil((wide - ring) / 8) bytes an element to the server.
     """
@@ -74,8 +75,8 @@ class Extend(Protocol):
         plane = kernels.bit_plane(x, 0 if client else 1 << (self.ring - 2), self.ring - 1)
         mine = plane ^ material["beta" if client else "alpha"]
         (theirs,) = yield swap(mine, Wire(plane_shape(self.shape)[1:], planes=True))
-        # the client's terms in step 2 are s b, the server's t a - s t = t (a - s), and both add their part of
-        # alpha beta, whose sign (1 - 2s)(1 - 2t) is that of s XOR t
+        # in step 2 the client's term is s b and the server's is t a - s t = t (a - s); both add their share of
+        # alpha beta times (1 - 2s)(1 - 2t), whose sign depends on s XOR t alone
         return kernels.extended(x, mine, theirs, material["product"], self.ring, client=client)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:

@@ -1,13 +1,13 @@
-"""Linear layers whose weights the server holds in the clear: y = x W, with no message at all from the server.
+"""Linear layers whose weights the server holds in the clear: y = x W, without any message from the server.
 
 Once per model: dealer and server expand a mask B for W from a seed; the server gives the client D = W - B.
-Per query, before it: the client draws r; the dealer gives the server u = r B + s, and the client keeps c = r D - s.
-1. (``Deliver``) The client sends x_C - r; the server knows x - r. One delivery serves every layer that reads x.
-2. (``Linear``) The server's share is (x - r) W + u, the client's c: they sum to (x - r) W + r B + r D = x W.
-The client does no online work and knows its share beforehand. (The idea is Delphi's, with a dealer for its encryption;
-the weight mask is reused as in CrypTen's caching and ABY2.0.)
-Seen by the server: x_C - r and u, masked by r and s that it never learns. Seen by the client: D, masked by B, once.
-B belongs to one set of weights: under two, D_1 - D_2 would show their difference.
+Before each query: the client draws r; the dealer gives the server u = r B + s, and the client keeps c = r D - s.
+1. (``Deliver``) The client sends x_C - r; the server then knows x - r. One delivery serves every layer that reads x.
+2. (``Linear``) The server's share is (x - r) W + u, the client's is c: they sum to (x - r) W + r B + r D = x W.
+The client knows its share beforehand and computes nothing online. (Source: Delphi, whose encryption a dealer replaces
+here; the weight mask is reused as in CrypTen's caching and ABY2.0.)
+Seen by the server: x_C - r and u, masked by r and s, which it never learns. Seen by the client: D, masked by B, once.
+B belongs to one set of weights: under two sets, D_1 - D_2 would show their difference.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Deliver(Protocol):
-    """The server learns x - r.
+    """Deliver x - r to the server, under a mask r that the client alone draws.
 
-    Rounds 1; ceil(ring / 8) bytes an element to the server; nothing back, nothing offline.
+    Rounds 1; ceil(ring / 8) bytes an element to the server; nothing to the client, nothing offline. Exact.
     """
 
     kind: ClassVar[str] = "deliver"
@@ -109,7 +109,7 @@ class Linear(Protocol):
         return self._product(operands[0], weights) + material["u"]
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        # the client comes here only when nothing was prepared: r D - s is the same number then
+        # the client runs this only if nothing was prepared; its operand is r then, and the result is r D - s as well
         return self._product(operands[0], weights) + material["u"]
         yield
 
@@ -120,5 +120,5 @@ class Linear(Protocol):
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
-        """The server's: the client's are made before the query."""
+        """Count the server's products only: the client computes its own before the query."""
         return 0 if self.diagonal else count(self.shape) * weights[self.weight][0]

@@ -1,9 +1,10 @@
-"""Open a secret under a fresh mask: the one message from which all products of a tensor follow.
+"""Open a secret under a fresh mask: one message, after which everything that multiplies the tensor is local.
 
-[x] in Z_2^k; the dealer knows r = r_S + r_C (each party draws its summand from its own stream).
+[x] is shared in Z_2^k; the dealer knows r = r_S + r_C (each party draws its summand from its own stream).
 1. Each party sends x_p + r_p.  2. Both know z = x + r mod 2^k.
-Whatever reads x (products, powers, comparisons, selections, exponentials) is then local, given correlations of r.
-Seen by a party: its peer's x_p + r_p, uniform because the peer's r_p is and is used in this opening alone.
+All readers of x (products, powers, selections, exponentials, the first step of comparisons) are then local, given
+correlations of r.
+Seen by a party: its peer's x_p + r_p, uniform because the peer's r_p is uniform and used in this opening alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Open(Protocol):
-    """z = x + r modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element each way; nothing offline."""
+    """Open z = x + r modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element each way; nothing offline. Exact."""
 
     kind: ClassVar[str] = "open"
     elementwise: ClassVar[bool] = True
@@ -65,7 +66,10 @@ class Open(Protocol):
 
 @dataclass(frozen=True)
 class OpenBits(Protocol):
-    """c = b XOR beta for ``planes`` stacked bits of each element. Rounds 1; ``planes`` bits an element each way."""
+    """Open c = b XOR beta for ``planes`` stacked bits of each element.
+
+    Rounds 1; ``planes`` bits an element each way; nothing offline. Exact.
+    """
 
     kind: ClassVar[str] = "open_bits"
     reads: ClassVar[tuple[str, ...]] = ("bits",)

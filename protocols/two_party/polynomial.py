@@ -1,9 +1,9 @@
-"""Polynomials with public coefficients of one opened secret: every power from a single opening, no further round.
+"""Polynomials with public coefficients of one opened secret: a single opening gives all powers, without another round.
 
 x = z - r; with a public centre a and v = z - a, sum_j C_j (x - a)^j = sum_i r^i (-1)^i sum_{j>=i} C_j binom(j, i)
-v^(j-i): linear in the powers of r, of which the dealer gives shares (r itself is the opening's mask). Integer
-arithmetic modulo 2^ring throughout: the caller chooses scales so that the true value fits; where it does not (outside
-a segment), the result is junk that a selection must discard.
+v^(j-i). This is linear in the powers of r, of which the dealer gives shares (r itself is the opening's mask). All
+arithmetic is on integers modulo 2^ring: the caller chooses scales so that the true value fits. If it does not fit
+(outside of a segment), the result is junk, which a selection must discard.
 Seen by the server: its corrections of r^2, ..., r^d, masked by the client's shares.
 """
 
@@ -67,7 +67,7 @@ class Powers(Protocol):
         return CircuitCost(dealt=(self.degree - 1) * bytes_of(self.shape, self.ring))
 
     def memory(self) -> int:
-        """The opening's value, and a mask for each power."""
+        """Count the opening's value and one mask for each power."""
         return (1 + self.degree) * super().memory()
 
     def stand_in(self) -> Any:

@@ -1,8 +1,8 @@
 """Products of opened secrets: elementwise, and batched matrix products for attention. Local, given openings.
 
-x = z_x - r_x, y = z_y - r_y, so x y = z_x z_y - z_x r_y - r_x z_y + r_x r_y, where both parties know z_x and z_y and
-the dealer gives shares of r_x r_y. A tensor is opened once, however many products read it (Turbospeedz, ABY2.0;
-Beaver's triple is the case of one reader); the same opening twice is a square.
+With x = z_x - r_x and y = z_y - r_y, the product is x y = z_x z_y - z_x r_y - r_x z_y + r_x r_y. Both parties know z_x
+and z_y, and the dealer gives shares of r_x r_y. A tensor is opened once, however many products read it (Turbospeedz,
+ABY2.0; Beaver's triple is the case of one reader). The same opening as both operands gives a square.
 Seen by the server: its correction of r_x r_y, masked by the client's share.
 """
 
@@ -19,7 +19,7 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Product(Protocol):
-    """[x y] modulo 2^ring, broadcast elementwise, or x @ y with ``matrix``.
+    """[x y] modulo 2^ring, elementwise with broadcasting; with ``matrix``, [x @ y].
 
     Rounds 0; offline ceil(ring / 8) bytes an output element to the server. Exact modulo 2^ring.
     """
@@ -46,7 +46,7 @@ class Product(Protocol):
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         (zx, rx), (zy, ry) = operands
-        # z_x (z_y - r_y) - r_x z_y, where only the server counts z_x z_y
+        # z_x (z_y - r_y) - r_x z_y, where only the server adds z_x z_y
         return self._times(zx, zy - ry if party == SERVER else -ry) - self._times(rx, zy) + material["rr"]
         yield
 
@@ -57,5 +57,5 @@ class Product(Protocol):
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
-        """Two a party."""
+        """Count two matrix products a party."""
         return 4 * count(self.shape) * operands[0][-1] if self.matrix else 0

@@ -1,9 +1,7 @@
-"""Secret bits times numbers: piecewise linear functions of an opened secret, and bits as numbers.
+"""Secret bits times numbers, local given openings: piecewise linear functions of an opened secret, bits to numbers.
 
-Local, given openings.
-
-With c = b XOR beta known to both, b = c + (1 - 2c) beta. For x = z - r,
-b x = c x + (1 - 2c)(z beta - beta r): linear in shares of beta and beta r, which the dealer gives.
+Both parties know c = b XOR beta, and b = c + (1 - 2c) beta. For x = z - r,
+b x = c x + (1 - 2c)(z beta - beta r), which is linear in shares of beta and beta r; the dealer gives these.
 Seen by the server: its corrections of beta and beta r, masked by the client's shares.
 """
 
@@ -23,9 +21,9 @@ from protocols.wire import Wire
 class Select(Protocol):
     """[sum_s b_s (slopes[s] x + offsets[s])] modulo 2^ring, from one opening of the stacked bits b and one of x.
 
-    Slopes and offsets are public integers; x is not read where all slopes are zero (then this turns bits into
-    numbers). One bit, slope 1: a selection. With S bits of which T have a slope: rounds 0; offline
-    (S + T) * ceil(ring / 8) bytes an element to the server. Exact modulo 2^ring.
+    Slopes and offsets are public integers. One bit with slope 1 is a selection. If all slopes are zero, x is not read,
+    and this turns bits into numbers. For S bits of which T have a slope: rounds 0; offline (S + T) * ceil(ring / 8)
+    bytes an element to the server. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "select"
