@@ -68,7 +68,7 @@ def numbered(value: Any) -> Any:
 
 
 def warn(found: Fidelity) -> None:
-    """Where a range was left, answers are wrong, and nothing under the protocol would notice."""
+    """Warn of ranges that were left: answers are wrong there, and nothing under the protocol would notice."""
     for held in found.ranges:
         if held.used is not None and not held.used <= 1:
             met = f"met {held.met_low:.3g} to {held.met_high:.3g}, made for {held.low:.3g} to {held.high:.3g}"

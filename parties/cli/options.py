@@ -101,7 +101,7 @@ def compile_options(
     approximations: str | None = None,
     fraction_bits: int | None = None,
 ) -> CompileOptions:
-    """What was said about compiling; InvalidInput for what means nothing in this deployment."""
+    """Read the options about compiling; InvalidInput for one that means nothing in this deployment."""
     given = {"embedding": embedding, "gelu": gelu, "approximations": approximations, "fraction_bits": fraction_bits}
     for name, value in given.items():
         if value is not None and _COMPILED_BY[name] not in deployment.takes:
@@ -112,7 +112,7 @@ def compile_options(
 
 
 def host_options(deployment: Deployment, role: str, **given: Any) -> dict[str, Any]:
-    """What was said about hosting a role, for ``serve``; InvalidInput for what means nothing to the role."""
+    """Read the options about hosting a role, for ``serve``; InvalidInput for one that means nothing to it."""
     takes = hosted(deployment).takes.get(role, frozenset())
     out = {_HOSTED_BY[name]: value for name, value in given.items() if value is not None}
     for name, value in given.items():
@@ -122,7 +122,7 @@ def host_options(deployment: Deployment, role: str, **given: Any) -> dict[str, A
 
 
 def keeps_traces(deployment: Deployment) -> bool:
-    """Whether the parties of a deployment write timelines."""
+    """Tell whether the parties of a deployment write timelines."""
     return "traces" in hosted(deployment).takes.get(deployment.serves, frozenset())
 
 

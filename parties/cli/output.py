@@ -41,7 +41,7 @@ def checked_output(output: Path | None, form: str) -> None:
 
 
 def write_report(text: str, output: Path | None) -> None:
-    """What cannot be written where it should be goes to the terminal: it may have taken minutes to make."""
+    """Write a report to its file, or to the terminal where that fails: it may have taken minutes to make."""
     if output is None:
         write(text)
         return

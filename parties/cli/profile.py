@@ -59,7 +59,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     output: OutputOption = None,
 ) -> None:
-    """What a query will cost, before anything runs: rounds, bytes and memory exactly, seconds on given networks."""
+    """Say what a query will cost before anything runs: rounds, bytes, memory, and seconds on given networks."""
     options = compile_options(
         deployment,
         embedding=embedding,

@@ -1,4 +1,4 @@
-"""What commands print.
+"""Tables, answers and reports that the commands print.
 
 tables       tables of figures
 html         a profile as one HTML page with charts

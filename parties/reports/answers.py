@@ -1,4 +1,4 @@
-"""What ``unseen embed`` prints: answers, what each took, and who learnt what; the same for every deployment."""
+"""The output of ``unseen embed``: answers, what each took, who learnt what. It is the same for every deployment."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def report(
 
 
 def lines(taken: Report) -> list[str]:
-    """What one query took, for people: a line a phase."""
+    """Say what one query took, for people: a line a phase."""
     out = [f"online    {taken.online_seconds:6.2f} s   {taken.rounds} rounds, {in_words(taken.traffic, ONLINE)}"]
     offline = in_words(taken.traffic, OFFLINE)
     if offline or taken.offline_seconds:

@@ -1,4 +1,4 @@
-"""Who learns what in a deployment: a table for the terminal, and the same as Markdown for README and SECURITY.md.
+"""The table of who learns what in a deployment, for the terminal and as Markdown for README and SECURITY.md.
 
 In a document the table stands between the lines ``<!-- who-learns:NAME -->`` and ``<!-- /who-learns -->``; NAME is a
 deployment's, or that of one of its variants ("three-party-public-weights"). The tables are written anew by

@@ -23,7 +23,7 @@ BETWEEN = "(between steps)"
 
 
 def costs(timeline: Timeline, instructions: int) -> list[CircuitCost]:
-    """What each instruction really exchanged, in a Program of so many; offline bytes are not in a timeline."""
+    """Count what each instruction really exchanged; offline bytes are not in a timeline."""
     out = [CircuitCost()] * instructions
     for r in timeline.rounds:
         for part in r.parts:
@@ -33,7 +33,7 @@ def costs(timeline: Timeline, instructions: int) -> list[CircuitCost]:
 
 
 def differences(timeline: Timeline, predicted: Profile) -> list[str]:
-    """Where rounds and online bytes are not exactly the prediction: by instruction, by round and in total."""
+    """List where rounds and online bytes differ from the prediction: by instruction, by round and in total."""
     out = []
     measured = costs(timeline, len(predicted.lines))
     for index, (cost, line) in enumerate(zip(measured, predicted.lines, strict=True)):
