@@ -32,12 +32,7 @@ WINGS = {
     ),
 }
 LONG = 400  # lines at which an author is asked whether a module is still one idea
-PLAIN_ENGLISH = (
-    "secure",
-    "protocols",
-    "approximations",
-    "parties",
-)  # packages whose docstrings are sentences that name their noun
+PLAIN_ENGLISH = ("secure", "protocols", "approximations", "parties")  # whose docstrings name their noun
 
 
 def modules(package: str) -> list[Path]:
