@@ -170,8 +170,8 @@ class Session:
 
         Raises InvalidInput before anything is sent if the inputs do not fit the model.
         """
-        values = self.program.client_values(inputs, self._link.tables)
         with self._open():
+            values = self.program.client_values(inputs, self._link.tables)
             number, self._asked = self._asked, self._asked + 1
             results, report = self._link.ask(values, number)
             answer = self.program.decode(results)
