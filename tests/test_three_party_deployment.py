@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -17,10 +19,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.net.frames import to_frames
 from parties.three_party import client, party_0, party_1, party_2
+from parties.three_party.asked import Asked
 from parties.three_party.client import ThreePartyLink
 from parties.three_party.pair_keys import PairKey
-from parties.three_party.party import PartyService
+from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
@@ -480,6 +484,26 @@ def test_a_query_may_last_longer_than_the_deadline(directory: Path, shares: dict
         assert connection.reports[0].online_seconds > DEADLINE
 
 
+@pytest.mark.parametrize("kind", ["progress", "failure"])
+def test_a_client_that_does_not_read(shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It fills its window and no more; the party does not wait for it for ever."""
+    large = "x" * (1 << 20)
+
+    def replies(self: Asked, joining: float) -> Iterator[pb.AskReply]:
+        for _ in range(20 if kind == "progress" else 1):
+            yield pb.AskReply(working=pb.Working(waits_for=large))
+        raise Error("no answer", 3 * large)
+
+    monkeypatch.setattr(Asked, "replies", replies)
+    with running(shares["client-table"], deadline=0.5) as three:
+        asking = ask(three.parties[0])
+        time.sleep(2)
+        assert free(three.parties[0]) == MAXIMUM_QUERIES
+        with pytest.raises(grpc.RpcError) as caught:
+            list(asking)
+        assert caught.value.code() == grpc.StatusCode.CANCELLED
+
+
 def test_after_a_failure_others_are_served(directory: Path, shares: dict[str, Path]) -> None:
     class Once(FlipsFromZero):
         failed = False
@@ -516,9 +540,27 @@ def stub(party: Party) -> PartyStub:
     return PartyStub(party.peer().channel)
 
 
-def test_corrections_are_for_party_0_alone(three: Three) -> None:
-    import grpc
+def ask(party: Party) -> Any:
+    """A query at one party alone, with zeros for what the client sends."""
+    service = party.service
+    start = pb.AskStart(
+        version=WIRE_VERSION,
+        model=service.share.manifest.model,
+        session=secrets.token_bytes(SESSION_BYTES),
+        seed=bytes(32),
+        deadline=20.0,
+    )
+    sent = bytes(sum(service.asked_sizes()))
+    frames = to_frames(sent) if sent else ()
+    return stub(party).Ask(iter([pb.AskPart(start=start), *(pb.AskPart(frame=frame) for frame in frames)]))
 
+
+def free(party: Party) -> int:
+    """The queries that a party would still take."""
+    return party.service._free._value
+
+
+def test_corrections_are_for_party_0_alone(three: Three) -> None:
     share = three.parties[2].service.share
     number = bytes(16)
     for proof in (
@@ -535,8 +577,6 @@ def test_corrections_are_for_party_0_alone(three: Three) -> None:
 
 
 def test_numbers_and_seeds_serve_once(three: Three) -> None:
-    import grpc
-
     share, number = three.parties[2].service.share, bytes(range(16))
     supply = pb.SupplyRequest(
         model=share.manifest.model, supply=number, proof=share.pair_keys[0].proof("supply", number)
