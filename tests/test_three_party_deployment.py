@@ -504,6 +504,17 @@ def test_a_client_that_does_not_read(shares: dict[str, Path], monkeypatch: pytes
         assert caught.value.code() == grpc.StatusCode.CANCELLED
 
 
+def test_an_internal_error_of_party_2_ends_the_query(shares: dict[str, Path]) -> None:
+    class Failing(Party2Service):
+        def looked_up(self, keys: Any) -> Any:
+            raise ZeroDivisionError
+
+    with running(shares["one-hot"], {2: Failing}) as three, three.dial() as connection:
+        with pytest.raises(Error, match=r"party 2 at .* reports: party 2 has an internal error"):
+            connection.embed([TEXT])
+        assert not connection.reports
+
+
 def test_after_a_failure_others_are_served(directory: Path, shares: dict[str, Path]) -> None:
     class Once(FlipsFromZero):
         failed = False
