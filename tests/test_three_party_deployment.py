@@ -37,7 +37,7 @@ from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Error, HandshakeError, InvalidInput, PartiesDisagree, PeerLost, ProtocolError, ShareError
 from secure.version import WIRE_VERSION
 from tests.three_parties import Party, Three, call, running, shared
-from tests.tiny import TEXT, expected
+from tests.tiny import TEXT, expected, wait_until
 
 EMBEDDINGS = ("one-hot", "client-table")
 
@@ -513,6 +513,32 @@ def test_an_internal_error_of_party_2_ends_the_query(shares: dict[str, Path]) ->
         with pytest.raises(Error, match=r"party 2 at .* reports: party 2 has an internal error"):
             connection.embed([TEXT])
         assert not connection.reports
+
+
+def test_who_asks_and_leaves_starts_no_more_threads_than_queries_are_allowed(
+    shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def run(self: Any) -> pb.Answer:
+        ended.wait(30)
+        return pb.Answer()
+
+    monkeypatch.setattr("parties.three_party.party_1._Call.run", run)
+    with running(shares["client-table"]) as three:
+        one = three.parties[1]
+        try:
+            for left in reversed(range(MAXIMUM_QUERIES)):
+                asking = ask(one)
+                assert next(asking).WhichOneof("content") == "working"
+                asking.cancel()
+                wait_until(lambda: not one.service._asked, "the query has ended")
+                assert free(one) == left
+            (refused,) = ask(one)
+            assert f"{MAXIMUM_QUERIES} queries, which is its limit" in refused.failure.message
+        finally:
+            ended.set()
+        wait_until(lambda: free(one) == MAXIMUM_QUERIES, "all places are free again")
 
 
 def test_after_a_failure_others_are_served(directory: Path, shares: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 
 import grpc
@@ -82,16 +82,17 @@ class PartyService(PartyServicer, ABC):
     ) -> Iterator[pb.AskReply]:
         """Yield all messages to the client; a failure is the last one."""
         try:
-            if not self._free.acquire(blocking=False):
-                raise Error(f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
-            try:
+            with ExitStack() as place:
+                if not self._free.acquire(blocking=False):
+                    raise Error(
+                        f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later"
+                    )
+                place.callback(self._free.release)
                 asked = self._read_ask(requests, watch)
                 context.add_callback(asked.leave)
                 with self._kept(asked):
-                    self.begin(asked)
+                    self.begin(asked, place)
                     yield from asked.replies(self.deadline)
-            finally:
-                self._free.release()
         except Error as error:
             self.log.warning("a query ended: %s", str(error).splitlines()[0])
             yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
@@ -103,8 +104,11 @@ class PartyService(PartyServicer, ABC):
     def asked_sizes(self) -> list[int]:
         """Return the sizes of the byte strings that a client sends to this party, in order."""
 
-    def begin(self, asked: Asked) -> None:
-        """Start to compute, if this party does not wait for another's call; the default does nothing."""
+    def begin(self, asked: Asked, place: ExitStack) -> None:
+        """Start to compute, if this party does not wait for another's call; the default does nothing.
+
+        place: the query's place among MAXIMUM_QUERIES. A thread that may outlive the client's call takes it over.
+        """
 
     def _read_ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> Asked:
         """Read a client's start and the byte strings that follow it in one frame.
