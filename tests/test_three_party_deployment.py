@@ -20,6 +20,7 @@ pytest.importorskip("tokenizers")
 
 import secure
 from parties.net.frames import to_frames
+from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
 from parties.three_party.asked import Asked
 from parties.three_party.client import ThreePartyLink
@@ -182,6 +183,33 @@ def test_parties_of_two_sharings_do_not_answer(directory: Path, shares: dict[str
         running(shares["one-hot"], shares={1: other / "party-1"}) as three,
         pytest.raises(HandshakeError, match="different models"),
     ):
+        three.dial()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("program", b"another"),
+        ("tokenizer", b"another"),
+        ("pad_id", 7),
+        ("lowercase", None),
+        ("files", [pb.File(name="token-table", sha256="0" * 64, size=1)]),
+    ],
+)
+@pytest.mark.parametrize("party", [1, 2])
+def test_parties_that_describe_another_model_are_refused(
+    three: Three, monkeypatch: pytest.MonkeyPatch, party: int, name: str, changed: Any
+) -> None:
+    def describe(peer: Any, deployment: Any, role: str, options: Any) -> pb.Description:
+        found = ask_description(peer, deployment, role, options)
+        if role == PARTIES[party]:
+            new: Any = {name: not found.lowercase if name == "lowercase" else changed}
+            found.ClearField(name)
+            found.MergeFrom(pb.Description(**new))
+        return found
+
+    monkeypatch.setattr(client, "ask_description", describe)
+    with pytest.raises(HandshakeError, match=f"party {party} has another {name} than party 0"):
         three.dial()
 
 
