@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import threading
@@ -29,7 +30,7 @@ from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyServi
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
-from parties.three_party.shared_model import MANIFEST, SEEDS, WEIGHTS, load_share, share_model
+from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, TABLE, WEIGHTS, load_share, share_model
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
@@ -165,6 +166,29 @@ def test_a_missing_share_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(ShareError, match="cannot be read"):
         load_share(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../party-1/seeds", "/etc/hostname", SEEDS, "notes.txt"])
+def test_a_manifest_names_files_of_a_share_alone(shares: dict[str, Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ShareError, match=f"may not name '{name}'"):
+        load_share(renamed(shares, tmp_path, WEIGHTS, name))
+
+
+@pytest.mark.parametrize("name", [PROGRAM, WEIGHTS])
+def test_a_manifest_names_all_that_a_share_needs(shares: dict[str, Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ShareError, match=f"does not name '{name}'"):
+        load_share(renamed(shares, tmp_path, name, TABLE))
+
+
+def renamed(shares: dict[str, Path], tmp_path: Path, name: str, other: str) -> Path:
+    """A copy of party 0's share whose manifest calls a file by another name."""
+    copy = tmp_path / "party-0"
+    shutil.copytree(shares["one-hot"] / "party-0", copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][other] = manifest["files"].pop(name)
+    (copy / MANIFEST).chmod(0o600)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    return copy
 
 
 @pytest.mark.parametrize("party", [0, 1, 2])
