@@ -23,7 +23,7 @@ import secure
 from parties.net.frames import to_frames
 from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
-from parties.three_party.asked import Asked
+from parties.three_party.asked import Asked, Progress
 from parties.three_party.client import ThreePartyLink
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyService
@@ -424,6 +424,30 @@ def test_party_2_that_falls_silent_is_named(shares: dict[str, Path]) -> None:
         with pytest.raises(PeerLost, match="party 2 sent nothing"):
             connection.embed([TEXT])
         assert not connection.reports
+
+
+def test_party_2_that_falls_silent_holds_nothing_of_party_0(shares: dict[str, Path]) -> None:
+    """Nobody asks here: corrections are dealt ahead."""
+    calls: list[Any] = []
+
+    class Silent(Party2Service):
+        def Supply(self, request: Any, context: Any) -> Iterator[pb.SupplyPart]:
+            calls.append(context)
+            for number, part in enumerate(super().Supply(request, context)):
+                if number:
+                    while context.is_active():
+                        time.sleep(0.05)
+                    return
+                yield part
+
+    with running(shares["client-table"], {2: Silent}, deadline=1.0) as three:
+        service = three.parties[0].service
+        assert isinstance(service, Party0Service)
+        arriving = service.take(Progress())
+        wait_until(lambda: arriving.failed, "party 0 gives up", 5)
+        with pytest.raises(PeerLost, match="party 2 sent nothing for 1 s"):
+            arriving.finish()
+        wait_until(lambda: not calls[0].is_active(), "the call has ended", 2)
 
 
 # deadlines of the client, which the parties' own are far beyond
