@@ -34,7 +34,7 @@ from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, TABLE, WE
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
-from secure.cost.traffic import total
+from secure.cost.traffic import ONLINE
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Error, HandshakeError, InvalidInput, PartiesDisagree, PeerLost, ProtocolError, ShareError
 from secure.version import WIRE_VERSION
@@ -76,7 +76,9 @@ def test_answers_are_the_models(directory: Path, shares: dict[str, Path], name: 
         for number, report in enumerate(connection.reports):
             assert (report.query, report.rounds) == (number, predicted.rounds)
             for link in predicted.traffic:
-                assert total(report.traffic, sender=link.sender, receiver=link.receiver) == link.bytes
+                assert report.bytes(sender=link.sender, receiver=link.receiver, phase=link.phase) == link.bytes
+            rows = predicted.bytes(sender=PARTIES[2], phase=ONLINE)  # they depend on the query
+            assert (rows > 0) == (name == "one-hot")
             asked = PARTIES if name == "one-hot" else PARTIES[:2]
             assert {t.receiver for t in report.traffic if t.sender == CLIENT} == set(asked)
             assert {t.sender for t in report.traffic if t.receiver == CLIENT} == set(PARTIES[:2])

@@ -112,7 +112,7 @@ class ThreePartyLink(Link):
         results = self._put_together([first.share, second.share])
         end = time.perf_counter()
         self.times = Times(first.seconds, first.waited)
-        between = CircuitCost(first.rounds, second.sent, first.sent, first.corrections)
+        between = CircuitCost(first.rounds, second.sent, first.sent, first.corrections, first.rows)
         sent = [sum(part.ByteSize() for part in parts) for parts in messages]
         moved = (
             *(Traffic(CLIENT, role, size, ONLINE) for role, size in zip(PARTIES, sent, strict=False)),

@@ -199,8 +199,9 @@ class _Computation:
             waited=supply.waited,
             rounds=rounds.count,
             sent=rounds.sent_bytes,
-            corrections=supply.size + rows,
+            corrections=supply.size,
             dealing=supply.dealing,
+            rows=rows,
         )
         service.log.info("a query answered in %.2f s", seconds)
         asked.finish(answer)
