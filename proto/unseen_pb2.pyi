@@ -338,7 +338,7 @@ class AskReply(_message.Message):
     def __init__(self, working: _Optional[_Union[Working, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("share", "seconds", "waited", "rounds", "sent", "corrections", "dealing")
+    __slots__ = ("share", "seconds", "waited", "rounds", "sent", "corrections", "dealing", "rows")
     SHARE_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     WAITED_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +346,7 @@ class Answer(_message.Message):
     SENT_FIELD_NUMBER: _ClassVar[int]
     CORRECTIONS_FIELD_NUMBER: _ClassVar[int]
     DEALING_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     share: bytes
     seconds: float
     waited: float
@@ -353,7 +354,8 @@ class Answer(_message.Message):
     sent: int
     corrections: int
     dealing: float
-    def __init__(self, share: _Optional[bytes] = ..., seconds: _Optional[float] = ..., waited: _Optional[float] = ..., rounds: _Optional[int] = ..., sent: _Optional[int] = ..., corrections: _Optional[int] = ..., dealing: _Optional[float] = ...) -> None: ...
+    rows: int
+    def __init__(self, share: _Optional[bytes] = ..., seconds: _Optional[float] = ..., waited: _Optional[float] = ..., rounds: _Optional[int] = ..., sent: _Optional[int] = ..., corrections: _Optional[int] = ..., dealing: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class PeerHello(_message.Message):
     __slots__ = ("version", "model", "session", "proof")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -326,7 +326,7 @@ def total_cost(circuit: Circuit) -> CircuitCost:
         cost = instruction.protocol.cost()
         total = total + cost
         finished[index] = max((finished[i] for i in instruction.inputs), default=0) + cost.rounds
-    return CircuitCost(max(finished, default=0), total.to_first, total.to_second, total.dealt)
+    return replace(total, rounds=max(finished, default=0))
 
 
 class CircuitError(ValueError):

@@ -99,20 +99,22 @@ class CircuitCost:
     """Rounds and bytes of one run between the two parties that compute, the first (0) and the second (1).
 
     to_first, to_second: payload bytes of the rounds, without the channel's framing. dealt: bytes of corrections that
-    the first party receives before the query. The deployment determines who these parties are.
+    the first party receives before the query. brought: bytes that the dealer sends the first party within the query.
+    The deployment determines who these parties are.
     """
 
     rounds: int = 0
     to_first: int = 0
     to_second: int = 0
     dealt: int = 0
+    brought: int = 0
 
     def __add__(self, other: CircuitCost) -> CircuitCost:
         """Add the costs of two runs, one after the other."""
         return CircuitCost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
 
-    def astuple(self) -> tuple[int, int, int, int]:
-        return (self.rounds, self.to_first, self.to_second, self.dealt)
+    def astuple(self) -> tuple[int, int, int, int, int]:
+        return (self.rounds, self.to_first, self.to_second, self.dealt, self.brought)
 
 
 Material = Mapping[str, Tensor]

@@ -297,7 +297,7 @@ def test_looked_up_rows_are_an_input(ids: list[int], bits: int, public: bool) ->
     zero, one, sent = input_of(p, points, table)
     assert torch.equal(ring.reduce(zero + one, bits), ring.reduce(table[points], bits))
     assert p.source == "one-hot0"
-    assert p.cost().dealt == (0 if public else wire.Wire(tuple(sent.shape), bits).size)
+    assert p.cost().brought == (0 if public else wire.Wire(tuple(sent.shape), bits).size)
 
 
 @pytest.mark.parametrize("bits", [64, 37])

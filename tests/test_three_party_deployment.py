@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import shutil
 import threading
 import time
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -17,23 +20,26 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.net.frames import to_frames
+from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
+from parties.three_party.asked import Asked, Progress
 from parties.three_party.client import ThreePartyLink
 from parties.three_party.pair_keys import PairKey
-from parties.three_party.party import PartyService
+from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
-from parties.three_party.shared_model import MANIFEST, SEEDS, WEIGHTS, load_share, share_model
+from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, TABLE, WEIGHTS, load_share, share_model
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
-from secure.cost.traffic import total
+from secure.cost.traffic import ONLINE
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Error, HandshakeError, InvalidInput, PartiesDisagree, PeerLost, ProtocolError, ShareError
 from secure.version import WIRE_VERSION
 from tests.three_parties import Party, Three, call, running, shared
-from tests.tiny import TEXT, expected
+from tests.tiny import TEXT, expected, wait_until
 
 EMBEDDINGS = ("one-hot", "client-table")
 
@@ -70,7 +76,9 @@ def test_answers_are_the_models(directory: Path, shares: dict[str, Path], name: 
         for number, report in enumerate(connection.reports):
             assert (report.query, report.rounds) == (number, predicted.rounds)
             for link in predicted.traffic:
-                assert total(report.traffic, sender=link.sender, receiver=link.receiver) == link.bytes
+                assert report.bytes(sender=link.sender, receiver=link.receiver, phase=link.phase) == link.bytes
+            rows = predicted.bytes(sender=PARTIES[2], phase=ONLINE)  # they depend on the query
+            assert (rows > 0) == (name == "one-hot")
             asked = PARTIES if name == "one-hot" else PARTIES[:2]
             assert {t.receiver for t in report.traffic if t.sender == CLIENT} == set(asked)
             assert {t.sender for t in report.traffic if t.receiver == CLIENT} == set(PARTIES[:2])
@@ -162,6 +170,29 @@ def test_a_missing_share_is_refused(tmp_path: Path) -> None:
         load_share(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../party-1/seeds", "/etc/hostname", SEEDS, "notes.txt"])
+def test_a_manifest_names_files_of_a_share_alone(shares: dict[str, Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ShareError, match=f"may not name '{name}'"):
+        load_share(renamed(shares, tmp_path, WEIGHTS, name))
+
+
+@pytest.mark.parametrize("name", [PROGRAM, WEIGHTS])
+def test_a_manifest_names_all_that_a_share_needs(shares: dict[str, Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ShareError, match=f"does not name '{name}'"):
+        load_share(renamed(shares, tmp_path, name, TABLE))
+
+
+def renamed(shares: dict[str, Path], tmp_path: Path, name: str, other: str) -> Path:
+    """A copy of party 0's share whose manifest calls a file by another name."""
+    copy = tmp_path / "party-0"
+    shutil.copytree(shares["one-hot"] / "party-0", copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][other] = manifest["files"].pop(name)
+    (copy / MANIFEST).chmod(0o600)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    return copy
+
+
 @pytest.mark.parametrize("party", [0, 1, 2])
 def test_another_seed_is_noticed(shares: dict[str, Path], tmp_path: Path, party: int) -> None:
     """Each seed has two holders, who show each other that they have the same."""
@@ -178,6 +209,33 @@ def test_parties_of_two_sharings_do_not_answer(directory: Path, shares: dict[str
         running(shares["one-hot"], shares={1: other / "party-1"}) as three,
         pytest.raises(HandshakeError, match="different models"),
     ):
+        three.dial()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("program", b"another"),
+        ("tokenizer", b"another"),
+        ("pad_id", 7),
+        ("lowercase", None),
+        ("files", [pb.File(name="token-table", sha256="0" * 64, size=1)]),
+    ],
+)
+@pytest.mark.parametrize("party", [1, 2])
+def test_parties_that_describe_another_model_are_refused(
+    three: Three, monkeypatch: pytest.MonkeyPatch, party: int, name: str, changed: Any
+) -> None:
+    def describe(peer: Any, deployment: Any, role: str, options: Any) -> pb.Description:
+        found = ask_description(peer, deployment, role, options)
+        if role == PARTIES[party]:
+            new: Any = {name: not found.lowercase if name == "lowercase" else changed}
+            found.ClearField(name)
+            found.MergeFrom(pb.Description(**new))
+        return found
+
+    monkeypatch.setattr(client, "ask_description", describe)
+    with pytest.raises(HandshakeError, match=f"party {party} has another {name} than party 0"):
         three.dial()
 
 
@@ -370,6 +428,30 @@ def test_party_2_that_falls_silent_is_named(shares: dict[str, Path]) -> None:
         assert not connection.reports
 
 
+def test_party_2_that_falls_silent_holds_nothing_of_party_0(shares: dict[str, Path]) -> None:
+    """Nobody asks here: corrections are dealt ahead."""
+    calls: list[Any] = []
+
+    class Silent(Party2Service):
+        def Supply(self, request: Any, context: Any) -> Iterator[pb.SupplyPart]:
+            calls.append(context)
+            for number, part in enumerate(super().Supply(request, context)):
+                if number:
+                    while context.is_active():
+                        time.sleep(0.05)
+                    return
+                yield part
+
+    with running(shares["client-table"], {2: Silent}, deadline=1.0) as three:
+        service = three.parties[0].service
+        assert isinstance(service, Party0Service)
+        arriving = service.take(Progress())
+        wait_until(lambda: arriving.failed, "party 0 gives up", 5)
+        with pytest.raises(PeerLost, match="party 2 sent nothing for 1 s"):
+            arriving.finish()
+        wait_until(lambda: not calls[0].is_active(), "the call has ended", 2)
+
+
 # deadlines of the client, which the parties' own are far beyond
 
 DEADLINE = 2.0
@@ -480,6 +562,63 @@ def test_a_query_may_last_longer_than_the_deadline(directory: Path, shares: dict
         assert connection.reports[0].online_seconds > DEADLINE
 
 
+@pytest.mark.parametrize("kind", ["progress", "failure"])
+def test_a_client_that_does_not_read(shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It fills its window and no more; the party does not wait for it for ever."""
+    large = "x" * (1 << 20)
+
+    def replies(self: Asked, joining: float) -> Iterator[pb.AskReply]:
+        for _ in range(20 if kind == "progress" else 1):
+            yield pb.AskReply(working=pb.Working(waits_for=large))
+        raise Error("no answer", 3 * large)
+
+    monkeypatch.setattr(Asked, "replies", replies)
+    with running(shares["client-table"], deadline=0.5) as three:
+        asking = ask(three.parties[0])
+        time.sleep(2)
+        assert free(three.parties[0]) == MAXIMUM_QUERIES
+        with pytest.raises(grpc.RpcError) as caught:
+            list(asking)
+        assert caught.value.code() == grpc.StatusCode.CANCELLED
+
+
+def test_an_internal_error_of_party_2_ends_the_query(shares: dict[str, Path]) -> None:
+    class Failing(Party2Service):
+        def looked_up(self, keys: Any) -> Any:
+            raise ZeroDivisionError
+
+    with running(shares["one-hot"], {2: Failing}) as three, three.dial() as connection:
+        with pytest.raises(Error, match=r"party 2 at .* reports: party 2 has an internal error"):
+            connection.embed([TEXT])
+        assert not connection.reports
+
+
+def test_who_asks_and_leaves_starts_no_more_threads_than_queries_are_allowed(
+    shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def run(self: Any) -> pb.Answer:
+        ended.wait(30)
+        return pb.Answer()
+
+    monkeypatch.setattr("parties.three_party.party_1._Call.run", run)
+    with running(shares["client-table"]) as three:
+        one = three.parties[1]
+        try:
+            for left in reversed(range(MAXIMUM_QUERIES)):
+                asking = ask(one)
+                assert next(asking).WhichOneof("content") == "working"
+                asking.cancel()
+                wait_until(lambda: not one.service._asked, "the query has ended")
+                assert free(one) == left
+            (refused,) = ask(one)
+            assert f"{MAXIMUM_QUERIES} queries, which is its limit" in refused.failure.message
+        finally:
+            ended.set()
+        wait_until(lambda: free(one) == MAXIMUM_QUERIES, "all places are free again")
+
+
 def test_after_a_failure_others_are_served(directory: Path, shares: dict[str, Path]) -> None:
     class Once(FlipsFromZero):
         failed = False
@@ -516,9 +655,27 @@ def stub(party: Party) -> PartyStub:
     return PartyStub(party.peer().channel)
 
 
-def test_corrections_are_for_party_0_alone(three: Three) -> None:
-    import grpc
+def ask(party: Party) -> Any:
+    """A query at one party alone, with zeros for what the client sends."""
+    service = party.service
+    start = pb.AskStart(
+        version=WIRE_VERSION,
+        model=service.share.manifest.model,
+        session=secrets.token_bytes(SESSION_BYTES),
+        seed=bytes(32),
+        deadline=20.0,
+    )
+    sent = bytes(sum(service.asked_sizes()))
+    frames = to_frames(sent) if sent else ()
+    return stub(party).Ask(iter([pb.AskPart(start=start), *(pb.AskPart(frame=frame) for frame in frames)]))
 
+
+def free(party: Party) -> int:
+    """The queries that a party would still take."""
+    return party.service._free._value
+
+
+def test_corrections_are_for_party_0_alone(three: Three) -> None:
     share = three.parties[2].service.share
     number = bytes(16)
     for proof in (
@@ -535,8 +692,6 @@ def test_corrections_are_for_party_0_alone(three: Three) -> None:
 
 
 def test_numbers_and_seeds_serve_once(three: Three) -> None:
-    import grpc
-
     share, number = three.parties[2].service.share, bytes(range(16))
     supply = pb.SupplyRequest(
         model=share.manifest.model, supply=number, proof=share.pair_keys[0].proof("supply", number)

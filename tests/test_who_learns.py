@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from parties.reports.who_learns import columns, markdown, who_learns, written
-from secure.deployments.deployment import ROWS, Deployment, deployments, variants
+from secure.deployments.deployment import ROWS, WEIGHTS, Deployment, deployments, variants
+from secure.deployments.three_party import ThreeParty
 from secure.errors import InvalidInput
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,14 @@ def test_a_column_for_everybody_who_learns_something_else(name: str) -> None:
         found = columns(roles)
         assert ", ".join(found).split(", ") == [role.name for role in roles]
         assert len(who_learns(deployment, token_table=table).columns) == 1 + len(found)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_clients_of_three_parties_learn_a_token_table_at_most(public: bool) -> None:
+    for table, learnt in ((False, "nothing"), (True, "the token table")):
+        client, *parties = ThreeParty(public_weights=public).roles(token_table=table)
+        assert client.learns[WEIGHTS] == learnt
+        assert {party.learns[WEIGHTS] for party in parties} == {"all" if public else "nothing"}
 
 
 def test_tables_are_written_between_their_marks() -> None:

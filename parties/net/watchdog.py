@@ -39,6 +39,17 @@ class Watchdog:
             with self.guard():
                 yield message
 
+    def receiving(self, messages: Iterable[T]) -> Iterator[T]:
+        """Yield the messages; the wait for each is guarded."""
+        coming = iter(messages)
+        while True:
+            with self.guard():
+                try:
+                    message = next(coming)
+                except StopIteration:
+                    return
+            yield message
+
     def stop(self) -> None:
         """End the thread; the action is not called any more."""
         self._ended.set()

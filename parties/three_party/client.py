@@ -36,6 +36,7 @@ from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
 
+SAME = ("model", "program", "compiled_as", "tokenizer", "pad_id", "lowercase", "files")  # in all descriptions
 GRACE = 2.0  # seconds that the other parties have to give a reason after one has failed
 
 
@@ -82,13 +83,9 @@ class ThreePartyLink(Link):
         ]
         first = found[0]
         for role, other in zip(PARTIES[1:], found[1:], strict=False):
-            if (other.model, other.program, dict(other.compiled_as)) != (
-                first.model,
-                first.program,
-                dict(first.compiled_as),
-            ):
+            if differing := [name for name in SAME if getattr(other, name) != getattr(first, name)]:
                 raise HandshakeError(
-                    f"the parties serve different models: {role} another than {PARTIES[0]}",
+                    f"the parties serve different models: {role} has another {differing[0]} than {PARTIES[0]}",
                     "give them the shares of one run of: unseen share-model",
                 )
         read = read_description(self._peers[0], first, PARTIES[0], Program.from_bytes, options)
@@ -115,7 +112,7 @@ class ThreePartyLink(Link):
         results = self._put_together([first.share, second.share])
         end = time.perf_counter()
         self.times = Times(first.seconds, first.waited)
-        between = CircuitCost(first.rounds, second.sent, first.sent, first.corrections)
+        between = CircuitCost(first.rounds, second.sent, first.sent, first.corrections, first.rows)
         sent = [sum(part.ByteSize() for part in parts) for parts in messages]
         moved = (
             *(Traffic(CLIENT, role, size, ONLINE) for role, size in zip(PARTIES, sent, strict=False)),

@@ -108,7 +108,8 @@ def _about(share: PartyShare) -> str:
     """Describe the cost of a query between the parties in one line."""
     cost, held = share.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
     between = (cost.to_second + cost.to_first) / 1e6
+    rows = f", {cost.brought / 1e6:,.1f} MB of rows within it" if cost.brought else ""
     return (
         f"{held}; a query takes {cost.rounds} rounds, {between:,.1f} MB between parties 0 and 1, "
-        f"{cost.dealt / 1e6:,.1f} MB from party 2 to party 0 ahead; Program {share.program.digest}"
+        f"{cost.dealt / 1e6:,.1f} MB from party 2 to party 0 ahead{rows}; Program {share.program.digest}"
     )

@@ -6,7 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 
 import grpc
@@ -71,17 +71,28 @@ class PartyService(PartyServicer, ABC):
     # the client
 
     def Ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> Iterator[pb.AskReply]:
+        watch = Watchdog(self.deadline, context.cancel)
         try:
-            if not self._free.acquire(blocking=False):
-                raise Error(f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later")
-            try:
-                asked = self._read_ask(requests, context)
+            yield from watch.sending(self._replies(requests, context, watch))
+        finally:
+            watch.stop()
+
+    def _replies(
+        self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext, watch: Watchdog
+    ) -> Iterator[pb.AskReply]:
+        """Yield all messages to the client; a failure is the last one."""
+        try:
+            with ExitStack() as place:
+                if not self._free.acquire(blocking=False):
+                    raise Error(
+                        f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later"
+                    )
+                place.callback(self._free.release)
+                asked = self._read_ask(requests, watch)
                 context.add_callback(asked.leave)
                 with self._kept(asked):
-                    self.begin(asked)
+                    self.begin(asked, place)
                     yield from asked.replies(self.deadline)
-            finally:
-                self._free.release()
         except Error as error:
             self.log.warning("a query ended: %s", str(error).splitlines()[0])
             yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
@@ -93,33 +104,33 @@ class PartyService(PartyServicer, ABC):
     def asked_sizes(self) -> list[int]:
         """Return the sizes of the byte strings that a client sends to this party, in order."""
 
-    def begin(self, asked: Asked) -> None:
-        """Start to compute, if this party does not wait for another's call; the default does nothing."""
+    def begin(self, asked: Asked, place: ExitStack) -> None:
+        """Start to compute, if this party does not wait for another's call; the default does nothing.
 
-    def _read_ask(self, requests: Iterator[pb.AskPart], context: grpc.ServicerContext) -> Asked:
+        place: the query's place among MAXIMUM_QUERIES. A thread that may outlive the client's call takes it over.
+        """
+
+    def _read_ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> Asked:
         """Read a client's start and the byte strings that follow it in one frame.
 
         Raises HandshakeError, ProtocolError.
         """
-        watch, sizes = Watchdog(self.deadline, context.cancel), self.asked_sizes()
-        try:
+        sizes = self.asked_sizes()
+        with watch.guard():
+            first = next(requests, None)
+        if first is None or first.WhichOneof("content") != "start":
+            raise ProtocolError("a query does not begin with its start")
+        self.agree("the client", first.start.version, first.start.model, first.start.session)
+        reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
+        while payload is None:
             with watch.guard():
-                first = next(requests, None)
-            if first is None or first.WhichOneof("content") != "start":
-                raise ProtocolError("a query does not begin with its start")
-            self.agree("the client", first.start.version, first.start.model, first.start.session)
-            reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
-            while payload is None:
-                with watch.guard():
-                    part = next(requests, None)
-                if part is None or part.WhichOneof("content") != "frame":
-                    raise ProtocolError("what the client sends did not come whole")
-                try:
-                    payload = reader.add(part.frame)
-                except ValueError as error:
-                    raise ProtocolError(f"the client sent {error}") from None
-        finally:
-            watch.stop()
+                part = next(requests, None)
+            if part is None or part.WhichOneof("content") != "frame":
+                raise ProtocolError("what the client sends did not come whole")
+            try:
+                payload = reader.add(part.frame)
+            except ValueError as error:
+                raise ProtocolError(f"the client sent {error}") from None
         parts = [payload[a:b] for a, b in pairwise(accumulate(sizes, initial=0))]
         asked = Asked(first.start.session, first.start.seed, parts, first.start.deadline)
         asked.progress.waits_for = self.joined_by

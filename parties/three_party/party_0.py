@@ -21,7 +21,7 @@ from parties.three_party.party import PartyService
 from parties.three_party.party_2 import query_key
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
-from parties.three_party.supply import Arriving, Stock
+from parties.three_party.supply import Arriving, Stock, silent
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
@@ -52,11 +52,16 @@ class Party0Service(PartyService):
         )
 
         def take() -> None:
+            call = self._dealing.Supply(request)
+            watch = Watchdog(self.deadline, call.cancel)
             try:
                 with self._party_2.calling("dealing"):
-                    arriving.receive(self._dealing.Supply(request))
+                    arriving.receive(watch.receiving(call))
             except Error as error:
-                arriving.fail(error)
+                arriving.fail(silent(self.deadline) if watch.fired else error)
+            finally:
+                watch.stop()
+                call.cancel()  # does nothing if everything came
 
         threading.Thread(target=take, name="unseen-supply", daemon=True).start()
         return arriving
@@ -194,8 +199,9 @@ class _Computation:
             waited=supply.waited,
             rounds=rounds.count,
             sent=rounds.sent_bytes,
-            corrections=supply.size + rows,
+            corrections=supply.size,
             dealing=supply.dealing,
+            rows=rows,
         )
         service.log.info("a query answered in %.2f s", seconds)
         asked.finish(answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import grpc
 from torch import Tensor
@@ -48,24 +48,26 @@ class Party1Service(PartyService):
     def asked_sizes(self) -> list[int]:
         return self.key_sizes()
 
-    def begin(self, asked: Asked) -> None:
+    def begin(self, asked: Asked, place: ExitStack) -> None:
         if len(asked.seed) != SEED_BYTES:
             raise ProtocolError(f"a seed has {SEED_BYTES} bytes, not {len(asked.seed)}")
         asked.joined = True
         threading.Thread(target=self._answer, args=(asked,), name="unseen-query", daemon=True).start()
+        place.pop_all()  # that thread frees it at its end, however early the client leaves
 
     def _answer(self, asked: Asked) -> None:
-        call = _Call(self, asked)
-        try:
-            asked.finish(call.run())
-        except Error as error:
-            asked.fail(error)
-            call.fail(error)
-        except Exception as error:
-            unexpected(error, self.log)
-            asked.fail(Error("party 1 has an internal error", "see its log"))
-        finally:
-            call.close()
+        with ExitStack() as stack:
+            stack.callback(self._free.release)
+            call = _Call(self, asked)
+            stack.callback(call.close)
+            try:
+                asked.finish(call.run())
+            except Error as error:
+                asked.fail(error)
+                call.fail(error)
+            except Exception as error:
+                unexpected(error, self.log)
+                asked.fail(Error("party 1 has an internal error", "see its log"))
 
     def seed(self, asked: Asked, number: bytes) -> bytes:
         """Get this party's seed of a query from party 2, which gives it only once."""

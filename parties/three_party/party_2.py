@@ -112,6 +112,9 @@ class Party2Service(PartyService):
             except Error as error:
                 asked.fail(error)
                 raise
+            except Exception:
+                asked.fail(Error("party 2 has an internal error", "see its log"))
+                raise
 
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):

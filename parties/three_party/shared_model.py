@@ -39,6 +39,7 @@ from secure.version import WIRE_VERSION
 
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
 TOKENIZER, TABLE = "tokenizer.json", "token-table.safetensors"
+FILES = {PROGRAM, WEIGHTS, TOKENIZER, TABLE}  # those that a manifest may name
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
 
 
@@ -147,6 +148,7 @@ def load_share(directory: str | Path) -> PartyShare:
     directory = Path(directory)
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+        _check_names(manifest, directory)
         parts = {name: (directory / name).read_bytes() for name in (*manifest.files, SEEDS)}
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its manifest cannot be read"
@@ -181,6 +183,16 @@ def load_share(directory: str | Path) -> PartyShare:
         text,
         {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {},
     )
+
+
+def _check_names(manifest: Manifest, directory: Path) -> None:
+    """Raise ShareError unless the manifest names the files of a share and no others; names become paths."""
+    needed = {PROGRAM} if manifest.party == PARTY_2 else {PROGRAM, WEIGHTS}
+    if wrong := sorted((set(manifest.files) - FILES) | (needed - set(manifest.files))):
+        raise ShareError(
+            f"{directory / MANIFEST} {'does not name' if wrong[0] in needed else 'may not name'} {wrong[0]!r}",
+            "share the model anew",
+        )
 
 
 def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairKey], *, public: bool) -> AnyWeights:

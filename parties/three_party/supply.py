@@ -20,6 +20,11 @@ from secure.errors import Error, PeerLost, ProtocolError
 NUMBER_BYTES = 16
 
 
+def silent(deadline: float) -> PeerLost:
+    """Return the error for corrections that do not come."""
+    return PeerLost(f"party 2 sent nothing for {deadline:g} s", "see its log")
+
+
 class Arriving:
     """One query's corrections. ``pop`` waits until those of an instruction are there.
 
@@ -95,7 +100,7 @@ class Arriving:
                 with self.progress.waiting(PARTIES[2]):
                     came = self._news.wait(self._deadline)
                 if not came and self._filled == before:
-                    raise PeerLost(f"party 2 sent nothing for {self._deadline:g} s", "see its log")
+                    raise silent(self._deadline)
         self.waited += time.perf_counter() - start
 
     def seed(self) -> bytes:

@@ -111,7 +111,7 @@ class LookedUp(SharedInput):
         return torch.zeros(self.shape, dtype=torch.int64) if self.public else key.stream(index).words(self.shape)
 
     def cost(self) -> CircuitCost:
-        return CircuitCost() if self.public else CircuitCost(dealt=bytes_of(self.shape, self.ring))
+        return CircuitCost() if self.public else CircuitCost(brought=bytes_of(self.shape, self.ring))
 
 
 def seeded_share(key: Key, index: int, shape: Shape) -> Tensor:

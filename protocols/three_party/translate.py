@@ -37,7 +37,7 @@ class Translated:
 
     @cached_property
     def cost(self) -> CircuitCost:
-        """The cost of parties 0 and 1. to_second: from 0 to 1; to_first: from 1 to 0; dealt: from party 2 to 0."""
+        """The cost of parties 0 and 1. to_second: from 0 to 1; to_first: from 1 to 0; dealt, brought: from 2 to 0."""
         return total_cost(self.circuit)
 
     @cached_property

@@ -145,7 +145,8 @@ def _table(title: str, found: Groups, running: Deployed) -> ReportTable:
     dearest = sorted(found.items(), key=lambda item: -item[1][0].to_first - item[1][0].to_second)
     rows = [
         (
-            *(name, str(cost.rounds), *(mb(size) for size in (cost.to_first, cost.to_second, cost.dealt))),
+            *(name, str(cost.rounds)),
+            *(mb(size) for size in (cost.to_first + cost.brought, cost.to_second, cost.dealt)),
             *(f"{products / 1e6:.0f}", str(comparisons)),
         )
         for name, (cost, products, comparisons) in dearest

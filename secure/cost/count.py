@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -157,10 +157,10 @@ def profile(program: Runnable) -> Profile:
     for index, (instruction, path) in enumerate(zip(circuit, program.paths, strict=True)):
         up, down = parties[CLIENT].sent_bytes[index], parties[SERVER].sent_bytes[index]
         p, operands = instruction.protocol, [circuit[i].protocol.out.shape for i in instruction.inputs]
-        cost = CircuitCost(parties[CLIENT].rounds[index], up, down, p.dealt_bytes)
+        cost = CircuitCost(parties[CLIENT].rounds[index], up, down, p.dealt_bytes, p.cost().brought)
         lines.append(Line(path, p.kind, cost, p.products(program.weight_shapes, operands), p.comparisons()))
     summed = sum((line.cost for line in lines), CircuitCost())
-    total = CircuitCost(len(parties[SERVER].stages) - 1, summed.to_first, summed.to_second, summed.dealt)
+    total = replace(summed, rounds=len(parties[SERVER].stages) - 1)
     prepared = sum(i.protocol.memory() for i in circuit if i.protocol.works_offline)
     server, client = parties
     memory = (Memory(server.most, total.dealt), Memory(client.most, prepared))

@@ -78,8 +78,9 @@ def in_words(traffic: Iterable[Traffic], phase: str) -> str:
 
 def links(cost: CircuitCost, first: str, second: str, dealer: str) -> tuple[Traffic, ...]:
     """Return the traffic of a circuit: between its first and second party, and from the dealer to the first."""
-    return (
+    found = (
         Traffic(second, first, cost.to_first, ONLINE),
         Traffic(first, second, cost.to_second, ONLINE),
         Traffic(dealer, first, cost.dealt, OFFLINE),
     )
+    return (*found, Traffic(dealer, first, cost.brought, ONLINE)) if cost.brought else found

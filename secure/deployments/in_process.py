@@ -38,9 +38,15 @@ class _InProcess(Link):
     def close(self) -> None:
         pass
 
-    def _report(self, traffic: PairTraffic, dealt: int, times: Sequence[float], number: int) -> Report:
-        """Make the report of a query. ``times``: seconds of dealing, of the client's own preparation, and online."""
-        cost = CircuitCost(traffic.rounds, traffic.to_first, traffic.to_second, dealt)
+    def _report(
+        self, traffic: PairTraffic, dealt: int, times: Sequence[float], number: int, brought: int = 0
+    ) -> Report:
+        """Make the report of a query.
+
+        dealt, brought: bytes of the dealer, before and within the query. times: seconds of dealing, of the client's own
+        preparation, and online.
+        """
+        cost = CircuitCost(traffic.rounds, traffic.to_first, traffic.to_second, dealt, brought)
         dealing, preparing, online = times
         moved = links(cost, *self._running.names, self._running.dealer)
         return Report(traffic.rounds, moved, online, dealing + preparing, preparing + online, dealing, number)
@@ -121,7 +127,7 @@ class ThreePartiesInProcess(_InProcess):
             shares[1][name] = rows[1] + zero_share
             shares[0][name] = sum(rows[2:], rows[0]) - zero_share
         # bytes that party 2 sends party 0 within the query
-        rows_of_two = sum(p.cost().dealt for _, p in self.translated.lookups.values())
+        rows_of_two = sum(p.cost().brought for _, p in self.translated.lookups.values())
         traffic = PairTraffic()
         zero, one = (
             execute(
@@ -136,7 +142,7 @@ class ThreePartiesInProcess(_InProcess):
         )
         a, b = run_pair(zero, one, traffic)
         times = (dealt - start, 0.0, time.perf_counter() - dealt)
-        report = self._report(traffic, sum(map(len, ahead.values())) + rows_of_two, times, number)
+        report = self._report(traffic, sum(map(len, ahead.values())), times, number, rows_of_two)
         # (parties of a deployment add a zero share before they send these to a client)
         return [x + y for x, y in zip(a, b, strict=True)], report
 

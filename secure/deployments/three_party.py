@@ -64,11 +64,11 @@ class ThreeParty(CircuitDeployment):
         raise InvalidInput(f"{cls.name} knows no model compiled as {dict(compiled_as)}")
 
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
-        shown = ALL if self.public_weights else NOTHING
-        learnt = {TEXTS: NOTHING, WEIGHTS: shown, ANSWERS: NOTHING, SHAPE: ALL, TIMES: ALL}
-        tables = "the token table" if token_table and not self.public_weights else shown
+        shown = "the token table" if token_table else NOTHING  # the protocol tells clients no weights, even public ones
+        held = ALL if self.public_weights else NOTHING
+        learnt = {TEXTS: NOTHING, WEIGHTS: held, ANSWERS: NOTHING, SHAPE: ALL, TIMES: ALL}
         return (
-            Role(CLIENT, {TEXTS: OWN, WEIGHTS: tables, ANSWERS: OWN, SHAPE: ALL, TIMES: OWN}, PARTIES),
+            Role(CLIENT, {TEXTS: OWN, WEIGHTS: shown, ANSWERS: OWN, SHAPE: ALL, TIMES: OWN}, PARTIES),
             Role(PARTIES[0], learnt, (PARTIES[2],)),
             Role(PARTIES[1], learnt, (PARTIES[0], PARTIES[2])),
             Role(PARTIES[2], learnt),
