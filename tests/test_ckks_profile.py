@@ -69,6 +69,13 @@ def test_bytes_are_those_of_real_keys_and_ciphertexts(encrypted: CkksModel) -> N
     assert weights.bytes == found["weight memory"]
 
 
+def test_a_compiled_model_shows_no_weights(encrypted: CkksModel) -> None:
+    compiled = secure.Compiled(secure.Ckks(), encrypted)
+    for held in (compiled, encrypted, encrypted.schedule, encrypted.schedule.circuit):
+        assert repr(held) == object.__repr__(held)
+        assert str(held) == object.__repr__(held)
+
+
 def test_memory_is_bounded(encrypted: CkksModel) -> None:
     weights = EncodedWeights(Context(encrypted.program.parameters), encrypted.schedule, limit=1 << 17)
     weights.prepare()

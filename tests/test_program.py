@@ -131,6 +131,13 @@ def test_a_program_holds_no_weights() -> None:
             assert json.dumps(integers.flatten()[:4].tolist(), separators=(",", ":"))[1:-1] not in text
 
 
+def test_a_compiled_model_shows_no_weights() -> None:
+    compiled = classifier()[1]
+    for held in (compiled, compiled.model):
+        assert repr(held) == object.__repr__(held)
+        assert str(held) == object.__repr__(held)
+
+
 def test_two_compilations_have_one_digest() -> None:
     first = classifier()[1]
     torch.manual_seed(1)
