@@ -189,11 +189,17 @@ class TwoPartyLink(Link):
 
     @contextmanager
     def _in_session(self) -> Iterator[None]:
-        """End the session if anything fails inside this context."""
+        """End the session if anything fails inside this context.
+
+        Raises PeerLost for whatever fails because another thread has ended the session.
+        """
         try:
             yield
         except BaseException as error:
+            ended = self.ended
             self._end(str(error).partition("\n")[0] or type(error).__name__)
+            if ended and isinstance(error, Exception):
+                raise PeerLost(f"this session has ended: {ended}", "connect again") from None
             raise
 
     def _end(self, why: str) -> None:
