@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import secure
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
@@ -30,6 +32,7 @@ from secure.errors import (
     EndpointError,
     HandshakeError,
     InputTooLong,
+    InvalidInput,
     PeerLost,
     ProtocolError,
     QueryError,
@@ -188,6 +191,31 @@ def test_malformed_addresses(bad: str) -> None:
         call(bad, "127.0.0.1:1")
     with pytest.raises(EndpointError, match=r"the dealer: .* is not host:port"):
         call("127.0.0.1:1", bad)
+
+
+@pytest.mark.parametrize("deadline", [0, -1.0, math.inf, math.nan, "60", None])
+def test_deadlines_that_are_none(deadline: Any) -> None:
+    message = r"a deadline of .* s\nhint: give a finite number of seconds, more than 0"
+    for deployment in (TwoParty(), secure.ThreeParty(), secure.Ckks()):
+        with pytest.raises(InvalidInput, match=message):
+            secure.connect(deployment, deadline=deadline)
+    with pytest.raises(InvalidInput, match=message):
+        secure.serve("nowhere", role="party 0", deployment=secure.ThreeParty(), peers=PEERS, deadline=deadline)
+
+
+@pytest.mark.parametrize("ahead", [-1, 17, 1.5, "1", None])
+def test_queries_ahead_that_are_too_many(ahead: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"queries ahead\nhint: 0 to 16"):
+        secure.serve("nowhere", role="party 0", deployment=secure.ThreeParty(), peers=PEERS, ahead=ahead)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "1", None])
+def test_workers_that_are_none(workers: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"workers\nhint: give 1 or more"):
+        secure.serve("nowhere", role="server", deployment=secure.Ckks(), workers=workers)
+
+
+PEERS = {"party 2": "127.0.0.1:1"}
 
 
 def test_only_loopback_without_saying_so(model: Ready) -> None:

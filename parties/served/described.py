@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
+from parties.net.watchdog import check_deadline
 from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, tables_size, unpack_tables
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import ModelStub
@@ -33,7 +34,7 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest. told: called with progress while something takes long.
+    digest. told: called with progress while something takes long. Raises InvalidInput for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
@@ -41,6 +42,9 @@ class ConnectOptions:
     cache: Path | None = None
     program_digest: str | None = None
     told: Told | None = None
+
+    def __post_init__(self) -> None:
+        check_deadline(self.deadline)
 
 
 class Decoded(Protocol):
