@@ -7,7 +7,6 @@ deployment itself in ``secure.deployments.deployment``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,8 +147,3 @@ def starting_order(deployment: Deployment) -> list[Role]:
         waiting.remove(ready)
         out.append(ready)
     return out
-
-
-def host_defaults() -> dict[str, Any]:
-    """Return the defaults of HostOptions by name."""
-    return {f.name: f.default for f in fields(HostOptions) if f.default is not MISSING}

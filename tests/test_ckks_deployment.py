@@ -14,18 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
 
 import secure
+from parties.ckks import server as server_module
 from parties.ckks.key_file import read_keys
 from parties.ckks.keystore import KeyStore
 from parties.ckks.server import largest
 from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import CkksStub
+from proto.unseen_pb2_grpc import CkksStub, add_CkksServicer_to_server
 from protocols.ckks.evaluate import EncodedWeights
 from protocols.ckks.seal import Client, Context
 from secure.errors import Error, InvalidInput, PeerLost, ProtocolError, QueryError
@@ -48,7 +50,7 @@ from tests.ckks_server import (
     uploaded,
     zeros,
 )
-from tests.tiny import wait_until
+from tests.tiny import Served, wait_until
 
 Keys = dict[str, bytes]
 NOT_ONE, NOT_VALID = "bytes that are not one ciphertext", "not valid under N = 8192"
@@ -262,6 +264,34 @@ def test_no_more_than_two_upload_at_once(tiny: RunningCkks) -> None:
         box.put(None)
     wait_until(lambda: not full(), "the uploads ended")
     wait_until(lambda: tiny.threads < before + 10, "their watchdogs end")
+
+
+def test_a_client_that_uploads_and_does_not_read(
+    tiny: RunningCkks, made: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on sending, so that only the words that it leaves unread tell that it is no client to wait for."""
+    monkeypatch.setattr(server_module, "WORD", 0.001)
+    service = server_module.CkksService(tiny.link.program, "x", None, tmp_path, deadline=0.5)  # type: ignore[arg-type]
+    served, ended = Served(add_CkksServicer_to_server, service), threading.Event()
+
+    def endless() -> Iterator[pb.UploadPart]:
+        yield ckks_server.announced(tiny.link, made)
+        while not ended.wait(0.1):
+            yield pb.UploadPart(data=b"")
+
+    small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]  # unread words that a client takes
+    with grpc.insecure_channel(served.address, small) as channel:
+        call = CkksStub(channel).Upload(endless())
+        try:
+            wait_until(lambda: service._uploads._value == 1, "it uploads")
+            wait_until(lambda: service._uploads._value == 2, "its place is free again")
+            with pytest.raises(grpc.RpcError):
+                list(call)
+            assert call.code() == grpc.StatusCode.CANCELLED
+        finally:
+            ended.set()
+            call.cancel()
+            served.stop()
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,13 @@ def view(d: dict[str, Any], place: int, value: Any) -> None:
     next(iter(d["views"].values()))[place] = value
 
 
+def enlarged(text: str) -> str:
+    """The client's graph with an input of 2^40 elements."""
+    graph = json.loads(text)
+    graph["nodes"][0]["shape"] = [1 << 40]
+    return json.dumps(graph)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,6 +168,16 @@ def view(d: dict[str, Any], place: int, value: Any) -> None:
         (lambda d: d.pop("views"), "not a valid Program"),
         (lambda d: d.update(views=[]), "not a valid Program"),
         (lambda d: d.update(ranges={}), "do not hold together"),
+        (lambda d: d["labels"].update(length="1000000000000"), "the label length is '1000000000000', no number of"),
+        (lambda d: d["labels"].update(length="x"), "the label length is 'x', no number of"),
+        (lambda d: d["client_inputs"][0].update(output=7), "not made from an output of the client's graph"),
+        (lambda d: d["client_inputs"][0].update(output="x"), "not a valid Program"),
+        (lambda d: d["client_inputs"][0].update(encoding="x"), "not made from an output of the client's graph"),
+        (lambda d: d["client_inputs"][0].update(size=3), "looks up 3 rows of the table ''"),
+        (lambda d: d["client_inputs"][0].update(shape=[1, 1 << 50]), "it is made from"),
+        (lambda d: d.update(client_graph=enlarged(d["client_graph"])), "has more than 1073741824 elements"),
+        (lambda d: d.update(output=d["output"] * 20_000), "20000 results: too many"),
+        (lambda d: d.update(views=dict.fromkeys(range(20_000), next(iter(d["views"].values())))), "20000 inputs"),
     ],
 )
 def test_a_document_that_was_changed_is_refused(change: Change, message: str, refreshed: CkksModel) -> None:

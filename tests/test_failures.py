@@ -24,6 +24,7 @@ from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import ModelStub
 from secure.errors import DealerError, Error, PeerLost, ProtocolError
+from secure.session import Session
 from tests.tiny import (
     FIRST,
     TEXT,
@@ -128,6 +129,51 @@ def test_a_server_that_stalls(model: Ready, dealer: Served) -> None:
             connection.embed([TEXT])
         assert time.monotonic() - start < 5
         released.set()
+
+
+def test_closing_ends_the_query_of_another_thread(model: Ready, dealer: Served) -> None:
+    """The query says that the session was closed, not that the server is gone."""
+    released, stalled, failed = threading.Event(), threading.Event(), list[BaseException]()
+
+    def run(_: Any, messages: Iterator[pb.ServerMessage], __: Any) -> Iterator[pb.ServerMessage]:
+        for n, message in enumerate(messages):
+            if n == 6:
+                stalled.set()
+                released.wait(20)
+            yield message
+
+    def ask(session: Session) -> None:
+        try:
+            session.embed([TEXT])
+        except BaseException as error:
+            failed.append(error)
+
+    kind = type("Stalling", (Misbehaving,), {"change": run})
+    with serving(model, dealer.address, kind) as server, dial(server, dealer) as session:
+        thread = threading.Thread(target=ask, args=(session,))
+        thread.start()
+        assert stalled.wait(20)
+        session.close()
+        thread.join(10)
+        released.set()
+        assert not thread.is_alive()
+    (error,) = failed
+    assert type(error) is PeerLost
+    assert str(error) == "this session has ended: it was closed\nhint: connect again"
+
+
+def test_closing_before_a_prepared_query_is_taken(server: Served, dealer: Served) -> None:
+    class Closing(list[Any]):
+        def pop(self, index: Any = -1) -> Any:
+            session.close()  # as another thread may, after the look whether a query is there
+            return super().pop(index)
+
+    with dial(server, dealer) as session:
+        session.prepare()
+        session.link._ready = Closing(session.link._ready)
+        with pytest.raises(PeerLost, match=r"^this session has ended: it was closed\nhint: connect again$"):
+            session.embed([TEXT])
+        assert session.reports == []
 
 
 WAITING = (

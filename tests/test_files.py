@@ -10,8 +10,11 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -37,12 +40,12 @@ def test_the_cache_spares_the_download(
 ) -> None:
     fetched, real = list[str](), files.fetch
 
-    def fetch_counted(file: pb.File, download: Callable[[str], Iterable[bytes]], cache: Path | None) -> bytes:
+    def fetch_counted(file: pb.File, download: Callable[[str], Iterable[bytes]], *limits: Any) -> bytes:
         def counted(sha256: str) -> Iterable[bytes]:
             fetched.append(sha256)
             return download(sha256)
 
-        return real(file, counted, cache)
+        return real(file, counted, *limits)
 
     monkeypatch.setattr(described, "fetch", fetch_counted)
 
@@ -80,7 +83,7 @@ def test_the_cache_directory_of_the_user(
 def test_a_damaged_download_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     payload = bytes(range(200))
     with pytest.raises(DownloadError, match="masked-weights: what arrived is not the announced file"):
-        fetch(describe("masked-weights", payload), lambda _: [damage(payload)], tmp_path)
+        fetch(describe("masked-weights", payload), lambda _: [damage(payload)], tmp_path, 200)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,7 +93,46 @@ def test_a_download_without_end_stops(tmp_path: Path) -> None:
             yield bytes(100)
 
     with pytest.raises(DownloadError, match="of 3 bytes"):
-        fetch(describe("masked-weights", b"abc"), forever, None)
+        fetch(describe("masked-weights", b"abc"), forever, None, 3)
+
+
+def test_more_than_the_program_needs_is_not_downloaded(tmp_path: Path) -> None:
+    asked = list[str]()
+
+    def download(sha256: str) -> list[bytes]:
+        asked.append(sha256)
+        return [b"abcd"]
+
+    file = describe("masked-weights", b"abcd")
+    with pytest.raises(DownloadError, match="size of 4 bytes is impossible, the Program needs 3 at most"):
+        fetch(file, download, tmp_path, 3)
+    file.size = files.MAXIMUM_FILE + 1
+    with pytest.raises(DownloadError, match=f"is impossible, the Program needs {files.MAXIMUM_FILE} at most"):
+        fetch(file, download, tmp_path, 1 << 60)
+    assert asked == []
+    file.size = 4
+    assert fetch(file, download, tmp_path, 4) == b"abcd"
+    assert len(asked) == 1
+
+
+def test_the_most_bytes_of_a_file(model: Ready) -> None:
+    """No more than a header's allowance for each tensor beyond the file itself."""
+    payload, program = model.masked.files[MASKED_WEIGHTS], model.program
+    most = files.masked_size(program.weight_rings, program.weight_shapes)
+    assert len(payload) <= most <= len(payload) + (files.HEADER + 1) * (len(program.weight_rings) + 1)
+    for names in (["t"], ["é" * 300, '"\\' * 20, "\x01" * 9], [str(n) for n in range(500)]):
+        tables = {name: torch.zeros(7, 3) for name in names}
+        assert len(save(tables)) <= files.tables_size(dict.fromkeys(names, (7, 3)))
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(6, 3), torch.zeros(7, 4), torch.zeros(21), torch.zeros(7, 3, dtype=torch.float64), None]
+)
+def test_token_tables_that_are_none(other: torch.Tensor | None) -> None:
+    good = {"t": torch.ones(7, 3)}
+    assert files.unpack_tables(save(good), {"t": (7, 3)})["t"].equal(good["t"])
+    with pytest.raises(DownloadError, match="the token table 't' of 7 rows of 3 numbers did not come"):
+        files.unpack_tables(save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)})
 
 
 def test_masked_weights_that_are_none(model: Ready) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import secure
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
@@ -30,6 +32,7 @@ from secure.errors import (
     EndpointError,
     HandshakeError,
     InputTooLong,
+    InvalidInput,
     PeerLost,
     ProtocolError,
     QueryError,
@@ -190,6 +193,31 @@ def test_malformed_addresses(bad: str) -> None:
         call("127.0.0.1:1", bad)
 
 
+@pytest.mark.parametrize("deadline", [0, -1.0, math.inf, math.nan, "60", None])
+def test_deadlines_that_are_none(deadline: Any) -> None:
+    message = r"a deadline of .* s\nhint: give a finite number of seconds, more than 0"
+    for deployment in (TwoParty(), secure.ThreeParty(), secure.Ckks()):
+        with pytest.raises(InvalidInput, match=message):
+            secure.connect(deployment, deadline=deadline)
+    with pytest.raises(InvalidInput, match=message):
+        secure.serve("nowhere", role="party 0", deployment=secure.ThreeParty(), peers=PEERS, deadline=deadline)
+
+
+@pytest.mark.parametrize("ahead", [-1, 17, 1.5, "1", None])
+def test_queries_ahead_that_are_too_many(ahead: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"queries ahead\nhint: 0 to 16"):
+        secure.serve("nowhere", role="party 0", deployment=secure.ThreeParty(), peers=PEERS, ahead=ahead)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "1", None])
+def test_workers_that_are_none(workers: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"workers\nhint: give 1 or more"):
+        secure.serve("nowhere", role="server", deployment=secure.Ckks(), workers=workers)
+
+
+PEERS = {"party 2": "127.0.0.1:1"}
+
+
 def test_only_loopback_without_saying_so(model: Ready) -> None:
     far, here = "192.0.2.1:5", "127.0.0.1:5"
     for server, dealer, what in ((far, here, "the server"), (here, far, "the dealer")):
@@ -324,7 +352,9 @@ def spoil_program(description: pb.Description) -> None:
         (lambda d: setattr(d.files[0], "sha256", "../../x"), DownloadError, "masked-weights: the announced digest"),
         (lambda d: setattr(d.files[0], "sha256", "é" * 64), DownloadError, "masked-weights: the announced digest"),
         (lambda d: setattr(d.files[0], "sha256", "0" * 64), PeerLost, "it has no such file\nhint: connect again"),
-        (lambda d: setattr(d.files[0], "size", 1 << 60), DownloadError, "is impossible"),
+        (lambda d: setattr(d.files[0], "size", 1 << 60), DownloadError, "size of 1152921504606846976 bytes is imposs"),
+        (lambda d: setattr(d.files[0], "size", 1 << 20), DownloadError, "is impossible, the Program needs .* at most"),
+        (lambda d: d.files.append(d.files[0]), ProtocolError, "the server describes masked-weights twice"),
         (lambda d: setattr(d.files[0], "size", 5), DownloadError, "not the announced file"),
         (lambda d: setattr(d, "role", "dealer"), HandshakeError, "dealer answers at .* where server should"),
         (spoil_program, ProtocolError, "the Program of the server: not a valid Program"),

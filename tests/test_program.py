@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from protocols.two_party import Input, Linear, Open, Reveal
 from protocols.weights import ServerWeights
 from secure import Compiled, FixedPoint, InvalidProgram, Program, insecure_in_process, plain_reference
 from secure.models.sentence_encoder import SentenceEncoder
+from secure.mpc import program as program_module
 from tests.helpers import key
 
 needs_transformers = pytest.mark.skipif(
@@ -129,6 +131,13 @@ def test_a_program_holds_no_weights() -> None:
     for integers in compiled.model.integers.values():
         if len(set(integers.flatten().tolist())) > 1:  # LayerNorm's first weight and bias are all ones and zeros
             assert json.dumps(integers.flatten()[:4].tolist(), separators=(",", ":"))[1:-1] not in text
+
+
+def test_a_compiled_model_shows_no_weights() -> None:
+    compiled = classifier()[1]
+    for held in (compiled, compiled.model):
+        assert repr(held) == object.__repr__(held)
+        assert str(held) == object.__repr__(held)
 
 
 def test_two_compilations_have_one_digest() -> None:
@@ -387,14 +396,101 @@ def test_no_program_makes_a_client_send_two_numbers_under_one_mask() -> None:
 
 
 def test_a_client_graph_that_makes_inputs_of_another_shape_is_noticed() -> None:
-    """Nothing of such a Program is wrong by itself; compiled loops trust the shape that its circuit names."""
+    """When the Program is decoded, and again in a query: compiled loops trust the shape that the circuit names."""
     (one, four) = (classifier(rows)[1] for rows in (1, 4))
     for circuit, graph, rows in ((one, four, 4), (four, one, 1)):
         mixed = dataclasses.replace(circuit.program, client_graph=graph.program.client_graph)
-        program = Program.from_bytes(mixed.encoded)
-        process = insecure_in_process(with_program(circuit, program))
+        with pytest.raises(InvalidProgram, match=rf"it is made from \({rows}, 6\)"):
+            Program.from_bytes(mixed.encoded)
+        process = insecure_in_process(with_program(circuit, mixed))
         with pytest.raises(ValueError, match=rf"has shape \({rows}, 6\), the Program is made for"):
             process.query(points(rows, 5))
+
+
+# bounds before memory
+
+
+def outputs_of_one_reveal(d: Any, count: int) -> None:
+    """As many names of one result, however large it is."""
+    d["outputs"] = [[str(n), *d["outputs"][0][1:]] for n in range(count)]
+
+
+def graph_with(change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def apply(d: Any) -> None:
+        graph = json.loads(d["client_graph"])
+        change(graph)
+        d["client_graph"] = json.dumps(graph, sort_keys=True, separators=(",", ":"))
+
+    return apply
+
+
+def constant(*shape: int) -> dict[str, Any]:
+    """A node whose value is one number everywhere, so that it is short to write and may be large to hold."""
+    node = {"op": "constant", "inputs": [], "attrs": {"dtype": "float", "fill": 1.0}, "shape": shape}
+    return {**node, "dtype": "float", "visibility": "public", "path": ""}
+
+
+def constants(count: int, *shape: int) -> Callable[[Any], None]:
+    return graph_with(lambda g: g["nodes"].extend({**constant(*shape), "id": 1 + n} for n in range(count)))
+
+
+def text(length: str) -> Callable[[Any], None]:
+    """A model of texts: of the shape (1, 6)."""
+    return lambda d: d["labels"].update(length=length)
+
+
+MANY, LARGE = "1025 outputs of 20500 elements, clients decode 1024", "more than 1073741824 elements"
+TOTAL = "the client's graph has .* elements, clients compute 1073741824 at most"
+NO_LENGTH = "the label length is .*, no number of tokens from 1 to 1048576"
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "message"),
+    [
+        (4, lambda d: outputs_of_one_reveal(d, 1025), MANY),
+        (4, lambda d: outputs_of_one_reveal(d, 100_000), "100000 outputs"),
+        (4, constants(1, 1 << 40), LARGE),
+        (4, constants(1, 1 << 62, 1 << 62), LARGE),
+        (4, constants(1, (1 << 30) + 1), LARGE),
+        (4, constants(2, 1 << 29), TOTAL),
+        (4, graph_with(lambda g: g["nodes"][0].update(shape=[1 << 20, 1 << 20])), LARGE),
+        (4, change("client_inputs/0/shape", [4, 7]), r"has the shape \(4, 7\), it is made from \(4, 6\)"),
+        (4, change("client_inputs/0/size", 9), "looks up 9 rows of the table ''"),
+        (4, change("client_inputs/0/encoding", "one-hot"), "looks up 0 rows"),
+        *((1, text(n), NO_LENGTH) for n in ("1000000000000", "", "0", "-6", "six", "6.0", "06", " 6", "٦", "9" * 9000)),
+        (1, text("7"), "the label length is 7, the client's input 'x' has 6 tokens"),
+        (1, text("1048577"), NO_LENGTH),
+    ],
+)
+def test_what_would_take_too_much_is_refused_before_it_is_made(
+    rows: int, change: Callable[[Any], Any], message: str
+) -> None:
+    d = json.loads(classifier(rows)[1].program.encoded)
+    change(d)
+    encoded = json.dumps(d).encode()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidProgram, match=message):
+        Program.from_bytes(encoded)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # in KiB
+
+
+def test_the_most_that_is_allowed() -> None:
+    d = document()
+    outputs_of_one_reveal(d, 1024)
+    assert len(Program.from_bytes(json.dumps(d).encode()).outputs) == 1024
+    d = json.loads(classifier(1)[1].program.encoded)
+    text("6")(d)
+    assert Program.from_bytes(json.dumps(d).encode()).labels["length"] == "6"
+
+
+def test_outputs_of_one_large_reveal_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = document()
+    monkeypatch.setattr(program_module, "MAXIMUM_ELEMENTS", 2000)  # every output has 4 times 5
+    outputs_of_one_reveal(d, 100)
+    Program.from_bytes(json.dumps(d).encode())
+    outputs_of_one_reveal(d, 101)
+    with pytest.raises(InvalidProgram, match="101 outputs of 2020 elements, clients decode 1024 of 2000 at most"):
+        Program.from_bytes(json.dumps(d).encode())
 
 
 def test_other_versions_are_named() -> None:

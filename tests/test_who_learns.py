@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parties.reports.who_learns import columns, markdown, who_learns, written
+from parties.reports.who_learns import columns, main, markdown, who_learns, written
 from secure.deployments.deployment import ROWS, WEIGHTS, Deployment, deployments, variants
 from secure.deployments.three_party import ThreeParty
 from secure.errors import InvalidInput
@@ -54,3 +54,31 @@ def test_tables_are_written_between_their_marks() -> None:
     assert written(new) == new
     with pytest.raises(InvalidInput, match="unknown deployment 'moon'"):
         written(text.replace("two-party", "moon"))
+
+
+def test_the_command_takes_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, marks = tmp_path / "page.md", "<!-- who-learns:two-party -->\n<!-- /who-learns -->\n"
+    page.write_text(marks)
+
+    def run(*arguments: object) -> tuple[object, str]:
+        monkeypatch.setattr("sys.argv", ["who_learns", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            printed = capsys.readouterr()
+            return end.code, printed.out + printed.err
+        return None, ""
+
+    for arguments in ((page, tmp_path / "nothing"), (page, tmp_path)):
+        code, said = run(*arguments)
+        assert code == 2
+        assert f"{arguments[1]} is no file" in said
+    assert run()[0] == run(page, "--other")[0] == 2
+    code, said = run("--help")
+    assert code == 0
+    assert "FILE" in said
+    assert page.read_text() == marks  # not one of these wrote anything
+    assert run(page) == (None, "")
+    assert page.read_text() == written(marks) != marks

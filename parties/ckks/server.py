@@ -63,19 +63,20 @@ class CkksService(CkksServicer):
         return pb.KeysReply(held=self.store.path(request.digest) is not None, expires_seconds=self.expires)
 
     def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
-        watch = Watchdog(self.deadline, context.cancel)
+        reading, writing = (Watchdog(self.deadline, context.cancel) for _ in range(2))  # two threads, a guard for each
         try:
             with answering(context, log):
                 if not self._uploads.acquire(blocking=False):
                     raise Error(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
                 try:
-                    for _ in _while_doing(lambda: self._received(requests, watch, unquote(context.peer()))):
-                        yield pb.KeysReply(held=False)
+                    work = _while_doing(lambda: self._received(requests, reading, unquote(context.peer())))
+                    yield from writing.sending(pb.KeysReply(held=False) for _ in work)
                 finally:
                     self._uploads.release()
-                yield pb.KeysReply(held=True, expires_seconds=self.expires)
+                yield from writing.sending([pb.KeysReply(held=True, expires_seconds=self.expires)])
         finally:
-            watch.stop()
+            reading.stop()
+            writing.stop()
 
     def _received(self, requests: Iterator[pb.UploadPart], watch: Watchdog, who: str) -> None:
         first = _next(requests, watch, "the header of its keys")

@@ -74,7 +74,11 @@ def party(
     party_2: Annotated[str | None, typer.Option("--party-2", help="Parties 0, 1: where party 2 listens.")] = None,
     ahead: Annotated[
         int | None,
-        typer.Option(min=0, max=16, help="Party 0: queries whose corrections are kept ready in memory; 1 by default."),
+        typer.Option(
+            min=0,
+            max=hosting.MAXIMUM_AHEAD,
+            help="Party 0: queries whose corrections are kept ready in memory; 1 by default.",
+        ),
     ] = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 import os
 import queue
 import signal
@@ -21,9 +22,11 @@ import grpc
 
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.net.network import Network
-from secure.errors import EndpointError, PeerLost
+from parties.net.watchdog import check_deadline
+from secure.errors import EndpointError, InvalidInput, PeerLost
 
 IN_USE = "choose another port, or 0 for any free one"
+MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
 MAXIMUM_STREAMS = 32  # sessions and calls that are served at a time; each takes a thread
 
 
@@ -33,7 +36,8 @@ class HostOptions:
 
     network: the protection of channels. deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
-    for timelines of queries. workers: processes that evaluate. ahead: queries whose corrections are kept ready.
+    for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
+    ready, MAXIMUM_AHEAD at most. Raises InvalidInput for values out of range.
     """
 
     network: Network
@@ -42,6 +46,17 @@ class HostOptions:
     traces: Path | None = None
     workers: int = 1
     ahead: int = 1
+
+    def __post_init__(self) -> None:
+        check_deadline(self.deadline)
+        if not _is_count(self.workers, 1, math.inf):
+            raise InvalidInput(f"{self.workers!r} workers", "give 1 or more")
+        if not _is_count(self.ahead, 0, MAXIMUM_AHEAD):
+            raise InvalidInput(f"{self.ahead!r} queries ahead", f"0 to {MAXIMUM_AHEAD}")
+
+
+def _is_count(value: object, least: int, most: float) -> bool:
+    return isinstance(value, int) and least <= value <= most
 
 
 @dataclass(frozen=True)

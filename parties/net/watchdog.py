@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from secure.errors import InvalidInput
+
 T = TypeVar("T")
+
+
+def check_deadline(seconds: object) -> None:
+    """Raise InvalidInput unless a deadline is a number of seconds that a wait can end after."""
+    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise InvalidInput(f"a deadline of {seconds!r} s", "give a finite number of seconds, more than 0")
 
 
 class Watchdog:

@@ -7,8 +7,8 @@ deployment's, or that of one of its variants ("three-party-public-weights"). The
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,9 +64,15 @@ def written(text: str) -> str:
 
 
 def main() -> None:
-    """Write the tables of the documents that are named on the command line."""
-    for name in sys.argv[1:]:
-        Path(name).write_text(written(Path(name).read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the tables of the documents that are named on the command line; refuse all if one is no file."""
+    parser = argparse.ArgumentParser(description="Write the tables of who learns what into documents.")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a document with marked tables")
+    files: list[Path] = parser.parse_args().files
+    for file in files:
+        if not file.is_file():
+            parser.error(f"{file} is no file")
+    for file in files:
+        file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
-from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, unpack_tables
+from parties.net.watchdog import check_deadline
+from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, tables_size, unpack_tables
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import ModelStub
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
-from secure.lowering.client_inputs import ClientInput
+from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.version import WIRE_VERSION
 
@@ -33,7 +34,7 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest. told: called with progress while something takes long.
+    digest. told: called with progress while something takes long. Raises InvalidInput for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
@@ -41,6 +42,9 @@ class ConnectOptions:
     cache: Path | None = None
     program_digest: str | None = None
     told: Told | None = None
+
+    def __post_init__(self) -> None:
+        check_deadline(self.deadline)
 
 
 class Decoded(Protocol):
@@ -95,10 +99,16 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
 
 
 def read_description(
-    peer: Peer, found: pb.Description, role: str, decode: Callable[[bytes], P], options: ConnectOptions, *wanted: str
+    peer: Peer,
+    found: pb.Description,
+    role: str,
+    decode: Callable[[bytes], P],
+    options: ConnectOptions,
+    wanted: Callable[[P], Mapping[str, int]] = lambda _: {},
 ) -> Described[P]:
     """Decode and check the Program, and fetch and check the ``wanted`` files and the token table.
 
+    wanted: returns the most bytes of each file that the client of a Program needs, by name; more are never downloaded.
     Raises ProtocolError, HandshakeError, PeerLost, DownloadError.
     """
     try:
@@ -116,13 +126,15 @@ def read_description(
         for chunk in ModelStub(peer.channel).Download(pb.DownloadRequest(sha256=sha256), timeout=DOWNLOADING):
             yield chunk.data
 
-    payloads: dict[str, bytes] = {}
+    shapes, payloads = table_shapes(program.client_inputs), dict[str, bytes]()
+    most = {**wanted(program), **({TOKEN_TABLE: tables_size(shapes)} if shapes else {})}
     for file in found.files:
-        if file.name in (*wanted, TOKEN_TABLE):
+        if file.name in payloads:
+            raise ProtocolError(f"{peer.who} describes {file.name} twice")
+        if file.name in most:
             with peer.calling(f"sending {file.name}", hint="try again"):
-                payloads[file.name] = fetch(file, download, options.cache)
-    rows = {c.table: c.size for c in program.client_inputs if c.encoding == "client-table"}
-    tables = unpack_tables(payloads.get(TOKEN_TABLE), rows)
+                payloads[file.name] = fetch(file, download, options.cache, most[file.name])
+    tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes)
     tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase)
     once = tuple(Traffic(role, "client", len(payload), ONCE) for payload in payloads.values())
     return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once)

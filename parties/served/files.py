@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
+import json
+import math
 import os
 import re
 import tempfile
@@ -27,7 +29,8 @@ from secure.errors import DownloadError, HandshakeError, printable
 from secure.models.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
-MAXIMUM_FILE = 1 << 37  # bytes; a larger announced size is refused
+MAXIMUM_FILE = 1 << 37  # bytes; more is refused, whatever the Program says
+HEADER = 128  # bytes beside its name for one tensor in a safetensors header, and for the header itself
 
 
 def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
@@ -57,16 +60,32 @@ def unpack_masked(
     return out
 
 
-def unpack_tables(payload: bytes | None, rows: Mapping[str, int]) -> dict[str, Tensor]:
-    """Decode the token tables by name; raises DownloadError if one is missing or has another size.
+def masked_size(rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the most bytes of a file of ``pack_masked``: the Program fixes all but its header."""
+    return _most({name: Wire(tuple(shapes[name]), bits).size for name, bits in rings.items()})
 
-    rows: the number of rows of each table in which the Program's client looks tokens up.
+
+def unpack_tables(payload: bytes | None, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Decode the token tables by name; raises DownloadError if one is missing or has another size or type.
+
+    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32.
     """
-    tables = _load(TOKEN_TABLE, payload) if rows else {}
-    for name, count in rows.items():
-        if name not in tables or tables[name].dim() != 2 or len(tables[name]) != count:
-            raise DownloadError(f"the token table {name!r} of {count} rows did not come", "restart the server")
+    tables = _load(TOKEN_TABLE, payload) if shapes else {}
+    for name, shape in shapes.items():
+        if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
+            form = f"{shape[0]} rows of {shape[1]} numbers"
+            raise DownloadError(f"the token table {name!r} of {form} did not come", "restart the server")
     return tables
+
+
+def tables_size(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Return the most bytes of a file of token tables."""
+    return _most({name: 4 * math.prod(shape) for name, shape in shapes.items()})
+
+
+def _most(sizes: Mapping[str, int]) -> int:
+    """Return the most bytes of a safetensors file of tensors of these sizes, by name."""
+    return HEADER + sum(HEADER + len(json.dumps(name)) + size for name, size in sizes.items())
 
 
 def _load(name: str, payload: bytes | None) -> dict[str, Tensor]:
@@ -107,13 +126,19 @@ def state_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "unseen"
 
 
-def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None) -> bytes:
+def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None, most: int) -> bytes:
     """Return a file's bytes by its digest: from the cache if it is whole there, else download, check and store it.
 
-    download: returns the parts of the file with a digest. cache: None keeps no file. Raises DownloadError.
+    download: returns the parts of the file with a digest. cache: None keeps no file. most: the most bytes that the file
+    can have; if more are announced, nothing is downloaded. Raises DownloadError.
     """
-    if not re.fullmatch("[0-9a-f]{64}", file.sha256) or file.size > MAXIMUM_FILE:
-        raise DownloadError(f"{file.name}: the announced digest or size ({file.size} bytes) is impossible")
+    most = min(most, MAXIMUM_FILE)
+    if not re.fullmatch("[0-9a-f]{64}", file.sha256):
+        raise DownloadError(f"{file.name}: the announced digest is impossible")
+    if file.size > most:
+        raise DownloadError(
+            f"{file.name}: the announced size of {file.size} bytes is impossible, the Program needs {most} at most"
+        )
     path = cache / f"{file.sha256}.safetensors" if cache else None
     if path is not None and path.is_file():
         payload = path.read_bytes()

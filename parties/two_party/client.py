@@ -21,7 +21,7 @@ from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, ask_description, read_description
-from parties.served.files import MASKED_WEIGHTS, unpack_masked
+from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
 from parties.two_party.keys import MAXIMUM_PREPARED, query_key, session_label
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub, InferenceStub
@@ -38,6 +38,11 @@ from secure.errors import DealerError, PeerLost, ProtocolError, QueryError, from
 from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
+
+
+def _files(program: Program) -> dict[str, int]:
+    """The most bytes of the files that the client needs, by name."""
+    return {MASKED_WEIGHTS: masked_size(program.weight_rings, program.weight_shapes)}
 
 
 @dataclass(frozen=True, repr=False)  # holds masks
@@ -71,7 +76,7 @@ class TwoPartyLink(Link):
 
     def _describe(self, deployment: TwoParty, options: ConnectOptions) -> None:
         description = ask_description(self._server, deployment, SERVER, options)
-        found = read_description(self._server, description, SERVER, Program.from_bytes, options, MASKED_WEIGHTS)
+        found = read_description(self._server, description, SERVER, Program.from_bytes, options, _files)
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
         self.tables, self.tokenizer = found.tables, found.tokenizer
         rings, shapes = self.program.weight_rings, self.program.weight_shapes
@@ -184,11 +189,17 @@ class TwoPartyLink(Link):
 
     @contextmanager
     def _in_session(self) -> Iterator[None]:
-        """End the session if anything fails inside this context."""
+        """End the session if anything fails inside this context.
+
+        Raises PeerLost for whatever fails because another thread has ended the session.
+        """
         try:
             yield
         except BaseException as error:
+            ended = self.ended
             self._end(str(error).partition("\n")[0] or type(error).__name__)
+            if ended and isinstance(error, Exception):
+                raise PeerLost(f"this session has ended: {ended}", "connect again") from None
             raise
 
     def _end(self, why: str) -> None:

@@ -30,7 +30,7 @@ class CkksNode:
     name: str = ""
 
 
-@dataclass
+@dataclass(repr=False)  # holds weights
 class Circuit:
     """A computation under construction. Equal nodes are one node, so a rotation that two layers need is done once."""
 

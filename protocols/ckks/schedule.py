@@ -19,7 +19,7 @@ from protocols.errors import DoesNotFit
 ROUND = 3  # the cost of a round when cuts are chosen, in refreshed ciphertexts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # holds weights
 class Schedule:
     """A circuit with refreshes and drops in it. levels: by node, the level of its result; stages: by node."""
 

@@ -28,6 +28,9 @@ from secure.capture.clear_operations import dtype_of, evaluate_clear, kind_of
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, InvalidProgram
 
+MAXIMUM_ELEMENTS = 1 << 30
+"""The most elements of one tensor of a graph or Program, which may come from somebody else."""
+
 MASKED = -1.0e4
 """The value of an additive attention mask at masked positions. It is finite, so that fixed point can hold it."""
 
@@ -144,9 +147,11 @@ def result_visibility(op: str, operands: Sequence[str]) -> str:
 
 
 def check_type(node: Node) -> None:
-    """Check the declared shape and kind of a node. Raises InvalidProgram."""
+    """Check the declared shape and kind of a node, before a tensor of that shape is made. Raises InvalidProgram."""
     if not all(type(size) is int and size >= 0 for size in node.shape):
         raise InvalidProgram(f"its shape is {node.shape}")
+    if math.prod(node.shape) > MAXIMUM_ELEMENTS:
+        raise InvalidProgram(f"its shape {node.shape} has more than {MAXIMUM_ELEMENTS} elements")
     dtype_of(node.dtype)
     if node.visibility == "shared" and node.dtype != "float":
         raise InvalidProgram("a shared value is a float")

@@ -45,7 +45,7 @@ CLIENT, ROUND = 0.07, 0.1  # seconds of client and network for a refreshed ciphe
 REFERENCE_SCALE = 30  # bits of the scale at which errors are computed first; an error halves with every further bit
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # holds weights
 class CkksModel:
     """A public Program, and the schedule with its weights, which the server keeps secret.
 
@@ -159,7 +159,7 @@ def encrypt(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # holds weights
 class Batched:
     """A circuit for a batch of inputs.
 

@@ -77,7 +77,10 @@ class CkksProfile:
         return sum(self.breakdown.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the profile as JSON values."""
+        """Return the profile as JSON values.
+
+        The bytes that travel, the rounds and the predicted error are not among them: the deployment's cost has them.
+        """
         p = self.parameters
         modules = {
             path: {
@@ -105,14 +108,9 @@ class CkksProfile:
             "seconds": self.seconds,
             "breakdown": dict(self.breakdown),
             "modules": modules,
-            "predicted error": self.predicted_error,
-            "key bytes": self.key_bytes,
             "key memory": self.key_memory,
             "weight memory": self.weight_memory,
             "ciphertext memory": self.ciphertext_memory,
-            "to server": self.to_server,
-            "to client": self.to_client,
-            "rounds": self.rounds,
         }
 
     def table(self) -> Table:

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from protocols.ckks.circuit import Vector
@@ -24,7 +25,7 @@ from secure.capture.graph import run as run_graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
 from secure.errors import InvalidInput, InvalidProgram
-from secure.lowering.client_inputs import ClientInput, encode_input
+from secure.lowering.client_inputs import ClientInput, check_client_part, encode_input
 
 VERSION = 1
 _MALFORMED = (
@@ -95,12 +96,14 @@ class CkksProgram:
             d = json.loads(encoded)
             if d["version"] != VERSION:
                 raise InvalidProgram(f"the Program has version {d['version']}, this is {VERSION}\nhint: upgrade unseen")
+            if max(len(d["views"]), len(d["output"])) > MAXIMUM_CIPHERTEXTS:  # they are packed: memory takes far more
+                raise InvalidProgram(f"{len(d['views'])} inputs, {len(d['output'])} results: too many ciphertexts")
             parameters = Parameters(**d["parameters"])
             program = cls(
                 parameters=parameters,
                 steps=tuple(int(s) for s in d["steps"]),
                 client_graph=Graph.from_json(d["client_graph"]),
-                client_inputs=tuple(ClientInput(**{**c, "shape": tuple(c["shape"])}) for c in d["client_inputs"]),
+                client_inputs=tuple(TypeAdapter(ClientInput).validate_python(c) for c in d["client_inputs"]),
                 ranges={str(k): (float(a), float(b)) for k, (a, b) in d["ranges"].items()},
                 views={
                     str(k): (str(name), int(level), _unpacked(c, parameters.slots))
@@ -125,6 +128,7 @@ class CkksProgram:
 
     def check(self) -> None:
         """Check all that a client relies on before it makes keys for another's Program. Raises InvalidProgram."""
+        check_client_part(self.client_graph, self.client_inputs, self.labels)
         levels = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
         names = {c.name for c in self.client_inputs}
         sizes = {c.name: math.prod(c.shape) for c in self.client_inputs}

@@ -1,16 +1,20 @@
-"""The encoding of a client's values as the inputs of a circuit."""
+"""The client's part of a Program: its graph in the clear, and the encoding of its values as inputs of a circuit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from secure.errors import InvalidInput
+from secure.capture.graph import MAXIMUM_ELEMENTS, Graph
+from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
+MAXIMUM_LENGTH = 1 << 20  # tokens of a text
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ClientInput:
     output: int
     encoding: str  # "plain", "one-hot" or "client-table"
     size: int  # rows of the token table (one-hot, client-table), else 0
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the encoded input
     table: str = ""  # the weight that the client holds (client-table)
 
 
@@ -40,3 +44,45 @@ def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor])
     if spec.encoding == "one-hot":
         return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
     return tables[spec.table][value]
+
+
+def table_shapes(inputs: Sequence[ClientInput]) -> dict[str, tuple[int, int]]:
+    """Return the shapes (rows, width) of the token tables that the client holds, by name."""
+    return {c.table: (c.size, c.shape[-1]) for c in inputs if c.encoding == "client-table"}
+
+
+def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mapping[str, str]) -> None:
+    """Check all of another's Program that a client evaluates in the clear, before any of it takes memory.
+
+    Every input is made from an output of the graph in a known way, and has the shape that results. The graph, each
+    input and each token table have at most MAXIMUM_ELEMENTS elements. A label "length" names at most MAXIMUM_LENGTH
+    tokens, as many as the graph's inputs of shape (1, n). Raises InvalidProgram.
+    """
+    total = sum(math.prod(node.shape) for node in graph.nodes)
+    if total > MAXIMUM_ELEMENTS:
+        raise InvalidProgram(f"the client's graph has {total} elements, clients compute {MAXIMUM_ELEMENTS} at most")
+    for c in inputs:
+        if not 0 <= c.output < len(graph.outputs) or c.encoding not in ENCODINGS:
+            raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
+        looked_up, node = c.encoding != "plain", graph.nodes[graph.outputs[c.output]]
+        if c.size < 0 or (c.size > 0) != looked_up or (c.encoding == "client-table") != bool(c.table):
+            raise InvalidProgram(f"the input {c.name!r} looks up {c.size} rows of the table {c.table!r}")
+        width = c.size if c.encoding == "one-hot" else c.shape[-1] if c.shape else 0
+        if c.shape != ((*node.shape, width) if looked_up else node.shape) or min((*c.shape, 1)) < 0:
+            raise InvalidProgram(f"the input {c.name!r} has the shape {c.shape}, it is made from {node.shape}")
+        if max(math.prod(c.shape), c.size * width) > MAXIMUM_ELEMENTS or (looked_up and node.dtype != "int"):
+            raise InvalidProgram(
+                f"the input {c.name!r} has the impossible size {c.shape}, or is not made from integers"
+            )
+    tables = table_shapes(inputs)
+    if any(tables[c.table] != (c.size, c.shape[-1]) for c in inputs if c.encoding == "client-table"):
+        raise InvalidProgram("two inputs look up one table of two sizes")
+    if (length := labels.get("length")) is None:
+        return
+    if not re.fullmatch("[1-9][0-9]{0,6}", length) or int(length) > MAXIMUM_LENGTH:
+        raise InvalidProgram(f"the label length is {length[:40]!r}, no number of tokens from 1 to {MAXIMUM_LENGTH}")
+    for name, node in graph.inputs.items():
+        if len(node.shape) == 2 and node.shape[0] == 1 and node.shape[1] != int(length):
+            raise InvalidProgram(
+                f"the label length is {length}, the client's input {name!r} has {node.shape[1]} tokens"
+            )

@@ -24,7 +24,7 @@ Sample = Mapping[str, Tensor]
 """A module's keyword arguments."""
 
 
-@dataclass
+@dataclass(repr=False)  # holds weights
 class Lowered:
     """A model as a trace, the weights that it names (float64), and the recipe by which the client makes its inputs.
 

@@ -23,7 +23,7 @@ from secure.mpc.emit import emit
 from secure.mpc.program import Output, Program
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # holds weights
 class MpcModel:
     """A Program, the server's weights as integers, and the token tables that the owner lets clients hold.
 

@@ -25,13 +25,13 @@ from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
 from protocols.two_party import Input, Reveal
-from secure.capture.graph import Graph, run
+from secure.capture.graph import MAXIMUM_ELEMENTS, Graph, run
 from secure.errors import InvalidProgram
-from secure.lowering.client_inputs import ENCODINGS, ClientInput, encode_input
+from secure.lowering.client_inputs import ClientInput, check_client_part, encode_input
 
 VERSION = 2
-MAXIMUM_ELEMENTS = 1 << 30  # of one tensor of a Program that somebody else sent
 MAXIMUM_INSTRUCTIONS = 1 << 20
+MAXIMUM_OUTPUTS = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,12 @@ def _check(program: Program) -> None:
     reveals = {index for index, i in enumerate(program.circuit) if isinstance(i.protocol, Reveal)}
     if set(program.revealed) != reveals or not reveals:
         raise InvalidProgram("the outputs are not what the circuit reveals")
+    decoded = sum(math.prod(program.circuit[i].protocol.out.shape) for i in program.revealed)  # one may stand twice
+    if len(program.outputs) > MAXIMUM_OUTPUTS or decoded > MAXIMUM_ELEMENTS:
+        raise InvalidProgram(
+            f"{len(program.outputs)} outputs of {decoded} elements, clients decode {MAXIMUM_OUTPUTS} of "
+            f"{MAXIMUM_ELEMENTS} at most"
+        )
     if len({output.name for output in program.outputs}) != len(program.outputs):
         raise InvalidProgram("two outputs have the same name")
     for name, shape in program.weight_shapes.items():
@@ -205,10 +211,4 @@ def _check(program: Program) -> None:
     names = {i.protocol.name for i in program.circuit if isinstance(i.protocol, Input)}
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")
-    outputs = len(program.client_graph.outputs)
-    for c in program.client_inputs:
-        rows = 0 if c.encoding == "plain" else c.size
-        if not 0 <= c.output < outputs or c.encoding not in ENCODINGS:
-            raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
-        if not 0 <= rows <= MAXIMUM_ELEMENTS or (c.encoding == "client-table") != bool(c.table):
-            raise InvalidProgram(f"the input {c.name!r} looks up {c.size} rows of the table {c.table!r}")
+    check_client_part(program.client_graph, program.client_inputs, program.labels)
