@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from parties.ckks.hosted import CkksHosted
 from parties.net.endpoints import Endpoint
-from parties.net.hosting import HostOptions, Parts, Service, settle
+from parties.net.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.net.network import Network, Plaintext
 from parties.served.described import ConnectOptions, Told
 from parties.served.files import cache_directory
@@ -75,6 +75,7 @@ def connect(
     cache: bool | Path = True,
     program_digest: str | None = None,
     threads: int = 1,
+    keep_memory: bool = True,
     told: Told | None = None,
 ) -> Session:
     """Connect to the services of a model; the deployment holds their addresses.
@@ -82,9 +83,14 @@ def connect(
     network: the protection of channels; by default unencrypted, on this machine alone. deadline: seconds to wait for
     any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
     keep none. program_digest: refuse a service with another Program. threads: threads of this client while it computes.
-    told: called with (done, total, what is being done) while something takes long.
+    keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a tenth of
+    its processor time. told: called with (done, total, what is being done) while something takes long.
     Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
+    if threads < 1:
+        raise InvalidInput(f"{threads} threads", "give at least one")
+    if keep_memory:
+        reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
     options = ConnectOptions(network or Plaintext(), deadline, directory, program_digest, told)
     return Session(hosted(deployment).connect(deployment, options), threads=threads)

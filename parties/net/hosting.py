@@ -177,21 +177,30 @@ def settle() -> None:
     """Prepare this process for queries: freeze the objects that it holds by now, and keep freed memory for reuse.
 
     Without freezing, Python's garbage collector searches everything that was ever imported or compiled every few
-    queries: a pause of 0.3 seconds on a server of all-MiniLM-L6-v2.
-
-    The settings of the memory make glibc's allocator reuse freed memory, instead of giving it back and fetching zeroed
-    pages for the next tensor. A query makes thousands of tensors of up to some megabytes; by default each of them is a
-    mapping of its own, and touching fresh pages costs about as much as the arithmetic. All threads share one arena.
-    Measured on all-MiniLM-L6-v2 at 128 tokens: tens of thousands of page faults a query become next to none. On systems
-    without glibc the memory settings do nothing.
+    queries: a pause of 0.3 seconds on a server of all-MiniLM-L6-v2. All threads share one arena of memory.
     """
     gc.collect()
     gc.freeze()
+    _adjust(_ARENAS)
+    reuse_memory()
+
+
+def reuse_memory() -> None:
+    """Make glibc's allocator reuse freed memory, instead of giving it back and fetching zeroed pages again.
+
+    A query makes thousands of tensors of up to some megabytes; by default each of them is a mapping of its own, and
+    touching fresh pages costs about as much as the arithmetic. Measured on all-MiniLM-L6-v2 at 128 tokens: tens of
+    thousands of page faults a query become next to none. It holds for the whole process; without glibc it does nothing.
+    """
+    _adjust(*_REUSE)
+
+
+def _adjust(*settings: tuple[int, int]) -> None:
     with suppress(OSError, AttributeError):
         adjust = ctypes.CDLL(None).mallopt
-        for parameter, value in _MALLOC:
+        for parameter, value in settings:
             adjust(parameter, value)
 
 
-# M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-_MALLOC = ((-8, 1), (-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))
+_ARENAS = (-8, 1)  # M_ARENA_MAX
+_REUSE = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
