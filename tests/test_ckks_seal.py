@@ -96,7 +96,9 @@ def test_errors_are_as_predicted(build: Callable[[Circuit, int, int], int], clie
     error = result - clear(c, INPUTS)[0]
     predicted = noise.errors(s, P, INPUTS)[output]
     assert 0.2 < np.median(np.abs(error) / predicted) / 0.6745 < 2.0  # the slots in general
-    assert 0.5 < noise.WORST * predicted.max() / np.abs(error).max() < 30  # the worst one
+    # the worst one, each beside its own prediction: a few slots have far larger errors than the rest, and whether these
+    # few happen to be small says nothing
+    assert 0.5 < noise.WORST / (np.abs(error) / predicted).max() < 4
     assert np.abs(error / predicted).max() < 3 * noise.WORST  # each by itself; what rounding adds has Laplace's tail
 
 
