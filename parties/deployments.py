@@ -87,6 +87,8 @@ def connect(
     its processor time. told: called with (done, total, what is being done) while something takes long.
     Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
+    if not isinstance(deployment, Deployment):
+        raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
     if threads < 1:
         raise InvalidInput(f"{threads} threads", "give at least one")
     if keep_memory:

@@ -27,7 +27,7 @@ from protocols.protocol import CLIENT
 from protocols.steps import pack_frame
 from protocols.two_party import Input, Linear, Open, Reveal
 from protocols.weights import ServerWeights
-from secure import Compiled, FixedPoint, InvalidProgram, Program, insecure_in_process, plain_reference
+from secure import Compiled, FixedPoint, InvalidInput, InvalidProgram, Program, insecure_in_process, plain_reference
 from secure.models.sentence_encoder import SentenceEncoder
 from secure.mpc import program as program_module
 from tests.helpers import key
@@ -612,3 +612,24 @@ def test_encoders_are_never_wrong() -> None:
         inputs = sentences(seed, lengths=(1 + seed % 8, 1 + seed // 8 % 8))
         result = process.query(inputs)
         assert float(F.cosine_similarity(result, answer(encoder(), inputs)).min()) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options", "message"),
+    [
+        (lambda x: x, {"x": torch.ones(1, 2)}, {}, "the model is a function, not a torch.nn.Module"),
+        (None, torch.ones(1, 2), {}, "inputs are a Tensor, not a mapping from parameter names to tensors"),
+        (None, {"x": [1.0]}, {}, "the input 'x' is a list, not a tensor"),
+        (None, {"x": torch.tensor([[float("nan")] * 6] * 4)}, {}, "the input 'x' holds values that are no number"),
+        (None, {"x": torch.ones(4, 6)}, {"calibration": [torch.ones(4, 6)]}, "not a mapping"),
+        (None, {"x": torch.ones(4, 6)}, {"deployment": "two-party"}, "the deployment is 'two-party'"),
+    ],
+)
+def test_first_mistakes_are_named(model: Any, example: Any, options: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        secure.compile(model or Classifier().eval(), example, **options)
+
+
+def test_an_input_that_is_no_number_is_refused() -> None:
+    with insecure_in_process(classifier()[1]) as session, pytest.raises(InvalidInput, match="no number"):
+        session.query({"x": torch.full((4, 6), float("nan"))})

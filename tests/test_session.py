@@ -196,6 +196,13 @@ def test_which_text_failed_and_nothing_was_asked(running: Running) -> None:
         ids = torch.full((1, LENGTH), 10**6)
         with pytest.raises(InvalidInput, match="token id"):
             session.query({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        ones = torch.ones((1, LENGTH), dtype=torch.int64)
+        with pytest.raises(InvalidInput, match="the model has no input 'extra'\nhint: its inputs are"):
+            session.query({"input_ids": ones, "attention_mask": ones, "extra": ones})
+        with pytest.raises(InvalidInput, match="not a mapping from parameter names to tensors"):
+            session.query(ones)  # type: ignore[arg-type]
+        with pytest.raises(InvalidInput, match="the input 'input_ids' is a list, not a tensor"):
+            session.query({"input_ids": [1], "attention_mask": ones})  # type: ignore[dict-item]
         assert session.reports == []
         session.embed([TEXT])
 

@@ -122,7 +122,10 @@ def read_description(
             "ask the server's owner which Program it serves",
         )
 
+    downloaded = set[str]()  # what the cache has does not cross
+
     def download(sha256: str) -> Iterator[bytes]:
+        downloaded.add(sha256)
         for chunk in ModelStub(peer.channel).Download(pb.DownloadRequest(sha256=sha256), timeout=DOWNLOADING):
             yield chunk.data
 
@@ -136,5 +139,5 @@ def read_description(
                 payloads[file.name] = fetch(file, download, options.cache, most[file.name])
     tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes)
     tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase)
-    once = tuple(Traffic(role, "client", len(payload), ONCE) for payload in payloads.values())
+    once = tuple(Traffic(role, "client", f.size, ONCE) for f in found.files if f.sha256 in downloaded)
     return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once)

@@ -21,11 +21,10 @@ from protocols.ckks.circuit import Vector
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import reserve
 from secure.capture.graph import Graph
-from secure.capture.graph import run as run_graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
 from secure.errors import InvalidInput, InvalidProgram
-from secure.lowering.client_inputs import ClientInput, check_client_part, encode_input
+from secure.lowering.client_inputs import ClientInput, check_client_part, client_outputs, encode_input
 
 VERSION = 1
 _MALFORMED = (
@@ -185,7 +184,7 @@ class CkksProgram:
 
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
         """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
-        values = run_graph(self.client_graph, inputs, {}) if self.client_inputs else []
+        values = client_outputs(self.client_graph, inputs)
         flat: dict[str, Array] = {}
         for spec in self.client_inputs:
             value = encode_input(spec, values[spec.output], tables).to(torch.float64).numpy().reshape(-1)

@@ -16,6 +16,8 @@ from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.two_party import TwoParty
+from secure.errors import InvalidInput
+from secure.lowering.client_inputs import check_inputs
 from secure.models.tokens import TextTokenizer
 from secure.session import Session
 from secure.tasks.digits import Digits
@@ -77,8 +79,13 @@ def compile(  # the verb that torch uses; always written secure.compile
     Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value that no ring or modulus holds) and
     InvalidInput (an option that means nothing in this deployment).
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"the model is a {type(model).__name__}, not a torch.nn.Module", "wrap it in a module")
+    samples = [example_inputs, *calibration]
+    for sample in samples:
+        check_inputs(sample)
     options = CompileOptions(embedding, gelu, approximations, fixed_point)
-    return build(Loaded("", model, [example_inputs, *calibration]), deployment or TwoParty(), options, labels or {})
+    return build(Loaded("", model, samples), deployment or TwoParty(), options, labels or {})
 
 
 def compile_text_model(
@@ -100,17 +107,24 @@ def compile_text_model(
     """
     options = CompileOptions(embedding, gelu, approximations, fixed_point)
     deployment = deployment or TwoParty()
+    _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded
     return build(Embed().load(model, length, calibration), deployment, options, {})
 
 
 def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, labels: Mapping[str, str]) -> Compiled:
     """Compile a model that a task has loaded."""
+    _require(deployment)
     deployment.check(options, tokens=loaded.tokenizer is not None)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"length": str(loaded.length)} if loaded.length else {}
     made = deployment.build(loaded.module, loaded.samples, options, {**named, **labels})
     return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json)
+
+
+def _require(deployment: object) -> None:
+    if not isinstance(deployment, Deployment):
+        raise InvalidInput(f"the deployment is {deployment!r}", "give a value such as secure.TwoParty()")
 
 
 def task_of(model: str) -> Task[Any, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secure.capture.graph import MAXIMUM_ELEMENTS, Graph
+from secure.capture.graph import MAXIMUM_ELEMENTS, Graph, run
 from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
@@ -86,3 +86,25 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
             raise InvalidProgram(
                 f"the label length is {length}, the client's input {name!r} has {node.shape[1]} tokens"
             )
+
+
+def client_outputs(graph: Graph, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run the client's own graph on a model's inputs; raises InvalidInput for inputs that the model does not take."""
+    check_inputs(inputs)
+    if unknown := sorted(set(inputs) - set(graph.inputs)):
+        raise InvalidInput(f"the model has no input {unknown[0]!r}", f"its inputs are {', '.join(graph.inputs)}")
+    return run(graph, inputs, {})
+
+
+def check_inputs(inputs: object) -> None:
+    """Raise InvalidInput unless these are tensors by the names of a model's parameters, and hold no NaN."""
+    if not isinstance(inputs, Mapping):
+        raise InvalidInput(
+            f"a model's inputs are a {type(inputs).__name__}, not a mapping from parameter names to tensors",
+            'for example {"x": torch.randn(1, 8)}, by the names of the arguments of forward',
+        )
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise InvalidInput(f"the input {name!r} is a {type(value).__name__}, not a tensor", "use torch.tensor")
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise InvalidInput(f"the input {name!r} holds values that are no number (NaN)", "look where they come from")

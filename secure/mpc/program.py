@@ -25,9 +25,9 @@ from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
 from protocols.two_party import Input, Reveal
-from secure.capture.graph import MAXIMUM_ELEMENTS, Graph, run
+from secure.capture.graph import MAXIMUM_ELEMENTS, Graph
 from secure.errors import InvalidProgram
-from secure.lowering.client_inputs import ClientInput, check_client_part, encode_input
+from secure.lowering.client_inputs import ClientInput, check_client_part, client_outputs, encode_input
 
 VERSION = 2
 MAXIMUM_INSTRUCTIONS = 1 << 20
@@ -95,7 +95,7 @@ class Program:
 
         ``tables``: the token tables that the owner lets clients hold (client-table). Raises InvalidInput.
         """
-        values = run(self.client_graph, inputs, {}) if self.client_inputs else []
+        values = client_outputs(self.client_graph, inputs)
         protocols = {i.protocol.name: i.protocol for i in self.circuit if isinstance(i.protocol, Input)}
         return {
             spec.name: protocols[spec.name].encode(encode_input(spec, values[spec.output], tables))
