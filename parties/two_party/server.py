@@ -190,10 +190,12 @@ class _Session:
         """Return the next message between queries, when a client may wait for long; None if it has left in any way."""
         try:
             with self.watch.guard(IDLE):
-                return next(self._requests, None)
+                message = next(self._requests, None)
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
+            message = None
+        if message is None:  # a stream that is cancelled here may end like one that the client has ended
             log.info("%s %s between queries", self._who, "was idle too long" if self.watch.fired else "left")
-            return None
+        return message
 
     def _greet(self, message: pb.ClientMessage) -> None:
         if message.WhichOneof("content") != "hello":
