@@ -219,7 +219,7 @@ def test_a_client_that_is_lost_in_a_query(
     how: str, model: Ready, dealer: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with serving(model, dealer.address, deadline=1.0 if how == "stalls" else 20.0) as server:
+    with serving(model, dealer.address, deadline=3.0 if how == "stalls" else 20.0) as server:
         with Raw(server, dealer, model) as raw:
             raw.start()
             wait_until(lambda: session_count(server) == 1, "the session is counted")
@@ -231,7 +231,7 @@ def test_a_client_that_is_lost_in_a_query(
                 refused(raw, "peer-lost", "the client ended the stream before its message of module")
             else:
                 works(server, dealer)  # others are served meanwhile
-            wait_until(lambda: session_count(server) == 0, "the session is freed", 5)
+            wait_until(lambda: session_count(server) == 0, "the session is freed", 10)
         wait_until(lambda: "WARNING" in caplog.text, "the log says so")
         (line,) = [r.getMessage() for r in caplog.records if r.name == "unseen.server" and r.levelname == "WARNING"]
         assert line.startswith("session of ipv4:127.0.0.1:")
