@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import secure
-from benchmarks import common, suite, table, works
+from benchmarks import common, suite, table, without_mask, works
 from benchmarks.peers import works as peers
 
 OURS: dict[str, Any] = {
@@ -166,3 +167,19 @@ def test_one_small_work_through_three_processes() -> None:
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(common.ChildFailed, match="nonsense"):
         common.Service("benchmarks.hosting", "serve", "nonsense 4", "--dealer", "127.0.0.1:1", "--state", "/nowhere")
+
+
+# linear layers without the mask
+
+
+@pytest.mark.parametrize("name", without_mask.SETTINGS)
+def test_products_with_encrypted_weights_are_exact(name: str) -> None:
+    small = replace(without_mask.SETTINGS[name], degree=256)
+    assert without_mask.measure(small, inputs=24, outputs=40, tokens=5)["right"]
+
+
+def test_a_modulus_without_room_for_the_flooding_is_refused() -> None:
+    narrow = without_mask.SETTINGS["narrow"]
+    with pytest.raises(ValueError, match="take a larger modulus"):
+        replace(narrow, hiding=61).flood(1536)
+    assert narrow.flood(1536) + 2 <= narrow.modulus - narrow.ring
