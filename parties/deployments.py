@@ -142,7 +142,7 @@ def serve(
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)
     settle()
-    return Service(made, at, options.network, what=f"the {role}")
+    return Service(made, at, options.network, what=f"the {role}", role=role)
 
 
 def starting_order(deployment: Deployment) -> list[Role]:

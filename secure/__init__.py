@@ -58,6 +58,7 @@ from secure.errors import (
     QueryError,
     RangeLost,
     ShareError,
+    TlsError,
     UnsupportedOperation,
 )
 from secure.mpc.program import Program
@@ -108,6 +109,7 @@ __all__ = [
     "Session",
     "ShareError",
     "ThreeParty",
+    "TlsError",
     "Traffic",
     "TwoParty",
     "UnsupportedOperation",

@@ -32,6 +32,7 @@ __all__ = [
     "QueryError",
     "RangeLost",
     "ShareError",
+    "TlsError",
     "UnsupportedOperation",
     "from_code",
     "printable",
@@ -110,6 +111,12 @@ class EndpointError(Error):
     """An address is unusable, or must not be used without an explicit option."""
 
     code = "endpoint"
+
+
+class TlsError(Error):
+    """A peer's certificate, or our own, does not prove what it should; nothing was sent to the peer."""
+
+    code = "tls"
 
 
 class HandshakeError(Error):

@@ -28,6 +28,7 @@ import secure
 from parties.ckks.client import CkksLink
 from parties.ckks.keystore import KeyStore, keys_digest
 from parties.net import hosting
+from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.frames import parts, to_frames
 from proto import unseen_pb2 as pb
@@ -367,11 +368,14 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         self._plain.check(endpoint, what=what)
 
-    def channel(self, endpoint: Endpoint, *, what: str) -> grpc.Channel:
-        return grpc.intercept_channel(self._plain.channel(endpoint, what=what), self)
+    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+        return grpc.intercept_channel(self._plain.channel(endpoint, what=what, role=role), self)
 
-    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str) -> int:
+    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         raise AssertionError("a client does not listen")
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        raise AssertionError("nobody calls a client")
 
     def _noted(self, messages: Iterable[Any]) -> Iterator[Any]:
         for message in messages:

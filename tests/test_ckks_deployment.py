@@ -386,7 +386,7 @@ def test_servers_that_are_refused(
     began = time.monotonic()
     with (
         ckks_server.faulty(real.link, script) as server,
-        secure.Plaintext().channel(server.endpoint, what="x") as channel,
+        secure.Plaintext().channel(server.endpoint, what="x", role="server") as channel,
     ):
         monkeypatch.setattr(real.link, "_stub", CkksStub(channel))
         with pytest.raises(error, match=message):

@@ -363,7 +363,7 @@ class ToyHosted:
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
-        return Parts([lambda server: None], about=[f"loudness {deployment.loudness}"])  # type: ignore[attr-defined]
+        return Parts([lambda server: None], {}, about=[f"loudness {deployment.loudness}"])  # type: ignore[attr-defined]
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

@@ -246,7 +246,7 @@ def test_a_client_that_does_not_read(model: Ready, dealer: Served) -> None:
     digest = hashlib.sha256(large).hexdigest()
     masked = dataclasses.replace(model.masked, files={"large": large})
     with serving(dataclasses.replace(model, masked=masked), dealer.address, deadline=0.5) as server:
-        channel = Plaintext().channel(server.endpoint, what="x")
+        channel = Plaintext().channel(server.endpoint, what="x", role="server")
         chunks = ModelStub(channel).Download(pb.DownloadRequest(sha256=digest))
         next(chunks)
         time.sleep(1.5)

@@ -228,12 +228,14 @@ def test_only_loopback_without_saying_so(model: Ready) -> None:
     with pytest.raises(EndpointError, match=r"the dealer: 192\.0\.2\.1:5 is not on this machine"):
         InferenceService(model.masked, "192.0.2.1:5", Plaintext())
     with pytest.raises(EndpointError, match=r"the thing: 0\.0\.0\.0:0 is not on this machine"):
-        hosting.start(Endpoint("0.0.0.0", 0), [], network=Plaintext(), what="the thing")
+        hosting.start(Endpoint("0.0.0.0", 0), [], network=Plaintext(), what="the thing", role="server", permissions={})
     open_to_all = Plaintext(beyond_loopback=True)
-    server_, address = hosting.start(Endpoint("0.0.0.0", 0), [], network=open_to_all, what="the thing")
+    server_, address = hosting.start(
+        Endpoint("0.0.0.0", 0), [], network=open_to_all, what="the thing", role="server", permissions={}
+    )
     server_.stop(None).wait()
     assert address.port > 0
-    open_to_all.channel(Endpoint("192.0.2.1", 5), what="x").close()
+    open_to_all.channel(Endpoint("192.0.2.1", 5), what="x", role="server").close()
 
 
 def test_a_port_in_use(dealer: Served) -> None:

@@ -49,7 +49,8 @@ class Party:
 
     def peer(self) -> Peer:
         """A channel to it."""
-        return Peer(f"party {self.service.share.party}", self.address, Plaintext(), start="the test")
+        role = self.service.share.role
+        return Peer(role, self.address, Plaintext(), role=role, start="the test")
 
     def stop(self) -> None:
         """At once, as a kill would."""
@@ -92,9 +93,8 @@ def running(
     with ExitStack() as stack:
 
         def serve(service: PartyService) -> Party:
-            return Party(
-                service, stack.enter_context(Service(parts_of(service), LOOPBACK, Plaintext(), what="the test"))
-            )
+            made = Service(parts_of(service), LOOPBACK, Plaintext(), what="the test", role=service.share.role)
+            return Party(service, stack.enter_context(made))
 
         kind_0: Any = kinds.get(0, Party0Service)
         kind_1: Any = kinds.get(1, Party1Service)

@@ -139,7 +139,9 @@ class Served:
         adding: list[Callable[[grpc.Server], None]] = [lambda server: add(service, server)]
         if published is not None:
             adding.append(lambda server: add_ModelServicer_to_server(published, server))
-        self._server, self.endpoint = hosting.start(listen, adding, network=Plaintext(), what="the test")
+        self._server, self.endpoint = hosting.start(
+            listen, adding, network=Plaintext(), what="the test", role=SERVER, permissions={}
+        )
         self.address = str(self.endpoint)
 
     def stop(self) -> None:
@@ -222,7 +224,7 @@ class Raw:
 
     def __init__(self, server: Served, dealer: Served, model: Ready) -> None:
         self.model, self.program = model, model.program
-        self.channels = [Plaintext().channel(s.endpoint, what="x") for s in (server, dealer)]
+        self.channels = [Plaintext().channel(s.endpoint, what="x", role=SERVER) for s in (server, dealer)]
         self.dealer = DealerStub(self.channels[1])
         self.token = self.dealer.Open(self.open_request()).session
         self.outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()

@@ -47,7 +47,7 @@ class CkksLink(Link):
         self._deadline, self._told = options.deadline, options.told
         self.key_seconds = 0.0
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
-            self._server = Peer("the server", deployment.server, options.network, start="unseen serve")
+            self._server = Peer("the server", deployment.server, options.network, role=SERVER, start="unseen serve")
             stack.callback(self._server.close)
             self._stub = CkksStub(self._server.channel)
             description = ask_description(self._server, deployment, SERVER, options)

@@ -76,7 +76,9 @@ class CkksHosted:
             add_CkksServicer_to_server(service, server)
 
         encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
-        return Parts([add], evaluators.close, (summary(model), encoded))
+        return Parts(
+            [add], {**published.permissions, **service.permissions}, evaluators.close, (summary(model), encoded)
+        )
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

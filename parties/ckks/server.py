@@ -13,19 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import unquote
 
 import grpc
 
 from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
+from parties.net.caller import Permissions, permit
 from parties.net.calls import answering, unexpected
 from parties.net.frames import to_frames
 from parties.net.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksServicer
 from secure.ckks.program import CkksProgram
+from secure.deployments.ckks import CLIENT
 from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
 
 log = logging.getLogger("unseen.server")
@@ -42,6 +44,8 @@ class CkksService(CkksServicer):
     model: the public name of the weights. state: a directory for keys. deadline: seconds that a query waits for any
     message of its client. expires: seconds that keys are held after their last use.
     """
+
+    permissions: ClassVar[Permissions] = permit("Ckks", Keys=[CLIENT], Upload=[CLIENT], Query=[CLIENT])
 
     def __init__(
         self,

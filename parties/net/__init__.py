@@ -1,7 +1,9 @@
 """The transport of bytes between parties: addresses, channels, frames, deadlines, services.
 
 endpoints    host:port, options of channels
-network      the protection of channels: plaintext, and the place for TLS
+caller       the caller of a service, and the roles that may call a method
+network      the protection of channels: its interface, and plaintext
+guard        refuses calls before their handlers read anything
 calls        errors of gRPC calls, explained on both ends
 peer         a service at the other end of a channel
 frames       byte strings as parts of about 1 MB

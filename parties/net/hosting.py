@@ -20,7 +20,9 @@ from types import TracebackType
 
 import grpc
 
+from parties.net.caller import Permissions
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
+from parties.net.guard import Guard
 from parties.net.network import Network
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
@@ -63,10 +65,12 @@ def _is_count(value: object, least: int, most: float) -> bool:
 class Parts:
     """The parts of one role's service. add: functions that add its servicers; close: ends it.
 
-    about: lines to show to a person once the service listens.
+    permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
+    by none where the network has identities. about: lines to show to a person once the service listens.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
+    permissions: Permissions
     close: Callable[[], None] = lambda: None
     about: Sequence[str] = ()
 
@@ -74,10 +78,12 @@ class Parts:
 class Service:
     """A running service, as a context manager. address: the address at which it listens, with its real port."""
 
-    def __init__(self, parts: Parts, listen: Endpoint, network: Network, *, what: str) -> None:
-        self._parts, self.about = parts, tuple(parts.about)
+    def __init__(self, parts: Parts, listen: Endpoint, network: Network, *, what: str, role: str) -> None:
+        self._parts, self.about = parts, (*network.about(), *parts.about)
         try:
-            self._server, at = start(listen, parts.add, network=network, what=what)
+            self._server, at = start(
+                listen, parts.add, network=network, what=what, role=role, permissions=parts.permissions
+            )
         except BaseException:
             parts.close()
             raise
@@ -106,18 +112,28 @@ class Service:
 
 
 def start(
-    listen: Endpoint, add: Sequence[Callable[[grpc.Server], None]], *, network: Network, what: str
+    listen: Endpoint,
+    add: Sequence[Callable[[grpc.Server], None]],
+    *,
+    network: Network,
+    what: str,
+    role: str,
+    permissions: Permissions,
 ) -> tuple[grpc.Server, Endpoint]:
-    """Bind and start a server; return it and its address with the real port. Raises EndpointError, naming ``what``."""
+    """Bind and start a server as ``role``; return it and its address with the real port.
+
+    Raises EndpointError, naming ``what``.
+    """
     network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(MAXIMUM_STREAMS),
         options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
         maximum_concurrent_rpcs=MAXIMUM_STREAMS,
+        interceptors=[Guard(network, permissions)],
     )
     for each in add:
         each(server)
-    port = network.bind(server, listen, what=what)
+    port = network.bind(server, listen, what=what, role=role)
     if port == 0:
         raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE)
     server.start()

@@ -81,7 +81,7 @@ def _swap(address: str) -> dict[int, float]:
     """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
     waits = []
-    with Plaintext().channel(Endpoint.parse(address, what="the other process"), what="it") as channel:
+    with Plaintext().channel(Endpoint.parse(address, what="the other process"), what="it", role="server") as channel:
         answers = (message.frame for message in InferenceStub(channel).Session(iter(outbox.get, None)))
         for size in PLAN:
             evict_caches(BUSY)
@@ -115,6 +115,8 @@ def main() -> None:
         [lambda s: add_InferenceServicer_to_server(Swap(), s)],
         network=Plaintext(),
         what="the other process",
+        role="server",
+        permissions={},
     )
     hosting.run_until_stopped(server, lambda: _announce(str(address)))
 

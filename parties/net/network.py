@@ -1,7 +1,6 @@
 """The protection of the bytes between parties: one value, which everything that listens or connects is given.
 
-``Plaintext`` is the only kind so far. TLS will be a second class here with the same three methods; nothing else in
-``parties`` makes channels.
+``Plaintext`` stands here, ``Tls`` in ``parties.net.tls``; nothing else in ``parties`` makes channels.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from parties.net.caller import Caller, address
 from parties.net.endpoints import CLIENT_LIMIT, OPTIONS, Endpoint
 from secure.errors import EndpointError
 
@@ -26,12 +26,24 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def channel(self, endpoint: Endpoint, *, what: str) -> grpc.Channel:
-        """Check ``endpoint`` and open a channel to it."""
+    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+        """Check ``endpoint`` and open a channel to it.
+
+        role: the role that must answer there. Where the network has identities, the peer proves it before anything is
+        sent.
+        """
 
     @abstractmethod
-    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str) -> int:
-        """Let ``server`` listen at ``endpoint``; return the port, or 0 if the address cannot be used."""
+    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
+        """Let ``server`` listen at ``endpoint`` as ``role``; return the port, or 0 if the address cannot be used."""
+
+    @abstractmethod
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Return who makes a call. Raises TlsError if its certificate is not valid any more, or has no role."""
+
+    def about(self) -> tuple[str, ...]:
+        """Return lines for a person about this network, such as how long a certificate is valid."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,17 @@ class Plaintext(Network):
                 "(secure.Plaintext(beyond_loopback=True)) where nobody else can read the network",
             )
 
-    def channel(self, endpoint: Endpoint, *, what: str) -> grpc.Channel:
+    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
         self.check(endpoint, what=what)
         options = (*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT))
         return grpc.insecure_channel(str(endpoint), options=options)
 
-    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str) -> int:
+    def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         self.check(endpoint, what=what)
         try:
             return server.add_insecure_port(str(endpoint))
         except RuntimeError:
             return 0
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        return Caller("", None, address(context))

@@ -11,13 +11,16 @@ from secure.errors import Error, PeerLost
 
 
 class Peer:
-    """An open channel to ``who`` ("the dealer"). start: the command that starts that service, for hints."""
+    """An open channel to ``who`` ("the dealer").
 
-    def __init__(self, who: str, address: str | Endpoint, network: Network, *, start: str) -> None:
+    role: the role that must answer ("dealer"). start: the command that starts that service, for hints.
+    """
+
+    def __init__(self, who: str, address: str | Endpoint, network: Network, *, role: str, start: str) -> None:
         self.who = who
         self.at = Endpoint.parse(address, what=who) if isinstance(address, str) else address
         self._start = start
-        self.channel = network.channel(self.at, what=who)
+        self.channel = network.channel(self.at, what=who, role=role)
 
     def __str__(self) -> str:
         return f"{self.who} at {self.at}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import grpc
 
+from parties.net.caller import Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import parts
 from parties.net.watchdog import Watchdog
@@ -26,6 +28,8 @@ class Published(ModelServicer):
     nothing about them. files: payloads by name. deadline: seconds that a client may take to read a part. before: called
     at every Describe; an Error that it raises is sent to the client.
     """
+
+    permissions: ClassVar[Permissions] = permit("Model", Describe=["client"], Download=["client"])
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ def parts_of(service: PartyService) -> Parts:
         add_ModelServicer_to_server(published, server)
         add_PartyServicer_to_server(service, server)
 
-    return Parts([add], service.close, [_about(share)])
+    return Parts([add], {**published.permissions, **service.permissions}, service.close, [_about(share)])
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
@@ -93,7 +93,7 @@ def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
 def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) -> PartyService:
     """Make the service of this share's party, with channels to the parties that it calls."""
     called = [
-        Peer(role, peers[role], options.network, start=f"unseen party --id {number}")
+        Peer(role, peers[role], options.network, role=role, start=f"unseen party --id {number}")
         for number, role in enumerate(PARTIES)
         if role in peers
     ]

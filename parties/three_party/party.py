@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
+from typing import ClassVar
 
 import grpc
 from torch import Tensor
 
+from parties.net.caller import Permissions
 from parties.net.calls import unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
@@ -39,6 +41,7 @@ class PartyService(PartyServicer, ABC):
     the query by its session, and leaves the answer in it.
     """
 
+    permissions: ClassVar[Permissions]  # the roles that may call each of its methods
     joined_by: str  # the role whose call takes up a query here; "" if this party does so itself
 
     def __init__(self, share: PartyShare, peers: Sequence[Peer] = (), *, deadline: float) -> None:

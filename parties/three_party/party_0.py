@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import grpc
 from torch import Tensor
 
+from parties.net.caller import permit
 from parties.net.calls import unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
@@ -26,7 +27,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
 from protocols.circuit import Correlations
-from secure.deployments.three_party import PARTIES
+from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
 
 _, PEER, PARTY_2 = PARTIES
@@ -35,6 +36,7 @@ _, PEER, PARTY_2 = PARTIES
 class Party0Service(PartyService):
     """The service of party 0. ahead: the number of queries whose corrections are kept ready."""
 
+    permissions = permit("Party", Ask=[CLIENT], Compute=[PEER])
     joined_by = PEER
 
     def __init__(self, share: PartyShare, party_2: Peer, *, ahead: int = 1, deadline: float = 60.0) -> None:

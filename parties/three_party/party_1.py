@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 import grpc
 from torch import Tensor
 
+from parties.net.caller import permit
 from parties.net.calls import unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
@@ -24,7 +25,7 @@ from proto.unseen_pb2_grpc import PartyStub
 from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES, Key, derive_key
 from protocols.three_party.endpoints import seeded_share
-from secure.deployments.three_party import PARTIES
+from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
 from secure.version import WIRE_VERSION
 
@@ -39,6 +40,7 @@ def input_key(seed: bytes, session: bytes) -> Key:
 class Party1Service(PartyService):
     """The service of party 1. A query has a thread of its own, so that its client hears of progress meanwhile."""
 
+    permissions = permit("Party", Ask=[CLIENT])
     joined_by = ""
 
     def __init__(self, share: PartyShare, party_0: Peer, party_2: Peer, *, deadline: float = 60.0) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import grpc
 
+from parties.net.caller import permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
@@ -24,7 +25,7 @@ from proto import unseen_pb2 as pb
 from protocols import wire
 from protocols.circuit import deal
 from protocols.prg import Key, derive_key, fresh_seed
-from secure.deployments.three_party import PARTIES
+from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 
 MAXIMUM_SEEDS = 1024  # seeds of party 1 that wait for it
@@ -38,6 +39,7 @@ def query_key(seed: bytes, party: int, number: bytes) -> Key:
 class Party2Service(PartyService):
     """The service of party 2. It draws fresh seeds for every query number, and gives each out once."""
 
+    permissions = permit("Party", Ask=[CLIENT], Supply=[PARTIES[0]], Contribute=[PARTIES[0]], Seed=[PARTIES[1]])
     joined_by = PARTIES[0]
 
     def __init__(self, share: PartyShare, *, deadline: float = 60.0) -> None:

@@ -64,9 +64,9 @@ class TwoPartyLink(Link):
         self._deadline, self._next_query, self._ready = options.deadline, 0, list[_Ready]()
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._open = stack
-            self._server = Peer("the server", deployment.server, options.network, start="unseen serve")
+            self._server = Peer("the server", deployment.server, options.network, role=SERVER, start="unseen serve")
             stack.callback(self._server.close)
-            self._dealer = Peer("the dealer", deployment.dealer, options.network, start="unseen dealer")
+            self._dealer = Peer("the dealer", deployment.dealer, options.network, role=DEALER, start="unseen dealer")
             stack.callback(self._dealer.close)
             self._describe(deployment, options)
             self._open_session()

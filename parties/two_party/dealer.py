@@ -16,9 +16,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import grpc
 
+from parties.net.caller import Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
@@ -37,6 +39,7 @@ from proto.unseen_pb2_grpc import DealerServicer
 from protocols.circuit import deal
 from protocols.prg import SEED_BYTES
 from protocols.weights import DealerWeights
+from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
@@ -65,6 +68,10 @@ class _DealtSession:
 
 class DealerService(DealerServicer):
     """The dealer. Its state is in memory only: a restarted dealer knows no session, so it deals nothing twice."""
+
+    permissions: ClassVar[Permissions] = permit(
+        "Dealer", Register=[SERVER], Open=[CLIENT], Join=[SERVER], Deal=[SERVER]
+    )
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

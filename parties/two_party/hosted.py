@@ -44,7 +44,7 @@ class TwoPartyHosted:
     ) -> Parts:
         if role == DEALER:
             dealer = DealerService()
-            return Parts([lambda server: add_DealerServicer_to_server(dealer, server)])
+            return Parts([lambda server: add_DealerServicer_to_server(dealer, server)], dealer.permissions)
         return self._server(held, peers[DEALER], options)
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
@@ -78,4 +78,4 @@ class TwoPartyHosted:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
-        return Parts([add], service.close)
+        return Parts([add], {**published.permissions, **service.permissions}, service.close)

@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import ClassVar
 from urllib.parse import unquote
 
 import grpc
 
+from parties.net.caller import Permissions, permit
 from parties.net.calls import unexpected
 from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
@@ -41,7 +43,8 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
-from secure.deployments.two_party import TwoParty
+from secure.deployments.two_party import CLIENT as CLIENT_ROLE
+from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.version import WIRE_VERSION
 
@@ -58,6 +61,8 @@ class InferenceService(InferenceServicer):
     deadline: seconds that a session waits for its client. traces: a directory for a timeline of every query, or None.
     """
 
+    permissions: ClassVar[Permissions] = permit("Inference", Session=[CLIENT_ROLE])
+
     def __init__(
         self,
         model: MaskedModel,
@@ -68,7 +73,7 @@ class InferenceService(InferenceServicer):
         traces: TraceDirectory | None = None,
     ) -> None:
         self.model, self.deadline, self.traces = model, deadline, traces
-        self._dealer_at = Peer("the dealer", dealer, network, start="unseen dealer")
+        self._dealer_at = Peer("the dealer", dealer, network, role=DEALER, start="unseen dealer")
         self.dealer = DealerStub(self._dealer_at.channel)
         self._free = threading.BoundedSemaphore(MAXIMUM_SESSIONS)
         try:

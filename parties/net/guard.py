@@ -1,0 +1,89 @@
+"""The guard of a service: it refuses a call before the handler reads anything, unless the caller's role may make it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from parties.net.caller import Permissions, address, note
+from parties.net.network import Network
+from secure.errors import Error
+
+log = logging.getLogger("unseen.guard")
+
+Admit = Callable[[grpc.ServicerContext], None]
+
+
+class Guard(grpc.ServerInterceptor):
+    """An interceptor of all calls to a service.
+
+    network: it reads the caller from the connection, and refuses a certificate that is revoked, expired or has no role.
+    permissions: the roles that may call each method; a method that is not listed may be called by none. On a network
+    without identities everybody may call everything.
+    """
+
+    def __init__(self, network: Network, permissions: Permissions) -> None:
+        self._network, self._permissions = network, permissions
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = continuation(details)
+        return None if handler is None else _guarded(handler, lambda context: self._admit(details.method, context))
+
+    def _admit(self, method: str, context: grpc.ServicerContext) -> None:
+        try:
+            who = self._network.caller(context)
+        except Error as error:
+            log.warning("refused a call of %s: %s", address(context), str(error).splitlines()[0])
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        allowed = self._permissions.get(method, frozenset())
+        if who.role is not None and who.role not in allowed:
+            may = f"only {', '.join(sorted(allowed))} may" if allowed else "nobody may"
+            log.warning("refused %s of %s: %s", method, who, may)
+            context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"a {who.role} may not call {method}; {may}\nhint: use the certificate of the role that you run",
+            )
+        note(context, who)
+
+
+def _guarded(handler: grpc.RpcMethodHandler[Any, Any], admit: Admit) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return the handler behind ``admit``.
+
+    gRPC reads a single request before it calls its handler. So every method is served as one that takes a stream, whose
+    messages are read when they are asked for: after ``admit``.
+    """
+    form = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    method: Any = (
+        (handler.stream_stream if handler.response_streaming else handler.stream_unary)
+        if handler.request_streaming
+        else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
+    )
+
+    def read(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        if handler.request_streaming:
+            return requests
+        for request in requests:
+            return request
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+
+    def single(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        admit(context)
+        return method(read(requests, context), context)
+
+    def streamed(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        admit(context)
+        yield from method(read(requests, context), context)
+
+    made: Any = form
+    return made(  # type: ignore[no-any-return]
+        streamed if handler.response_streaming else single,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
