@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from parties.ckks.hosted import CkksHosted
+from parties.net.caller import CLIENT
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import HostOptions, Parts, Service, reuse_memory, settle
-from parties.net.network import Network, Plaintext
+from parties.net.network import Network
 from parties.served.described import ConnectOptions, Told
 from parties.served.files import cache_directory
 from parties.three_party.hosted import ThreePartyHosted
@@ -80,7 +82,8 @@ def connect(
 ) -> Session:
     """Connect to the services of a model; the deployment holds their addresses.
 
-    network: the protection of channels; by default unencrypted, on this machine alone. deadline: seconds to wait for
+    network: the protection of channels; by default TLS, with the certificates in the directory that UNSEEN_TLS names or
+    in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait for
     any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
     keep none. program_digest: refuse a service with another Program. threads: threads of this client while it computes.
     keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a tenth of
@@ -94,7 +97,7 @@ def connect(
     if keep_memory:
         reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
-    options = ConnectOptions(network or Plaintext(), deadline, directory, program_digest, told)
+    options = ConnectOptions(network or network_of(CLIENT), deadline, directory, program_digest, told)
     return Session(hosted(deployment).connect(deployment, options), threads=threads)
 
 
@@ -112,7 +115,7 @@ def serve(
 
     held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
-    of the roles that this one connects to. given: deadline, state, traces, workers, ahead, if the role takes them; see
+    of the roles that this one connects to. network: as for ``connect``, with certificates of the role. given: deadline, state, traces, workers, ahead, if the role takes them; see
     ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
@@ -137,7 +140,7 @@ def serve(
     if held is None and role == deployment.serves:
         raise InvalidInput(f"the {role} has nothing to serve", "give what secure.compile returned")
     at = Endpoint.parse(listen, what=f"the {role}")
-    options = HostOptions(network or Plaintext(), **given)
+    options = HostOptions(network or network_of(role), **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)

@@ -21,6 +21,7 @@ from parties.cli.options import (
     LengthOption,
     ModelArgument,
     ThreadsOption,
+    TlsOption,
     VerboseOption,
     compile_options,
     host_options,
@@ -29,8 +30,8 @@ from parties.cli.options import (
 )
 from parties.cli.serve import compiled_model, run
 from parties.net import hosting
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
-from parties.net.network import Plaintext
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.deployment import Deployment
@@ -82,6 +83,7 @@ def party(
     ] = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
@@ -98,7 +100,7 @@ def party(
     hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen or ADDRESSES[number], what="--listen")
     peers = {name: addresses[name] or ADDRESSES[PARTIES.index(name)] for name in wanted}
-    network = Plaintext(beyond_loopback=insecure)
+    network = network_of(role, directory=tls, insecure=insecure)
     service = deployments.serve(
         share, role=role, listen=str(at), peers=peers, deployment=deployment, network=network, **given
     )

@@ -23,6 +23,7 @@ from parties.cli.options import (
     ListenOption,
     ModelArgument,
     ThreadsOption,
+    TlsOption,
     TraceOption,
     VerboseOption,
     compile_options,
@@ -30,9 +31,9 @@ from parties.cli.options import (
     read_texts,
 )
 from parties.net import hosting
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
-from parties.net.network import Plaintext
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compiled import Compiled, build, task_of
@@ -59,6 +60,7 @@ def serve(
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
@@ -79,7 +81,7 @@ def serve(
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)
     hosting.log_to_stderr(verbose)
-    network, at = Plaintext(beyond_loopback=insecure), Endpoint.parse(listen, what="--listen")
+    network, at = network_of(role, directory=tls, insecure=insecure), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: str(getattr(deployment, name.replace(" ", "_"))) for name in found.peers}
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
@@ -139,6 +141,7 @@ def run(service: Service, verb: str, *, announced: bool) -> None:
 def dealer(
     listen: ListenOption = "127.0.0.1:50052",
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
@@ -147,6 +150,6 @@ def dealer(
     use_threads(threads)
     hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen, what="--listen")
-    network = Plaintext(beyond_loopback=insecure)
+    network = network_of(DEALER, directory=tls, insecure=insecure)
     service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network)
     run(service, "dealer", announced=announce)

@@ -66,6 +66,9 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
             raise kind(f"{who} at {where} failed{during}: {type(error).__name__}", hint) from None
         if isinstance(error, FailedCall) and not isinstance(error.reason, PeerLost):
             raise error.reason from None
+        if error.code() == grpc.StatusCode.UNAVAILABLE and "Socket closed" in (error.details() or ""):
+            closed = f"{who} at {where} closed the connection{during}"
+            raise kind(closed, f"if it uses TLS, give --tls DIRECTORY (network=secure.Tls(...)); else {hint}") from None
         if error.code() == grpc.StatusCode.UNAVAILABLE:
             raise kind(f"{who} at {where} cannot be reached{during}", hint) from None
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:

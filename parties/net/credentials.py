@@ -184,15 +184,24 @@ def _require_private(path: Path, found: os.stat_result) -> None:
 
 
 def _require_pair(certificate: Certificate, key_pem: bytes, files: Files) -> None:
-    try:
-        key: Any = serialization.load_pem_private_key(key_pem, None)
-    except (ValueError, TypeError):
-        raise TlsError(f"{files.key} holds no private key in PEM form without a passphrase") from None
+    key = _key(key_pem, files.key)
     public = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     if key.public_key().public_bytes(*public) != certificate.parsed.public_key().public_bytes(*public):
         raise TlsError(
             f"{files.key} is not the key of the certificate in {files.certificate}", "they are made together: copy both"
         )
+
+
+def read_key(path: Path) -> Any:
+    """Read a private key, which nobody but its owner may be able to read. Raises TlsError."""
+    return _key(_read(path, private=True), path)
+
+
+def _key(pem: bytes, path: Path) -> Any:
+    try:
+        return serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError):
+        raise TlsError(f"{path} holds no private key in PEM form without a passphrase") from None
 
 
 def _context(files: Files, authority_pem: bytes) -> ssl.SSLContext:

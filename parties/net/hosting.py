@@ -141,9 +141,9 @@ def start(
 
 
 def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str) -> None:
-    """Check, before anything takes long, that the port is free and that something listens at every peer's address.
+    """Check, before anything takes long, that the port is free and that every peer answers at its address.
 
-    Raises EndpointError for the port, PeerLost for a peer.
+    peers: addresses by role. Raises EndpointError for the port, PeerLost or TlsError for a peer.
     """
     network.check(listen, what=what)
     for name, at in peers.items():
@@ -157,8 +157,8 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
             raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
     for name, at in peers.items():
         try:
-            socket.create_connection((at.host, at.port), timeout=5).close()
-        except OSError:
+            network.probe(at, what=f"the {name}", role=name)
+        except PeerLost:
             hint = f"start it with: unseen {name} --listen {at}"
             raise PeerLost(f"the {name} at {at} cannot be reached", hint) from None
 

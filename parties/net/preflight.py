@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -33,6 +34,7 @@ _REFUSES = {
     "BAD_CERTIFICATE": "to its clock, it is not valid yet; or it is malformed",
     "CERTIFICATE_UNKNOWN": "it gives no reason",
     "CERTIFICATE_REQUIRED": "it got none",
+    "UNSUPPORTED_CERTIFICATE": "it is not made for calling others",
 }
 
 
@@ -84,15 +86,18 @@ def _connect(endpoint: Endpoint, where: str) -> socket.socket:
 
 def _require_welcome(secured: ssl.SSLSocket, ours: Credentials, where: str) -> None:
     """Read the first bytes of the peer: an HTTP/2 server sends its settings at once, after it has accepted us."""
-    try:
-        begin = secured.recv(_HEADER)
-    except (ssl.SSLError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or ""
+    begin, reason = b"", ""
+    with suppress(ConnectionError):
+        try:
+            begin = secured.recv(_HEADER)
+        except ssl.SSLError as error:
+            reason = error.reason or ""
+    if not begin:
         said = next((words for alert, words in _REFUSES.items() if alert in reason), "it closed the connection")
         raise TlsError(
             f"{where} refuses our certificate {ours.certificate}: {said}",
             "both sides need a certificate of the same authority, a correct clock, and the same ca.pem; see its log",
-        ) from None
+        )
     if len(begin) < 4 or begin[3] != _SETTINGS:
         raise TlsError(f"{where} is no service of unseen: it speaks TLS, but no HTTP/2", "check the address")
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import grpc
 
-from parties.net.caller import Permissions, permit
+from parties.net.caller import CLIENT, Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import parts
 from parties.net.watchdog import Watchdog
@@ -29,7 +29,7 @@ class Published(ModelServicer):
     at every Describe; an Error that it raises is sent to the client.
     """
 
-    permissions: ClassVar[Permissions] = permit("Model", Describe=["client"], Download=["client"])
+    permissions: ClassVar[Permissions] = permit("Model", Describe=[CLIENT], Download=[CLIENT])
 
     def __init__(
         self,
