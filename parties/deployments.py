@@ -83,12 +83,12 @@ def connect(
     """Connect to the services of a model; the deployment holds their addresses.
 
     network: the protection of channels; by default TLS, with the certificates in the directory that UNSEEN_TLS names or
-    in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait for
-    any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
-    keep none. program_digest: refuse a service with another Program. threads: threads of this client while it computes.
-    keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a tenth of
-    its processor time. told: called with (done, total, what is being done) while something takes long.
-    Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
+    in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
+    for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
+    False: keep none. program_digest: refuse a service with another Program. threads: threads of this client while it
+    computes. keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a
+    tenth of its processor time. told: called with (done, total, what is being done) while something takes long.
+    Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
@@ -115,8 +115,9 @@ def serve(
 
     held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
-    of the roles that this one connects to. network: as for ``connect``, with certificates of the role. given: deadline, state, traces, workers, ahead, if the role takes them; see
-    ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
+    of the roles that this one connects to. network: as for ``connect``, with certificates of this role. given:
+    deadline, state, traces, workers, ahead, if the role takes them; see ``HostOptions``. Raises EndpointError,
+    TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         deployment = held.deployment

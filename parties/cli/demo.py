@@ -226,7 +226,10 @@ def embed_texts(
 
 
 def ask_digits(console: Console, deployment: Deployment, count: int, tls: Path) -> int:
-    """Ask about test images from this process. tls: the client's certificates. The exit code: 1 if fewer than ``WANTED`` of the answers are right."""
+    """Ask about test images from this process. tls: the client's certificates.
+
+    The exit code: 1 if fewer than ``WANTED`` of the answers are right.
+    """
     hosting.settle()
     images, labels = load_digits().test
     images, labels = images[:count], labels[:count]

@@ -141,12 +141,12 @@ def _signed(listed: x509.CertificateRevocationList, signer: x509.Certificate) ->
     return bool(listed.is_signature_valid(key))
 
 
-def validity(named: Iterable[tuple[str, Certificate]]) -> list[str]:
-    """Return a line for each certificate, with a warning if it ends soon."""
-    out = []
+def validity(named: Iterable[tuple[str, Certificate]]) -> tuple[str, bool]:
+    """Return in words how long certificates are valid, and whether one of them ends soon."""
+    out, warned = [], False
     for what, each in named:
         left, soon = each.left()
         days = f"{left.days} days" if left >= timedelta(days=2) else f"{left.total_seconds() / 3600:.1f} hours"
-        line = f"{what} is valid until {each.ends:%Y-%m-%d %H:%M} UTC ({days})"
-        out.append(f"warning: {line}; renew it" if soon else line)
-    return out
+        out.append(f"{what} is valid until {each.ends:%Y-%m-%d %H:%M} UTC ({days}{', renew it' if soon else ''})")
+        warned = warned or soon
+    return ", ".join(out), warned

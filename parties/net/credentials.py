@@ -102,10 +102,10 @@ class Credentials:
                 "its holder needs a new one: unseen certs",
             )
 
-    def about(self, files: Files) -> list[str]:
-        """Return lines on how long the certificate and the authorities are valid."""
+    def about(self) -> tuple[str, bool]:
+        """Return in words how long the certificate and the authorities are valid, and whether one of them ends soon."""
         named = [(f"the certificate {self.certificate}", self.certificate)]
-        named += [(f"the authority {a} in {files.authority.name}", a) for a in self.authorities]
+        named += [(f"its authority {a}" if len(self.authorities) == 1 else str(a), a) for a in self.authorities]
         return validity(named)
 
 
@@ -142,12 +142,12 @@ class Reloading:
             log.error("new TLS files are not used, the old ones go on: %s", str(error).replace("\n", "; "))
         else:
             self._held = found
-            log.info("new TLS files are in use: %s", "; ".join(found.about(self.files)))
+            log.info("new TLS files are in use: %s", found.about()[0])
 
     def _warn(self) -> None:
-        for line in self._held.about(self.files):
-            if line.startswith("warning"):
-                log.warning("%s", line)
+        line, soon = self._held.about()
+        if soon:
+            log.warning("%s", line)
 
     def _stamps(self) -> tuple[Any, ...]:
         return tuple(_stamp(path) for path in self.files.all())

@@ -71,7 +71,8 @@ class Tls(Network):
         return self._reloading.now()
 
     def about(self) -> tuple[str, ...]:
-        return tuple(f"TLS 1.3: {line}" for line in self.credentials.about(self.files))
+        line, soon = self.credentials.about()
+        return (f"{'warning: ' if soon else ''}TLS 1.3: {line}",)
 
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         """Do nothing: an encrypted channel may go anywhere."""
