@@ -1,6 +1,7 @@
 """The command ``unseen``, one file a verb.
 
 console      the two consoles, threads, progress
+core_log     lines of gRPC's core about refused handshakes, in words
 options      options that several commands take, and those of deployments
 output       reports in a file or on the terminal
 profile      ``unseen profile``
@@ -11,6 +12,7 @@ timeline     ``unseen timeline``
 serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
 embed        ``unseen embed``
+certs        ``unseen certs``
 demo         ``unseen demo``
 main         the commands put together
 """

@@ -28,9 +28,8 @@ from parties.cli.options import (
     read_texts,
     refused,
 )
-from parties.cli.serve import compiled_model, run
+from parties.cli.serve import compiled_model, hosting_network, run
 from parties.net import hosting
-from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
@@ -97,10 +96,9 @@ def party(
             raise refused(name.replace(" ", "_"), deployment, [p.replace(" ", "_") for p in wanted], role)
     given = host_options(deployment, role, ahead=ahead, deadline=deadline)
     get_ready(threads)
-    hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen or ADDRESSES[number], what="--listen")
     peers = {name: addresses[name] or ADDRESSES[PARTIES.index(name)] for name in wanted}
-    network = network_of(role, directory=tls, insecure=insecure)
+    network = hosting_network(role, tls, insecure, verbose)
     service = deployments.serve(
         share, role=role, listen=str(at), peers=peers, deployment=deployment, network=network, **given
     )

@@ -10,6 +10,7 @@ import typer
 
 from parties import deployments
 from parties.cli.console import announce, get_ready, say, use_threads
+from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
@@ -34,6 +35,8 @@ from parties.net import hosting
 from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
+from parties.net.network import Network
+from parties.net.tls import Tls
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compiled import Compiled, build, task_of
@@ -80,8 +83,7 @@ def serve(
     if "workers" in deployments.hosted(deployment).takes[role]:
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)
-    hosting.log_to_stderr(verbose)
-    network, at = network_of(role, directory=tls, insecure=insecure), Endpoint.parse(listen, what="--listen")
+    network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: str(getattr(deployment, name.replace(" ", "_"))) for name in found.peers}
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
@@ -125,6 +127,15 @@ def compiled_model(
     return compiled
 
 
+def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:
+    """The network of a service, and its log on the error output, with gRPC's refused handshakes in it."""
+    network = network_of(role, directory=tls, insecure=insecure)
+    if isinstance(network, Tls):
+        CoreLog()
+    hosting.log_to_stderr(verbose)
+    return network
+
+
 def run(service: Service, verb: str, *, announced: bool) -> None:
     """Say where a service listens, and wait until it is stopped."""
 
@@ -148,8 +159,6 @@ def dealer(
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     use_threads(threads)
-    hosting.log_to_stderr(verbose)
-    at = Endpoint.parse(listen, what="--listen")
-    network = network_of(DEALER, directory=tls, insecure=insecure)
+    network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network)
     run(service, "dealer", announced=announce)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from secure.errors import TlsError, printable
 
@@ -55,6 +55,15 @@ class Certificate:
     @property
     def common_names(self) -> tuple[str, ...]:
         return tuple(str(each.value) for each in self.parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+
+    @property
+    def calls(self) -> bool:
+        """Tell whether it may be used by the side that connects."""
+        try:
+            found = self.parsed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        except x509.ExtensionNotFound:
+            return True
+        return ExtendedKeyUsageOID.CLIENT_AUTH in found
 
     @property
     def issued(self) -> Issued:

@@ -13,10 +13,13 @@ import ssl
 import stat
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from parties.net.certificates import Certificate, Issued, read_certificates, read_revoked, validity
@@ -54,7 +57,7 @@ class Credentials:
     """The content of the files at one time. Its repr shows no key.
 
     context: what Python's own TLS needs for a handshake as a client: TLS 1.3 alone, this certificate, these
-    authorities.
+    authorities. signed_here: an authority of ca.pem has signed our own certificate, perhaps by intermediate ones.
     """
 
     certificate: Certificate
@@ -64,6 +67,7 @@ class Credentials:
     authority_pem: bytes
     revoked: frozenset[Issued]
     lists_revoked: bool
+    signed_here: bool
     naming: Naming
     context: ssl.SSLContext = field(repr=False)
 
@@ -92,7 +96,22 @@ class Credentials:
             read_revoked(_read(files.revoked, LARGEST_LIST), authorities, str(files.revoked)) if lists else frozenset()
         )
         context = _context(files, authority_pem)
-        return cls(chain[0], chain_pem, key_pem, authorities, authority_pem, revoked, lists, naming, context)
+        return cls(
+            chain[0],
+            chain_pem,
+            key_pem,
+            authorities,
+            authority_pem,
+            revoked,
+            lists,
+            _signed(chain, authorities),
+            naming,
+            context,
+        )
+
+    @property
+    def own_revoked(self) -> bool:
+        return self.certificate.issued in self.revoked
 
     def require_not_revoked(self, certificate: Certificate, who: str) -> None:
         """Raise TlsError if a certificate is in a revocation list. who: its holder, for the message."""
@@ -120,6 +139,7 @@ class Reloading:
         self._lock = threading.Lock()
         self._seen = self._stamps()
         self._held = Credentials.read(files, naming)
+        self._held.require_not_revoked(self._held.certificate, "the certificate of this side")
         self._warned = time.monotonic()
 
     def now(self) -> Credentials:
@@ -143,6 +163,8 @@ class Reloading:
         else:
             self._held = found
             log.info("new TLS files are in use: %s", found.about()[0])
+            if found.own_revoked:
+                log.error("the certificate %s of this side was revoked: peers refuse it", found.certificate)
 
     def _warn(self) -> None:
         line, soon = self._held.about()
@@ -181,6 +203,16 @@ def _require_private(path: Path, found: os.stat_result) -> None:
         raise TlsError(f"the key {path} can be read or written by others (mode {mode:04o})", f"chmod 600 {path}")
     if found.st_uid not in (os.geteuid(), 0):
         raise TlsError(f"the key {path} belongs to another user", "give it to the user that runs unseen")
+
+
+def _signed(chain: Sequence[Certificate], authorities: Sequence[Certificate]) -> bool:
+    """Tell whether one of the authorities has signed one of the certificates in a chain."""
+    for each in chain:
+        for authority in authorities:
+            with suppress(ValueError, TypeError, InvalidSignature):
+                each.parsed.verify_directly_issued_by(authority.parsed)
+                return True
+    return False
 
 
 def _require_pair(certificate: Certificate, key_pem: bytes, files: Files) -> None:

@@ -107,10 +107,12 @@ class Naming:
                 "check the address; every service needs the certificate of its own role",
             )
 
-    def sni(self, role: str) -> str:
-        """Return the DNS name to ask a service of ``role`` for, in its handshake."""
+    def sni(self, role: str) -> str | None:
+        """Return the DNS name to ask a service of ``role`` for in its handshake, if it must have one."""
         expected = self.names.get(dashed(role), "")
-        return expected if re.fullmatch(r"[A-Za-z0-9.-]+", expected) else dns_of(role)
+        if re.fullmatch(r"[A-Za-z0-9.-]+", expected):
+            return expected
+        return None if self.names or self.roles else dns_of(role)
 
 
 def _matching(pattern: str, certificate: Certificate) -> Iterator[str]:

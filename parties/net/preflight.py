@@ -93,13 +93,22 @@ def _require_welcome(secured: ssl.SSLSocket, ours: Credentials, where: str) -> N
         except ssl.SSLError as error:
             reason = error.reason or ""
     if not begin:
-        said = next((words for alert, words in _REFUSES.items() if alert in reason), "it closed the connection")
+        said = next((words for alert, words in _REFUSES.items() if alert in reason), _guess(ours))
         raise TlsError(
             f"{where} refuses our certificate {ours.certificate}: {said}",
             "both sides need a certificate of the same authority, a correct clock, and the same ca.pem; see its log",
         )
     if len(begin) < 4 or begin[3] != _SETTINGS:
         raise TlsError(f"{where} is no service of unseen: it speaks TLS, but no HTTP/2", "check the address")
+
+
+def _guess(ours: Credentials) -> str:
+    """Say why a peer may refuse our certificate. gRPC's services close the connection and give no reason."""
+    if not ours.certificate.calls:
+        return "it is not made for calling others"
+    if not ours.signed_here:
+        return "its authority is not the one of our ca.pem"
+    return "it closed the connection"
 
 
 def _untrusted(error: ssl.SSLCertVerificationError, where: str) -> TlsError:
