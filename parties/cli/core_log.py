@@ -89,7 +89,10 @@ class CoreLog:
         return b""
 
     def close(self) -> None:
-        """Give descriptor 2 back, and copy what is left; a process that was started meanwhile may keep the pipe open."""
+        """Give descriptor 2 back, and copy what is left.
+
+        The pipe has its end then, unless a process that was started meanwhile still writes to it.
+        """
         atexit.unregister(self.close)
         os.dup2(self._real, 2)
         self._thread.join(timeout=1)

@@ -115,7 +115,7 @@ class Authority:
         answers = [] if role in ONLY_CALLS else [ExtendedKeyUsageOID.SERVER_AUTH]
         life = min(timedelta(days=days), self.certificate.ends - now)
         made = (
-            _builder(_subject(f"{dashed(role)} {name}"), self.certificate.parsed.subject, key.public_key(), now, life)
+            _builder(_subject(where.name), self.certificate.parsed.subject, key.public_key(), now, life)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([*calls, *answers]), critical=False)
