@@ -18,6 +18,7 @@ from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked, Progress
+from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
 from parties.three_party.party_2 import query_key
 from parties.three_party.sealed_rounds import Rounds
@@ -36,29 +37,34 @@ _, PEER, PARTY_2 = PARTIES
 class Party0Service(PartyService):
     """The service of party 0. ahead: the number of queries whose corrections are kept ready."""
 
-    permissions = permit("Party", Ask=[CLIENT], Compute=[PEER])
+    permissions = permit("Party", Ask=[CLIENT], Agree=[PEER], Compute=[PEER])
+    called_by = (1,)
     joined_by = PEER
 
     def __init__(self, share: PartyShare, party_2: Peer, *, ahead: int = 1, deadline: float = 60.0) -> None:
-        super().__init__(share, [party_2], deadline=deadline)
-        self._party_2, self._dealing = party_2, PartyStub(party_2.channel)
-        self._stock = Stock(self._supply, ahead)
+        self._party_2, self._stock = party_2, Stock(self._supply, ahead)
+        super().__init__(share, {2: party_2}, deadline=deadline)
         self._stock.refill()
 
     def _supply(self) -> Arriving:
         """Ask party 2 for one query's corrections; a thread receives them meanwhile."""
-        key = self.share.pair_keys[2]
-        arriving = Arriving(self.share.circuit.circuit, lambda n: key.seal("corrections", n), self.deadline)
-        request = pb.SupplyRequest(
-            model=self.share.manifest.model, supply=arriving.number, proof=key.proof("supply", arriving.number)
-        )
+        arriving = Arriving(self.share.circuit.circuit, self.deadline)
 
         def take() -> None:
-            call = self._dealing.Supply(request)
+            try:
+                key = self.key(2)
+            except Error as error:
+                arriving.fail(error)
+                return
+            number = arriving.number
+            request = pb.SupplyRequest(
+                model=self.share.manifest.model, supply=number, proof=key.proof("supply", number)
+            )
+            call = PartyStub(self._party_2.channel).Supply(request)
             watch = Watchdog(self.deadline, call.cancel)
             try:
                 with self._party_2.calling("dealing"):
-                    arriving.receive(watch.receiving(call))
+                    arriving.receive(watch.receiving(call), key.seal("corrections", number))
             except Error as error:
                 arriving.fail(silent(self.deadline) if watch.fired else error)
             finally:
@@ -85,14 +91,15 @@ class Party0Service(PartyService):
         shared = {name: p for name, (_, p) in self.share.circuit.lookups.items() if not p.public}
         if not shared:
             return self.looked_up(keys), 0
-        key = self.share.pair_keys[2]
+        key = self.key(2)
         request = pb.ContributeRequest(
             model=self.share.manifest.model,
             supply=number,
             session=asked.session,
             proof=key.proof("contribute", number, asked.session),
         )
-        coming = self._dealing.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
+        stub = PartyStub(self._party_2.channel)
+        coming = stub.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
         rows = self.looked_up(keys)
         with asked.progress.waiting(PARTY_2), self._party_2.calling("looking up rows"):
             contribution = coming.result()
@@ -115,11 +122,18 @@ class Party0Service(PartyService):
             run.close()
             self._stock.refill()
 
-    def greeted(self, hello: pb.PeerHello) -> Asked:
-        """Check party 1's greeting, and take up the query that it names. Raises HandshakeError, PeerLost."""
+    def lost(self) -> None:
+        self._stock.drop()
+
+    def greeted(self, hello: pb.PeerHello) -> tuple[Asked, PairKey]:
+        """Check party 1's greeting, and take up the query that it names; the key is that of the query.
+
+        Raises HandshakeError, PeerLost.
+        """
         self.agree(PEER, hello.version, hello.model, hello.session)
-        self.share.pair_keys[1].require(hello.proof, "compute", hello.session)
-        return self.join(hello.session)
+        key = self.key(1)
+        key.require(hello.proof, "compute", hello.session)
+        return self.join(hello.session), key
 
     def take(self, progress: Progress) -> Arriving:
         """Take the corrections of one query; ``progress`` hears of waits for party 2."""
@@ -178,12 +192,13 @@ class _Computation:
         service, hello = self._service, self._next("its greeting")
         if hello.WhichOneof("content") != "hello":
             raise ProtocolError(f"{PEER} does not begin with its greeting")
-        self._asked = asked = service.greeted(hello.hello)
+        asked, key = service.greeted(hello.hello)
+        self._asked = asked
         self._progress = asked.progress
         supply = service.take(asked.progress)
         seed = supply.seed()  # once it is here, party 2 knows the supply's number, so party 1 may use it
         yield pb.PeerMessage(welcome=pb.PeerWelcome(supply=supply.number))
-        rounds = Rounds.of(service.share, service.share.pair_keys[1], supply.number)
+        rounds = Rounds.of(service.share, key, supply.number)
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)
         start = time.perf_counter()
         inputs, rows = service.inputs(asked, supply.number)
@@ -196,7 +211,7 @@ class _Computation:
         rounds.compare(self._next("its tag"), PEER)
         supply.finish()
         answer = pb.Answer(
-            share=service.for_client(running.result, supply.number),
+            share=service.for_client(running.result, key, supply.number),
             seconds=seconds,
             waited=supply.waited,
             rounds=rounds.count,

@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from parties.served.files import TOKEN_TABLE, pack_masked, received_tokenizer, store, unpack_masked
-from parties.three_party.pair_keys import PairKey
+from parties.three_party.pair_keys import PairSeed
 from protocols import ring
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
@@ -77,14 +77,14 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PartyShare:
-    """One party's share of a model. pair_keys: by the other party of the pair. files: those for clients, by name."""
+    """One party's share of a model. pair_seeds: by the other party of the pair. files: those for clients, by name."""
 
     manifest: Manifest
     deployment: ThreeParty
     program: Program
     circuit: Translated
     weights: AnyWeights
-    pair_keys: Mapping[int, PairKey]
+    pair_seeds: Mapping[int, PairSeed]
     tokenizer: TextTokenizer | None
     tokenizer_json: bytes
     files: Mapping[str, bytes]
@@ -134,7 +134,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     program, integers = compiled.program, compiled.model.integers
     rings = deployment.translated(program).weight_rings
     seeds = [fresh_seed() for _ in PAIRS]
-    keys = [PairKey(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
+    keys = [PairSeed(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
     held: Iterable[tuple[str, Tensor]] = ((name, integers[name]) for name in rings)
     if not deployment.public_weights:
         held = masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings)
@@ -195,7 +195,7 @@ def load_share(directory: str | Path) -> PartyShare:
     if len(parts[SEEDS]) != len(pairs) * SEED_BYTES:
         raise ShareError(f"{directory / SEEDS} is damaged", "share the model anew")
     seeds = (parts[SEEDS][i * SEED_BYTES : (i + 1) * SEED_BYTES] for i in range(len(pairs)))
-    keys = {sum(pair) - manifest.party: PairKey(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
+    keys = {sum(pair) - manifest.party: PairSeed(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
     try:
         deployment = ThreeParty.served(manifest.compiled_as)
         program = Program.from_bytes(parts[PROGRAM])
@@ -249,7 +249,7 @@ def _check_model(
         raise ShareError(f"{directory}: the model's name is not that of its files", "share the model anew")
 
 
-def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairKey], *, public: bool) -> AnyWeights:
+def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairSeed], *, public: bool) -> AnyWeights:
     party = manifest.party
     if party == PARTY_2:
         return Party2Weights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)
