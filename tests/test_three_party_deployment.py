@@ -670,12 +670,6 @@ def ask(party: Party) -> Any:
     return stub(party).Ask(iter([pb.AskPart(start=start), *(pb.AskPart(frame=frame) for frame in frames)]))
 
 
-def met(three: Three) -> None:
-    """Waits until all three pairs have a key."""
-    for caller, callee in ((0, 2), (1, 0), (1, 2)):
-        three.parties[caller].service.key(callee)
-
-
 def free(party: Party) -> int:
     """The queries that a party would still take."""
     return party.service._free._value
@@ -683,7 +677,6 @@ def free(party: Party) -> int:
 
 def test_corrections_are_for_party_0_alone(three: Three) -> None:
     share, number = three.parties[2].service.share, bytes(16)
-    met(three)
     proofs = [b"", bytes(32), PairKey(bytes(32), (2, 0)).proof("supply", number)]
     proofs += [seed.proof(purpose, number) for seed in share.pair_seeds.values() for purpose in ("supply", "seed")]
     proofs += [three.parties[2].service.key(1).proof("supply", number)]
@@ -711,7 +704,6 @@ def test_numbers_and_seeds_serve_once(three: Three) -> None:
 
 def test_party_0_computes_with_party_1_alone(three: Three) -> None:
     share = three.parties[0].service.share
-    met(three)
     hello = pb.PeerHello(version=WIRE_VERSION, model=share.manifest.model, session=bytes(16), proof=bytes(32))
     messages = list(stub(three.parties[0]).Compute(iter([pb.PeerMessage(hello=hello)])))
     assert [m.WhichOneof("content") for m in messages] == ["failure"]
@@ -728,7 +720,6 @@ def test_party_1_needs_its_seed(three: Three) -> None:
 
 
 def test_nothing_secret_is_shown(three: Three) -> None:
-    met(three)
     for party in three.parties:
         share, number = party.service.share, party.service.share.party
         for key in (*share.pair_seeds.values(), *(party.service.key(other) for other in range(3) if other != number)):
