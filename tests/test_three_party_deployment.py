@@ -483,7 +483,7 @@ class StuckOne(Blocking, Party1Service):
 class NeverOne(Blocking, Party1Service):
     """It never begins to compute."""
 
-    def _answer(self, asked: Any) -> None:
+    def _answer(self, asked: Any, place: Any) -> None:
         self.block()
 
 
@@ -672,7 +672,7 @@ def ask(party: Party) -> Any:
 
 def free(party: Party) -> int:
     """The queries that a party would still take."""
-    return party.service._free._value
+    return party.service._places.free
 
 
 def test_corrections_are_for_party_0_alone(three: Three) -> None:

@@ -36,13 +36,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from parties.net.caller import Caller
 from parties.net.peer import Peer
+from parties.net.waiting import FIRST
 from parties.net.watchdog import Watchdog
 from parties.three_party.pair_keys import PairKey, other_seed
 from parties.three_party.shared_model import PartyShare
@@ -95,12 +96,19 @@ class KeyOfCaller:
             raise HandshakeError(f"{PARTIES[caller]} has agreed on no key with {self._share.role}", "ask again")
         return found
 
-    def serve(self, requests: Iterator[pb.AgreeMessage], watch: Watchdog, who: Caller) -> Iterator[pb.AgreeMessage]:
+    def serve(
+        self,
+        requests: Iterator[pb.AgreeMessage],
+        watch: Watchdog,
+        who: Caller,
+        waiting: AbstractContextManager[None],
+    ) -> Iterator[pb.AgreeMessage]:
         """Agree on a key with a caller, and keep it until the call ends.
 
-        watch: the guard of the wait for each of the first two messages. Raises HandshakeError, ProtocolError.
+        watch: the guard of the wait for each of the first two messages. waiting: a place for the first of these waits.
+        Raises HandshakeError, ProtocolError, PeerLost.
         """
-        with watch.guard():
+        with waiting, watch.guard(FIRST):
             hello = self._content(requests, "hello").hello
         number = hello.party
         if number not in self._callers or who.role not in (None, PARTIES[number]):
@@ -118,7 +126,7 @@ class KeyOfCaller:
         answer = pb.AgreeAnswer(public=exchange.public, proof=key.proof("callee", transcript))
         del exchange
         yield pb.AgreeMessage(answer=answer)
-        with watch.guard():
+        with watch.guard(FIRST):
             confirm = self._content(requests, "confirm").confirm
         key.require(confirm, "caller", transcript)
         with self._lock:

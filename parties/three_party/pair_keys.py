@@ -43,7 +43,7 @@ class Seal:
             )
 
 
-class _Held:
+class _PairSecret:
     """A seed that the parties ``pair`` have in common. Its repr never shows it."""
 
     def __init__(self, seed: bytes, pair: tuple[int, int]) -> None:
@@ -61,7 +61,7 @@ class _Held:
         return hmac.compare_digest(self.proof(purpose, *about), proof)
 
 
-class PairSeed(_Held):
+class PairSeed(_PairSecret):
     """The seed that the owner gave to a pair."""
 
     def weights_key(self) -> Key:
@@ -89,7 +89,7 @@ def other_seed(who: str, pair: tuple[int, int]) -> HandshakeError:
     )
 
 
-class PairKey(_Held):
+class PairKey(_PairSecret):
     """The key that a pair agreed on for as long as both processes are connected, and what is derived from it."""
 
     def require(self, proof: bytes, purpose: str, *about: bytes) -> None:

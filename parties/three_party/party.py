@@ -17,6 +17,7 @@ from parties.net.caller import Permissions, caller
 from parties.net.calls import answering, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
+from parties.net.waiting import FIRST, Clock, Places, WaitingRoom, patience
 from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked
@@ -34,6 +35,9 @@ from secure.version import WIRE_VERSION
 
 SESSION_BYTES = 16
 MAXIMUM_QUERIES = 8  # queries at a time; each takes a thread, and its corrections are held in memory
+QUERIES_OF_ONE = 4  # those of any one client that has a name
+WAITING = 12  # requests of clients, and greetings of parties, that may come at a time
+STREAMS = 96  # threads of a party's service: more than all places together, so that clients take none of parties' calls
 
 
 class PartyService(PartyServicer, ABC):
@@ -52,7 +56,9 @@ class PartyService(PartyServicer, ABC):
         self.share, self.deadline = share, deadline
         self.log = logging.getLogger(f"unseen.{share.role.replace(' ', '-')}")
         self._peers = peers
-        self._free = threading.BoundedSemaphore(MAXIMUM_QUERIES)
+        self._places = Places(MAXIMUM_QUERIES, QUERIES_OF_ONE, share.role, "queries")
+        self._asking, self._greeting = WaitingRoom(WAITING), WaitingRoom(WAITING)
+        self._joining = min(deadline, FIRST + patience(sum(self.asked_sizes())))
         self._asked: dict[bytes, Asked] = {}
         self._came = threading.Condition()
         self._of_callers = KeyOfCaller(share, self.called_by, self.log)
@@ -97,16 +103,13 @@ class PartyService(PartyServicer, ABC):
         """Yield all messages to the client; a failure is the last one."""
         try:
             with ExitStack() as place:
-                if not self._free.acquire(blocking=False):
-                    raise Error(
-                        f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later"
-                    )
-                place.callback(self._free.release)
-                asked = self._read_ask(requests, watch)
+                with self._asking.place(context):
+                    asked = self._read_ask(requests, watch)
+                place.callback(self._places.take(caller(context)))
                 context.add_callback(asked.leave)
                 with self._kept(asked):
                     self.begin(asked, place)
-                    yield from asked.replies(self.deadline)
+                    yield from asked.replies(self._joining)
         except Error as error:
             self.log.warning("a query ended: %s", str(error).splitlines()[0])
             yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
@@ -127,18 +130,18 @@ class PartyService(PartyServicer, ABC):
     def _read_ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> Asked:
         """Read a client's start and the byte strings that follow it in one frame.
 
-        Raises HandshakeError, ProtocolError.
+        The start comes within FIRST seconds, all of it within ``patience`` of its size, and no part after more than the
+        deadline. Raises HandshakeError, ProtocolError, PeerLost.
         """
         sizes = self.asked_sizes()
-        with watch.guard():
-            first = next(requests, None)
+        clock = Clock(patience(sum(sizes)))
+        first = _next(requests, watch, clock.left(min(FIRST, self.deadline)))
         if first is None or first.WhichOneof("content") != "start":
             raise ProtocolError("a query does not begin with its start")
         self.agree("the client", first.start.version, first.start.model, first.start.session)
         reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
         while payload is None:
-            with watch.guard():
-                part = next(requests, None)
+            part = _next(requests, watch, clock.left(self.deadline))
             if part is None or part.WhichOneof("content") != "frame":
                 raise ProtocolError("what the client sends did not come whole")
             try:
@@ -170,8 +173,8 @@ class PartyService(PartyServicer, ABC):
         Raises PeerLost, ProtocolError.
         """
         with self._came:
-            if not self._came.wait_for(lambda: session in self._asked, self.deadline):
-                raise PeerLost(f"the client did not come to {self.share.role} within {self.deadline:g} s")
+            if not self._came.wait_for(lambda: session in self._asked, self._joining):
+                raise PeerLost(f"the client did not come to {self.share.role} within {self._joining:g} s")
             asked = self._asked[session]
             if asked.joined:
                 raise ProtocolError("this session was joined before")
@@ -214,7 +217,7 @@ class PartyService(PartyServicer, ABC):
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, self.log):
-                yield from self._of_callers.serve(requests, watch, caller(context))
+                yield from self._of_callers.serve(requests, watch, caller(context), self._greeting.place(context))
         finally:
             watch.stop()
 
@@ -231,3 +234,13 @@ class PartyService(PartyServicer, ABC):
             )
         if len(session) != SESSION_BYTES:
             raise HandshakeError(f"a session has {SESSION_BYTES} bytes, not {len(session)}")
+
+
+def _next(requests: Iterator[pb.AskPart], watch: Watchdog, seconds: float) -> pb.AskPart | None:
+    """Return the next part of a client's request, None at its end. Raises PeerLost if it does not come."""
+    try:
+        with watch.guard(seconds):
+            return next(requests, None)
+    except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
+        late = "did not send its query in time" if watch.fired else "left before its query had come"
+        raise PeerLost(f"the client {late} ({type(error).__name__})") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import grpc
 from torch import Tensor
@@ -16,6 +17,7 @@ from parties.net.caller import permit
 from parties.net.calls import unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
+from parties.net.waiting import FIRST
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked, Progress
 from parties.three_party.pair_keys import PairKey
@@ -117,7 +119,7 @@ class Party0Service(PartyService):
     def Compute(self, requests: Iterator[pb.PeerMessage], context: grpc.ServicerContext) -> Iterator[pb.PeerMessage]:
         run = _Computation(self, requests, context)
         try:
-            yield from run.watch.sending(run.messages())
+            yield from run.watch.sending(run.messages(self._greeting.place(context)))
         finally:
             run.close()
             self._stock.refill()
@@ -161,11 +163,16 @@ class _Computation:
         if self._asked is not None:
             self._asked.fail(error)
 
-    def messages(self) -> Iterator[pb.PeerMessage]:
-        """Yield all messages to party 1; a failure is the last one, and the client gets it too."""
+    def messages(self, waiting: AbstractContextManager[None]) -> Iterator[pb.PeerMessage]:
+        """Yield all messages to party 1; a failure is the last one, and the client gets it too.
+
+        waiting: a place for the wait for party 1's greeting.
+        """
         log = self._service.log
         try:
-            yield from self._run()
+            with waiting:
+                hello = self._next("its greeting", FIRST)
+            yield from self._run(hello)
         except Error as error:
             log.warning("a query ended: %s", str(error).splitlines()[0])
             self._fail(error)
@@ -175,12 +182,13 @@ class _Computation:
             self._fail(Error("party 0 has an internal error", "see its log"))
             yield pb.PeerMessage(failure=pb.Failure(code=Error.code, message="internal error of party 0"))
 
-    def _next(self, what: str) -> pb.PeerMessage:
+    def _next(self, what: str, seconds: float | None = None) -> pb.PeerMessage:
+        seconds = min(seconds or self._service.deadline, self._service.deadline)
         try:
-            with self._progress.waiting(PEER), self.watch.guard():
+            with self._progress.waiting(PEER), self.watch.guard(seconds):
                 message = next(self._requests, None)
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
-            late = f" within {self._service.deadline:g} s" if self.watch.fired else ""
+            late = f" within {seconds:g} s" if self.watch.fired else ""
             raise PeerLost(f"{PEER} did not send {what}{late} ({type(error).__name__})", "see its log") from None
         if message is None:
             raise PeerLost(f"{PEER} is gone before {what}", "see its log")
@@ -188,8 +196,8 @@ class _Computation:
             raise from_code(message.failure.code, f"{PEER} reports: {printable(message.failure.message)}")
         return message
 
-    def _run(self) -> Iterator[pb.PeerMessage]:
-        service, hello = self._service, self._next("its greeting")
+    def _run(self, hello: pb.PeerMessage) -> Iterator[pb.PeerMessage]:
+        service = self._service
         if hello.WhichOneof("content") != "hello":
             raise ProtocolError(f"{PEER} does not begin with its greeting")
         asked, key = service.greeted(hello.hello)

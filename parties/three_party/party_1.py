@@ -56,12 +56,12 @@ class Party1Service(PartyService):
         if len(asked.seed) != SEED_BYTES:
             raise ProtocolError(f"a seed has {SEED_BYTES} bytes, not {len(asked.seed)}")
         asked.joined = True
-        threading.Thread(target=self._answer, args=(asked,), name="unseen-query", daemon=True).start()
-        place.pop_all()  # that thread frees it at its end, however early the client leaves
+        # the thread frees the place at its end, however early the client leaves
+        threading.Thread(target=self._answer, args=(asked, place.pop_all()), name="unseen-query", daemon=True).start()
 
-    def _answer(self, asked: Asked) -> None:
+    def _answer(self, asked: Asked, place: ExitStack) -> None:
         with ExitStack() as stack:
-            stack.callback(self._free.release)
+            stack.enter_context(place)
             call = _Call(self, asked)
             stack.callback(call.close)
             try:
