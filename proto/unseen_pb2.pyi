@@ -357,6 +357,44 @@ class Answer(_message.Message):
     rows: int
     def __init__(self, share: _Optional[bytes] = ..., seconds: _Optional[float] = ..., waited: _Optional[float] = ..., rounds: _Optional[int] = ..., sent: _Optional[int] = ..., corrections: _Optional[int] = ..., dealing: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
 
+class AgreeHello(_message.Message):
+    __slots__ = ("version", "model", "party", "public", "proof")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PARTY_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    model: str
+    party: int
+    public: bytes
+    proof: bytes
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., party: _Optional[int] = ..., public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AgreeAnswer(_message.Message):
+    __slots__ = ("public", "proof")
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    public: bytes
+    proof: bytes
+    def __init__(self, public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AgreeDone(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AgreeMessage(_message.Message):
+    __slots__ = ("hello", "answer", "confirm", "done")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    hello: AgreeHello
+    answer: AgreeAnswer
+    confirm: bytes
+    done: AgreeDone
+    def __init__(self, hello: _Optional[_Union[AgreeHello, _Mapping]] = ..., answer: _Optional[_Union[AgreeAnswer, _Mapping]] = ..., confirm: _Optional[bytes] = ..., done: _Optional[_Union[AgreeDone, _Mapping]] = ...) -> None: ...
+
 class PeerHello(_message.Message):
     __slots__ = ("version", "model", "session", "proof")
     VERSION_FIELD_NUMBER: _ClassVar[int]

@@ -15,6 +15,7 @@ guard        refuses calls before their handlers read anything
 calls        errors of gRPC calls, explained on both ends
 peer         a service at the other end of a channel
 frames       byte strings as parts of about 1 MB
+waiting      places for calls: while a request comes, and for work
 watchdog     deadlines for waits
 hosting      start a service: port, shutdown, memory
 measure      the time of a round between two processes of this machine

@@ -66,13 +66,15 @@ class Parts:
     """The parts of one role's service. add: functions that add its servicers; close: ends it.
 
     permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
-    by none where the network has identities. about: lines to show to a person once the service listens.
+    by none where the network has identities. about: lines to show to a person once the service listens. streams: the
+    most calls that are served at a time.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
     permissions: Permissions
     close: Callable[[], None] = lambda: None
     about: Sequence[str] = ()
+    streams: int = MAXIMUM_STREAMS
 
 
 class Service:
@@ -82,7 +84,13 @@ class Service:
         self._parts, self.about = parts, (*network.about(), *parts.about)
         try:
             self._server, at = start(
-                listen, parts.add, network=network, what=what, role=role, permissions=parts.permissions
+                listen,
+                parts.add,
+                network=network,
+                what=what,
+                role=role,
+                permissions=parts.permissions,
+                streams=parts.streams,
             )
         except BaseException:
             parts.close()
@@ -119,6 +127,7 @@ def start(
     what: str,
     role: str,
     permissions: Permissions,
+    streams: int = MAXIMUM_STREAMS,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -126,9 +135,9 @@ def start(
     """
     network.check(listen, what=what)
     server = grpc.server(
-        ThreadPoolExecutor(MAXIMUM_STREAMS),
+        ThreadPoolExecutor(streams),
         options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
-        maximum_concurrent_rpcs=MAXIMUM_STREAMS,
+        maximum_concurrent_rpcs=streams,
         interceptors=[Guard(network, permissions)],
     )
     for each in add:
