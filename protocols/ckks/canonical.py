@@ -10,10 +10,10 @@ in as many bits as the prime has. Bits are packed by columns: the N residues are
 residues of b bits gives b words (64 bits, little-endian). A seed stands for a polynomial that SEAL expands from it with
 BLAKE2xb.
 
-SEAL's files: a header of 16 bytes (magic, its length, version, compression, size) and a body. A ciphertext's body is its
-level's id, its form, three sizes, the scale, a correction factor (one for CKKS) and an array, and the file of a seed if
-a seed stands for its second polynomial. An array is a file of its own: a count and 64-bit words. A switching key's body
-is an id, the number of places, and for each place the number of ciphertexts and their files.
+SEAL's files: a header of 16 bytes (magic, its length, version, compression, size) and a body. A ciphertext's body is
+its level's id, its form, three sizes, the scale, a correction factor (one for CKKS), an array, and a seed's file if a
+seed stands for its second polynomial. An array is a file of its own: a count and 64-bit words. A switching key's
+body is an id, the number of places, and for each place the number of ciphertexts and their files.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Form:
         return b"".join([*seeds, *(words.astype("<u8").tobytes() for words in packed)])
 
     def unpack(self, data: bytes | memoryview, what: str) -> tuple[Words, list[bytes]]:
-        """Return residues and seeds. Raises InvalidCiphertext, naming ``what``, unless ``data`` has exactly this form."""
+        """Return residues and seeds. Raises InvalidCiphertext, naming ``what``, for data of another form."""
         if len(data) != self.size:
             raise InvalidCiphertext(f"{what}: {len(data)} bytes, where it has {self.size}\nhint: send it again")
         n, at = self.parameters.degree, self.seeds * SEED
@@ -154,7 +154,9 @@ def ciphertext_file(
 def switching_key_file(identity: Sequence[int], residues: Words, seeds: Sequence[bytes], place: int) -> bytes:
     """Return the file of keys with one key, at a place: 0 for relinearization, (g - 1) / 2 for Galois element g."""
     parts = [ciphertext_file(identity, row[None], 1.0, seed=seed) for row, seed in zip(residues, seeds, strict=True)]
-    return file(struct.pack("<4QQ", *identity, place + 1) + bytes(8 * place) + struct.pack("<Q", len(parts)) + b"".join(parts))
+    return file(
+        struct.pack("<4QQ", *identity, place + 1) + bytes(8 * place) + struct.pack("<Q", len(parts)) + b"".join(parts)
+    )
 
 
 # SEAL's files, read: only those that this process made

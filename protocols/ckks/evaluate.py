@@ -137,7 +137,7 @@ class _Run:
         return dropped[level]
 
     def leaving(self, x: Any) -> bytes:
-        """Add a fresh encryption of zero under the client's public key to x, and return the bytes that leave the server.
+        """Add a fresh encryption of zero under the client's public key to x; return the bytes that leave the server.
 
         So the client sees the plaintext and noise of x, but not its second polynomial, which is a function of the
         weights and would let the client test a guess of them.

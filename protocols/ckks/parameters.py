@@ -3,8 +3,8 @@
 A chain of primes has one base prime (the modulus of level 0, at which results are decrypted), one prime for each level,
 which the rescaling after a product drops, and one special prime for key switching. ``MAXIMUM_BITS`` is the bound on all
 primes together, for ternary secrets and 128 bits against classical attacks, by Bossuat et al., Security Guidelines for
-Implementing Homomorphic Encryption (2024, eprint 2024/463). It is lower than that of the Homomorphic Encryption Standard
-of 2018 (218 and 438 for N = 8192 and 16384), which SEAL checks.
+Implementing Homomorphic Encryption (2024, eprint 2024/463). It is lower than that of the Homomorphic Encryption
+Standard of 2018 (218 and 438 for N = 8192 and 16384), which SEAL checks.
 """
 
 from __future__ import annotations
