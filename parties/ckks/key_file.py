@@ -19,7 +19,9 @@ def map_keys(path: Path, forms: Mapping[str, Form]) -> dict[str, memoryview]:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size != total(forms):
-            raise InvalidCiphertext(f"evaluation keys of {size} bytes, where they have {total(forms)}")
+            raise InvalidCiphertext(
+                f"evaluation keys of {size} bytes, where they have {total(forms)}\nhint: connect again to upload them"
+            )
         view = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
     at, out = 0, dict[str, memoryview]()
     for name, form in forms.items():
