@@ -411,7 +411,7 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
         return header, begin, [joined[a:b] for a, b in itertools.pairwise(at)], ciphertexts
 
 
-def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[codec.Words]:
+def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[canonical.Words]:
     """The secret key, as residues and as it is stored (after the name of its parameters); inputs; what it decrypted."""
     p, secret = c.program.parameters, c.client.secret_bytes()
     out = [np.frombuffer(canonical.body_of(secret), np.uint64, (p.levels + 2) * p.degree, 72)]
@@ -422,10 +422,10 @@ def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) 
     return out
 
 
-def contains(data: bytes, words: codec.Words) -> bool:
+def contains(data: bytes, words: canonical.Words) -> bool:
     """Whether 32 bytes in a row of the words stand anywhere in the data."""
 
-    def hashed(x: codec.Words) -> codec.Words:
+    def hashed(x: canonical.Words) -> canonical.Words:
         return (x * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
 
     table = np.zeros(1 << 24, bool)

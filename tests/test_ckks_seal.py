@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.ckks import canonical, codec, diagonals, noise, refresh
+from protocols.ckks import canonical, diagonals, noise, refresh
 from protocols.ckks.canonical import InvalidCiphertext
 from protocols.ckks.circuit import Circuit, Vector, clear
 from protocols.ckks.evaluate import EncodedWeights, evaluate
@@ -300,7 +300,7 @@ class _Weak(Parameters):
 # the secret key
 
 
-def contains(data: bytes, words: codec.Words) -> bool:
+def contains(data: bytes, words: canonical.Words) -> bool:
     """Whether 32 bytes in a row of the words stand anywhere in the data."""
     known = set(words[:-3].tolist())
     for start in range(8):

@@ -6,6 +6,7 @@ on this machine.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class CkksProfile:
     to_server: int
     to_client: int
     rounds: int
+    hiding: float | None
 
     @property
     def seconds(self) -> float:
@@ -111,7 +113,17 @@ class CkksProfile:
             "key memory": self.key_memory,
             "weight memory": self.weight_memory,
             "ciphertext memory": self.ciphertext_memory,
+            "refresh hiding bits": self.hiding,
         }
+
+    @property
+    def _hidden(self) -> tuple[str, ...]:
+        if self.hiding is None:
+            return ()
+        return (
+            f"masks hide all refreshed ciphertexts of a query to 2^-{self.hiding:.0f} together, those of a million "
+            f"queries to 2^-{self.hiding - math.log2(1e6):.0f}",
+        )
 
     def table(self) -> Table:
         """Return the profile by module, with its sums in words."""
@@ -139,6 +151,7 @@ class CkksProfile:
             f"once; in memory keys {_mb(self.key_memory)}, weights {_mb(self.weight_memory)}, ciphertexts "
             f"{_mb(self.ciphertext_memory)}",
             f"predicted error of an output {self.predicted_error:.2g}",
+            *self._hidden,
         )
         return Table(columns, rows, lines)
 
@@ -179,6 +192,7 @@ def profile(model: CkksModel, *, measured: bool = True) -> CkksProfile:
         to_server=program.to_server,
         to_client=program.to_client,
         rounds=program.rounds,
+        hiding=program.hiding,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protocols.ckks.circuit import Vector
 from protocols.ckks.parameters import Parameters
-from protocols.ckks.refresh import reserve
+from protocols.ckks.refresh import hiding, reserve
 from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
@@ -181,6 +181,12 @@ class CkksProgram:
         """The bytes to the client in one query: outputs and masked ciphertexts to re-encrypt."""
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
         return p.ciphertext_bytes(0) * len(self.output) + p.ciphertext_bytes(self.reserve) * refreshed
+
+    @property
+    def hiding(self) -> float | None:
+        """Bits by which the masks hide all refreshed ciphertexts of a query together; Q queries have log2 Q fewer."""
+        refreshed = sum(map(len, self.refreshes))
+        return hiding(self.parameters, self.reserve, refreshed) if refreshed else None
 
     # the client's side
 
