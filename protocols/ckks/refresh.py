@@ -8,7 +8,8 @@ integer arithmetic, so no precision is lost; masks on slots would be limited to 
 M = q/2 - 2^c fills the modulus q of the level up to the room that a message |m| <= 2^c needs. So m + r modulo q is
 within 2^(c+1) / q of uniform *whatever m is*: if a value exceeds its range, the answer is wrong, but it stays secret.
 ``reserve`` chooses q so that N 2^(c+1) / q <= 2^-HIDING, which covers all coefficients of one refreshed ciphertext; R
-of them in Q queries are within R Q 2^-HIDING (``hiding`` says by how much one query's are). Masks come from the operating system's generator, and each is used once.
+of them in Q queries are within R Q 2^-HIDING (``hiding`` says by how much those of one query are). Masks come from the
+operating system's generator, and each is used once.
 The server also adds a fresh encryption of zero under the client's public key, because the second polynomial is a
 function of the weights (see ``evaluate``).
 Seen by the server: a fresh ciphertext and nothing else; a decryption never comes back to it in the clear.

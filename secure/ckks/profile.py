@@ -55,7 +55,8 @@ class CkksProfile:
     counts: nodes of the circuit by kind. breakdown: predicted seconds of one core, by kind of operation. modules: costs
     by path, with "" for operations outside all modules. predicted_error: absolute error of an output element.
     Bytes: key_bytes are sent once; to_server and to_client are sent in each query; key_memory, weight_memory and
-    ciphertext_memory are the server's memory. rounds: messages that wait for one another.
+    ciphertext_memory are the server's memory. rounds: messages that wait for one another. hiding: bits by which masks
+    hide the refreshed ciphertexts of one query, all together; None without refreshes.
     """
 
     parameters: Parameters
