@@ -229,23 +229,13 @@ class KeysReply(_message.Message):
     expires_seconds: float
     def __init__(self, held: _Optional[bool] = ..., expires_seconds: _Optional[float] = ...) -> None: ...
 
-class KeySize(_message.Message):
-    __slots__ = ("name", "size")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    size: int
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
-
 class KeysHeader(_message.Message):
-    __slots__ = ("program_digest", "digest", "keys")
+    __slots__ = ("program_digest", "digest")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     digest: str
-    keys: _containers.RepeatedCompositeFieldContainer[KeySize]
-    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[KeySize, _Mapping]]] = ...) -> None: ...
+    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class UploadPart(_message.Message):
     __slots__ = ("header", "data")

@@ -472,8 +472,9 @@ class CkksServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Upload evaluation keys, once per client: a header, then the bytes of each key in the header's order. The server
-        holds them until they expire. While it works it replies with held = false, and at the end with held = true.
+        """Upload evaluation keys, once per client: a header, then the bytes of all keys in the Program's order. Their sizes
+        follow from the Program. The server holds them until they expire. While it works it replies with held = false, and
+        at the end with held = true.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
