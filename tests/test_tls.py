@@ -389,7 +389,7 @@ def test_a_caller_with_a_wrong_certificate(fault: str, root: Signer, other: Sign
         name = [("grpc.ssl_target_name_override", "dealer.unseen.internal")]
         with grpc.secure_channel(str(dealer.at), credentials, name) as channel, pytest.raises(grpc.RpcError) as caught:
             DealerStub(channel).Open(OPEN, timeout=5)
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         if fault == "wrong CA":
             said = one_line(ask(dealer.at, Tls(client)))
             refused = f"the dealer at {dealer.at} refuses our certificate 'spiffe://unseen.internal/unseen/client/x'"
@@ -486,15 +486,17 @@ def test_single_files(root: Signer, tmp_path: Path) -> None:
 
 
 def test_validity_is_said_and_warned_of(root: Signer, tmp_path: Path) -> None:
-    def said(days: float) -> str:
-        (line,) = Tls(root.ours(tmp_path / f"{days}", CLIENT, ends=timedelta(days=days))).about()
+    def said(left: float, past: float = 60.0) -> str:
+        life = {"starts": timedelta(days=-past), "ends": timedelta(days=left)}
+        (line,) = Tls(root.ours(tmp_path / f"{left}", CLIENT, **life)).about()
         return line
 
     assert said(29.5).startswith("TLS 1.3: the certificate 'spiffe://unseen.internal/unseen/client/x' is valid until ")
     assert "(29 days), its authority 'root' is valid until" in said(29.5)
     assert said(13.5).startswith("warning: TLS 1.3: ")
     assert "(13 days, renew it)" in said(13.5)
-    assert "hours, renew it)" in said(0.2)  # a third of its life
+    assert said(1.5, past=2.5).startswith("TLS 1.3: ")  # more than a third of its life
+    assert "(24.0 hours, renew it)" in said(1.0001, past=2.5)
     ending = Signer.make("ending", days=5)
     (line,) = Tls(ending.ours(tmp_path / "x", CLIENT)).about()
     assert line.startswith("warning: ")  # the authority's end counts too
@@ -770,7 +772,7 @@ def test_two_parties(made: Authority, model: Ready, tmp_path: Path) -> None:
 
 
 def test_three_parties(made: Authority, directory: Path, tmp_path: Path) -> None:
-    shares = shared(directory, tmp_path / "shares", "dpf")
+    shares = shared(directory, tmp_path / "shares", "one-hot")
     with ExitStack() as stack:
         addresses: dict[str, str] = {}
         for role in deployments.starting_order(ThreeParty()):
