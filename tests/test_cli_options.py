@@ -18,7 +18,21 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
-from parties.cli import accuracy, compare, console, demo, embed, main, output, party, profile, serve, timeline, train
+from parties.cli import (
+    accuracy,
+    certs,
+    compare,
+    console,
+    demo,
+    embed,
+    main,
+    output,
+    party,
+    profile,
+    serve,
+    timeline,
+    train,
+)
 from parties.net import hosting
 from parties.net.hosting import HostOptions, Parts
 from parties.reports import answers
@@ -106,7 +120,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     @contextmanager
     def hosted(*_: Any, **__: Any) -> Iterator[Any]:
-        yield None
+        yield None, None
 
     put(demo, "hosted", hosted)
     for module in (train, accuracy):
@@ -119,6 +133,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(timeline, "merged", "merged")
     put(output, "write")
     put(output, "store")
+    authority = {name: found.note(name, tmp_path) for name in ("make", "issue", "renew", "revoke")}
+    made = SimpleNamespace(**authority, exists=lambda _: False)
+    made.make = found.note("make", made)
+    monkeypatch.setattr(certs, "Authority", made)
     (tmp_path / "texts").write_text("One.\nTwo.\n")
     (tmp_path / "set").mkdir()
     return found
@@ -134,6 +152,7 @@ FIRST: dict[str, list[str]] = {
     "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
+    "certs": ["{tmp}/certs", "client"],
 }
 """What a command needs anyway."""
 
@@ -148,7 +167,10 @@ WITH: dict[tuple[str, str], list[str]] = {
 }
 """What else is said where an option is tried."""
 
-POSITIONS = {("accuracy", "model"): 1, ("timeline", "client"): 1, ("timeline", "server"): 2}
+POSITIONS = {
+    **{("accuracy", "model"): 1, ("timeline", "client"): 1, ("timeline", "server"): 2},
+    **{("certs", "directory"): 1, ("certs", "roles"): 2},
+}
 """Arguments that a command needs anyway, by their places in its line."""
 
 VALUES: dict[str, str] = {
@@ -175,6 +197,7 @@ VALUES: dict[str, str] = {
     "gelu": "puma",
     "approximations": "puma",
     "form": "json",
+    "roles": "dealer",
     "attention": "quad",
     "deployment": "three-party",
     **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
