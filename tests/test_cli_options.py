@@ -168,8 +168,11 @@ WITH: dict[tuple[str, str], list[str]] = {
 """What else is said where an option is tried."""
 
 POSITIONS = {
-    **{("accuracy", "model"): 1, ("timeline", "client"): 1, ("timeline", "server"): 2},
-    **{("certs", "directory"): 1, ("certs", "roles"): 2},
+    ("accuracy", "model"): 1,
+    ("timeline", "client"): 1,
+    ("timeline", "server"): 2,
+    ("certs", "directory"): 1,
+    ("certs", "roles"): 2,
 }
 """Arguments that a command needs anyway, by their places in its line."""
 

@@ -26,6 +26,7 @@ pytest.importorskip("tokenizers")
 import secure
 from parties import deployments
 from parties.cli import core_log
+from parties.cli.main import app
 from parties.net import hosting
 from parties.net.authority import Authority
 from parties.net.caller import Caller, caller, permit
@@ -206,6 +207,24 @@ def test_nothing_is_sent_to_a_revoked_peer(root: Signer, tmp_path: Path) -> None
         error = ask(fake.address, Tls(mine))
     assert one_line(error).startswith(f"the certificate of the dealer at {fake.address} was revoked")
     assert fake.received == b""
+
+
+@pytest.mark.parametrize("second", ["another dealer", "revoked", "plaintext"])
+def test_nothing_is_sent_to_whoever_takes_over_after_the_check(second: str, root: Signer, tmp_path: Path) -> None:
+    """Who stands between lets the check pass to the real dealer, and then answers in its place."""
+    mine, dealer = root.ours(tmp_path / "client", CLIENT), root.ours(tmp_path / "dealer", DEALER)
+    stolen = root.ours(tmp_path / "stolen", DEALER)
+    if second == "revoked":
+        root.revoke(stolen, mine)
+    with FakePeer(dealer, then=stolen) as fake, peer_of(fake.address, Tls(mine)) as peer:
+        if second == "plaintext":
+            fake._contexts[1] = None
+        with pytest.raises(grpc.RpcError):
+            DealerStub(peer.channel).Open(pb.OpenRequest(client_seed=b"s" * 32), timeout=2)
+        assert fake.connections >= 2
+    assert b"PRI" not in fake.received
+    assert b"s" * 32 not in fake.received
+    assert second == "plaintext" or fake.received == b""
 
 
 def test_nothing_is_sent_to_a_peer_without_tls(root: Signer, tmp_path: Path) -> None:
@@ -696,6 +715,41 @@ def test_the_authority_names_only_its_own_domain(made: Authority, root: Signer, 
         assert "permitted subtree violation" in one_line(ask(fake.address, Tls(made.directory / "client")))
     with dealing(Tls(made.directory / "dealer")) as dealer:
         assert "refuses our certificate" in one_line(ask(dealer.at, Tls(stranger)))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = tmp_path / "c"
+
+    def certs(*arguments: str) -> str:
+        app()(["certs", str(where), *arguments], standalone_mode=False)
+        told = capsys.readouterr()
+        return told.out + told.err
+
+    for asked in ("--list", "--renew", "--revoke=1"):
+        with pytest.raises(InvalidInput, match="there is no authority in"):
+            certs(asked)
+    assert certs("--domain", "acme.example").count("alone, it holds a key") == len(ROLES)
+    assert "client-alice" in certs("client", "--name", "alice", "--days", "30")
+    assert "revoked client alice" in certs("--revoke", str(where / "client-alice"))
+    listed = {(each["role"], each["name"]): each["state"] for each in json.loads(certs("--json"))}
+    assert listed == {**{(r, r.replace(" ", "-")): "valid" for r in ROLES}, (CLIENT, "alice"): "revoked"}
+    assert "acme.example" in certs()
+    before = (where / "server" / "cert.pem").read_bytes()
+    assert certs("--renew", "server").count("renewed") == 1
+    assert (where / "server" / "cert.pem").read_bytes() != before
+    assert certs("--renew").count("renewed") == len(ROLES) + 1
+    for wrong, message in (
+        (["bishop"], "unknown role 'bishop'"),
+        (["--domain", "x.example"], "--domain is for a new authority"),
+        (["--name", "a"], "--name is for one new certificate"),
+        (["client", "dealer", "--name", "a"], "--name is for one new certificate"),
+        (["--renew", "nobody"], "there is no certificate in"),
+        (["client"], "holds a certificate already"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            certs(*wrong)
+    for role in ROLES:
+        Tls(where / role.replace(" ", "-"))
 
 
 # the network that is chosen
