@@ -330,8 +330,11 @@ class EchoProgram:
     labels: Mapping[str, str] = {"length": "8"}
     digest = "echo"
 
-    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
         return inputs
+
+    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        return values
 
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
         return {"out": results[0]}

@@ -29,6 +29,7 @@ from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
 from secure.errors import DealerError, DownloadError, Error
+from secure.lowering.client_inputs import tables_label
 from secure.models.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, works
 
@@ -130,9 +131,11 @@ def test_the_most_bytes_of_a_file(model: Ready) -> None:
 )
 def test_token_tables_that_are_none(other: torch.Tensor | None) -> None:
     good = {"t": torch.ones(7, 3)}
-    assert files.unpack_tables(save(good), {"t": (7, 3)})["t"].equal(good["t"])
+    assert files.unpack_tables(save(good), {"t": (7, 3)}, tables_label(good))["t"].equal(good["t"])
     with pytest.raises(DownloadError, match="the token table 't' of 7 rows of 3 numbers did not come"):
-        files.unpack_tables(save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)})
+        files.unpack_tables(
+            save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)}, tables_label(good)
+        )
 
 
 def test_masked_weights_that_are_none(model: Ready) -> None:

@@ -75,7 +75,7 @@ def embed(
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(vectors)]
             if done and as_json:
-                answers.as_json(OUT, done, vectors, session.reports)
+                answers.as_json(OUT, done, vectors, session.reports[: len(done)])
             elif done:
                 answers.report(OUT, deployment, session, done, vectors, compare_with)
             if measured:

@@ -25,7 +25,9 @@ from torch import Tensor
 from proto.unseen_pb2 import File
 from protocols import wire
 from protocols.wire import Wire
-from secure.errors import DownloadError, HandshakeError, printable
+from secure.errors import DownloadError, HandshakeError, InvalidInput, printable
+from secure.lowering.client_inputs import TABLES, tables_label
+from secure.models.tokenizer_document import TOKENIZER, read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
@@ -65,17 +67,25 @@ def masked_size(rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]])
     return _most({name: Wire(tuple(shapes[name]), bits).size for name, bits in rings.items()})
 
 
-def unpack_tables(payload: bytes | None, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Decode the token tables by name; raises DownloadError if one is missing or has another size or type.
+def unpack_tables(
+    payload: bytes | None, shapes: Mapping[str, tuple[int, int]], labels: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Decode the token tables by name; raises DownloadError if one is missing or has another size, type or digest.
 
-    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32.
+    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32. labels: those of
+    the Program, which hold the tables' digest. Subnormal numbers become 0: no encoding resolves them, and processors
+    take longer for them.
     """
     tables = _load(TOKEN_TABLE, payload) if shapes else {}
     for name, shape in shapes.items():
         if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
             form = f"{shape[0]} rows of {shape[1]} numbers"
             raise DownloadError(f"the token table {name!r} of {form} did not come", "restart the server")
-    return tables
+    wanted = {name: tables[name] for name in shapes}
+    if not hmac.compare_digest(tables_label(wanted).get(TABLES, "").encode(), labels.get(TABLES, "").encode()):
+        raise DownloadError("the token table is not the one of the Program", "restart the server")
+    least = torch.finfo(torch.float32).smallest_normal
+    return {name: torch.where(table.abs() < least, 0.0, table) for name, table in wanted.items()}
 
 
 def tables_size(shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -101,18 +111,25 @@ def describe(name: str, payload: bytes) -> File:
     return File(name=name, sha256=hashlib.sha256(payload).hexdigest(), size=len(payload))
 
 
-def received_tokenizer(text: bytes, pad_id: int, lowercase: bool) -> TextTokenizer | None:
-    """Load the tokenizer that a server describes; None if its model takes no text. Raises HandshakeError."""
+def received_tokenizer(text: bytes, pad_id: int, lowercase: bool, labels: Mapping[str, str]) -> TextTokenizer | None:
+    """Check and load the tokenizer that a server describes; None if its model takes no text.
+
+    labels: those of the Program, whose digest so covers the tokenizer too. Raises HandshakeError if the label
+    "tokenizer" is not its digest, or if it has parts that clients do not run.
+    """
+    found, told = tokenizer_digest(text, pad_id, lowercase) if text else "", labels.get(TOKENIZER, "")
+    if not hmac.compare_digest(found.encode(), told.encode()):
+        raise HandshakeError(
+            f"tokenizer: {f'one of the digest {found}' if found else 'none'} came, "
+            f"the Program was made with {printable(told)[:64] or 'none'}",
+            "use the same version of unseen on both sides, or ask the server's owner",
+        )
     if not text:
         return None
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_str(text.decode())
-    except Exception as error:  # the library raises Exception itself
-        raise HandshakeError(f"the server's tokenizer cannot be read: {printable(str(error))[:200]}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer, _ = read_tokenizer(text)
+    except InvalidInput as error:
+        raise HandshakeError(f"the server's tokenizer: {error}") from None
     return TextTokenizer(tokenizer, pad_id, lowercase)
 
 
