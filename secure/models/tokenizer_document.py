@@ -98,9 +98,9 @@ def read_tokenizer(raw: bytes) -> tuple[Tokenizer, Mapping[str, Any]]:
     document = _document(raw)
     try:
         checked = _checked(document)
+    except InvalidInput:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, InvalidInput):
-            raise
         raise InvalidInput(f"the tokenizer is malformed: {type(error).__name__}", _HINT) from None
     try:
         return Tokenizer.from_str(json.dumps(checked)), document
@@ -121,6 +121,8 @@ def _document(raw: bytes) -> Mapping[str, Any]:
         raise InvalidInput(f"the tokenizer has {values} JSON values", f"{MAXIMUM_VALUES} at most")
     try:
         document = json.loads(raw.decode(), parse_constant=_no_constant)
+    except InvalidInput:
+        raise
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"the tokenizer is not JSON: {type(error).__name__}", _HINT) from None
     if not isinstance(document, dict):
@@ -129,7 +131,7 @@ def _document(raw: bytes) -> Mapping[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise InvalidInput(f"the tokenizer is not JSON: it holds {name}", _HINT)
 
 
 def _checked(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from secure.models.tokenizer_document import read_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CHARACTERS = 64  # of a text for each token of the padded length, at most
+CHARACTERS = 256  # of a text for each token of the padded length, at most
 
 
 @dataclass(frozen=True)
