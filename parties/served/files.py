@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ from secure.models.tokenizer_document import TOKENIZER, read_tokenizer, tokenize
 from secure.models.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
-MAXIMUM_FILE = 1 << 37  # bytes; more is refused, whatever the Program says
+MAXIMUM_FILE = 1 << 34  # bytes; more is refused, whatever the Program says
+MAXIMUM_CACHE = 1 << 34  # bytes of all files in a cache
+_CACHED = re.compile(r"[0-9a-f]{64}\.safetensors|\.part-.*")  # no other file in the directory is touched
 HEADER = 128  # bytes beside its name for one tensor in a safetensors header, and for the header itself
 
 
@@ -146,8 +149,9 @@ def state_directory() -> Path:
 def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None, most: int) -> bytes:
     """Return a file's bytes by its digest: from the cache if it is whole there, else download, check and store it.
 
-    download: returns the parts of the file with a digest. cache: None keeps no file. most: the most bytes that the file
-    can have; if more are announced, nothing is downloaded. Raises DownloadError.
+    download: returns the parts of the file with a digest. cache: None keeps no file; a directory keeps MAXIMUM_CACHE
+    bytes, and those files of it that were used longest ago make room for others. most: the most bytes that the file can
+    have; if more are announced, nothing is downloaded. Raises DownloadError.
     """
     most = min(most, MAXIMUM_FILE)
     if not re.fullmatch("[0-9a-f]{64}", file.sha256):
@@ -157,9 +161,11 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
             f"{file.name}: the announced size of {file.size} bytes is impossible, the Program needs {most} at most"
         )
     path = cache / f"{file.sha256}.safetensors" if cache else None
-    if path is not None and path.is_file():
+    if path is not None and path.is_file() and path.stat().st_size == file.size:
         payload = path.read_bytes()
         if hmac.compare_digest(hashlib.sha256(payload).hexdigest(), file.sha256):
+            with suppress(OSError):  # a cache that cannot be written is still good to read
+                os.utime(path)
             return payload
     received = bytearray()
     for part in download(file.sha256):
@@ -174,12 +180,34 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            store(path, payload)
+            if _make_room(path.parent, len(payload)):
+                store(path, payload)
         except OSError as error:
             raise DownloadError(
                 f"the cache {path.parent} cannot be written: {error.strerror}", "use another cache directory, or none"
             ) from None
     return payload
+
+
+def _make_room(cache: Path, size: int) -> bool:
+    """Remove files from a cache until a new one of ``size`` bytes fits; False if none so large ever fits.
+
+    Those that were used longest ago go first. Files that a killed process left unfinished count like others.
+    """
+    if size > MAXIMUM_CACHE:
+        return False
+    found = list[tuple[Path, os.stat_result]]()
+    for path in cache.iterdir():
+        with suppress(FileNotFoundError):  # another client made room at the same moment
+            if _CACHED.fullmatch(path.name) and path.is_file():
+                found.append((path, path.stat()))
+    total = sum(state.st_size for _, state in found)
+    for path, state in sorted(found, key=lambda each: each[1].st_mtime_ns):
+        if total + size <= MAXIMUM_CACHE:
+            break
+        path.unlink(missing_ok=True)
+        total -= state.st_size
+    return True
 
 
 def store(path: Path, payload: bytes, *, replace: bool = True) -> None:
