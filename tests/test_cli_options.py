@@ -177,7 +177,7 @@ VALUES: dict[str, str] = {
     "form": "json",
     "attention": "quad",
     "deployment": "three-party",
-    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
+    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count"), "4"),
 }
 
 
