@@ -203,7 +203,7 @@ VALUES: dict[str, str] = {
     "roles": "dealer",
     "attention": "quad",
     "deployment": "three-party",
-    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
+    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count"), "4"),
 }
 
 
@@ -356,8 +356,11 @@ class EchoProgram:
     labels: Mapping[str, str] = {"length": "8"}
     digest = "echo"
 
-    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
         return inputs
+
+    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        return values
 
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
         return {"out": results[0]}

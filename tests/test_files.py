@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hmac
 import logging
+import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
 from secure.errors import DealerError, DownloadError, Error
+from secure.lowering.client_inputs import tables_label
 from secure.models.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, works
 
@@ -77,6 +79,42 @@ def test_the_cache_directory_of_the_user(
     (tmp_path / "file").touch()
     with pytest.raises(DownloadError, match="cannot be written"):
         call(server.address, dealer.address, cache=tmp_path / "file" / "below")
+
+
+def test_a_cache_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those files stay that were used last; what is no file of the cache is not touched."""
+    monkeypatch.setattr(files, "MAXIMUM_CACHE", 1000)
+    (tmp_path / "mine.safetensors").write_bytes(bytes(5000))
+    (tmp_path / ".part-left").write_bytes(bytes(300))  # by a process that was killed
+    payloads = [bytes([number]) * 300 for number in range(5)]
+    times = iter(range(1_000_000_000, 2_000_000_000, 100))
+
+    def use(payload: bytes) -> bool:
+        """True if it was in the cache."""
+        downloads = list[str]()
+
+        def download(sha256: str) -> list[bytes]:
+            downloads.append(sha256)
+            return [payload]
+
+        file = describe("masked-weights", payload)
+        assert fetch(file, download, tmp_path, 10_000) == payload
+        if (path := tmp_path / f"{file.sha256}.safetensors").exists():
+            os.utime(path, (at := next(times), at))
+        return not downloads
+
+    os.utime(tmp_path / ".part-left", (1, 1))
+    assert [use(payload) for payload in payloads[:3]] == [False] * 3
+    assert not (tmp_path / ".part-left").exists()
+    assert use(payloads[0])  # used again, so 1 is now the oldest
+    assert not use(payloads[3])
+    assert [use(payloads[number]) for number in (0, 2, 3, 1)] == [True, True, True, False]
+    assert not use(bytes(1001))  # larger than the whole cache: it is not kept, and pushes nothing out
+    assert not use(bytes(1001))
+    assert use(payloads[1])
+    kept = [path for path in tmp_path.iterdir() if path.name != "mine.safetensors"]
+    assert sum(path.stat().st_size for path in kept) <= 1000
+    assert (tmp_path / "mine.safetensors").stat().st_size == 5000
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1] + b"x", lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
@@ -130,9 +168,11 @@ def test_the_most_bytes_of_a_file(model: Ready) -> None:
 )
 def test_token_tables_that_are_none(other: torch.Tensor | None) -> None:
     good = {"t": torch.ones(7, 3)}
-    assert files.unpack_tables(save(good), {"t": (7, 3)})["t"].equal(good["t"])
+    assert files.unpack_tables(save(good), {"t": (7, 3)}, tables_label(good))["t"].equal(good["t"])
     with pytest.raises(DownloadError, match="the token table 't' of 7 rows of 3 numbers did not come"):
-        files.unpack_tables(save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)})
+        files.unpack_tables(
+            save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)}, tables_label(good)
+        )
 
 
 def test_masked_weights_that_are_none(model: Ready) -> None:

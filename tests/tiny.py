@@ -196,8 +196,8 @@ def dial(server: Served, dealer: Served, **options: Any) -> Session:
 
 
 def call(server: str, dealer: str, **options: Any) -> Session:
-    """A session with a server and a dealer at these addresses; no cache unless ``options`` say so."""
-    return secure.connect(TwoParty(server=server, dealer=dealer), **{"cache": False, **options})
+    """A session with a server and a dealer at these addresses; no cache and no pace unless ``options`` say so."""
+    return secure.connect(TwoParty(server=server, dealer=dealer), **{"cache": False, "pace": 0.0, **options})
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
