@@ -24,7 +24,6 @@ import zstandard
 import secure
 from parties.ckks import server as server_module
 from parties.ckks.client import CkksLink
-from parties.ckks.key_file import map_keys
 from parties.ckks.keystore import KeyStore
 from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
@@ -32,7 +31,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub, add_CkksServicer_to_server
 from protocols.ckks import canonical
 from protocols.ckks.evaluate import EncodedWeights
-from protocols.ckks.seal import Client, Context, key_forms
+from protocols.ckks.seal import Client, Context, key_forms, split_keys
 from secure.errors import Error, InvalidInput, PeerLost, ProtocolError, QueryError
 from secure.session import Session
 from tests import ckks_server
@@ -197,7 +196,7 @@ def test_a_store_drops_what_is_oldest(tiny: RunningCkks, made: Keys, tmp_path: P
     stored(store, made)
     assert [p.exists() for p in paths] == [False, False, True, False]
     forms = key_forms(store.program.parameters, store.program.steps)
-    assert map_keys(paths[2], forms) == others[2]
+    assert split_keys(paths[2].read_bytes(), forms) == others[2]
 
 
 def test_a_store_forgets(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
@@ -260,7 +259,7 @@ def without_a_part(c: CkksLink, keys: Keys) -> Keys:
     """A relinearization key without its last digit, which SEAL would take, and read beyond its end."""
     p = c.program.parameters
     rows, seeds = canonical.switching_key(p).unpack(keys["relin"], "it")
-    form = canonical.Form(p, p.levels + 2, p.levels, p.levels)
+    form = canonical.WireForm(p, p.levels + 2, p.levels, p.levels)
     return {**keys, "relin": form.pack(rows[:-1], seeds[:-1])}
 
 
