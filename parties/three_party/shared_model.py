@@ -199,9 +199,9 @@ def load_share(directory: str | Path) -> PartyShare:
     try:
         deployment = ThreeParty.served(manifest.compiled_as)
         program = Program.from_bytes(parts[PROGRAM])
+        translated = deployment.translated(program)
     except (InvalidInput, InvalidProgram) as error:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
-    translated = deployment.translated(program)
     if dict(translated.weight_rings) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
     text = parts.get(TOKENIZER, b"")
