@@ -1,6 +1,7 @@
 """The command ``unseen``, one file a verb.
 
 console      the two consoles, threads, progress
+config       settings: the TOML file, environment variables, --show-config
 options      options that several commands take, and those of deployments
 output       reports in a file or on the terminal
 profile      ``unseen profile``

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import secure
 from parties.cli.accuracy import accuracy
 from parties.cli.compare import compare
+from parties.cli.config import ConfigOption, CommandSettings, can_show, configured, read_file
 from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
 from parties.cli.embed import embed
@@ -24,19 +25,23 @@ from secure.deployments.three_party import ThreeParty
 from secure.errors import Error
 
 
-def version(
-    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    config: ConfigOption = None,
 ) -> None:
     """Private transformer inference: servers never see the input, the client never gets the weights (semi-honest)."""
-    if show:
+    if version:
         OUT.print(f"unseen {secure.__version__}")
         raise typer.Exit
+    commands: dict[str, Any] = dict(context.command.commands)  # type: ignore[attr-defined]
+    configured(context, CommandSettings(*read_file(config), commands, {}))
 
 
 def app() -> typer.Typer:
     """The commands, made anew: every deployment that is registered by now is among their choices and options."""
     made = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-    made.callback(invoke_without_command=True)(version)
+    made.callback(invoke_without_command=True)(start)
     verbs = {
         "demo": for_deployments(demo, COMPILE),
         "embed": for_deployments(embed, CONNECT),
@@ -51,7 +56,7 @@ def app() -> typer.Typer:
         "timeline": timeline,
     }
     for name, function in verbs.items():
-        made.command(name)(function)
+        made.command(name)(can_show(function))
     return made
 
 
