@@ -10,7 +10,7 @@ import typer
 import secure
 from parties.cli.accuracy import accuracy
 from parties.cli.compare import compare
-from parties.cli.config import ConfigOption, CommandSettings, can_show, configured, read_file
+from parties.cli.config import CommandSettings, ConfigOption, can_show, configured, read_file
 from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
 from parties.cli.embed import embed
