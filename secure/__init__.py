@@ -56,9 +56,11 @@ from secure.errors import (
     PeerLost,
     ProtocolError,
     QueryError,
+    QuotaError,
     RangeLost,
     ShareError,
     TlsError,
+    TokenError,
     UnsupportedOperation,
 )
 from secure.mpc.program import Program
@@ -102,6 +104,7 @@ __all__ = [
     "Program",
     "ProtocolError",
     "QueryError",
+    "QuotaError",
     "RangeLost",
     "Recipe",
     "Report",
@@ -110,6 +113,7 @@ __all__ = [
     "ShareError",
     "ThreeParty",
     "TlsError",
+    "TokenError",
     "Traffic",
     "TwoParty",
     "UnsupportedOperation",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import secure
 from parties import deployments
 from parties.cli import accuracy, compare, console, demo, embed, main, output, party, profile, serve, timeline, train
+from parties.cli.config import NO_SETTING
 from parties.net import hosting
 from parties.net.hosting import HostOptions, Parts
 from parties.reports import answers
@@ -134,6 +135,7 @@ FIRST: dict[str, list[str]] = {
     "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
+    "token": ["new", "somebody", "--tokens", "{tmp}/given"],
 }
 """What a command needs anyway."""
 
@@ -148,7 +150,13 @@ WITH: dict[tuple[str, str], list[str]] = {
 }
 """What else is said where an option is tried."""
 
-POSITIONS = {("accuracy", "model"): 1, ("timeline", "client"): 1, ("timeline", "server"): 2}
+POSITIONS = {
+    ("accuracy", "model"): 1,
+    ("timeline", "client"): 1,
+    ("timeline", "server"): 2,
+    ("token", "action"): 1,
+    ("token", "name"): 2,
+}
 """Arguments that a command needs anyway, by their places in its line."""
 
 VALUES: dict[str, str] = {
@@ -177,7 +185,8 @@ VALUES: dict[str, str] = {
     "form": "json",
     "attention": "quad",
     "deployment": "three-party",
-    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
+    "action": "list",
+    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count", "days"), "4"),
 }
 
 
@@ -191,7 +200,7 @@ def cases() -> list[tuple[str, str, str]]:
     out = []
     for name, command in commands().items():
         of = NAMES if any(p.name == "deployment" for p in command.params) and name != "compare" else [""]
-        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name != "help"]
+        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name not in NO_SETTING]
     return out
 
 

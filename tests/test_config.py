@@ -129,6 +129,20 @@ def test_settings_reach_the_command(run: Run, calls: Calls, tmp_path: Path, monk
     assert calls.made == []
 
 
+def test_quotas_are_a_table(run: Run, calls: Calls, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[quotas]\nqueries = 5\n[quotas."a/b"]\nbytes = 1000\n[dealer]\nthreads = 2\n')
+    assert run("--config", str(file), "dealer").code == 0
+    (served,) = (made for made in calls.made if made.startswith("serve"))
+    assert "every=Quota(queries=5" in served
+    assert "bytes=1000" in served
+    shown = run("--config", str(file), "dealer", "--show-config").out
+    assert tomllib.loads(shown)["quotas"] == {"queries": 5, "a/b": {"bytes": 1000}}
+    assert "quotas" not in run("--config", str(file), "embed", "--show-config").out
+    file.write_text("[quotas]\nquerys = 5\n")
+    in_words(run("--config", str(file), "embed", "x"), "unknown setting 'querys'", "did you mean 'queries'")
+
+
 def test_what_is_shown_can_be_a_file(run: Run, tmp_path: Path) -> None:
     first = run("compare", "--length", "8", "--length", "16", "--beside", 'a "b"', "--show-config").out
     file = tmp_path / "c.toml"

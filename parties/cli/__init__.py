@@ -9,6 +9,7 @@ compare      ``unseen compare``
 accuracy     ``unseen accuracy``
 train        ``unseen train``
 timeline     ``unseen timeline``
+token        ``unseen token``
 serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
 embed        ``unseen embed``

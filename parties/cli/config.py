@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -26,12 +26,15 @@ import typer
 from pydantic import Field, TypeAdapter, ValidationError
 
 from parties.cli.console import write
+from parties.net.quotas import Limits
 from secure.errors import InvalidInput, printable
 
 COMMON, PREFIX = "common", "UNSEEN"
 MAXIMUM_BYTES = 1 << 20  # of a file of settings
 COMMAND_LINE, DEFAULT = "command line", "default"
 NO_SETTING = ("help", "show_config")
+TABLES: Mapping[str, Callable[[Mapping[str, Any], str], Any]] = {"quotas": Limits.read}
+"""The tables of the file that are no command's, and how they are read: a command's parameter of that name takes one."""
 
 ConfigOption = Annotated[
     Path | None,
@@ -148,7 +151,7 @@ def read_file(named: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class CommandSettings:
-    """A file of settings, checked as a whole, and the environment. extra: other tables of the file, with their readers.
+    """A file of settings, checked as a whole, and the environment. commands: those of typer, by name.
 
     Raises InvalidInput for a table or a key that is not known, naming the nearest that is, and for values of a wrong
     type or out of bounds, naming file, key, value and bound.
@@ -157,7 +160,6 @@ class CommandSettings:
     path: Path | None
     tables: Mapping[str, Any]
     commands: Mapping[str, Any]
-    extra: Mapping[str, Callable[[Mapping[str, Any], str], Any]]
 
     def __post_init__(self) -> None:
         for table, content in self.tables.items():
@@ -166,8 +168,8 @@ class CommandSettings:
                     f"{self.path}: {printable(table)} stands in no table",
                     f"put it under [{COMMON}] or a command's name",
                 )
-            if table in self.extra:
-                self.extra[table](content, str(self.path))
+            if table in TABLES:
+                self.table(table)
             elif table == COMMON:
                 for key in content:
                     takers = [known for known in map(known_settings, self.commands.values()) if key in known]
@@ -184,7 +186,7 @@ class CommandSettings:
                         raise not_known(key, known, self._in(table))
                     self._checked(known[key], content[key], table)
             else:
-                raise not_known(table, {*self.commands, *self.extra, COMMON}, str(self.path), of="table")
+                raise not_known(table, {*self.commands, *TABLES, COMMON}, str(self.path), of="table")
 
     def of(self, verb: str) -> dict[str, Setting]:
         """Return what is set for a command, by the names of its parameters, each with its source."""
@@ -195,8 +197,8 @@ class CommandSettings:
         return known_settings(self.commands[verb])
 
     def table(self, name: str) -> Any:
-        """Return one of the extra tables as its reader reads it; of a file without it, that of an empty one."""
-        return self.extra[name](self.tables.get(name, {}), str(self.path))
+        """Return one of TABLES as it is read; if the file has none, what an empty one gives."""
+        return TABLES[name](self.tables.get(name, {}), str(self.path))
 
     def _found(self, verb: str, known: Known) -> Setting | None:
         for variable in variables(verb, known.key):
@@ -256,9 +258,13 @@ def settings_of(context: typer.Context) -> CommandSettings:
 
 
 def can_show(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with ``--show-config``, which prints its settings instead of running it. typer reads the signature."""
-    signature = inspect.signature(command, eval_str=True)
-    rest = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    """A command as typer takes it: with ``--show-config``, which prints its settings instead of running it.
+
+    A parameter named after one of TABLES is no option, and gets that table. typer reads the signature.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    tables = [name for name in parameters if name in TABLES]
+    rest = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in parameters.items() if name not in tables]
     added = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         inspect.Parameter("show_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_SHOW),
@@ -266,9 +272,9 @@ def can_show(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(context: typer.Context, show_config: bool, **given: Any) -> None:
         if show_config:
-            write("\n".join(shown(context)) + "\n")
+            write("\n".join(shown(context, tables)) + "\n")
         else:
-            command(**given)
+            command(**given, **{name: settings_of(context).table(name) for name in tables})
 
     run.__signature__ = inspect.Signature([*rest, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*rest, *added]}
@@ -281,7 +287,7 @@ _SHOW = Annotated[
 ]
 
 
-def shown(context: typer.Context) -> Iterator[str]:
+def shown(context: typer.Context, tables: Sequence[str]) -> Iterator[str]:
     """Yield the lines of a TOML table of a command's options, each with its source; what is not set is a comment."""
     settings, verb = settings_of(context), str(context.info_name)
     found = settings.of(verb)
@@ -295,6 +301,19 @@ def shown(context: typer.Context) -> Iterator[str]:
             yield f"# {key} is not set"
         else:
             yield f"{key} = {'(not shown)' if known.secret else toml(value)}  # {source}"
+    for name in tables:
+        yield from _table(name, settings.tables.get(name, {}), str(settings.path))
+
+
+def _table(name: str, content: Mapping[str, Any], source: str) -> Iterator[str]:
+    """Yield a table of the file as it stands there, and the tables in it; nothing of an empty one."""
+    values = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    if values:
+        yield f"[{name}]"
+        yield from (f"{key} = {toml(value)}  # {source}" for key, value in values.items())
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _table(f"{name}.{json.dumps(key)}", value, source)
 
 
 def toml(value: Any) -> str:

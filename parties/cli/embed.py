@@ -12,6 +12,7 @@ from torch import Tensor
 from parties import deployments
 from parties.cli.console import ERR, OUT, get_ready, progress
 from parties.cli.options import DeadlineOption, InsecureOption, ThreadsOption, TraceOption, require_traces
+from parties.cli.token import TokenFileOption, given_token
 from parties.net import hosting
 from parties.net.network import Plaintext
 from parties.reports import answers
@@ -38,6 +39,7 @@ def embed(
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
     insecure: InsecureOption = False,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Embed texts that the servers never see."""
     if as_json and compare_with:
@@ -55,6 +57,7 @@ def embed(
     measured = Measurements(trace) if trace else None  # likewise
     options: dict[str, Any] = {} if deadline is None else {"deadline": deadline}
     options |= {"network": Plaintext(beyond_loopback=insecure), "cache": cache, "program_digest": program_digest}
+    options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
     with (
         progress("preparing") as told,

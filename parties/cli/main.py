@@ -19,6 +19,7 @@ from parties.cli.party import party, share_model
 from parties.cli.profile import profile
 from parties.cli.serve import dealer, serve
 from parties.cli.timeline import timeline
+from parties.cli.token import token
 from parties.cli.train import train
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
@@ -35,7 +36,7 @@ def start(
         OUT.print(f"unseen {secure.__version__}")
         raise typer.Exit
     commands: dict[str, Any] = dict(context.command.commands)  # type: ignore[attr-defined]
-    configured(context, CommandSettings(*read_file(config), commands, {}))
+    configured(context, CommandSettings(*read_file(config), commands))
 
 
 def app() -> typer.Typer:
@@ -54,6 +55,7 @@ def app() -> typer.Typer:
         "train": train,
         "accuracy": accuracy,
         "timeline": timeline,
+        "token": token,
     }
     for name, function in verbs.items():
         made.command(name)(can_show(function))

@@ -21,6 +21,7 @@ from parties.cli.options import (
     LengthOption,
     ModelArgument,
     ThreadsOption,
+    TokensOption,
     VerboseOption,
     compile_options,
     host_options,
@@ -31,6 +32,7 @@ from parties.cli.serve import compiled_model, run
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
+from parties.net.quotas import NO_LIMITS, Limits
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.deployment import Deployment
@@ -83,6 +85,8 @@ def party(
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
     insecure: InsecureOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -100,6 +104,14 @@ def party(
     peers = {name: addresses[name] or ADDRESSES[PARTIES.index(name)] for name in wanted}
     network = Plaintext(beyond_loopback=insecure)
     service = deployments.serve(
-        share, role=role, listen=str(at), peers=peers, deployment=deployment, network=network, **given
+        share,
+        role=role,
+        listen=str(at),
+        peers=peers,
+        deployment=deployment,
+        network=network,
+        quotas=quotas,
+        tokens=tokens,
+        **given,
     )
     run(service, f"party {number}", announced=announce)

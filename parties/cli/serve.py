@@ -23,6 +23,7 @@ from parties.cli.options import (
     ListenOption,
     ModelArgument,
     ThreadsOption,
+    TokensOption,
     TraceOption,
     VerboseOption,
     compile_options,
@@ -33,6 +34,7 @@ from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
 from parties.net.network import Plaintext
+from parties.net.quotas import NO_LIMITS, Limits
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compiled import Compiled, build, task_of
@@ -60,6 +62,8 @@ def serve(
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
     insecure: InsecureOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -93,7 +97,16 @@ def serve(
     if trace is not None:
         TraceDirectory(trace)
     compiled = compiled_model("serve", deployment, model, length, options, sentences)
-    service = deployments.serve(compiled, role=role, listen=str(at), peers=peers, network=network, **given)
+    service = deployments.serve(
+        compiled,
+        role=role,
+        listen=str(at),
+        peers=peers,
+        network=network,
+        quotas=quotas,
+        tokens=tokens,
+        **given,
+    )
     run(service, "serve", announced=announce)
 
 
@@ -140,6 +153,8 @@ def dealer(
     listen: ListenOption = "127.0.0.1:50052",
     threads: ThreadsOption = 1,
     insecure: InsecureOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -148,5 +163,7 @@ def dealer(
     hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen, what="--listen")
     network = Plaintext(beyond_loopback=insecure)
-    service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network)
+    service = deployments.serve(
+        role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens
+    )
     run(service, "dealer", announced=announce)

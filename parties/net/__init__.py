@@ -4,6 +4,9 @@ endpoints    host:port, options of channels
 caller       the caller of a service, and the roles that may call a method
 network      the protection of channels: its interface, and plaintext
 guard        refuses calls before their handlers read anything
+quotas       how much each caller may use in a day
+tokens       bearer tokens, which name callers behind one certificate
+meter        counts calls, sessions and bytes, and asks for tokens
 calls        errors of gRPC calls, explained on both ends
 peer         a service at the other end of a channel
 frames       byte strings as parts of about 1 MB

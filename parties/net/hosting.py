@@ -23,7 +23,10 @@ import grpc
 from parties.net.caller import Permissions
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.net.guard import Guard
+from parties.net.meter import Meter
 from parties.net.network import Network
+from parties.net.quotas import Quotas
+from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
 
@@ -36,13 +39,15 @@ MAXIMUM_STREAMS = 32  # sessions and calls that are served at a time; each takes
 class HostOptions:
     """Options for hosting a role. A deployment determines which of them a role takes.
 
-    network: the protection of channels. deadline: seconds that any one wait for a client or peer may last. state: a
+    network: the protection of channels. quotas: counts what callers use; None: nothing is counted.
+    deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
     ready, MAXIMUM_AHEAD at most. Raises InvalidInput for values out of range.
     """
 
     network: Network
+    quotas: Quotas | None = None
     deadline: float = 60.0
     state: Path | None = None
     traces: Path | None = None
@@ -78,14 +83,31 @@ class Parts:
 class Service:
     """A running service, as a context manager. address: the address at which it listens, with its real port."""
 
-    def __init__(self, parts: Parts, listen: Endpoint, network: Network, *, what: str, role: str) -> None:
-        self._parts, self.about = parts, (*network.about(), *parts.about)
+    def __init__(
+        self,
+        parts: Parts,
+        listen: Endpoint,
+        network: Network,
+        *,
+        what: str,
+        role: str,
+        quotas: Quotas | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
+        self._parts, self._quotas = parts, quotas
+        self.about = (*network.about(), *parts.about, *([str(quotas.limits)] if quotas else ()))
         try:
             self._server, at = start(
-                listen, parts.add, network=network, what=what, role=role, permissions=parts.permissions
+                listen,
+                parts.add,
+                network=network,
+                what=what,
+                role=role,
+                permissions=parts.permissions,
+                meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
             )
         except BaseException:
-            parts.close()
+            self._end()
             raise
         self.address = str(at)
 
@@ -100,7 +122,12 @@ class Service:
     def close(self) -> None:
         """Stop at once."""
         self._server.stop(0).wait()
+        self._end()
+
+    def _end(self) -> None:
         self._parts.close()
+        if self._quotas:
+            self._quotas.close()
 
     def __enter__(self) -> Service:
         return self
@@ -119,6 +146,7 @@ def start(
     what: str,
     role: str,
     permissions: Permissions,
+    meter: Meter | None = None,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -129,7 +157,7 @@ def start(
         ThreadPoolExecutor(MAXIMUM_STREAMS),
         options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
         maximum_concurrent_rpcs=MAXIMUM_STREAMS,
-        interceptors=[Guard(network, permissions)],
+        interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
     )
     for each in add:
         each(server)
