@@ -154,7 +154,7 @@ class Quotas:
         for what, amount in {BYTES: 1, **more}.items():
             limit = getattr(quota, what)
             if limit is not None and used.get(what, 0) + amount > limit:
-                raise _beyond(caller, what, limit)
+                raise used_up(caller, what, limit)
 
     def _counts(self, name: str) -> dict[str, int]:
         rows = self._base.execute("SELECT what, amount FROM used WHERE day = ? AND caller = ?", (today(), name))
@@ -206,7 +206,7 @@ def _who(caller: Caller) -> str:
     return f"the caller {printable(caller.name)!r}" if caller.name else "every caller without a certificate together"
 
 
-def _beyond(caller: Caller, what: str, limit: int) -> QuotaError:
+def used_up(caller: Caller, what: str, limit: int) -> QuotaError:
     midnight = datetime.fromisoformat(today()) + timedelta(days=1)
     return QuotaError(
         f"the quota of {limit:,} {what} a day is used up for {_who(caller)}; a new day begins at "
