@@ -7,6 +7,7 @@ deployment itself in ``secure.deployments.deployment``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from parties.net.endpoints import Endpoint
 from parties.net.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.net.network import Network, Plaintext
 from parties.net.quotas import Limits, Quotas
+from parties.net.status import StatusService
 from parties.net.tokens import Token, Tokens, WithToken
 from parties.served.described import ConnectOptions, Told
 from parties.served.files import cache_directory, state_directory
@@ -154,6 +156,9 @@ def serve(
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)
+    knows = made.knows or (lambda digest: digest == made.program)
+    status = StatusService(deployment.name, role, roles, made.program, knows)
+    made = replace(made, add=[*made.add, status.add], permissions={**made.permissions, **status.permissions})
     settle()
     return Service(made, at, options.network, what=f"the {role}", role=role, quotas=options.quotas, tokens=shown)
 

@@ -85,6 +85,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
                 put(module, name)
     put(hosting, "log_to_stderr")
     put(hosting, "check")
+    put(hosting, "check_owners")
     put(deployments, "serve", service)
     put(deployments, "connect", connected)
     put(serve, "task_of", lambda _: task)

@@ -20,6 +20,7 @@ from parties.cli.options import (
     InsecureOption,
     LengthOption,
     ModelArgument,
+    SameOwnerOption,
     ThreadsOption,
     TokensOption,
     VerboseOption,
@@ -85,6 +86,7 @@ def party(
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
     insecure: InsecureOption = False,
+    same_owner: SameOwnerOption = False,
     tokens: TokensOption = None,
     quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
@@ -97,12 +99,16 @@ def party(
     for name, address in addresses.items():
         if address is not None and name not in wanted:
             raise refused(name.replace(" ", "_"), deployment, [p.replace(" ", "_") for p in wanted], role)
+    if same_owner and not wanted:
+        raise refused("same_owner", deployment, [], role)
     given = host_options(deployment, role, ahead=ahead, deadline=deadline)
     get_ready(threads)
     hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen or ADDRESSES[number], what="--listen")
     peers = {name: addresses[name] or ADDRESSES[PARTIES.index(name)] for name in wanted}
     network = Plaintext(beyond_loopback=insecure)
+    if not same_owner:
+        hosting.check_owners({name: Endpoint.parse(at, what=f"the {name}") for name, at in peers.items()}, network)
     service = deployments.serve(
         share,
         role=role,

@@ -22,6 +22,7 @@ from parties.cli.options import (
     LengthOption,
     ListenOption,
     ModelArgument,
+    SameOwnerOption,
     ThreadsOption,
     TokensOption,
     TraceOption,
@@ -29,6 +30,7 @@ from parties.cli.options import (
     compile_options,
     host_options,
     read_texts,
+    refused,
 )
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
@@ -62,6 +64,7 @@ def serve(
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
     insecure: InsecureOption = False,
+    same_owner: SameOwnerOption = False,
     tokens: TokensOption = None,
     quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
@@ -85,7 +88,9 @@ def serve(
     hosting.log_to_stderr(verbose)
     network, at = Plaintext(beyond_loopback=insecure), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
-    peers = {name: str(getattr(deployment, name.replace(" ", "_"))) for name in found.peers}
+    peers = {name: deployment.addresses()[name] for name in found.peers}
+    if same_owner and not peers:
+        raise refused("same_owner", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
     network.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
@@ -94,6 +99,8 @@ def serve(
     if isinstance(task_of(model), Embed):
         model_directory(model)  # a mistake that can be seen before anything is loaded
     hosting.check(at, endpoints, network, what=f"the {role}")
+    if not same_owner:
+        hosting.check_owners(endpoints, network)
     if trace is not None:
         TraceDirectory(trace)
     compiled = compiled_model("serve", deployment, model, length, options, sentences)

@@ -6,6 +6,7 @@ network      the protection of channels: its interface, and plaintext
 guard        refuses calls before their handlers read anything
 quotas       how much each caller may use in a day
 tokens       bearer tokens, which name callers behind one certificate
+status       what a service says about itself, and whose process it is
 meter        counts calls, sessions and bytes, and asks for tokens
 calls        errors of gRPC calls, explained on both ends
 peer         a service at the other end of a channel

@@ -25,7 +25,9 @@ from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.net.guard import Guard
 from parties.net.meter import Meter
 from parties.net.network import Network
+from parties.net.peer import Peer
 from parties.net.quotas import Quotas
+from parties.net.status import ask_status
 from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
@@ -71,13 +73,17 @@ class Parts:
     """The parts of one role's service. add: functions that add its servicers; close: ends it.
 
     permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
-    by none where the network has identities. about: lines to show to a person once the service listens.
+    by none where the network has identities. about: lines to show to a person once the service listens. program: the
+    digest of the Program that it serves. knows: tells whether it serves or deals a Program, by its digest; by default,
+    whether that is ``program``.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
     permissions: Permissions
     close: Callable[[], None] = lambda: None
     about: Sequence[str] = ()
+    program: str = ""
+    knows: Callable[[str], bool] | None = None
 
 
 class Service:
@@ -189,6 +195,26 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
         except OSError:
             hint = f"start it with: unseen {name} --listen {at}"
             raise PeerLost(f"the {name} at {at} cannot be reached", hint) from None
+
+
+def check_owners(peers: Mapping[str, Endpoint], network: Network) -> None:
+    """Check that no peer is run by this process's user on this machine; one that cannot be reached is left out.
+
+    peers: addresses by role. Raises InvalidInput. Two machines, or two users, of one owner are not noticed.
+    """
+    for name, at in peers.items():
+        peer = Peer(f"the {name}", at, network, role=name, start=f"unseen {name}")
+        try:
+            found = ask_status(peer)
+        except PeerLost:
+            continue
+        finally:
+            peer.close()
+        if found.same_owner:
+            raise InvalidInput(
+                f"{peer} is run by this user on this machine: who can read both knows every secret",
+                "let another organisation run it; to try things out on one machine, add --same-owner",
+            )
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:
