@@ -52,13 +52,18 @@ class StatusService(StatusServicer):
                 role=self._role,
                 program_digest=self._program,
                 known=bool(request.program_digest) and self._knows(request.program_digest),
-                clock=time.time(),
+                clock=clock(),
                 owner=owner_tag(request.nonce),
             )
 
     def add(self, server: grpc.Server) -> None:
         """Add it to a server."""
         add_StatusServicer_to_server(self, server)
+
+
+def clock() -> float:
+    """Return the seconds since 1970, UTC."""
+    return time.time()
 
 
 def owner_tag(nonce: bytes) -> bytes:
@@ -89,7 +94,7 @@ class Answered:
 
 def ask_status(peer: Peer, program_digest: str = "", *, timeout: float = 10.0) -> Answered:
     """Ask a service for its status. Raises PeerLost, TlsError."""
-    nonce, start = secrets.token_bytes(NONCE_BYTES), time.time()
+    nonce, start = secrets.token_bytes(NONCE_BYTES), clock()
     with peer.calling():
         found: pb.CheckReply = StatusStub(peer.channel).Check(
             pb.CheckRequest(nonce=nonce, program_digest=program_digest), timeout=timeout
@@ -101,6 +106,6 @@ def ask_status(peer: Peer, program_digest: str = "", *, timeout: float = 10.0) -
         printable(found.role[:64]),
         printable(found.program_digest[:64]),
         found.known,
-        found.clock - (start + time.time()) / 2,
+        found.clock - (start + clock()) / 2,
         bool(ours) and hmac.compare_digest(ours, found.owner),
     )
