@@ -1,5 +1,6 @@
 """The command ``unseen``, one file a verb.
 
+check        ``unseen check``
 console      the two consoles, threads, progress
 config       settings: the TOML file, environment variables, --show-config
 options      options that several commands take, and those of deployments

@@ -260,11 +260,17 @@ def settings_of(context: typer.Context) -> CommandSettings:
 def can_show(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer takes it: with ``--show-config``, which prints its settings instead of running it.
 
-    A parameter named after one of TABLES is no option, and gets that table. typer reads the signature.
+    A parameter named after one of TABLES is no option, and gets that table; one of the type typer.Context gets that.
+    typer reads the signature.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     tables = [name for name in parameters if name in TABLES]
-    rest = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in parameters.items() if name not in tables]
+    contexts = [name for name, p in parameters.items() if p.annotation is typer.Context]
+    rest = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in parameters.values()
+        if p.name not in (*tables, *contexts)
+    ]
     added = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         inspect.Parameter("show_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_SHOW),
@@ -274,7 +280,8 @@ def can_show(command: Callable[..., None]) -> Callable[..., None]:
         if show_config:
             write("\n".join(shown(context, tables)) + "\n")
         else:
-            command(**given, **{name: settings_of(context).table(name) for name in tables})
+            given |= {name: settings_of(context).table(name) for name in tables} | dict.fromkeys(contexts, context)
+            command(**given)
 
     run.__signature__ = inspect.Signature([*rest, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*rest, *added]}

@@ -9,6 +9,7 @@ import typer
 
 import secure
 from parties.cli.accuracy import accuracy
+from parties.cli.check import check
 from parties.cli.compare import compare
 from parties.cli.config import CommandSettings, ConfigOption, can_show, configured, read_file
 from parties.cli.console import OUT, say_error
@@ -24,6 +25,9 @@ from parties.cli.train import train
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
 from secure.errors import Error
+
+CONTEXTS = {"check": {"allow_extra_args": True, "ignore_unknown_options": True}}
+"""Settings of typer for single commands: check takes the options of another command."""
 
 
 def start(
@@ -45,6 +49,7 @@ def app() -> typer.Typer:
     made.callback(invoke_without_command=True)(start)
     verbs = {
         "demo": for_deployments(demo, COMPILE),
+        "check": check,
         "embed": for_deployments(embed, CONNECT),
         "serve": for_deployments(serve, COMPILE, SERVE),
         "dealer": dealer,
@@ -58,7 +63,7 @@ def app() -> typer.Typer:
         "token": token,
     }
     for name, function in verbs.items():
-        made.command(name)(can_show(function))
+        made.command(name, context_settings=CONTEXTS.get(name))(can_show(function))
     return made
 
 

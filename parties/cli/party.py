@@ -69,6 +69,19 @@ def share_model(
         say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")
 
 
+def addresses_of(
+    number: int, listen: str | None, party_0: str | None, party_2: str | None
+) -> tuple[str, dict[str, str]]:
+    """Return where a party listens, and its peers' addresses by role. Raises InvalidInput for one that is no peer."""
+    deployment, role = ThreeParty(), PARTIES[number]
+    wanted = {r.name: r for r in deployment.roles()}[role].peers
+    addresses = {PARTIES[0]: party_0, PARTIES[2]: party_2}
+    for name, address in addresses.items():
+        if address is not None and name not in wanted:
+            raise refused(name.replace(" ", "_"), deployment, [p.replace(" ", "_") for p in wanted], role)
+    return listen or ADDRESSES[number], {n: addresses[n] or ADDRESSES[PARTIES.index(n)] for n in wanted}
+
+
 def party(
     share: Annotated[Path, typer.Option(help="This party's directory, from share-model.")],
     number: Annotated[int, typer.Option("--id", min=0, max=2, help="Which party this is.")],
@@ -94,18 +107,13 @@ def party(
 ) -> None:
     """Be one of three parties that compute on shares; must not collude with another. Start party 2 first."""
     deployment, role = ThreeParty(), PARTIES[number]
-    wanted = {r.name: r for r in deployment.roles()}[role].peers
-    addresses = {PARTIES[0]: party_0, PARTIES[2]: party_2}
-    for name, address in addresses.items():
-        if address is not None and name not in wanted:
-            raise refused(name.replace(" ", "_"), deployment, [p.replace(" ", "_") for p in wanted], role)
-    if same_owner and not wanted:
+    listen, peers = addresses_of(number, listen, party_0, party_2)
+    if same_owner and not peers:
         raise refused("same_owner", deployment, [], role)
     given = host_options(deployment, role, ahead=ahead, deadline=deadline)
     get_ready(threads)
     hosting.log_to_stderr(verbose)
-    at = Endpoint.parse(listen or ADDRESSES[number], what="--listen")
-    peers = {name: addresses[name] or ADDRESSES[PARTIES.index(name)] for name in wanted}
+    at = Endpoint.parse(listen, what="--listen")
     network = Plaintext(beyond_loopback=insecure)
     if not same_owner:
         hosting.check_owners({name: Endpoint.parse(at, what=f"the {name}") for name, at in peers.items()}, network)
