@@ -187,6 +187,7 @@ VALUES: dict[str, str] = {
     "attention": "quad",
     "deployment": "three-party",
     "action": "list",
+    "command": "dealer",
     **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count", "days"), "4"),
 }
 
