@@ -67,8 +67,8 @@ def tried(what: str, act: Callable[[], str]) -> Finding:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a command will use.
+class Needs:
+    """The things that a command will use.
 
     listen: where it listens; None for a client. peers: addresses by role. apart: they must not be run by this owner.
     state, cache: directories that it writes to. secrets: directories and files that nobody else may read. program: the
@@ -105,7 +105,7 @@ def check(
     findings = list[Finding]()
     for verb in given:
         say(f"unseen check: {verb}")
-        for finding in findings_of(_plan(context, verb, context.args if command else [])):
+        for finding in findings_of(_needs(context, verb, context.args if command else [])):
             findings.append(finding)
             write("".join(f"{line}\n" for line in finding.lines()))
     wrong = sum(finding.wrong for finding in findings)
@@ -113,7 +113,7 @@ def check(
     raise typer.Exit(1 if wrong else 0)
 
 
-def _plan(context: typer.Context, verb: str, arguments: list[str]) -> Plan:
+def _needs(context: typer.Context, verb: str, arguments: list[str]) -> Needs:
     """Read a command's own options as that command does, and say what it will use."""
     settings, group = settings_of(context), context.parent
     assert group is not None
@@ -131,7 +131,7 @@ def _deployment(given: Mapping[str, Any], *verbs: str) -> Deployment:
     return deployment_of(chosen, verbs, {name: given.get(name) for name in own_options(verbs, registered())})
 
 
-def _for_embed(given: Mapping[str, Any]) -> Plan:
+def _for_embed(given: Mapping[str, Any]) -> Needs:
     deployment = _deployment(given, CONNECT)
     client, *_ = deployment.roles()
     token = given_token(given["token_file"])
@@ -140,7 +140,7 @@ def _for_embed(given: Mapping[str, Any]) -> Plan:
         found = _network(given, client.name)()
         return WithToken(found, Token(token)) if token else found
 
-    return Plan(
+    return Needs(
         "embed",
         client.name,
         deployment,
@@ -151,13 +151,13 @@ def _for_embed(given: Mapping[str, Any]) -> Plan:
     )
 
 
-def _for_serve(given: Mapping[str, Any]) -> Plan:
+def _for_serve(given: Mapping[str, Any]) -> Needs:
     deployment = _deployment(given, COMPILE, SERVE)
     if not deployment.serves:
         raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
     role = {r.name: r for r in deployment.roles()}[deployment.serves]
     state = given["state"] or state_directory()
-    return Plan(
+    return Needs(
         "serve",
         role.name,
         deployment,
@@ -171,9 +171,9 @@ def _for_serve(given: Mapping[str, Any]) -> Plan:
     )
 
 
-def _for_dealer(given: Mapping[str, Any]) -> Plan:
+def _for_dealer(given: Mapping[str, Any]) -> Needs:
     state = given.get("state") or state_directory()
-    return Plan(
+    return Needs(
         "dealer",
         DEALER,
         TwoParty(),
@@ -185,7 +185,7 @@ def _for_dealer(given: Mapping[str, Any]) -> Plan:
     )
 
 
-def _for_party(given: Mapping[str, Any]) -> Plan:
+def _for_party(given: Mapping[str, Any]) -> Needs:
     number, share = given["number"], given["share"]
     listen, peers = addresses_of(number, given["listen"], given["party_0"], given["party_2"])
 
@@ -195,7 +195,7 @@ def _for_party(given: Mapping[str, Any]) -> Plan:
             raise InvalidInput(f"{share} is the share of {found.role}", f"give the directory of {PARTIES[number]}")
         return f"of {found.role}, Program {found.program.digest}"
 
-    return Plan(
+    return Needs(
         "party",
         PARTIES[number],
         ThreeParty(),
@@ -215,7 +215,7 @@ def _tokens(given: Mapping[str, Any]) -> tuple[tuple[str, Callable[[], str]], ..
     return () if file is None else ((f"tokens {file}", lambda: f"{len(Tokens(file).holders())} tokens"),)
 
 
-PLANS: Mapping[str, Callable[[Mapping[str, Any]], Plan]] = {
+PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {
     "embed": _for_embed,
     "serve": _for_serve,
     "dealer": _for_dealer,
@@ -226,31 +226,31 @@ PLANS: Mapping[str, Callable[[Mapping[str, Any]], Plan]] = {
 # what is tried
 
 
-def findings_of(plan: Plan) -> Iterator[Finding]:
+def findings_of(needs: Needs) -> Iterator[Finding]:
     """Try everything that a command will use, and yield how each went."""
     networks = list[Network]()
 
     def own() -> str:
-        networks.append(plan.network())
+        networks.append(needs.network())
         return "; ".join(networks[0].about()) or "no certificates: channels stay on this machine"
 
     yield tried("own certificate", own)
-    if plan.listen is not None:
-        yield tried(f"port {plan.listen}", lambda: _port(plan, str(plan.listen), networks))
-    for what, directory in plan.writes.items():
+    if needs.listen is not None:
+        yield tried(f"port {needs.listen}", lambda: _port(needs, str(needs.listen), networks))
+    for what, directory in needs.writes.items():
         yield tried(f"{what} {directory}", lambda at=directory: _room(at))  # type: ignore[misc]
-    for place in plan.secrets:
+    for place in needs.secrets:
         yield tried(f"secret files in {place}", lambda at=place: _closed(at))  # type: ignore[misc]
-    for what, act in plan.more:
+    for what, act in needs.more:
         yield tried(what, act)
     if networks:
-        yield from _peers(plan, networks[0])
+        yield from _peers(needs, networks[0])
 
 
-def _port(plan: Plan, listen: str, networks: list[Network]) -> str:
+def _port(needs: Needs, listen: str, networks: list[Network]) -> str:
     at = Endpoint.parse(listen, what="--listen")
     if networks:
-        hosting.check(at, {}, networks[0], what=f"the {plan.role}")
+        hosting.check(at, {}, networks[0], what=f"the {needs.role}")
     return "free"
 
 
@@ -289,24 +289,24 @@ _SECRET = frozenset({"seeds", ".seed", ".key", ".sqlite"})
 """Names and suffixes of files that nobody else may read."""
 
 
-def _peers(plan: Plan, network: Network) -> Iterator[Finding]:
+def _peers(needs: Needs, network: Network) -> Iterator[Finding]:
     answered = dict[str, Answered]()
-    for name, at in plan.peers.items():
-        yield tried(who(name), lambda n=name, a=at: _peer(plan, network, n, a, answered))  # type: ignore[misc]
+    for name, at in needs.peers.items():
+        yield tried(who(name), lambda n=name, a=at: _peer(needs, network, n, a, answered))  # type: ignore[misc]
     if not answered:
         return
     for name, found in answered.items():
         yield tried(f"the clock of {who(name)}", lambda n=name, s=found.skew: _clock(n, s))  # type: ignore[misc]
-        if plan.apart:
+        if needs.apart:
             yield tried(f"the owner of {who(name)}", lambda n=name, f=found: _owner(n, f))  # type: ignore[misc]
     programs = {name: found.program_digest for name, found in answered.items() if found.program_digest}
-    if not programs and plan.listen is not None and plan.program() is None:
+    if not programs and needs.listen is not None and needs.program() is None:
         return
-    yield tried("the Program", lambda: _program(plan, network, answered, programs))
+    yield tried("the Program", lambda: _program(needs, network, answered, programs))
 
 
-def _peer(plan: Plan, network: Network, name: str, address: str, answered: dict[str, Answered]) -> str:
-    peer = Peer(who(name), address, network, role=name, start=_start(plan, name))
+def _peer(needs: Needs, network: Network, name: str, address: str, answered: dict[str, Answered]) -> str:
+    peer = Peer(who(name), address, network, role=name, start=_start(needs, name))
     try:
         network.check(peer.at, what=peer.who)
         found = ask_status(peer)
@@ -316,9 +316,9 @@ def _peer(plan: Plan, network: Network, name: str, address: str, answered: dict[
         raise InvalidInput(
             f"it speaks version {found.version}, this side {WIRE_VERSION}", "install the same version of unseen"
         )
-    if (found.deployment, found.role) != (plan.deployment.name, name):
+    if (found.deployment, found.role) != (needs.deployment.name, name):
         raise InvalidInput(
-            f"it is the {found.role} of {found.deployment}, not the {name} of {plan.deployment.name}",
+            f"it is the {found.role} of {found.deployment}, not the {name} of {needs.deployment.name}",
             "check the addresses",
         )
     answered[name] = found
@@ -330,11 +330,11 @@ def who(role: str) -> str:
     return role if role in PARTIES else f"the {role}"
 
 
-def _start(plan: Plan, role: str) -> str:
+def _start(needs: Needs, role: str) -> str:
     """Return the command that starts a role."""
     if role in PARTIES:
         return f"unseen party --id {PARTIES.index(role)}"
-    return f"unseen {'serve' if role == plan.deployment.serves else role}"
+    return f"unseen {'serve' if role == needs.deployment.serves else role}"
 
 
 def _clock(name: str, skew: float) -> str:
@@ -354,9 +354,9 @@ def _owner(name: str, found: Answered) -> str:
     return "another user or machine"
 
 
-def _program(plan: Plan, network: Network, answered: Mapping[str, Answered], programs: Mapping[str, str]) -> str:
+def _program(needs: Needs, network: Network, answered: Mapping[str, Answered], programs: Mapping[str, str]) -> str:
     """Compare the Programs of all peers with one another and with the one that is expected; ask those that deal it."""
-    expected, whose = plan.program(), "this side"
+    expected, whose = needs.program(), "this side"
     for name, digest in programs.items():
         if expected is not None and digest != expected:
             raise InvalidInput(
@@ -365,7 +365,7 @@ def _program(plan: Plan, network: Network, answered: Mapping[str, Answered], pro
             )
         expected, whose = digest, who(name)
     for name in answered.keys() - programs.keys():
-        peer = Peer(who(name), plan.peers[name], network, role=name, start=_start(plan, name))
+        peer = Peer(who(name), needs.peers[name], network, role=name, start=_start(needs, name))
         try:
             known = ask_status(peer, expected or "").known
         finally:
@@ -373,6 +373,6 @@ def _program(plan: Plan, network: Network, answered: Mapping[str, Answered], pro
         if expected and not known:
             raise InvalidInput(
                 f"{who(name)} does not know the Program {expected}",
-                f"start the {plan.deployment.serves} with this {name}'s address, and give this side the same one",
+                f"start the {needs.deployment.serves} with this {name}'s address, and give this side the same one",
             )
     return f"{expected}, the same everywhere"
