@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from parties.ckks.hosted import CkksHosted
+from parties.net.caller import CLIENT
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import HostOptions, Parts, Service, reuse_memory, settle
-from parties.net.network import Network, Plaintext
+from parties.net.network import Network
 from parties.net.quotas import Limits, Quotas
 from parties.net.status import StatusService
 from parties.net.tokens import Token, Tokens, WithToken
@@ -85,13 +87,14 @@ def connect(
 ) -> Session:
     """Connect to the services of a model; the deployment holds their addresses.
 
-    network: the protection of channels; by default unencrypted, on this machine alone. deadline: seconds to wait for
-    any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
-    keep none. program_digest: refuse a service with another Program. threads: threads of this client while it computes.
-    keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a tenth of
-    its processor time. token: what the service's owner gave, if it asks for one; it crosses TLS or loopback only.
-    told: called with (done, total, what is being done) while something takes long.
-    Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
+    network: the protection of channels; by default TLS, with the certificates in the directory that UNSEEN_TLS names or
+    in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
+    for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
+    False: keep none. program_digest: refuse a service with another Program. threads: threads of this client while it
+    computes. keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a
+    tenth of its processor time. token: what the service's owner gave, if it asks for one; it crosses TLS or loopback
+    only. told: called with (done, total, what is being done) while something takes long.
+    Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
@@ -100,7 +103,7 @@ def connect(
     if keep_memory:
         reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
-    used = network or Plaintext()
+    used = network or network_of(CLIENT)
     options = ConnectOptions(
         WithToken(used, Token(token)) if token else used, deadline, directory, program_digest, told
     )
@@ -123,10 +126,10 @@ def serve(
 
     held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
-    of the roles that this one connects to. quotas: how much each client may use in a day, counted in a file of the
-    state directory. tokens: a file of ``unseen token``, one of which each client must show. given: deadline, state,
-    traces, workers, ahead, if the role takes them; see
-    ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
+    of the roles that this one connects to. network: as for ``connect``, with certificates of this role. quotas: how
+    much each client may use in a day, counted in a file of the state directory. tokens: a file of ``unseen token``, one
+    of which each client must show. given: deadline, state, traces, workers, ahead, if the role takes them; see
+    ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         deployment = held.deployment
@@ -152,7 +155,7 @@ def serve(
     at = Endpoint.parse(listen, what=f"the {role}")
     shown = Tokens(tokens) if tokens else None
     counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
-    options = HostOptions(network or Plaintext(), Quotas(quotas, counts) if quotas else None, **given)
+    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)

@@ -255,23 +255,13 @@ class KeysReply(_message.Message):
     expires_seconds: float
     def __init__(self, held: _Optional[bool] = ..., expires_seconds: _Optional[float] = ...) -> None: ...
 
-class KeySize(_message.Message):
-    __slots__ = ("name", "size")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    size: int
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
-
 class KeysHeader(_message.Message):
-    __slots__ = ("program_digest", "digest", "keys")
+    __slots__ = ("program_digest", "digest")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     digest: str
-    keys: _containers.RepeatedCompositeFieldContainer[KeySize]
-    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[KeySize, _Mapping]]] = ...) -> None: ...
+    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class UploadPart(_message.Message):
     __slots__ = ("header", "data")
@@ -382,6 +372,44 @@ class Answer(_message.Message):
     dealing: float
     rows: int
     def __init__(self, share: _Optional[bytes] = ..., seconds: _Optional[float] = ..., waited: _Optional[float] = ..., rounds: _Optional[int] = ..., sent: _Optional[int] = ..., corrections: _Optional[int] = ..., dealing: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class AgreeHello(_message.Message):
+    __slots__ = ("version", "model", "party", "public", "proof")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PARTY_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    model: str
+    party: int
+    public: bytes
+    proof: bytes
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., party: _Optional[int] = ..., public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AgreeAnswer(_message.Message):
+    __slots__ = ("public", "proof")
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    public: bytes
+    proof: bytes
+    def __init__(self, public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AgreeDone(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AgreeMessage(_message.Message):
+    __slots__ = ("hello", "answer", "confirm", "done")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    hello: AgreeHello
+    answer: AgreeAnswer
+    confirm: bytes
+    done: AgreeDone
+    def __init__(self, hello: _Optional[_Union[AgreeHello, _Mapping]] = ..., answer: _Optional[_Union[AgreeAnswer, _Mapping]] = ..., confirm: _Optional[bytes] = ..., done: _Optional[_Union[AgreeDone, _Mapping]] = ...) -> None: ...
 
 class PeerHello(_message.Message):
     __slots__ = ("version", "model", "session", "proof")

@@ -547,8 +547,9 @@ class CkksServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Upload evaluation keys, once per client: a header, then the bytes of each key in the header's order. The server
-        holds them until they expire. While it works it replies with held = false, and at the end with held = true.
+        """Upload evaluation keys, once per client: a header, then the bytes of all keys in the Program's order. Their sizes
+        follow from the Program. The server holds them until they expire. While it works it replies with held = false, and
+        at the end with held = true.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -690,6 +691,11 @@ class PartyStub:
                 request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.AskReply.FromString,
                 _registered_method=True)
+        self.Agree = channel.stream_stream(
+                '/unseen.v2.Party/Agree',
+                request_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
+                _registered_method=True)
         self.Compute = channel.stream_stream(
                 '/unseen.v2.Party/Compute',
                 request_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
@@ -723,6 +729,14 @@ class PartyServicer:
         the answer, a Working comes every second, or four times in the client's deadline if that is more often. The client
         gives up, and names who is to blame, if a party sends nothing for the deadline, or if nobody's steps grow for as
         long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Agree(self, request_iterator, context):
+        """Party 1 calls parties 0 and 2, and party 0 calls party 2: agree on a key of the pair, which holds for as long as this
+        call is open. Hello, answer, confirm, done. Proofs and tags of all calls below are made with that key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -763,6 +777,11 @@ def add_PartyServicer_to_server(servicer, server):
                     servicer.Ask,
                     request_deserializer=proto_dot_unseen__pb2.AskPart.FromString,
                     response_serializer=proto_dot_unseen__pb2.AskReply.SerializeToString,
+            ),
+            'Agree': grpc.stream_stream_rpc_method_handler(
+                    servicer.Agree,
+                    request_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
+                    response_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
             ),
             'Compute': grpc.stream_stream_rpc_method_handler(
                     servicer.Compute,
@@ -814,6 +833,33 @@ class Party:
             '/unseen.v2.Party/Ask',
             proto_dot_unseen__pb2.AskPart.SerializeToString,
             proto_dot_unseen__pb2.AskReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Agree(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/unseen.v2.Party/Agree',
+            proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+            proto_dot_unseen__pb2.AgreeMessage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
     from parties.net.hosting import Service
     from parties.net.network import Network, Plaintext
+    from parties.net.tls import Tls
 
 __all__ = [
     "Ckks",
@@ -112,6 +113,7 @@ __all__ = [
     "Session",
     "ShareError",
     "ThreeParty",
+    "Tls",
     "TlsError",
     "TokenError",
     "Traffic",
@@ -183,6 +185,10 @@ def __getattr__(name: str) -> Any:
         from parties.net import network
 
         return getattr(network, name)
+    if name == "Tls":
+        from parties.net.tls import Tls
+
+        return Tls
     if name == "Service":
         from parties.net.hosting import Service
 

@@ -77,7 +77,7 @@ class CkksHosted:
 
         encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
         permissions, about = {**published.permissions, **service.permissions}, (summary(model), encoded)
-        return Parts([add], permissions, evaluators.close, about, model.program.digest)
+        return Parts([add], permissions, evaluators.close, about, program=model.program.digest)
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

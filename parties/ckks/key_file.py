@@ -1,23 +1,30 @@
-"""Evaluation keys in a file: a JSON object with their names and sizes, then the bytes of each in the same order."""
+"""Evaluation keys in a file: the bytes of each, one after another. Their names and sizes follow from the Program."""
 
 from __future__ import annotations
 
-import json
-import struct
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
-
-def write_keys(path: Path, keys: Mapping[str, bytes]) -> None:
-    header = json.dumps({name: len(data) for name, data in keys.items()}).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for data in keys.values():
-            file.write(data)
+from protocols.ckks.canonical import Form, InvalidCiphertext
 
 
-def read_keys(path: Path) -> dict[str, bytes]:
+def total(forms: Mapping[str, Form]) -> int:
+    """Return the exact bytes of all keys of these forms."""
+    return sum(form.size for form in forms.values())
+
+
+def map_keys(path: Path, forms: Mapping[str, Form]) -> dict[str, memoryview]:
+    """Map a file of keys into memory, and return the bytes of each key. Raises InvalidCiphertext for another size."""
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        sizes = json.loads(file.read(size))
-        return {str(name): file.read(count) for name, count in sizes.items()}
+        size = file.seek(0, 2)
+        if size != total(forms):
+            raise InvalidCiphertext(
+                f"evaluation keys of {size} bytes, where they have {total(forms)}\nhint: connect again to upload them"
+            )
+        view = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    at, out = 0, dict[str, memoryview]()
+    for name, form in forms.items():
+        out[name] = view[at : at + form.size]
+        at += form.size
+    return out

@@ -3,6 +3,7 @@
 check        ``unseen check``
 console      the two consoles, threads, progress
 config       settings: the TOML file, environment variables, --show-config
+core_log     lines of gRPC's core about refused handshakes, in words
 options      options that several commands take, and those of deployments
 output       reports in a file or on the terminal
 profile      ``unseen profile``
@@ -14,6 +15,7 @@ token        ``unseen token``
 serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
 embed        ``unseen embed``
+certs        ``unseen certs``
 demo         ``unseen demo``
 main         the commands put together
 """

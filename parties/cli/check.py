@@ -19,8 +19,9 @@ from parties.cli.options import deployment_of, own_options
 from parties.cli.party import addresses_of
 from parties.cli.token import given_token
 from parties.net import hosting
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
-from parties.net.network import Network, Plaintext
+from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.status import Answered, ask_status
 from parties.net.tokens import Token, Tokens, WithToken
@@ -123,7 +124,7 @@ def _needs(context: typer.Context, verb: str, arguments: list[str]) -> Needs:
 
 
 def _network(given: Mapping[str, Any], role: str) -> Callable[[], Network]:
-    return lambda: Plaintext(beyond_loopback=given["insecure"])
+    return lambda: network_of(role, directory=given["tls"], insecure=given["insecure"])
 
 
 def _deployment(given: Mapping[str, Any], *verbs: str) -> Deployment:

@@ -10,11 +10,12 @@ import typer
 from torch import Tensor
 
 from parties import deployments
-from parties.cli.console import ERR, OUT, get_ready, progress
-from parties.cli.options import DeadlineOption, InsecureOption, ThreadsOption, TraceOption, require_traces
+from parties.cli.console import ERR, OUT, get_ready, progress, say
+from parties.cli.options import DeadlineOption, InsecureOption, ThreadsOption, TlsOption, TraceOption, require_traces
 from parties.cli.token import TokenFileOption, given_token
 from parties.net import hosting
-from parties.net.network import Plaintext
+from parties.net.caller import CLIENT
+from parties.net.choice import network_of
 from parties.reports import answers
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
@@ -38,6 +39,7 @@ def embed(
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     token_file: TokenFileOption = None,
 ) -> None:
@@ -56,7 +58,11 @@ def embed(
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(trace) if trace else None  # likewise
     options: dict[str, Any] = {} if deadline is None else {"deadline": deadline}
-    options |= {"network": Plaintext(beyond_loopback=insecure), "cache": cache, "program_digest": program_digest}
+    network = network_of(CLIENT, directory=tls, insecure=insecure)
+    for line in network.about():
+        if "warning" in line:
+            say(f"unseen embed: {line}")
+    options |= {"network": network, "cache": cache, "program_digest": program_digest}
     options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
     with (

@@ -9,6 +9,7 @@ import typer
 
 import secure
 from parties.cli.accuracy import accuracy
+from parties.cli.certs import certs
 from parties.cli.check import check
 from parties.cli.compare import compare
 from parties.cli.config import CommandSettings, ConfigOption, can_show, configured, read_file
@@ -55,6 +56,7 @@ def app() -> typer.Typer:
         "dealer": dealer,
         "share-model": for_deployments(share_model, COMPILE, only=ThreeParty),
         "party": party,
+        "certs": certs,
         "profile": for_deployments(profile, COMPILE),
         "compare": compare,
         "train": train,

@@ -60,6 +60,14 @@ DeadlineOption = Annotated[
     float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
 ]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
+TlsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls",
+        metavar="DIRECTORY",
+        help="Certificates, from `unseen certs`; UNSEEN_TLS or ~/.config/unseen/tls/ROLE by default, if it is there.",
+    ),
+]
 AnnounceOption = Annotated[
     bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
 ]

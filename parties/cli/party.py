@@ -22,6 +22,7 @@ from parties.cli.options import (
     ModelArgument,
     SameOwnerOption,
     ThreadsOption,
+    TlsOption,
     TokensOption,
     VerboseOption,
     compile_options,
@@ -29,10 +30,9 @@ from parties.cli.options import (
     read_texts,
     refused,
 )
-from parties.cli.serve import compiled_model, run
+from parties.cli.serve import compiled_model, hosting_network, run
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
-from parties.net.network import Plaintext
 from parties.net.quotas import NO_LIMITS, Limits
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
@@ -98,6 +98,7 @@ def party(
     ] = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     same_owner: SameOwnerOption = False,
     tokens: TokensOption = None,
@@ -112,9 +113,8 @@ def party(
         raise refused("same_owner", deployment, [], role)
     given = host_options(deployment, role, ahead=ahead, deadline=deadline)
     get_ready(threads)
-    hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen, what="--listen")
-    network = Plaintext(beyond_loopback=insecure)
+    network = hosting_network(role, tls, insecure, verbose)
     if not same_owner:
         hosting.check_owners({name: Endpoint.parse(at, what=f"the {name}") for name, at in peers.items()}, network)
     service = deployments.serve(

@@ -10,6 +10,7 @@ import typer
 
 from parties import deployments
 from parties.cli.console import announce, get_ready, say, use_threads
+from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
@@ -24,6 +25,7 @@ from parties.cli.options import (
     ModelArgument,
     SameOwnerOption,
     ThreadsOption,
+    TlsOption,
     TokensOption,
     TraceOption,
     VerboseOption,
@@ -33,10 +35,12 @@ from parties.cli.options import (
     refused,
 )
 from parties.net import hosting
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
-from parties.net.network import Plaintext
+from parties.net.network import Network
 from parties.net.quotas import NO_LIMITS, Limits
+from parties.net.tls import Tls
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compiled import Compiled, build, task_of
@@ -63,6 +67,7 @@ def serve(
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     same_owner: SameOwnerOption = False,
     tokens: TokensOption = None,
@@ -85,8 +90,7 @@ def serve(
     if "workers" in deployments.hosted(deployment).takes[role]:
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)
-    hosting.log_to_stderr(verbose)
-    network, at = Plaintext(beyond_loopback=insecure), Endpoint.parse(listen, what="--listen")
+    network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: deployment.addresses()[name] for name in found.peers}
     if same_owner and not peers:
@@ -143,6 +147,15 @@ def compiled_model(
     return compiled
 
 
+def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:
+    """The network of a service, and its log on the error output, with gRPC's refused handshakes in it."""
+    network = network_of(role, directory=tls, insecure=insecure)
+    if isinstance(network, Tls):
+        CoreLog()
+    hosting.log_to_stderr(verbose)
+    return network
+
+
 def run(service: Service, verb: str, *, announced: bool) -> None:
     """Say where a service listens, and wait until it is stopped."""
 
@@ -159,6 +172,7 @@ def run(service: Service, verb: str, *, announced: bool) -> None:
 def dealer(
     listen: ListenOption = "127.0.0.1:50052",
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
     tokens: TokensOption = None,
     quotas: Limits = NO_LIMITS,
@@ -167,9 +181,7 @@ def dealer(
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     use_threads(threads)
-    hosting.log_to_stderr(verbose)
-    at = Endpoint.parse(listen, what="--listen")
-    network = Plaintext(beyond_loopback=insecure)
+    network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     service = deployments.serve(
         role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens
     )

@@ -73,15 +73,16 @@ class Parts:
     """The parts of one role's service. add: functions that add its servicers; close: ends it.
 
     permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
-    by none where the network has identities. about: lines to show to a person once the service listens. program: the
-    digest of the Program that it serves. knows: tells whether it serves or deals a Program, by its digest; by default,
-    whether that is ``program``.
+    by none where the network has identities. about: lines to show to a person once the service listens. streams: the
+    most calls that are served at a time. program: the digest of the Program that it serves. knows: tells whether it
+    serves or deals a Program, by its digest; by default, whether that is ``program``.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
     permissions: Permissions
     close: Callable[[], None] = lambda: None
     about: Sequence[str] = ()
+    streams: int = MAXIMUM_STREAMS
     program: str = ""
     knows: Callable[[str], bool] | None = None
 
@@ -111,6 +112,7 @@ class Service:
                 role=role,
                 permissions=parts.permissions,
                 meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
+                streams=parts.streams,
             )
         except BaseException:
             self._end()
@@ -153,6 +155,7 @@ def start(
     role: str,
     permissions: Permissions,
     meter: Meter | None = None,
+    streams: int = MAXIMUM_STREAMS,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -160,9 +163,9 @@ def start(
     """
     network.check(listen, what=what)
     server = grpc.server(
-        ThreadPoolExecutor(MAXIMUM_STREAMS),
+        ThreadPoolExecutor(streams),
         options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
-        maximum_concurrent_rpcs=MAXIMUM_STREAMS,
+        maximum_concurrent_rpcs=streams,
         interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
     )
     for each in add:
@@ -175,9 +178,9 @@ def start(
 
 
 def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str) -> None:
-    """Check, before anything takes long, that the port is free and that something listens at every peer's address.
+    """Check, before anything takes long, that the port is free and that every peer answers at its address.
 
-    Raises EndpointError for the port, PeerLost for a peer.
+    peers: addresses by role. Raises EndpointError for the port, PeerLost or TlsError for a peer.
     """
     network.check(listen, what=what)
     for name, at in peers.items():
@@ -191,8 +194,8 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
             raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
     for name, at in peers.items():
         try:
-            socket.create_connection((at.host, at.port), timeout=5).close()
-        except OSError:
+            network.probe(at, what=f"the {name}", role=name)
+        except PeerLost:
             hint = f"start it with: unseen {name} --listen {at}"
             raise PeerLost(f"the {name} at {at} cannot be reached", hint) from None
 

@@ -81,7 +81,10 @@ def owner_tag(nonce: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer of a service. skew: seconds by which its clock is ahead. same_owner: our user runs it on this machine."""
+    """The answer of a service.
+
+    skew: seconds by which its clock is ahead of ours. same_owner: our user runs it on this machine.
+    """
 
     version: int
     deployment: str

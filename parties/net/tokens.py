@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from parties.net.caller import Caller
-from parties.net.endpoints import Endpoint
+from parties.net.endpoints import Endpoint, is_loopback
 from parties.net.network import Network, Plaintext
 from secure.errors import EndpointError, InvalidInput, TokenError, printable
 
@@ -230,14 +230,19 @@ class WithToken(Network):
 
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         self.network.check(endpoint, what=what)
-        if isinstance(self.network, Plaintext) and not endpoint.is_loopback():
+        if isinstance(self.network, Plaintext) and not is_loopback(endpoint.resolved()):
             raise EndpointError(
                 f"{what}: the token would cross to {endpoint} unencrypted", "use certificates: unseen certs, and --tls"
             )
 
+    def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
+        self.network.probe(endpoint, what=what, role=role)
+
     def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
         self.check(endpoint, what=what)
-        return grpc.intercept_channel(self.network.channel(endpoint, what=what, role=role), _Bearer(self.token))
+        # without encryption, one that stays on this machine, wherever the host's name leads by now
+        network = Plaintext() if isinstance(self.network, Plaintext) else self.network
+        return grpc.intercept_channel(network.channel(endpoint, what=what, role=role), _Bearer(self.token))
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         return self.network.bind(server, endpoint, what=what, role=role)

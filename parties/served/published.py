@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import grpc
 
-from parties.net.caller import Permissions, permit
+from parties.net.caller import CLIENT, Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import parts
+from parties.net.waiting import WaitingRoom
 from parties.net.watchdog import Watchdog
 from parties.served.files import describe
 from proto import unseen_pb2 as pb
@@ -19,6 +20,8 @@ from secure.deployments.deployment import Deployment
 from secure.errors import DownloadError
 from secure.models.tokens import TextTokenizer
 from secure.version import WIRE_VERSION
+
+DOWNLOADS = 16  # at a time; if another begins, the one that has lasted longest ends
 
 
 class Published(ModelServicer):
@@ -29,7 +32,7 @@ class Published(ModelServicer):
     at every Describe; an Error that it raises is sent to the client.
     """
 
-    permissions: ClassVar[Permissions] = permit("Model", Describe=["client"], Download=["client"])
+    permissions: ClassVar[Permissions] = permit("Model", Describe=[CLIENT], Download=[CLIENT])
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Published(ModelServicer):
             compiled_as=deployment.compiled_as(),
         )
         self._deadline, self._log, self._before = deadline, log, before
+        self._downloading = WaitingRoom(DOWNLOADS)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         if self._before is not None:
@@ -70,7 +74,7 @@ class Published(ModelServicer):
     def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         watch = Watchdog(self._deadline, context.cancel)
         try:
-            with answering(context, self._log):
+            with answering(context, self._log), self._downloading.place(context):
                 payload = self._files.get(request.sha256)
                 if payload is None:
                     raise DownloadError("it has no such file", "connect again, the server may have changed")

@@ -13,7 +13,7 @@ from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
 from parties.served.published import Published
 from parties.three_party.client import ThreePartyLink
-from parties.three_party.party import PartyService
+from parties.three_party.party import STREAMS, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
@@ -73,9 +73,8 @@ def parts_of(service: PartyService) -> Parts:
         add_ModelServicer_to_server(published, server)
         add_PartyServicer_to_server(service, server)
 
-    return Parts(
-        [add], {**published.permissions, **service.permissions}, service.close, [_about(share)], share.program.digest
-    )
+    permissions = {**published.permissions, **service.permissions}
+    return Parts([add], permissions, service.close, [_about(share)], STREAMS, share.program.digest)
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:

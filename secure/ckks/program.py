@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protocols.ckks.circuit import Vector
 from protocols.ckks.parameters import Parameters
-from protocols.ckks.refresh import reserve
+from protocols.ckks.refresh import hiding, reserve
 from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
@@ -33,6 +33,7 @@ _MALFORMED = (
 )
 MAXIMUM_KEYS = 8 << 30  # bytes of keys that a client makes and uploads for a Program
 MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes, and of the output
+MAXIMUM_SLOTS = 1 << 25  # of inputs and output together: 256 MB when they are unpacked
 HEADROOM = 2.0  # room over calibrated magnitudes before a value is refused
 
 
@@ -95,9 +96,9 @@ class CkksProgram:
             d = json.loads(encoded)
             if d["version"] != VERSION:
                 raise InvalidProgram(f"the Program has version {d['version']}, this is {VERSION}\nhint: upgrade unseen")
-            if max(len(d["views"]), len(d["output"])) > MAXIMUM_CIPHERTEXTS:  # they are packed: memory takes far more
+            parameters, described = Parameters(**d["parameters"]), len(d["views"]) + len(d["output"])
+            if described * parameters.slots > MAXIMUM_SLOTS:  # they are packed: memory takes far more
                 raise InvalidProgram(f"{len(d['views'])} inputs, {len(d['output'])} results: too many ciphertexts")
-            parameters = Parameters(**d["parameters"])
             program = cls(
                 parameters=parameters,
                 steps=tuple(int(s) for s in d["steps"]),
@@ -141,7 +142,7 @@ class CkksProgram:
         whole = all(type(v) is int for v in dataclasses.astuple(p)) and all(n >= 1 for n in self.output_shape)
         if not whole or list(self.steps) != sorted(set(self.steps)) or len(p.primes) != p.levels + 2:
             raise InvalidProgram("parameters, rotations or sizes of the Program are none")
-        keys = p.key_bytes * (len(self.steps) + 2)
+        keys = self.key_bytes
         if keys > MAXIMUM_KEYS or max(len(self.views), refreshed, len(self.output)) > MAXIMUM_CIPHERTEXTS:
             raise InvalidProgram(
                 f"the Program asks for {keys / 1e9:.1f} GB of keys, {len(self.views)} inputs, {refreshed} refreshes; "
@@ -156,7 +157,7 @@ class CkksProgram:
         if sorted(self.output[self.output >= 0]) != list(range(size)):
             raise InvalidProgram("elements of the output are missing or stand twice")
 
-    # the cost of a query as the parameters predict it; real keys and ciphertexts are within a few percent
+    # the cost of a query, exactly
 
     @property
     def rounds(self) -> int:
@@ -166,19 +167,26 @@ class CkksProgram:
     @property
     def key_bytes(self) -> int:
         """The bytes of evaluation keys, which are uploaded once."""
-        return self.parameters.key_bytes * (len(self.steps) + 1)
+        p = self.parameters
+        return p.public_key_bytes + p.key_bytes * (len(self.steps) + 1)
 
     @property
     def to_server(self) -> int:
         """The bytes to the server in one query: inputs and re-encrypted ciphertexts."""
         sent = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
-        return sum(map(self.parameters.polynomial_bytes, sent))
+        return sum(map(self.parameters.fresh_bytes, sent))
 
     @property
     def to_client(self) -> int:
         """The bytes to the client in one query: outputs and masked ciphertexts to re-encrypt."""
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
         return p.ciphertext_bytes(0) * len(self.output) + p.ciphertext_bytes(self.reserve) * refreshed
+
+    @property
+    def hiding(self) -> float | None:
+        """Bits by which the masks hide all refreshed ciphertexts of a query together; Q queries have log2 Q fewer."""
+        refreshed = sum(map(len, self.refreshes))
+        return hiding(self.parameters, self.reserve, refreshed) if refreshed else None
 
     # the client's side
 
