@@ -27,7 +27,7 @@ from parties.net.quotas import BYTES, PREPARATIONS, QUERIES, Limits, Quotas
 from parties.net.tokens import Token, Tokens, WithToken, new_holder
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
-from secure.errors import EndpointError, InvalidInput, PeerLost, QuotaError
+from secure.errors import EndpointError, InvalidInput, QuotaError, TokenError
 from tests.test_cli import Run, in_words, run
 
 __all__ = ["run"]  # the fixture
@@ -220,7 +220,9 @@ def test_calls_and_bytes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with echoing(counted) as (_, at):
         assert ask(at, parts=3) == 3
         assert ask(at) == 1
-        with pytest.raises(PeerLost, match=r"the echo at .* refused: the quota of 2 queries a day is used up") as error:
+        with pytest.raises(
+            QuotaError, match=r"the echo at .* refused: the quota of 2 queries a day is used up"
+        ) as error:
             ask(at)
     assert "hint: wait until then, or ask the service's owner" in str(error.value)
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
@@ -243,7 +245,7 @@ def test_sessions_are_given_back() -> None:
     with echoing(counted) as (_, at), grpc.insecure_channel(str(at)) as channel:
         call = PartyStub(channel).Ask(slow())
         next(call)
-        with pytest.raises(PeerLost, match="has 1 sessions at a time, which is its quota"):
+        with pytest.raises(QuotaError, match="has 1 sessions at a time, which is its quota"):
             ask(at)
         call.cancel()
         wait.set()
@@ -251,7 +253,7 @@ def test_sessions_are_given_back() -> None:
             try:
                 assert ask(at) == 1
                 break
-            except PeerLost:
+            except QuotaError:
                 threading.Event().wait(0.05)
         else:
             pytest.fail("the session was not given back")
@@ -287,7 +289,7 @@ def test_quotas_by_token(tmp_path: Path) -> None:
     asked = write_tokens(tmp_path / "tokens", (other, "bob", 1), (mine, "alice", 1))
     with echoing(Quotas(limits(queries=1, **{"/bob": {"queries": 2}})), asked) as (_, at):
         ask(at, WithToken(Plaintext(), mine))
-        with pytest.raises(PeerLost, match="used up for the caller '/alice'"):
+        with pytest.raises(QuotaError, match="used up for the caller '/alice'"):
             ask(at, WithToken(Plaintext(), mine))
         for _ in range(2):
             ask(at, WithToken(Plaintext(), other))
@@ -301,7 +303,7 @@ def test_wrong_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypa
     with echoing(None, asked) as (echo, at):
 
         def refused(network: Network, message: str) -> None:
-            with pytest.raises(PeerLost, match=message) as error:
+            with pytest.raises(TokenError, match=message) as error:
                 ask(at, network)
             messages.append(str(error.value))
             (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
@@ -321,7 +323,7 @@ def test_wrong_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypa
         write_tokens(tmp_path / "tokens", (wrong, "carol", 1))
         ask(at, WithToken(Plaintext(), wrong))
         (tmp_path / "tokens").unlink()
-        with pytest.raises(PeerLost, match="not known here"):
+        with pytest.raises(TokenError, match="not known here"):
             ask(at, WithToken(Plaintext(), wrong))
     assert len(echo.callers) == 2
     said = " ".join(messages) + caplog.text + repr([r.args for r in caplog.records])

@@ -15,9 +15,10 @@ from typing import Any
 import grpc
 
 from parties.net.caller import Caller, Permissions, caller, note
+from parties.net.calls import refuse
 from parties.net.quotas import BYTES, QUERIES, Quotas
 from parties.net.tokens import Tokens
-from secure.errors import Error
+from secure.errors import Error, TokenError
 
 log = logging.getLogger("unseen.meter")
 
@@ -86,7 +87,8 @@ class Meter(grpc.ServerInterceptor):
                 who = self._admitted(method, context, stack)
             except Error as error:
                 log.warning("refused %s of %s: %s", method, caller(context), str(error).splitlines()[0])
-                context.abort(_STATUS.get(error.code, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error))
+                wrong = isinstance(error, TokenError)
+                refuse(context, grpc.StatusCode.UNAUTHENTICATED if wrong else grpc.StatusCode.RESOURCE_EXHAUSTED, error)
             if self._quotas is None:
                 yield lambda message: message
                 return
@@ -131,6 +133,3 @@ class _Tally:
             self._quotas.spend(self._who, BYTES, counted)
         except sqlite3.Error as error:
             log.error("%d bytes of %s were not counted: %s", counted, self._who, error)
-
-
-_STATUS = {"token": grpc.StatusCode.UNAUTHENTICATED}
