@@ -378,6 +378,9 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         self._plain.check(endpoint, what=what)
 
+    def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
+        self._plain.probe(endpoint, what=what, role=role)
+
     def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
         return grpc.intercept_channel(self._plain.channel(endpoint, what=what, role=role), self)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import parties  # noqa: F401  (before gRPC, which takes settings for TLS when it is imported)
+
 if TYPE_CHECKING:
     from tests.tiny import Ready, Served
 

@@ -3,6 +3,7 @@
 endpoints    host:port, options of channels
 caller       the caller of a service, and the roles that may call a method
 network      the protection of channels: its interface, and plaintext
+tls_version  TLS 1.3 alone, in the whole process
 tls          the protection of channels by mutual TLS 1.3
 certificates certificates and lists of revoked ones, read and checked
 naming       the roles that certificates name

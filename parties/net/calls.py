@@ -27,6 +27,9 @@ class FailedCall(grpc.RpcError, grpc.Call):
     def details(self) -> str:
         return str(self.reason)
 
+    def result(self, timeout: float | None = None) -> NoReturn:
+        raise self
+
     def __iter__(self) -> FailedCall:
         return self
 

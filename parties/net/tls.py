@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from parties.net.naming import Naming
 from parties.net.network import Network, bound
 from parties.net.preflight import preflight
 from parties.net.tls_channel import TlsChannel
+from parties.net.tls_version import require_newest
 from secure.errors import TlsError
-
-_SUITES, _NONE_OF_OLD = "GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305"
 
 
 class Tls(Network):
@@ -34,8 +32,8 @@ class Tls(Network):
     not call a method. Changed files are read at their next use. Only the certificates of peers themselves are looked up
     in the revocation lists, not those of intermediate authorities.
 
-    TLS 1.2 is off for everything that uses gRPC in this process, from the first Tls on: gRPC has no such option for one
-    channel. Raises TlsError for files that are missing, do not fit together or have expired, and for a key that others
+    Older versions than TLS 1.3 are off for all that uses gRPC in this process; see ``parties.net.tls_version``. Raises
+    TlsError for files that are missing, do not fit together or have expired, and for a key that others
     can read.
     """
 
@@ -59,8 +57,6 @@ class Tls(Network):
             raise TlsError(f"{directory} is no directory", "make it with: unseen certs DIRECTORY")
         naming = None if names is None and roles is None and directory else Naming(names or {}, roles or {})
         self._reloading = Reloading(self.files, naming)
-        # With TLS 1.2, only a suite for pre-shared keys is left, and nobody has one. TLS 1.3 has suites of its own.
-        os.environ[_SUITES] = _NONE_OF_OLD
 
     def __repr__(self) -> str:
         return f"Tls({str(self.files.certificate)!r})"
@@ -98,6 +94,7 @@ class Tls(Network):
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         ours = self.credentials
         self._require_own(ours, what, role)
+        require_newest(ours.key_pem, ours.chain_pem)
         _name_for_grpc(ours.certificate, f"{what} itself")
 
         def configuration() -> grpc.ServerCertificateConfiguration:

@@ -119,17 +119,21 @@ class _Method:
         self._channel, self._bind, self._answers = channel, bind, answers
 
     def __call__(self, *request: Any, **options: Any) -> Any:
+        return self._made(lambda method: method(*request, **options), later=self._answers)
+
+    def with_call(self, *request: Any, **options: Any) -> Any:
+        return self._made(lambda method: method.with_call(*request, **options), later=False)
+
+    def future(self, *request: Any, **options: Any) -> Any:
+        return self._made(lambda method: method.future(*request, **options), later=True)
+
+    def _made(self, make: Callable[[Any], Any], *, later: bool) -> Any:
+        """Make a call. later: it raises its error when its answer is read, and not now."""
         try:
-            channel = self._channel.current()
+            method = self._bind(self._channel.current())
         except Error as error:
             failed = FailedCall(error)
-            if self._answers:
+            if later:
                 return failed
             raise failed from None
-        return self._bind(channel)(*request, **options)
-
-    def with_call(self, *request: Any, **options: Any) -> NoReturn:
-        raise NotImplementedError("use the method itself")
-
-    def future(self, *request: Any, **options: Any) -> NoReturn:
-        raise NotImplementedError("use the method itself")
+        return make(method)
