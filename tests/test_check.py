@@ -16,9 +16,12 @@ import pytest
 
 from parties.cli import check as module
 from parties.net import hosting, status
+from parties.net.authority import Authority
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
 from parties.net.status import StatusService
+from parties.net.tls import Tls
+from parties.net.tokens import Token
 from secure.deployments.deployment import deployments
 from tests.test_cli import Ended, Run, run
 
@@ -204,6 +207,81 @@ def test_tokens(run: Run, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("zzz\n")
     ended = run("check", "dealer", "--listen", FREE, "--tokens", str(tmp_path / "tokens"))
     found(ended, f"tokens {tmp_path}/tokens", "line 1: a line of tokens has a SHA-256", "unseen token new")
+
+
+# certificates
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Authority:
+    """An authority of ``unseen certs``, and certificates of a client, a server and a dealer."""
+    authority = Authority.make(tmp_path / "certs")
+    for role in ("client", "server", "dealer"):
+        authority.issue(role, role)
+    return authority
+
+
+@contextmanager
+def under_tls(made: Authority, stranger: Path | None = None, plain: bool = False) -> Iterator[list[str]]:
+    """Server and dealer under TLS, or one without; yields the options that find them. stranger: of the server."""
+    server = Plaintext() if plain else Tls(stranger or made.directory / "server")
+    with standing(network=server) as at, standing("dealer", program="", network=Tls(made.directory / "dealer")) as d:
+        yield ["check", "embed", "--server", at, "--dealer", d, "--tls", str(made.directory / "client")]
+
+
+def test_all_is_well_under_tls(run: Run, others: None, made: Authority) -> None:
+    with under_tls(made) as line:
+        ended = run(*line)
+        assert ended.code == 0, ended.out
+        assert "ok    own certificate: TLS 1.3: " in ended.out
+        assert "valid" in ended.out
+
+
+def test_an_expired_certificate(run: Run, others: None, made: Authority) -> None:
+    with under_tls(made) as line:
+        line[-1] = str(made.issue("client", "late", days=0))
+        found(run(*line), "own certificate", "cert.pem has expired", "unseen certs DIRECTORY --renew")
+
+
+def test_a_key_that_others_can_read(run: Run, others: None, made: Authority) -> None:
+    key = made.directory / "client" / "key.pem"
+    with under_tls(made) as line:
+        key.chmod(0o644)
+        found(run(*line), "own certificate", f"{key}", "chmod")
+        key.chmod(0o600)
+        key.write_bytes((made.directory / "server" / "key.pem").read_bytes())
+        found(run(*line), "own certificate", f"{key}", "")
+
+
+def test_a_peer_that_was_revoked(run: Run, others: None, made: Authority) -> None:
+    with under_tls(made) as line:
+        made.revoke(str(made.directory / "server"))
+        found(run(*line), "the server", "was revoked", "unseen certs")
+
+
+def test_a_peer_of_another_authority(run: Run, others: None, made: Authority, tmp_path: Path) -> None:
+    other = Authority.make(tmp_path / "other")
+    with under_tls(made, other.issue("server", "server")) as line:
+        found(run(*line), "the server", "signed by an authority that ca.pem does not hold", "the same ca.pem")
+
+
+def test_a_peer_of_another_role(run: Run, others: None, made: Authority) -> None:
+    with under_tls(made) as line:
+        line[3], line[5] = line[5], line[3]
+        ended = run(*line)
+        assert ended.out.count("WRONG") == 2
+        assert ended.code == 1
+
+
+def test_a_peer_without_tls(run: Run, others: None, made: Authority) -> None:
+    with under_tls(made, plain=True) as line:
+        found(run(*line), "the server", "does not speak TLS", "--tls DIRECTORY; nothing was sent to it")
+
+
+def test_a_token_under_tls(run: Run, others: None, made: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSEEN_TOKEN", Token.fresh().text)
+    with under_tls(made) as line:
+        assert run(*line).code == 0
 
 
 # how it is asked

@@ -18,12 +18,14 @@ import pytest
 
 import secure
 from parties.net import hosting, quotas, tokens
+from parties.net.authority import Authority
 from parties.net.caller import Caller, permit
 from parties.net.endpoints import Endpoint
 from parties.net.meter import Meter
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
 from parties.net.quotas import BYTES, PREPARATIONS, QUERIES, Limits, Quotas
+from parties.net.tls import Tls
 from parties.net.tokens import Token, Tokens, WithToken, new_holder
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
@@ -189,12 +191,14 @@ def hosting_caller(context: grpc.ServicerContext) -> Caller:
 
 
 @contextmanager
-def echoing(counted: Quotas | None, asked: Tokens | None = None) -> Iterator[tuple[Echo, Endpoint]]:
+def echoing(
+    counted: Quotas | None, asked: Tokens | None = None, network: Network | None = None
+) -> Iterator[tuple[Echo, Endpoint]]:
     echo = Echo()
     server, at = hosting.start(
         Endpoint("127.0.0.1", 0),
         [lambda server: add_PartyServicer_to_server(echo, server)],
-        network=Plaintext(),
+        network=network or Plaintext(),
         what="the echo",
         role="party 0",
         permissions=Echo.permissions,
@@ -293,6 +297,22 @@ def test_quotas_by_token(tmp_path: Path) -> None:
             ask(at, WithToken(Plaintext(), mine))
         for _ in range(2):
             ask(at, WithToken(Plaintext(), other))
+
+
+def test_names_and_tokens_under_tls(tmp_path: Path) -> None:
+    """The certificate's name comes first; a token of another client's line adds its own."""
+    authority, token = Authority.make(tmp_path / "certs"), Token.fresh()
+    client, party = (Tls(authority.issue(role, "acme")) for role in ("client", "party 0"))
+    asked = write_tokens(tmp_path / "tokens", (token, "alice", 1))
+    counted = Quotas(limits(queries=0, **{"acme/alice": {"queries": 2}}))
+    with echoing(counted, asked, party) as (echo, at):
+        assert ask(at, WithToken(client, token), parts=3) == 3
+        assert ask(at, WithToken(client, token)) == 1
+        with pytest.raises(QuotaError, match="used up for the caller 'acme/alice'"):
+            ask(at, WithToken(client, token))
+        with pytest.raises(TokenError, match="asks every client for a token"):
+            ask(at, client)
+    assert [(c.name, c.role) for c in echo.callers] == [("acme/alice", "client")] * 2
 
 
 def test_wrong_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
