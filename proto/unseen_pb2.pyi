@@ -57,6 +57,32 @@ class DownloadRequest(_message.Message):
     sha256: str
     def __init__(self, sha256: _Optional[str] = ...) -> None: ...
 
+class CheckRequest(_message.Message):
+    __slots__ = ("nonce", "program_digest")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    program_digest: str
+    def __init__(self, nonce: _Optional[bytes] = ..., program_digest: _Optional[str] = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("version", "deployment", "role", "program_digest", "known", "clock", "owner")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    deployment: str
+    role: str
+    program_digest: str
+    known: bool
+    clock: float
+    owner: bytes
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program_digest: _Optional[str] = ..., known: _Optional[bool] = ..., clock: _Optional[float] = ..., owner: _Optional[bytes] = ...) -> None: ...
+
 class Chunk(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]

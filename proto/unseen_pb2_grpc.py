@@ -147,6 +147,81 @@ class Model:
             _registered_method=True)
 
 
+class StatusStub:
+    """Every service answers whoever may call any of its methods: is it the one that is meant? Nothing here is secret.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Check = channel.unary_unary(
+                '/unseen.v2.Status/Check',
+                request_serializer=proto_dot_unseen__pb2.CheckRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.CheckReply.FromString,
+                _registered_method=True)
+
+
+class StatusServicer:
+    """Every service answers whoever may call any of its methods: is it the one that is meant? Nothing here is secret.
+    """
+
+    def Check(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_StatusServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=proto_dot_unseen__pb2.CheckRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.CheckReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'unseen.v2.Status', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('unseen.v2.Status', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Status:
+    """Every service answers whoever may call any of its methods: is it the one that is meant? Nothing here is secret.
+    """
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Status/Check',
+            proto_dot_unseen__pb2.CheckRequest.SerializeToString,
+            proto_dot_unseen__pb2.CheckReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class DealerStub:
     """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
     """

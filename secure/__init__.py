@@ -56,9 +56,11 @@ from secure.errors import (
     PeerLost,
     ProtocolError,
     QueryError,
+    QuotaError,
     RangeLost,
     ShareError,
     TlsError,
+    TokenError,
     UnsupportedOperation,
 )
 from secure.mpc.program import Program
@@ -103,6 +105,7 @@ __all__ = [
     "Program",
     "ProtocolError",
     "QueryError",
+    "QuotaError",
     "RangeLost",
     "Recipe",
     "Report",
@@ -112,6 +115,7 @@ __all__ = [
     "ThreeParty",
     "Tls",
     "TlsError",
+    "TokenError",
     "Traffic",
     "TwoParty",
     "UnsupportedOperation",

@@ -31,9 +31,11 @@ __all__ = [
     "PeerLost",
     "ProtocolError",
     "QueryError",
+    "QuotaError",
     "RangeLost",
     "ShareError",
     "TlsError",
+    "TokenError",
     "UnsupportedOperation",
     "from_code",
     "printable",
@@ -130,6 +132,18 @@ class DealerError(Error):
     """The dealer refused, or cannot be reached."""
 
     code = "dealer"
+
+
+class QuotaError(Error):
+    """A caller has used up what the owner of a service lets it use."""
+
+    code = "quota"
+
+
+class TokenError(Error):
+    """A caller has no token, or none that is valid."""
+
+    code = "token"
 
 
 class QueryError(Error):

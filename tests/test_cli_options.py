@@ -33,6 +33,7 @@ from parties.cli import (
     timeline,
     train,
 )
+from parties.cli.config import NO_SETTING
 from parties.net import hosting
 from parties.net.hosting import HostOptions, Parts
 from parties.reports import answers
@@ -98,6 +99,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
                 put(module, name)
     put(hosting, "log_to_stderr")
     put(hosting, "check")
+    put(hosting, "check_owners")
     put(deployments, "serve", service)
     put(deployments, "connect", connected)
     put(serve, "task_of", lambda _: task)
@@ -153,6 +155,7 @@ FIRST: dict[str, list[str]] = {
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
     "certs": ["{tmp}/certs", "client"],
+    "token": ["new", "somebody", "--tokens", "{tmp}/given"],
 }
 """What a command needs anyway."""
 
@@ -173,6 +176,8 @@ POSITIONS = {
     ("timeline", "server"): 2,
     ("certs", "directory"): 1,
     ("certs", "roles"): 2,
+    ("token", "action"): 1,
+    ("token", "name"): 2,
 }
 """Arguments that a command needs anyway, by their places in its line."""
 
@@ -203,7 +208,11 @@ VALUES: dict[str, str] = {
     "roles": "dealer",
     "attention": "quad",
     "deployment": "three-party",
-    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count"), "4"),
+    "action": "list",
+    "command": "dealer",
+    **dict.fromkeys(
+        ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
+    ),
 }
 
 
@@ -217,7 +226,7 @@ def cases() -> list[tuple[str, str, str]]:
     out = []
     for name, command in commands().items():
         of = NAMES if any(p.name == "deployment" for p in command.params) and name != "compare" else [""]
-        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name != "help"]
+        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name not in NO_SETTING]
     return out
 
 

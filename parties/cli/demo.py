@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from parties import deployments
+from parties.cli.config import PREFIX
 from parties.cli.console import OUT, announced, progress
 from parties.cli.options import (
     MODEL,
@@ -123,7 +125,7 @@ def hosted(
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
         if first := found.owner(compiling, directory):
-            command, environment = hosting.child("parties.cli", *first)
+            command, environment = unset(*first)
             if code := subprocess.call(command, env=environment, stdin=subprocess.DEVNULL):
                 raise Error(f"the owner's part failed (exit code {code})", "see its output above")
         authority = Authority.make(directory / "certificates", days=1)
@@ -141,10 +143,17 @@ def hosted(
         yield deployment.located(addresses), client
 
 
+def unset(*line: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command and environment that run ``unseen LINE`` by itself: no settings of the user's services."""
+    command, environment = hosting.child("parties.cli", *line)
+    kept = {name: value for name, value in environment.items() if not name.startswith(f"{PREFIX}_")}
+    return command, {**kept, f"{PREFIX}_CONFIG": os.devnull}
+
+
 @contextmanager
 def process(console: Console, name: str, colour: str, line: Sequence[str]) -> Iterator[str]:
     """Run ``unseen LINE`` until the block ends; yields the address that it announces on its standard output."""
-    command, environment = hosting.child("parties.cli", *line)
+    command, environment = unset(*line)
     child = subprocess.Popen(
         command,
         env=environment,
@@ -212,7 +221,7 @@ def embed_texts(
             "--no-cache",
             *tracing,
         ]
-        command, environment = hosting.child("parties.cli", *asking, "--", *texts)
+        command, environment = unset(*asking, "--", *texts)
         code = subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
     # the server has ended by now, so its last trace is there too
     for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():

@@ -20,6 +20,7 @@ from parties.cli.options import (
     TraceOption,
     require_traces,
 )
+from parties.cli.token import TokenFileOption, given_token
 from parties.net import hosting
 from parties.net.caller import CLIENT
 from parties.net.choice import network_of
@@ -49,6 +50,7 @@ def embed(
     threads: ThreadsOption = 1,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Embed texts that the servers never see."""
     if as_json and compare_with:
@@ -71,6 +73,7 @@ def embed(
         if "warning" in line:
             say(f"unseen embed: {line}")
     options |= {"network": network, "cache": cache, "program_digest": program_digest}
+    options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
     with (
         progress("preparing") as told,

@@ -80,6 +80,15 @@ AnnounceOption = Annotated[
     bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
+TokensOption = Annotated[
+    Path | None, typer.Option("--tokens", metavar="FILE", help="Ask every client for a token of this file.")
+]
+SameOwnerOption = Annotated[
+    bool,
+    typer.Option(
+        "--same-owner", help="Allow peers that this user runs on this machine, which protects nothing: to try it out."
+    ),
+]
 ListenOption = Annotated[str, typer.Option(help="host:port")]
 
 

@@ -23,19 +23,23 @@ from parties.cli.options import (
     LengthOption,
     ListenOption,
     ModelArgument,
+    SameOwnerOption,
     ThreadsOption,
     TlsOption,
+    TokensOption,
     TraceOption,
     VerboseOption,
     compile_options,
     host_options,
     read_texts,
+    refused,
 )
 from parties.net import hosting
 from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
 from parties.net.network import Network
+from parties.net.quotas import NO_LIMITS, Limits
 from parties.net.tls import Tls
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
@@ -65,6 +69,9 @@ def serve(
     threads: ThreadsOption = 1,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
+    same_owner: SameOwnerOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -85,7 +92,9 @@ def serve(
     get_ready(threads)
     network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
-    peers = {name: str(getattr(deployment, name.replace(" ", "_"))) for name in found.peers}
+    peers = {name: deployment.addresses()[name] for name in found.peers}
+    if same_owner and not peers:
+        raise refused("same_owner", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
     network.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
@@ -94,10 +103,21 @@ def serve(
     if isinstance(task_of(model), Embed):
         model_directory(model)  # a mistake that can be seen before anything is loaded
     hosting.check(at, endpoints, network, what=f"the {role}")
+    if not same_owner:
+        hosting.check_owners(endpoints, network)
     if trace is not None:
         TraceDirectory(trace)
     compiled = compiled_model("serve", deployment, model, length, options, sentences)
-    service = deployments.serve(compiled, role=role, listen=str(at), peers=peers, network=network, **given)
+    service = deployments.serve(
+        compiled,
+        role=role,
+        listen=str(at),
+        peers=peers,
+        network=network,
+        quotas=quotas,
+        tokens=tokens,
+        **given,
+    )
     run(service, "serve", announced=announce)
 
 
@@ -154,11 +174,15 @@ def dealer(
     threads: ThreadsOption = 1,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     use_threads(threads)
     network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
-    service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network)
+    service = deployments.serve(
+        role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens
+    )
     run(service, "dealer", announced=announce)

@@ -13,6 +13,10 @@ tls_channel  a channel that is pinned to its peer's certificate
 authority    makes certificates, renews and revokes them
 choice       the network of a role that is told nothing else
 guard        refuses calls before their handlers read anything
+quotas       how much each caller may use in a day
+tokens       bearer tokens, which name callers behind one certificate
+status       what a service says about itself, and whose process it is
+meter        counts calls, sessions and bytes, and asks for tokens
 calls        errors of gRPC calls, explained on both ends
 peer         a service at the other end of a channel
 frames       byte strings as parts of about 1 MB

@@ -10,7 +10,7 @@ from typing import NoReturn
 import grpc
 
 from parties.net.endpoints import Endpoint
-from secure.errors import Error, PeerLost, TlsError, printable
+from secure.errors import Error, PeerLost, QuotaError, TlsError, TokenError, from_code, printable
 
 
 class FailedCall(grpc.RpcError, grpc.Call):
@@ -58,6 +58,16 @@ class FailedCall(grpc.RpcError, grpc.Call):
 _NOT_ALLOWED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)  # by the guard of a service
 
 
+CODE = "unseen-code"  # the key under which a refusal says which error it is
+_NAMED = (QuotaError.code, TokenError.code)
+
+
+def refuse(context: grpc.ServicerContext, status: grpc.StatusCode, error: Error) -> NoReturn:
+    """End a call with an Error that the caller gets as the same kind, if it is one of a few."""
+    context.set_trailing_metadata(((CODE, error.code),))
+    context.abort(status, str(error))
+
+
 @contextmanager
 def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type[Error] = PeerLost) -> Iterator[None]:
     """Turn a gRPC error into a ``kind`` that says who failed at what, with the peer's own hint, or else ``hint``."""
@@ -79,6 +89,10 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
         if error.code() == grpc.StatusCode.UNIMPLEMENTED:
             raise kind(f"what answers at {where} is not {who}{during}", "check the addresses and ports") from None
         message, _, theirs = printable(error.details() or "").partition("\nhint: ")
+        if (code := dict(error.trailing_metadata() or ()).get(CODE)) in _NAMED:
+            raise from_code(
+                str(code), str(Error(f"{who} at {where} refused{during}: {message}", theirs or hint))
+            ) from None
         if error.code() in _NOT_ALLOWED:
             raise TlsError(f"{who} at {where} refused{during}: {message}", theirs or hint) from None
         raise kind(f"{who} at {where} refused{during}: {message}", theirs or hint) from None

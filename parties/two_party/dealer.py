@@ -78,6 +78,11 @@ class DealerService(DealerServicer):
         self._models: OrderedDict[tuple[str, str], _RegisteredModel] = OrderedDict()
         self._sessions: OrderedDict[bytes, _DealtSession] = OrderedDict()
 
+    def knows(self, program_digest: str) -> bool:
+        """Tell whether a Program is registered, by its digest."""
+        with self._lock:
+            return any(program_digest == digest for digest, _ in self._models)
+
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterReply:
         with answering(context, log):
             return pb.RegisterReply(program_digest=self._register(request))

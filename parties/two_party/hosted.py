@@ -44,7 +44,9 @@ class TwoPartyHosted:
     ) -> Parts:
         if role == DEALER:
             dealer = DealerService()
-            return Parts([lambda server: add_DealerServicer_to_server(dealer, server)], dealer.permissions)
+            return Parts(
+                [lambda server: add_DealerServicer_to_server(dealer, server)], dealer.permissions, knows=dealer.knows
+            )
         return self._server(held, peers[DEALER], options)
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
@@ -53,7 +55,7 @@ class TwoPartyHosted:
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         if role == DEALER:
             return ("dealer",)
-        where = ("--dealer", peers[DEALER], "--state", str(directory / "server"))
+        where = ("--dealer", peers[DEALER], "--state", str(directory / "server"), "--same-owner")
         return ("serve", *compiling, "--deployment", self.deployment.name, *where)
 
     @staticmethod
@@ -78,4 +80,6 @@ class TwoPartyHosted:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
-        return Parts([add], {**published.permissions, **service.permissions}, service.close)
+        return Parts(
+            [add], {**published.permissions, **service.permissions}, service.close, program=model.program.digest
+        )

@@ -83,6 +83,9 @@ class ThreeParty(CircuitDeployment):
     def located(self, addresses: Mapping[str, str]) -> Self:
         return replace(self, parties=tuple(addresses[name] for name in PARTIES))
 
+    def addresses(self) -> dict[str, str]:
+        return dict(zip(PARTIES, self.parties, strict=False))
+
     def translated(self, program: Program) -> Translated:
         """Translate a Program's circuit for three servers; raises InvalidProgram if they cannot run it."""
         one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
