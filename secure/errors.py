@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from protocols.errors import DoesNotFit, Error, FixedPointError
 
 __all__ = [
-    "Busy",
     "DealerError",
     "Diverged",
     "DoesNotFit",
@@ -148,12 +147,6 @@ class PeerLost(Error):
     """The peer is gone, or did not answer within the deadline."""
 
     code = "peer-lost"
-
-
-class Busy(Error):
-    """A service has as many sessions, models or calls as it takes, of this caller or of all."""
-
-    code = "busy"
 
 
 class DownloadError(Error):

@@ -177,6 +177,7 @@ VALUES: dict[str, str] = {
     "form": "json",
     "attention": "quad",
     "deployment": "three-party",
+    "rotate_mask": "7",
     **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
 }
 

@@ -22,7 +22,8 @@ from proto import unseen_pb2 as pb
 from protocols.prg import next_seed
 from secure.cost.timeline import Recorder
 from secure.errors import PeerLost, QueryError
-from tests.tiny import KEY, TEXT, Raw, Ready, Served, dealing, dial, refused, register_request, run_query, serving
+from tests.dealer_key import KEY
+from tests.tiny import TEXT, Raw, Ready, Served, dealing, dial, refused, register_request, run_query, serving
 
 
 def test_the_server_refuses_a_burnt_number(server: Served, dealer: Served, model: Ready) -> None:

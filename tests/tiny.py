@@ -54,6 +54,7 @@ from secure.models.tokens import load_tokenizer
 from secure.mpc.program import Program
 from secure.session import Session
 from secure.version import WIRE_VERSION
+from tests.dealer_key import KEY
 
 LENGTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -61,7 +62,6 @@ WORDS = tuple(f"zq{consonant}{vowel}" for consonant in "bcdfghjklmnprstvwxyz" fo
 TEXT = " ".join(WORDS[:4])
 FIRST = "encoder.embeddings"  # the module whose message the client sends first
 LOOPBACK = Endpoint("127.0.0.1", 0)
-KEY = SealingKey.generate()  # of all dealers here that have no other
 
 
 def write_model(directory: Path, seed: int = 0) -> Path:

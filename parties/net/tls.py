@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 
@@ -38,6 +39,8 @@ class Tls(Network):
     channel. Raises TlsError for files that are missing, do not fit together or have expired, and for a key that others
     can read.
     """
+
+    proves_roles: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ import grpc
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
-from parties.net.places import Place, Places
+from parties.net.seats import Seat, Seats
+from parties.net.waiting import Places
 from parties.net.watchdog import Watchdog
 from parties.two_party.keys import (
     SESSION_BYTES,
@@ -68,7 +69,7 @@ class _RegisteredModel:
     weights_digest: str
     weights: DealerWeights = field(repr=False)
     mask_seed: bytes = field(repr=False)
-    place: Place = field(repr=False)
+    seat: Seat = field(repr=False)
     sessions: int = 0
 
 
@@ -76,7 +77,7 @@ class _RegisteredModel:
 class _DealtSession:
     model: _RegisteredModel
     opener: Caller
-    place: Place = field(repr=False)
+    seat: Seat = field(repr=False)
     client: Ratchet = field(repr=False)
     server: Ratchet | None = field(default=None, repr=False)
     proving: bytes = field(default=b"", repr=False)
@@ -103,9 +104,9 @@ class DealerService(DealerServicer):
         self._key, self._spend, self._lock = key, spend, threading.Lock()
         self._models: dict[tuple[str, str], _RegisteredModel] = {}
         self._sessions: dict[bytes, _DealtSession] = {}
-        self.models = Places("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
-        self.sessions = Places("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
-        self.deals = Places("the dealer", "queries being dealt", MAXIMUM_DEALS, CALLER_DEALS)
+        self.models = Seats("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
+        self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
+        self.deals = Places(MAXIMUM_DEALS, CALLER_DEALS, "the dealer", "queries being dealt")
 
     def sweep(self) -> None:
         """Forget all that is idle: sessions, then the masks of models that nobody uses."""
@@ -132,13 +133,13 @@ class DealerService(DealerServicer):
             known = self._models.get(key)
         if known is None:
             program = _decoded(request.program)
-            place = self.models.take(who.name, lambda: self._forget(key))
-            place.rest(LEASE)
+            seat = self.models.take(who.name, lambda: self._forget(key))
+            seat.rest(LEASE)
             weights = DealerWeights(mask_key(seed, name), program.weight_shapes)
             with self._lock:
-                known = self._models.setdefault(key, _RegisteredModel(program, name, weights, seed, place))
-            if known.place is not place:  # it was registered in between
-                self.models.give_back(place)
+                known = self._models.setdefault(key, _RegisteredModel(program, name, weights, seed, seat))
+            if known.seat is not seat:  # it was registered in between
+                self.models.give_back(seat)
             log.info("registered program %s with weights %s", digest[:12], name[:12])
         return pb.RegisterReply(
             program_digest=digest, weights_digest=name, proof=answer_proof(seed, request.sealed, digest, name)
@@ -160,7 +161,7 @@ class DealerService(DealerServicer):
                 if not hmac.compare_digest(renew_proof(model.mask_seed, "server", request.nonce, *key), request.proof):
                     raise HandshakeError("only the server of this model can renew it")
                 if not model.sessions:
-                    model.place.rest(LEASE)
+                    model.seat.rest(LEASE)
             return pb.RenewReply(proof=renew_proof(model.mask_seed, "dealer", request.nonce, *key))
 
     # sessions
@@ -181,17 +182,17 @@ class DealerService(DealerServicer):
         if not known:
             return pb.OpenReply()
         seed = self._key.open(request.sealed, "open", request.version, *key)
-        place = self.sessions.take(who.name, lambda: self._end(session))
-        place.rest(UNJOINED)
+        seat = self.sessions.take(who.name, lambda: self._end(session))
+        seat.rest(UNJOINED)
         ratchet = Ratchet(seed, "client", session, request.program_digest)
         with self._lock:
             model = self._models.get(key)
             if model is not None:
                 model.sessions += 1
-                model.place.work()
-                self._sessions[session] = _DealtSession(model, who, place, ratchet)
+                model.seat.work()
+                self._sessions[session] = _DealtSession(model, who, seat, ratchet)
         if model is None:  # it was forgotten in between
-            self.sessions.give_back(place)
+            self.sessions.give_back(seat)
             return pb.OpenReply()
         return pb.OpenReply(session=session, proof=answer_proof(seed, request.sealed, session))
 
@@ -209,7 +210,7 @@ class DealerService(DealerServicer):
                     raise ProtocolError("the session was already joined", "connect again")
                 session.server = Ratchet(seed, "server", token, session.model.program.digest)
                 session.proving = proving_key(seed)
-                session.place.rest(UNUSED)
+                session.seat.rest(UNUSED)
             return pb.JoinReply(proof=answer_proof(seed, request.sealed, token))
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
@@ -228,8 +229,8 @@ class DealerService(DealerServicer):
                 return
             session.model.sessions -= 1
             if not session.model.sessions:
-                session.model.place.rest(LEASE)
-        self.sessions.give_back(session.place)
+                session.model.seat.rest(LEASE)
+        self.sessions.give_back(session.seat)
         session.client.erase()
         if session.server is not None:
             session.server.erase()
@@ -240,11 +241,11 @@ class DealerService(DealerServicer):
         watch = Watchdog(READING, context.cancel)
         try:
             with answering(context, log):
-                place = self.deals.take(caller(context).name, context.cancel)
+                give_back = self.deals.take(caller(context))
                 try:
                     yield from watch.sending(self._deal(request.session, request.query, request.proof))
                 finally:
-                    self.deals.give_back(place)
+                    give_back()
         finally:
             watch.stop()
 
@@ -253,7 +254,7 @@ class DealerService(DealerServicer):
         if not hmac.compare_digest(deal_proof(_joined(session), token, query), proof):
             raise QueryError("only the server that joined the session gets its corrections")
         assert session.server is not None
-        session.place.work()
+        session.seat.work()
         try:
             self._spend(session.opener, "preparations", 1)  # also those that the client then drops
             server, client = session.server.key(query), session.client.key(query)
@@ -262,7 +263,7 @@ class DealerService(DealerServicer):
             yield from to_chunks(payload for _, payload in corrections)
             log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
         finally:
-            session.place.rest(UNUSED)
+            session.seat.rest(UNUSED)
 
     def _session(self, token: bytes) -> _DealtSession:
         with self._lock:

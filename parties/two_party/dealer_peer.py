@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import grpc
+
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
@@ -23,6 +25,7 @@ from secure.version import WIRE_VERSION
 
 ANSWERING = 10.0  # seconds that the dealer may take to answer; Register checks a Program
 REGISTERING = 60.0
+ENDING = 2.0
 DEALING = 600.0  # seconds that all corrections of a query may take
 
 
@@ -129,11 +132,10 @@ class DealerPeer:
         return DealerStub(self._peer.channel).Deal(request, timeout=DEALING)
 
     def end(self, session: bytes, proving: bytes) -> None:
-        """Tell the dealer, without waiting, that a session has ended; what does not arrive expires there."""
+        """Tell the dealer that a session has ended. If it does not hear this, the session expires there."""
         request = pb.CloseRequest(session=session, proof=close_proof(proving, session))
-        with suppress(ValueError):  # the channel is closed: the service has ended
-            call = DealerStub(self._peer.channel).Close.future(request, timeout=ANSWERING)
-            call.add_done_callback(lambda _: None)  # this keeps the call, which would be cancelled if nobody held it
+        with suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed, because the service has ended
+            DealerStub(self._peer.channel).Close(request, timeout=ENDING)
 
     # the client's call
 

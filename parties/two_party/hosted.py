@@ -60,7 +60,7 @@ class TwoPartyHosted:
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         if role == DEALER:
-            return ("dealer",)
+            return ("dealer", "--state", str(directory / "dealer"))
         where = ("--dealer", peers[DEALER], "--state", str(directory / "server"))
         return ("serve", *compiling, "--deployment", self.deployment.name, *where)
 

@@ -108,21 +108,30 @@ class SealingKey:
 
         Raises InvalidInput if others can read or replace it, or if it is damaged.
         """
-        path, public = state / SECRET_FILE, state / PUBLIC_FILE
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = state / SECRET_FILE
         with suppress(FileExistsError):  # another dealer may make it at the same moment
             if not path.exists():
-                made = cls.generate()
-                store(path, f"{_SECRET} {base64.b64encode(made._secret).decode()}\n".encode(), replace=False)
-        try:
-            loaded = cls(_decoded(read_secret(path), _SECRET, _MLKEM_SECRET + _X25519))
-        except ValueError as error:
-            raise error if isinstance(error, InvalidInput) else _damaged(path) from None
-        text = f"{loaded.public.text}\n".encode()
-        if not public.exists() or public.read_bytes() != text:
-            store(public, text)
-        public.chmod(0o644)
+                cls.generate().save(state)
+        secret = _decoded(read_secret(path), _SECRET, _MLKEM_SECRET + _X25519)
+        if secret is None:
+            hint = "delete it, start the dealer again, and give its new dealer.pub to server and clients"
+            raise InvalidInput(f"{path} is damaged", hint)
+        loaded = cls(secret)
+        loaded._publish(state)
         return loaded
+
+    def save(self, state: Path) -> None:
+        """Write the key into a state directory. Raises FileExistsError if there is one."""
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        secret = f"{_SECRET} {base64.b64encode(self._secret).decode()}\n".encode()
+        store(state / SECRET_FILE, secret, replace=False)
+        self._publish(state)
+
+    def _publish(self, state: Path) -> None:
+        path, text = state / PUBLIC_FILE, f"{self.public.text}\n".encode()
+        if not path.exists() or path.read_bytes() != text:
+            store(path, text)
+        path.chmod(0o644)
 
 
 def fingerprint_of(given: str) -> str:
@@ -145,22 +154,17 @@ def fingerprint_of(given: str) -> str:
 
 
 def _public(text: bytes, where: str) -> DealerKey:
+    encoded = _decoded(text, _PUBLIC, _MLKEM_PUBLIC + _X25519)
+    if encoded is None:
+        raise InvalidInput(f"{where} is no dealer's key", "copy dealer.pub from the dealer once more")
+    return DealerKey(encoded)
+
+
+def _decoded(text: bytes, kind: str, size: int) -> bytes | None:
+    """Decode a line of ``kind`` and base64; None if it is none, or not of ``size`` bytes."""
+    named, _, encoded = text.strip().partition(b" ")
     try:
-        return DealerKey(_decoded(text, _PUBLIC, _MLKEM_PUBLIC + _X25519))
+        raw = base64.b64decode(encoded, validate=True)
     except ValueError:
-        raise InvalidInput(f"{where} is no dealer's key", "copy dealer.pub from the dealer once more") from None
-
-
-def _decoded(text: bytes, kind: str, size: int) -> bytes:
-    """Decode a line of ``kind`` and base64; raises ValueError."""
-    named, _, encoded = text.decode("ascii").strip().partition(" ")
-    raw = base64.b64decode(encoded, validate=True)
-    if named != kind or len(raw) != size:
-        raise ValueError("not a key of this kind")
-    return raw
-
-
-def _damaged(path: Path) -> InvalidInput:
-    return InvalidInput(
-        f"{path} is damaged", "delete it, start the dealer again, and give its new dealer.pub to server and clients"
-    )
+        return None
+    return raw if named == kind.encode() and len(raw) == size else None

@@ -18,8 +18,9 @@ import grpc
 from parties.net.caller import Permissions, caller, permit
 from parties.net.calls import unexpected
 from parties.net.frames import FrameReader, to_frames
-from parties.net.places import Place, Places
 from parties.net.repeating import Repeating
+from parties.net.seats import Seat, Seats
+from parties.net.waiting import FIRST, WaitingRoom
 from parties.net.watchdog import Watchdog
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.dealer_peer import DealerPeer
@@ -41,8 +42,7 @@ log = logging.getLogger("unseen.server")
 
 MAXIMUM_SESSIONS = 16  # at a time; fewer than the threads of the service, which also answers Describe and Download
 CALLER_SESSIONS = 8  # of one caller with a name
-MAXIMUM_GREETINGS, CALLER_GREETINGS = 8, 4  # streams that have no session yet
-GREETING = 10.0  # seconds that a client has for its handshake
+MAXIMUM_GREETINGS = 8  # streams that have no session yet
 BETWEEN = "between queries"
 IDLE = 1800.0  # seconds that a client may keep its session between queries
 SPARE = 60.0  # the same if the table of sessions is full and another client wants its place
@@ -56,7 +56,7 @@ class InferenceService(InferenceServicer):
     timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas.
 
     A stream gets one of the few sessions only after a valid handshake that the dealer has confirmed; until then it
-    waits in a table of its own, in which a silent stream gives way to a newer one.
+    is in a waiting room, in which those of the caller who has the most give way to newer ones.
     """
 
     permissions: ClassVar[Permissions] = permit("Inference", Session=[CLIENT])
@@ -72,8 +72,8 @@ class InferenceService(InferenceServicer):
     ) -> None:
         self.model, self.deadline, self.traces = model, deadline, traces
         self.dealer, self.spend = dealer, spend
-        self.greetings = Places("the server", "streams without a session", MAXIMUM_GREETINGS, CALLER_GREETINGS)
-        self.sessions = Places("the server", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
+        self.greetings = WaitingRoom(MAXIMUM_GREETINGS)
+        self.sessions = Seats("the server", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         try:
             self.register()
         except BaseException:
@@ -113,7 +113,7 @@ class _Session:
         self, service: InferenceService, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> None:
         self._service, self._requests = service, requests
-        self._caller, self._cancel = caller(context), context.cancel
+        self._caller, self._context = caller(context), context
         self._who = str(self._caller)
         self._model = service.model
         self._program = self._model.program
@@ -122,9 +122,8 @@ class _Session:
         self._keys: Ratchet | None = None
         self._id, self._proving = b"", b""
         self._doing = "the handshake"
-        self._active = context.is_active
         self._dealing: grpc.Call | None = None
-        self._place: Place | None = None
+        self._seat: Seat | None = None
         self.watch = Watchdog(service.deadline, context.cancel)
         context.add_callback(self._give_up_dealing)
 
@@ -132,11 +131,11 @@ class _Session:
         """End the session: forget its keys, have the dealer forget it, and give its place back."""
         self.watch.stop()
         self._prepared.clear()
+        if self._seat is not None:
+            self._service.sessions.give_back(self._seat)
         if self._keys is not None:
             self._keys.erase()
             self._service.dealer.end(self._id, self._proving)
-        if self._place is not None:
-            self._service.sessions.give_back(self._place)
 
     def _give_up_dealing(self) -> None:
         if self._dealing is not None:
@@ -160,17 +159,12 @@ class _Session:
             yield pb.ServerMessage(failure=pb.Failure(code=Error.code, message=message))
 
     def _run(self) -> Iterator[pb.ServerMessage]:
-        waiting = self._service.greetings.take(self._caller.name, self._cancel)
-        waiting.rest(0)  # a silent stream makes room for the next one
-        try:
-            first = self._next("the handshake", min(GREETING, self._service.deadline))
+        with self._service.greetings.place(self._context):
+            first = self._next("the handshake", min(FIRST, self._service.deadline))
             if first is None:
                 return
-            waiting.work()
             self._greet(first)
-            self._place = self._service.sessions.take(self._caller.name, self._cancel)
-        finally:
-            self._service.greetings.give_back(waiting)
+            self._seat = self._service.sessions.take(self._caller.name, self._context.cancel)
         yield pb.ServerMessage(welcome=pb.Welcome())
         self._doing = BETWEEN
         while (message := self._next_or_gone()) is not None:
@@ -198,17 +192,17 @@ class _Session:
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
         """Return the next message between queries, when a client may wait for long; None if it has left in any way."""
-        assert self._place is not None
-        self._place.rest(SPARE)
+        assert self._seat is not None
+        self._seat.rest(SPARE)
         try:
             with self.watch.guard(IDLE):
                 message = next(self._requests, None)
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
             message = None
-        self._place.work()
+        self._seat.work()
         if message is None:  # a stream that is cancelled here may end like one that the client has ended
-            late = "was idle, and made room for another," if self._place.gone else "was idle too long"
-            log.info("%s %s between queries", self._who, late if self.watch.fired or self._place.gone else "left")
+            late = "was idle, and made room for another," if self._seat.gone else "was idle too long"
+            log.info("%s %s between queries", self._who, late if self.watch.fired or self._seat.gone else "left")
         return message
 
     def _greet(self, message: pb.ClientMessage) -> None:
@@ -244,7 +238,7 @@ class _Session:
         buffer, filled = bytearray(size), 0
         with self._service.dealer.asking(f"sending the corrections of query {query}"):
             self._dealing = call = self._service.dealer.deal(self._id, query, self._proving)
-            if not self._active():
+            if not self._context.is_active():
                 call.cancel()
             for chunk in call:
                 filled += len(chunk.data)
