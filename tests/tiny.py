@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import secure
-from parties.net import hosting
+from parties.net import hosting, waiting
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
@@ -235,7 +235,7 @@ def named_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     def named(context: grpc.ServicerContext) -> Caller:
         return Caller(str(dict(context.invocation_metadata()).get("name", "")), None, context.peer())
 
-    for module in (server_module, dealer_module):
+    for module in (server_module, dealer_module, waiting):
         monkeypatch.setattr(module, "caller", named)
 
 

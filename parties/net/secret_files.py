@@ -52,14 +52,14 @@ def check_directory(directory: Path) -> None:
 
 def _read(path: Path, closed: int, most: int) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        file = open(path, "rb", opener=_open)  # noqa: SIM115 (closed below)
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise
         why = "is a link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
         raise InvalidInput(f"{path} {why}", "give an ordinary file of your own") from None
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)  # of what was opened, so that nothing can be put in its place in between
+    with file:
+        found = os.fstat(file.fileno())  # of what was opened, so that nothing can be put in its place in between
         if not stat.S_ISREG(found.st_mode):
             raise InvalidInput(f"{path} is no ordinary file", "give an ordinary file of your own")
         if hasattr(os, "geteuid"):
@@ -74,6 +74,11 @@ def _read(path: Path, closed: int, most: int) -> bytes:
     if len(content) > most:
         raise InvalidInput(f"{path} has more than {most} bytes", "give another file")
     return content
+
+
+def _open(path: str, flags: int) -> int:
+    """Open no link, and wait for no writer of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def _above(directory: Path) -> Iterator[Path]:
