@@ -213,6 +213,7 @@ VALUES: dict[str, str] = {
     **dict.fromkeys(
         ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
     ),
+    "rotate_mask": "7",
 }
 
 

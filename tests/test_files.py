@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,15 @@ from safetensors.torch import save
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.network import Plaintext
 from parties.served import described, files
-from parties.served.files import MASKED_WEIGHTS, describe, fetch, unpack_masked
+from parties.served.files import MASKED_WEIGHTS, describe, fetch, store, unpack_masked
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
+from parties.two_party.keys import model_name
 from parties.two_party.masked_model import load_root_seed, mask_model
-from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
-from secure.errors import DealerError, DownloadError, Error
+from secure.errors import DownloadError, Error
 from secure.lowering.client_inputs import tables_label
 from secure.models.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, works
@@ -199,9 +199,9 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: Ready, tmp_pat
     assert len(seed) == 32
     assert load_root_seed(state, "0" * 64) != seed
     again = mask_model(model.compiled.model, state)
-    assert again.mask_seed == derive_seed(seed, "mask") != seed
+    assert again.mask_seed == derive_seed(seed, "mask", digest) != seed
     assert again.files != model.masked.files  # another seed, another D
-    # others learn a digest under a key: a plain one would confirm a guess of the weights
+    # others learn a name that the seed determines: a digest of the weights would confirm a guess
     assert len({digest, again.weights_digest, model.weights_digest}) == 3
     same = mask_model(model.compiled.model, state)
     assert same.files == again.files
@@ -219,12 +219,41 @@ def test_the_public_digest_tells_the_dealer_nothing(
     plain, root = model.compiled.model.weights_digest, load_root_seed(state, model.compiled.model.weights_digest)
     seed = model.masked.mask_seed
     for key in (seed, derive_seed(seed, "digest"), derive_seed(seed, "mask"), derive_key(seed, "digest"), b""):
-        assert hmac.digest(key, plain.encode(), "sha256").hex() != model.weights_digest
-    assert plain != model.weights_digest
-    # the server itself can, so that its clients' copies stay valid over restarts
-    assert hmac.digest(derive_seed(root, "digest"), plain.encode(), "sha256").hex() == model.weights_digest
-    assert len({root, seed, derive_seed(root, "digest")}) == 3
+        for guess in (plain.encode(), bytes.fromhex(plain)):
+            assert hmac.digest(key, guess, "sha256").hex() != model.weights_digest
+        if key:
+            assert derive_seed(key, "mask", plain) != seed
+    assert plain != model.weights_digest == model_name(seed)
+    # it takes the root, which the server alone keeps, so that its clients' copies stay valid over restarts
+    assert seed == derive_seed(root, "mask", plain)
     assert mask_model(model.compiled.model, state).files == model.masked.files
+
+
+def test_old_masks_are_renewed(model: Ready, tmp_path: Path) -> None:
+    """At a start after so many days, with another name, another B and another D."""
+    compiled, day = model.compiled.model, 86400
+    first = mask_model(compiled, tmp_path, 90)
+    (file,) = tmp_path.iterdir()
+    assert mask_model(compiled, tmp_path, 90).files == first.files
+    os.utime(file, (time.time() - 91 * day,) * 2)
+    assert mask_model(compiled, tmp_path).files == first.files
+    assert mask_model(compiled, tmp_path, 92).files == first.files
+    second = mask_model(compiled, tmp_path, 90)
+    assert second.files != first.files
+    assert second.mask_seed != first.mask_seed
+    assert second.weights_digest != first.weights_digest
+    assert mask_model(compiled, tmp_path, 90).files == second.files
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_seed_file_that_was_copied_masks_other_weights_otherwise(model: Ready, tmp_path: Path) -> None:
+    """Two D under one B would show the difference of the weights."""
+    name, value = next(iter(model.compiled.model.integers.items()))
+    other = dataclasses.replace(model.compiled.model, integers={**model.compiled.model.integers, name: value + 1})
+    ours = mask_model(model.compiled.model, tmp_path)
+    seed = load_root_seed(tmp_path, model.compiled.model.weights_digest)
+    store(tmp_path / f"weight-mask-{other.weights_digest}.seed", seed)
+    assert mask_model(other, tmp_path).mask_seed != ours.mask_seed
 
 
 def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
@@ -256,14 +285,12 @@ def test_other_weights_get_another_seed(directory: Path, state: Path, model: Rea
 def test_two_servers_with_two_seeds_at_one_dealer(
     directory: Path, model: Ready, server: Served, dealer: Served, tmp_path: Path
 ) -> None:
-    """Each has its own mask under its own name; nobody can put another mask under a name that is taken."""
+    """Each has its own mask under its own name, which follows from the mask's seed: nobody else can take it."""
     second = mask_model(model.compiled.model, tmp_path)
     with serving(Ready(model.compiled, second), dealer.address) as other:
         works(other, dealer)
         works(server, dealer)
-    with pytest.raises(DealerError, match=r"another mask seed.*\nhint: give all servers of a model the same --state"):
-        InferenceService(dataclasses.replace(model.masked, mask_seed=second.mask_seed), dealer.address, Plaintext())
-    works(server, dealer)
+    assert second.weights_digest == model_name(second.mask_seed) != model.weights_digest
 
 
 # secrets

@@ -43,6 +43,7 @@ from secure.deployments.two_party import CLIENT, DEALER, SERVER, TwoParty
 from secure.errors import EndpointError, HandshakeError, InvalidInput, PeerLost, TlsError
 from tests import ckks_server
 from tests.certificates import FakePeer, Signer
+from tests.dealer_key import KEY
 from tests.three_parties import shared
 from tests.tiny import LOOPBACK, TEXT, Ready, wait_until
 
@@ -75,7 +76,7 @@ class Dealer:
     """A dealer under TLS in this process, which can be started again at the same address."""
 
     def __init__(self, network: Network, service: DealerServicer | None = None, listen: Endpoint = LOOPBACK) -> None:
-        service = service or DealerService()
+        service = service or DealerService(KEY)
         adding: list[Callable[[grpc.Server], None]] = [lambda server: add_DealerServicer_to_server(service, server)]
         self._server, self.at = hosting.start(
             listen, adding, network=network, what="the dealer", role=DEALER, permissions=DealerService.permissions
@@ -220,7 +221,7 @@ def test_nothing_is_sent_to_whoever_takes_over_after_the_check(second: str, root
         if second == "plaintext":
             fake._contexts[1] = None
         with pytest.raises(grpc.RpcError):
-            DealerStub(peer.channel).Open(pb.OpenRequest(client_seed=b"s" * 32), timeout=2)
+            DealerStub(peer.channel).Open(pb.OpenRequest(sealed=b"s" * 32), timeout=2)
         assert fake.connections >= 2
     assert b"PRI" not in fake.received
     assert b"s" * 32 not in fake.received
@@ -252,7 +253,7 @@ def test_a_plaintext_client_sends_no_call_to_a_service_with_tls(root: Signer, tm
     assert "give --tls DIRECTORY" in str(error)
     with FakePeer(None, greeting=b"") as fake, peer_of(fake.address, Plaintext()) as peer:
         with pytest.raises(grpc.RpcError):
-            DealerStub(peer.channel).Open(pb.OpenRequest(client_seed=b"s" * 32), timeout=1)
+            DealerStub(peer.channel).Open(pb.OpenRequest(sealed=b"s" * 32), timeout=1)
         assert fake.received.startswith(b"PRI")
         assert b"s" * 32 not in fake.received
 
@@ -298,9 +299,9 @@ def test_who_calls(root: Signer, tmp_path: Path) -> None:
             found.append(caller(context))
             return super().Open(request, context)
 
-    with dealing(Tls(root.ours(tmp_path / "dealer", DEALER)), Noting()) as dealer:
+    with dealing(Tls(root.ours(tmp_path / "dealer", DEALER)), Noting(KEY)) as dealer:
         assert reached(ask(dealer.at, Tls(root.ours(tmp_path / "client", CLIENT))))
-    with dealing(Plaintext(), Noting()) as dealer:
+    with dealing(Plaintext(), Noting(KEY)) as dealer:
         assert reached(ask(dealer.at, Plaintext()))
     assert [(c.name, c.role) for c in found] == [("x", CLIENT), ("", None)]
     assert all(c.address.startswith("127.0.0.1:") for c in found)
@@ -364,7 +365,7 @@ def test_every_method_says_who_may_call_it() -> None:
 
 
 def test_a_method_that_is_not_listed(root: Signer, tmp_path: Path) -> None:
-    adding = [lambda server: add_DealerServicer_to_server(DealerService(), server)]
+    adding = [lambda server: add_DealerServicer_to_server(DealerService(KEY), server)]
     network = Tls(root.ours(tmp_path / "dealer", DEALER))
     server, at = hosting.start(LOOPBACK, adding, network=network, what="x", role=DEALER, permissions={})
     try:
@@ -653,7 +654,7 @@ def test_certificates_of_a_corporate_authority(tmp_path: Path) -> None:
             found.append(caller(context))
             return super().Open(request, context)
 
-    with dealing(Tls(dealer), Noting()) as served:
+    with dealing(Tls(dealer), Noting(KEY)) as served:
         for allowed in (client, person):
             assert reached(ask(served.at, Tls(allowed)))
         for refused in (nobody, posing):  # the URIs of `unseen certs` mean nothing where tls.toml has roles

@@ -114,7 +114,13 @@ _COMPILED_BY = {
 }
 """Command-line parameters by the names of CompileOptions."""
 
-_HOSTED_BY = {"state": "state", "trace": "traces", "deadline": "deadline", "ahead": "ahead"}
+_HOSTED_BY = {
+    "state": "state",
+    "trace": "traces",
+    "deadline": "deadline",
+    "ahead": "ahead",
+    "rotate_mask": "rotate_mask",
+}
 """The same for HostOptions."""
 
 
