@@ -28,7 +28,7 @@ from protocols import kernels
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
-from secure.session import Link, Session
+from secure.session import PACE, Link, Session, check_options
 
 
 class Hosted(Protocol):
@@ -81,6 +81,7 @@ def connect(
     cache: bool | Path = True,
     program_digest: str | None = None,
     threads: int = 1,
+    pace: float = PACE,
     keep_memory: bool = True,
     token: str | None = None,
     told: Told | None = None,
@@ -91,15 +92,15 @@ def connect(
     in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
     for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
     False: keep none. program_digest: refuse a service with another Program. threads: threads of this client while it
-    computes. keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a
-    tenth of its processor time. token: what the service's owner gave, if it asks for one; it crosses TLS or loopback
-    only. told: called with (done, total, what is being done) while something takes long.
+    computes. pace: seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc keep memory
+    that queries free, in the whole process, which saves a client about a tenth of its processor time. token: what the
+    service's owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is
+    being done) while something takes long.
     Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
-    if threads < 1:
-        raise InvalidInput(f"{threads} threads", "give at least one")
+    check_options(threads, pace)
     if keep_memory:
         reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
@@ -107,7 +108,7 @@ def connect(
     options = ConnectOptions(
         WithToken(used, Token(token)) if token else used, deadline, directory, program_digest, told
     )
-    return Session(hosted(deployment).connect(deployment, options), threads=threads)
+    return Session(hosted(deployment).connect(deployment, options), threads=threads, pace=pace)
 
 
 def serve(

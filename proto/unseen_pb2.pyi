@@ -89,57 +89,91 @@ class Chunk(_message.Message):
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
+class DealerKeyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DealerKeyReply(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    def __init__(self, key: _Optional[bytes] = ...) -> None: ...
+
 class RegisterRequest(_message.Message):
-    __slots__ = ("program", "weights_digest", "mask_seed")
+    __slots__ = ("program", "sealed")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    MASK_SEED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     program: bytes
-    weights_digest: str
-    mask_seed: bytes
-    def __init__(self, program: _Optional[bytes] = ..., weights_digest: _Optional[str] = ..., mask_seed: _Optional[bytes] = ...) -> None: ...
+    sealed: bytes
+    def __init__(self, program: _Optional[bytes] = ..., sealed: _Optional[bytes] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("program_digest",)
+    __slots__ = ("program_digest", "weights_digest", "proof")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
-    def __init__(self, program_digest: _Optional[str] = ...) -> None: ...
+    weights_digest: str
+    proof: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("program_digest", "weights_digest", "nonce", "proof")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    weights_digest: str
+    nonce: bytes
+    proof: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("proof",)
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    proof: bytes
+    def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("version", "program_digest", "weights_digest", "client_seed")
+    __slots__ = ("version", "program_digest", "weights_digest", "sealed")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    CLIENT_SEED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     version: int
     program_digest: str
     weights_digest: str
-    client_seed: bytes
-    def __init__(self, version: _Optional[int] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., client_seed: _Optional[bytes] = ...) -> None: ...
+    sealed: bytes
+    def __init__(self, version: _Optional[int] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("session",)
+    __slots__ = ("session", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     session: bytes
-    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("session", "program_digest", "weights_digest", "server_seed", "proof")
+    __slots__ = ("session", "program_digest", "weights_digest", "sealed", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    SERVER_SEED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     program_digest: str
     weights_digest: str
-    server_seed: bytes
+    sealed: bytes
     proof: bytes
-    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., server_seed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("proof",)
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    proof: bytes
+    def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class DealRequest(_message.Message):
     __slots__ = ("session", "query", "proof")
@@ -150,6 +184,18 @@ class DealRequest(_message.Message):
     query: int
     proof: bytes
     def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("session", "proof")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class CloseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "deployment", "program_digest", "fixed_point", "weights_digest", "session")

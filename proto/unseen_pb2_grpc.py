@@ -223,7 +223,8 @@ class Status:
 
 
 class DealerStub:
-    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share. Seeds are
+    sealed to its key (HPKE), bound to all other fields of their request; its answers prove that it opened them.
     """
 
     def __init__(self, channel):
@@ -232,10 +233,20 @@ class DealerStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Key = channel.unary_unary(
+                '/unseen.v2.Dealer/Key',
+                request_serializer=proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.DealerKeyReply.FromString,
+                _registered_method=True)
         self.Register = channel.unary_unary(
                 '/unseen.v2.Dealer/Register',
                 request_serializer=proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.RegisterReply.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/unseen.v2.Dealer/Renew',
+                request_serializer=proto_dot_unseen__pb2.RenewRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.RenewReply.FromString,
                 _registered_method=True)
         self.Open = channel.unary_unary(
                 '/unseen.v2.Dealer/Open',
@@ -252,14 +263,35 @@ class DealerStub:
                 request_serializer=proto_dot_unseen__pb2.DealRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Close = channel.unary_unary(
+                '/unseen.v2.Dealer/Close',
+                request_serializer=proto_dot_unseen__pb2.CloseRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.CloseReply.FromString,
+                _registered_method=True)
 
 
 class DealerServicer:
-    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share. Seeds are
+    sealed to its key (HPKE), bound to all other fields of their request; its answers prove that it opened them.
     """
+
+    def Key(self, request, context):
+        """Anybody: get the dealer's public key. It counts only if it has the fingerprint that the caller knows, or if the
+        channel proved that the dealer answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Register(self, request, context):
         """Server: announce a Program and the seed of the weight masks. Idempotent for equal content.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Server: ask if the dealer still knows a model, and keep it there. A dealer that was restarted knows none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -286,13 +318,30 @@ class DealerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Close(self, request, context):
+        """Server: end a session; the dealer erases what it knows of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DealerServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Key': grpc.unary_unary_rpc_method_handler(
+                    servicer.Key,
+                    request_deserializer=proto_dot_unseen__pb2.DealerKeyRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.DealerKeyReply.SerializeToString,
+            ),
             'Register': grpc.unary_unary_rpc_method_handler(
                     servicer.Register,
                     request_deserializer=proto_dot_unseen__pb2.RegisterRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.RegisterReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=proto_dot_unseen__pb2.RenewRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.RenewReply.SerializeToString,
             ),
             'Open': grpc.unary_unary_rpc_method_handler(
                     servicer.Open,
@@ -309,6 +358,11 @@ def add_DealerServicer_to_server(servicer, server):
                     request_deserializer=proto_dot_unseen__pb2.DealRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
             ),
+            'Close': grpc.unary_unary_rpc_method_handler(
+                    servicer.Close,
+                    request_deserializer=proto_dot_unseen__pb2.CloseRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.CloseReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'unseen.v2.Dealer', rpc_method_handlers)
@@ -318,8 +372,36 @@ def add_DealerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Dealer:
-    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share. Seeds are
+    sealed to its key (HPKE), bound to all other fields of their request; its answers prove that it opened them.
     """
+
+    @staticmethod
+    def Key(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Dealer/Key',
+            proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
+            proto_dot_unseen__pb2.DealerKeyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Register(request,
@@ -338,6 +420,33 @@ class Dealer:
             '/unseen.v2.Dealer/Register',
             proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
             proto_dot_unseen__pb2.RegisterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Dealer/Renew',
+            proto_dot_unseen__pb2.RenewRequest.SerializeToString,
+            proto_dot_unseen__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -419,6 +528,33 @@ class Dealer:
             '/unseen.v2.Dealer/Deal',
             proto_dot_unseen__pb2.DealRequest.SerializeToString,
             proto_dot_unseen__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Close(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Dealer/Close',
+            proto_dot_unseen__pb2.CloseRequest.SerializeToString,
+            proto_dot_unseen__pb2.CloseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from protocols.errors import DoesNotFit, Error, FixedPointError
+from protocols.errors import ClientDeviates, DoesNotFit, Error, FixedPointError
 
 __all__ = [
+    "ClientDeviates",
     "DealerError",
     "Diverged",
     "DoesNotFit",

@@ -97,20 +97,27 @@ def _builder(
     return made.serial_number(secrets.randbits(128)).not_valid_before(begins).not_valid_after(ends)
 
 
+def _context(directory: Path, newest: bool) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    context.set_alpn_protocols(["h2"])
+    if not newest:
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
 class FakePeer:
     """A service that takes connections, says ``greeting``, and records every byte that its callers send to it.
 
-    directory: its certificates; None: it does not use TLS. refused: what went wrong in handshakes.
+    directory: its certificates; None: it does not use TLS. then: those that it shows from its second connection on.
+    refused: what went wrong in handshakes.
     """
 
-    def __init__(self, directory: Path | None, *, greeting: bytes = SETTINGS, newest: bool = True) -> None:
+    def __init__(
+        self, directory: Path | None, *, greeting: bytes = SETTINGS, newest: bool = True, then: Path | None = None
+    ) -> None:
         self.received, self.refused, self.connections = bytearray(), list[str](), 0
-        self._context = None if directory is None else ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if self._context is not None and directory is not None:
-            self._context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
-            self._context.set_alpn_protocols(["h2"])
-            if not newest:
-                self._context.maximum_version = ssl.TLSVersion.TLSv1_2
+        self._contexts = [None if each is None else _context(each, newest) for each in (directory, then or directory)]
         self._greeting = greeting
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -126,8 +133,8 @@ class FakePeer:
             self.connections += 1
             connection.settimeout(3)
             try:
-                if self._context is not None:
-                    connection = self._context.wrap_socket(connection, server_side=True)
+                if (context := self._contexts[min(self.connections, 2) - 1]) is not None:
+                    connection = context.wrap_socket(connection, server_side=True)
                 connection.sendall(self._greeting)
                 while data := connection.recv(1 << 16):
                     self.received += data

@@ -16,7 +16,7 @@ INPUTS = {name: np.random.default_rng(k).uniform(-1, 1, P.slots) for k, name in 
 TOP = refresh.reserve(P.degree, P.scale_bits, P.base_bits)
 
 
-def residues(form: canonical.Form, data: bytes) -> bytes:
+def residues(form: canonical.WireForm, data: bytes) -> bytes:
     """The residues of an object, in words of 64 bits."""
     return form.unpack(data, "it")[0].tobytes()
 

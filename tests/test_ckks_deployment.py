@@ -24,7 +24,6 @@ import zstandard
 import secure
 from parties.ckks import server as server_module
 from parties.ckks.client import CkksLink
-from parties.ckks.key_file import map_keys
 from parties.ckks.keystore import KeyStore
 from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
@@ -32,7 +31,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub, add_CkksServicer_to_server
 from protocols.ckks import canonical
 from protocols.ckks.evaluate import EncodedWeights
-from protocols.ckks.seal import Client, Context, key_forms
+from protocols.ckks.seal import Client, Context, key_forms, split_keys
 from secure.errors import Error, InvalidInput, PeerLost, ProtocolError, QueryError
 from secure.session import Session
 from tests import ckks_server
@@ -197,7 +196,7 @@ def test_a_store_drops_what_is_oldest(tiny: RunningCkks, made: Keys, tmp_path: P
     stored(store, made)
     assert [p.exists() for p in paths] == [False, False, True, False]
     forms = key_forms(store.program.parameters, store.program.steps)
-    assert map_keys(paths[2], forms) == others[2]
+    assert split_keys(paths[2].read_bytes(), forms) == others[2]
 
 
 def test_a_store_forgets(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
@@ -260,7 +259,7 @@ def without_a_part(c: CkksLink, keys: Keys) -> Keys:
     """A relinearization key without its last digit, which SEAL would take, and read beyond its end."""
     p = c.program.parameters
     rows, seeds = canonical.switching_key(p).unpack(keys["relin"], "it")
-    form = canonical.Form(p, p.levels + 2, p.levels, p.levels)
+    form = canonical.WireForm(p, p.levels + 2, p.levels, p.levels)
     return {**keys, "relin": form.pack(rows[:-1], seeds[:-1])}
 
 
@@ -386,11 +385,25 @@ def test_a_client_that_vanishes(waits: bool, refreshing: RunningCkks) -> None:
     refreshing.works()
 
 
-@pytest.mark.parametrize("value", [3.0, float("nan")])
-def test_an_image_out_of_range_is_never_sent(value: float, tiny: RunningCkks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_is_no_number_is_never_sent(tiny: RunningCkks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny.link, "_stub", None)
-    with pytest.raises(ValueError, match=r"has values in \[.*\], the Program was made for|no number \(NaN\)"):
-        tiny.session.query({"images": torch.full((1, 8), value)})
+    with pytest.raises(InvalidInput, match=r"no number \(NaN\)"):
+        tiny.session.query({"images": torch.full((1, 8), float("nan"))})
+
+
+def test_an_image_out_of_range_is_sent_as_zeros(tiny: RunningCkks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server chooses the range: it does not see which images are in it."""
+    ask, asked = tiny.link.ask, list[Any]()
+
+    def spying(values: Any, number: int) -> Any:
+        asked.append(values)
+        return ask(values, number)
+
+    monkeypatch.setattr(tiny.link, "ask", spying)
+    with pytest.raises(InvalidInput, match=r"has values in \[.*\], the Program was made for"):
+        tiny.session.query({"images": torch.full((1, 8), 3.0)})
+    (values,) = asked
+    assert all((slots == 0).all() for slots in values.values())
 
 
 ONE: dict[str, Any] = {"result": 1}

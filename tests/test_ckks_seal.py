@@ -139,7 +139,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unreachable")
 @pytest.mark.parametrize("form", [FRESH, COMPUTED, canonical.public_key(P), canonical.switching_key(P)])
-def test_only_the_exact_size_is_read(form: canonical.Form) -> None:
+def test_only_the_exact_size_is_read(form: canonical.WireForm) -> None:
     data = bytes(form.size)
     form.unpack(data, "it")
     for other in (b"", data[:1], data[:16], data[:-1], data + b"\0", data + data):
@@ -150,7 +150,7 @@ def test_only_the_exact_size_is_read(form: canonical.Form) -> None:
 
 
 @pytest.mark.parametrize("form", [FRESH, COMPUTED, canonical.public_key(P), canonical.switching_key(P)])
-def test_every_residue_is_below_its_prime(form: canonical.Form) -> None:
+def test_every_residue_is_below_its_prime(form: canonical.WireForm) -> None:
     seeds = [os.urandom(64) for _ in range(form.seeds)]
     largest = np.broadcast_to(np.array(form.primes, np.uint64)[:, None] - 1, (form.polynomials, form.limbs, P.degree))
     found, kept = form.unpack(form.pack(largest, seeds), "it")
@@ -190,7 +190,7 @@ def test_files_are_those_that_seal_writes(context: Context, client: Client) -> N
     assert again[canonical.HEADER :] == body
 
 
-def _unpacked(form: canonical.Form, body: bytes) -> tuple[canonical.Words, list[bytes]]:
+def _unpacked(form: canonical.WireForm, body: bytes) -> tuple[canonical.Words, list[bytes]]:
     return form.unpack(canonical.pack_switching_key(P, canonical.file(body)), "it")
 
 
@@ -262,7 +262,7 @@ def test_keys_with_parts_missing_are_refused(
     whole = canonical.switching_key(P)
     rows, seeds = whole.unpack(keys[name], "it")
     for parts in range(1, P.levels + 1):
-        form = canonical.Form(P, whole.limbs, parts, parts)
+        form = canonical.WireForm(P, whole.limbs, parts, parts)
         short = form.pack(rows[:parts], seeds[:parts])
         file = canonical.switching_key_file(context.seal.key_parms_id(), rows[:parts], seeds[:parts], 0)
         for data in (short, file):

@@ -18,7 +18,21 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
-from parties.cli import accuracy, compare, console, demo, embed, main, output, party, profile, serve, timeline, train
+from parties.cli import (
+    accuracy,
+    certs,
+    compare,
+    console,
+    demo,
+    embed,
+    main,
+    output,
+    party,
+    profile,
+    serve,
+    timeline,
+    train,
+)
 from parties.cli.config import NO_SETTING
 from parties.net import hosting
 from parties.net.hosting import HostOptions, Parts
@@ -108,7 +122,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     @contextmanager
     def hosted(*_: Any, **__: Any) -> Iterator[Any]:
-        yield None
+        yield None, None
 
     put(demo, "hosted", hosted)
     for module in (train, accuracy):
@@ -121,6 +135,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(timeline, "merged", "merged")
     put(output, "write")
     put(output, "store")
+    authority = {name: found.note(name, tmp_path) for name in ("make", "issue", "renew", "revoke")}
+    made = SimpleNamespace(**authority, exists=lambda _: False)
+    made.make = found.note("make", made)
+    monkeypatch.setattr(certs, "Authority", made)
     (tmp_path / "texts").write_text("One.\nTwo.\n")
     (tmp_path / "set").mkdir()
     return found
@@ -136,6 +154,7 @@ FIRST: dict[str, list[str]] = {
     "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
+    "certs": ["{tmp}/certs", "client"],
     "token": ["new", "somebody", "--tokens", "{tmp}/given"],
 }
 """What a command needs anyway."""
@@ -155,6 +174,8 @@ POSITIONS = {
     ("accuracy", "model"): 1,
     ("timeline", "client"): 1,
     ("timeline", "server"): 2,
+    ("certs", "directory"): 1,
+    ("certs", "roles"): 2,
     ("token", "action"): 1,
     ("token", "name"): 2,
 }
@@ -184,11 +205,15 @@ VALUES: dict[str, str] = {
     "gelu": "puma",
     "approximations": "puma",
     "form": "json",
+    "roles": "dealer",
     "attention": "quad",
     "deployment": "three-party",
     "action": "list",
     "command": "dealer",
-    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count", "days"), "4"),
+    **dict.fromkeys(
+        ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
+    ),
+    "rotate_mask": "7",
 }
 
 
@@ -341,8 +366,11 @@ class EchoProgram:
     labels: Mapping[str, str] = {"length": "8"}
     digest = "echo"
 
-    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
         return inputs
+
+    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        return values
 
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
         return {"out": results[0]}

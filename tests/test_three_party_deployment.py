@@ -584,7 +584,7 @@ def test_a_client_that_does_not_read(shares: dict[str, Path], monkeypatch: pytes
 
 def test_an_internal_error_of_party_2_ends_the_query(shares: dict[str, Path]) -> None:
     class Failing(Party2Service):
-        def looked_up(self, keys: Any) -> Any:
+        def looked_up(self, keys: Any, coins: Any) -> Any:
             raise ZeroDivisionError
 
     with running(shares["one-hot"], {2: Failing}) as three, three.dial() as connection:

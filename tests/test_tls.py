@@ -26,6 +26,7 @@ pytest.importorskip("tokenizers")
 import secure
 from parties import deployments
 from parties.cli import core_log
+from parties.cli.main import app
 from parties.net import hosting
 from parties.net.authority import Authority
 from parties.net.caller import Caller, caller, permit
@@ -42,6 +43,7 @@ from secure.deployments.two_party import CLIENT, DEALER, SERVER, TwoParty
 from secure.errors import EndpointError, HandshakeError, InvalidInput, PeerLost, TlsError
 from tests import ckks_server
 from tests.certificates import FakePeer, Signer
+from tests.dealer_key import KEY
 from tests.three_parties import shared
 from tests.tiny import LOOPBACK, TEXT, Ready, wait_until
 
@@ -74,7 +76,7 @@ class Dealer:
     """A dealer under TLS in this process, which can be started again at the same address."""
 
     def __init__(self, network: Network, service: DealerServicer | None = None, listen: Endpoint = LOOPBACK) -> None:
-        service = service or DealerService()
+        service = service or DealerService(KEY)
         adding: list[Callable[[grpc.Server], None]] = [lambda server: add_DealerServicer_to_server(service, server)]
         self._server, self.at = hosting.start(
             listen, adding, network=network, what="the dealer", role=DEALER, permissions=DealerService.permissions
@@ -208,6 +210,24 @@ def test_nothing_is_sent_to_a_revoked_peer(root: Signer, tmp_path: Path) -> None
     assert fake.received == b""
 
 
+@pytest.mark.parametrize("second", ["another dealer", "revoked", "plaintext"])
+def test_nothing_is_sent_to_whoever_takes_over_after_the_check(second: str, root: Signer, tmp_path: Path) -> None:
+    """Who stands between lets the check pass to the real dealer, and then answers in its place."""
+    mine, dealer = root.ours(tmp_path / "client", CLIENT), root.ours(tmp_path / "dealer", DEALER)
+    stolen = root.ours(tmp_path / "stolen", DEALER)
+    if second == "revoked":
+        root.revoke(stolen, mine)
+    with FakePeer(dealer, then=stolen) as fake, peer_of(fake.address, Tls(mine)) as peer:
+        if second == "plaintext":
+            fake._contexts[1] = None
+        with pytest.raises(grpc.RpcError):
+            DealerStub(peer.channel).Open(pb.OpenRequest(sealed=b"s" * 32), timeout=2)
+        assert fake.connections >= 2
+    assert b"PRI" not in fake.received
+    assert b"s" * 32 not in fake.received
+    assert second == "plaintext" or fake.received == b""
+
+
 def test_nothing_is_sent_to_a_peer_without_tls(root: Signer, tmp_path: Path) -> None:
     ours = Tls(root.ours(tmp_path / "client", CLIENT))
     with FakePeer(None) as fake:  # it speaks HTTP/2 in the clear
@@ -233,7 +253,7 @@ def test_a_plaintext_client_sends_no_call_to_a_service_with_tls(root: Signer, tm
     assert "give --tls DIRECTORY" in str(error)
     with FakePeer(None, greeting=b"") as fake, peer_of(fake.address, Plaintext()) as peer:
         with pytest.raises(grpc.RpcError):
-            DealerStub(peer.channel).Open(pb.OpenRequest(client_seed=b"s" * 32), timeout=1)
+            DealerStub(peer.channel).Open(pb.OpenRequest(sealed=b"s" * 32), timeout=1)
         assert fake.received.startswith(b"PRI")
         assert b"s" * 32 not in fake.received
 
@@ -279,9 +299,9 @@ def test_who_calls(root: Signer, tmp_path: Path) -> None:
             found.append(caller(context))
             return super().Open(request, context)
 
-    with dealing(Tls(root.ours(tmp_path / "dealer", DEALER)), Noting()) as dealer:
+    with dealing(Tls(root.ours(tmp_path / "dealer", DEALER)), Noting(KEY)) as dealer:
         assert reached(ask(dealer.at, Tls(root.ours(tmp_path / "client", CLIENT))))
-    with dealing(Plaintext(), Noting()) as dealer:
+    with dealing(Plaintext(), Noting(KEY)) as dealer:
         assert reached(ask(dealer.at, Plaintext()))
     assert [(c.name, c.role) for c in found] == [("x", CLIENT), ("", None)]
     assert all(c.address.startswith("127.0.0.1:") for c in found)
@@ -345,7 +365,7 @@ def test_every_method_says_who_may_call_it() -> None:
 
 
 def test_a_method_that_is_not_listed(root: Signer, tmp_path: Path) -> None:
-    adding = [lambda server: add_DealerServicer_to_server(DealerService(), server)]
+    adding = [lambda server: add_DealerServicer_to_server(DealerService(KEY), server)]
     network = Tls(root.ours(tmp_path / "dealer", DEALER))
     server, at = hosting.start(LOOPBACK, adding, network=network, what="x", role=DEALER, permissions={})
     try:
@@ -634,7 +654,7 @@ def test_certificates_of_a_corporate_authority(tmp_path: Path) -> None:
             found.append(caller(context))
             return super().Open(request, context)
 
-    with dealing(Tls(dealer), Noting()) as served:
+    with dealing(Tls(dealer), Noting(KEY)) as served:
         for allowed in (client, person):
             assert reached(ask(served.at, Tls(allowed)))
         for refused in (nobody, posing):  # the URIs of `unseen certs` mean nothing where tls.toml has roles
@@ -696,6 +716,41 @@ def test_the_authority_names_only_its_own_domain(made: Authority, root: Signer, 
         assert "permitted subtree violation" in one_line(ask(fake.address, Tls(made.directory / "client")))
     with dealing(Tls(made.directory / "dealer")) as dealer:
         assert "refuses our certificate" in one_line(ask(dealer.at, Tls(stranger)))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = tmp_path / "c"
+
+    def certs(*arguments: str) -> str:
+        app()(["certs", str(where), *arguments], standalone_mode=False)
+        told = capsys.readouterr()
+        return told.out + told.err
+
+    for asked in ("--list", "--renew", "--revoke=1"):
+        with pytest.raises(InvalidInput, match="there is no authority in"):
+            certs(asked)
+    assert certs("--domain", "acme.example").count("alone, it holds a key") == len(ROLES)
+    assert "client-alice" in certs("client", "--name", "alice", "--days", "30")
+    assert "revoked client alice" in certs("--revoke", str(where / "client-alice"))
+    listed = {(each["role"], each["name"]): each["state"] for each in json.loads(certs("--json"))}
+    assert listed == {**{(r, r.replace(" ", "-")): "valid" for r in ROLES}, (CLIENT, "alice"): "revoked"}
+    assert "acme.example" in certs()
+    before = (where / "server" / "cert.pem").read_bytes()
+    assert certs("--renew", "server").count("renewed") == 1
+    assert (where / "server" / "cert.pem").read_bytes() != before
+    assert certs("--renew").count("renewed") == len(ROLES) + 1
+    for wrong, message in (
+        (["bishop"], "unknown role 'bishop'"),
+        (["--domain", "x.example"], "--domain is for a new authority"),
+        (["--name", "a"], "--name is for one new certificate"),
+        (["client", "dealer", "--name", "a"], "--name is for one new certificate"),
+        (["--renew", "nobody"], "there is no certificate in"),
+        (["client"], "holds a certificate already"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            certs(*wrong)
+    for role in ROLES:
+        Tls(where / role.replace(" ", "-"))
 
 
 # the network that is chosen

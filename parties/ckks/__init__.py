@@ -1,6 +1,5 @@
 """The CKKS deployment: a server computes on ciphertexts that only the client can decrypt.
 
-key_file     evaluation keys in a file
 pipe         messages between the processes of one server
 limits       memory and time of a process
 host         the processes that evaluate

@@ -20,13 +20,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from parties.ckks.key_file import map_keys, total
 from parties.ckks.limits import limit, limit_time
 from parties.ckks.pipe import Pipe, receive_schedule
 from protocols.ckks import cost
 from protocols.ckks.canonical import InvalidCiphertext
 from protocols.ckks.evaluate import EncodedWeights, evaluate
-from protocols.ckks.seal import Context, EvaluationKeys, key_forms
+from protocols.ckks.seal import Context, EvaluationKeys, key_forms, split_keys
 
 log = logging.getLogger("unseen.evaluators")
 
@@ -63,11 +62,13 @@ class Holder:
         schedule, context = self.weights.schedule, self.weights.context
         p, steps = context.parameters, schedule.circuit.steps
         header, _ = self.pipe.receive()
-        size = total(key_forms(p, steps))
-        keys = p.key_memory * (len(steps) + 2)
-        limit(2 * keys + size + SLACK, LOADING + size / LOADED, children=self._memory)
+        forms = key_forms(p, steps)
+        size = sum(form.size for form in forms.values())
+        decoded = p.key_memory * (len(steps) + 2)
+        limit(2 * decoded + size + SLACK, LOADING + size / LOADED, children=self._memory)
         try:
-            self.keys = EvaluationKeys(context, map_keys(Path(header["path"]), key_forms(p, steps)), steps)
+            keys = split_keys(Path(header["path"]).read_bytes(), forms)
+            self.keys = EvaluationKeys(context, keys, steps)
         except InvalidCiphertext as error:
             self.pipe.send({"error": str(error), "invalid": True})
             return

@@ -17,9 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from parties.ckks.key_file import total
 from parties.ckks.room import Kept, surplus
-from protocols.ckks.seal import key_forms
 from secure.ckks.program import CkksProgram
 from secure.errors import ProtocolError
 
@@ -55,7 +53,7 @@ class KeyStore:
     ) -> None:
         self.root, self.directory, self.program = root, root / program.digest[:32], program
         self.expires, self.maximum, self.each = expires, maximum, each
-        self.size = total(key_forms(program.parameters, program.steps))
+        self.size = program.key_bytes
         self._lock = threading.Lock()
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for part in self.directory.glob("*/.part-*"):

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from parties import deployments
 from parties.cli.console import ERR, OUT, get_ready, progress, say
-from parties.cli.options import DeadlineOption, InsecureOption, ThreadsOption, TlsOption, TraceOption, require_traces
+from parties.cli.options import (
+    DeadlineOption,
+    InsecureOption,
+    PaceOption,
+    ThreadsOption,
+    TlsOption,
+    TraceOption,
+    require_traces,
+)
 from parties.cli.token import TokenFileOption, given_token
 from parties.net import hosting
 from parties.net.caller import CLIENT
@@ -38,6 +46,7 @@ def embed(
     cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
+    pace: PaceOption = None,
     threads: ThreadsOption = 1,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
@@ -57,7 +66,8 @@ def embed(
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(trace) if trace else None  # likewise
-    options: dict[str, Any] = {} if deadline is None else {"deadline": deadline}
+    timed = {"deadline": deadline, "pace": pace}
+    options: dict[str, Any] = {name: value for name, value in timed.items() if value is not None}
     network = network_of(CLIENT, directory=tls, insecure=insecure)
     for line in network.about():
         if "warning" in line:
@@ -78,7 +88,7 @@ def embed(
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(vectors)]
             if done and as_json:
-                answers.as_json(OUT, done, vectors, session.reports)
+                answers.as_json(OUT, done, vectors, session.reports[: len(done)])
             elif done:
                 answers.report(OUT, deployment, session, done, vectors, compare_with)
             if measured:

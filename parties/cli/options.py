@@ -22,6 +22,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, deployment
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.models.text import PACKAGED
+from secure.session import PACE
 from secure.tasks.embed import LENGTH
 
 # Enums for typer's choices; their members come from the library.
@@ -58,6 +59,13 @@ TraceOption = Annotated[
 ]
 DeadlineOption = Annotated[
     float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
+]
+PaceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help=f"Seconds from reading a text to the first message, whatever it holds; {PACE} by default, 0: at once.",
+    ),
 ]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
 TlsOption = Annotated[
@@ -106,7 +114,13 @@ _COMPILED_BY = {
 }
 """Command-line parameters by the names of CompileOptions."""
 
-_HOSTED_BY = {"state": "state", "trace": "traces", "deadline": "deadline", "ahead": "ahead"}
+_HOSTED_BY = {
+    "state": "state",
+    "trace": "traces",
+    "deadline": "deadline",
+    "ahead": "ahead",
+    "rotate_mask": "rotate_mask",
+}
 """The same for HostOptions."""
 
 

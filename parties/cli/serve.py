@@ -63,6 +63,9 @@ def serve(
     state: Annotated[
         Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
     ] = None,
+    rotate_mask: Annotated[
+        int | None, typer.Option(min=1, metavar="DAYS", help="Renew a mask of weights that is older; 90 by default.")
+    ] = None,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
@@ -85,7 +88,7 @@ def serve(
         approximations=approximations,
         fraction_bits=fraction_bits,
     )
-    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline)
+    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline, rotate_mask=rotate_mask)
     if "workers" in deployments.hosted(deployment).takes[role]:
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)
@@ -168,6 +171,7 @@ def run(service: Service, verb: str, *, announced: bool) -> None:
 
 def dealer(
     listen: ListenOption = "127.0.0.1:50052",
+    state: Annotated[Path | None, typer.Option(help="Where the dealer's key is kept, and its dealer.pub.")] = None,
     threads: ThreadsOption = 1,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
@@ -179,7 +183,8 @@ def dealer(
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     use_threads(threads)
     network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
+    given = host_options(TwoParty(), DEALER, state=state)
     service = deployments.serve(
-        role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens
+        role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
     )
     run(service, "dealer", announced=announce)

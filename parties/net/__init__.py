@@ -22,6 +22,9 @@ peer         a service at the other end of a channel
 frames       byte strings as parts of about 1 MB
 waiting      places for calls: while a request comes, and for work
 watchdog     deadlines for waits
+seats        a service's tables, in which the idle give way
+repeating    work that is repeated in the background
+secret_files files that nobody else can have read or put there
 hosting      start a service: port, shutdown, memory
 measure      the time of a round between two processes of this machine
 """

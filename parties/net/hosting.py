@@ -45,7 +45,8 @@ class HostOptions:
     deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
-    ready, MAXIMUM_AHEAD at most. Raises InvalidInput for values out of range.
+    ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
+    file's age. Raises InvalidInput for values out of range.
     """
 
     network: Network
@@ -55,6 +56,7 @@ class HostOptions:
     traces: Path | None = None
     workers: int = 1
     ahead: int = 1
+    rotate_mask: int = 90
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)
@@ -62,6 +64,8 @@ class HostOptions:
             raise InvalidInput(f"{self.workers!r} workers", "give 1 or more")
         if not _is_count(self.ahead, 0, MAXIMUM_AHEAD):
             raise InvalidInput(f"{self.ahead!r} queries ahead", f"0 to {MAXIMUM_AHEAD}")
+        if not _is_count(self.rotate_mask, 1, math.inf):
+            raise InvalidInput(f"a mask renewed after {self.rotate_mask!r} days", "give 1 or more")
 
 
 def _is_count(value: object, least: int, most: float) -> bool:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import grpc
 
@@ -20,7 +21,12 @@ PROBING = 5.0  # seconds
 
 
 class Network(ABC):
-    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key."""
+    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key.
+
+    proves_roles: a channel proves, before anything is sent, that what answers has the role that was asked for.
+    """
+
+    proves_roles: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, endpoint: Endpoint, *, what: str) -> None:

@@ -64,13 +64,13 @@ def preflight(endpoint: Endpoint, ours: Credentials, *, who: str, role: str) -> 
                 ours.naming.require(found, role, where)
                 _require_welcome(secured, ours, where)
         except ssl.SSLCertVerificationError as error:
-            raise _untrusted(error, where) from None
+            raise untrusted(error, where) from None
         except TimeoutError:
             raise TlsError(
                 f"{where} did not finish the TLS handshake within {HANDSHAKE:g} s", "does it use TLS? see its log"
             ) from None
         except (ssl.SSLError, OSError) as error:
-            raise _failed(error, where) from None
+            raise failed_handshake(error, where) from None
         return Pinned(host, found)
 
 
@@ -111,7 +111,7 @@ def _guess(ours: Credentials) -> str:
     return "it closed the connection"
 
 
-def _untrusted(error: ssl.SSLCertVerificationError, where: str) -> TlsError:
+def untrusted(error: ssl.SSLCertVerificationError, where: str) -> TlsError:
     now = datetime.now(UTC)
     if error.verify_code in _EXPIRED:
         return TlsError(
@@ -128,7 +128,7 @@ def _untrusted(error: ssl.SSLCertVerificationError, where: str) -> TlsError:
     return TlsError(f"the certificate of {where} is refused: {error.verify_message}", "make it anew with: unseen certs")
 
 
-def _failed(error: OSError, where: str) -> TlsError:
+def failed_handshake(error: OSError, where: str) -> TlsError:
     reason = getattr(error, "reason", None) or ""
     if any(word in reason for word in _PLAINTEXT) and "EOF" not in reason:
         return TlsError(f"{where} does not speak TLS", "start it with --tls DIRECTORY; nothing was sent to it")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -92,6 +92,16 @@ def _quota(table: Mapping[str, Any], where: str) -> Quota:
         raise InvalidInput(
             f"{where}: {key} = {printable(repr(first['input']))}: {said}", "give a whole number, or leave it out"
         ) from None
+
+
+class Spend(Protocol):
+    """A count of what callers use: it raises an Error when ``amount`` more of ``what`` is beyond a caller's quota."""
+
+    def __call__(self, caller: Caller, what: str, amount: int) -> None: ...
+
+
+def unlimited(caller: Caller, what: str, amount: int) -> None:
+    """Count nothing."""
 
 
 class Quotas:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 
@@ -36,6 +37,8 @@ class Tls(Network):
     TlsError for files that are missing, do not fit together or have expired, and for a key that others
     can read.
     """
+
+    proves_roles: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import grpc
 from parties.net.calls import FailedCall
 from parties.net.certificates import Certificate
 from parties.net.credentials import Credentials
-from secure.errors import Error, TlsError
+from secure.errors import Error, PeerLost, TlsError
 
 _GONE = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
@@ -38,7 +38,7 @@ class TlsChannel(grpc.Channel):
         """Return the connection for the next call. Raises PeerLost or TlsError if there is none."""
         with self._lock:
             if self._closed:
-                raise ValueError("Cannot invoke RPC on closed channel!")  # as gRPC's own channels do
+                raise PeerLost("this side has closed the connection", "connect again")
             ours = self._credentials()
             if self._dialled is not None and not self._dialled.trusted(ours):
                 self._dialled.channel.close()  # with all calls on it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import grpc
@@ -28,8 +28,7 @@ class Published(ModelServicer):
     """The service of one model's description and files; everything in them is public.
 
     role: the role of this service. program: the Program's canonical encoding. model: a name for the weights that tells
-    nothing about them. files: payloads by name. deadline: seconds that a client may take to read a part. before: called
-    at every Describe; an Error that it raises is sent to the client.
+    nothing about them. files: payloads by name. deadline: seconds that a client may take to read a part.
     """
 
     permissions: ClassVar[Permissions] = permit("Model", Describe=[CLIENT], Download=[CLIENT])
@@ -46,7 +45,6 @@ class Published(ModelServicer):
         *,
         deadline: float,
         log: logging.Logger,
-        before: Callable[[], None] | None = None,
     ) -> None:
         described = [describe(name, payload) for name, payload in files.items()]
         self._files = {file.sha256: files[file.name] for file in described}
@@ -62,13 +60,10 @@ class Published(ModelServicer):
             lowercase=tokenizer.lowercase if tokenizer else False,
             compiled_as=deployment.compiled_as(),
         )
-        self._deadline, self._log, self._before = deadline, log, before
+        self._deadline, self._log = deadline, log
         self._downloading = WaitingRoom(DOWNLOADS)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
-        if self._before is not None:
-            with answering(context, self._log):
-                self._before()
         return self.description
 
     def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:

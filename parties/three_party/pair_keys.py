@@ -106,6 +106,10 @@ class PairKey(_PairSecret):
         """
         return Key(derive_key(self._seed, "answer", number.hex(), output)).stream(0).words(shape)
 
+    def sketch_key(self, number: bytes) -> Key:
+        """Return the key with which this pair sketches a client's look-up keys in the query ``number``."""
+        return Key(derive_key(self._seed, "sketch", number.hex()))
+
     def seal(self, purpose: str, number: bytes) -> Seal:
         """Start a tag for a purpose in the query ``number``; whoever makes such a number never uses it twice."""
         return Seal(derive_key(self._seed, "seal", purpose, number.hex()))

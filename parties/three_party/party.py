@@ -27,6 +27,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
 from protocols import wire
 from protocols.three_party import SharedLinear
+from protocols.three_party.endpoints import Coins
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
@@ -186,13 +187,15 @@ class PartyService(PartyServicer, ABC):
         found = [p for _, p in self.share.circuit.lookups.values()]
         return [p.key_bytes for p in found if self.share.party != PARTY_2 or not p.public]
 
-    def looked_up(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
-        """Return this party's additive shares of the rows that a client looks up, by name."""
-        found = self.share.circuit.lookups
-        return {
-            name: p.rows_of(self.share.party, own, self.share.weights)
-            for (name, (_, p)), own in zip(found.items(), keys, strict=True)
-        }
+    def looked_up(self, keys: Sequence[bytes], coins: Coins) -> dict[str, Tensor]:
+        """Return this party's additive shares of the rows that a client looks up, and of its keys' sketches, by name.
+
+        coins: keys of this query that this party has in common with each other party.
+        """
+        out: dict[str, Tensor] = {}
+        for (index, p), own in zip(self.share.circuit.lookups.values(), keys, strict=True):
+            out |= p.shares(self.share.party, own, self.share.weights, coins, index)
+        return out
 
     def for_client(self, shares: Sequence[Tensor], key: PairKey, number: bytes) -> bytes:
         """Encode the outputs' shares of party 0 or 1, one after the other, each masked by a zero share of its own.

@@ -22,7 +22,7 @@ from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked, Progress
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
-from parties.three_party.party_2 import query_key
+from parties.three_party.party_2 import query_key, sketch_key
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
 from parties.three_party.supply import Arriving, Stock, silent
@@ -30,6 +30,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
 from protocols.circuit import Correlations
+from protocols.three_party.endpoints import Coins
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
 
@@ -81,18 +82,23 @@ class Party0Service(PartyService):
     def asked_sizes(self) -> list[int]:
         return [*(p.out.size for _, p in self.share.circuit.inputs.values()), *self.key_sizes()]
 
-    def inputs(self, asked: Asked, number: bytes) -> tuple[dict[str, Tensor], int]:
-        """Return this party's shares of a query's inputs and looked-up rows, and the bytes that party 2 sent."""
+    def inputs(self, asked: Asked, number: bytes, coins: Coins) -> tuple[dict[str, Tensor], int]:
+        """Return this party's shares of a query's inputs and looked-up rows, and the bytes that party 2 sent.
+
+        coins: see ``looked_up``.
+        """
         forms = {name: p.out for name, (_, p) in self.share.circuit.inputs.items()}
         shared, keys = asked.parts[: len(forms)], asked.parts[len(forms) :]
         found = {name: wire.decode(part, form) for (name, form), part in zip(forms.items(), shared, strict=True)}
-        rows, size = self._look_up(asked, keys, number)
+        rows, size = self._look_up(asked, keys, number, coins)
         return found | rows, size
 
-    def _look_up(self, asked: Asked, keys: Sequence[bytes], number: bytes) -> tuple[dict[str, Tensor], int]:
-        shared = {name: p for name, (_, p) in self.share.circuit.lookups.items() if not p.public}
+    def _look_up(
+        self, asked: Asked, keys: Sequence[bytes], number: bytes, coins: Coins
+    ) -> tuple[dict[str, Tensor], int]:
+        shared = {name: p for name, (_, p) in self.share.circuit.from_keys.items() if not p.public}
         if not shared:
-            return self.looked_up(keys), 0
+            return self.looked_up(keys, coins), 0
         key = self.key(2)
         request = pb.ContributeRequest(
             model=self.share.manifest.model,
@@ -102,7 +108,7 @@ class Party0Service(PartyService):
         )
         stub = PartyStub(self._party_2.channel)
         coming = stub.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
-        rows = self.looked_up(keys)
+        rows = self.looked_up(keys, coins)
         with asked.progress.waiting(PARTY_2), self._party_2.calling("looking up rows"):
             contribution = coming.result()
         seal = key.seal("contribution", number)
@@ -209,7 +215,8 @@ class _Computation:
         rounds = Rounds.of(service.share, key, supply.number)
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)
         start = time.perf_counter()
-        inputs, rows = service.inputs(asked, supply.number)
+        coins = {1: key.sketch_key(supply.number), 2: sketch_key(seed, supply.number)}
+        inputs, rows = service.inputs(asked, supply.number, coins)
         running = rounds.run(correlations, inputs, self._next, PEER)
         for payload in running:
             for frame in to_frames(payload) if payload else ():

@@ -18,7 +18,7 @@ from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
-from parties.three_party.party_2 import check_seed, query_key
+from parties.three_party.party_2 import check_seed, query_key, sketch_key
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
@@ -145,9 +145,10 @@ class _Call:
         inputs: dict[str, Tensor] = {
             name: seeded_share(shared, index, p.shape) for name, (index, p) in share.circuit.inputs.items()
         }
-        own, begun = query_key(service.seed(asked, number), 1, number), time.perf_counter()
-        for name, rows in service.looked_up(asked.parts).items():
-            index, p = share.circuit.lookups[name]
+        seed, begun = service.seed(asked, number), time.perf_counter()
+        own, coins = query_key(seed, 1, number), {0: key.sketch_key(number), 2: sketch_key(seed, number)}
+        for name, rows in service.looked_up(asked.parts, coins).items():
+            index, p = share.circuit.from_keys[name]
             inputs[name] = rows + p.zero_share(own, index)
         correlations, rounds = Correlations(1, own), Rounds.of(share, key, number)
         running = rounds.run(correlations, inputs, self._next, PEER)

@@ -24,7 +24,7 @@ from parties.three_party.supply import NUMBER_BYTES
 from proto import unseen_pb2 as pb
 from protocols import wire
 from protocols.circuit import deal
-from protocols.prg import Key, derive_key, fresh_seed
+from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 
@@ -34,6 +34,11 @@ MAXIMUM_SEEDS = 1024  # seeds of party 1 that wait for it
 def query_key(seed: bytes, party: int, number: bytes) -> Key:
     """Return the key of one party's streams in one query; the seed is fresh and serves this query alone."""
     return Key(derive_key(seed, "query", party, number.hex()))
+
+
+def sketch_key(seed: bytes, number: bytes) -> Key:
+    """Return the key with which party 2 and the party of this seed sketch a client's look-up keys in one query."""
+    return Key(derive_key(seed, "sketch", number.hex()))
 
 
 class Party2Service(PartyService):
@@ -53,7 +58,7 @@ class Party2Service(PartyService):
     def __init__(self, share: PartyShare, *, deadline: float = 60.0) -> None:
         super().__init__(share, {}, deadline=deadline)
         self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # seeds of party 1, until it takes them
-        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same seeds, until rows are looked up with them
+        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # both parties' seeds, until rows are looked up
         self._lock = threading.Lock()
 
     def asked_sizes(self) -> list[int]:
@@ -85,8 +90,10 @@ class Party2Service(PartyService):
         with self._lock:
             if number in self._seeds:
                 raise QueryError("this query's number was used before", "take a fresh one")
-            for kept in (self._seeds, self._looking) if self.key_sizes() else (self._seeds,):
-                kept[number] = one
+            self._seeds[number] = one
+            if self.key_sizes():
+                self._looking[number] = zero + one
+            for kept in (self._seeds, self._looking):
                 while len(kept) > MAXIMUM_SEEDS:
                     kept.popitem(last=False)
         seal = key.seal("corrections", number)
@@ -108,14 +115,16 @@ class Party2Service(PartyService):
                 raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
             key.require(request.proof, "contribute", request.supply, request.session)
             with self._lock:
-                seed = self._looking.pop(request.supply, None)  # used once: its zero shares serve one client
+                seeds = self._looking.pop(request.supply, None)  # used once: its zero shares serve one client
             asked = self.join(request.session)
             try:
-                if seed is None:
+                if seeds is None:
                     raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
-                own, rows = query_key(seed, 1, request.supply), bytearray()
-                for name, value in self.looked_up(asked.parts).items():
-                    index, p = self.share.circuit.lookups[name]
+                zero, one = seeds[:SEED_BYTES], seeds[SEED_BYTES:]
+                own, rows = query_key(one, 1, request.supply), bytearray()
+                coins = {party: sketch_key(seed, request.supply) for party, seed in enumerate((zero, one))}
+                for name, value in self.looked_up(asked.parts, coins).items():
+                    index, p = self.share.circuit.from_keys[name]
                     rows += wire.encode(value - p.zero_share(own, index), p.out)
                 seal = key.seal("contribution", request.supply)
                 seal.update(bytes(rows))

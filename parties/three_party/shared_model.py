@@ -40,7 +40,7 @@ from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWe
 from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
-from secure.errors import InvalidInput, InvalidProgram, ShareError
+from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
 from secure.models.tokens import TextTokenizer
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
@@ -199,14 +199,18 @@ def load_share(directory: str | Path) -> PartyShare:
     try:
         deployment = ThreeParty.served(manifest.compiled_as)
         program = Program.from_bytes(parts[PROGRAM])
+        translated = deployment.translated(program)
     except (InvalidInput, InvalidProgram) as error:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
-    translated = deployment.translated(program)
     if dict(translated.weight_rings) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
     text = parts.get(TOKENIZER, b"")
     files = {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {}
     _check_model(manifest, program, text, files, parts, directory)
+    try:
+        tokenizer = received_tokenizer(text, manifest.pad_id, manifest.lowercase, program.labels)
+    except HandshakeError as error:
+        raise ShareError(f"{directory}: {error}", "share the model anew") from None
     return PartyShare(
         manifest,
         deployment,
@@ -214,7 +218,7 @@ def load_share(directory: str | Path) -> PartyShare:
         translated,
         _weights(manifest, parts.get(WEIGHTS), keys, public=deployment.public_weights),
         keys,
-        received_tokenizer(text, manifest.pad_id, manifest.lowercase),
+        tokenizer,
         text,
         files,
     )

@@ -43,7 +43,7 @@ class InvalidCiphertext(ValueError):
 
 
 @dataclass(frozen=True)
-class Form:
+class WireForm:
     """The form of one object: residues of ``polynomials`` polynomials under the first ``limbs`` primes, and ``seeds``.
 
     Residues are arrays of shape (polynomials, limbs, N).
@@ -87,23 +87,23 @@ class Form:
         return out, [bytes(data[k * SEED : (k + 1) * SEED]) for k in range(self.seeds)]
 
 
-def fresh(parameters: Parameters, level: int) -> Form:
+def fresh(parameters: Parameters, level: int) -> WireForm:
     """Return the form of a ciphertext that the client made: one polynomial, and a seed for the other."""
-    return Form(parameters, level + 1, 1, 1)
+    return WireForm(parameters, level + 1, 1, 1)
 
 
-def computed(parameters: Parameters, level: int) -> Form:
+def computed(parameters: Parameters, level: int) -> WireForm:
     """Return the form of a ciphertext that the server computed: two polynomials."""
-    return Form(parameters, level + 1, 2)
+    return WireForm(parameters, level + 1, 2)
 
 
-def public_key(parameters: Parameters) -> Form:
-    return Form(parameters, parameters.levels + 2, 2)
+def public_key(parameters: Parameters) -> WireForm:
+    return WireForm(parameters, parameters.levels + 2, 2)
 
 
-def switching_key(parameters: Parameters) -> Form:
+def switching_key(parameters: Parameters) -> WireForm:
     """Return the form of a relinearization key or a key of one rotation: a polynomial and a seed for each digit."""
-    return Form(parameters, parameters.levels + 2, parameters.levels + 1, parameters.levels + 1)
+    return WireForm(parameters, parameters.levels + 2, parameters.levels + 1, parameters.levels + 1)
 
 
 def _pack(rows: Words, bits: int) -> Words:
@@ -182,7 +182,7 @@ def pack_ciphertext(parameters: Parameters, data: bytes) -> bytes:
     words = words_of(body, META)
     polynomials = words.size // (limbs * parameters.degree)
     seeds = [body[-SEED:]] if polynomials == 1 else []
-    return Form(parameters, limbs, polynomials, len(seeds)).pack(words, seeds)
+    return WireForm(parameters, limbs, polynomials, len(seeds)).pack(words, seeds)
 
 
 def pack_switching_key(parameters: Parameters, data: bytes) -> bytes:

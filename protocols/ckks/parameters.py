@@ -9,6 +9,7 @@ Standard of 2018 (218 and 438 for N = 8192 and 16384), which SEAL checks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,10 +50,13 @@ class Parameters:
                 f"hint: scales have {SMALLEST_SCALE} bits or more, the base prime more than that and at most "
                 f"{LARGEST_PRIME}"
             )
-        if self.total_bits >= MAXIMUM_BITS[self.degree]:  # leaves one bit for primes above their power of two
+        most, taken = MAXIMUM_BITS[self.degree], float(self.total_bits)
+        if taken < most:  # leaves one bit for primes above their power of two; small ones are rare and may take more
+            taken = math.log2(math.prod(self.primes))
+        if taken >= most:
             raise DoesNotFit(
-                f"{self.levels} levels of {self.scale_bits} bits take a modulus of {self.total_bits} bits; at 128-bit "
-                f"security N = {self.degree} has {MAXIMUM_BITS[self.degree]}\n"
+                f"{self.levels} levels of {self.scale_bits} bits take a modulus of {taken:.4g} bits; at 128-bit "
+                f"security N = {self.degree} has {most}\n"
                 "hint: fewer levels, less precision, or a larger ring"
             )
 

@@ -17,8 +17,8 @@ import numpy as np
 from tenseal import sealapi
 
 from protocols.ckks.canonical import (
-    Form,
     InvalidCiphertext,
+    WireForm,
     ciphertext_file,
     computed,
     pack_ciphertext,
@@ -111,7 +111,7 @@ class Context:
             ) from None
         return out
 
-    def ciphertext(self, data: bytes | memoryview, form: Form, what: str = "ciphertext") -> Any:
+    def ciphertext(self, data: bytes | memoryview, form: WireForm, what: str = "ciphertext") -> Any:
         """Load a ciphertext of this form, with the scale of its level. Else raises InvalidCiphertext."""
         residues, seeds = form.unpack(data, what)
         level = form.limbs - 1
@@ -184,9 +184,20 @@ def key_names(steps: Sequence[int]) -> list[str]:
     return ["public", "relin", *(f"rotate {s}" for s in steps)]
 
 
-def key_forms(parameters: Parameters, steps: Sequence[int]) -> dict[str, Form]:
+def key_forms(parameters: Parameters, steps: Sequence[int]) -> dict[str, WireForm]:
     """Return the form of each of a Program's keys, by name and in order."""
     return {n: public_key(parameters) if n == "public" else switching_key(parameters) for n in key_names(steps)}
+
+
+def split_keys(data: bytes | memoryview, forms: Mapping[str, WireForm]) -> dict[str, memoryview]:
+    """Cut the bytes of all keys, one after another, into those of each. Raises InvalidCiphertext for another size."""
+    view, at, out = memoryview(data), 0, dict[str, memoryview]()
+    for name, form in forms.items():
+        out[name] = view[at : at + form.size]
+        at += form.size
+    if at != len(view):
+        raise InvalidCiphertext(f"evaluation keys of {len(view)} bytes, where they have {at}\nhint: upload them again")
+    return out
 
 
 class EvaluationKeys:

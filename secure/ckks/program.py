@@ -24,7 +24,14 @@ from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
 from secure.errors import InvalidInput, InvalidProgram
-from secure.lowering.client_inputs import ClientInput, check_client_part, client_outputs, encode_input
+from secure.lowering.client_inputs import (
+    ClientInput,
+    check_client_part,
+    check_query,
+    clear_values,
+    dummy_values,
+    encode_input,
+)
 
 VERSION = 1
 _MALFORMED = (
@@ -190,20 +197,43 @@ class CkksProgram:
 
     # the client's side
 
-    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
-        """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
-        values = client_outputs(self.client_graph, inputs)
-        flat: dict[str, Array] = {}
-        for spec in self.client_inputs:
-            value = encode_input(spec, values[spec.output], tables).to(torch.float64).numpy().reshape(-1)
-            low, high = self.ranges[spec.name]
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise InvalidInput unless names, types and shapes are those of the model's inputs, and none holds NaN."""
+        check_query(self.client_graph, inputs)
+
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the client's graph in the clear: all that depends on values, and every error.
+
+        Raises InvalidInput, also outside an input's range.
+        """
+        values = clear_values(self.client_graph, self.client_inputs, inputs)
+        for name, value in self._flat(values, tables).items():
+            low, high = self.ranges[name]
             if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
                 raise InvalidInput(
-                    f"input {spec.name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
+                    f"input {name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
                     f"for [{low:.4g}, {high:.4g}]\nhint: scale the input as the model's calibration inputs are"
                 )
-            flat[spec.name] = value
+        return values
+
+    def dummy_values(self) -> dict[str, Tensor]:
+        """Return zeros in place of ``clear_values``."""
+        return dummy_values(self.client_graph, self.client_inputs)
+
+    def encode(self, values: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
+        """Return the slots of every ciphertext that the client sends; the work follows from shapes alone."""
+        flat = self._flat(values, tables)
         return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
+
+    def _flat(self, values: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Array]:
+        return {
+            spec.name: encode_input(spec, values[spec.name], tables).to(torch.float64).numpy().reshape(-1)
+            for spec in self.client_inputs
+        }
+
+    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
+        """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
+        return self.encode(self.clear_values(inputs, tables), tables)
 
     def decode(self, slots: Sequence[Vector]) -> dict[str, Tensor]:
         """Read the output (float64), by name, from the decrypted slots of its ciphertexts, and round it to the grain.

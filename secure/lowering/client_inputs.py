@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secure.capture.graph import MAXIMUM_ELEMENTS, Graph, run
+from secure.capture.graph import MAXIMUM_ELEMENTS, Graph, check_given, run
 from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
 MAXIMUM_LENGTH = 1 << 20  # tokens of a text
+TABLES = "token-tables"  # the label of a Program that holds the digest of the token tables that clients hold
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,25 @@ class ClientInput:
 ENCODINGS = ("plain", "one-hot", "client-table")
 
 
-def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-    """Encode one client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds.
+def clear_value(spec: ClientInput, value: Tensor) -> Tensor:
+    """Return an output of the client's graph as ``encode_input`` takes it: float64, or integers that are looked up.
 
     Raises InvalidInput for a token id outside the table.
     """
     if spec.encoding == "plain":
-        return value
+        return value.to(torch.float64)  # float32 that is subnormal would be slower to encode
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
         raise InvalidInput(f"a token id is outside 0..{spec.size - 1}", "use the tokenizer that belongs to the model")
+    return value
+
+
+def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    """Encode a ``clear_value`` as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds.
+
+    Nothing here depends on values but the result: the work follows from shapes, and nothing is raised.
+    """
+    if spec.encoding == "plain":
+        return value
     if spec.encoding == "one-hot":
         return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
     return tables[spec.table][value]
@@ -49,6 +61,15 @@ def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor])
 def table_shapes(inputs: Sequence[ClientInput]) -> dict[str, tuple[int, int]]:
     """Return the shapes (rows, width) of the token tables that the client holds, by name."""
     return {c.table: (c.size, c.shape[-1]) for c in inputs if c.encoding == "client-table"}
+
+
+def tables_label(tables: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the label that binds token tables (float32) to a Program: SHA-256 over them by name; {} for no table."""
+    total = hashlib.sha256()
+    for name in sorted(tables):
+        total.update(f"{len(name)}:{name}:{tuple(tables[name].shape)}:".encode())  # lengths keep fields apart
+        total.update(tables[name].contiguous().numpy().tobytes())
+    return {TABLES: total.hexdigest()} if tables else {}
 
 
 def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mapping[str, str]) -> None:
@@ -88,12 +109,36 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
             )
 
 
-def client_outputs(graph: Graph, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Run the client's own graph on a model's inputs; raises InvalidInput for inputs that the model does not take."""
+def clear_values(graph: Graph, specs: Sequence[ClientInput], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run the client's graph on a model's inputs; return the ``clear_value`` of each of the circuit's inputs, by name.
+
+    All that depends on values is here, and so is every error. Raises InvalidInput.
+    """
+    check_query(graph, inputs)
+    values = run(graph, inputs, {})
+    return {spec.name: clear_value(spec, values[spec.output]) for spec in specs}
+
+
+def dummy_values(graph: Graph, specs: Sequence[ClientInput]) -> dict[str, Tensor]:
+    """Return zeros in place of ``clear_values``, for a query whose own values cannot be computed."""
+    out = {}
+    for spec in specs:
+        kind = torch.float64 if spec.encoding == "plain" else torch.int64
+        out[spec.name] = torch.zeros(graph.nodes[graph.outputs[spec.output]].shape, dtype=kind)
+    return out
+
+
+def check_query(graph: Graph, inputs: object) -> None:
+    """Raise InvalidInput unless these are a model's inputs by their names, types and shapes, and hold no NaN.
+
+    A server learns that nothing was asked. So the only value of an input that counts here is NaN, which nobody sends
+    on purpose; all else depends on the caller's code and on a public Program.
+    """
     check_inputs(inputs)
+    assert isinstance(inputs, Mapping)
     if unknown := sorted(set(inputs) - set(graph.inputs)):
         raise InvalidInput(f"the model has no input {unknown[0]!r}", f"its inputs are {', '.join(graph.inputs)}")
-    return run(graph, inputs, {})
+    check_given(graph, inputs)
 
 
 def check_inputs(inputs: object) -> None:

@@ -16,7 +16,7 @@ from approximations import Functions
 from secure.capture.graph import Graph, Node, evaluate, run
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, UnsupportedOperation
-from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, encode_input
+from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, clear_value, encode_input
 from secure.lowering.observe import Observed
 from secure.lowering.trace import Symbol, Trace, WeightRef
 
@@ -49,7 +49,7 @@ class Lowered:
         values = run(self.client_graph, sample, {}) if self.client_inputs else []
         out = {}
         for spec in self.client_inputs:
-            value = encode_input(spec, values[spec.output], self.tables).to(torch.float64)
+            value = encode_input(spec, clear_value(spec, values[spec.output]), self.tables).to(torch.float64)
             out[spec.name] = value.clamp(min=-self.clamps[spec.name]) if spec.name in self.clamps else value
         return out
 
