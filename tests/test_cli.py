@@ -265,7 +265,7 @@ def at(server: Process, dealer: Process) -> secure.TwoParty:
 
 def serve(directory: Path, dealer: Process, log: Path, state: Path, texts: Path, *more: str) -> Any:
     arguments = ["serve", str(directory), "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--threads", "1"]
-    arguments += ["--length", str(LENGTH), "--state", str(state), "--calibration", str(texts)]
+    arguments += ["--length", str(LENGTH), "--state", str(state), "--calibration", str(texts), "--same-owner"]
     return process(log, *arguments, *more)
 
 

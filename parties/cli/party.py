@@ -109,8 +109,6 @@ def party(
     """Be one of three parties that compute on shares; must not collude with another. Start party 2 first."""
     deployment, role = ThreeParty(), PARTIES[number]
     listen, peers = addresses_of(number, listen, party_0, party_2)
-    if same_owner and not peers:
-        raise refused("same_owner", deployment, [], role)
     given = host_options(deployment, role, ahead=ahead, deadline=deadline)
     get_ready(threads)
     at = Endpoint.parse(listen, what="--listen")

@@ -32,7 +32,6 @@ from parties.cli.options import (
     compile_options,
     host_options,
     read_texts,
-    refused,
 )
 from parties.net import hosting
 from parties.net.choice import network_of
@@ -96,8 +95,6 @@ def serve(
     network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: deployment.addresses()[name] for name in found.peers}
-    if same_owner and not peers:
-        raise refused("same_owner", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
     network.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():

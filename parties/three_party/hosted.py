@@ -50,8 +50,7 @@ class ThreePartyHosted:
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         number = PARTIES.index(role)
         others = [word for name, at in peers.items() for word in (f"--{name.replace(' ', '-')}", at)]
-        others += ["--same-owner"] if peers else []
-        return ("party", "--id", str(number), "--share", str(directory / f"party-{number}"), *others)
+        return ("party", "--id", str(number), "--share", str(directory / f"party-{number}"), *others, "--same-owner")
 
 
 def parts_of(service: PartyService) -> Parts:
