@@ -37,6 +37,7 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
+    ClientDeviates,
     DealerError,
     Diverged,
     DoesNotFit,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ckks",
+    "ClientDeviates",
     "Compiled",
     "Cost",
     "DealerError",

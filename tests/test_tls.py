@@ -343,6 +343,7 @@ def test_a_role_that_may_not_call_a_method(
 def test_every_method_says_who_may_call_it() -> None:
     """Each deployment's services list every method of theirs; one that is not listed may be called by nobody."""
     from parties.ckks.server import CkksService
+    from parties.net.status import StatusService
     from parties.served.published import Published
     from parties.three_party.party_0 import Party0Service
     from parties.three_party.party_1 import Party1Service
@@ -351,6 +352,7 @@ def test_every_method_says_who_may_call_it() -> None:
 
     services: list[Any] = [DealerService, InferenceService, Published, CkksService]
     services += [Party0Service, Party1Service, Party2Service]
+    services += [StatusService("", "", [CLIENT], "", lambda _: False)]
     listed = {method for service in services for method in service.permissions}
     known = {
         f"/{service.full_name}/{name}"

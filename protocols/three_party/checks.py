@@ -59,7 +59,7 @@ class _Check(Protocol):
 
 @dataclass(frozen=True)
 class UnitVectors(_Check):
-    """Whether a look-up's keys select one row for each index, the same in all ``pairs`` of keys; from their sketch.
+    """A check that a look-up's keys select one row for each index, the same in all ``pairs`` of keys; from a sketch.
 
     Operand: (points, pairs + 3) words, S of every pair, A, B, Z (see ``sketch``). A and B are opened under masks; their
     product follows as in ``Product``; S - 1 and Z - A B must be zero.
@@ -105,7 +105,7 @@ class UnitVectors(_Check):
 
 @dataclass(frozen=True)
 class InRange(_Check):
-    """Whether every element of an input lies within its clamps, from the bits [x < low] and [x < high + 1].
+    """A check that every element of an input is within its clamps, from the bits [x < low] and [x < high + 1].
 
     The first of them must be zero and the second one. Exact for every ring element, if ``Compare`` has the ring's width
     and the range is less than half of the ring: what is not below ``low`` is in the half of the ring from there on.
