@@ -138,7 +138,7 @@ def test_bad_texts_cost_a_query_and_nothing_else(server: Served, dealer: Served)
         with pytest.raises(ValueError, match="token id"):
             connection.query({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         connection.embed([TEXT])
-        assert [report.query for report in connection.reports] == [0, 2, 4, 7]  # each bad one cost a query too
+        assert len(connection.reports) == 8  # a bad input costs a query like any other
 
 
 def test_a_connection_that_was_closed(server: Served, dealer: Served) -> None:
