@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from protocols.fields import Flag, Name, Ring, Shape, Whole
 from protocols.prg import Key
-from protocols.protocol import CircuitCost, Local, Shape, Weights, bytes_of, count
+from protocols.protocol import CircuitCost, Local, Weights, bytes_of, count
 from protocols.three_party import dpf
 from protocols.three_party.lookup import (
     LookupKeys,
@@ -41,8 +42,8 @@ class SharedInput(Local):
     in_programs: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     shape: Shape
-    ring: int
-    name: str
+    ring: Ring
+    name: Name
 
     @property
     def out(self) -> Wire:
@@ -68,9 +69,9 @@ class LookedUp(SharedInput):
 
     kind: ClassVar[str] = "looked_up"
     weight_field: ClassVar[str] = "table"
-    table: str
-    rows: int
-    public: bool = False
+    table: Name
+    rows: Whole
+    public: Flag = False
 
     @property
     def source(self) -> str:

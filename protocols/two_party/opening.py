@@ -9,17 +9,18 @@ Seen by a party: its peer's x_p + r_p, uniform because the peer's r_p is uniform
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols import ring
+from protocols.fields import Count, Ring, Shape
 from protocols.protocol import (
     CircuitCost,
     Draw,
     Material,
     Opening,
     Protocol,
-    Shape,
     Step,
     Weights,
     bytes_of,
@@ -37,7 +38,7 @@ class Open(Protocol):
     elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "opening"
     shape: Shape
-    ring: int
+    ring: Ring
 
     @property
     def out(self) -> Wire:
@@ -75,7 +76,7 @@ class OpenBits(Protocol):
     reads: ClassVar[tuple[str, ...]] = ("bits",)
     gives: ClassVar[str] = "bit opening"
     shape: Shape  # of the tensor whose bits these are
-    planes: int
+    planes: Count
 
     @property
     def out(self) -> Wire:
@@ -93,6 +94,9 @@ class OpenBits(Protocol):
         mine = b ^ material["beta"]
         (theirs,) = yield swap(mine, self.out)
         return Opening(mine ^ theirs, material["beta"])
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return operands[0]
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]

@@ -24,7 +24,7 @@ from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
 from secure.errors import InvalidInput, InvalidProgram
-from secure.lowering.client_inputs import ClientInput, check_client_part, client_outputs, encode_input
+from secure.lowering.client_inputs import ClientInput, check_client_part, client_values
 
 VERSION = 1
 _MALFORMED = (
@@ -184,10 +184,10 @@ class CkksProgram:
 
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
         """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
-        values = client_outputs(self.client_graph, inputs)
+        values = client_values(self.client_graph, self.client_inputs, inputs, tables)
         flat: dict[str, Array] = {}
         for spec in self.client_inputs:
-            value = encode_input(spec, values[spec.output], tables).to(torch.float64).numpy().reshape(-1)
+            value = values[spec.name].to(torch.float64).numpy().reshape(-1)
             low, high = self.ranges[spec.name]
             if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
                 raise InvalidInput(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from approximations import Functions
-from secure.capture.graph import Graph, Node, evaluate, run
+from secure.capture.clear_operations import check_client_operation
+from secure.capture.graph import Graph, Node, evaluate
 from secure.capture.operation import OPERATIONS
-from secure.errors import InvalidInput, UnsupportedOperation
-from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, encode_input
+from secure.errors import InvalidInput, InvalidProgram, UnsupportedOperation
+from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, client_values
 from secure.lowering.observe import Observed
 from secure.lowering.trace import Symbol, Trace, WeightRef
 
@@ -46,12 +47,11 @@ class Lowered:
 
     def inputs(self, sample: Sample) -> dict[str, Tensor]:
         """Make the trace's inputs from a sample as the client does, in float64."""
-        values = run(self.client_graph, sample, {}) if self.client_inputs else []
-        out = {}
-        for spec in self.client_inputs:
-            value = encode_input(spec, values[spec.output], self.tables).to(torch.float64)
-            out[spec.name] = value.clamp(min=-self.clamps[spec.name]) if spec.name in self.clamps else value
-        return out
+        if not self.client_inputs:
+            return {}
+        values = client_values(self.client_graph, self.client_inputs, sample, self.tables)
+        out = {name: value.to(torch.float64) for name, value in values.items()}
+        return out | {name: out[name].clamp(min=-reach) for name, reach in self.clamps.items() if name in out}
 
 
 def lower(
@@ -130,6 +130,13 @@ class Lowering:
         outputs = {name: self._symbols[output] for name, output in named.items()}
         client_graph = _subgraph(self.graph, self._client_outputs)
         client_inputs = [spec for spec, _ in self._client_inputs.values()]
+        for node in client_graph.nodes:
+            try:
+                if node.op == "clear":
+                    check_client_operation(node.attrs)
+            except InvalidProgram as error:
+                message = f"of its inputs alone a client does not compute this: {str(error).partition(chr(10))[0]}"
+                raise self.unsupported(node, message, "compute it before the model, as one of its inputs") from None
         return Lowered(self._trace, outputs, self._weights, client_graph, client_inputs, self._clamps)
 
     def _evaluate(self, node: Node) -> Tensor:
