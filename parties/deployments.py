@@ -22,6 +22,7 @@ from protocols import kernels
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
+from secure.mpc.budget import Budget
 from secure.session import Link, Session
 
 
@@ -74,6 +75,7 @@ def connect(
     deadline: float = 60.0,
     cache: bool | Path = True,
     program_digest: str | None = None,
+    budget: Budget | None = None,
     threads: int = 1,
     keep_memory: bool = True,
     told: Told | None = None,
@@ -82,7 +84,8 @@ def connect(
 
     network: the protection of channels; by default unencrypted, on this machine alone. deadline: seconds to wait for
     any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
-    keep none. program_digest: refuse a service with another Program. threads: threads of this client while it computes.
+    keep none. program_digest: refuse a service with another Program. budget: refuse a Program that may take more memory
+    or time on this machine; by default ``Budget()``. threads: threads of this client while it computes.
     keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a tenth of
     its processor time. told: called with (done, total, what is being done) while something takes long.
     Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
@@ -94,7 +97,7 @@ def connect(
     if keep_memory:
         reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
-    options = ConnectOptions(network or Plaintext(), deadline, directory, program_digest, told)
+    options = ConnectOptions(network or Plaintext(), deadline, directory, program_digest, budget or Budget(), told)
     return Session(hosted(deployment).connect(deployment, options), threads=threads)
 
 
@@ -112,8 +115,8 @@ def serve(
 
     held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
-    of the roles that this one connects to. given: deadline, state, traces, workers, ahead, if the role takes them; see
-    ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
+    of the roles that this one connects to. given: deadline, state, traces, workers, ahead, budget, if the role
+    takes them; see ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         deployment = held.deployment

@@ -61,6 +61,7 @@ from secure.errors import (
     TlsError,
     UnsupportedOperation,
 )
+from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from parties.net.network import Network, Plaintext
 
 __all__ = [
+    "Budget",
     "Ckks",
     "Compiled",
     "Cost",

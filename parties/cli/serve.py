@@ -13,6 +13,8 @@ from parties.cli.console import announce, get_ready, say, use_threads
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
+    BudgetMemoryOption,
+    BudgetSecondsOption,
     CalibrationOption,
     DeadlineOption,
     EmbeddingOption,
@@ -25,6 +27,7 @@ from parties.cli.options import (
     ThreadsOption,
     TraceOption,
     VerboseOption,
+    budget_of,
     compile_options,
     host_options,
     read_texts,
@@ -139,6 +142,8 @@ def run(service: Service, verb: str, *, announced: bool) -> None:
 def dealer(
     listen: ListenOption = "127.0.0.1:50052",
     threads: ThreadsOption = 1,
+    budget_memory: BudgetMemoryOption = None,
+    budget_seconds: BudgetSecondsOption = None,
     insecure: InsecureOption = False,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
@@ -148,5 +153,6 @@ def dealer(
     hosting.log_to_stderr(verbose)
     at = Endpoint.parse(listen, what="--listen")
     network = Plaintext(beyond_loopback=insecure)
-    service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network)
+    budget = budget_of(budget_memory, budget_seconds)
+    service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network, budget=budget)
     run(service, "dealer", announced=announce)

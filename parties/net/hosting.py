@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +26,7 @@ from parties.net.guard import Guard
 from parties.net.network import Network
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
+from secure.mpc.budget import Budget
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
@@ -39,7 +40,8 @@ class HostOptions:
     network: the protection of channels. deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
-    ready, MAXIMUM_AHEAD at most. Raises InvalidInput for values out of range.
+    ready, MAXIMUM_AHEAD at most. budget: the most that one Program from somebody else may take. Raises InvalidInput for
+    values out of range.
     """
 
     network: Network
@@ -48,6 +50,7 @@ class HostOptions:
     traces: Path | None = None
     workers: int = 1
     ahead: int = 1
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)

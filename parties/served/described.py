@@ -20,6 +20,7 @@ from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
 from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
+from secure.mpc.budget import Budget
 from secure.version import WIRE_VERSION
 
 DOWNLOADING = 600.0  # seconds that one file may take
@@ -34,13 +35,15 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest. told: called with progress while something takes long. Raises InvalidInput for a deadline that is none.
+    digest. budget: refuse a Program that may take more on this machine. told: called with progress while something
+    takes long. Raises InvalidInput for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
     deadline: float = 60.0
     cache: Path | None = None
     program_digest: str | None = None
+    budget: Budget = field(default_factory=Budget)
     told: Told | None = None
 
     def __post_init__(self) -> None:

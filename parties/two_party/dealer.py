@@ -41,6 +41,7 @@ from protocols.prg import SEED_BYTES
 from protocols.weights import DealerWeights
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
+from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
@@ -67,13 +68,17 @@ class _DealtSession:
 
 
 class DealerService(DealerServicer):
-    """The dealer. Its state is in memory only: a restarted dealer knows no session, so it deals nothing twice."""
+    """The dealer. Its state is in memory only: a restarted dealer knows no session, so it deals nothing twice.
+
+    budget: the most that one Program may take; a larger one is not registered.
+    """
 
     permissions: ClassVar[Permissions] = permit(
         "Dealer", Register=[SERVER], Open=[CLIENT], Join=[SERVER], Deal=[SERVER]
     )
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
+        self._budget = budget or Budget()
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[str, str], _RegisteredModel] = OrderedDict()
         self._sessions: OrderedDict[bytes, _DealtSession] = OrderedDict()
@@ -104,10 +109,9 @@ class DealerService(DealerServicer):
             )
         return key[0]
 
-    @staticmethod
-    def _new_model(request: pb.RegisterRequest) -> _RegisteredModel:
+    def _new_model(self, request: pb.RegisterRequest) -> _RegisteredModel:
         try:
-            program = Program.from_bytes(request.program)
+            program = self._budget.decode(request.program)
         except InvalidProgram as error:
             raise HandshakeError(str(error)) from None
         if program.encoded != request.program:

@@ -33,7 +33,10 @@ class TwoPartyHosted:
     """The two services of ``TwoParty``, and its link."""
 
     deployment: type[Deployment] = TwoParty
-    takes: Mapping[str, frozenset[str]] = {SERVER: frozenset({"state", "traces", "deadline"}), DEALER: frozenset()}
+    takes: Mapping[str, frozenset[str]] = {
+        SERVER: frozenset({"state", "traces", "deadline"}),
+        DEALER: frozenset({"budget"}),
+    }
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, TwoParty)
@@ -43,7 +46,7 @@ class TwoPartyHosted:
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         if role == DEALER:
-            dealer = DealerService()
+            dealer = DealerService(options.budget)
             return Parts([lambda server: add_DealerServicer_to_server(dealer, server)], dealer.permissions)
         return self._server(held, peers[DEALER], options)
 

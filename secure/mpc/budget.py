@@ -57,6 +57,10 @@ class Budget:
             if not 0 < value < math.inf:
                 raise InvalidInput(f"a budget of {value!r} as its {name}", "give a positive number")
 
+    def decode(self, encoded: bytes) -> Program:
+        """Decode, check and admit a Program that may come from anyone. Raises InvalidProgram."""
+        return self.admit(Program.from_bytes(encoded))
+
     def admit(self, program: Program) -> Program:
         """Return the Program. Raises InvalidProgram, with both figures, if it would take more than this budget."""
         load = load_of(program.circuit, program.weight_shapes)
