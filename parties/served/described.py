@@ -23,6 +23,7 @@ from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
 from secure.version import WIRE_VERSION
 
+MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each
 DOWNLOADING = 600.0  # seconds that one file may take
 
 Told = Callable[[int, int, str], None]
@@ -82,6 +83,7 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
     """
     with peer.calling():
         found: pb.Description = ModelStub(peer.channel).Describe(pb.DescribeRequest(), timeout=options.deadline)
+    _check(found, peer.who)
     if (found.version, found.deployment) != (WIRE_VERSION, deployment.name):
         raise HandshakeError(
             f"version: {peer.who} speaks '{found.version}' of {printable(found.deployment)!r}, "
@@ -99,6 +101,17 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
             f"connect without {name}, or ask the server's owner",
         )
     return found
+
+
+def _check(found: pb.Description, who: str) -> None:
+    """Raise ProtocolError unless the names in a description are few, short and printable, as messages show them."""
+    names = [found.deployment, found.role, found.model, *(f.name for f in found.files)]
+    names += [*found.compiled_as, *found.compiled_as.values()]
+    if len(names) > MAXIMUM_NAMES or any(len(name) > MAXIMUM_NAME or not name.isprintable() for name in names):
+        raise ProtocolError(
+            f"{who} describes itself by {len(names)} names; at most {MAXIMUM_NAMES} are read, of {MAXIMUM_NAME} printable "
+            "characters each"
+        )
 
 
 def read_description(

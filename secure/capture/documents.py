@@ -41,7 +41,7 @@ def read_document(encoded: str | bytes) -> Any:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
+    raise InvalidProgram(f"{text} is no number of JSON")
 
 
 def what_is_wrong(error: Exception) -> str:

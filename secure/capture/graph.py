@@ -158,14 +158,14 @@ _MALFORMED = (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError,
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
-class _Document:
+class _GraphForm:
     """The form of an encoded graph."""
 
     nodes: Annotated[list[Node], Field(min_length=1, max_length=MAXIMUM_NODES)]
     outputs: Operands
 
 
-_DOCUMENT = TypeAdapter(_Document)
+_DOCUMENT = TypeAdapter(_GraphForm)
 
 
 def result_visibility(op: str, operands: Sequence[str]) -> str:
@@ -189,6 +189,10 @@ def check_type(node: Node) -> None:
     if math.prod(node.shape) > MAXIMUM_ELEMENTS:
         raise InvalidProgram(f"its shape {node.shape} has more than {MAXIMUM_ELEMENTS} elements")
     dtype_of(node.dtype)
+    if node.op in ("input", "parameter"):
+        name = node.attrs.get("name")
+        if set(node.attrs) != {"name"} or not isinstance(name, str) or not name.isprintable() or len(name) > 512:
+            raise InvalidProgram("it has one attribute, a printable name")
     if node.visibility == "shared" and node.dtype != "float":
         raise InvalidProgram("a shared value is a float")
 

@@ -25,7 +25,7 @@ MAXIMUM_WORK = 1 << 26
 """The most elements that all nodes of a client's graph have together: tenths of a second of a client's time."""
 
 Labels = Annotated[dict[Name, Name], Field(max_length=64)]
-"""What a Program says to people, by name."""
+"""The texts of a Program that are for people, by name."""
 
 
 @with_config(ConfigDict(extra="forbid"))

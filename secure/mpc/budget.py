@@ -27,7 +27,7 @@ INSTRUCTION_SECONDS = 100e-6
 
 @dataclass(frozen=True)
 class Load:
-    """What one query of a Program takes at most at the dealer, and about as much at a client.
+    """The most that one query of a Program takes at the dealer, and about as much at a client.
 
     weights: elements of the weights' masks, kept for as long as the model is. dealt: bytes of corrections. drawn: bytes
     from streams. products: multiply-accumulates. memory: bytes, the masks among them. seconds: on one core, some three

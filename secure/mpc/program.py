@@ -187,7 +187,7 @@ class Program:
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
-class _Document:
+class _ProgramForm:
     """The form of an encoded Program, with the bounds of all but the instructions' fields."""
 
     version: int
@@ -203,7 +203,7 @@ class _Document:
     labels: Labels
 
 
-_DOCUMENT = TypeAdapter(_Document)
+_DOCUMENT = TypeAdapter(_ProgramForm)
 
 
 @cache
