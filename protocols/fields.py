@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import AfterValidator, AllowInfNan, Field, Strict
+from pydantic import AfterValidator, AllowInfNan, FailFast, Field, Strict
 
 from protocols import ring
 
@@ -41,9 +41,9 @@ Whole = Annotated[int, Strict(), Field(ge=0, le=MAXIMUM_ELEMENTS)]
 Count = Annotated[int, Strict(), Field(ge=1, le=ENTRIES)]
 """A number of constants or of bits of an element."""
 
-Shape = Annotated[tuple[Whole, ...], Field(max_length=RANK), AfterValidator(_few_elements)]
+Shape = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=RANK), AfterValidator(_few_elements)]
 
-Operands = Annotated[tuple[Whole, ...], Field(max_length=1 << 12)]
+Operands = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=1 << 12)]
 """Positions of what an instruction or a node reads."""
 
 Ring = Annotated[int, Strict(), Field(ge=1, le=ring.WORD)]
@@ -55,24 +55,25 @@ Bits = Annotated[int, Strict(), Field(ge=0, le=ring.WORD)]
 Residue = Annotated[int, Strict(), Field(gt=-(1 << 80), lt=1 << 80)]
 """A constant of a ring, which is reduced where it is used."""
 
-Residues = Annotated[tuple[Residue, ...], Field(min_length=1, max_length=ENTRIES)]
+Residues = Annotated[tuple[Residue, ...], FailFast(), Field(min_length=1, max_length=ENTRIES)]
 
 Degree = Annotated[int, Strict(), Field(ge=1, le=16)]
 
 Axis = Annotated[int, Strict(), Field(ge=-RANK, lt=RANK)]
 
-Axes = Annotated[tuple[Axis, ...], Field(max_length=RANK)]
+Axes = Annotated[tuple[Axis, ...], FailFast(), Field(max_length=RANK)]
 
 Real = Annotated[float, Strict(), AllowInfNan(False)]
 
 Flag = Annotated[bool, Strict()]
 
 Rows = Annotated[
-    tuple[Annotated[tuple[Whole, ...], Field(min_length=1, max_length=ENTRIES)], ...],
+    tuple[Annotated[tuple[Whole, ...], FailFast(), Field(min_length=1, max_length=ENTRIES)], ...],
+    FailFast(),
     Field(min_length=1, max_length=ENTRIES),
 ]
 
-Signs = Annotated[tuple[Flag, ...], Field(min_length=1, max_length=ENTRIES)]
+Signs = Annotated[tuple[Flag, ...], FailFast(), Field(min_length=1, max_length=ENTRIES)]
 
 Name = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
 """A name of a module, a weight or an input. It is printable, because messages show it."""

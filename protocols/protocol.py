@@ -211,11 +211,11 @@ class Protocol(ABC):
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         """Return the shape that the result has by the operands' shapes; ``circuit.check`` compares it with ``out``.
 
-        weights: shapes by name. It takes integers alone, so that a check costs next to nothing. The base is for
-        protocols whose operands have the shape of the field ``shape``, and for inputs. Raises ValueError or LookupError
-        if the operands do not fit.
+        weights: shapes by name. It takes integers alone, so that a check costs next to nothing. The base is for inputs
+        and for what is ``elementwise``, whose operands have its own shape, and else keeps the first operand's. Raises
+        ValueError or LookupError if the operands do not fit.
         """
-        return self.out.shape
+        return tuple(operands[0]) if operands and not self.elementwise else self.out.shape
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
         """Dealer: return the derived totals by name, and the mask of this result for its readers (None: it has none).

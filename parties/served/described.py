@@ -109,8 +109,8 @@ def _check(found: pb.Description, who: str) -> None:
     names += [*found.compiled_as, *found.compiled_as.values()]
     if len(names) > MAXIMUM_NAMES or any(len(name) > MAXIMUM_NAME or not name.isprintable() for name in names):
         raise ProtocolError(
-            f"{who} describes itself by {len(names)} names; at most {MAXIMUM_NAMES} are read, of {MAXIMUM_NAME} printable "
-            "characters each"
+            f"{who} describes itself by {len(names)} names; at most {MAXIMUM_NAMES} are read, each of {MAXIMUM_NAME} "
+            "printable characters"
         )
 
 

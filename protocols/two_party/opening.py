@@ -9,7 +9,6 @@ Seen by a party: its peer's x_p + r_p, uniform because the peer's r_p is uniform
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,9 +93,6 @@ class OpenBits(Protocol):
         mine = b ^ material["beta"]
         (theirs,) = yield swap(mine, self.out)
         return Opening(mine ^ theirs, material["beta"])
-
-    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
-        return operands[0]
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 
 from protocols.fields import MAXIMUM_ELEMENTS, Name, Operands, Shape, Whole
@@ -161,7 +161,7 @@ _MALFORMED = (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError,
 class _GraphForm:
     """The form of an encoded graph."""
 
-    nodes: Annotated[list[Node], Field(min_length=1, max_length=MAXIMUM_NODES)]
+    nodes: Annotated[list[Node], FailFast(), Field(min_length=1, max_length=MAXIMUM_NODES)]
     outputs: Operands
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, with_config
+from pydantic import ConfigDict, FailFast, Field, Strict, TypeAdapter, with_config
 from torch import Tensor
 
 from protocols.ckks.circuit import Vector
@@ -229,17 +229,19 @@ class _CkksForm:
 
     version: int
     parameters: dict[str, Whole]
-    steps: Annotated[list[Whole], Field(max_length=MAXIMUM_CIPHERTEXTS)]
+    steps: Annotated[list[Whole], FailFast(), Field(max_length=MAXIMUM_CIPHERTEXTS)]
     client_graph: str
-    client_inputs: Annotated[list[ClientInput], Field(max_length=MAXIMUM_INPUTS)]
+    client_inputs: Annotated[list[ClientInput], FailFast(), Field(max_length=MAXIMUM_INPUTS)]
     ranges: Annotated[dict[Name, tuple[Real, Real]], Field(max_length=MAXIMUM_INPUTS)]
     views: Annotated[dict[Name, tuple[Name, Bits, str]], Field(max_length=MAXIMUM_CIPHERTEXTS)]
     refreshes: Annotated[
-        list[Annotated[list[Bits], Field(max_length=MAXIMUM_CIPHERTEXTS)]], Field(max_length=MAXIMUM_CIPHERTEXTS)
+        list[Annotated[list[Bits], FailFast(), Field(max_length=MAXIMUM_CIPHERTEXTS)]],
+        FailFast(),
+        Field(max_length=MAXIMUM_CIPHERTEXTS),
     ]
     reserve: Bits
     output_shape: Shape
-    output: Annotated[list[str], Field(max_length=MAXIMUM_CIPHERTEXTS)]
+    output: Annotated[list[str], FailFast(), Field(max_length=MAXIMUM_CIPHERTEXTS)]
     output_unit: Real
     grain: Real
     counts: Annotated[dict[Name, Tally], Field(max_length=MAXIMUM_INPUTS)]

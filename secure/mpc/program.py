@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter, with_config
 from torch import Tensor
 
 from protocols import ring
@@ -164,6 +164,8 @@ class Program:
                     f"the Program has version {version!r:.40}, this is {VERSION}\nhint: upgrade unseen"
                 )
             d = _DOCUMENT.validate_python(document)
+            if d.fixed.keys() != FixedPoint().as_dict().keys():
+                raise InvalidProgram("not a valid Program: the fixed point lacks a parameter, or has another")
             program = cls(
                 circuit=tuple(
                     _instruction(n, kind, f, inputs) for n, (kind, f, inputs, _) in enumerate(d.instructions)
@@ -192,13 +194,15 @@ class _ProgramForm:
 
     version: int
     instructions: Annotated[
-        list[tuple[Name, dict[str, Any], Operands, Whole]], Field(min_length=1, max_length=MAXIMUM_INSTRUCTIONS)
+        list[tuple[Name, dict[str, Any], Operands, Whole]],
+        FailFast(),
+        Field(min_length=1, max_length=MAXIMUM_INSTRUCTIONS),
     ]  # kind, fields, inputs, path
-    paths: Annotated[list[Name], Field(max_length=MAXIMUM_INSTRUCTIONS)]
-    outputs: list[tuple[Name, Whole, Bits]]
+    paths: Annotated[list[Name], FailFast(), Field(max_length=MAXIMUM_INSTRUCTIONS)]
+    outputs: Annotated[list[tuple[Name, Whole, Bits]], FailFast()]
     fixed: dict[str, Whole]
     client_graph: str
-    client_inputs: Annotated[tuple[ClientInput, ...], Field(max_length=MAXIMUM_INPUTS)]
+    client_inputs: Annotated[tuple[ClientInput, ...], FailFast(), Field(max_length=MAXIMUM_INPUTS)]
     weight_shapes: Annotated[dict[Name, Shape], Field(max_length=MAXIMUM_WEIGHTS)]
     labels: Labels
 
