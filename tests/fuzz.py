@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import random
 import resource
@@ -146,7 +147,7 @@ def fuzz(found: Target, seconds: float, seed: int = 0) -> tuple[int, int]:
 
 def guided(found: Target, seconds: float) -> None:
     """Let atheris find inputs; it ends the process."""
-    import atheris  # type: ignore[import-not-found,unused-ignore]
+    atheris: Any = importlib.import_module("atheris")
 
     corpus = Path(f"corpus-{found.name}")
     corpus.mkdir(exist_ok=True)

@@ -138,9 +138,17 @@ _UNARY = dict.fromkeys(("abs.default", "floor.default", "neg.default", "reciproc
 _UNARY |= dict.fromkeys(("round.default", "rsqrt.default", "sign.default", "sqrt.default", "square.default"), _ONE)
 _UNARY |= dict.fromkeys(("amax.default", "amin.default", "mean.default", "sum.default", "t.default"), _ONE)
 _UNARY |= dict.fromkeys(("logical_not.default", "tril.default", "triu.default", "squeeze.default"), _ONE)
-_SCALARS = ("add.Scalar", "div.Scalar", "mul.Scalar", "sub.Scalar", "rsub.Scalar", "clamp_max.default")
+_SCALARS: tuple[str, ...] = ("add.Scalar", "div.Scalar", "mul.Scalar", "sub.Scalar", "rsub.Scalar", "clamp_max.default")
 _SCALARS += ("clamp_min.default", "eq.Scalar", "ge.Scalar", "gt.Scalar", "le.Scalar", "lt.Scalar", "ne.Scalar")
-_PAIRS = ("add.Tensor", "div.Tensor", "mul.Tensor", "sub.Tensor", "rsub.Tensor", "maximum.default", "max.other")
+_PAIRS: tuple[str, ...] = (
+    "add.Tensor",
+    "div.Tensor",
+    "mul.Tensor",
+    "sub.Tensor",
+    "rsub.Tensor",
+    "maximum.default",
+    "max.other",
+)
 _PAIRS += ("minimum.default", "min.other", "eq.Tensor", "ge.Tensor", "gt.Tensor", "le.Tensor", "lt.Tensor", "ne.Tensor")
 _PAIRS += ("logical_and.default", "logical_or.default", "expand_as.default")
 _LOGIC = ("__and__.Tensor", "__or__.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor")

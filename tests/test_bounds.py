@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +196,14 @@ def test_the_number_of_instructions_is_bounded_and_decoding_is_quick() -> None:
 @pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "a" * 513, "\u202eevil", "\ud800"])
 def test_names_are_short_and_printable(name: str) -> None:
     """They reach terminals in messages about modules."""
-    for change in (
+    changes: list[Callable[[Any], Any]] = [
         lambda d: d.update(paths=[name]),
         lambda d: d["outputs"][0].__setitem__(0, name),
         lambda d: d["labels"].update(model=name),
         lambda d: d["labels"].update({name: "x"}),
         lambda d: d["weight_shapes"].update({name: [1]}),
-    ):
+    ]
+    for change in changes:
         d = programs.document()
         change(d)
         assert refused(encode(d))
@@ -446,7 +448,8 @@ def _with_graph(program: Program, how: str, word: int) -> bytes:
 def tokens() -> Program:
     from tests.test_program import compiled_encoder
 
-    return compiled_encoder().program
+    program: Program = compiled_encoder().program
+    return program
 
 
 def test_a_graph_cannot_make_an_id_fail(tokens: Program) -> None:
