@@ -12,3 +12,5 @@ deployments  all deployments by name: serve and connect
 reports/     the output of commands
 cli/         the command ``unseen``
 """
+
+import parties.net.tls_version  # noqa: F401  (gRPC reads its settings when it is imported, so this comes before)

@@ -7,15 +7,21 @@ deployment itself in ``secure.deployments.deployment``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from parties.ckks.hosted import CkksHosted
+from parties.net.caller import CLIENT
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import HostOptions, Parts, Service, reuse_memory, settle
-from parties.net.network import Network, Plaintext
+from parties.net.network import Network
+from parties.net.quotas import Limits, Quotas
+from parties.net.status import StatusService
+from parties.net.tokens import Token, Tokens, WithToken
 from parties.served.described import ConnectOptions, Told
-from parties.served.files import cache_directory
+from parties.served.files import cache_directory, state_directory
 from parties.three_party.hosted import ThreePartyHosted
 from parties.two_party.hosted import TwoPartyHosted
 from protocols import kernels
@@ -23,7 +29,7 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
 from secure.mpc.budget import Budget
-from secure.session import Link, Session
+from secure.session import PACE, Link, Session, check_options
 
 
 class Hosted(Protocol):
@@ -77,28 +83,35 @@ def connect(
     program_digest: str | None = None,
     budget: Budget | None = None,
     threads: int = 1,
+    pace: float = PACE,
     keep_memory: bool = True,
+    token: str | None = None,
     told: Told | None = None,
 ) -> Session:
     """Connect to the services of a model; the deployment holds their addresses.
 
-    network: the protection of channels; by default unencrypted, on this machine alone. deadline: seconds to wait for
-    any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory; False:
-    keep none. program_digest: refuse a service with another Program. budget: refuse a Program that may take more memory
-    or time on this machine; by default ``Budget()``. threads: threads of this client while it computes.
-    keep_memory: let glibc keep memory that queries free, in the whole process, which saves a client about a tenth of
-    its processor time. told: called with (done, total, what is being done) while something takes long.
-    Raises EndpointError, HandshakeError, PeerLost, DownloadError, InvalidInput.
+    network: the protection of channels; by default TLS, with the certificates in the directory that UNSEEN_TLS names or
+    in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
+    for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
+    False: keep none. program_digest: refuse a service with another Program. budget: refuse a Program that may take more
+    memory or time on this machine; by default ``Budget()``. threads: threads of this client while it computes. pace:
+    seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc keep memory that queries
+    free, in the whole process, which saves a client about a tenth of its processor time. token: what the service's
+    owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is being done)
+    while something takes long.
+    Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
-    if threads < 1:
-        raise InvalidInput(f"{threads} threads", "give at least one")
+    check_options(threads, pace)
     if keep_memory:
         reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
-    options = ConnectOptions(network or Plaintext(), deadline, directory, program_digest, budget or Budget(), told)
-    return Session(hosted(deployment).connect(deployment, options), threads=threads)
+    used = network or network_of(CLIENT)
+    options = ConnectOptions(
+        WithToken(used, Token(token)) if token else used, deadline, directory, program_digest, budget or Budget(), told
+    )
+    return Session(hosted(deployment).connect(deployment, options), threads=threads, pace=pace)
 
 
 def serve(
@@ -109,14 +122,18 @@ def serve(
     peers: Mapping[str, str] | None = None,
     deployment: Deployment | None = None,
     network: Network | None = None,
+    quotas: Limits | None = None,
+    tokens: Path | None = None,
     **given: Any,
 ) -> Service:
     """Host one role of a deployment; returns once it listens. Use it as a context manager, and call its ``wait()``.
 
     held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
-    of the roles that this one connects to. given: deadline, state, traces, workers, ahead, budget, if the role
-    takes them; see ``HostOptions``. Raises EndpointError, HandshakeError, PeerLost, InvalidInput.
+    of the roles that this one connects to. network: as for ``connect``, with certificates of this role. quotas: how
+    much each client may use in a day, counted in a file of the state directory. tokens: a file of ``unseen token``, one
+    of which each client must show. given: deadline, state, traces, workers, ahead, budget, if the role takes them; see
+    ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         deployment = held.deployment
@@ -140,12 +157,17 @@ def serve(
     if held is None and role == deployment.serves:
         raise InvalidInput(f"the {role} has nothing to serve", "give what secure.compile returned")
     at = Endpoint.parse(listen, what=f"the {role}")
-    options = HostOptions(network or Plaintext(), **given)
+    shown = Tokens(tokens) if tokens else None
+    counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
+    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)
+    knows = made.knows or (lambda digest: digest == made.program)
+    status = StatusService(deployment.name, role, roles, made.program, knows)
+    made = replace(made, add=[*made.add, status.add], permissions={**made.permissions, **status.permissions})
     settle()
-    return Service(made, at, options.network, what=f"the {role}", role=role)
+    return Service(made, at, options.network, what=f"the {role}", role=role, quotas=options.quotas, tokens=shown)
 
 
 def starting_order(deployment: Deployment) -> list[Role]:

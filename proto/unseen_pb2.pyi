@@ -57,63 +57,123 @@ class DownloadRequest(_message.Message):
     sha256: str
     def __init__(self, sha256: _Optional[str] = ...) -> None: ...
 
+class CheckRequest(_message.Message):
+    __slots__ = ("nonce", "program_digest")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    program_digest: str
+    def __init__(self, nonce: _Optional[bytes] = ..., program_digest: _Optional[str] = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("version", "deployment", "role", "program_digest", "known", "clock", "owner")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    deployment: str
+    role: str
+    program_digest: str
+    known: bool
+    clock: float
+    owner: bytes
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program_digest: _Optional[str] = ..., known: _Optional[bool] = ..., clock: _Optional[float] = ..., owner: _Optional[bytes] = ...) -> None: ...
+
 class Chunk(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
+class DealerKeyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DealerKeyReply(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    def __init__(self, key: _Optional[bytes] = ...) -> None: ...
+
 class RegisterRequest(_message.Message):
-    __slots__ = ("program", "weights_digest", "mask_seed")
+    __slots__ = ("program", "sealed")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    MASK_SEED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     program: bytes
-    weights_digest: str
-    mask_seed: bytes
-    def __init__(self, program: _Optional[bytes] = ..., weights_digest: _Optional[str] = ..., mask_seed: _Optional[bytes] = ...) -> None: ...
+    sealed: bytes
+    def __init__(self, program: _Optional[bytes] = ..., sealed: _Optional[bytes] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("program_digest",)
+    __slots__ = ("program_digest", "weights_digest", "proof")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
-    def __init__(self, program_digest: _Optional[str] = ...) -> None: ...
+    weights_digest: str
+    proof: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("program_digest", "weights_digest", "nonce", "proof")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    weights_digest: str
+    nonce: bytes
+    proof: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("proof",)
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    proof: bytes
+    def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("version", "program_digest", "weights_digest", "client_seed")
+    __slots__ = ("version", "program_digest", "weights_digest", "sealed")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    CLIENT_SEED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     version: int
     program_digest: str
     weights_digest: str
-    client_seed: bytes
-    def __init__(self, version: _Optional[int] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., client_seed: _Optional[bytes] = ...) -> None: ...
+    sealed: bytes
+    def __init__(self, version: _Optional[int] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("session",)
+    __slots__ = ("session", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     session: bytes
-    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("session", "program_digest", "weights_digest", "server_seed", "proof")
+    __slots__ = ("session", "program_digest", "weights_digest", "sealed", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    SERVER_SEED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     program_digest: str
     weights_digest: str
-    server_seed: bytes
+    sealed: bytes
     proof: bytes
-    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., server_seed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("proof",)
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    proof: bytes
+    def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class DealRequest(_message.Message):
     __slots__ = ("session", "query", "proof")
@@ -124,6 +184,18 @@ class DealRequest(_message.Message):
     query: int
     proof: bytes
     def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("session", "proof")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class CloseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "deployment", "program_digest", "fixed_point", "weights_digest", "session")
@@ -229,23 +301,13 @@ class KeysReply(_message.Message):
     expires_seconds: float
     def __init__(self, held: _Optional[bool] = ..., expires_seconds: _Optional[float] = ...) -> None: ...
 
-class KeySize(_message.Message):
-    __slots__ = ("name", "size")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    size: int
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
-
 class KeysHeader(_message.Message):
-    __slots__ = ("program_digest", "digest", "keys")
+    __slots__ = ("program_digest", "digest")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     digest: str
-    keys: _containers.RepeatedCompositeFieldContainer[KeySize]
-    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[KeySize, _Mapping]]] = ...) -> None: ...
+    def __init__(self, program_digest: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class UploadPart(_message.Message):
     __slots__ = ("header", "data")
@@ -356,6 +418,44 @@ class Answer(_message.Message):
     dealing: float
     rows: int
     def __init__(self, share: _Optional[bytes] = ..., seconds: _Optional[float] = ..., waited: _Optional[float] = ..., rounds: _Optional[int] = ..., sent: _Optional[int] = ..., corrections: _Optional[int] = ..., dealing: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class AgreeHello(_message.Message):
+    __slots__ = ("version", "model", "party", "public", "proof")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PARTY_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    model: str
+    party: int
+    public: bytes
+    proof: bytes
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., party: _Optional[int] = ..., public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AgreeAnswer(_message.Message):
+    __slots__ = ("public", "proof")
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    public: bytes
+    proof: bytes
+    def __init__(self, public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AgreeDone(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AgreeMessage(_message.Message):
+    __slots__ = ("hello", "answer", "confirm", "done")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    hello: AgreeHello
+    answer: AgreeAnswer
+    confirm: bytes
+    done: AgreeDone
+    def __init__(self, hello: _Optional[_Union[AgreeHello, _Mapping]] = ..., answer: _Optional[_Union[AgreeAnswer, _Mapping]] = ..., confirm: _Optional[bytes] = ..., done: _Optional[_Union[AgreeDone, _Mapping]] = ...) -> None: ...
 
 class PeerHello(_message.Message):
     __slots__ = ("version", "model", "session", "proof")

@@ -147,8 +147,8 @@ class Model:
             _registered_method=True)
 
 
-class DealerStub:
-    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
+class StatusStub:
+    """Every service answers whoever may call any of its methods: is it the one that is meant? Nothing here is secret.
     """
 
     def __init__(self, channel):
@@ -157,10 +157,96 @@ class DealerStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Check = channel.unary_unary(
+                '/unseen.v2.Status/Check',
+                request_serializer=proto_dot_unseen__pb2.CheckRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.CheckReply.FromString,
+                _registered_method=True)
+
+
+class StatusServicer:
+    """Every service answers whoever may call any of its methods: is it the one that is meant? Nothing here is secret.
+    """
+
+    def Check(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_StatusServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=proto_dot_unseen__pb2.CheckRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.CheckReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'unseen.v2.Status', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('unseen.v2.Status', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Status:
+    """Every service answers whoever may call any of its methods: is it the one that is meant? Nothing here is secret.
+    """
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Status/Check',
+            proto_dot_unseen__pb2.CheckRequest.SerializeToString,
+            proto_dot_unseen__pb2.CheckReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class DealerStub:
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share. Seeds are
+    sealed to its key (HPKE), bound to all other fields of their request; its answers prove that it opened them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Key = channel.unary_unary(
+                '/unseen.v2.Dealer/Key',
+                request_serializer=proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.DealerKeyReply.FromString,
+                _registered_method=True)
         self.Register = channel.unary_unary(
                 '/unseen.v2.Dealer/Register',
                 request_serializer=proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.RegisterReply.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/unseen.v2.Dealer/Renew',
+                request_serializer=proto_dot_unseen__pb2.RenewRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.RenewReply.FromString,
                 _registered_method=True)
         self.Open = channel.unary_unary(
                 '/unseen.v2.Dealer/Open',
@@ -177,14 +263,35 @@ class DealerStub:
                 request_serializer=proto_dot_unseen__pb2.DealRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Close = channel.unary_unary(
+                '/unseen.v2.Dealer/Close',
+                request_serializer=proto_dot_unseen__pb2.CloseRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.CloseReply.FromString,
+                _registered_method=True)
 
 
 class DealerServicer:
-    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share. Seeds are
+    sealed to its key (HPKE), bound to all other fields of their request; its answers prove that it opened them.
     """
+
+    def Key(self, request, context):
+        """Anybody: get the dealer's public key. It counts only if it has the fingerprint that the caller knows, or if the
+        channel proved that the dealer answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Register(self, request, context):
         """Server: announce a Program and the seed of the weight masks. Idempotent for equal content.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Server: ask if the dealer still knows a model, and keep it there. A dealer that was restarted knows none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,13 +318,30 @@ class DealerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Close(self, request, context):
+        """Server: end a session; the dealer erases what it knows of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DealerServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Key': grpc.unary_unary_rpc_method_handler(
+                    servicer.Key,
+                    request_deserializer=proto_dot_unseen__pb2.DealerKeyRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.DealerKeyReply.SerializeToString,
+            ),
             'Register': grpc.unary_unary_rpc_method_handler(
                     servicer.Register,
                     request_deserializer=proto_dot_unseen__pb2.RegisterRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.RegisterReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=proto_dot_unseen__pb2.RenewRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.RenewReply.SerializeToString,
             ),
             'Open': grpc.unary_unary_rpc_method_handler(
                     servicer.Open,
@@ -234,6 +358,11 @@ def add_DealerServicer_to_server(servicer, server):
                     request_deserializer=proto_dot_unseen__pb2.DealRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
             ),
+            'Close': grpc.unary_unary_rpc_method_handler(
+                    servicer.Close,
+                    request_deserializer=proto_dot_unseen__pb2.CloseRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.CloseReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'unseen.v2.Dealer', rpc_method_handlers)
@@ -243,8 +372,36 @@ def add_DealerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Dealer:
-    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share.
+    """The dealer hands out correlated randomness before queries, and never sees an input, a weight or a share. Seeds are
+    sealed to its key (HPKE), bound to all other fields of their request; its answers prove that it opened them.
     """
+
+    @staticmethod
+    def Key(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Dealer/Key',
+            proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
+            proto_dot_unseen__pb2.DealerKeyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Register(request,
@@ -263,6 +420,33 @@ class Dealer:
             '/unseen.v2.Dealer/Register',
             proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
             proto_dot_unseen__pb2.RegisterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Dealer/Renew',
+            proto_dot_unseen__pb2.RenewRequest.SerializeToString,
+            proto_dot_unseen__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -344,6 +528,33 @@ class Dealer:
             '/unseen.v2.Dealer/Deal',
             proto_dot_unseen__pb2.DealRequest.SerializeToString,
             proto_dot_unseen__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Close(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v2.Dealer/Close',
+            proto_dot_unseen__pb2.CloseRequest.SerializeToString,
+            proto_dot_unseen__pb2.CloseReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -472,8 +683,9 @@ class CkksServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Upload evaluation keys, once per client: a header, then the bytes of each key in the header's order. The server
-        holds them until they expire. While it works it replies with held = false, and at the end with held = true.
+        """Upload evaluation keys, once per client: a header, then the bytes of all keys in the Program's order. Their sizes
+        follow from the Program. The server holds them until they expire. While it works it replies with held = false, and
+        at the end with held = true.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -615,6 +827,11 @@ class PartyStub:
                 request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.AskReply.FromString,
                 _registered_method=True)
+        self.Agree = channel.stream_stream(
+                '/unseen.v2.Party/Agree',
+                request_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
+                _registered_method=True)
         self.Compute = channel.stream_stream(
                 '/unseen.v2.Party/Compute',
                 request_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
@@ -648,6 +865,14 @@ class PartyServicer:
         the answer, a Working comes every second, or four times in the client's deadline if that is more often. The client
         gives up, and names who is to blame, if a party sends nothing for the deadline, or if nobody's steps grow for as
         long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Agree(self, request_iterator, context):
+        """Party 1 calls parties 0 and 2, and party 0 calls party 2: agree on a key of the pair, which holds for as long as this
+        call is open. Hello, answer, confirm, done. Proofs and tags of all calls below are made with that key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -688,6 +913,11 @@ def add_PartyServicer_to_server(servicer, server):
                     servicer.Ask,
                     request_deserializer=proto_dot_unseen__pb2.AskPart.FromString,
                     response_serializer=proto_dot_unseen__pb2.AskReply.SerializeToString,
+            ),
+            'Agree': grpc.stream_stream_rpc_method_handler(
+                    servicer.Agree,
+                    request_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
+                    response_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
             ),
             'Compute': grpc.stream_stream_rpc_method_handler(
                     servicer.Compute,
@@ -739,6 +969,33 @@ class Party:
             '/unseen.v2.Party/Ask',
             proto_dot_unseen__pb2.AskPart.SerializeToString,
             proto_dot_unseen__pb2.AskReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Agree(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/unseen.v2.Party/Agree',
+            proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+            proto_dot_unseen__pb2.AgreeMessage.FromString,
             options,
             channel_credentials,
             insecure,

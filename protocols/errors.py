@@ -26,3 +26,9 @@ class FixedPointError(Error, ValueError):
     """A fixed-point parameter is out of its range."""
 
     code = "fixed-point"
+
+
+class ClientDeviates(Error):
+    """A client sent something that no honest client sends: malformed look-up keys, an input beyond its range."""
+
+    code = "client-deviates"

@@ -40,6 +40,11 @@ def derive_seed(seed: bytes, *names: str | int) -> bytes:
     return _derive(seed, SEED_BYTES, names)
 
 
+def next_seed(seed: bytearray) -> None:
+    """Replace a seed, where it lies, by its successor, from which it cannot be computed (HKDF-SHA-256)."""
+    seed[:] = _derive(bytes(seed), SEED_BYTES, ("next",))
+
+
 def _derive(seed: bytes, length: int, names: tuple[str | int, ...]) -> bytes:
     if len(seed) < KEY_BYTES:
         raise ValueError(f"a seed has at least {KEY_BYTES} bytes, got {len(seed)}")

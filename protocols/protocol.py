@@ -151,6 +151,7 @@ class Protocol(ABC):
     finished_offline: ClassVar[bool] = False  # True if the client's ``offline`` is already its result
     weight_field: ClassVar[str] = ""  # the field that names the weight that it reads; "" if it reads none
     multiplies: ClassVar[bool] = True  # True: it multiplies by that weight; False: it adds it
+    checks: ClassVar[bool] = False  # True if it raises an error for messages that do not fit together
     in_programs: ClassVar[bool] = True  # False: only one deployment's translation of a Program makes it
     registry: ClassVar[dict[str, type[Protocol]]] = {}
 

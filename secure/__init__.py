@@ -56,9 +56,11 @@ from secure.errors import (
     PeerLost,
     ProtocolError,
     QueryError,
+    QuotaError,
     RangeLost,
     ShareError,
     TlsError,
+    TokenError,
     UnsupportedOperation,
 )
 from secure.mpc.budget import Budget
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
 
     from parties.net.hosting import Service
     from parties.net.network import Network, Plaintext
+    from parties.net.tls import Tls
 
 __all__ = [
     "Budget",
@@ -104,6 +107,7 @@ __all__ = [
     "Program",
     "ProtocolError",
     "QueryError",
+    "QuotaError",
     "RangeLost",
     "Recipe",
     "Report",
@@ -111,7 +115,9 @@ __all__ = [
     "Session",
     "ShareError",
     "ThreeParty",
+    "Tls",
     "TlsError",
+    "TokenError",
     "Traffic",
     "TwoParty",
     "UnsupportedOperation",
@@ -181,6 +187,10 @@ def __getattr__(name: str) -> Any:
         from parties.net import network
 
         return getattr(network, name)
+    if name == "Tls":
+        from parties.net.tls import Tls
+
+        return Tls
     if name == "Service":
         from parties.net.hosting import Service
 

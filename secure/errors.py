@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from protocols.errors import DoesNotFit, Error, FixedPointError
+from protocols.errors import ClientDeviates, DoesNotFit, Error, FixedPointError
 
 __all__ = [
+    "ClientDeviates",
     "DealerError",
     "Diverged",
     "DoesNotFit",
@@ -30,9 +31,11 @@ __all__ = [
     "PeerLost",
     "ProtocolError",
     "QueryError",
+    "QuotaError",
     "RangeLost",
     "ShareError",
     "TlsError",
+    "TokenError",
     "UnsupportedOperation",
     "from_code",
     "printable",
@@ -129,6 +132,18 @@ class DealerError(Error):
     """The dealer refused, or cannot be reached."""
 
     code = "dealer"
+
+
+class QuotaError(Error):
+    """A caller has used up what the owner of a service lets it use."""
+
+    code = "quota"
+
+
+class TokenError(Error):
+    """A caller has no token, or none that is valid."""
+
+    code = "token"
 
 
 class QueryError(Error):

@@ -3,15 +3,29 @@
 A ``Session`` does everything that deployments have in common: it runs one query at a time and tasks of several queries,
 delivers the answers that came before a failure, keeps reports, and limits the threads that the client uses. A ``Link``
 does the rest: it prepares and runs one query in its deployment. Links that use sockets are in ``parties``.
+
+A server chooses the tokenizer and the graph that its clients run in the clear. So neither their time nor their outcome
+may show in what a client sends, and when. ``Session.run`` and ``Session.query`` therefore have three parts:
+
+1. What depends on values runs first, for all inputs of a run: tokenizer, graph, checks of the results.
+2. The session waits until a time that was fixed beforehand (``pace``).
+3. Each input gives one query, in order. What runs between messages takes the same steps whatever the values are. Where
+   part 1 failed, the query carries zeros, its answer is dropped, and the error is raised behind the last query.
+
+Only mistakes that do not depend on a server's bytes and on values end a call before it sends: wrong Python types, names
+and shapes of inputs, NaN, a session that has ended, a model that takes no text.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -20,13 +34,17 @@ from torch import Tensor
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
-from secure.errors import Error, InvalidInput, PeerLost
+from secure.errors import Error, InvalidInput, InvalidProgram, PeerLost
 from secure.models.tokens import TextTokenizer
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served, Task
 
 Given = TypeVar("Given")
 Answer = TypeVar("Answer")
+Found = TypeVar("Found")
+
+PACE = 0.1
+"""Seconds from a call to its first message; some 50 times what MiniLM at 128 tokens needs for the work before it."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +82,20 @@ class ClientProgram(Protocol):
     def labels(self) -> Mapping[str, str]: ...
     @property
     def digest(self) -> str: ...
-    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Encode inputs for the protocol. ``tables`` are the token tables that the owner lets clients hold."""
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise InvalidInput for wrong names, types and shapes of inputs, and for NaN."""
+
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Compute and check all that the client computes in the clear.
+
+        tables: the token tables that the owner lets clients hold.
+        """
+
+    def dummy_values(self) -> Mapping[str, Any]:
+        """Return zeros in place of ``clear_values``."""
+
+    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Encode clear values for the protocol, in steps that do not depend on them."""
 
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
         """Decode results into float64 tensors, by the names of the model's outputs."""
@@ -103,6 +133,7 @@ class Link(ABC):
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
         """Run the session's query ``number``; return the results for ``program.decode``, and the query's report.
 
+        values: those of ``program.encode``. Neither messages nor their times may depend on them.
         Raises PeerLost if a party stays silent for longer than the deadline.
         """
 
@@ -111,17 +142,29 @@ class Link(ABC):
         """Release everything that the link holds. It is called once."""
 
 
-class Session:
-    """A connection to a served model, usable as a context manager. Threads may share it: one query runs at a time.
+@dataclass(frozen=True, eq=False, repr=False)
+class _Clear:
+    """The clear values of one query; where they could not be computed, zeros and the reason."""
 
-    reports: one report per answered query. threads: the number of torch's threads while this session computes; more
-    than one rarely helps, as a client's work consists of many small steps.
+    values: Mapping[str, Any]
+    error: Error | None
+
+
+class Session:
+    """A connection to a served model, usable as a context manager. Threads may share it: one thing happens at a time.
+
+    reports: one report per query that ran to its end. threads: the number of torch's threads while this session
+    computes; more than one rarely helps, as a client's work consists of many small steps.
+
+    pace: seconds from a call of ``query``, ``run`` or ``embed`` to the first message. If the work before it takes
+    longer, they become twice as many, and again; so a server learns from the clock how often that happened, and no
+    more. 0 sends at once: the time of the tokenizer and of the client's graph then shows. Raises InvalidInput if it is
+    negative.
     """
 
-    def __init__(self, link: Link, *, threads: int = 1) -> None:
-        if threads < 1:
-            raise InvalidInput(f"{threads} threads", "give at least one")
-        self._link, self._threads, self._lock = link, threads, threading.RLock()
+    def __init__(self, link: Link, *, threads: int = 1, pace: float = PACE) -> None:
+        check_options(threads, pace)
+        self._link, self._threads, self._pace, self._lock = link, threads, pace, threading.RLock()
         self._asked = 0
         self.reports: list[Report] = []
 
@@ -168,39 +211,80 @@ class Session:
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
         """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
 
-        Raises InvalidInput before anything is sent if the inputs do not fit the model.
+        Raises InvalidInput before anything is sent if names, types or shapes of the inputs do not fit the model, or one
+        holds NaN. If their values do not fit (a token id outside the table, a number outside its range), the query runs
+        on zeros first.
         """
+        self.program.check_inputs(inputs)
         with self._open():
-            values = self.program.client_values(inputs, self._link.tables)
-            number, self._asked = self._asked, self._asked + 1
-            results, report = self._link.ask(values, number)
-            answer = self.program.decode(results)
-            self.reports.append(report)
-        return only(answer)
+            (clear,) = self._computed([lambda: inputs])
+            answer = self._answer(clear, _same)
+        if isinstance(answer, Error):
+            raise answer
+        return answer
 
     def run(self, task: Task[Given, Answer], given: Sequence[Given]) -> Iterator[Answer]:
         """Run a task on several inputs and yield answers one by one, so that a failure leaves the answers before it.
 
-        All inputs are checked before the first query is sent. An error says which of several inputs it is about.
+        All work on values is done before the first query. Every input gives one query, also if it cannot be used: its
+        query and those behind it run, their answers are dropped, and then the error is raised. It says which of several
+        inputs it is about. A server chooses the tokenizer that finds a text too long; if the client stopped there, the
+        server would learn something about the text. So a text that is too long costs as much as any other.
+
+        Only a failure of a party ends a run at once.
         """
         served = Served(self._link.tokenizer, self.length)
         task.check(given, served)
-        inputs = []
-        for number, each in enumerate(given, 1):
-            with _naming(number, len(given), task.noun):
-                inputs.append(task.inputs(each, served))
-        return self._answers(task, inputs)
+        with self._open():
+            computed = self._computed([partial(task.inputs, each, served) for each in given])
+        return self._answers(task, computed)
 
-    def _answers(self, task: Task[Any, Answer], inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[Answer]:
-        for number, each in enumerate(inputs, 1):
-            with _naming(number, len(inputs), task.noun):
-                result = self.query(each)
-            yield task.answer(result)
+    def _answers(self, task: Task[Any, Answer], computed: Sequence[_Clear]) -> Iterator[Answer]:
+        failed: Error | None = None
+        for number, clear in enumerate(computed, 1):
+            with _naming(number, len(computed), task.noun), self._open():
+                answer = self._answer(clear, task.answer)
+            if failed is None:
+                if isinstance(answer, Error):
+                    failed = _named(answer, number, len(computed), task.noun)
+                else:
+                    yield answer
+        if failed is not None:
+            raise failed
+
+    def _computed(self, inputs: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[_Clear]:
+        """Do all work that depends on values, then wait for the time at which the first message leaves."""
+        began, out = time.monotonic(), []
+        for make in inputs:
+            values = _tried(partial(self._clear_values, make))
+            if isinstance(values, Error):
+                out.append(_Clear(self.program.dummy_values(), values))
+            else:
+                out.append(_Clear(values, None))
+        if self._pace and inputs:
+            leaves = began + self._pace
+            while (left := leaves - time.monotonic()) < 0:
+                leaves += leaves - began
+            time.sleep(left)
+        return out
+
+    def _clear_values(self, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Any]:
+        values: Mapping[str, Any] = self.program.clear_values(make(), self._link.tables)
+        return values
+
+    def _answer(self, clear: _Clear, read: Callable[[Any], Found]) -> Found | Error:
+        """Run one query; return what ``read`` makes of the answer, or the reason why there is none."""
+        values = self.program.encode(clear.values, self._link.tables)
+        number, self._asked = self._asked, self._asked + 1
+        results, report = self._link.ask(values, number)
+        self.reports.append(report)
+        answer = _tried(lambda: read(only(self.program.decode(results))))
+        return clear.error or answer
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         """Return one embedding (a float64 vector) per text.
 
-        Raises InputTooLong or EmptyInput before anything is sent.
+        Raises InputTooLong or EmptyInput behind the last query, see ``run``; no answer is returned then.
         """
         return list(self.run(Embed(), texts))
 
@@ -233,12 +317,44 @@ class Session:
                     torch.set_num_threads(before)
 
 
+def check_options(threads: int, pace: float) -> None:
+    """Raise InvalidInput for a number of threads or a pace that no session can have."""
+    if threads < 1:
+        raise InvalidInput(f"{threads} threads", "give at least one")
+    if not 0 <= pace < math.inf:
+        raise InvalidInput(f"a pace of {pace} seconds", f"0 or more; {PACE} is the default")
+
+
+def _same(answer: Any) -> Any:
+    return answer
+
+
+def _tried(work: Callable[[], Found]) -> Found | Error:
+    """Return what some work gives, or the error that it raises, as one of the one family.
+
+    The text of a foreign error is left out: it may hold a value.
+    """
+    try:
+        return work()
+    except Error as error:
+        return error
+    except Exception as error:  # what the graph of a server runs into
+        reason = f"the server's Program fails on this input: {type(error).__name__}"
+        return InvalidProgram(reason, "ask the server's owner")
+
+
+def _named(error: Error, number: int, of: int, noun: str) -> Error:
+    """Say in an error which of several inputs it is about."""
+    return type(error)(f"{noun} {number} of {of}: {error}") if of > 1 else error
+
+
 @contextmanager
 def _naming(number: int, of: int, noun: str) -> Iterator[None]:
     """Say in every error which of several inputs it is about."""
     try:
         yield
     except Error as error:
-        if of > 1:
-            raise type(error)(f"{noun} {number} of {of}: {error}") from None
-        raise
+        named = _named(error, number, of, noun)
+        if named is error:
+            raise
+        raise named from None

@@ -2,4 +2,4 @@
 
 __version__ = "0.2.0"
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3

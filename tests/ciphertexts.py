@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import zstandard
 
-from protocols.ckks import refresh, seal
+from protocols.ckks import canonical, refresh
 from protocols.ckks.circuit import Vector
 from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.parameters import Parameters
@@ -17,11 +16,15 @@ INPUTS = {name: np.random.default_rng(k).uniform(-1, 1, P.slots) for k, name in 
 TOP = refresh.reserve(P.degree, P.scale_bits, P.base_bits)
 
 
-def unpacked(data: bytes) -> bytes:
-    """The body of one of SEAL's files."""
-    if data[5] == seal.PLAIN:
-        return data[seal.HEADER :]
-    return zstandard.ZstdDecompressor().decompressobj().decompress(data[seal.HEADER :])
+def residues(form: canonical.WireForm, data: bytes) -> bytes:
+    """The residues of an object, in words of 64 bits."""
+    return form.unpack(data, "it")[0].tobytes()
+
+
+def returned(client: Client, data: bytes, level: int) -> bytes:
+    """A fresh ciphertext as a server sends one that it computed."""
+    context = client.context
+    return context.packed(context.ciphertext(data, canonical.fresh(context.parameters, level)))
 
 
 def run(client: Client, server: EvaluationKeys, s: Schedule) -> list[Vector]:

@@ -39,12 +39,12 @@ from proto.unseen_pb2_grpc import (
     add_CkksServicer_to_server,
     add_ModelServicer_to_server,
 )
-from protocols.ckks import codec
+from protocols.ckks import canonical, codec
 from protocols.ckks.seal import Client, Context
 from secure.ckks.compile import CkksModel, encrypt
 from secure.cost.traffic import ONCE
 from secure.session import Session
-from tests.ciphertexts import unpacked
+from tests.ciphertexts import returned
 from tests.test_ckks_programs import SAMPLES, digits
 from tests.tiny import Served
 
@@ -130,15 +130,20 @@ class RunningCkks:
         return pid
 
     @property
+    def evaluating(self) -> list[int]:
+        """The processes of queries: the host's children hold keys, and theirs compute."""
+        return [pid for holder in children(self.host) for pid in children(holder)]
+
+    @property
     def idle(self) -> bool:
-        return not children(self.host)
+        return not self.evaluating
 
     @property
     def threads(self) -> int:
         return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
 
     def key_files(self) -> dict[str, Path]:
-        return {path.stem: path for path in self.state.glob("evaluation-keys/*/*.keys")}
+        return {path.stem: path for path in self.state.glob("evaluation-keys/*/*/*.keys")}
 
     def works(self, session: Session | None = None, number: int = 0) -> None:
         """A query whose answer is the model's."""
@@ -184,11 +189,12 @@ def connect(server: RunningCkks, keys: Path, *, uploads: bool) -> None:
         server.works(session)
 
 
-def stored(store: KeyStore, keys: dict[str, bytes], age: float = 0.0) -> Path:
-    """A store looks at names, sizes and digests alone."""
+def stored(store: KeyStore, keys: dict[str, bytes], age: float = 0.0, caller: str = "") -> Path:
+    """A store looks at sizes and digests alone."""
     digest = keys_digest(keys)
-    store.add(digest, [(name, len(data)) for name, data in keys.items()], keys.values())
-    path = store.directory / f"{digest}.keys"
+    store.add(digest, keys.values(), caller)
+    path = store.path(digest, caller)
+    assert path is not None
     os.utime(path, (time.time() - age,) * 2)
     return path
 
@@ -228,8 +234,7 @@ def upload(c: CkksLink, made: dict[str, bytes], data: bytes | None = None, **oth
 
 
 def announced(c: CkksLink, made: dict[str, bytes], **other: Any) -> pb.UploadPart:
-    sizes = [pb.KeySize(name=n, size=len(k)) for n, k in made.items()]
-    fields = {"program_digest": c.program.digest, "digest": keys_digest(made), "keys": sizes}
+    fields = {"program_digest": c.program.digest, "digest": keys_digest(made)}
     return pb.UploadPart(header=pb.KeysHeader(**{**fields, **other}))
 
 
@@ -339,6 +344,11 @@ class UploadInVain(Faulty):
         yield pb.KeysReply(held=False)
 
 
+def result(c: CkksLink, level: int) -> bytes:
+    """A ciphertext as a server sends it."""
+    return returned(c.client, zeros(c, level), level)
+
+
 def frames(data: bytes) -> Iterator[dict[str, pb.Frame]]:
     return ({"frame": frame} for frame in to_frames(data))
 
@@ -368,6 +378,9 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         self._plain.check(endpoint, what=what)
 
+    def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
+        self._plain.probe(endpoint, what=what, role=role)
+
     def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
         return grpc.intercept_channel(self._plain.channel(endpoint, what=what, role=role), self)
 
@@ -388,12 +401,12 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
     def intercept_stream_stream(self, go_on: Any, details: Any, requests: Any) -> Any:
         return go_on(details, self._noted(requests))
 
-    def apart(self) -> tuple[pb.KeysHeader, pb.CkksStart, list[bytes], list[bytes]]:
-        """Header, start, keys and ciphertexts."""
+    def apart(self, sizes: Iterable[int]) -> tuple[pb.KeysHeader, pb.CkksStart, list[bytes], list[bytes]]:
+        """Header, start, keys of these sizes, and ciphertexts."""
         header = next(m.header for m in self.sent if type(m) is pb.UploadPart)
         begin = next(m.start for m in self.sent if type(m) is pb.CkksRequest)
         joined = b"".join(m.data for m in self.sent if type(m) is pb.UploadPart)
-        at = np.cumsum([0, *(key.size for key in header.keys)]).tolist()
+        at = np.cumsum([0, *sizes]).tolist()
         assert len(joined) == at[-1]
         frames = [m.frame for m in self.sent if type(m) is pb.CkksRequest and m.HasField("frame")]
         ends = [0, *(i + 1 for i, frame in enumerate(frames) if frame.last)]
@@ -401,10 +414,10 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
         return header, begin, [joined[a:b] for a, b in itertools.pairwise(at)], ciphertexts
 
 
-def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[codec.Words]:
+def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) -> list[canonical.Words]:
     """The secret key, as residues and as it is stored (after the name of its parameters); inputs; what it decrypted."""
     p, secret = c.program.parameters, c.client.secret_bytes()
-    out = [np.frombuffer(unpacked(secret), np.uint64, (p.levels + 2) * p.degree, 72)]
+    out = [np.frombuffer(canonical.body_of(secret), np.uint64, (p.levels + 2) * p.degree, 72)]
     out.append(np.frombuffer(secret, np.uint64, len(secret) // 8 - 33, 256))
     out += [value.double().numpy().view(np.uint64).reshape(-1) for value in sample.values()]
     for plain in decrypted:
@@ -412,10 +425,10 @@ def forbidden(c: CkksLink, sample: dict[str, Tensor], decrypted: Sequence[Any]) 
     return out
 
 
-def contains(data: bytes, words: codec.Words) -> bool:
+def contains(data: bytes, words: canonical.Words) -> bool:
     """Whether 32 bytes in a row of the words stand anywhere in the data."""
 
-    def hashed(x: codec.Words) -> codec.Words:
+    def hashed(x: canonical.Words) -> canonical.Words:
         return (x * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
 
     table = np.zeros(1 << 24, bool)

@@ -8,8 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import parties  # noqa: F401  (before gRPC, which takes settings for TLS when it is imported)
+from parties.served.files import state_directory
+from tests.dealer_key import KEY
+
 if TYPE_CHECKING:
     from tests.tiny import Ready, Served
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A state directory of the tests' own, with the key of their dealers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("xdg-state")))
+        KEY.save(state_directory())
+        yield
 
 
 @pytest.fixture(scope="session")

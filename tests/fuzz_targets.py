@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from safetensors.torch import save
 
 from parties.net.frames import FrameReader
-from parties.served.files import pack_masked, received_tokenizer, unpack_masked, unpack_tables
+from parties.served.files import pack_masked, unpack_masked, unpack_tables
 from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, Manifest, load_share
 from proto import unseen_pb2 as pb
 from protocols.protocol import Exchange
@@ -31,6 +31,8 @@ from protocols.wire import FrameError, Wire
 from secure.capture.graph import Graph
 from secure.ckks.program import CkksProgram
 from secure.errors import Error, InvalidProgram
+from secure.lowering.client_inputs import tables_label
+from secure.models.tokenizer_document import read_tokenizer
 from secure.mpc.budget import Budget
 from secure.version import WIRE_VERSION
 from tests import programs
@@ -117,7 +119,7 @@ _MESSAGES: dict[str, Any] = {
     "client-message": pb.ClientMessage(hello=pb.Hello(version=2, deployment="two-party", session=bytes(16))),
     "server-message": pb.ServerMessage(failure=pb.Failure(code="query", message="no")),
     "description": pb.Description(version=2, role="server", files=[pb.File(name="a", size=3)]),
-    "register": pb.RegisterRequest(program=b"{}", weights_digest="0" * 64),
+    "register": pb.RegisterRequest(program=b"{}", sealed=bytes(48)),
 }
 
 
@@ -147,12 +149,12 @@ def _(data: bytes) -> None:
 
 @target("token-table", lambda: [save({"t": torch.ones(4, 3)})], Error)
 def _(data: bytes) -> None:
-    unpack_tables(data, {"t": (4, 3)})
+    unpack_tables(data, {"t": (4, 3)}, tables_label({"t": torch.ones(4, 3)}))
 
 
 @target("tokenizer", lambda: [programs.tokenizer()], Error)
 def _(data: bytes) -> None:
-    received_tokenizer(data, 0, False)
+    read_tokenizer(data)
 
 
 @cache

@@ -16,7 +16,7 @@ from protocols.protocol import Protocol
 from secure.capture.clear_operations import CLIENT_TARGETS, dtype_of, evaluate_clear, kind_of
 from secure.capture.graph import Graph, Node, placeholder
 from secure.ckks.program import CkksProgram
-from secure.lowering.client_inputs import ClientInput, client_outputs
+from secure.lowering.client_inputs import ClientInput, clear_values
 
 EXTREMES: dict[str, list[Any]] = {
     "int": [-(1 << 63), -(1 << 63) + 1, -(1 << 31), -2, -1, 0, 1, 2, (1 << 31), (1 << 62), (1 << 63) - 1],
@@ -40,7 +40,7 @@ def evaluate_on_extremes(graph: Graph) -> None:
     for turn in range(3):
         values = {name: extreme(node.shape, node.dtype, turn) for name, node in graph.inputs.items()}
         values = {name: v.nan_to_num(0.0) if v.is_floating_point() else v for name, v in values.items()}  # refused
-        client_outputs(graph, values)
+        clear_values(graph, [], values)
 
 
 class Model(nn.Module):
@@ -214,8 +214,8 @@ def calls(target: str) -> list[Graph]:
         for kind in EXTREMES:
             try:
                 graph = _call(target, args, kind)
-                client_outputs(
-                    graph, {n: torch.zeros(v.shape, dtype=dtype_of(v.dtype)) for n, v in graph.inputs.items()}
+                clear_values(
+                    graph, [], {n: torch.zeros(v.shape, dtype=dtype_of(v.dtype)) for n, v in graph.inputs.items()}
                 )
             except (ValueError, RuntimeError, TypeError, NotImplementedError):
                 continue

@@ -358,6 +358,20 @@ def test_packages_are_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
 
 
+def test_channels_and_servers_are_made_where_they_are_protected() -> None:
+    """Whatever listens has a guard, and whatever connects goes through a Network."""
+    made = {"grpc.server": set[str](), "grpc.insecure_channel": set[str](), "grpc.secure_channel": set[str]()}
+    for path in modules("parties"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in made:
+                made[ast.unparse(node.func)].add(name_of(path))
+    assert made == {
+        "grpc.server": {"parties/net/hosting.py", "parties/net/tls_version.py"},
+        "grpc.insecure_channel": {"parties/net/network.py"},
+        "grpc.secure_channel": {"parties/net/tls.py"},
+    }
+
+
 def test_one_place_resumes_a_step() -> None:
     """Whoever runs a step uses ``protocols.steps``: ``advance``, or the loop ``Framed``."""
     resumed = re.compile(r"= next\(\w+\) if |\.send\((answer|received|came)\b")

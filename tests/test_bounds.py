@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.cli import console
+from parties.net.caller import Caller
 from parties.served.described import ask_description
 from parties.served.files import unpack_masked
 from parties.two_party.dealer import DealerService
@@ -34,7 +35,9 @@ from secure.errors import DownloadError, HandshakeError, InvalidInput, InvalidPr
 from secure.mpc.budget import GB, Budget, load_of
 from secure.mpc.program import MAXIMUM_INSTRUCTIONS, Program
 from tests import programs
+from tests.dealer_key import KEY
 from tests.helpers import key
+from tests.tiny import register_request
 
 HOSTILE: list[Any] = [
     10**12,
@@ -265,14 +268,14 @@ def test_a_small_program_of_many_weights_is_refused_before_it_takes_anything() -
     program = Program.from_bytes(encoded)
     assert load_of(program.circuit, program.weight_shapes).weights == 1 << 28
     start = time.process_time()
-    request = pb.RegisterRequest(program=encoded, weights_digest="0" * 64, mask_seed=bytes(32))
+    request, who = register_request(encoded, bytes(32)), Caller("", None, "here")
     with pytest.raises(HandshakeError) as refusal:
-        DealerService()._register(request)
+        DealerService(KEY)._register(request, who)
     assert time.process_time() - start < MOST_SECONDS
     said = str(refusal.value)
     assert "may take 10.7 GB of memory (2.68e+08 elements of weights" in said
     assert "the budget is 8\nhint: if you trust who made it, raise --budget-memory" in said
-    DealerService(Budget(memory=20 * GB))._register(request)  # nothing is expanded before a query
+    DealerService(KEY, budget=Budget(memory=20 * GB))._register(request, who)  # nothing is expanded before a query
 
 
 def test_a_budget_of_seconds() -> None:

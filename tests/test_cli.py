@@ -51,7 +51,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """``unseen ARGUMENTS`` in this process."""
     threads = torch.get_num_threads()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in [name for name in os.environ if name.startswith("UNSEEN_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr(hosting, "log_to_stderr", lambda _: None)
 
     def ask(*arguments: str) -> Ended:

@@ -18,7 +18,22 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
-from parties.cli import accuracy, compare, console, demo, embed, main, output, party, profile, serve, timeline, train
+from parties.cli import (
+    accuracy,
+    certs,
+    compare,
+    console,
+    demo,
+    embed,
+    main,
+    output,
+    party,
+    profile,
+    serve,
+    timeline,
+    train,
+)
+from parties.cli.config import NO_SETTING
 from parties.net import hosting
 from parties.net.hosting import HostOptions, Parts
 from parties.reports import answers
@@ -84,6 +99,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
                 put(module, name)
     put(hosting, "log_to_stderr")
     put(hosting, "check")
+    put(hosting, "check_owners")
     put(deployments, "serve", service)
     put(deployments, "connect", connected)
     put(serve, "task_of", lambda _: task)
@@ -106,7 +122,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     @contextmanager
     def hosted(*_: Any, **__: Any) -> Iterator[Any]:
-        yield None
+        yield None, None
 
     put(demo, "hosted", hosted)
     for module in (train, accuracy):
@@ -119,6 +135,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(timeline, "merged", "merged")
     put(output, "write")
     put(output, "store")
+    authority = {name: found.note(name, tmp_path) for name in ("make", "issue", "renew", "revoke")}
+    made = SimpleNamespace(**authority, exists=lambda _: False)
+    made.make = found.note("make", made)
+    monkeypatch.setattr(certs, "Authority", made)
     (tmp_path / "texts").write_text("One.\nTwo.\n")
     (tmp_path / "set").mkdir()
     return found
@@ -134,6 +154,8 @@ FIRST: dict[str, list[str]] = {
     "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
+    "certs": ["{tmp}/certs", "client"],
+    "token": ["new", "somebody", "--tokens", "{tmp}/given"],
 }
 """What a command needs anyway."""
 
@@ -148,7 +170,15 @@ WITH: dict[tuple[str, str], list[str]] = {
 }
 """What else is said where an option is tried."""
 
-POSITIONS = {("accuracy", "model"): 1, ("timeline", "client"): 1, ("timeline", "server"): 2}
+POSITIONS = {
+    ("accuracy", "model"): 1,
+    ("timeline", "client"): 1,
+    ("timeline", "server"): 2,
+    ("certs", "directory"): 1,
+    ("certs", "roles"): 2,
+    ("token", "action"): 1,
+    ("token", "name"): 2,
+}
 """Arguments that a command needs anyway, by their places in its line."""
 
 VALUES: dict[str, str] = {
@@ -177,9 +207,15 @@ VALUES: dict[str, str] = {
     "gelu": "puma",
     "approximations": "puma",
     "form": "json",
+    "roles": "dealer",
     "attention": "quad",
     "deployment": "three-party",
-    **dict.fromkeys(("layers", "images", "length", "depth", "ahead", "deadline", "precision", "count"), "4"),
+    "action": "list",
+    "command": "dealer",
+    **dict.fromkeys(
+        ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
+    ),
+    "rotate_mask": "7",
 }
 
 
@@ -193,7 +229,7 @@ def cases() -> list[tuple[str, str, str]]:
     out = []
     for name, command in commands().items():
         of = NAMES if any(p.name == "deployment" for p in command.params) and name != "compare" else [""]
-        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name != "help"]
+        out += [(name, d, str(p.name)) for d in of for p in command.params if p.name not in NO_SETTING]
     return out
 
 
@@ -332,8 +368,11 @@ class EchoProgram:
     labels: Mapping[str, str] = {"length": "8"}
     digest = "echo"
 
-    def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
         return inputs
+
+    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        return values
 
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
         return {"out": results[0]}

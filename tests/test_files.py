@@ -6,8 +6,10 @@ import base64
 import dataclasses
 import hmac
 import logging
+import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,16 @@ from safetensors.torch import save
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.network import Plaintext
 from parties.served import described, files
-from parties.served.files import MASKED_WEIGHTS, describe, fetch, unpack_masked
+from parties.served.files import MASKED_WEIGHTS, describe, fetch, store, unpack_masked
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
+from parties.two_party.keys import model_name
 from parties.two_party.masked_model import load_root_seed, mask_model
-from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
-from secure.errors import DealerError, DownloadError, Error
+from secure.errors import DownloadError, Error
+from secure.lowering.client_inputs import tables_label
 from secure.models.tokens import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, works
 
@@ -77,6 +79,42 @@ def test_the_cache_directory_of_the_user(
     (tmp_path / "file").touch()
     with pytest.raises(DownloadError, match="cannot be written"):
         call(server.address, dealer.address, cache=tmp_path / "file" / "below")
+
+
+def test_a_cache_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those files stay that were used last; what is no file of the cache is not touched."""
+    monkeypatch.setattr(files, "MAXIMUM_CACHE", 1000)
+    (tmp_path / "mine.safetensors").write_bytes(bytes(5000))
+    (tmp_path / ".part-left").write_bytes(bytes(300))  # by a process that was killed
+    payloads = [bytes([number]) * 300 for number in range(5)]
+    times = iter(range(1_000_000_000, 2_000_000_000, 100))
+
+    def use(payload: bytes) -> bool:
+        """True if it was in the cache."""
+        downloads = list[str]()
+
+        def download(sha256: str) -> list[bytes]:
+            downloads.append(sha256)
+            return [payload]
+
+        file = describe("masked-weights", payload)
+        assert fetch(file, download, tmp_path, 10_000) == payload
+        if (path := tmp_path / f"{file.sha256}.safetensors").exists():
+            os.utime(path, (at := next(times), at))
+        return not downloads
+
+    os.utime(tmp_path / ".part-left", (1, 1))
+    assert [use(payload) for payload in payloads[:3]] == [False] * 3
+    assert not (tmp_path / ".part-left").exists()
+    assert use(payloads[0])  # used again, so 1 is now the oldest
+    assert not use(payloads[3])
+    assert [use(payloads[number]) for number in (0, 2, 3, 1)] == [True, True, True, False]
+    assert not use(bytes(1001))  # larger than the whole cache: it is not kept, and pushes nothing out
+    assert not use(bytes(1001))
+    assert use(payloads[1])
+    kept = [path for path in tmp_path.iterdir() if path.name != "mine.safetensors"]
+    assert sum(path.stat().st_size for path in kept) <= 1000
+    assert (tmp_path / "mine.safetensors").stat().st_size == 5000
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1] + b"x", lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
@@ -130,9 +168,11 @@ def test_the_most_bytes_of_a_file(model: Ready) -> None:
 )
 def test_token_tables_that_are_none(other: torch.Tensor | None) -> None:
     good = {"t": torch.ones(7, 3)}
-    assert files.unpack_tables(save(good), {"t": (7, 3)})["t"].equal(good["t"])
+    assert files.unpack_tables(save(good), {"t": (7, 3)}, tables_label(good))["t"].equal(good["t"])
     with pytest.raises(DownloadError, match="the token table 't' of 7 rows of 3 numbers did not come"):
-        files.unpack_tables(save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)})
+        files.unpack_tables(
+            save({"u": good["t"]} if other is None else {"t": other}), {"t": (7, 3)}, tables_label(good)
+        )
 
 
 def test_masked_weights_that_are_none(model: Ready) -> None:
@@ -159,9 +199,9 @@ def test_the_mask_seed_is_kept_and_secret(directory: Path, model: Ready, tmp_pat
     assert len(seed) == 32
     assert load_root_seed(state, "0" * 64) != seed
     again = mask_model(model.compiled.model, state)
-    assert again.mask_seed == derive_seed(seed, "mask") != seed
+    assert again.mask_seed == derive_seed(seed, "mask", digest) != seed
     assert again.files != model.masked.files  # another seed, another D
-    # others learn a digest under a key: a plain one would confirm a guess of the weights
+    # others learn a name that the seed determines: a digest of the weights would confirm a guess
     assert len({digest, again.weights_digest, model.weights_digest}) == 3
     same = mask_model(model.compiled.model, state)
     assert same.files == again.files
@@ -179,12 +219,41 @@ def test_the_public_digest_tells_the_dealer_nothing(
     plain, root = model.compiled.model.weights_digest, load_root_seed(state, model.compiled.model.weights_digest)
     seed = model.masked.mask_seed
     for key in (seed, derive_seed(seed, "digest"), derive_seed(seed, "mask"), derive_key(seed, "digest"), b""):
-        assert hmac.digest(key, plain.encode(), "sha256").hex() != model.weights_digest
-    assert plain != model.weights_digest
-    # the server itself can, so that its clients' copies stay valid over restarts
-    assert hmac.digest(derive_seed(root, "digest"), plain.encode(), "sha256").hex() == model.weights_digest
-    assert len({root, seed, derive_seed(root, "digest")}) == 3
+        for guess in (plain.encode(), bytes.fromhex(plain)):
+            assert hmac.digest(key, guess, "sha256").hex() != model.weights_digest
+        if key:
+            assert derive_seed(key, "mask", plain) != seed
+    assert plain != model.weights_digest == model_name(seed)
+    # it takes the root, which the server alone keeps, so that its clients' copies stay valid over restarts
+    assert seed == derive_seed(root, "mask", plain)
     assert mask_model(model.compiled.model, state).files == model.masked.files
+
+
+def test_old_masks_are_renewed(model: Ready, tmp_path: Path) -> None:
+    """At a start after so many days, with another name, another B and another D."""
+    compiled, day = model.compiled.model, 86400
+    first = mask_model(compiled, tmp_path, 90)
+    (file,) = tmp_path.iterdir()
+    assert mask_model(compiled, tmp_path, 90).files == first.files
+    os.utime(file, (time.time() - 91 * day,) * 2)
+    assert mask_model(compiled, tmp_path).files == first.files
+    assert mask_model(compiled, tmp_path, 92).files == first.files
+    second = mask_model(compiled, tmp_path, 90)
+    assert second.files != first.files
+    assert second.mask_seed != first.mask_seed
+    assert second.weights_digest != first.weights_digest
+    assert mask_model(compiled, tmp_path, 90).files == second.files
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_seed_file_that_was_copied_masks_other_weights_otherwise(model: Ready, tmp_path: Path) -> None:
+    """Two D under one B would show the difference of the weights."""
+    name, value = next(iter(model.compiled.model.integers.items()))
+    other = dataclasses.replace(model.compiled.model, integers={**model.compiled.model.integers, name: value + 1})
+    ours = mask_model(model.compiled.model, tmp_path)
+    seed = load_root_seed(tmp_path, model.compiled.model.weights_digest)
+    store(tmp_path / f"weight-mask-{other.weights_digest}.seed", seed)
+    assert mask_model(other, tmp_path).mask_seed != ours.mask_seed
 
 
 def test_servers_that_start_together_agree_on_the_seed(tmp_path: Path) -> None:
@@ -216,14 +285,12 @@ def test_other_weights_get_another_seed(directory: Path, state: Path, model: Rea
 def test_two_servers_with_two_seeds_at_one_dealer(
     directory: Path, model: Ready, server: Served, dealer: Served, tmp_path: Path
 ) -> None:
-    """Each has its own mask under its own name; nobody can put another mask under a name that is taken."""
+    """Each has its own mask under its own name, which follows from the mask's seed: nobody else can take it."""
     second = mask_model(model.compiled.model, tmp_path)
     with serving(Ready(model.compiled, second), dealer.address) as other:
         works(other, dealer)
         works(server, dealer)
-    with pytest.raises(DealerError, match=r"another mask seed.*\nhint: give all servers of a model the same --state"):
-        InferenceService(dataclasses.replace(model.masked, mask_seed=second.mask_seed), dealer.address, Plaintext())
-    works(server, dealer)
+    assert second.weights_digest == model_name(second.mask_seed) != model.weights_digest
 
 
 # secrets

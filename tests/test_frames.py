@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from parties.net import frames
 from parties.net.calls import answering, calling
-from parties.net.endpoints import Endpoint
+from parties.net.endpoints import Endpoint, is_loopback
 from parties.net.frames import PART, FrameReader, parts, to_chunks, to_frames
 from parties.net.watchdog import Watchdog
 from parties.two_party.keys import MAXIMUM_QUERY, Burnt, mask_key, query_key
@@ -126,19 +126,19 @@ def test_addresses() -> None:
 
 
 def test_what_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Endpoint("127.0.0.1", 1).is_loopback()
-    assert Endpoint("::1", 1).is_loopback()
+    assert is_loopback(Endpoint("127.0.0.1", 1).resolved())
+    assert is_loopback(Endpoint("::1", 1).resolved())
     for host in ("0.0.0.0", "192.0.2.7", "::"):
-        assert not Endpoint(host, 1).is_loopback()
+        assert not is_loopback(Endpoint(host, 1).resolved())
     both = [(0, 0, 0, "", ("127.0.0.1", 0)), (0, 0, 0, "", ("192.0.2.7", 0))]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: both)
-    assert not Endpoint("two.example", 1).is_loopback()  # all of a host's addresses must be this machine's
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    assert not is_loopback(Endpoint("two.example", 1).resolved())  # all of a host's addresses must be this machine's
 
 
 def test_a_host_that_is_none() -> None:
     for host in ("no-such-host.invalid", "a" * 70, "a..b"):
         with pytest.raises(EndpointError, match="cannot be resolved"):
-            Endpoint(host, 1).is_loopback()
+            Endpoint(host, 1).resolved()
 
 
 # errors in words

@@ -282,7 +282,7 @@ def input_of(p: LookedUp, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
     held: Any = held_weights({"t": table}, {"t": p.ring}, public=p.public)
     keys, one = p.keys(ids), key()
     assert [len(k) for k in keys] == [p.key_bytes] * (2 if p.public else 3)
-    rows = [p.rows_of(party, own, held[party]) for party, own in enumerate(keys)]
+    rows = [p.shares(party, own, held[party], {}, 5)[p.name] for party, own in enumerate(keys)]
     sent = ring.reduce(rows[2] - p.zero_share(one, 5), p.ring) if not p.public else torch.zeros(p.shape).long()
     return rows[0] + sent, rows[1] + p.zero_share(one, 5), sent
 
@@ -291,7 +291,7 @@ def input_of(p: LookedUp, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
 @given(ids=st.lists(st.integers(0, 40), min_size=1, max_size=7), bits=st.integers(2, 64), public=st.booleans())
 def test_looked_up_rows_are_an_input(ids: list[int], bits: int, public: bool) -> None:
     table, points = uniform(41, 3), torch.tensor([ids])
-    p = LookedUp((1, len(ids), 3), bits, "one-hot0/0", "t", 41, public)
+    p = LookedUp((1, len(ids), 3), bits, "one-hot0/0", "t", 41, public=public)
     if public:
         table = ring.signed(table, bits)
     zero, one, sent = input_of(p, points, table)

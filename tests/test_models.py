@@ -219,7 +219,7 @@ def test_padding_ids_and_lowercase(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     assert tokenize(loaded, "A b c", 5)[0].tolist() == [[0, 1, 3, 2, 2]]
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(ValueError, match="is no tokenizer that clients run"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -227,19 +227,27 @@ def test_padding_ids_and_lowercase(tmp_path: Path) -> None:
 
 
 def test_a_client_needs_no_model_code() -> None:
-    tree = ast.parse(Path(secure.models.tokens.__file__).read_text(encoding="utf-8"))
+    trees = [
+        ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        for module in (secure.models.tokens, secure.models.tokenizer_document)
+    ]
     imported = {
         name.name if isinstance(node, ast.Import) else node.module
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in node.names
     }
     assert imported <= {
         "__future__",
+        "base64",
+        "collections.abc",
         "dataclasses",
+        "hashlib",
         "json",
         "pathlib",
         "secure.errors",
+        "secure.models.tokenizer_document",
         "tokenizers",
         "torch",
         "typing",

@@ -21,6 +21,8 @@ from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.served.published import Published
+from parties.two_party import client as client_module
+from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from secure.cost.traffic import Traffic
@@ -226,7 +228,7 @@ def test_only_loopback_without_saying_so(model: Ready) -> None:
         ):
             call(server, dealer)
     with pytest.raises(EndpointError, match=r"the dealer: 192\.0\.2\.1:5 is not on this machine"):
-        InferenceService(model.masked, "192.0.2.1:5", Plaintext())
+        DealerPeer("192.0.2.1:5", Plaintext())
     with pytest.raises(EndpointError, match=r"the thing: 0\.0\.0\.0:0 is not on this machine"):
         hosting.start(Endpoint("0.0.0.0", 0), [], network=Plaintext(), what="the thing", role="server", permissions={})
     open_to_all = Plaintext(beyond_loopback=True)
@@ -250,7 +252,7 @@ def test_no_dealer(model: Ready, server: Served) -> None:
     nobody = "127.0.0.1:1"
     message = f"the dealer at {nobody} cannot be reached.*\nhint: start it with: unseen dealer --listen {nobody}"
     with pytest.raises(DealerError, match=message):
-        InferenceService(model.masked, nobody, Plaintext())
+        InferenceService(model.masked, DealerPeer(nobody, Plaintext()))
     with pytest.raises(DealerError, match=message):
         call(server.address, nobody)
 
@@ -262,7 +264,8 @@ def test_no_server(dealer: Served) -> None:
         call("127.0.0.1:1", dealer.address)
 
 
-def test_another_dealer_than_the_servers(server: Served) -> None:
+def test_another_dealer_than_the_servers(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "PATIENCE", 0.2)
     with (
         dealing() as other,
         pytest.raises(DealerError, match=r"does not know the Program.*\nhint: start the server with"),
@@ -363,8 +366,15 @@ def spoil_program(description: pb.Description) -> None:
     ],
 )
 def test_a_description_that_does_not_hold(
-    change: Any, kind: type[Exception], message: str, model: Ready, dealer: Served, tmp_path: Path
+    change: Any,
+    kind: type[Exception],
+    message: str,
+    model: Ready,
+    dealer: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(client_module, "PATIENCE", 0.2)
     with serving(model, dealer.address, describing=lying(change)) as server, pytest.raises(kind, match=message):
         call(server.address, dealer.address, cache=tmp_path)
 

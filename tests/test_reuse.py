@@ -13,13 +13,17 @@ pytest.importorskip("tokenizers")
 
 from parties.net.frames import to_frames
 from parties.two_party import client as client_module
+from parties.two_party import keys as keys_module
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
-from parties.two_party.keys import MAXIMUM_QUERY, join_proof, query_key
+from parties.two_party.keys import MAXIMUM_QUERY, MAXIMUM_SKIP, Ratchet, join_proof, model_name
+from parties.two_party.sealing import SealingKey
 from proto import unseen_pb2 as pb
+from protocols.prg import next_seed
 from secure.cost.timeline import Recorder
-from secure.errors import PeerLost
-from tests.tiny import TEXT, Raw, Ready, Served, dealing, dial, refused, run_query, serving
+from secure.errors import PeerLost, QueryError
+from tests.dealer_key import KEY
+from tests.tiny import TEXT, Raw, Ready, Served, dealing, dial, refused, register_request, run_query, serving
 
 
 def test_the_server_refuses_a_burnt_number(server: Served, dealer: Served, model: Ready) -> None:
@@ -83,14 +87,19 @@ def test_the_dealer_deals_a_number_once(server: Served, dealer: Served, model: R
     with Raw(server, dealer, model) as raw:
         raw.greet()
         raw.prepare(3)
-        seed = dealer.service._sessions[raw.token].server_seed
+        raw.say(prepare=pb.Prepare(query=3))
+        refused(raw, "query", "query 3 was already used")
+    with Raw(server, dealer, model) as raw:
+        raw.dealer.Join(raw.join(model.masked.mask_seed))
+        raw.deal(bytes(32), 3)
         for number in (3, 2, 0):
             with pytest.raises(grpc.RpcError, match=f"query {number} was already used"):
-                raw.deal(seed, number)
-        with pytest.raises(grpc.RpcError, match="only the server that joined"):
-            raw.deal(seed, 1 << 50)
-        raw.say(prepare=pb.Prepare(query=3))
-        refused(raw, "dealer", "query 3 was already used")
+                raw.deal(bytes(32), number)
+        with pytest.raises(grpc.RpcError, match="out of range"):
+            raw.deal(bytes(32), 1 << 50)
+        with pytest.raises(grpc.RpcError, match=f"{MAXIMUM_SKIP} numbers at most may be left out"):
+            raw.deal(bytes(32), 5 + MAXIMUM_SKIP)
+        raw.deal(bytes(32), 4 + MAXIMUM_SKIP)
 
 
 def test_a_session_is_joined_once(server: Served, dealer: Served, model: Ready) -> None:
@@ -101,8 +110,9 @@ def test_a_session_is_joined_once(server: Served, dealer: Served, model: Ready) 
         for fields in wrong:
             with pytest.raises(grpc.RpcError, match="opened for another Program or other weights"):
                 raw.dealer.Join(raw.join(model.masked.mask_seed, **fields))
-        with pytest.raises(grpc.RpcError, match="a seed has 32 bytes, not 5"):
-            raw.dealer.Join(raw.join(model.masked.mask_seed, server_seed=b"short"))
+        for sealed in (b"", b"short", KEY.public.seal(bytes(31), "join", raw.token, raw.program.digest)):
+            with pytest.raises(grpc.RpcError, match="cannot open the seal"):
+                raw.dealer.Join(raw.join(model.masked.mask_seed, sealed=sealed))
         raw.greet()
         with pytest.raises(grpc.RpcError, match="already joined"):
             raw.dealer.Join(raw.join(model.masked.mask_seed))
@@ -116,8 +126,8 @@ def test_a_session_is_joined_once(server: Served, dealer: Served, model: Ready) 
 def test_a_session_is_joined_for_its_own_weights(dealer: Served, server: Served, model: Ready) -> None:
     """Other weights of the same Program have another mask, even if the dealer knows both."""
     with Raw(server, dealer, model) as raw:
-        other = "a" * 64
-        raw.dealer.Register(pb.RegisterRequest(program=raw.program.encoded, weights_digest=other, mask_seed=bytes(32)))
+        other = model_name(bytes(32))
+        raw.dealer.Register(register_request(raw.program.encoded, bytes(32)))
         proof = join_proof(bytes(32), raw.token, raw.program.digest, other, bytes(32))
         with pytest.raises(grpc.RpcError, match="other weights"):
             raw.dealer.Join(raw.join(model.masked.mask_seed, weights_digest=other, proof=proof))
@@ -127,33 +137,34 @@ def test_a_session_is_joined_for_its_own_weights(dealer: Served, server: Served,
 
 def test_the_dealer_checks_what_is_registered(dealer: Served, server: Served, model: Ready) -> None:
     program = model.program.encoded
-    good: dict[str, Any] = {"program": program, "weights_digest": "b" * 64, "mask_seed": bytes(32)}
     with Raw(server, dealer, model) as raw:
-        raw.dealer.Register(pb.RegisterRequest(**good))
-        raw.dealer.Register(pb.RegisterRequest(**good))
-        for other, message in (
-            ({"mask_seed": b"\1" * 32}, "registered with another mask seed"),
-            ({"mask_seed": b""}, "a seed has 32 bytes"),
-            ({"program": b"{}"}, "not a valid Program"),
-            ({"program": program + b" "}, "canonical"),
-            ({"weights_digest": "x\ny"}, "not a SHA-256"),
+        for _ in range(2):
+            reply = raw.dealer.Register(register_request(program, bytes(32)))
+            assert (reply.program_digest, reply.weights_digest) == (model.program.digest, model_name(bytes(32)))
+        for request, message in (
+            (register_request(program, b""), "cannot open the seal"),
+            (register_request(program, bytes(32), sealed=b""), "cannot open the seal"),
+            (register_request(program, bytes(32), sealed=register_request(b"", bytes(32)).sealed), "cannot open"),
+            (register_request(program, bytes(32), SealingKey.generate()), "cannot open the seal"),
+            (register_request(b"{}", bytes(32)), "not a valid Program"),
+            (register_request(program + b" ", bytes(32)), "canonical"),
+            (register_request(bytes(5 << 20), bytes(32)), "a Program of 5242880 bytes, 4194304 at most"),
         ):
             with pytest.raises(grpc.RpcError, match=message):
-                raw.dealer.Register(pb.RegisterRequest(**{**good, **other}))
-        wrong: tuple[tuple[dict[str, Any], str], ...] = (
-            ({"client_seed": b"x"}, "has 32 bytes, not 1"),
-            ({"version": 7}, "the client has '7'"),
-        )
-        for fields, message in wrong:
-            with pytest.raises(grpc.RpcError, match=message):
-                raw.dealer.Open(raw.open_request(**fields))
+                raw.dealer.Register(request)
+        with pytest.raises(grpc.RpcError, match="cannot open the seal"):
+            raw.dealer.Open(raw.open_request(sealed=b"x"))
+        with pytest.raises(grpc.RpcError, match="the client has '7'"):
+            raw.dealer.Open(raw.open_request(version=7))
+        for names in ({"program_digest": "0" * 64}, {"weights_digest": "x"}):
+            assert raw.dealer.Open(raw.open_request(**names)) == pb.OpenReply()
 
 
 class Recording(DealerService):
     """Keeps what it deals, and can fail on the way."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(KEY)
         self.dealt: list[bytes] = []
 
     def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
@@ -163,7 +174,7 @@ class Recording(DealerService):
 
 
 def test_after_a_failure_all_is_fresh(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, frames, real = list[bytes](), list[bytes](), query_key
+    keys, frames, real = list[bytes](), list[bytes](), keys_module.query_key
 
     def recorded(*names: Any) -> Any:
         key = real(*names)
@@ -174,8 +185,7 @@ def test_after_a_failure_all_is_fresh(model: Ready, monkeypatch: pytest.MonkeyPa
         frames.append(payload)
         return to_frames(payload)
 
-    monkeypatch.setattr(client_module, "query_key", recorded)
-    monkeypatch.setattr(server_module, "query_key", recorded)
+    monkeypatch.setattr(keys_module, "query_key", recorded)
     monkeypatch.setattr(client_module, "to_frames", sending)
     with dealing(Recording()) as dealer, serving(model, dealer.address) as server:
         with dial(server, dealer) as connection:
@@ -195,7 +205,8 @@ def test_after_a_failure_all_is_fresh(model: Ready, monkeypatch: pytest.MonkeyPa
         dealt = dealer.service.dealt
     assert len(dealt) == len(set(dealt)) == 4
     assert {len(d) for d in dealt} == {model.program.cost.dealt}
-    assert len(keys) == len(set(keys)) == 8  # a client's and a server's key of each query
+    assert len(set(keys)) == 8  # a client's and a server's key of each query
+    assert {keys.count(key) for key in keys} == {2}  # its own and the dealer's
 
 
 class Failing(Recorder):
@@ -203,3 +214,35 @@ class Failing(Recorder):
 
     def unpacked(self) -> None:
         raise KeyboardInterrupt
+
+
+def test_a_ratchet_forgets() -> None:
+    """Both sides agree on every key, and what is left after a query leads to no key of it or of an earlier one."""
+    one, other = (Ratchet(b"s" * 32, "client", bytes(16), "d") for _ in range(2))
+    numbers, left, keys = (0, 1, 2, 5, 6 + MAXIMUM_SKIP), list[bytes](), list[bytes]()
+    for number in numbers:
+        keys.append(one.key(number).value)
+        assert other.key(number).value == keys[-1]
+        left.append(bytes(one._seed))
+    for done, seed in enumerate(left, 1):
+        chain, reached = bytearray(seed), set[bytes]()
+        for _ in range(2 * MAXIMUM_SKIP):
+            reached |= {keys_module.query_key(bytes(chain), "client", bytes(16), "d", n).value for n in numbers}
+            next_seed(chain)
+        assert reached & set(keys) == set(keys[done:])
+    held = one._seed
+    one.erase()
+    assert bytes(held) == bytes(32)
+    with pytest.raises(QueryError, match="the session has ended"):
+        one.key(numbers[-1] + 1)
+
+
+@pytest.mark.parametrize("number", [-1, MAXIMUM_SKIP + 1, 1 << 39, MAXIMUM_QUERY, 1 << 63])
+def test_a_ratchet_refuses_at_no_cost(number: int) -> None:
+    ratchet = Ratchet(b"s" * 32, "client", bytes(16), "d")
+    with pytest.raises(QueryError):
+        ratchet.key(number)
+    assert (ratchet._next, ratchet.last, bytes(ratchet._seed)) == (0, -1, b"s" * 32)
+    ratchet.key(0)
+    with pytest.raises(QueryError, match="already used"):
+        ratchet.key(0)

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from secure.cost.traffic import PHASES
 from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions, Deployment, deployments
 from secure.deployments.three_party import PARTIES
-from secure.errors import EmptyInput, Error, InputTooLong, InvalidInput, PeerLost
+from secure.errors import EmptyInput, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.models.text import text_inputs
 from secure.models.tokens import load_tokenizer
 from secure.tasks.embed import Embed
@@ -99,10 +99,10 @@ class Running:
     @contextmanager
     def session(self, **options: Any) -> Iterator[secure.Session]:
         if self._deployment is None:
-            with secure.insecure_in_process(self.compiled) as session:
+            with secure.insecure_in_process(self.compiled, **options) as session:
                 yield session
             return
-        with secure.connect(self._deployment, **{"cache": False, "deadline": 20.0, **options}) as session:
+        with secure.connect(self._deployment, **{"cache": False, "deadline": 20.0, "pace": 0.0, **options}) as session:
             yield session
 
     def expected(self, text: str) -> Tensor:
@@ -183,19 +183,112 @@ def test_reports_have_the_same_keys_and_what_was_predicted(running: Running) -> 
             assert measured == pytest.approx(link.bytes, rel=0.2), link  # ciphertexts are compressed
 
 
-def test_which_text_failed_and_nothing_was_asked(running: Running) -> None:
+def spied(session: secure.Session, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, dict[str, Any]]]:
+    """When each query of a session was asked, and the shapes of its values."""
+    ask, seen = session.link.ask, list[tuple[float, dict[str, Any]]]()
+
+    def spying(values: Any, number: int) -> Any:
+        assert number == len(seen)
+        seen.append((time.monotonic(), {name: (value.shape, value.dtype) for name, value in values.items()}))
+        return ask(values, number)
+
+    monkeypatch.setattr(session.link, "ask", spying)
+    return seen
+
+
+def test_a_text_that_cannot_be_used_is_a_query_like_others(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server chooses the tokenizer, so whether a text can be used is a secret of the text."""
+    long, half = " ".join(WORDS[:LENGTH]), "half a \ud83d"
     with running.session() as session:
-        with pytest.raises(InputTooLong, match=f"text 2 of 3: the text has .*the limit is {LENGTH}"):
-            session.embed([TEXT, " ".join(WORDS[:LENGTH]), TEXT])
-        with pytest.raises(EmptyInput, match="text 2 of 2: the text is empty"):
-            session.embed([TEXT, "  "])
-        with pytest.raises(EmptyInput, match=r"^the text is empty"):
-            session.embed([" "])
+        seen = spied(session, monkeypatch)
+        session.embed([TEXT])
+        for texts, error, message in (
+            ([TEXT, long, TEXT], InputTooLong, f"^text 2 of 3: the text has .*the limit is {LENGTH}"),
+            ([long, " ", TEXT], InputTooLong, "^text 1 of 3: the text has"),
+            ([TEXT, "  "], EmptyInput, "^text 2 of 2: the text is empty"),
+            ([" "], EmptyInput, r"^the text is empty"),
+            (["x" * 2049], InputTooLong, "the text has 2049 characters, the limit is 2048"),
+            ([half], InvalidInput, "half a surrogate pair"),
+        ):
+            before, answers = len(seen), list[Tensor]()
+            with pytest.raises(error, match=message):
+                answers.extend(session.run(Embed(), texts))
+            assert len(seen) == len(session.reports) == before + len(texts)
+        ids = torch.full((1, LENGTH), 10**6)
+        before = len(seen)
+        with pytest.raises(InvalidInput, match=r"^a token id"):
+            session.query({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert len(seen) == before + 1
+        assert all(shapes == seen[0][1] for _, shapes in seen)
+        first, *others = session.reports
+        for report in others:
+            assert report.rounds == first.rounds
+            for one, other in zip(first.traffic, report.traffic, strict=True):
+                assert (one.sender, one.receiver, one.phase) == (other.sender, other.receiver, other.phase)
+                assert one.bytes == pytest.approx(other.bytes, rel=5e-3, abs=8)  # ciphertexts are compressed
+        torch.testing.assert_close(session.embed([TEXT])[0], running.expected(TEXT), atol=2e-2, rtol=0)
+
+
+def test_answers_before_a_text_that_cannot_be_used(running: Running) -> None:
+    with running.session() as session:
+        coming, answers = session.run(Embed(), [TEXT, TEXT, " ", TEXT]), list[Tensor]()
+        with pytest.raises(EmptyInput, match="text 3 of 4"):
+            answers.extend(coming)
+        assert (len(answers), len(session.reports)) == (2, 4)
+        torch.testing.assert_close(answers[1], running.expected(TEXT), atol=2e-2, rtol=0)
+
+
+def test_the_first_message_leaves_at_a_time_of_its_own(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a slow tokenizer nor a slow graph moves it, unless it takes longer than the pace: then to twice that."""
+    pace, room, work = 0.4, 0.35, list[float]()
+    with running.session(pace=pace) as session:
+        seen = spied(session, monkeypatch)
+        clear_values = type(session.program).clear_values
+
+        def slow(program: Any, inputs: Any, tables: Any) -> Any:
+            time.sleep(work.pop())
+            return clear_values(program, inputs, tables)
+
+        monkeypatch.setattr(type(session.program), "clear_values", slow)
+        for texts, seconds, leaves in (
+            ([TEXT], [0.0], pace),
+            ([TEXT], [0.2], pace),
+            ([" ", TEXT], [0.2], pace),
+            ([TEXT, TEXT], [0.3, 0.3], 2 * pace),
+        ):
+            work[:], before, start = seconds, len(seen), time.monotonic()
+            with suppress(EmptyInput):
+                session.embed(texts)
+            assert leaves <= seen[before][0] - start < leaves + room
+        work[:], before, start = [0.2], len(seen), time.monotonic()
+        session.query(text_inputs(running.compiled.tokenizer, TEXT, LENGTH))  # type: ignore[arg-type]
+        assert pace <= seen[before][0] - start < pace + room
+
+
+def test_a_program_that_fails_on_an_input_says_no_value(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running.session() as session:
+        seen = spied(session, monkeypatch)
+
+        def failing(program: Any, inputs: Any, tables: Any) -> Any:
+            raise IndexError("index 4711 is out of bounds")
+
+        monkeypatch.setattr(type(session.program), "clear_values", failing)
+        with pytest.raises(InvalidProgram, match="the server's Program fails on this input: IndexError") as caught:
+            session.embed([TEXT])
+        assert "4711" not in str(caught.value)
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("pace", [-1.0, float("nan"), float("inf")])
+def test_a_pace_that_is_none(pace: float) -> None:
+    with pytest.raises(InvalidInput, match=r"a pace of .* seconds\nhint: 0 or more"):
+        secure.connect(secure.TwoParty(), pace=pace)
+
+
+def test_mistakes_that_no_server_has_a_part_in_ask_nothing(running: Running) -> None:
+    with running.session() as session:
         with pytest.raises(InvalidInput, match="embed takes a list of texts"):
             session.embed(TEXT)
-        ids = torch.full((1, LENGTH), 10**6)
-        with pytest.raises(InvalidInput, match="token id"):
-            session.query({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         ones = torch.ones((1, LENGTH), dtype=torch.int64)
         with pytest.raises(InvalidInput, match="the model has no input 'extra'\nhint: its inputs are"):
             session.query({"input_ids": ones, "attention_mask": ones, "extra": ones})
@@ -203,6 +296,10 @@ def test_which_text_failed_and_nothing_was_asked(running: Running) -> None:
             session.query(ones)  # type: ignore[arg-type]
         with pytest.raises(InvalidInput, match="the input 'input_ids' is a list, not a tensor"):
             session.query({"input_ids": [1], "attention_mask": ones})  # type: ignore[dict-item]
+        with pytest.raises(InvalidInput, match="the input 'attention_mask' is missing"):
+            session.query({"input_ids": ones})
+        with pytest.raises(InvalidInput, match=r"the input 'input_ids' is int \(1, 3\), the graph was made for int"):
+            session.query({"input_ids": ones[:, :3], "attention_mask": ones})
         assert session.reports == []
         session.embed([TEXT])
 

@@ -87,7 +87,7 @@ def test_two_queries_and_two_deployments_share_nothing_but_the_answer() -> None:
 
 
 def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seeds of the weights; then the two parties' keys and the client's seed, anew for each query."""
+    """Two seeds of the weights; then the two parties' keys, the client's seed and three pairs', anew for each query."""
     seeds = list[bytes]()
 
     def recorded() -> bytes:
@@ -101,7 +101,7 @@ def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytes
         assert len(seeds) == of_weights
         for number in (1, 2):
             session.query(points(4, 5))
-            assert len(set(seeds)) == len(seeds) == of_weights + 3 * number
+            assert len(set(seeds)) == len(seeds) == of_weights + 6 * number
     zero, one, _ = process().link._weights
     assert isinstance(zero, SharedWeights)
     assert isinstance(one, SharedWeights)
@@ -114,8 +114,8 @@ def test_every_deployment_and_every_query_has_keys_of_its_own(monkeypatch: pytes
 def test_costs_beside_those_of_two_parties() -> None:
     """Nothing is revealed between the parties; deliveries go both ways, or with public weights not at all."""
     program = classifier()[1].program
-    two, three = program.cost, ThreeParty().translated(program).cost
-    public = ThreeParty(public_weights=True).translated(program).cost
+    two, three = program.cost, ThreeParty(trusted_clients=True).translated(program).cost
+    public = ThreeParty(public_weights=True, trusted_clients=True).translated(program).cost
     assert three.rounds < two.rounds
     assert public.rounds <= three.rounds
     assert three.dealt == two.dealt  # a ring element for an output of a layer, either way
@@ -270,7 +270,7 @@ class BareOpen(tp.Open):
 
 def test_one_opening_without_a_mask_is_noticed() -> None:
     program = classifier()[1].program
-    made = translate(program.circuit, program.revealed)
+    made = translate(program.circuit, program.revealed, trusted_clients=True)  # the check would notice it as well
     index = next(i for i, x in enumerate(made.circuit) if isinstance(x.protocol, tp.Open))
     opening = made.circuit[index].protocol
     broken = Instruction(BareOpen(opening.shape, opening.ring), made.circuit[index].inputs)  # type: ignore[attr-defined]

@@ -269,7 +269,7 @@ def layer(*rings: tuple[type[Protocol], int]) -> list[Instruction]:
 @pytest.mark.parametrize("order", list(itertools.permutations([(tp.Open, 20), (tp.Deliver, 40), (tp.Deliver, 30)])))
 def test_what_is_opened_and_delivered_is_opened_once(order: tuple[tuple[type[Protocol], int], ...]) -> None:
     circuit = layer(*order)
-    made = translate(circuit, [len(circuit) - 1])
+    made = translate(circuit, [len(circuit) - 1], trusted_clients=True)
     assert kinds(made)[:2] == ["shared_input", "open"]
     assert made.circuit[0].protocol == SharedInput((2, 3), 64, "x")
     assert made.circuit[1] == Instruction(tp.Open((2, 3), 40), (0,))
@@ -280,7 +280,7 @@ def test_what_is_opened_and_delivered_is_opened_once(order: tuple[tuple[type[Pro
     assert made.origin[:2] == (0, 1)
     assert made.origin[made.outputs[0]] == len(circuit) - (3 if order[-1][0] is tp.Open else 2)
 
-    public = translate(circuit, [len(circuit) - 1], public=True)
+    public = translate(circuit, [len(circuit) - 1], public=True, trusted_clients=True)
     assert [i.protocol for i in public.circuit if isinstance(i.protocol, tp.Open)] == [tp.Open((2, 3), 20)]
     assert [i.inputs for i in public.circuit if isinstance(i.protocol, PublicLinear)] == [(0,), (0,)]
     assert public.weight_rings == {"w": 40}
@@ -296,7 +296,7 @@ def test_values_apart_are_opened_apart() -> None:
         Instruction(tp.Product((3,), 20), (3, 4)),
         Instruction(tp.Reveal((3,), 20), (5,)),
     ]
-    made = translate(circuit, [6])
+    made = translate(circuit, [6], trusted_clients=True)
     expected = [SharedInput((3,), 64, "x"), SharedInput((3,), 64, "y"), tp.Open((3,), 40), tp.Open((3,), 30)]
     assert [i.protocol for i in made.circuit] == [*expected, tp.Product((3,), 20)]
     assert made.circuit[-1].inputs == (3, 2)
@@ -308,7 +308,8 @@ def test_values_apart_are_opened_apart() -> None:
 @pytest.mark.parametrize("public", [False, True])
 def test_a_program_is_left_alone_and_its_instructions_are_found_again(public: bool) -> None:
     program = classifier()[1].program
-    made, circuit = translate(program.circuit, program.revealed, public=public), program.circuit
+    circuit = program.circuit
+    made = translate(circuit, program.revealed, public=public, trusted_clients=True)
     again = dataclasses.replace(program)  # encodes anew
     assert (again.encoded, again.digest) == (program.encoded, program.digest)
     assert Program.from_bytes(again.encoded).digest == program.digest

@@ -303,11 +303,11 @@ def test_a_model_for_two_parties_is_not_shared(model: Any, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_every_output_has_a_zero_share_of_its_own(shares: dict[str, Path]) -> None:
-    key = load_share(shares["one-hot"] / "party-0").pair_keys[1]
-    first, second = (key.zero_share(bytes(16), output, (100,)) for output in range(2))
+def test_every_output_has_a_zero_share_of_its_own(three: Three) -> None:
+    zero, one = (three.parties[party].service.key(1 - party) for party in range(2))
+    first, second = (zero.zero_share(bytes(16), output, (100,)) for output in range(2))
     assert not torch.equal(first, second)
-    assert torch.equal(first, load_share(shares["one-hot"] / "party-1").pair_keys[0].zero_share(bytes(16), 0, (100,)))
+    assert torch.equal(first, one.zero_share(bytes(16), 0, (100,)))
 
 
 # changed bytes on the way
@@ -475,15 +475,15 @@ class StuckZero(Blocking, Party0Service):
 
 
 class StuckOne(Blocking, Party1Service):
-    def for_client(self, shares: Any, number: bytes) -> bytes:
+    def for_client(self, shares: Any, key: PairKey, number: bytes) -> bytes:
         self.block()
-        return super().for_client(shares, number)
+        return super().for_client(shares, key, number)
 
 
 class NeverOne(Blocking, Party1Service):
     """It never begins to compute."""
 
-    def _answer(self, asked: Any) -> None:
+    def _answer(self, asked: Any, place: Any) -> None:
         self.block()
 
 
@@ -584,7 +584,7 @@ def test_a_client_that_does_not_read(shares: dict[str, Path], monkeypatch: pytes
 
 def test_an_internal_error_of_party_2_ends_the_query(shares: dict[str, Path]) -> None:
     class Failing(Party2Service):
-        def looked_up(self, keys: Any) -> Any:
+        def looked_up(self, keys: Any, coins: Any) -> Any:
             raise ZeroDivisionError
 
     with running(shares["one-hot"], {2: Failing}) as three, three.dial() as connection:
@@ -672,31 +672,27 @@ def ask(party: Party) -> Any:
 
 def free(party: Party) -> int:
     """The queries that a party would still take."""
-    return party.service._free._value
+    return party.service._places.free
 
 
 def test_corrections_are_for_party_0_alone(three: Three) -> None:
-    share = three.parties[2].service.share
-    number = bytes(16)
-    for proof in (
-        b"",
-        bytes(32),
-        PairKey(bytes(32), (2, 0)).proof("supply", number),
-        share.pair_keys[0].proof("seed", number),
-    ):
+    share, number = three.parties[2].service.share, bytes(16)
+    proofs = [b"", bytes(32), PairKey(bytes(32), (2, 0)).proof("supply", number)]
+    proofs += [seed.proof(purpose, number) for seed in share.pair_seeds.values() for purpose in ("supply", "seed")]
+    proofs += [three.parties[2].service.key(1).proof("supply", number)]
+    for proof in proofs:
         request = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=proof)
-        with pytest.raises(grpc.RpcError, match="does not show the seed of parties 2 and 0"):
+        with pytest.raises(grpc.RpcError, match="does not show the key that parties 2 and 0 agreed on"):
             list(stub(three.parties[2]).Supply(request))
-        with pytest.raises(grpc.RpcError, match="does not show the seed of parties 1 and 2"):
+        with pytest.raises(grpc.RpcError, match="does not show the key that parties 1 and 2 agreed on"):
             stub(three.parties[2]).Seed(request)
 
 
 def test_numbers_and_seeds_serve_once(three: Three) -> None:
     share, number = three.parties[2].service.share, bytes(range(16))
-    supply = pb.SupplyRequest(
-        model=share.manifest.model, supply=number, proof=share.pair_keys[0].proof("supply", number)
-    )
-    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=share.pair_keys[1].proof("seed", number))
+    zero, one = (three.parties[party].service.key(2) for party in range(2))
+    supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number))
+    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number))
     first = list(stub(three.parties[2]).Supply(supply))
     assert [part.WhichOneof("content") for part in first[:2]] == ["seed", "data"]
     with pytest.raises(grpc.RpcError, match="was used before"):
@@ -711,7 +707,7 @@ def test_party_0_computes_with_party_1_alone(three: Three) -> None:
     hello = pb.PeerHello(version=WIRE_VERSION, model=share.manifest.model, session=bytes(16), proof=bytes(32))
     messages = list(stub(three.parties[0]).Compute(iter([pb.PeerMessage(hello=hello)])))
     assert [m.WhichOneof("content") for m in messages] == ["failure"]
-    assert "seed of parties 0 and 1" in messages[0].failure.message
+    assert "the key that parties 0 and 1 agreed on" in messages[0].failure.message
 
 
 def test_party_1_needs_its_seed(three: Three) -> None:
@@ -725,9 +721,10 @@ def test_party_1_needs_its_seed(three: Three) -> None:
 
 def test_nothing_secret_is_shown(three: Three) -> None:
     for party in three.parties:
-        share = party.service.share
-        for key in share.pair_keys.values():
+        share, number = party.service.share, party.service.share.party
+        for key in (*share.pair_seeds.values(), *(party.service.key(other) for other in range(3) if other != number)):
             assert key._seed.hex() not in repr(key)
+            assert str(key._seed) not in repr(key)
         assert "Tensor" not in repr(share)
     assert Party1Service.__name__ in repr(type(three.parties[1].service))
 

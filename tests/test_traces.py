@@ -90,7 +90,8 @@ def ask(model: Ready, dealer: Served, directory: Path, texts: list[str]) -> Quer
                 assert session.timeline is not None
                 number = session.reports[-1].query
                 ours.write(session.timeline, session.program, number, session.link.session_label)
-            secrets = {"session": session.link._session, "seed": session.link._seed, "mask": model.masked.mask_seed}
+            seed = bytes(session.link._keys._seed)
+            secrets = {"session": session.link._session, "seed": seed, "mask": model.masked.mask_seed}
             label = session.link.session_label
         # the client may be told of the end, and leave, before the server's last trace is there
         wait_until(lambda: len(kept.timelines) == len(texts), "every query leaves a trace")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import secure
+from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
@@ -19,6 +20,7 @@ from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share, share_model
 from secure.deployments.three_party import ThreeParty
+from secure.errors import Error
 from secure.session import Session
 from tests.tiny import LENGTH, LOOPBACK, sentences
 
@@ -38,8 +40,9 @@ def shared(directory: Path, where: Path, embedding: str, *, public_weights: bool
 
 @dataclass
 class Party:
-    """One running party."""
+    """One running party. make: makes its service, as a start does."""
 
+    make: Callable[[], PartyService]
     service: PartyService
     hosted: Service
 
@@ -56,6 +59,18 @@ class Party:
         """At once, as a kill would."""
         self.hosted.close()
 
+    def restart(self) -> None:
+        """Start it again at the same address."""
+        at = Endpoint.parse(self.address, what="the test")
+        self.stop()
+        self.service = self.make()
+        self.hosted = hosted(self.service, at)
+
+
+def hosted(service: PartyService, at: Endpoint = LOOPBACK) -> Service:
+    """Host a party's service; use it as a context manager."""
+    return Service(parts_of(service), at, Plaintext(), what="the test", role=service.share.role)
+
 
 @dataclass
 class Three:
@@ -66,6 +81,12 @@ class Three:
     @property
     def addresses(self) -> tuple[str, ...]:
         return tuple(party.address for party in self.parties)
+
+    def meet(self) -> None:
+        """Wait until all three pairs that can have agreed on a key."""
+        for caller, callee in ((0, 2), (1, 0), (1, 2)):
+            with suppress(Error):
+                self.parties[caller].service.key(callee)
 
     def dial(self, **options: Any) -> Session:
         return call(self.addresses, **options)
@@ -92,14 +113,18 @@ def running(
     loaded = [load_share(shares.get(party, where / f"party-{party}")) for party in range(3)]
     with ExitStack() as stack:
 
-        def serve(service: PartyService) -> Party:
-            made = Service(parts_of(service), LOOPBACK, Plaintext(), what="the test", role=service.share.role)
-            return Party(service, stack.enter_context(made))
+        def serve(make: Callable[[], PartyService]) -> Party:
+            service = make()
+            party = Party(make, service, hosted(service))
+            stack.callback(party.stop)
+            return party
 
         kind_0: Any = kinds.get(0, Party0Service)
         kind_1: Any = kinds.get(1, Party1Service)
         kind_2: Any = kinds.get(2, Party2Service)
-        two = serve(kind_2(loaded[2], deadline=deadline))
-        zero = serve(kind_0(loaded[0], two.peer(), ahead=ahead, deadline=deadline))
-        one = serve(kind_1(loaded[1], zero.peer(), two.peer(), deadline=deadline))
-        yield Three([zero, one, two])
+        two = serve(lambda: kind_2(loaded[2], deadline=deadline))
+        zero = serve(lambda: kind_0(loaded[0], two.peer(), ahead=ahead, deadline=deadline))
+        one = serve(lambda: kind_1(loaded[1], zero.peer(), two.peer(), deadline=deadline))
+        parties = Three([zero, one, two])
+        parties.meet()
+        yield parties

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import random
@@ -18,15 +19,20 @@ import torch
 from torch import Tensor
 
 import secure
-from parties.net import hosting
+from parties.net import hosting, waiting
+from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.served.published import Published
+from parties.two_party import dealer as dealer_module
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
-from parties.two_party.keys import deal_proof, join_proof, query_key
+from parties.two_party.dealer_peer import DealerPeer
+from parties.two_party.keys import Ratchet, join_proof, proving_key
+from parties.two_party.keys import deal_proof as proof_of_dealing
 from parties.two_party.masked_model import MaskedModel, mask_model
+from parties.two_party.sealing import SealingKey
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import (
@@ -48,6 +54,7 @@ from secure.models.tokens import load_tokenizer
 from secure.mpc.program import Program
 from secure.session import Session
 from secure.version import WIRE_VERSION
+from tests.dealer_key import KEY
 
 LENGTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -152,7 +159,7 @@ class Served:
 @contextmanager
 def dealing(service: DealerService | None = None, listen: Endpoint = LOOPBACK) -> Iterator[Served]:
     """A dealer."""
-    served = Served(add_DealerServicer_to_server, service or DealerService(), listen)
+    served = Served(add_DealerServicer_to_server, service or DealerService(KEY), listen)
     try:
         yield served
     finally:
@@ -166,11 +173,12 @@ def serving(
     kind: type[InferenceService] = InferenceService,
     deadline: float = 20.0,
     describing: type[Published] = Published,
+    key: str | None = None,
     **options: Any,
 ) -> Iterator[Served]:
-    """A server of ``model``; ``kind``, ``describing``: those that misbehave."""
+    """A server of ``model``; ``kind``, ``describing``: those that misbehave; ``key``: the dealer's."""
     compiled, masked = model.compiled, model.masked
-    service = kind(masked, dealer, Plaintext(), deadline=deadline, **options)
+    service = kind(masked, DealerPeer(dealer, Plaintext(), key or KEY.public.text), deadline=deadline, **options)
     published = describing(
         compiled.deployment,
         SERVER,
@@ -181,7 +189,6 @@ def serving(
         compiled.tokenizer_json,
         deadline=deadline,
         log=server_module.log,
-        before=service.register,
     )
     served = Served(add_InferenceServicer_to_server, service, published=published)
     try:
@@ -196,8 +203,9 @@ def dial(server: Served, dealer: Served, **options: Any) -> Session:
 
 
 def call(server: str, dealer: str, **options: Any) -> Session:
-    """A session with a server and a dealer at these addresses; no cache unless ``options`` say so."""
-    return secure.connect(TwoParty(server=server, dealer=dealer), **{"cache": False, **options})
+    """A session with a server and a dealer at these addresses; no cache and no pace unless ``options`` say so."""
+    deployment = TwoParty(server=server, dealer=dealer, dealer_key=KEY.public.text)
+    return secure.connect(deployment, **{"cache": False, "pace": 0.0, **options})
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
@@ -213,31 +221,61 @@ def works(server: Served, dealer: Served) -> None:
 
 
 def session_count(server: Served) -> int:
-    return server_module.MAXIMUM_SESSIONS - int(server.service._free._value)
+    return len(server.service.sessions)
+
+
+def deal_proof(seed: bytes, session: bytes, query: int) -> bytes:
+    """The proof of somebody who knows this server seed."""
+    return proof_of_dealing(proving_key(seed), session, query)
+
+
+def named_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take callers for what they say they are, as certificates would prove it."""
+
+    def named(context: grpc.ServicerContext) -> Caller:
+        return Caller(str(dict(context.invocation_metadata()).get("name", "")), None, context.peer())
+
+    for module in (server_module, dealer_module, waiting):
+        monkeypatch.setattr(module, "caller", named)
+
+
+def register_request(program: bytes, mask_seed: bytes, key: SealingKey = KEY, **other: Any) -> pb.RegisterRequest:
+    """What a server tells the dealer about its model."""
+    sealed = key.public.seal(mask_seed, "register", hashlib.sha256(program).hexdigest())
+    return pb.RegisterRequest(**{"program": program, "sealed": sealed, **other})
 
 
 # a client that says what it likes
 
 
 class Raw:
-    """The wire format by hand."""
+    """The wire format by hand. name: what ``named_callers`` take it for."""
 
-    def __init__(self, server: Served, dealer: Served, model: Ready) -> None:
+    def __init__(self, server: Served, dealer: Served, model: Ready, name: str = "") -> None:
         self.model, self.program = model, model.program
         self.channels = [Plaintext().channel(s.endpoint, what="x", role=SERVER) for s in (server, dealer)]
         self.dealer = DealerStub(self.channels[1])
-        self.token = self.dealer.Open(self.open_request()).session
+        self.token = self.dealer.Open(self.open_request(), metadata=(("name", name),)).session
+        assert self.token, "the dealer does not know the model"
+        self.keys = Ratchet(bytes(32), "client", self.token, self.program.digest)
         self.outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-        self.call = InferenceStub(self.channels[0]).Session(iter(self.outbox.get, None))
+        self.call = InferenceStub(self.channels[0]).Session(iter(self.outbox.get, None), metadata=(("name", name),))
 
     def open_request(self, **other: Any) -> pb.OpenRequest:
-        fields = {"version": WIRE_VERSION, "program_digest": self.program.digest, "client_seed": bytes(32)}
-        return pb.OpenRequest(**{**fields, "weights_digest": self.model.weights_digest, **other})
+        fields = {
+            "version": WIRE_VERSION,
+            "program_digest": self.program.digest,
+            "weights_digest": self.model.weights_digest,
+            **other,
+        }
+        sealed = KEY.public.seal(bytes(32), "open", *fields.values())
+        return pb.OpenRequest(**{"sealed": sealed, **fields})
 
     def join(self, mask_seed: bytes, seed: bytes = bytes(32), **other: Any) -> pb.JoinRequest:
         """What the server tells the dealer, as somebody says it who knows this mask seed."""
         program, weights = self.program.digest, self.model.weights_digest
-        fields = {"session": self.token, "program_digest": program, "weights_digest": weights, "server_seed": seed}
+        sealed = KEY.public.seal(seed, "join", self.token, program, weights)
+        fields = {"session": self.token, "program_digest": program, "weights_digest": weights, "sealed": sealed}
         proof = join_proof(mask_seed, self.token, program, weights, seed)
         return pb.JoinRequest(**{**fields, "proof": proof, **other})
 
@@ -260,18 +298,18 @@ class Raw:
         assert isinstance(message, pb.Failure)
         return message
 
-    def greet(self) -> None:
-        fixed = json.dumps(self.program.fixed.as_dict(), sort_keys=True)
-        self.say(
-            hello=pb.Hello(
-                version=WIRE_VERSION,
-                deployment=TwoParty.name,
-                program_digest=self.program.digest,
-                fixed_point=fixed,
-                weights_digest=self.model.weights_digest,
-                session=self.token,
-            )
+    def hello(self) -> pb.Hello:
+        return pb.Hello(
+            version=WIRE_VERSION,
+            deployment=TwoParty.name,
+            program_digest=self.program.digest,
+            fixed_point=json.dumps(self.program.fixed.as_dict(), sort_keys=True),
+            weights_digest=self.model.weights_digest,
+            session=self.token,
         )
+
+    def greet(self) -> None:
+        self.say(hello=self.hello())
         assert isinstance(self.hear(), pb.Welcome)
 
     def prepare(self, number: int) -> None:
@@ -304,7 +342,7 @@ def refused(raw: Raw, code: str, message: str) -> None:
 
 def run_query(raw: Raw, number: int) -> None:
     """All of a prepared query, by hand."""
-    key = query_key(bytes(32), "client", raw.token, raw.program.digest, number)
+    key = raw.keys.key(number)
     correlations, payload = Correlations(CLIENT, key), raw.model.masked.files[MASKED_WEIGHTS]
     weights = ClientWeights(unpack_masked(payload, raw.program.weight_rings, raw.program.weight_shapes))
     ids = torch.full((1, LENGTH), 5)

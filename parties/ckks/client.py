@@ -17,16 +17,17 @@ from typing import Any
 import grpc
 
 from parties.ckks.keystore import keys_digest
-from parties.ckks.server import largest
-from parties.net.frames import parts, to_frames
+from parties.net.frames import FrameReader, parts, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.served.files import store
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub
+from protocols.ckks.canonical import InvalidCiphertext
 from protocols.ckks.circuit import Vector
-from protocols.ckks.seal import Client, Context, InvalidCiphertext, key_names
+from protocols.ckks.seal import Client, Context, key_names
+from protocols.wire import FrameError
 from secure.ckks.client import ClientQuery
 from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONCE, Traffic
@@ -95,9 +96,7 @@ class CkksLink(Link):
 
     def _uploading(self, keys: Mapping[str, bytes]) -> Iterator[pb.UploadPart]:
         names = key_names(self.program.steps)
-        sizes = [pb.KeySize(name=n, size=len(keys[n])) for n in names]
-        header = pb.KeysHeader(program_digest=self.program.digest, digest=self.keys_digest, keys=sizes)
-        yield pb.UploadPart(header=header)
+        yield pb.UploadPart(header=pb.KeysHeader(program_digest=self.program.digest, digest=self.keys_digest))
         for number, name in enumerate(names):
             if self._told:
                 self._told(number, len(names), "uploading keys")
@@ -143,32 +142,34 @@ class CkksLink(Link):
                     raise ProtocolError(
                         f"the server asks for refresh {message.refresh}, the Program has {len(refreshes)}"
                     )
-                levels = [self.program.reserve] * len(refreshes[message.refresh - 1])
-                _put(outbox, exchange.refreshed(self._read(replies, levels)))
+                masked = self._read(replies, self.program.reserve, len(refreshes[message.refresh - 1]))
+                _put(outbox, exchange.refreshed(masked))
             elif kind == "result":
                 if message.result != len(self.program.output):
                     raise ProtocolError(f"the server sends {message.result} results, not {len(self.program.output)}")
-                return self._read(replies, [0] * message.result)
+                return self._read(replies, 0, message.result)
             else:
                 raise ProtocolError(f"the server sent {kind!r} where a refresh or a result was expected")
         raise PeerLost(f"{self._server} ended the query without an answer", "connect again")
 
-    def _read(self, replies: Iterator[pb.CkksReply], levels: Sequence[int]) -> list[bytes]:
-        """Read one ciphertext for each level; raises ProtocolError if one is too long."""
+    def _read(self, replies: Iterator[pb.CkksReply], level: int, count: int) -> list[bytes]:
+        """Read ciphertexts of a level; raises ProtocolError if one has another size than it must."""
         out = []
-        for level in levels:
-            data, limit = bytearray(), largest(self.program, level)
+        for number in range(count):
+            reader, data = FrameReader(self.program.parameters.ciphertext_bytes(level)), None
             for message in replies:
                 if message.WhichOneof("content") != "frame":
                     raise ProtocolError("the server sent no ciphertext where one was expected")
-                data += message.frame.data
-                if len(data) > limit:
-                    raise ProtocolError(f"the server sent a ciphertext of more than {limit} bytes")
-                if message.frame.last:
+                try:
+                    data = reader.add(message.frame)
+                except FrameError as error:
+                    raise ProtocolError(f"the server sent ciphertext {number + 1} of {count}: {error}") from None
+                if data is not None:
                     break
             else:
                 raise PeerLost(f"{self._server} ended the query within a ciphertext", "connect again")
-            out.append(bytes(data))
+            assert data is not None
+            out.append(data)
         return out
 
     @contextmanager

@@ -1,90 +1,96 @@
-"""The process that evaluates: ``python -m parties.ckks.host`` with a socket of the server's as its only argument.
+"""The processes that evaluate: ``python -m parties.ckks.host`` with a socket of the server's as its only argument.
 
-It holds the encoded weights, and the evaluation keys of the most recent clients. For each query it forks a child, which
-shares both copy-on-write, computes and ends: the backend's library holds the interpreter's lock, so threads could not
-run at the same time. This process has one thread and no gRPC, and imports neither torch nor the compiler.
+The *host* holds the encoded weights and reads nothing of clients'. For each client at work it forks a *holder*, which
+loads that client's evaluation keys. For each query the holder forks a child, which reads the ciphertexts, computes and
+ends: the backend's library holds the interpreter's lock, so threads could not run at the same time. All share the
+weights copy-on-write: holders and children have them in their memory, and nothing of them travels. Holders and children
+run under limits of memory and time, and any of them can die without harm to others. None has threads or gRPC, or
+imports torch or the compiler.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from parties.ckks.key_file import read_keys
+from parties.ckks.limits import limit, limit_time
 from parties.ckks.pipe import Pipe, receive_schedule
+from protocols.ckks import cost
+from protocols.ckks.canonical import InvalidCiphertext
 from protocols.ckks.evaluate import EncodedWeights, evaluate
-from protocols.ckks.seal import Context, EvaluationKeys, InvalidCiphertext
+from protocols.ckks.seal import Context, EvaluationKeys, key_forms, split_keys
 
 log = logging.getLogger("unseen.evaluators")
 
 STEP = 0.25  # seconds between two reports of progress
+SLACK = 1 << 30  # bytes of memory beyond what keys or ciphertexts take: pools, and numbers on their way
+LOADING, EVALUATING = 60.0, 300.0  # seconds of CPU time that loading keys, and a query, may take in any case
+LOADED = 5e6  # bytes of keys for which a slow machine may take a second more
+SLOW = 50  # how many times longer than predicted a query may compute
 
 
 class Host:
-    """The process's main loop: it answers the server's messages until the server is gone.
+    """The host's main loop: it forks a holder whenever the server asks, until the server is gone."""
 
-    key_memory: the most bytes of keys held decoded.
-    """
-
-    def __init__(self, pipe: Pipe, key_memory: int) -> None:
+    def __init__(self, pipe: Pipe) -> None:
         began = time.perf_counter()
         self.pipe = pipe
         schedule, parameters, self.views = receive_schedule(pipe)
-        self.steps = schedule.circuit.steps
-        self.most = max(1, key_memory // (parameters.key_memory * (len(self.steps) + 1)))
-        self.keys: OrderedDict[str, EvaluationKeys] = OrderedDict()
         self.context = Context(parameters)
         self.weights = EncodedWeights(self.context, schedule)
         self.weights.prepare()
         pipe.send({"seconds": time.perf_counter() - began, "bytes": self.weights.bytes})
 
     def run(self) -> None:
-        while True:
-            try:
-                header, _ = self.pipe.receive()
-            except (EOFError, OSError):
-                return
-            if header["do"] == "load":
-                self.pipe.send(self._load(header["digest"], Path(header["path"])))
-            else:
-                self._fork(header["digest"])
+        _fork_whenever_asked(self.pipe, lambda pipe: Holder(self.weights, self.views, pipe).run())
 
-    def _load(self, digest: str, path: Path) -> dict[str, Any]:
-        if digest in self.keys:
-            self.keys.move_to_end(digest)
-            return {}
+
+class Holder:
+    """One client's process: it loads the client's keys under limits, and forks a child for each query."""
+
+    def __init__(self, weights: EncodedWeights, views: list[str], pipe: Pipe) -> None:
+        self.weights, self.views, self.pipe = weights, views, pipe
+
+    def run(self) -> None:
+        schedule, context = self.weights.schedule, self.weights.context
+        p, steps = context.parameters, schedule.circuit.steps
+        header, _ = self.pipe.receive()
+        forms = key_forms(p, steps)
+        size = sum(form.size for form in forms.values())
+        decoded = p.key_memory * (len(steps) + 2)
+        limit(2 * decoded + size + SLACK, LOADING + size / LOADED, children=self._memory)
         try:
-            while len(self.keys) >= self.most:
-                self.keys.popitem(last=False)
-            self.keys[digest] = EvaluationKeys(self.context, read_keys(path), self.steps)
+            keys = split_keys(Path(header["path"]).read_bytes(), forms)
+            self.keys = EvaluationKeys(context, keys, steps)
         except InvalidCiphertext as error:
-            return {"error": str(error), "invalid": True}
+            self.pipe.send({"error": str(error), "invalid": True})
+            return
         except Exception as error:
             failed = f"the keys cannot be loaded ({type(error).__name__})\nhint: connect again to upload them"
-            return {"error": failed, "invalid": not isinstance(error, (OSError, MemoryError))}
-        return {}
-
-    def _fork(self, digest: str) -> None:
-        _, descriptors, _, _ = socket.recv_fds(self.pipe.socket, 1, 1)
-        with socket.socket(fileno=descriptors[0]) as at:
-            if digest not in self.keys:
-                self.pipe.send({"error": "the keys were dropped to make room\nhint: ask again"})
-                return
-            if os.fork() == 0:
-                self.pipe.close()
-                _end_with(lambda: self._compute(self.keys[digest], Pipe(at)))
+            self.pipe.send({"error": failed, "invalid": not isinstance(error, (OSError, MemoryError))})
+            return
+        limit_time(EVALUATING)  # for forking
         self.pipe.send({})
+        _fork_whenever_asked(self.pipe, self._compute)
 
-    def _compute(self, keys: EvaluationKeys, pipe: Pipe) -> None:
-        total, told = len(self.weights.schedule.circuit.nodes), time.perf_counter()
+    @property
+    def _memory(self) -> int:
+        """Bytes that a query may take: a few times those of its ciphertexts."""
+        live = 8 * self.weights.context.parameters.degree * cost.live_ciphertexts(self.weights.schedule)
+        return 4 * live + SLACK
+
+    def _compute(self, pipe: Pipe) -> None:
+        schedule = self.weights.schedule
+        expected = cost.seconds(schedule, self.weights.context.parameters)
+        limit(self._memory, EVALUATING + SLOW * expected)
+        total, told = len(schedule.circuit.nodes), time.perf_counter()
 
         def progress(done: int, path: str) -> None:
             nonlocal told
@@ -94,7 +100,7 @@ class Host:
 
         try:
             _, payloads = pipe.receive()
-            run = evaluate(self.weights, keys, dict(zip(self.views, payloads, strict=True)), progress)
+            run = evaluate(self.weights, self.keys, dict(zip(self.views, payloads, strict=True)), progress)
             try:
                 masked, stage = next(run), 1
                 while True:
@@ -111,11 +117,33 @@ class Host:
             pipe.send({"error": f"internal error ({type(error).__name__})"})
 
 
+def _fork_whenever_asked(pipe: Pipe, work: Callable[[Pipe], None]) -> None:
+    """Fork a process that does ``work`` for each socket that comes; return when the other side is gone."""
+    while True:
+        try:
+            pipe.receive()
+            _, descriptors, _, _ = socket.recv_fds(pipe.socket, 1, 1)
+        except (EOFError, OSError):
+            return
+        with socket.socket(fileno=descriptors[0]) as at:
+            try:
+                forked = os.fork()
+            except OSError as error:
+                pipe.send({"error": f"no process can be started ({error.strerror})\nhint: try again"})
+                continue
+            if forked == 0:
+                pipe.close()
+                _end_with(lambda: work(Pipe(at)))
+        pipe.send({})
+
+
 def _end_with(work: Callable[[], None]) -> None:
     """Run a forked process to its end, because it must not return into its parent's stack."""
     code = 0
     try:
         work()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the server is gone, or needs this process no more
     except BaseException as error:
         log.error("an evaluating process ended: %s", type(error).__name__)
         code = 1
@@ -126,10 +154,9 @@ def _end_with(work: Callable[[], None]) -> None:
 def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when this ends
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
-    pipe = Pipe(socket.socket(fileno=descriptor))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the weights
     try:
-        header, _ = pipe.receive()
-        host = Host(pipe, header["key_memory"])
+        host = Host(Pipe(socket.socket(fileno=descriptor)))
     except (EOFError, OSError):
         return  # the server is gone already
     host.run()

@@ -76,9 +76,8 @@ class CkksHosted:
             add_CkksServicer_to_server(service, server)
 
         encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
-        return Parts(
-            [add], {**published.permissions, **service.permissions}, evaluators.close, (summary(model), encoded)
-        )
+        permissions, about = {**published.permissions, **service.permissions}, (summary(model), encoded)
+        return Parts([add], permissions, evaluators.close, about, program=model.program.digest)
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

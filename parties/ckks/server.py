@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import hmac
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, TypeVar
-from urllib.parse import unquote
 
 import grpc
 
 from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
-from parties.net.caller import Permissions, permit
+from parties.ckks.room import Places
+from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering, unexpected
-from parties.net.frames import to_frames
+from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksServicer
+from protocols.wire import FrameError
 from secure.ckks.program import CkksProgram
 from secure.deployments.ckks import CLIENT
 from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
@@ -33,16 +34,23 @@ from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryE
 log = logging.getLogger("unseen.server")
 T = TypeVar("T")
 
-WAITING = 8  # queries that wait for a worker or run
+ARRIVING, ARRIVING_EACH = 24, 8  # calls that have not said yet all that they begin with; each takes a thread
+WAITING, WAITING_EACH = 8, 4  # queries that wait for a worker or run
+UPLOADS, UPLOADS_EACH = 4, 2  # uploads at a time
+FIRST = 10.0  # seconds until a call's first message
+RATE = 1 << 18  # bytes a second that a client must send and take at least: 2 Mbit/s
 WORD = 1.0  # seconds between two messages to a client that waits for a worker, or for its keys to be loaded
-UPLOADS = 2  # uploads at a time: each is held in memory as a whole
 
 
 class CkksService(CkksServicer):
     """A service that keeps clients' keys for one Program, and answers queries with its ``evaluators``.
 
-    model: the public name of the weights. state: a directory for keys. deadline: seconds that a query waits for any
-    message of its client. expires: seconds that keys are held after their last use.
+    model: the public name of the weights. state: a directory for keys. deadline: seconds that a call waits for its
+    client, all waits together, besides those that its bytes take at RATE. expires: seconds that keys are held after
+    their last use.
+
+    A call takes a place among the queries or uploads only after all that it begins with has come, in bounded time: a
+    start and the inputs, or a header. A client with a name has a part of each kind of place, and of the room for keys.
     """
 
     permissions: ClassVar[Permissions] = permit("Ckks", Keys=[CLIENT], Upload=[CLIENT], Query=[CLIENT])
@@ -59,61 +67,60 @@ class CkksService(CkksServicer):
     ) -> None:
         self.program, self.model, self.evaluators = program, model, evaluators
         self.deadline, self.expires = deadline, expires
-        self.store = KeyStore(state / "evaluation-keys" / program.digest[:32], program, expires=expires)
-        self._waiting = threading.BoundedSemaphore(WAITING)
-        self._uploads = threading.BoundedSemaphore(UPLOADS)
+        self.store = KeyStore(state / "evaluation-keys", program, expires=expires)
+        self._arriving = Places("calls that have not begun", ARRIVING, ARRIVING_EACH)
+        self._waiting = Places("queries wait or run", WAITING, WAITING_EACH)
+        self._uploads = Places("uploads of keys at this moment", UPLOADS, UPLOADS_EACH)
 
     def Keys(self, request: pb.KeysRequest, context: grpc.ServicerContext) -> pb.KeysReply:
-        return pb.KeysReply(held=self.store.path(request.digest) is not None, expires_seconds=self.expires)
+        held = self.store.path(request.digest, caller(context).name) is not None
+        return pb.KeysReply(held=held, expires_seconds=self.expires)
 
     def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
-        reading, writing = (Watchdog(self.deadline, context.cancel) for _ in range(2))  # two threads, a guard for each
+        reading, writing = (Patience(self.deadline, context.cancel) for _ in range(2))  # two threads, a guard for each
         try:
             with answering(context, log):
-                if not self._uploads.acquire(blocking=False):
-                    raise Error(f"{UPLOADS} clients upload keys at this moment, which is the limit", "try again")
-                try:
-                    work = _while_doing(lambda: self._received(requests, reading, unquote(context.peer())))
-                    yield from writing.sending(pb.KeysReply(held=False) for _ in work)
-                finally:
-                    self._uploads.release()
+                work = _while_doing(lambda: self._received(requests, reading, caller(context)))
+                yield from writing.sending(pb.KeysReply(held=False) for _ in work)
                 yield from writing.sending([pb.KeysReply(held=True, expires_seconds=self.expires)])
         finally:
             reading.stop()
             writing.stop()
 
-    def _received(self, requests: Iterator[pb.UploadPart], watch: Watchdog, who: str) -> None:
-        first = _next(requests, watch, "the header of its keys")
-        if first is None or first.WhichOneof("content") != "header":
-            raise ProtocolError("an upload begins with the header of its keys")
-        header = first.header
-        if not hmac.compare_digest(header.program_digest.encode(), self.program.digest.encode()):
-            raise HandshakeError("the keys are for another Program", "connect again to fetch the server's")
-        sizes = [(k.name, k.size) for k in header.keys]
-        self.store.add(header.digest, sizes, _data(requests, watch))
-        self._load(header.digest)
-        log.info("%s uploaded evaluation keys of %.0f MB", who, sum(n for _, n in sizes) / 1e6)
+    def _received(self, requests: Iterator[pb.UploadPart], patience: Patience, who: Caller) -> None:
+        with self._arriving.held(who.name):
+            patience.left = FIRST
+            first = _next(requests, patience, "the header of its keys")
+            if first is None or first.WhichOneof("content") != "header":
+                raise ProtocolError("an upload begins with the header of its keys")
+            header = first.header
+            if not hmac.compare_digest(header.program_digest.encode(), self.program.digest.encode()):
+                raise HandshakeError("the keys are for another Program", "connect again to fetch the server's")
+        with self._uploads.held(who.name):
+            patience.left = self.deadline + self.store.size / RATE
+            self.store.add(header.digest, _data(requests, patience), who.name)
+            self._load(header.digest, who.name)
+        log.info("%s uploaded evaluation keys of %.0f MB", who, self.store.size / 1e6)
 
-    def _load(self, digest: str) -> None:
-        path = self.store.path(digest)
-        if path is None:
-            raise QueryError("the server does not hold these evaluation keys", "connect again to upload them")
+    def _load(self, digest: str, name: str) -> None:
+        path = self._keys(digest, name)
         try:
-            self.evaluators.load(digest, path)
+            self.evaluators.load(name, digest, path)
         except ProtocolError:
             path.unlink(missing_ok=True)  # keys that cannot be read are of no use to anybody
             raise
 
+    def _keys(self, digest: str, name: str) -> Path:
+        path = self.store.path(digest, name)
+        if path is None:
+            raise QueryError("the server does not hold these evaluation keys", "connect again to upload them")
+        return path
+
     def Query(self, requests: Iterator[pb.CkksRequest], context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
-        watch = Watchdog(self.deadline, context.cancel)
-        who, began = unquote(context.peer()), time.perf_counter()
+        patience = Patience(self.deadline, context.cancel)
+        who, began = caller(context), time.perf_counter()
         try:
-            if not self._waiting.acquire(blocking=False):
-                raise Error(f"{WAITING} queries wait or run, which is the limit", "try again later")
-            try:
-                yield from watch.sending(self._query(_Requests(requests, watch)))
-            finally:
-                self._waiting.release()
+            yield from patience.sending(self._query(_Requests(requests, patience), who.name))
             log.info("query of %s answered in %.2f s", who, time.perf_counter() - began)
         except Error as error:
             log.warning("query of %s ended: %s", who, str(error).splitlines()[0])
@@ -122,29 +129,37 @@ class CkksService(CkksServicer):
             unexpected(error, log)
             yield pb.CkksReply(failure=pb.Failure(code=Error.code, message="internal error"))
         finally:
-            watch.stop()
+            patience.stop()
 
-    def _query(self, requests: _Requests) -> Iterator[pb.CkksReply]:
-        start = requests.start()
-        for what, theirs, ours in (
-            ("Program digest", start.program_digest, self.program.digest),
-            ("model", start.model, self.model),
-        ):
-            if not hmac.compare_digest(theirs.encode(), ours.encode()):
-                raise HandshakeError(
-                    f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}", "connect again"
-                )
-        sizes = [largest(self.program, level) for _, level, _ in self.program.views.values()]
-        inputs = requests.ciphertexts(sizes)
-        for _ in _while_doing(lambda: self._load(start.keys_digest)):
-            yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="loading keys"))
-        while not self.evaluators.acquire(WORD):
-            yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="waiting for other queries"))
-        query = self.evaluators.query(start.keys_digest)
-        try:
-            yield from self._evaluated(query, inputs, requests)
-        finally:
-            query.close()
+    def _query(self, requests: _Requests, name: str) -> Iterator[pb.CkksReply]:
+        program = self.program
+        with self._arriving.held(name):
+            requests.patience.left = FIRST
+            start = requests.start()
+            for what, theirs, ours in (
+                ("Program digest", start.program_digest, program.digest),
+                ("model", start.model, self.model),
+            ):
+                if not hmac.compare_digest(theirs.encode(), ours.encode()):
+                    raise HandshakeError(
+                        f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}", "connect again"
+                    )
+            self._keys(start.keys_digest, name)
+            levels = [level for _, level, _ in program.views.values()]
+            requests.patience.left = FIRST + sum(map(program.parameters.fresh_bytes, levels)) / RATE
+            inputs = requests.ciphertexts(program, levels)
+        with self._waiting.held(name):
+            # refreshes and their answers, and the result
+            requests.patience.left = self.deadline + (program.to_server + program.to_client) / RATE
+            for _ in _while_doing(lambda: self._load(start.keys_digest, name)):
+                yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="loading keys"))
+            while not self.evaluators.acquire(WORD):
+                yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="waiting for other queries"))
+            query = self.evaluators.query(name, start.keys_digest)
+            try:
+                yield from self._evaluated(query, inputs, requests)
+            finally:
+                query.close()
 
     def _evaluated(self, query: Running, inputs: list[bytes], requests: _Requests) -> Iterator[pb.CkksReply]:
         query.send(inputs)
@@ -161,13 +176,36 @@ class CkksService(CkksServicer):
                     yield pb.CkksReply(frame=frame)
             if not stage:
                 return
-            sizes = [largest(self.program, level) for level in self.program.refreshes[stage - 1]]
-            query.send(requests.ciphertexts(sizes))
+            query.send(requests.ciphertexts(self.program, self.program.refreshes[stage - 1]))
 
 
-def largest(program: CkksProgram, level: int) -> int:
-    """Return the most bytes that a ciphertext of a level can have."""
-    return 16 * program.parameters.degree * (level + 1) + 4096
+class Patience:
+    """The seconds that a call still waits for its client, to send or to take: all its waits together.
+
+    seconds: at first; set ``left`` to change it. action: called if a wait uses them up.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.left = seconds
+        self._watch = Watchdog(min(seconds, FIRST), action)
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            with self._watch.guard(max(self.left, 0.001)):
+                yield
+        finally:
+            self.left -= time.monotonic() - began
+
+    def sending(self, messages: Iterable[T]) -> Iterator[T]:
+        """Yield the messages; the time until each is taken counts."""
+        for message in messages:
+            with self.wait():
+                yield message
+
+    def stop(self) -> None:
+        self._watch.stop()
 
 
 def _while_doing(work: Callable[[], None]) -> Iterator[None]:
@@ -179,17 +217,17 @@ def _while_doing(work: Callable[[], None]) -> Iterator[None]:
         future.result()
 
 
-def _next(messages: Iterator[T], watch: Watchdog, what: str) -> T | None:
+def _next(messages: Iterator[T], patience: Patience, what: str) -> T | None:
     """Return the client's next message; None if it has ended the stream. Raises PeerLost if none comes in time."""
     try:
-        with watch.guard():
+        with patience.wait():
             return next(messages, None)
     except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
         raise PeerLost(f"the client did not send {what} ({type(error).__name__})") from None
 
 
-def _data(requests: Iterator[pb.UploadPart], watch: Watchdog) -> Iterator[bytes]:
-    while (part := _next(requests, watch, "the rest of its keys")) is not None:
+def _data(requests: Iterator[pb.UploadPart], patience: Patience) -> Iterator[bytes]:
+    while (part := _next(requests, patience, "the rest of its keys")) is not None:
         if part.WhichOneof("content") != "data":
             raise ProtocolError("a second header in an upload")
         yield part.data
@@ -198,11 +236,11 @@ def _data(requests: Iterator[pb.UploadPart], watch: Watchdog) -> Iterator[bytes]
 class _Requests:
     """The client's messages of one query, read in their order."""
 
-    def __init__(self, requests: Iterator[pb.CkksRequest], watch: Watchdog) -> None:
-        self._requests, self._watch = requests, watch
+    def __init__(self, requests: Iterator[pb.CkksRequest], patience: Patience) -> None:
+        self._requests, self.patience = requests, patience
 
     def _next(self, what: str) -> pb.CkksRequest:
-        message = _next(self._requests, self._watch, what)
+        message = _next(self._requests, self.patience, what)
         if message is None:
             raise PeerLost(f"the client ended the stream before {what}")
         return message
@@ -213,19 +251,18 @@ class _Requests:
             raise ProtocolError("a query begins with its start")
         return message.start
 
-    def ciphertexts(self, limits: list[int]) -> list[bytes]:
-        """Read one ciphertext for each limit, which is its most bytes; raises ProtocolError if one is longer."""
+    def ciphertexts(self, program: CkksProgram, levels: Sequence[int]) -> list[bytes]:
+        """Read one fresh ciphertext for each level; raises ProtocolError if one has another size than it must."""
         out = []
-        for number, limit in enumerate(limits):
-            data = bytearray()
-            while True:
-                message = self._next(f"ciphertext {number + 1} of {len(limits)}")
+        for number, level in enumerate(levels):
+            reader, data = FrameReader(program.parameters.fresh_bytes(level)), None
+            while data is None:
+                message = self._next(f"ciphertext {number + 1} of {len(levels)}")
                 if message.WhichOneof("content") != "frame":
                     raise ProtocolError(f"a message {message.WhichOneof('content')!r} where a ciphertext was expected")
-                data += message.frame.data
-                if len(data) > limit:
-                    raise ProtocolError(f"ciphertext {number + 1} has more than {limit} bytes")
-                if message.frame.last:
-                    break
-            out.append(bytes(data))
+                try:
+                    data = reader.add(message.frame)
+                except FrameError as error:
+                    raise ProtocolError(f"ciphertext {number + 1} of {len(levels)}: {error}") from None
+            out.append(data)
         return out

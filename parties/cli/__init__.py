@@ -1,6 +1,9 @@
 """The command ``unseen``, one file a verb.
 
+check        ``unseen check``
 console      the two consoles, threads, progress
+config       settings: the TOML file, environment variables, --show-config
+core_log     lines of gRPC's core about refused handshakes, in words
 options      options that several commands take, and those of deployments
 output       reports in a file or on the terminal
 profile      ``unseen profile``
@@ -8,9 +11,11 @@ compare      ``unseen compare``
 accuracy     ``unseen accuracy``
 train        ``unseen train``
 timeline     ``unseen timeline``
+token        ``unseen token``
 serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
 embed        ``unseen embed``
+certs        ``unseen certs``
 demo         ``unseen demo``
 main         the commands put together
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from parties import deployments
+from parties.cli.config import PREFIX
 from parties.cli.console import OUT, announced, progress
 from parties.cli.options import (
     MODEL,
@@ -31,6 +33,10 @@ from parties.cli.options import (
     require_traces,
 )
 from parties.net import hosting
+from parties.net.authority import Authority
+from parties.net.caller import CLIENT
+from parties.net.naming import dashed
+from parties.net.tls import Tls
 from parties.reports.answers import lines
 from parties.traces.merge import merged
 from parties.traces.trace_file import TraceDirectory
@@ -96,8 +102,8 @@ def demo(
     compiling += arguments(deployment, (COMPILE,))[2:]
     if digits:
         named = NAME if layers in (None, 1) else f"{NAME}-{layers}"
-        with hosted(OUT, deployment, [named, *compiling]) as located:
-            raise typer.Exit(ask_digits(OUT, located, images or IMAGES))
+        with hosted(OUT, deployment, [named, *compiling]) as (located, tls):
+            raise typer.Exit(ask_digits(OUT, located, images or IMAGES, tls))
     if model is None and not deployment.runs_packaged:
         raise InvalidInput(
             f"{PACKAGED} does not run under {deployment.name} as it is", "add --digits, or --model and its directory"
@@ -108,8 +114,10 @@ def demo(
 @contextmanager
 def hosted(
     console: Console, deployment: Deployment, compiling: Sequence[str], *, serving: Sequence[str] = ()
-) -> Iterator[Deployment]:
-    """Everybody but the client, each a process, until the block ends; yields the deployment at their addresses.
+) -> Iterator[tuple[Deployment, Path]]:
+    """Everybody but the client, each a process, until the block ends; yields the deployment and the client's network.
+
+    They use TLS, as they would across machines, with certificates that are made for this run and deleted after it.
 
     compiling: the model and how it is compiled, as arguments. serving: more of them for the role that serves it.
     """
@@ -117,25 +125,35 @@ def hosted(
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
         if first := found.owner(compiling, directory):
-            command, environment = hosting.child("parties.cli", *first)
+            command, environment = unset(*first)
             if code := subprocess.call(command, env=environment, stdin=subprocess.DEVNULL):
                 raise Error(f"the owner's part failed (exit code {code})", "see its output above")
+        authority = Authority.make(directory / "certificates", days=1)
+        client = authority.issue(CLIENT, CLIENT, days=1)
         addresses: dict[str, str] = {}
         for number, role in enumerate(deployments.starting_order(deployment)):
             peers = {name: addresses[name] for name in role.peers}
             more = serving if role.name == deployment.serves else ()
             command_line = [*found.command(role.name, compiling, directory, peers), *more]
             command_line += ["--listen", "127.0.0.1:0", "--announce"]
+            command_line += ["--tls", str(authority.issue(role.name, dashed(role.name), days=1))]
             started = process(console, role.name, _COLOURS[number % len(_COLOURS)], command_line)
             addresses[role.name] = stack.enter_context(started)
         console.rule("client")
-        yield deployment.located(addresses)
+        yield deployment.located(addresses), client
+
+
+def unset(*line: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command and environment that run ``unseen LINE`` by itself: no settings of the user's services."""
+    command, environment = hosting.child("parties.cli", *line)
+    kept = {name: value for name, value in environment.items() if not name.startswith(f"{PREFIX}_")}
+    return command, {**kept, f"{PREFIX}_CONFIG": os.devnull}
 
 
 @contextmanager
 def process(console: Console, name: str, colour: str, line: Sequence[str]) -> Iterator[str]:
     """Run ``unseen LINE`` until the block ends; yields the address that it announces on its standard output."""
-    command, environment = hosting.child("parties.cli", *line)
+    command, environment = unset(*line)
     child = subprocess.Popen(
         command,
         env=environment,
@@ -192,9 +210,18 @@ def embed_texts(
     directory = TraceDirectory(trace).path if trace else None
     before = set(directory.iterdir()) if directory else set()
     tracing = ["--trace", str(directory)] if directory else []
-    with hosted(console, deployment, [model, *compiling], serving=tracing) as located:
-        asking = ["embed", *arguments(located, (CONNECT,)), "--compare-with", model, "--no-cache", *tracing]
-        command, environment = hosting.child("parties.cli", *asking, "--", *texts)
+    with hosted(console, deployment, [model, *compiling], serving=tracing) as (located, tls):
+        asking = [
+            "embed",
+            *arguments(located, (CONNECT,)),
+            "--tls",
+            str(tls),
+            "--compare-with",
+            model,
+            "--no-cache",
+            *tracing,
+        ]
+        command, environment = unset(*asking, "--", *texts)
         code = subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
     # the server has ended by now, so its last trace is there too
     for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():
@@ -207,13 +234,19 @@ def embed_texts(
 # images
 
 
-def ask_digits(console: Console, deployment: Deployment, count: int) -> int:
-    """Ask about test images from this process. The exit code: 1 if fewer than ``WANTED`` of the answers are right."""
+def ask_digits(console: Console, deployment: Deployment, count: int, tls: Path) -> int:
+    """Ask about test images from this process. tls: the client's certificates.
+
+    The exit code: 1 if fewer than ``WANTED`` of the answers are right.
+    """
     hosting.settle()
     images, labels = load_digits().test
     images, labels = images[:count], labels[:count]
     right = 0
-    with progress("preparing") as told, deployments.connect(deployment, cache=False, told=told) as session:
+    with (
+        progress("preparing") as told,
+        deployments.connect(deployment, network=Tls(tls), cache=False, told=told) as session,
+    ):
         if once := in_words(session.once, ONCE):
             console.print(f"once: {once}", highlight=False, soft_wrap=True)
         for number, answer in enumerate(session.run(Digits(), list(images))):

@@ -10,10 +10,20 @@ import typer
 from torch import Tensor
 
 from parties import deployments
-from parties.cli.console import ERR, OUT, get_ready, progress
-from parties.cli.options import DeadlineOption, InsecureOption, ThreadsOption, TraceOption, require_traces
+from parties.cli.console import ERR, OUT, get_ready, progress, say
+from parties.cli.options import (
+    DeadlineOption,
+    InsecureOption,
+    PaceOption,
+    ThreadsOption,
+    TlsOption,
+    TraceOption,
+    require_traces,
+)
+from parties.cli.token import TokenFileOption, given_token
 from parties.net import hosting
-from parties.net.network import Plaintext
+from parties.net.caller import CLIENT
+from parties.net.choice import network_of
 from parties.reports import answers
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
@@ -36,8 +46,11 @@ def embed(
     cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
+    pace: PaceOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Embed texts that the servers never see."""
     if as_json and compare_with:
@@ -53,8 +66,14 @@ def embed(
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(trace) if trace else None  # likewise
-    options: dict[str, Any] = {} if deadline is None else {"deadline": deadline}
-    options |= {"network": Plaintext(beyond_loopback=insecure), "cache": cache, "program_digest": program_digest}
+    timed = {"deadline": deadline, "pace": pace}
+    options: dict[str, Any] = {name: value for name, value in timed.items() if value is not None}
+    network = network_of(CLIENT, directory=tls, insecure=insecure)
+    for line in network.about():
+        if "warning" in line:
+            say(f"unseen embed: {line}")
+    options |= {"network": network, "cache": cache, "program_digest": program_digest}
+    options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
     with (
         progress("preparing") as told,
@@ -69,7 +88,7 @@ def embed(
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(vectors)]
             if done and as_json:
-                answers.as_json(OUT, done, vectors, session.reports)
+                answers.as_json(OUT, done, vectors, session.reports[: len(done)])
             elif done:
                 answers.report(OUT, deployment, session, done, vectors, compare_with)
             if measured:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import secure
 from parties.cli.accuracy import accuracy
+from parties.cli.certs import certs
+from parties.cli.check import check
 from parties.cli.compare import compare
+from parties.cli.config import CommandSettings, ConfigOption, can_show, configured, read_file
 from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
 from parties.cli.embed import embed
@@ -18,40 +21,51 @@ from parties.cli.party import party, share_model
 from parties.cli.profile import profile
 from parties.cli.serve import dealer, serve
 from parties.cli.timeline import timeline
+from parties.cli.token import token
 from parties.cli.train import train
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
 from secure.errors import Error
 
+CONTEXTS = {"check": {"allow_extra_args": True, "ignore_unknown_options": True}}
+"""Settings of typer for single commands: check takes the options of another command."""
 
-def version(
-    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    config: ConfigOption = None,
 ) -> None:
     """Private transformer inference: servers never see the input, the client never gets the weights (semi-honest)."""
-    if show:
+    if version:
         OUT.print(f"unseen {secure.__version__}")
         raise typer.Exit
+    commands: dict[str, Any] = dict(context.command.commands)  # type: ignore[attr-defined]
+    configured(context, CommandSettings(*read_file(config), commands))
 
 
 def app() -> typer.Typer:
     """The commands, made anew: every deployment that is registered by now is among their choices and options."""
     made = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-    made.callback(invoke_without_command=True)(version)
+    made.callback(invoke_without_command=True)(start)
     verbs = {
         "demo": for_deployments(demo, COMPILE),
+        "check": check,
         "embed": for_deployments(embed, CONNECT),
         "serve": for_deployments(serve, COMPILE, SERVE),
         "dealer": dealer,
         "share-model": for_deployments(share_model, COMPILE, only=ThreeParty),
         "party": party,
+        "certs": certs,
         "profile": for_deployments(profile, COMPILE),
         "compare": compare,
         "train": train,
         "accuracy": accuracy,
         "timeline": timeline,
+        "token": token,
     }
     for name, function in verbs.items():
-        made.command(name)(function)
+        made.command(name, context_settings=CONTEXTS.get(name))(can_show(function))
     return made
 
 

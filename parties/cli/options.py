@@ -23,6 +23,7 @@ from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.models.text import PACKAGED
 from secure.mpc.budget import GB, Budget
+from secure.session import PACE
 from secure.tasks.embed import LENGTH
 
 # Enums for typer's choices; their members come from the library.
@@ -70,11 +71,35 @@ BudgetSecondsOption = Annotated[
         metavar="S", help=f"The most seconds of arithmetic a query of it may take; {Budget().seconds:g} by default."
     ),
 ]
+PaceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help=f"Seconds from reading a text to the first message, whatever it holds; {PACE} by default, 0: at once.",
+    ),
+]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]
+TlsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls",
+        metavar="DIRECTORY",
+        help="Certificates, from `unseen certs`; UNSEEN_TLS or ~/.config/unseen/tls/ROLE by default, if it is there.",
+    ),
+]
 AnnounceOption = Annotated[
     bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
+TokensOption = Annotated[
+    Path | None, typer.Option("--tokens", metavar="FILE", help="Ask every client for a token of this file.")
+]
+SameOwnerOption = Annotated[
+    bool,
+    typer.Option(
+        "--same-owner", help="Allow peers that this user runs on this machine, which protects nothing: to try it out."
+    ),
+]
 ListenOption = Annotated[str, typer.Option(help="host:port")]
 
 
@@ -100,7 +125,13 @@ _COMPILED_BY = {
 }
 """Command-line parameters by the names of CompileOptions."""
 
-_HOSTED_BY = {"state": "state", "trace": "traces", "deadline": "deadline", "ahead": "ahead"}
+_HOSTED_BY = {
+    "state": "state",
+    "trace": "traces",
+    "deadline": "deadline",
+    "ahead": "ahead",
+    "rotate_mask": "rotate_mask",
+}
 """The same for HostOptions."""
 
 

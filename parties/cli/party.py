@@ -20,17 +20,20 @@ from parties.cli.options import (
     InsecureOption,
     LengthOption,
     ModelArgument,
+    SameOwnerOption,
     ThreadsOption,
+    TlsOption,
+    TokensOption,
     VerboseOption,
     compile_options,
     host_options,
     read_texts,
     refused,
 )
-from parties.cli.serve import compiled_model, run
+from parties.cli.serve import compiled_model, hosting_network, run
 from parties.net import hosting
 from parties.net.endpoints import Endpoint
-from parties.net.network import Plaintext
+from parties.net.quotas import NO_LIMITS, Limits
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.deployment import Deployment
@@ -66,6 +69,19 @@ def share_model(
         say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")
 
 
+def addresses_of(
+    number: int, listen: str | None, party_0: str | None, party_2: str | None
+) -> tuple[str, dict[str, str]]:
+    """Return where a party listens, and its peers' addresses by role. Raises InvalidInput for one that is no peer."""
+    deployment, role = ThreeParty(), PARTIES[number]
+    wanted = {r.name: r for r in deployment.roles()}[role].peers
+    addresses = {PARTIES[0]: party_0, PARTIES[2]: party_2}
+    for name, address in addresses.items():
+        if address is not None and name not in wanted:
+            raise refused(name.replace(" ", "_"), deployment, [p.replace(" ", "_") for p in wanted], role)
+    return listen or ADDRESSES[number], {n: addresses[n] or ADDRESSES[PARTIES.index(n)] for n in wanted}
+
+
 def party(
     share: Annotated[Path, typer.Option(help="This party's directory, from share-model.")],
     number: Annotated[int, typer.Option("--id", min=0, max=2, help="Which party this is.")],
@@ -82,24 +98,34 @@ def party(
     ] = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
+    same_owner: SameOwnerOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Be one of three parties that compute on shares; must not collude with another. Start party 2 first."""
     deployment, role = ThreeParty(), PARTIES[number]
-    wanted = {r.name: r for r in deployment.roles()}[role].peers
-    addresses = {PARTIES[0]: party_0, PARTIES[2]: party_2}
-    for name, address in addresses.items():
-        if address is not None and name not in wanted:
-            raise refused(name.replace(" ", "_"), deployment, [p.replace(" ", "_") for p in wanted], role)
+    listen, peers = addresses_of(number, listen, party_0, party_2)
+    if same_owner and not peers:
+        raise refused("same_owner", deployment, [], role)
     given = host_options(deployment, role, ahead=ahead, deadline=deadline)
     get_ready(threads)
-    hosting.log_to_stderr(verbose)
-    at = Endpoint.parse(listen or ADDRESSES[number], what="--listen")
-    peers = {name: addresses[name] or ADDRESSES[PARTIES.index(name)] for name in wanted}
-    network = Plaintext(beyond_loopback=insecure)
+    at = Endpoint.parse(listen, what="--listen")
+    network = hosting_network(role, tls, insecure, verbose)
+    if not same_owner:
+        hosting.check_owners({name: Endpoint.parse(at, what=f"the {name}") for name, at in peers.items()}, network)
     service = deployments.serve(
-        share, role=role, listen=str(at), peers=peers, deployment=deployment, network=network, **given
+        share,
+        role=role,
+        listen=str(at),
+        peers=peers,
+        deployment=deployment,
+        network=network,
+        quotas=quotas,
+        tokens=tokens,
+        **given,
     )
     run(service, f"party {number}", announced=announce)

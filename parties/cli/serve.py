@@ -10,6 +10,7 @@ import typer
 
 from parties import deployments
 from parties.cli.console import announce, get_ready, say, use_threads
+from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
@@ -24,18 +25,25 @@ from parties.cli.options import (
     LengthOption,
     ListenOption,
     ModelArgument,
+    SameOwnerOption,
     ThreadsOption,
+    TlsOption,
+    TokensOption,
     TraceOption,
     VerboseOption,
     budget_of,
     compile_options,
     host_options,
     read_texts,
+    refused,
 )
 from parties.net import hosting
+from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.hosting import Service
-from parties.net.network import Plaintext
+from parties.net.network import Network
+from parties.net.quotas import NO_LIMITS, Limits
+from parties.net.tls import Tls
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compiled import Compiled, build, task_of
@@ -59,10 +67,17 @@ def serve(
     state: Annotated[
         Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
     ] = None,
+    rotate_mask: Annotated[
+        int | None, typer.Option(min=1, metavar="DAYS", help="Renew a mask of weights that is older; 90 by default.")
+    ] = None,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
+    same_owner: SameOwnerOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -77,14 +92,15 @@ def serve(
         approximations=approximations,
         fraction_bits=fraction_bits,
     )
-    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline)
+    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline, rotate_mask=rotate_mask)
     if "workers" in deployments.hosted(deployment).takes[role]:
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)
-    hosting.log_to_stderr(verbose)
-    network, at = Plaintext(beyond_loopback=insecure), Endpoint.parse(listen, what="--listen")
+    network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
-    peers = {name: str(getattr(deployment, name.replace(" ", "_"))) for name in found.peers}
+    peers = {name: deployment.addresses()[name] for name in found.peers}
+    if same_owner and not peers:
+        raise refused("same_owner", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
     network.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
@@ -93,10 +109,21 @@ def serve(
     if isinstance(task_of(model), Embed):
         model_directory(model)  # a mistake that can be seen before anything is loaded
     hosting.check(at, endpoints, network, what=f"the {role}")
+    if not same_owner:
+        hosting.check_owners(endpoints, network)
     if trace is not None:
         TraceDirectory(trace)
     compiled = compiled_model("serve", deployment, model, length, options, sentences)
-    service = deployments.serve(compiled, role=role, listen=str(at), peers=peers, network=network, **given)
+    service = deployments.serve(
+        compiled,
+        role=role,
+        listen=str(at),
+        peers=peers,
+        network=network,
+        quotas=quotas,
+        tokens=tokens,
+        **given,
+    )
     run(service, "serve", announced=announce)
 
 
@@ -126,6 +153,15 @@ def compiled_model(
     return compiled
 
 
+def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:
+    """The network of a service, and its log on the error output, with gRPC's refused handshakes in it."""
+    network = network_of(role, directory=tls, insecure=insecure)
+    if isinstance(network, Tls):
+        CoreLog()
+    hosting.log_to_stderr(verbose)
+    return network
+
+
 def run(service: Service, verb: str, *, announced: bool) -> None:
     """Say where a service listens, and wait until it is stopped."""
 
@@ -141,18 +177,22 @@ def run(service: Service, verb: str, *, announced: bool) -> None:
 
 def dealer(
     listen: ListenOption = "127.0.0.1:50052",
+    state: Annotated[Path | None, typer.Option(help="Where the dealer's key is kept, and its dealer.pub.")] = None,
     threads: ThreadsOption = 1,
     budget_memory: BudgetMemoryOption = None,
     budget_seconds: BudgetSecondsOption = None,
+    tls: TlsOption = None,
     insecure: InsecureOption = False,
+    tokens: TokensOption = None,
+    quotas: Limits = NO_LIMITS,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     use_threads(threads)
-    hosting.log_to_stderr(verbose)
-    at = Endpoint.parse(listen, what="--listen")
-    network = Plaintext(beyond_loopback=insecure)
-    budget = budget_of(budget_memory, budget_seconds)
-    service = deployments.serve(role=DEALER, listen=str(at), deployment=TwoParty(), network=network, budget=budget)
+    network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
+    given = host_options(TwoParty(), DEALER, state=state) | {"budget": budget_of(budget_memory, budget_seconds)}
+    service = deployments.serve(
+        role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
+    )
     run(service, "dealer", announced=announce)

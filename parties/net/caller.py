@@ -18,6 +18,9 @@ from proto import unseen_pb2 as pb
 Permissions = Mapping[str, frozenset[str]]
 """The roles that may call a method, by its full name: "/unseen.v2.Dealer/Register" -> {"server"}."""
 
+CLIENT = "client"
+"""The role of a client, in every deployment."""
+
 
 @dataclass(frozen=True)
 class Caller:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from secure.errors import EndpointError
@@ -16,6 +18,7 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
     ("grpc.enable_http_proxy", 0),  # a proxy would carry even loopback traffic off this machine
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_reconnect_backoff_ms", 5_000),  # a peer that was restarted is found again soon
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -39,10 +42,27 @@ class Endpoint:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def is_loopback(self) -> bool:
-        """True if every address that the host resolves to is this machine's own; EndpointError if it has none."""
+    def resolved(self) -> tuple[str, ...]:
+        """Return all IP addresses of the host, in the system's order. Raises EndpointError if it has none."""
         try:
-            found = socket.getaddrinfo(self.host, None)
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise EndpointError(f"the host {self.host!r} cannot be resolved") from None
-        return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+        return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+    def at(self, address: str) -> str:
+        """Return gRPC's name for this port at one address, which it does not resolve again."""
+        return f"ipv6:[{address}]:{self.port}" if ":" in address else f"ipv4:{address}:{self.port}"
+
+
+def is_loopback(addresses: Iterable[str]) -> bool:
+    """Tell whether every address is this machine's own."""
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+
+
+def first_answering(endpoint: Endpoint, addresses: Sequence[str], seconds: float) -> str | None:
+    """Return the first address at which something listens on the endpoint's port, or None."""
+    for address in addresses:
+        with suppress(OSError), socket.create_connection((address, endpoint.port), timeout=seconds):
+            return address
+    return None

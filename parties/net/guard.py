@@ -10,9 +10,14 @@ import grpc
 
 from parties.net.caller import Permissions, address, note
 from parties.net.network import Network
+from parties.net.waiting import WaitingRoom
+from parties.net.watchdog import Watchdog
 from secure.errors import Error
 
 log = logging.getLogger("unseen.guard")
+
+COMING = 12  # single requests that may come at a time
+SINGLE = 30.0  # seconds within which one comes; it has SERVICE_LIMIT bytes at most
 
 Admit = Callable[[grpc.ServicerContext], None]
 
@@ -27,6 +32,7 @@ class Guard(grpc.ServerInterceptor):
 
     def __init__(self, network: Network, permissions: Permissions) -> None:
         self._network, self._permissions = network, permissions
+        self._coming = WaitingRoom(COMING)
 
     def intercept_service(
         self,
@@ -34,7 +40,9 @@ class Guard(grpc.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = continuation(details)
-        return None if handler is None else _guarded(handler, lambda context: self._admit(details.method, context))
+        if handler is None:
+            return None
+        return _guarded(handler, lambda context: self._admit(details.method, context), self._coming)
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> None:
         try:
@@ -53,11 +61,14 @@ class Guard(grpc.ServerInterceptor):
         note(context, who)
 
 
-def _guarded(handler: grpc.RpcMethodHandler[Any, Any], admit: Admit) -> grpc.RpcMethodHandler[Any, Any]:
+def _guarded(
+    handler: grpc.RpcMethodHandler[Any, Any], admit: Admit, coming: WaitingRoom
+) -> grpc.RpcMethodHandler[Any, Any]:
     """Return the handler behind ``admit``.
 
-    gRPC reads a single request before it calls its handler. So every method is served as one that takes a stream, whose
-    messages are read when they are asked for: after ``admit``.
+    gRPC reads a single request before it calls its handler, and would wait for it for ever. So every method is served
+    as one that takes a stream, whose messages are read when they are asked for: after ``admit``. A single request is
+    read in ``coming``, within SINGLE seconds.
     """
     form = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     method: Any = (
@@ -69,8 +80,13 @@ def _guarded(handler: grpc.RpcMethodHandler[Any, Any], admit: Admit) -> grpc.Rpc
     def read(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         if handler.request_streaming:
             return requests
-        for request in requests:
-            return request
+        watch = Watchdog(SINGLE, context.cancel)
+        try:
+            with coming.place(context), watch.guard():
+                for request in requests:
+                    return request
+        finally:
+            watch.stop()
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
 
     def single(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:

@@ -23,7 +23,12 @@ import grpc
 from parties.net.caller import Permissions
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.net.guard import Guard
+from parties.net.meter import Meter
 from parties.net.network import Network
+from parties.net.peer import Peer
+from parties.net.quotas import Quotas
+from parties.net.status import ask_status
+from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
 from secure.mpc.budget import Budget
@@ -37,19 +42,23 @@ MAXIMUM_STREAMS = 32  # sessions and calls that are served at a time; each takes
 class HostOptions:
     """Options for hosting a role. A deployment determines which of them a role takes.
 
-    network: the protection of channels. deadline: seconds that any one wait for a client or peer may last. state: a
+    network: the protection of channels. quotas: counts what callers use; None: nothing is counted.
+    deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
-    ready, MAXIMUM_AHEAD at most. budget: the most that one Program from somebody else may take. Raises InvalidInput for
-    values out of range.
+    ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
+    file's age. budget: the most that one Program from somebody else may take. Raises InvalidInput for values out of
+    range.
     """
 
     network: Network
+    quotas: Quotas | None = None
     deadline: float = 60.0
     state: Path | None = None
     traces: Path | None = None
     workers: int = 1
     ahead: int = 1
+    rotate_mask: int = 90
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
@@ -58,6 +67,8 @@ class HostOptions:
             raise InvalidInput(f"{self.workers!r} workers", "give 1 or more")
         if not _is_count(self.ahead, 0, MAXIMUM_AHEAD):
             raise InvalidInput(f"{self.ahead!r} queries ahead", f"0 to {MAXIMUM_AHEAD}")
+        if not _is_count(self.rotate_mask, 1, math.inf):
+            raise InvalidInput(f"a mask renewed after {self.rotate_mask!r} days", "give 1 or more")
 
 
 def _is_count(value: object, least: int, most: float) -> bool:
@@ -69,26 +80,49 @@ class Parts:
     """The parts of one role's service. add: functions that add its servicers; close: ends it.
 
     permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
-    by none where the network has identities. about: lines to show to a person once the service listens.
+    by none where the network has identities. about: lines to show to a person once the service listens. streams: the
+    most calls that are served at a time. program: the digest of the Program that it serves. knows: tells whether it
+    serves or deals a Program, by its digest; by default, whether that is ``program``.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
     permissions: Permissions
     close: Callable[[], None] = lambda: None
     about: Sequence[str] = ()
+    streams: int = MAXIMUM_STREAMS
+    program: str = ""
+    knows: Callable[[str], bool] | None = None
 
 
 class Service:
     """A running service, as a context manager. address: the address at which it listens, with its real port."""
 
-    def __init__(self, parts: Parts, listen: Endpoint, network: Network, *, what: str, role: str) -> None:
-        self._parts, self.about = parts, (*network.about(), *parts.about)
+    def __init__(
+        self,
+        parts: Parts,
+        listen: Endpoint,
+        network: Network,
+        *,
+        what: str,
+        role: str,
+        quotas: Quotas | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
+        self._parts, self._quotas = parts, quotas
+        self.about = (*network.about(), *parts.about, *([str(quotas.limits)] if quotas else ()))
         try:
             self._server, at = start(
-                listen, parts.add, network=network, what=what, role=role, permissions=parts.permissions
+                listen,
+                parts.add,
+                network=network,
+                what=what,
+                role=role,
+                permissions=parts.permissions,
+                meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
+                streams=parts.streams,
             )
         except BaseException:
-            parts.close()
+            self._end()
             raise
         self.address = str(at)
 
@@ -103,7 +137,12 @@ class Service:
     def close(self) -> None:
         """Stop at once."""
         self._server.stop(0).wait()
+        self._end()
+
+    def _end(self) -> None:
         self._parts.close()
+        if self._quotas:
+            self._quotas.close()
 
     def __enter__(self) -> Service:
         return self
@@ -122,6 +161,8 @@ def start(
     what: str,
     role: str,
     permissions: Permissions,
+    meter: Meter | None = None,
+    streams: int = MAXIMUM_STREAMS,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -129,10 +170,10 @@ def start(
     """
     network.check(listen, what=what)
     server = grpc.server(
-        ThreadPoolExecutor(MAXIMUM_STREAMS),
+        ThreadPoolExecutor(streams),
         options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
-        maximum_concurrent_rpcs=MAXIMUM_STREAMS,
-        interceptors=[Guard(network, permissions)],
+        maximum_concurrent_rpcs=streams,
+        interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
     )
     for each in add:
         each(server)
@@ -144,9 +185,9 @@ def start(
 
 
 def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str) -> None:
-    """Check, before anything takes long, that the port is free and that something listens at every peer's address.
+    """Check, before anything takes long, that the port is free and that every peer answers at its address.
 
-    Raises EndpointError for the port, PeerLost for a peer.
+    peers: addresses by role. Raises EndpointError for the port, PeerLost or TlsError for a peer.
     """
     network.check(listen, what=what)
     for name, at in peers.items():
@@ -160,10 +201,30 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
             raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
     for name, at in peers.items():
         try:
-            socket.create_connection((at.host, at.port), timeout=5).close()
-        except OSError:
+            network.probe(at, what=f"the {name}", role=name)
+        except PeerLost:
             hint = f"start it with: unseen {name} --listen {at}"
             raise PeerLost(f"the {name} at {at} cannot be reached", hint) from None
+
+
+def check_owners(peers: Mapping[str, Endpoint], network: Network) -> None:
+    """Check that no peer is run by this process's user on this machine; one that cannot be reached is left out.
+
+    peers: addresses by role. Raises InvalidInput. Two machines, or two users, of one owner are not noticed.
+    """
+    for name, at in peers.items():
+        peer = Peer(f"the {name}", at, network, role=name, start=f"unseen {name}")
+        try:
+            found = ask_status(peer)
+        except PeerLost:
+            continue
+        finally:
+            peer.close()
+        if found.same_owner:
+            raise InvalidInput(
+                f"{peer} is run by this user on this machine: who can read both knows every secret",
+                "let another organisation run it; to try things out on one machine, add --same-owner",
+            )
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:

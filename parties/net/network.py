@@ -6,23 +6,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import grpc
 
 from parties.net.caller import Caller, address
-from parties.net.endpoints import CLIENT_LIMIT, OPTIONS, Endpoint
-from secure.errors import EndpointError
+from parties.net.endpoints import CLIENT_LIMIT, OPTIONS, Endpoint, first_answering, is_loopback
+from secure.errors import EndpointError, PeerLost
+
+PROBING = 5.0  # seconds
 
 
 class Network(ABC):
-    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key."""
+    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key.
+
+    proves_roles: a channel proves, before anything is sent, that what answers has the role that was asked for.
+    """
+
+    proves_roles: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         """Raise EndpointError if this network must not reach ``endpoint``; called before anything takes long.
 
         what: the name of the service at ``endpoint``, for the message.
+        """
+
+    @abstractmethod
+    def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
+        """Connect once as a channel would, and send nothing.
+
+        Raises PeerLost if nobody answers, TlsError if the wrong one does, EndpointError.
         """
 
     @abstractmethod
@@ -56,24 +73,44 @@ class Plaintext(Network):
     beyond_loopback: bool = False
 
     def check(self, endpoint: Endpoint, *, what: str) -> None:
-        if not self.beyond_loopback and not endpoint.is_loopback():
+        self._allowed(endpoint, what)
+
+    def _allowed(self, endpoint: Endpoint, what: str) -> tuple[str, ...]:
+        """Return the endpoint's addresses, resolved once: what is checked is what is used."""
+        addresses = endpoint.resolved()
+        if not self.beyond_loopback and not is_loopback(addresses):
             raise EndpointError(
                 f"{what}: {endpoint} is not on this machine, and the channel would not be encrypted",
-                "use a loopback address behind an encrypted tunnel, or --insecure "
+                "make certificates with `unseen certs` and give --tls DIRECTORY (secure.Tls(DIRECTORY)), or --insecure "
                 "(secure.Plaintext(beyond_loopback=True)) where nobody else can read the network",
             )
+        return addresses
+
+    def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
+        if first_answering(endpoint, self._allowed(endpoint, what), PROBING) is None:
+            raise PeerLost(f"{what} at {endpoint} cannot be reached", "is it running, and is the port open?")
 
     def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
-        self.check(endpoint, what=what)
+        addresses = self._allowed(endpoint, what)
+        one = len(addresses) == 1
+        at = addresses[0] if one else first_answering(endpoint, addresses, PROBING) or addresses[0]
         options = (*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT))
-        return grpc.insecure_channel(str(endpoint), options=options)
+        return grpc.insecure_channel(endpoint.at(at), options=options)
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
-        self.check(endpoint, what=what)
-        try:
-            return server.add_insecure_port(str(endpoint))
-        except RuntimeError:
-            return 0
+        return bound(endpoint, self._allowed(endpoint, what), server.add_insecure_port)
 
     def caller(self, context: grpc.ServicerContext) -> Caller:
         return Caller("", None, address(context))
+
+
+def bound(endpoint: Endpoint, addresses: Iterable[str], add: Callable[[str], int]) -> int:
+    """Listen at all addresses of an endpoint, on one port, by ``add``; return the port, or 0 if it cannot be used.
+
+    An address of a family that this machine does not have is left out, if another one can be used.
+    """
+    port = 0
+    for each in addresses:
+        with suppress(RuntimeError):
+            port = add(str(Endpoint(each, port or endpoint.port))) or port
+    return port

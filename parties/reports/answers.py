@@ -35,7 +35,8 @@ def report(
 ) -> None:
     """Every text with its answer, cosines, what crossed once, remarks, and the table of who learnt what."""
     exact = plain(compare_with, texts, session.length) if compare_with else [None] * len(texts)
-    for text, vector, reference, taken in zip(texts, vectors, exact, session.reports, strict=True):
+    taken_by = session.reports[: len(texts)]  # queries behind a text that cannot be used have reports, but no answers
+    for text, vector, reference, taken in zip(texts, vectors, exact, taken_by, strict=True):
         out.print(f"\n{text!r}", markup=False, style="bold", soft_wrap=True)
         if reference is not None:
             cosine = torch.nn.functional.cosine_similarity(vector, reference, dim=0)

@@ -58,6 +58,8 @@ class Decoded(Protocol):
     def digest(self) -> str: ...
     @property
     def client_inputs(self) -> tuple[ClientInput, ...]: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
 
 
 P = TypeVar("P", bound=Decoded)
@@ -153,7 +155,7 @@ def read_description(
         if file.name in most:
             with peer.calling(f"sending {file.name}", hint="try again"):
                 payloads[file.name] = fetch(file, download, options.cache, most[file.name])
-    tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes)
-    tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase)
+    tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes, program.labels)
+    tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase, program.labels)
     once = tuple(Traffic(role, "client", f.size, ONCE) for f in found.files if f.sha256 in downloaded)
     return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once)

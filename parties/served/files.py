@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,11 +26,15 @@ from torch import Tensor
 from proto.unseen_pb2 import File
 from protocols import wire
 from protocols.wire import Wire
-from secure.errors import DownloadError, HandshakeError, printable
+from secure.errors import DownloadError, HandshakeError, InvalidInput, printable
+from secure.lowering.client_inputs import TABLES, tables_label
+from secure.models.tokenizer_document import TOKENIZER, read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 
 MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
-MAXIMUM_FILE = 1 << 37  # bytes; more is refused, whatever the Program says
+MAXIMUM_FILE = 1 << 34  # bytes; more is refused, whatever the Program says
+MAXIMUM_CACHE = 1 << 34  # bytes of all files in a cache
+_CACHED = re.compile(r"[0-9a-f]{64}\.safetensors|\.part-.*")  # no other file in the directory is touched
 HEADER = 128  # bytes beside its name for one tensor in a safetensors header, and for the header itself
 
 
@@ -65,17 +70,25 @@ def masked_size(rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]])
     return _most({name: Wire(tuple(shapes[name]), bits).size for name, bits in rings.items()})
 
 
-def unpack_tables(payload: bytes | None, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Decode the token tables by name; raises DownloadError if one is missing or has another size or type.
+def unpack_tables(
+    payload: bytes | None, shapes: Mapping[str, tuple[int, int]], labels: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Decode the token tables by name; raises DownloadError if one is missing or has another size, type or digest.
 
-    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32.
+    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32. labels: those of
+    the Program, which hold the tables' digest. Subnormal numbers become 0: no encoding resolves them, and processors
+    take longer for them.
     """
     tables = _load(TOKEN_TABLE, payload, shapes) if shapes else {}
     for name, shape in shapes.items():
         if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
             form = f"{shape[0]} rows of {shape[1]} numbers"
             raise DownloadError(f"the token table {name!r} of {form} did not come", "restart the server")
-    return tables
+    wanted = {name: tables[name] for name in shapes}
+    if not hmac.compare_digest(tables_label(wanted).get(TABLES, "").encode(), labels.get(TABLES, "").encode()):
+        raise DownloadError("the token table is not the one of the Program", "restart the server")
+    least = torch.finfo(torch.float32).smallest_normal
+    return {name: torch.where(table.abs() < least, 0.0, table) for name, table in wanted.items()}
 
 
 def tables_size(shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -114,18 +127,25 @@ def describe(name: str, payload: bytes) -> File:
     return File(name=name, sha256=hashlib.sha256(payload).hexdigest(), size=len(payload))
 
 
-def received_tokenizer(text: bytes, pad_id: int, lowercase: bool) -> TextTokenizer | None:
-    """Load the tokenizer that a server describes; None if its model takes no text. Raises HandshakeError."""
+def received_tokenizer(text: bytes, pad_id: int, lowercase: bool, labels: Mapping[str, str]) -> TextTokenizer | None:
+    """Check and load the tokenizer that a server describes; None if its model takes no text.
+
+    labels: those of the Program, whose digest so covers the tokenizer too. Raises HandshakeError if the label
+    "tokenizer" is not its digest, or if it has parts that clients do not run.
+    """
+    found, told = tokenizer_digest(text, pad_id, lowercase) if text else "", labels.get(TOKENIZER, "")
+    if not hmac.compare_digest(found.encode(), told.encode()):
+        raise HandshakeError(
+            f"tokenizer: {f'one of the digest {found}' if found else 'none'} came, "
+            f"the Program was made with {printable(told)[:64] or 'none'}",
+            "use the same version of unseen on both sides, or ask the server's owner",
+        )
     if not text:
         return None
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_str(text.decode())
-    except Exception as error:  # the library raises Exception itself
-        raise HandshakeError(f"the server's tokenizer cannot be read: {printable(str(error))[:200]}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer, _ = read_tokenizer(text)
+    except InvalidInput as error:
+        raise HandshakeError(f"the server's tokenizer: {error}") from None
     return TextTokenizer(tokenizer, pad_id, lowercase)
 
 
@@ -142,8 +162,9 @@ def state_directory() -> Path:
 def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None, most: int) -> bytes:
     """Return a file's bytes by its digest: from the cache if it is whole there, else download, check and store it.
 
-    download: returns the parts of the file with a digest. cache: None keeps no file. most: the most bytes that the file
-    can have; if more are announced, nothing is downloaded. Raises DownloadError.
+    download: returns the parts of the file with a digest. cache: None keeps no file; a directory keeps MAXIMUM_CACHE
+    bytes, and those files of it that were used longest ago make room for others. most: the most bytes that the file can
+    have; if more are announced, nothing is downloaded. Raises DownloadError.
     """
     most = min(most, MAXIMUM_FILE)
     if not re.fullmatch("[0-9a-f]{64}", file.sha256):
@@ -153,9 +174,11 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
             f"{file.name}: the announced size of {file.size} bytes is impossible, the Program needs {most} at most"
         )
     path = cache / f"{file.sha256}.safetensors" if cache else None
-    if path is not None and path.is_file():
+    if path is not None and path.is_file() and path.stat().st_size == file.size:
         payload = path.read_bytes()
         if hmac.compare_digest(hashlib.sha256(payload).hexdigest(), file.sha256):
+            with suppress(OSError):  # a cache that cannot be written is still good to read
+                os.utime(path)
             return payload
     received = bytearray()
     for part in download(file.sha256):
@@ -170,12 +193,34 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            store(path, payload)
+            if _make_room(path.parent, len(payload)):
+                store(path, payload)
         except OSError as error:
             raise DownloadError(
                 f"the cache {path.parent} cannot be written: {error.strerror}", "use another cache directory, or none"
             ) from None
     return payload
+
+
+def _make_room(cache: Path, size: int) -> bool:
+    """Remove files from a cache until a new one of ``size`` bytes fits; False if none so large ever fits.
+
+    Those that were used longest ago go first. Files that a killed process left unfinished count like others.
+    """
+    if size > MAXIMUM_CACHE:
+        return False
+    found = list[tuple[Path, os.stat_result]]()
+    for path in cache.iterdir():
+        with suppress(FileNotFoundError):  # another client made room at the same moment
+            if _CACHED.fullmatch(path.name) and path.is_file():
+                found.append((path, path.stat()))
+    total = sum(state.st_size for _, state in found)
+    for path, state in sorted(found, key=lambda each: each[1].st_mtime_ns):
+        if total + size <= MAXIMUM_CACHE:
+            break
+        path.unlink(missing_ok=True)
+        total -= state.st_size
+    return True
 
 
 def store(path: Path, payload: bytes, *, replace: bool = True) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import grpc
 
-from parties.net.caller import Permissions, permit
+from parties.net.caller import CLIENT, Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import parts
+from parties.net.waiting import WaitingRoom
 from parties.net.watchdog import Watchdog
 from parties.served.files import describe
 from proto import unseen_pb2 as pb
@@ -20,16 +21,17 @@ from secure.errors import DownloadError
 from secure.models.tokens import TextTokenizer
 from secure.version import WIRE_VERSION
 
+DOWNLOADS = 16  # at a time; if another begins, the one that has lasted longest ends
+
 
 class Published(ModelServicer):
     """The service of one model's description and files; everything in them is public.
 
     role: the role of this service. program: the Program's canonical encoding. model: a name for the weights that tells
-    nothing about them. files: payloads by name. deadline: seconds that a client may take to read a part. before: called
-    at every Describe; an Error that it raises is sent to the client.
+    nothing about them. files: payloads by name. deadline: seconds that a client may take to read a part.
     """
 
-    permissions: ClassVar[Permissions] = permit("Model", Describe=["client"], Download=["client"])
+    permissions: ClassVar[Permissions] = permit("Model", Describe=[CLIENT], Download=[CLIENT])
 
     def __init__(
         self,
@@ -43,7 +45,6 @@ class Published(ModelServicer):
         *,
         deadline: float,
         log: logging.Logger,
-        before: Callable[[], None] | None = None,
     ) -> None:
         described = [describe(name, payload) for name, payload in files.items()]
         self._files = {file.sha256: files[file.name] for file in described}
@@ -59,18 +60,16 @@ class Published(ModelServicer):
             lowercase=tokenizer.lowercase if tokenizer else False,
             compiled_as=deployment.compiled_as(),
         )
-        self._deadline, self._log, self._before = deadline, log, before
+        self._deadline, self._log = deadline, log
+        self._downloading = WaitingRoom(DOWNLOADS)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
-        if self._before is not None:
-            with answering(context, self._log):
-                self._before()
         return self.description
 
     def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         watch = Watchdog(self._deadline, context.cancel)
         try:
-            with answering(context, self._log):
+            with answering(context, self._log), self._downloading.place(context):
                 payload = self._files.get(request.sha256)
                 if payload is None:
                     raise DownloadError("it has no such file", "connect again, the server may have changed")

@@ -1,6 +1,7 @@
 """The three-party deployment: a model shared among three servers, and clients that are none of them.
 
-pair_keys      the seed of a pair of parties: proofs, and tags over bytes that both hold
+pair_keys      the seeds and keys of a pair of parties: proofs, and tags over bytes that both hold
+agreement      two parties agree on their key
 shared_model   a model's three shares on disk
 asked          a client's query at one party
 supply         corrections that arrive while they are used; a stock of them

@@ -6,6 +6,7 @@ also be a client or the model's owner: beyond its own input, answer or weights i
 
 from __future__ import annotations
 
+import hmac
 import queue
 import secrets
 import threading
@@ -23,6 +24,7 @@ from parties.net.peer import Peer
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.three_party.party import SESSION_BYTES
 from parties.three_party.party_1 import input_key
+from parties.three_party.shared_model import public_name
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import ring, wire
@@ -89,6 +91,7 @@ class ThreePartyLink(Link):
                 )
         read = read_description(self._peers[0], first, PARTIES[0], options.budget.decode, options)
         self.program, self.once, self._model = read.program, read.once, read.model
+        self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer
         try:
             self.served = ThreeParty.served(read.compiled_as)
@@ -99,6 +102,18 @@ class ThreePartyLink(Link):
         if len(self._peers) < len(PARTIES) and any(not p.public for _, p in self._circuit.lookups.values()):
             raise InvalidInput(
                 f"tokens are looked up in a shared table, so {PARTIES[2]} is needed", "give three addresses"
+            )
+
+    def _check_name(self, found: pb.Description) -> None:
+        """Raise HandshakeError unless the model's name is that of the Program, tokenizer and table that came."""
+        files = {file.name: file.sha256 for file in found.files}
+        name = public_name(
+            self.program.digest, found.tokenizer, found.pad_id, found.lowercase, files, found.compiled_as
+        )
+        if not hmac.compare_digest(name.encode(), found.model[: len(name)].encode()):
+            raise HandshakeError(
+                f"{self._peers[0]} gives another Program, tokenizer or token table than the model's name says",
+                "ask the model's owner which party changed its share",
             )
 
     def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:

@@ -13,7 +13,7 @@ from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
 from parties.served.published import Published
 from parties.three_party.client import ThreePartyLink
-from parties.three_party.party import PartyService
+from parties.three_party.party import STREAMS, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
@@ -50,6 +50,7 @@ class ThreePartyHosted:
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         number = PARTIES.index(role)
         others = [word for name, at in peers.items() for word in (f"--{name.replace(' ', '-')}", at)]
+        others += ["--same-owner"] if peers else []
         return ("party", "--id", str(number), "--share", str(directory / f"party-{number}"), *others)
 
 
@@ -72,7 +73,8 @@ def parts_of(service: PartyService) -> Parts:
         add_ModelServicer_to_server(published, server)
         add_PartyServicer_to_server(service, server)
 
-    return Parts([add], {**published.permissions, **service.permissions}, service.close, [_about(share)])
+    permissions = {**published.permissions, **service.permissions}
+    return Parts([add], permissions, service.close, [_about(share)], STREAMS, share.program.digest)
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 from typing import ClassVar
@@ -13,17 +13,21 @@ from typing import ClassVar
 import grpc
 from torch import Tensor
 
-from parties.net.caller import Permissions
-from parties.net.calls import unexpected
+from parties.net.caller import Permissions, caller
+from parties.net.calls import answering, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
+from parties.net.waiting import FIRST, Clock, Places, WaitingRoom, patience
 from parties.net.watchdog import Watchdog
+from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked
+from parties.three_party.pair_keys import PairKey
 from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
 from protocols import wire
 from protocols.three_party import SharedLinear
+from protocols.three_party.endpoints import Coins
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
@@ -32,30 +36,44 @@ from secure.version import WIRE_VERSION
 
 SESSION_BYTES = 16
 MAXIMUM_QUERIES = 8  # queries at a time; each takes a thread, and its corrections are held in memory
+QUERIES_OF_ONE = 4  # those of any one client that has a name
+WAITING = 12  # requests of clients, and greetings of parties, that may come at a time
+STREAMS = 96  # threads of a party's service: more than all places together, so that clients take none of parties' calls
 
 
 class PartyService(PartyServicer, ABC):
-    """Base class of the three services. deadline: seconds that any one wait may last. peers: the parties it calls.
+    """Base class of the three services. deadline: seconds that any one wait may last. peers: the parties that it calls,
+    by number.
 
     A query comes by ``Ask``. The call of another party, or at party 1 the query's own thread, computes on it: it finds
     the query by its session, and leaves the answer in it.
     """
 
     permissions: ClassVar[Permissions]  # the roles that may call each of its methods
+    called_by: tuple[int, ...]  # the numbers of the parties that call this one
     joined_by: str  # the role whose call takes up a query here; "" if this party does so itself
 
-    def __init__(self, share: PartyShare, peers: Sequence[Peer] = (), *, deadline: float) -> None:
+    def __init__(self, share: PartyShare, peers: Mapping[int, Peer], *, deadline: float) -> None:
         self.share, self.deadline = share, deadline
         self.log = logging.getLogger(f"unseen.{share.role.replace(' ', '-')}")
         self._peers = peers
-        self._free = threading.BoundedSemaphore(MAXIMUM_QUERIES)
+        self._places = Places(MAXIMUM_QUERIES, QUERIES_OF_ONE, share.role, "queries")
+        self._asking, self._greeting = WaitingRoom(WAITING), WaitingRoom(WAITING)
+        self._joining = min(deadline, FIRST + patience(sum(self.asked_sizes())))
         self._asked: dict[bytes, Asked] = {}
         self._came = threading.Condition()
+        self._of_callers = KeyOfCaller(share, self.called_by, self.log)
+        self._of_callees = {
+            number: KeyOfCallee(share, number, peer, deadline, self.log, self.lost) for number, peer in peers.items()
+        }
         self._pack()
+        for each in self._of_callees.values():
+            threading.Thread(target=each.try_now, name="unseen-agree", daemon=True).start()
 
     def close(self) -> None:
-        """Close the channels to the other parties."""
-        for peer in self._peers:
+        """End the agreements and close the channels to the other parties."""
+        for number, peer in self._peers.items():
+            self._of_callees[number].close()
             peer.close()
 
     def _pack(self) -> None:
@@ -86,16 +104,13 @@ class PartyService(PartyServicer, ABC):
         """Yield all messages to the client; a failure is the last one."""
         try:
             with ExitStack() as place:
-                if not self._free.acquire(blocking=False):
-                    raise Error(
-                        f"{self.share.role} has {MAXIMUM_QUERIES} queries, which is its limit", "try again later"
-                    )
-                place.callback(self._free.release)
-                asked = self._read_ask(requests, watch)
+                with self._asking.place(context):
+                    asked = self._read_ask(requests, watch)
+                place.callback(self._places.take(caller(context)))
                 context.add_callback(asked.leave)
                 with self._kept(asked):
                     self.begin(asked, place)
-                    yield from asked.replies(self.deadline)
+                    yield from asked.replies(self._joining)
         except Error as error:
             self.log.warning("a query ended: %s", str(error).splitlines()[0])
             yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
@@ -116,18 +131,18 @@ class PartyService(PartyServicer, ABC):
     def _read_ask(self, requests: Iterator[pb.AskPart], watch: Watchdog) -> Asked:
         """Read a client's start and the byte strings that follow it in one frame.
 
-        Raises HandshakeError, ProtocolError.
+        The start comes within FIRST seconds, all of it within ``patience`` of its size, and no part after more than the
+        deadline. Raises HandshakeError, ProtocolError, PeerLost.
         """
         sizes = self.asked_sizes()
-        with watch.guard():
-            first = next(requests, None)
+        clock = Clock(patience(sum(sizes)))
+        first = _next(requests, watch, clock.left(min(FIRST, self.deadline)))
         if first is None or first.WhichOneof("content") != "start":
             raise ProtocolError("a query does not begin with its start")
         self.agree("the client", first.start.version, first.start.model, first.start.session)
         reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
         while payload is None:
-            with watch.guard():
-                part = next(requests, None)
+            part = _next(requests, watch, clock.left(self.deadline))
             if part is None or part.WhichOneof("content") != "frame":
                 raise ProtocolError("what the client sends did not come whole")
             try:
@@ -159,8 +174,8 @@ class PartyService(PartyServicer, ABC):
         Raises PeerLost, ProtocolError.
         """
         with self._came:
-            if not self._came.wait_for(lambda: session in self._asked, self.deadline):
-                raise PeerLost(f"the client did not come to {self.share.role} within {self.deadline:g} s")
+            if not self._came.wait_for(lambda: session in self._asked, self._joining):
+                raise PeerLost(f"the client did not come to {self.share.role} within {self._joining:g} s")
             asked = self._asked[session]
             if asked.joined:
                 raise ProtocolError("this session was joined before")
@@ -172,23 +187,42 @@ class PartyService(PartyServicer, ABC):
         found = [p for _, p in self.share.circuit.lookups.values()]
         return [p.key_bytes for p in found if self.share.party != PARTY_2 or not p.public]
 
-    def looked_up(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
-        """Return this party's additive shares of the rows that a client looks up, by name."""
-        found = self.share.circuit.lookups
-        return {
-            name: p.rows_of(self.share.party, own, self.share.weights)
-            for (name, (_, p)), own in zip(found.items(), keys, strict=True)
-        }
+    def looked_up(self, keys: Sequence[bytes], coins: Coins) -> dict[str, Tensor]:
+        """Return this party's additive shares of the rows that a client looks up, and of its keys' sketches, by name.
 
-    def for_client(self, shares: Sequence[Tensor], number: bytes) -> bytes:
-        """Encode the outputs' shares of party 0 or 1, one after the other, each masked by a zero share of its own."""
-        party, payload = self.share.party, bytearray()
-        key, sign = self.share.pair_keys[1 - party], 1 - 2 * party
+        coins: keys of this query that this party has in common with each other party.
+        """
+        out: dict[str, Tensor] = {}
+        for (index, p), own in zip(self.share.circuit.lookups.values(), keys, strict=True):
+            out |= p.shares(self.share.party, own, self.share.weights, coins, index)
+        return out
+
+    def for_client(self, shares: Sequence[Tensor], key: PairKey, number: bytes) -> bytes:
+        """Encode the outputs' shares of party 0 or 1, one after the other, each masked by a zero share of its own.
+
+        key: that of parties 0 and 1 in this query.
+        """
+        payload, sign = bytearray(), 1 - 2 * self.share.party
         for output, (own, form) in enumerate(zip(shares, self.share.circuit.results, strict=True)):
             payload += wire.encode(own + sign * key.zero_share(number, output, form.shape), form)
         return bytes(payload)
 
     # the other parties
+
+    def key(self, other: int) -> PairKey:
+        """Return the key that this party has agreed on with another. Raises PeerLost, HandshakeError."""
+        return self._of_callers.key(other) if other in self.called_by else self._of_callees[other].key()
+
+    def lost(self) -> None:
+        """Note that a key with a party that this one calls has ended. The default does nothing; it must not block."""
+
+    def Agree(self, requests: Iterator[pb.AgreeMessage], context: grpc.ServicerContext) -> Iterator[pb.AgreeMessage]:
+        watch = Watchdog(self.deadline, context.cancel)
+        try:
+            with answering(context, self.log):
+                yield from self._of_callers.serve(requests, watch, caller(context), self._greeting.place(context))
+        finally:
+            watch.stop()
 
     def agree(self, who: str, version: int, model: str, session: bytes) -> None:
         """Raise HandshakeError unless the version and model of ``who`` are ours and the session is well-formed."""
@@ -203,3 +237,13 @@ class PartyService(PartyServicer, ABC):
             )
         if len(session) != SESSION_BYTES:
             raise HandshakeError(f"a session has {SESSION_BYTES} bytes, not {len(session)}")
+
+
+def _next(requests: Iterator[pb.AskPart], watch: Watchdog, seconds: float) -> pb.AskPart | None:
+    """Return the next part of a client's request, None at its end. Raises PeerLost if it does not come."""
+    try:
+        with watch.guard(seconds):
+            return next(requests, None)
+    except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
+        late = "did not send its query in time" if watch.fired else "left before its query had come"
+        raise PeerLost(f"the client {late} ({type(error).__name__})") from None

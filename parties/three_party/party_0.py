@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import grpc
 from torch import Tensor
@@ -16,10 +17,12 @@ from parties.net.caller import permit
 from parties.net.calls import unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
+from parties.net.waiting import FIRST
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked, Progress
+from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
-from parties.three_party.party_2 import query_key
+from parties.three_party.party_2 import query_key, sketch_key
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
 from parties.three_party.supply import Arriving, Stock, silent
@@ -27,6 +30,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
 from protocols.circuit import Correlations
+from protocols.three_party.endpoints import Coins
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
 
@@ -36,29 +40,34 @@ _, PEER, PARTY_2 = PARTIES
 class Party0Service(PartyService):
     """The service of party 0. ahead: the number of queries whose corrections are kept ready."""
 
-    permissions = permit("Party", Ask=[CLIENT], Compute=[PEER])
+    permissions = permit("Party", Ask=[CLIENT], Agree=[PEER], Compute=[PEER])
+    called_by = (1,)
     joined_by = PEER
 
     def __init__(self, share: PartyShare, party_2: Peer, *, ahead: int = 1, deadline: float = 60.0) -> None:
-        super().__init__(share, [party_2], deadline=deadline)
-        self._party_2, self._dealing = party_2, PartyStub(party_2.channel)
-        self._stock = Stock(self._supply, ahead)
+        self._party_2, self._stock = party_2, Stock(self._supply, ahead)
+        super().__init__(share, {2: party_2}, deadline=deadline)
         self._stock.refill()
 
     def _supply(self) -> Arriving:
         """Ask party 2 for one query's corrections; a thread receives them meanwhile."""
-        key = self.share.pair_keys[2]
-        arriving = Arriving(self.share.circuit.circuit, lambda n: key.seal("corrections", n), self.deadline)
-        request = pb.SupplyRequest(
-            model=self.share.manifest.model, supply=arriving.number, proof=key.proof("supply", arriving.number)
-        )
+        arriving = Arriving(self.share.circuit.circuit, self.deadline)
 
         def take() -> None:
-            call = self._dealing.Supply(request)
+            try:
+                key = self.key(2)
+            except Error as error:
+                arriving.fail(error)
+                return
+            number = arriving.number
+            request = pb.SupplyRequest(
+                model=self.share.manifest.model, supply=number, proof=key.proof("supply", number)
+            )
+            call = PartyStub(self._party_2.channel).Supply(request)
             watch = Watchdog(self.deadline, call.cancel)
             try:
                 with self._party_2.calling("dealing"):
-                    arriving.receive(watch.receiving(call))
+                    arriving.receive(watch.receiving(call), key.seal("corrections", number))
             except Error as error:
                 arriving.fail(silent(self.deadline) if watch.fired else error)
             finally:
@@ -73,27 +82,33 @@ class Party0Service(PartyService):
     def asked_sizes(self) -> list[int]:
         return [*(p.out.size for _, p in self.share.circuit.inputs.values()), *self.key_sizes()]
 
-    def inputs(self, asked: Asked, number: bytes) -> tuple[dict[str, Tensor], int]:
-        """Return this party's shares of a query's inputs and looked-up rows, and the bytes that party 2 sent."""
+    def inputs(self, asked: Asked, number: bytes, coins: Coins) -> tuple[dict[str, Tensor], int]:
+        """Return this party's shares of a query's inputs and looked-up rows, and the bytes that party 2 sent.
+
+        coins: see ``looked_up``.
+        """
         forms = {name: p.out for name, (_, p) in self.share.circuit.inputs.items()}
         shared, keys = asked.parts[: len(forms)], asked.parts[len(forms) :]
         found = {name: wire.decode(part, form) for (name, form), part in zip(forms.items(), shared, strict=True)}
-        rows, size = self._look_up(asked, keys, number)
+        rows, size = self._look_up(asked, keys, number, coins)
         return found | rows, size
 
-    def _look_up(self, asked: Asked, keys: Sequence[bytes], number: bytes) -> tuple[dict[str, Tensor], int]:
-        shared = {name: p for name, (_, p) in self.share.circuit.lookups.items() if not p.public}
+    def _look_up(
+        self, asked: Asked, keys: Sequence[bytes], number: bytes, coins: Coins
+    ) -> tuple[dict[str, Tensor], int]:
+        shared = {name: p for name, (_, p) in self.share.circuit.from_keys.items() if not p.public}
         if not shared:
-            return self.looked_up(keys), 0
-        key = self.share.pair_keys[2]
+            return self.looked_up(keys, coins), 0
+        key = self.key(2)
         request = pb.ContributeRequest(
             model=self.share.manifest.model,
             supply=number,
             session=asked.session,
             proof=key.proof("contribute", number, asked.session),
         )
-        coming = self._dealing.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
-        rows = self.looked_up(keys)
+        stub = PartyStub(self._party_2.channel)
+        coming = stub.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
+        rows = self.looked_up(keys, coins)
         with asked.progress.waiting(PARTY_2), self._party_2.calling("looking up rows"):
             contribution = coming.result()
         seal = key.seal("contribution", number)
@@ -110,16 +125,23 @@ class Party0Service(PartyService):
     def Compute(self, requests: Iterator[pb.PeerMessage], context: grpc.ServicerContext) -> Iterator[pb.PeerMessage]:
         run = _Computation(self, requests, context)
         try:
-            yield from run.watch.sending(run.messages())
+            yield from run.watch.sending(run.messages(self._greeting.place(context)))
         finally:
             run.close()
             self._stock.refill()
 
-    def greeted(self, hello: pb.PeerHello) -> Asked:
-        """Check party 1's greeting, and take up the query that it names. Raises HandshakeError, PeerLost."""
+    def lost(self) -> None:
+        self._stock.drop()
+
+    def greeted(self, hello: pb.PeerHello) -> tuple[Asked, PairKey]:
+        """Check party 1's greeting, and take up the query that it names; the key is that of the query.
+
+        Raises HandshakeError, PeerLost.
+        """
         self.agree(PEER, hello.version, hello.model, hello.session)
-        self.share.pair_keys[1].require(hello.proof, "compute", hello.session)
-        return self.join(hello.session)
+        key = self.key(1)
+        key.require(hello.proof, "compute", hello.session)
+        return self.join(hello.session), key
 
     def take(self, progress: Progress) -> Arriving:
         """Take the corrections of one query; ``progress`` hears of waits for party 2."""
@@ -147,11 +169,16 @@ class _Computation:
         if self._asked is not None:
             self._asked.fail(error)
 
-    def messages(self) -> Iterator[pb.PeerMessage]:
-        """Yield all messages to party 1; a failure is the last one, and the client gets it too."""
+    def messages(self, waiting: AbstractContextManager[None]) -> Iterator[pb.PeerMessage]:
+        """Yield all messages to party 1; a failure is the last one, and the client gets it too.
+
+        waiting: a place for the wait for party 1's greeting.
+        """
         log = self._service.log
         try:
-            yield from self._run()
+            with waiting:
+                hello = self._next("its greeting", FIRST)
+            yield from self._run(hello)
         except Error as error:
             log.warning("a query ended: %s", str(error).splitlines()[0])
             self._fail(error)
@@ -161,12 +188,13 @@ class _Computation:
             self._fail(Error("party 0 has an internal error", "see its log"))
             yield pb.PeerMessage(failure=pb.Failure(code=Error.code, message="internal error of party 0"))
 
-    def _next(self, what: str) -> pb.PeerMessage:
+    def _next(self, what: str, seconds: float | None = None) -> pb.PeerMessage:
+        seconds = min(seconds or self._service.deadline, self._service.deadline)
         try:
-            with self._progress.waiting(PEER), self.watch.guard():
+            with self._progress.waiting(PEER), self.watch.guard(seconds):
                 message = next(self._requests, None)
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
-            late = f" within {self._service.deadline:g} s" if self.watch.fired else ""
+            late = f" within {seconds:g} s" if self.watch.fired else ""
             raise PeerLost(f"{PEER} did not send {what}{late} ({type(error).__name__})", "see its log") from None
         if message is None:
             raise PeerLost(f"{PEER} is gone before {what}", "see its log")
@@ -174,19 +202,21 @@ class _Computation:
             raise from_code(message.failure.code, f"{PEER} reports: {printable(message.failure.message)}")
         return message
 
-    def _run(self) -> Iterator[pb.PeerMessage]:
-        service, hello = self._service, self._next("its greeting")
+    def _run(self, hello: pb.PeerMessage) -> Iterator[pb.PeerMessage]:
+        service = self._service
         if hello.WhichOneof("content") != "hello":
             raise ProtocolError(f"{PEER} does not begin with its greeting")
-        self._asked = asked = service.greeted(hello.hello)
+        asked, key = service.greeted(hello.hello)
+        self._asked = asked
         self._progress = asked.progress
         supply = service.take(asked.progress)
         seed = supply.seed()  # once it is here, party 2 knows the supply's number, so party 1 may use it
         yield pb.PeerMessage(welcome=pb.PeerWelcome(supply=supply.number))
-        rounds = Rounds.of(service.share, service.share.pair_keys[1], supply.number)
+        rounds = Rounds.of(service.share, key, supply.number)
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)
         start = time.perf_counter()
-        inputs, rows = service.inputs(asked, supply.number)
+        coins = {1: key.sketch_key(supply.number), 2: sketch_key(seed, supply.number)}
+        inputs, rows = service.inputs(asked, supply.number, coins)
         running = rounds.run(correlations, inputs, self._next, PEER)
         for payload in running:
             for frame in to_frames(payload) if payload else ():
@@ -196,7 +226,7 @@ class _Computation:
         rounds.compare(self._next("its tag"), PEER)
         supply.finish()
         answer = pb.Answer(
-            share=service.for_client(running.result, supply.number),
+            share=service.for_client(running.result, key, supply.number),
             seconds=seconds,
             waited=supply.waited,
             rounds=rounds.count,

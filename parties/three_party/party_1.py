@@ -16,8 +16,9 @@ from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked
+from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
-from parties.three_party.party_2 import check_seed, query_key
+from parties.three_party.party_2 import check_seed, query_key, sketch_key
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
@@ -41,10 +42,11 @@ class Party1Service(PartyService):
     """The service of party 1. A query has a thread of its own, so that its client hears of progress meanwhile."""
 
     permissions = permit("Party", Ask=[CLIENT])
+    called_by = ()
     joined_by = ""
 
     def __init__(self, share: PartyShare, party_0: Peer, party_2: Peer, *, deadline: float = 60.0) -> None:
-        super().__init__(share, [party_0, party_2], deadline=deadline)
+        super().__init__(share, {0: party_0, 2: party_2}, deadline=deadline)
         self.party_0, self._party_2 = party_0, party_2
 
     def asked_sizes(self) -> list[int]:
@@ -54,12 +56,12 @@ class Party1Service(PartyService):
         if len(asked.seed) != SEED_BYTES:
             raise ProtocolError(f"a seed has {SEED_BYTES} bytes, not {len(asked.seed)}")
         asked.joined = True
-        threading.Thread(target=self._answer, args=(asked,), name="unseen-query", daemon=True).start()
-        place.pop_all()  # that thread frees it at its end, however early the client leaves
+        # the thread frees the place at its end, however early the client leaves
+        threading.Thread(target=self._answer, args=(asked, place.pop_all()), name="unseen-query", daemon=True).start()
 
-    def _answer(self, asked: Asked) -> None:
+    def _answer(self, asked: Asked, place: ExitStack) -> None:
         with ExitStack() as stack:
-            stack.callback(self._free.release)
+            stack.enter_context(place)
             call = _Call(self, asked)
             stack.callback(call.close)
             try:
@@ -73,12 +75,12 @@ class Party1Service(PartyService):
 
     def seed(self, asked: Asked, number: bytes) -> bytes:
         """Get this party's seed of a query from party 2, which gives it only once."""
-        request = pb.SupplyRequest(
-            model=self.share.manifest.model, supply=number, proof=self.share.pair_keys[2].proof("seed", number)
-        )
-        stub = PartyStub(self._party_2.channel)
-        with asked.progress.waiting(PARTY_2), self._party_2.calling("giving party 1 its seed"):
-            return check_seed(self.share, stub.Seed(request, timeout=self.deadline), number)
+        with asked.progress.waiting(PARTY_2):
+            key = self.key(2)
+            request = pb.SupplyRequest(model=self.share.manifest.model, supply=number, proof=key.proof("seed", number))
+            stub = PartyStub(self._party_2.channel)
+            with self._party_2.calling("giving party 1 its seed"):
+                return check_seed(key, stub.Seed(request, timeout=self.deadline), number)
 
 
 class _Call:
@@ -115,13 +117,15 @@ class _Call:
 
     def run(self) -> pb.Answer:
         share, session = self._service.share, self._asked.session
-        proof = share.pair_keys[0].proof("compute", session)
+        with self._asked.progress.waiting(PEER):
+            key = self._service.key(0)
+        proof = key.proof("compute", session)
         hello = pb.PeerHello(version=WIRE_VERSION, model=share.manifest.model, session=session, proof=proof)
         self._outbox.put(pb.PeerMessage(hello=hello))
         welcome = self._next("its greeting")
         if welcome.WhichOneof("content") != "welcome":
             raise ProtocolError(f"{PEER} does not begin with its greeting")
-        return self._compute(welcome.welcome.supply)
+        return self._compute(key, welcome.welcome.supply)
 
     def fail(self, error: Error) -> None:
         """Tell party 0 why this query has ended."""
@@ -135,17 +139,18 @@ class _Call:
             for _ in self._call:
                 pass
 
-    def _compute(self, number: bytes) -> pb.Answer:
+    def _compute(self, key: PairKey, number: bytes) -> pb.Answer:
         service, share, asked = self._service, self._service.share, self._asked
-        key = input_key(asked.seed, asked.session)
+        shared = input_key(asked.seed, asked.session)
         inputs: dict[str, Tensor] = {
-            name: seeded_share(key, index, p.shape) for name, (index, p) in share.circuit.inputs.items()
+            name: seeded_share(shared, index, p.shape) for name, (index, p) in share.circuit.inputs.items()
         }
-        own, begun = query_key(service.seed(asked, number), 1, number), time.perf_counter()
-        for name, rows in service.looked_up(asked.parts).items():
-            index, p = share.circuit.lookups[name]
+        seed, begun = service.seed(asked, number), time.perf_counter()
+        own, coins = query_key(seed, 1, number), {0: key.sketch_key(number), 2: sketch_key(seed, number)}
+        for name, rows in service.looked_up(asked.parts, coins).items():
+            index, p = share.circuit.from_keys[name]
             inputs[name] = rows + p.zero_share(own, index)
-        correlations, rounds = Correlations(1, own), Rounds.of(share, share.pair_keys[0], number)
+        correlations, rounds = Correlations(1, own), Rounds.of(share, key, number)
         running = rounds.run(correlations, inputs, self._next, PEER)
         for payload in running:
             for frame in to_frames(payload) if payload else ():
@@ -154,5 +159,5 @@ class _Call:
         self._outbox.put(pb.PeerMessage(tag=rounds.sent_seal.tag()))
         rounds.compare(self._next("its tag"), PEER)
         self._end()
-        encoded = service.for_client(running.result, number)
+        encoded = service.for_client(running.result, key, number)
         return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent_bytes)

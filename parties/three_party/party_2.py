@@ -6,7 +6,6 @@ messages these would show everything; the assumption that at most one party is c
 
 from __future__ import annotations
 
-import hmac
 import threading
 import time
 from collections import OrderedDict
@@ -18,13 +17,14 @@ from parties.net.caller import permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
+from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
 from parties.three_party.shared_model import PartyShare
 from parties.three_party.supply import NUMBER_BYTES
 from proto import unseen_pb2 as pb
 from protocols import wire
 from protocols.circuit import deal
-from protocols.prg import Key, derive_key, fresh_seed
+from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 
@@ -36,50 +36,67 @@ def query_key(seed: bytes, party: int, number: bytes) -> Key:
     return Key(derive_key(seed, "query", party, number.hex()))
 
 
+def sketch_key(seed: bytes, number: bytes) -> Key:
+    """Return the key with which party 2 and the party of this seed sketch a client's look-up keys in one query."""
+    return Key(derive_key(seed, "sketch", number.hex()))
+
+
 class Party2Service(PartyService):
     """The service of party 2. It draws fresh seeds for every query number, and gives each out once."""
 
-    permissions = permit("Party", Ask=[CLIENT], Supply=[PARTIES[0]], Contribute=[PARTIES[0]], Seed=[PARTIES[1]])
+    permissions = permit(
+        "Party",
+        Ask=[CLIENT],
+        Agree=PARTIES[:2],
+        Supply=[PARTIES[0]],
+        Contribute=[PARTIES[0]],
+        Seed=[PARTIES[1]],
+    )
+    called_by = (0, 1)
     joined_by = PARTIES[0]
 
     def __init__(self, share: PartyShare, *, deadline: float = 60.0) -> None:
-        super().__init__(share, deadline=deadline)
+        super().__init__(share, {}, deadline=deadline)
         self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # seeds of party 1, until it takes them
-        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # the same seeds, until rows are looked up with them
+        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # both parties' seeds, until rows are looked up
         self._lock = threading.Lock()
 
     def asked_sizes(self) -> list[int]:
         return self.key_sizes()
 
-    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> bytes:
+    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> tuple[bytes, PairKey]:
+        """Return a request's number, and the key that its proof was made with."""
         if request.model != self.share.manifest.model:
             raise HandshakeError(
                 f"party {party} has another model than party 2", "give all three the shares of one run of share-model"
             )
         if len(request.supply) != NUMBER_BYTES:
             raise ProtocolError(f"a query's number has {NUMBER_BYTES} bytes, not {len(request.supply)}")
-        self.share.pair_keys[party].require(request.proof, purpose, request.supply)
-        return request.supply
+        key = self.key(party)
+        key.require(request.proof, purpose, request.supply)
+        return request.supply, key
 
     def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart]:
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, self.log):
-                number = self._check(request, 0, "supply")
-                yield from watch.sending(self._supply(number))
+                number, key = self._check(request, 0, "supply")
+                yield from watch.sending(self._supply(number, key))
         finally:
             watch.stop()
 
-    def _supply(self, number: bytes) -> Iterator[pb.SupplyPart]:
+    def _supply(self, number: bytes, key: PairKey) -> Iterator[pb.SupplyPart]:
         zero, one = fresh_seed(), fresh_seed()
         with self._lock:
             if number in self._seeds:
                 raise QueryError("this query's number was used before", "take a fresh one")
-            for kept in (self._seeds, self._looking) if self.key_sizes() else (self._seeds,):
-                kept[number] = one
+            self._seeds[number] = one
+            if self.key_sizes():
+                self._looking[number] = zero + one
+            for kept in (self._seeds, self._looking):
                 while len(kept) > MAXIMUM_SEEDS:
                     kept.popitem(last=False)
-        seal = self.share.pair_keys[0].seal("corrections", number)
+        seal = key.seal("corrections", number)
         seal.update(zero)
         yield pb.SupplyPart(seed=zero)
         start = time.perf_counter()
@@ -93,19 +110,21 @@ class Party2Service(PartyService):
 
     def Contribute(self, request: pb.ContributeRequest, context: grpc.ServicerContext) -> pb.Contribution:
         with answering(context, self.log):
-            key = self.share.pair_keys[0]
+            key = self.key(0)
             if request.model != self.share.manifest.model:
                 raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
             key.require(request.proof, "contribute", request.supply, request.session)
             with self._lock:
-                seed = self._looking.pop(request.supply, None)  # used once: its zero shares serve one client
+                seeds = self._looking.pop(request.supply, None)  # used once: its zero shares serve one client
             asked = self.join(request.session)
             try:
-                if seed is None:
+                if seeds is None:
                     raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
-                own, rows = query_key(seed, 1, request.supply), bytearray()
-                for name, value in self.looked_up(asked.parts).items():
-                    index, p = self.share.circuit.lookups[name]
+                zero, one = seeds[:SEED_BYTES], seeds[SEED_BYTES:]
+                own, rows = query_key(one, 1, request.supply), bytearray()
+                coins = {party: sketch_key(seed, request.supply) for party, seed in enumerate((zero, one))}
+                for name, value in self.looked_up(asked.parts, coins).items():
+                    index, p = self.share.circuit.from_keys[name]
                     rows += wire.encode(value - p.zero_share(own, index), p.out)
                 seal = key.seal("contribution", request.supply)
                 seal.update(bytes(rows))
@@ -120,20 +139,16 @@ class Party2Service(PartyService):
 
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):
-            number = self._check(request, 1, "seed")
+            number, key = self._check(request, 1, "seed")
             with self._lock:
                 seed = self._seeds.pop(number, None)
             if seed is None:
                 raise QueryError("no such query was dealt, or its seed was given before", "ask again")
-            return pb.SeedReply(seed=seed, tag=_seed_tag(self.share, seed, number))
+            return pb.SeedReply(seed=seed, tag=key.proof("seed given", number, seed))
 
 
-def _seed_tag(share: PartyShare, seed: bytes, number: bytes) -> bytes:
-    return share.pair_keys[1].proof("seed given", number, seed)
-
-
-def check_seed(share: PartyShare, reply: pb.SeedReply, number: bytes) -> bytes:
+def check_seed(key: PairKey, reply: pb.SeedReply, number: bytes) -> bytes:
     """Party 1: return the seed of a query; raises ProtocolError if party 2 did not send it."""
-    if not hmac.compare_digest(share.pair_keys[2].proof("seed given", number, reply.seed), reply.tag):
+    if not key.shows(reply.tag, "seed given", number, reply.seed):
         raise ProtocolError("the seed that came is not the one that party 2 sent", "ask again")
     return reply.seed

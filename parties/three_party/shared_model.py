@@ -3,16 +3,24 @@
     manifest.json           public facts, and the digests of the files beside it
     program.json            the Program
     weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself if it is public
+    salt                    32 random bytes that keep the model's name from telling weights (parties 0 and 1)
     seeds                   those of this party's two pairs, 32 bytes each; only the file's owner may read it
     tokenizer.json, token-table.safetensors    if the model has them
 
 W_0 and W_2 are expanded from the seeds of pairs (2, 0) and (1, 2), so party 2 stores no weights at all.
+
+A model's name has two halves of 64 hexadecimal digits. The first is SHA-256 over everything public: Program, tokenizer,
+token table, options. Clients and all parties compute it from what they hold, so no party can give a client another
+tokenizer, or another table, than the others hold. The second is HMAC-SHA-256 of the file of weights under the salt.
+Nobody can compute it without the salt, so the name confirms no guess of the weights, even where all parties know them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from parties.served.files import TOKEN_TABLE, pack_masked, received_tokenizer, store, unpack_masked
-from parties.three_party.pair_keys import PairKey
+from parties.three_party.pair_keys import PairSeed
 from protocols import ring
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
@@ -32,14 +40,15 @@ from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWe
 from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
-from secure.errors import InvalidInput, InvalidProgram, ShareError
+from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
 from secure.models.tokens import TextTokenizer
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
-TOKENIZER, TABLE = "tokenizer.json", "token-table.safetensors"
-FILES = {PROGRAM, WEIGHTS, TOKENIZER, TABLE}  # those that a manifest may name
+SALT, TOKENIZER, TABLE = "salt", "tokenizer.json", "token-table.safetensors"
+SALT_BYTES = 32
+FILES = {PROGRAM, WEIGHTS, SALT, TOKENIZER, TABLE}  # those that a manifest may name
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
 
 
@@ -49,8 +58,8 @@ AnyWeights = SharedWeights | Party2Weights | PublicWeights
 class Manifest(BaseModel):
     """The public facts of one share.
 
-    model: names the shared model; it is equal in all three. compiled_as: the deployment's own options with which the
-    model was compiled. files: SHA-256 of the files beside the manifest.
+    model: names the shared model (see above); it is equal in all three. compiled_as: the deployment's own options with
+    which the model was compiled. files: SHA-256 of the files beside the manifest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,14 +77,14 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PartyShare:
-    """One party's share of a model. pair_keys: by the other party of the pair. files: those for clients, by name."""
+    """One party's share of a model. pair_seeds: by the other party of the pair. files: those for clients, by name."""
 
     manifest: Manifest
     deployment: ThreeParty
     program: Program
     circuit: Translated
     weights: AnyWeights
-    pair_keys: Mapping[int, PairKey]
+    pair_seeds: Mapping[int, PairSeed]
     tokenizer: TextTokenizer | None
     tokenizer_json: bytes
     files: Mapping[str, bytes]
@@ -87,6 +96,27 @@ class PartyShare:
     @property
     def role(self) -> str:
         return ROLES[self.party]
+
+
+def public_name(
+    program: str,
+    tokenizer: bytes,
+    pad_id: int,
+    lowercase: bool,
+    files: Mapping[str, str],
+    compiled_as: Mapping[str, str],
+) -> str:
+    """Return the first half of a model's name: SHA-256 over all that clients are given, in hexadecimal digits.
+
+    program: the Program's digest. tokenizer: tokenizer.json, or nothing. files: SHA-256 of the files for clients.
+    """
+    facts = (program, _sha256(tokenizer), pad_id, lowercase, dict(files), dict(compiled_as))
+    return _sha256(json.dumps(["unseen shared model", *facts], sort_keys=True).encode())
+
+
+def _secret_name(salt: bytes, weights: bytes) -> str:
+    """Return the second half of a model's name."""
+    return hmac.digest(salt, b"weights/" + hashlib.sha256(weights).digest(), "sha256").hex()
 
 
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
@@ -104,7 +134,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     program, integers = compiled.program, compiled.model.integers
     rings = deployment.translated(program).weight_rings
     seeds = [fresh_seed() for _ in PAIRS]
-    keys = [PairKey(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
+    keys = [PairSeed(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
     held: Iterable[tuple[str, Tensor]] = ((name, integers[name]) for name in rings)
     if not deployment.public_weights:
         held = masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings)
@@ -114,15 +144,18 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
         common[TOKENIZER] = compiled.tokenizer_json
     if compiled.client_tables:
         common[TABLE] = save(dict(compiled.client_tables))
-    named = [program.digest, _sha256(weights), str(deployment.public_weights)]
-    name, tokenizer = _sha256("/".join(named).encode()), compiled.tokenizer
+    tokenizer, salt = compiled.tokenizer, secrets.token_bytes(SALT_BYTES)
+    pad_id, lowercase = (tokenizer.pad_id, tokenizer.lowercase) if tokenizer else (0, False)
+    table = {TOKEN_TABLE: _sha256(common[TABLE])} if TABLE in common else {}
+    public = public_name(program.digest, compiled.tokenizer_json, pad_id, lowercase, table, deployment.compiled_as())
+    name = public + _secret_name(salt, weights)
     out = []
     for party in range(PARTIES):
         where = Path(directory) / f"party-{party}"
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         parts = dict(common)
         if party != PARTY_2:
-            parts[WEIGHTS] = weights
+            parts[WEIGHTS], parts[SALT] = weights, salt
         manifest = Manifest(
             version=WIRE_VERSION,
             party=party,  # type: ignore[arg-type]
@@ -131,8 +164,8 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
             rings=dict(rings),
             shapes={n: tuple(integers[n].shape) for n in rings},
             files={n: _sha256(payload) for n, payload in parts.items()},
-            pad_id=tokenizer.pad_id if tokenizer else 0,
-            lowercase=tokenizer.lowercase if tokenizer else False,
+            pad_id=pad_id,
+            lowercase=lowercase,
         )
         # a party holds the seeds of its two pairs; only their owner can read files that ``store`` writes
         parts[SEEDS] = b"".join(seed for seed, pair in zip(seeds, PAIRS, strict=True) if party in pair)
@@ -162,16 +195,22 @@ def load_share(directory: str | Path) -> PartyShare:
     if len(parts[SEEDS]) != len(pairs) * SEED_BYTES:
         raise ShareError(f"{directory / SEEDS} is damaged", "share the model anew")
     seeds = (parts[SEEDS][i * SEED_BYTES : (i + 1) * SEED_BYTES] for i in range(len(pairs)))
-    keys = {sum(pair) - manifest.party: PairKey(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
+    keys = {sum(pair) - manifest.party: PairSeed(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
     try:
         deployment = ThreeParty.served(manifest.compiled_as)
         program = Program.from_bytes(parts[PROGRAM])
+        translated = deployment.translated(program)
     except (InvalidInput, InvalidProgram) as error:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
-    translated = deployment.translated(program)
     if dict(translated.weight_rings) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
     text = parts.get(TOKENIZER, b"")
+    files = {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {}
+    _check_model(manifest, program, text, files, parts, directory)
+    try:
+        tokenizer = received_tokenizer(text, manifest.pad_id, manifest.lowercase, program.labels)
+    except HandshakeError as error:
+        raise ShareError(f"{directory}: {error}", "share the model anew") from None
     return PartyShare(
         manifest,
         deployment,
@@ -179,15 +218,15 @@ def load_share(directory: str | Path) -> PartyShare:
         translated,
         _weights(manifest, parts.get(WEIGHTS), keys, public=deployment.public_weights),
         keys,
-        received_tokenizer(text, manifest.pad_id, manifest.lowercase),
+        tokenizer,
         text,
-        {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {},
+        files,
     )
 
 
 def _check_names(manifest: Manifest, directory: Path) -> None:
     """Raise ShareError unless the manifest names the files of a share and no others; names become paths."""
-    needed = {PROGRAM} if manifest.party == PARTY_2 else {PROGRAM, WEIGHTS}
+    needed = {PROGRAM} if manifest.party == PARTY_2 else {PROGRAM, WEIGHTS, SALT}
     if wrong := sorted((set(manifest.files) - FILES) | (needed - set(manifest.files))):
         raise ShareError(
             f"{directory / MANIFEST} {'does not name' if wrong[0] in needed else 'may not name'} {wrong[0]!r}",
@@ -195,7 +234,26 @@ def _check_names(manifest: Manifest, directory: Path) -> None:
         )
 
 
-def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairKey], *, public: bool) -> AnyWeights:
+def _check_model(
+    manifest: Manifest,
+    program: Program,
+    tokenizer: bytes,
+    files: Mapping[str, bytes],
+    parts: Mapping[str, bytes],
+    directory: Path,
+) -> None:
+    """Raise ShareError unless the model's name is that of this share's files; party 2 cannot check its second half."""
+    digests = {name: _sha256(payload) for name, payload in files.items()}
+    name = public_name(program.digest, tokenizer, manifest.pad_id, manifest.lowercase, digests, manifest.compiled_as)
+    if manifest.party == PARTY_2:
+        name += manifest.model[len(name) :]
+    else:
+        name += _secret_name(parts[SALT], parts[WEIGHTS])
+    if not hmac.compare_digest(name.encode(), manifest.model.encode()):
+        raise ShareError(f"{directory}: the model's name is not that of its files", "share the model anew")
+
+
+def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairSeed], *, public: bool) -> AnyWeights:
     party = manifest.party
     if party == PARTY_2:
         return Party2Weights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)

@@ -32,14 +32,14 @@ class Arriving:
     of every wait and of everything that arrives.
     """
 
-    def __init__(self, circuit: Circuit, seal: Callable[[bytes], Seal], deadline: float) -> None:
+    def __init__(self, circuit: Circuit, deadline: float) -> None:
         self.number = secrets.token_bytes(NUMBER_BYTES)
         self._places = correction_places(circuit)
         self.size, self._deadline = max((place.stop for place in self._places.values()), default=0), deadline
         self._parts: list[bytes] = []  # PART bytes each, but for the last; a part whose bytes were all taken is dropped
         self._left: list[int] = []  # bytes of each part that were not taken yet
         self._filled = 0
-        self._seal, self._seed = seal(self.number), b""
+        self._seed = b""
         self._whole, self._error = False, None
         self._news = threading.Condition()
         self.waited = self.dealing = 0.0
@@ -47,34 +47,34 @@ class Arriving:
 
     _error: Error | None
 
-    def receive(self, parts: Iterable[pb.SupplyPart]) -> None:
-        """Receive all parts; whoever waits gets the error if one occurs."""
+    def receive(self, parts: Iterable[pb.SupplyPart], seal: Seal) -> None:
+        """Receive all parts, and check the tag over them; whoever waits gets the error if one occurs."""
         start = time.perf_counter()
         try:
             for part in parts:
-                self._take(part)
+                self._take(part, seal)
             if not self._whole:
                 raise ProtocolError(f"party 2 sent {self._filled} of {self.size} bytes of corrections")
             self.dealing = time.perf_counter() - start
         except Error as error:
             self.fail(error)
 
-    def _take(self, part: pb.SupplyPart) -> None:
+    def _take(self, part: pb.SupplyPart, seal: Seal) -> None:
         kind = part.WhichOneof("content")
         if kind == "seed" and not self._seed and len(part.seed) == SEED_BYTES:
-            self._seal.update(part.seed)
+            seal.update(part.seed)
             with self._news:
                 self._seed = part.seed
                 self._news.notify_all()
         elif kind == "data" and self._seed and len(part.data) == min(PART, self.size - self._filled) > 0:
-            self._seal.update(part.data)
+            seal.update(part.data)
             with self._news:
                 self._parts.append(part.data)
                 self._left.append(len(part.data))
                 self._filled += len(part.data)
                 self._news.notify_all()
         elif kind == "tag" and self._filled == self.size and not self._whole:
-            self._seal.check(part.tag, "the corrections of party 2")
+            seal.check(part.tag, "the corrections of party 2")
             with self._news:
                 self._whole = True
                 self._news.notify_all()
@@ -146,6 +146,11 @@ class Stock:
                 if not found.failed:
                     return found
         return self._start()
+
+    def drop(self) -> None:
+        """Forget all that is kept: party 2 no longer holds the seeds that belong to it."""
+        with self._lock:
+            self._kept.clear()
 
     def refill(self) -> None:
         with self._lock:

@@ -1,7 +1,9 @@
 """The two-party deployment: client, server and dealer.
 
-keys         seeds, query keys, and the query numbers that a session has burnt
+keys         query keys, the ratchet of a session's seed, and proofs
+sealing      seeds that are sealed to the dealer's key, and that key
 dealer       the dealer's service
+dealer_peer  the dealer as server and client see it
 masked_model the server's model with its masked weights; the weight-mask seed
 server       the server's service
 client       the client

@@ -22,9 +22,10 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
-from parties.two_party.keys import MAXIMUM_PREPARED, query_key, session_label
+from parties.two_party.dealer_peer import DealerPeer
+from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, session_label
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerStub, InferenceStub
+from proto.unseen_pb2_grpc import InferenceStub
 from protocols.circuit import Correlations, execute, prepare
 from protocols.prg import fresh_seed
 from protocols.protocol import CLIENT
@@ -38,6 +39,8 @@ from secure.errors import DealerError, PeerLost, ProtocolError, QueryError, from
 from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
+
+PATIENCE = 15.0  # seconds in which a server registers its model again with a dealer that was restarted
 
 
 def _files(program: Program) -> dict[str, int]:
@@ -66,7 +69,7 @@ class TwoPartyLink(Link):
             self._open = stack
             self._server = Peer("the server", deployment.server, options.network, role=SERVER, start="unseen serve")
             stack.callback(self._server.close)
-            self._dealer = Peer("the dealer", deployment.dealer, options.network, role=DEALER, start="unseen dealer")
+            self._dealer = DealerPeer(deployment.dealer, options.network, deployment.dealer_key)
             stack.callback(self._dealer.close)
             self._describe(deployment, options)
             self._open_session()
@@ -83,15 +86,8 @@ class TwoPartyLink(Link):
         self._weights = ClientWeights(unpack_masked(found.files.get(MASKED_WEIGHTS), rings, shapes))
 
     def _open_session(self) -> None:
-        program, self._seed = self.program, fresh_seed()
-        request = pb.OpenRequest(
-            version=WIRE_VERSION,
-            program_digest=program.digest,
-            weights_digest=self.weights_digest,
-            client_seed=self._seed,
-        )
-        with self._dealer.calling("opening a session", kind=DealerError):
-            self._session = DealerStub(self._dealer.channel).Open(request, timeout=self._deadline).session
+        program = self.program
+        self._session, self._keys = self._opened(program.digest)
         self._outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
         self._call = InferenceStub(self._server.channel).Session(iter(self._outbox.get, None))
         self._watch = Watchdog(self._deadline, self._call.cancel)
@@ -107,6 +103,21 @@ class TwoPartyLink(Link):
             )
         )
         self._expect("welcome", "the handshake")
+
+    def _opened(self, program_digest: str) -> tuple[bytes, Ratchet]:
+        """Open a session at the dealer, with fresh keys. One that was restarted gets the model from its server soon."""
+        until = time.monotonic() + min(PATIENCE, self._deadline)
+        while True:
+            seed = fresh_seed()
+            session = self._dealer.open(program_digest, self.weights_digest, seed, self._deadline)
+            if session is not None:
+                return session, Ratchet(seed, "client", session, program_digest)
+            if time.monotonic() > until:
+                raise DealerError(
+                    f"{self._dealer} does not know the Program {program_digest[:12]!r} with these weights",
+                    "start the server with this dealer's address, and use the same dealer for the client",
+                )
+            time.sleep(0.5)
 
     def _send(self, **content: Any) -> None:
         self._outbox.put(pb.ClientMessage(**content))
@@ -160,8 +171,7 @@ class TwoPartyLink(Link):
         number, self._next_query = self._next_query, self._next_query + 1
         start = time.perf_counter()
         self._send(prepare=pb.Prepare(query=number))
-        key = query_key(self._seed, "client", self._session, self.program.digest, number)
-        correlations = Correlations(CLIENT, key)
+        correlations = Correlations(CLIENT, self._keys.key(number))
         prepare(self.program.circuit, correlations, self._weights)
         own = time.perf_counter() - start
         answer = self._expect("prepared", f"the corrections of query {number}, which the server gets from the dealer")
@@ -206,6 +216,7 @@ class TwoPartyLink(Link):
         self.ended = self.ended or why
         self._watch.stop()
         self._ready.clear()
+        self._keys.erase()
         self._outbox.put(None)
         self._call.cancel()
 

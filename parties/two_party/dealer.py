@@ -2,7 +2,8 @@
 
 It learns Programs (public), the weight-mask seed of every registered model, and the seeds of both parties of every
 session. Together with either party's messages these would show everything, so the dealer must not collude with either
-party.
+party. Seeds come sealed to its key. It forgets a query's seeds when it has dealt the query, a session when that ends,
+and a mask when no server renews it.
 """
 
 from __future__ import annotations
@@ -10,34 +11,37 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import grpc
 
-from parties.net.caller import Permissions, permit
+from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
+from parties.net.quotas import PREPARATIONS, Spend, unlimited
+from parties.net.seats import Seat, Seats
+from parties.net.waiting import Places
 from parties.net.watchdog import Watchdog
 from parties.two_party.keys import (
-    MAXIMUM_QUERY,
     SESSION_BYTES,
-    Burnt,
+    Ratchet,
+    close_proof,
     deal_proof,
     join_proof,
     mask_key,
+    model_name,
     new_session,
-    query_key,
+    proving_key,
+    renew_proof,
 )
+from parties.two_party.sealing import SealingKey, answer_proof
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer
 from protocols.circuit import deal
-from protocols.prg import SEED_BYTES
 from protocols.weights import DealerWeights
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
@@ -47,8 +51,17 @@ from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.dealer")
 
-MAXIMUM_MODELS, MAXIMUM_SESSIONS = 64, 4096
-READING = 120.0  # seconds that a server may take to read one part of its corrections
+# All that the dealer keeps at a time, and of it for one caller; callers without certificates count as one, which may
+# have all. Only what is idle makes room for others.
+MAXIMUM_MODELS, CALLER_MODELS = 64, 8
+MAXIMUM_SESSIONS, CALLER_SESSIONS = 4096, 256
+MAXIMUM_DEALS, CALLER_DEALS = 24, 16  # fewer than the threads of the service, which also answers Open and Join
+MAXIMUM_PROGRAM = 4 << 20  # bytes
+
+READING = 30.0  # seconds that a server may take to read one part of its corrections, of 1 MB
+UNJOINED = 60.0  # seconds after which a session is idle that no server has joined
+UNUSED = 3600.0  # the same for one that asks for nothing; a server ends its own after half of that
+LEASE = 120.0  # the same for a model that has no session and that its server does not renew
 
 
 @dataclass(eq=False)
@@ -57,67 +70,109 @@ class _RegisteredModel:
     weights_digest: str
     weights: DealerWeights = field(repr=False)
     mask_seed: bytes = field(repr=False)
+    seat: Seat = field(repr=False)
+    sessions: int = 0
 
 
 @dataclass(eq=False)
 class _DealtSession:
     model: _RegisteredModel
-    client_seed: bytes = field(repr=False)
-    server_seed: bytes | None = field(default=None, repr=False)
-    burnt: Burnt = field(default_factory=Burnt)
+    opener: Caller
+    seat: Seat = field(repr=False)
+    client: Ratchet = field(repr=False)
+    server: Ratchet | None = field(default=None, repr=False)
+    proving: bytes = field(default=b"", repr=False)
 
 
 class DealerService(DealerServicer):
-    """The dealer. Its state is in memory only: a restarted dealer knows no session, so it deals nothing twice.
+    """The dealer. But for its key, its state is in memory: once restarted it knows no session, so it deals none twice.
 
-    budget: the most that one Program may take; a larger one is not registered.
+    spend: counts what callers use, and refuses what is beyond their quotas. budget: the most that one Program may take;
+    a larger one is not registered.
     """
 
     permissions: ClassVar[Permissions] = permit(
-        "Dealer", Register=[SERVER], Open=[CLIENT], Join=[SERVER], Deal=[SERVER]
+        "Dealer",
+        Key=[CLIENT, SERVER],
+        Register=[SERVER],
+        Renew=[SERVER],
+        Open=[CLIENT],
+        Join=[SERVER],
+        Deal=[SERVER],
+        Close=[SERVER],
     )
 
-    def __init__(self, budget: Budget | None = None) -> None:
+    def __init__(self, key: SealingKey, spend: Spend = unlimited, budget: Budget | None = None) -> None:
+        self._key, self._spend, self._lock = key, spend, threading.Lock()
         self._budget = budget or Budget()
-        self._lock = threading.Lock()
-        self._models: OrderedDict[tuple[str, str], _RegisteredModel] = OrderedDict()
-        self._sessions: OrderedDict[bytes, _DealtSession] = OrderedDict()
+        self._models: dict[tuple[str, str], _RegisteredModel] = {}
+        self._sessions: dict[bytes, _DealtSession] = {}
+        self.models = Seats("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
+        self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
+        self.deals = Places(MAXIMUM_DEALS, CALLER_DEALS, "the dealer", "queries being dealt")
+
+    def sweep(self) -> None:
+        """Forget all that is idle: sessions, then the masks of models that nobody uses."""
+        self.sessions.sweep()
+        self.models.sweep()
+
+    def Key(self, request: pb.DealerKeyRequest, context: grpc.ServicerContext) -> pb.DealerKeyReply:
+        return pb.DealerKeyReply(key=self._key.public.encoded)
+
+    # models
+
+    def knows(self, program_digest: str) -> bool:
+        """Tell whether a Program is registered, by its digest."""
+        with self._lock:
+            return any(program_digest == digest for digest, _ in self._models)
 
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterReply:
         with answering(context, log):
-            return pb.RegisterReply(program_digest=self._register(request))
+            return self._register(request, caller(context))
 
-    def _register(self, request: pb.RegisterRequest) -> str:
-        _require_seed(request.mask_seed)
-        if not re.fullmatch("[0-9a-f]{64}", request.weights_digest):
-            raise HandshakeError("the weights digest is not a SHA-256 in hexadecimal digits")
-        key = (hashlib.sha256(request.program).hexdigest(), request.weights_digest)
+    def _register(self, request: pb.RegisterRequest, who: Caller) -> pb.RegisterReply:
+        if len(request.program) > MAXIMUM_PROGRAM:
+            raise ProtocolError(f"a Program of {len(request.program)} bytes, {MAXIMUM_PROGRAM} at most")
+        digest = hashlib.sha256(request.program).hexdigest()
+        seed = self._key.open(request.sealed, "register", digest)
+        name = model_name(seed)  # which nobody else can register, because it takes the seed
+        key = (digest, name)
         with self._lock:
             known = self._models.get(key)
         if known is None:
-            model = self._new_model(request)
+            program = _decoded(request.program, self._budget)
+            seat = self.models.take(who.name, lambda: self._forget(key))
+            seat.rest(LEASE)
+            weights = DealerWeights(mask_key(seed, name), program.weight_shapes)
             with self._lock:
-                known = self._models.setdefault(key, model)
-                while len(self._models) > MAXIMUM_MODELS:
-                    self._models.popitem(last=False)
-            log.info("registered program %s with weights %s", key[0][:12], key[1][:12])
-        if not hmac.compare_digest(known.mask_seed, request.mask_seed):
-            # replacing it would make every answer of the other server wrong
-            raise HandshakeError(
-                "these weights are registered with another mask seed, by another server or before its state was lost",
-                "give all servers of a model the same --state, or restart the dealer",
-            )
-        return key[0]
+                known = self._models.setdefault(key, _RegisteredModel(program, name, weights, seed, seat))
+            if known.seat is not seat:  # it was registered in between
+                self.models.give_back(seat)
+            log.info("registered program %s with weights %s", digest[:12], name[:12])
+        return pb.RegisterReply(
+            program_digest=digest, weights_digest=name, proof=answer_proof(seed, request.sealed, digest, name)
+        )
 
-    def _new_model(self, request: pb.RegisterRequest) -> _RegisteredModel:
-        try:
-            program = self._budget.decode(request.program)
-        except InvalidProgram as error:
-            raise HandshakeError(str(error)) from None
-        if program.encoded != request.program:
-            raise HandshakeError("the Program is not in its canonical encoding")
-        weights = DealerWeights(mask_key(request.mask_seed, request.weights_digest), program.weight_shapes)
-        return _RegisteredModel(program, request.weights_digest, weights, request.mask_seed)
+    def _forget(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._models.pop(key, None)
+        log.info("forgot program %s with weights %s, which no server renews", key[0][:12], key[1][:12])
+
+    def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.RenewReply:
+        with answering(context, log):
+            self.sweep()
+            key = (request.program_digest, request.weights_digest)
+            with self._lock:
+                model = self._models.get(key)
+                if model is None:
+                    return pb.RenewReply()
+                if not hmac.compare_digest(renew_proof(model.mask_seed, "server", request.nonce, *key), request.proof):
+                    raise HandshakeError("only the server of this model can renew it")
+                if not model.sessions:
+                    model.seat.rest(LEASE)
+            return pb.RenewReply(proof=renew_proof(model.mask_seed, "dealer", request.nonce, *key))
+
+    # sessions
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
         with answering(context, log):
@@ -126,60 +181,97 @@ class DealerService(DealerServicer):
                     f"version: the client has '{request.version}', this dealer '{WIRE_VERSION}'",
                     "use the same version of unseen everywhere",
                 )
-            _require_seed(request.client_seed)
-            session = new_session()
-            with self._lock:
-                model = self._models.get((request.program_digest, request.weights_digest))
-                if model is None:
-                    raise HandshakeError(
-                        f"it does not know the Program {request.program_digest[:12]!r} with these weights",
-                        "start the server with this dealer's address, and use the same dealer for the client",
-                    )
-                self._sessions[session] = _DealtSession(model, request.client_seed)
-                while len(self._sessions) > MAXIMUM_SESSIONS:
-                    self._sessions.popitem(last=False)
-            return pb.OpenReply(session=session)
+            return self._open(request, caller(context))
+
+    def _open(self, request: pb.OpenRequest, who: Caller) -> pb.OpenReply:
+        key, session = (request.program_digest, request.weights_digest), new_session()
+        with self._lock:
+            known = key in self._models
+        if not known:
+            return pb.OpenReply()
+        seed = self._key.open(request.sealed, "open", request.version, *key)
+        seat = self.sessions.take(who.name, lambda: self._end(session))
+        seat.rest(UNJOINED)
+        ratchet = Ratchet(seed, "client", session, request.program_digest)
+        with self._lock:
+            model = self._models.get(key)
+            if model is not None:
+                model.sessions += 1
+                model.seat.work()
+                self._sessions[session] = _DealtSession(model, who, seat, ratchet)
+        if model is None:  # it was forgotten in between
+            self.sessions.give_back(seat)
+            return pb.OpenReply()
+        return pb.OpenReply(session=session, proof=answer_proof(seed, request.sealed, session))
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:
         with answering(context, log):
-            _require_seed(request.server_seed)
-            session = self._session(request.session)
+            session, token = self._session(request.session), request.session
             agreed = (session.model.program.digest, session.model.weights_digest)
             if (request.program_digest, request.weights_digest) != agreed:
                 raise HandshakeError("the session was opened for another Program or other weights", "connect again")
-            proof = join_proof(session.model.mask_seed, request.session, *agreed, request.server_seed)
-            if not hmac.compare_digest(proof, request.proof):
+            seed = self._key.open(request.sealed, "join", token, *agreed)
+            if not hmac.compare_digest(join_proof(session.model.mask_seed, token, *agreed, seed), request.proof):
                 raise HandshakeError("only the server of this model can join its sessions")
             with self._lock:
-                if (
-                    session.server_seed is not None
-                ):  # a second seed would pair one client's masks with two of the server's
+                if session.server is not None:  # a second seed would pair one client's masks with two of the server's
                     raise ProtocolError("the session was already joined", "connect again")
-                session.server_seed = request.server_seed
-            return pb.JoinReply()
+                session.server = Ratchet(seed, "server", token, session.model.program.digest)
+                session.proving = proving_key(seed)
+                session.seat.rest(UNUSED)
+            return pb.JoinReply(proof=answer_proof(seed, request.sealed, token))
+
+    def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
+        with answering(context, log):
+            session = self._session(request.session)
+            if not hmac.compare_digest(close_proof(_joined(session), request.session), request.proof):
+                raise QueryError("only the server that joined the session can end it")
+            self._end(request.session)
+            return pb.CloseReply()
+
+    def _end(self, token: bytes) -> None:
+        """Erase a session; harmless if it is gone."""
+        with self._lock:
+            session = self._sessions.pop(token, None)
+            if session is None:
+                return
+            session.model.sessions -= 1
+            if not session.model.sessions:
+                session.model.seat.rest(LEASE)
+        self.sessions.give_back(session.seat)
+        session.client.erase()
+        if session.server is not None:
+            session.server.erase()
+
+    # corrections
 
     def Deal(self, request: pb.DealRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         watch = Watchdog(READING, context.cancel)
         try:
             with answering(context, log):
-                yield from watch.sending(self._deal(request.session, request.query, request.proof))
+                give_back = self.deals.take(caller(context))
+                try:
+                    yield from watch.sending(self._deal(request.session, request.query, request.proof))
+                finally:
+                    give_back()
         finally:
             watch.stop()
 
     def _deal(self, token: bytes, query: int, proof: bytes) -> Iterator[pb.Chunk]:
         session = self._session(token)
-        if session.server_seed is None:
-            raise QueryError("the session was not joined by a server")
-        if query >= MAXIMUM_QUERY or not hmac.compare_digest(deal_proof(session.server_seed, token, query), proof):
+        if not hmac.compare_digest(deal_proof(_joined(session), token, query), proof):
             raise QueryError("only the server that joined the session gets its corrections")
-        session.burnt.burn(query)
-        program = session.model.program
-        server = query_key(session.server_seed, "server", token, program.digest, query)
-        client = query_key(session.client_seed, "client", token, program.digest, query)
-        start = time.perf_counter()
-        corrections = deal(program.circuit, server, client, session.model.weights)
-        yield from to_chunks(payload for _, payload in corrections)
-        log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
+        assert session.server is not None
+        session.seat.work()
+        try:
+            self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
+            server, client = session.server.key(query), session.client.key(query)
+            start = time.perf_counter()
+            corrections = deal(session.model.program.circuit, server, client, session.model.weights)
+            yield from to_chunks(payload for _, payload in corrections)
+            log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
+        finally:
+            session.seat.rest(UNUSED)
 
     def _session(self, token: bytes) -> _DealtSession:
         with self._lock:
@@ -189,6 +281,18 @@ class DealerService(DealerServicer):
         return session
 
 
-def _require_seed(seed: bytes) -> None:
-    if len(seed) != SEED_BYTES:
-        raise ProtocolError(f"a seed has {SEED_BYTES} bytes, not {len(seed)}")
+def _decoded(encoded: bytes, budget: Budget) -> Program:
+    try:
+        program = budget.decode(encoded)
+    except InvalidProgram as error:
+        raise HandshakeError(str(error)) from None
+    if program.encoded != encoded:
+        raise HandshakeError("the Program is not in its canonical encoding")
+    return program
+
+
+def _joined(session: _DealtSession) -> bytes:
+    """Return the key of the server's proofs. Raises QueryError if no server has joined."""
+    if session.server is None:
+        raise QueryError("the session was not joined by a server")
+    return session.proving

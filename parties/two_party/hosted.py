@@ -10,13 +10,17 @@ from typing import Any
 import grpc
 
 from parties.net.hosting import HostOptions, Parts
+from parties.net.quotas import Spend, unlimited
+from parties.net.repeating import Repeating
 from parties.served.described import ConnectOptions
 from parties.served.files import state_directory
 from parties.served.published import Published
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import TwoPartyLink
 from parties.two_party.dealer import DealerService
+from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.masked_model import mask_model
+from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import InferenceService
 from proto.unseen_pb2_grpc import (
     add_DealerServicer_to_server,
@@ -28,14 +32,16 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.session import Link
 
+SWEEPING = 30.0  # seconds after which the dealer looks again for what it can forget
+
 
 class TwoPartyHosted:
     """The two services of ``TwoParty``, and its link."""
 
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
-        SERVER: frozenset({"state", "traces", "deadline"}),
-        DEALER: frozenset({"budget"}),
+        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask"}),
+        DEALER: frozenset({"state", "budget"}),
     }
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
@@ -45,25 +51,35 @@ class TwoPartyHosted:
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
+        assert isinstance(deployment, TwoParty)
         if role == DEALER:
-            dealer = DealerService(options.budget)
-            return Parts([lambda server: add_DealerServicer_to_server(dealer, server)], dealer.permissions)
-        return self._server(held, peers[DEALER], options)
+            return self._dealer(options)
+        return self._server(held, DealerPeer(peers[DEALER], options.network, deployment.dealer_key), options)
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         if role == DEALER:
-            return ("dealer",)
-        where = ("--dealer", peers[DEALER], "--state", str(directory / "server"))
+            return ("dealer", "--state", str(directory / "dealer"))
+        where = ("--dealer", peers[DEALER], "--state", str(directory / "server"), "--same-owner")
         return ("serve", *compiling, "--deployment", self.deployment.name, *where)
 
     @staticmethod
-    def _server(held: Compiled, dealer: str, options: HostOptions) -> Parts:
+    def _dealer(options: HostOptions) -> Parts:
+        state = options.state or state_directory()
+        key = SealingKey.load(state)
+        dealer = DealerService(key, spend=spend_of(options), budget=options.budget)
+        sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
+        about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
+        add = [lambda server: add_DealerServicer_to_server(dealer, server)]
+        return Parts(add, dealer.permissions, sweeping.close, [about], knows=dealer.knows)
+
+    @staticmethod
+    def _server(held: Compiled, dealer: DealerPeer, options: HostOptions) -> Parts:
         deadline, traces = options.deadline, TraceDirectory(options.traces) if options.traces else None
-        model = mask_model(held.model, options.state or state_directory())
-        service = InferenceService(model, dealer, options.network, deadline=deadline, traces=traces)
+        model = mask_model(held.model, options.state or state_directory(), options.rotate_mask)
+        service = InferenceService(model, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
         published = Published(
             held.deployment,
             SERVER,
@@ -74,11 +90,17 @@ class TwoPartyHosted:
             held.tokenizer_json,
             deadline=deadline,
             log=logging.getLogger("unseen.server"),
-            before=service.register,  # once more, because the dealer may have been restarted since
         )
 
         def add(server: grpc.Server) -> None:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
-        return Parts([add], {**published.permissions, **service.permissions}, service.close)
+        return Parts(
+            [add], {**published.permissions, **service.permissions}, service.close, program=model.program.digest
+        )
+
+
+def spend_of(options: HostOptions) -> Spend:
+    """Return what counts the preparations and queries of callers."""
+    return options.quotas.spend if options.quotas else unlimited

@@ -1,8 +1,9 @@
 """The keys of a session's queries, and the rule that a query number is used only once.
 
-When a session begins, each party sends the dealer a fresh seed over its own channel; nobody else sees it. The key of a
-query is derived from that seed, the session, the Program and the query's number, so no two queries ever share a stream.
-A number is burnt before anything is drawn from its key, and stays burnt if the query fails.
+When a session begins, each party sends the dealer a fresh seed, sealed to the dealer's key; nobody else sees it. The
+key of a query is derived from that seed's successor of the query's number, the session, the Program and the number, so
+no two queries ever share a stream. A number is burnt before anything is drawn from its key, and stays burnt if the
+query fails.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import hmac
 import secrets
 import threading
 
-from protocols.prg import Key, derive_key
+from parties.two_party.sealing import transcript
+from protocols.prg import Key, derive_key, derive_seed, next_seed
 from secure.errors import QueryError
 
 SESSION_BYTES = 16
 MAXIMUM_QUERY = 1 << 40
+MAXIMUM_SKIP = 64  # query numbers that may be left out at a time; each costs all parties one HKDF
 MAXIMUM_PREPARED = 2  # prepared queries of one session at a time: the server holds the corrections of each in memory
 
 
@@ -50,9 +53,33 @@ def join_proof(mask_seed: bytes, session: bytes, program_digest: str, weights_di
     )
 
 
-def deal_proof(server_seed: bytes, session: bytes, query: int) -> bytes:
+def model_name(mask_seed: bytes) -> str:
+    """Return the public name of masked weights: 64 hexadecimal digits, derived from the seed of their mask.
+
+    Only who knows the seed can register the name, and nobody learns anything about the weights from it.
+    """
+    return derive_seed(mask_seed, "name").hex()
+
+
+def renew_proof(mask_seed: bytes, who: str, nonce: bytes, program_digest: str, weights_digest: str) -> bytes:
+    """Make the proof that ``who`` ("server" or "dealer") knows a model's mask seed; nonce: fresh for every call."""
+    key = derive_key(mask_seed, "renew")
+    return hmac.digest(key, transcript(who, nonce, program_digest, weights_digest), "sha256")
+
+
+def proving_key(server_seed: bytes) -> bytes:
+    """Return the key of ``deal_proof`` and ``close_proof``, which outlives the seed and tells nothing about it."""
+    return derive_key(server_seed, "deal")
+
+
+def deal_proof(key: bytes, session: bytes, query: int) -> bytes:
     """Make the proof that the sender is the server that joined: nobody else may get the corrections."""
-    return hmac.digest(derive_key(server_seed, "deal"), session + query.to_bytes(8, "big"), "sha256")
+    return hmac.digest(key, session + query.to_bytes(8, "big"), "sha256")
+
+
+def close_proof(key: bytes, session: bytes) -> bytes:
+    """Make the proof that the sender is the server that joined: nobody else may end the session."""
+    return hmac.digest(key, session + b"close", "sha256")
 
 
 class Burnt:
@@ -72,3 +99,49 @@ class Burnt:
                     f"query {query} was already used: its correlations are burnt", "prepare a new query and repeat it"
                 )
             self.last = query
+
+
+class Ratchet:
+    """One party's seed of a session, which gives each query's key once and forgets how it made it.
+
+    Before the key of query n is handed out, the seed is replaced by its successor of number n + 1 (HKDF-SHA-256), and
+    overwritten where it lay. So whoever takes this state later derives no key of an earlier query. Python may hold
+    copies that it has not reused yet; this class overwrites its own.
+    """
+
+    def __init__(self, seed: bytes, party: str, session: bytes, program_digest: str) -> None:
+        self._seed = bytearray(seed)
+        self._names = party, session, program_digest
+        self._burnt, self._next = Burnt(), 0
+        self._lock = threading.Lock()
+
+    def key(self, query: int) -> Key:
+        """Burn a number and return its key. Numbers only go up, by MAXIMUM_SKIP + 1 at most. Raises QueryError."""
+        with self._lock:
+            if query > self._next + MAXIMUM_SKIP and query < MAXIMUM_QUERY:
+                raise QueryError(
+                    f"query {query} comes after number {self._next}: {MAXIMUM_SKIP} numbers at most may be left out"
+                )
+            if not self._seed:
+                raise QueryError("the session has ended", "connect again")
+            self._burnt.burn(query)
+            while self._next < query:
+                self._step()
+            key = query_key(bytes(self._seed), *self._names, query)
+            self._step()
+            return key
+
+    @property
+    def last(self) -> int:
+        """The number that was burnt last; -1 if none was."""
+        return self._burnt.last
+
+    def erase(self) -> None:
+        """Forget the seed: there are no more keys."""
+        with self._lock:
+            self._seed[:] = bytes(len(self._seed))
+            self._seed = bytearray()
+
+    def _step(self) -> None:
+        next_seed(self._seed)
+        self._next += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from parties.net.secret_files import read_secret
 from parties.served.files import MASKED_WEIGHTS, TOKEN_TABLE, pack_masked, store
-from parties.two_party.keys import mask_key
+from parties.two_party.keys import mask_key, model_name
 from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.errors import Error
 from secure.mpc.compile import MpcModel
 from secure.mpc.program import Program
 
+DAY = 86400.0
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskedModel:
     """A model as its server holds it. weights, mask_seed: secret to the server. files: those for clients, by name.
 
-    weights_digest: a public name for the weights, their digest under a key that only the server knows.
+    weights_digest: a public name for the masked weights, derived from the mask seed; it tells nothing about them.
     """
 
     program: Program
@@ -33,34 +36,41 @@ class MaskedModel:
     files: Mapping[str, bytes]
 
 
-def mask_model(compiled: MpcModel, state: Path) -> MaskedModel:
-    """Make the masked weights D = W - B and the other files that clients fetch once. state: the seed's directory."""
-    root = load_root_seed(state, compiled.weights_digest)
-    # the dealer gets the mask seed; everyone, the dealer included, sees the weights' digest only under a key of the
-    # server's own, because a plain digest would let them confirm a guess of the weights
-    seed = derive_seed(root, "mask")
-    digest = hmac.digest(derive_seed(root, "digest"), compiled.weights_digest.encode(), "sha256").hex()
+def mask_model(compiled: MpcModel, state: Path, rotate: float | None = None) -> MaskedModel:
+    """Make the masked weights D = W - B and the other files that clients fetch once.
+
+    state: the directory of the seed. rotate: days after which the seed is renewed, and B and D with it; None: never.
+    """
+    root = load_root_seed(state, compiled.weights_digest, rotate)
+    # the weights' digest is among the names, so that a seed file that was copied never masks two sets of weights alike;
+    # the dealer and the public name get it under the root alone: a plain digest would confirm a guess of the weights
+    seed = derive_seed(root, "mask", compiled.weights_digest)
+    name = model_name(seed)
     weights, rings = compiled.server_weights, compiled.program.weight_rings
-    masked = weights.masked(DealerWeights(mask_key(seed, digest), compiled.program.weight_shapes), rings)
+    masked = weights.masked(DealerWeights(mask_key(seed, name), compiled.program.weight_shapes), rings)
     payloads = {MASKED_WEIGHTS: pack_masked(masked, rings)}
     if compiled.client_tables:
         payloads[TOKEN_TABLE] = save(dict(compiled.client_tables))
-    return MaskedModel(compiled.program, weights, digest, seed, payloads)
+    return MaskedModel(compiled.program, weights, name, seed, payloads)
 
 
-def load_root_seed(state: Path, weights_digest: str) -> bytes:
-    """Load, or make once, the seed from which B and the public digest of these weights are derived.
+def load_root_seed(state: Path, weights_digest: str, rotate: float | None = None) -> bytes:
+    """Load, or make once, the seed from which B and the public name of these weights are derived.
 
     It is kept in a file that only its owner may read, so that clients' copies of D stay valid after a restart. It
     belongs to the weights' digest: other weights, or the same weights at other scales, get another B, because two D
-    under one B would show their difference. Raises Error if the file is damaged.
+    under one B would show their difference. rotate: days after which a new seed replaces that of the file, by the
+    file's time of modification; clients then fetch D once more. Raises Error if the file is damaged, InvalidInput if
+    others may read or replace it.
     """
     path = state / f"weight-mask-{weights_digest}.seed"
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with suppress(FileExistsError):  # another server may make it at the same moment
         if not path.exists():
             store(path, fresh_seed(), replace=False)
-    seed = path.read_bytes()
+    seed = read_secret(path)
     if len(seed) != SEED_BYTES:
         raise Error(f"{path} is damaged", "delete it: clients will fetch the masked weights again")
+    if rotate is not None and time.time() - path.stat().st_mtime > rotate * DAY:
+        store(path, seed := fresh_seed())
     return seed

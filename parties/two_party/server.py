@@ -9,112 +9,101 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import ClassVar
-from urllib.parse import unquote
 
 import grpc
 
-from parties.net.caller import Permissions, permit
+from parties.net.caller import Permissions, caller, permit
 from parties.net.calls import unexpected
-from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
-from parties.net.network import Network
-from parties.net.peer import Peer
+from parties.net.quotas import PREPARATIONS, QUERIES, Spend, unlimited
+from parties.net.repeating import Repeating
+from parties.net.seats import Seat, Seats
+from parties.net.waiting import FIRST, WaitingRoom
 from parties.net.watchdog import Watchdog
 from parties.traces.trace_file import TraceDirectory
-from parties.two_party.keys import (
-    MAXIMUM_PREPARED,
-    MAXIMUM_QUERY,
-    Burnt,
-    deal_proof,
-    join_proof,
-    query_key,
-    session_label,
-)
+from parties.two_party.dealer_peer import DealerPeer
+from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerStub, InferenceServicer
+from proto.unseen_pb2_grpc import InferenceServicer
 from protocols.circuit import Correlations, execute, split_corrections
 from protocols.prg import fresh_seed
 from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
-from secure.deployments.two_party import CLIENT as CLIENT_ROLE
-from secure.deployments.two_party import DEALER, TwoParty
+from secure.deployments.two_party import CLIENT, TwoParty
 from secure.errors import DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
 
 MAXIMUM_SESSIONS = 16  # at a time; fewer than the threads of the service, which also answers Describe and Download
+CALLER_SESSIONS = 8  # of one caller with a name
+MAXIMUM_GREETINGS = 8  # streams that have no session yet
 BETWEEN = "between queries"
 IDLE = 1800.0  # seconds that a client may keep its session between queries
+SPARE = 60.0  # the same if the table of sessions is full and another client wants its place
+RENEWING = 5.0  # seconds between the server's questions whether the dealer still knows its model
 
 
 class InferenceService(InferenceServicer):
     """The service that answers sessions on one masked model.
 
-    deadline: seconds that a session waits for its client. traces: a directory for a timeline of every query, or None.
+    dealer: is closed with the service. deadline: seconds that a session waits for its client. traces: a directory for a
+    timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas.
+
+    A stream gets one of the few sessions only after a valid handshake that the dealer has confirmed; until then it
+    is in a waiting room, in which those of the caller who has the most give way to newer ones.
     """
 
-    permissions: ClassVar[Permissions] = permit("Inference", Session=[CLIENT_ROLE])
+    permissions: ClassVar[Permissions] = permit("Inference", Session=[CLIENT])
 
     def __init__(
         self,
         model: MaskedModel,
-        dealer: str | Endpoint,
-        network: Network,
+        dealer: DealerPeer,
         *,
         deadline: float = 60.0,
         traces: TraceDirectory | None = None,
+        spend: Spend = unlimited,
     ) -> None:
         self.model, self.deadline, self.traces = model, deadline, traces
-        self._dealer_at = Peer("the dealer", dealer, network, role=DEALER, start="unseen dealer")
-        self.dealer = DealerStub(self._dealer_at.channel)
-        self._free = threading.BoundedSemaphore(MAXIMUM_SESSIONS)
+        self.dealer, self.spend = dealer, spend
+        self.greetings = WaitingRoom(MAXIMUM_GREETINGS)
+        self.sessions = Seats("the server", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         try:
             self.register()
         except BaseException:
-            self.close()
+            dealer.close()
             raise
+        self._renewing = Repeating(RENEWING, self.renew, log)
 
     def close(self) -> None:
         """Close the channel to the dealer."""
-        self._dealer_at.close()
+        self._renewing.close()
+        self.dealer.close()
 
     def register(self) -> None:
-        """Send the Program and the mask seed to the dealer; this is harmless if it knows them. Raises DealerError."""
-        program = self.model.program
-        request = pb.RegisterRequest(
-            program=program.encoded, weights_digest=self.model.weights_digest, mask_seed=self.model.mask_seed
-        )
-        with self.asking_the_dealer("registering the Program"):
-            reply = self.dealer.Register(request, timeout=30)
-        if reply.program_digest != program.digest:
-            raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
+        """Send the Program and the sealed mask seed to the dealer. Raises DealerError."""
+        self.dealer.register(self.model.program, self.model.mask_seed)
 
-    def asking_the_dealer(self, doing: str) -> AbstractContextManager[None]:
-        return self._dealer_at.calling(doing, kind=DealerError)
+    def renew(self) -> None:
+        """Keep the model registered, or register it again with a dealer that was restarted. Raises DealerError."""
+        if not self.dealer.renew(self.model.program, self.model.mask_seed):
+            self.register()
+            log.info("registered the Program again: the dealer did not know it")
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
-        if not self._free.acquire(blocking=False):
-            busy = f"the server has {MAXIMUM_SESSIONS} sessions, which is its limit\nhint: try again later"
-            yield pb.ServerMessage(failure=pb.Failure(code=Error.code, message=busy))
-            return
+        session = _Session(self, requests, context)
         try:
-            session = _Session(self, requests, context)
-            try:
-                yield from session.watch.sending(session.run())
-            finally:
-                session.close()
+            yield from session.watch.sending(session.run())
         finally:
-            self._free.release()
+            session.close()
 
 
 class _Session:
@@ -124,21 +113,29 @@ class _Session:
         self, service: InferenceService, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> None:
         self._service, self._requests = service, requests
-        self._who = unquote(context.peer())
+        self._caller, self._context = caller(context), context
+        self._who = str(self._caller)
         self._model = service.model
         self._program = self._model.program
-        self._prepared: dict[int, dict[int, memoryview]] = {}
+        self._prepared: dict[int, Correlations] = {}
         self._burnt = Burnt()
-        self._seed, self._id = fresh_seed(), b""
+        self._keys: Ratchet | None = None
+        self._id, self._proving = b"", b""
         self._doing = "the handshake"
-        self._active = context.is_active
         self._dealing: grpc.Call | None = None
+        self._seat: Seat | None = None
         self.watch = Watchdog(service.deadline, context.cancel)
         context.add_callback(self._give_up_dealing)
 
     def close(self) -> None:
+        """End the session: forget its keys, have the dealer forget it, and give its place back."""
         self.watch.stop()
         self._prepared.clear()
+        if self._seat is not None:
+            self._service.sessions.give_back(self._seat)
+        if self._keys is not None:
+            self._keys.erase()
+            self._service.dealer.end(self._id, self._proving)
 
     def _give_up_dealing(self) -> None:
         if self._dealing is not None:
@@ -162,10 +159,12 @@ class _Session:
             yield pb.ServerMessage(failure=pb.Failure(code=Error.code, message=message))
 
     def _run(self) -> Iterator[pb.ServerMessage]:
-        first = self._next("the handshake")
-        if first is None:
-            return
-        self._greet(first)
+        with self._service.greetings.place(self._context):
+            first = self._next("the handshake", min(FIRST, self._service.deadline))
+            if first is None:
+                return
+            self._greet(first)
+            self._seat = self._service.sessions.take(self._caller.name, self._context.cancel)
         yield pb.ServerMessage(welcome=pb.Welcome())
         self._doing = BETWEEN
         while (message := self._next_or_gone()) is not None:
@@ -179,10 +178,10 @@ class _Session:
             else:
                 raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
 
-    def _next(self, what: str) -> pb.ClientMessage | None:
+    def _next(self, what: str, seconds: float | None = None) -> pb.ClientMessage | None:
         """Return the client's next message; None if it has ended the stream. Raises PeerLost."""
         try:
-            with self.watch.guard():
+            with self.watch.guard(seconds):
                 message = next(self._requests, None)
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             late = " in time" if self.watch.fired else ""
@@ -193,13 +192,17 @@ class _Session:
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
         """Return the next message between queries, when a client may wait for long; None if it has left in any way."""
+        assert self._seat is not None
+        self._seat.rest(SPARE)
         try:
             with self.watch.guard(IDLE):
                 message = next(self._requests, None)
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
             message = None
+        self._seat.work()
         if message is None:  # a stream that is cancelled here may end like one that the client has ended
-            log.info("%s %s between queries", self._who, "was idle too long" if self.watch.fired else "left")
+            late = "was idle, and made room for another," if self._seat.gone else "was idle too long"
+            log.info("%s %s between queries", self._who, late if self.watch.fired or self._seat.gone else "left")
         return message
 
     def _greet(self, message: pb.ClientMessage) -> None:
@@ -219,29 +222,23 @@ class _Session:
                     f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}",
                     "connect again to fetch the server's Program, and use the same version of unseen on both sides",
                 )
-        self._id = hello.session
-        request = pb.JoinRequest(
-            session=self._id,
-            program_digest=program.digest,
-            weights_digest=self._model.weights_digest,
-            server_seed=self._seed,
-            proof=join_proof(self._model.mask_seed, self._id, program.digest, self._model.weights_digest, self._seed),
-        )
-        with self._service.asking_the_dealer("joining the client's session"):
-            self._service.dealer.Join(request, timeout=30)
+        session, seed = hello.session, fresh_seed()
+        self._service.dealer.join(session, program.digest, self._model.weights_digest, self._model.mask_seed, seed)
+        self._id, self._proving = session, proving_key(seed)
+        self._keys = Ratchet(seed, "server", session, program.digest)
 
     def _prepare(self, query: int) -> pb.ServerMessage:
         """Fetch a query's corrections from the dealer, who burns the number, so that they can be fetched only once."""
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
+        assert self._keys is not None
         start, size = time.perf_counter(), self._program.cost.dealt
-        if not 0 <= query < MAXIMUM_QUERY:
-            raise QueryError(f"query number {query} is out of range")
-        request = pb.DealRequest(session=self._id, query=query, proof=deal_proof(self._seed, self._id, query))
+        self._service.spend(self._caller, PREPARATIONS, 1)  # also those that the client then drops
+        key = self._keys.key(query)
         buffer, filled = bytearray(size), 0
-        with self._service.asking_the_dealer(f"sending the corrections of query {query}"):
-            self._dealing = call = self._service.dealer.Deal(request, timeout=600)
-            if not self._active():
+        with self._service.dealer.asking(f"sending the corrections of query {query}"):
+            self._dealing = call = self._service.dealer.deal(self._id, query, self._proving)
+            if not self._context.is_active():
                 call.cancel()
             for chunk in call:
                 filled += len(chunk.data)
@@ -251,20 +248,19 @@ class _Session:
                 buffer[filled - len(chunk.data) : filled] = chunk.data
         if filled != size:
             raise DealerError(f"the dealer sent {filled} bytes of corrections, the Program prescribes {size}")
-        self._prepared[query] = split_corrections(self._program.circuit, buffer)
+        self._prepared[query] = Correlations(SERVER, key, split_corrections(self._program.circuit, buffer))
         seconds = time.perf_counter() - start
         self._doing = BETWEEN
         return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
 
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
+        self._service.spend(self._caller, QUERIES, 1)
         self._burnt.burn(query)  # before anything else: whatever happens from now on, this number is used
-        corrections = self._prepared.pop(query, None)
+        correlations = self._prepared.pop(query, None)
         self._prepared = {number: kept for number, kept in self._prepared.items() if number > query}  # burnt too
-        if corrections is None:
+        if correlations is None:
             raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
         program, recorder = self._program, Recorder("server")
-        key = query_key(self._seed, "server", self._id, self._program.digest, query)
-        correlations = Correlations(SERVER, key, corrections)
         step = execute(program.circuit, program.revealed, SERVER, correlations, self._model.weights, observer=recorder)
 
         def where() -> str:

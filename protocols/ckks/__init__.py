@@ -3,6 +3,7 @@
 In dependency order, one line a module:
 
 parameters   ring degree, primes and scales at 128-bit security
+canonical    the one form in which ciphertexts and keys travel; SEAL's files around it
 circuit      a computation on ciphertexts, and its evaluation on plain vectors
 diagonals    linear maps of slots in baby and giant steps; sums along an axis
 polynomial   polynomials in logarithmic depth

@@ -1,49 +1,26 @@
 """Convert between SEAL's objects and numpy arrays, through SEAL's own file format.
 
-A file is a header of 16 bytes (magic, its length, version, compression, size) and a body. A plaintext's body is its
-level's id, the count, the scale and an array. A ciphertext's body is the id, its form, three sizes, the scale, a
-correction factor (one for CKKS) and an array. An array is a file of its own: a count and 64-bit words.
+A plaintext's file has its level's id, the count, the scale and an array; ``canonical`` describes the others.
 """
 
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
-from protocols.ckks.seal import HEADER, PLAIN, Context, saved
+from protocols.ckks.canonical import META, Words, array, body_of, ciphertext_file, file, words_of
+from protocols.ckks.seal import Context, saved
 
-MAGIC = 0xA15E
-
-Words = NDArray[np.uint64]
 Integers = NDArray[Any]  # Python integers of any size, one a coefficient
-
-
-@lru_cache(maxsize=1)
-def _version() -> bytes:
-    return saved(sealapi.Plaintext())[3:5]
-
-
-def _file(body: bytes) -> bytes:
-    return struct.pack("<HB", MAGIC, HEADER) + _version() + struct.pack("<B2xQ", PLAIN, HEADER + len(body)) + body
-
-
-def _array(words: Words) -> bytes:
-    return _file(struct.pack("<Q", len(words)) + words.tobytes())
 
 
 def _words(item: Any) -> Words:
     """Return the residues of a plaintext, or of both polynomials of a ciphertext; only for objects of this process."""
-    data = saved(item)
-    body = data[HEADER:] if data[5] == PLAIN else zstandard.ZstdDecompressor().decompressobj().decompress(data[HEADER:])
-    start = (40 + 8 if isinstance(item, sealapi.Plaintext) else 32 + 1 + 24 + 8 + 8) + HEADER
-    (count,) = struct.unpack_from("<Q", body, start)
-    return np.frombuffer(body, np.uint64, count, start + 8)
+    return words_of(body_of(saved(item)), 40 + 8 if isinstance(item, sealapi.Plaintext) else META)
 
 
 class Coefficients:
@@ -78,11 +55,11 @@ class Coefficients:
         holder = self._ciphertext(residues, level, ntt=False)
         self.evaluator.transform_to_ntt_inplace(holder)
         words = _words(holder)[: len(residues)]
-        body = struct.pack("<4QQd", *self.context.ids[level], len(words), p.scales[level]) + _array(words)
-        return self.context.load(sealapi.Plaintext, _file(body), "plaintext")
+        body = struct.pack("<4QQd", *self.context.ids[level], len(words), p.scales[level]) + array(words)
+        return self.context.load(sealapi.Plaintext, file(body), "plaintext")
 
     def _ciphertext(self, residues: Words, level: int, *, ntt: bool) -> Any:
-        sizes = (2, self.context.parameters.degree, level + 1)
-        body = struct.pack("<4Q?3QdQ", *self.context.ids[level], ntt, *sizes, 1.0, 1)
-        both = np.concatenate([residues, np.ones_like(residues)])
-        return self.context.load(sealapi.Ciphertext, _file(body + _array(both)), "polynomial")
+        rows = residues.reshape(1, level + 1, self.context.parameters.degree)
+        both = np.concatenate([rows, np.ones_like(rows)])
+        made = ciphertext_file(self.context.ids[level], both, 1.0, ntt=ntt)
+        return self.context.load(sealapi.Ciphertext, made, "polynomial")

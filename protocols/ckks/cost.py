@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 from tenseal import sealapi
 
+from protocols.ckks.canonical import fresh
 from protocols.ckks.circuit import last_readers
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Masks, reserve
 from protocols.ckks.schedule import Schedule
-from protocols.ckks.seal import Client, Context, EvaluationKeys, saved
+from protocols.ckks.seal import Client, Context, EvaluationKeys
 
 KINDS = ("plain", "add", "rescale", "multiply", "switch", "input", "refresh")
 REPEATS = 5  # measurements of which the median counts
@@ -142,14 +143,15 @@ def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Meas
     table: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
     levels = points or sorted({0, 1, parameters.levels // 3, 2 * parameters.levels // 3, parameters.levels})
     for level in levels:
+        form = fresh(parameters, level)
         data, limbs = client.encrypt(vector, level), level + 1
-        x, out = context.ciphertext(data, level), sealapi.Ciphertext()
+        x, out = context.ciphertext(data, form), sealapi.Ciphertext()
         plain = context.encode(vector, level, parameters.scales[level])
         evaluator.add(x, x, out)
         functions: dict[str, Callable[[], Any]] = {
             "add": partial(evaluator.add_inplace, out, x),
             "switch": partial(evaluator.rotate_vector, x, 1, keys.galois[1], sealapi.Ciphertext()),
-            "input": partial(context.ciphertext, data, level),
+            "input": partial(context.ciphertext, data, form),
         }
         if level >= kept:
             functions["refresh"] = partial(_refreshed, masks, x, data, level)
@@ -167,8 +169,9 @@ def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Meas
 def _refreshed(masks: Masks, x: Any, data: bytes, level: int) -> None:
     """Do the server's part of a refresh."""
     mask = masks.draw(level)
-    saved(mask.added(x))
-    mask.removed(masks.coefficients.context.ciphertext(data, level), level)
+    masks.coefficients.context.packed(mask.added(x))
+    context = masks.coefficients.context
+    mask.removed(context.ciphertext(data, fresh(context.parameters, level)), level)
 
 
 def _median(function: Callable[[], Any], repeats: int = REPEATS) -> float:

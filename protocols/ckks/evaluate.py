@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from tenseal import sealapi
 
+from protocols.ckks import canonical
 from protocols.ckks.circuit import CkksNode, last_readers
 from protocols.ckks.refresh import Mask, Masks
 from protocols.ckks.schedule import Schedule
-from protocols.ckks.seal import Context, EvaluationKeys, saved
+from protocols.ckks.seal import Context, EvaluationKeys
 
 CACHE = 4 << 30  # bytes of encoded weights kept, by default
 
@@ -77,7 +78,8 @@ def evaluate(
         if progress is not None:
             progress(i, circuit.paths[i])
         if node.op == "input":
-            run.values[i] = weights.context.ciphertext(inputs[node.name], schedule.levels[i], f"input {node.name!r}")
+            form = canonical.fresh(weights.context.parameters, schedule.levels[i])
+            run.values[i] = weights.context.ciphertext(inputs[node.name], form, f"input {node.name!r}")
         elif node.op == "refresh":
             if schedule.stages[i] > stage:
                 stage = schedule.stages[i]
@@ -88,7 +90,7 @@ def evaluate(
         for x in {i, *node.inputs}:
             if last[x] <= i:
                 run.forget(x)
-    return [saved(run.fresh(run.values[x])) for x in circuit.outputs]
+    return [run.leaving(run.values[x]) for x in circuit.outputs]
 
 
 def _refreshed(
@@ -99,7 +101,7 @@ def _refreshed(
     drawn: list[Mask] = []
     for i in nodes:
         mask = masks.draw(schedule.reserve)
-        masked.append(saved(run.fresh(mask.added(run.at(schedule.circuit.nodes[i].inputs[0], schedule.reserve)))))
+        masked.append(run.leaving(mask.added(run.at(schedule.circuit.nodes[i].inputs[0], schedule.reserve))))
         drawn.append(mask)
     answers = yield masked
     if len(answers) != len(nodes):
@@ -107,7 +109,8 @@ def _refreshed(
     out = {}
     for i, mask, answer in zip(nodes, drawn, answers, strict=True):
         level = schedule.levels[i]
-        out[i] = mask.removed(run.context.ciphertext(answer, level, "refreshed ciphertext"), level)
+        form = canonical.fresh(run.context.parameters, level)
+        out[i] = mask.removed(run.context.ciphertext(answer, form, "refreshed ciphertext"), level)
     return out
 
 
@@ -133,8 +136,8 @@ class _Run:
             self.evaluator.mod_switch_to(self.values[x], self.context.ids[level], dropped[level])
         return dropped[level]
 
-    def fresh(self, x: Any) -> Any:
-        """Add a fresh encryption of zero under the client's public key to x, before x leaves the server.
+    def leaving(self, x: Any) -> bytes:
+        """Add a fresh encryption of zero under the client's public key to x; return the bytes that leave the server.
 
         So the client sees the plaintext and noise of x, but not its second polynomial, which is a function of the
         weights and would let the client test a guess of them.
@@ -143,7 +146,7 @@ class _Run:
         self.keys.zeros.encrypt_zero(x.parms_id(), zero)
         zero.scale = x.scale
         self.evaluator.add(x, zero, out)
-        return out
+        return self.context.packed(out)
 
     def node(self, i: int, node: CkksNode) -> Any:
         e, out, level = self.evaluator, sealapi.Ciphertext(), self.schedule.levels[i]

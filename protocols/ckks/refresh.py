@@ -8,7 +8,8 @@ integer arithmetic, so no precision is lost; masks on slots would be limited to 
 M = q/2 - 2^c fills the modulus q of the level up to the room that a message |m| <= 2^c needs. So m + r modulo q is
 within 2^(c+1) / q of uniform *whatever m is*: if a value exceeds its range, the answer is wrong, but it stays secret.
 ``reserve`` chooses q so that N 2^(c+1) / q <= 2^-HIDING, which covers all coefficients of one refreshed ciphertext; R
-of them in Q queries are within R Q 2^-HIDING. Masks come from the operating system's generator, and each is used once.
+of them in Q queries are within R Q 2^-HIDING (``hiding`` says by how much those of one query are). Masks come from the
+operating system's generator, and each is used once.
 The server also adds a fresh encryption of zero under the client's public key, because the second polynomial is a
 function of the weights (see ``evaluate``).
 Seen by the server: a fresh ciphertext and nothing else; a decryption never comes back to it in the clear.
@@ -51,6 +52,12 @@ def largest_mask(parameters: Parameters, level: int) -> int:
     if parameters.degree * 2 * room << HIDING > q:
         raise DoesNotFit(f"level {level} hides a message by less than {HIDING} bits\nhint: refresh at a higher level")
     return int(q // 2 - room)
+
+
+def hiding(parameters: Parameters, level: int, count: int) -> float:
+    """Return b: ``count`` masked ciphertexts together are within 2^-b of uniform. Q times as many lose log2 Q bits."""
+    q, room = math.prod(parameters.primes[: level + 1]), 2 ** message_bits(parameters.scale_bits)
+    return math.log2(q) - math.log2(2 * room * parameters.degree * count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,25 +9,28 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import IO, Any, TypeVar
 
 import numpy as np
-import zstandard
 from tenseal import sealapi
 
+from protocols.ckks.canonical import (
+    InvalidCiphertext,
+    WireForm,
+    ciphertext_file,
+    computed,
+    pack_ciphertext,
+    pack_switching_key,
+    public_key,
+    switching_key,
+    switching_key_file,
+)
 from protocols.ckks.circuit import Plain, Vector
 from protocols.ckks.parameters import Parameters
 
 T = TypeVar("T")
-
-HEADER = 16  # bytes of a file of SEAL's: magic, its own length, version, compression, size
-PLAIN, ZSTD = 0, 2  # compression
-
-
-class InvalidCiphertext(ValueError):
-    """The bytes are no ciphertext or key under these parameters."""
 
 
 @contextmanager
@@ -52,26 +55,6 @@ def saved(item: Any) -> bytes:
         item.save(path)
         file.seek(0)
         return file.read()
-
-
-def bounded(data: bytes, largest: int, what: str) -> bytes:
-    """Return ``data`` if it is one whole file of SEAL's that expands to at most ``largest`` bytes.
-
-    Else raises InvalidCiphertext, which names ``what``.
-    """
-    whole = len(data) > HEADER and int.from_bytes(data[8:16], "little") == len(data)
-    if whole and data[5] == ZSTD:
-        with suppress(zstandard.ZstdError):
-            with zstandard.ZstdDecompressor().stream_reader(data[HEADER:]) as reader:
-                size = 0
-                while size <= largest and (part := reader.read(1 << 20)):
-                    size += len(part)
-            whole = size <= largest
-    elif whole:
-        whole = data[5] == PLAIN and len(data) <= largest + HEADER
-    if not whole:
-        raise InvalidCiphertext(f"{what}: {len(data)} bytes that are not one key of this Program\nhint: send it again")
-    return data
 
 
 class Context:
@@ -128,23 +111,17 @@ class Context:
             ) from None
         return out
 
-    def ciphertext(self, data: bytes, level: int, what: str = "ciphertext") -> Any:
-        """Load a ciphertext of two polynomials at this level, with the level's scale; else raises InvalidCiphertext."""
-        if len(data) < 16 or int.from_bytes(data[8:16], "little") != len(data):  # SEAL would read a part of it
-            raise InvalidCiphertext(f"{what}: {len(data)} bytes that are not one ciphertext\nhint: send it again")
-        out: Any = self.load(sealapi.Ciphertext, data, what)
+    def ciphertext(self, data: bytes | memoryview, form: WireForm, what: str = "ciphertext") -> Any:
+        """Load a ciphertext of this form, with the scale of its level. Else raises InvalidCiphertext."""
+        residues, seeds = form.unpack(data, what)
+        level = form.limbs - 1
         scale = self.parameters.scales[level]
-        if (
-            out.size() != 2
-            or not out.is_ntt_form()
-            or self.level_of(out) != level
-            or not abs(out.scale / scale - 1) < 1e-9
-        ):
-            raise InvalidCiphertext(
-                f"{what}: {out.size()} polynomials at level {self.level_of(out)}, scale {out.scale:.6g}; expected 2 at "
-                f"level {level}, scale {scale:.6g}\nhint: encrypt with the parameters of this Program"
-            )
-        return out
+        made = ciphertext_file(self.ids[level], residues, scale, seed=seeds[0] if seeds else None)
+        return self.load(sealapi.Ciphertext, made, what)
+
+    def packed(self, ciphertext: Any) -> bytes:
+        """Return the canonical form of a ciphertext of this process."""
+        return pack_ciphertext(self.parameters, saved(ciphertext))
 
 
 def galois_element(step: int, degree: int) -> int:
@@ -173,10 +150,12 @@ class Client:
         """
         public = sealapi.PublicKey()
         self._generator.create_public_key(public)
-        out = {"public": saved(public), "relin": saved(self._generator.create_relin_keys())}
+        p = self.context.parameters
+        out = {"public": pack_ciphertext(p, saved(public))}
+        out["relin"] = pack_switching_key(p, saved(self._generator.create_relin_keys()))
         for step in steps:
-            element = galois_element(step, self.context.parameters.degree)
-            out[f"rotate {step}"] = saved(self._generator.create_galois_keys([element]))
+            made = self._generator.create_galois_keys([galois_element(step, p.degree)])
+            out[f"rotate {step}"] = pack_switching_key(p, saved(made))
         return out
 
     def secret_bytes(self) -> bytes:
@@ -188,11 +167,12 @@ class Client:
         return self.encrypt_plain(self.context.encode(values, level, self.context.parameters.scales[level]))
 
     def encrypt_plain(self, plain: Any) -> bytes:
-        return saved(self._encryptor.encrypt_symmetric(plain))
+        return self.context.packed(self._encryptor.encrypt_symmetric(plain))
 
     def decrypt_plain(self, data: bytes, level: int) -> Any:
+        """Decrypt a ciphertext that the server computed. Raises InvalidCiphertext."""
         out = sealapi.Plaintext()
-        self._decryptor.decrypt(self.context.ciphertext(data, level, "result"), out)
+        self._decryptor.decrypt(self.context.ciphertext(data, computed(self.context.parameters, level), "result"), out)
         return out
 
     def decrypt(self, data: bytes, level: int = 0) -> Vector:
@@ -204,32 +184,47 @@ def key_names(steps: Sequence[int]) -> list[str]:
     return ["public", "relin", *(f"rotate {s}" for s in steps)]
 
 
+def key_forms(parameters: Parameters, steps: Sequence[int]) -> dict[str, WireForm]:
+    """Return the form of each of a Program's keys, by name and in order."""
+    return {n: public_key(parameters) if n == "public" else switching_key(parameters) for n in key_names(steps)}
+
+
+def split_keys(data: bytes | memoryview, forms: Mapping[str, WireForm]) -> dict[str, memoryview]:
+    """Cut the bytes of all keys, one after another, into those of each. Raises InvalidCiphertext for another size."""
+    view, at, out = memoryview(data), 0, dict[str, memoryview]()
+    for name, form in forms.items():
+        out[name] = view[at : at + form.size]
+        at += form.size
+    if at != len(view):
+        raise InvalidCiphertext(f"evaluation keys of {len(view)} bytes, where they have {at}\nhint: upload them again")
+    return out
+
+
 class EvaluationKeys:
     """A client's keys at the server: the public, relinearization and rotation keys of one Program, and no others.
 
-    The size of each is checked before SEAL expands it. Raises InvalidCiphertext for keys that do not belong here.
+    Sizes and residues are checked before SEAL gets the first of them. Raises InvalidCiphertext for keys that do not
+    belong here. A key that has the form but was made for something else gives wrong answers, to who sent it.
     """
 
-    def __init__(self, context: Context, keys: Mapping[str, bytes], steps: Sequence[int]) -> None:
-        wanted, p = set(key_names(steps)), context.parameters
-        if set(keys) != wanted:
-            missing, more = sorted(wanted - set(keys)), sorted(set(keys) - wanted)
+    def __init__(self, context: Context, keys: Mapping[str, bytes | memoryview], steps: Sequence[int]) -> None:
+        forms, identity = key_forms(context.parameters, steps), context.seal.key_parms_id()
+        if set(keys) != set(forms):
+            missing, more = sorted(set(forms) - set(keys)), sorted(set(keys) - set(forms))
             raise InvalidCiphertext(
                 f"evaluation keys: missing {missing[:4]}, not asked for {more[:4]}\n"
                 "hint: make the keys for this Program"
             )
-        polynomial = 8 * p.degree * (p.levels + 2)
-        largest = (p.levels + 1) * (polynomial + 512) + 16 * p.degree + 4096
-        public = bounded(keys["public"], 2 * polynomial + 4096, "public key")
-        self.zeros = sealapi.Encryptor(context.seal, context.load(sealapi.PublicKey, public, "public key"))
-        relin = bounded(keys["relin"], largest, "relinearization key")
-        self.relin: Any = context.load(sealapi.RelinKeys, relin, "relinearization key")
-        if self.relin.size() != 1 or not self.relin.has_key(2):  # SEAL would read another kind of key beyond its end
-            raise InvalidCiphertext("the relinearization key is another key\nhint: make them again")
+        residues, _ = forms["public"].unpack(keys["public"], "public key")
+        public = context.load(sealapi.PublicKey, ciphertext_file(identity, residues, 1.0), "public key")
+        self.zeros = sealapi.Encryptor(context.seal, public)
+
+        def switching(kind: type[T], name: str, what: str, place: int) -> T:
+            residues, seeds = forms[name].unpack(keys[name], what)
+            return context.load(kind, switching_key_file(identity, residues, seeds, place), what)
+
+        self.relin: Any = switching(sealapi.RelinKeys, "relin", "relinearization key", 0)
         self.galois: dict[int, Any] = {}
         for step in steps:
-            what = f"key of rotation {step}"
-            key: Any = context.load(sealapi.GaloisKeys, bounded(keys[f"rotate {step}"], largest, what), what)
-            if key.size() != 1 or not key.has_key(galois_element(step, p.degree)):
-                raise InvalidCiphertext(f"the {what} rotates otherwise\nhint: make the keys again")
-            self.galois[step] = key
+            place = (galois_element(step, context.parameters.degree) - 1) // 2
+            self.galois[step] = switching(sealapi.GaloisKeys, f"rotate {step}", f"key of rotation {step}", place)

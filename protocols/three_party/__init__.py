@@ -16,7 +16,9 @@ weights       each party's part of the model's weights
 linear        products with shared weights and with public weights
 endpoints     inputs that the client shares
 dpf           point functions in two short keys
+sketch        shows whether keys evaluate to unit vectors
 lookup        rows of a shared table at an index that only the client knows
+checks        refuse look-up keys and inputs that no honest client sends
 translate     turns a Program's circuit into one for three servers
 
 A product, elementwise or matrix, costs one ring element for each output element and party, however long its inner

@@ -17,10 +17,10 @@ Seen by the holder of one key of a pair: the number of points and the domain. It
 if AES with a fixed public key behaves like a random permutation. Every key of every client is made with the same AES
 keys, so guessing any one of N seeds takes about 2^127 / N AES calls.
 
-Security is semi-honest: nobody checks that keys are well-formed. The evaluations of malformed keys add up to a vector
-of the sender's choice instead of a unit vector, so the holders compute a linear function, chosen by the sender, of the
-table that they multiply it with. The sender gets no output here; but if a result that depends on it comes back, as a
-model's does, a deviating sender reads arbitrary linear combinations of table rows through the model, not directly.
+Nothing here checks that keys are well-formed: any bytes of the right size are keys. The evaluations of malformed keys
+add up to a vector of the sender's choice instead of a unit vector. ``sketch`` finds them out; without it the holders
+would compute a linear function, chosen by the sender, of the table that they multiply the vector with, and a result
+that depends on it would tell the sender about any linear combination of table rows.
 """
 
 from __future__ import annotations

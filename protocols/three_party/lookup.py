@@ -12,8 +12,10 @@ computes 2 V d multiply-accumulates an index.
 Seen by a server: one key of each of two independent pairs. So it learns how many indices there are, but not which (see
 ``dpf``), and of T only its own two components. The client receives nothing. The shares are not uniform (for V < d they
 lie in the span of few rows), and another server, which holds one of the two components, could test guesses of the index
-against a share: before a server sends its share, it must add its share of zero. Security is semi-honest: see ``dpf``
-for what a client with malformed keys can do.
+against a share: before a server sends its share, it must add its share of zero.
+
+A client may send anything. So the holders of each pair sketch what they evaluate (see ``sketch``), unless clients are
+trusted: an index whose keys do not select one row, the same of all three components, ends the query.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from torch import Tensor
 
 from protocols import ring
 from protocols.matmul import Matrix
+from protocols.prg import KEY_BYTES, Key
 from protocols.three_party import dpf
 from protocols.three_party.dpf import Keys
+from protocols.three_party.sketch import Sketch
 from protocols.wire import FrameError
 
 SERVERS = 3
@@ -92,38 +96,49 @@ def lookup_keys(ids: Sequence[int] | Tensor, domain: int) -> tuple[LookupKeys, L
 
 
 def lookup_products(
-    keys_low: Keys, keys_high: Keys, table_low: LookupTable, table_high: LookupTable, ring_bits: int
+    keys_low: Keys,
+    keys_high: Keys,
+    table_low: LookupTable,
+    table_high: LookupTable,
+    ring_bits: int,
+    sketch_low: Sketch | None = None,
+    sketch_high: Sketch | None = None,
 ) -> Tensor:
     """Return a server's additive share of T[ids] modulo 2^ring_bits, (P, d); ring_bits is at most that of the tables.
 
+    sketch_low, sketch_high: what the vectors of ``keys_low`` and ``keys_high`` are added to; None: no sketch.
     It holds a few megabytes beside the keys and the result, whatever V and P are (see ``dpf.slices``).
     """
     shape = len(keys_low), table_low.width
     if len(keys_high) != shape[0] or table_high.width != shape[1]:
         raise ValueError(f"{keys_low!r} and {keys_high!r} for {table_low!r} and {table_high!r}")
     total = torch.zeros(shape, dtype=torch.int64)
-    for party, (keys, table) in enumerate(((keys_low, table_low), (keys_high, table_high))):
-        _add_rows(total, keys, party, table, ring_bits)
+    _add_rows(total, keys_low, 0, table_low, ring_bits, sketch_low)
+    _add_rows(total, keys_high, 1, table_high, ring_bits, sketch_high)
     return ring.reduce(total, ring_bits)
 
 
-def public_product(keys: Keys, party: int, table: LookupTable, ring_bits: int) -> Tensor:
+def public_product(keys: Keys, party: int, table: LookupTable, ring_bits: int, sketch: Sketch | None = None) -> Tensor:
     """Return a share of T[ids] for a table that two servers know: one pair of keys, of which this is key ``party``."""
     total = torch.zeros((len(keys), table.width), dtype=torch.int64)
-    _add_rows(total, keys, party, table, ring_bits)
+    _add_rows(total, keys, party, table, ring_bits, sketch)
     return ring.reduce(total, ring_bits)
 
 
-def _add_rows(total: Tensor, keys: Keys, party: int, table: LookupTable, ring_bits: int) -> None:
+def _add_rows(total: Tensor, keys: Keys, party: int, table: LookupTable, ring_bits: int, sketch: Sketch | None) -> None:
     if keys.domain != table.domain or ring_bits > table.ring_bits:
         raise ValueError(f"{keys!r} for {table!r}, modulo 2^{ring_bits}")
     for points, rows, shares in dpf.slices(keys, party):
         table.add_product(total[points], shares, rows.start)
+        if sketch is not None:
+            sketch.add(points, rows.start, shares)
 
 
 def warm_up() -> None:
     """Compile the kernels of a look-up, or load them from the cache, so that no query waits for the compiler."""
     table, domain = LookupTable(torch.zeros((9, 1), dtype=torch.int64), ring.WORD), 9
+    stream = Key(bytes(KEY_BYTES)).stream(0)  # of a look-up of nothing
     for keys in lookup_keys([0], domain):
         received = LookupKeys.from_bytes(keys.to_bytes(), 1, domain)
-        lookup_products(received.low, received.high, table, table, ring.WORD)
+        sketches = Sketch(1, 0, stream), Sketch(1, 1, stream)
+        lookup_products(received.low, received.high, table, table, ring.WORD, *sketches)

@@ -5,7 +5,14 @@
 - A delivery to the server, who knows the weights, becomes an opening, because nobody knows them here. If the same value
   is opened anyway, one opening in the wider ring serves both (reduction commutes with everything that follows).
 - If the weights are public, a delivery is not needed at all.
+- Unless clients are trusted, a check stands behind each input and each look-up (see ``checks``). An input is opened in
+  its whole ring and compared with its clamps. The opening serves the Program's own readers too, and the check takes
+  place beside the first layers, so that a query of more than five rounds takes no round more.
 - Everything else stays as it is.
+
+A value beyond its clamps ends the query instead of being clamped: clamping would put four rounds before the first
+layer, for the honest too. Ending it tells the client that its value was out of range, which it knew. Any value within
+the clamps passes, for instance a mask of one half.
 """
 
 from __future__ import annotations
@@ -14,11 +21,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from protocols import ring
 from protocols.circuit import Circuit, Instruction, total_cost
-from protocols.protocol import CircuitCost, Protocol
-from protocols.three_party.endpoints import LookedUp, SharedInput
+from protocols.protocol import CircuitCost, Protocol, Shape
+from protocols.three_party.checks import InRange, UnitVectors
+from protocols.three_party.endpoints import FromKeys, KeySketch, LookedUp, SharedInput
 from protocols.three_party.linear import PublicLinear, SharedLinear
-from protocols.two_party import Deliver, Input, Linear, Open, Reveal
+from protocols.three_party.sketch import SUMS
+from protocols.two_party import Compare, Deliver, Input, Linear, Open, Reveal
 from protocols.wire import Wire
 
 
@@ -52,12 +62,17 @@ class Translated:
     @cached_property
     def inputs(self) -> dict[str, tuple[int, SharedInput]]:
         """Instruction and protocol of each input that the client shares, by name."""
-        return {p.name: (i, p) for i, p in self._entries if not isinstance(p, LookedUp)}
+        return {p.name: (i, p) for i, p in self._entries if not isinstance(p, FromKeys)}
 
     @cached_property
     def lookups(self) -> dict[str, tuple[int, LookedUp]]:
         """Instruction and protocol of each look-up, by name."""
         return {p.name: (i, p) for i, p in self._entries if isinstance(p, LookedUp)}
+
+    @cached_property
+    def from_keys(self) -> dict[str, tuple[int, FromKeys]]:
+        """Instruction and protocol of each input that comes of look-up keys, rows and sketches, by name."""
+        return {p.name: (i, p) for i, p in self._entries if isinstance(p, FromKeys)}
 
     @property
     def _entries(self) -> list[tuple[int, SharedInput]]:
@@ -65,17 +80,23 @@ class Translated:
 
 
 def translate(
-    circuit: Circuit, outputs: Sequence[int], *, public: bool = False, one_hot: Collection[str] = ()
+    circuit: Circuit,
+    outputs: Sequence[int],
+    *,
+    public: bool = False,
+    one_hot: Collection[str] = (),
+    trusted_clients: bool = False,
 ) -> Translated:
     """Translate a Program's circuit. Raises ValueError if it reveals anything but its outputs.
 
     outputs: the Program's Reveals. public: True if all three parties know the weights. one_hot: the names of the inputs
-    that are one-hot rows.
+    that are one-hot rows. trusted_clients: leave out the checks of what clients send; without it, ValueError is raised
+    as well for one-hot rows that are not looked up, and for clamps that take up half of a ring of 64 bits.
     """
     for output in outputs:
         if not isinstance(circuit[output].protocol, Reveal):
             raise ValueError(f"the output, instruction {output}, is not a Reveal")
-    translation = _Translation(circuit, public, one_hot)
+    translation = _Translation(circuit, public, one_hot, trusted_clients)
     for index, instruction in enumerate(circuit):
         if index not in outputs:
             translation.add(index, instruction)
@@ -86,8 +107,8 @@ def translate(
 
 
 class _Translation:
-    def __init__(self, circuit: Circuit, public: bool, one_hot: Collection[str]) -> None:
-        self._public = public
+    def __init__(self, circuit: Circuit, public: bool, one_hot: Collection[str], trusted: bool) -> None:
+        self._public, self._one_hot, self._trusted = public, one_hot, trusted
         self.circuit: list[Instruction] = []
         self.origin: list[int] = []
         self.at: dict[int, int] = {}  # our instruction, by the Program's
@@ -105,22 +126,48 @@ class _Translation:
         if index in self._lookups:
             found = self._lookups[index]
             if found is not None:
-                self.at[index] = self._emit(index, replace(found, public=self._public), ())
+                self.at[index] = self._look_up(index, replace(found, public=self._public))
             return
         p, inputs = instruction.protocol, tuple(self.at[i] for i in instruction.inputs)
-        if isinstance(p, Deliver) and self._public:
+        if isinstance(p, Input):
+            self.at[index] = self._share(index, p)
+        elif isinstance(p, Deliver) and self._public:
             self.at[index] = inputs[0]
         elif isinstance(p, (Deliver, Open)):
-            if inputs[0] not in self._opened:
-                opening = Open(p.shape, self._rings[instruction.inputs[0]])
-                self._opened[inputs[0]] = self._emit(index, opening, inputs)
-            self.at[index] = self._opened[inputs[0]]
+            self.at[index] = self._open(index, instruction.inputs[0], p.shape)
         else:
             self.at[index] = self._emit(index, self._of_three(p), inputs)
 
+    def _open(self, index: int, operand: int, shape: Shape) -> int:
+        """Open the Program's value ``operand``, unless it is opened already."""
+        if (at := self.at[operand]) not in self._opened:
+            self._opened[at] = self._emit(index, Open(shape, self._rings[operand]), (at,))
+        return self._opened[at]
+
+    def _share(self, index: int, p: Input) -> int:
+        """Let the client share an input, and check that it lies within its clamps."""
+        if self._trusted:
+            return self._emit(index, SharedInput(p.shape, p.ring, p.name), ())
+        if p.name in self._one_hot:
+            raise ValueError(f"the one-hot rows of {p.name!r} are not looked up, so nothing can check them")
+        bits, low, above = _bounds(p)
+        self.at[index] = shared = self._emit(index, SharedInput(p.shape, bits, p.name), ())
+        self._rings[index] = max(bits, self._rings.get(index, 0))
+        below = self._emit(index, Compare(p.shape, bits, 0, (low, above)), (self._open(index, index, p.shape),))
+        self._emit(index, InRange(p.name, p.shape, p.low, p.high), (below,))
+        return shared
+
+    def _look_up(self, index: int, p: LookedUp) -> int:
+        """Look rows up, and check the keys with which the client asks for them."""
+        if self._trusted:
+            return self._emit(index, p, ())
+        name = f"{p.name}/sketch"
+        rows = self._emit(index, replace(p, sketch=name), ())
+        sketch = KeySketch((p.points, p.pairs + SUMS - 1), ring.WORD, name, public=p.public)
+        self._emit(index, UnitVectors(p.name, p.points, p.pairs), (self._emit(index, sketch, ()),))
+        return rows
+
     def _of_three(self, p: Protocol) -> Protocol:
-        if isinstance(p, Input):
-            return SharedInput(p.shape, p.ring, p.name)
         if isinstance(p, Linear):
             return (PublicLinear if self._public else SharedLinear)(p.shape, p.ring, p.weight, p.diagonal)
         if isinstance(p, Reveal):
@@ -131,6 +178,17 @@ class _Translation:
         self.circuit.append(Instruction(protocol, inputs))
         self.origin.append(index)
         return len(self.circuit) - 1
+
+
+def _bounds(p: Input) -> tuple[int, int, int]:
+    """Return the ring in which an input is compared with its clamps, its least integer, and that above its greatest.
+
+    The ring is the input's, or wider if the range takes up half of it: see ``InRange``.
+    """
+    if max(abs(p.low), abs(p.high)) * 2.0**p.fraction >= 2.0 ** (ring.WORD - 2):
+        raise ValueError(f"the input {p.name!r} has the clamps {p.low:g} and {p.high:g}, too wide to compare it with")
+    low, high = (round(x * 2.0**p.fraction) for x in (p.low, p.high))
+    return max(p.ring, (high - low).bit_length() + 1), low, high + 1
 
 
 def _lookups(circuit: Circuit, one_hot: Collection[str]) -> dict[int, LookedUp | None]:

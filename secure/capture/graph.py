@@ -282,6 +282,12 @@ def run(
     return [values[output] for output in graph.outputs]
 
 
+def check_given(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
+    """Raise InvalidInput if an input of a graph is missing, or has another shape or kind; no value is read."""
+    for node in graph.inputs.values():
+        _given(node, inputs, torch.float32)
+
+
 def _given(node: Node, source: Mapping[str, Tensor], float_dtype: torch.dtype) -> Tensor:
     name = node.attrs["name"]
     if name not in source:

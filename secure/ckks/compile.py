@@ -32,6 +32,7 @@ from secure.ckks.polynomials import Range
 from secure.ckks.program import HEADROOM, CkksProgram
 from secure.errors import DoesNotFit, DoesNotPack, InvalidInput, UnsupportedOperation
 from secure.frontend import lower_model
+from secure.lowering.client_inputs import tables_label
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.trace import Symbol, evaluate
 
@@ -132,7 +133,7 @@ def encrypt(
             "smaller power or degree",
         )
     _, chosen, timed, best, watched = min(found, key=lambda f: f[0])
-    levels = timed.inputs()
+    levels, tables = timed.inputs(), {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     program = CkksProgram(
         parameters=chosen,
         steps=tuple(timed.circuit.steps),
@@ -147,14 +148,14 @@ def encrypt(
         output_unit=best.output_unit,
         counts=timed.circuit.counts(),
         grain=best.output_unit * 2.0 ** -(precision_bits + 1),
-        labels={"mode": mode, **(labels or {})},
+        labels={"mode": mode, **(labels or {}), **tables_label(tables)},
     )
     program.check()
     return CkksModel(
         program,
         timed,
         watched.error(chosen) * best.output_unit + program.grain / 2,
-        {name: table.to(torch.float32) for name, table in lowered.tables.items()},
+        tables,
         watched.by_path(timed, chosen),
     )
 

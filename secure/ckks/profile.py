@@ -6,6 +6,7 @@ on this machine.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class CkksProfile:
     counts: nodes of the circuit by kind. breakdown: predicted seconds of one core, by kind of operation. modules: costs
     by path, with "" for operations outside all modules. predicted_error: absolute error of an output element.
     Bytes: key_bytes are sent once; to_server and to_client are sent in each query; key_memory, weight_memory and
-    ciphertext_memory are the server's memory. rounds: messages that wait for one another.
+    ciphertext_memory are the server's memory. rounds: messages that wait for one another. hiding: bits by which masks
+    hide the refreshed ciphertexts of one query, all together; None without refreshes.
     """
 
     parameters: Parameters
@@ -70,6 +72,7 @@ class CkksProfile:
     to_server: int
     to_client: int
     rounds: int
+    hiding: float | None
 
     @property
     def seconds(self) -> float:
@@ -111,7 +114,17 @@ class CkksProfile:
             "key memory": self.key_memory,
             "weight memory": self.weight_memory,
             "ciphertext memory": self.ciphertext_memory,
+            "refresh hiding bits": self.hiding,
         }
+
+    @property
+    def _hidden(self) -> tuple[str, ...]:
+        if self.hiding is None:
+            return ()
+        return (
+            f"masks hide all refreshed ciphertexts of a query to 2^-{self.hiding:.0f} together, those of a million "
+            f"queries to 2^-{self.hiding - math.log2(1e6):.0f}",
+        )
 
     def table(self) -> Table:
         """Return the profile by module, with its sums in words."""
@@ -139,6 +152,7 @@ class CkksProfile:
             f"once; in memory keys {_mb(self.key_memory)}, weights {_mb(self.weight_memory)}, ciphertexts "
             f"{_mb(self.ciphertext_memory)}",
             f"predicted error of an output {self.predicted_error:.2g}",
+            *self._hidden,
         )
         return Table(columns, rows, lines)
 
@@ -179,6 +193,7 @@ def profile(model: CkksModel, *, measured: bool = True) -> CkksProfile:
         to_server=program.to_server,
         to_client=program.to_client,
         rounds=program.rounds,
+        hiding=program.hiding,
     )
 
 

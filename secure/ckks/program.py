@@ -20,14 +20,23 @@ from torch import Tensor
 
 from protocols.ckks.circuit import Vector
 from protocols.ckks.parameters import Parameters
-from protocols.ckks.refresh import reserve
+from protocols.ckks.refresh import hiding, reserve
 from protocols.fields import Bits, Name, Real, Shape, Whole
 from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
 from secure.errors import InvalidInput, InvalidProgram
-from secure.lowering.client_inputs import MAXIMUM_INPUTS, ClientInput, Labels, check_client_part, client_values
+from secure.lowering.client_inputs import (
+    MAXIMUM_INPUTS,
+    ClientInput,
+    Labels,
+    check_client_part,
+    check_query,
+    clear_values,
+    dummy_values,
+    encode_input,
+)
 
 VERSION = 1
 _MALFORMED = (
@@ -37,6 +46,7 @@ _MALFORMED = (
 MAXIMUM_KEYS = 8 << 30  # bytes of keys that a client makes and uploads for a Program
 MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes, and of the output
 Tally = Annotated[int, Strict(), Field(ge=0, lt=1 << 62)]  # of operations, for people
+MAXIMUM_SLOTS = 1 << 25  # of inputs and output together: 256 MB when they are unpacked
 HEADROOM = 2.0  # room over calibrated magnitudes before a value is refused
 
 
@@ -101,9 +111,9 @@ class CkksProgram:
                 version = f"{d['version']!r:.40}"
                 raise InvalidProgram(f"the Program has version {version}, this is {VERSION}\nhint: upgrade unseen")
             _DOCUMENT.validate_python(d)  # bounds of every field, before anything follows from them
-            if max(len(d["views"]), len(d["output"])) > MAXIMUM_CIPHERTEXTS:  # they are packed: memory takes far more
+            parameters, described = Parameters(**d["parameters"]), len(d["views"]) + len(d["output"])
+            if described * parameters.slots > MAXIMUM_SLOTS:  # they are packed: memory takes far more
                 raise InvalidProgram(f"{len(d['views'])} inputs, {len(d['output'])} results: too many ciphertexts")
-            parameters = Parameters(**d["parameters"])
             program = cls(
                 parameters=parameters,
                 steps=tuple(int(s) for s in d["steps"]),
@@ -147,7 +157,7 @@ class CkksProgram:
         whole = all(type(v) is int for v in dataclasses.astuple(p)) and all(n >= 1 for n in self.output_shape)
         if not whole or list(self.steps) != sorted(set(self.steps)) or len(p.primes) != p.levels + 2:
             raise InvalidProgram("parameters, rotations or sizes of the Program are none")
-        keys = p.key_bytes * (len(self.steps) + 2)
+        keys = self.key_bytes
         if keys > MAXIMUM_KEYS or max(len(self.views), refreshed, len(self.output)) > MAXIMUM_CIPHERTEXTS:
             raise InvalidProgram(
                 f"the Program asks for {keys / 1e9:.1f} GB of keys, {len(self.views)} inputs, {refreshed} refreshes; "
@@ -162,7 +172,7 @@ class CkksProgram:
         if sorted(self.output[self.output >= 0]) != list(range(size)):
             raise InvalidProgram("elements of the output are missing or stand twice")
 
-    # the cost of a query as the parameters predict it; real keys and ciphertexts are within a few percent
+    # the cost of a query, exactly
 
     @property
     def rounds(self) -> int:
@@ -172,13 +182,14 @@ class CkksProgram:
     @property
     def key_bytes(self) -> int:
         """The bytes of evaluation keys, which are uploaded once."""
-        return self.parameters.key_bytes * (len(self.steps) + 1)
+        p = self.parameters
+        return p.public_key_bytes + p.key_bytes * (len(self.steps) + 1)
 
     @property
     def to_server(self) -> int:
         """The bytes to the server in one query: inputs and re-encrypted ciphertexts."""
         sent = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
-        return sum(map(self.parameters.polynomial_bytes, sent))
+        return sum(map(self.parameters.fresh_bytes, sent))
 
     @property
     def to_client(self) -> int:
@@ -186,22 +197,51 @@ class CkksProgram:
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
         return p.ciphertext_bytes(0) * len(self.output) + p.ciphertext_bytes(self.reserve) * refreshed
 
+    @property
+    def hiding(self) -> float | None:
+        """Bits by which the masks hide all refreshed ciphertexts of a query together; Q queries have log2 Q fewer."""
+        refreshed = sum(map(len, self.refreshes))
+        return hiding(self.parameters, self.reserve, refreshed) if refreshed else None
+
     # the client's side
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise InvalidInput unless names, types and shapes are those of the model's inputs, and none holds NaN."""
+        check_query(self.client_graph, inputs)
+
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the client's graph in the clear: all that depends on values, and every error.
+
+        Raises InvalidInput, also outside an input's range.
+        """
+        values = clear_values(self.client_graph, self.client_inputs, inputs)
+        for name, value in self._flat(values, tables).items():
+            low, high = self.ranges[name]
+            if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
+                raise InvalidInput(
+                    f"input {name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
+                    f"for [{low:.4g}, {high:.4g}]\nhint: scale the input as the model's calibration inputs are"
+                )
+        return values
+
+    def dummy_values(self) -> dict[str, Tensor]:
+        """Return zeros in place of ``clear_values``."""
+        return dummy_values(self.client_graph, self.client_inputs)
+
+    def encode(self, values: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
+        """Return the slots of every ciphertext that the client sends; the work follows from shapes alone."""
+        flat = self._flat(values, tables)
+        return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
+
+    def _flat(self, values: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Array]:
+        return {
+            spec.name: encode_input(spec, values[spec.name], tables).to(torch.float64).numpy().reshape(-1)
+            for spec in self.client_inputs
+        }
 
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Vector]:
         """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
-        values = client_values(self.client_graph, self.client_inputs, inputs, tables)
-        flat: dict[str, Array] = {}
-        for spec in self.client_inputs:
-            value = values[spec.name].to(torch.float64).numpy().reshape(-1)
-            low, high = self.ranges[spec.name]
-            if not (np.isfinite(value).all() and low <= value.min() and value.max() <= high):
-                raise InvalidInput(
-                    f"input {spec.name!r} has values in [{value.min():.4g}, {value.max():.4g}], the Program was made "
-                    f"for [{low:.4g}, {high:.4g}]\nhint: scale the input as the model's calibration inputs are"
-                )
-            flat[spec.name] = value
-        return {k: at(flat[name], content) for k, (name, _, content) in self.views.items()}
+        return self.encode(self.clear_values(inputs, tables), tables)
 
     def decode(self, slots: Sequence[Vector]) -> dict[str, Tensor]:
         """Read the output (float64), by name, from the decrypted slots of its ciphertexts, and round it to the grain.

@@ -18,6 +18,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import check_inputs
+from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.session import Session
 from secure.tasks.digits import Digits
@@ -118,7 +119,10 @@ def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, label
     deployment.check(options, tokens=loaded.tokenizer is not None)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"length": str(loaded.length)} if loaded.length else {}
-    made = deployment.build(loaded.module, loaded.samples, options, {**named, **labels})
+    named |= labels
+    if (found := loaded.tokenizer) is not None:
+        named |= {TOKENIZER: tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)}
+    made = deployment.build(loaded.module, loaded.samples, options, named)
     return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json)
 
 
@@ -157,9 +161,10 @@ def plain_reference(compiled: Compiled, inputs: Sample) -> Any:
     return compiled.deployment.reference(compiled.model, inputs)
 
 
-def insecure_in_process(compiled: Compiled, *, threads: int = 1) -> Session:
+def insecure_in_process(compiled: Compiled, *, threads: int = 1, pace: float = 0.0) -> Session:
     """INSECURE: open a session whose parties all run in this process. It protects NOTHING.
 
-    It is for trials, tests and measurements of accuracy. threads: torch's threads while the session computes.
+    It is for trials, tests and measurements of accuracy. threads: torch's threads while the session computes. pace: see
+    ``Session``; here nobody looks at the clock, so nothing waits by default.
     """
-    return Session(compiled.deployment.insecure(compiled.model, compiled.tokenizer), threads=threads)
+    return Session(compiled.deployment.insecure(compiled.model, compiled.tokenizer), threads=threads, pace=pace)

@@ -154,6 +154,11 @@ class Deployment(ABC):
         """Return the deployment with these addresses, by role; by default they go to the fields of the roles' names."""
         return replace(self, **{name: at for name, at in addresses.items() if name in self.options()})
 
+    def addresses(self) -> dict[str, str]:
+        """Return the addresses that it holds, by role: the inverse of ``located``."""
+        named = {role.name: role.name.replace(" ", "_") for role in self.roles()}
+        return {role: str(getattr(self, name)) for role, name in named.items() if name in self.options()}
+
     # options
 
     @classmethod

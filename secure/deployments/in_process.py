@@ -17,8 +17,8 @@ from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER, CircuitCost
 from protocols.steps import PairTraffic, run_pair
 from protocols.three_party import Translated
-from protocols.three_party.endpoints import seeded_share
-from protocols.three_party.sharing import PARTIES, PARTY_2
+from protocols.three_party.endpoints import Coins, seeded_share
+from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
 from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
 from protocols.weights import ClientWeights, DealerWeights
 from secure.cost.runnable import Deployed
@@ -120,14 +120,20 @@ class ThreePartiesInProcess(_InProcess):
         for name, (index, protocol) in self.translated.inputs.items():
             shares[1][name] = seeded_share(split, index, protocol.shape)
             shares[0][name] = values[name] - shares[1][name]
-        for name, (index, found) in self.translated.lookups.items():
-            keys = found.keys(values[found.source].argmax(-1))
-            rows = [found.rows_of(party, own, self._weights[party]) for party, own in enumerate(keys)]
-            zero_share = found.zero_share(streams[1], index)
-            shares[1][name] = rows[1] + zero_share
-            shares[0][name] = sum(rows[2:], rows[0]) - zero_share
+        pairs = {frozenset(pair): _key() for pair in HOLDERS}
+        for index, lookup in self.translated.lookups.values():
+            keys = lookup.keys(values[lookup.source].argmax(-1))
+            found = [
+                lookup.shares(party, own, self._weights[party], _coins(pairs, party), index)
+                for party, own in enumerate(keys)
+            ]
+            for name in found[0]:
+                at, p = self.translated.from_keys[name]
+                zero_share = p.zero_share(streams[1], at)
+                shares[1][name] = found[1][name] + zero_share
+                shares[0][name] = sum((own[name] for own in found[2:]), found[0][name]) - zero_share
         # bytes that party 2 sends party 0 within the query
-        rows_of_two = sum(p.cost().brought for _, p in self.translated.lookups.values())
+        rows_of_two = sum(p.cost().brought for _, p in self.translated.from_keys.values())
         traffic = PairTraffic()
         zero, one = (
             execute(
@@ -152,6 +158,11 @@ def plain_reference(model: MpcModel, inputs: Mapping[str, Tensor]) -> Any:
     program = model.program
     values = program.client_values(inputs, model.client_tables)
     return only(program.decode(reference(program.circuit, program.revealed, model.server_weights, values)))
+
+
+def _coins(pairs: Mapping[frozenset[int], Key], party: int) -> Coins:
+    """Return the keys of a party's pairs by the other party."""
+    return {other: key for pair, key in pairs.items() for other in pair - {party} if party in pair}
 
 
 def _key() -> Key:

@@ -1,12 +1,14 @@
 """Three servers with an honest majority. Weights and inputs are shared among them, and there is no dealer outside.
 
 Parties 0 and 1 run the translation of a Program's circuit; party 2 deals its summand of every product ahead of a query.
+Clients may send anything: the parties check look-up keys and inputs, unless the model is compiled for trusted clients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar, Self
 
 from protocols.three_party import Translated, translate
@@ -28,7 +30,7 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.deployments.in_process import ThreePartiesInProcess
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, InvalidProgram
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
 from secure.mpc.program import Program
@@ -45,12 +47,15 @@ class ThreeParty(CircuitDeployment):
 
     name: ClassVar[str] = "three-party"
     summary: ClassVar[str] = "three servers that share the model; secret sharing, no dealer"
-    trust: ClassVar[str] = "semi-honest; no two parties may collude"
+    trust: ClassVar[str] = "semi-honest servers, of which no two may collude; clients may send anything"
     serves: ClassVar[str] = ""
     how_to_serve: ClassVar[str] = "`unseen share-model`, then `unseen party` three times"
 
     parties: tuple[str, ...] = option(ADDRESSES, "host:port of parties 0, 1, 2, with commas.", CONNECT)
     public_weights: bool = option(False, "Let all parties know the weights: cheaper, inputs stay secret.", COMPILE)
+    trusted_clients: bool = option(
+        False, "Do not check what clients send, look-up keys and inputs: a little cheaper.", COMPILE
+    )
 
     @classmethod
     def served(cls, compiled_as: Mapping[str, str]) -> ThreeParty:
@@ -58,8 +63,9 @@ class ThreeParty(CircuitDeployment):
 
         It is the inverse of ``compiled_as``. Raises InvalidInput for other options.
         """
-        for public in (False, True):
-            if (found := cls(public_weights=public)).compiled_as() == dict(compiled_as):
+        for public, trusted in product((False, True), repeat=2):
+            found = cls(public_weights=public, trusted_clients=trusted)
+            if found.compiled_as() == dict(compiled_as):
                 return found
         raise InvalidInput(f"{cls.name} knows no model compiled as {dict(compiled_as)}")
 
@@ -77,10 +83,22 @@ class ThreeParty(CircuitDeployment):
     def located(self, addresses: Mapping[str, str]) -> Self:
         return replace(self, parties=tuple(addresses[name] for name in PARTIES))
 
+    def addresses(self) -> dict[str, str]:
+        return dict(zip(PARTIES, self.parties, strict=False))
+
     def translated(self, program: Program) -> Translated:
-        """Translate a Program's circuit for three servers."""
+        """Translate a Program's circuit for three servers; raises InvalidProgram if they cannot run it."""
         one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
-        return translate(program.circuit, program.revealed, public=self.public_weights, one_hot=one_hot)
+        try:
+            return translate(
+                program.circuit,
+                program.revealed,
+                public=self.public_weights,
+                one_hot=one_hot,
+                trusted_clients=self.trusted_clients,
+            )
+        except ValueError as error:
+            raise InvalidProgram(f"three parties cannot run this Program: {error}") from None
 
     def deployed(self, program: Program) -> Deployed:
         found = self.translated(program)

@@ -44,6 +44,9 @@ class TwoParty(CircuitDeployment):
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     dealer: str = option("127.0.0.1:50052", "The dealer's host:port.", CONNECT, SERVE)
+    dealer_key: str | None = option(
+        None, "The dealer's key: the path of its dealer.pub, or the fingerprint that it prints.", CONNECT, SERVE
+    )
 
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
         shown = "the token table; of the rest nothing" if token_table else NOTHING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from protocols.fields import MAXIMUM_ELEMENTS, Name, Shape, Whole
 from secure.capture.documents import what_is_wrong
-from secure.capture.graph import Graph, run
+from secure.capture.graph import Graph, check_given, run
 from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
 MAXIMUM_LENGTH = 1 << 20  # tokens of a text
 MAXIMUM_INPUTS = 1 << 8  # of a circuit
+TABLES = "token-tables"  # the label of a Program that holds the digest of the token tables that clients hold
 
 MAXIMUM_WORK = 1 << 26
 """The most elements that all nodes of a client's graph have together: tenths of a second of a client's time."""
@@ -44,11 +46,16 @@ class ClientInput:
 ENCODINGS = ("plain", "one-hot", "client-table")
 
 
-def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-    """Encode one client input as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds.
+def clear_value(spec: ClientInput, value: Tensor) -> Tensor:
+    """Return an output of the client's graph as ``encode_input`` takes it: float64, or integers that are looked up."""
+    return value.to(torch.float64) if spec.encoding == "plain" else value  # subnormal float32 would be slower to encode
 
-    It is total, and does the same work for all values: an id outside the table gives a row of zeros (one-hot), or the
-    table's first or last row.
+
+def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    """Encode a ``clear_value`` as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds.
+
+    Nothing here depends on values but the result: the work follows from shapes, and nothing is raised. An id outside
+    the table gives a row of zeros (one-hot), or the table's first or last row.
     """
     if spec.encoding == "plain":
         return value
@@ -57,13 +64,13 @@ def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor])
     return tables[spec.table][value.clamp(0, spec.size - 1)]
 
 
-def check_ids(graph: Graph, inputs: Sequence[ClientInput], values: Sequence[Tensor]) -> None:
+def check_ids(graph: Graph, specs: Sequence[ClientInput], values: Mapping[str, Tensor]) -> None:
     """Raise InvalidInput for a token id outside its table that the client itself gave, not its graph.
 
-    What a graph from somebody else makes of the client's values must not decide whether the client goes on.
+    What a graph from somebody else makes of the client's values does not decide whether the client has an error.
     """
-    for spec in inputs:
-        value, given = values[spec.output], graph.nodes[graph.outputs[spec.output]].op == "input"
+    for spec in specs:
+        value, given = values[spec.name], graph.nodes[graph.outputs[spec.output]].op == "input"
         if spec.encoding == "plain" or not given or not value.numel():
             continue
         if not 0 <= int(value.min()) <= int(value.max()) < spec.size:
@@ -72,22 +79,18 @@ def check_ids(graph: Graph, inputs: Sequence[ClientInput], values: Sequence[Tens
             )
 
 
-def client_values(
-    graph: Graph, specs: Sequence[ClientInput], inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the circuit's inputs by name as real numbers: the graph in the clear, then the encoding of each input.
-
-    All of it is computed before an id that the client gave can raise InvalidInput.
-    """
-    values = client_outputs(graph, inputs)
-    encoded = {spec.name: encode_input(spec, values[spec.output], tables) for spec in specs}
-    check_ids(graph, specs, values)
-    return encoded
-
-
 def table_shapes(inputs: Sequence[ClientInput]) -> dict[str, tuple[int, int]]:
     """Return the shapes (rows, width) of the token tables that the client holds, by name."""
     return {c.table: (c.size, c.shape[-1]) for c in inputs if c.encoding == "client-table"}
+
+
+def tables_label(tables: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the label that binds token tables (float32) to a Program: SHA-256 over them by name; {} for no table."""
+    total = hashlib.sha256()
+    for name in sorted(tables):
+        total.update(f"{len(name)}:{name}:{tuple(tables[name].shape)}:".encode())  # lengths keep fields apart
+        total.update(tables[name].contiguous().numpy().tobytes())
+    return {TABLES: total.hexdigest()} if tables else {}
 
 
 def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mapping[str, str]) -> None:
@@ -129,17 +132,41 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
             )
 
 
-def client_outputs(graph: Graph, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Run the client's own graph on a model's inputs; raises InvalidInput for inputs that the model does not take."""
-    check_inputs(inputs)
-    if unknown := sorted(set(inputs) - set(graph.inputs)):
-        raise InvalidInput(f"the model has no input {unknown[0]!r}", f"its inputs are {', '.join(graph.inputs)}")
+def clear_values(graph: Graph, specs: Sequence[ClientInput], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run the client's graph on a model's inputs; return the ``clear_value`` of each of the circuit's inputs, by name.
+
+    All that depends on values is here, and so is every error. Raises InvalidInput.
+    """
+    check_query(graph, inputs)
     try:
-        return run(graph, inputs, {})
-    except InvalidInput:
-        raise
+        values = run(graph, inputs, {})
     except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of the graph's types, whatever the values are
         raise InvalidProgram(f"the client's graph cannot be computed: {what_is_wrong(error)}") from None
+    out = {spec.name: clear_value(spec, values[spec.output]) for spec in specs}
+    check_ids(graph, specs, out)
+    return out
+
+
+def dummy_values(graph: Graph, specs: Sequence[ClientInput]) -> dict[str, Tensor]:
+    """Return zeros in place of ``clear_values``, for a query whose own values cannot be computed."""
+    out = {}
+    for spec in specs:
+        kind = torch.float64 if spec.encoding == "plain" else torch.int64
+        out[spec.name] = torch.zeros(graph.nodes[graph.outputs[spec.output]].shape, dtype=kind)
+    return out
+
+
+def check_query(graph: Graph, inputs: object) -> None:
+    """Raise InvalidInput unless these are a model's inputs by their names, types and shapes, and hold no NaN.
+
+    A server learns that nothing was asked. So the only value of an input that counts here is NaN, which nobody sends
+    on purpose; all else depends on the caller's code and on a public Program.
+    """
+    check_inputs(inputs)
+    assert isinstance(inputs, Mapping)
+    if unknown := sorted(set(inputs) - set(graph.inputs)):
+        raise InvalidInput(f"the model has no input {unknown[0]!r}", f"its inputs are {', '.join(graph.inputs)}")
+    check_given(graph, inputs)
 
 
 def check_inputs(inputs: object) -> None:

@@ -17,7 +17,7 @@ from secure.capture.clear_operations import check_client_operation
 from secure.capture.graph import Graph, Node, evaluate
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, InvalidProgram, UnsupportedOperation
-from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, client_values
+from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, clear_values, encode_input
 from secure.lowering.observe import Observed
 from secure.lowering.trace import Symbol, Trace, WeightRef
 
@@ -49,9 +49,11 @@ class Lowered:
         """Make the trace's inputs from a sample as the client does, in float64."""
         if not self.client_inputs:
             return {}
-        values = client_values(self.client_graph, self.client_inputs, sample, self.tables)
-        out = {name: value.to(torch.float64) for name, value in values.items()}
-        return out | {name: out[name].clamp(min=-reach) for name, reach in self.clamps.items() if name in out}
+        values, out = clear_values(self.client_graph, self.client_inputs, sample), {}
+        for spec in self.client_inputs:
+            value = encode_input(spec, values[spec.name], self.tables).to(torch.float64)
+            out[spec.name] = value.clamp(min=-self.clamps[spec.name]) if spec.name in self.clamps else value
+        return out
 
 
 def lower(

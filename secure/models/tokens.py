@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secure.errors import EmptyInput, InputTooLong, InvalidInput, MissingPackage, ModelNotFound
+from secure.errors import EmptyInput, InputTooLong, InvalidInput, ModelNotFound
+from secure.models.tokenizer_document import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+CHARACTERS = 256  # of a text for each token of the padded length, at most
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load_tokenizer(directory: str | Path) -> TextTokenizer:
     """Load ``tokenizer.json`` of a model directory. Raises MissingPackage, ModelNotFound and InvalidInput."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingPackage("the tokenizers library is not installed\nhint: pip install tokenizers") from None
     directory = Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -52,20 +52,18 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
             "hint: give the model's directory; save_pretrained of a fast tokenizer writes this file"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise InvalidInput(f"{path} is not a tokenizer: {error}") from None
-    pad_id = _pad_id(tokenizer, directory)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer, document = read_tokenizer(path.read_bytes())
+    except InvalidInput as error:
+        raise InvalidInput(f"{path} is no tokenizer that clients run: {error}") from None
+    pad_id = _pad_id(tokenizer, document, directory)
     lowercase = bool(read_json(directory / "sentence_bert_config.json").get("do_lower_case", False))
     return TextTokenizer(tokenizer, pad_id, lowercase)
 
 
-def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
+def _pad_id(tokenizer: Tokenizer, document: Mapping[str, Any], directory: Path) -> int:
     """Find the padding id: from the tokenizer, from its padding token's name, or from the model's configuration."""
-    if tokenizer.padding is not None:
-        return int(tokenizer.padding["pad_id"])
+    if isinstance(padding := document.get("padding"), dict):
+        return int(padding["pad_id"])
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = read_json(directory / name).get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
@@ -79,15 +77,26 @@ def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
 def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and attention mask of a text, int64 of shape (1, length) each, padded on the right.
 
-    Raises EmptyInput (no tokens of its own), InputTooLong (more than ``length``), and InvalidInput (not Unicode text).
+    Raises EmptyInput (no tokens of its own), InputTooLong (more than ``length`` tokens, or more than CHARACTERS times
+    ``length`` characters), and InvalidInput (not Unicode text, or one on which the tokenizer fails).
     """
+    if len(text) > CHARACTERS * length:
+        raise InputTooLong(
+            f"the text has {len(text)} characters, the limit is {CHARACTERS * length}\n"
+            "hint: shorten or split the text, or use a longer input length"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise InvalidInput(
             "the text holds half a surrogate pair, which is no character\nhint: decode it again"
         ) from None
-    encoding = tokenizer.tokenizer.encode(text.lower() if tokenizer.lowercase else text)
+    try:
+        encoding = tokenizer.tokenizer.encode(text.lower() if tokenizer.lowercase else text)
+    except BaseException as error:  # a library in Rust, which raises a BaseException where it panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InvalidInput("the tokenizer fails on this text", "ask the server's owner") from None
     count = len(encoding.ids)
     if count == sum(encoding.special_tokens_mask):
         raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")

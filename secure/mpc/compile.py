@@ -15,7 +15,7 @@ from protocols import ring
 from protocols.fixedpoint import FixedPoint
 from protocols.weights import ServerWeights
 from secure.frontend import lower_model
-from secure.lowering.client_inputs import ClientInput
+from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
 from secure.mpc.arithmetic import split_weight_key
@@ -85,12 +85,13 @@ def compile(  # the verb that torch uses; always written secure.compile
 
 def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> MpcModel:
     """Emit the circuit of a lowered model, and encode its weights as integers."""
-    program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated"})
+    tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
+    program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated", **tables_label(tables)})
     integers = {}
     for key in weight_keys(program):
         name, fraction = split_weight_key(key)
         integers[key] = ring.encode(lowered.weights[name], fraction)
-    return MpcModel(program, integers, {name: table.to(torch.float32) for name, table in lowered.tables.items()})
+    return MpcModel(program, integers, tables)
 
 
 def weight_keys(program: Program) -> list[str]:

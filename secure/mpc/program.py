@@ -34,7 +34,10 @@ from secure.lowering.client_inputs import (
     ClientInput,
     Labels,
     check_client_part,
-    client_values,
+    check_query,
+    clear_values,
+    dummy_values,
+    encode_input,
 )
 
 VERSION = 2
@@ -99,14 +102,32 @@ class Program:
 
     # the client's side
 
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise InvalidInput unless names, types and shapes are those of the model's inputs, and none holds NaN."""
+        check_query(self.client_graph, inputs)
+
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the client's graph in the clear: all that depends on values, and every error. Raises InvalidInput."""
+        return clear_values(self.client_graph, self.client_inputs, inputs)
+
+    def dummy_values(self) -> dict[str, Tensor]:
+        """Return zeros in place of ``clear_values``."""
+        return dummy_values(self.client_graph, self.client_inputs)
+
+    def encode(self, values: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode clear values as the circuit's inputs, which are integers; the work follows from shapes alone."""
+        protocols = {i.protocol.name: i.protocol for i in self.circuit if isinstance(i.protocol, Input)}
+        return {
+            spec.name: protocols[spec.name].encode(encode_input(spec, values[spec.name], tables))
+            for spec in self.client_inputs
+        }
+
     def client_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the circuit's inputs as integers: the client's graph in the clear, then the encoding of each input.
 
         ``tables``: the token tables that the owner lets clients hold (client-table). Raises InvalidInput.
         """
-        protocols = {i.protocol.name: i.protocol for i in self.circuit if isinstance(i.protocol, Input)}
-        values = client_values(self.client_graph, self.client_inputs, inputs, tables)
-        return {name: protocols[name].encode(value) for name, value in values.items()}
+        return self.encode(self.clear_values(inputs, tables), tables)
 
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
         """Decode the revealed integers, one tensor per output, into float64 by the names of the model's outputs."""

@@ -1,0 +1,168 @@
+"""The dealer as server and client see it: seeds are sealed to its key, and its answers prove that it opened them."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import grpc
+
+from parties.net.endpoints import Endpoint
+from parties.net.network import Network
+from parties.net.peer import Peer
+from parties.served.files import state_directory
+from parties.two_party.keys import close_proof, deal_proof, join_proof, model_name, renew_proof
+from parties.two_party.sealing import PUBLIC_FILE, DealerKey, answer_proof, fingerprint_of
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import DealerStub
+from secure.deployments.two_party import DEALER
+from secure.errors import DealerError
+from secure.mpc.program import Program
+from secure.version import WIRE_VERSION
+
+ANSWERING = 10.0  # seconds that the dealer may take to answer; Register checks a Program
+REGISTERING = 60.0
+ENDING = 2.0
+DEALING = 600.0  # seconds that all corrections of a query may take
+
+
+class DealerPeer:
+    """An open channel to the dealer, and the key to which seeds for it are sealed.
+
+    known: the dealer's key: the path of its ``dealer.pub``, the text in it, or its fingerprint. Without it, a network
+    that proves roles (TLS) vouches for the key that the dealer itself tells; on one that proves nothing, it must be the
+    key of this user's own dealer on this machine, whose state directory has ``dealer.pub``. There is no trust on first
+    use. Raises InvalidInput for a ``known`` that is no key, EndpointError.
+
+    Every call raises DealerError if the dealer cannot be reached, refuses, or does not prove that it opened the seal.
+    """
+
+    def __init__(self, address: str | Endpoint, network: Network, known: str | None = None) -> None:
+        self._proves, self._known = network.proves_roles, fingerprint_of(known) if known else None
+        self._key: DealerKey | None = None
+        self._peer = Peer("the dealer", address, network, role=DEALER, start="unseen dealer")
+
+    def __str__(self) -> str:
+        return str(self._peer)
+
+    def close(self) -> None:
+        self._peer.close()
+
+    def key(self, *, again: bool = False) -> DealerKey:
+        """Return the dealer's key; it is asked for it only once, or ``again``."""
+        if self._key is None or again:
+            with self.asking("asking for its key") as stub:
+                found = DealerKey(stub.Key(pb.DealerKeyRequest(), timeout=ANSWERING).key)
+            expected = self._expected()
+            if expected is not None and not hmac.compare_digest(expected, found.fingerprint):
+                raise DealerError(
+                    f"{self} has the key {found.fingerprint}, not {expected}",
+                    "check its address; if it is the right dealer, give its own dealer.pub: --dealer-key",
+                )
+            self._key = found
+        return self._key
+
+    def _expected(self) -> str | None:
+        """Return the fingerprint that the key must have; None if the channel has proved who answers."""
+        if self._known is not None or self._proves:
+            return self._known
+        path = state_directory() / PUBLIC_FILE
+        if not path.exists():
+            raise DealerError(
+                f"the key of {self} is not known, and a channel without certificates proves nothing",
+                "copy dealer.pub from the dealer's state directory and give it: --dealer-key "
+                "(secure.TwoParty(dealer_key=...)), or use certificates",
+            )
+        return fingerprint_of(str(path))
+
+    # the server's calls
+
+    def register(self, program: Program, mask_seed: bytes) -> None:
+        """Send the Program and the mask seed; this is harmless if the dealer knows them."""
+        sealed = self.key(again=True).seal(mask_seed, "register", program.digest)
+        with self.asking("registering the Program") as stub:
+            reply = stub.Register(pb.RegisterRequest(program=program.encoded, sealed=sealed), timeout=REGISTERING)
+        expected = program.digest, model_name(mask_seed)
+        self._check(reply.proof, answer_proof(mask_seed, sealed, *expected), "registering the Program")
+        if (reply.program_digest, reply.weights_digest) != expected:
+            raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
+
+    def renew(self, program: Program, mask_seed: bytes) -> bool:
+        """Keep a model registered; False if the dealer does not know it."""
+        nonce, names = secrets.token_bytes(16), (program.digest, model_name(mask_seed))
+        digest, name = names
+        with self.asking("renewing the Program") as stub:
+            request = pb.RenewRequest(
+                program_digest=digest,
+                weights_digest=name,
+                nonce=nonce,
+                proof=renew_proof(mask_seed, "server", nonce, *names),
+            )
+            proof = stub.Renew(request, timeout=ANSWERING).proof
+        if proof:
+            self._check(proof, renew_proof(mask_seed, "dealer", nonce, *names), "renewing the Program")
+        return bool(proof)
+
+    def join(
+        self, session: bytes, program_digest: str, weights_digest: str, mask_seed: bytes, server_seed: bytes
+    ) -> None:
+        """Join a client's session with a fresh seed."""
+        agreed = program_digest, weights_digest
+        sealed = self.key().seal(server_seed, "join", session, *agreed)
+        request = pb.JoinRequest(
+            session=session,
+            program_digest=program_digest,
+            weights_digest=weights_digest,
+            sealed=sealed,
+            proof=join_proof(mask_seed, session, *agreed, server_seed),
+        )
+        with self.asking("joining the client's session") as stub:
+            proof = stub.Join(request, timeout=ANSWERING).proof
+        self._check(proof, answer_proof(server_seed, sealed, session), "joining the client's session")
+
+    def deal(self, session: bytes, query: int, proving: bytes) -> Any:
+        """Return the call that brings the corrections of a query; use it inside ``asking``.
+
+        proving: the session's ``proving_key``.
+        """
+        request = pb.DealRequest(session=session, query=query, proof=deal_proof(proving, session, query))
+        return DealerStub(self._peer.channel).Deal(request, timeout=DEALING)
+
+    def end(self, session: bytes, proving: bytes) -> None:
+        """Tell the dealer that a session has ended. If it does not hear this, the session expires there."""
+        request = pb.CloseRequest(session=session, proof=close_proof(proving, session))
+        with suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed, because the service has ended
+            DealerStub(self._peer.channel).Close(request, timeout=ENDING)
+
+    # the client's call
+
+    def open(self, program_digest: str, weights_digest: str, client_seed: bytes, deadline: float) -> bytes | None:
+        """Open a session; return its id, or None if the dealer does not know the model."""
+        agreed = program_digest, weights_digest
+        sealed = self.key().seal(client_seed, "open", WIRE_VERSION, *agreed)
+        request = pb.OpenRequest(
+            version=WIRE_VERSION, program_digest=program_digest, weights_digest=weights_digest, sealed=sealed
+        )
+        with self.asking("opening a session") as stub:
+            reply = stub.Open(request, timeout=deadline)
+        if not reply.session:
+            return None
+        self._check(reply.proof, answer_proof(client_seed, sealed, reply.session), "opening a session")
+        session: bytes = reply.session
+        return session
+
+    @contextmanager
+    def asking(self, doing: str) -> Iterator[DealerStub]:
+        """Yield the dealer's stub, and turn a call's gRPC error into a DealerError that says at what it failed."""
+        with self._peer.calling(doing, kind=DealerError):
+            yield DealerStub(self._peer.channel)
+
+    def _check(self, proof: bytes, expected: bytes, doing: str) -> None:
+        if not hmac.compare_digest(proof, expected):
+            raise DealerError(
+                f"{self} did not prove that it could open what was sealed to it ({doing})",
+                "something else answers at the dealer's address, and has learned nothing",
+            )
