@@ -64,6 +64,7 @@ from secure.errors import (
     TokenError,
     UnsupportedOperation,
 )
+from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from parties.net.tls import Tls
 
 __all__ = [
+    "Budget",
     "Ckks",
     "ClientDeviates",
     "Compiled",

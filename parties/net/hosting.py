@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +31,7 @@ from parties.net.status import ask_status
 from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
+from secure.mpc.budget import Budget
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
@@ -46,7 +47,8 @@ class HostOptions:
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
     ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
-    file's age. Raises InvalidInput for values out of range.
+    file's age. budget: the most that one Program from somebody else may take. Raises InvalidInput for values out of
+    range.
     """
 
     network: Network
@@ -57,6 +59,7 @@ class HostOptions:
     workers: int = 1
     ahead: int = 1
     rotate_mask: int = 90
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)

@@ -34,7 +34,6 @@ from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, from_code, printable
-from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
 
@@ -90,7 +89,7 @@ class ThreePartyLink(Link):
                     f"the parties serve different models: {role} has another {differing[0]} than {PARTIES[0]}",
                     "give them the shares of one run of: unseen share-model",
                 )
-        read = read_description(self._peers[0], first, PARTIES[0], Program.from_bytes, options)
+        read = read_description(self._peers[0], first, PARTIES[0], options.budget.decode, options)
         self.program, self.once, self._model = read.program, read.once, read.model
         self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer

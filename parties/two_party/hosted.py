@@ -41,7 +41,7 @@ class TwoPartyHosted:
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
         SERVER: frozenset({"state", "traces", "deadline", "rotate_mask"}),
-        DEALER: frozenset({"state"}),
+        DEALER: frozenset({"state", "budget"}),
     }
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
@@ -69,7 +69,7 @@ class TwoPartyHosted:
     def _dealer(options: HostOptions) -> Parts:
         state = options.state or state_directory()
         key = SealingKey.load(state)
-        dealer = DealerService(key, spend=spend_of(options))
+        dealer = DealerService(key, spend=spend_of(options), budget=options.budget)
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
         add = [lambda server: add_DealerServicer_to_server(dealer, server)]

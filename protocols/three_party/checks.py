@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +41,9 @@ class _Check(Protocol):
     @property
     def out(self) -> Wire:
         return Wire((0,), planes=True)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return self.out.shape
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return torch.empty((0,), dtype=torch.uint8, device=operands[0].device)
