@@ -352,6 +352,7 @@ def test_every_method_says_who_may_call_it() -> None:
     services: list[Any] = [DealerService, InferenceService, Published, CkksService]
     services += [Party0Service, Party1Service, Party2Service]
     listed = {method for service in services for method in service.permissions}
+    listed |= set(permit("Status", Check=ROLES))  # StatusService: those that may call another method of the service
     known = {
         f"/{service.full_name}/{name}"
         for service in pb.DESCRIPTOR.services_by_name.values()
@@ -450,8 +451,9 @@ def test_keys_that_others_can_read(root: Signer, tmp_path: Path) -> None:
         (directory / "key.pem").chmod(mode)
         with pytest.raises(TlsError) as caught:
             Tls(directory)
-        said = f"the key {directory / 'key.pem'} can be read or written by others (mode {mode:04o})"
-        assert str(caught.value) == f"{said}\nhint: chmod 600 {directory / 'key.pem'}"
+        said = f"the key of TLS: others may read or write {directory / 'key.pem'} (mode {mode:04o})"
+        assert one_line(caught.value) == said
+        assert f"chmod {mode & 0o700:o} {directory / 'key.pem'}" in str(caught.value)
     for mode in (0o600, 0o400):
         (directory / "key.pem").chmod(mode)
         Tls(directory)
@@ -701,7 +703,7 @@ def test_an_authority(made: Authority, tmp_path: Path) -> None:
         again.revoke("12ab")
     assert [each.name for each in again.listed() if each.revoked] == ["alice"]
     (own / "ca-key.pem").chmod(0o644)
-    with pytest.raises(TlsError, match="can be read or written by others"):
+    with pytest.raises(TlsError, match="others may read or write"):
         Authority(made.directory)
 
 
