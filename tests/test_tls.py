@@ -591,7 +591,7 @@ def test_a_peer_that_comes_back_with_a_new_certificate(made: Authority) -> None:
         made.renew(dealer)
         second = Dealer(Tls(dealer), listen=first.at)
         try:
-            time.sleep(0.5)  # gRPC notices that the connection is gone
+            time.sleep(0.05)  # gRPC notices that the connection is gone
             with pytest.raises(HandshakeError, match="this dealer"):
                 call(peer)
         finally:
