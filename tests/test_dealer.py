@@ -498,7 +498,7 @@ def test_preparations_are_counted_at_both_ends(model: Ready, dealer: Served, mon
     def counting(where: str) -> Callable[..., None]:
         def spend(caller: Any, what: str, amount: int) -> None:
             counted.append((where, caller.name, what, amount))
-            if len(counted) > 4:
+            if what == "preparations" and len(counted) > 5:
                 raise Error(f"{caller.name} has used up its {what}", "it has more tomorrow")
 
         return spend
@@ -515,7 +515,8 @@ def test_preparations_are_counted_at_both_ends(model: Ready, dealer: Served, mon
         run_query(raw, 3)
         raw.say(prepare=pb.Prepare(query=4))
         refused(raw, "error", "ann has used up its preparations")
-    assert counted[:4] == [(where, "ann", "preparations", 1) for _ in range(2) for where in ("server", "dealer")]
+    prepared = [(where, "ann", "preparations", 1) for _ in range(2) for where in ("server", "dealer")]
+    assert counted[:5] == [*prepared, ("server", "ann", "queries", 1)]
 
 
 def test_a_dealer_that_forgot_a_model_is_told_again(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
