@@ -377,8 +377,8 @@ def test_many_who_read_slowly(model: Ready, monkeypatch: pytest.MonkeyPatch) -> 
             raw.dealer.Join(raw.join(model.masked.mask_seed))
             request = pb.DealRequest(session=raw.token, query=0, proof=deal_proof(bytes(32), raw.token, 0))
             calls.append(raw.dealer.Deal(request, metadata=(("name", "bad"),)))
-        for reading in calls[:2]:
-            next(reading)
+            if len(calls) <= 2:
+                next(calls[-1])
         with pytest.raises(grpc.RpcError, match="the dealer has 2 queries being dealt of this caller, which is its"):
             next(calls[2])
         monkeypatch.setattr(dealer_module, "to_chunks", to_chunks)
