@@ -19,6 +19,7 @@ import secure
 from parties.net.endpoints import Endpoint
 from parties.net.frames import to_chunks
 from parties.net.network import Plaintext
+from parties.net.tokens import Token, WithToken
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
 from parties.two_party import server as server_module
@@ -200,9 +201,10 @@ def test_certificates_vouch_for_the_key_that_the_dealer_tells(
         proves_roles = True
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    peer = DealerPeer(dealer.address, Proving())
-    peer.register(model.program, model.masked.mask_seed)
-    peer.close()
+    for network in (Proving(), WithToken(Proving(), Token.fresh())):
+        peer = DealerPeer(dealer.address, network)
+        peer.register(model.program, model.masked.mask_seed)
+        peer.close()
     pinned = DealerPeer(dealer.address, Proving(), OTHER_KEY.public.fingerprint)  # what is given counts all the same
     with pytest.raises(DealerError, match="has the key"):
         pinned.register(model.program, model.masked.mask_seed)
