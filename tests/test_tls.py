@@ -811,7 +811,9 @@ def test_two_parties(made: Authority, model: Ready, tmp_path: Path) -> None:
         return Tls(made.directory / role)
 
     with ExitStack() as stack:
-        dealer = stack.enter_context(secure.serve(role=DEALER, deployment=TwoParty(), network=network(DEALER)))
+        dealer = stack.enter_context(
+            secure.serve(role=DEALER, deployment=TwoParty(), network=network(DEALER), state=tmp_path / "d")
+        )
         peers = {DEALER: dealer.address}
         server = stack.enter_context(
             secure.serve(model.compiled, role=SERVER, peers=peers, state=tmp_path, network=network(SERVER))

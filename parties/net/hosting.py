@@ -81,8 +81,9 @@ class Parts:
 
     permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
     by none where the network has identities. about: lines to show to a person once the service listens. streams: the
-    most calls that are served at a time. program: the digest of the Program that it serves. knows: tells whether it
-    serves or deals a Program, by its digest; by default, whether that is ``program``.
+    most calls that are served at a time. largest: the most bytes of a message to it. program: the digest of the Program
+    that it serves. knows: tells whether it serves or deals a Program, by its digest; by default, whether that is
+    ``program``.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
@@ -92,6 +93,7 @@ class Parts:
     streams: int = MAXIMUM_STREAMS
     program: str = ""
     knows: Callable[[str], bool] | None = None
+    largest: int = SERVICE_LIMIT
 
 
 class Service:
@@ -120,6 +122,7 @@ class Service:
                 permissions=parts.permissions,
                 meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
                 streams=parts.streams,
+                largest=parts.largest,
             )
         except BaseException:
             self._end()
@@ -163,6 +166,7 @@ def start(
     permissions: Permissions,
     meter: Meter | None = None,
     streams: int = MAXIMUM_STREAMS,
+    largest: int = SERVICE_LIMIT,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -171,7 +175,7 @@ def start(
     network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(streams),
-        options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
+        options=(*OPTIONS, ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
         interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
     )

@@ -228,6 +228,10 @@ class WithToken(Network):
     network: Network
     token: Token
 
+    @property
+    def proves_roles(self) -> bool:
+        return self.network.proves_roles
+
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         self.network.check(endpoint, what=what)
         if isinstance(self.network, Plaintext) and not is_loopback(endpoint.resolved()):

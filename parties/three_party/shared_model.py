@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from parties.net.secret_files import read_secret
 from parties.served.files import TOKEN_TABLE, pack_masked, received_tokenizer, store, unpack_masked
 from parties.three_party.pair_keys import PairSeed
 from protocols import ring
@@ -182,7 +183,10 @@ def load_share(directory: str | Path) -> PartyShare:
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
         _check_names(manifest, directory)
-        parts = {name: (directory / name).read_bytes() for name in (*manifest.files, SEEDS)}
+        parts = {name: (directory / name).read_bytes() for name in manifest.files}
+        parts[SEEDS] = read_secret(directory / SEEDS)
+    except InvalidInput as error:
+        raise ShareError(str(error)) from None
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its manifest cannot be read"
         raise ShareError(f"no share of a model in {directory}: {reason}", "write it with: unseen share-model") from None

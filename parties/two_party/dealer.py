@@ -56,7 +56,8 @@ log = logging.getLogger("unseen.dealer")
 MAXIMUM_MODELS, CALLER_MODELS = 64, 8
 MAXIMUM_SESSIONS, CALLER_SESSIONS = 4096, 256
 MAXIMUM_DEALS, CALLER_DEALS = 24, 16  # fewer than the threads of the service, which also answers Open and Join
-MAXIMUM_PROGRAM = 4 << 20  # bytes
+MAXIMUM_PROGRAM = 1 << 20  # bytes; that of BERT-base at 512 tokens has a third of it
+LARGEST = MAXIMUM_PROGRAM + (16 << 10)  # bytes of a message
 
 READING = 30.0  # seconds that a server may take to read one part of its corrections, of 1 MB
 UNJOINED = 60.0  # seconds after which a session is idle that no server has joined
