@@ -165,6 +165,8 @@ def enlarged(text: str) -> str:
         (lambda d: view(d, 2, base64.b64encode(b"no").decode()), "not a valid Program"),
         (lambda d: d["parameters"].update(levels=9), "not a valid Program: DoesNotFit"),
         (lambda d: d["parameters"].update(surprise=1), "not a valid Program"),
+        (lambda d: d["parameters"].update(degree=8192.0), "parameters that are no whole numbers"),
+        (lambda d: d["parameters"].update(spare_bits=True), "parameters that are no whole numbers"),
         (lambda d: d.update(output=[]), "not a valid Program"),
         (lambda d: d.pop("views"), "not a valid Program"),
         (lambda d: d.update(views=[]), "not a valid Program"),
@@ -177,8 +179,8 @@ def enlarged(text: str) -> str:
         (lambda d: d["client_inputs"][0].update(size=3), "looks up 3 rows of the table ''"),
         (lambda d: d["client_inputs"][0].update(shape=[1, 1 << 20]), "it is made from"),
         (lambda d: d.update(client_graph=enlarged(d["client_graph"])), "less than or equal to 1073741824"),
-        (lambda d: d.update(output=d["output"] * 20_000), "not a valid Program|20000 results: too many|a document of"),
-        (lambda d: d.update(views={str(n): ["", 0, ""] for n in range(20_000)}), "not a valid Program|20000 inputs"),
+        (lambda d: d.update(output=d["output"] * 9_000), "not a valid Program|9000 results: too many|a document of"),
+        (lambda d: d.update(views={str(n): ["", 0, ""] for n in range(9_000)}), "not a valid Program|9000 inputs"),
     ],
 )
 def test_a_document_that_was_changed_is_refused(change: Change, message: str, refreshed: CkksModel) -> None:

@@ -154,8 +154,11 @@ class CkksProgram:
         if not all(math.isfinite(v) and v > 0 for v in (self.output_unit, self.grain)):
             raise InvalidProgram(f"an output in units of {self.output_unit}, rounded to {self.grain}")
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
-        whole = all(type(v) is int for v in dataclasses.astuple(p)) and all(n >= 1 for n in self.output_shape)
-        if not whole or list(self.steps) != sorted(set(self.steps)) or len(p.primes) != p.levels + 2:
+        if (
+            min(self.output_shape, default=1) < 1
+            or list(self.steps) != sorted(set(self.steps))
+            or len(p.primes) != p.levels + 2
+        ):
             raise InvalidProgram("parameters, rotations or sizes of the Program are none")
         keys = self.key_bytes
         if keys > MAXIMUM_KEYS or max(len(self.views), refreshed, len(self.output)) > MAXIMUM_CIPHERTEXTS:
