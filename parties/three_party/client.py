@@ -106,14 +106,12 @@ class ThreePartyLink(Link):
             )
 
     def _check_name(self, found: pb.Description) -> None:
-        """Raise HandshakeError unless the model's name is that of the Program, tokenizer and table that came."""
+        """Raise HandshakeError unless the model's name is that of the Program and table that came."""
         files = {file.name: file.sha256 for file in found.files}
-        name = public_name(
-            self.program.digest, found.tokenizer, found.pad_id, found.lowercase, files, found.compiled_as
-        )
+        name = public_name(self.program.digest, files, found.compiled_as)
         if not hmac.compare_digest(name.encode(), found.model[: len(name)].encode()):
             raise HandshakeError(
-                f"{self._peers[0]} gives another Program, tokenizer or token table than the model's name says",
+                f"{self._peers[0]} gives another Program or token table than the model's name says",
                 "ask the model's owner which party changed its share",
             )
 
