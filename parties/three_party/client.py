@@ -74,7 +74,8 @@ class ThreePartyLink(Link):
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._peers = list[Peer]()
             for number, (role, at) in enumerate(zip(PARTIES, deployment.parties, strict=False)):
-                self._peers.append(Peer(role, at, options.network, role=role, start=f"unseen party --id {number}"))
+                start = f"unseen party --id {number} --share DIRECTORY"
+                self._peers.append(Peer(role, at, options.network, role=role, start=start))
                 stack.callback(self._peers[-1].close)
             self._describe(deployment, options)
             self._open = stack.pop_all()

@@ -11,9 +11,9 @@ W_0 and W_2 are expanded from the seeds of pairs (2, 0) and (1, 2), so party 2 s
 
 A model's name has two halves of 64 hexadecimal digits. The first is SHA-256 over everything public: the Program (whose
 labels name the tokenizer by its digest), the token table, options. Clients and all parties compute it from what they
-hold, so no party can give a client another tokenizer, or another table, than the others hold. The second is HMAC-SHA-256
-of the file of weights under the salt. Nobody can compute it without the salt, so the name confirms no guess of the
-weights, even where all parties know them.
+hold, so no party can give a client another tokenizer, or another table, than the others hold. The second is
+HMAC-SHA-256 of the file of weights under the salt. Nobody can compute it without the salt, so the name confirms no
+guess of the weights, even where all parties know them.
 """
 
 from __future__ import annotations
