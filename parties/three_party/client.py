@@ -73,7 +73,8 @@ class ThreePartyLink(Link):
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._peers = list[Peer]()
             for number, (role, at) in enumerate(zip(PARTIES, deployment.parties, strict=False)):
-                self._peers.append(Peer(role, at, options.network, role=role, start=f"unseen party --id {number}"))
+                start = f"unseen party --id {number} --share DIRECTORY"
+                self._peers.append(Peer(role, at, options.network, role=role, start=start))
                 stack.callback(self._peers[-1].close)
             self._describe(deployment, options)
             self._open = stack.pop_all()
@@ -105,14 +106,12 @@ class ThreePartyLink(Link):
             )
 
     def _check_name(self, found: pb.Description) -> None:
-        """Raise HandshakeError unless the model's name is that of the Program, tokenizer and table that came."""
+        """Raise HandshakeError unless the model's name is that of the Program and table that came."""
         files = {file.name: file.sha256 for file in found.files}
-        name = public_name(
-            self.program.digest, found.tokenizer, found.pad_id, found.lowercase, files, found.compiled_as
-        )
+        name = public_name(self.program.digest, files, found.compiled_as)
         if not hmac.compare_digest(name.encode(), found.model[: len(name)].encode()):
             raise HandshakeError(
-                f"{self._peers[0]} gives another Program, tokenizer or token table than the model's name says",
+                f"{self._peers[0]} gives another Program or token table than the model's name says",
                 "ask the model's owner which party changed its share",
             )
 

@@ -94,7 +94,7 @@ def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
 def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) -> PartyService:
     """Make the service of this share's party, with channels to the parties that it calls."""
     called = [
-        Peer(role, peers[role], options.network, role=role, start=f"unseen party --id {number}")
+        Peer(role, peers[role], options.network, role=role, start=f"unseen party --id {number} --share DIRECTORY")
         for number, role in enumerate(PARTIES)
         if role in peers
     ]
