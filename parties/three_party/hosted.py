@@ -108,6 +108,8 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
 def _about(share: PartyShare) -> str:
     """Describe the cost of a query between the parties in one line."""
     cost, held = share.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
+    if share.deployment.trusted_clients:
+        held += ", trusted clients: what they send is not checked"
     between = (cost.to_second + cost.to_first) / 1e6
     rows = f", {cost.brought / 1e6:,.1f} MB of rows within it" if cost.brought else ""
     return (
