@@ -212,10 +212,17 @@ def echoing(
 
 def ask(at: Endpoint, network: Network | None = None, parts: int = 1) -> int:
     peer = Peer("the echo", at, network or Plaintext(), role="party 0", start="x")
+    sent = threading.Event()
+
+    def requests() -> Iterator[pb.AskPart]:
+        yield from [pb.AskPart(frame=pb.Frame(data=b"x" * 50))] * parts
+        sent.set()
+
     try:
         with peer.calling():
-            return len(list(PartyStub(peer.channel).Ask(iter([pb.AskPart(frame=pb.Frame(data=b"x" * 50))] * parts))))
+            return len(list(PartyStub(peer.channel).Ask(requests())))
     finally:
+        sent.wait(0.2)  # gRPC's own thread complains if the channel is closed while it sends
         peer.close()
 
 
@@ -380,6 +387,10 @@ def test_a_broken_line_grants_nothing(tmp_path: Path, caplog: pytest.LogCaptureF
     assert len([r for r in caplog.records if "is ignored" in r.getMessage()]) == 2
     asked.holders()
     assert len([r for r in caplog.records if "is ignored" in r.getMessage()]) == 2
+    file.chmod(0o666)
+    with pytest.raises(InvalidInput, match="others may write"):
+        Tokens(file)
+    file.chmod(0o600)
     with pytest.raises(InvalidInput, match="tokens, line 4: a line of tokens begins with a SHA-256"):
         Tokens(file)
     with pytest.raises(InvalidInput, match="cannot be read: No such file"):
@@ -408,6 +419,9 @@ def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_embed_takes_a_token(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text(f"{Token.fresh().text}\n")
+    file.chmod(0o644)
+    in_words(run("embed", "x", "--token-file", str(file)), f"others may read or write {file}", "chmod 600")
+    file.chmod(0o600)
     in_words(run("embed", "x", "--token-file", str(file), "--server", "127.0.0.1:1"), "cannot be reached", "start it")
     monkeypatch.setenv("UNSEEN_TOKEN", "x" * 50)
     said = run("embed", "x", "--server", "127.0.0.1:1")
