@@ -75,7 +75,7 @@ def measure(length: int, pairs: int, authority: Authority, state: Path) -> dict[
             TLS: Deployed(length, authority, state, stack),
         }
         for each in kinds.values():
-            each.ask(texts[:1])  # fills the cache of files
+            each.ask(texts[:2])  # fills the cache of files
         for number in range(pairs):
             order = list(kinds)[:: 1 if number % 2 == 0 else -1]
             asked = {name: kinds[name].ask(texts) for name in order}

@@ -44,7 +44,7 @@ Answer = TypeVar("Answer")
 Found = TypeVar("Found")
 
 PACE = 0.1
-"""Seconds from a call to its first message; some 50 times what MiniLM at 128 tokens needs for the work before it."""
+"""Seconds from a call to its first message. The work before it takes 0.2 ms a text for MiniLM at 128 tokens."""
 
 
 @dataclass(frozen=True)

@@ -328,8 +328,8 @@ def test_a_client_that_uploads_and_does_not_read(
     with grpc.insecure_channel(served.address, small) as channel:
         call = CkksStub(channel).Upload(endless())
         try:
-            wait_until(lambda: service._uploads.taken == 1, "it uploads")
-            wait_until(lambda: service._uploads.taken == 0, "its place is free again")
+            wait_until(lambda: service._uploads.free == server_module.UPLOADS - 1, "it uploads")
+            wait_until(lambda: service._uploads.free == server_module.UPLOADS, "its place is free again")
             with pytest.raises(grpc.RpcError):
                 list(call)
             assert call.code() == grpc.StatusCode.CANCELLED

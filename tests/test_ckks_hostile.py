@@ -23,7 +23,8 @@ from parties.ckks import evaluators as evaluators_module
 from parties.ckks import server as server_module
 from parties.ckks.keystore import keys_digest
 from parties.ckks.limits import limit, limit_time
-from parties.ckks.room import Kept, Places, surplus
+from parties.ckks.room import Kept, surplus
+from parties.net import waiting
 from parties.net.caller import Caller
 from proto import unseen_pb2 as pb
 from protocols.ckks.seal import Client
@@ -223,43 +224,37 @@ def by_name(context: grpc.ServicerContext) -> Caller:
     return Caller(str(name), "client", "here")
 
 
-@pytest.mark.parametrize("silent", [8, 16])
 def test_silent_streams_keep_nobody_else_out(
-    silent: int, compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "caller", by_name)
+    for module in (server_module, waiting):
+        monkeypatch.setattr(module, "caller", by_name)
+    error = compiled.model.predicted_error
     with served(compiled, tmp_path) as (address, _), dial(address) as session:
-        boxes, calls = [queue.SimpleQueue[None]() for _ in range(silent)], list[Any]()
-        for k, box in enumerate(boxes):
-            method = session.link._stub.Query if k % 2 else session.link._stub.Upload
-            calls.append(method(iter(box.get, None), metadata=[("name", "mallory")]))
-        time.sleep(0.5)
-        with dial(address) as other:  # uploads keys
-            is_right(other, "tiny", compiled.model.predicted_error)
-        is_right(session, "tiny", compiled.model.predicted_error)
-        refused = 0
-        for call, box in zip(calls, boxes, strict=True):
-            box.put(None)
-            try:
-                (reply,) = call
-                refused += "of one client" in reply.failure.message
-            except grpc.RpcError as error:
-                refused += "of one client" in str(error)
-        assert refused == max(0, silent - server_module.ARRIVING_EACH)
+        for silent in (8, 16, 24):
+            boxes, calls = [queue.SimpleQueue[None]() for _ in range(silent)], list[Any]()
+            for k, box in enumerate(boxes):
+                method = session.link._stub.Query if k % 2 else session.link._stub.Upload
+                calls.append(method(iter(box.get, None), metadata=[("name", "mallory")]))
+            time.sleep(0.5)
+            with dial(address) as other:  # uploads keys
+                is_right(other, "tiny", error)
+            is_right(session, "tiny", error)
+            for call, box in zip(calls, boxes, strict=True):
+                call.cancel()
+                box.put(None)
 
 
-@pytest.mark.parametrize("method", ["Query", "Upload"])
-def test_a_silent_stream_ends(
-    method: str, compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_stream_ends(compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "FIRST", 0.5)
     with served(compiled, tmp_path) as (address, _), dial(address) as session:
-        box, began = queue.SimpleQueue[None](), time.monotonic()
-        with pytest.raises(grpc.RpcError) as caught:
-            list(getattr(session.link._stub, method)(iter(box.get, None)))
-        box.put(None)
-        assert caught.value.code() == grpc.StatusCode.CANCELLED
-        assert time.monotonic() - began < 4
+        for method in (session.link._stub.Query, session.link._stub.Upload):
+            box, began = queue.SimpleQueue[None](), time.monotonic()
+            with pytest.raises(grpc.RpcError) as caught:
+                list(method(iter(box.get, None)))
+            box.put(None)
+            assert caught.value.code() == grpc.StatusCode.CANCELLED
+            assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("what", ["upload", "query", "refresh"])
@@ -268,7 +263,7 @@ def test_a_trickling_stream_ends(
 ) -> None:
     """Each message comes well within any deadline; all of them together do not."""
     monkeypatch.setattr(server_module, "FIRST", 1.0)
-    monkeypatch.setattr(server_module, "RATE", 1 << 30)
+    monkeypatch.setattr(server_module, "patience", lambda size: 1.0)
     name = "refresh" if what == "refresh" else "tiny"
     served_model = ckks_server.compiled(name) if what == "refresh" else compiled
     with served(served_model, tmp_path, deadline=1.0) as (address, _), dial(address) as session:
@@ -292,19 +287,6 @@ def test_a_trickling_stream_ends(
             list(call)
         assert caught.value.code() == grpc.StatusCode.CANCELLED
         assert time.monotonic() - began < 8
-
-
-def test_places_are_shared() -> None:
-    places = Places("calls", 3, 2)
-    with places.held("a"), places.held("a"):
-        with pytest.raises(Error, match="2 calls of one client, which is the limit"), places.held("a"):
-            pass
-        full = pytest.raises(Error, match="3 calls, which is the limit\nhint: try again later")
-        with places.held("b"), full, places.held("c"):
-            pass
-    assert places.taken == 0
-    with places.held(""), places.held(""), places.held(""):
-        assert places.taken == 3
 
 
 KEPT = st.lists(st.builds(Kept, st.uuids(), st.sampled_from("abc"), st.floats(0, 9), st.integers(1, 9)), max_size=12)

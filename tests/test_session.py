@@ -225,7 +225,9 @@ def test_a_text_that_cannot_be_used_is_a_query_like_others(running: Running, mon
             assert report.rounds == first.rounds
             for one, other in zip(first.traffic, report.traffic, strict=True):
                 assert (one.sender, one.receiver, one.phase) == (other.sender, other.receiver, other.phase)
-                assert one.bytes == pytest.approx(other.bytes, rel=5e-3, abs=8)  # ciphertexts are compressed
+                if one.sender == "client":
+                    assert one.bytes == other.bytes
+                assert one.bytes == pytest.approx(other.bytes, rel=5e-3, abs=32)  # parties report their own times
         torch.testing.assert_close(session.embed([TEXT])[0], running.expected(TEXT), atol=2e-2, rtol=0)
 
 

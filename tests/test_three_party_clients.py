@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from secure import Program
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import ClientDeviates, HandshakeError
 from tests.test_client_checks import changed
-from tests.three_parties import Three, call, running, shared
+from tests.three_parties import Three, call, running
 from tests.tiny import LENGTH, TEXT, expected, sentences, wait_until
 
 
@@ -33,19 +34,17 @@ from tests.tiny import LENGTH, TEXT, expected, sentences, wait_until
 def shares(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By name, each made once."""
     base = tmp_path_factory.mktemp("shares")
-    trusted = secure.compile_text_model(
-        str(directory),
-        LENGTH,
-        deployment=ThreeParty(trusted_clients=True),
-        embedding="one-hot",
-        calibration=sentences(),
+    compiled = secure.compile_text_model(
+        str(directory), LENGTH, deployment=ThreeParty(), embedding="one-hot", calibration=sentences()
     )
-    share_model(trusted, base / "trusted")
-    return {
-        "checked": shared(directory, base / "checked", "one-hot"),
-        "public": shared(directory, base / "public", "one-hot", public_weights=True),
-        "trusted": base / "trusted",
+    made = {
+        "checked": ThreeParty(),
+        "public": ThreeParty(public_weights=True),
+        "trusted": ThreeParty(trusted_clients=True),
     }
+    for name, deployment in made.items():
+        share_model(replace(compiled, deployment=deployment), base / name)
+    return {name: base / name for name in made}
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ import grpc
 
 from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
-from parties.ckks.room import Places
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering, unexpected
 from parties.net.frames import FrameReader, to_frames
+from parties.net.waiting import FIRST, Places, WaitingRoom, patience
 from parties.net.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksServicer
@@ -34,11 +34,9 @@ from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryE
 log = logging.getLogger("unseen.server")
 T = TypeVar("T")
 
-ARRIVING, ARRIVING_EACH = 24, 8  # calls that have not said yet all that they begin with; each takes a thread
+ARRIVING = 16  # calls that have not said yet all that they begin with; each takes a thread
 WAITING, WAITING_EACH = 8, 4  # queries that wait for a worker or run
 UPLOADS, UPLOADS_EACH = 4, 2  # uploads at a time
-FIRST = 10.0  # seconds until a call's first message
-RATE = 1 << 18  # bytes a second that a client must send and take at least: 2 Mbit/s
 WORD = 1.0  # seconds between two messages to a client that waits for a worker, or for its keys to be loaded
 
 
@@ -46,8 +44,8 @@ class CkksService(CkksServicer):
     """A service that keeps clients' keys for one Program, and answers queries with its ``evaluators``.
 
     model: the public name of the weights. state: a directory for keys. deadline: seconds that a call waits for its
-    client, all waits together, besides those that its bytes take at RATE. expires: seconds that keys are held after
-    their last use.
+    client, all waits together, besides those that its bytes may take (``waiting.patience``). expires: seconds that keys
+    are held after their last use.
 
     A call takes a place among the queries or uploads only after all that it begins with has come, in bounded time: a
     start and the inputs, or a header. A client with a name has a part of each kind of place, and of the room for keys.
@@ -68,37 +66,38 @@ class CkksService(CkksServicer):
         self.program, self.model, self.evaluators = program, model, evaluators
         self.deadline, self.expires = deadline, expires
         self.store = KeyStore(state / "evaluation-keys", program, expires=expires)
-        self._arriving = Places("calls that have not begun", ARRIVING, ARRIVING_EACH)
-        self._waiting = Places("queries wait or run", WAITING, WAITING_EACH)
-        self._uploads = Places("uploads of keys at this moment", UPLOADS, UPLOADS_EACH)
+        self._arriving = WaitingRoom(ARRIVING)
+        self._waiting = Places(WAITING, WAITING_EACH, "the server", "queries that wait or run")
+        self._uploads = Places(UPLOADS, UPLOADS_EACH, "the server", "uploads of keys at this moment")
 
     def Keys(self, request: pb.KeysRequest, context: grpc.ServicerContext) -> pb.KeysReply:
         held = self.store.path(request.digest, caller(context).name) is not None
         return pb.KeysReply(held=held, expires_seconds=self.expires)
 
     def Upload(self, requests: Iterator[pb.UploadPart], context: grpc.ServicerContext) -> Iterator[pb.KeysReply]:
-        reading, writing = (Patience(self.deadline, context.cancel) for _ in range(2))  # two threads, a guard for each
+        reading, writing = (Allowance(self.deadline, context.cancel) for _ in range(2))  # two threads, a guard for each
         try:
             with answering(context, log):
-                work = _while_doing(lambda: self._received(requests, reading, caller(context)))
+                work = _while_doing(lambda: self._received(requests, reading, context))
                 yield from writing.sending(pb.KeysReply(held=False) for _ in work)
                 yield from writing.sending([pb.KeysReply(held=True, expires_seconds=self.expires)])
         finally:
             reading.stop()
             writing.stop()
 
-    def _received(self, requests: Iterator[pb.UploadPart], patience: Patience, who: Caller) -> None:
-        with self._arriving.held(who.name):
-            patience.left = FIRST
-            first = _next(requests, patience, "the header of its keys")
+    def _received(self, requests: Iterator[pb.UploadPart], allowance: Allowance, context: grpc.ServicerContext) -> None:
+        who = caller(context)
+        with self._arriving.place(context):
+            allowance.left = FIRST
+            first = _next(requests, allowance, "the header of its keys")
             if first is None or first.WhichOneof("content") != "header":
                 raise ProtocolError("an upload begins with the header of its keys")
             header = first.header
             if not hmac.compare_digest(header.program_digest.encode(), self.program.digest.encode()):
                 raise HandshakeError("the keys are for another Program", "connect again to fetch the server's")
-        with self._uploads.held(who.name):
-            patience.left = self.deadline + self.store.size / RATE
-            self.store.add(header.digest, _data(requests, patience), who.name)
+        with _place(self._uploads, who):
+            allowance.left = self.deadline + patience(self.store.size)
+            self.store.add(header.digest, _data(requests, allowance), who.name)
             self._load(header.digest, who.name)
         log.info("%s uploaded evaluation keys of %.0f MB", who, self.store.size / 1e6)
 
@@ -117,10 +116,10 @@ class CkksService(CkksServicer):
         return path
 
     def Query(self, requests: Iterator[pb.CkksRequest], context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
-        patience = Patience(self.deadline, context.cancel)
+        allowance = Allowance(self.deadline, context.cancel)
         who, began = caller(context), time.perf_counter()
         try:
-            yield from patience.sending(self._query(_Requests(requests, patience), who.name))
+            yield from allowance.sending(self._query(_Requests(requests, allowance), who, context))
             log.info("query of %s answered in %.2f s", who, time.perf_counter() - began)
         except Error as error:
             log.warning("query of %s ended: %s", who, str(error).splitlines()[0])
@@ -129,12 +128,12 @@ class CkksService(CkksServicer):
             unexpected(error, log)
             yield pb.CkksReply(failure=pb.Failure(code=Error.code, message="internal error"))
         finally:
-            patience.stop()
+            allowance.stop()
 
-    def _query(self, requests: _Requests, name: str) -> Iterator[pb.CkksReply]:
-        program = self.program
-        with self._arriving.held(name):
-            requests.patience.left = FIRST
+    def _query(self, requests: _Requests, who: Caller, context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
+        program, name = self.program, who.name
+        with self._arriving.place(context):
+            requests.allowance.left = FIRST
             start = requests.start()
             for what, theirs, ours in (
                 ("Program digest", start.program_digest, program.digest),
@@ -146,11 +145,11 @@ class CkksService(CkksServicer):
                     )
             self._keys(start.keys_digest, name)
             levels = [level for _, level, _ in program.views.values()]
-            requests.patience.left = FIRST + sum(map(program.parameters.fresh_bytes, levels)) / RATE
+            requests.allowance.left = patience(sum(map(program.parameters.fresh_bytes, levels)))
             inputs = requests.ciphertexts(program, levels)
-        with self._waiting.held(name):
+        with _place(self._waiting, who):
             # refreshes and their answers, and the result
-            requests.patience.left = self.deadline + (program.to_server + program.to_client) / RATE
+            requests.allowance.left = self.deadline + patience(program.to_server + program.to_client)
             for _ in _while_doing(lambda: self._load(start.keys_digest, name)):
                 yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="loading keys"))
             while not self.evaluators.acquire(WORD):
@@ -179,7 +178,7 @@ class CkksService(CkksServicer):
             query.send(requests.ciphertexts(self.program, self.program.refreshes[stage - 1]))
 
 
-class Patience:
+class Allowance:
     """The seconds that a call still waits for its client, to send or to take: all its waits together.
 
     seconds: at first; set ``left`` to change it. action: called if a wait uses them up.
@@ -208,6 +207,15 @@ class Patience:
         self._watch.stop()
 
 
+@contextmanager
+def _place(places: Places, who: Caller) -> Iterator[None]:
+    give_back = places.take(who)
+    try:
+        yield
+    finally:
+        give_back()
+
+
 def _while_doing(work: Callable[[], None]) -> Iterator[None]:
     """Run ``work`` on a thread of its own, and yield every WORD seconds until it is done; raises what it raised."""
     with ThreadPoolExecutor(1, "unseen-keys") as pool:
@@ -217,17 +225,17 @@ def _while_doing(work: Callable[[], None]) -> Iterator[None]:
         future.result()
 
 
-def _next(messages: Iterator[T], patience: Patience, what: str) -> T | None:
+def _next(messages: Iterator[T], allowance: Allowance, what: str) -> T | None:
     """Return the client's next message; None if it has ended the stream. Raises PeerLost if none comes in time."""
     try:
-        with patience.wait():
+        with allowance.wait():
             return next(messages, None)
     except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
         raise PeerLost(f"the client did not send {what} ({type(error).__name__})") from None
 
 
-def _data(requests: Iterator[pb.UploadPart], patience: Patience) -> Iterator[bytes]:
-    while (part := _next(requests, patience, "the rest of its keys")) is not None:
+def _data(requests: Iterator[pb.UploadPart], allowance: Allowance) -> Iterator[bytes]:
+    while (part := _next(requests, allowance, "the rest of its keys")) is not None:
         if part.WhichOneof("content") != "data":
             raise ProtocolError("a second header in an upload")
         yield part.data
@@ -236,11 +244,11 @@ def _data(requests: Iterator[pb.UploadPart], patience: Patience) -> Iterator[byt
 class _Requests:
     """The client's messages of one query, read in their order."""
 
-    def __init__(self, requests: Iterator[pb.CkksRequest], patience: Patience) -> None:
-        self._requests, self.patience = requests, patience
+    def __init__(self, requests: Iterator[pb.CkksRequest], allowance: Allowance) -> None:
+        self._requests, self.allowance = requests, allowance
 
     def _next(self, what: str) -> pb.CkksRequest:
-        message = _next(self._requests, self.patience, what)
+        message = _next(self._requests, self.allowance, what)
         if message is None:
             raise PeerLost(f"the client ended the stream before {what}")
         return message

@@ -21,7 +21,7 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5_000),  # a peer that was restarted is found again soon
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 
