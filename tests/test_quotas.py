@@ -29,8 +29,10 @@ from parties.net.tls import Tls
 from parties.net.tokens import Token, Tokens, WithToken, new_holder
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
+from secure.deployments.two_party import DEALER, SERVER
 from secure.errors import EndpointError, InvalidInput, QuotaError, TokenError
 from tests.test_cli import Run, in_words, run
+from tests.tiny import TEXT, Ready, Served, call, dealing
 
 __all__ = ["run"]  # the fixture
 
@@ -162,6 +164,34 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(InvalidInput, match="cannot be kept"):
         Quotas(limits(queries=1), tmp_path / "link")
+
+
+# the two parties
+
+
+def test_prepared_queries_count_though_they_are_dropped(model: Ready, tmp_path: Path) -> None:
+    """A client that looks at its share and drops the query uses up its quota; a restarted server remembers."""
+    state = tmp_path / "state"
+    three, message = limits(preparations=3, queries=2), "the quota of 3 preparations a day is used up"
+    served: dict[str, Any] = {"role": SERVER, "quotas": three, "state": state}
+
+    def session(server: secure.Service, dealer: Served) -> secure.Session:
+        return call(server.address, dealer.address)
+
+    with dealing() as dealer:
+        peers = {DEALER: dealer.address}
+        with secure.serve(model.compiled, peers=peers, **served) as server:
+            assert "quota of a caller a day: 2 queries, 3 preparations" in server.about
+            with session(server, dealer) as dropped:
+                dropped.prepare()
+                dropped.prepare()
+            with session(server, dealer) as one:
+                assert one.embed([TEXT])[0].isfinite().all()
+        with secure.serve(model.compiled, peers=peers, **served) as server:
+            with session(server, dealer) as none, pytest.raises(QuotaError, match=message) as error:
+                none.embed([TEXT])
+            assert "a new day begins at" in str(error.value)
+            assert "hint: wait until then" in str(error.value)
 
 
 # at a service
