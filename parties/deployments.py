@@ -6,7 +6,7 @@ deployment itself in ``secure.deployments.deployment``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,9 @@ class Hosted(Protocol):
 
         compiling: the model and its options, as command-line arguments. directory: a place for files to keep.
         """
+
+    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
+        """Return what ``unseen check`` tries for a role beside the usual, by name: each returns what it found."""
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         """The ``unseen`` command line that hosts a role, without --listen. peers: addresses by role."""

@@ -12,17 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from parties.cli import check as module
 from parties.net import hosting, status
 from parties.net.authority import Authority
+from parties.net.caller import permit
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
 from parties.net.status import StatusService
 from parties.net.tls import Tls
 from parties.net.tokens import Token
+from parties.served.files import state_directory
+from parties.two_party.sealing import PUBLIC_FILE, SealingKey
+from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import DealerServicer, add_DealerServicer_to_server
 from secure.deployments.deployment import deployments
+from tests.dealer_key import KEY
 from tests.test_cli import Ended, Run, run
 
 __all__ = ["run"]  # the fixture
@@ -44,16 +51,33 @@ def standing(
     service = StatusService(deployment, role, ROLES, program, lambda digest: digest == knows)
     server, at = hosting.start(
         Endpoint("127.0.0.1", 0),
-        [service.add],
+        [service.add, lambda server: add_DealerServicer_to_server(_Key(), server)],
         network=network or Plaintext(),
         what=role,
         role=role,
-        permissions=service.permissions,
+        permissions={**service.permissions, **_Key.permissions},
     )
     try:
         yield str(at)
     finally:
         server.stop(0).wait()
+
+
+class _Key(DealerServicer):
+    """A dealer that tells its key and no more."""
+
+    permissions = permit("Dealer", Key=ROLES)
+
+    def Key(self, request: pb.DealerKeyRequest, context: grpc.ServicerContext) -> pb.DealerKeyReply:
+        return pb.DealerKeyReply(key=KEY.public.encoded)
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory in which another dealer's public key is known; returns the key's path."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    SealingKey.generate().save(state_directory())
+    return state_directory() / PUBLIC_FILE
 
 
 @pytest.fixture
@@ -91,7 +115,7 @@ def test_nothing_is_wrong(run: Run, others: None, tmp_path: Path) -> None:
         assert ended.code == 0, ended.out
         assert "WRONG" not in ended.out
         assert f"ok    the Program: {PROGRAM}, the same everywhere" in ended.out
-        assert "unseen check: all 7 are ok" in ended.err
+        assert "unseen check: all 8 are ok" in ended.err
         served = run("check", "serve", "--listen", FREE, "--state", str(tmp_path / "state"), *at[2:])
         assert served.code == 0, served.out
         assert "ok    the owner of the dealer: another user or machine" in served.out
@@ -170,7 +194,7 @@ def test_a_seed_that_others_can_read(run: Run, tmp_path: Path) -> None:
         found(run(*line), what, f"others may read {state}/weight-mask-1.seed (mode 0640)", "chmod go-rwx")
         (state / "weight-mask-1.seed").chmod(0o600)
         state.chmod(0o777)
-        found(run(*line), what, f"others may write {state} (mode 0777)", "chmod go-rwx")
+        found(run(*line), what, f"others may write to {state} (mode 0777)", f"chmod go-w {state}")
         state.chmod(0o700)
         (state / "link.seed").symlink_to("/etc/hostname")
         found(run(*line), what, f"{state}/link.seed is a link", "put the file itself there")
@@ -280,6 +304,19 @@ def test_a_peer_without_tls(run: Run, others: None, made: Authority) -> None:
 
 def test_a_token_under_tls(run: Run, others: None, made: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNSEEN_TOKEN", Token.fresh().text)
+    with under_tls(made) as line:
+        assert run(*line).code == 0
+
+
+def test_another_dealer(run: Run, others: None, known: Path, made: Authority) -> None:
+    """Its key is not the one that is known; under TLS, its certificate vouches for any."""
+    with two_parties() as at:
+        found(
+            run("check", "embed", *at), "the dealer's key", f"has the key {KEY.public.fingerprint}, not", "--dealer-key"
+        )
+        assert run("check", "embed", *at, "--dealer-key", KEY.public.text).code == 0
+        known.unlink()
+        found(run("check", "embed", *at), "the dealer's key", "is not known", "copy dealer.pub")
     with under_tls(made) as line:
         assert run(*line).code == 0
 

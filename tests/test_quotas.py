@@ -29,8 +29,10 @@ from parties.net.tls import Tls
 from parties.net.tokens import Token, Tokens, WithToken, new_holder
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
+from secure.deployments.two_party import DEALER, SERVER
 from secure.errors import EndpointError, InvalidInput, QuotaError, TokenError
 from tests.test_cli import Run, in_words, run
+from tests.tiny import TEXT, Ready, Served, call, dealing
 
 __all__ = ["run"]  # the fixture
 
@@ -164,6 +166,34 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
         Quotas(limits(queries=1), tmp_path / "link")
 
 
+# the two parties
+
+
+def test_prepared_queries_count_though_they_are_dropped(model: Ready, tmp_path: Path) -> None:
+    """A client that looks at its share and drops the query uses up its quota; a restarted server remembers."""
+    state = tmp_path / "state"
+    three, message = limits(preparations=3, queries=2), "the quota of 3 preparations a day is used up"
+    served: dict[str, Any] = {"role": SERVER, "quotas": three, "state": state}
+
+    def session(server: secure.Service, dealer: Served) -> secure.Session:
+        return call(server.address, dealer.address)
+
+    with dealing() as dealer:
+        peers = {DEALER: dealer.address}
+        with secure.serve(model.compiled, peers=peers, **served) as server:
+            assert "quota of a caller a day: 2 queries, 3 preparations" in server.about
+            with session(server, dealer) as dropped:
+                dropped.prepare()
+                dropped.prepare()
+            with session(server, dealer) as one:
+                assert one.embed([TEXT])[0].isfinite().all()
+        with secure.serve(model.compiled, peers=peers, **served) as server:
+            with session(server, dealer) as none, pytest.raises(QuotaError, match=message) as error:
+                none.embed([TEXT])
+            assert "a new day begins at" in str(error.value)
+            assert "hint: wait until then" in str(error.value)
+
+
 # at a service
 
 
@@ -212,10 +242,17 @@ def echoing(
 
 def ask(at: Endpoint, network: Network | None = None, parts: int = 1) -> int:
     peer = Peer("the echo", at, network or Plaintext(), role="party 0", start="x")
+    sent = threading.Event()
+
+    def requests() -> Iterator[pb.AskPart]:
+        yield from [pb.AskPart(frame=pb.Frame(data=b"x" * 50))] * parts
+        sent.set()
+
     try:
         with peer.calling():
-            return len(list(PartyStub(peer.channel).Ask(iter([pb.AskPart(frame=pb.Frame(data=b"x" * 50))] * parts))))
+            return len(list(PartyStub(peer.channel).Ask(requests())))
     finally:
+        sent.wait(0.2)  # gRPC's own thread complains if the channel is closed while it sends
         peer.close()
 
 
@@ -380,6 +417,10 @@ def test_a_broken_line_grants_nothing(tmp_path: Path, caplog: pytest.LogCaptureF
     assert len([r for r in caplog.records if "is ignored" in r.getMessage()]) == 2
     asked.holders()
     assert len([r for r in caplog.records if "is ignored" in r.getMessage()]) == 2
+    file.chmod(0o666)
+    with pytest.raises(InvalidInput, match="others may write"):
+        Tokens(file)
+    file.chmod(0o600)
     with pytest.raises(InvalidInput, match="tokens, line 4: a line of tokens begins with a SHA-256"):
         Tokens(file)
     with pytest.raises(InvalidInput, match="cannot be read: No such file"):
@@ -408,6 +449,9 @@ def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_embed_takes_a_token(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text(f"{Token.fresh().text}\n")
+    file.chmod(0o644)
+    in_words(run("embed", "x", "--token-file", str(file)), f"others may read or write {file}", "chmod 600")
+    file.chmod(0o600)
     in_words(run("embed", "x", "--token-file", str(file), "--server", "127.0.0.1:1"), "cannot be reached", "start it")
     monkeypatch.setenv("UNSEEN_TOKEN", "x" * 50)
     said = run("embed", "x", "--server", "127.0.0.1:1")

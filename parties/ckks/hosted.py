@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from parties.ckks.client import CkksLink
 from parties.ckks.evaluators import Evaluators
 from parties.ckks.server import CkksService
 from parties.net.hosting import HostOptions, Parts
+from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import TOKEN_TABLE, state_directory
 from parties.served.published import Published
@@ -81,6 +82,9 @@ class CkksHosted:
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()
+
+    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
+        return {}
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         options = ("--deployment", self.deployment.name, "--state", str(directory / "server"), "--threads", "0")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from parties import deployments
 from parties.cli.config import settings_of
 from parties.cli.console import say, write
 from parties.cli.options import deployment_of, own_options
@@ -23,6 +24,7 @@ from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
+from parties.net.secret_files import check_directory
 from parties.net.status import Answered, ask_status
 from parties.net.tokens import Token, Tokens, WithToken
 from parties.served.files import cache_directory, state_directory
@@ -272,14 +274,15 @@ def _closed(place: Path) -> str:
     """Look whether others can read or replace the secret files of a directory, without reading them."""
     if not place.exists():
         return "it is not there yet"
+    check_directory(place)
     found = [p for p in sorted(place.rglob("*")) if p.is_symlink() or p.is_file()]
-    for each in (place, *found):
+    for each in found:
         mode = each.lstat().st_mode
         if stat.S_ISLNK(mode):
             raise InvalidInput(f"{each} is a link", "put the file itself there")
         if each.lstat().st_uid != os.geteuid():
             raise InvalidInput(f"{each} belongs to another user", f"chown {each}, or use a directory of your own")
-        open_to = 0o022 if each == place or (each.name not in _SECRET and each.suffix not in _SECRET) else 0o077
+        open_to = 0o077 if {each.name, each.suffix} & _SECRET else 0o022
         if mode & open_to:
             done = "read" if mode & 0o044 & open_to else "write"
             raise InvalidInput(f"others may {done} {each} (mode {stat.S_IMODE(mode):04o})", f"chmod go-rwx {each}")
@@ -294,8 +297,10 @@ def _peers(needs: Needs, network: Network) -> Iterator[Finding]:
     answered = dict[str, Answered]()
     for name, at in needs.peers.items():
         yield tried(who(name), lambda n=name, a=at: _peer(needs, network, n, a, answered))  # type: ignore[misc]
-    if not answered:
-        return
+    if not answered or len(answered) < len(needs.peers):
+        return  # the rest compares what all of them say
+    for what, act in deployments.hosted(needs.deployment).tries(needs.role, needs.deployment, network).items():
+        yield tried(what, act)
     for name, found in answered.items():
         yield tried(f"the clock of {who(name)}", lambda n=name, s=found.skew: _clock(n, s))  # type: ignore[misc]
         if needs.apart:

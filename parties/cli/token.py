@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from parties.cli.console import say, write
+from parties.net.secret_files import read_secret
 from parties.net.tokens import Token, Tokens, new_holder
 from secure.errors import InvalidInput
 
@@ -69,7 +70,7 @@ def given_token(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get(VARIABLE) or None
     try:
-        return file.read_text(encoding="utf-8")[:1000].strip()
+        return read_secret(file, most=1000).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidInput(f"--token-file: {file} cannot be read: {reason}", "a file with one token") from None

@@ -27,6 +27,7 @@ import grpc
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint, is_loopback
 from parties.net.network import Network, Plaintext
+from parties.net.secret_files import read_trusted
 from secure.errors import EndpointError, InvalidInput, TokenError, printable
 
 log = logging.getLogger("unseen.tokens")
@@ -144,13 +145,7 @@ class Tokens:
 
     def _text(self) -> str:
         try:
-            with self._file.open("rb") as file:
-                content = file.read(MAXIMUM_FILE + 1)
-            if len(content) > MAXIMUM_FILE:
-                raise InvalidInput(
-                    f"{self._file} has more than {MAXIMUM_FILE} bytes", "remove tokens that have expired"
-                )
-            return content.decode()
+            return read_trusted(self._file, most=MAXIMUM_FILE).decode()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise InvalidInput(

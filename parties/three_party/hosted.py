@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from parties.net.hosting import HostOptions, Parts
+from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
 from parties.served.published import Published
@@ -46,6 +47,9 @@ class ThreePartyHosted:
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ("share-model", *compiling, "--output", str(directory), "--threads", "1")
+
+    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
+        return {}
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         number = PARTIES.index(role)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from parties.net.hosting import HostOptions, Parts
+from parties.net.network import Network
 from parties.net.quotas import Spend, unlimited
 from parties.net.repeating import Repeating
 from parties.served.described import ConnectOptions
@@ -58,6 +59,18 @@ class TwoPartyHosted:
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()
+
+    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
+        assert isinstance(deployment, TwoParty)
+
+        def key() -> str:
+            dealer = DealerPeer(deployment.dealer, network, deployment.dealer_key)
+            try:
+                return f"{dealer.key().fingerprint}"
+            finally:
+                dealer.close()
+
+        return {} if role == DEALER else {"the dealer's key": key}
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         if role == DEALER:
