@@ -6,7 +6,6 @@ that takes too long. Another module adds its targets with ``@target``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -19,9 +18,10 @@ import torch
 from google.protobuf.message import DecodeError
 from safetensors.torch import save
 
+import secure
 from parties.net.frames import FrameReader
 from parties.served.files import pack_masked, unpack_masked, unpack_tables
-from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, Manifest, load_share
+from parties.three_party.shared_model import MANIFEST, load_share
 from proto import unseen_pb2 as pb
 from protocols.protocol import Exchange
 from protocols.steps import unpack_frame
@@ -30,11 +30,11 @@ from protocols.three_party.lookup import LookupKeys, lookup_keys
 from protocols.wire import FrameError, Wire
 from secure.capture.graph import Graph
 from secure.ckks.program import CkksProgram
+from secure.deployments.three_party import ThreeParty
 from secure.errors import Error, InvalidProgram
 from secure.lowering.client_inputs import tables_label
 from secure.models.tokenizer_document import read_tokenizer
 from secure.mpc.budget import Budget
-from secure.version import WIRE_VERSION
 from tests import programs
 
 SLOW = 2.0  # seconds that no input of a fuzzer's size may take, on a busy machine
@@ -159,30 +159,19 @@ def _(data: bytes) -> None:
 
 @cache
 def _share() -> Path:
-    """A directory with the public file that a manifest names."""
-    directory = Path(tempfile.mkdtemp(prefix="fuzz-share-"))
-    (directory / PROGRAM).write_bytes(programs.small())
-    (directory / SEEDS).write_bytes(bytes(64))
-    return directory
+    """The directory of party 2 of a small shared model."""
+    model, x = torch.nn.Linear(4, 2).eval(), {"input": torch.ones(1, 4)}
+    return secure.share_model(secure.compile(model, x, deployment=ThreeParty()), tempfile.mkdtemp())[2]
 
 
+@cache
 def _manifest() -> bytes:
-    made = Manifest(
-        version=WIRE_VERSION,
-        party=2,
-        model="m",
-        compiled_as={"public_weights": "False"},
-        rings={},
-        shapes={},
-        files={PROGRAM: hashlib.sha256(programs.small()).hexdigest()},
-        pad_id=0,
-        lowercase=False,
-    )
-    return made.model_dump_json(indent=2).encode()
+    return (_share() / MANIFEST).read_bytes()
 
 
 @target("manifest", lambda: [_manifest()], Error)
 def _(data: bytes) -> None:
+    _manifest()
     (_share() / MANIFEST).write_bytes(data)
     load_share(_share())
 
