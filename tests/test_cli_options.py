@@ -216,6 +216,7 @@ VALUES: dict[str, str] = {
         ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
     ),
     "rotate_mask": "7",
+    "wait": "4",
 }
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.frames import to_chunks
 from parties.net.network import Plaintext
@@ -32,9 +33,10 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer, DealerStub, ModelStub
 from protocols.prg import fresh_seed
 from secure.deployments.two_party import DEALER, TwoParty
-from secure.errors import DealerError, Error, HandshakeError, InvalidInput, ProtocolError
+from secure.errors import DealerError, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError
 from tests.dealer_key import KEY
 from tests.tiny import (
+    LOOPBACK,
     TEXT,
     Raw,
     Ready,
@@ -527,6 +529,23 @@ def test_a_dealer_that_forgot_a_model_is_told_again(model: Ready, monkeypatch: p
     with dealing() as dealer, serving(model, dealer.address) as server:
         dealer.service._models.clear()
         works(server, dealer)
+
+
+def test_a_service_waits_for_its_peers(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with dealing() as dealer:
+        at = dealer.endpoint
+    with pytest.raises(PeerLost, match=f"the dealer at {at} cannot be reached\nhint: start it with: unseen dealer"):
+        hosting.check(LOOPBACK, {DEALER: at}, Plaintext(), what="the server")
+    assert "waiting" not in caplog.text
+    waiting = {"what": "the server", "wait": 20.0}
+    thread = threading.Thread(target=hosting.check, args=(LOOPBACK, {DEALER: at}, Plaintext()), kwargs=waiting)
+    thread.start()
+    wait_until(lambda: f"waiting for the dealer at {at}, 20 s at most" in caplog.text, "it says so")
+    with dealing(listen=at):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert caplog.text.count("waiting for") == 1
 
 
 def test_the_name_of_a_model_follows_from_its_seed(model: Ready) -> None:

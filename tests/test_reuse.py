@@ -146,7 +146,7 @@ def test_the_dealer_checks_what_is_registered(dealer: Served, server: Served, mo
             (register_request(program, bytes(32), sealed=b""), "cannot open the seal"),
             (register_request(program, bytes(32), sealed=register_request(b"", bytes(32)).sealed), "cannot open"),
             (register_request(program, bytes(32), SealingKey.generate()), "cannot open the seal"),
-            (register_request(b"{}", bytes(32)), "not a valid Program"),
+            (register_request(b"{}", bytes(32)), "the Program has version None"),
             (register_request(program + b" ", bytes(32)), "canonical"),
             (register_request(bytes(5 << 20), bytes(32)), "a Program of 5242880 bytes, 1048576 at most"),
         ):

@@ -35,6 +35,7 @@ from parties.cli.options import (
     compile_options,
     host_options,
     read_texts,
+    refused,
 )
 from parties.net import hosting
 from parties.net.choice import network_of
@@ -69,6 +70,9 @@ def serve(
     rotate_mask: Annotated[
         int | None, typer.Option(min=1, metavar="DAYS", help="Renew a mask of weights that is older; 90 by default.")
     ] = None,
+    wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait for the dealer to start; 0 by default.")
+    ] = None,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
@@ -98,6 +102,8 @@ def serve(
     network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: deployment.addresses()[name] for name in found.peers}
+    if wait is not None and not peers:
+        raise refused("wait", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
     network.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
@@ -105,7 +111,7 @@ def serve(
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
     if isinstance(task_of(model), Embed):
         model_directory(model)  # a mistake that can be seen before anything is loaded
-    hosting.check(at, endpoints, network, what=f"the {role}")
+    hosting.check(at, endpoints, network, what=f"the {role}", wait=wait or 0.0)
     if not same_owner:
         hosting.check_owners(endpoints, network)
     if trace is not None:

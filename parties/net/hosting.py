@@ -11,6 +11,7 @@ import queue
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +33,8 @@ from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
 from secure.mpc.budget import Budget
+
+log = logging.getLogger("unseen.hosting")
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
@@ -188,11 +191,13 @@ def start(
     return server, Endpoint(listen.host, port)
 
 
-def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str) -> None:
+def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str, wait: float = 0.0) -> None:
     """Check, before anything takes long, that the port is free and that every peer answers at its address.
 
-    peers: addresses by role. Raises EndpointError for the port, PeerLost or TlsError for a peer.
+    peers: addresses by role. wait: seconds in which they may still start; the log says that it waits. Raises
+    EndpointError for the port, PeerLost or TlsError for a peer.
     """
+    until = time.monotonic() + wait
     network.check(listen, what=what)
     for name, at in peers.items():
         network.check(at, what=f"the {name}")
@@ -204,11 +209,23 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
         except OSError:
             raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
     for name, at in peers.items():
-        try:
-            network.probe(at, what=f"the {name}", role=name)
-        except PeerLost:
-            hint = f"start it with: unseen {name} --listen {at}"
-            raise PeerLost(f"the {name} at {at} cannot be reached", hint) from None
+        said = False
+        while not _answers(name, at, network):
+            if (left := until - time.monotonic()) <= 0:
+                hint = f"start it with: unseen {name} --listen {at}"
+                raise PeerLost(f"the {name} at {at} cannot be reached", hint)
+            if not said:
+                log.info("waiting for the %s at %s, %.0f s at most", name, at, left)
+                said = True
+            time.sleep(min(0.5, left))
+
+
+def _answers(name: str, at: Endpoint, network: Network) -> bool:
+    try:
+        network.probe(at, what=f"the {name}", role=name)
+    except PeerLost:
+        return False
+    return True
 
 
 def check_owners(peers: Mapping[str, Endpoint], network: Network) -> None:
