@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.nn.functional import cosine_similarity
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from parties.net.caller import Caller
+from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee
 from parties.three_party.pair_keys import PairKey, PairSeed
 from parties.three_party.party_0 import Party0Service
@@ -164,11 +166,11 @@ def raw(two: Party) -> Iterator[Raw]:
     calling.end()
 
 
-def hello(shares: Path, **changed: Any) -> pb.AgreeHello:
-    """Party 0's greeting to party 2, with what is ``changed`` before the proof is made, but for the proof itself."""
-    share = load_share(shares / "party-0")
+def hello(shares: Path, own: int = 0, **changed: Any) -> pb.AgreeHello:
+    """A party's greeting to party 2, with what is ``changed`` before the proof is made, but for the proof itself."""
+    share = load_share(shares / f"party-{own}")
     public = X25519PrivateKey.generate().public_key().public_bytes_raw()
-    fields: dict[str, Any] = {"version": WIRE_VERSION, "model": share.manifest.model, "party": 0, "public": public}
+    fields: dict[str, Any] = {"version": WIRE_VERSION, "model": share.manifest.model, "party": own, "public": public}
     fields |= changed
     about = (fields["public"], bytes([fields["party"] % 256]), fields["model"].encode())
     return pb.AgreeHello(**({"proof": share.pair_seeds[2].proof("agree", *about)} | fields))
@@ -194,6 +196,21 @@ def test_a_wrong_greeting_is_refused(shares: Path, raw: Raw, two: Party, changed
         raw.ask(hello=hello(shares, **changed))
     with pytest.raises(HandshakeError, match="party 0 has agreed on no key with party 2"):
         two.service.key(0)
+
+
+@pytest.mark.parametrize(("role", "refused"), [("party 0", True), ("client", True), ("party 1", False), (None, False)])
+def test_a_certificate_of_another_role_is_refused(shares: Path, two: Party, role: str | None, refused: bool) -> None:
+    """Under TLS the owner's seeds do not suffice: party 0 with all of them is not party 1."""
+    requests, watch = iter([pb.AgreeMessage(hello=hello(shares, 1))]), Watchdog(5.0, lambda: None)
+    who = Caller("x" if role else "", role, "127.0.0.1:1")
+    serving = two.service._of_callers.serve(requests, watch, who, nullcontext())
+    if refused:
+        with pytest.raises(HandshakeError, match="not of the parties that call party 2"):
+            next(serving)
+    else:
+        assert next(serving).WhichOneof("content") == "answer"
+    serving.close()  # type: ignore[attr-defined]
+    watch.stop()
 
 
 def test_a_recorded_greeting_gives_no_key(shares: Path, raw: Raw, two: Party) -> None:

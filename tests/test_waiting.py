@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from parties.net import waiting
 from parties.net.caller import Caller
+from parties.net.endpoints import OPTIONS
 from parties.net.waiting import FIRST, SLOWEST, Clock, Places, WaitingRoom, patience
 from secure.errors import Error
 
@@ -89,3 +92,11 @@ def test_patience_follows_from_the_size() -> None:
     assert 4.9 < clock.left(100) <= 5.0
     assert clock.left(1.0) == 1.0
     assert 0 < Clock(-1.0).left(1.0) < 0.01  # a wait of 0 s would be no wait with a limit
+
+
+def test_the_options_of_channels_are_grpcs() -> None:
+    """gRPC ignores a name that it does not know: servers once ended idle connections for too many pings."""
+    (library,) = (Path(grpc.__file__).parent / "_cython").glob("cygrpc*.so")
+    known = library.read_bytes()
+    for name, _ in OPTIONS:
+        assert name.encode() + b"\0" in known, name

@@ -43,7 +43,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from parties.net.caller import Caller
 from parties.net.peer import Peer
-from parties.net.waiting import FIRST
 from parties.net.watchdog import Watchdog
 from parties.three_party.pair_keys import PairKey, other_seed
 from parties.three_party.shared_model import PartyShare
@@ -108,7 +107,7 @@ class KeyOfCaller:
         watch: the guard of the wait for each of the first two messages. waiting: a place for the first of these waits.
         Raises HandshakeError, ProtocolError, PeerLost.
         """
-        with waiting, watch.guard(FIRST):
+        with waiting, watch.guard():
             hello = self._content(requests, "hello").hello
         number = hello.party
         if number not in self._callers or who.role not in (None, PARTIES[number]):
@@ -126,7 +125,7 @@ class KeyOfCaller:
         answer = pb.AgreeAnswer(public=exchange.public, proof=key.proof("callee", transcript))
         del exchange
         yield pb.AgreeMessage(answer=answer)
-        with watch.guard(FIRST):
+        with watch.guard():
             confirm = self._content(requests, "confirm").confirm
         key.require(confirm, "caller", transcript)
         with self._lock:

@@ -217,7 +217,7 @@ class PartyService(PartyServicer, ABC):
         """Note that a key with a party that this one calls has ended. The default does nothing; it must not block."""
 
     def Agree(self, requests: Iterator[pb.AgreeMessage], context: grpc.ServicerContext) -> Iterator[pb.AgreeMessage]:
-        watch = Watchdog(self.deadline, context.cancel)
+        watch = Watchdog(min(FIRST, self.deadline), context.cancel)
         try:
             with answering(context, self.log):
                 yield from self._of_callers.serve(requests, watch, caller(context), self._greeting.place(context))
