@@ -79,15 +79,15 @@ def plain_inputs(program: Program) -> list[tp.Input]:
 
 def beyond(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Make every later client share one value of its plain input ``number`` that is one step beyond its clamps."""
-    real = Program.client_values
+    real = Program.encode
 
-    def client_values(self: Program, *given: Any) -> dict[str, Tensor]:
+    def encode(self: Program, *given: Any) -> dict[str, Tensor]:
         values, p = real(self, *given), plain_inputs(self)[number]
         moved = values[p.name].clone()
         moved.reshape(-1)[-1] = round(p.high * 2.0**p.fraction) + 1
         return values | {p.name: moved}
 
-    monkeypatch.setattr(Program, "client_values", client_values)
+    monkeypatch.setattr(Program, "encode", encode)
 
 
 def refused(three: Three, words: str, caplog: pytest.LogCaptureFixture) -> None:
