@@ -33,6 +33,7 @@ def _power(x: Value, exponent: float, low: float, high: float, scale: float) -> 
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
     first, last = math.floor(PER_OCTAVE * math.log2(low)) + 1, math.ceil(PER_OCTAVE * math.log2(high))
+    first = min(first, last - 1)  # a range within one segment gets another below it, so that there is a comparison
     tops = [2.0 ** (i / PER_OCTAVE) for i in range(first, last + 1)]  # segment i ends at tops[i]
     shrinks = [_dyadic(1 / top) for top in tops]
     extra = max(0, math.ceil(-math.log2(scale * high**exponent)))  # keep small results as precise as large ones

@@ -28,6 +28,7 @@ from protocols import kernels
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
+from secure.mpc.budget import Budget
 from secure.session import PACE, Link, Session, check_options
 
 
@@ -83,6 +84,7 @@ def connect(
     deadline: float = 60.0,
     cache: bool | Path = True,
     program_digest: str | None = None,
+    budget: Budget | None = None,
     threads: int = 1,
     pace: float = PACE,
     keep_memory: bool = True,
@@ -94,11 +96,12 @@ def connect(
     network: the protection of channels; by default TLS, with the certificates in the directory that UNSEEN_TLS names or
     in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
     for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
-    False: keep none. program_digest: refuse a service with another Program. threads: threads of this client while it
-    computes. pace: seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc keep memory
-    that queries free, in the whole process, which saves a client about a tenth of its processor time. token: what the
-    service's owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is
-    being done) while something takes long.
+    False: keep none. program_digest: refuse a service with another Program. budget: refuse a Program that may take more
+    memory or time on this machine; by default ``Budget()``. threads: threads of this client while it computes. pace:
+    seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc keep memory that queries
+    free, in the whole process, which saves a client about a tenth of its processor time. token: what the service's
+    owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is being done)
+    while something takes long.
     Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
@@ -109,7 +112,7 @@ def connect(
     directory = cache_directory() if cache is True else (cache or None)
     used = network or network_of(CLIENT)
     options = ConnectOptions(
-        WithToken(used, Token(token)) if token else used, deadline, directory, program_digest, told
+        WithToken(used, Token(token)) if token else used, deadline, directory, program_digest, budget or Budget(), told
     )
     return Session(hosted(deployment).connect(deployment, options), threads=threads, pace=pace)
 
@@ -132,7 +135,7 @@ def serve(
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
     of the roles that this one connects to. network: as for ``connect``, with certificates of this role. quotas: how
     much each client may use in a day, counted in a file of the state directory. tokens: a file of ``unseen token``, one
-    of which each client must show. given: deadline, state, traces, workers, ahead, if the role takes them; see
+    of which each client must show. given: deadline, state, traces, workers, ahead, budget, if the role takes them; see
     ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):

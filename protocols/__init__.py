@@ -9,6 +9,7 @@ ring         arithmetic in Z_2^k on int64 tensors
 bits         bits of many elements, packed
 wire         tensors as bytes
 kernels      hot loops over elements and packed bits, compiled
+fields       the types of protocols' fields, with their bounds
 fixedpoint   the fixed-point encoding of real numbers
 limbs        exact matrix products through float64
 matmul       the faster of two exact kernels

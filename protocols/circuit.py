@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protocols import bits, wire
 from protocols.prg import Key, Stream
-from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Step, Weights
+from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
 
 
@@ -336,25 +336,22 @@ class CircuitError(ValueError):
 def check(circuit: Circuit, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check a circuit that somebody else made: fields, kinds, rings and shapes of all operands.
 
-    It runs on meta tensors, so it takes no data and little memory. Shapes matter for secrecy too: a mask must have the
-    shape of what it hides. Raises CircuitError, which names the instruction.
+    It computes with shapes alone. Shapes matter for secrecy too: a mask must have the shape of what it hides. The
+    fields must be within their own bounds already (see ``protocols.fields``). Raises CircuitError, which names the
+    instruction.
     """
-    shapes: list[Any] = []
-    weights = MetaWeights(weight_shapes)
     for index, instruction in enumerate(circuit):
         p = instruction.protocol
         try:
             p.validate()
+            if not all(0 <= i < index for i in instruction.inputs):
+                raise ValueError("it reads a later one")
             _check_operands(circuit, instruction)
-            if p.input_of(CLIENT) is not None:
-                result = torch.empty(p.out.shape, dtype=torch.int64, device="meta")
-            else:
-                result = p.clear(tuple(shapes[i] for i in instruction.inputs), weights)
-            if tuple(result.shape) != p.out.shape:
-                raise ValueError(f"its result has shape {tuple(result.shape)}, it declares {p.out.shape}")
-        except (ValueError, RuntimeError, ArithmeticError, TypeError, LookupError) as error:
+            found = p.shape_of([circuit[i].protocol.out.shape for i in instruction.inputs], weight_shapes)
+            if found != p.out.shape:
+                raise ValueError(f"its result has shape {found}, it declares {p.out.shape}")
+        except (ValueError, LookupError) as error:
             raise CircuitError(f"instruction {index} ({p.kind}): {error}") from None
-        shapes.append(result)
 
 
 def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
@@ -373,8 +370,8 @@ def _check_operands(circuit: Circuit, instruction: Instruction) -> None:
             made_for = getattr(p, "shape", p.out.shape)
             if operand.out.shape != made_for:
                 raise ValueError(f"its operand has shape {operand.out.shape}, it is made for {made_for}")
-        of_bits = getattr(p, "shape", ()) if kind in ("bits", "bit opening") else ()
-        if of_bits and operand.out.shape[-1] != bits.plane_bytes(torch.Size(of_bits).numel()):
+        of_bits = getattr(p, "shape", None) if kind in ("bits", "bit opening") else None
+        if of_bits is not None and operand.out.shape[-1] != bits.plane_bytes(count(of_bits)):
             raise ValueError(f"its bits are those of another number of elements than {of_bits}")
     p.check_operands([circuit[i].protocol for i in instruction.inputs])
 

@@ -5,6 +5,7 @@ Only the server adds constants, so that the shares' sum changes by the constant 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,14 +13,23 @@ import torch
 from torch import Tensor
 
 from protocols import kernels, ring
-from protocols.protocol import SERVER, Local, Shape, Weights
+from protocols.fields import Axes, Axis, Bits, Name, Residue, Ring, Rows, Shape, Signs, Whole
+from protocols.protocol import SERVER, Local, Weights, broadcast, count, expanded
 from protocols.wire import Wire
+
+
+def _axes(dims: Sequence[int], shape: Shape) -> tuple[int, ...]:
+    """Return the positions of dimensions, which torch lets count from the end; raises ValueError if there are none."""
+    found = tuple(dim + len(shape) if dim < 0 else dim for dim in dims)
+    if any(not 0 <= axis < len(shape) for axis in found) or len(set(found)) < len(found):
+        raise ValueError(f"the dimensions {tuple(dims)} of a tensor of {len(shape)}")
+    return found
 
 
 @dataclass(frozen=True)
 class _Shaped(Local):
     shape: Shape
-    ring: int
+    ring: Ring
 
     @property
     def out(self) -> Wire:
@@ -37,6 +47,9 @@ class Add(_Shaped):
         x, y = operands
         return x + y
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return broadcast(*operands)
+
 
 @dataclass(frozen=True)
 class Sub(_Shaped):
@@ -49,13 +62,16 @@ class Sub(_Shaped):
         x, y = operands
         return x - y
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return broadcast(*operands)
+
 
 @dataclass(frozen=True)
 class AddConstant(_Shaped):
     """[x] + c for a public integer c."""
 
     kind: ClassVar[str] = "add_constant"
-    constant: int
+    constant: Residue
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
@@ -67,7 +83,7 @@ class MulConstant(_Shaped):
     """[x] * c for a public integer c."""
 
     kind: ClassVar[str] = "mul_constant"
-    constant: int
+    constant: Residue
 
     @property
     def operand_ring(self) -> int:
@@ -89,12 +105,15 @@ class AddWeight(_Shaped):
     kind: ClassVar[str] = "add_weight"
     weight_field: ClassVar[str] = "weight"
     multiplies: ClassVar[bool] = False
-    weight: str
+    weight: Name
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = operands[0].expand(self.shape)
         own = weights.summand(self.weight)
         return x if own is None else x + own
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return expanded(operands[0], self.shape)
 
 
 @dataclass(frozen=True)
@@ -102,11 +121,18 @@ class Sum(_Shaped):
     """The sum over ``dims``, which are kept with length one."""
 
     kind: ClassVar[str] = "sum"
-    dims: tuple[int, ...]
+    dims: Axes
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
         return x.sum(dim=self.dims, keepdim=True)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        (x,) = operands
+        gone = _axes(self.dims, x)
+        if not gone:  # torch would sum over all dimensions
+            raise ValueError("a sum over no dimension")
+        return tuple(1 if i in gone else n for i, n in enumerate(x))
 
 
 @dataclass(frozen=True)
@@ -116,6 +142,11 @@ class Reshape(_Shaped):
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0].reshape(self.shape)
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        if count(operands[0]) != count(self.shape):
+            raise ValueError(f"the shape {operands[0]} has another number of elements than {self.shape}")
+        return self.shape
+
 
 @dataclass(frozen=True)
 class Expand(_Shaped):
@@ -124,14 +155,24 @@ class Expand(_Shaped):
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0].expand(self.shape)
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return expanded(operands[0], self.shape)
+
 
 @dataclass(frozen=True)
 class Permute(_Shaped):
     kind: ClassVar[str] = "permute"
-    dims: tuple[int, ...]
+    dims: Axes
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0].permute(self.dims)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        (x,) = operands
+        order = _axes(self.dims, x)
+        if len(order) != len(x):
+            raise ValueError(f"{self.dims} is no order of {len(x)} dimensions")
+        return tuple(x[i] for i in order)
 
 
 @dataclass(frozen=True)
@@ -139,10 +180,14 @@ class Slice(_Shaped):
     """Elements start, start + step, ... below stop along ``dim``."""
 
     kind: ClassVar[str] = "slice"
-    dim: int
-    start: int
-    stop: int
-    step: int
+    dim: Axis
+    start: Whole
+    stop: Whole
+    step: Whole
+
+    def validate(self) -> None:
+        if not self.step:
+            raise ValueError("a slice of steps of zero")
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
@@ -150,15 +195,28 @@ class Slice(_Shaped):
         index[self.dim] = slice(self.start, self.stop, self.step)
         return x[tuple(index)]
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        (x,) = operands
+        (axis,) = _axes((self.dim,), x)
+        kept = len(range(x[axis])[self.start : self.stop : self.step])
+        return tuple(kept if i == axis else n for i, n in enumerate(x))
+
 
 @dataclass(frozen=True)
 class Concat(_Shaped):
     kind: ClassVar[str] = "concat"
     reads: ClassVar[tuple[str, ...]] = ("share", "...")
-    dim: int
+    dim: Axis
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         return torch.cat(operands, dim=self.dim)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        first = operands[0]
+        (axis,) = _axes((self.dim,), first)
+        if len({(*x[:axis], *x[axis + 1 :]) for x in operands}) != 1 or any(len(x) != len(first) for x in operands):
+            raise ValueError(f"the shapes {', '.join(map(str, operands[:4]))} cannot be joined along {self.dim}")
+        return (*first[:axis], sum(x[axis] for x in operands), *first[axis + 1 :])
 
 
 @dataclass(frozen=True)
@@ -175,8 +233,8 @@ class Truncate(Local):
     elementwise: ClassVar[bool] = True
     error: ClassVar[str] = "within one unit in the last place"
     shape: Shape
-    ring: int
-    shift: int
+    ring: Ring
+    shift: Bits
 
     @property
     def out(self) -> Wire:
@@ -206,17 +264,23 @@ class Indicators(Local):
     kind: ClassVar[str] = "indicators"
     reads: ClassVar[tuple[str, ...]] = ("bits",)
     gives: ClassVar[str] = "bits"
-    width: int  # bytes of a plane
-    rows: tuple[tuple[int, ...], ...]
-    negate: tuple[bool, ...]
+    width: Whole  # bytes of a plane
+    rows: Rows
+    negate: Signs
 
     @property
     def out(self) -> Wire:
         return Wire((len(self.rows), self.width), planes=True)
 
     def validate(self) -> None:
-        if not self.rows or len(self.rows) != len(self.negate) or not all(row and min(row) >= 0 for row in self.rows):
+        if len(self.rows) != len(self.negate):
             raise ValueError(f"{len(self.rows)} rows and {len(self.negate)} signs")
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        (planes,) = operands
+        if planes[1:] != (self.width,) or max(map(max, self.rows)) >= planes[0]:
+            raise ValueError(f"it reads other planes of {self.width} bytes than those of shape {planes}")
+        return self.out.shape
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         (planes,) = operands

@@ -26,13 +26,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from protocols import bits, ring
+from protocols import bits, fields, ring
 from protocols.wire import Wire
 
 SERVER, CLIENT = 0, 1
 PARTY_NAMES = ("server", "client")
 
-Shape = tuple[int, ...]
+Shape = fields.Shape
 T = TypeVar("T")
 
 
@@ -137,7 +137,11 @@ class Weights(ABC):
 
 
 class Protocol(ABC):
-    """Base class of every protocol. Subclasses are frozen dataclasses whose fields are integers, strings and tuples."""
+    """Base class of every protocol. Subclasses are frozen dataclasses whose fields are integers, strings and tuples.
+
+    A field is annotated with a type of ``protocols.fields``, which bounds it. ``validate`` checks fields against one
+    another; only then may anything be derived from them (``out``, ``draws``, ``cost``).
+    """
 
     kind: ClassVar[str]
     error: ClassVar[str] = "exact"
@@ -205,6 +209,15 @@ class Protocol(ABC):
         ``circuit.check`` compares kinds, rings and shapes for all protocols; this is for everything beyond those.
         """
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        """Return the shape that the result has by the operands' shapes; ``circuit.check`` compares it with ``out``.
+
+        weights: shapes by name. It takes integers alone, so that a check costs next to nothing. The base is for inputs
+        and for what is ``elementwise``, whose operands have its own shape, and else keeps the first operand's. Raises
+        ValueError or LookupError if the operands do not fit.
+        """
+        return tuple(operands[0]) if operands and not self.elementwise else self.out.shape
+
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
         """Dealer: return the derived totals by name, and the mask of this result for its readers (None: it has none).
 
@@ -269,6 +282,43 @@ class Local(Protocol):
 
 def count(shape: Shape) -> int:
     return math.prod(shape)
+
+
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """Return the shape of an elementwise result, as torch broadcasts; raises ValueError if there is none."""
+    rank = max(len(a), len(b))
+    padded = zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True)
+    out = tuple(y if x == 1 else x for x, y in padded)
+    if any(x not in (1, n) for shape in (a, b) for x, n in zip(reversed(shape), reversed(out), strict=False)):
+        raise ValueError(f"the shapes {a} and {b} do not go together")
+    return out
+
+
+def expanded(shape: Shape, wanted: Shape) -> Shape:
+    """Return ``wanted`` if a tensor of ``shape`` can be expanded to it, as torch does it; else raises ValueError."""
+    if len(shape) > len(wanted) or broadcast(shape, wanted) != wanted:
+        raise ValueError(f"the shape {shape} cannot be expanded to {wanted}")
+    return wanted
+
+
+def matrix_product(a: Shape, b: Shape) -> Shape:
+    """Return the shape of a @ b, as torch multiplies matrices in batches; raises ValueError if there is none."""
+    if not a or not b or a[-1] != b[-2 if len(b) > 1 else 0]:
+        raise ValueError(f"the shapes {a} and {b} cannot be multiplied as matrices")
+    return (*broadcast(a[:-2], b[:-2]), *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
+
+
+def weighted(x: Shape, name: str, weights: Mapping[str, Shape], *, diagonal: bool) -> Shape:
+    """Return the shape of x @ W, or of x * W if ``diagonal``, for the weight ``name``; W is a matrix, or a vector.
+
+    Raises ValueError if they do not fit, LookupError if the weight is unknown.
+    """
+    weight = weights[name]
+    if diagonal:
+        return broadcast(x, weight)
+    if len(weight) != 2:
+        raise ValueError(f"the weight {name!r} has the shape {weight}, which is no matrix")
+    return matrix_product(x, weight)
 
 
 def bytes_of(shape: Shape, ring_bits: int) -> int:

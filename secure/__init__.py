@@ -37,6 +37,7 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
+    ClientDeviates,
     DealerError,
     Diverged,
     DoesNotFit,
@@ -63,6 +64,7 @@ from secure.errors import (
     TokenError,
     UnsupportedOperation,
 )
+from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
@@ -77,7 +79,9 @@ if TYPE_CHECKING:
     from parties.net.tls import Tls
 
 __all__ = [
+    "Budget",
     "Ckks",
+    "ClientDeviates",
     "Compiled",
     "Cost",
     "DealerError",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache
 
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from tenseal import sealapi
 
 from protocols.ckks import canonical
 from protocols.ckks.parameters import Parameters
-from protocols.ckks.seal import Client, Context, EvaluationKeys, key_forms
+from protocols.ckks.seal import Client, Context, EvaluationKeys
 from tests.ciphertexts import INPUTS
 
 P = Parameters(8192, 1, 30, 38)  # the fewest digits
@@ -28,36 +29,47 @@ def _made() -> tuple[Client, dict[str, bytes], bytes]:
     return client, client.evaluation_keys(STEPS), client.encrypt(INPUTS["x"], LEVEL)
 
 
-def mutate(data: st.DataObject) -> bool:
-    """Change one object, load it and, unless it is refused, compute with it; return whether it was taken."""
+NAMES = ("public", "relin", "rotate 1", "ciphertext", "result")
+
+
+def seed(name: str) -> bytes:
+    """One object as it travels."""
     client, keys, ciphertext = _made()
-    name = data.draw(st.sampled_from(["public", "relin", "rotate 1", "ciphertext", "result"]))
-    context, fresh, computed = client.context, canonical.fresh(P, LEVEL), canonical.computed(P, LEVEL)
-    result = context.packed(context.ciphertext(ciphertext, fresh))
-    objects = {**keys, "ciphertext": ciphertext, "result": result}
-    forms = {**key_forms(P, STEPS), "ciphertext": fresh, "result": computed}
-    objects[name] = _mutant(data, objects[name])
-    try:
-        if name == "result":
-            client.decrypt(objects[name], LEVEL)
-            return True
-        loaded = EvaluationKeys(context, {k: objects[k] for k in keys}, STEPS)
-        x = context.ciphertext(objects["ciphertext"], fresh)
-    except canonical.InvalidCiphertext:
-        return False
-    assert len(objects[name]) == forms[name].size
-    e, product = sealapi.Evaluator(context.seal), sealapi.Ciphertext()
-    try:
+    context = client.context
+    result = context.packed(context.ciphertext(ciphertext, canonical.fresh(P, LEVEL)))
+    return {**keys, "ciphertext": ciphertext, "result": result}[name]
+
+
+def take(name: str, data: bytes) -> None:
+    """Load one object beside sound others, and compute with them. Raises InvalidCiphertext if it is refused."""
+    client, keys, ciphertext = _made()
+    context = client.context
+    if name == "result":
+        client.decrypt(data, LEVEL)
+        return
+    objects = {**keys, "ciphertext": ciphertext, name: data}
+    loaded = EvaluationKeys(context, {k: objects[k] for k in keys}, STEPS)
+    x = context.ciphertext(objects["ciphertext"], canonical.fresh(P, LEVEL))
+    e, product, zero = sealapi.Evaluator(context.seal), sealapi.Ciphertext(), sealapi.Ciphertext()
+    with suppress(RuntimeError):  # SEAL returns no ciphertext whose second polynomial is zero
         e.multiply(x, x, product)
         e.relinearize_inplace(product, loaded.relin)
         e.rotate_vector_inplace(product, 1, loaded.galois[1])
-        zero = sealapi.Ciphertext()
         loaded.zeros.encrypt_zero(product.parms_id(), zero)
         zero.scale = product.scale
         e.add_inplace(product, zero)
-    except RuntimeError:  # SEAL returns no ciphertext whose second polynomial is zero
+        client.decrypt(context.packed(product), LEVEL)
+
+
+def mutate(data: st.DataObject) -> bool:
+    """Change one object and take it; return whether it was taken."""
+    name = data.draw(st.sampled_from(NAMES))
+    mutant = _mutant(data, seed(name))
+    try:
+        take(name, mutant)
+    except canonical.InvalidCiphertext:
         return False
-    client.decrypt(context.packed(product), LEVEL)
+    assert len(mutant) == len(seed(name))
     return True
 
 

@@ -301,6 +301,13 @@ def test_linear_pieces_of_finer_and_of_coarser_scales() -> None:
     assert largest((run_function(function, x).result - function(x))[~near]) <= 3e-4
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.31), (1.0, 1.0001), (0.99, 1.01), (4.0, 4.5)])
+def test_inverse_powers_of_a_range_within_one_segment(low: float, high: float) -> None:
+    x = torch.linspace(low, high, 64, dtype=torch.float64)
+    assert largest(run_function(lambda v: rsqrt(v, low, high), x).result - x.rsqrt()) <= 2e-4
+    assert largest(run_function(lambda v: reciprocal(v, low, high), x).result - 1 / x) <= 4e-4
+
+
 # ranges
 
 

@@ -374,7 +374,7 @@ def find(op: str, visibility: str) -> int:
         ("mul", "shared", {"op": "clear"}, "'clear' of operands"),
         ("mul", "shared", {"op": "exec"}, "unknown operation 'exec'"),
         ("mul", "shared", {"op": "permute"}, "invalid graph"),
-        ("input", "client", {"shape": [-1]}, r"shape is \(-1,\)"),
+        ("input", "client", {"shape": [-1]}, "shape.0: Input should be greater than or equal to 0"),
         ("input", "client", {"dtype": "str"}, "unknown kind"),
         ("parameter", "server", {"id": 3}, "do not come before"),
     ],
@@ -386,7 +386,7 @@ def test_graphs_from_elsewhere_are_checked(op: str, visibility: str, changes: di
 
 def test_texts_that_are_no_graphs() -> None:
     for text in ("", "{}", "[]", '{"nodes": [{}], "outputs": []}', '{"nodes": [], "outputs": [0]}', "[" * 100000):
-        with pytest.raises(ValueError, match=r"not a graph|invalid graph"):
+        with pytest.raises(ValueError, match=r"not a graph|invalid graph|not a JSON document|of depth"):
             Graph.from_json(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import queue
+import random
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from protocols.circuit import (
     CorrelationReused,
     Correlations,
     Instruction,
+    MetaWeights,
     Observer,
     Part,
     check,
@@ -673,3 +675,35 @@ def test_frames_are_kept_on_request() -> None:
     assert sum(map(len, frames[0] or [])) == outcome.cost.to_first
     assert sum(map(len, frames[1] or [])) == outcome.cost.to_second
     assert combine(torch.tensor([1]), torch.tensor([2])).tolist() == [3]
+
+
+def _resized(shape: Shape, rng: random.Random) -> Shape:
+    """A shape as it is, or with a dimension more, less, or of another size."""
+    at = rng.randrange(len(shape)) if shape else 0
+    return rng.choice([shape, shape, shape[1:], (1, *shape), (*shape[:at], 1, *shape[at + 1 :]), (*shape[:-1], 3)])
+
+
+def test_shapes_are_those_that_torch_gives() -> None:
+    """``check`` infers shapes by itself. What it accepts has the shape that the computation has, on tensors of it."""
+    pytest.importorskip("transformers")
+    from secure.mpc.program import Program
+    from tests import programs
+
+    program, rng, agreed, refused = Program.from_bytes(programs.every_protocol()), random.Random(1), 0, 0
+    weights = MetaWeights(program.weight_shapes)
+    for instruction in program.circuit:
+        p, operands = instruction.protocol, [program.circuit[i].protocol for i in instruction.inputs]
+        if not operands or isinstance(p, local.Concat):  # torch also joins what is empty
+            continue
+        for _ in range(8):
+            shapes = [o.out.shape if p.elementwise else _resized(o.out.shape, rng) for o in operands]
+            metas = [torch.empty(s, dtype=o.out.dtype, device="meta") for s, o in zip(shapes, operands, strict=True)]
+            try:
+                found = p.shape_of(shapes, program.weight_shapes)
+            except (ValueError, LookupError):
+                refused += 1
+                continue
+            assert tuple(p.clear(tuple(metas), weights).shape) == found, (p, shapes)
+            agreed += 1
+    assert agreed > 1000
+    assert refused > 50

@@ -194,6 +194,8 @@ VALUES: dict[str, str] = {
     "text": "{tmp}/set",
     "network": "250,20",
     "number": "1",
+    "budget_memory": "1",
+    "budget_seconds": "1",
     "power": "6",
     "shift": "2",
     "activation_degree": "3",

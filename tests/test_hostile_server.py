@@ -24,12 +24,19 @@ from secure.errors import HandshakeError, InputTooLong, InvalidInput
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.mpc.program import Program
 from secure.tasks.embed import Embed
-from tests.tiny import LENGTH, SPECIAL, WORDS, Ready, Served, dial, serving, wait_until
+from tests.tiny import LENGTH, SPECIAL, WORDS, Ready, Served, dealing, dial, serving, wait_until
 
 SECRET, OTHER = WORDS[10], WORDS[11]
 WORD = len(SPECIAL) + 10  # the token of SECRET
 WITH, WITHOUT = f"{WORDS[0]} {SECRET} {WORDS[3]}", f"{WORDS[0]} {OTHER} {WORDS[3]}"
 PACE = 0.5
+
+
+@pytest.fixture(scope="module")
+def dealer() -> Iterator[Served]:
+    """A dealer of its own: the servers here register Programs that other tests do not expect."""
+    with dealing() as served:
+        yield served
 
 
 class Watching(InferenceService):

@@ -148,7 +148,7 @@ def test_the_dealer_checks_what_is_registered(dealer: Served, server: Served, mo
             (register_request(program, bytes(32), SealingKey.generate()), "cannot open the seal"),
             (register_request(b"{}", bytes(32)), "not a valid Program"),
             (register_request(program + b" ", bytes(32)), "canonical"),
-            (register_request(bytes(5 << 20), bytes(32)), "a Program of 5242880 bytes, 4194304 at most"),
+            (register_request(bytes(5 << 20), bytes(32)), "a Program of 5242880 bytes, 1048576 at most"),
         ):
             with pytest.raises(grpc.RpcError, match=message):
                 raw.dealer.Register(request)

@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.three_party.hosted import parts_of
 from parties.three_party.shared_model import share_model
 from protocols import two_party as tp
 from protocols.three_party import dpf
@@ -142,6 +143,7 @@ def test_trusted_clients_are_believed(
 ) -> None:
     """What the same client was told before there was a check: an answer about rows of its choice."""
     with running(shares["trusted"]) as three:
+        assert "trusted clients: what they send is not checked" in parts_of(three.parties[0].service).about[0]
         answered(three, directory)
         of_two_rows(monkeypatch)
         with three.dial() as connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from parties.served.files import TOKEN_TABLE, pack_masked
 from parties.three_party import client
 from parties.three_party.shared_model import MANIFEST, SALT, TABLE, TOKENIZER, WEIGHTS, load_share, public_name
 from proto import unseen_pb2 as pb
+from proto.unseen_pb2_grpc import PartyStub
 from secure.deployments.three_party import ThreeParty
-from secure.errors import Error, HandshakeError, ShareError
+from secure.errors import DownloadError, HandshakeError, ShareError
+from secure.version import WIRE_VERSION
 from tests.three_parties import running, shared
-from tests.tiny import LENGTH, TEXT, sentences
+from tests.tiny import LENGTH, sentences
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +126,8 @@ def test_a_share_whose_files_are_not_those_of_its_name_is_refused(
 ) -> None:
     made = {TOKENIZER: another_tokenizer, TABLE: another_table}
     payload = made[what](table) if what in made else {"pad_id": b"3", "lowercase": b"true"}[what]
-    with pytest.raises(ShareError, match="the model's name is not that of its files"):
+    words = "the model's name is not that of its files" if what == TABLE else "tokenizer: one of the digest"
+    with pytest.raises(ShareError, match=words):
         load_share(changed(table, tmp_path, party, what, payload))
 
 
@@ -135,19 +139,15 @@ def test_weights_that_are_not_those_of_the_name_are_refused(table: Path, tmp_pat
         load_share(changed(table, tmp_path, party, WEIGHTS, bytes(weights)))
 
 
-def describing(monkeypatch: pytest.MonkeyPatch, change: Any, parties: tuple[str, ...]) -> None:
-    """Some parties describe what is ``change``-d."""
+def describing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """All parties describe what is ``change``-d."""
 
     def describe(peer: Any, deployment: Any, role: str, options: Any) -> pb.Description:
         found = ask_description(peer, deployment, role, options)
-        if role in parties:
-            change(found)
+        change(found)
         return found
 
     monkeypatch.setattr(client, "ask_description", describe)
-
-
-EVERY = ("party 0", "party 1", "party 2")
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "pad_id", "lowercase", "table", "name"])
@@ -167,37 +167,57 @@ def test_a_client_refuses_what_the_name_does_not_bind(table: Path, monkeypatch: 
         else:
             found.model = "0" * 64 + found.model[64:]
 
-    describing(monkeypatch, change, EVERY)
-    with running(table) as three, pytest.raises(Error) as caught:
+    describing(monkeypatch, change)
+    words = "than the model's name says" if what in ("table", "name") else "tokenizer: one of the digest"
+    with running(table) as three, pytest.raises(HandshakeError, match=words):
         three.dial()
-    assert isinstance(caught.value, HandshakeError)
 
 
-def test_a_query_under_a_name_for_another_tokenizer_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F13: party 0 describes another tokenizer, and the name that fits it, to a client that asks party 0 alone.
-
-    The client's query carries that name, so party 1 refuses it before it has read any share.
-    """
-    text = another_tokenizer(table)
-
-    def change(found: pb.Description) -> None:
-        found.tokenizer = text
-        program = load_share(table / "party-0").program.digest
-        files = {file.name: file.sha256 for file in found.files}
-        name = public_name(program, text, found.pad_id, found.lowercase, files, found.compiled_as)
-        found.model = name + found.model[64:]
-
-    describing(monkeypatch, change, EVERY)  # as if the client compared nothing
-    with running(table, deadline=3) as three, three.dial(deadline=3) as connection:
-        with pytest.raises(HandshakeError, match="model: the client has"):
-            connection.embed([TEXT])
-        assert not connection.reports
+# a party 0 that deviates: its share has another token table, and the name that fits it
 
 
-def test_a_party_0_of_its_own_gives_no_client_another_tokenizer(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(found: pb.Description) -> None:
-        found.tokenizer = another_tokenizer(table)
+@pytest.fixture
+def forged(table: Path, tmp_path: Path) -> Path:
+    payload = another_table(table)
+    copy = changed(table, tmp_path, 0, TABLE, payload)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    honest = load_share(table / "party-0")
+    name = public_name(
+        honest.program.digest, {TOKEN_TABLE: hashlib.sha256(payload).hexdigest()}, manifest["compiled_as"]
+    )
+    manifest["model"] = name + honest.manifest.model[64:]
+    _write(copy / MANIFEST, json.dumps(manifest).encode())
+    return copy
 
-    describing(monkeypatch, change, EVERY[:1])
-    with running(table) as three, pytest.raises(HandshakeError, match="another tokenizer than party 0"):
+
+def test_a_client_compares_the_table_of_party_0_with_the_others(table: Path, forged: Path) -> None:
+    with (
+        running(table, shares={0: forged}, deadline=3) as three,
+        pytest.raises(HandshakeError, match="party 1 has another model than party 0"),
+    ):
         three.dial()
+
+
+def test_a_client_compares_the_table_with_the_program(
+    table: Path, forged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SAME", ("program",))  # as if it had not asked the others
+    with (
+        running(table, shares={0: forged}, deadline=3) as three,
+        pytest.raises(DownloadError, match="not the one of the Program"),
+    ):
+        three.dial()
+
+
+@pytest.mark.parametrize("party", [1, 2])
+def test_parties_refuse_a_query_under_the_name_of_another_table(table: Path, forged: Path, party: int) -> None:
+    """F13: as if the client had compared nothing at all. The party reads no share of such a query."""
+    name = load_share(forged).manifest.model
+    start = pb.AskStart(version=WIRE_VERSION, model=name, session=bytes(16), seed=bytes(32), deadline=3.0)
+    unread: queue.SimpleQueue[pb.AskPart | None] = queue.SimpleQueue()
+    unread.put(pb.AskPart(start=start))
+    with running(table) as three:
+        (reply,) = PartyStub(three.parties[party].peer().channel).Ask(iter(unread.get, None), timeout=5)
+        unread.put(None)
+    assert reply.failure.code == HandshakeError.code
+    assert "model: the client has" in reply.failure.message

@@ -343,6 +343,7 @@ def test_a_role_that_may_not_call_a_method(
 def test_every_method_says_who_may_call_it() -> None:
     """Each deployment's services list every method of theirs; one that is not listed may be called by nobody."""
     from parties.ckks.server import CkksService
+    from parties.net.status import StatusService
     from parties.served.published import Published
     from parties.three_party.party_0 import Party0Service
     from parties.three_party.party_1 import Party1Service
@@ -351,7 +352,9 @@ def test_every_method_says_who_may_call_it() -> None:
 
     services: list[Any] = [DealerService, InferenceService, Published, CkksService]
     services += [Party0Service, Party1Service, Party2Service]
+    services += [StatusService("", "", [CLIENT], "", lambda _: False)]
     listed = {method for service in services for method in service.permissions}
+    listed |= set(permit("Status", Check=ROLES))  # StatusService: those that may call another method of the service
     known = {
         f"/{service.full_name}/{name}"
         for service in pb.DESCRIPTOR.services_by_name.values()
@@ -450,8 +453,9 @@ def test_keys_that_others_can_read(root: Signer, tmp_path: Path) -> None:
         (directory / "key.pem").chmod(mode)
         with pytest.raises(TlsError) as caught:
             Tls(directory)
-        said = f"the key {directory / 'key.pem'} can be read or written by others (mode {mode:04o})"
-        assert str(caught.value) == f"{said}\nhint: chmod 600 {directory / 'key.pem'}"
+        said = f"the key of TLS: others may read or write {directory / 'key.pem'} (mode {mode:04o})"
+        assert one_line(caught.value) == said
+        assert f"chmod {mode & 0o700:o} {directory / 'key.pem'}" in str(caught.value)
     for mode in (0o600, 0o400):
         (directory / "key.pem").chmod(mode)
         Tls(directory)
@@ -589,7 +593,7 @@ def test_a_peer_that_comes_back_with_a_new_certificate(made: Authority) -> None:
         made.renew(dealer)
         second = Dealer(Tls(dealer), listen=first.at)
         try:
-            time.sleep(0.5)  # gRPC notices that the connection is gone
+            time.sleep(0.05)  # gRPC notices that the connection is gone
             with pytest.raises(HandshakeError, match="this dealer"):
                 call(peer)
         finally:
@@ -701,7 +705,7 @@ def test_an_authority(made: Authority, tmp_path: Path) -> None:
         again.revoke("12ab")
     assert [each.name for each in again.listed() if each.revoked] == ["alice"]
     (own / "ca-key.pem").chmod(0o644)
-    with pytest.raises(TlsError, match="can be read or written by others"):
+    with pytest.raises(TlsError, match="others may read or write"):
         Authority(made.directory)
 
 
@@ -807,7 +811,9 @@ def test_two_parties(made: Authority, model: Ready, tmp_path: Path) -> None:
         return Tls(made.directory / role)
 
     with ExitStack() as stack:
-        dealer = stack.enter_context(secure.serve(role=DEALER, deployment=TwoParty(), network=network(DEALER)))
+        dealer = stack.enter_context(
+            secure.serve(role=DEALER, deployment=TwoParty(), network=network(DEALER), state=tmp_path / "d")
+        )
         peers = {DEALER: dealer.address}
         server = stack.enter_context(
             secure.serve(model.compiled, role=SERVER, peers=peers, state=tmp_path, network=network(SERVER))

@@ -19,6 +19,7 @@ import grpc
 from parties.ckks.keystore import keys_digest
 from parties.net.frames import FrameReader, parts, to_frames
 from parties.net.peer import Peer
+from parties.net.secret_files import read_secret
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.served.files import store
@@ -34,6 +35,8 @@ from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.ckks import CLIENT, SERVER, Ckks, report
 from secure.errors import InvalidInput, PeerLost, ProtocolError, from_code, printable
 from secure.session import Link, Report
+
+LARGEST_KEY = 1 << 26  # bytes of the file in which a client keeps its secret key
 
 
 class CkksLink(Link):
@@ -215,7 +218,7 @@ def _read_secret(kept: Path | None) -> tuple[str, bytes | None]:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # before the upload of keys that could not be kept
         if not kept.is_file():
             return "", None
-        digest, _, secret = kept.read_bytes().partition(b"\n")
+        digest, _, secret = read_secret(kept, most=LARGEST_KEY).partition(b"\n")
         return digest.decode(errors="replace"), secret
 
 

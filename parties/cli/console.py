@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from parties.served.described import Told
 from protocols import kernels
+from secure.errors import printable
 
 OUT = Console(highlight=False)
 """Answers and reports."""
@@ -46,7 +47,7 @@ def announced(line: str) -> str | None:
 
 def say_error(error: BaseException) -> None:
     """A user's mistake in words: its message, then its hint."""
-    first, *rest = str(error).splitlines() or [type(error).__name__]
+    first, *rest = printable(str(error)).splitlines() or [type(error).__name__]
     say(f"unseen: error: {first}")
     for line in rest:
         say(line)
@@ -69,7 +70,7 @@ def progress(first: str) -> Iterator[Told]:
 
     ``first``: what the bar says while nobody has said what is being done.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
         bars: list[tuple[Progress, TaskID]] = []
 

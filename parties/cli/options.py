@@ -22,6 +22,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, deployment
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.models.text import PACKAGED
+from secure.mpc.budget import GB, Budget
 from secure.session import PACE
 from secure.tasks.embed import LENGTH
 
@@ -59,6 +60,16 @@ TraceOption = Annotated[
 ]
 DeadlineOption = Annotated[
     float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
+]
+BudgetMemoryOption = Annotated[
+    float | None,
+    typer.Option(metavar="GB", help=f"The most memory that one Program may take; {Budget().memory / GB:g} by default."),
+]
+BudgetSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S", help=f"The most seconds of arithmetic a query of it may take; {Budget().seconds:g} by default."
+    ),
 ]
 PaceOption = Annotated[
     float | None,
@@ -140,6 +151,12 @@ def compile_options(
     fixed = None if fraction_bits is None else FixedPoint(fraction_bits=fraction_bits)
     plain = {name: str(value) for name, value in given.items() if value is not None and name != "fraction_bits"}
     return CompileOptions(**plain, fixed_point=fixed)
+
+
+def budget_of(memory: float | None, seconds: float | None) -> Budget:
+    """Read the options about budgets; InvalidInput for numbers that are not positive. memory: in GB."""
+    given = {"memory": None if memory is None else memory * GB, "seconds": seconds}
+    return Budget(**{name: value for name, value in given.items() if value is not None})
 
 
 def host_options(deployment: Deployment, role: str, **given: Any) -> dict[str, Any]:

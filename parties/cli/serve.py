@@ -14,6 +14,8 @@ from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
+    BudgetMemoryOption,
+    BudgetSecondsOption,
     CalibrationOption,
     DeadlineOption,
     EmbeddingOption,
@@ -29,6 +31,7 @@ from parties.cli.options import (
     TokensOption,
     TraceOption,
     VerboseOption,
+    budget_of,
     compile_options,
     host_options,
     read_texts,
@@ -173,6 +176,8 @@ def dealer(
     listen: ListenOption = "127.0.0.1:50052",
     state: Annotated[Path | None, typer.Option(help="Where the dealer's key is kept, and its dealer.pub.")] = None,
     threads: ThreadsOption = 1,
+    budget_memory: BudgetMemoryOption = None,
+    budget_seconds: BudgetSecondsOption = None,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     tokens: TokensOption = None,
@@ -183,7 +188,7 @@ def dealer(
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
     use_threads(threads)
     network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
-    given = host_options(TwoParty(), DEALER, state=state)
+    given = host_options(TwoParty(), DEALER, state=state) | {"budget": budget_of(budget_memory, budget_seconds)}
     service = deployments.serve(
         role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
     )

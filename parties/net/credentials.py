@@ -8,9 +8,7 @@ trusts), and where they are needed revoked.pem (lists of revoked certificates) a
 from __future__ import annotations
 
 import logging
-import os
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -24,13 +22,15 @@ from cryptography.hazmat.primitives import serialization
 
 from parties.net.certificates import Certificate, Issued, read_certificates, read_revoked, validity
 from parties.net.naming import Naming
-from secure.errors import Error, TlsError
+from parties.net.secret_files import read_secret
+from secure.errors import Error, InvalidInput, TlsError
 
 log = logging.getLogger("unseen.tls")
 
 DAY = 86400.0
 LARGEST = 1 << 20  # bytes of any of the files, but for revoked.pem
 LARGEST_LIST = 64 << 20
+MAKE = "make the files with: unseen certs"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Credentials:
     def read(cls, files: Files, naming: Naming | None = None) -> Credentials:
         """Read and check the files. naming: instead of that in the file. Raises TlsError, which names the file."""
         chain_pem, authority_pem = _read(files.certificate), _read(files.authority)
-        key_pem = _read(files.key, private=True)
+        key_pem = _read_private(files.key)
         chain = read_certificates(chain_pem, str(files.certificate))
         authorities = read_certificates(authority_pem, str(files.authority))
         _require_pair(chain[0], key_pem, files)
@@ -183,26 +183,26 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _read(path: Path, most: int = LARGEST, *, private: bool = False) -> bytes:
+def _read(path: Path, most: int = LARGEST) -> bytes:
     try:
         with path.open("rb") as file:
-            if private:
-                _require_private(path, os.fstat(file.fileno()))
             data = file.read(most + 1)
     except OSError as error:
-        raise TlsError(f"{path} cannot be read: {error.strerror}", "make the files with: unseen certs") from None
+        raise TlsError(f"{path} cannot be read: {error.strerror}", MAKE) from None
     if len(data) > most:
         raise TlsError(f"{path} has more than {most} bytes")
     return data
 
 
-def _require_private(path: Path, found: os.stat_result) -> None:
-    """Raise TlsError if others than its owner may use a key, or if its owner is somebody else, as ssh does."""
-    mode = stat.S_IMODE(found.st_mode)
-    if mode & 0o077:
-        raise TlsError(f"the key {path} can be read or written by others (mode {mode:04o})", f"chmod 600 {path}")
-    if found.st_uid not in (os.geteuid(), 0):
-        raise TlsError(f"the key {path} belongs to another user", "give it to the user that runs unseen")
+def _read_private(path: Path) -> bytes:
+    """Read a key; raises TlsError if others than this user may have read it or put it there."""
+    try:
+        return read_secret(path)
+    except FileNotFoundError:
+        raise TlsError(f"the key {path} is not there", MAKE) from None
+    except InvalidInput as error:
+        message, _, hint = str(error).partition("\nhint: ")
+        raise TlsError(f"the key of TLS: {message}", hint) from None
 
 
 def _signed(chain: Sequence[Certificate], authorities: Sequence[Certificate]) -> bool:
@@ -226,7 +226,7 @@ def _require_pair(certificate: Certificate, key_pem: bytes, files: Files) -> Non
 
 def read_key(path: Path) -> Any:
     """Read a private key, which nobody but its owner may be able to read. Raises TlsError."""
-    return _key(_read(path, private=True), path)
+    return _key(_read_private(path), path)
 
 
 def _key(pem: bytes, path: Path) -> Any:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +31,7 @@ from parties.net.status import ask_status
 from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
 from secure.errors import EndpointError, InvalidInput, PeerLost
+from secure.mpc.budget import Budget
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
@@ -46,7 +47,8 @@ class HostOptions:
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
     ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
-    file's age. Raises InvalidInput for values out of range.
+    file's age. budget: the most that one Program from somebody else may take. Raises InvalidInput for values out of
+    range.
     """
 
     network: Network
@@ -57,6 +59,7 @@ class HostOptions:
     workers: int = 1
     ahead: int = 1
     rotate_mask: int = 90
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)
@@ -78,8 +81,9 @@ class Parts:
 
     permissions: the roles that may call each method, said by the servicers; a method that is not listed may be called
     by none where the network has identities. about: lines to show to a person once the service listens. streams: the
-    most calls that are served at a time. program: the digest of the Program that it serves. knows: tells whether it
-    serves or deals a Program, by its digest; by default, whether that is ``program``.
+    most calls that are served at a time. largest: the most bytes of a message to it. program: the digest of the Program
+    that it serves. knows: tells whether it serves or deals a Program, by its digest; by default, whether that is
+    ``program``.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
@@ -89,6 +93,7 @@ class Parts:
     streams: int = MAXIMUM_STREAMS
     program: str = ""
     knows: Callable[[str], bool] | None = None
+    largest: int = SERVICE_LIMIT
 
 
 class Service:
@@ -117,6 +122,7 @@ class Service:
                 permissions=parts.permissions,
                 meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
                 streams=parts.streams,
+                largest=parts.largest,
             )
         except BaseException:
             self._end()
@@ -160,6 +166,7 @@ def start(
     permissions: Permissions,
     meter: Meter | None = None,
     streams: int = MAXIMUM_STREAMS,
+    largest: int = SERVICE_LIMIT,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -168,7 +175,7 @@ def start(
     network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(streams),
-        options=(*OPTIONS, ("grpc.max_receive_message_length", SERVICE_LIMIT)),
+        options=(*OPTIONS, ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
         interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
     )

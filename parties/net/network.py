@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar
 
 import grpc
 
@@ -21,12 +20,12 @@ PROBING = 5.0  # seconds
 
 
 class Network(ABC):
-    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key.
+    """A maker of channels and listening ports. Commands and the Python API take one; its repr shows no key."""
 
-    proves_roles: a channel proves, before anything is sent, that what answers has the role that was asked for.
-    """
-
-    proves_roles: ClassVar[bool] = False
+    @property
+    def proves_roles(self) -> bool:
+        """Tell whether a channel proves, before anything is sent, that its peer has the role that was asked for."""
+        return False
 
     @abstractmethod
     def check(self, endpoint: Endpoint, *, what: str) -> None:

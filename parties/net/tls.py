@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import grpc
 
@@ -38,8 +37,6 @@ class Tls(Network):
     can read.
     """
 
-    proves_roles: ClassVar[bool] = True
-
     def __init__(
         self,
         directory: str | Path | None = None,
@@ -60,6 +57,10 @@ class Tls(Network):
             raise TlsError(f"{directory} is no directory", "make it with: unseen certs DIRECTORY")
         naming = None if names is None and roles is None and directory else Naming(names or {}, roles or {})
         self._reloading = Reloading(self.files, naming)
+
+    @property
+    def proves_roles(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return f"Tls({str(self.files.certificate)!r})"

@@ -13,7 +13,8 @@ from parties.net.certificates import Certificate
 from parties.net.credentials import Credentials
 from secure.errors import Error, PeerLost, TlsError
 
-_GONE = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
+_IDLE = grpc.ChannelConnectivity.IDLE.value[0]
+_LOST = (grpc.ChannelConnectivity.TRANSIENT_FAILURE.value[0], grpc.ChannelConnectivity.SHUTDOWN.value[0])
 
 Dial = Callable[[Credentials], tuple[grpc.Channel, Certificate]]
 """Finds the peer, checks its certificate, and opens a channel to the holder of that certificate alone."""
@@ -43,12 +44,9 @@ class TlsChannel(grpc.Channel):
             if self._dialled is not None and not self._dialled.trusted(ours):
                 self._dialled.channel.close()  # with all calls on it
                 self._dialled = None
-            if self._dialled is not None and (self._dialled.gone or self._dialled.ours is not ours):
-                self._dialled.leave()
-                self._dialled = None
-            if self._dialled is None:
-                self._dialled = _Dialled(ours, *self._dial(ours))
-            return self._dialled.channel
+            if self._dialled is None or self._dialled.gone or self._dialled.ours is not ours:
+                self._dialled = _Dialled(ours, *self._dial(ours))  # running calls keep the connection that they have
+            return self._dialled.used()
 
     def unary_unary(self, method: str, *coders: Any, **named: Any) -> Any:
         return _Method(self, lambda channel: channel.unary_unary(method, *coders, **named), answers=False)
@@ -87,8 +85,22 @@ class _Dialled:
 
     def __init__(self, ours: Credentials, channel: grpc.Channel, certificate: Certificate) -> None:
         self.ours, self.channel, self.certificate = ours, channel, certificate
-        self.gone, self._was_ready = False, False
-        channel.subscribe(self._changed)
+        self._used = False
+
+    def used(self) -> grpc.Channel:
+        """Return the channel for a call."""
+        self._used = True
+        return self.channel
+
+    @property
+    def gone(self) -> bool:
+        """Tell whether the connection was lost: gRPC would connect again by itself, but to the same certificate.
+
+        gRPC's public way to ask is a subscription, whose thread fails if the channel is closed at a bad moment.
+        """
+        core: Any = self.channel
+        state = core._channel.check_connectivity_state(False)
+        return state in _LOST or (self._used and state == _IDLE)
 
     def trusted(self, ours: Credentials) -> bool:
         """Tell whether the peer's certificate is still valid, and not revoked by the lists that we have now."""
@@ -98,15 +110,6 @@ class _Dialled:
         except TlsError:
             return False
         return True
-
-    def leave(self) -> None:
-        """Make no more calls on this connection. Those that run go on."""
-        self.channel.unsubscribe(self._changed)
-
-    def _changed(self, state: grpc.ChannelConnectivity) -> None:
-        self._was_ready = self._was_ready or state is grpc.ChannelConnectivity.READY
-        first = state is grpc.ChannelConnectivity.IDLE and not self._was_ready
-        self.gone = self.gone or (state in _GONE and not first)
 
 
 class _Method:

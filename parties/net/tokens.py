@@ -61,7 +61,7 @@ class Token:
         return "a token"
 
 
-class Holder(NamedTuple):
+class TokenHolder(NamedTuple):
     """A line of a file of tokens. until: the last day on which the token is valid."""
 
     digest: str
@@ -72,23 +72,23 @@ class Holder(NamedTuple):
         return f"{self.digest} {self.name} {self.until.isoformat()}"
 
 
-def new_holder(token: Token, name: str, days: int) -> Holder:
+def new_holder(token: Token, name: str, days: int) -> TokenHolder:
     """Return the line of a new token, valid for so many days. Raises InvalidInput for a name that cannot be one."""
     if not NAME.fullmatch(name):
         raise InvalidInput(
             f"{printable(name)!r} is no name of a token", "use up to 64 letters, digits, dots, dashes, _ and @"
         )
-    return Holder(token.digest, name, datetime.now(UTC).date() + timedelta(days=days))
+    return TokenHolder(token.digest, name, datetime.now(UTC).date() + timedelta(days=days))
 
 
-def read_holder(line: str) -> Holder | None:
+def read_holder(line: str) -> TokenHolder | None:
     """Read a line; None for one that is empty or a comment. Raises InvalidInput."""
     words = line.partition("#")[0].split()
     if not words:
         return None
     try:
         digest, name, until = words
-        found = Holder(digest, name, date.fromisoformat(until))
+        found = TokenHolder(digest, name, date.fromisoformat(until))
     except ValueError:
         raise InvalidInput("a line of tokens has a SHA-256, a name and a day (2027-01-31)") from None
     if not re.fullmatch("[0-9a-f]{64}", digest) or not NAME.fullmatch(name):
@@ -106,7 +106,7 @@ class Tokens:
     def __init__(self, file: Path) -> None:
         self._file, self._lock = file, threading.Lock()
         self._seen: Any = None
-        self._holders: Sequence[Holder] = ()
+        self._holders: Sequence[TokenHolder] = ()
         text = self._text()
         for number, line in enumerate(text.splitlines(), 1):
             try:
@@ -115,7 +115,7 @@ class Tokens:
                 raise InvalidInput(f"{file}, line {number}: {error}", "make it with: unseen token new NAME") from None
         self.holders()
 
-    def holders(self) -> Sequence[Holder]:
+    def holders(self) -> Sequence[TokenHolder]:
         """Return the lines of the file as it is now."""
         with self._lock:
             try:
@@ -128,8 +128,8 @@ class Tokens:
                 log.info("%s has %d tokens", self._file, len(self._holders))
             return self._holders
 
-    def _read(self) -> list[Holder]:
-        out = list[Holder]()
+    def _read(self) -> list[TokenHolder]:
+        out = list[TokenHolder]()
         try:
             lines = self._text().splitlines()
         except InvalidInput as error:
@@ -222,6 +222,10 @@ class WithToken(Network):
 
     network: Network
     token: Token
+
+    @property
+    def proves_roles(self) -> bool:
+        return self.network.proves_roles
 
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         self.network.check(endpoint, what=what)

@@ -20,8 +20,10 @@ from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
 from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
+from secure.mpc.budget import Budget
 from secure.version import WIRE_VERSION
 
+MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each
 DOWNLOADING = 600.0  # seconds that one file may take
 
 Told = Callable[[int, int, str], None]
@@ -34,13 +36,15 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest. told: called with progress while something takes long. Raises InvalidInput for a deadline that is none.
+    digest. budget: refuse a Program that may take more on this machine. told: called with progress while something
+    takes long. Raises InvalidInput for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
     deadline: float = 60.0
     cache: Path | None = None
     program_digest: str | None = None
+    budget: Budget = field(default_factory=Budget)
     told: Told | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +85,7 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
     """
     with peer.calling():
         found: pb.Description = ModelStub(peer.channel).Describe(pb.DescribeRequest(), timeout=options.deadline)
+    _check(found, peer.who)
     if (found.version, found.deployment) != (WIRE_VERSION, deployment.name):
         raise HandshakeError(
             f"version: {peer.who} speaks '{found.version}' of {printable(found.deployment)!r}, "
@@ -98,6 +103,17 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
             f"connect without {name}, or ask the server's owner",
         )
     return found
+
+
+def _check(found: pb.Description, who: str) -> None:
+    """Raise ProtocolError unless the names in a description are few, short and printable, as messages show them."""
+    names = [found.deployment, found.role, found.model, *(f.name for f in found.files)]
+    names += [*found.compiled_as, *found.compiled_as.values()]
+    if len(names) > MAXIMUM_NAMES or any(len(name) > MAXIMUM_NAME or not name.isprintable() for name in names):
+        raise ProtocolError(
+            f"{who} describes itself by {len(names)} names; at most {MAXIMUM_NAMES} are read, each of {MAXIMUM_NAME} "
+            "printable characters"
+        )
 
 
 def read_description(

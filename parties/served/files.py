@@ -51,7 +51,7 @@ def unpack_masked(
     payload: bytes | None, rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Decode a file of ``pack_masked``; raises DownloadError if names or sizes are not the Program's."""
-    packed = _load(MASKED_WEIGHTS, payload)
+    packed = _load(MASKED_WEIGHTS, payload, rings)
     if set(packed) != set(rings):
         raise DownloadError("the masked weights are not those that the Program reads", "restart the server")
     out = {}
@@ -79,7 +79,7 @@ def unpack_tables(
     the Program, which hold the tables' digest. Subnormal numbers become 0: no encoding resolves them, and processors
     take longer for them.
     """
-    tables = _load(TOKEN_TABLE, payload) if shapes else {}
+    tables = _load(TOKEN_TABLE, payload, shapes) if shapes else {}
     for name, shape in shapes.items():
         if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
             form = f"{shape[0]} rows of {shape[1]} numbers"
@@ -98,12 +98,25 @@ def tables_size(shapes: Mapping[str, tuple[int, int]]) -> int:
 
 def _most(sizes: Mapping[str, int]) -> int:
     """Return the most bytes of a safetensors file of tensors of these sizes, by name."""
-    return HEADER + sum(HEADER + len(json.dumps(name)) + size for name, size in sizes.items())
+    return _header(sizes) + sum(sizes.values())
 
 
-def _load(name: str, payload: bytes | None) -> dict[str, Tensor]:
+def _header(names: Iterable[str]) -> int:
+    """Return the most bytes of the header of a safetensors file of these tensors."""
+    return HEADER + sum(HEADER + len(json.dumps(name)) for name in names)
+
+
+def _load(name: str, payload: bytes | None, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read a safetensors file whose header is no larger than one of tensors of these names; raises DownloadError.
+
+    Its first eight bytes say how long the header is. A header may list a tensor in some 60 bytes, and each takes a
+    kilobyte when it is read, whatever its size.
+    """
     if payload is None:
         raise DownloadError(f"the server offers no {name}", "restart the server")
+    header, most = int.from_bytes(payload[:8], "little"), _header(names)
+    if header > min(len(payload) - 8, most):
+        raise DownloadError(f"{name}: a header of {header} bytes, the Program needs {most} at most")
     try:
         return load(payload)
     except Exception as error:  # safetensors raises Exception itself

@@ -34,7 +34,6 @@ from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, from_code, printable
-from secure.mpc.program import Program
 from secure.session import Link, Report
 from secure.version import WIRE_VERSION
 
@@ -74,7 +73,8 @@ class ThreePartyLink(Link):
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._peers = list[Peer]()
             for number, (role, at) in enumerate(zip(PARTIES, deployment.parties, strict=False)):
-                self._peers.append(Peer(role, at, options.network, role=role, start=f"unseen party --id {number}"))
+                start = f"unseen party --id {number} --share DIRECTORY"
+                self._peers.append(Peer(role, at, options.network, role=role, start=start))
                 stack.callback(self._peers[-1].close)
             self._describe(deployment, options)
             self._open = stack.pop_all()
@@ -90,7 +90,7 @@ class ThreePartyLink(Link):
                     f"the parties serve different models: {role} has another {differing[0]} than {PARTIES[0]}",
                     "give them the shares of one run of: unseen share-model",
                 )
-        read = read_description(self._peers[0], first, PARTIES[0], Program.from_bytes, options)
+        read = read_description(self._peers[0], first, PARTIES[0], options.budget.decode, options)
         self.program, self.once, self._model = read.program, read.once, read.model
         self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer
@@ -106,14 +106,12 @@ class ThreePartyLink(Link):
             )
 
     def _check_name(self, found: pb.Description) -> None:
-        """Raise HandshakeError unless the model's name is that of the Program, tokenizer and table that came."""
+        """Raise HandshakeError unless the model's name is that of the Program and table that came."""
         files = {file.name: file.sha256 for file in found.files}
-        name = public_name(
-            self.program.digest, found.tokenizer, found.pad_id, found.lowercase, files, found.compiled_as
-        )
+        name = public_name(self.program.digest, files, found.compiled_as)
         if not hmac.compare_digest(name.encode(), found.model[: len(name)].encode()):
             raise HandshakeError(
-                f"{self._peers[0]} gives another Program, tokenizer or token table than the model's name says",
+                f"{self._peers[0]} gives another Program or token table than the model's name says",
                 "ask the model's owner which party changed its share",
             )
 

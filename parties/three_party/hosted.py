@@ -98,7 +98,7 @@ def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
 def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) -> PartyService:
     """Make the service of this share's party, with channels to the parties that it calls."""
     called = [
-        Peer(role, peers[role], options.network, role=role, start=f"unseen party --id {number}")
+        Peer(role, peers[role], options.network, role=role, start=f"unseen party --id {number} --share DIRECTORY")
         for number, role in enumerate(PARTIES)
         if role in peers
     ]
@@ -112,6 +112,8 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
 def _about(share: PartyShare) -> str:
     """Describe the cost of a query between the parties in one line."""
     cost, held = share.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
+    if share.deployment.trusted_clients:
+        held += ", trusted clients: what they send is not checked"
     between = (cost.to_second + cost.to_first) / 1e6
     rows = f", {cost.brought / 1e6:,.1f} MB of rows within it" if cost.brought else ""
     return (

@@ -9,10 +9,11 @@
 
 W_0 and W_2 are expanded from the seeds of pairs (2, 0) and (1, 2), so party 2 stores no weights at all.
 
-A model's name has two halves of 64 hexadecimal digits. The first is SHA-256 over everything public: Program, tokenizer,
-token table, options. Clients and all parties compute it from what they hold, so no party can give a client another
-tokenizer, or another table, than the others hold. The second is HMAC-SHA-256 of the file of weights under the salt.
-Nobody can compute it without the salt, so the name confirms no guess of the weights, even where all parties know them.
+A model's name has two halves of 64 hexadecimal digits. The first is SHA-256 over everything public: the Program (whose
+labels name the tokenizer by its digest), the token table, options. Clients and all parties compute it from what they
+hold, so no party can give a client another tokenizer, or another table, than the others hold. The second is
+HMAC-SHA-256 of the file of weights under the salt. Nobody can compute it without the salt, so the name confirms no
+guess of the weights, even where all parties know them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from parties.net.secret_files import read_secret
 from parties.served.files import TOKEN_TABLE, pack_masked, received_tokenizer, store, unpack_masked
 from parties.three_party.pair_keys import PairSeed
 from protocols import ring
@@ -98,20 +100,13 @@ class PartyShare:
         return ROLES[self.party]
 
 
-def public_name(
-    program: str,
-    tokenizer: bytes,
-    pad_id: int,
-    lowercase: bool,
-    files: Mapping[str, str],
-    compiled_as: Mapping[str, str],
-) -> str:
+def public_name(program: str, files: Mapping[str, str], compiled_as: Mapping[str, str]) -> str:
     """Return the first half of a model's name: SHA-256 over all that clients are given, in hexadecimal digits.
 
-    program: the Program's digest. tokenizer: tokenizer.json, or nothing. files: SHA-256 of the files for clients.
+    program: the Program's digest, which covers the tokenizer. files: SHA-256 of the files for clients.
     """
-    facts = (program, _sha256(tokenizer), pad_id, lowercase, dict(files), dict(compiled_as))
-    return _sha256(json.dumps(["unseen shared model", *facts], sort_keys=True).encode())
+    facts = ["unseen shared model", program, dict(files), dict(compiled_as)]
+    return _sha256(json.dumps(facts, sort_keys=True).encode())
 
 
 def _secret_name(salt: bytes, weights: bytes) -> str:
@@ -147,8 +142,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     tokenizer, salt = compiled.tokenizer, secrets.token_bytes(SALT_BYTES)
     pad_id, lowercase = (tokenizer.pad_id, tokenizer.lowercase) if tokenizer else (0, False)
     table = {TOKEN_TABLE: _sha256(common[TABLE])} if TABLE in common else {}
-    public = public_name(program.digest, compiled.tokenizer_json, pad_id, lowercase, table, deployment.compiled_as())
-    name = public + _secret_name(salt, weights)
+    name = public_name(program.digest, table, deployment.compiled_as()) + _secret_name(salt, weights)
     out = []
     for party in range(PARTIES):
         where = Path(directory) / f"party-{party}"
@@ -182,7 +176,10 @@ def load_share(directory: str | Path) -> PartyShare:
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
         _check_names(manifest, directory)
-        parts = {name: (directory / name).read_bytes() for name in (*manifest.files, SEEDS)}
+        parts = {name: (directory / name).read_bytes() for name in manifest.files}
+        parts[SEEDS] = read_secret(directory / SEEDS)
+    except InvalidInput as error:
+        raise ShareError(str(error)) from None
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its manifest cannot be read"
         raise ShareError(f"no share of a model in {directory}: {reason}", "write it with: unseen share-model") from None
@@ -206,7 +203,7 @@ def load_share(directory: str | Path) -> PartyShare:
         raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
     text = parts.get(TOKENIZER, b"")
     files = {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {}
-    _check_model(manifest, program, text, files, parts, directory)
+    _check_model(manifest, program, files, parts, directory)
     try:
         tokenizer = received_tokenizer(text, manifest.pad_id, manifest.lowercase, program.labels)
     except HandshakeError as error:
@@ -237,14 +234,13 @@ def _check_names(manifest: Manifest, directory: Path) -> None:
 def _check_model(
     manifest: Manifest,
     program: Program,
-    tokenizer: bytes,
     files: Mapping[str, bytes],
     parts: Mapping[str, bytes],
     directory: Path,
 ) -> None:
     """Raise ShareError unless the model's name is that of this share's files; party 2 cannot check its second half."""
     digests = {name: _sha256(payload) for name, payload in files.items()}
-    name = public_name(program.digest, tokenizer, manifest.pad_id, manifest.lowercase, digests, manifest.compiled_as)
+    name = public_name(program.digest, digests, manifest.compiled_as)
     if manifest.party == PARTY_2:
         name += manifest.model[len(name) :]
     else:

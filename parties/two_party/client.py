@@ -79,7 +79,7 @@ class TwoPartyLink(Link):
 
     def _describe(self, deployment: TwoParty, options: ConnectOptions) -> None:
         description = ask_description(self._server, deployment, SERVER, options)
-        found = read_description(self._server, description, SERVER, Program.from_bytes, options, _files)
+        found = read_description(self._server, description, SERVER, options.budget.decode, options, _files)
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
         self.tables, self.tokenizer = found.tables, found.tokenizer
         rings, shapes = self.program.weight_rings, self.program.weight_shapes

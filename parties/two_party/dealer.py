@@ -45,6 +45,7 @@ from protocols.circuit import deal
 from protocols.weights import DealerWeights
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
+from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
@@ -55,7 +56,8 @@ log = logging.getLogger("unseen.dealer")
 MAXIMUM_MODELS, CALLER_MODELS = 64, 8
 MAXIMUM_SESSIONS, CALLER_SESSIONS = 4096, 256
 MAXIMUM_DEALS, CALLER_DEALS = 24, 16  # fewer than the threads of the service, which also answers Open and Join
-MAXIMUM_PROGRAM = 4 << 20  # bytes
+MAXIMUM_PROGRAM = 1 << 20  # bytes; that of BERT-base at 512 tokens has a third of it
+LARGEST = MAXIMUM_PROGRAM + (16 << 10)  # bytes of a message
 
 READING = 30.0  # seconds that a server may take to read one part of its corrections, of 1 MB
 UNJOINED = 60.0  # seconds after which a session is idle that no server has joined
@@ -86,7 +88,8 @@ class _DealtSession:
 class DealerService(DealerServicer):
     """The dealer. But for its key, its state is in memory: once restarted it knows no session, so it deals none twice.
 
-    spend: counts what callers use, and refuses what is beyond their quotas.
+    spend: counts what callers use, and refuses what is beyond their quotas. budget: the most that one Program may take;
+    a larger one is not registered.
     """
 
     permissions: ClassVar[Permissions] = permit(
@@ -100,8 +103,9 @@ class DealerService(DealerServicer):
         Close=[SERVER],
     )
 
-    def __init__(self, key: SealingKey, spend: Spend = unlimited) -> None:
+    def __init__(self, key: SealingKey, spend: Spend = unlimited, budget: Budget | None = None) -> None:
         self._key, self._spend, self._lock = key, spend, threading.Lock()
+        self._budget = budget or Budget()
         self._models: dict[tuple[str, str], _RegisteredModel] = {}
         self._sessions: dict[bytes, _DealtSession] = {}
         self.models = Seats("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
@@ -137,7 +141,7 @@ class DealerService(DealerServicer):
         with self._lock:
             known = self._models.get(key)
         if known is None:
-            program = _decoded(request.program)
+            program = _decoded(request.program, self._budget)
             seat = self.models.take(who.name, lambda: self._forget(key))
             seat.rest(LEASE)
             weights = DealerWeights(mask_key(seed, name), program.weight_shapes)
@@ -278,9 +282,9 @@ class DealerService(DealerServicer):
         return session
 
 
-def _decoded(encoded: bytes) -> Program:
+def _decoded(encoded: bytes, budget: Budget) -> Program:
     try:
-        program = Program.from_bytes(encoded)
+        program = budget.decode(encoded)
     except InvalidProgram as error:
         raise HandshakeError(str(error)) from None
     if program.encoded != encoded:

@@ -18,7 +18,7 @@ from parties.served.files import state_directory
 from parties.served.published import Published
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import TwoPartyLink
-from parties.two_party.dealer import DealerService
+from parties.two_party.dealer import LARGEST, DealerService
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.masked_model import mask_model
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
@@ -42,7 +42,7 @@ class TwoPartyHosted:
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
         SERVER: frozenset({"state", "traces", "deadline", "rotate_mask"}),
-        DEALER: frozenset({"state"}),
+        DEALER: frozenset({"state", "budget"}),
     }
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
@@ -82,11 +82,11 @@ class TwoPartyHosted:
     def _dealer(options: HostOptions) -> Parts:
         state = options.state or state_directory()
         key = SealingKey.load(state)
-        dealer = DealerService(key, spend=spend_of(options))
+        dealer = DealerService(key, spend=spend_of(options), budget=options.budget)
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
         add = [lambda server: add_DealerServicer_to_server(dealer, server)]
-        return Parts(add, dealer.permissions, sweeping.close, [about], knows=dealer.knows)
+        return Parts(add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST)
 
     @staticmethod
     def _server(held: Compiled, dealer: DealerPeer, options: HostOptions) -> Parts:

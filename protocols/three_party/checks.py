@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,6 +42,9 @@ class _Check(Protocol):
     def out(self) -> Wire:
         return Wire((0,), planes=True)
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return self.out.shape
+
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return torch.empty((0,), dtype=torch.uint8, device=operands[0].device)
 
@@ -59,7 +62,7 @@ class _Check(Protocol):
 
 @dataclass(frozen=True)
 class UnitVectors(_Check):
-    """Whether a look-up's keys select one row for each index, the same in all ``pairs`` of keys; from their sketch.
+    """A check that a look-up's keys select one row for each index, the same in all ``pairs`` of keys; from a sketch.
 
     Operand: (points, pairs + 3) words, S of every pair, A, B, Z (see ``sketch``). A and B are opened under masks; their
     product follows as in ``Product``; S - 1 and Z - A B must be zero.
@@ -105,7 +108,7 @@ class UnitVectors(_Check):
 
 @dataclass(frozen=True)
 class InRange(_Check):
-    """Whether every element of an input lies within its clamps, from the bits [x < low] and [x < high + 1].
+    """A check that every element of an input is within its clamps, from the bits [x < low] and [x < high + 1].
 
     The first of them must be zero and the second one. Exact for every ring element, if ``Compare`` has the ring's width
     and the range is less than half of the ring: what is not below ``low`` is in the half of the ring from there on.

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from protocols.fields import Flag, Name, Ring, Shape, Whole
 from protocols.prg import Key
-from protocols.protocol import CircuitCost, Local, Shape, Weights, bytes_of, count
+from protocols.protocol import CircuitCost, Local, Weights, bytes_of, count
 from protocols.three_party import dpf
 from protocols.three_party.lookup import (
     LookupKeys,
@@ -50,8 +51,8 @@ class SharedInput(Local):
     in_programs: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     shape: Shape
-    ring: int
-    name: str
+    ring: Ring
+    name: Name
 
     @property
     def out(self) -> Wire:
@@ -75,7 +76,7 @@ class FromKeys(SharedInput):
     element. If the table is public, parties 0 and 1 need no party 2.
     """
 
-    public: bool = field(default=False, kw_only=True)
+    public: Flag = field(default=False, kw_only=True)
 
     def zero_share(self, key: Key, index: int) -> Tensor:
         """Return the mask that party 1 adds and party 2 subtracts: uniform words.
@@ -108,9 +109,9 @@ class LookedUp(FromKeys):
 
     kind: ClassVar[str] = "looked_up"
     weight_field: ClassVar[str] = "table"
-    table: str
-    rows: int
-    sketch: str = field(default="", kw_only=True)
+    table: Name
+    rows: Whole
+    sketch: Name = field(default="", kw_only=True)
 
     @property
     def source(self) -> str:

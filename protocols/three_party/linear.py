@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protocols.protocol import CircuitCost, Draw, Local, Material, Protocol, Shape, Step, Weights, bytes_of, count
+from protocols.fields import Flag, Name, Ring, Shape
+from protocols.protocol import CircuitCost, Draw, Local, Material, Protocol, Step, Weights, bytes_of, count, weighted
 from protocols.wire import Wire
 
 
@@ -29,9 +30,9 @@ class SharedLinear(Protocol):
     in_programs: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     shape: Shape  # of the result
-    ring: int
-    weight: str
-    diagonal: bool = False
+    ring: Ring
+    weight: Name
+    diagonal: Flag = False
 
     @property
     def out(self) -> Wire:
@@ -56,6 +57,9 @@ class SharedLinear(Protocol):
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
 
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return weighted(operands[0], self.weight, weights, diagonal=self.diagonal)
+
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
         """Count two products a party: one with the opened value, one with its mask."""
         return 0 if self.diagonal else 4 * count(self.shape) * weights[self.weight][0]
@@ -69,9 +73,9 @@ class PublicLinear(Local):
     weight_field: ClassVar[str] = "weight"
     in_programs: ClassVar[bool] = False
     shape: Shape  # of the result
-    ring: int
-    weight: str
-    diagonal: bool = False
+    ring: Ring
+    weight: Name
+    diagonal: Flag = False
 
     @property
     def out(self) -> Wire:
@@ -79,6 +83,9 @@ class PublicLinear(Local):
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
         return weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return weighted(operands[0], self.weight, weights, diagonal=self.diagonal)
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
         return 0 if self.diagonal else 2 * count(self.shape) * weights[self.weight][0]

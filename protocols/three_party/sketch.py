@@ -28,6 +28,10 @@ message of a third party, but 64 bytes more a key, and a hash in which nobody fi
 Nothing is known of how v was made, so keys of other trees, keys that do not belong together, and corrections that the
 two holders got differently are found like all others.
 
+The client must not know the key before both holders have its keys. A client that works together with one of the three
+servers may know those of this server's two pairs. The vector of the third pair is a unit vector even then, but to the
+row's third summand the two can add any combination of rows of the other two summands, which that server holds anyway.
+
 Seen by a holder: nothing; the sums stay shared (see ``checks`` for what becomes of them).
 """
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from protocols import bits, kernels, ring
+from protocols.fields import Bits, Residues, Shape
 from protocols.protocol import (
     SERVER,
     CircuitCost,
     Draw,
     Material,
     Protocol,
-    Shape,
     Step,
     Weights,
     count,
@@ -106,16 +106,16 @@ class Compare(Protocol):
     gives: ClassVar[str] = "bits"
     error: ClassVar[str] = "exact but for x within 2^drop below a threshold"
     shape: Shape
-    width: int
-    drop: int
-    thresholds: tuple[int, ...]
+    width: Bits
+    drop: Bits
+    thresholds: Residues
 
     @property
     def operand_ring(self) -> int:
         return self.width
 
     def validate(self) -> None:
-        if not 2 <= self.width <= ring.WORD or not 0 <= self.drop < self.width - 1 or not self.thresholds:
+        if not 2 <= self.width <= ring.WORD or not 0 <= self.drop < self.width - 1:
             raise ValueError(f"width {self.width}, drop {self.drop}, {len(self.thresholds)} thresholds")
 
     @property

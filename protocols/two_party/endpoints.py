@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import ring
+from protocols.fields import Bits, Name, Real, Ring, Shape
 from protocols.protocol import (
     CLIENT,
     SERVER,
@@ -22,7 +23,6 @@ from protocols.protocol import (
     Exchange,
     Material,
     Protocol,
-    Shape,
     Step,
     Weights,
     bytes_of,
@@ -41,11 +41,11 @@ class Input(Protocol):
     kind: ClassVar[str] = "input"
     reads: ClassVar[tuple[str, ...]] = ()
     shape: Shape
-    ring: int
-    name: str
-    fraction: int
-    low: float  # the client clamps to [low, high] before it encodes, so that a mask's -inf fits
-    high: float
+    ring: Ring
+    name: Name
+    fraction: Bits
+    low: Real  # the client clamps to [low, high] before it encodes, so that a mask's -inf fits
+    high: Real
 
     @property
     def out(self) -> Wire:
@@ -88,7 +88,7 @@ class Reveal(Protocol):
     elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "result"
     shape: Shape
-    ring: int
+    ring: Ring
 
     @property
     def out(self) -> Wire:

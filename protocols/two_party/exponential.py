@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from protocols import ring
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.fields import Bits, Ring, Shape
+from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 _LOW = 10  # bits of the finer of the two tables
@@ -61,10 +62,10 @@ class Exponential(Protocol):
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     error: ClassVar[str] = "absolute 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19"
     shape: Shape
-    ring: int  # of the opening
-    fraction: int
-    mask_fraction: int
-    public_fraction: int
+    ring: Ring  # of the opening
+    fraction: Bits
+    mask_fraction: Bits
+    public_fraction: Bits
 
     def __post_init__(self) -> None:
         if self.ring - 1 - self.fraction > 4:

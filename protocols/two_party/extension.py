@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols import bits, kernels, ring
+from protocols.fields import Ring, Shape
 from protocols.protocol import (
     CLIENT,
     SERVER,
@@ -26,7 +27,6 @@ from protocols.protocol import (
     Draw,
     Material,
     Protocol,
-    Shape,
     Step,
     Weights,
     bytes_of,
@@ -46,8 +46,8 @@ class Extend(Protocol):
     kind: ClassVar[str] = "extend"
     elementwise: ClassVar[bool] = True
     shape: Shape
-    ring: int
-    wide: int
+    ring: Ring
+    wide: Ring
 
     @property
     def out(self) -> Wire:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from protocols.fields import Flag, Name, Ring, Shape
 from protocols.protocol import (
     CLIENT,
     CircuitCost,
@@ -23,12 +24,12 @@ from protocols.protocol import (
     Exchange,
     Material,
     Protocol,
-    Shape,
     Step,
     Weights,
     bytes_of,
     count,
     receive_one,
+    weighted,
 )
 from protocols.wire import Wire
 
@@ -44,7 +45,7 @@ class Deliver(Protocol):
     elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "delivery"
     shape: Shape
-    ring: int
+    ring: Ring
 
     @property
     def out(self) -> Wire:
@@ -87,9 +88,9 @@ class Linear(Protocol):
     reads: ClassVar[tuple[str, ...]] = ("delivery",)
     finished_offline: ClassVar[bool] = True
     shape: Shape  # of the result
-    ring: int
-    weight: str
-    diagonal: bool = False
+    ring: Ring
+    weight: Name
+    diagonal: Flag = False
 
     @property
     def out(self) -> Wire:
@@ -118,6 +119,9 @@ class Linear(Protocol):
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return weighted(operands[0], self.weight, weights, diagonal=self.diagonal)
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
         """Count the server's products only: the client computes its own before the query."""

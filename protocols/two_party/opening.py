@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols import ring
+from protocols.fields import Count, Ring, Shape
 from protocols.protocol import (
     CircuitCost,
     Draw,
     Material,
     Opening,
     Protocol,
-    Shape,
     Step,
     Weights,
     bytes_of,
@@ -37,7 +37,7 @@ class Open(Protocol):
     elementwise: ClassVar[bool] = True
     gives: ClassVar[str] = "opening"
     shape: Shape
-    ring: int
+    ring: Ring
 
     @property
     def out(self) -> Wire:
@@ -75,7 +75,7 @@ class OpenBits(Protocol):
     reads: ClassVar[tuple[str, ...]] = ("bits",)
     gives: ClassVar[str] = "bit opening"
     shape: Shape  # of the tensor whose bits these are
-    planes: int
+    planes: Count
 
     @property
     def out(self) -> Wire:

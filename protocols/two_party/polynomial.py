@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import kernels, ring
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.fields import Degree, Residue, Residues, Ring, Shape
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 
@@ -32,16 +33,12 @@ class Powers(Protocol):
     reads: ClassVar[tuple[str, ...]] = ("opening",)
     gives: ClassVar[str] = "powers"
     shape: Shape
-    ring: int
-    degree: int
+    ring: Ring
+    degree: Degree
 
     @property
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
-
-    def validate(self) -> None:
-        if not 1 <= self.degree <= 16:
-            raise ValueError(f"degree {self.degree}")
 
     @property
     def draws(self) -> tuple[Draw, ...]:
@@ -86,17 +83,13 @@ class Polynomial(Protocol):
     elementwise: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("powers",)
     shape: Shape
-    ring: int
-    centre: int
-    coefficients: tuple[int, ...]
+    ring: Ring
+    centre: Residue
+    coefficients: Residues
 
     @property
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
-
-    def validate(self) -> None:
-        if not self.coefficients:
-            raise ValueError("a polynomial without coefficients")
 
     def check_operands(self, operands: Sequence[Protocol]) -> None:
         (powers,) = operands

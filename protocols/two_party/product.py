@@ -12,8 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from protocols.fields import Flag, Ring, Shape
 from protocols.matmul import matmul
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of, count
+from protocols.protocol import (
+    SERVER,
+    CircuitCost,
+    Draw,
+    Material,
+    Protocol,
+    Step,
+    Weights,
+    broadcast,
+    bytes_of,
+    count,
+    matrix_product,
+)
 from protocols.wire import Wire
 
 
@@ -27,8 +40,8 @@ class Product(Protocol):
     kind: ClassVar[str] = "product"
     reads: ClassVar[tuple[str, ...]] = ("opening", "opening")
     shape: Shape  # of the result
-    ring: int
-    matrix: bool = False
+    ring: Ring
+    matrix: Flag = False
 
     @property
     def out(self) -> Wire:
@@ -55,6 +68,9 @@ class Product(Protocol):
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of(self.shape, self.ring))
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return (matrix_product if self.matrix else broadcast)(*operands)
 
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
         """Count two matrix products a party."""

@@ -7,13 +7,15 @@ Seen by the server: its corrections of beta and beta r, masked by the client's s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from protocols import bits, kernels, ring
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Shape, Step, Weights, bytes_of
+from protocols.fields import Residues, Ring, Shape
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
 from protocols.wire import Wire
 
 
@@ -29,9 +31,9 @@ class Select(Protocol):
     kind: ClassVar[str] = "select"
     elementwise: ClassVar[bool] = True
     shape: Shape
-    ring: int
-    slopes: tuple[int, ...]
-    offsets: tuple[int, ...]
+    ring: Ring
+    slopes: Residues
+    offsets: Residues
 
     @property
     def out(self) -> Wire:
@@ -46,7 +48,7 @@ class Select(Protocol):
         return self.ring if self._sloped else 0
 
     def validate(self) -> None:
-        if len(self.slopes) != len(self.offsets) or not self.slopes:
+        if len(self.slopes) != len(self.offsets):
             raise ValueError(f"{len(self.slopes)} slopes and {len(self.offsets)} offsets")
         if any(slope and ring.wrap(slope) == 0 for slope in self.slopes):
             raise ValueError("a slope that is a multiple of 2^64")
@@ -76,6 +78,11 @@ class Select(Protocol):
             opened = (z, z - r if server else -r, material["beta_r"])
         return kernels.select(planes, self.slopes, self.offsets, beta, opened, server=server)
         yield
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        if operands[0][0] != len(self.slopes):
+            raise ValueError(f"it reads {len(self.slopes)} bits, its operand has {operands[0][0]}")
+        return self.shape
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         total = torch.zeros(self.shape, dtype=torch.int64, device=operands[0].device)

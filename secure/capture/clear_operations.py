@@ -1,7 +1,13 @@
 """Operations that one party evaluates in the clear, because it knows all their operands.
 
-A client evaluates such nodes of a graph that a server sent. The operations are therefore an explicit table of pure
-tensor functions: a name that is not in the table is an error, and nothing is ever looked up by an arbitrary name.
+A party evaluates its own graphs by an explicit table of pure tensor functions: a name that is not in the table is an
+error, and nothing is ever looked up by an arbitrary name.
+
+A client evaluates graphs that a server sent, on values that the server must not learn. What it does, and when it sends
+its first message, must not depend on them. So its table, ``CLIENT_TARGETS``, is shorter: its operations are *total*
+(they raise for no value and end no process), and their work follows from shapes alone. There is no integer division,
+no power but of small constant exponents, and no function with slow paths. An index out of range is clamped. Which
+addresses of memory a look-up touches, and what a processor does with them, still depends on its index.
 """
 
 from __future__ import annotations
@@ -52,6 +58,86 @@ CLEAR_OPERATIONS: Mapping[str, Callable[..., Any]] = {
     )
 }  # fmt: skip
 """The whitelist. It maps the name of an operation, as ``torch.export`` prints it, to its function."""
+
+CLIENT_TARGETS = frozenset(
+    str(operation)
+    for operation in (
+        # arithmetic
+        aten.abs.default, aten.add.Scalar, aten.add.Tensor, aten.clamp.default, aten.clamp_max.default,
+        aten.clamp_min.default, aten.cumsum.default, aten.div.Scalar, aten.div.Tensor, aten.floor.default,
+        aten.maximum.default, aten.max.other, aten.minimum.default, aten.min.other, aten.mul.Scalar, aten.mul.Tensor,
+        aten.neg.default, aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.relu.default, aten.round.default,
+        aten.rsqrt.default, aten.rsub.Scalar, aten.rsub.Tensor, aten.sign.default, aten.sqrt.default,
+        aten.square.default, aten.sub.Scalar, aten.sub.Tensor, aten.to.dtype,
+        # comparison, logic and selection
+        aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_not.default,
+        aten.bitwise_or.Tensor, aten.eq.Scalar, aten.eq.Tensor, aten.ge.Scalar, aten.ge.Tensor, aten.gt.Scalar,
+        aten.gt.Tensor, aten.le.Scalar, aten.le.Tensor, aten.logical_and.default, aten.logical_not.default,
+        aten.logical_or.default, aten.lt.Scalar, aten.lt.Tensor, aten.masked_fill.Scalar, aten.ne.Scalar,
+        aten.ne.Tensor, aten.tril.default, aten.triu.default, aten.where.ScalarOther, aten.where.ScalarSelf,
+        aten.where.self,
+        # shape and indexing
+        aten.cat.default, aten.constant_pad_nd.default, aten.expand.default, aten.expand_as.default,
+        aten.flatten.using_ints, aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
+        aten.permute.default, aten.repeat.default, aten.reshape.default, aten.roll.default, aten.select.int,
+        aten.slice.Tensor, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.stack.default,
+        aten.t.default, aten.transpose.int, aten.unflatten.int, aten.unsqueeze.default, aten.view.default,
+        aten._unsafe_view.default,
+        # reductions
+        aten.amax.default, aten.amin.default, aten.mean.default, aten.mean.dim, aten.sum.default,
+        aten.sum.dim_IntList,
+    )
+)  # fmt: skip
+"""The operations that a client evaluates for somebody else: a part of the whitelist. Its masks and ids need few."""
+
+LARGEST_POWER = 4
+ARGUMENTS = 1 << 10  # the most entries of a list among the arguments
+
+
+def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    if len(indices) > x.dim() or any(index is not None and index.dtype == torch.bool for index in indices):
+        raise InvalidProgram("it selects by more indices than there are, or by a mask, whose result has any size")
+    sizes = zip(indices, x.shape, strict=False)
+    return aten.index.Tensor(x, [None if i is None else i.clamp(-n, n - 1) for i, n in sizes])  # type: ignore[no-any-return]
+
+
+def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return aten.gather.default(x, dim, index.clamp(0, x.shape[dim] - 1))  # type: ignore[no-any-return]
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return aten.index_select.default(x, dim, index.clamp(0, x.shape[dim] - 1))  # type: ignore[no-any-return]
+
+
+_TOTAL: Mapping[str, Callable[..., Any]] = {
+    "aten.index.Tensor": _index,
+    "aten.gather.default": _gather,
+    "aten.index_select.default": _index_select,
+}
+"""The total forms of operations that torch refuses for some values: indices out of range are clamped."""
+
+
+def check_client_operation(attrs: Mapping[str, Any]) -> None:
+    """Check the attributes of a clear node that a client is to evaluate for somebody else. Raises InvalidProgram."""
+    if set(attrs) != {"target", "args", "kwargs"} or not isinstance(attrs["args"], list):
+        raise InvalidProgram(f"a clear operation has target, args and kwargs, not {', '.join(sorted(attrs))[:200]}")
+    target, args, kwargs = attrs["target"], attrs["args"], attrs["kwargs"]
+    if not isinstance(target, str) or target not in CLIENT_TARGETS:
+        raise InvalidProgram(
+            f"{str(target)[:80]!r} is not among the operations that clients evaluate",
+            "both parties need the same version; a graph from elsewhere is refused",
+        )
+    if not isinstance(kwargs, dict) or len(kwargs) > len(args) + 8 or _longest([args, *kwargs.values()]) > ARGUMENTS:
+        raise InvalidProgram(f"{target} has too many arguments, or none by name")
+    if target == str(aten.pow.Tensor_Scalar) and not (
+        len(args) == 2 and not kwargs and type(args[1]) is int and 0 <= args[1] <= LARGEST_POWER
+    ):
+        raise InvalidProgram(f"{target} takes a constant exponent from 0 to {LARGEST_POWER} here")
+
+
+def _longest(value: Any) -> int:
+    return max([len(value), *map(_longest, value)]) if isinstance(value, list) else 0
+
 
 CREATION_OPERATIONS: Mapping[str, Callable[..., Any]] = {
     str(operation): operation
@@ -115,7 +201,8 @@ def decode_argument(value: Any, operands: Sequence[Tensor], float_dtype: torch.d
 def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_dtype: torch.dtype) -> Tensor:
     """Evaluate a clear operation given its attributes {"target", "args", "kwargs"}.
 
-    Raises InvalidProgram for a target outside the whitelist, malformed arguments, or a result that is not one tensor.
+    Indices out of range are clamped. Raises InvalidProgram for a target outside the whitelist, malformed arguments, or
+    a result that is not one tensor.
     """
     target = attrs.get("target")
     function = CLEAR_OPERATIONS.get(target) if isinstance(target, str) else None
@@ -128,7 +215,7 @@ def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_d
     kwargs = {
         name: decode_argument(value, operands, float_dtype) for name, value in dict(attrs.get("kwargs", {})).items()
     }
-    result = function(*args, **kwargs)
+    result = _TOTAL.get(str(target), function)(*args, **kwargs)
     if not isinstance(result, Tensor):
         raise InvalidProgram(f"{target} does not give one tensor")
     return result.to(float_dtype) if result.is_floating_point() else result

@@ -19,34 +19,41 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 
-from secure.capture.clear_operations import dtype_of, evaluate_clear, kind_of
+from protocols.fields import MAXIMUM_ELEMENTS, Name, Operands, Shape, Whole
+from secure.capture.clear_operations import check_client_operation, dtype_of, evaluate_clear, kind_of
+from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, InvalidProgram
 
-MAXIMUM_ELEMENTS = 1 << 30
-"""The most elements of one tensor of a graph or Program, which may come from somebody else."""
+MAXIMUM_NODES = 1 << 12
+"""The most nodes of a graph from somebody else."""
+
+CLIENT_OPERATIONS = ("input", "constant", "clear")
+"""The kinds of nodes that a client evaluates for somebody else's Program."""
 
 MASKED = -1.0e4
 """The value of an additive attention mask at masked positions. It is finite, so that fixed point can hold it."""
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Node:
     """One operation of a graph and the type of its result."""
 
-    id: int
-    op: str
-    inputs: tuple[int, ...]
+    id: Whole
+    op: Name
+    inputs: Operands
     attrs: Mapping[str, Any]
-    shape: tuple[int, ...]
-    dtype: str
-    visibility: str
-    path: str
+    shape: Shape
+    dtype: Name
+    visibility: Name
+    path: Name
 
     def __str__(self) -> str:
         operands = ", ".join([f"%{i}" for i in self.inputs] + [f"{k}={v!r}" for k, v in self.attrs.items()])
@@ -94,19 +101,35 @@ class Graph:
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @staticmethod
-    def from_json(text: str | bytes) -> Graph:
-        """Read and validate what `to_json` wrote. Raises InvalidProgram for anything else."""
+    def from_json(text: str | bytes, *, client: bool = False) -> Graph:
+        """Read and validate what `to_json` wrote. Raises InvalidProgram for anything else.
+
+        client: a client will evaluate it in the clear for somebody else; then nothing but inputs, constants and the
+        operations of `secure.capture.clear_operations.CLIENT_TARGETS` is accepted.
+        """
         try:
-            document = json.loads(text)
-            nodes = tuple(
-                Node(**{**item, "inputs": tuple(item["inputs"]), "shape": tuple(item["shape"])})
-                for item in document["nodes"]
-            )
-            graph = Graph(nodes, tuple(document["outputs"]))
-        except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-            raise InvalidProgram(f"not a graph: {error}") from None
+            document = _DOCUMENT.validate_python(read_document(text))
+        except ValidationError as error:
+            raise InvalidProgram(f"not a graph: {what_is_wrong(error)}") from None
+        graph = Graph(tuple(document.nodes), document.outputs)
+        if client:
+            graph.check_client()
         graph.validate()
         return graph
+
+    def check_client(self) -> None:
+        """Check that a client may evaluate this graph for somebody else. Raises InvalidProgram, which names the node.
+
+        Whatever the client's values are, the operations that are left succeed, and do the same work.
+        """
+        for node in self.nodes:
+            try:
+                if node.op not in CLIENT_OPERATIONS:
+                    raise InvalidProgram(f"clients evaluate {', '.join(CLIENT_OPERATIONS)} nodes alone")
+                if node.op == "clear":
+                    check_client_operation(node.attrs)
+            except InvalidProgram as error:
+                raise InvalidProgram(f"invalid graph: node {node.id} ({node.op!r}): {error}") from None
 
     def validate(self) -> None:
         """Check order, operations, visibilities, types and shapes without any data.
@@ -124,10 +147,25 @@ class Graph:
                 check_type(node)
                 if node.op not in ("input", "parameter"):
                     evaluate(node, [placeholder(operand) for operand in operands], torch.float32, device="meta")
-            except (ValueError, RuntimeError, TypeError, KeyError, IndexError, NotImplementedError) as error:
-                raise InvalidProgram(f"invalid graph: node {position} ({node.op!r}): {error}") from error
+            except _MALFORMED as error:
+                raise InvalidProgram(f"invalid graph: node {position} ({node.op!r}): {what_is_wrong(error)}") from error
         if not self.outputs or not all(0 <= i < len(self.nodes) for i in self.outputs):
             raise InvalidProgram("invalid graph: its outputs are not nodes of it")
+
+
+_MALFORMED = (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError)
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class _GraphForm:
+    """The form of an encoded graph."""
+
+    nodes: Annotated[list[Node], FailFast(), Field(min_length=1, max_length=MAXIMUM_NODES)]
+    outputs: Operands
+
+
+_DOCUMENT = TypeAdapter(_GraphForm)
 
 
 def result_visibility(op: str, operands: Sequence[str]) -> str:
@@ -148,11 +186,13 @@ def result_visibility(op: str, operands: Sequence[str]) -> str:
 
 def check_type(node: Node) -> None:
     """Check the declared shape and kind of a node, before a tensor of that shape is made. Raises InvalidProgram."""
-    if not all(type(size) is int and size >= 0 for size in node.shape):
-        raise InvalidProgram(f"its shape is {node.shape}")
     if math.prod(node.shape) > MAXIMUM_ELEMENTS:
         raise InvalidProgram(f"its shape {node.shape} has more than {MAXIMUM_ELEMENTS} elements")
     dtype_of(node.dtype)
+    if node.op in ("input", "parameter"):
+        name = node.attrs.get("name")
+        if set(node.attrs) != {"name"} or not isinstance(name, str) or not name.isprintable() or len(name) > 512:
+            raise InvalidProgram("it has one attribute, a printable name")
     if node.visibility == "shared" and node.dtype != "float":
         raise InvalidProgram("a shared value is a float")
 

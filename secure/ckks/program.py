@@ -11,21 +11,26 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, FailFast, Field, Strict, TypeAdapter, with_config
 from torch import Tensor
 
 from protocols.ckks.circuit import Vector
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import hiding, reserve
+from protocols.fields import Bits, Name, Real, Shape, Whole
+from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
 from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.client_inputs import (
+    MAXIMUM_INPUTS,
     ClientInput,
+    Labels,
     check_client_part,
     check_query,
     clear_values,
@@ -40,6 +45,7 @@ _MALFORMED = (
 )
 MAXIMUM_KEYS = 8 << 30  # bytes of keys that a client makes and uploads for a Program
 MAXIMUM_CIPHERTEXTS = 1 << 14  # of inputs, of refreshes, and of the output
+Tally = Annotated[int, Strict(), Field(ge=0, lt=1 << 62)]  # of operations, for people
 MAXIMUM_SLOTS = 1 << 25  # of inputs and output together: 256 MB when they are unpacked
 HEADROOM = 2.0  # room over calibrated magnitudes before a value is refused
 
@@ -100,16 +106,18 @@ class CkksProgram:
     def from_bytes(cls, encoded: bytes) -> CkksProgram:
         """Decode and check a Program that may come from anyone. Raises InvalidProgram."""
         try:
-            d = json.loads(encoded)
+            d = read_document(encoded)
             if d["version"] != VERSION:
-                raise InvalidProgram(f"the Program has version {d['version']}, this is {VERSION}\nhint: upgrade unseen")
+                version = f"{d['version']!r:.40}"
+                raise InvalidProgram(f"the Program has version {version}, this is {VERSION}\nhint: upgrade unseen")
+            _DOCUMENT.validate_python(d)  # bounds of every field, before anything follows from them
             parameters, described = Parameters(**d["parameters"]), len(d["views"]) + len(d["output"])
             if described * parameters.slots > MAXIMUM_SLOTS:  # they are packed: memory takes far more
                 raise InvalidProgram(f"{len(d['views'])} inputs, {len(d['output'])} results: too many ciphertexts")
             program = cls(
                 parameters=parameters,
                 steps=tuple(int(s) for s in d["steps"]),
-                client_graph=Graph.from_json(d["client_graph"]),
+                client_graph=Graph.from_json(d["client_graph"], client=True),
                 client_inputs=tuple(TypeAdapter(ClientInput).validate_python(c) for c in d["client_inputs"]),
                 ranges={str(k): (float(a), float(b)) for k, (a, b) in d["ranges"].items()},
                 views={
@@ -130,7 +138,7 @@ class CkksProgram:
         except InvalidProgram:
             raise
         except _MALFORMED as error:
-            raise InvalidProgram(f"not a valid Program: {type(error).__name__}: {str(error)[:300]}") from None
+            raise InvalidProgram(f"not a valid Program: {what_is_wrong(error)}") from None
         return program
 
     def check(self) -> None:
@@ -146,8 +154,11 @@ class CkksProgram:
         if not all(math.isfinite(v) and v > 0 for v in (self.output_unit, self.grain)):
             raise InvalidProgram(f"an output in units of {self.output_unit}, rounded to {self.grain}")
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
-        whole = all(type(v) is int for v in dataclasses.astuple(p)) and all(n >= 1 for n in self.output_shape)
-        if not whole or list(self.steps) != sorted(set(self.steps)) or len(p.primes) != p.levels + 2:
+        if (
+            min(self.output_shape, default=1) < 1
+            or list(self.steps) != sorted(set(self.steps))
+            or len(p.primes) != p.levels + 2
+        ):
             raise InvalidProgram("parameters, rotations or sizes of the Program are none")
         keys = self.key_bytes
         if keys > MAXIMUM_KEYS or max(len(self.views), refreshed, len(self.output)) > MAXIMUM_CIPHERTEXTS:
@@ -252,6 +263,35 @@ class CkksProgram:
             )
         rounded = torch.from_numpy(np.round(out * self.output_unit / self.grain) * self.grain)
         return {"output": rounded.reshape(self.output_shape)}
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class _CkksForm:
+    """The form of an encoded Program, with the bounds of its fields."""
+
+    version: int
+    parameters: dict[str, Whole]
+    steps: Annotated[list[Whole], FailFast(), Field(max_length=MAXIMUM_CIPHERTEXTS)]
+    client_graph: str
+    client_inputs: Annotated[list[ClientInput], FailFast(), Field(max_length=MAXIMUM_INPUTS)]
+    ranges: Annotated[dict[Name, tuple[Real, Real]], Field(max_length=MAXIMUM_INPUTS)]
+    views: Annotated[dict[Name, tuple[Name, Bits, str]], Field(max_length=MAXIMUM_CIPHERTEXTS)]
+    refreshes: Annotated[
+        list[Annotated[list[Bits], FailFast(), Field(max_length=MAXIMUM_CIPHERTEXTS)]],
+        FailFast(),
+        Field(max_length=MAXIMUM_CIPHERTEXTS),
+    ]
+    reserve: Bits
+    output_shape: Shape
+    output: Annotated[list[str], FailFast(), Field(max_length=MAXIMUM_CIPHERTEXTS)]
+    output_unit: Real
+    grain: Real
+    counts: Annotated[dict[Name, Tally], Field(max_length=MAXIMUM_INPUTS)]
+    labels: Labels
+
+
+_DOCUMENT = TypeAdapter(_CkksForm)
 
 
 def _packed(content: Content) -> str:

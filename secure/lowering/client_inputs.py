@@ -7,55 +7,76 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, with_config
 from torch import Tensor
 
-from secure.capture.graph import MAXIMUM_ELEMENTS, Graph, check_given, run
+from protocols.fields import MAXIMUM_ELEMENTS, Name, Shape, Whole
+from secure.capture.documents import what_is_wrong
+from secure.capture.graph import Graph, check_given, run
 from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
 MAXIMUM_LENGTH = 1 << 20  # tokens of a text
+MAXIMUM_INPUTS = 1 << 8  # of a circuit
 TABLES = "token-tables"  # the label of a Program that holds the digest of the token tables that clients hold
 
+MAXIMUM_WORK = 1 << 26
+"""The most elements that all nodes of a client's graph have together: tenths of a second of a client's time."""
 
+Labels = Annotated[dict[Name, Name], Field(max_length=64)]
+"""The texts of a Program that are for people, by name."""
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class ClientInput:
     """One input of the circuit, which the client makes from output ``output`` of its own graph, plain or encoded."""
 
-    name: str
-    output: int
-    encoding: str  # "plain", "one-hot" or "client-table"
-    size: int  # rows of the token table (one-hot, client-table), else 0
-    shape: tuple[int, ...]  # of the encoded input
-    table: str = ""  # the weight that the client holds (client-table)
+    name: Name
+    output: Whole
+    encoding: Name  # "plain", "one-hot" or "client-table"
+    size: Whole  # rows of the token table (one-hot, client-table), else 0
+    shape: Shape  # of the encoded input
+    table: Name = ""  # the weight that the client holds (client-table)
 
 
 ENCODINGS = ("plain", "one-hot", "client-table")
 
 
 def clear_value(spec: ClientInput, value: Tensor) -> Tensor:
-    """Return an output of the client's graph as ``encode_input`` takes it: float64, or integers that are looked up.
-
-    Raises InvalidInput for a token id outside the table.
-    """
-    if spec.encoding == "plain":
-        return value.to(torch.float64)  # float32 that is subnormal would be slower to encode
-    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < spec.size:
-        raise InvalidInput(f"a token id is outside 0..{spec.size - 1}", "use the tokenizer that belongs to the model")
-    return value
+    """Return an output of the client's graph as ``encode_input`` takes it: float64, or integers that are looked up."""
+    return value.to(torch.float64) if spec.encoding == "plain" else value  # subnormal float32 would be slower to encode
 
 
 def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
     """Encode a ``clear_value`` as real numbers: as it is, as one-hot rows, or as rows of a table that the client holds.
 
-    Nothing here depends on values but the result: the work follows from shapes, and nothing is raised.
+    Nothing here depends on values but the result: the work follows from shapes, and nothing is raised. An id outside
+    the table gives a row of zeros (one-hot), or the table's first or last row.
     """
     if spec.encoding == "plain":
         return value
     if spec.encoding == "one-hot":
-        return torch.nn.functional.one_hot(value, spec.size).to(torch.float64)
-    return tables[spec.table][value]
+        return (value.unsqueeze(-1) == torch.arange(spec.size, device=value.device)).to(torch.float64)
+    return tables[spec.table][value.clamp(0, spec.size - 1)]
+
+
+def check_ids(graph: Graph, specs: Sequence[ClientInput], values: Mapping[str, Tensor]) -> None:
+    """Raise InvalidInput for a token id outside its table that the client itself gave, not its graph.
+
+    What a graph from somebody else makes of the client's values does not decide whether the client has an error.
+    """
+    for spec in specs:
+        value, given = values[spec.name], graph.nodes[graph.outputs[spec.output]].op == "input"
+        if spec.encoding == "plain" or not given or not value.numel():
+            continue
+        if not 0 <= int(value.min()) <= int(value.max()) < spec.size:
+            raise InvalidInput(
+                f"a token id is outside 0..{spec.size - 1}", "use the tokenizer that belongs to the model"
+            )
 
 
 def table_shapes(inputs: Sequence[ClientInput]) -> dict[str, tuple[int, int]]:
@@ -75,13 +96,15 @@ def tables_label(tables: Mapping[str, Tensor]) -> dict[str, str]:
 def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mapping[str, str]) -> None:
     """Check all of another's Program that a client evaluates in the clear, before any of it takes memory.
 
-    Every input is made from an output of the graph in a known way, and has the shape that results. The graph, each
-    input and each token table have at most MAXIMUM_ELEMENTS elements. A label "length" names at most MAXIMUM_LENGTH
-    tokens, as many as the graph's inputs of shape (1, n). Raises InvalidProgram.
+    Every input is made from an output of the graph in a known way, and has the shape that results. The graph's nodes
+    have MAXIMUM_WORK elements together, each input and each token table MAXIMUM_ELEMENTS at most. A label "length"
+    names at most MAXIMUM_LENGTH tokens, as many as the graph's inputs of shape (1, n). Raises InvalidProgram.
     """
     total = sum(math.prod(node.shape) for node in graph.nodes)
-    if total > MAXIMUM_ELEMENTS:
-        raise InvalidProgram(f"the client's graph has {total} elements, clients compute {MAXIMUM_ELEMENTS} at most")
+    if total > MAXIMUM_WORK:
+        raise InvalidProgram(f"the client's graph has {total} elements, clients compute {MAXIMUM_WORK} at most")
+    if len({c.name for c in inputs}) != len(inputs):
+        raise InvalidProgram("two inputs have the same name")
     for c in inputs:
         if not 0 <= c.output < len(graph.outputs) or c.encoding not in ENCODINGS:
             raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
@@ -115,8 +138,13 @@ def clear_values(graph: Graph, specs: Sequence[ClientInput], inputs: Mapping[str
     All that depends on values is here, and so is every error. Raises InvalidInput.
     """
     check_query(graph, inputs)
-    values = run(graph, inputs, {})
-    return {spec.name: clear_value(spec, values[spec.output]) for spec in specs}
+    try:
+        values = run(graph, inputs, {})
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:  # of the graph's types, whatever the values are
+        raise InvalidProgram(f"the client's graph cannot be computed: {what_is_wrong(error)}") from None
+    out = {spec.name: clear_value(spec, values[spec.output]) for spec in specs}
+    check_ids(graph, specs, out)
+    return out
 
 
 def dummy_values(graph: Graph, specs: Sequence[ClientInput]) -> dict[str, Tensor]:

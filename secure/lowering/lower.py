@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from approximations import Functions
-from secure.capture.graph import Graph, Node, evaluate, run
+from secure.capture.clear_operations import check_client_operation
+from secure.capture.graph import Graph, Node, evaluate
 from secure.capture.operation import OPERATIONS
-from secure.errors import InvalidInput, UnsupportedOperation
-from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, clear_value, encode_input
+from secure.errors import InvalidInput, InvalidProgram, UnsupportedOperation
+from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, clear_values, encode_input
 from secure.lowering.observe import Observed
 from secure.lowering.trace import Symbol, Trace, WeightRef
 
@@ -46,10 +47,11 @@ class Lowered:
 
     def inputs(self, sample: Sample) -> dict[str, Tensor]:
         """Make the trace's inputs from a sample as the client does, in float64."""
-        values = run(self.client_graph, sample, {}) if self.client_inputs else []
-        out = {}
+        if not self.client_inputs:
+            return {}
+        values, out = clear_values(self.client_graph, self.client_inputs, sample), {}
         for spec in self.client_inputs:
-            value = encode_input(spec, clear_value(spec, values[spec.output]), self.tables).to(torch.float64)
+            value = encode_input(spec, values[spec.name], self.tables).to(torch.float64)
             out[spec.name] = value.clamp(min=-self.clamps[spec.name]) if spec.name in self.clamps else value
         return out
 
@@ -130,6 +132,13 @@ class Lowering:
         outputs = {name: self._symbols[output] for name, output in named.items()}
         client_graph = _subgraph(self.graph, self._client_outputs)
         client_inputs = [spec for spec, _ in self._client_inputs.values()]
+        for node in client_graph.nodes:
+            try:
+                if node.op == "clear":
+                    check_client_operation(node.attrs)
+            except InvalidProgram as error:
+                message = f"of its inputs alone a client does not compute this: {str(error).partition(chr(10))[0]}"
+                raise self.unsupported(node, message, "compute it before the model, as one of its inputs") from None
         return Lowered(self._trace, outputs, self._weights, client_graph, client_inputs, self._clamps)
 
     def _evaluate(self, node: Node) -> Tensor:

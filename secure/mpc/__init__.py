@@ -7,5 +7,6 @@ arithmetic   inputs, products, sums, shapes
 nonlinear    piecewise polynomials, exponentials, maxima
 emit         the record of every primitive; from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
+budget       what one Program may take of a dealer or a client
 compile      all of it in one call
 """

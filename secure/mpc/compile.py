@@ -100,11 +100,14 @@ def weight_keys(program: Program) -> list[str]:
 
 
 def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
-    """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read."""
+    """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read.
+
+    Raises InvalidProgram if others would refuse it: it is too large, or a name in it cannot be printed.
+    """
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
     emitted = emit(lowered.trace, ranges, fixed, [symbol.id for symbol in lowered.outputs.values()], clamps)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
-    return Program(
+    program = Program(
         circuit=emitted.circuit,
         paths=emitted.paths,
         outputs=tuple(Output(name, *at) for name, at in zip(lowered.outputs, emitted.outputs, strict=True)),
@@ -114,6 +117,8 @@ def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Ma
         weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
         labels=dict(labels),
     )
+    Program.from_bytes(program.encoded)  # as everybody does who receives it: what they refuse is refused here
+    return program
 
 
 def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:

@@ -1,0 +1,54 @@
+"""JSON documents from outside: their size and depth are bounded before anything is decoded.
+
+Reading a document of N bytes takes at most about 30 N bytes of memory (a list of empty objects is the worst) and time
+in proportion to N, whatever it says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+import numpy as np
+from pydantic import ValidationError
+
+from secure.errors import InvalidProgram, printable
+
+MAXIMUM_BYTES = 4 << 20
+"""The most bytes of an encoded Program or graph; the largest of ours, of 32 layers, has one million."""
+
+MAXIMUM_DEPTH = 24
+"""The most lists and objects within one another. Tensors of constants have up to 16 dimensions."""
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_STEPS = np.zeros(256, dtype=np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+
+
+def read_document(encoded: str | bytes) -> Any:
+    """Decode a JSON document that may come from anyone. Raises InvalidProgram if it is too large, too deep, or none."""
+    raw = encoded.encode() if isinstance(encoded, str) else encoded
+    if len(raw) > MAXIMUM_BYTES:
+        raise InvalidProgram(f"a document of {len(raw)} bytes; at most {MAXIMUM_BYTES} are read")
+    steps = _STEPS[np.frombuffer(_STRING.sub(b"", raw), dtype=np.uint8)]
+    if (depth := int(np.cumsum(steps, dtype=np.int32).max(initial=0))) > MAXIMUM_DEPTH:
+        raise InvalidProgram(f"a document of depth {depth}; at most {MAXIMUM_DEPTH} are read")
+    try:
+        return json.loads(raw, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise InvalidProgram(f"not a JSON document: {printable(str(error))[:200]}") from None
+
+
+def _refuse(text: str) -> NoReturn:
+    raise InvalidProgram(f"{text} is no number of JSON")
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Say in a few printable words what does not fit; the value itself, which may be long, is not repeated."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        text = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return printable(text)[:300]

@@ -1,0 +1,104 @@
+"""Budgets: what the owner of a dealer, and of a client, lets one Program take on their machine.
+
+A Program that is valid may still be too large to run. Its load follows from its circuit in closed form, by arithmetic
+with Python's integers, before anything is allocated. The figures are upper bounds of a party's own arithmetic: memory
+that torch, grpc and the interpreter take, and time on the network, come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from protocols.circuit import Circuit
+from protocols.protocol import Shape
+from secure.errors import InvalidInput, InvalidProgram
+from secure.mpc.program import Program
+
+GB = 1e9
+WORD = 8  # bytes of a ring element in memory
+PACKED = 32  # bytes that the packed form of a weight takes, once for each ring: four limbs at most
+COPIES = 4  # of its operands, draws and result that one instruction holds while it runs
+BYTE_SECONDS = 0.5e-9  # to draw, combine and encode one byte
+PRODUCT_SECONDS = 0.25e-9  # of one multiply-accumulate in a matrix product
+INSTRUCTION_SECONDS = 100e-6
+
+
+@dataclass(frozen=True)
+class Load:
+    """The most that one query of a Program takes at the dealer, and about as much at a client.
+
+    weights: elements of the weights' masks, kept for as long as the model is. dealt: bytes of corrections. drawn: bytes
+    from streams. products: multiply-accumulates. memory: bytes, the masks among them. seconds: on one core, some three
+    times what is measured on one of 2024.
+    """
+
+    weights: int
+    dealt: int
+    drawn: int
+    products: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that one Program may take: bytes of memory, and seconds for a query's arithmetic on one core.
+
+    The default admits BERT-base at 512 tokens. Raises InvalidInput unless both are positive numbers.
+    """
+
+    memory: float = 8 * GB
+    seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("memory", self.memory), ("seconds", self.seconds)):
+            if not 0 < value < math.inf:
+                raise InvalidInput(f"a budget of {value!r} as its {name}", "give a positive number")
+
+    def decode(self, encoded: bytes) -> Program:
+        """Decode, check and admit a Program that may come from anyone. Raises InvalidProgram."""
+        return self.admit(Program.from_bytes(encoded))
+
+    def admit(self, program: Program) -> Program:
+        """Return the Program. Raises InvalidProgram, with both figures, if it would take more than this budget."""
+        load = load_of(program.circuit, program.weight_shapes)
+        for needed, most, unit, option in (
+            (load.memory / GB, self.memory / GB, "GB of memory", "memory"),
+            (load.seconds, self.seconds, "s of arithmetic", "seconds"),
+        ):
+            if needed > most:
+                raise InvalidProgram(
+                    f"the Program may take {needed:.3g} {unit} ({load.weights:.3g} elements of weights, "
+                    f"{load.dealt:.3g} bytes of corrections a query); the budget is {most:g}\n"
+                    f"hint: if you trust who made it, raise --budget-{option} (secure.Budget({option}=...))"
+                )
+        return program
+
+
+def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
+    """Return the load of a checked circuit. It takes time in proportion to the number of instructions."""
+    packed: dict[tuple[str, int], int] = {}
+    last = {operand: index for index, instruction in enumerate(circuit) for operand in instruction.inputs}
+    held = live = products = drawn = touched = 0
+    for index, instruction in enumerate(circuit):
+        p, operands = instruction.protocol, [circuit[i].protocol for i in instruction.inputs]
+        if (use := p.weight_use) and use.multiplied:
+            packed[use.name, use.ring] = math.prod(weight_shapes[use.name])
+        own = sum(math.prod(d.shape) * (1 if d.planes else WORD) for d in p.draws)
+        work = own + p.memory() + sum(o.memory() for o in operands)
+        live = max(live, held + COPIES * work)
+        held += p.memory() if index in last else 0
+        held -= sum(circuit[i].protocol.memory() for i in set(instruction.inputs) if last[i] == index)
+        drawn, touched = drawn + own, touched + work
+        products += p.products(weight_shapes, [o.out.shape for o in operands])
+    weights = sum(math.prod(weight_shapes[name]) for name in {name for name, _ in packed})
+    return Load(
+        weights=weights,
+        dealt=sum(i.protocol.dealt_bytes for i in circuit),
+        drawn=drawn,
+        products=products,
+        memory=WORD * weights + PACKED * sum(packed.values()) + live,
+        seconds=touched * BYTE_SECONDS + products * PRODUCT_SECONDS + len(circuit) * INSTRUCTION_SECONDS,
+    )
