@@ -27,9 +27,10 @@ from parties.net.peer import Peer
 from parties.net.quotas import BYTES, PREPARATIONS, QUERIES, Limits, Quotas
 from parties.net.tls import Tls
 from parties.net.tokens import Token, Tokens, WithToken, new_holder
+from parties.served.files import state_directory
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
-from secure.deployments.two_party import DEALER, SERVER
+from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import EndpointError, InvalidInput, QuotaError, TokenError
 from tests.test_cli import Run, in_words, run
 from tests.tiny import TEXT, Ready, Served, call, dealing
@@ -192,6 +193,28 @@ def test_prepared_queries_count_though_they_are_dropped(model: Ready, tmp_path: 
                 none.embed([TEXT])
             assert "a new day begins at" in str(error.value)
             assert "hint: wait until then" in str(error.value)
+
+
+def test_two_parties_that_ask_for_tokens(model: Ready, tmp_path: Path) -> None:
+    """Clients need one for both; the server needs none for the dealer."""
+    token, file = Token.fresh(), tmp_path / "tokens"
+    write_tokens(file, (token, "alice", 1))
+    asked: dict[str, Any] = {"tokens": file, "quotas": limits(queries=1)}
+    with secure.serve(role=DEALER, deployment=TwoParty(), state=state_directory(), **asked) as dealer:
+        at = Endpoint.parse(dealer.address, what="the dealer")
+        with pytest.raises(InvalidInput, match="is run by this user"):
+            hosting.check_owners({DEALER: at}, Plaintext())
+        peers, state = {DEALER: dealer.address}, tmp_path / "state"
+        with secure.serve(model.compiled, role=SERVER, peers=peers, state=state, **asked) as server:
+            with call(server.address, dealer.address, token=token.text) as session:
+                assert session.embed([TEXT])[0].isfinite().all()
+            with pytest.raises(TokenError, match="this service asks every client for a token"):
+                call(server.address, dealer.address)
+            with (
+                call(server.address, dealer.address, token=token.text) as session,
+                pytest.raises(QuotaError, match="used up for the caller '/alice'"),
+            ):
+                session.embed([TEXT])
 
 
 # at a service

@@ -1,7 +1,7 @@
 """The meter of a service: it names callers by their tokens, and counts their calls, sessions and bytes.
 
-It stands behind the guard, which has noted who calls. It meters those methods that clients may call: servers and
-parties call one another as often as clients' queries make them.
+It stands behind the guard, which has noted who calls. It meters those methods that only clients may call: servers and
+parties call one another as often as clients' queries make them, and have no tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Meter(grpc.ServerInterceptor):
 
     def __init__(self, quotas: Quotas | None, tokens: Tokens | None, permissions: Permissions) -> None:
         self._quotas, self._tokens = quotas, tokens
-        self._methods = frozenset(method for method, roles in permissions.items() if CLIENT in roles)
+        self._methods = frozenset(method for method, roles in permissions.items() if roles == {CLIENT})
 
     def intercept_service(
         self,
