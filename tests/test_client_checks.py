@@ -489,6 +489,20 @@ def test_any_input(data: st.DataObject, bits: int, fraction: int, count: int) ->
         compared(circuit, values)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.3, 2.7), (0.5, 0.7), (-3.1, -2.2)])
+def test_whatever_an_honest_client_computes_is_within_its_clamps(low: float, high: float) -> None:
+    """NaN and infinities too: a Program that makes them of some texts alone must not hear of them by a refusal."""
+    values = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, low, high, 0.0], dtype=torch.float64
+    )
+    for fraction in (0, 3, 14, 20):
+        circuit = shared_input(40, fraction, low, high, len(values))
+        protocol = circuit[0].protocol
+        assert isinstance(protocol, tp.Input)
+        encoded = protocol.encode(values).tolist()
+        assert compared(circuit, encoded).tolist() == [x % 2**40 for x in encoded]
+
+
 def test_a_fraction_within_the_clamps_passes() -> None:
     """A range says no more: a mask of one half is not found out."""
     assert compared(shared_input(40, 8, 0.0, 1.0, 2), [128, 256]).tolist() == [128, 256]

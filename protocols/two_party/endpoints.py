@@ -59,8 +59,12 @@ class Input(Protocol):
             raise ValueError(f"an input of {self.fraction} fraction bits in [{self.low}, {self.high}]")
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Clamp the client's real numbers to [low, high] and encode them with ``fraction`` fraction bits."""
-        return ring.encode(x.to(torch.float64).clamp(self.low, self.high), self.fraction)
+        """Clamp the client's real numbers to [low, high] and encode them with ``fraction`` fraction bits.
+
+        NaN counts as 0. The result is always within the clamps: parties that check this (see ``three_party.checks``)
+        would otherwise learn from their refusal what a Program of theirs made of the client's input.
+        """
+        return ring.encode(x.to(torch.float64).nan_to_num(0.0).clamp(self.low, self.high), self.fraction)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         if party == SERVER:
