@@ -7,6 +7,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -194,6 +195,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a" * 513: 0}}},
         "a token is no text of at most 512 characters",
     ),
+    "a long token that is tried at every character": (
+        {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 65, 0.0]], "byte_fallback": False}},
+        "a token is no text of at most 64 characters",
+    ),
     "a large id": ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1 << 32}}}, "cannot be loaded"),
     "an added token of nothing": ({"added_tokens": [{"id": 0, "content": ""}]}, "no text of 1 to 512 characters"),
     "added tokens that are none": ({"added_tokens": 3}, "is malformed"),
@@ -239,6 +244,39 @@ def test_a_field_twice_counts_as_the_library_gets_it() -> None:
     assert read_tokenizer(twice)[0].normalizer is None
     twice = document().replace(b'"normalizer": null', b'"normalizer": null, "normalizer": {"type": "Lowercase"}')
     assert read_tokenizer(twice)[0].encode(WORDS[5].upper()).ids[1] != 1
+
+
+def of_one_character(character: str) -> bytes:
+    """The trie of a precompiled normalizer that changes this character alone."""
+    units, code = np.zeros(1024, "<u4"), ord(character)
+    at, value = 256 ^ code, 600
+    units[0], units[at] = 256 << 10, code | 1 << 8 | (at ^ value) << 10
+    return units.tobytes()
+
+
+def test_a_word_that_a_normalizer_makes_long_takes_no_time() -> None:
+    """Before, a word of five letters became 1,170 characters, and dividing them took 0.16 s: more than the pace.
+
+    So the first message of a text with the word left 0.1 s later.
+    """
+    mark, ligature = "\x07", "\ufdfa"  # which NFKC writes as 18 characters
+    parts = [
+        {"type": "Replace", "pattern": {"String": "money"}, "content": mark * 5},
+        {
+            "type": "Precompiled",
+            "precompiled_charsmap": charsmap(ligature.encode() * 13 + b"\0", of_one_character(mark)),
+        },
+        {"type": "NFKC"},
+    ]
+    sequence = {"type": "Sequence", "normalizers": parts}
+    found, _ = read_tokenizer(document(normalizer=sequence, pre_tokenizer=None))
+    assert found.normalizer is not None
+    assert len(found.normalizer.normalize_str("money")) == 5 * 13 * 18
+    tokenizer = TextTokenizer(found, 0)
+    tokenize(tokenizer, "letter", 9)
+    tokenize(tokenizer, ligature * 2, 9)  # a few are no reason to refuse a text
+    with pytest.raises(InvalidInput, match="the tokenizer makes 1170 characters of the text's 5"):
+        tokenize(tokenizer, "money", 9)
 
 
 PANICS = (

@@ -3,7 +3,8 @@
 A tokenizer is a JSON document (``tokenizer.json``), which the ``tokenizers`` library runs. A client takes one only if
 all its parts are of the kinds in the tables below, which real encoders use and which are total: each ends in time about
 linear in the text, and makes it longer by a constant factor at most. There is no pattern of a server's choice, nothing
-random, and each kind of part stands once in a sequence, so that factors do not multiply without end.
+random, and each kind of part stands once in a sequence, so that factors do not multiply without end. They do multiply:
+one character may become 700. So ``tokens.tokenize`` looks how long a text has become before it divides it.
 
 The document is read as JSON here, and the library gets a new document with the checked parts alone: the two readers
 cannot understand it differently.
@@ -27,6 +28,7 @@ MAXIMUM_BYTES = 1 << 25  # of a document; multilingual ones of 250,000 tokens ha
 MAXIMUM_VALUES = 1 << 21  # of JSON, which bounds the memory that its reader takes
 MAXIMUM_TOKENS = 1 << 20
 MAXIMUM_TOKEN = 512  # characters
+MAXIMUM_UNIGRAM = 64  # the same for Unigram, which tries all tokens at every character; ours have 16
 MAXIMUM_ADDED = 64  # tokens that stand around a text
 MAXIMUM_PARTS = 16  # of a sequence
 MAXIMUM_AFFIX = 16  # characters that mark the inside or the end of a word
@@ -255,8 +257,9 @@ def _model(model: Any) -> dict[str, Any]:
             f"the tokenizer has {len(vocabulary)} tokens, {len(merges)} merges", f"{MAXIMUM_TOKENS} each"
         )
     tokens = vocabulary if kind != "Unigram" else [entry[0] for entry in vocabulary]
-    if not all(isinstance(token, str) and len(token) <= MAXIMUM_TOKEN for token in tokens):
-        raise InvalidInput(f"a token is no text of at most {MAXIMUM_TOKEN} characters", _HINT)
+    most = MAXIMUM_UNIGRAM if kind == "Unigram" else MAXIMUM_TOKEN
+    if not all(isinstance(token, str) and len(token) <= most for token in tokens):
+        raise InvalidInput(f"a token is no text of at most {most} characters", _HINT)
     return dict(model)
 
 

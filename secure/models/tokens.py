@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CHARACTERS = 256  # of a text for each token of the padded length, at most
+GROWTH, GROWN = 8, 64  # times and characters by which a normalizer may make a text longer
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, 
     """Return token ids and attention mask of a text, int64 of shape (1, length) each, padded on the right.
 
     Raises EmptyInput (no tokens of its own), InputTooLong (more than ``length`` tokens, or more than CHARACTERS times
-    ``length`` characters), and InvalidInput (not Unicode text, or one on which the tokenizer fails).
+    ``length`` characters), and InvalidInput (not Unicode text, or one on which the tokenizer fails, or which it makes
+    GROWTH times longer: the time that this takes would tell the tokenizer's maker which words are in it).
     """
     if len(text) > CHARACTERS * length:
         raise InputTooLong(
@@ -91,12 +93,19 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, 
         raise InvalidInput(
             "the text holds half a surrogate pair, which is no character\nhint: decode it again"
         ) from None
+    text = text.lower() if tokenizer.lowercase else text
     try:
-        encoding = tokenizer.tokenizer.encode(text.lower() if tokenizer.lowercase else text)
+        normalizer = tokenizer.tokenizer.normalizer
+        grown = len(normalizer.normalize_str(text)) if normalizer is not None else 0
+        encoding = tokenizer.tokenizer.encode(text) if grown <= GROWTH * len(text) + GROWN else None
     except BaseException as error:  # a library in Rust, which raises a BaseException where it panics
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise InvalidInput("the tokenizer fails on this text", "ask the server's owner") from None
+    if encoding is None:
+        raise InvalidInput(
+            f"the tokenizer makes {grown} characters of the text's {len(text)}", "write it without ligatures"
+        )
     count = len(encoding.ids)
     if count == sum(encoding.special_tokens_mask):
         raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
