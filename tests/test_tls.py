@@ -719,6 +719,10 @@ def test_an_authority(made: Authority, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="was not issued by"):
         again.revoke("12ab")
     assert [each.name for each in again.listed() if each.revoked] == ["alice"]
+    strange = Authority.make(tmp_path / "other").issue("dealer", "dealer")
+    with pytest.raises(InvalidInput, match=r"a certificate that the authority in .* has not issued"):
+        again.renew(strange)
+    again.renew(again.issue(CLIENT, "bob"))
     (own / "ca-key.pem").chmod(0o644)
     with pytest.raises(TlsError, match="others may read or write"):
         Authority(made.directory)
@@ -757,7 +761,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = (where / "server" / "cert.pem").read_bytes()
     assert certs("--renew", "server").count("renewed") == 1
     assert (where / "server" / "cert.pem").read_bytes() != before
-    assert certs("--renew").count("renewed") == len(ROLES) + 1
+    said = certs("--renew")  # whom somebody has revoked gets no new certificate by the way
+    assert said.count("renewed; copy") == len(ROLES)
+    assert "client-alice: revoked, so it is renewed only if it is named" in said
+    assert certs("--renew", "client-alice").count("renewed; copy") == 1
     for wrong, message in (
         (["bishop"], "unknown role 'bishop'"),
         (["--domain", "x.example"], "--domain is for a new authority"),

@@ -81,6 +81,9 @@ def certs(
         for where in [directory / each for each in roles or ()] or authority.holders():
             if not (where / "cert.pem").is_file():
                 raise InvalidInput(f"there is no certificate in {where}", "give directories beside the authority's")
+            if not roles and authority.is_revoked(where):
+                say(f"unseen certs: {where}: revoked, so it is renewed only if it is named")
+                continue
             authority.renew(where, days=days)
             say(f"unseen certs: {where}: renewed; copy key.pem and cert.pem to its holder, who reads them at once")
     elif roles or is_new:

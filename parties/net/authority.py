@@ -101,12 +101,21 @@ class Authority:
     def renew(self, where: Path, *, days: int = DAYS) -> None:
         """Make a new key and certificate for the holder of those in a directory.
 
-        The old certificate stays valid until it ends or is revoked.
+        The old certificate stays valid until it ends or is revoked. Raises InvalidInput for one that this authority
+        has not issued: whoever made it chose the role in it.
         """
         files = Files.of(where)
         old, *_ = read_certificates(files.certificate.read_bytes(), str(files.certificate))
+        issued = self._own / "issued" / f"{old.serial}.pem"
+        if not issued.is_file() or issued.read_bytes() != old.pem:
+            raise InvalidInput(f"{where} holds a certificate that the authority in {self.directory} has not issued")
         name, role = Naming().identity(old)
         self._issue(where, role, name, days)
+
+    def is_revoked(self, where: Path) -> bool:
+        """Tell whether the certificate in a directory was revoked."""
+        found, *_ = read_certificates((where / "cert.pem").read_bytes(), str(where))
+        return found.issued in self._revoked()
 
     def _issue(self, where: Path, role: str, name: str, days: int) -> None:
         key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
