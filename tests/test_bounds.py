@@ -24,8 +24,9 @@ from parties.served.described import ask_description
 from parties.served.files import unpack_masked
 from parties.two_party.dealer import DealerService
 from proto import unseen_pb2 as pb
-from protocols.circuit import deal, total_cost
+from protocols.circuit import Instruction, deal, total_cost
 from protocols.protocol import Protocol
+from protocols.two_party import Compare, Input, Open
 from protocols.weights import DealerWeights
 from secure.capture.clear_operations import CLEAR_OPERATIONS, CLIENT_TARGETS
 from secure.capture.documents import MAXIMUM_BYTES
@@ -308,6 +309,28 @@ def test_a_load_is_what_a_dealer_does() -> None:
     assert sum(drawn) == load.weights
     assert time.process_time() - start < load.seconds + 2.0
     assert load.products > 0
+
+
+def test_comparisons_take_no_longer_than_their_load_says() -> None:
+    """A comparison with many thresholds was taken for a quarter of its time."""
+
+    def compared(count: int) -> tuple[float, float]:
+        shape, thresholds = (count,), tuple(range(256))
+        given = Instruction(Input(shape, 64, "x", 8, -1.0, 1.0))
+        circuit = [given, Instruction(Open(shape, 64), (0,)), Instruction(Compare(shape, 64, 0, thresholds), (1,))]
+        start = time.process_time()
+        for _ in deal(circuit, key(), key(), DealerWeights(key(), {})):
+            pass
+        return time.process_time() - start, load_of(circuit, {}).seconds
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would spin while they wait for a core
+    try:
+        compared(8)  # the kernels are compiled
+        taken, said = zip(*(compared(40_000) for _ in range(3)), strict=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(taken) < said[0]
 
 
 def test_real_models_are_within_the_default_budget() -> None:
