@@ -25,7 +25,7 @@ import secure
 from parties import deployments
 from parties.cli import demo
 from parties.cli import main as cli
-from parties.net import hosting
+from parties.services import hosting
 from parties.two_party.client import TwoPartyLink
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.errors import Error, PeerLost

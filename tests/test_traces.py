@@ -25,7 +25,7 @@ import secure
 from parties import deployments
 from parties.cli import main as cli
 from parties.cli.console import OUT
-from parties.net import hosting
+from parties.services import hosting
 from parties.traces import measured
 from parties.traces import trace_file as traces
 from parties.traces.measured import Measurements, costs, differences

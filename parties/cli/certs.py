@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from parties.cli.console import OUT, say, write
-from parties.net.authority import AUTHORITY_DAYS, DAYS, Authority, Listed
-from parties.net.naming import DOMAIN, dashed
+from parties.tls.authority import AUTHORITY_DAYS, DAYS, Authority, Listed
+from parties.tls.naming import DOMAIN, dashed
 from secure.deployments.deployment import deployments
 from secure.errors import InvalidInput
 
