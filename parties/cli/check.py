@@ -381,4 +381,4 @@ def _program(needs: Needs, network: Network, answered: Mapping[str, Answered], p
                 f"{who(name)} does not know the Program {expected}",
                 f"start the {needs.deployment.serves} with this {name}'s address, and give this side the same one",
             )
-    return f"{expected}, the same everywhere"
+    return f"{expected}, the same everywhere" if expected else "not known before the server answers"
