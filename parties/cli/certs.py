@@ -86,9 +86,7 @@ def certs(
     elif roles or is_new:
         for role in roles or known:
             where = authority.issue(known[role], name or role, days=days)
-            say(
-                f"unseen certs: {where}: for {known[role] if 'party' in role else f'the {known[role]}'} alone, it holds a key"
-            )
+            say(f"unseen certs: {where}: for {known[role]} alone, it holds a key")
     elif not revoke or show or as_json:
         show_list(authority, as_json=as_json)
 
