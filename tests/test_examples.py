@@ -127,11 +127,16 @@ def test_python_blocks_are_python(page: str) -> None:
 
 
 def commands() -> list[str]:
-    """Every indented line of the pages that begins with ``unseen``, with what continues it, without its comment."""
+    """Every indented line of the pages with a command, with what continues it, without its comment.
+
+    What commands print begins with ``unseen`` and a verb too, but then has a colon.
+    """
     found = []
     for page in PAGES:
         text = re.sub(r" \\\n +", " ", (ROOT / page).read_text(encoding="utf-8"))
-        found += [line.partition("  #")[0] for line in re.findall(r"^    (unseen .*)$", text, re.MULTILINE)]
+        found += [
+            line.partition("  #")[0] for line in re.findall(r"^    (unseen [a-z-]+(?: .*)?)$", text, re.MULTILINE)
+        ]
     return found
 
 
