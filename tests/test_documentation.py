@@ -47,7 +47,9 @@ def test_every_parser_in_security_names_a_test_that_exists() -> None:
         assert all((ROOT / name).is_file() for name in named), row
 
 
-@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "SECURITY.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_pictures_are_there(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
