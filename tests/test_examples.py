@@ -206,7 +206,7 @@ def test_adding_a_task(load: Callable[..., Any]) -> None:
 def test_adding_a_protocol(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Protocol, "registry", dict(Protocol.registry))
     monkeypatch.setattr(conformance, "CASES", dict(conformance.CASES))
-    imports = "from protocols.protocol import *", "from tests.test_conformance import *"
+    imports = tuple(f"from {m} import *" for m in ("protocols.fields", "protocols.protocol", "tests.test_conformance"))
     load(*imports, *blocks("docs/adding.md", "SumSquares"))
     suite: Any = conformance.test_conforms
 
