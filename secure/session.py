@@ -12,6 +12,10 @@ may show in what a client sends, and when. ``Session.run`` and ``Session.query``
 3. Each input gives one query, in order. What runs between messages takes the same steps whatever the values are. Where
    part 1 failed, the query carries zeros, its answer is dropped, and the error is raised behind the last query.
 
+The code of whoever takes the answers of ``run`` one by one runs between queries, and its time shows. After an input
+that cannot be used there are no answers to take; so who needs long for an answer should ask for a list, as ``embed``
+does.
+
 Only mistakes that do not depend on a server's bytes and on values end a call before it sends: wrong Python types, names
 and shapes of inputs, NaN, a session that has ended, a model that takes no text.
 """

@@ -171,6 +171,8 @@ def enlarged(text: str) -> str:
         (lambda d: d.pop("views"), "not a valid Program"),
         (lambda d: d.update(views=[]), "not a valid Program"),
         (lambda d: d.update(ranges={}), "do not hold together"),
+        # a value that SEAL's encoder refuses would end some queries before they are sent
+        (lambda d: d.update(ranges={k: [-1e40, 1e40] for k in d["ranges"]}), "which level . cannot hold: encoding it"),
         (lambda d: d["labels"].update(length="1000000000000"), "the label length is '1000000000000', no number of"),
         (lambda d: d["labels"].update(length="x"), "the label length is 'x', no number of"),
         (lambda d: d["client_inputs"][0].update(output=7), "not made from an output of the client's graph"),

@@ -66,6 +66,38 @@ def test_what_is_encrypted_is_decrypted(context: Context, client: Client) -> Non
         assert len(data) == P.fresh_bytes(level)
         assert len(full) == P.ciphertext_bytes(level)
         assert client.encrypt(INPUTS["x"], level) != data
+        covered = client.encrypt(INPUTS["x"], level, 8.0)
+        assert len(covered) == len(data)
+        assert np.abs(client.decrypt(returned(client, covered, level), level) - INPUTS["x"]).max() < 1e-5
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-310])
+def test_what_is_encoded_looks_alike_whatever_is_encrypted(
+    value: float, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SEAL's encoder takes less time for a vector of equal numbers, so none of a client's reaches it as it is."""
+    seen = list[Vector]()
+    encode = Context.encode
+
+    def noting(self: Context, vector: Vector, *more: Any) -> Any:
+        seen.append(vector)
+        return encode(self, vector, *more)
+
+    monkeypatch.setattr(Context, "encode", noting)
+    client.encrypt(np.full(P.slots, value), P.levels, 4.0)
+    for each in seen:
+        assert np.abs(each).max() > 3.9
+        assert abs(each.mean()) < 1.5
+        assert len(set(each.tolist())) == P.slots
+
+
+def test_the_largest_number_of_a_level_is_encoded(context: Context) -> None:
+    for level in range(P.levels + 1):
+        largest, signs = P.largest(level), np.sign(vector(level))
+        for each in (np.full(P.slots, largest), largest * signs):
+            context.encode(each, level, P.scales[level])
+    with pytest.raises(ValueError, match="too large"):
+        context.encode(np.full(P.slots, 2.5 * P.largest(0)), 0, P.scales[0])
 
 
 def test_keys_have_the_predicted_size(keys: dict[str, bytes]) -> None:

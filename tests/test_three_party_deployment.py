@@ -25,7 +25,7 @@ from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
 from parties.three_party.asked import Asked, Progress
 from parties.three_party.client import ThreePartyLink
-from parties.three_party.pair_keys import PairKey
+from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
@@ -700,6 +700,27 @@ def test_numbers_and_seeds_serve_once(three: Three) -> None:
     assert stub(three.parties[2]).Seed(seed).seed != first[0].seed
     with pytest.raises(grpc.RpcError, match="was given before"):
         stub(three.parties[2]).Seed(seed)
+
+
+def test_a_supply_that_is_asked_for_again_has_a_tag_under_another_key(
+    three: Three, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends party 0's request once more, after party 1 took its seed, gets no second tag under one key."""
+    share, number, made = three.parties[2].service.share, bytes(range(2, 18)), list[bytes]()
+    zero, one = (three.parties[party].service.key(2) for party in range(2))
+    supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number))
+    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number))
+    start = Seal.__init__
+
+    def noting(self: Seal, key: bytes) -> None:
+        made.append(key)
+        start(self, key)
+
+    monkeypatch.setattr(Seal, "__init__", noting)
+    for _ in range(2):
+        list(stub(three.parties[2]).Supply(supply))
+        stub(three.parties[2]).Seed(seed)
+    assert len(set(made)) == len(made) == 2
 
 
 def test_party_0_computes_with_party_1_alone(three: Three) -> None:

@@ -479,6 +479,21 @@ def test_files_that_are_damaged(name: str, root: Signer, other: Signer, tmp_path
             path.write_bytes(before)
 
 
+@pytest.mark.parametrize("name", ["ca.pem", "tls.toml", "cert.pem"])
+def test_files_that_others_can_write(name: str, root: Signer, tmp_path: Path) -> None:
+    """Who writes to ca.pem or tls.toml decides who is believed."""
+    where = root.ours(tmp_path / "client", CLIENT)
+    (where / "tls.toml").touch()
+    (where / name).chmod(0o666)
+    with pytest.raises(TlsError, match=rf"others may write .*{name} \(mode 0666\)\nhint: chmod go-w"):
+        Tls(where)
+    (where / name).chmod(0o644)
+    beside = tmp_path / "elsewhere"
+    (where / name).rename(beside)
+    (where / name).symlink_to(beside)  # as systems keep the certificates of authorities
+    Tls(where)
+
+
 def test_files_that_do_not_fit_together(root: Signer, other: Signer, tmp_path: Path) -> None:
     one, two = root.ours(tmp_path / "one", CLIENT), root.ours(tmp_path / "two", CLIENT)
     shutil.copy(two / "key.pem", one / "key.pem")

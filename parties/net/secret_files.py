@@ -34,6 +34,31 @@ def read_trusted(path: Path, *, most: int = MOST) -> bytes:
     return _read(path, 0o022, most)
 
 
+def read_public(path: Path, *, most: int = MOST) -> bytes:
+    """Read a file that others may read, but only this user or root may write; it may be reached by links.
+
+    So an authority's certificate may be the system's own. Raises InvalidInput if others may write to it or replace it,
+    or if it has more than ``most`` bytes; OSError if it cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise InvalidInput(f"{path} is no ordinary file", "give an ordinary file")
+        if hasattr(os, "geteuid"):
+            if found.st_uid not in (0, os.geteuid()):
+                raise InvalidInput(f"{path} belongs to another user (id {found.st_uid})", "use a file of your own")
+            open_to = 0o002 if _is_private_group(found) else 0o022
+            if found.st_mode & open_to:
+                mode = stat.S_IMODE(found.st_mode)
+                raise InvalidInput(f"others may write {path} (mode {mode:04o})", f"chmod go-w {path}")
+        check_directory(path.parent)
+        check_directory(path.resolve().parent)
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InvalidInput(f"{path} has more than {most} bytes", "give another file")
+    return content
+
+
 def check_directory(directory: Path) -> None:
     """Raise InvalidInput if others may replace files in a directory; also if they may replace a directory above it."""
     if not hasattr(os, "geteuid"):

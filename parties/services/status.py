@@ -70,7 +70,8 @@ def owner_tag(nonce: bytes) -> bytes:
     """Return HMAC-SHA-256, under the nonce, of this machine's boot and this process's user; empty if unknown.
 
     Two processes have equal tags if one user runs them under one kernel, in containers too. The boot's number is random
-    and known to processes of this machine alone, so a tag tells others nothing.
+    and known to processes of this machine alone, so others learn from a tag neither the machine nor the user. But
+    whoever asks several services, or one several times, with one nonce learns whether user and boot are the same.
     """
     try:
         boot = BOOT.read_bytes().strip()

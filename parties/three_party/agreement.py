@@ -19,12 +19,13 @@ noticed after 30 seconds, by gRPC's pings.)
   Diffie-Hellman assumption in X25519, HKDF as a random oracle). So an owner who kept the seeds makes no proof and no
   tag of a pair, and computes no zero share.
 - Who does not know the owner's seed gets no key at all, whatever it sends, even if it could break X25519.
-- Each side forgets its private key after the exchange, and the agreed key with the call. Who takes a party's disk, or
-  its memory at a later start, computes no earlier proof, tag or zero share.
+- Each side drops its private key after the exchange, and the agreed key with the call (Python overwrites neither). Who
+  takes a party's disk, or its memory at a later start, computes no earlier proof, tag or zero share.
 - Who knows the owner's seed *and* takes part in the exchange in a party's place agrees on a key. That takes an active
   attack at the time of the exchange. Certificates exclude it: under TLS the channel proves the callee's role, and the
-  callee compares the caller's number with the role in its certificate. Without TLS it shows in the logs of both sides:
-  the honest party is refused for as long as the other call lasts.
+  callee compares the caller's number with the role in its certificate. Without TLS, who merely calls first is noticed:
+  the honest party is refused for as long as the other call lasts, which the logs of both sides say. But who stands on
+  the path, and agrees on a key with each side in the other's name, is seen by neither.
 
 All four messages are public: they tell who talks to whom, and when a party started.
 """

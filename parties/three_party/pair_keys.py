@@ -20,7 +20,7 @@ from secure.errors import HandshakeError, PartiesDisagree
 
 
 class Seal:
-    """A running tag over bytes that one party sends to another, under a key that is used for this tag alone."""
+    """A running tag over bytes that one party sends to another. The key must serve this tag alone."""
 
     def __init__(self, key: bytes) -> None:
         # a fixed nonce is safe because the key makes only one tag

@@ -22,7 +22,7 @@ from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked, Progress
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
-from parties.three_party.party_2 import query_key, sketch_key
+from parties.three_party.party_2 import query_key, sketch_key, supply_seal
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
 from parties.three_party.supply import Arriving, Stock, silent
@@ -67,7 +67,7 @@ class Party0Service(PartyService):
             watch = Watchdog(self.deadline, call.cancel)
             try:
                 with self._party_2.calling("dealing"):
-                    arriving.receive(watch.receiving(call), key.seal("corrections", number))
+                    arriving.receive(watch.receiving(call), lambda seed: supply_seal(key, number, seed))
             except Error as error:
                 arriving.fail(silent(self.deadline) if watch.fired else error)
             finally:

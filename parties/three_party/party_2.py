@@ -17,7 +17,7 @@ from parties.net.caller import permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
-from parties.three_party.pair_keys import PairKey
+from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.shared_model import PartyShare
 from parties.three_party.supply import NUMBER_BYTES
@@ -39,6 +39,15 @@ def query_key(seed: bytes, party: int, number: bytes) -> Key:
 def sketch_key(seed: bytes, number: bytes) -> Key:
     """Return the key with which party 2 and the party of this seed sketch a client's look-up keys in one query."""
     return Key(derive_key(seed, "sketch", number.hex()))
+
+
+def supply_seal(key: PairKey, number: bytes, seed: bytes) -> Seal:
+    """Start the tag of one supply, which begins with party 0's ``seed``.
+
+    Party 2 draws the seed, and the tag's key follows from it: a request that somebody sends once more, when party 1 has
+    taken its seed, gets another tag under another key. Two tags under one would show how to make others.
+    """
+    return key.seal("corrections", number + seed)
 
 
 class Party2Service(PartyService):
@@ -96,8 +105,7 @@ class Party2Service(PartyService):
             for kept in (self._seeds, self._looking):
                 while len(kept) > MAXIMUM_SEEDS:
                     kept.popitem(last=False)
-        seal = key.seal("corrections", number)
-        seal.update(zero)
+        seal = supply_seal(key, number, zero)
         yield pb.SupplyPart(seed=zero)
         start = time.perf_counter()
         keys = (query_key(zero, 0, number), query_key(one, 1, number))

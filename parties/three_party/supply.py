@@ -46,35 +46,39 @@ class Arriving:
         self.progress = Progress()
 
     _error: Error | None
+    _seal: Seal  # once the seed is here
 
-    def receive(self, parts: Iterable[pb.SupplyPart], seal: Seal) -> None:
-        """Receive all parts, and check the tag over them; whoever waits gets the error if one occurs."""
+    def receive(self, parts: Iterable[pb.SupplyPart], sealing: Callable[[bytes], Seal]) -> None:
+        """Receive all parts, and check the tag over them; whoever waits gets the error if one occurs.
+
+        sealing: returns the running tag of a supply with this seed.
+        """
         start = time.perf_counter()
         try:
             for part in parts:
-                self._take(part, seal)
+                self._take(part, sealing)
             if not self._whole:
                 raise ProtocolError(f"party 2 sent {self._filled} of {self.size} bytes of corrections")
             self.dealing = time.perf_counter() - start
         except Error as error:
             self.fail(error)
 
-    def _take(self, part: pb.SupplyPart, seal: Seal) -> None:
+    def _take(self, part: pb.SupplyPart, sealing: Callable[[bytes], Seal]) -> None:
         kind = part.WhichOneof("content")
         if kind == "seed" and not self._seed and len(part.seed) == SEED_BYTES:
-            seal.update(part.seed)
+            self._seal = sealing(part.seed)
             with self._news:
                 self._seed = part.seed
                 self._news.notify_all()
         elif kind == "data" and self._seed and len(part.data) == min(PART, self.size - self._filled) > 0:
-            seal.update(part.data)
+            self._seal.update(part.data)
             with self._news:
                 self._parts.append(part.data)
                 self._left.append(len(part.data))
                 self._filled += len(part.data)
                 self._news.notify_all()
-        elif kind == "tag" and self._filled == self.size and not self._whole:
-            seal.check(part.tag, "the corrections of party 2")
+        elif kind == "tag" and self._seed and self._filled == self.size and not self._whole:
+            self._seal.check(part.tag, "the corrections of party 2")
             with self._news:
                 self._whole = True
                 self._news.notify_all()

@@ -20,7 +20,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from parties.net.secret_files import read_secret
+from parties.net.secret_files import read_public, read_secret
 from parties.tls.certificates import Certificate, Issued, read_certificates, read_revoked, validity
 from parties.tls.naming import Naming
 from secure.errors import Error, InvalidInput, TlsError
@@ -184,14 +184,17 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _read(path: Path, most: int = LARGEST) -> bytes:
+    """Read a file that is public; raises TlsError if others than this user and root could have changed it.
+
+    Who can write to ca.pem or tls.toml decides who is believed.
+    """
     try:
-        with path.open("rb") as file:
-            data = file.read(most + 1)
+        return read_public(path, most=most)
     except OSError as error:
         raise TlsError(f"{path} cannot be read: {error.strerror}", MAKE) from None
-    if len(data) > most:
-        raise TlsError(f"{path} has more than {most} bytes")
-    return data
+    except InvalidInput as error:
+        message, _, hint = str(error).partition("\nhint: ")
+        raise TlsError(message, hint) from None
 
 
 def _read_private(path: Path) -> bytes:

@@ -106,6 +106,14 @@ class Parameters:
         """
         return self._chain[1]
 
+    def largest(self, level: int) -> float:
+        """Return a number at which every vector of smaller ones can be encoded at a level, by 64-bit arithmetic.
+
+        SEAL refuses values whose coefficients do not fit the level's modulus, and takes longer for larger ones.
+        """
+        bits = min(math.prod(self.primes[: level + 1]).bit_length() - 2, 62)
+        return 2.0**bits / self.scales[level] * (1 - 2.0**-20)
+
     def limbs(self, level: int) -> int:
         return level + 1
 

@@ -31,7 +31,10 @@ class ClientQuery:
     def inputs(self, values: Mapping[str, Vector]) -> list[bytes]:
         """Encrypt the values of ``program.client_values``, in the Program's order."""
         with self._working():
-            out = [self._client.encrypt(values[name], level) for name, (_, level, _) in self._program.views.items()]
+            out = [
+                self._client.encrypt(values[name], level, self._program.reach(source))
+                for name, (source, level, _) in self._program.views.items()
+            ]
         self.sent += sum(map(len, out))
         return out
 

@@ -151,6 +151,14 @@ class CkksProgram:
             name in names and name in self.ranges and content.max() < sizes[name]
             for name, _, content in self.views.values()
         )
+        if not known or not all(0 <= level <= self.parameters.levels for level in levels):
+            raise InvalidProgram("levels or inputs of the Program do not hold together")
+        for name, level, _ in self.views.values():
+            if 2.0 * self.reach(name) > self.parameters.largest(level):
+                raise InvalidProgram(
+                    f"input {name!r} may reach {self.reach(name):.4g}, which level {level} cannot hold: encoding it "
+                    "would fail for some values"
+                )
         if not all(math.isfinite(v) and v > 0 for v in (self.output_unit, self.grain)):
             raise InvalidProgram(f"an output in units of {self.output_unit}, rounded to {self.grain}")
         p, refreshed = self.parameters, sum(map(len, self.refreshes))
@@ -166,7 +174,7 @@ class CkksProgram:
                 f"the Program asks for {keys / 1e9:.1f} GB of keys, {len(self.views)} inputs, {refreshed} refreshes; "
                 f"clients give {MAXIMUM_KEYS / 1e9:.1f} GB and {MAXIMUM_CIPHERTEXTS} ciphertexts"
             )
-        sound = all(0 <= v <= self.parameters.levels for v in [*levels, self.reserve]) and known
+        sound = 0 <= self.reserve <= self.parameters.levels
         size = math.prod(self.output_shape)
         if not sound or not all(0 < s < self.parameters.slots for s in self.steps) or size > self.output.size:
             raise InvalidProgram("levels, rotations or inputs of the Program do not hold together")
@@ -207,6 +215,10 @@ class CkksProgram:
         return hiding(self.parameters, self.reserve, refreshed) if refreshed else None
 
     # the client's side
+
+    def reach(self, name: str) -> float:
+        """Return the largest number that may stand in an input, negative or not; more than 0."""
+        return max(*map(abs, self.ranges[name]), 1e-6)
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise InvalidInput unless names, types and shapes are those of the model's inputs, and none holds NaN."""
