@@ -69,6 +69,10 @@ class Service:
         self.announced: dict[str, Any] = json.loads(line)
         self.address = str(self.announced["listening"])
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def said(self) -> str:
         """The end of its standard error."""
         if self._log.closed:

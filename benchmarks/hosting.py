@@ -19,7 +19,7 @@ import torch
 
 import secure
 from benchmarks import common, works
-from parties.net import hosting
+from parties.services import hosting
 from protocols import kernels
 from protocols.protocol import CircuitCost
 from secure.cost.traffic import OFFLINE, ONLINE

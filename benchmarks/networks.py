@@ -31,8 +31,8 @@ import torch
 import secure
 from benchmarks.common import RESULTS, machine
 from benchmarks.sentences import sentences
-from parties.net.hosting import settle
-from parties.net.measure import measure_transport
+from parties.services.hosting import settle
+from parties.services.measure import measure_transport
 from protocols import kernels
 from secure.cost.count import NETWORKS, NetworkSpeed, find_network, profile
 from secure.cost.kernel_times import measure

@@ -27,7 +27,7 @@ import torch
 
 import secure
 from benchmarks import common, suite, works
-from parties.net import hosting
+from parties.services import hosting
 from parties.three_party.client import Times
 from parties.three_party.shared_model import share_model
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty

@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.common import RESULTS, Service
 from benchmarks.main_job import fitting
 from benchmarks.sentences import sentences
-from parties.net.authority import Authority
+from parties.tls.authority import Authority
 
 ASKED = 6
 PLAINTEXT, TLS = "plaintext", "TLS"

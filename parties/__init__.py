@@ -2,7 +2,10 @@
 
 In dependency order, one line a wing:
 
-net/         addresses, channels, frames, deadlines, services
+net/         addresses, channels, frames, deadlines
+tls/         certificates, roles, pinned channels
+limits/      places, quotas and tokens of callers
+services/    services that start, guard their methods and end
 served/      the public description and files of a service
 traces/      timelines of queries, as files
 two_party/   client, server and dealer
@@ -13,4 +16,4 @@ reports/     the output of commands
 cli/         the command ``unseen``
 """
 
-import parties.net.tls_version  # noqa: F401  (gRPC reads its settings when it is imported, so this comes before)
+import parties.tls.version  # noqa: F401  (gRPC reads its settings when it is imported, so this comes before)

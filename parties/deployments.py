@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from parties.ckks.hosted import CkksHosted
+from parties.limits.quotas import Limits, Quotas
+from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.caller import CLIENT
-from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
-from parties.net.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.net.network import Network
-from parties.net.quotas import Limits, Quotas
-from parties.net.status import StatusService
-from parties.net.tokens import Token, Tokens, WithToken
 from parties.served.described import ConnectOptions, Told
 from parties.served.files import cache_directory, state_directory
+from parties.services.hosting import HostOptions, Parts, Service, reuse_memory, settle
+from parties.services.status import StatusService
 from parties.three_party.hosted import ThreePartyHosted
+from parties.tls.choice import network_of
 from parties.two_party.hosted import TwoPartyHosted
 from protocols import kernels
 from secure.deployments.compiled import Compiled

@@ -37,12 +37,12 @@ class ModelStub:
             channel: A grpc.Channel.
         """
         self.Describe = channel.unary_unary(
-                '/unseen.v2.Model/Describe',
+                '/unseen.v3.Model/Describe',
                 request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Description.FromString,
                 _registered_method=True)
         self.Download = channel.unary_stream(
-                '/unseen.v2.Model/Download',
+                '/unseen.v3.Model/Download',
                 request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
@@ -81,9 +81,9 @@ def add_ModelServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Model', rpc_method_handlers)
+            'unseen.v3.Model', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Model', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v3.Model', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -106,7 +106,7 @@ class Model:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Model/Describe',
+            '/unseen.v3.Model/Describe',
             proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
             proto_dot_unseen__pb2.Description.FromString,
             options,
@@ -133,7 +133,7 @@ class Model:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/unseen.v2.Model/Download',
+            '/unseen.v3.Model/Download',
             proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
             proto_dot_unseen__pb2.Chunk.FromString,
             options,
@@ -158,7 +158,7 @@ class StatusStub:
             channel: A grpc.Channel.
         """
         self.Check = channel.unary_unary(
-                '/unseen.v2.Status/Check',
+                '/unseen.v3.Status/Check',
                 request_serializer=proto_dot_unseen__pb2.CheckRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.CheckReply.FromString,
                 _registered_method=True)
@@ -184,9 +184,9 @@ def add_StatusServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Status', rpc_method_handlers)
+            'unseen.v3.Status', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Status', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v3.Status', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -208,7 +208,7 @@ class Status:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Status/Check',
+            '/unseen.v3.Status/Check',
             proto_dot_unseen__pb2.CheckRequest.SerializeToString,
             proto_dot_unseen__pb2.CheckReply.FromString,
             options,
@@ -234,37 +234,37 @@ class DealerStub:
             channel: A grpc.Channel.
         """
         self.Key = channel.unary_unary(
-                '/unseen.v2.Dealer/Key',
+                '/unseen.v3.Dealer/Key',
                 request_serializer=proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.DealerKeyReply.FromString,
                 _registered_method=True)
         self.Register = channel.unary_unary(
-                '/unseen.v2.Dealer/Register',
+                '/unseen.v3.Dealer/Register',
                 request_serializer=proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.RegisterReply.FromString,
                 _registered_method=True)
         self.Renew = channel.unary_unary(
-                '/unseen.v2.Dealer/Renew',
+                '/unseen.v3.Dealer/Renew',
                 request_serializer=proto_dot_unseen__pb2.RenewRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.RenewReply.FromString,
                 _registered_method=True)
         self.Open = channel.unary_unary(
-                '/unseen.v2.Dealer/Open',
+                '/unseen.v3.Dealer/Open',
                 request_serializer=proto_dot_unseen__pb2.OpenRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.OpenReply.FromString,
                 _registered_method=True)
         self.Join = channel.unary_unary(
-                '/unseen.v2.Dealer/Join',
+                '/unseen.v3.Dealer/Join',
                 request_serializer=proto_dot_unseen__pb2.JoinRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.JoinReply.FromString,
                 _registered_method=True)
         self.Deal = channel.unary_stream(
-                '/unseen.v2.Dealer/Deal',
+                '/unseen.v3.Dealer/Deal',
                 request_serializer=proto_dot_unseen__pb2.DealRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
         self.Close = channel.unary_unary(
-                '/unseen.v2.Dealer/Close',
+                '/unseen.v3.Dealer/Close',
                 request_serializer=proto_dot_unseen__pb2.CloseRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.CloseReply.FromString,
                 _registered_method=True)
@@ -365,9 +365,9 @@ def add_DealerServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Dealer', rpc_method_handlers)
+            'unseen.v3.Dealer', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Dealer', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v3.Dealer', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -390,7 +390,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Dealer/Key',
+            '/unseen.v3.Dealer/Key',
             proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
             proto_dot_unseen__pb2.DealerKeyReply.FromString,
             options,
@@ -417,7 +417,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Dealer/Register',
+            '/unseen.v3.Dealer/Register',
             proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
             proto_dot_unseen__pb2.RegisterReply.FromString,
             options,
@@ -444,7 +444,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Dealer/Renew',
+            '/unseen.v3.Dealer/Renew',
             proto_dot_unseen__pb2.RenewRequest.SerializeToString,
             proto_dot_unseen__pb2.RenewReply.FromString,
             options,
@@ -471,7 +471,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Dealer/Open',
+            '/unseen.v3.Dealer/Open',
             proto_dot_unseen__pb2.OpenRequest.SerializeToString,
             proto_dot_unseen__pb2.OpenReply.FromString,
             options,
@@ -498,7 +498,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Dealer/Join',
+            '/unseen.v3.Dealer/Join',
             proto_dot_unseen__pb2.JoinRequest.SerializeToString,
             proto_dot_unseen__pb2.JoinReply.FromString,
             options,
@@ -525,7 +525,7 @@ class Dealer:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/unseen.v2.Dealer/Deal',
+            '/unseen.v3.Dealer/Deal',
             proto_dot_unseen__pb2.DealRequest.SerializeToString,
             proto_dot_unseen__pb2.Chunk.FromString,
             options,
@@ -552,7 +552,7 @@ class Dealer:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Dealer/Close',
+            '/unseen.v3.Dealer/Close',
             proto_dot_unseen__pb2.CloseRequest.SerializeToString,
             proto_dot_unseen__pb2.CloseReply.FromString,
             options,
@@ -577,7 +577,7 @@ class InferenceStub:
             channel: A grpc.Channel.
         """
         self.Session = channel.stream_stream(
-                '/unseen.v2.Inference/Session',
+                '/unseen.v3.Inference/Session',
                 request_serializer=proto_dot_unseen__pb2.ClientMessage.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.ServerMessage.FromString,
                 _registered_method=True)
@@ -604,9 +604,9 @@ def add_InferenceServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Inference', rpc_method_handlers)
+            'unseen.v3.Inference', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Inference', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v3.Inference', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -628,7 +628,7 @@ class Inference:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Inference/Session',
+            '/unseen.v3.Inference/Session',
             proto_dot_unseen__pb2.ClientMessage.SerializeToString,
             proto_dot_unseen__pb2.ServerMessage.FromString,
             options,
@@ -654,17 +654,17 @@ class CkksStub:
             channel: A grpc.Channel.
         """
         self.Keys = channel.unary_unary(
-                '/unseen.v2.Ckks/Keys',
+                '/unseen.v3.Ckks/Keys',
                 request_serializer=proto_dot_unseen__pb2.KeysRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Upload = channel.stream_stream(
-                '/unseen.v2.Ckks/Upload',
+                '/unseen.v3.Ckks/Upload',
                 request_serializer=proto_dot_unseen__pb2.UploadPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Query = channel.stream_stream(
-                '/unseen.v2.Ckks/Query',
+                '/unseen.v3.Ckks/Query',
                 request_serializer=proto_dot_unseen__pb2.CkksRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.CkksReply.FromString,
                 _registered_method=True)
@@ -718,9 +718,9 @@ def add_CkksServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Ckks', rpc_method_handlers)
+            'unseen.v3.Ckks', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Ckks', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v3.Ckks', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -743,7 +743,7 @@ class Ckks:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Ckks/Keys',
+            '/unseen.v3.Ckks/Keys',
             proto_dot_unseen__pb2.KeysRequest.SerializeToString,
             proto_dot_unseen__pb2.KeysReply.FromString,
             options,
@@ -770,7 +770,7 @@ class Ckks:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Ckks/Upload',
+            '/unseen.v3.Ckks/Upload',
             proto_dot_unseen__pb2.UploadPart.SerializeToString,
             proto_dot_unseen__pb2.KeysReply.FromString,
             options,
@@ -797,7 +797,7 @@ class Ckks:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Ckks/Query',
+            '/unseen.v3.Ckks/Query',
             proto_dot_unseen__pb2.CkksRequest.SerializeToString,
             proto_dot_unseen__pb2.CkksReply.FromString,
             options,
@@ -823,32 +823,32 @@ class PartyStub:
             channel: A grpc.Channel.
         """
         self.Ask = channel.stream_stream(
-                '/unseen.v2.Party/Ask',
+                '/unseen.v3.Party/Ask',
                 request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.AskReply.FromString,
                 _registered_method=True)
         self.Agree = channel.stream_stream(
-                '/unseen.v2.Party/Agree',
+                '/unseen.v3.Party/Agree',
                 request_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
                 _registered_method=True)
         self.Compute = channel.stream_stream(
-                '/unseen.v2.Party/Compute',
+                '/unseen.v3.Party/Compute',
                 request_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.PeerMessage.FromString,
                 _registered_method=True)
         self.Supply = channel.unary_stream(
-                '/unseen.v2.Party/Supply',
+                '/unseen.v3.Party/Supply',
                 request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.SupplyPart.FromString,
                 _registered_method=True)
         self.Contribute = channel.unary_unary(
-                '/unseen.v2.Party/Contribute',
+                '/unseen.v3.Party/Contribute',
                 request_serializer=proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Contribution.FromString,
                 _registered_method=True)
         self.Seed = channel.unary_unary(
-                '/unseen.v2.Party/Seed',
+                '/unseen.v3.Party/Seed',
                 request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.SeedReply.FromString,
                 _registered_method=True)
@@ -941,9 +941,9 @@ def add_PartyServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'unseen.v2.Party', rpc_method_handlers)
+            'unseen.v3.Party', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('unseen.v2.Party', rpc_method_handlers)
+    server.add_registered_method_handlers('unseen.v3.Party', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -966,7 +966,7 @@ class Party:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Party/Ask',
+            '/unseen.v3.Party/Ask',
             proto_dot_unseen__pb2.AskPart.SerializeToString,
             proto_dot_unseen__pb2.AskReply.FromString,
             options,
@@ -993,7 +993,7 @@ class Party:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Party/Agree',
+            '/unseen.v3.Party/Agree',
             proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
             proto_dot_unseen__pb2.AgreeMessage.FromString,
             options,
@@ -1020,7 +1020,7 @@ class Party:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/unseen.v2.Party/Compute',
+            '/unseen.v3.Party/Compute',
             proto_dot_unseen__pb2.PeerMessage.SerializeToString,
             proto_dot_unseen__pb2.PeerMessage.FromString,
             options,
@@ -1047,7 +1047,7 @@ class Party:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/unseen.v2.Party/Supply',
+            '/unseen.v3.Party/Supply',
             proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
             proto_dot_unseen__pb2.SupplyPart.FromString,
             options,
@@ -1074,7 +1074,7 @@ class Party:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Party/Contribute',
+            '/unseen.v3.Party/Contribute',
             proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
             proto_dot_unseen__pb2.Contribution.FromString,
             options,
@@ -1101,7 +1101,7 @@ class Party:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/unseen.v2.Party/Seed',
+            '/unseen.v3.Party/Seed',
             proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
             proto_dot_unseen__pb2.SeedReply.FromString,
             options,

@@ -74,9 +74,9 @@ from secure.version import __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parties.net.hosting import Service
     from parties.net.network import Network, Plaintext
-    from parties.net.tls import Tls
+    from parties.services.hosting import Service
+    from parties.tls.tls import Tls
 
 __all__ = [
     "Budget",
@@ -167,7 +167,7 @@ def profile(
     measure this machine's kernels and messages, which takes up to a minute; else only waiting for the network counts.
     Raises InvalidInput for an option that does not apply in the deployment.
     """
-    from parties.net.measure import measure_transport
+    from parties.services.measure import measure_transport
     from secure.deployments.compiled import profile
 
     return profile(compiled, networks=networks, depth=depth, transport=measure_transport if time else None)
@@ -190,11 +190,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(network, name)
     if name == "Tls":
-        from parties.net.tls import Tls
+        from parties.tls.tls import Tls
 
         return Tls
     if name == "Service":
-        from parties.net.hosting import Service
+        from parties.services.hosting import Service
 
         return Service
     raise AttributeError(f"module 'secure' has no attribute {name!r}")

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import secure
 from parties.ckks.client import CkksLink
 from parties.ckks.keystore import KeyStore, keys_digest
-from parties.net import hosting
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.frames import parts, to_frames
+from parties.services import hosting
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import (
     CkksServicer,

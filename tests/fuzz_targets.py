@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ from google.protobuf.message import DecodeError
 from safetensors.torch import save
 
 import secure
+from parties.limits.tokens import Token, new_holder, read_holder
 from parties.net.frames import FrameReader
 from parties.served.files import pack_masked, unpack_masked, unpack_tables
 from parties.three_party.shared_model import MANIFEST, load_share
+from parties.tls.authority import Authority
+from parties.tls.certificates import read_certificates, read_revoked
+from parties.tls.naming import Naming
 from proto import unseen_pb2 as pb
+from protocols.ckks.canonical import InvalidCiphertext
 from protocols.protocol import Exchange
 from protocols.steps import unpack_frame
 from protocols.three_party import dpf
@@ -35,7 +40,8 @@ from secure.errors import Error, InvalidProgram
 from secure.lowering.client_inputs import tables_label
 from secure.models.tokenizer_document import read_tokenizer
 from secure.mpc.budget import Budget
-from tests import programs
+from tests import ckks_fuzz, programs
+from tests.dealer_key import KEY
 
 SLOW = 2.0  # seconds that no input of a fuzzer's size may take, on a busy machine
 
@@ -194,3 +200,51 @@ def document(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+# what CKKS clients and servers send
+
+for _name in ckks_fuzz.NAMES:
+    target(f"ckks-{_name}", partial(lambda name: [ckks_fuzz.seed(name)], _name), InvalidCiphertext)(
+        partial(ckks_fuzz.take, _name)
+    )
+
+
+# identities: what a dealer is sent, and files that another organisation may have written
+
+
+@target("sealed", lambda: [KEY.public.seal(bytes(32), "fuzz")], Error)
+def _(data: bytes) -> None:
+    KEY.open(data, "fuzz")
+
+
+@target("token-line", lambda: [new_holder(Token.fresh(), "ann", 7).line().encode()], Error)
+def _(data: bytes) -> None:
+    read_holder(data.decode(errors="replace"))
+
+
+@target("roles", lambda: [b'[roles]\n"spiffe://acme/ns/prod/*" = "client"\n[names]\nserver = "a.example"\n'], Error)
+def _(data: bytes) -> None:
+    Naming.read(data.decode(errors="replace"), "tls.toml")
+
+
+@cache
+def _authority() -> tuple[bytes, bytes, bytes]:
+    """The files of an authority that issued and revoked a certificate: ca.pem, cert.pem, revoked.pem."""
+    with tempfile.TemporaryDirectory() as directory:
+        made = Authority.make(Path(directory))
+        where = made.issue("client", "ann")
+        made.revoke(str(where / "cert.pem"))
+        return tuple((where / name).read_bytes() for name in ("ca.pem", "cert.pem", "revoked.pem"))  # type: ignore[return-value]
+
+
+@target("certificates", lambda: [_authority()[1]], Error)
+def _(data: bytes) -> None:
+    for each in read_certificates(data, "ca.pem"):
+        each.require_valid("x", "")
+        Naming.read("", "tls.toml").identity(each)
+
+
+@target("revoked", lambda: [_authority()[2]], Error)
+def _(data: bytes) -> None:
+    read_revoked(data, read_certificates(_authority()[0], "ca.pem"), "revoked.pem")

@@ -16,15 +16,15 @@ import grpc
 import pytest
 
 from parties.cli import check as module
-from parties.net import hosting, status
-from parties.net.authority import Authority
+from parties.limits.tokens import Token
 from parties.net.caller import permit
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
-from parties.net.status import StatusService
-from parties.net.tls import Tls
-from parties.net.tokens import Token
 from parties.served.files import state_directory
+from parties.services import hosting, status
+from parties.services.status import StatusService
+from parties.tls.authority import Authority
+from parties.tls.tls import Tls
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer, add_DealerServicer_to_server

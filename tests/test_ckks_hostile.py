@@ -24,7 +24,7 @@ from parties.ckks import server as server_module
 from parties.ckks.keystore import keys_digest
 from parties.ckks.limits import limit, limit_time
 from parties.ckks.room import Kept, surplus
-from parties.net import waiting
+from parties.limits import waiting
 from parties.net.caller import Caller
 from proto import unseen_pb2 as pb
 from protocols.ckks.seal import Client

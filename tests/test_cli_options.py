@@ -34,10 +34,10 @@ from parties.cli import (
     train,
 )
 from parties.cli.config import NO_SETTING
-from parties.net import hosting
-from parties.net.hosting import HostOptions, Parts
 from parties.reports import answers
 from parties.served.described import ConnectOptions
+from parties.services import hosting
+from parties.services.hosting import HostOptions, Parts
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import ONLINE, Cost, Traffic
 from secure.deployments import deployment as registry

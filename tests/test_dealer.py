@@ -16,11 +16,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
-from parties.net import hosting
+from parties.limits.tokens import Token, WithToken
 from parties.net.endpoints import Endpoint
 from parties.net.frames import to_chunks
 from parties.net.network import Plaintext
-from parties.net.tokens import Token, WithToken
+from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
 from parties.two_party import server as server_module

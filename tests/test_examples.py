@@ -127,11 +127,16 @@ def test_python_blocks_are_python(page: str) -> None:
 
 
 def commands() -> list[str]:
-    """Every indented line of the pages that begins with ``unseen``, with what continues it, without its comment."""
+    """Every indented line of the pages with a command, with what continues it, without its comment.
+
+    What commands print begins with ``unseen`` and a verb too, but then has a colon.
+    """
     found = []
     for page in PAGES:
         text = re.sub(r" \\\n +", " ", (ROOT / page).read_text(encoding="utf-8"))
-        found += [line.partition("  #")[0] for line in re.findall(r"^    (unseen .*)$", text, re.MULTILINE)]
+        found += [
+            line.partition("  #")[0] for line in re.findall(r"^    (unseen [a-z-]+(?: .*)?)$", text, re.MULTILINE)
+        ]
     return found
 
 
@@ -201,7 +206,7 @@ def test_adding_a_task(load: Callable[..., Any]) -> None:
 def test_adding_a_protocol(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Protocol, "registry", dict(Protocol.registry))
     monkeypatch.setattr(conformance, "CASES", dict(conformance.CASES))
-    imports = "from protocols.protocol import *", "from tests.test_conformance import *"
+    imports = tuple(f"from {m} import *" for m in ("protocols.fields", "protocols.protocol", "tests.test_conformance"))
     load(*imports, *blocks("docs/adding.md", "SumSquares"))
     suite: Any = conformance.test_conforms
 

@@ -155,6 +155,9 @@ class Refused(grpc.RpcError):
     def details(self) -> str:
         return self._details
 
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
 
 @pytest.mark.parametrize(
     ("code", "details", "message"),

@@ -17,10 +17,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
-from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.served.published import Published
+from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.server import InferenceService

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from parties.cli import output as writing
 from parties.cli import profile as profiling
 from parties.cli.main import app
-from parties.net import hosting
+from parties.services import hosting
 from secure.errors import Error
 
 SMALL = {

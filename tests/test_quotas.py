@@ -17,17 +17,18 @@ import grpc
 import pytest
 
 import secure
-from parties.net import hosting, quotas, tokens
-from parties.net.authority import Authority
+from parties.limits import quotas, tokens
+from parties.limits.meter import Meter
+from parties.limits.quotas import BYTES, PREPARATIONS, QUERIES, Limits, Quotas
+from parties.limits.tokens import Token, Tokens, WithToken, new_holder
 from parties.net.caller import Caller, permit
 from parties.net.endpoints import Endpoint
-from parties.net.meter import Meter
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
-from parties.net.quotas import BYTES, PREPARATIONS, QUERIES, Limits, Quotas
-from parties.net.tls import Tls
-from parties.net.tokens import Token, Tokens, WithToken, new_holder
 from parties.served.files import state_directory
+from parties.services import hosting
+from parties.tls.authority import Authority
+from parties.tls.tls import Tls
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
@@ -290,7 +291,7 @@ def test_calls_and_bytes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
             ask(at)
     assert "hint: wait until then, or ask the service's owner" in str(error.value)
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "refused /unseen.v2.Party/Ask of 127.0.0.1" in line
+    assert "refused /unseen.v3.Party/Ask of 127.0.0.1" in line
     assert "the quota of 2 queries a day is used up" in line
     sent, got = (
         pb.AskPart(frame=pb.Frame(data=b"x" * 50)).ByteSize(),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parties.net.seats import Seat, Seats
+from parties.limits.seats import Seat, Seats
 from secure.errors import Error
 
 LIMIT, EACH = 4, 2
@@ -32,7 +32,7 @@ def test_nobody_at_work_gives_way_and_no_limit_is_passed(actions: list[tuple[str
     clock, taken, left = [0.0], list[Seat](), list[Seat]()
     idle = dict[int, float]()  # when each may be taken away
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parties.net.seats.time.monotonic", lambda: clock[0])
+        patch.setattr("parties.limits.seats.time.monotonic", lambda: clock[0])
         seats = Seats("the service", "things", LIMIT, EACH)
         for action, caller, which in actions:
             who, before = caller if named else "", len(left)

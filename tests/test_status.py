@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from parties import deployments
-from parties.net import hosting, status
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
-from parties.net.status import ask_status, owner_tag
+from parties.services import hosting, status
+from parties.services.status import ask_status, owner_tag
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import StatusStub
 from secure.deployments.two_party import DEALER, TwoParty

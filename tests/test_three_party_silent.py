@@ -28,7 +28,7 @@ from secure.version import WIRE_VERSION
 from tests.three_parties import Party, Three, call, running, shared
 from tests.tiny import TEXT, expected, wait_until
 
-SERVICE = "/unseen.v2."
+SERVICE = "/unseen.v3."
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,14 @@ import secure
 from parties import deployments
 from parties.cli import core_log
 from parties.cli.main import app
-from parties.net import hosting
-from parties.net.authority import Authority
 from parties.net.caller import Caller, caller, permit
-from parties.net.choice import network_of
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
-from parties.net.tls import Tls
+from parties.services import hosting
+from parties.tls.authority import Authority
+from parties.tls.choice import network_of
+from parties.tls.tls import Tls
 from parties.two_party.dealer import DealerService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer, DealerStub, add_DealerServicer_to_server
@@ -276,7 +276,7 @@ def test_no_older_tls(root: Signer, tmp_path: Path) -> None:
 
 
 def test_a_silent_peer_and_nobody(root: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parties.net.preflight.HANDSHAKE", 0.5)
+    monkeypatch.setattr("parties.tls.preflight.HANDSHAKE", 0.5)
     ours = Tls(root.ours(tmp_path / "client", CLIENT))
     with FakePeer(None, greeting=b"") as fake:
         assert "did not finish the TLS handshake within 0.5 s" in one_line(ask(fake.address, ours))
@@ -331,7 +331,7 @@ def test_a_role_that_may_not_call_a_method(
         found = getattr(DealerStub(peer.channel), method)
         with pytest.raises(TlsError) as caught, peer.calling():
             list(found(request[method](), timeout=10))
-    full = f"/unseen.v2.Dealer/{method}"
+    full = f"/unseen.v3.Dealer/{method}"
     said = f"a {role} may not call {full}; only {allowed} may"
     assert one_line(caught.value) == f"the dealer at {dealer.at} refused: {said}"
     assert parsed == []
@@ -343,8 +343,8 @@ def test_a_role_that_may_not_call_a_method(
 def test_every_method_says_who_may_call_it() -> None:
     """Each deployment's services list every method of theirs; one that is not listed may be called by nobody."""
     from parties.ckks.server import CkksService
-    from parties.net.status import StatusService
     from parties.served.published import Published
+    from parties.services.status import StatusService
     from parties.three_party.party_0 import Party0Service
     from parties.three_party.party_1 import Party1Service
     from parties.three_party.party_2 import Party2Service
@@ -375,7 +375,7 @@ def test_a_method_that_is_not_listed(root: Signer, tmp_path: Path) -> None:
         error = ask(at, Tls(root.ours(tmp_path / "client", CLIENT)))
     finally:
         server.stop(None).wait()
-    assert "a client may not call /unseen.v2.Dealer/Open; nobody may" in one_line(error)
+    assert "a client may not call /unseen.v3.Dealer/Open; nobody may" in one_line(error)
 
 
 def test_a_server_cannot_pose_as_the_dealer(made: Authority, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import secure
 from parties import deployments
 from parties.cli import main as cli
 from parties.cli.console import OUT
-from parties.net import hosting
+from parties.services import hosting
 from parties.traces import measured
 from parties.traces import trace_file as traces
 from parties.traces.measured import Measurements, costs, differences
@@ -42,6 +42,7 @@ from parties.traces.trace_file import (
     trace,
     write,
 )
+from parties.two_party.client import TwoPartyLink
 from parties.two_party.masked_model import mask_model
 from protocols.circuit import Part
 from protocols.protocol import CircuitCost
@@ -50,7 +51,6 @@ from secure.cost.timeline import Round, Timeline
 from secure.errors import Error
 from secure.models.text import PACKAGED
 from secure.mpc.program import Program
-from secure.session import Session
 from tests.tiny import LENGTH, TEXT, WORDS, Ready, Served, dial, serving, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -571,14 +571,14 @@ def test_timeline_merges(run: Run, queries: Queries, tmp_path: Path) -> None:
 def test_a_failed_query_leaves_the_traces_before_it(
     run: Run, server: Served, dealer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query = Session.query
+    ask = TwoPartyLink.ask
 
-    def failing(self: Session, inputs: Any) -> Any:
-        if self.reports:
+    def failing(self: TwoPartyLink, values: Any, number: int) -> Any:
+        if number:
             raise Error("it broke")
-        return query(self, inputs)
+        return ask(self, values, number)
 
-    monkeypatch.setattr(Session, "query", failing)
+    monkeypatch.setattr(TwoPartyLink, "ask", failing)
     ended = run("embed", TEXT, TEXT, *at(server, dealer), "--trace", str(tmp_path / "traces"))
     assert ended.code == 1
     assert ended.err.strip() == "unseen: error: text 2 of 2: it broke"

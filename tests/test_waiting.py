@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 import pytest
 
-from parties.net import waiting
+from parties.limits import waiting
+from parties.limits.waiting import FIRST, SLOWEST, Clock, Places, WaitingRoom, patience
 from parties.net.caller import Caller
 from parties.net.endpoints import OPTIONS
-from parties.net.waiting import FIRST, SLOWEST, Clock, Places, WaitingRoom, patience
 from secure.errors import Error
 
 

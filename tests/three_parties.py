@@ -10,9 +10,9 @@ from typing import Any
 
 import secure
 from parties.net.endpoints import Endpoint
-from parties.net.hosting import Service
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
+from parties.services.hosting import Service
 from parties.three_party.hosted import parts_of
 from parties.three_party.party import PartyService
 from parties.three_party.party_0 import Party0Service

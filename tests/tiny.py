@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 import secure
-from parties.net import hosting, waiting
+from parties.limits import waiting
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.served.published import Published
+from parties.services import hosting
 from parties.two_party import dealer as dealer_module
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService

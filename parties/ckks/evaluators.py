@@ -19,7 +19,7 @@ from typing import Any
 
 from parties.ckks.pipe import Pipe, send_schedule
 from parties.ckks.room import Kept, surplus
-from parties.net.hosting import child
+from parties.services.hosting import child
 from secure.ckks.compile import CkksModel
 from secure.errors import Error, ProtocolError
 

@@ -15,11 +15,11 @@ from safetensors.torch import save
 from parties.ckks.client import CkksLink
 from parties.ckks.evaluators import Evaluators
 from parties.ckks.server import CkksService
-from parties.net.hosting import HostOptions, Parts
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import TOKEN_TABLE, state_directory
 from parties.served.published import Published
+from parties.services.hosting import HostOptions, Parts
 from proto.unseen_pb2_grpc import add_CkksServicer_to_server, add_ModelServicer_to_server
 from secure.ckks.compile import CkksModel
 from secure.ckks.profile import summary

@@ -19,10 +19,10 @@ import grpc
 
 from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
+from parties.limits.waiting import FIRST, Places, WaitingRoom, patience
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering, unexpected
 from parties.net.frames import FrameReader, to_frames
-from parties.net.waiting import FIRST, Places, WaitingRoom, patience
 from parties.net.watchdog import Watchdog
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksServicer

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from parties.cli.console import OUT, say, write
-from parties.net.authority import AUTHORITY_DAYS, DAYS, Authority, Listed
-from parties.net.naming import DOMAIN, dashed
+from parties.tls.authority import AUTHORITY_DAYS, DAYS, Authority, Listed
+from parties.tls.naming import DOMAIN, dashed
 from secure.deployments.deployment import deployments
 from secure.errors import InvalidInput
 
@@ -89,7 +89,7 @@ def certs(
     elif roles or is_new:
         for role in roles or known:
             where = authority.issue(known[role], name or role, days=days)
-            say(f"unseen certs: {where}: for the {known[role]} alone, it holds a key")
+            say(f"unseen certs: {where}: for {known[role]} alone, it holds a key")
     elif not revoke or show or as_json:
         show_list(authority, as_json=as_json)
 

@@ -19,16 +19,16 @@ from parties.cli.console import say, write
 from parties.cli.options import deployment_of, own_options
 from parties.cli.party import addresses_of
 from parties.cli.token import given_token
-from parties.net import hosting
-from parties.net.choice import network_of
+from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.secret_files import check_directory
-from parties.net.status import Answered, ask_status
-from parties.net.tokens import Token, Tokens, WithToken
 from parties.served.files import cache_directory, state_directory
+from parties.services import hosting
+from parties.services.status import Answered, ask_status
 from parties.three_party.shared_model import load_share
+from parties.tls.choice import network_of
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE, Deployment, find
 from secure.deployments.deployment import deployments as registered
 from secure.deployments.three_party import PARTIES, ThreeParty
@@ -381,4 +381,4 @@ def _program(needs: Needs, network: Network, answered: Mapping[str, Answered], p
                 f"{who(name)} does not know the Program {expected}",
                 f"start the {needs.deployment.serves} with this {name}'s address, and give this side the same one",
             )
-    return f"{expected}, the same everywhere"
+    return f"{expected}, the same everywhere" if expected else "not known before the server answers"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from parties.cli.console import OUT, say, use_threads, write
 from parties.cli.options import Approximations, Embedding, Gelu, TextModelArgument, ThreadsOption, read_texts
-from parties.net.hosting import settle
-from parties.net.measure import measure_transport
+from parties.services.hosting import settle
+from parties.services.measure import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
 from secure.cost.count import LOOPBACK, NETWORKS, NetworkSpeed, find_network

@@ -26,7 +26,7 @@ import typer
 from pydantic import Field, TypeAdapter, ValidationError
 
 from parties.cli.console import write
-from parties.net.quotas import Limits
+from parties.limits.quotas import Limits
 from secure.errors import InvalidInput, printable
 
 COMMON, PREFIX = "common", "UNSEEN"

@@ -32,12 +32,12 @@ from parties.cli.options import (
     compile_options,
     require_traces,
 )
-from parties.net import hosting
-from parties.net.authority import Authority
 from parties.net.caller import CLIENT
-from parties.net.naming import dashed
-from parties.net.tls import Tls
 from parties.reports.answers import lines
+from parties.services import hosting
+from parties.tls.authority import Authority
+from parties.tls.naming import dashed
+from parties.tls.tls import Tls
 from parties.traces.merge import merged
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import ONCE, in_words

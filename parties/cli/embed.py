@@ -21,10 +21,10 @@ from parties.cli.options import (
     require_traces,
 )
 from parties.cli.token import TokenFileOption, given_token
-from parties.net import hosting
 from parties.net.caller import CLIENT
-from parties.net.choice import network_of
 from parties.reports import answers
+from parties.services import hosting
+from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput

@@ -31,9 +31,9 @@ from parties.cli.options import (
     refused,
 )
 from parties.cli.serve import compiled_model, hosting_network, run
-from parties.net import hosting
+from parties.limits.quotas import NO_LIMITS, Limits
 from parties.net.endpoints import Endpoint
-from parties.net.quotas import NO_LIMITS, Limits
+from parties.services import hosting
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.deployment import Deployment

@@ -20,9 +20,9 @@ from parties.cli.options import (
     refused,
 )
 from parties.cli.output import TABLE, FormatOption, OutputOption, checked_output, write_report
-from parties.net.hosting import settle
-from parties.net.measure import measure_transport
 from parties.reports.tables import profile_tables
+from parties.services.hosting import settle
+from parties.services.measure import measure_transport
 from secure.cost.count import LOOPBACK, NETWORKS, find_network
 from secure.cost.outline import SHAPES
 from secure.cost.report import ProfileReport

@@ -37,13 +37,13 @@ from parties.cli.options import (
     read_texts,
     refused,
 )
-from parties.net import hosting
-from parties.net.choice import network_of
+from parties.limits.quotas import NO_LIMITS, Limits
 from parties.net.endpoints import Endpoint
-from parties.net.hosting import Service
 from parties.net.network import Network
-from parties.net.quotas import NO_LIMITS, Limits
-from parties.net.tls import Tls
+from parties.services import hosting
+from parties.services.hosting import Service
+from parties.tls.choice import network_of
+from parties.tls.tls import Tls
 from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compiled import Compiled, build, task_of

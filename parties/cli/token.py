@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from parties.cli.console import say, write
+from parties.limits.tokens import Token, Tokens, new_holder
 from parties.net.secret_files import read_secret
-from parties.net.tokens import Token, Tokens, new_holder
 from secure.errors import InvalidInput
 
 VARIABLE = "UNSEEN_TOKEN"

@@ -1,7 +1,7 @@
 """The caller of a service: its name, its role and its address, as its certificate proves them.
 
-Handlers ask ``caller(context)``. The guard of the service (``parties.net.guard``) notes every caller before a handler
-runs, so a handler never sees a caller that may not call it.
+Handlers ask ``caller(context)``. The guard of the service (``parties.services.guard``) notes every caller before a
+handler runs, so a handler never sees a caller that may not call it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import grpc
 from proto import unseen_pb2 as pb
 
 Permissions = Mapping[str, frozenset[str]]
-"""The roles that may call a method, by its full name: "/unseen.v2.Dealer/Register" -> {"server"}."""
+"""The roles that may call a method, by its full name: "/unseen.v3.Dealer/Register" -> {"server"}."""
 
 CLIENT = "client"
 """The role of a client, in every deployment."""

@@ -1,6 +1,6 @@
 """The protection of the bytes between parties: one value, which everything that listens or connects is given.
 
-``Plaintext`` stands here, ``Tls`` in ``parties.net.tls``; nothing else in ``parties`` makes channels.
+``Plaintext`` stands here, ``Tls`` in ``parties.tls.tls``; nothing else in ``parties`` makes channels.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import grpc
 
+from parties.limits.waiting import WaitingRoom
 from parties.net.caller import CLIENT, Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import parts
-from parties.net.waiting import WaitingRoom
 from parties.net.watchdog import Watchdog
 from parties.served.files import describe
 from proto import unseen_pb2 as pb

@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 
-from parties.net.hosting import HostOptions, Parts
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
 from parties.served.published import Published
+from parties.services.hosting import HostOptions, Parts
 from parties.three_party.client import ThreePartyLink
 from parties.three_party.party import STREAMS, PartyService
 from parties.three_party.party_0 import Party0Service

@@ -13,11 +13,11 @@ from typing import ClassVar
 import grpc
 from torch import Tensor
 
+from parties.limits.waiting import FIRST, Clock, Places, WaitingRoom, patience
 from parties.net.caller import Permissions, caller
 from parties.net.calls import answering, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
-from parties.net.waiting import FIRST, Clock, Places, WaitingRoom, patience
 from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked

@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager
 import grpc
 from torch import Tensor
 
+from parties.limits.waiting import FIRST
 from parties.net.caller import permit
 from parties.net.calls import unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
-from parties.net.waiting import FIRST
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked, Progress
 from parties.three_party.pair_keys import PairKey

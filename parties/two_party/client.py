@@ -69,7 +69,9 @@ class TwoPartyLink(Link):
             self._open = stack
             self._server = Peer("the server", deployment.server, options.network, role=SERVER, start="unseen serve")
             stack.callback(self._server.close)
-            self._dealer = DealerPeer(deployment.dealer, options.network, deployment.dealer_key)
+            self._dealer = DealerPeer(
+                deployment.dealer, options.network, deployment.dealer_key, answering=options.deadline
+            )
             stack.callback(self._dealer.close)
             self._describe(deployment, options)
             self._open_session()

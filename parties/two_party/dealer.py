@@ -19,12 +19,12 @@ from typing import ClassVar
 
 import grpc
 
+from parties.limits.quotas import PREPARATIONS, Spend, unlimited
+from parties.limits.seats import Seat, Seats
+from parties.limits.waiting import Places
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
-from parties.net.quotas import PREPARATIONS, Spend, unlimited
-from parties.net.seats import Seat, Seats
-from parties.net.waiting import Places
 from parties.net.watchdog import Watchdog
 from parties.two_party.keys import (
     SESSION_BYTES,

@@ -35,14 +35,18 @@ class DealerPeer:
     known: the dealer's key: the path of its ``dealer.pub``, the text in it, or its fingerprint. Without it, a network
     that proves roles (TLS) vouches for the key that the dealer itself tells; on one that proves nothing, it must be the
     key of this user's own dealer on this machine, whose state directory has ``dealer.pub``. There is no trust on first
-    use. Raises InvalidInput for a ``known`` that is no key, EndpointError.
+    use. answering: seconds that the dealer may take for a short answer. Raises InvalidInput for a ``known`` that is no
+    key, EndpointError.
 
     Every call raises DealerError if the dealer cannot be reached, refuses, or does not prove that it opened the seal.
     """
 
-    def __init__(self, address: str | Endpoint, network: Network, known: str | None = None) -> None:
+    def __init__(
+        self, address: str | Endpoint, network: Network, known: str | None = None, *, answering: float = ANSWERING
+    ) -> None:
         self._proves, self._known = network.proves_roles, fingerprint_of(known) if known else None
         self._key: DealerKey | None = None
+        self._answering = min(answering, ANSWERING)
         self._peer = Peer("the dealer", address, network, role=DEALER, start="unseen dealer")
 
     def __str__(self) -> str:
@@ -55,7 +59,7 @@ class DealerPeer:
         """Return the dealer's key; it is asked for it only once, or ``again``."""
         if self._key is None or again:
             with self.asking("asking for its key") as stub:
-                found = DealerKey(stub.Key(pb.DealerKeyRequest(), timeout=ANSWERING).key)
+                found = DealerKey(stub.Key(pb.DealerKeyRequest(), timeout=self._answering).key)
             expected = self._expected()
             if expected is not None and not hmac.compare_digest(expected, found.fingerprint):
                 raise DealerError(
@@ -101,7 +105,7 @@ class DealerPeer:
                 nonce=nonce,
                 proof=renew_proof(mask_seed, "server", nonce, *names),
             )
-            proof = stub.Renew(request, timeout=ANSWERING).proof
+            proof = stub.Renew(request, timeout=self._answering).proof
         if proof:
             self._check(proof, renew_proof(mask_seed, "dealer", nonce, *names), "renewing the Program")
         return bool(proof)
@@ -120,7 +124,7 @@ class DealerPeer:
             proof=join_proof(mask_seed, session, *agreed, server_seed),
         )
         with self.asking("joining the client's session") as stub:
-            proof = stub.Join(request, timeout=ANSWERING).proof
+            proof = stub.Join(request, timeout=self._answering).proof
         self._check(proof, answer_proof(server_seed, sealed, session), "joining the client's session")
 
     def deal(self, session: bytes, query: int, proving: bytes) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 
 import grpc
 
-from parties.net.hosting import HostOptions, Parts
+from parties.limits.quotas import Spend, unlimited
 from parties.net.network import Network
-from parties.net.quotas import Spend, unlimited
-from parties.net.repeating import Repeating
 from parties.served.described import ConnectOptions
 from parties.served.files import state_directory
 from parties.served.published import Published
+from parties.services.hosting import HostOptions, Parts
+from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import TwoPartyLink
 from parties.two_party.dealer import LARGEST, DealerService

@@ -15,14 +15,14 @@ from typing import ClassVar
 
 import grpc
 
+from parties.limits.quotas import PREPARATIONS, QUERIES, Spend, unlimited
+from parties.limits.seats import Seat, Seats
+from parties.limits.waiting import FIRST, WaitingRoom
 from parties.net.caller import Permissions, caller, permit
 from parties.net.calls import unexpected
 from parties.net.frames import FrameReader, to_frames
-from parties.net.quotas import PREPARATIONS, QUERIES, Spend, unlimited
-from parties.net.repeating import Repeating
-from parties.net.seats import Seat, Seats
-from parties.net.waiting import FIRST, WaitingRoom
 from parties.net.watchdog import Watchdog
+from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label

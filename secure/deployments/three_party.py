@@ -47,7 +47,7 @@ class ThreeParty(CircuitDeployment):
 
     name: ClassVar[str] = "three-party"
     summary: ClassVar[str] = "three servers that share the model; secret sharing, no dealer"
-    trust: ClassVar[str] = "semi-honest servers, of which no two may collude; clients may send anything"
+    trust: ClassVar[str] = "semi-honest; no two parties may collude; clients are checked, unless compiled as trusted"
     serves: ClassVar[str] = ""
     how_to_serve: ClassVar[str] = "`unseen share-model`, then `unseen party` three times"
 

@@ -73,7 +73,8 @@ class Budget:
                 raise InvalidProgram(
                     f"the Program may take {needed:.3g} {unit} ({load.weights:.3g} elements of weights, "
                     f"{load.dealt:.3g} bytes of corrections a query); the budget is {most:g}\n"
-                    f"hint: if you trust who made it, raise --budget-{option} (secure.Budget({option}=...))"
+                    f"hint: if you trust who made it, raise --budget-{option} at the dealer, "
+                    f"secure.Budget({option}=...) at a client"
                 )
         return program
 

@@ -2,7 +2,7 @@
 
 A directory holds cert.pem (its certificate, and intermediate ones after it), key.pem, ca.pem (the authorities that it
 trusts), and where they are needed revoked.pem (lists of revoked certificates) and tls.toml (see
-``parties.net.naming``).
+``parties.tls.naming``).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from parties.net.certificates import Certificate, Issued, read_certificates, read_revoked, validity
-from parties.net.naming import Naming
 from parties.net.secret_files import read_public, read_secret
+from parties.tls.certificates import Certificate, Issued, read_certificates, read_revoked, validity
+from parties.tls.naming import Naming
 from secure.errors import Error, InvalidInput, TlsError
 
 log = logging.getLogger("unseen.tls")

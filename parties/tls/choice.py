@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from parties.net.naming import dashed
 from parties.net.network import Network, Plaintext
-from parties.net.tls import Tls
+from parties.tls.naming import dashed
+from parties.tls.tls import Tls
 from secure.errors import InvalidInput
 
 VARIABLE = "UNSEEN_TLS"

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import grpc
 
 from parties.net.calls import FailedCall
-from parties.net.certificates import Certificate
-from parties.net.credentials import Credentials
+from parties.tls.certificates import Certificate
+from parties.tls.credentials import Credentials
 from secure.errors import Error, PeerLost, TlsError
 
 _IDLE = grpc.ChannelConnectivity.IDLE.value[0]

@@ -25,6 +25,19 @@ class Certificate:
 
     parsed: x509.Certificate
 
+    def read_all(self) -> None:
+        """Read what the package reads only when it is asked. Raises one of _MALFORMED."""
+        (
+            self.issued,
+            self.begins,
+            self.ends,
+            self.common_names,
+            self.uris,
+            self.dns,
+            self.calls,
+            self.parsed.public_key(),
+        )
+
     @property
     def pem(self) -> bytes:
         return self.parsed.public_bytes(Encoding.PEM)
@@ -104,9 +117,12 @@ class Issued:
 def read_certificates(pem: bytes, what: str) -> tuple[Certificate, ...]:
     """Read one certificate or more; raises TlsError if there is none. what: the file, for the message."""
     try:
-        return tuple(Certificate(each) for each in x509.load_pem_x509_certificates(pem))
-    except ValueError:
-        raise TlsError(f"{what} holds no certificate in PEM form") from None
+        found = tuple(Certificate(each) for each in x509.load_pem_x509_certificates(pem))
+        for each in found:
+            each.read_all()
+    except Exception:  # the package raises many kinds, some of them Exception's own children
+        raise TlsError(f"{what} holds no certificate in PEM form, or one that is malformed") from None
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -125,21 +141,21 @@ def read_revoked(pem: bytes, authorities: Sequence[Certificate], what: str) -> f
     for block in re.findall(b"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", pem, re.DOTALL):
         try:
             listed = x509.load_pem_x509_crl(block)
-        except ValueError:
+            issuer, due, numbers = listed.issuer, listed.next_update_utc, [each.serial_number for each in listed]
+            is_signed = any(_signed(listed, a.parsed) for a in authorities if a.parsed.subject == issuer)
+        except Exception:  # the package raises many kinds, some of them Exception's own children
             raise TlsError(f"{what} holds a revocation list that cannot be read") from None
-        signers = [a.parsed for a in authorities if a.parsed.subject == listed.issuer]
-        if not any(_signed(listed, signer) for signer in signers):
+        if not is_signed:
             raise TlsError(
                 f"{what} holds a revocation list that no authority of ca.pem has signed",
                 "take the list of the same authority, or add the certificate of its issuer to ca.pem",
             )
-        if listed.next_update_utc is not None and listed.next_update_utc < datetime.now(UTC):
-            due = f"{listed.next_update_utc:%Y-%m-%d %H:%M} UTC"
+        if due is not None and due < datetime.now(UTC):
             raise TlsError(
-                f"{what} holds a revocation list that was to be replaced by {due}",
+                f"{what} holds a revocation list that was to be replaced by {due:%Y-%m-%d %H:%M} UTC",
                 "fetch the newer list from the authority",
             )
-        found |= {Issued(listed.issuer.public_bytes(), each.serial_number) for each in listed}
+        found |= {Issued(issuer.public_bytes(), number) for number in numbers}
     if not found and b"BEGIN X509 CRL" not in pem:
         raise TlsError(f"{what} holds no revocation list in PEM form")
     return frozenset(found)

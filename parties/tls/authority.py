@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from parties.net.certificates import Certificate, Issued, read_certificates, read_revoked
-from parties.net.credentials import Files, read_key
-from parties.net.naming import DOMAIN, Naming, dashed, dns_of, uri_of
+from parties.tls.certificates import Certificate, Issued, read_certificates, read_revoked
+from parties.tls.credentials import Files, read_key
+from parties.tls.naming import DOMAIN, Naming, dashed, dns_of, uri_of
 from secure.errors import InvalidInput, TlsError
 
 DAYS, AUTHORITY_DAYS = 365, 3650

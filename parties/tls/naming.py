@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from parties.net.certificates import Certificate
+from parties.tls.certificates import Certificate
 from secure.errors import TlsError, printable
 
 DOMAIN = "unseen.internal"

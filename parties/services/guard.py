@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 
+from parties.limits.waiting import WaitingRoom
 from parties.net.caller import Permissions, address, note
 from parties.net.network import Network
-from parties.net.waiting import WaitingRoom
 from parties.net.watchdog import Watchdog
 from secure.errors import Error
 

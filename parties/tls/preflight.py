@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 
 from cryptography import x509
 
-from parties.net.certificates import CLOCKS, Certificate
-from parties.net.credentials import Credentials
 from parties.net.endpoints import Endpoint
+from parties.tls.certificates import CLOCKS, Certificate
+from parties.tls.credentials import Credentials
 from secure.errors import PeerLost, TlsError
 
 CONNECTING, HANDSHAKE = 10.0, 10.0  # seconds

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 
-from parties.net import hosting
 from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
 from parties.net.network import Plaintext
+from parties.services import hosting
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
 from secure.cost.kernel_times import evict_caches
@@ -59,7 +59,7 @@ def _read(size: int, frames: Iterator[pb.Frame]) -> bytes:
 
 def measure_transport() -> Transport:
     """Measure rounds in which both sides send messages of several sizes at once, and fit a line to the times."""
-    command, environment = hosting.child("parties.net.measure")
+    command, environment = hosting.child("parties.services.measure")
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None

@@ -21,16 +21,16 @@ from types import TracebackType
 
 import grpc
 
+from parties.limits.meter import Meter
+from parties.limits.quotas import Quotas
+from parties.limits.tokens import Tokens
 from parties.net.caller import Permissions
 from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
-from parties.net.guard import Guard
-from parties.net.meter import Meter
 from parties.net.network import Network
 from parties.net.peer import Peer
-from parties.net.quotas import Quotas
-from parties.net.status import ask_status
-from parties.net.tokens import Tokens
 from parties.net.watchdog import check_deadline
+from parties.services.guard import Guard
+from parties.services.status import ask_status
 from secure.errors import EndpointError, InvalidInput, PeerLost
 from secure.mpc.budget import Budget
 

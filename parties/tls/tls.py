@@ -8,14 +8,14 @@ from pathlib import Path
 import grpc
 
 from parties.net.caller import Caller, address
-from parties.net.certificates import Certificate, of_connection
-from parties.net.credentials import Credentials, Files, Reloading
 from parties.net.endpoints import CLIENT_LIMIT, OPTIONS, Endpoint
-from parties.net.naming import Naming
 from parties.net.network import Network, bound
-from parties.net.preflight import preflight
-from parties.net.tls_channel import TlsChannel
-from parties.net.tls_version import require_newest
+from parties.tls.certificates import Certificate, of_connection
+from parties.tls.channel import TlsChannel
+from parties.tls.credentials import Credentials, Files, Reloading
+from parties.tls.naming import Naming
+from parties.tls.preflight import preflight
+from parties.tls.version import require_newest
 from secure.errors import TlsError
 
 
@@ -24,7 +24,7 @@ class Tls(Network):
 
     certificate, key, authority, revoked: paths of single files, in place of those in the directory. names: by role, the
     DNS name or URI that a service of that role must have. roles: by pattern of URI, DNS name or ``cn:NAME``, the role
-    of a caller; see ``parties.net.naming``. Both replace tls.toml.
+    of a caller; see ``parties.tls.naming``. Both replace tls.toml.
 
     Whoever connects makes a handshake first, in which nothing but certificates is sent; it finds every fault and names
     it. Then a channel is opened that only the holder of the certificate found there can answer. Whoever listens refuses
@@ -32,7 +32,7 @@ class Tls(Network):
     not call a method. Changed files are read at their next use. Only the certificates of peers themselves are looked up
     in the revocation lists, not those of intermediate authorities.
 
-    Older versions than TLS 1.3 are off for all that uses gRPC in this process; see ``parties.net.tls_version``. Raises
+    Older versions than TLS 1.3 are off for all that uses gRPC in this process; see ``parties.tls.version``. Raises
     TlsError for files that are missing, do not fit together or have expired, and for a key that others
     can read.
     """

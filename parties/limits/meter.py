@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 
+from parties.limits.quotas import BYTES, QUERIES, Quotas
+from parties.limits.tokens import Tokens
 from parties.net.caller import Caller, Permissions, caller, note
 from parties.net.calls import refuse
-from parties.net.quotas import BYTES, QUERIES, Quotas
-from parties.net.tokens import Tokens
 from secure.errors import Error, TokenError
 
 log = logging.getLogger("unseen.meter")
@@ -25,10 +25,10 @@ log = logging.getLogger("unseen.meter")
 CLIENT = "client"
 FLUSHED = 16 << 20  # bytes of a call that are counted together
 COUNTED: Mapping[str, str | None] = {
-    "/unseen.v2.Inference/Session": None,  # it counts its queries and preparations itself
-    "/unseen.v2.Party/Ask": QUERIES,
-    "/unseen.v2.Ckks/Query": QUERIES,
-    "/unseen.v2.Ckks/Upload": None,
+    "/unseen.v3.Inference/Session": None,  # it counts its queries and preparations itself
+    "/unseen.v3.Party/Ask": QUERIES,
+    "/unseen.v3.Ckks/Query": QUERIES,
+    "/unseen.v3.Ckks/Upload": None,
 }
 """The methods that are sessions while they last, and what each call of them is besides."""
 

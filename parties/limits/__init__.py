@@ -1,0 +1,8 @@
+"""The limits of what one caller may take of a service: places, seats, quotas, tokens.
+
+waiting places for calls: while a request comes, and for work
+seats   a service's tables, in which the idle give way
+quotas  how much each caller may use in a day
+tokens  bearer tokens, which name callers behind one certificate
+meter   counts calls, sessions and bytes, and asks for tokens
+"""

@@ -1,0 +1,8 @@
+"""The hosting of services: they start, guard their methods, tell their status, and end.
+
+guard     refuses calls before their handlers read anything
+status    what a service says about itself, and whose process it is
+repeating work that is repeated in the background
+hosting   start a service: port, shutdown, memory
+measure   the time of a round between two processes of this machine
+"""
