@@ -182,6 +182,7 @@ POSITIONS = {
 """Arguments that a command needs anyway, by their places in its line."""
 
 VALUES: dict[str, str] = {
+    "tokens": "{tmp}/others",
     "listen": "127.0.0.1:7",
     "dealer": "127.0.0.1:7",
     "server": "127.0.0.1:7",
