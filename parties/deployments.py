@@ -106,6 +106,8 @@ def connect(
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
+    if network is not None and not isinstance(network, Network):
+        raise InvalidInput(f"the network is {network!r}", 'give one, such as secure.Tls("DIRECTORY")')
     check_options(threads, pace)
     if keep_memory:
         reuse_memory()

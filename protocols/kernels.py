@@ -21,7 +21,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    result: Callable[..., Any] = njit(function, cache=True, nogil=True)
+    try:
+        result: Callable[..., Any] = njit(function, cache=True, nogil=True)
+    except RuntimeError:  # numba may write neither beside this file nor in the user's cache: compile at every start
+        result = njit(function, nogil=True)
     return result
 
 

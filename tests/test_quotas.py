@@ -196,6 +196,19 @@ def test_prepared_queries_count_though_they_are_dropped(model: Ready, tmp_path: 
             assert "hint: wait until then" in str(error.value)
 
 
+def test_a_session_beyond_the_quota(model: Ready, tmp_path: Path) -> None:
+    """The caller gets the kind of error that it is, with one hint, though the stream had begun."""
+    with dealing() as dealer:
+        peers, one = {DEALER: dealer.address}, limits(sessions=1)
+        with (
+            secure.serve(model.compiled, role=SERVER, peers=peers, quotas=one, state=tmp_path / "state") as server,
+            call(server.address, dealer.address),
+            pytest.raises(QuotaError, match="has 1 sessions at a time, which is its quota") as error,
+        ):
+            call(server.address, dealer.address)
+    assert str(error.value).count("hint: ") == 1
+
+
 def test_two_parties_that_ask_for_tokens(model: Ready, tmp_path: Path) -> None:
     """Clients need one for both; the server needs none for the dealer."""
     token, file = Token.fresh(), tmp_path / "tokens"

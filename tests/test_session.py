@@ -361,6 +361,11 @@ def test_threads_are_given_back(running: Running) -> None:
     assert torch.get_num_threads() == before
 
 
+def test_a_network_that_is_none() -> None:
+    with pytest.raises(secure.InvalidInput, match="the network is 'directory'"):
+        secure.connect(secure.TwoParty(), network="directory")  # type: ignore[arg-type]
+
+
 def test_a_pinned_program(hosted: Running) -> None:
     with hosted.session(program_digest=hosted.compiled.program.digest):
         pass

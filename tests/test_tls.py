@@ -34,6 +34,7 @@ from parties.net.peer import Peer
 from parties.services import hosting
 from parties.tls.authority import Authority
 from parties.tls.choice import network_of
+from parties.tls.naming import Naming
 from parties.tls.tls import Tls
 from parties.two_party.dealer import DealerService
 from proto import unseen_pb2 as pb
@@ -692,6 +693,21 @@ def test_certificates_of_a_corporate_authority(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[name]\nserver = "a.example"\n', "tls.toml cannot be read: name: unknown"),
+        ('[roles]\n"spiffe://a/c" = 1\n', "tls.toml cannot be read: roles.spiffe://a/c: input should be a"),
+        ('[roles]\n"spiffe://a/c" = "clint"\n', "tls.toml: there is no role 'clint'\nhint: one of client, dealer,"),
+        ('[names]\nsever = "a.example"\n', "tls.toml: there is no role 'sever'"),
+    ],
+)
+def test_a_mistake_in_tls_toml_is_named(text: str, said: str) -> None:
+    with pytest.raises(TlsError) as caught:
+        Naming.read(text, "tls.toml")
+    assert str(caught.value).startswith(said)
+
+
 # the authority
 
 
@@ -896,6 +912,7 @@ def test_lines_of_the_core_in_words() -> None:
         (b"CERTIFICATE_VERIFY_FAILED: certificate is not yet valid", "is not valid yet; compare the clocks"),
         (b"CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate", "that ca.pem does not hold"),
         (b"PEER_DID_NOT_RETURN_A_CERTIFICATE: Invalid certificate verification context", "shows no certificate"),
+        (b"BAD_PACKET_LENGTH: Invalid certificate verification context", "broke off; it may not trust"),
         (b"WRONG_VERSION_NUMBER: Invalid certificate verification context", "does not speak TLS;"),
         (b"NO_SHARED_CIPHER: Invalid certificate verification context", "does not speak TLS 1.3"),
         (b"SOMETHING_NEW: x", "refused a connection: SOMETHING_NEW: x"),

@@ -36,6 +36,7 @@ _SAID = {
     "ALERT_BAD_CERTIFICATE": "the caller refuses the certificate of this service, as not valid yet or as malformed",
     "ALERT_UNKNOWN_CA": "the caller does not know the authority of this service's certificate",
     "ALERT_": "the caller refuses the certificate of this service",
+    "BAD_PACKET_LENGTH": "the caller broke off; it may not trust the certificate of this service",
 }
 
 

@@ -88,14 +88,19 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
             raise kind(f"{who} at {where} did not answer in time{during}", hint) from None
         if error.code() == grpc.StatusCode.UNIMPLEMENTED:
             raise kind(f"what answers at {where} is not {who}{during}", "check the addresses and ports") from None
-        message, _, theirs = printable(error.details() or "").partition("\nhint: ")
-        if (code := dict(error.trailing_metadata() or ()).get(CODE)) in _NAMED:
-            raise from_code(
-                str(code), str(Error(f"{who} at {where} refused{during}: {message}", theirs or hint))
-            ) from None
-        if error.code() in _NOT_ALLOWED:
-            raise TlsError(f"{who} at {where} refused{during}: {message}", theirs or hint) from None
-        raise kind(f"{who} at {where} refused{during}: {message}", theirs or hint) from None
+        raise refusal(error, f"{who} at {where} refused{during}", hint, kind) from None
+
+
+def refusal(error: grpc.Call, said: str, hint: str, kind: type[Error] = PeerLost) -> Error:
+    """Return the Error for a call that the peer refused: ``said`` and its reason, with its own hint, or else ``hint``.
+
+    It is of the kind that the peer names, if that is one of a few; TlsError if the guard refused; else ``kind``.
+    """
+    message, _, theirs = printable(error.details() or "").partition("\nhint: ")
+    if (code := dict(error.trailing_metadata() or ()).get(CODE)) in _NAMED:
+        return from_code(str(code), str(Error(f"{said}: {message}", theirs or hint)))
+    found = TlsError if error.code() in _NOT_ALLOWED else kind
+    return found(f"{said}: {message}", theirs or hint)
 
 
 @contextmanager

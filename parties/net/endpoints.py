@@ -47,7 +47,9 @@ class Endpoint:
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise EndpointError(f"the host {self.host!r} cannot be resolved") from None
+            raise EndpointError(
+                f"the host {self.host!r} cannot be resolved", "check its spelling, and the name server"
+            ) from None
         return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
 
     def at(self, address: str) -> str:

@@ -197,7 +197,8 @@ def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | 
                 store(path, payload)
         except OSError as error:
             raise DownloadError(
-                f"the cache {path.parent} cannot be written: {error.strerror}", "use another cache directory, or none"
+                f"the cache {path.parent} cannot be written: {error.strerror}",
+                "set XDG_CACHE_HOME to another directory, or keep none: --no-cache (cache=False)",
             ) from None
     return payload
 

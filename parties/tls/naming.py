@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from parties.tls.certificates import Certificate
+from secure.deployments.deployment import deployments
 from secure.errors import TlsError, printable
 
 DOMAIN = "unseen.internal"
@@ -62,9 +63,17 @@ class Naming:
         try:
             found = _NamingFile.model_validate(tomllib.loads(text))
         except (tomllib.TOMLDecodeError, ValidationError) as error:
-            first = next(line for line in str(error).splitlines() if line)
+            said = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False, include_context=False)[0]
+                place, unknown = printable(".".join(map(str, first["loc"]))), first["type"] == "extra_forbidden"
+                said = f"{place}: {'unknown' if unknown else first['msg'][0].lower() + first['msg'][1:]}"
             hint = '[names] has lines such as server = "unseen.example", [roles] such as "spiffe://a/c" = "client"'
-            raise TlsError(f"{what} cannot be read: {first}", hint) from None
+            raise TlsError(f"{what} cannot be read: {said}", hint) from None
+        known = {dashed(role.name) for deployment in deployments() for role in deployment().roles()}
+        for role in (*found.names, *found.roles.values()):
+            if dashed(role) not in known:
+                raise TlsError(f"{what}: there is no role {printable(role)!r}", f"one of {', '.join(sorted(known))}")
         return cls(found.names, found.roles)
 
     def identity(self, certificate: Certificate) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 from torch import Tensor
 
+from parties.net.calls import refusal
 from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -136,7 +137,7 @@ class TwoPartyLink(Link):
             if self._watch.fired:
                 reason = f"did not answer within {self._deadline:g} s"
             elif isinstance(error, grpc.Call) and error.code() not in _GONE:
-                reason = f"refused ({printable(error.details() or '')})"
+                raise refusal(error, f"{self._server} refused ({what})", "see the server's log") from None
             else:
                 reason = "is gone" if isinstance(error, grpc.RpcError) else "ended the session"
             raise PeerLost(f"{self._server} {reason}; this client waited for {what}", "see the server's log") from None
