@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -311,7 +312,7 @@ def test_compiled_loops_of_several_processes_share_a_cache(tmp_path: Path) -> No
 
 def test_kernels_without_a_directory_to_keep_them_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service's user may have no home, and no right to write to the package."""
-    real = kernels.njit
+    real = numba.njit
 
     def njit(function: Any, *, cache: bool = False, **options: Any) -> Any:
         if cache:

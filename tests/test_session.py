@@ -363,7 +363,7 @@ def test_threads_are_given_back(running: Running) -> None:
 
 def test_a_network_that_is_none() -> None:
     with pytest.raises(secure.InvalidInput, match="the network is 'directory'"):
-        secure.connect(secure.TwoParty(), network="directory")  # type: ignore[arg-type]
+        secure.connect(secure.TwoParty(), network="directory")
 
 
 def test_a_pinned_program(hosted: Running) -> None:

@@ -186,7 +186,7 @@ def load_share(directory: str | Path) -> PartyShare:
     if manifest.version != WIRE_VERSION:
         raise ShareError(f"{directory}: version {manifest.version}, this is {WIRE_VERSION}", "share the model anew")
     for name, digest in manifest.files.items():
-        if not hmac.compare_digest(_sha256(parts[name]), digest):
+        if not hmac.compare_digest(_sha256(parts[name]).encode(), digest.encode()):
             raise ShareError(f"{directory / name} is damaged: its digest is not the manifest's", "share the model anew")
     pairs = [pair for pair in PAIRS if manifest.party in pair]
     if len(parts[SEEDS]) != len(pairs) * SEED_BYTES:
