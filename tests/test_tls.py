@@ -34,6 +34,7 @@ from parties.net.peer import Peer
 from parties.services import hosting
 from parties.tls.authority import Authority
 from parties.tls.choice import network_of
+from parties.tls.naming import Naming
 from parties.tls.tls import Tls
 from parties.two_party.dealer import DealerService
 from proto import unseen_pb2 as pb
@@ -690,6 +691,12 @@ def test_certificates_of_a_corporate_authority(tmp_path: Path) -> None:
     ]
     with pytest.raises(TlsError, match="has no DNS name"), dealing(Tls(client, roles={"spiffe://a/b": "dealer"})):
         pass
+
+
+def test_a_party_is_named_in_both_ways() -> None:
+    """A pattern for "party 0" was passed over: whoever had the role could answer."""
+    for named in ("party 0", "party-0"):
+        assert Naming({named: "zero.acme.example"}, {}).sni("party 0") == "zero.acme.example"
 
 
 # the authority
