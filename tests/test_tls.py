@@ -516,6 +516,24 @@ def test_files_that_do_not_fit_together(root: Signer, other: Signer, tmp_path: P
     assert "PRIVATE" not in repr(Tls(root.ours(tmp_path / "three", CLIENT)).credentials)
 
 
+def test_several_authorities_may_not_issue_the_same_names(root: Signer, other: Signer, tmp_path: Path) -> None:
+    """A partner's authority without constraints could name its own holder the dealer."""
+    both = root.ours(tmp_path / "both", CLIENT, trusted=[root, other])
+    for pattern, said in (
+        ("spiffe://a/dealer", "may issue every name that 'spiffe://a/dealer' stands for"),
+        ("cn:dealer", "has the pattern 'cn:dealer' of common names"),
+    ):
+        (both / "tls.toml").write_text(f'[roles]\n"{pattern}" = "dealer"\n')
+        with pytest.raises(TlsError, match=said):
+            Tls(both)
+    made = [Authority.make(tmp_path / name, domain=f"{name}.example") for name in ("acme", "partner")]
+    where = made[0].issue("client", "ann")
+    (where / "ca.pem").write_bytes(b"".join((a.directory / "authority" / "ca.pem").read_bytes() for a in made))
+    (where / "tls.toml").write_text('[roles]\n"spiffe://acme.example/unseen/client/*" = "client"\n')
+    (where / "revoked.pem").unlink()
+    assert len(Tls(where).credentials.authorities) == 2
+
+
 def test_single_files(root: Signer, tmp_path: Path) -> None:
     client = root.ours(tmp_path / "client", CLIENT)
     network = Tls(certificate=client / "cert.pem", key=client / "key.pem", authority=client / "ca.pem")
@@ -706,6 +724,12 @@ def test_a_mistake_in_tls_toml_is_named(text: str, said: str) -> None:
     with pytest.raises(TlsError) as caught:
         Naming.read(text, "tls.toml")
     assert str(caught.value).startswith(said)
+
+
+def test_a_party_is_named_in_both_ways() -> None:
+    """A pattern for "party 0" was passed over: whoever had the role could answer."""
+    for named in ("party 0", "party-0"):
+        assert Naming({named: "zero.acme.example"}, {}).sni("party 0") == "zero.acme.example"
 
 
 # the authority

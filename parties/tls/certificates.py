@@ -78,6 +78,15 @@ class Certificate:
             return True
         return ExtendedKeyUsageOID.CLIENT_AUTH in found
 
+    def constrains(self, pattern: str) -> bool:
+        """Tell whether, as an authority, it may issue only some of the names that are of the kind of a pattern."""
+        try:
+            found = self.parsed.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or ()
+        except x509.ExtensionNotFound:
+            return False
+        kind = x509.UniformResourceIdentifier if "://" in pattern else x509.DNSName
+        return any(isinstance(each, kind) for each in found)
+
     @property
     def issued(self) -> Issued:
         return Issued(self.parsed.issuer.public_bytes(), self.parsed.serial_number)

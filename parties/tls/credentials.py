@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import serialization
 
 from parties.net.secret_files import read_public, read_secret
 from parties.tls.certificates import Certificate, Issued, read_certificates, read_revoked, validity
-from parties.tls.naming import Naming
+from parties.tls.naming import CN, Naming
 from secure.errors import Error, InvalidInput, TlsError
 
 log = logging.getLogger("unseen.tls")
@@ -91,6 +91,8 @@ class Credentials:
                 f"{files.authority} trusts {len(authorities)} authorities, and any of them could name any role",
                 "say in tls.toml, [roles], which names have which role",
             )
+        if len(authorities) > 1:
+            _require_constrained(authorities, naming, files)
         lists = files.revoked.exists()
         revoked = (
             read_revoked(_read(files.revoked, LARGEST_LIST), authorities, str(files.revoked)) if lists else frozenset()
@@ -206,6 +208,23 @@ def _read_private(path: Path) -> bytes:
     except InvalidInput as error:
         message, _, hint = str(error).partition("\nhint: ")
         raise TlsError(f"the key of TLS: {message}", hint) from None
+
+
+def _require_constrained(authorities: Sequence[Certificate], naming: Naming, files: Files) -> None:
+    """Refuse authorities of which one could issue the names of another's holders. Raises TlsError."""
+    for pattern in (*naming.roles, *naming.names.values()):
+        if pattern.startswith(CN):
+            raise TlsError(
+                f"{files.naming} has the pattern {pattern!r} of common names, which any of {len(authorities)} "
+                "authorities may issue",
+                "with several authorities, use patterns of URIs or DNS names",
+            )
+        for authority in authorities:
+            if not authority.constrains(pattern):
+                raise TlsError(
+                    f"the authority {authority} in {files.authority} may issue every name that {pattern!r} stands for",
+                    "ask its owner for one with name constraints (unseen certs makes such), or trust one alone",
+                )
 
 
 def _signed(chain: Sequence[Certificate], authorities: Sequence[Certificate]) -> bool:

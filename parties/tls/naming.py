@@ -98,7 +98,7 @@ class Naming:
 
     def require(self, certificate: Certificate, role: str, who: str) -> None:
         """Raise TlsError unless a peer's certificate is that of ``role``. who: the peer, for the message."""
-        expected = self.names.get(dashed(role))
+        expected = self._expected(role)
         if expected is not None:
             if not any(_matching(expected, certificate)):
                 raise TlsError(
@@ -116,9 +116,13 @@ class Naming:
                 "check the address; every service needs the certificate of its own role",
             )
 
+    def _expected(self, role: str) -> str | None:
+        """Return the pattern that a service of a role must have, whether it stands for "party 0" or "party-0"."""
+        return next((pattern for named, pattern in self.names.items() if dashed(named) == dashed(role)), None)
+
     def sni(self, role: str) -> str | None:
         """Return the DNS name to ask a service of ``role`` for in its handshake, if it must have one."""
-        expected = self.names.get(dashed(role), "")
+        expected = self._expected(role) or ""
         if re.fullmatch(r"[A-Za-z0-9.-]+", expected):
             return expected
         return None if self.names or self.roles else dns_of(role)

@@ -28,9 +28,9 @@ class Tls(Network):
 
     Whoever connects makes a handshake first, in which nothing but certificates is sent; it finds every fault and names
     it. Then a channel is opened that only the holder of the certificate found there can answer. Whoever listens refuses
-    certificates of other authorities in the handshake; a guard refuses callers that were revoked, have expired, or may
-    not call a method. Changed files are read at their next use. Only the certificates of peers themselves are looked up
-    in the revocation lists, not those of intermediate authorities.
+    certificates of other authorities in the handshake; a guard refuses the next call of whoever was revoked, has
+    expired, or may not call a method. Changed files are read at their next use. Only the certificates of peers
+    themselves are looked up in the revocation lists, not those of intermediate authorities.
 
     Older versions than TLS 1.3 are off for all that uses gRPC in this process; see ``parties.tls.version``. Raises
     TlsError for files that are missing, do not fit together or have expired, and for a key that others

@@ -27,6 +27,8 @@ PROCESSES = {"client": 1, "server": 2}
 COMPUTE, WIRE = 1, 2  # threads of each process
 Event = dict[str, Any]
 
+LARGEST = 256 << 20  # bytes of another party's trace
+
 
 class Stamps(NamedTuple):
     """A round's times, in seconds since the party's query began, and its bytes. As in ``timeline.Round``."""
@@ -182,6 +184,8 @@ def read(path: Path) -> TraceFile:
     """Read a file of ``TraceDirectory``; raises InvalidInput if it is none."""
     hint = "give the client's and the server's files, as --trace wrote them"
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise InvalidInput(f"the trace {path} has {size} bytes, {LARGEST} are read at most", hint)
         document = json.loads(path.read_bytes())
         head = TypeAdapter(Head).validate_python(document["otherData"])
         events = TypeAdapter(list[Event]).validate_python(document["traceEvents"])

@@ -67,7 +67,8 @@ class UnitVectors(_Check):
     Operand: (points, pairs + 3) words, S of every pair, A, B, Z (see ``sketch``). A and B are opened under masks; their
     product follows as in ``Product``; S - 1 and Z - A B must be zero.
     Rounds 2; 16 bytes an index and 32 bytes each way; 8 bytes an index from party 2 to party 0, ahead.
-    Keys of an honest client always pass. Others pass with probability rows / 2^64 at most: 2^-49 for 30,522 tokens.
+    Keys of an honest client always pass. Others pass with probability rows / 2^64 an index at most, as far as AES is a
+    pseudorandom permutation: 2^-49 for 30,522 tokens.
     """
 
     kind: ClassVar[str] = "unit_vectors"

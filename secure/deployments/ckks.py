@@ -57,7 +57,7 @@ class Ckks(Deployment):
 
     name: ClassVar[str] = "ckks"
     summary: ClassVar[str] = "one server, on ciphertexts; models in polynomial form"
-    trust: ClassVar[str] = "semi-honest; nobody else to trust"
+    trust: ClassVar[str] = "semi-honest, for trusted clients; nobody else to trust"
     takes: ClassVar[frozenset[str]] = frozenset({"embedding"})
     profiled_by: ClassVar[frozenset[str]] = frozenset()
     runs_packaged: ClassVar[bool] = False

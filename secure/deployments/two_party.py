@@ -39,7 +39,7 @@ class TwoParty(CircuitDeployment):
 
     name: ClassVar[str] = "two-party"
     summary: ClassVar[str] = "a server and a dealer; secret sharing"
-    trust: ClassVar[str] = "semi-honest; the dealer must not collude with either"
+    trust: ClassVar[str] = "semi-honest, for trusted clients; the dealer must not collude with either"
     default: ClassVar[bool] = True
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
