@@ -112,7 +112,8 @@ def refused(name: str, deployment: Deployment | type[Deployment], takes: Sequenc
     """The error for an option that means nothing. ``takes``: what does. ``who``: of which role, where not of all."""
     known = ", ".join(map(dashed, takes)) or "none of this kind"
     where = f"to the {who} of" if who else "under"
-    return InvalidInput(f"{dashed(name)} means nothing {where} {deployment.name}", f"it takes {known}")
+    hint = f"it takes {known}; --show-config says where it was set"
+    return InvalidInput(f"{dashed(name)} means nothing {where} {deployment.name}", hint)
 
 
 # what is compiled, and how it is hosted
