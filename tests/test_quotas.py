@@ -156,7 +156,7 @@ def test_mistakes_in_limits(table: dict[str, Any], message: str) -> None:
 def test_limits_in_words() -> None:
     assert not limits()
     assert limits(queries=0)
-    assert str(limits(queries=1000, anne={})) == "quota of a caller a day: 1,000 queries; 1 callers have their own"
+    assert str(limits(queries=1000, anne={})) == "quota of a caller a day: 1,000 queries; of their own: anne"
 
 
 def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
@@ -502,3 +502,9 @@ def test_embed_takes_a_token(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
             token=file.read_text().strip(),
             network=Plaintext(beyond_loopback=True),
         )
+
+
+def test_what_a_callers_own_quota_leaves_out_is_that_of_every_caller() -> None:
+    found = limits(queries=10, preparations=3, bob={"queries": 4})
+    assert (found.of("bob").queries, found.of("bob").preparations) == (4, 3)
+    assert found.of("ann") == found.every

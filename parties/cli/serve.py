@@ -38,6 +38,7 @@ from parties.cli.options import (
     refused,
 )
 from parties.limits.quotas import NO_LIMITS, Limits
+from parties.limits.tokens import Tokens
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.services import hosting
@@ -116,6 +117,8 @@ def serve(
         hosting.check_owners(endpoints, network)
     if trace is not None:
         TraceDirectory(trace)
+    if tokens is not None:
+        Tokens(tokens)  # likewise
     compiled = compiled_model("serve", deployment, model, length, options, sentences)
     service = deployments.serve(
         compiled,

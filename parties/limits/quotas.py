@@ -47,7 +47,7 @@ _NONE = Quota()
 
 @dataclass(frozen=True)
 class Limits:
-    """The quotas of a service: that of every caller, and those of callers by name, which stand in its place."""
+    """The quotas of a service: that of every caller, and those of callers by name. What these leave out, every has."""
 
     every: Quota = _NONE
     named: Mapping[str, Quota] = field(default_factory=dict)
@@ -67,11 +67,12 @@ class Limits:
 
     def of(self, name: str) -> Quota:
         """Return the quota of a caller."""
-        return self.named.get(name, self.every)
+        own = self.named.get(name, _NONE).model_dump(exclude_none=True)
+        return self.every.model_copy(update=own)
 
     def __str__(self) -> str:
         shown = ", ".join(f"{value:,} {name}" for name, value in self.every.model_dump(exclude_none=True).items())
-        others = f"; {len(self.named)} callers have their own" if self.named else ""
+        others = f"; of their own: {', '.join(map(printable, self.named))}" if self.named else ""
         return f"quota of a caller a day: {shown or 'none'}{others}"
 
 
