@@ -79,7 +79,7 @@ def test_every_start_agrees_on_another_key(shares: Path, three: Three) -> None:
 
 
 def test_who_kept_all_seeds_of_the_owner_makes_no_proof(three: Three) -> None:
-    """F15: before, the proof of a Seed request followed from the owner's seed alone."""
+    """Before, the proof of a Seed request followed from the owner's seed alone."""
     two, number = three.parties[2].service, bytes(range(1, 17))
     zero = three.parties[0].service.key(2)
     model = two.share.manifest.model

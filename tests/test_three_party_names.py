@@ -43,7 +43,7 @@ def table(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_name_confirms_no_guess_of_public_weights(directory: Path, public: Path) -> None:
-    """E13: a client that guessed the weights right, and knows all else, computed the name."""
+    """A client that guessed the weights right, and knows all else, computed the name."""
     deployment = ThreeParty(public_weights=True)
     with running(public) as three, three.dial() as connection:
         link: Any = connection.link
@@ -211,7 +211,7 @@ def test_a_client_compares_the_table_with_the_program(
 
 @pytest.mark.parametrize("party", [1, 2])
 def test_parties_refuse_a_query_under_the_name_of_another_table(table: Path, forged: Path, party: int) -> None:
-    """F13: as if the client had compared nothing at all. The party reads no share of such a query."""
+    """As if the client had compared nothing at all. The party reads no share of such a query."""
     name = load_share(forged).manifest.model
     start = pb.AskStart(version=WIRE_VERSION, model=name, session=bytes(16), seed=bytes(32), deadline=3.0)
     unread: queue.SimpleQueue[pb.AskPart | None] = queue.SimpleQueue()

@@ -70,7 +70,7 @@ def answered(three: Three, directory: Path) -> None:
 @pytest.mark.parametrize("method", ["Party/Ask", "Party/Agree", "Party/Compute", "Party/Seed", "Model/Describe"])
 @pytest.mark.parametrize("count", [MAXIMUM_QUERIES, 2 * MAXIMUM_QUERIES])
 def test_silent_calls_keep_nobody_out(three: Three, directory: Path, method: str, count: int) -> None:
-    """E10: eight silent streams at party 0 kept every client out for a minute, again and again."""
+    """Eight silent streams at party 0 kept every client out for a minute, again and again."""
     with ExitStack() as stack:
         for party in three.parties:
             for _ in range(count):
