@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def inputs(name: str, number: int = 0) -> dict[str, Tensor]:
     return SAMPLES[number] if name != "tiny" else {"images": SAMPLES[number]["images"][:, :8]}
 
 
+@cache  # made once: two threads that make one would share the random numbers of its weights
 def model(name: str) -> nn.Module:
     return Tiny().eval() if name == "tiny" else digits(1)
 
