@@ -4,14 +4,14 @@ Each function is written once. Called with a ``torch.Tensor``, it computes the p
 symbolic value that has the same operators, it records the primitive operations that protocols carry out. This package
 needs torch alone.
 
-primitives    the operations that values must offer: piecewise polynomials, e^-x, row maximum
+primitives    the operations that values must offer: piecewise polynomials, exponential, row maximum
 fits          minimax polynomials (Remez exchange), least squares
 division      reciprocal and inverse square root by range reduction
 powers        forms without comparisons: polynomials, inverse powers, Power-Softmax
 norms         layer_norm, rms_norm, l2_normalize
 puma          the published forms of PUMA, for comparison
 activations   relu, gelu, tanh, sigmoid, silu, abs
-softmax       softmax and attention, clipped before the row sum
+softmax       softmax and attention, below an upper bound of the row maximum
 choice        sets of approximations for a model's operations, by name
 """
 
@@ -20,7 +20,7 @@ from approximations.choice import APPROXIMATIONS, Functions, choose
 from approximations.division import reciprocal, rsqrt
 from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm, rms_norm
 from approximations.powers import polynomial, power, power_attend, power_scores
-from approximations.primitives import Piece, exp_neg, maximum, piecewise
+from approximations.primitives import Piece, exp_below, maximum, piecewise, row_bound
 from approximations.softmax import attend, softmax
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "absolute",
     "attend",
     "choose",
-    "exp_neg",
+    "exp_below",
     "gelu",
     "l2_normalize",
     "layer_norm",
@@ -44,6 +44,7 @@ __all__ = [
     "reciprocal",
     "relu",
     "rms_norm",
+    "row_bound",
     "rsqrt",
     "sigmoid",
     "silu",

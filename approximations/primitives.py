@@ -61,14 +61,19 @@ def piecewise(
     return out
 
 
-def exp_neg(x: Value) -> Value:
-    """Return e^-x for 0 <= x < 16."""
-    return torch.exp(-x) if isinstance(x, Tensor) else x.exp_neg()
-
-
 def maximum(x: Value, tolerance: float) -> Value:
     """Return m with max - tolerance <= m <= max over the last dimension, which is kept with length one."""
     return x.amax(-1, keepdim=True) if isinstance(x, Tensor) else x.maximum(tolerance)
+
+
+def row_bound(x: Value, slack: float) -> Value:
+    """Return m with max <= m <= max + slack over the last dimension, which is kept with length one."""
+    return x.amax(-1, keepdim=True) if isinstance(x, Tensor) else x.row_bound(slack)
+
+
+def exp_below(x: Value, bound: Value) -> Value:
+    """Return e^(x - bound) for x <= bound, which is broadcast; below e^-16 the result may be zero."""
+    return torch.exp(x - bound) if isinstance(x, Tensor) else x.exp_below(bound)
 
 
 def bounded(x: Value, low: float, high: float) -> Value:

@@ -1,9 +1,8 @@
-"""Softmax: subtract the row maximum, clip, exponentiate, then divide by the row sum.
+"""Softmax: divide e^(x - m) by its row sum, for an upper bound m of the row's maximum.
 
-y = max - x is clipped at CLIP *before* the row sum: e^-CLIP is below one unit, and nothing that the clip removes can
-ever enter the sum (PUMA's Algorithm 2 as printed clips after the division, when (1 + x/32)^32 has grown again).
-The maximum may be too small by TOLERANCE, which does not change softmax as long as y stays positive; hence TOLERANCE
-is added to y.
+m cancels in the quotient, so it need not be the maximum, only close to it: at most SLACK above. Terms below e^-16 may be
+left out before the sum, and nothing that is left out can ever enter it (PUMA's Algorithm 2 as printed clips after the
+division, when (1 + x/32)^32 has grown again).
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ from __future__ import annotations
 import math
 
 from approximations.division import reciprocal
-from approximations.primitives import IDENTITY, Value, bounded, constant, exp_neg, maximum, piecewise
+from approximations.primitives import Value, bounded, exp_below, row_bound
 
-CLIP = 15.5
-TOLERANCE = 0.125
+CLIP = 16.0
+SLACK = 4.0
 
 
 def _exponentials(x: Value) -> tuple[Value, Value]:
-    y = maximum(x, TOLERANCE) - x + TOLERANCE
-    e = exp_neg(piecewise(y, [CLIP], [IDENTITY, constant(CLIP)]))
-    # the largest term is at least e^(-2 TOLERANCE), the smallest sum one such term
+    e = exp_below(x, row_bound(x, SLACK))
+    # the largest term, and so the sum, is at least e^-SLACK
     n = x.shape[-1]
     total = bounded(e.sum(-1, keepdim=True), 0.0, float(n))
-    return e, reciprocal(total, math.exp(-2 * TOLERANCE) - 0.01, float(n))
+    return e, reciprocal(total, 0.9 * math.exp(-SLACK), float(n))
 
 
 def softmax(x: Value) -> Value:

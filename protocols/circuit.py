@@ -265,7 +265,7 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
         protocol, draws = instruction.protocol, instruction.protocol.draws
         operands = masks.take(instruction.inputs)
         if not draws:
-            masks.put(index, None)
+            masks.put(index, protocol.deal({}, operands, weights)[1])
             continue
         streams = (server.stream(index), client.stream(index))
         plain: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """The protocols of two parties (server and client) with a dealer, one file each, in dependency order.
 
-opening       open a secret under a fresh mask; open bits
+opening       open a secret under a fresh mask; sums of openings; open bits
 linear        products with weights that the server holds: deliver, linear
 extension     extend shares from a narrow ring to a wider one
 product       elementwise and matrix products of opened secrets
@@ -17,7 +17,7 @@ from protocols.two_party.endpoints import Input, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
 from protocols.two_party.linear import Deliver, Linear
-from protocols.two_party.opening import Open, OpenBits
+from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
 from protocols.two_party.product import Product
 from protocols.two_party.selection import Select
@@ -31,6 +31,7 @@ __all__ = [
     "Linear",
     "Open",
     "OpenBits",
+    "OpenedSum",
     "Polynomial",
     "Powers",
     "Product",

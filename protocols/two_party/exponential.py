@@ -1,16 +1,19 @@
-"""e^-x of an opened secret x >= 0, without another round: e^-(z - r) = e^-z e^r, a public factor times a dealt one.
+"""e^-x of an opened secret x >= 0 in a factor that is public times one that is dealt: e^-(z - r) = e^-z e^r.
 
-x in [0, 2^(k-1)) (units of 2^-f) is opened modulo 2^k as z = x + r. Over the integers x = z - rho, where rho is r if z
-is in the upper half, and the signed representative of r if z is in the lower half: x has no top bit, so the top bits of
-z and r determine the wrap (as in ``extension``). With H = 2^(k-1) and t = H - (z mod H), in (0, H]:
-e^-x = e^(t 2^-f) * P, where P = e^((r - 2^k) 2^-f) for the upper half and e^((signed(r) - H) 2^-f) for the lower half.
-The dealer gives shares of both P <= 1 with ``mask_fraction`` fraction bits, and each party picks one by z. Source of
-the idea: additive shares of an exponent are multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
+x in [0, 2^k - 2^s) is opened modulo 2^k as z = x + r, in units of 2^-f; H = 2^(s-f) is at most 16. The coarse digit j
+of x (see ``digits``) is the number of the interval of width H, shifted by the mask, in which x lies:
+j = 0: x = z_low - r_low;  j = 1: x = H + z_low - r_low, for the low s bits of z and r;  j > 1: x > H.
+With t = H - z_low in (0, H]: e^-x = e^t P_j for P_0 = e^(r_low - H) and P_1 = e^(r_low - 2H), both at most 1. For H = 16,
+e^-x is below 2^-23 if j > 1, and the result is 0 there: so the exponential includes its own clip.
+If there are more than two digits, the secret bit b = [j < 2] is opened before, as c = b XOR beta. The dealer gives shares
+of beta P_j and (1 - beta) P_j: b P_j is the first of them for c = 0 and the second for c = 1. Whether j is 0 or 1 follows
+from the parity of the public digit, as j = (top(z) - top(r)) mod 2^(k-s). Source of the idea: additive shares of an
+exponent are multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
 
 Both parties must use the *same integer* for the public factor: their shares of P are uniform, so a difference of one
 unit would make the sum random. Hence the factor comes from integer tables made with decimal arithmetic, never from
 libm.
-Seen by the server: its corrections of both P, masked by the client's shares.
+Seen by the server: its corrections of all P, masked by the client's shares.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from protocols import ring
+from protocols import bits, kernels, ring
 from protocols.fields import Bits, Ring, Shape
 from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
 from protocols.wire import Wire
@@ -33,46 +36,61 @@ _COARSE, _FINE = 19, 20  # fraction bits of the tables: a product stays below 2^
 
 
 @lru_cache(maxsize=16)
-def _tables(half_bits: int, fraction: int) -> tuple[Tensor, Tensor]:
-    """Return tables of rounded integers, the same on every machine, whose products give e^(t / 2^f).
+def _tables(width: int, fraction: int) -> tuple[Tensor, Tensor]:
+    """Return tables of rounded integers, the same on every machine, whose products give e^(t / 2^f) for t <= 2^width.
 
-    Coarse: e^(i 2^LOW / 2^f) for i = 0..2^(k-1-LOW). Fine: e^(j / 2^f) for j < 2^LOW.
+    Coarse: e^(i 2^LOW / 2^f) for i = 0..2^(width-LOW). Fine: e^(j / 2^f) for j < 2^LOW.
     """
     with decimal.localcontext(prec=40):
         unit = decimal.Decimal(2) ** -fraction
 
-        def row(count: int, step: int, bits: int) -> Tensor:
-            scale = decimal.Decimal(2) ** bits
+        def row(count: int, step: int, scale_bits: int) -> Tensor:
+            scale = decimal.Decimal(2) ** scale_bits
             return torch.tensor([int((unit * step * i).exp() * scale + decimal.Decimal("0.5")) for i in range(count)])
 
-        low = min(_LOW, half_bits)
-        return row((1 << (half_bits - low)) + 1, 1 << low, _COARSE), row(1 << low, 1, _FINE)
+        low = min(_LOW, width)
+        return row((1 << (width - low)) + 1, 1 << low, _COARSE), row(1 << low, 1, _FINE)
 
 
 @dataclass(frozen=True)
 class Exponential(Protocol):
-    """[e^-x] modulo 2^64 with ``mask_fraction + public_fraction`` fraction bits, for 0 <= x < 2^(ring - 1 - fraction).
+    """[e^-x] modulo 2^64 with ``mask_fraction + public_fraction`` fraction bits, for 0 <= x < 2^ring - 2^shift units.
 
-    That bound is at most 16. Rounds 0; offline 16 bytes an element to the server.
+    H = 2^(shift - fraction) <= 16. If ring = shift + 1, it reads the opening of x alone. If the ring is wider, it reads
+    the opening of the bit [j < 2] before (``DigitIn`` of the same ring and shift, count 2), and the result is 0 where
+    the bit is 0, which needs H = 16. Rounds 0; offline 16 bytes an element to the server, 32 with the bit.
     Error: at most 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19 absolute (1.4e-5 for 16 and 40).
     """
 
     kind: ClassVar[str] = "exponential"
     elementwise: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = ("opening",)
     error: ClassVar[str] = "absolute 2^-(public_fraction + 1) + e^16 2^-(mask_fraction + 1) + 2^-19"
     shape: Shape
     ring: Ring  # of the opening
+    shift: Bits
     fraction: Bits
     mask_fraction: Bits
     public_fraction: Bits
 
     def __post_init__(self) -> None:
-        if self.ring - 1 - self.fraction > 4:
-            raise ValueError(f"an exponent below 16 is supported, the ring of {self.ring} bits allows more")
-        scales = 0 <= self.fraction < self.ring and 0 < self.mask_fraction <= 40 and 0 < self.public_fraction <= 20
-        if not (2 <= self.ring <= 26 and scales):
-            raise ValueError(f"ring {self.ring}, scales {self.fraction}, {self.mask_fraction}, {self.public_fraction}")
+        if self.shift - self.fraction > 4:
+            raise ValueError(f"intervals of at most 16 are supported, those of {self.shift} bits are wider")
+        scales = 0 <= self.fraction <= self.shift and 0 < self.mask_fraction <= 40 and 0 < self.public_fraction <= 20
+        if not (1 <= self.shift < self.ring and self.shift <= 25 and scales):
+            raise ValueError(
+                f"ring {self.ring}, intervals of {self.shift} bits, scales {self.fraction}, {self.mask_fraction}, "
+                f"{self.public_fraction}"
+            )
+        if self._clipped and self.shift - self.fraction != 4:
+            raise ValueError("only intervals of 16 are wide enough to be clipped after two of them")
+
+    @property
+    def _clipped(self) -> bool:
+        return self.ring > self.shift + 1
+
+    @property
+    def operand_kinds(self) -> tuple[str, ...]:
+        return ("bit opening", "opening") if self._clipped else ("opening",)
 
     @property
     def out(self) -> Wire:
@@ -80,39 +98,35 @@ class Exponential(Protocol):
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        return (Draw("upper", self.shape, derived=True), Draw("lower", self.shape, derived=True))
+        return (Draw("powers", (4 if self._clipped else 2, *self.shape), derived=True),)
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
-        (r,) = operands
-        unit, scale, half = 2.0**-self.fraction, 2.0**self.mask_fraction, 1 << (self.ring - 1)
+        r = operands[-1]
+        unit, scale, width = 2.0**-self.fraction, 2.0**self.mask_fraction, 1 << self.shift
 
         def power(exponent: Tensor) -> Tensor:
             return torch.round(torch.exp(exponent.to(torch.float64) * unit) * scale).to(torch.int64)
 
-        upper = power(ring.reduce(r, self.ring) - 2 * half)
-        lower = power(ring.signed(r, self.ring) - half)
-        return {"upper": upper, "lower": lower}, None
-
-    def _factor(self, z: Tensor) -> Tensor:
-        half_bits = self.ring - 1
-        low_bits = min(_LOW, half_bits)
-        coarse, fine = (table.to(z.device) for table in _tables(half_bits, self.fraction))
-        t = (1 << half_bits) - (z & ring.low_mask(half_bits))
-        if z.is_meta:
-            return t
-        high, low = ring.right(t, low_bits), t & ring.low_mask(low_bits)
-        excess = _COARSE + _FINE - self.public_fraction
-        return ring.right(coarse[high] * fine[low] + (1 << (excess - 1)), excess)
+        low, odd = ring.reduce(r, self.shift), (ring.right(r, self.shift) & 1).bool()
+        first, second = power(low - width), power(low - 2 * width)
+        by_parity = torch.stack([torch.where(odd, second, first), torch.where(odd, first, second)])
+        if not self._clipped:
+            return {"powers": by_parity}, None
+        beta = bits.unpack(operands[0][0], self.shape)
+        return {"powers": torch.cat([by_parity * beta, by_parity * (1 - beta)])}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
-        ((z, _),) = operands
-        upper = ring.top_bit(z, self.ring).bool()
-        return self._factor(z) * torch.where(upper, material["upper"], material["lower"])
+        z, _ = operands[-1]
+        chosen = operands[0].value[0] if self._clipped else None
+        coarse, fine = _tables(self.shift, self.fraction)
+        excess = _COARSE + _FINE - self.public_fraction
+        return kernels.exponential(z, chosen, material["powers"], coarse, fine, self.shift, excess)
         yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        x = ring.reduce(operands[0], self.ring).to(torch.float64) * 2.0**-self.fraction
-        return torch.round(torch.exp(-x) * 2.0 ** (self.mask_fraction + self.public_fraction)).to(torch.int64)
+        x = ring.reduce(operands[-1], self.ring).to(torch.float64) * 2.0**-self.fraction
+        e = torch.round(torch.exp(-x) * 2.0 ** (self.mask_fraction + self.public_fraction)).to(torch.int64)
+        return e * bits.unpack(operands[0][0], self.shape) if self._clipped else e
 
     def cost(self) -> CircuitCost:
-        return CircuitCost(dealt=2 * bytes_of(self.shape, ring.WORD))
+        return CircuitCost(dealt=(4 if self._clipped else 2) * bytes_of(self.shape, ring.WORD))

@@ -5,15 +5,19 @@
 All readers of x (products, powers, selections, exponentials, the first step of comparisons) are then local, given
 correlations of r.
 Seen by a party: its peer's x_p + r_p, uniform because the peer's r_p is uniform and used in this opening alone.
+
+Openings add up: z_a - z_b is an opening of a - b under the mask r_a - r_b (``OpenedSum``). It is a function of what was
+opened before, so nobody sees anything new.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols import ring
-from protocols.fields import Count, Ring, Shape
+from protocols.fields import Count, Residue, Ring, Shape, Signs
 from protocols.protocol import (
     CircuitCost,
     Draw,
@@ -22,6 +26,7 @@ from protocols.protocol import (
     Protocol,
     Step,
     Weights,
+    broadcast,
     bytes_of,
     plane_shape,
     swap,
@@ -62,6 +67,53 @@ class Open(Protocol):
     def cost(self) -> CircuitCost:
         size = bytes_of(self.shape, self.ring)
         return CircuitCost(1, size, size)
+
+
+@dataclass(frozen=True)
+class OpenedSum(Protocol):
+    """The opening of sum_i +-x_i + constant, broadcast, from openings of the x_i modulo 2^ring or wider.
+
+    minus: for each operand, True if it is subtracted. Rounds 0; nothing is sent, nothing dealt. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "opened_sum"
+    reads: ClassVar[tuple[str, ...]] = ("opening", "...")
+    gives: ClassVar[str] = "opening"
+    shape: Shape
+    ring: Ring
+    minus: Signs
+    constant: Residue
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def check_operands(self, operands: Sequence[Protocol]) -> None:
+        if len(operands) != len(self.minus):
+            raise ValueError(f"{len(operands)} openings and {len(self.minus)} signs")
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        out: Shape = ()
+        for shape in operands:
+            out = broadcast(out, shape)
+        return out
+
+    def _sum(self, parts: Sequence[Any]) -> Any:
+        first, *rest = (-x if minus else x for x, minus in zip(parts, self.minus, strict=True))
+        for x in rest:
+            first = first + x
+        return first
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, self._sum(operands).expand(self.shape)
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        value = self._sum([z for z, _ in operands]) + ring.wrap(self.constant)
+        return Opening(ring.reduce(value, self.ring), self._sum([r for _, r in operands]))
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return ring.reduce(self._sum(operands) + ring.wrap(self.constant), self.ring)
 
 
 @dataclass(frozen=True)

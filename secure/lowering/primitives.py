@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from approximations.primitives import exp_neg, piecewise
+from approximations.primitives import exp_below, piecewise
 from secure.errors import UnsupportedOperation
 
 Shape = tuple[int, ...]
@@ -170,7 +170,8 @@ PRIMITIVES: dict[str, Meaning] = {
             _of_pieces,
             multiplies=True,
         ),
-        Meaning("exp_neg", lambda p, w, x: exp_neg(x[0]), lambda p, x, reach: (0.0, 1.0)),
+        Meaning("row_bound", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
+        Meaning("exp_below", lambda p, w, x: exp_below(*x), lambda p, x, reach: (0.0, 1.0)),
         Meaning("maximum", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
         Meaning("bounded", lambda p, w, x: x[0], lambda p, x, reach: _promise(p), promised=_promise),
     )

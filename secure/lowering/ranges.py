@@ -83,6 +83,17 @@ class Ranges:
             return float(max(map(abs, promised(p))))
         return max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
 
+    def interval(self, index: int) -> tuple[float, float]:
+        """Return the smallest and the largest value that this primitive may take, margin included."""
+        p = self._trace.primitives[index]
+        if (promised := meaning(p).promised) is not None:
+            low, high = promised(p)
+            return float(low), float(high)
+        low, high = self._low[index], self._high[index]
+        return (low * self._margin if low < 0 else low / self._margin), (
+            high * self._margin if high > 0 else high / self._margin
+        )
+
     def bits(self, index: int) -> int:
         """Return the integer bits m >= 0, without the sign, such that magnitude plus fixed-point error is below 2^m."""
         return max(0, math.floor(math.log2(self.magnitude(index) * _ROOM)) + 1)

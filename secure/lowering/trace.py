@@ -150,13 +150,17 @@ class Symbol:
         """
         return self._same("piecewise", knots=knots, pieces=pieces, tolerance=tolerance, extra=extra)
 
-    def exp_neg(self) -> Symbol:
-        """Compute e^-x."""
-        return self._same("exp_neg")
+    def exp_below(self, bound: Symbol) -> Symbol:
+        """Compute e^(x - bound) for x <= bound, which is broadcast."""
+        return self.trace.record("exp_below", (self, bound), self.shape)
 
     def maximum(self, tolerance: float) -> Symbol:
         """Compute the maximum over the last dimension, which is kept; the result may be too low by ``tolerance``."""
         return self.trace.record("maximum", (self,), (*self.shape[:-1], 1), tolerance=tolerance)
+
+    def row_bound(self, slack: float) -> Symbol:
+        """Compute an upper bound of the last dimension, which is kept, that is at most ``slack`` too high."""
+        return self.trace.record("row_bound", (self,), (*self.shape[:-1], 1), slack=slack)
 
     def bounded(self, low: float, high: float) -> Symbol:
         """Promise that the value lies in [low, high]; no calibration widens that range."""

@@ -1,4 +1,4 @@
-"""Emission of piecewise functions, the exponential and the row maximum as openings, comparisons and selections."""
+"""Emission of piecewise functions and the row maximum as openings, comparisons and selections."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.share import Share
 
-EXPONENT_BITS = 4  # e^-x takes x below 2^4
 _SHORT = 8  # bits of a slope that is applied exactly
-MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
 
 
 # piecewise polynomials
@@ -178,20 +176,6 @@ def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], sha
     negate = tuple(s == last for s in segments)
     stacked = e.emit(local.Indicators(plane_bytes(count(shape)), chosen, negate), bits)
     return e.emit(tp.OpenBits(shape, len(segments)), stacked)
-
-
-# the exponential
-
-
-def exponential_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    return (opened(plan.fraction[p.inputs[0]] + EXPONENT_BITS + 1),)
-
-
-def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
-    (x,) = p.inputs
-    ring, fraction = e.plan.opened[x], e.plan.fraction[x]
-    protocol = tp.Exponential(p.shape, ring, fraction, MASK_FRACTION, PUBLIC_FRACTION)
-    return Share(e.emit(protocol, e.opened(x)), WORD, MASK_FRACTION + PUBLIC_FRACTION)
 
 
 # the row maximum

@@ -1,0 +1,129 @@
+"""Emission of a softmax's exponentials: one opening of the scores serves the bound of each row and the exponential.
+
+Scores are opened with SCORE_FRACTION fraction bits: rounding them changes e^x by 2^-(SCORE_FRACTION + 1) of its value at
+most. Openings subtract (``OpenedSum``), so that bound minus score is opened as soon as the bound of the row is, which
+takes a row's share of the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocols import local
+from protocols import two_party as tp
+from protocols.protocol import Shape
+from protocols.ring import WORD
+from protocols.two_party.digits import ROW
+from secure.lowering.primitives import Primitive
+from secure.mpc.emitter import Emitter
+from secure.mpc.plan import Need, Plan
+from secure.mpc.share import Share
+
+SCORE_FRACTION = 13
+INTERVAL = 16  # of the exponential, in units of the exponent
+MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
+ROOM = 8.0  # by how much a row's maximum may lie below all that are expected, without any loss
+_EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits."""
+
+    ring: int
+    shift: int
+    bins: int
+    start: int
+
+
+def _window(plan: Plan, bound: int) -> _Window:
+    p = plan.trace.primitives[bound]
+    (x,), slack = p.inputs, p.attrs["slack"]
+    shift = SCORE_FRACTION + math.floor(math.log2(slack / 2))
+    width = 2.0 ** (shift - SCORE_FRACTION)
+    low, high = plan.ranges.interval(x)
+    lowest, highest = plan.ranges.interval(bound)
+    # a digit may be one too high, and the last bin must still hold it
+    bins = 2 ** max(1, math.ceil(math.log2((highest - lowest + ROOM + 2**-SCORE_FRACTION) / width + 1)))
+    start = highest + 2**-SCORE_FRACTION - (bins - 1) * width
+    reach = max(high, start) + slack - min(low, start) + INTERVAL + 1
+    ring = max(math.ceil(math.log2(reach)) + SCORE_FRACTION, shift + bins.bit_length() - 1)
+    return _Window(ring, shift, bins, math.floor(start * 2**SCORE_FRACTION))
+
+
+def bound_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    (x,) = p.inputs
+    ring = _window(plan, i).ring + plan.fraction[x] - SCORE_FRACTION
+    return (Need(ring, ring),)
+
+
+def exponential_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    scores, bound = p.inputs
+    ring = _window(plan, bound).ring
+    return Need(ring + plan.fraction[scores] - SCORE_FRACTION, 0), Need(ring, ring)
+
+
+def _rows(shape: Shape) -> Shape:
+    """Cut rows that are too long for a histogram into equal parts: (..., n) becomes (..., parts, n / parts)."""
+    n = shape[-1]
+    parts = next(k for k in range(-(-n // ROW), n + 1) if n % k == 0)
+    return (*shape[:-1], parts, n // parts)
+
+
+def _opened(e: Emitter, x: int, window: _Window) -> int:
+    """Emit the opening of the scores in rows, counted from the window's start."""
+    shape, excess = e.trace.primitives[x].shape, e.plan.fraction[x] - SCORE_FRACTION
+    value = e.truncate(e.get(x, window.ring + excess), shape, excess)
+    rows = _rows(shape)
+    moved = e.emit(local.AddConstant(shape, value.ring, -window.start), value.index)
+    return e.emit(tp.Open(rows, window.ring), e.emit(local.Reshape(rows, value.ring), moved))
+
+
+def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
+    """Emit the number of bins up to the largest score of each row, as ``two_party.digits`` explains, times their width.
+
+    It is an upper bound of the row, counted from the window's start, at most two bins too high.
+    """
+    (x,) = p.inputs
+    w = _window(e.plan, i)
+    at, rows = _opened(e, x, w), _rows(e.trace.primitives[x].shape)
+    operands: tuple[int, ...] = (at,)
+    if 1 << (w.ring - w.shift) > w.bins:
+        inside = e.emit(tp.DigitIn(rows, w.ring, w.shift, w.bins), at)
+        operands = (e.emit(tp.OpenBits(rows, 1), inside), at)
+    counted = e.emit(tp.Histogram(rows, w.ring, w.shift, w.bins), *operands)
+    shape = (*rows[:-1], w.bins)
+    if rows[-2] > 1:  # a bin of the row is filled if it is in one of the parts
+        filled = _filled(e, counted, shape, 8, 1)
+        shape = (*shape[:-2], 1, w.bins)
+        counted = e.emit(local.Sum(shape, 8, (len(shape) - 2,)), filled)
+    filled = _filled(e, counted, shape, w.ring, 1 << w.shift)
+    shape = (*shape[:-1], 1)
+    total = e.emit(local.Sum(shape, w.ring, (len(shape) - 1,)), filled)
+    return Share(e.emit(local.Reshape(p.shape, w.ring), total), w.ring, SCORE_FRACTION)
+
+
+def _filled(e: Emitter, counts: int, shape: Shape, ring: int, unit: int) -> int:
+    """Emit [count > 0] times ``unit`` for counts modulo 2^8."""
+    empty = e.emit(tp.DigitIn(shape, 8, 0, 1), e.emit(tp.Open(shape, 8), counts))
+    number = e.emit(tp.Select(shape, ring, (0,), (-unit,)), e.emit(tp.OpenBits(shape, 1), empty))
+    return e.emit(local.AddConstant(shape, ring, unit), number)
+
+
+def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
+    scores, bound = p.inputs
+    w = _window(e.plan, bound)
+    rows = _rows(p.shape)
+    top = e.get(bound, w.ring).index
+    single = (*rows[:-2], 1, 1)
+    at = e.emit(tp.Open(single, w.ring), e.emit(local.Reshape(single, w.ring), top))
+    below = e.emit(tp.OpenedSum(rows, w.ring, (False, True), 0), at, _opened(e, scores, w))
+    operands: tuple[int, ...] = (below,)
+    if w.ring > _EXPONENT + 1:
+        near = e.emit(tp.DigitIn(rows, w.ring, _EXPONENT, 2), below)
+        operands = (e.emit(tp.OpenBits(rows, 1), near), below)
+    power = tp.Exponential(rows, w.ring, _EXPONENT, SCORE_FRACTION, MASK_FRACTION, PUBLIC_FRACTION)
+    index = e.emit(local.Reshape(p.shape, WORD), e.emit(power, *operands))
+    return Share(index, WORD, MASK_FRACTION + PUBLIC_FRACTION)
