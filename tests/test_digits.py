@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,24 @@ def test_a_unit_takes_one_byte_of_a_stream() -> None:
     assert load.dealt == 32 * 400
     ((index, correction),) = deal(circuit, key(), key(), DealerWeights(key(), {}))
     assert (index, len(correction)) == (2, 32 * 400)
+
+
+@pytest.mark.parametrize("protocol", [tp.DigitIn((200, 200), 24, 15, 9), tp.Histogram((200, 200), 24, 17, 128)])
+def test_a_table_takes_no_longer_than_its_load_says(protocol: Protocol) -> None:
+    circuit = [Instruction(shared("x", (200, 200), 24, torch.zeros(200, 200, dtype=torch.int64)))]
+    circuit += [Instruction(tp.Open((200, 200), 24), (0,)), Instruction(protocol, (1,))]
+
+    def taken() -> float:
+        start = time.process_time()
+        list(deal(circuit, key(), key(), DealerWeights(key(), {})))
+        return time.process_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would spin while they wait for a core
+    try:
+        assert min(taken() for _ in range(3)) < load_of(circuit, {}).seconds
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_in_three(circuit: list[Instruction], x: Integers) -> Tensor:
