@@ -124,6 +124,11 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         yield f"reveal-{ring}", Scene(tp.Reveal(shape, ring), ring, low, high)
     yield "open_bits", Scene(tp.OpenBits(shape, 3), 8, 0, 0, bits=3)
     yield "exponential-21", Scene(tp.Exponential(shape, 21, 16, 40, 16), 21, 0, (1 << 20) - 1)
+    yield "digit_in-20", Scene(tp.DigitIn(shape, 20, 13, 50), 20, 0, (1 << 20) - (1 << 13) - 1)
+    yield "digit_in-8", Scene(tp.DigitIn(shape, 8, 0, 1), 8, 0, 255)
+    rows = (N // 128, 128)
+    yield "histogram-20", Scene(tp.Histogram(rows, 20, 16, 16), 20, 0, (1 << 20) - (1 << 16) - 1)
+    yield "histogram-24", Scene(tp.Histogram(rows, 24, 16, 32), 24, 0, (1 << 24) - (1 << 16) - 1, bits=1)
     yield "compare-2-thresholds-64", Scene(tp.Compare(shape, 64, 0, (0, 1)), 64, -(2**62), 2**62)
 
 
@@ -134,7 +139,7 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
     """The circuit around a protocol, all of whose secrets are one value; shared at random."""
     rng = np.random.default_rng(abs(value) % 997 + plane)
     protocol, ring = scene.protocol, scene.ring
-    shape = {"linear": (N // 4, 4)}.get(protocol.kind, (N,))
+    shape = {"linear": (N // 4, 4), "histogram": (N // 128, 128)}.get(protocol.kind, (N,))
     weights = {"w": torch.tensor([[1, 2, 3]] * 4), "v": torch.tensor([1, 2, 3, -4])}
     circuit: list[Instruction] = []
     inputs: dict[str, Tensor] = {}
@@ -333,6 +338,9 @@ BROKEN = {
         ("compare-37", "dealt0"),
         ("exponential-21", "upper"),
         ("exponential-21", "lower"),
+        ("digit_in-20", "table"),
+        ("histogram-20", "units"),
+        ("histogram-24", "units"),
         ("diagonal-64", "u"),
     )
 }

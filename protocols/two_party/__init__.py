@@ -9,10 +9,12 @@ bitproducts   (helper) products of up to four secret bits in one round
 comparison    compare an opened secret with public thresholds
 selection     secret bits times an opened secret: piecewise linear functions; bits to numbers
 exponential   e^-x of an opened secret
+digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 endpoints     the client's input, the revealed output
 """
 
 from protocols.two_party.comparison import Compare
+from protocols.two_party.digits import DigitIn, Histogram
 from protocols.two_party.endpoints import Input, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
@@ -25,8 +27,10 @@ from protocols.two_party.selection import Select
 __all__ = [
     "Compare",
     "Deliver",
+    "DigitIn",
     "Exponential",
     "Extend",
+    "Histogram",
     "Input",
     "Linear",
     "Open",
