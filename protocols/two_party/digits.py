@@ -39,8 +39,8 @@ from protocols.fields import Bits, Count, Ring, Shape, Whole
 from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, count, plane_shape
 from protocols.wire import Wire
 
-DIGIT_BITS = 9
-"""The most bits of a digit in which ``DigitIn`` looks: a table of 64 bytes an element."""
+DIGIT_BITS = 12
+"""The most bits of a digit in which ``DigitIn`` looks: a table of 512 bytes an element."""
 
 ROW = 255
 """The most elements that one histogram counts, so that its counts do not wrap modulo 2^8."""
@@ -55,7 +55,7 @@ def _intervals(size: int, below: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DigitIn(Protocol):
-    """Bits [j < count] of the coarse digit j, one plane of shape (1, ceil(n / 8)), for N = 2 .. 2^9 digits.
+    """Bits [j < count] of the coarse digit j, one plane of shape (1, ceil(n / 8)), for N = 2 .. 2^12 digits.
 
     x in [0, 2^ring - 2^shift) as a residue. With ring = 8, shift = 0, count = 1 it tells whether a byte is zero.
     Rounds 0; offline ceil(N / 8) bytes an element to the server, from a stream of the same size at each party.

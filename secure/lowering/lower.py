@@ -6,6 +6,7 @@ own graph. The lowering of each operation is defined beside the operation (`secu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,7 +111,7 @@ class Lowering:
         self._known: dict[int, Tensor] = {}  # by node of the server's or public
         self._weights: dict[str, Tensor] = {}
         self._client_outputs: list[int] = []
-        self._client_inputs: dict[tuple[int, str, str], tuple[ClientInput, Symbol]] = {}  # node, encoding, table
+        self._client_inputs: dict[tuple[int, str, str], tuple[ClientInput, Symbol]] = {}  # node, encoding, table or reach
         self._clamps: dict[str, float] = {}
 
     def run(self) -> Lowered:
@@ -193,12 +194,15 @@ class Lowering:
         self._weights[name] = found
         return WeightRef(name, tuple(found.shape))
 
-    def client_input(self, i: int, encoding: str = "plain", table: WeightRef | None = None) -> Symbol:
+    def client_input(
+        self, i: int, encoding: str = "plain", table: WeightRef | None = None, reach: float = math.inf
+    ) -> Symbol:
         """Return the input of the circuit that the client makes from node ``i`` of its graph.
 
-        The node enters as it is ("plain"), as "one-hot" rows, or as rows of a table ("client-table").
+        The node enters as it is ("plain"), as "one-hot" rows, or as rows of a table ("client-table"). reach: an additive
+        mask is clamped from below at -reach; each reach makes an input of its own.
         """
-        key = (i, encoding, table.name if table is not None else "")
+        key = (i, encoding, f"{reach:g}" if table is None else table.name)
         if key not in self._client_inputs:
             if i not in self._client_outputs:
                 self._client_outputs.append(i)
@@ -211,14 +215,10 @@ class Lowering:
             spec = ClientInput(name, self._client_outputs.index(i), encoding, size, shape)
             if table is not None and encoding == "client-table":
                 spec = replace(spec, table=table.name)
+            if reach < math.inf:
+                self._clamps[name] = reach
             self._client_inputs[key] = spec, self._trace.input(name, shape, integer=encoding == "one-hot")
         return self._client_inputs[key][1]
-
-    def clamp(self, i: int, reach: float) -> None:
-        """Clamp the client's node ``i``, an additive mask, from below at -reach."""
-        self.client_input(i)
-        name = self._client_inputs[i, "plain", ""][0].name
-        self._clamps[name] = max(self._clamps.get(name, 0.0), reach)
 
     # the surroundings of a node
 

@@ -17,11 +17,12 @@ class Observed:
     """Ranges by node.
 
     measured: the smallest and the largest entry of the tensor that an operation observes (`Operation.observes`).
-    magnitude: the largest absolute entry of a node's value.
+    magnitude: the largest absolute entry of a node's value. highest: its largest entry, if that is positive, else 0.
     """
 
     measured: dict[int, tuple[float, float]] = field(default_factory=dict)
     magnitude: dict[int, float] = field(default_factory=dict)
+    highest: dict[int, float] = field(default_factory=dict)
 
 
 def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
@@ -35,6 +36,7 @@ def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: M
     def look(node: Node, value: Tensor) -> None:
         if value.is_floating_point() and value.numel():
             seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), float(value.abs().max()))
+            seen.highest[node.id] = max(seen.highest.get(node.id, 0.0), float(value.max()))
         for reader in readers.get(node.id, ()):
             measure = OPERATIONS[reader.op].measure
             assert measure is not None

@@ -125,4 +125,6 @@ def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, 
     """Return the range for which the ring of an input was chosen."""
     index = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name)
     reach = ranges.magnitude(index)
-    return (-lowered.clamps[spec.name], reach) if spec.name in lowered.clamps else (-reach, reach)
+    if spec.name in lowered.clamps:
+        return -lowered.clamps[spec.name], max(0.0, ranges.interval(index)[1])
+    return -reach, reach

@@ -85,7 +85,7 @@ RULES: dict[str, Emission] = {
     "bounded": Emission(arithmetic.local_needs, keeps_scale=True, emit=arithmetic.emit_same),
     "scale": Emission(arithmetic.scale_needs, keeps_scale=True, emit=arithmetic.emit_scale),
     "piecewise": Emission(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
-    "row_bound": Emission(softmax.bound_needs, emit=softmax.emit_bound),
+    "row_bound": Emission(softmax.bound_needs, scale=softmax.SCORE_FRACTION, emit=softmax.emit_bound),
     "exp_below": Emission(softmax.exponential_needs, emit=softmax.emit_exponential),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
 }

@@ -48,11 +48,13 @@ class Planning:
 
     needs: returns the needs of each operand in order, for primitive i of the plan's trace.
     keeps_scale: the result has the largest scale among the operands, not the usual one.
+    scale: the scale of the result, if it is always the same.
     note: records facts about a value that all its readers contribute before any of them is asked for its needs.
     """
 
     needs: Needs
     keeps_scale: bool = False
+    scale: int | None = None
     note: Callable[[Plan, Primitive], None] | None = None
 
 
@@ -82,6 +84,8 @@ class Plan:
     def _fraction(self, p: Primitive, rule: Planning) -> int:
         if rule.keeps_scale:
             return max(self.fraction[i] for i in p.inputs)
+        if rule.scale is not None:
+            return rule.scale
         f = 0 if p.attrs.get("integer") else self.fixed.fraction_bits
         return f + int(p.attrs.get("extra", 0))
 

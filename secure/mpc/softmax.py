@@ -75,7 +75,8 @@ def _rows(shape: Shape) -> Shape:
 def _opened(e: Emitter, x: int, window: _Window) -> int:
     """Emit the opening of the scores in rows, counted from the window's start."""
     shape, excess = e.trace.primitives[x].shape, e.plan.fraction[x] - SCORE_FRACTION
-    value = e.truncate(e.get(x, window.ring + excess), shape, excess)
+    value = e.get(x, window.ring + excess)
+    value = e.truncate(value, shape, excess) if excess > 0 else e.lift(value, shape, -excess)
     rows = _rows(shape)
     moved = e.emit(local.AddConstant(shape, value.ring, -window.start), value.index)
     return e.emit(tp.Open(rows, window.ring), e.emit(local.Reshape(rows, value.ring), moved))

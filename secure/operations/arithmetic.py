@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from approximations.softmax import CLIP
+from approximations.primitives import bounded
+from approximations.softmax import CLIP, SLACK
 from secure.capture.builder import Builder, Norm, Root, Value, scalar_of, shape_of
 from secure.capture.graph import MASKED, Node
 from secure.capture.operation import operation, rule
@@ -43,7 +45,8 @@ def _(to: Lowering, node: Node) -> Symbol:
         return to.symbol(node.inputs[0]) + float(node.attrs["scalar"])
     first, second = node.inputs
     for mask, other in ((first, second), (second, first)):
-        _clamp_mask(to, mask, other)
+        if _is_deep(to, mask):
+            return _masked(to, mask, to.symbol(other), to.seen.magnitude[other] * to.margin)
     left, right = to.operand(first), to.operand(second)
     if isinstance(left, WeightRef):
         assert isinstance(right, Symbol)
@@ -51,19 +54,28 @@ def _(to: Lowering, node: Node) -> Symbol:
     return left + right
 
 
-def _clamp_mask(to: Lowering, mask: int, other: int) -> None:
-    """Clamp an additive mask of the client's at the depth that the softmax needs, so that it fits a smaller ring."""
-    node = to.graph.nodes[mask]
+def _is_deep(to: Lowering, i: int) -> bool:
+    """True if the client's node is an additive mask: it reaches down to where a softmax ignores what it is added to."""
+    node = to.graph.nodes[i]
     if node.visibility != "client":
-        return
-    if not to.seen.magnitude.get(mask, 0.0):
+        return False
+    if not to.seen.magnitude.get(i, 0.0):
         raise InvalidInput(
             f"{node.path or 'model'}: what the client adds here was zero in every calibration input, so its range is "
             "unknown",
             "for an attention mask, add a padded input to the calibration",
         )
-    if to.seen.magnitude[mask] >= -MASKED:
-        to.clamp(mask, 2 * to.seen.magnitude[other] * to.margin + CLIP + 1)
+    return to.seen.magnitude[i] >= -MASKED
+
+
+def _masked(to: Lowering, mask: int, scores: Symbol, most: float) -> Symbol:
+    """Add a mask to scores of magnitude ``most``, clamped at the depth that the softmax needs, to fit a smaller ring.
+
+    The depth is a power of two, so that layers share inputs.
+    """
+    above = to.seen.highest.get(mask, 0.0) * to.margin
+    reach = 2.0 ** math.ceil(math.log2(2 * most + above + CLIP + SLACK))
+    return bounded(scores + to.client_input(mask, reach=reach), -most - reach, most + above)
 
 
 @operation("sub")
