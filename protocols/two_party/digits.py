@@ -2,9 +2,9 @@
 
 x in [0, 2^k - 2^s) is opened modulo 2^k as z = x + r. With top(v) = floor((v mod 2^k) / 2^s) and N = 2^(k-s), its
 *coarse digit* is j = (top(z) - top(r)) mod N. The low s bits of x and r carry 0 or 1 into top(z) = top(x) + top(r) +
-carry, and top(x) <= N - 2, so j is top(x) or top(x) + 1, without a wrap. Nobody knows j: the parties know top(z), and
-the dealer knows top(r). Whatever depends on j alone is a table over the public top(z), which the dealer shifts by its
-top(r) and shares. Looking it up takes no message.
+carry, and top(x) <= N - 2, so j is top(x) or top(x) + 1, without a wrap. With s = 0 nothing carries, and j = x for all
+x. Nobody knows j: the parties know top(z), and the dealer knows top(r). Whatever depends on j alone is a table over the
+public top(z), which the dealer shifts by its top(r) and shares. Looking it up takes no message.
 ``DigitIn``: one bit, [j < count], from an XOR-shared table of N bits.
 ``Histogram``: the unit vector of j is the unit vector of -top(r), turned by top(z). Turned vectors are added up over a
 row, so that c_i = sum of the entries from i on is the number of elements with j >= i.
@@ -57,7 +57,7 @@ def _intervals(size: int, below: int) -> Tensor:
 class DigitIn(Protocol):
     """Bits [j < count] of the coarse digit j, one plane of shape (1, ceil(n / 8)), for N = 2 .. 2^12 digits.
 
-    x in [0, 2^ring - 2^shift) as a residue. With ring = 8, shift = 0, count = 1 it tells whether a byte is zero.
+    x in [0, 2^ring - 2^shift) as a residue, or any x if shift = 0: with ring = 8 and count = 1, whether a byte is zero.
     Rounds 0; offline ceil(N / 8) bytes an element to the server, from a stream of the same size at each party.
     Error: exact for shift = 0. Otherwise j is top(x) or top(x) + 1; it is the j of every other reader of the opening
     with the same ring and shift.
@@ -117,7 +117,7 @@ class Histogram(Protocol):
     """Suffix counts of a row's coarse digits, c_i = #{elements with j mod bins >= i}, modulo 2^8.
 
     A row is the last dimension of ``shape``, of at most 255 elements, so that no count wraps; the result has the shape
-    (*shape[:-1], bins). x in [0, 2^ring - 2^shift) as a residue; bins is a power of two.
+    (*shape[:-1], bins). x in [0, 2^ring - 2^shift) as a residue, or any x if shift = 0; bins is a power of two.
     If there are as many digits as bins, every element counts. If there are more, it reads the opening of one bit b an
     element too, and elements with b = 0 do not count. With b = [j < bins] of ``DigitIn``, those count that lie within a
     window: all x < (bins - 1) 2^shift do, all x >= bins 2^shift do not, and those between may.
