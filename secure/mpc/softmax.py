@@ -83,9 +83,9 @@ def _opened(e: Emitter, x: int, window: _Window) -> int:
 
 
 def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
-    """Emit the number of bins up to the largest score of each row, as ``two_party.digits`` explains, times their width.
+    """Emit the number of bins up to the largest score of each row (see ``two_party.digits``) times their width.
 
-    It is an upper bound of the row, counted from the window's start, at most two bins too high.
+    Counted from the window's start, that is an upper bound of the row, at most two bins too high.
     """
     (x,) = p.inputs
     w = _window(e.plan, i)
@@ -103,7 +103,8 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     filled = _filled(e, counted, shape, w.ring, 1 << w.shift)
     shape = (*shape[:-1], 1)
     total = e.emit(local.Sum(shape, w.ring, (len(shape) - 1,)), filled)
-    return Share(e.emit(local.Reshape(p.shape, w.ring), total), w.ring, SCORE_FRACTION)
+    moved = e.emit(local.AddConstant(shape, w.ring, w.start), total)
+    return Share(e.emit(local.Reshape(p.shape, w.ring), moved), w.ring, SCORE_FRACTION)
 
 
 def _filled(e: Emitter, counts: int, shape: Shape, ring: int, unit: int) -> int:
@@ -120,7 +121,7 @@ def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
     top = e.get(bound, w.ring).index
     single = (*rows[:-2], 1, 1)
     at = e.emit(tp.Open(single, w.ring), e.emit(local.Reshape(single, w.ring), top))
-    below = e.emit(tp.OpenedSum(rows, w.ring, (False, True), 0), at, _opened(e, scores, w))
+    below = e.emit(tp.OpenedSum(rows, w.ring, (False, True), -w.start), at, _opened(e, scores, w))
     operands: tuple[int, ...] = (below,)
     if w.ring > _EXPONENT + 1:
         near = e.emit(tp.DigitIn(rows, w.ring, _EXPONENT, 2), below)
