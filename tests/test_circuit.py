@@ -229,6 +229,12 @@ MISFITS: dict[str, Instruction] = {
     "a comparison of more elements": Instruction(tp.Compare((2, 8), 17, 0, (0,)), (1,)),
     "a comparison of one number as eight": Instruction(tp.Compare(EIGHT, 17, 0, (0,)), (6,)),
     "an exponential of one number as eight": Instruction(tp.Exponential(EIGHT, 20, 16, 40, 16), (6,)),
+    "a table of one number as eight": Instruction(
+        tp.Tabulated(EIGHT, 20, 16, 4, 2, 1 << 17, 1 << 19, 1e6, 16, 64), (6,)
+    ),
+    "a table of a wider ring": Instruction(
+        tp.Tabulated(EIGHT, RING + 2, RING - 11, 4, 2, 1 << 29, 1 << 32, 1e9, 16, 64), (1,)
+    ),
     "a selection of one number as eight": Instruction(tp.Select(EIGHT, RING, (1, 1), (0, 0)), (3, 6)),
     "a selection by fewer bits": Instruction(tp.Select(EIGHT, RING, (1, 1, 1), (0, 0, 0)), (3, 1)),
     "a selection by bits of other elements": Instruction(tp.Select((9,), RING, (0, 0), (1, 1)), (3,)),

@@ -124,6 +124,8 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         yield f"reveal-{ring}", Scene(tp.Reveal(shape, ring), ring, low, high)
     yield "open_bits", Scene(tp.OpenBits(shape, 3), 8, 0, 0, bits=3)
     yield "exponential-21", Scene(tp.Exponential(shape, 21, 16, 40, 16), 21, 0, (1 << 20) - 1)
+    table = tp.Tabulated(shape, 16, 14, 4, 2, 1 << 14, 47 << 10, 2.0**20, 16, 40)
+    yield "tabulated-16", Scene(table, 16, 1 << 14, 47 << 10)
     yield "compare-2-thresholds-64", Scene(tp.Compare(shape, 64, 0, (0, 1)), 64, -(2**62), 2**62)
 
 
@@ -326,6 +328,7 @@ BROKEN = {
         ("product-64", "rr"),
         ("square-16", "rr"),
         ("powers-37", "r3"),
+        ("tabulated-16", "rows"),
         ("select-64", "beta"),
         ("select-16", "beta_r"),
         ("extend-16", "product"),

@@ -158,6 +158,10 @@ class Symbol:
         """Compute the maximum over the last dimension, which is kept; the result may be too low by ``tolerance``."""
         return self.trace.record("maximum", (self,), (*self.shape[:-1], 1), tolerance=tolerance)
 
+    def inverse_power(self, root: int, low: float, high: float, scale: float, extra: int) -> Symbol:
+        """Compute scale * x^(-1/root) for low <= x <= high. ``extra``: more fraction bits in the result."""
+        return self._same("inverse_power", root=root, low=low, high=high, scale=scale, extra=extra)
+
     def bounded(self, low: float, high: float) -> Symbol:
         """Promise that the value lies in [low, high]; no calibration widens that range."""
         return self._same("bounded", low=low, high=high)

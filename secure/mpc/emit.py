@@ -28,7 +28,7 @@ from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
-from secure.mpc import arithmetic, nonlinear
+from secure.mpc import arithmetic, nonlinear, powers
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Plan, Planning, nothing
 from secure.mpc.share import Share
@@ -86,6 +86,7 @@ RULES: dict[str, Emission] = {
     "scale": Emission(arithmetic.scale_needs, keeps_scale=True, emit=arithmetic.emit_scale),
     "piecewise": Emission(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
     "exp_neg": Emission(nonlinear.exponential_needs, emit=nonlinear.emit_exponential),
+    "inverse_power": Emission(powers.needs, emit=powers.emit),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
 }
 """The record of every primitive of ``secure.lowering.primitives`` for shares."""
