@@ -21,8 +21,8 @@ from torch import Tensor
 from approximations.fits import minimax
 from approximations.primitives import Piece, Value, constant, inverse_power, piecewise, precise_product
 
-NARROW = {1: 64.0, 2: 128.0}
-"""The largest high / low, by root, of a function that one table holds, of some 4 kB a value."""
+NARROW = {1: 2.0**11, 2: 2.0**13}
+"""The largest high / low, by root, of a function whose tables take at most some 4 kB a value."""
 
 PER_OCTAVE, DEGREE = 4, 3
 # the range of u: one segment, widened by the rounding of c and by comparisons that pick the neighbouring segment

@@ -127,7 +127,7 @@ class Correlations:
 
 
 def draw(spec: Draw, stream: Stream) -> Tensor:
-    return stream.planes(spec.shape) if spec.planes else stream.words(spec.shape)
+    return stream.planes(spec.shape) if spec.wire.planes else stream.words(spec.shape)
 
 
 def _holds(spec: Draw, party: int) -> bool:

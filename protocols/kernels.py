@@ -143,6 +143,73 @@ def digit_planes(
     return torch.stack([torch.cat(row) for row in rows])
 
 
+# tables over the coarse digit of an opened value, which are dealt for its mask: see ``two_party.digits``
+
+
+@compiled
+def _looked_up(z: Array, table: Array, shift: int, last: int) -> Array:
+    out = np.empty((z.size + 7) // 8, np.uint8)
+    flags = np.zeros(BLOCK, np.uint8)
+    for start in range(0, z.size, BLOCK):
+        here, rows = z[start : start + BLOCK], table[start : start + BLOCK]
+        for i in range(here.size):
+            digit = (here[i] >> shift) & last
+            flags[i] = (rows[i, digit >> 3] >> np.uint8(digit & 7)) & 1
+        _gathered(flags, 0, out, start >> 3, (here.size + 7) >> 3)
+    return out
+
+
+def looked_up(z: Tensor, table: Tensor, shift: int, size: int) -> Tensor:
+    """Look one bit an element up at its digit (z >> shift) mod size, a power of two, and pack the bits to a plane.
+
+    z: n elements. table: (n, ceil(size / 8)) bytes, in which bit t of an element is bit t % 8 of its byte t // 8.
+    """
+    if _fast(z):
+        return torch.from_numpy(_looked_up(_flat(z), table.numpy(), shift, size - 1))
+    digit = ring.right(z.reshape(-1, 1), shift) & (size - 1)
+    return bits.pack(table.gather(1, digit >> 3).to(torch.int64) >> (digit & 7))
+
+
+@compiled
+def _suffix_counts(z: Array, plane: Array, units: Array, shift: int, row: int) -> Array:
+    bins = units.shape[2]
+    out = np.empty((z.size // row, bins), np.int64)
+    turned = np.empty(2 * bins, np.uint8)  # not folded until the end of a row, so that the inner loop has no wrap
+    for r in range(out.shape[0]):
+        turned[:] = 0
+        for i in range(r * row, (r + 1) * row):
+            digit = (z[i] >> shift) & (bins - 1)
+            unit = units[(plane[i >> 3] >> np.uint8(i & 7)) & 1, i]
+            for e in range(bins):
+                turned[digit + e] += unit[e]
+        total = np.uint8(0)
+        for e in range(bins - 1, -1, -1):
+            total = np.uint8(total + turned[e] + turned[e + bins])
+            out[r, e] = total
+    return out
+
+
+def suffix_counts(z: Tensor, plane: Tensor | None, units: Tensor, shift: int) -> Tensor:
+    """Turn each element's vector by its digit (z >> shift) mod bins, add them up over the last dimension of z, and sum.
+
+    Returns (*z.shape[:-1], bins): entry i is the sum of the entries from i on of sum_e turn(units[c_e, e], digit_e),
+    modulo 2^8, where c_e is bit e of the packed ``plane`` (None: 0) and turn moves entry t to (t + digit) mod bins.
+
+    units: (1 or 2, n, bins) bytes; bins is a power of two.
+    """
+    bins, row = units.shape[2], z.shape[-1]
+    if _fast(z):
+        chosen = np.zeros(bits.plane_bytes(z.numel()), np.uint8) if plane is None else plane.numpy()
+        counts = torch.from_numpy(_suffix_counts(_flat(z), chosen, units.numpy(), shift, row))
+        return counts.reshape(*z.shape[:-1], bins)
+    unit = units[0]
+    if plane is not None:
+        unit = torch.where(bits.unpack(plane, (z.numel(), 1)).bool(), units[1], unit)
+    place = torch.arange(bins, device=z.device) - ring.right(z.reshape(-1, 1), shift)
+    found = unit.gather(1, place & (bins - 1)).to(torch.int64).reshape(*z.shape, bins).sum(-2)
+    return found.flip(-1).cumsum(-1).flip(-1) & 0xFF
+
+
 # selection
 
 
@@ -353,6 +420,8 @@ def warm_up() -> None:
     digit_planes(x, x.reshape(1, 8), (0,), 17, 0, 4, 0)
     select(plane.reshape(1, 1), (1,), (0,), x.reshape(1, 8), (x, x, x.reshape(1, 8)), server=True)
     extended(x, plane, plane, x, 8, client=True)
+    looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
+    suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0)
     dropped(x, 0, 1, 8)
     for width in range(1, 9):
         loaded(stored(x.numpy(), width, -1), width)

@@ -78,20 +78,23 @@ class Draw:
     shape: Shape
     bits: int = ring.WORD
     planes: bool = False  # packed bits, shared by XOR
+    octets: bool = False  # bytes, shared by addition modulo 2^8: a stream and memory spend one byte on each
     xor: bool = False  # 64-bit words shared by XOR
     derived: bool = False
     holder: int | None = None  # the one party that holds this mask; None: both hold a share
 
     @property
     def wire(self) -> Wire:
-        return Wire(self.shape, self.bits, self.planes)
+        return Wire(self.shape, 8, planes=True) if self.planes or self.octets else Wire(self.shape, self.bits)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         return a ^ b if self.planes or self.xor else a + b
 
     def remove(self, total: Tensor, share: Tensor) -> Tensor:
         """Return the other share of ``total``."""
-        return total ^ share if self.planes or self.xor else ring.reduce(total - share, self.bits)
+        if self.planes or self.xor:
+            return total ^ share
+        return total - share if self.octets else ring.reduce(total - share, self.bits)
 
 
 @dataclass(frozen=True)

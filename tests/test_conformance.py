@@ -549,6 +549,54 @@ def tabulated(s: Setup) -> Check:
     return check
 
 
+def tops(x: Integers, ring: int, shift: int) -> Integers:
+    return (x % (1 << ring)) >> shift
+
+
+@case(tp.DigitIn)
+def digit_in(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), s.shape()
+    shift = s.number("shift", max(0, ring - 9), ring - 1)
+    last = (1 << (ring - shift)) - 1
+    count, high = s.number("count", 1, last), (last << shift) - 1 if shift else last
+    near = tuple(d << shift for d in (count - 1, count))
+    a, x = s.opened(shape, s.number("opened", ring, 64), 0, high, near)
+    s.add(tp.DigitIn(shape, ring, shift, count), a)
+
+    def check(server: Any, client: Any) -> None:
+        (found,) = plane_bits(combine(server, client), shape)
+        top = tops(x, ring, shift)
+        assert (found[top >= count] == 0).all()
+        assert (found[top + bool(shift) < count] == 1).all()
+
+    return check
+
+
+@case(tp.Histogram)
+def histogram(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), s.shape()
+    digits = s.number("digits", 1, min(8, ring))
+    shift, bins = s.number("shift", 0, ring - digits), 1 << digits
+    high = (1 << ring) - (1 << shift) - 1 if shift else (1 << ring) - 1
+    operands, b = [], np.ones(shape, dtype=object)
+    if shift < ring - digits:
+        planes, secret = s.opened_planes(shape, 1)
+        operands, b = [planes], plane_bits(secret, shape)[0]
+    a, x = s.opened(shape, s.number("opened", ring, 64), 0, high, tuple((1 << shift) * d for d in (1, 2, bins)))
+    s.add(tp.Histogram(shape, ring, shift, bins), *operands, a)
+    # in how many suffixes each element is, if it has no carry and if it has one
+    reach = np.stack([(tops(x, ring, shift) + carry) % bins * b - (1 - b) for carry in (0, int(shift > 0))])
+    least, most = (np.stack([(r >= i).sum(-1) for i in range(bins)], -1) for r in (reach.min(0), reach.max(0)))
+
+    def check(server: Any, client: Any) -> None:
+        counts = integers(combine(server, client), 8)
+        assert ((least <= counts) & (counts <= most)).all()
+        assert (counts[..., 0] == b.sum(-1)).all()
+        assert (np.diff(counts, axis=-1) <= 0).all()
+
+    return check
+
+
 # the suite
 
 TWO, THREE, PUBLIC = DEPLOYMENTS = ("two", "three", "three-public")  # parties; PUBLIC: who all know the weights

@@ -140,6 +140,7 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
     powers = tuple(words(rng, (n,)) for _ in range(6))
     table, planes = words(rng, (-(-digits // 4), n)), octets(rng, (len(slopes), bits.plane_bytes(n)))
     mine, theirs = (octets(rng, (bits.plane_bytes(n),)) for _ in range(2))
+    tables, units = {size: octets(rng, (n, -(-size // 8))) for size in (2, 8, 512)}, octets(rng, (2, n, 32))
 
     def results() -> list[torch.Tensor]:
         out = [kernels.bit_plane(z, offsets[0], width - 1)]
@@ -150,6 +151,11 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
             out.append(kernels.select(planes, slopes, offsets, beta, opened, server=server))
             out.append(kernels.extended(x, mine, theirs, product, min(width, 63), client=server))
             out.append(kernels.polynomial(z, powers, offsets[0], coefficients, int(server)))
+        for size, codes in tables.items():
+            out.append(kernels.looked_up(z, codes, drop, size))
+        for sets, bins in ((1, 4), (2, 4), (2, 32)):
+            chosen = planes[0] if sets == 2 else None
+            out.append(kernels.suffix_counts(z.reshape(1, 1, n), chosen, units[:sets, :, :bins].contiguous(), drop))
         return out
 
     fast = results()

@@ -126,6 +126,11 @@ def scenes() -> Iterator[tuple[str, Scene]]:
     yield "exponential-21", Scene(tp.Exponential(shape, 21, 16, 40, 16), 21, 0, (1 << 20) - 1)
     table = tp.Tabulated(shape, 16, 14, 4, 2, 1 << 14, 47 << 10, 2.0**20, 16, 40)
     yield "tabulated-16", Scene(table, 16, 1 << 14, 47 << 10)
+    yield "digit_in-20", Scene(tp.DigitIn(shape, 20, 13, 50), 20, 0, (1 << 20) - (1 << 13) - 1)
+    yield "digit_in-8", Scene(tp.DigitIn(shape, 8, 0, 1), 8, 0, 255)
+    rows = (N // 128, 128)
+    yield "histogram-20", Scene(tp.Histogram(rows, 20, 16, 16), 20, 0, (1 << 20) - (1 << 16) - 1)
+    yield "histogram-24", Scene(tp.Histogram(rows, 24, 16, 32), 24, 0, (1 << 24) - (1 << 16) - 1, bits=1)
     yield "compare-2-thresholds-64", Scene(tp.Compare(shape, 64, 0, (0, 1)), 64, -(2**62), 2**62)
 
 
@@ -136,7 +141,7 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
     """The circuit around a protocol, all of whose secrets are one value; shared at random."""
     rng = np.random.default_rng(abs(value) % 997 + plane)
     protocol, ring = scene.protocol, scene.ring
-    shape = {"linear": (N // 4, 4)}.get(protocol.kind, (N,))
+    shape = {"linear": (N // 4, 4), "histogram": (N // 128, 128)}.get(protocol.kind, (N,))
     weights = {"w": torch.tensor([[1, 2, 3]] * 4), "v": torch.tensor([1, 2, 3, -4])}
     circuit: list[Instruction] = []
     inputs: dict[str, Tensor] = {}
@@ -336,6 +341,9 @@ BROKEN = {
         ("compare-37", "dealt0"),
         ("exponential-21", "upper"),
         ("exponential-21", "lower"),
+        ("digit_in-20", "table"),
+        ("histogram-20", "units"),
+        ("histogram-24", "units"),
         ("diagonal-64", "u"),
     )
 }

@@ -10,10 +10,12 @@ comparison    compare an opened secret with public thresholds
 selection     secret bits times an opened secret: piecewise linear functions; bits to numbers
 exponential   e^-x of an opened secret
 tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
+digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 endpoints     the client's input, the revealed output
 """
 
 from protocols.two_party.comparison import Compare
+from protocols.two_party.digits import DigitIn, Histogram
 from protocols.two_party.endpoints import Input, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
@@ -27,8 +29,10 @@ from protocols.two_party.tabulated import Tabulated
 __all__ = [
     "Compare",
     "Deliver",
+    "DigitIn",
     "Exponential",
     "Extend",
+    "Histogram",
     "Input",
     "Linear",
     "Open",

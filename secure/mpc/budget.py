@@ -21,7 +21,7 @@ WORD = 8  # bytes of a ring element in memory
 PACKED = 32  # bytes that the packed form of a weight takes, once for each ring: four limbs at most
 COPIES = 4  # of its operands, draws and result that one instruction holds while it runs
 BYTE_SECONDS = 0.5e-9  # to draw, combine and encode one byte
-BIT_SECONDS = 6e-9  # to deal one byte of products of bits, for comparisons: each is made of up to 15 others
+PACKED_SECONDS = 6e-9  # to deal one byte of tables, or of products of bits, each of which is made of up to 15 others
 PRODUCT_SECONDS = 0.25e-9  # of one multiply-accumulate in a matrix product
 INSTRUCTION_SECONDS = 100e-6
 
@@ -83,18 +83,18 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
     """Return the load of a checked circuit. It takes time in proportion to the number of instructions."""
     packed: dict[tuple[str, int], int] = {}
     last = {operand: index for index, instruction in enumerate(circuit) for operand in instruction.inputs}
-    held = live = products = drawn = touched = of_bits = 0
+    held = live = products = drawn = touched = of_bytes = 0
     for index, instruction in enumerate(circuit):
         p, operands = instruction.protocol, [circuit[i].protocol for i in instruction.inputs]
         if (use := p.weight_use) and use.multiplied:
             packed[use.name, use.ring] = math.prod(weight_shapes[use.name])
-        own = sum(math.prod(d.shape) * (1 if d.planes else WORD) for d in p.draws)
+        own = sum(math.prod(d.shape) * (1 if d.wire.planes else WORD) for d in p.draws)
         work = own + p.memory() + sum(o.memory() for o in operands)
         live = max(live, held + COPIES * work)
         held += p.memory() if index in last else 0
         held -= sum(circuit[i].protocol.memory() for i in set(instruction.inputs) if last[i] == index)
         drawn, touched = drawn + own, touched + work
-        of_bits += sum(d.wire.size for d in p.draws if d.planes and d.derived)
+        of_bytes += sum(d.wire.size for d in p.draws if d.wire.planes and d.derived)
         products += p.products(weight_shapes, [o.out.shape for o in operands])
     weights = sum(math.prod(weight_shapes[name]) for name in {name for name, _ in packed})
     return Load(
@@ -104,7 +104,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
         products=products,
         memory=WORD * weights + PACKED * sum(packed.values()) + live,
         seconds=touched * BYTE_SECONDS
-        + of_bits * BIT_SECONDS
+        + of_bytes * PACKED_SECONDS
         + products * PRODUCT_SECONDS
         + len(circuit) * INSTRUCTION_SECONDS,
     )

@@ -1,0 +1,187 @@
+"""Bits and histograms of the coarse digit of an opened secret, from dealt tables: the maxima of rows in a few rounds.
+
+x in [0, 2^k - 2^s) is opened modulo 2^k as z = x + r. With top(v) = floor((v mod 2^k) / 2^s) and N = 2^(k-s), its
+*coarse digit* is j = (top(z) - top(r)) mod N. The low s bits of x and r carry 0 or 1 into top(z) = top(x) + top(r) +
+carry, and top(x) <= N - 2, so j is top(x) or top(x) + 1, without a wrap. Nobody knows j: the parties know top(z), and
+the dealer knows top(r). Whatever depends on j alone is a table over the public top(z), which the dealer shifts by its
+top(r) and shares. Looking it up takes no message.
+``DigitIn``: one bit, [j < count], from an XOR-shared table of N bits.
+``Histogram``: the unit vector of j is the unit vector of -top(r), turned by top(z). Turned vectors are added up over a
+row, so that c_i = sum of the entries from i on is the number of elements with j >= i.
+
+The maximum of a row follows from its counts c_i, i < bins:
+1. Open c_i modulo 2^8 (``Open``).  2. [c_i = 0] is [j < 1] of a byte with s = 0, where j is the byte itself
+(``DigitIn``); open these bits (``OpenBits``).  3. The sum of [c_i > 0] over the bins (``Select``, ``Sum``) is
+M = 1 + the largest j, or 0 if no element counts.
+With m the largest x that counts, (M - 2) 2^s < m < M 2^s. The j of m is at least top(m), hence m < M 2^s. If
+M = top(m) + 1, then m >= (M - 1) 2^s. Otherwise M = top(m) + 2, so some element has top(m) and a carry. Its low s bits
+are above 0, as those of r alone do not carry. So it is above top(m) 2^s = (M - 2) 2^s, and m is no smaller.
+
+Seen by the server: its corrections of the tables, masked by the client's shares; both parties see nothing else. The
+counts themselves would show how the numbers of a row are spread. But they are shares, which only step 1 opens, under a
+fresh uniform mask in all of their 8 bits; bits are opened under masks too.
+Source: shifted tables, TinyTable (Damgard et al., CRYPTO 2017) and one-time truth tables (Ishai et al., TCC 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocols import bits, kernels, ring
+from protocols.fields import Bits, Count, Ring, Shape, Whole
+from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, count, plane_shape
+from protocols.wire import Wire
+
+DIGIT_BITS = 9
+"""The most bits of a digit in which ``DigitIn`` looks: a table of 64 bytes an element."""
+
+ROW = 255
+"""The most elements that one histogram counts, so that its counts do not wrap modulo 2^8."""
+
+
+@lru_cache(maxsize=16)
+def _intervals(size: int, below: int) -> Tensor:
+    """Return, for every top(r) < size, the packed bits [(t - top(r)) mod size < below] for t = 0 .. size - 1."""
+    places = np.arange(size)
+    return torch.from_numpy(np.packbits((places - places[:, None]) % size < below, axis=1, bitorder="little"))
+
+
+@dataclass(frozen=True)
+class DigitIn(Protocol):
+    """Bits [j < count] of the coarse digit j, one plane of shape (1, ceil(n / 8)), for N = 2 .. 2^9 digits.
+
+    x in [0, 2^ring - 2^shift) as a residue. With ring = 8, shift = 0, count = 1 it tells whether a byte is zero.
+    Rounds 0; offline ceil(N / 8) bytes an element to the server, from a stream of the same size at each party.
+    Error: exact for shift = 0. Otherwise j is top(x) or top(x) + 1; it is the j of every other reader of the opening
+    with the same ring and shift.
+    """
+
+    kind: ClassVar[str] = "digit_in"
+    elementwise: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    gives: ClassVar[str] = "bits"
+    error: ClassVar[str] = "exact for the digit or the next one"
+    shape: Shape
+    ring: Ring
+    shift: Bits
+    count: Whole
+
+    def validate(self) -> None:
+        if not 1 <= self.ring - self.shift <= DIGIT_BITS or not 1 <= self.count < self._digits:
+            raise ValueError(f"{self.count} of the digits above bit {self.shift} in a ring of {self.ring} bits")
+
+    @property
+    def _digits(self) -> int:
+        return 1 << (self.ring - self.shift)
+
+    @property
+    def out(self) -> Wire:
+        return Wire(plane_shape(self.shape), planes=True)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("table", (count(self.shape), -(-self._digits // 8)), planes=True, derived=True),)
+
+    def _top(self, x: Tensor) -> Tensor:
+        return ring.right(x.reshape(-1), self.shift) & (self._digits - 1)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (r,) = operands
+        return {"table": _intervals(self._digits, self.count)[self._top(r)]}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((z, _),) = operands
+        return kernels.looked_up(z, material["table"], self.shift, self._digits).reshape(self.out.shape)
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return bits.pack((self._top(x) < self.count).to(torch.int64)).reshape(self.out.shape)
+
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=count(self.shape) * -(-self._digits // 8))
+
+    def comparisons(self) -> int:
+        return count(self.shape)
+
+
+@dataclass(frozen=True)
+class Histogram(Protocol):
+    """Suffix counts of a row's coarse digits, c_i = #{elements with j mod bins >= i}, modulo 2^8.
+
+    A row is the last dimension of ``shape``, of at most 255 elements, so that no count wraps; the result has the shape
+    (*shape[:-1], bins). x in [0, 2^ring - 2^shift) as a residue; bins is a power of two.
+    If there are as many digits as bins, every element counts. If there are more, it reads the opening of one bit b an
+    element too, and elements with b = 0 do not count. With b = [j < bins] of ``DigitIn``, those count that lie within a
+    window: all x < (bins - 1) 2^shift do, all x >= bins 2^shift do not, and those between may.
+    Step: the dealer gives shares of the unit vector of -top(r) mod bins for b = 1, zeros for b = 0. It knows b = c XOR
+    beta but for the public c, and deals one vector for each c.
+    Rounds 0; offline ``bins`` bytes an element to the server, or 2 ``bins`` with a bit, from streams of the same size.
+    Error: exact for shift = 0. Otherwise j is top(x) or top(x) + 1, the same as for ``DigitIn``.
+    """
+
+    kind: ClassVar[str] = "histogram"
+    elementwise: ClassVar[bool] = True
+    error: ClassVar[str] = "exact for the digits or the next ones"
+    shape: Shape  # of the opening
+    ring: Ring
+    shift: Bits
+    bins: Count
+
+    def validate(self) -> None:
+        if not self.shape or self.shape[-1] > ROW:
+            raise ValueError(f"a row of {self.shape[-1:]} elements, at most {ROW} are counted")
+        if self.bins & (self.bins - 1) or not 1 <= self.bins.bit_length() - 1 <= self.ring - self.shift:
+            raise ValueError(f"{self.bins} bins of the digits above bit {self.shift} in a ring of {self.ring} bits")
+
+    @property
+    def _windowed(self) -> bool:
+        return self.bins.bit_length() - 1 < self.ring - self.shift
+
+    @property
+    def operand_kinds(self) -> tuple[str, ...]:
+        return ("bit opening", "opening") if self._windowed else ("opening",)
+
+    @property
+    def out(self) -> Wire:
+        return Wire((*self.shape[:-1], self.bins), 8)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        shape = (2 if self._windowed else 1, count(self.shape), self.bins)
+        return (Draw("units", shape, 8, octets=True, derived=True),)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (*beta, r) = operands
+        (units,) = (torch.zeros(d.shape, dtype=torch.uint8) for d in self.draws)
+        place = -ring.right(r.reshape(-1), self.shift) & (self.bins - 1)
+        chosen = 1 - bits.unpack(beta[0][0], place.shape) if beta else torch.zeros_like(place)  # the c with b = 1
+        units.view(-1)[(chosen * place.numel() + torch.arange(place.numel())) * self.bins + place] = 1
+        return {"units": units}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (*opened, (z, _)) = operands
+        return kernels.suffix_counts(z, opened[0].value[0] if opened else None, material["units"], self.shift)
+        yield
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        if self._windowed and operands[0][0] != 1:
+            raise ValueError(f"it reads one bit an element, its operand has {operands[0][0]}")
+        return self.out.shape
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (*planes, x) = operands
+        digit = ring.right(x, self.shift) & (self.bins - 1)
+        if planes:
+            digit = digit - (1 - bits.unpack(planes[0][0], tuple(x.shape))) * self.bins  # in no suffix
+        return (digit[..., None] >= torch.arange(self.bins, device=x.device)).sum(-2)
+
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=(2 if self._windowed else 1) * count(self.shape) * self.bins)
