@@ -1,9 +1,13 @@
-"""Reciprocal and inverse square root of a positive value in a known range, by range reduction.
+"""Reciprocal and inverse square root of a positive value in a known range.
+
+Where high / low is at most ``NARROW``, the protocol has the function itself, from one opening
+(``primitives.inverse_power``). Else range reduction follows:
 
 x is compared with powers of 2^(1/4). The secret segment bits give u = c x just below 1 and the matching c^-p as
 piecewise linear functions, and a minimax cubic gives u^p: x^p = u^p c^-p. All comparisons come from one opening. Few
 values need this (one a row), so segments are cheap and rounds are expensive: no Newton or Goldschmidt step follows.
-Relative error: ``reciprocal_error()``, ``rsqrt_error()`` (1.8e-5 and 4.6e-6) plus fixed-point rounding.
+Relative error: ``reciprocal_error()``, ``rsqrt_error()`` (1.8e-5 and 4.6e-6) plus fixed-point rounding; none, but for
+the protocol's own, in a narrow range.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ import torch
 from torch import Tensor
 
 from approximations.fits import minimax
-from approximations.primitives import Piece, Value, constant, piecewise, precise_product
+from approximations.primitives import Piece, Value, constant, inverse_power, piecewise, precise_product
+
+NARROW = {1: 2.0**15, 2: 2.0**13}
+"""The largest high / low, by root, of a function whose tables take at most some 4 kB a value."""
 
 PER_OCTAVE, DEGREE = 4, 3
 # the range of u: one segment, widened by the rounding of c and by comparisons that pick the neighbouring segment
@@ -32,15 +39,18 @@ _POWERS = {p: partial(_power_of, exponent=p) for p in (-1.0, -0.5)}
 def _power(x: Value, exponent: float, low: float, high: float, scale: float) -> Value:
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
+    extra = max(0, math.ceil(-math.log2(scale * high**exponent)))  # keep small results as precise as large ones
+    root = round(-1 / exponent)
+    if high <= NARROW[root] * low:
+        return inverse_power(x, root, low, high, scale, extra)
     first, last = math.floor(PER_OCTAVE * math.log2(low)) + 1, math.ceil(PER_OCTAVE * math.log2(high))
     first = min(first, last - 1)  # a range within one segment gets another below it, so that there is a comparison
     tops = [2.0 ** (i / PER_OCTAVE) for i in range(first, last + 1)]  # segment i ends at tops[i]
     shrinks = [_dyadic(1 / top) for top in tops]
-    extra = max(0, math.ceil(-math.log2(scale * high**exponent)))  # keep small results as precise as large ones
     mantissa = piecewise(x, tops[:-1], [Piece((0.0, c)) for c in shrinks], low / 128)
     factor = piecewise(x, tops[:-1], [constant(scale * c**-exponent) for c in shrinks], low / 128, extra)
-    root, _ = minimax(_POWERS[exponent], _LOWEST, _HIGHEST, DEGREE)
-    return precise_product(piecewise(mantissa, [], [root]), factor, extra)
+    of_mantissa, _ = minimax(_POWERS[exponent], _LOWEST, _HIGHEST, DEGREE)
+    return precise_product(piecewise(mantissa, [], [of_mantissa]), factor, extra)
 
 
 def _dyadic(c: float) -> float:

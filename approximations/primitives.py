@@ -76,6 +76,17 @@ def exp_below(x: Value, bound: Value) -> Value:
     return torch.exp(x - bound) if isinstance(x, Tensor) else x.exp_below(bound)
 
 
+def inverse_power(x: Value, root: int, low: float, high: float, scale: float, extra_bits: int) -> Value:
+    """Return scale * x^(-1/root) for low <= x <= high, root 1 or 2; under the protocol from one opening of x.
+
+    Exact for tensors; relative error 2^-15 under the protocol, and wrong outside of the range. extra_bits: as in
+    ``precise_product``.
+    """
+    if isinstance(x, Tensor):
+        return scale * (x.rsqrt() if root == 2 else x.reciprocal())
+    return x.inverse_power(root, low, high, scale, extra_bits)
+
+
 def bounded(x: Value, low: float, high: float) -> Value:
     """Return x, with the caller's promise that it lies in [low, high], whatever calibration observed."""
     return x if isinstance(x, Tensor) else x.bounded(low, high)

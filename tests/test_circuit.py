@@ -229,6 +229,12 @@ MISFITS: dict[str, Instruction] = {
     "a comparison of more elements": Instruction(tp.Compare((2, 8), 17, 0, (0,)), (1,)),
     "a comparison of one number as eight": Instruction(tp.Compare(EIGHT, 17, 0, (0,)), (6,)),
     "an exponential of one number as eight": Instruction(tp.Exponential(EIGHT, 20, 16, 40, 16), (6,)),
+    "a table of one number as eight": Instruction(
+        tp.Tabulated(EIGHT, 20, 16, 4, 2, 1 << 17, 1 << 19, 1e6, 16, 64), (6,)
+    ),
+    "a table of a wider ring": Instruction(
+        tp.Tabulated(EIGHT, RING + 2, RING - 11, 4, 2, 1 << 29, 1 << 32, 1e9, 16, 64), (1,)
+    ),
     "bits of one number's digit as eight": Instruction(tp.DigitIn(EIGHT, 20, 16, 3), (6,)),
     "bits of digits wider than the opening": Instruction(tp.DigitIn(EIGHT, RING + 1, RING, 1), (1,)),
     "a digit of too many bits": Instruction(tp.DigitIn(EIGHT, 20, 10, 3), (1,)),

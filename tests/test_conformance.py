@@ -4,9 +4,11 @@ under two parties and a dealer, and under three with shared and with public weig
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from protocols.circuit import check as check_circuit
 from protocols.protocol import CircuitCost, Opening, Protocol, Shape
 from protocols.three_party import Translated
 from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
+from protocols.two_party.tabulated import ACCURACY, ROWS, WIDEST, _chebyshev, smallest
+from protocols.two_party.tabulated import PUBLIC as TABLE_BITS
 from protocols.weights import ServerWeights
 from tests.helpers import (
     Integers,
@@ -514,6 +518,37 @@ def exponential(s: Setup) -> Check:
     return close(expected, 64, -reach, reach)
 
 
+def reaches(protocol: tp.Tabulated, x: Integers) -> tuple[Integers, Integers]:
+    """The value, and the declared error, of each x, in units of the revealed integers."""
+    expected = protocol.scale * x.astype(np.float64) ** (-1 / protocol.root)
+    error = ACCURACY * expected + (protocol.degree + 2) / 2
+    return expected * 2.0**protocol.public, error * 2.0**protocol.public
+
+
+@case(tp.Tabulated)
+def tabulated(s: Setup) -> Check:
+    shape, root, degree = s.shape(), s.number("root", 1, 2), s.number("degree", 4, 9)
+    low = s.number("low", 8, 1 << 22)
+    shift = math.floor(math.log2(WIDEST[root][degree] * low))
+    ring = shift + s.number("digit bits", 3, 6)
+    above = (1 << ring) - (1 << shift)
+    high = s.number("high", low + 1, above - 1)
+    a, x = s.opened(shape, ring, low, high, (above, 1 << shift, 3 << (shift - 1)))
+    bits_ = s.number("fraction bits", 10, 30)
+    wide = min(64, bits_ + TABLE_BITS + 2 + s.number("spare", 0, 10))
+    protocol = tp.Tabulated(
+        shape, ring, shift, degree, root, low, high, 2.0**bits_ * low ** (1 / root), TABLE_BITS, wide
+    )
+    s.add(protocol, a)
+    expected, reach = reaches(protocol, x)
+
+    def check(server: Any, client: Any) -> None:
+        result = integers(combine(server, client), wide, signed=True).astype(np.float64)
+        assert (abs(result - expected) <= reach).all(), (abs(result - expected) / reach).max()
+
+    return check
+
+
 def tops(x: Integers, ring: int, shift: int) -> Integers:
     return (x % (1 << ring)) >> shift
 
@@ -809,6 +844,119 @@ def test_exponential_refuses_larger_exponents() -> None:
 def test_exponential_refuses_absurd_sizes(fields: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"exponent below 16|ring .*, scales "):
         tp.Exponential((1,), *fields)
+
+
+@pytest.mark.parametrize(("root", "degree"), [(root, degree) for root, known in WIDEST.items() for degree in known])
+def test_tables_are_as_accurate_as_declared(root: int, degree: int) -> None:
+    """Rows as wide as allowed, with ``low`` at every place of its row: the fit's error and that of all T_j together.
+
+    Rows wider by a quarter are not, so the bound says what it is.
+    """
+    shift, ring = 20, 24
+    ends = torch.logspace(0, 18, 200, base=2, dtype=torch.float64).round()
+    start = torch.cat([torch.linspace(0, (1 << shift) - 1, 1500, dtype=torch.float64).round(), ends, 2.0**shift - ends])
+    for stretch, kept in ((1.0, True), (1.25, False)):
+        low = math.ceil((1 << shift) / (stretch * WIDEST[root][degree]))
+        p = tp.Tabulated((1,), ring, shift, degree, root, low, (15 << shift) - 1, low ** (1 / root), TABLE_BITS, 64)
+        c = p._lowest(start)
+        t = start[:, None] + (2.0**shift - 1 - start)[:, None] * torch.linspace(0, 1, 80, dtype=torch.float64) ** 2
+        exact = (1 + (t - start[:, None]) / low) ** (-1 / root)
+        fit = (_chebyshev(2.0 ** (1 - shift) * t - 1, degree) * c.T[:, None]).sum(-1)
+        rounding = 1.04 * 2.0 ** -(TABLE_BITS + 1) * c[1:].abs().sum(0)
+        error = float((((fit - exact).abs() + rounding[:, None]) / exact).max())
+        assert (error <= ACCURACY) == kept, error / ACCURACY
+
+
+@pytest.mark.parametrize("root", [1, 2])
+def test_tables_over_their_range(root: int) -> None:
+    """Values close to ``low``, which lies at any place of its row; others; and values in the last row."""
+    n, shift, ring, degree = 1 << 14, 20, 24, 8
+    low, high = math.ceil((1 << shift) / WIDEST[root][degree]), (1 << ring) - (1 << shift) - 1
+    p = tp.Tabulated((n,), ring, shift, degree, root, low, high, 2.0**40 * low ** (1 / root), TABLE_BITS, 64)
+    share = np.random.default_rng(root).random(n)
+    x = (low + share**4 * (high - low)).astype(np.int64).astype(object)
+    x[: n // 3], x[-n // 8 :] = low, high
+    result = integers(opened_numbers(x, ring, p).value(), signed=True).astype(np.float64) * 2.0**-TABLE_BITS
+    assert float(abs(result / (p.scale * x.astype(np.float64) ** (-1 / root)) - 1).max()) <= ACCURACY
+
+
+def test_rows_that_do_not_hold_the_end_of_the_range_keep_the_formula() -> None:
+    """1 / T_n(1 + 2 low / width), whatever the degree; a hundredth more for the rounding of T_j."""
+    for root in (1, 2):
+        for degree in range(1, 17):
+            p = tp.Tabulated(
+                (4096,), 22, 20, degree, root, 1 << 20, (3 << 20) - 1, 2.0**28 * (1 << 20) ** (1 / root), 30, 64
+            )
+            r = torch.arange(4096) * 1021 + 1
+            x = torch.full((4096,), 1 << 20)
+            x += (-(x + r)) % (1 << 20)  # the start of the first row above the lowest
+            rows = p.deal({}, (r,), ServerWeights({}))[0]["rows"]
+            for t in (0, 1 << 17, 1 << 19, (1 << 20) - 1):
+                value = finished(p, rows, (x + t + r) % (1 << 22))
+                exact = p.scale * (x + t).to(torch.float64) ** (-1 / root)
+                error = float((value.to(torch.float64) * 2.0**-30 / exact - 1).abs().max())
+                assert error <= 1.01 / math.cosh((degree + 1) * math.acosh(3.0)) + 1e-7
+
+
+def finished(p: Protocol, rows: Tensor, z: Tensor) -> Tensor:
+    """What a protocol without messages gives a party that holds all of its material."""
+    with pytest.raises(StopIteration) as end:
+        next(p.run(0, {"rows": rows}, (Opening(z, z),), ServerWeights({})))
+    value: Tensor = end.value.value
+    return value
+
+
+def test_polynomials_of_tables_are_integers_that_every_machine_has() -> None:
+    p = tp.Tabulated((1,), 14, 10, 16, 1, 1 << 10, 1 << 13, 2.0**30, 16, 64)
+    t = torch.arange(1 << 10)
+    found = p._basis(t)
+    assert found.dtype == torch.int64
+    exact = [[Fraction(1)] * 1024, [Fraction(2 * int(v), 1024) - 1 for v in t]]
+    for _ in range(15):
+        exact.append([2 * u * b - a for u, a, b in zip(exact[1], exact[-2], exact[-1], strict=True)])
+    for row, values in zip(found.tolist(), exact, strict=True):
+        assert all(abs(a - b * 65536) <= Fraction(52, 100) for a, b in zip(row, values, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(root=st.integers(1, 2), low=st.integers(1, 1 << 30), ratio=st.floats(1.0, 3000.0))
+def test_the_smallest_table_is_fit_and_accurate(root: int, low: int, ratio: float) -> None:
+    high = max(low + 1, int(low * ratio))
+    if low < 4 or ratio > 300:
+        with contextlib.suppress(ValueError):
+            smallest(root, low, high)
+        return
+    ring, shift, degree = smallest(root, low, high)
+    tp.Tabulated((1,), ring, shift, degree, root, low, high, 1.0, TABLE_BITS, 64).validate()
+    assert (1 << shift) <= WIDEST[root][degree] * low
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shift": 0}, "rows of"),
+        ({"shift": 31, "ring": 36}, "rows of"),
+        ({"ring": 20}, "rows of"),
+        ({"ring": 53}, "rows of"),
+        ({"ring": 30}, "coefficients"),
+        ({"low": 0}, r"\[0, "),
+        ({"low": -5}, r"\[-5, "),
+        ({"high": 1 << 19}, "524288]"),
+        ({"high": (1 << 24) - (1 << 20)}, "in a ring of 24"),
+        ({"public": 0}, "public"),
+        ({"public": 31}, "public"),
+        ({"scale": 0.0}, "results do not fit"),
+        ({"scale": -1.0}, "results do not fit"),
+        ({"scale": 1e300}, "results do not fit"),
+        ({"wide": 16}, "results do not fit"),
+    ],
+)
+def test_tables_of_absurd_sizes_are_refused(changed: dict[str, Any], message: str) -> None:
+    good = tp.Tabulated((1,), 24, 20, 7, 2, 1 << 19, 1 << 23, 2.0**30, TABLE_BITS, 64)
+    good.validate()
+    assert ((good.degree + 1) << 9) <= ROWS < ((good.degree + 1) << 10)
+    with pytest.raises(ValueError, match=message):
+        replace(good, **changed).validate()
 
 
 def test_masks_of_narrow_tests_are_words() -> None:

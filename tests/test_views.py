@@ -124,6 +124,8 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         yield f"reveal-{ring}", Scene(tp.Reveal(shape, ring), ring, low, high)
     yield "open_bits", Scene(tp.OpenBits(shape, 3), 8, 0, 0, bits=3)
     yield "exponential-21", Scene(tp.Exponential(shape, 21, 16, 40, 16), 21, 0, (1 << 20) - 1)
+    table = tp.Tabulated(shape, 16, 14, 4, 2, 1 << 14, 47 << 10, 2.0**20, 16, 40)
+    yield "tabulated-16", Scene(table, 16, 1 << 14, 47 << 10)
     yield "digit_in-20", Scene(tp.DigitIn(shape, 20, 13, 50), 20, 0, (1 << 20) - (1 << 13) - 1)
     yield "digit_in-8", Scene(tp.DigitIn(shape, 8, 0, 1), 8, 0, 255)
     rows = (N // 128, 128)
@@ -331,6 +333,7 @@ BROKEN = {
         ("product-64", "rr"),
         ("square-16", "rr"),
         ("powers-37", "r3"),
+        ("tabulated-16", "rows"),
         ("select-64", "beta"),
         ("select-16", "beta_r"),
         ("extend-16", "product"),

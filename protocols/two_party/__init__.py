@@ -9,6 +9,7 @@ bitproducts   (helper) products of up to four secret bits in one round
 comparison    compare an opened secret with public thresholds
 selection     secret bits times an opened secret: piecewise linear functions; bits to numbers
 exponential   e^-x of an opened secret
+tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 endpoints     the client's input, the revealed output
 """
@@ -23,6 +24,7 @@ from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
 from protocols.two_party.product import Product
 from protocols.two_party.selection import Select
+from protocols.two_party.tabulated import Tabulated
 
 __all__ = [
     "Compare",
@@ -41,4 +43,5 @@ __all__ = [
     "Product",
     "Reveal",
     "Select",
+    "Tabulated",
 ]

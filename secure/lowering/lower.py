@@ -111,7 +111,9 @@ class Lowering:
         self._known: dict[int, Tensor] = {}  # by node of the server's or public
         self._weights: dict[str, Tensor] = {}
         self._client_outputs: list[int] = []
-        self._client_inputs: dict[tuple[int, str, str], tuple[ClientInput, Symbol]] = {}  # node, encoding, table or reach
+        self._client_inputs: dict[
+            tuple[int, str, str], tuple[ClientInput, Symbol]
+        ] = {}  # node, encoding, table or reach
         self._clamps: dict[str, float] = {}
 
     def run(self) -> Lowered:

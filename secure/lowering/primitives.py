@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from approximations.primitives import exp_below, piecewise
+from approximations.primitives import exp_below, inverse_power, piecewise
 from secure.errors import UnsupportedOperation
 
 Shape = tuple[int, ...]
@@ -133,6 +133,11 @@ def _promise(p: Primitive) -> Interval:
     return p.attrs["low"], p.attrs["high"]
 
 
+def _inverse_range(p: Primitive) -> Interval:
+    a = p.attrs
+    return a["scale"] * a["high"] ** (-1 / a["root"]), a["scale"] * a["low"] ** (-1 / a["root"])
+
+
 # values
 
 
@@ -173,6 +178,12 @@ PRIMITIVES: dict[str, Meaning] = {
         Meaning("row_bound", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
         Meaning("exp_below", lambda p, w, x: exp_below(*x), lambda p, x, reach: (0.0, 1.0)),
         Meaning("maximum", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
+        Meaning(
+            "inverse_power",
+            lambda p, w, x: inverse_power(x[0], *(p.attrs[k] for k in ("root", "low", "high", "scale", "extra"))),
+            lambda p, x, reach: _inverse_range(p),
+            promised=_inverse_range,
+        ),
         Meaning("bounded", lambda p, w, x: x[0], lambda p, x, reach: _promise(p), promised=_promise),
     )
 }

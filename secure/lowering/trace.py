@@ -162,6 +162,10 @@ class Symbol:
         """Compute an upper bound of the last dimension, which is kept, that is at most ``slack`` too high."""
         return self.trace.record("row_bound", (self,), (*self.shape[:-1], 1), slack=slack)
 
+    def inverse_power(self, root: int, low: float, high: float, scale: float, extra: int) -> Symbol:
+        """Compute scale * x^(-1/root) for low <= x <= high. ``extra``: more fraction bits in the result."""
+        return self._same("inverse_power", root=root, low=low, high=high, scale=scale, extra=extra)
+
     def bounded(self, low: float, high: float) -> Symbol:
         """Promise that the value lies in [low, high]; no calibration widens that range."""
         return self._same("bounded", low=low, high=high)

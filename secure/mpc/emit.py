@@ -28,7 +28,7 @@ from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
-from secure.mpc import arithmetic, nonlinear, softmax
+from secure.mpc import arithmetic, nonlinear, powers, softmax
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Plan, Planning, nothing
 from secure.mpc.share import Share
@@ -87,6 +87,7 @@ RULES: dict[str, Emission] = {
     "piecewise": Emission(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
     "row_bound": Emission(softmax.bound_needs, scale=softmax.SCORE_FRACTION, emit=softmax.emit_bound),
     "exp_below": Emission(softmax.exponential_needs, emit=softmax.emit_exponential),
+    "inverse_power": Emission(powers.needs, emit=powers.emit),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
 }
 """The record of every primitive of ``secure.lowering.primitives`` for shares."""

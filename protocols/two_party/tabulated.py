@@ -1,0 +1,203 @@
+"""An inverse power of an opened secret, from one opening and no message: dealt polynomials, shifted by the mask.
+
+x in [low, high] is opened modulo 2^k as z = x + r. Both parties know z's top digit d = z >> shift, one of
+N = 2^(k - shift), and its low part t. Over the integers x = a_d + t, where a_d = d 2^shift - r modulo 2^k, or 2^k less
+in the one row that would pass 2^k (x itself stays below 2^k - 2^shift). So the digit selects an interval of known
+width, of which the mask moves the place:
+
+1. For every d the dealer, who knows r and so a_d, fits x^(-1/root) on that very interval by a polynomial of t, and
+   deals the N (degree + 1) coefficients of the Chebyshev polynomials T_j(2 t / 2^shift - 1) as shares.
+2. Each party picks row d and adds up its shares times the public integers T_j.
+
+A row that lies within [low, 2^k) interpolates at Chebyshev nodes. For x^-1 and x^-1/2 the relative error is then at
+most 1 / T_(degree + 1)(1 + 2 low / 2^shift): for 1/x the error is (T_(n)(u) / T_(n)(u_0)) / x, where u_0 is the place
+of x = 0, and x^-1/2 is an integral of 1/(x + s) over s >= 0, each of which errs relatively less. The one row that holds
+``low`` is fitted on its part above ``low`` by least squares with a small weight on the coefficients, because the
+polynomial that interpolates there may be huge below, and the T_j are rounded. ``WIDEST`` has the widths for which both
+errors together stay below ``ACCURACY`` (measured in tests over every place of ``low``).
+
+The T_j must be the *same integers* at both parties: their shares are uniform, so a difference of one unit would make
+the sum random. Hence they come from integer arithmetic alone. The coefficients are the dealer's, who may use floats.
+Seen by the server: its corrections of the coefficients, masked by the client's shares. Nothing is sent otherwise, and
+both parties know z from the opening. A value outside of [low, high] gives a wrong result, and nobody notices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from protocols import ring
+from protocols.fields import Bits, Degree, Real, Residue, Ring, Root, Shape
+from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
+from protocols.wire import Wire
+
+ROWS = 1 << 12
+"""The most coefficients of one element, N (degree + 1): 32 kB."""
+
+ACCURACY, PUBLIC = 2.0**-15, 16
+"""The relative error of tables whose rows are as wide as ``WIDEST``, with T_j of ``PUBLIC`` fraction bits or more."""
+
+WIDEST = {
+    1: {4: 0.52, 5: 0.83, 6: 1.21, 7: 1.61, 8: 1.76, 9: 1.81},
+    2: {4: 0.74, 5: 1.18, 6: 1.71, 7: 2.32, 8: 2.94, 9: 3.11},
+}
+"""The widest row, 2^shift / low, by root and degree."""
+
+_PRECISION = 30  # bits of the T_j while they are computed: their products stay below 2^62
+_WEIGHT = 8e-6  # of the coefficients in the fit of the lowest row, relative to its values
+_EXCESS = 3  # nodes of that fit for each coefficient
+
+
+@dataclass(frozen=True)
+class Tabulated(Protocol):
+    """[scale x^(-1/root)] modulo 2^wide with ``public`` fraction bits, for integers low <= x <= high of an opening.
+
+    Rounds 0; offline 2^(ring - shift) (degree + 1) ceil(wide / 8) bytes an element to the server. x and the bounds are
+    integers, and so is the result in units of 2^-public: ``scale`` holds the factors of all fixed points.
+    Error: relative ``ACCURACY`` if the rows are at most as wide as ``WIDEST``, and half a unit for each coefficient.
+    """
+
+    kind: ClassVar[str] = "tabulated"
+    elementwise: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    error: ClassVar[str] = "relative 2^-15 for rows as wide as WIDEST + (degree + 1) / 2 units, of 2^public"
+    shape: Shape
+    ring: Ring  # of the opening
+    shift: Bits
+    degree: Degree
+    root: Root
+    low: Residue
+    high: Residue
+    scale: Real
+    public: Bits
+    wide: Ring
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.wide)
+
+    @property
+    def rows(self) -> int:
+        """The intervals, one for each value of the top digit."""
+        return 1 << (self.ring - self.shift)
+
+    def validate(self) -> None:
+        if not 0 < self.shift <= _PRECISION or not self.shift < self.ring <= 52:
+            raise ValueError(f"rows of 2^{self.shift} in a ring of {self.ring} bits")
+        if (self.degree + 1) << (self.ring - self.shift) > ROWS:
+            raise ValueError(f"{self.rows} rows of degree {self.degree} have more than {ROWS} coefficients")
+        if not 0 < self.low < self.high < (1 << self.ring) - (1 << self.shift):
+            raise ValueError(f"[{self.low}, {self.high}] in a ring of {self.ring} bits with rows of 2^{self.shift}")
+        if not 0 < self.public <= _PRECISION:
+            raise ValueError(f"{self.public} public fraction bits")
+        if not 0 < self.scale * self.low ** (-1 / self.root) < 2.0 ** (self.wide - 1 - self.public):
+            raise ValueError(f"results do not fit a ring of {self.wide} bits with {self.public} fraction bits")
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return (Draw("rows", (self.rows, self.degree + 1, *self.shape), self.wide, derived=True),)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (r,) = operands
+        r, n, width = ring.reduce(r.reshape(-1), self.ring), self.rows, 1 << self.shift
+        starts = ring.reduce(torch.arange(n, device=r.device)[:, None] * width - r, self.ring)
+        starts = torch.where(starts > (1 << self.ring) - width, starts - (1 << self.ring), starts)
+        nodes, interpolate = (x.to(r.device) for x in _interpolation(self.degree))
+        x = starts[:, None].to(torch.float64) + (width / 2) * (nodes[:, None] + 1)
+        table = torch.einsum("ji,nie->nje", interpolate, self._value(x))
+        lowest = (r + self.low) & ring.low_mask(self.ring)
+        fitted = self._lowest((lowest & (width - 1)).to(torch.float64))
+        at = ring.right(lowest, self.shift).expand(1, self.degree + 1, -1)
+        table.scatter_(0, at, fitted[None])
+        return {"rows": torch.round(table).to(torch.int64).reshape(n, self.degree + 1, *self.shape)}, None
+
+    def _value(self, x: Tensor) -> Tensor:
+        x = x.clamp(min=float(self.low))
+        return self.scale * (x.rsqrt() if self.root == 2 else x.reciprocal())
+
+    def _lowest(self, start: Tensor) -> Tensor:
+        """Fit the row that holds ``low`` at its place ``start``, in [0, 2^shift), from there on.
+
+        Returns coefficients of shape (degree + 1, elements).
+        """
+        width, size = float(1 << self.shift), _EXCESS * (self.degree + 1)
+        nodes = _interpolation(size - 1)[0].to(start.device)
+        t = start[:, None] + (width - start)[:, None] * (nodes + 1) / 2
+        relative = (1 + (t - start[:, None]) / self.low) ** (1 / self.root)  # value at ``low`` / value
+        basis = _chebyshev(2 * t / width - 1, self.degree)
+        light = _WEIGHT * math.sqrt(size) * torch.eye(self.degree + 1, dtype=torch.float64, device=t.device)
+        system = torch.cat([basis * relative[..., None], light.expand(len(start), -1, -1)], dim=1)
+        wanted = torch.cat([torch.ones_like(t), torch.zeros_like(basis[:, 0])], dim=1)
+        found: Tensor = torch.linalg.lstsq(system, wanted[..., None]).solution[..., 0]
+        return found.T * float(self.scale * self.low ** (-1 / self.root))
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((z, _),) = operands
+        z, table = ring.reduce(z.reshape(-1), self.ring), material["rows"].flatten(2)
+        digit = ring.right(z, self.shift).expand(1, self.degree + 1, -1)
+        row = torch.gather(table, 0, digit)[0]
+        return (row * self._basis(z & ring.low_mask(self.shift))).sum(0).reshape(self.shape)
+        yield
+
+    def _basis(self, t: Tensor) -> Tensor:
+        """Return T_j(2 t / 2^shift - 1) for j = 0..degree, as integers with ``public`` fraction bits.
+
+        |T_j| <= 1 and the recursion adds at most j^2 units of 2^-30, so only the last rounding counts.
+        """
+        u = ring.left(2 * t - (1 << self.shift), _PRECISION - self.shift)
+        found = [torch.full_like(u, 1 << _PRECISION), u]
+        for _ in range(self.degree - 1):
+            double = ring.right(u * found[-1] + (1 << (_PRECISION - 2)), _PRECISION - 1)
+            found.append(double - found[-2])
+        excess = _PRECISION - self.public
+        half = 1 << (excess - 1) if excess else 0
+        return ring.right(torch.stack(found) + half, excess)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        x = ring.reduce(operands[0], self.ring).to(torch.float64)
+        return ring.left(torch.round(self._value(x)).to(torch.int64), self.public)
+
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=self.rows * (self.degree + 1) * bytes_of(self.shape, self.wide))
+
+
+def smallest(root: int, low: int, high: int) -> tuple[int, int, int]:
+    """Return ring, shift and degree of the smallest table for integers from low to high.
+
+    Raises ValueError if it has too many coefficients.
+    """
+    found = []
+    for degree, widest in WIDEST[root].items():
+        shift = min(_PRECISION, math.floor(math.log2(widest * low)))
+        bits = max(shift + 1, high.bit_length())
+        bits += (1 << bits) - (1 << shift) <= high
+        found.append(((degree + 1) << (bits - shift), bits, shift, degree))
+    size, *form = min((f for f in found if f[2] > 0), default=(ROWS + 1, 0, 0, 0))
+    if size > ROWS:
+        raise ValueError(f"a table of x^(-1/{root}) on [{low}, {high}] has more than {ROWS} coefficients")
+    bits, shift, degree = form
+    return bits, shift, degree
+
+
+@lru_cache(maxsize=64)
+def _interpolation(degree: int) -> tuple[Tensor, Tensor]:
+    """Return the Chebyshev nodes of (-1, 1), and the matrix from values there to coefficients of T_0..T_degree."""
+    n = degree + 1
+    angles = math.pi * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    matrix = torch.cos(torch.arange(n, dtype=torch.float64)[:, None] * angles) * (2 / n)
+    matrix[0] /= 2
+    return torch.cos(angles), matrix
+
+
+def _chebyshev(u: Tensor, degree: int) -> Tensor:
+    """Return T_0(u), ..., T_degree(u) in a new last dimension."""
+    found = [torch.ones_like(u), u]
+    for _ in range(degree - 1):
+        found.append(2 * u * found[-1] - found[-2])
+    return torch.stack(found[: degree + 1], dim=-1)

@@ -1,0 +1,143 @@
+"""Emission of inverse powers as one narrow opening and dealt tables of polynomials (``two_party.tabulated``).
+
+A table has three coefficients (1 / sqrt(x)) or five (1 / x) for each multiple of the smallest argument in its range, so
+a wide range takes several tables, each of a band of it. All are looked up from one opening, in rings of their own, and
+so are bits that tell how fine a band x is in: [j < count] for the coarse digit j of x, one of 2^DIGIT_BITS
+(``two_party.digits``). With tables A_0 (coarse), A_1, ... the result is A_0 + sum_k [j < count_k] (A_k - A_(k-1)), a
+second round. As j may be one above the digit of x, a band ends where the next one still holds for one digit more.
+
+The opening keeps the fraction bits that the smallest argument needs, and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from protocols import local
+from protocols import two_party as tp
+from protocols.ring import WORD
+from protocols.two_party.digits import DIGIT_BITS
+from protocols.two_party.tabulated import PUBLIC, ROWS, smallest
+from secure.errors import DoesNotFit
+from secure.lowering.primitives import Primitive
+from secure.mpc.emitter import Emitter
+from secure.mpc.plan import Need, Plan
+from secure.mpc.share import Share
+
+ROUNDING = 17  # bits to which the opening rounds the smallest argument
+ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
+GUARD = 1  # fraction bits of the coefficients beyond those of the result
+FEW = 512  # coefficients of a table that is never divided: a round is worth 4 kB a value
+JOIN = 12  # dealt words that another band takes: a table of bits, and a selection
+
+
+@dataclass(frozen=True)
+class _Band:
+    """A table for low <= x <= high, and the digits below which it is taken; 0: the coarsest, taken by default."""
+
+    low: int
+    high: int
+    ring: int
+    shift: int
+    degree: int
+    count: int
+
+    @property
+    def size(self) -> int:
+        """The coefficients of one value."""
+        return (self.degree + 1) << (self.ring - self.shift)
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """The bands of x = low..high, integers of ``fraction`` bits, from coarse to fine; ``ring``: of the digits."""
+
+    fraction: int
+    ring: int
+    bands: tuple[_Band, ...]
+
+    @property
+    def opened(self) -> int:
+        return max(self.ring, *(band.ring for band in self.bands))
+
+
+@lru_cache(maxsize=256)
+def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]]:
+    """Return the ring of the digits and the bands, from coarse to fine, that take the fewest dealt bytes.
+
+    It is one band if that has few coefficients. Raises ValueError if no tables hold the range.
+    """
+    ring = max(high.bit_length(), DIGIT_BITS)
+    ring += (1 << ring) - (1 << (ring - DIGIT_BITS)) <= high
+    shift = ring - DIGIT_BITS
+
+    def band(start: int, count: int) -> _Band | None:
+        """Return the band from where the digits below ``start`` may end to those below ``count``."""
+        least, most = max(low, (start - 1) << shift), (count << shift) if count else high
+        try:
+            return _Band(least, most, *smallest(root, least, most), count) if least < most else None
+        except ValueError:
+            return None
+
+    whole = band(0, 0)
+    if whole is not None and whole.size <= FEW:
+        return ring, (whole,)
+    # the cheapest way from ``low`` to ``high`` over counts that ascend by a quarter of an octave at least
+    counts = sorted({int(0.99 * 2 ** (i / 4)) for i in range(4, 4 * DIGIT_BITS)})
+    best: dict[int, tuple[int, tuple[_Band, ...]]] = {0: (0, ())}
+    for count in [*counts, 1 << DIGIT_BITS]:
+        last = count > counts[-1]
+        for start, (size, way) in list(best.items()):
+            found = band(start, 0 if last else count)
+            if found is not None and (count not in best or size + found.size + JOIN < best[count][0]):
+                best[count] = size + found.size + JOIN, (found, *way)
+    if 1 << DIGIT_BITS not in best:
+        raise ValueError(f"tables of x^(-1/{root}) on [{low}, {high}] have more than {ROWS} coefficients")
+    return ring, best[1 << DIGIT_BITS][1]
+
+
+def _bands(plan: Plan, p: Primitive) -> _Bands:
+    """Choose the bands of a primitive. Raises DoesNotFit for a range that no tables hold."""
+    a, given = p.attrs, plan.fraction[p.inputs[0]]
+    fraction = min(given, ROUNDING - math.floor(math.log2(a["low"])))
+    low, high = max(1, math.floor(a["low"] / ROOM * 2.0**fraction)), math.ceil(a["high"] * ROOM * 2.0**fraction)
+    try:
+        return _Bands(fraction, *divided(a["root"], low, high))
+    except ValueError as error:
+        raise DoesNotFit(f"{p.where}: {error}\nhint: narrower calibration inputs, or more fraction bits") from None
+
+
+def needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    bands = _bands(plan, p)
+    ring = bands.opened + plan.fraction[p.inputs[0]] - bands.fraction
+    return (Need(ring, ring),)
+
+
+def emit(e: Emitter, i: int, p: Primitive) -> Share:
+    (x,), plan, bands = p.inputs, e.plan, _bands(e.plan, p)
+    drop = plan.fraction[x] - bands.fraction
+    value = e.truncate(e.get(x, bands.opened + drop), p.shape, drop)
+    at = e.emit(tp.Open(p.shape, bands.opened), value.index)
+    total, *finer = (_look_up(e, i, p, band, bands.fraction, at) for band in bands.bands)
+    before = total
+    for band, value in zip(bands.bands[1:], finer, strict=True):
+        form = (p.shape, value.ring)
+        gain = e.emit(tp.Open(*form), e.emit(local.Sub(*form), value.index, before.index))
+        digit = e.emit(tp.DigitIn(p.shape, bands.ring, bands.ring - DIGIT_BITS, band.count), at)
+        chosen = e.emit(tp.Select(*form, (1,), (0,)), e.emit(tp.OpenBits(p.shape, 1), digit), gain)
+        total = Share(e.emit(local.Add(*form), total.index, chosen), value.ring, value.fraction)
+        before = value
+    return total
+
+
+def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, given: int, at: int) -> Share:
+    """Emit the table of one band, at the planned scale of the result. given: fraction bits of what is opened."""
+    root, fraction = p.attrs["root"], e.plan.fraction[i] + GUARD
+    wide = min(WORD, e.plan.want(i) + GUARD + PUBLIC)
+    scale = p.attrs["scale"] * 2.0 ** (fraction + given / root)
+    form = (band.ring, band.shift, band.degree, root, band.low, band.high, scale)
+    index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide), at)
+    return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, GUARD + PUBLIC)
