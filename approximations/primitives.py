@@ -71,9 +71,12 @@ def row_bound(x: Value, slack: float) -> Value:
     return x.amax(-1, keepdim=True) if isinstance(x, Tensor) else x.row_bound(slack)
 
 
-def exp_below(x: Value, bound: Value) -> Value:
-    """Return e^(x - bound) for x <= bound, which is broadcast; below e^-16 the result may be zero."""
-    return torch.exp(x - bound) if isinstance(x, Tensor) else x.exp_below(bound)
+def exp_below(x: Value, bound: Value, extra_bits: int = 0) -> Value:
+    """Return e^(x - bound) for x <= bound, which is broadcast; below e^-16 the result may be zero.
+
+    extra_bits: as in ``precise_product``.
+    """
+    return torch.exp(x - bound) if isinstance(x, Tensor) else x.exp_below(bound, extra_bits)
 
 
 def inverse_power(x: Value, root: int, low: float, high: float, scale: float, extra_bits: int) -> Value:

@@ -14,10 +14,11 @@ from approximations.primitives import Value, bounded, exp_below, row_bound
 
 CLIP = 16.0
 SLACK = 4.0
+EXTRA = 4  # fraction bits of the exponentials, as the largest of a row may be e^-SLACK
 
 
 def _exponentials(x: Value) -> tuple[Value, Value]:
-    e = exp_below(x, row_bound(x, SLACK))
+    e = exp_below(x, row_bound(x, SLACK), EXTRA)
     # the largest term, and so the sum, is at least e^-SLACK
     n = x.shape[-1]
     total = bounded(e.sum(-1, keepdim=True), 0.0, float(n))

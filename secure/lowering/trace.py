@@ -150,9 +150,9 @@ class Symbol:
         """
         return self._same("piecewise", knots=knots, pieces=pieces, tolerance=tolerance, extra=extra)
 
-    def exp_below(self, bound: Symbol) -> Symbol:
-        """Compute e^(x - bound) for x <= bound, which is broadcast."""
-        return self.trace.record("exp_below", (self, bound), self.shape)
+    def exp_below(self, bound: Symbol, extra: int) -> Symbol:
+        """Compute e^(x - bound) for x <= bound, which is broadcast. ``extra``: more fraction bits in the result."""
+        return self.trace.record("exp_below", (self, bound), self.shape, extra=extra)
 
     def maximum(self, tolerance: float) -> Symbol:
         """Compute the maximum over the last dimension, which is kept; the result may be too low by ``tolerance``."""
