@@ -108,7 +108,7 @@ def _(data: bytes) -> None:
 
 # frames and messages
 
-_FORMS = (Wire((3,), 20), Wire((2, 2), planes=True), Wire((1,), 64))
+_FORMS = (Wire((3,), 20), Wire((9,), 7), Wire((2, 2), planes=True), Wire((1,), 64))
 
 
 @target("frame", lambda: [bytes(range(9 + 4 + 8))], FrameError)
