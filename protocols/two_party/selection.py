@@ -94,4 +94,5 @@ class Select(Protocol):
         return total
 
     def cost(self) -> CircuitCost:
-        return CircuitCost(dealt=(len(self.slopes) + len(self._sloped)) * bytes_of(self.shape, self.ring))
+        stacks = (len(self.slopes), len(self._sloped))
+        return CircuitCost(dealt=sum(bytes_of((size, *self.shape), self.ring) for size in stacks))
