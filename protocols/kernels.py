@@ -1,7 +1,8 @@
 """The hot loops over elements and their packed bits, compiled by numba for CPU tensors.
 
 Each function has two forms: one pass over memory in compiled code, and whole-tensor torch operations for other devices,
-with which tests compare the first. Both give the same integers, so two parties may use different forms.
+with which tests compare the first. Both give the same integers, so two parties may use different forms. Only ``stored``
+and ``loaded`` have one form: bytes on the wire lie in the CPU's memory.
 """
 
 from __future__ import annotations
@@ -418,25 +419,86 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
 
 # bytes on the wire
 
+_SWAPS = (  # the steps that transpose a word as a matrix of 8 x 8 bits: (distance, bits that move down by it)
+    (np.uint64(7), np.uint64(0x00AA00AA00AA00AA)),
+    (np.uint64(14), np.uint64(0x0000CCCC0000CCCC)),
+    (np.uint64(28), np.uint64(0x00000000F0F0F0F0)),
+)
+
 
 @compiled
-def _stored(x: Array, mask: int, width: tuple[int, ...]) -> Array:
-    out = np.empty(x.size * len(width), np.uint8)
-    for i in range(x.size):
-        value = x[i] & mask
-        for k in range(len(width)):
-            out[i * len(width) + k] = np.uint8(value >> (8 * k))
+def _transpose(words: Array) -> None:
+    """Exchange bit i of byte k with bit k of byte i in every word: eight elements become their eight planes, or back.
+
+    It costs less than ``_gathered`` for two planes or more.
+    """
+    (d0, m0), (d1, m1), (d2, m2) = _SWAPS
+    for j in range(words.size):
+        word = words[j]
+        moved = (word ^ (word >> d0)) & m0
+        word ^= moved ^ (moved << d0)
+        moved = (word ^ (word >> d1)) & m1
+        word ^= moved ^ (moved << d1)
+        moved = (word ^ (word >> d2)) & m2
+        words[j] = word ^ moved ^ (moved << d2)
+
+
+@compiled
+def _stored(x: Array, width: tuple[int, ...], planes: int) -> Array:
+    n, each = x.size, (x.size + 7) >> 3
+    whole = n * len(width)
+    out = np.empty(whole + planes * each, np.uint8)
+    high = np.zeros(BLOCK, np.uint8)
+    words = high.view(np.uint64)
+    for start in range(0, n, BLOCK):
+        here = x[start : start + BLOCK]
+        low = out[start * len(width) :]
+        for i in range(here.size):
+            for k in range(len(width)):
+                low[i * len(width) + k] = np.uint8(here[i] >> (8 * k))
+        if planes:
+            for i in range(here.size):
+                high[i] = np.uint8(here[i] >> (8 * len(width)))
+            size = (here.size + 7) >> 3
+            high[here.size : 8 * size] = 0
+            _transpose(words[:size])
+            for k in range(planes):
+                at, shift = whole + k * each + (start >> 3), np.uint64(8 * k)
+                plane = out[at : at + size]
+                for j in range(size):
+                    plane[j] = np.uint8(words[j] >> shift)
     return out
 
 
 @compiled
-def _loaded(raw: Array, width: tuple[int, ...]) -> Array:
-    out = np.empty(raw.size // len(width), np.int64)
-    for i in range(out.size):
-        value = np.int64(0)
-        for k in range(len(width)):
-            value |= np.int64(raw[i * len(width) + k]) << (8 * k)
-        out[i] = value
+def _loaded(raw: Array, n: int, width: tuple[int, ...], planes: int) -> Array:
+    each = (n + 7) >> 3
+    whole = n * len(width)
+    out = np.empty(n, np.int64)
+    high = np.zeros(BLOCK, np.uint8)
+    words = high.view(np.uint64)
+    for start in range(0, n, BLOCK):
+        here, low = out[start : start + BLOCK], raw[start * len(width) :]
+        if planes:
+            size = (here.size + 7) >> 3
+            words[:size] = np.uint64(0)
+            for k in range(planes):
+                at, shift = whole + k * each + (start >> 3), np.uint64(8 * k)
+                plane = raw[at : at + size]
+                for j in range(size):
+                    words[j] |= np.uint64(plane[j]) << shift
+            _transpose(words[:size])
+            for i in range(here.size):
+                value = np.int64(high[i]) << (8 * len(width))
+                for k in range(len(width)):
+                    value |= np.int64(low[i * len(width) + k]) << (8 * k)
+                here[i] = value
+        else:
+            for i in range(here.size):
+                value = np.int64(0)
+                for k in range(len(width)):
+                    value |= np.int64(low[i * len(width) + k]) << (8 * k)
+                here[i] = value
     return out
 
 
@@ -445,17 +507,29 @@ def _known(width: int) -> tuple[int, ...]:
     return (0,) * width
 
 
-def stored(x: Array, width: int, mask: int) -> Array:
-    """Store x & mask in ``width`` bytes an element, little-endian."""
-    out: Array = _stored(x, mask, _known(width))
+def stored(x: Array, ring_bits: int) -> Array:
+    """Store the low ``ring_bits`` bits of every element, n * ring_bits / 8 bytes if n is a multiple of 8.
+
+    First come the whole bytes, ring_bits // 8 an element, little-endian; then a packed plane of ceil(n / 8) bytes for
+    each bit above them, the lowest first. Bits of a plane past the last element are zero. Elements of 64 bits are not
+    copied: the result is a view of them.
+    """
+    if ring_bits == ring.WORD:
+        return x.view(np.uint8)
+    out: Array = _stored(x, _known(ring_bits >> 3), ring_bits & 7)
     return out
 
 
-def loaded(raw: Array, width: int) -> Array:
-    """Load int64 elements from bytes that ``stored`` made; the inverse of it."""
+def loaded(raw: Array, n: int, ring_bits: int) -> Array:
+    """Load n int64 elements from bytes of the form of ``stored``; bits of a plane past the last element are ignored.
+
+    ``raw`` must have the size that ``stored`` gives: this does not check it.
+    """
+    if ring_bits == ring.WORD:
+        return raw.view(np.int64).copy()
     bytes_ = raw.view()
     bytes_.flags.writeable = False  # received bytes mostly are, and numba would compile both kinds
-    out: Array = _loaded(bytes_, _known(width))
+    out: Array = _loaded(bytes_, n, _known(ring_bits >> 3), ring_bits & 7)
     return out
 
 
@@ -470,6 +544,7 @@ def warm_up() -> None:
     looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
     suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0)
     dropped(x, 0, 1, 8)
-    for width in range(1, 9):
-        loaded(stored(x.numpy(), width, -1), width)
+    for width in range(8):
+        ring_bits = 8 * width or 1
+        loaded(stored(x.numpy(), ring_bits), x.numel(), ring_bits)
     polynomial(x, (x,), 0, (1, 1), 0)

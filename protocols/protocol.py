@@ -325,8 +325,12 @@ def weighted(x: Shape, name: str, weights: Mapping[str, Shape], *, diagonal: boo
 
 
 def bytes_of(shape: Shape, ring_bits: int) -> int:
-    """Return the bytes on the wire of a tensor of ring elements."""
-    return count(shape) * -(-ring_bits // 8)
+    """Return the bytes on the wire of a tensor of ring elements: ring_bits / 8 an element, or a little more.
+
+    Docstrings of protocols say "ring / 8 bytes an element". Exactly, each of the ring_bits % 8 bits above the whole
+    bytes takes ceil(n / 8) bytes for n elements (see ``wire``).
+    """
+    return Wire(shape, ring_bits).size
 
 
 def plane_shape(shape: Shape, planes: int = 1) -> Shape:

@@ -1,7 +1,11 @@
 """The encoding of tensors as bytes: sizes are fixed and known to both sides, and nothing is ever pickled.
 
-A ring element takes ceil(bits / 8) bytes, little-endian; packed bit planes are sent as they are. The bytes carry no
-description of themselves.
+n ring elements of b bits take n * (b // 8) + (b % 8) * ceil(n / 8) bytes, b / 8 an element if n is a multiple of 8:
+first the whole low bytes of every element, little-endian, then a packed plane for each of the bits above them, the
+lowest first. Tensors of packed bits are sent as they are. The bytes carry no description of themselves.
+
+A plane's last byte may have bits past the last element. Those of ring elements are sent as zeros, and ignored when they
+come; those of tensors of packed bits are sent as they are, and every reader ignores them (see ``bits``).
 """
 
 import math
@@ -11,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocols import kernels, ring
+from protocols import bits, kernels
 
 
 class FrameError(ValueError):
@@ -27,13 +31,10 @@ class Wire:
     planes: bool = False
 
     @property
-    def element_bytes(self) -> int:
-        return 1 if self.planes else -(-self.bits // 8)
-
-    @property
     def size(self) -> int:
         """Bytes on the wire."""
-        return math.prod(self.shape) * self.element_bytes
+        n = math.prod(self.shape)
+        return n if self.planes else n * (self.bits // 8) + self.bits % 8 * bits.plane_bytes(n)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,16 +42,17 @@ class Wire:
 
 
 def encode(x: Tensor, wire: Wire) -> memoryview:
-    """Encode one tensor. Ring elements are reduced first, so that junk above the ring is never sent.
+    """Encode one tensor. Of ring elements only the bits of the ring are taken, so that junk above it is never sent.
 
-    Planes are not copied: the result is a view of the memory of ``x``. Raises FrameError for a tensor of another shape
-    than ``wire`` says: if a one-time mask had been broadcast over that tensor, sending it would leak.
+    Planes and 64-bit elements are not copied: the result is a view of the memory of ``x``. Raises FrameError for a
+    tensor of another shape than ``wire`` says: if a one-time mask had been broadcast over that tensor, sending it would
+    leak.
     """
     if tuple(x.shape) != wire.shape:
         raise FrameError(f"a tensor of shape {tuple(x.shape)} where one of shape {wire.shape} is to be sent")
     values = x.contiguous().numpy().reshape(-1)
     if not wire.planes:
-        values = kernels.stored(values, wire.element_bytes, ring.low_mask(wire.bits))
+        values = kernels.stored(values, wire.bits)
     return values.view(np.uint8).data
 
 
@@ -61,4 +63,4 @@ def decode(buffer: bytes | memoryview, wire: Wire) -> Tensor:
     stored = np.frombuffer(buffer, dtype=np.uint8)
     if wire.planes:
         return torch.from_numpy(stored.copy()).reshape(wire.shape)
-    return torch.from_numpy(kernels.loaded(stored, wire.element_bytes)).reshape(wire.shape)
+    return torch.from_numpy(kernels.loaded(stored, math.prod(wire.shape), wire.bits)).reshape(wire.shape)

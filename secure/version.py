@@ -2,4 +2,4 @@
 
 __version__ = "0.3.0"
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4

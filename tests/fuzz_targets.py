@@ -108,10 +108,10 @@ def _(data: bytes) -> None:
 
 # frames and messages
 
-_FORMS = (Wire((3,), 20), Wire((2, 2), planes=True), Wire((1,), 64))
+_FORMS = (Wire((3,), 20), Wire((9,), 7), Wire((2, 2), planes=True), Wire((1,), 64))
 
 
-@target("frame", lambda: [bytes(range(9 + 4 + 8))], FrameError)
+@target("frame", lambda: [bytes(range(sum(form.size for form in _FORMS)))], FrameError)
 def _(data: bytes) -> None:
     unpack_frame(data, Exchange((), _FORMS))
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from protocols import bits, kernels, matmul, ring, wire
 from protocols.fixedpoint import FixedPoint
 from protocols.prg import KEY_BYTES, Key, derive_key, fresh_seed
+from protocols.protocol import bytes_of
 from protocols.wire import FrameError, Wire
 from secure.errors import FixedPointError
 from tests.helpers import integers, octets, tensor, words
@@ -170,20 +171,75 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
 # wire
 
 
+def spelled_out(x: torch.Tensor, k: int) -> bytes:
+    """The layout on the wire by whole-tensor operations: whole bytes of each element, then a plane a bit."""
+    whole = b"".join(int(v).to_bytes(k // 8, "little") for v in integers(x, 8 * (k // 8)).reshape(-1))
+    planes = [bits.pack(ring.right(x, bit)) for bit in range(8 * (k // 8), k)]
+    return whole + b"".join(plane.numpy().tobytes() for plane in planes)
+
+
+def read_back(data: bytes, n: int, k: int) -> torch.Tensor:
+    """The inverse of ``spelled_out``."""
+    width, each = k // 8, bits.plane_bytes(n)
+    total = tensor(np.array([int.from_bytes(data[i * width : (i + 1) * width], "little") for i in range(n)], object))
+    for index in range(k % 8):
+        start = n * width + index * each
+        plane = torch.frombuffer(bytearray(data[start : start + each]) or bytearray(1), dtype=torch.uint8)
+        total = total + ring.left(bits.unpack(plane[:each], (n,)), 8 * width + index)
+    return total
+
+
 @pytest.mark.parametrize("k", range(1, 65))
-def test_ring_elements_as_bytes(k: int) -> None:
-    rng = np.random.default_rng(k)
-    for shape in ((1,), (7,), (3, 1, 5)):
-        form, x = Wire(shape, k), words(rng, shape)
-        data = wire.encode(x, form)
-        width = math.ceil(k / 8)
-        assert len(data) == form.size == x.numel() * width
-        # little-endian, and no junk above the ring
-        assert data == b"".join(int(v).to_bytes(width, "little") for v in integers(x, k).reshape(-1))
-        back = wire.decode(data, form)
-        assert back.shape == shape
-        assert back.dtype == form.dtype == torch.int64
-        assert (integers(back, k) == integers(x, k)).all()
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 70))
+def test_ring_elements_as_bytes(k: int, seed: int, n: int) -> None:
+    """What is sent is the layout of the docstring, junk above the ring changes nothing, and what is read is x."""
+    rng = np.random.default_rng(seed)
+    form, x = Wire((n,), k), words(rng, (n,))
+    data = bytes(wire.encode(x, form))
+    assert len(data) == form.size == bytes_of((n,), k) == n * (k // 8) + (k % 8) * math.ceil(n / 8)
+    if n % 8 == 0:
+        assert 8 * len(data) == n * k
+    assert data == spelled_out(x, k)
+    if k < 64:
+        assert data == wire.encode(x ^ ring.left(words(rng, (n,)), k), form)  # no junk above the ring
+    back = wire.decode(data, form)
+    assert back.shape == (n,)
+    assert back.dtype == form.dtype == torch.int64
+    assert (integers(back, 64) == integers(x, k)).all()
+    assert torch.equal(back, read_back(data, n, k))
+    assert torch.equal(wire.decode(memoryview(b"\0" + data)[1:], form), back)  # wherever in a frame it stands
+
+
+@pytest.mark.parametrize("k", [*range(1, 9), 21, 31, 46, 63, 64])
+@pytest.mark.parametrize("n", [kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 1, 2 * kernels.BLOCK + 13])
+def test_several_blocks_of_elements_as_bytes(k: int, n: int) -> None:
+    form, x = Wire((n,), k), words(np.random.default_rng(n), (n,))
+    data = wire.encode(x, form)
+    assert data == spelled_out(x, k)
+    assert torch.equal(wire.decode(data, form), ring.reduce(x, k))
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 70), k=RINGS, junk=st.integers(0, 255))
+def test_bits_past_the_last_element(n: int, k: int, junk: int) -> None:
+    """They are sent as zeros, and whatever comes there is ignored."""
+    form, past = Wire((n,), k), 255 << n % 8 & 255 if n % 8 else 0
+    last = [n * (k // 8) + (index + 1) * bits.plane_bytes(n) - 1 for index in range(k % 8)]
+    data = bytearray(wire.encode(torch.full((n,), -1), form))
+    assert all(data[at] == 255 ^ past for at in last)
+    for at in last:
+        data[at] |= junk & past
+    assert torch.equal(wire.decode(bytes(data), form), ring.reduce(torch.full((n,), -1), k))
+
+
+@settings(deadline=None)
+@given(shape=st.lists(st.integers(1, 5), max_size=3).map(tuple), k=RINGS)
+def test_elements_as_bytes_keep_their_shape(shape: tuple[int, ...], k: int) -> None:
+    x = words(np.random.default_rng(k), shape)
+    back = wire.decode(wire.encode(x, Wire(shape, k)), Wire(shape, k))
+    assert back.shape == shape
+    assert torch.equal(back, ring.reduce(x, k))
 
 
 def test_strided_tensors_as_bytes() -> None:
@@ -204,6 +260,16 @@ def test_planes_as_bytes() -> None:
 
 @pytest.mark.parametrize("form", [Wire((3,), 20), Wire((3,), 64), Wire((3,), 32), Wire((2, 2), planes=True)])
 def test_wrong_sizes_are_refused(form: Wire) -> None:
+    check_sizes(form)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 70), k=RINGS)
+def test_elements_of_wrong_sizes_are_refused(n: int, k: int) -> None:
+    check_sizes(Wire((n,), k))
+
+
+def check_sizes(form: Wire) -> None:
     for size in (0, form.size - 1, form.size + 1):
         with pytest.raises(FrameError, match=rf"takes {form.size} bytes, got {size}"):
             wire.decode(bytes(size), form)
@@ -305,14 +371,13 @@ def test_compiled_loops_of_several_processes_share_a_cache(tmp_path: Path) -> No
         "import sys, numpy as np\n"
         "from protocols import kernels\n"
         "x = np.arange(-9, 99)\n"
-        "for w in map(int, sys.argv[1:]):\n"
-        "    mask = -1 if w == 8 else (1 << 8 * w) - 1\n"
-        "    raw = np.frombuffer(kernels.stored(x, w, mask).tobytes(), np.uint8)\n"
-        "    assert (kernels.loaded(raw, w) == x & mask).all(), w\n"
+        "for k in map(int, sys.argv[1:]):\n"
+        "    raw = np.frombuffer(kernels.stored(x, k).tobytes(), np.uint8)\n"
+        "    assert (kernels.loaded(raw, x.size, k) == x & (1 << k) - 1).all(), k\n"
     )
     here = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
-    for widths in ("4 5", "8 7", "1 7 4", "2 3 6 8"):
+    for widths in ("32 45", "7 56", "8 61 33", "16 31 48 5"):
         subprocess.run([sys.executable, "-c", script, *widths.split()], env=environment, check=True)
 
 

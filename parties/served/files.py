@@ -1,7 +1,7 @@
 """Once-per-model files: write, announce, fetch, check and cache them.
 
 Both are safetensors (they hold no code, unlike pickle). *masked-weights* holds D = W - B, each weight packed to its
-ring's bytes; it is uniform without B, so a cache need not be secret, but a client needs it for every query.
+ring's bits; it is uniform without B, so a cache need not be secret, but a client needs it for every query.
 *token-table* holds the token tables that the owner lets clients hold.
 """
 

@@ -72,7 +72,7 @@ class SharedInput(Local):
 class FromKeys(SharedInput):
     """Base of the inputs that come of look-up keys: the parties compute their shares before the circuit begins.
 
-    Party 2 adds to its part a zero share, known to it and party 1, and sends it to party 0: ceil(ring / 8) bytes an
+    Party 2 adds to its part a zero share, known to it and party 1, and sends it to party 0: ring / 8 bytes an
     element. If the table is public, parties 0 and 1 need no party 2.
     """
 

@@ -22,7 +22,7 @@ from protocols.wire import Wire
 class SharedLinear(Protocol):
     """[x W] modulo 2^ring from an opening of x; ``diagonal``: the elementwise product with a vector.
 
-    Rounds 0; ceil(ring / 8) bytes an output element from party 2 to party 0, ahead. Exact modulo 2^ring.
+    Rounds 0; ring / 8 bytes an output element from party 2 to party 0, ahead. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "shared_linear"

@@ -85,7 +85,7 @@ class Input(Protocol):
 class Reveal(Protocol):
     """Reveal x modulo 2^ring to the client.
 
-    Rounds 1; ceil(ring / 8) bytes an element to the client. The server gets None.
+    Rounds 1; ring / 8 bytes an element to the client. The server gets None.
     """
 
     kind: ClassVar[str] = "reveal"

@@ -40,7 +40,7 @@ from protocols.wire import Wire
 class Extend(Protocol):
     """Extend [x] modulo 2^ring to [x] modulo 2^wide, for |x| < 2^(ring-2); exact.
 
-    Rounds 1; one bit an element each way; offline ceil((wide - ring) / 8) bytes an element to the server.
+    Rounds 1; one bit an element each way; offline (wide - ring) / 8 bytes an element to the server.
     """
 
     kind: ClassVar[str] = "extend"

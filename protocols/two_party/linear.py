@@ -38,7 +38,7 @@ from protocols.wire import Wire
 class Deliver(Protocol):
     """Deliver x - r to the server, under a mask r that the client alone draws.
 
-    Rounds 1; ceil(ring / 8) bytes an element to the server; nothing to the client, nothing offline. Exact.
+    Rounds 1; ring / 8 bytes an element to the server; nothing to the client, nothing offline. Exact.
     """
 
     kind: ClassVar[str] = "deliver"
@@ -80,7 +80,7 @@ class Deliver(Protocol):
 class Linear(Protocol):
     """[x W] modulo 2^ring from a delivery of x; ``diagonal``: the elementwise product with a vector.
 
-    Rounds 0; offline ceil(ring / 8) bytes an output element to the server. Exact modulo 2^ring.
+    Rounds 0; offline ring / 8 bytes an output element to the server. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "linear"

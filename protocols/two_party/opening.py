@@ -36,7 +36,7 @@ from protocols.wire import Wire
 
 @dataclass(frozen=True)
 class Open(Protocol):
-    """Open z = x + r modulo 2^ring. Rounds 1; ceil(ring / 8) bytes an element each way; nothing offline. Exact."""
+    """Open z = x + r modulo 2^ring. Rounds 1; ring / 8 bytes an element each way; nothing offline. Exact."""
 
     kind: ClassVar[str] = "open"
     elementwise: ClassVar[bool] = True

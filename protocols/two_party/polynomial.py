@@ -25,7 +25,7 @@ from protocols.wire import Wire
 class Powers(Protocol):
     """Shares of r^2, ..., r^degree of an opening's mask, so that any polynomial of that degree is local.
 
-    Rounds 0; offline (degree - 1) * ceil(ring / 8) bytes an element to the server. The result is (z, (r, r^2, ...)).
+    Rounds 0; offline (degree - 1) * ring / 8 bytes an element to the server. The result is (z, (r, r^2, ...)).
     """
 
     kind: ClassVar[str] = "powers"

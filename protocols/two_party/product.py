@@ -34,7 +34,7 @@ from protocols.wire import Wire
 class Product(Protocol):
     """[x y] modulo 2^ring, elementwise with broadcasting; with ``matrix``, [x @ y].
 
-    Rounds 0; offline ceil(ring / 8) bytes an output element to the server. Exact modulo 2^ring.
+    Rounds 0; offline ring / 8 bytes an output element to the server. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "product"

@@ -24,8 +24,8 @@ class Select(Protocol):
     """[sum_s b_s (slopes[s] x + offsets[s])] modulo 2^ring, from one opening of the stacked bits b and one of x.
 
     Slopes and offsets are public integers. One bit with slope 1 is a selection. If all slopes are zero, x is not read,
-    and this turns bits into numbers. For S bits of which T have a slope: rounds 0; offline (S + T) * ceil(ring / 8)
-    bytes an element to the server. Exact modulo 2^ring.
+    and this turns bits into numbers. For S bits of which T have a slope: rounds 0; offline (S + T) * ring / 8 bytes
+    an element to the server. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "select"
@@ -94,4 +94,5 @@ class Select(Protocol):
         return total
 
     def cost(self) -> CircuitCost:
-        return CircuitCost(dealt=(len(self.slopes) + len(self._sloped)) * bytes_of(self.shape, self.ring))
+        stacks = (len(self.slopes), len(self._sloped))
+        return CircuitCost(dealt=sum(bytes_of((size, *self.shape), self.ring) for size in stacks))
