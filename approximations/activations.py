@@ -2,7 +2,7 @@
 
 GeLU has three forms. "cubic", the default: relu(x) - bump(|x|), where the bump is two minimax cubics on |x| < 3.7
 (maximal error 5.6e-4, five comparisons; cubics keep all 16 fraction bits of x in a 64-bit ring). "quartic": one minimax
-quartic on |x| < 3.28 (maximal error 2.0e-3, three comparisons). "puma": the published segments (arXiv 2307.12533,
+quartic on |x| < 3.27 (maximal error 2.0e-3, three comparisons). "puma": the published segments (arXiv 2307.12533,
 eq. 2; maximal error 2.0e-2), for comparison.
 
 Comparisons are cheaper if they may be coarse. So neighbouring pieces overlap: each is fitted beyond its ends by half
@@ -27,7 +27,7 @@ from approximations.primitives import IDENTITY, ZERO, Piece, Value, constant, pi
 TOLERANCE = 2.0**-4
 """The length of the overlap of neighbouring pieces."""
 
-_GELU_FITS = {"cubic": ((0.0, 1.55, 3.7), 3), "quartic": ((0.0, 3.28), 4)}
+_GELU_FITS = {"cubic": ((0.0, 1.55, 3.7), 3), "quartic": ((0.0, 3.27), 4)}
 GELU_FORMS = (*_GELU_FITS, "puma")
 
 

@@ -15,7 +15,10 @@ from secure.mpc.nonlinear import cheapest_compare
     ("width", "spare", "thresholds", "digit", "drop"),
     [
         (13, 0, 5, 6, 0),  # two digits of 6 bits instead of three of 4: half of the variables
-        (23, 12, 5, 6, 10),  # GeLU of |x| < 32: no more is dropped than saves a digit
+        (23, 10, 5, 6, 10),
+        (23, 11, 5, 6, 10),  # no more is dropped than saves something
+        (23, 12, 5, 5, 12),  # GeLU of |x| < 28: two digits of 5 bits, whose codes share a word
+        (24, 12, 5, 6, 11),  # GeLU of |x| < 60
         (17, 0, 1, 4, 0),  # one threshold: four digits in one word, as more words would cost more than they save
         (17, 0, 5, 6, 0),
         (25, 0, 1, 6, 0),  # in one round with four digits of 6 bits, in two with six of 4
