@@ -8,7 +8,7 @@ eq. 2; maximal error 2.0e-2), for comparison.
 Comparisons are cheaper if they may be coarse. So neighbouring pieces overlap: each is fitted beyond its ends by half
 of TOLERANCE, and the knots are compared half of it higher. An x within TOLERANCE below such a knot may count as above
 it, and both pieces hold there: all maximal errors include it. ReLU and the absolute value cannot be fitted like that.
-Their pieces meet at an angle, so the tolerance itself is their error, and they keep the usual 2^-8.
+Their pieces meet at an angle, so the tolerance itself is (half of) their error: they have one of 2^-10.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from approximations.primitives import IDENTITY, ZERO, Piece, Value, constant, pi
 TOLERANCE = 2.0**-4
 """The length of the overlap of neighbouring pieces."""
 
+_AT_AN_ANGLE = 2.0**-10
+
 _GELU_FITS = {"cubic": ((0.0, 1.55, 3.7), 3), "quartic": ((0.0, 3.27), 4)}
 GELU_FORMS = (*_GELU_FITS, "puma")
 
 
 def relu(x: Value) -> Value:
-    """Return max(x, 0). Under the protocol its error is below 2^-8, for x in [-2^-8, 0) alone, which it may keep."""
-    return piecewise(x, [0.0], [ZERO, IDENTITY])
+    """Return max(x, 0). Under the protocol its error is at most 2^-10, for x in [-2^-10, 0) alone, which it may keep."""
+    return piecewise(x, [0.0], [ZERO, IDENTITY], _AT_AN_ANGLE)
 
 
 def absolute(x: Value) -> Value:
-    return piecewise(x, [0.0], [Piece((0.0, -1.0)), IDENTITY])
+    return piecewise(x, [0.0], [Piece((0.0, -1.0)), IDENTITY], _AT_AN_ANGLE)
 
 
 def _bump(a: Tensor) -> Tensor:
