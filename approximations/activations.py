@@ -34,7 +34,7 @@ GELU_FORMS = (*_GELU_FITS, "puma")
 
 
 def relu(x: Value) -> Value:
-    """Return max(x, 0). Under the protocol its error is at most 2^-10, for x in [-2^-10, 0) alone, which it may keep."""
+    """Return max(x, 0). Under the protocol it may keep an x in [-2^-10, 0), so its error is at most 2^-10."""
     return piecewise(x, [0.0], [ZERO, IDENTITY], _AT_AN_ANGLE)
 
 
