@@ -85,11 +85,49 @@ def bit_plane(x: Tensor, offset: int, bit: int) -> Tensor:
 
 
 @compiled
-def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: int, digits: int, first: int) -> Array:
+def _unary_codes(r: Array, width: int, drop: int, digit: int, digits: int) -> Array:
+    places = 6 - digit  # a word holds 2^places codes of 2^digit bits
+    out = np.zeros((((digits - 1) >> places) + 1, r.size), np.int64)
+    mask = (np.int64(1) << (width - 1)) - 1
+    for start in range(0, r.size, BLOCK):
+        here = r[start : start + BLOCK]
+        for d in range(digits):
+            codes = out[d >> places, start : start + BLOCK]
+            shift, place = digit * d + drop, (d & ((1 << places) - 1)) << digit
+            for i in range(here.size):
+                rho = ((here[i] & mask) >> shift) & ((1 << digit) - 1)
+                codes[i] |= ((np.int64(1) << rho) - 1) << place
+    return out
+
+
+def unary_codes(r: Tensor, width: int, drop: int, digit: int, digits: int) -> Tensor:
+    """Return the unary code, the bits [d < rho] for d = 0, 1, ..., of every digit rho of r.
+
+    Digits have ``digit`` bits (3 to 6), lowest first, of the width - 1 lowest bits of r without the ``drop`` lowest.
+    The result has shape (words, n); a word holds 64 / 2^digit codes.
+    """
+    places = 6 - digit
+    words = ((digits - 1) >> places) + 1
+    if r.is_meta:
+        return torch.empty((words, r.numel()), dtype=torch.int64, device="meta")
+    if _fast(r):
+        return torch.from_numpy(_unary_codes(_flat(r), width, drop, digit, digits))
+    low = ring.right(r.reshape(-1) & ring.low_mask(width - 1), drop)
+    out = torch.zeros((words, r.numel()), dtype=torch.int64, device=r.device)
+    for d in range(digits):
+        code = (1 << (ring.right(low, digit * d) & ((1 << digit) - 1))) - 1
+        out[d >> places] |= ring.left(code, (d & ((1 << places) - 1)) << digit)
+    return out
+
+
+@compiled
+def _digit_planes(
+    z: Array, table: Array, thresholds: Array, width: int, drop: int, digit: int, digits: int, first: int
+) -> Array:
     n = z.size
     each = (n + 7) // 8
     out = np.empty((1 + 2 * digits, thresholds.size * each), np.uint8)
-    mask = (np.int64(1) << (width - 1)) - 1
+    mask, last, places = (np.int64(1) << (width - 1)) - 1, (1 << digit) - 1, 6 - digit
     low, flags = np.empty(BLOCK, np.int64), np.zeros(BLOCK, np.uint8)
     for t in range(thresholds.size):
         for start in range(0, n, BLOCK):
@@ -101,11 +139,12 @@ def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: i
                 low[i] = (zeta & mask) >> drop
             _gathered(flags, 0, out[0], at, size)
             for d in range(digits):
-                codes, shift, place = table[d >> 2, start : start + BLOCK], 4 * d, 16 * (d & 3)
+                codes, shift = table[d >> places, start : start + BLOCK], digit * d
+                place = (d & ((1 << places) - 1)) << digit
                 for i in range(here.size):
                     less = codes[i]
                     equal = less ^ ((less << 1) ^ first)
-                    position = ((low[i] >> shift) & 15) | place
+                    position = ((low[i] >> shift) & last) | place
                     flags[i] = ((less >> position) & 1) | (((equal >> position) & 1) << 1)
                 _gathered(flags, 0, out[1 + 2 * d], at, size)
                 _gathered(flags, 1, out[2 + 2 * d], at, size)
@@ -113,34 +152,35 @@ def _digit_planes(z: Array, table: Array, thresholds: Array, width: int, drop: i
 
 
 def digit_planes(
-    z: Tensor, table: Tensor, thresholds: tuple[int, ...], width: int, drop: int, digits: int, first: int
+    z: Tensor, table: Tensor, thresholds: tuple[int, ...], width: int, drop: int, digit: int, digits: int, first: int
 ) -> Tensor:
     """Look the digits of zeta = z - threshold up in ``table``, for every threshold, and pack what is found.
 
     Returns planes of shape (1 + 2 digits, thresholds * ceil(n / 8)), the thresholds side by side. Plane 0 is bit
-    width - 1 of zeta. The bits below it, without the ``drop`` lowest, are cut into digits (radix 16, lowest first);
-    each digit gives two planes, the looked-up bits "less" and "equal".
+    width - 1 of zeta. The bits below it, without the ``drop`` lowest, are cut into digits of ``digit`` bits, lowest
+    first; each digit gives two planes, the looked-up bits "less" and "equal".
 
-    z: n elements. table: (ceil(digits / 4), n) words, the unary codes of four digits each. first: the constant that
-    turns "less" into "at most" (see ``two_party.comparison``).
+    z: n elements. table: (words, n), as ``unary_codes`` gives it, or a share of it. first: the constant that turns
+    "less" into "at most" (see ``two_party.comparison``).
     """
     if z.is_meta:
         row = len(thresholds) * bits.plane_bytes(z.numel())
         return torch.empty((1 + 2 * digits, row), dtype=torch.uint8, device="meta")
     at = torch.tensor([ring.wrap(t) for t in thresholds], device=z.device)
     if _fast(z):
-        return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at.numpy(), width, drop, digits, first))
+        return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at.numpy(), width, drop, digit, digits, first))
     rows: list[list[Tensor]] = [[] for _ in range(1 + 2 * digits)]
+    places = 6 - digit
     for threshold in at:
         zeta = z.reshape(-1) - threshold
         low = ring.right(zeta & ring.low_mask(width - 1), drop)
         rows[0].append(bits.pack(ring.top_bit(zeta, width)))
-        for digit in range(digits):
-            less = table[digit // 4]
+        for d in range(digits):
+            less = table[d >> places]
             equal = less ^ (ring.left(less, 1) ^ first)
-            position = (ring.right(low, 4 * digit) & 15) | (16 * (digit % 4))
-            rows[1 + 2 * digit].append(bits.pack(less >> position))
-            rows[2 + 2 * digit].append(bits.pack(equal >> position))
+            position = ring.right(low, digit * d) & ((1 << digit) - 1) | ((d & ((1 << places) - 1)) << digit)
+            rows[1 + 2 * d].append(bits.pack(less >> position))
+            rows[2 + 2 * d].append(bits.pack(equal >> position))
     return torch.stack([torch.cat(row) for row in rows])
 
 
@@ -537,7 +577,7 @@ def warm_up() -> None:
     """Compile every kernel, or load it from the cache beside this file, so that no query waits for the compiler."""
     x, plane = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
     bit_plane(x, 0, 1)
-    digit_planes(x, x.reshape(1, 8), (0,), 17, 0, 4, 0)
+    digit_planes(x, unary_codes(x, 17, 0, 4, 4), (0,), 17, 0, 4, 4, 0)
     select(plane.reshape(1, 1), (1,), (0,), x.reshape(1, 8), (x, x, x.reshape(1, 8)), server=True)
     exponential(x, plane, x.expand(4, 8).contiguous(), torch.ones(2, dtype=torch.int64), x + 1, 3, 1)
     extended(x, plane, plane, x, 8, client=True)

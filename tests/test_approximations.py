@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,12 +46,12 @@ BIG = 1.0e4
 
 ACTIVATIONS: dict[str, tuple[Function, Function, float, float]] = {
     # the function, what it stands for, its largest error, and what fixed point adds to it on [-8, 8]
-    "gelu-cubic": (partial(gelu, form="cubic"), F.gelu, 6e-4, 4e-4),
+    "gelu-cubic": (partial(gelu, form="cubic"), F.gelu, 5.6e-4, 4e-4),
     "gelu-quartic": (partial(gelu, form="quartic"), F.gelu, 2e-3, 1.5e-3),
     "gelu-puma": (partial(gelu, form="puma"), F.gelu, 2.1e-2, 1e-2),
-    "silu": (silu, F.silu, 1.2e-3, 4e-4),
-    "tanh": (tanh, torch.tanh, 3e-4, 4e-4),
-    "sigmoid": (sigmoid, torch.sigmoid, 1.5e-4, 2e-4),
+    "silu": (silu, F.silu, 8.1e-4, 4e-4),
+    "tanh": (tanh, torch.tanh, 2.5e-4, 4e-4),
+    "sigmoid": (sigmoid, torch.sigmoid, 1.3e-4, 2e-4),
     "relu": (relu, torch.relu, 1e-12, 2**-16),
     "absolute": (absolute, torch.abs, 1e-12, 2**-16),
 }
@@ -86,6 +87,41 @@ def test_activations_under_the_protocol(name: str) -> None:
     run = run_function(function, x)
     assert largest(run.result - original(x)) <= error + added
     assert largest(run.fixed - original(x)) <= error + added
+
+
+@dataclass
+class Recorded:
+    """Stands for a symbolic value, and keeps what ``piecewise`` would record."""
+
+    knots: tuple[float, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    tolerance: float = 0.0
+
+    def piecewise(self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int) -> Recorded:
+        return Recorded(knots, pieces, tolerance)
+
+
+@pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n != "sigmoid"])
+def test_activations_keep_their_error_whichever_way_comparisons_err(name: str) -> None:
+    """Every x within the tolerance below a knot, by the piece above that knot; the last double below it, too."""
+    function, original, error, _ = ACTIVATIONS[name]
+    made: Recorded = function(Recorded())
+    if name in ("relu", "absolute"):
+        error = made.tolerance * (2.0 if name == "absolute" else 1.0)  # the pieces meet at an angle
+    for knot, piece in zip(made.knots, made.pieces[1:], strict=True):
+        below = math.nextafter(knot, -math.inf)
+        x = torch.linspace(knot - made.tolerance, below, 20_001, dtype=torch.float64)
+        assert largest(piece(x) - original(x)) <= error
+
+
+@pytest.mark.parametrize(("name", "limit"), [("gelu-cubic", 5.6e-4), ("gelu-quartic", 2e-3), ("silu", 8.1e-4)])
+def test_activations_close_to_their_knots_under_the_protocol(name: str, limit: float) -> None:
+    """Ranges that make comparisons drop as many bits as the tolerance allows."""
+    function, original, _, added = ACTIVATIONS[name]
+    made: Recorded = function(Recorded())
+    near = [torch.linspace(k - 2 * made.tolerance, k + made.tolerance, 301, dtype=torch.float64) for k in made.knots]
+    x = torch.cat([*near, torch.tensor([-63.0, 63.0], dtype=torch.float64)])
+    assert largest(run_function(function, x).result - original(x)) <= limit + added
 
 
 def test_gelu_forms_are_named() -> None:

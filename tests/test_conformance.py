@@ -473,7 +473,7 @@ def compare(s: Setup) -> Check:
     ts = tuple(centre + s.number("threshold", -spread, spread) for _ in range(s.number("thresholds", 1, 4)))
     low, high = max(ts) - reach, min(ts) + reach - (1 << drop) - bool(drop)
     a, x = s.opened(shape, ring, low, high, (*ts, *(t - (1 << drop) for t in ts)))
-    s.add(tp.Compare(shape, width, drop, ts), a)
+    s.add(tp.Compare(shape, width, drop, ts, s.number("digit", 3, 6)), a)
 
     def check(server: Any, client: Any) -> None:
         below = plane_bits(combine(server, client), shape)
@@ -702,8 +702,9 @@ def opened_numbers(x: Integers, ring: int, protocol: Protocol) -> Outcome:
     return run_circuit(circuit, {"x": tensor(x)})
 
 
+@pytest.mark.parametrize("digit", [4, 6])
 @pytest.mark.parametrize("width", range(2, 65))
-def test_compare_every_width(width: int) -> None:
+def test_compare_every_width(width: int, digit: int) -> None:
     """All drops of every width, exact where promised, with the formula's rounds and bytes."""
     reach, rng = 1 << (width - 1), np.random.default_rng(width)
     for drop in sorted({*range(0, width - 1, 5), width - 2}):
@@ -711,20 +712,39 @@ def test_compare_every_width(width: int) -> None:
         low, high = t - reach, t + reach - (1 << drop) - bool(drop)
         marks = [low, high, t, t - 1, t + 1, t - (1 << drop), t - (1 << drop) - 1, 0, -1, 1]
         x = np.array([m for m in marks if low <= m <= high] + [low + (high - low) * i // 20 for i in range(21)], object)
-        protocol = tp.Compare(x.shape, width, drop, (t,))
+        protocol = tp.Compare(x.shape, width, drop, (t,), digit)
         outcome = opened_numbers(x, width, protocol)
         below = plane_bits(outcome.value(), x.shape)[0]
         assert (below[x >= t] == 0).all()
         assert (below[x < t - (1 << drop) * bool(drop)] == 1).all()
         if drop == 0:
             assert (below == (x < t)).all()
-        digits = max(1, -(-(width - 1 - drop) // 4))
+        digits = max(1, -(-(width - 1 - drop) // digit))
         assert outcome.cost.rounds == 1 + (digits > 1) + (digits > 4)
 
 
 def test_compare_costs_what_its_description_says() -> None:
     """d = 4: six bits each way, eight bytes and 1 + 15 bits from the dealer."""
     assert tp.Compare((8,), 17, 0, (0,)).cost() == CircuitCost(1, 6, 6, 8 * 8 + 16)
+    assert tp.Compare((8,), 13, 0, (0,), 6).cost() == CircuitCost(1, 2, 2, 8 * 16 + 2)
+
+
+@pytest.mark.parametrize("digit", [3, 5, 6])
+def test_compare_looks_every_digit_up(digit: int) -> None:
+    """Every pair of a secret digit and a public one: all values of one digit, under masks that take all values."""
+    size = 1 << digit
+    x = np.repeat(np.arange(size, dtype=object) - size // 2, 40)
+    for t in range(-(size // 2), size // 2):
+        protocol = tp.Compare(x.shape, digit + 2, 1, (2 * t,), digit)
+        below = plane_bits(opened_numbers(2 * x, digit + 2, protocol).value(), x.shape)[0]
+        assert (below[x >= t] == 0).all()
+        assert (below[x < t - 1] == 1).all()
+
+
+@pytest.mark.parametrize("digit", [-1, 0, 2, 7, 64])
+def test_compare_refuses_digits_whose_codes_fill_no_word(digit: int) -> None:
+    with pytest.raises(ValueError, match=f"digits of {digit} bits, they have 3 to 6"):
+        tp.Compare((1,), 20, 0, (0,), digit).validate()
 
 
 @pytest.mark.parametrize("ring", [2, 3, 8, 20, 33, 63])

@@ -130,7 +130,8 @@ def test_packed_bits(values: list[int]) -> None:
 def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)
     drop = data.draw(st.integers(0, width - 2))
-    digits = max(1, -(-(width - 1 - drop) // 4))
+    digit = data.draw(st.integers(3, 6))
+    digits = max(1, -(-(width - 1 - drop) // digit))
     thresholds = tuple(data.draw(st.lists(WORDS, min_size=1, max_size=3)))
     slopes = tuple(data.draw(st.lists(WORDS, min_size=1, max_size=4)))
     offsets = tuple(data.draw(WORDS) for _ in slopes)
@@ -139,14 +140,15 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
     z, x, product = (words(rng, (n,)) for _ in range(3))
     beta, beta_r = words(rng, (len(slopes), n)), words(rng, (sloped, n))
     powers = tuple(words(rng, (n,)) for _ in range(6))
-    table, planes = words(rng, (-(-digits // 4), n)), octets(rng, (len(slopes), bits.plane_bytes(n)))
+    table, planes = words(rng, (-(-(digits << digit) // 64), n)), octets(rng, (len(slopes), bits.plane_bytes(n)))
     mine, theirs = (octets(rng, (bits.plane_bytes(n),)) for _ in range(2))
     tables, units = {size: octets(rng, (n, -(-size // 8))) for size in (2, 8, 512)}, octets(rng, (2, n, 32))
 
     def results() -> list[torch.Tensor]:
         out = [kernels.bit_plane(z, offsets[0], width - 1)]
+        out.append(kernels.unary_codes(z, width, drop, digit, digits))
         for first in (0, 0x0001_0001_0001_0001):
-            out.append(kernels.digit_planes(z, table, thresholds, width, drop, digits, first))
+            out.append(kernels.digit_planes(z, table, thresholds, width, drop, digit, digits, first))
         for server in (False, True):
             opened = (z, x, beta_r) if sloped else None
             out.append(kernels.select(planes, slopes, offsets, beta, opened, server=server))

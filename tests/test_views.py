@@ -121,6 +121,8 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         yield f"extend-{ring}", Scene(tp.Extend(shape, ring - 1, 64), ring - 1, low // 4, high // 4)
         compare = tp.Compare(shape, ring, min(4, ring - 10), (0, 3))
         yield f"compare-{ring}", Scene(compare, ring, low // 2, high // 2)
+        wide_digits = replace(compare, digit=6)
+        yield f"compare-{ring}-digits-of-6", Scene(wide_digits, ring, low // 2, high // 2)
         yield f"reveal-{ring}", Scene(tp.Reveal(shape, ring), ring, low, high)
     yield "open_bits", Scene(tp.OpenBits(shape, 3), 8, 0, 0, bits=3)
     yield "exponential-21", Scene(tp.Exponential(shape, 21, 16, 40, 16), 21, 0, (1 << 20) - 1)
@@ -327,6 +329,7 @@ BROKEN = {
     "deliver": replaced("deliver-37", BareDeliver),
     "extend": replaced("extend-16", BareExtend),
     "compare": replaced("compare-37", BareCompare),
+    "compare, digits of 6": replaced("compare-16-digits-of-6", BareCompare),
 } | {
     f"{name}.{draw}": replace(SCENES[name], protocol=bare(SCENES[name].protocol, draw))
     for name, draw in (

@@ -3,12 +3,14 @@
 x = z - r with z public, and |x - t| < 2^(width-1) for every threshold t. Then x < t is the top bit of x - t modulo
 2^width. With zeta = z - t, msb(x - t) = msb(zeta) XOR msb(r) XOR [low(zeta) < low(r)], where low is the width - 1 bits
 below the top bit.
-The last term compares a public number with a secret that the dealer knows, digit by digit (radix 16):
-1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the bits [d < rho] for d = 0..15. Looking
-   up the public digit d gives shares of "less", and the neighbouring bit gives shares of "equal", without a message.
-   One table serves all thresholds.
+The last term compares a public number with a secret that the dealer knows, digit by digit, ``digit`` bits each:
+1. For each digit rho of low(r) the dealer gives XOR shares of its unary code, the 2^digit bits [d < rho]. Looking up
+   the public digit d gives shares of "less", and the neighbouring bit gives shares of "equal", without a message. One
+   table serves all thresholds. A 64-bit word holds the codes of four digits of 4 bits, or that of one digit of 6 bits:
+   wide digits take more dealt bytes an element, and fewer opened bits a threshold.
 2. less = l_3 XOR e_3 l_2 XOR e_3 e_2 l_1 XOR e_3 e_2 e_1 l_0: the products of up to four bits take one round
-   (``bitproducts``). With more than four digits, a second round combines groups of four in the same way.
+   (``bitproducts``). With more than four digits, a second round combines groups of four in the same way. One round
+   suffices for 16 bits in digits of 4 bits, and for 24 bits in digits of 6.
 The lowest ``drop`` bits may be left out. Then x in [t - 2^drop, t) may count as not below t, which is harmless for
 continuous piecewise functions.
 Seen by a party: masked bits (six or seven for each group of digits and threshold), each under its own one-time mask;
@@ -41,10 +43,8 @@ from protocols.two_party import bitproducts
 from protocols.two_party.bitproducts import Term
 from protocols.wire import Wire
 
-DIGIT = 4  # bits of a digit
-GROUP = 4  # digits combined in one round: their unary codes fill one 64-bit word
-WINDOW = DIGIT * GROUP
-_FIRST = ring.wrap(0x0001_0001_0001_0001)  # "0 <= rho" at the start of every digit's table
+DIGITS = (3, 4, 5, 6)  # the bits that a digit may have: its unary code must fit into a 64-bit word
+GROUP = 4  # digits combined in one round
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,11 @@ def _levels(digits: int) -> tuple[_Level, ...]:
 class Compare(Protocol):
     """Bits [x < t] for every threshold t, stacked: planes of shape (thresholds, ceil(n / 8)).
 
-    There are d = ceil((width - 1 - drop) / 4) digits; ``levels`` combine them in one round each (none for one digit,
-    one for up to 4, two for up to 16). Rounds: the number of levels. Online: thresholds * variables bits an element
-    each way. Offline, to the server: 8 ceil(d / 4) bytes and 1 + thresholds * dealt bits an element. With d = 4 and one
-    threshold: 6 bits online each way, 8 bytes and 1 + 15 bits offline.
+    There are d = ceil((width - 1 - drop) / digit) digits; ``levels`` combine them in one round each (none for one
+    digit, one for up to 4, two for up to 16). Rounds: the number of levels. Online: thresholds * variables bits an
+    element each way. Offline, to the server: 8 ceil(d 2^digit / 64) bytes and 1 + thresholds * dealt bits an element.
+    With 4 digits of 4 bits and one threshold: 6 bits online each way, 8 bytes and 1 + 15 bits offline. With 2 digits of
+    6 bits: 2 bits online each way, 16 bytes and 1 + 1 bits offline.
     Error: exact for -2^(width-1) <= x - t < 2^(width-1) - 2^drop, but x in [t - 2^drop, t) may count as not below t.
     """
 
@@ -109,6 +110,7 @@ class Compare(Protocol):
     width: Bits
     drop: Bits
     thresholds: Residues
+    digit: Bits = 4
 
     @property
     def operand_ring(self) -> int:
@@ -117,10 +119,12 @@ class Compare(Protocol):
     def validate(self) -> None:
         if not 2 <= self.width <= ring.WORD or not 0 <= self.drop < self.width - 1:
             raise ValueError(f"width {self.width}, drop {self.drop}, {len(self.thresholds)} thresholds")
+        if self.digit not in DIGITS:
+            raise ValueError(f"digits of {self.digit} bits, they have {DIGITS[0]} to {DIGITS[-1]}")
 
     @property
     def digits(self) -> int:
-        return max(1, -(-(self.width - 1 - self.drop) // DIGIT))
+        return max(1, -(-(self.width - 1 - self.drop) // self.digit))
 
     @property
     def levels(self) -> tuple[_Level, ...]:
@@ -128,7 +132,7 @@ class Compare(Protocol):
 
     @property
     def words(self) -> int:
-        return -(-self.digits // GROUP)
+        return -(-(self.digits << self.digit) // ring.WORD)
 
     @property
     def out(self) -> Wire:
@@ -143,24 +147,15 @@ class Compare(Protocol):
         table = Draw("table", (self.words, count(self.shape)), xor=True, derived=True)
         return (*masks, table, Draw("top", (each,), planes=True, derived=True), *dealt)
 
-    def _digit(self, low: Tensor, index: int) -> Tensor:
-        return ring.right(low, DIGIT * index) & ((1 << DIGIT) - 1)
-
-    def _low(self, x: Tensor) -> Tensor:
-        return ring.right(x & ring.low_mask(self.width - 1), self.drop).reshape(-1)
+    @property
+    def _first(self) -> int:
+        """The constant with a one at the start of every digit's code: [d <= rho] is [d - 1 < rho], and true for 0."""
+        return ring.wrap(sum(1 << place for place in range(0, ring.WORD, 1 << self.digit)))
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
-        low = self._low(r)
-        words = []
-        for word in range(self.words):
-            digits = range(GROUP * word, min(GROUP * (word + 1), self.digits))
-            unary = [(1 << self._digit(low, d)) - 1 for d in digits]
-            table = unary[0]
-            for place, code in enumerate(unary[1:], 1):
-                table = table | ring.left(code, 2**DIGIT * place)
-            words.append(table)
-        out = {"table": torch.stack(words), "top": bits.pack(ring.top_bit(r, self.width))}
+        table = kernels.unary_codes(r, self.width, self.drop, self.digit, self.digits)
+        out = {"table": table, "top": bits.pack(ring.top_bit(r, self.width))}
         for i, level in enumerate(self.levels):
             parts, start = [], 0
             for group in range(len(level.sizes)):
@@ -173,9 +168,9 @@ class Compare(Protocol):
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
-        first = _FIRST if party == SERVER else 0  # [d <= rho] is [d - 1 < rho], and true for d = 0
+        first = self._first if party == SERVER else 0
         top, *found = kernels.digit_planes(
-            z, material["table"], self.thresholds, self.width, self.drop, self.digits, first
+            z, material["table"], self.thresholds, self.width, self.drop, self.digit, self.digits, first
         )
         pairs = list(zip(found[::2], found[1::2], strict=True))  # (less, equal) of every digit, lowest first
         for i, level in enumerate(self.levels):

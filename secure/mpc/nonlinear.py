@@ -11,13 +11,14 @@ from protocols import two_party as tp
 from protocols.bits import plane_bytes
 from protocols.protocol import count
 from protocols.ring import WORD
-from protocols.two_party.comparison import DIGIT, GROUP, WINDOW
+from protocols.two_party.comparison import DIGITS
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.share import Share
 
+DEALT_FOR_ONLINE = 16  # dealt bytes, sent before the query, that are worth one byte online
 _SHORT = 8  # bits of a slope that is applied exactly
 
 
@@ -160,13 +161,25 @@ def compare(
 ) -> int:
     """Emit the bits that tell whether the opened value ``at`` is below each of ``thresholds``.
 
-    Low bits worth at most ``tolerance`` units are dropped if that saves a round; all bits of the remaining digits are
-    used.
+    Low bits worth at most ``tolerance`` units are dropped where that makes the comparison cheaper.
     """
     spare = max(0, math.floor(math.log2(max(tolerance, 1.0))))
-    digits = max(GROUP, -(-(width - 1 - spare) // DIGIT)) if width - 1 > WINDOW else GROUP
-    drop = max(0, width - 1 - DIGIT * digits)
-    return e.emit(tp.Compare(shape, width, drop, thresholds), at)
+    return e.emit(cheapest_compare(shape, width, thresholds, spare), at)
+
+
+def cheapest_compare(shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], spare: int) -> tp.Compare:
+    """Return the comparison with the fewest rounds, then the fewest bytes, that drops at most ``spare`` low bits.
+
+    A dealt byte counts for 1/DEALT_FOR_ONLINE of an online one. Of equally cheap ones it returns the most exact.
+    """
+
+    def price(compare: tp.Compare) -> tuple[int, int, int]:
+        cost = compare.cost()
+        online = cost.to_first + cost.to_second
+        return cost.rounds, DEALT_FOR_ONLINE * online + cost.dealt, compare.drop
+
+    drops = range(min(spare, width - 2) + 1)
+    return min((tp.Compare(shape, width, drop, thresholds, digit) for drop in drops for digit in DIGITS), key=price)
 
 
 def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], shape: tuple[int, ...]) -> int:
