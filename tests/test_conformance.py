@@ -464,9 +464,7 @@ def polynomial(s: Setup) -> Check:
     return exactly(sum((c * (x - centre) ** j for j, c in enumerate(coefficients)), np.zeros(shape, object)), ring)
 
 
-def lifted(
-    s: Setup, shape: Shape, wide: int, drop: int = 0, name: str = "opened"
-) -> tuple[int, Integers, int]:
+def lifted(s: Setup, shape: Shape, wide: int, drop: int = 0, name: str = "opened") -> tuple[int, Integers, int]:
     """The instruction of a lifted opening, the opened integers, and the bits in which the representatives agree."""
     opened = s.number(name, 2 + drop, min(63, wide - 1 + drop))
     quarter = 1 << (opened - 2)
@@ -750,10 +748,12 @@ def test_lift_up_to_its_bounds(ring: int) -> None:
             Instruction(shared("x", x.shape, ring, words(np.random.default_rng(ring), x.shape))),
             Instruction(tp.Open(x.shape, ring), (0,)),
             Instruction(tp.Lift(x.shape, ring, 0, 64), (1,)),
-            Instruction(tp.LiftedProduct(x.shape, 64, ring, ring), (2, 2)),
+            Instruction(tp.LiftedPowers(x.shape, 64, ring, 1), (2,)),
+            Instruction(tp.Polynomial(x.shape, 64, 0, (0, 1)), (3,)),
         ]
-        result = integers(run_circuit(circuit, {"x": tensor(x)}).value())
-        assert (result == x * x % 2**64).all() == right
+        result = integers(run_circuit(circuit, {"x": tensor(x)}).value(), signed=True)
+        assert ((result - x) % (1 << ring) == 0).all()
+        assert (result == x).all() == right
 
 
 @pytest.mark.parametrize(("ring", "drop"), [(24, 8), (24, 22), (64, 1), (64, 40), (10, 3)])

@@ -1,8 +1,8 @@
 """Open narrow, compute wide: elementwise products and polynomials of an opening in a ring wider than the opening's.
 
 x in [-2^(k-2), 2^(k-2)) is opened modulo 2^k as z = x + r. Shifted by 2^(k-2), x' = x + 2^(k-2) lies in [0, 2^(k-1))
-and z' = z + 2^(k-2) mod 2^k. Over the integers x' = z' - rho, where rho is r in [0, 2^k) if z' is in the upper half, and
-the signed representative of r if z' is in the lower half:
+and z' = z + 2^(k-2) mod 2^k. Over the integers x' = z' - rho, where rho is r in [0, 2^k) if z' is in the upper half,
+and the signed representative of r if z' is in the lower half:
 - If r has no top bit, both are r, and x' + r < 2^k does not wrap.
 - If r has its top bit, x' + r lies in [2^(k-1), 2^k + 2^(k-1)). Without a wrap z' is in the upper half and rho = r;
   with a wrap z' is in the lower half and rho = r - 2^k.
