@@ -398,6 +398,49 @@ def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: in
     return value + ring.left(both - top, width) - offset
 
 
+# lifted openings
+
+
+@compiled
+def _lifted(z: Array, offset: int, width: int, drop: int, mask: int, shift: int) -> tuple[Array, Array]:
+    value, lower = np.empty_like(z), np.empty(z.size, np.int8)
+    for i in range(z.size):
+        moved = z[i] + offset
+        value[i] = ((moved >> drop) & mask) - shift
+        lower[i] = ((moved >> (width - 1)) & 1) - 1
+    return value, lower
+
+
+def lifted(z: Tensor, width: int, drop: int) -> tuple[Tensor, Tensor]:
+    """Return the public integer of a lifted opening, and -1 (int8) where it is in the lower half, else 0.
+
+    With z' = z + 2^(width-2) mod 2^width, the integer is (z' >> drop) - 2^(width-2-drop), and z' is in the lower half
+    if it has no top bit.
+    """
+    offset, shift = 1 << (width - 2), 1 << (width - 2 - drop)
+    if _fast(z):
+        value, lower = _lifted(_flat(z), offset, width, drop, ring.low_mask(width - drop), shift)
+        return torch.from_numpy(value).reshape(z.shape), torch.from_numpy(lower).reshape(z.shape)
+    moved = z + offset
+    whole = ring.right(moved, drop) & ring.low_mask(width - drop)
+    return whole - shift, (ring.top_bit(moved, width) - 1).to(torch.int8)
+
+
+@compiled
+def _chosen(upper: Array, difference: Array, lower: Array, shift: int) -> Array:
+    out = np.empty_like(upper)
+    for i in range(upper.size):
+        out[i] = upper[i] - ((difference[i] & np.int64(lower[i])) << shift)
+    return out
+
+
+def chosen(upper: Tensor, difference: Tensor, lower: Tensor, shift: int) -> Tensor:
+    """Return upper - 2^shift difference where ``lower`` is -1, and upper where it is 0; modulo 2^64."""
+    if _fast(upper):
+        return torch.from_numpy(_chosen(_flat(upper), _flat(difference), _flat(lower), shift)).reshape(upper.shape)
+    return upper - ring.left(difference & lower.to(torch.int64), shift)
+
+
 # truncation
 
 
@@ -583,6 +626,7 @@ def warm_up() -> None:
     extended(x, plane, plane, x, 8, client=True)
     looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
     suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0)
+    chosen(x, x, lifted(x, 8, 1)[1], 7)
     dropped(x, 0, 1, 8)
     for width in range(8):
         ring_bits = 8 * width or 1

@@ -11,6 +11,7 @@ Nothing here moves a byte. Values at run time are torch tensors or small tuples 
 
 - a *share*: an int64 tensor, this party's summand of x modulo 2^ring;
 - an *opening*: ``Opening(z, r)``: both parties know z = x + r, and r is this party's share of the mask;
+- a *lifted opening*: the same over the integers, for a wider ring (see ``two_party.lift``);
 - a *delivery*: the tensor x - r at the server and r at the client, who alone knows r;
 - *bits*: packed planes, this party's XOR share; and a *bit opening* ``Opening(c, beta)``, the same with XOR.
 """

@@ -260,6 +260,13 @@ MISFITS: dict[str, Instruction] = {
     "a slope that is zero modulo 2^64 alone": Instruction(tp.Select(EIGHT, RING, (1 << 64, 1), (0, 0)), (3, 1)),
     "powers of another shape": Instruction(tp.Powers((1,), RING, 2), (1,)),
     "a polynomial beyond its powers": Instruction(tp.Polynomial(EIGHT, RING, 0, (1, 2, 3, 4)), (4,)),
+    "an opening lifted from more bits than it has": Instruction(tp.Lift(EIGHT, RING + 1, 0, 64), (1,)),
+    "an opening lifted to less": Instruction(tp.Lift(EIGHT, RING, 0, RING), (1,)),
+    "an opening lifted without all of its bits": Instruction(tp.Lift(EIGHT, RING, RING - 1, 64), (1,)),
+    "one number lifted as eight": Instruction(tp.Lift(EIGHT, RING, 0, 64), (6,)),
+    "a lifted product of openings": Instruction(tp.LiftedProduct(EIGHT, RING, 20, RING), (1, 1)),
+    "a lifted product of what is not lifted": Instruction(tp.LiftedProduct(EIGHT, RING, RING, RING), (1, 1)),
+    "powers of what is not lifted": Instruction(tp.LiftedPowers(EIGHT, RING, 20, 2), (1,)),
     "a polynomial of another shape": Instruction(tp.Polynomial((1,), RING, 0, (1, 2)), (4,)),
     "indicators of planes that are not there": Instruction(local.Indicators(1, ((2,),), (False,)), (2,)),
     "indicators of longer planes": Instruction(local.Indicators(2, ((0,),), (False,)), (2,)),
@@ -291,6 +298,24 @@ def test_misfits_are_refused(how: str) -> None:
     """Masks must cover what they hide, and compiled loops trust the sizes that they are given."""
     with pytest.raises(CircuitError, match="instruction 7 "):
         check([*OPENED, MISFITS[how]], {})
+
+
+@pytest.mark.parametrize(
+    ("protocol", "reads"),
+    [
+        (tp.LiftedPowers(EIGHT, 64, 21, 2), 1),
+        (tp.LiftedPowers(EIGHT, 20, 20, 2), 1),
+        (tp.LiftedProduct(EIGHT, 64, 20, 21), 2),
+        (tp.LiftedProduct((7,), 64, 20, 20), 2),
+    ],
+)
+def test_readers_of_a_lifted_opening_know_it(protocol: Protocol, reads: int) -> None:
+    """How many bits agree is the reader's field, and the lift's: they must be the same."""
+    lifted = [*OPENED, Instruction(tp.Lift(EIGHT, 20, 0, 64), (1,))]
+    check([*lifted, Instruction(tp.LiftedProduct(EIGHT, 64, 20, 20), (7, 7))], {})
+    check([*lifted, Instruction(tp.LiftedProduct(EIGHT, RING, 20, RING), (7, 6))], {})
+    with pytest.raises(CircuitError, match="instruction 8 "):
+        check([*lifted, Instruction(protocol, (7,) * reads)], {})
 
 
 @settings(deadline=None, max_examples=30)

@@ -455,12 +455,87 @@ def powers(s: Setup) -> Check:
 @case(tp.Polynomial)
 def polynomial(s: Setup) -> Check:
     ring, shape, degree = s.number("ring", 1, 64), s.shape(), s.number("degree", 0, 6)
-    a, x = s.opened(shape, ring)
-    p = s.add(tp.Powers(shape, ring, max(degree, s.number("powers", 1, 6))), a)
+    most = max(degree, s.number("powers", 1, 6))
+    if ring > 2 and s.draw(st.booleans(), "lifted"):
+        a, x, agreed = lifted(s, shape, ring)
+        p = s.add(tp.LiftedPowers(shape, ring, agreed, most), a)
+    else:
+        a, x = s.opened(shape, ring)
+        p = s.add(tp.Powers(shape, ring, most), a)
     coefficients = tuple(s.number("coefficient", -(2**63), 2**63 - 1) for _ in range(degree + 1))
     centre = s.number("centre", -(2**20), 2**20)
     s.add(tp.Polynomial(shape, ring, centre, coefficients), p)
     return exactly(sum((c * (x - centre) ** j for j, c in enumerate(coefficients)), np.zeros(shape, object)), ring)
+
+
+def lifted(s: Setup, shape: Shape, wide: int, drop: int = 0, name: str = "opened") -> tuple[int, Integers, int]:
+    """The instruction of a lifted opening, the opened integers, and the bits in which the representatives agree."""
+    opened = s.number(name, 2 + drop, min(63, wide - 1 + drop))
+    quarter = 1 << (opened - 2)
+    ring = s.number("ring of the opening", opened, 64)
+    a, x = s.opened(shape, ring, -quarter, quarter - 1)
+    return s.add(tp.Lift(shape, opened, drop, wide), a), x, opened - drop
+
+
+def lifted_value(result: Any) -> Integers:
+    """Over the integers, not modulo the ring."""
+    server, client = result
+    assert torch.equal(server.value, client.value)
+    assert torch.equal(server.lower, client.lower)
+    return integers(server.value, signed=True)
+
+
+@case(tp.Lift)
+def lift(s: Setup) -> Check:
+    wide, shape = s.number("wide", 3, 64), s.shape()
+    drop = s.draw(st.sampled_from([0, 0, s.number("drop", 0, 20)]), "drops")
+    _, x, _ = lifted(s, shape, wide, drop)
+
+    def check(server: Any, client: Any) -> None:
+        mask = integers(combine(server.mask, client.mask), wide)
+        result = centred(lifted_value((server, client)) - mask, wide)
+        assert (abs(result * (1 << drop) - x) < 1 << drop).all() or (1 << wide) <= 2 * abs(x).max() >> drop
+
+    return check
+
+
+@case(tp.LiftedPowers)
+def lifted_powers(s: Setup) -> Check:
+    wide, shape, degree = s.number("wide", 3, 64), s.shape(), s.number("degree", 1, 6)
+    a, x, agreed = lifted(s, shape, wide)
+    ring = s.number("ring", agreed + 1, wide)
+    s.add(tp.LiftedPowers(shape, ring, agreed, degree), a)
+
+    def check(server: Any, client: Any) -> None:
+        (z, mine), (same, theirs) = server, client
+        assert torch.equal(z, same)
+        masks = [integers(p + q, ring) for p, q in zip(mine, theirs, strict=True)]
+        assert len(masks) == degree
+        assert ((integers(z, ring) - masks[0] - x) % (1 << ring) == 0).all()
+        for i, mask in enumerate(masks, 1):
+            assert ((masks[0] ** i - mask) % (1 << ring) == 0).all()
+
+    return check
+
+
+@case(tp.LiftedProduct)
+def lifted_product(s: Setup) -> Check:
+    wide, shape = s.number("wide", 3, 64), s.shape()
+    other = s.draw(st.sampled_from([shape, shape[-1:], (*shape[:-1], 1)]), "other")
+    a, x, agreed = lifted(s, shape, wide)
+    ring = s.number("ring", agreed + 1, wide)
+    kind = s.draw(st.sampled_from(["lifted", "square", "opening"]), "second")
+    if kind == "square":
+        b, y, also = a, x, agreed
+    elif kind == "lifted":
+        b, y, also = lifted(s, other, ring, name="second opened")
+    else:
+        b, y = s.opened(other, s.number("second opened", ring, 64))
+        also = s.number("agreed", ring, 64)
+    turned = s.draw(st.booleans(), "turned")
+    operands, bits_of = ((b, a), (also, agreed)) if turned else ((a, b), (agreed, also))
+    s.add(tp.LiftedProduct(shape, ring, *bits_of), *operands)
+    return exactly(x * y, ring)
 
 
 @case(tp.Compare)
@@ -762,6 +837,45 @@ def test_extend_up_to_its_bounds(ring: int) -> None:
         result = integers(run_circuit(circuit, {"x": tensor(numbers)}).value(), signed=True)
         assert ((result - numbers) % (1 << ring) == 0).all()
         assert (result == numbers).all() == right
+
+
+@pytest.mark.parametrize("ring", [2, 3, 8, 20, 33, 63])
+def test_lift_up_to_its_bounds(ring: int) -> None:
+    """Right up to the bounds for every mask, and beyond them off by multiples of 2^ring."""
+    quarter = 1 << (ring - 2)
+    values = [-quarter, -quarter + 1, -1, 0, quarter - 2, quarter - 1]
+    inside = np.array([v for v in values if -quarter <= v < quarter] * 500, dtype=object)
+    outside = np.array([2 * quarter - 1, -2 * quarter] * 500, dtype=object)
+    for x, right in ((inside, True), (outside, False)):
+        circuit = [
+            Instruction(shared("x", x.shape, ring, words(np.random.default_rng(ring), x.shape))),
+            Instruction(tp.Open(x.shape, ring), (0,)),
+            Instruction(tp.Lift(x.shape, ring, 0, 64), (1,)),
+            Instruction(tp.LiftedPowers(x.shape, 64, ring, 1), (2,)),
+            Instruction(tp.Polynomial(x.shape, 64, 0, (0, 1)), (3,)),
+        ]
+        result = integers(run_circuit(circuit, {"x": tensor(x)}).value(), signed=True)
+        assert ((result - x) % (1 << ring) == 0).all()
+        assert (result == x).all() == right
+
+
+@pytest.mark.parametrize(("ring", "drop"), [(24, 8), (24, 22), (64, 1), (64, 40), (10, 3)])
+def test_dropped_bits_cost_less_than_a_unit(ring: int, drop: int) -> None:
+    """And no bias: both floors lose as much."""
+    n, unit, quarter = 20_000, 1 << drop, 1 << (ring - 2)
+    rng = np.random.default_rng(ring)
+    x = np.frombuffer(rng.bytes(8 * n), np.uint64).astype(object) % (2 * quarter) - quarter
+    x[:2] = -quarter, quarter - 1
+    circuit = [
+        Instruction(shared("x", x.shape, ring, words(rng, x.shape))),
+        Instruction(tp.Open(x.shape, ring), (0,)),
+        Instruction(tp.Lift(x.shape, ring, drop, 64), (1,)),
+        Instruction(tp.LiftedPowers(x.shape, 64, ring - drop, 1), (2,)),
+        Instruction(tp.Polynomial(x.shape, 64, 0, (0, 1)), (3,)),
+    ]
+    difference = integers(run_circuit(circuit, {"x": tensor(x)}).value(), signed=True) * unit - x
+    assert (abs(difference) < unit).all()
+    assert abs(float(difference.mean()) / unit) < 0.02
 
 
 @pytest.mark.parametrize(("ring", "shift"), [(64, 16), (64, 18), (40, 14), (64, 1), (20, 18), (3, 1)])

@@ -147,6 +147,7 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
     def results() -> list[torch.Tensor]:
         out = [kernels.bit_plane(z, offsets[0], width - 1)]
         out.append(kernels.unary_codes(z, width, drop, digit, digits))
+        out += [*kernels.lifted(z, width, drop), kernels.chosen(z, x, kernels.lifted(x, width, drop)[1], width - drop)]
         for first in (0, 0x0001_0001_0001_0001):
             out.append(kernels.digit_planes(z, table, thresholds, width, drop, digit, digits, first))
         for server in (False, True):

@@ -117,6 +117,11 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         yield f"product-{ring}", Scene(tp.Product(shape, ring), ring, low, high, second=True)
         yield f"square-{ring}", Scene(tp.Product(shape, ring), ring, low, high)
         yield f"powers-{ring}", Scene(tp.Powers(shape, ring, 4), ring, low, high)
+        narrow, far = ring - 5, 1 << (ring - 7)
+        yield f"lift-{ring}", Scene(tp.Lift(shape, narrow, 3, ring), narrow, -far, far - 1)
+        yield f"lifted_powers-{ring}", Scene(tp.LiftedPowers(shape, ring, narrow, 3), ring, -far, far - 1)
+        lifted = tp.LiftedProduct(shape, ring, narrow, narrow)
+        yield f"lifted_product-{ring}", Scene(lifted, ring, -far, far - 1, second=True)
         yield f"select-{ring}", Scene(tp.Select(shape, ring, (1, 0, -3), (0, 5, 1)), ring, low, high, bits=3)
         yield f"extend-{ring}", Scene(tp.Extend(shape, ring - 1, 64), ring - 1, low // 4, high // 4)
         compare = tp.Compare(shape, ring, min(4, ring - 10), (0, 3))
@@ -167,6 +172,8 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
                 index = add(tp.Deliver(shape, ring), index)
             elif protocol.kind not in ("open", "deliver", "extend", "reveal"):
                 index = add(tp.Open(shape, ring), index)
+            if "lifted" in protocol.operand_kinds:
+                index = add(tp.Lift(shape, ring - 5, 0, ring), index)
             operands.append(index)
     if protocol.kind == "product" and not scene.second:
         operands *= 2
@@ -337,6 +344,13 @@ BROKEN = {
         ("square-16", "rr"),
         ("powers-37", "r3"),
         ("tabulated-16", "rows"),
+        ("lift-37", "upper"),
+        ("lift-64", "top"),
+        ("lifted_powers-37", "r2"),
+        ("lifted_powers-16", "d3"),
+        ("lifted_product-64", "rr"),
+        ("lifted_product-37", "tr"),
+        ("lifted_product-16", "rt"),
         ("select-64", "beta"),
         ("select-16", "beta_r"),
         ("extend-16", "product"),

@@ -3,6 +3,7 @@
 opening       open a secret under a fresh mask; sums of openings; open bits
 linear        products with weights that the server holds: deliver, linear
 extension     extend shares from a narrow ring to a wider one
+lift          the same opening in a wider ring, for elementwise products and powers
 product       elementwise and matrix products of opened secrets
 polynomial    powers and public polynomials of one opened secret
 bitproducts   (helper) products of up to four secret bits in one round
@@ -19,6 +20,7 @@ from protocols.two_party.digits import DigitIn, Histogram
 from protocols.two_party.endpoints import Input, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
+from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, Linear
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
@@ -34,6 +36,9 @@ __all__ = [
     "Extend",
     "Histogram",
     "Input",
+    "Lift",
+    "LiftedPowers",
+    "LiftedProduct",
     "Linear",
     "Open",
     "OpenBits",

@@ -18,6 +18,7 @@ import torch
 from protocols import kernels, ring
 from protocols.fields import Degree, Residue, Residues, Ring, Shape
 from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
+from protocols.two_party.lift import LiftedPowers
 from protocols.wire import Wire
 
 
@@ -74,7 +75,7 @@ class Powers(Protocol):
 
 @dataclass(frozen=True)
 class Polynomial(Protocol):
-    """[sum_j coefficients[j] (x - centre)^j] modulo 2^ring, from ``Powers`` of x.
+    """[sum_j coefficients[j] (x - centre)^j] modulo 2^ring, from ``Powers`` or ``LiftedPowers`` of x.
 
     Rounds 0, bytes 0; exact modulo 2^ring.
     """
@@ -93,7 +94,7 @@ class Polynomial(Protocol):
 
     def check_operands(self, operands: Sequence[Protocol]) -> None:
         (powers,) = operands
-        if isinstance(powers, Powers) and powers.degree < len(self.coefficients) - 1:
+        if isinstance(powers, Powers | LiftedPowers) and powers.degree < len(self.coefficients) - 1:
             raise ValueError(f"degree {len(self.coefficients) - 1} of powers up to {powers.degree}")
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.protocol import Protocol
+from protocols.protocol import Protocol, count
 from protocols.ring import WORD
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
@@ -15,6 +15,10 @@ from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.share import Share
 
 # inputs
+
+
+def input_reach(plan: Plan, i: int, p: Primitive) -> int:
+    return WORD
 
 
 def emit_input(e: Emitter, i: int, p: Primitive) -> Share:
@@ -28,7 +32,20 @@ def emit_input(e: Emitter, i: int, p: Primitive) -> Share:
 
 def _weighted_ring(plan: Plan, i: int, p: Primitive) -> int:
     """Return the ring of the product before truncation."""
-    return plan.fitting(i, plan.fraction[p.inputs[0]] + plan.fixed.weight_fraction_bits)
+    (x,) = p.inputs
+    narrowest, excess = _narrowest_weighted(plan, i, p)
+    return plan.widened(i, p.inputs, excess, narrowest, count(plan.trace.primitives[x].shape) / 8)
+
+
+def _narrowest_weighted(plan: Plan, i: int, p: Primitive) -> tuple[int, int]:
+    """Return the narrowest ring of the product, and the fraction bits that truncation removes from it."""
+    fraction = plan.fraction[p.inputs[0]] + plan.fixed.weight_fraction_bits
+    return plan.fitting(i, fraction), fraction - plan.fraction[i]
+
+
+def weighted_reach(plan: Plan, i: int, p: Primitive) -> int:
+    narrowest, excess = _narrowest_weighted(plan, i, p)
+    return plan.widest(p.inputs, excess, narrowest)
 
 
 def weighted_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -43,25 +60,72 @@ def emit_weighted(e: Emitter, i: int, p: Primitive, *, diagonal: bool) -> Share:
     return Share(e.emit(protocol, e.delivered(x)), ring, e.plan.fraction[x] + fraction)
 
 
-# products of two secrets: both are opened
+# products of two secrets: both are opened, matrices in the ring of their product, and others as narrow as they are
+
+
+def _scales(plan: Plan, p: Primitive) -> int:
+    """Return the fraction bits of a product before truncation."""
+    return sum(plan.fraction[x] for x in p.inputs)
+
+
+def _matrix_ring(plan: Plan, i: int, p: Primitive) -> int:
+    """Return the ring of the product before truncation. A wider one costs bytes of both openings, both ways."""
+    scale = _scales(plan, p)
+    elements = sum(count(plan.trace.primitives[x].shape) for x in p.inputs)
+    return plan.widened(i, p.inputs, scale - plan.fraction[i], plan.fitting(i, scale), 2 * elements / 8)
+
+
+def matrix_reach(plan: Plan, i: int, p: Primitive) -> int:
+    scale = _scales(plan, p)
+    return plan.widest(p.inputs, scale - plan.fraction[i], plan.fitting(i, scale))
+
+
+def matrix_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    return [opened(_matrix_ring(plan, i, p))] * len(p.inputs)
+
+
+def emit_matrix(e: Emitter, i: int, p: Primitive) -> Share:
+    ring = _matrix_ring(e.plan, i, p)
+    index = e.emit(tp.Product(p.shape, ring, True), *(e.opened(x) for x in p.inputs))
+    return Share(index, ring, _scales(e.plan, p))
 
 
 def _product_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """Return the ring of the product before truncation."""
-    return plan.fitting(i, sum(plan.fraction[x] for x in p.inputs))
+    """Return the ring of the product before truncation: as wide as the readers like, as that costs no message."""
+    scale = _scales(plan, p)
+    return max(plan.fitting(i, scale), min(WORD, plan.want(i) + scale - plan.fraction[i]))
+
+
+def product_reach(plan: Plan, i: int, p: Primitive) -> int:
+    return WORD - _scales(plan, p) + plan.fraction[i]
 
 
 def product_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    return [opened(_product_ring(plan, i, p))] * len(p.inputs)
+    ring = _product_ring(plan, i, p)
+    for x in p.inputs:
+        own = min(ring, plan.own(x))
+        yield Need(own, own, opened=own, lifted=ring)
 
 
-def emit_product(e: Emitter, i: int, p: Primitive, *, matrix: bool) -> Share:
-    ring = _product_ring(e.plan, i, p)
-    index = e.emit(tp.Product(p.shape, ring, matrix), *(e.opened(x) for x in p.inputs))
-    return Share(index, ring, sum(e.plan.fraction[x] for x in p.inputs))
+def emit_product(e: Emitter, i: int, p: Primitive) -> Share:
+    """Emit an elementwise product. Operands are lifted unless a reader of theirs opens them in a ring as wide."""
+    ring, (x, y) = _product_ring(e.plan, i, p), p.inputs
+    (a, agreed_a), (b, agreed_b) = (e.opened_or_lifted(x, ring) for x in p.inputs)
+    if agreed_a >= ring and agreed_b >= ring:
+        index = e.emit(tp.Product(p.shape, ring), a, b)
+    elif x == y:
+        powers = e.emit(tp.LiftedPowers(p.shape, ring, agreed_a, 2), a)
+        index = e.emit(tp.Polynomial(p.shape, ring, 0, (0, 0, 1)), powers)
+    else:
+        index = e.emit(tp.LiftedProduct(p.shape, ring, agreed_a, agreed_b), a, b)
+    return Share(index, ring, _scales(e.plan, p))
 
 
 # operations that each party computes on its own share
+
+
+def local_reach(plan: Plan, i: int, p: Primitive) -> int:
+    return min(plan.reach[x] + plan.fraction[i] - plan.fraction[x] for x in p.inputs)
 
 
 def local_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -87,14 +151,21 @@ def emit_same(e: Emitter, i: int, p: Primitive) -> Share:
 
 def _at_one_scale(e: Emitter, i: int, p: Primitive) -> list[Share]:
     plan, shares = e.plan, []
-    for x in p.inputs:
-        excess = plan.fraction[i] - plan.fraction[x]
-        value = e.get(x, plan.own(i) - excess)
+    lifts = [plan.fraction[i] - plan.fraction[x] for x in p.inputs]
+    # the wider forms of the operands only if that spares the result an extension
+    wide = all(e.widest(x) + lift >= plan.want(i) for x, lift in zip(p.inputs, lifts, strict=True))
+    ring = plan.want(i) if wide else plan.own(i)
+    for x, excess in zip(p.inputs, lifts, strict=True):
+        value = e.get(x, ring - excess)
         shares.append(e.lift(value, e.trace.primitives[x].shape, excess) if excess else value)
     return shares
 
 
 # products with public numbers m 2^-q: a product with the integer m, whose result has q more fraction bits
+
+
+def scale_reach(plan: Plan, i: int, p: Primitive) -> int:
+    return plan.reach[p.inputs[0]] - max(0, dyadic(p.attrs["value"])[1])
 
 
 def scale_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -104,7 +175,8 @@ def scale_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
 
 def emit_scale(e: Emitter, i: int, p: Primitive) -> Share:
     (x,), (m, q) = p.inputs, dyadic(p.attrs["value"])
-    value = e.get(x, e.plan.own(i) + max(0, q))
+    extra = max(0, q)
+    value = e.get(x, min(e.widest(x), e.plan.want(i) + extra))
     if q < 0:
         m, q = m << -q, 0
     index = value.index if m == 1 else e.emit(local.MulConstant(p.shape, value.ring, m), value.index)

@@ -7,8 +7,9 @@ each way) widens the ring again.
 Two passes over the trace ask the record of each primitive in ``RULES``:
 
 1. ``Plan`` walks backwards and notes what the readers of a value need: the ring it must have (``base``), the ring
-   that would spare its readers extensions of their own (``wish``), the ring in which it is opened, and the ring in
-   which it is delivered to the server.
+   that would spare its readers extensions of their own (``wish``), the ring in which it is opened, the ring to which
+   that opening is lifted, and the ring in which it is delivered to the server. Before, it walks forwards and notes how
+   wide a ring can be without an extension (``reach``).
 2. ``emit`` walks forwards with an ``Emitter``. It appends protocols, truncates each result to its settled scale, and
    extends a result once if its ring is narrower than ``base``.
 """
@@ -46,7 +47,9 @@ class Emission(Planning):
 
 def _local(make: arithmetic.Local) -> Emission:
     """Make the record of a protocol without messages, whose operands have one scale."""
-    return Emission(arithmetic.local_needs, keeps_scale=True, emit=partial(arithmetic.emit_local, make=make))
+    return Emission(
+        arithmetic.local_needs, arithmetic.local_reach, keeps_scale=True, emit=partial(arithmetic.emit_local, make=make)
+    )
 
 
 def _shaped(protocol: Callable[..., Protocol]) -> Emission:
@@ -55,19 +58,17 @@ def _shaped(protocol: Callable[..., Protocol]) -> Emission:
 
 
 def _weighted(*, diagonal: bool) -> Emission:
-    return Emission(arithmetic.weighted_needs, emit=partial(arithmetic.emit_weighted, diagonal=diagonal))
-
-
-def _product(*, matrix: bool) -> Emission:
-    return Emission(arithmetic.product_needs, emit=partial(arithmetic.emit_product, matrix=matrix))
+    return Emission(
+        arithmetic.weighted_needs, arithmetic.weighted_reach, emit=partial(arithmetic.emit_weighted, diagonal=diagonal)
+    )
 
 
 RULES: dict[str, Emission] = {
-    "input": Emission(nothing, emit=arithmetic.emit_input),
+    "input": Emission(nothing, arithmetic.input_reach, emit=arithmetic.emit_input),
     "linear": _weighted(diagonal=False),
     "mul_weight": _weighted(diagonal=True),
-    "mul": _product(matrix=False),
-    "matmul": _product(matrix=True),
+    "mul": Emission(arithmetic.product_needs, arithmetic.product_reach, emit=arithmetic.emit_product),
+    "matmul": Emission(arithmetic.matrix_needs, arithmetic.matrix_reach, emit=arithmetic.emit_matrix),
     "add": _local(lambda p, ring, fraction: local.Add(p.shape, ring)),
     "sub": _local(lambda p, ring, fraction: local.Sub(p.shape, ring)),
     "offset": _local(
@@ -82,8 +83,8 @@ RULES: dict[str, Emission] = {
     "permute": _shaped(local.Permute),
     "slice": _shaped(local.Slice),
     "cat": _shaped(local.Concat),
-    "bounded": Emission(arithmetic.local_needs, keeps_scale=True, emit=arithmetic.emit_same),
-    "scale": Emission(arithmetic.scale_needs, keeps_scale=True, emit=arithmetic.emit_scale),
+    "bounded": Emission(arithmetic.local_needs, arithmetic.local_reach, keeps_scale=True, emit=arithmetic.emit_same),
+    "scale": Emission(arithmetic.scale_needs, arithmetic.scale_reach, keeps_scale=True, emit=arithmetic.emit_scale),
     "piecewise": Emission(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),
     "row_bound": Emission(softmax.bound_needs, scale=softmax.SCORE_FRACTION, emit=softmax.emit_bound),
     "exp_below": Emission(softmax.exponential_needs, emit=softmax.emit_exponential),

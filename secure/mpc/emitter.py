@@ -54,6 +54,10 @@ class Emitter:
         settled = self._settled[i]
         return settled if settled.ring >= ring else self._wide[i]
 
+    def widest(self, i: int) -> int:
+        """Return the bits of the widest ring in which value i is there."""
+        return (self._wide.get(i) or self._settled[i]).ring
+
     def truncate(self, value: Share, shape: tuple[int, ...], shift: int) -> Share:
         if not shift:
             return value
@@ -72,6 +76,20 @@ class Emitter:
         """Return the only opening of value i, as wide as its widest reader needs."""
         ring = self.plan.opened[i]
         return self.emit(tp.Open(self.trace.primitives[i].shape, ring), self.get(i, ring).index)
+
+    def opened_or_lifted(self, i: int, ring: int) -> tuple[int, int]:
+        """Return value i modulo 2^ring, as its opening if that is as wide and else lifted; and its bits that are exact.
+
+        Both representatives of the mask agree in these bits (see ``two_party.lift``).
+        """
+        if self.plan.opened[i] >= ring:
+            return self.opened(i), ring
+        return self.lifted(i, 0, self.plan.lifted[i]), self.plan.own(i)
+
+    def lifted(self, i: int, drop: int, ring: int) -> int:
+        """Return the only opening of value i without its lowest ``drop`` bits, lifted to a ring of ``ring`` bits."""
+        lift = tp.Lift(self.trace.primitives[i].shape, self.plan.own(i), drop, ring)
+        return self.emit(lift, self.opened(i))
 
     def delivered(self, i: int) -> int:
         """Return the only delivery of value i to the server, as wide as its widest reader needs."""

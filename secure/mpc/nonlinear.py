@@ -31,7 +31,8 @@ def note_piecewise(plan: Plan, p: Primitive) -> None:
 
 def piecewise_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     (x,) = p.inputs
-    return (opened(max(plan.compare_width(x), _linear_ring(plan, i, p)) if p.attrs["knots"] else 0),)
+    ring = max(plan.compare_width(x), _linear_ring(plan, i, p)) if p.attrs["knots"] else 0
+    return (opened(ring if all(map(_is_linear, p.attrs["pieces"])) else max(ring, plan.own(x))),)
 
 
 def _slope_bits(plan: Plan, i: int, p: Primitive) -> int:
@@ -115,7 +116,7 @@ def _span(e: Emitter, x: int, knots: tuple[float, ...], s: int) -> tuple[float, 
 
 
 def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Share]:
-    """Emit all curved pieces from one opening of x at ``fx`` fraction bits.
+    """Emit all curved pieces from the only opening of x, lifted and read at ``fx`` fraction bits.
 
     Results are at the planned scale; outside its segment a piece's result is meaningless.
     """
@@ -127,12 +128,12 @@ def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tu
         range(6, e.plan.fraction[x] + 1),
         key=lambda f: max(_rounding(p, a, b, f, scale) for p, (a, b) in zip(pieces, spans, strict=True)),
     )
-    value = e.truncate(e.get(x, 0), shape, e.plan.fraction[x] - fx)
-    if value.ring < WORD:
-        value = e.extend(value, shape, WORD)
-    at = e.emit(tp.Open(shape, WORD), value.index)
-    degree = max(len(p.coefficients) - 1 for p in pieces)
-    powers = e.emit(tp.Powers(shape, WORD, degree), at)
+    drop, degree = e.plan.fraction[x] - fx, max(len(p.coefficients) - 1 for p in pieces)
+    if drop or e.plan.opened[x] < WORD:
+        agreed = e.plan.own(x) - drop
+        powers = e.emit(tp.LiftedPowers(shape, WORD, agreed, degree), e.lifted(x, drop, WORD))
+    else:
+        powers = e.emit(tp.Powers(shape, WORD, degree), e.opened(x))
     out = []
     for piece in pieces:
         centre = round(piece.centre * 2**fx)

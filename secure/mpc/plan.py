@@ -19,13 +19,14 @@ class Need:
     """The needs that a reader has of an operand, in bits of a ring.
 
     base: the ring that the operand must have. wish: the ring that spares its readers extensions of their own.
-    opened: the ring in which it is opened (0: it is not). delivered: the ring in which the server gets it, masked (0:
-    it does not).
+    opened: the ring in which it is opened (0: it is not). lifted: the ring to which that opening is lifted, if it is
+    narrower (0: to none). delivered: the ring in which the server gets it, masked (0: it does not).
     """
 
     base: int
     wish: int
     opened: int = 0
+    lifted: int = 0
     delivered: int = 0
 
 
@@ -35,6 +36,10 @@ def opened(ring: int) -> Need:
 
 
 Needs = Callable[["Plan", int, Primitive], Iterable[Need]]
+Reach = Callable[["Plan", int, Primitive], int]
+
+ROUND_BYTES = 400_000
+"""The bytes that are worth a round: what a link of 100 Mbps takes in the 40 ms that one message is on its way."""
 
 
 def nothing(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -42,17 +47,24 @@ def nothing(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     return ()
 
 
+def own_ring(plan: Plan, i: int, p: Primitive) -> int:
+    """Return the reach of a primitive whose result is never wider than it must be."""
+    return plan.own(i)
+
+
 @dataclass(frozen=True)
 class Planning:
     """The part of a primitive's record that pass 1 reads.
 
     needs: returns the needs of each operand in order, for primitive i of the plan's trace.
+    reach: returns the widest ring that its result can have without an extension, once that of its operands is known.
     keeps_scale: the result has the largest scale among the operands, not the usual one.
     scale: the scale of the result, if it is always the same.
     note: records facts about a value that all its readers contribute before any of them is asked for its needs.
     """
 
     needs: Needs
+    reach: Reach = own_ring
     keeps_scale: bool = False
     scale: int | None = None
     note: Callable[[Plan, Primitive], None] | None = None
@@ -67,11 +79,13 @@ class Plan:
         self.trace, self.ranges, self.fixed = trace, ranges, fixed
         n = len(trace.primitives)
         self.fraction = [fixed.fraction_bits] * n
-        self.base, self.wish, self.opened, self.delivered = [0] * n, [0] * n, [0] * n, [0] * n
+        self.base, self.wish, self.reach = [0] * n, [0] * n, [0] * n
+        self.opened, self.lifted, self.delivered = [0] * n, [0] * n, [0] * n
         self.knots: dict[int, tuple[float, ...]] = {}
         self.tolerance: dict[int, float] = {}
         for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
             self.fraction[i] = self._fraction(p, rule)
+            self.reach[i] = min(WORD, rule.reach(self, i, p))
             if rule.note is not None:
                 rule.note(self, p)
         for i in outputs:
@@ -93,6 +107,7 @@ class Plan:
         self.base[x] = max(self.base[x], min(need.base, WORD))
         self.wish[x] = max(self.wish[x], min(need.wish, WORD))
         self.opened[x] = max(self.opened[x], need.opened)
+        self.lifted[x] = max(self.lifted[x], need.lifted)
         self.delivered[x] = max(self.delivered[x], need.delivered)
 
     def own(self, i: int) -> int:
@@ -114,6 +129,25 @@ class Plan:
     def want(self, i: int) -> int:
         """Return the ring that spares the readers of value i extensions of their own, at most 64 bits."""
         return min(WORD, max(self.own(i), self.wish[i]))
+
+    def widened(self, i: int, operands: Sequence[int], excess: int, narrowest: int, bytes_a_bit: float) -> int:
+        """Return the ring in which value i is computed from ``operands``, before it is truncated by ``excess`` bits.
+
+        It is ``narrowest`` bits, or more if that spares the readers of value i an extension: if each operand reaches
+        that ring, or must be extended anyway, and if the wider messages cost less than the round. bytes_a_bit: what
+        they take for one more bit.
+        """
+        for result in (self.want(i), self.base[i]):
+            ring = result + excess
+            reached = all(ring <= self.reach[x] or narrowest > self.reach[x] for x in operands)
+            if narrowest <= ring <= WORD and reached and (ring - narrowest) * bytes_a_bit <= ROUND_BYTES:
+                return ring
+        return narrowest
+
+    def widest(self, operands: Sequence[int], excess: int, narrowest: int) -> int:
+        """Return the reach of a value that is computed from ``operands`` and truncated by ``excess`` bits."""
+        rings = (self.reach[x] if narrowest <= self.reach[x] else WORD for x in operands)
+        return min(rings) - excess
 
     # comparisons, which all functions of one value share
 
