@@ -19,7 +19,6 @@ from functools import lru_cache
 from protocols import local
 from protocols import two_party as tp
 from protocols.ring import WORD
-from protocols.two_party.digits import DIGIT_BITS
 from protocols.two_party.tabulated import PUBLIC, ROWS, smallest
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
@@ -27,6 +26,7 @@ from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan
 from secure.mpc.share import Share
 
+DIGIT_BITS = 9  # of the digits that tell bands apart: 64 dealt bytes a band
 ROUNDING = 17  # bits to which the opening rounds the smallest argument
 ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
