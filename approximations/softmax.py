@@ -1,8 +1,8 @@
 """Softmax: divide e^(x - m) by its row sum, for an upper bound m of the row's maximum.
 
-m cancels in the quotient, so it need not be the maximum, only close to it: at most SLACK above. Terms below e^-16 may be
-left out before the sum, and nothing that is left out can ever enter it (PUMA's Algorithm 2 as printed clips after the
-division, when (1 + x/32)^32 has grown again).
+m cancels in the quotient, so it need not be the maximum, only close to it: at most SLACK above. Terms below e^-CLIP may
+be left out before the sum, and nothing that is left out can ever enter it (PUMA's Algorithm 2 as printed clips after
+the division, when (1 + x/32)^32 has grown again).
 """
 
 from __future__ import annotations

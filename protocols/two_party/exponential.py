@@ -1,14 +1,17 @@
 """e^-x of an opened secret x >= 0 in a factor that is public times one that is dealt: e^-(z - r) = e^-z e^r.
 
 x in [0, 2^k - 2^s) is opened modulo 2^k as z = x + r, in units of 2^-f; H = 2^(s-f) is at most 16. The coarse digit j
-of x (see ``digits``) is the number of the interval of width H, shifted by the mask, in which x lies:
-j = 0: x = z_low - r_low;  j = 1: x = H + z_low - r_low, for the low s bits of z and r;  j > 1: x > H.
-With t = H - z_low in (0, H]: e^-x = e^t P_j for P_0 = e^(r_low - H) and P_1 = e^(r_low - 2H), both at most 1. For H = 16,
-e^-x is below 2^-23 if j > 1, and the result is 0 there: so the exponential includes its own clip.
-If there are more than two digits, the secret bit b = [j < 2] is opened before, as c = b XOR beta. The dealer gives shares
-of beta P_j and (1 - beta) P_j: b P_j is the first of them for c = 0 and the second for c = 1. Whether j is 0 or 1 follows
-from the parity of the public digit, as j = (top(z) - top(r)) mod 2^(k-s). Source of the idea: additive shares of an
-exponent are multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
+of x (see ``digits``) is the number of the interval of width H, shifted by the mask, in which x lies. For the low s bits
+of z and r, and t = H - z_low in (0, H]:
+
+- j = 0: x = z_low - r_low, so e^-x = e^t P_0 with P_0 = e^(r_low - H) <= 1;
+- j = 1: x = H + z_low - r_low, so e^-x = e^t P_1 with P_1 = e^(r_low - 2H) <= 1;
+- j > 1: x > H. If H = 16, e^-x is below 2^-23 there, and the result is 0: the exponential includes its own clip.
+
+The public digit top(z) = top(r) + j tells j = 0 from j = 1 by its parity. If there are more than two digits, the secret
+bit b = [j < 2] is opened before, as c = b XOR beta. The dealer gives shares of beta P_j, which is b P_j for c = 0, and of
+(1 - beta) P_j, which is b P_j for c = 1. Source of the idea: additive shares of an exponent are multiplicative shares of
+the power (Kelkar et al., USENIX Security 2022).
 
 Both parties must use the *same integer* for the public factor: their shares of P are uniform, so a difference of one
 unit would make the sum random. Hence the factor comes from integer tables made with decimal arithmetic, never from

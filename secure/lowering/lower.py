@@ -201,8 +201,8 @@ class Lowering:
     ) -> Symbol:
         """Return the input of the circuit that the client makes from node ``i`` of its graph.
 
-        The node enters as it is ("plain"), as "one-hot" rows, or as rows of a table ("client-table"). reach: an additive
-        mask is clamped from below at -reach; each reach makes an input of its own.
+        The node enters as it is ("plain"), as "one-hot" rows, or as rows of a table ("client-table"). reach: clamps an
+        additive mask from below at -reach; each reach makes an input of its own.
         """
         key = (i, encoding, f"{reach:g}" if table is None else table.name)
         if key not in self._client_inputs:

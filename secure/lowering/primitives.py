@@ -176,7 +176,7 @@ PRIMITIVES: dict[str, Meaning] = {
             multiplies=True,
         ),
         Meaning("row_bound", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
-        Meaning("exp_below", lambda p, w, x: exp_below(*x), lambda p, x, reach: (0.0, 1.0)),
+        Meaning("exp_below", lambda p, w, x: exp_below(x[0], x[1]), lambda p, x, reach: (0.0, 1.0)),
         Meaning("maximum", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
         Meaning(
             "inverse_power",

@@ -1,8 +1,7 @@
 """Emission of a softmax's exponentials: one opening of the scores serves the bound of each row and the exponential.
 
-Scores are opened with SCORE_FRACTION fraction bits: rounding them changes e^x by 2^-(SCORE_FRACTION + 1) of its value at
-most. Openings subtract (``OpenedSum``), so that bound minus score is opened as soon as the bound of the row is, which
-takes a row's share of the bytes.
+Scores are opened with SCORE_FRACTION fraction bits, which changes e^x by 2^-SCORE_FRACTION of its value at most.
+Openings subtract (``OpenedSum``), so that bound minus score is opened as soon as the row's bound is: one number a row.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def _masked(to: Lowering, mask: int, scores: Symbol, most: float) -> Symbol:
     """
     above = to.seen.highest.get(mask, 0.0) * to.margin
     reach = 2.0 ** math.ceil(math.log2(2 * most + above + CLIP + SLACK))
-    return bounded(scores + to.client_input(mask, reach=reach), -most - reach, most + above)
+    result: Symbol = bounded(scores + to.client_input(mask, reach=reach), -most - reach, most + above)
+    return result
 
 
 @operation("sub")
