@@ -159,8 +159,8 @@ def test_a_narrow_range_takes_one_opening() -> None:
 
 def test_a_division_whose_argument_has_too_few_bits_is_refused() -> None:
     """Its smallest argument would be less than one unit."""
-    with pytest.raises(DoesNotFit, match=r"tables of x\^\(-1/2\) on .*coefficients\nhint: narrower"):
-        run_function(lambda v: rsqrt(v, 1e-7, 1e-4), torch.full((4,), 1e-5, dtype=torch.float64))
+    with pytest.raises(DoesNotFit, match=r"tables of x\^\(-1/1\) on .*coefficients\nhint: narrower"):
+        run_function(lambda v: reciprocal(v, 1e-7, 1e-4), torch.full((4,), 1e-5, dtype=torch.float64))
 
 
 def test_division_needs_a_positive_range() -> None:

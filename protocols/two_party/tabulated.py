@@ -149,16 +149,16 @@ def smallest(root: int, low: int, high: int) -> tuple[int, int, int]:
 
     Raises ValueError if it has too many coefficients.
     """
-    found = []
+    found = [(ROWS + 1, 0, 0, 0)]
     for degree, widest in WIDEST[root].items():
         shift = min(_PRECISION, math.floor(math.log2(widest * low)))
-        bits = max(shift + 1, high.bit_length())
-        bits += (1 << bits) - (1 << shift) <= high
-        found.append(((degree + 1) << (bits - shift), bits, shift, degree))
-    size, *form = min((f for f in found if f[2] > 0), default=(ROWS + 1, 0, 0, 0))
+        if shift > 0:
+            bits = max(shift + 1, high.bit_length())
+            bits += (1 << bits) - (1 << shift) <= high
+            found.append(((degree + 1) << (bits - shift), bits, shift, degree))
+    size, bits, shift, degree = min(found)
     if size > ROWS:
         raise ValueError(f"a table of x^(-1/{root}) on [{low}, {high}] has more than {ROWS} coefficients")
-    bits, shift, degree = form
     return bits, shift, degree
 
 
