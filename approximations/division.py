@@ -33,24 +33,37 @@ def _power_of(x: Tensor, exponent: float) -> Tensor:
     return x**exponent
 
 
-_POWERS = {p: partial(_power_of, exponent=p) for p in (-1.0, -0.5)}
+_POWERS = {root: partial(_power_of, exponent=-1 / root) for root in (1, 2)}
 
 
-def _power(x: Value, exponent: float, low: float, high: float, scale: float) -> Value:
+def _power(x: Value, root: int, low: float, high: float, scale: float) -> Value:
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
-    extra = max(0, math.ceil(-math.log2(scale * high**exponent)))  # keep small results as precise as large ones
-    root = round(-1 / exponent)
+    extra = max(0, math.ceil(-math.log2(scale * high ** (-1 / root))))  # keep small results as precise as large ones
     if high <= NARROW[root] * low:
         return inverse_power(x, root, low, high, scale, extra)
+    knots, shrinks, factors, of_mantissa = segments(root, low, high, scale)
+    mantissa = piecewise(x, knots, shrinks, low / 128)
+    factor = piecewise(x, knots, factors, low / 128, extra)
+    return precise_product(piecewise(mantissa, [], [of_mantissa]), factor, extra)
+
+
+def segments(root: int, low: float, high: float, scale: float) -> tuple[list[float], list[Piece], list[Piece], Piece]:
+    """Return the range reduction of scale * x^(-1/root): knots, the pieces of u, those of a factor, and a polynomial.
+
+    The result is polynomial(u) * factor.
+    """
     first, last = math.floor(PER_OCTAVE * math.log2(low)) + 1, math.ceil(PER_OCTAVE * math.log2(high))
     first = min(first, last - 1)  # a range within one segment gets another below it, so that there is a comparison
     tops = [2.0 ** (i / PER_OCTAVE) for i in range(first, last + 1)]  # segment i ends at tops[i]
     shrinks = [_dyadic(1 / top) for top in tops]
-    mantissa = piecewise(x, tops[:-1], [Piece((0.0, c)) for c in shrinks], low / 128)
-    factor = piecewise(x, tops[:-1], [constant(scale * c**-exponent) for c in shrinks], low / 128, extra)
-    of_mantissa, _ = minimax(_POWERS[exponent], _LOWEST, _HIGHEST, DEGREE)
-    return precise_product(piecewise(mantissa, [], [of_mantissa]), factor, extra)
+    of_mantissa, _ = minimax(_POWERS[root], _LOWEST, _HIGHEST, DEGREE)
+    return (
+        tops[:-1],
+        [Piece((0.0, c)) for c in shrinks],
+        [constant(scale * c ** (1 / root)) for c in shrinks],
+        of_mantissa,
+    )
 
 
 def _dyadic(c: float) -> float:
@@ -61,24 +74,24 @@ def _dyadic(c: float) -> float:
 
 def reciprocal(x: Value, low: float, high: float) -> Value:
     """Return 1 / x for low <= x <= high; raises ValueError unless 0 < low < high."""
-    return _power(x, -1.0, low, high, 1.0)
+    return _power(x, 1, low, high, 1.0)
 
 
 def rsqrt(x: Value, low: float, high: float, scale: float = 1.0) -> Value:
     """Return scale / sqrt(x) for low <= x <= high; raises ValueError unless 0 < low < high."""
-    return _power(x, -0.5, low, high, scale)
+    return _power(x, 2, low, high, scale)
 
 
 def reciprocal_error() -> float:
-    """Return the largest relative error of the polynomial alone, without fixed-point rounding."""
-    return _relative_error(-1.0)
+    """Return the largest relative error of the range reduction's polynomial, without fixed-point rounding."""
+    return _relative_error(1)
 
 
 def rsqrt_error() -> float:
-    return _relative_error(-0.5)
+    return _relative_error(2)
 
 
-def _relative_error(exponent: float) -> float:
+def _relative_error(root: int) -> float:
     u = torch.linspace(_LOWEST, _HIGHEST, 10001, dtype=torch.float64)
-    piece, _ = minimax(_POWERS[exponent], _LOWEST, _HIGHEST, DEGREE)
-    return float((piece(u) / u**exponent - 1).abs().max())
+    piece, _ = minimax(_POWERS[root], _LOWEST, _HIGHEST, DEGREE)
+    return float((piece(u) * u ** (1 / root) - 1).abs().max())

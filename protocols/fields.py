@@ -60,7 +60,7 @@ Residues = Annotated[tuple[Residue, ...], FailFast(), Field(min_length=1, max_le
 Degree = Annotated[int, Strict(), Field(ge=1, le=16)]
 
 Root = Annotated[int, Strict(), Field(ge=1, le=2)]
-"""Of an inverse power: 1 for 1 / x, 2 for 1 / sqrt(x)."""
+"""The root of an inverse power: 1 for 1 / x, 2 for 1 / sqrt(x)."""
 
 Axis = Annotated[int, Strict(), Field(ge=-RANK, lt=RANK)]
 

@@ -500,6 +500,116 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
     return total
 
 
+# inverse powers: the dealer fits a polynomial in each interval of an opened secret
+
+
+@compiled
+def _inverse_powers(
+    r: Array,
+    bits: int,
+    shift: int,
+    root: int,
+    low: int,
+    scale: float,
+    nodes: Array,
+    fit: Array,
+    fine: Array,
+    light: float,
+) -> Array:
+    size, rows, width, mask = fit.shape[0], 1 << (bits - shift), 1 << shift, (1 << bits) - 1
+    out = np.empty((rows, size, r.size), np.int64)
+    values, basis, right = np.empty(size), np.empty(size), np.empty(size)
+    system = np.empty((size, size))
+    top = scale / np.sqrt(low) if root == 2 else scale / low
+    for e in range(r.size):
+        lowest = (r[e] + low) & mask
+        for d in range(rows):
+            start = (d * width - r[e]) & mask
+            if start > mask + 1 - width:
+                start -= mask + 1
+            for i in range(size):
+                x = max(start + 0.5 * width * (nodes[i] + 1.0), float(low))
+                values[i] = scale / np.sqrt(x) if root == 2 else scale / x
+            for j in range(size):
+                total = 0.0
+                for i in range(size):
+                    total += fit[j, i] * values[i]
+                out[d, j, e] = np.int64(np.rint(total))
+        begin = float(lowest & (width - 1))
+        right[:] = 0.0
+        system[:] = 0.0
+        for k in range(fine.size):
+            t = begin + (width - begin) * (fine[k] + 1.0) * 0.5
+            u = 2.0 * t / width - 1.0
+            basis[0] = 1.0 + (t - begin) / low
+            if root == 2:
+                basis[0] = np.sqrt(basis[0])
+            basis[1] = u * basis[0]
+            for j in range(2, size):
+                basis[j] = 2.0 * u * basis[j - 1] - basis[j - 2]
+            for j in range(size):
+                right[j] += basis[j]
+                for i in range(j + 1):
+                    system[j, i] += basis[j] * basis[i]
+        for j in range(size):  # Cholesky's factor of the system, and the solution of its lower half
+            system[j, j] += light
+            for i in range(j):
+                for k in range(i):
+                    system[j, i] -= system[j, k] * system[i, k]
+                system[j, i] /= system[i, i]
+                system[j, j] -= system[j, i] * system[j, i]
+                right[j] -= system[j, i] * right[i]
+            system[j, j] = np.sqrt(system[j, j])
+            right[j] /= system[j, j]
+        for j in range(size - 1, -1, -1):
+            for i in range(j + 1, size):
+                right[j] -= system[i, j] * right[i]
+            right[j] /= system[j, j]
+            out[lowest >> shift, j, e] = np.int64(np.rint(right[j] * top))
+    return out
+
+
+def inverse_powers(
+    r: Tensor,
+    bits: int,
+    shift: int,
+    root: int,
+    low: int,
+    scale: float,
+    fits: tuple[Tensor, Tensor, Tensor],
+    light: float,
+) -> Tensor:
+    """Return the rounded coefficients, (rows, degree + 1, n), that ``two_party.tabulated`` deals for the n masks r.
+
+    fits: nodes of an interval, the matrix from values there to coefficients, and the nodes of the lowest row. light:
+    what is added to the diagonal of the lowest row's normal equations. The two forms may differ by a rounding: only
+    the dealer computes this.
+    """
+    nodes, fit, fine = (x.to(r.device) for x in fits)
+    if _fast(r):
+        return torch.from_numpy(
+            _inverse_powers(_flat(r), bits, shift, root, low, scale, nodes.numpy(), fit.numpy(), fine.numpy(), light)
+        )
+    r, rows, width, size = r.reshape(-1), 1 << (bits - shift), 1 << shift, len(fit)
+    start = ring.reduce(torch.arange(rows, device=r.device)[:, None] * width - r, bits)
+    start = torch.where(start > (1 << bits) - width, start - (1 << bits), start)
+    x = (start[:, None].to(torch.float64) + (width / 2) * (nodes[:, None] + 1)).clamp(min=float(low))
+    table = torch.einsum("ji,nie->nje", fit, scale * x ** (-1 / root))
+    lowest = (r + low) & ring.low_mask(bits)
+    begin = (lowest & (width - 1)).to(torch.float64)[:, None]
+    t = begin + (width - begin) * (fine + 1) / 2
+    u, basis = 2 * t / width - 1, [(1 + (t - begin) / low) ** (1 / root)]
+    basis.append(u * basis[0])
+    for _ in range(size - 2):
+        basis.append(2 * u * basis[-1] - basis[-2])
+    system = torch.stack(basis, dim=-1)
+    diagonal = light * torch.eye(size, dtype=torch.float64, device=r.device)
+    factor = torch.linalg.cholesky(system.mT @ system + diagonal)
+    found = torch.cholesky_solve(system.sum(1)[..., None], factor)[..., 0].T * (scale * low ** (-1 / root))
+    table.scatter_(0, ring.right(lowest, shift).expand(1, size, -1), found[None])
+    return torch.round(table).to(torch.int64)
+
+
 # bytes on the wire
 
 _SWAPS = (  # the steps that transpose a word as a matrix of 8 x 8 bits: (distance, bits that move down by it)
@@ -632,3 +742,5 @@ def warm_up() -> None:
         ring_bits = 8 * width or 1
         loaded(stored(x.numpy(), ring_bits), x.numel(), ring_bits)
     polynomial(x, (x,), 0, (1, 1), 0)
+    line = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    inverse_powers(x, 8, 6, 1, 64, 1.0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)

@@ -260,6 +260,10 @@ class Protocol(ABC):
         """Count the comparisons of a number with a threshold."""
         return 0
 
+    def fitted(self) -> int:
+        """Count the terms of floating-point sums that the dealer computes for it; 0 if it deals sums and products."""
+        return 0
+
     def stand_in(self) -> Any:
         """Return a result of the right form made of zeros, so that its readers can be timed without computing it."""
         value = torch.zeros(self.out.shape, dtype=self.out.dtype)

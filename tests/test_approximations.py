@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from approximations import (
@@ -157,6 +159,44 @@ def test_division_under_the_protocol(low: float, high: float) -> None:
     for function, original, power in ((reciprocal, torch.reciprocal, 1.0), (rsqrt, torch.rsqrt, 0.5)):
         run = run_function(partial(function, low=low, high=high), x)
         assert largest(run.result / original(x) - 1) <= 8e-5 + power * input_error
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    root=st.sampled_from([1, 2]),
+    low=st.floats(-4.0, 8.0),
+    ratio=st.floats(0.05, 10.9),
+    seed=st.integers(0, 1 << 16),
+)
+def test_inverse_powers_of_any_range_under_the_protocol(root: int, low: float, ratio: float, seed: int) -> None:
+    """In one band or in several: the ends of the range, the places where bands meet, and values between them."""
+    least, most = 2.0**low, 2.0 ** (low + ratio)
+    power = {1: reciprocal, 2: rsqrt}[root]
+    levels = torch.rand(400, dtype=torch.float64, generator=generator(seed))
+    x = torch.cat([2.0 ** (low + ratio * levels), torch.tensor([least, most], dtype=torch.float64)])
+    x = torch.cat([x, most * 2.0 ** -torch.arange(0, ratio, 0.125, dtype=torch.float64)]).clamp(least, most)
+    run = run_function(partial(power, low=least, high=most), x)
+    exact = x ** (-1 / root)
+    assert torch.equal(run.floating, power(x, least, most))
+    # of the table, of rounding the argument, and of the result's fraction bits
+    error = 2.0**-15 + 2.0**-15 / root + 2.0**-16 / (root * x) + 1.5 * 2.0**-15 / (exact / exact.min())
+    for value in (run.result, run.fixed):
+        assert float(((value / exact - 1).abs() / error).max()) <= 1
+    assert run.cost.rounds <= 3  # the opening, the choice of a band, the answer
+    assert run.cost.dealt <= 6000 * len(x)
+
+
+def test_a_narrow_range_takes_one_opening() -> None:
+    x = torch.linspace(1, 16, 300, dtype=torch.float64)
+    run = run_function(lambda v: rsqrt(v, 1.0, 16.0), x)
+    assert run.cost.rounds == 2
+    assert [i.protocol.kind for i in run.circuit].count("tabulated") == 1
+
+
+def test_a_division_whose_argument_has_too_few_bits_is_refused() -> None:
+    """Its smallest argument would be less than one unit."""
+    with pytest.raises(DoesNotFit, match=r"tables of x\^\(-1/1\) on .*coefficients\nhint: narrower"):
+        run_function(lambda v: reciprocal(v, 1e-7, 1e-4), torch.full((4,), 1e-5, dtype=torch.float64))
 
 
 def test_division_needs_a_positive_range() -> None:

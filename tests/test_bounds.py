@@ -118,7 +118,17 @@ def test_no_field_of_an_instruction_costs_much(kind: str) -> None:
             if not refused(encode(d)):
                 accepted.append(value)
         fields[name] = kept
-        constants = name in ("constant", "centre", "thresholds", "coefficients", "slopes", "offsets", "low", "high")
+        constants = name in (
+            "constant",
+            "centre",
+            "thresholds",
+            "coefficients",
+            "slopes",
+            "offsets",
+            "low",
+            "high",
+            "scale",
+        )
         flags = name in ("matrix", "diagonal")
         assert constants or name in ("name", "weight") or all(v is True or v in (-1, []) for v in accepted), name
         assert [] not in accepted or (kind, name) == ("open_bits", "shape")  # as many bytes as for one element

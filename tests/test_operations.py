@@ -111,7 +111,12 @@ ARITHMETIC = {
     *("input", "linear", "matmul", "mul", "mul_weight", "add", "add_weight", "sub", "offset", "scale", "sum"),
     *("reshape", "expand", "permute", "slice", "cat", "bounded"),
 }
-COMPARISONS = {"piecewise", "exp_neg", "maximum"}  # but for a "piecewise" of one piece, which is a polynomial
+COMPARISONS = {
+    "piecewise",
+    "exp_neg",
+    "maximum",
+    "inverse_power",
+}  # but for a "piecewise" of one piece, which is a polynomial
 
 
 def is_comparison(p: Primitive) -> bool:

@@ -214,4 +214,10 @@ def test_a_power_is_seen_as_one(degree: int) -> None:
 
 def test_every_record_is_of_a_primitive() -> None:
     assert set(RULES) <= set(PRIMITIVES)
-    assert set(PRIMITIVES) - set(RULES) == {"input", "matmul", "exp_neg", "maximum"}  # the packers', and comparisons
+    assert set(PRIMITIVES) - set(RULES) == {
+        "input",
+        "matmul",
+        "exp_neg",
+        "maximum",
+        "inverse_power",
+    }  # the packers', and comparisons

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import secure
 from approximations import choose
+from approximations.division import segments
 from approximations.primitives import Piece
 from benchmarks.peers import crypten_import
 from benchmarks.peers.works import free_ports
@@ -106,6 +107,12 @@ def exp_neg(x: Secret) -> Secret:
     return out
 
 
+def inverse_power(c: Any, x: Secret, attrs: Mapping[str, Any]) -> Secret:
+    """scale * x^(-1/root) by range reduction: CrypTen's own functions are made for arguments of about one."""
+    knots, shrinks, factors, of_mantissa = segments(*(attrs[name] for name in ("root", "low", "high", "scale")))
+    return polynomial(piecewise(c, x, knots, shrinks), of_mantissa) * piecewise(c, x, knots, factors)
+
+
 def total(x: Secret, dims: Sequence[int]) -> Secret:
     for dim in dims:
         x = x.sum(dim, keepdim=True)
@@ -134,6 +141,7 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "cat": lambda c, p, w, *x: c.cat(x, p.attrs["dim"]),
     "piecewise": lambda c, p, w, x: piecewise(c, x, p.attrs["knots"], p.attrs["pieces"]),
     "exp_neg": lambda c, p, w, x: exp_neg(x),
+    "inverse_power": lambda c, p, w, x: inverse_power(c, x, p.attrs),
     "maximum": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "bounded": lambda c, p, w, x: x,
 }

@@ -32,9 +32,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from protocols import ring
+from protocols import kernels, ring
 from protocols.fields import Bits, Degree, Real, Residue, Ring, Root, Shape
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
+from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of, count
 from protocols.wire import Wire
 
 ROWS = 1 << 12
@@ -105,37 +105,10 @@ class Tabulated(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
-        r, n, width = ring.reduce(r.reshape(-1), self.ring), self.rows, 1 << self.shift
-        starts = ring.reduce(torch.arange(n, device=r.device)[:, None] * width - r, self.ring)
-        starts = torch.where(starts > (1 << self.ring) - width, starts - (1 << self.ring), starts)
-        nodes, interpolate = (x.to(r.device) for x in _interpolation(self.degree))
-        x = starts[:, None].to(torch.float64) + (width / 2) * (nodes[:, None] + 1)
-        table = torch.einsum("ji,nie->nje", interpolate, self._value(x))
-        lowest = (r + self.low) & ring.low_mask(self.ring)
-        fitted = self._lowest((lowest & (width - 1)).to(torch.float64))
-        at = ring.right(lowest, self.shift).expand(1, self.degree + 1, -1)
-        table.scatter_(0, at, fitted[None])
-        return {"rows": torch.round(table).to(torch.int64).reshape(n, self.degree + 1, *self.shape)}, None
-
-    def _value(self, x: Tensor) -> Tensor:
-        x = x.clamp(min=float(self.low))
-        return self.scale * (x.rsqrt() if self.root == 2 else x.reciprocal())
-
-    def _lowest(self, start: Tensor) -> Tensor:
-        """Fit the row that holds ``low`` at its place ``start``, in [0, 2^shift), from there on.
-
-        Returns coefficients of shape (degree + 1, elements).
-        """
-        width, size = float(1 << self.shift), _EXCESS * (self.degree + 1)
-        nodes = _interpolation(size - 1)[0].to(start.device)
-        t = start[:, None] + (width - start)[:, None] * (nodes + 1) / 2
-        relative = (1 + (t - start[:, None]) / self.low) ** (1 / self.root)  # value at ``low`` / value
-        basis = _chebyshev(2 * t / width - 1, self.degree)
-        light = _WEIGHT * math.sqrt(size) * torch.eye(self.degree + 1, dtype=torch.float64, device=t.device)
-        system = torch.cat([basis * relative[..., None], light.expand(len(start), -1, -1)], dim=1)
-        wanted = torch.cat([torch.ones_like(t), torch.zeros_like(basis[:, 0])], dim=1)
-        found: Tensor = torch.linalg.lstsq(system, wanted[..., None]).solution[..., 0]
-        return found.T * float(self.scale * self.low ** (-1 / self.root))
+        fits = (*_interpolation(self.degree), _interpolation(_EXCESS * (self.degree + 1) - 1)[0])
+        form = (self.ring, self.shift, self.root, self.low, self.scale)
+        rows = kernels.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
+        return {"rows": rows.reshape(self.rows, self.degree + 1, *self.shape)}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
@@ -160,8 +133,12 @@ class Tabulated(Protocol):
         return ring.right(torch.stack(found) + half, excess)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        x = ring.reduce(operands[0], self.ring).to(torch.float64)
-        return ring.left(torch.round(self._value(x)).to(torch.int64), self.public)
+        x = ring.reduce(operands[0], self.ring).clamp(min=self.low).to(torch.float64)
+        return ring.left(torch.round(self.scale * x ** (-1 / self.root)).to(torch.int64), self.public)
+
+    def fitted(self) -> int:
+        size = self.degree + 1
+        return count(self.shape) * size * (self.rows + _EXCESS * size)
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=self.rows * (self.degree + 1) * bytes_of(self.shape, self.wide))
@@ -172,16 +149,16 @@ def smallest(root: int, low: int, high: int) -> tuple[int, int, int]:
 
     Raises ValueError if it has too many coefficients.
     """
-    found = []
+    found = [(ROWS + 1, 0, 0, 0)]
     for degree, widest in WIDEST[root].items():
         shift = min(_PRECISION, math.floor(math.log2(widest * low)))
-        bits = max(shift + 1, high.bit_length())
-        bits += (1 << bits) - (1 << shift) <= high
-        found.append(((degree + 1) << (bits - shift), bits, shift, degree))
-    size, *form = min((f for f in found if f[2] > 0), default=(ROWS + 1, 0, 0, 0))
+        if shift > 0:
+            bits = max(shift + 1, high.bit_length())
+            bits += (1 << bits) - (1 << shift) <= high
+            found.append(((degree + 1) << (bits - shift), bits, shift, degree))
+    size, bits, shift, degree = min(found)
     if size > ROWS:
         raise ValueError(f"a table of x^(-1/{root}) on [{low}, {high}] has more than {ROWS} coefficients")
-    bits, shift, degree = form
     return bits, shift, degree
 
 
@@ -193,11 +170,3 @@ def _interpolation(degree: int) -> tuple[Tensor, Tensor]:
     matrix = torch.cos(torch.arange(n, dtype=torch.float64)[:, None] * angles) * (2 / n)
     matrix[0] /= 2
     return torch.cos(angles), matrix
-
-
-def _chebyshev(u: Tensor, degree: int) -> Tensor:
-    """Return T_0(u), ..., T_degree(u) in a new last dimension."""
-    found = [torch.ones_like(u), u]
-    for _ in range(degree - 1):
-        found.append(2 * u * found[-1] - found[-2])
-    return torch.stack(found[: degree + 1], dim=-1)

@@ -22,6 +22,7 @@ PACKED = 32  # bytes that the packed form of a weight takes, once for each ring:
 COPIES = 4  # of its operands, draws and result that one instruction holds while it runs
 BYTE_SECONDS = 0.5e-9  # to draw, combine and encode one byte
 PACKED_SECONDS = 6e-9  # to deal one byte of tables, or of products of bits, each of which is made of up to 15 others
+FITTED_SECONDS = 100e-9  # of one term of the sums that a dealer computes in floating point
 PRODUCT_SECONDS = 0.25e-9  # of one multiply-accumulate in a matrix product
 INSTRUCTION_SECONDS = 100e-6
 
@@ -83,7 +84,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
     """Return the load of a checked circuit. It takes time in proportion to the number of instructions."""
     packed: dict[tuple[str, int], int] = {}
     last = {operand: index for index, instruction in enumerate(circuit) for operand in instruction.inputs}
-    held = live = products = drawn = touched = of_bytes = 0
+    held = live = products = drawn = touched = of_bytes = fitted = 0
     for index, instruction in enumerate(circuit):
         p, operands = instruction.protocol, [circuit[i].protocol for i in instruction.inputs]
         if (use := p.weight_use) and use.multiplied:
@@ -95,6 +96,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
         held -= sum(circuit[i].protocol.memory() for i in set(instruction.inputs) if last[i] == index)
         drawn, touched = drawn + own, touched + work
         of_bytes += sum(d.wire.size for d in p.draws if d.wire.planes and d.derived)
+        fitted += p.fitted()
         products += p.products(weight_shapes, [o.out.shape for o in operands])
     weights = sum(math.prod(weight_shapes[name]) for name in {name for name, _ in packed})
     return Load(
@@ -105,6 +107,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
         memory=WORD * weights + PACKED * sum(packed.values()) + live,
         seconds=touched * BYTE_SECONDS
         + of_bytes * PACKED_SECONDS
+        + fitted * FITTED_SECONDS
         + products * PRODUCT_SECONDS
         + len(circuit) * INSTRUCTION_SECONDS,
     )

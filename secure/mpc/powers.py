@@ -65,10 +65,10 @@ class _Bands:
 
 
 @lru_cache(maxsize=256)
-def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]]:
+def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]] | None:
     """Return the ring of the digits and the bands, from coarse to fine, that take the fewest dealt bytes.
 
-    It is one band if that has few coefficients. Raises ValueError if no tables hold the range.
+    It is one band if that has few coefficients, and None if no tables hold the range.
     """
     ring = max(high.bit_length(), DIGIT_BITS)
     ring += (1 << ring) - (1 << (ring - DIGIT_BITS)) <= high
@@ -94,9 +94,8 @@ def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]]:
             found = band(start, 0 if last else count)
             if found is not None and (count not in best or size + found.size + JOIN < best[count][0]):
                 best[count] = size + found.size + JOIN, (found, *way)
-    if 1 << DIGIT_BITS not in best:
-        raise ValueError(f"tables of x^(-1/{root}) on [{low}, {high}] have more than {ROWS} coefficients")
-    return ring, best[1 << DIGIT_BITS][1]
+    _, way = best.get(1 << DIGIT_BITS, (0, ()))
+    return (ring, way) if way else None
 
 
 def _bands(plan: Plan, p: Primitive) -> _Bands:
@@ -104,10 +103,13 @@ def _bands(plan: Plan, p: Primitive) -> _Bands:
     a, given = p.attrs, plan.fraction[p.inputs[0]]
     fraction = min(given, ROUNDING - math.floor(math.log2(a["low"])))
     low, high = max(1, math.floor(a["low"] / ROOM * 2.0**fraction)), math.ceil(a["high"] * ROOM * 2.0**fraction)
-    try:
-        return _Bands(fraction, *divided(a["root"], low, high))
-    except ValueError as error:
-        raise DoesNotFit(f"{p.where}: {error}\nhint: narrower calibration inputs, or more fraction bits") from None
+    found = divided(a["root"], low, high)
+    if found is None:
+        raise DoesNotFit(
+            f"{p.where}: tables of x^(-1/{a['root']}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "
+            f"have more than {ROWS} coefficients\nhint: narrower calibration inputs, or more fraction bits"
+        )
+    return _Bands(fraction, *found)
 
 
 def needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
