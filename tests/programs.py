@@ -70,7 +70,11 @@ def every_protocol() -> bytes:
     have = {i[0] for i in d["instructions"]}
     share = next(n for n, i in enumerate(d["instructions"]) if i[0] == "input" and len(i[1]["shape"]) == 3)
     shape, bits = (d["instructions"][share][1][k] for k in ("shape", "ring"))
+    opening = next(n for n, i in enumerate(d["instructions"]) if i[0] == "open")
+    opened = {k: d["instructions"][opening][1][k] for k in ("shape", "ring")}
     more = {
+        "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
+        "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
         "expand": ["expand", {"ring": bits, "shape": [2, *shape]}, [share], 0],
         "slice": ["slice", {"dim": 0, "ring": bits, "shape": shape, "start": 0, "step": 1, "stop": 1}, [share], 0],
