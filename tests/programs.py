@@ -71,10 +71,12 @@ def every_protocol() -> bytes:
     share = next(n for n, i in enumerate(d["instructions"]) if i[0] == "input" and len(i[1]["shape"]) == 3)
     shape, bits = (d["instructions"][share][1][k] for k in ("shape", "ring"))
     opening = next(n for n, i in enumerate(d["instructions"]) if i[0] == "open")
-    opened = d["instructions"][opening][1]
+    opened = {k: d["instructions"][opening][1][k] for k in ("shape", "ring")}
     more = {
         "digit_in": ["digit_in", {**opened, "shift": opened["ring"] - 5, "count": 9}, [opening], 0],
         "histogram": ["histogram", {**opened, "shift": opened["ring"] - 5, "bins": 32}, [opening], 0],
+        "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
+        "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
         "expand": ["expand", {"ring": bits, "shape": [2, *shape]}, [share], 0],
         "slice": ["slice", {"dim": 0, "ring": bits, "shape": shape, "start": 0, "step": 1, "stop": 1}, [share], 0],
