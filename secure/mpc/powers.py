@@ -26,7 +26,7 @@ from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan
 from secure.mpc.share import Share
 
-DIGIT_BITS = 9  # of the digits that tell bands apart: 64 dealt bytes a band
+DIGIT_BITS = 10  # of the digits that tell bands apart: 128 dealt bytes a band
 ROUNDING = 17  # bits to which the opening rounds the smallest argument
 ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
