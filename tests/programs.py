@@ -75,6 +75,7 @@ def every_protocol() -> bytes:
     more = {
         "digit_in": ["digit_in", {**opened, "shift": opened["ring"] - 5, "count": 9}, [opening], 0],
         "histogram": ["histogram", {**opened, "shift": opened["ring"] - 5, "bins": 32}, [opening], 0],
+        "opened_sum": ["opened_sum", {**opened, "minus": [True], "constant": 3}, [opening], 0],
         "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
         "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],

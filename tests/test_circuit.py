@@ -228,7 +228,11 @@ MISFITS: dict[str, Instruction] = {
     "a comparison of fewer elements": Instruction(tp.Compare((7,), 17, 0, (0,)), (1,)),
     "a comparison of more elements": Instruction(tp.Compare((2, 8), 17, 0, (0,)), (1,)),
     "a comparison of one number as eight": Instruction(tp.Compare(EIGHT, 17, 0, (0,)), (6,)),
-    "an exponential of one number as eight": Instruction(tp.Exponential(EIGHT, 20, 16, 40, 16), (6,)),
+    "an exponential of one number as eight": Instruction(tp.Exponential(EIGHT, 20, 19, 16, 40, 16), (6,)),
+    "an exponential of many digits without a bit": Instruction(tp.Exponential(EIGHT, 24, 20, 16, 40, 16), (1,)),
+    "a sum of one opening for two signs": Instruction(tp.OpenedSum(EIGHT, RING, (False, True), 0), (1,)),
+    "a sum of wider openings than there are": Instruction(tp.OpenedSum(EIGHT, RING + 1, (False,), 0), (1,)),
+    "a sum of openings of another shape": Instruction(tp.OpenedSum((2, 4), RING, (False,), 0), (1,)),
     "a table of one number as eight": Instruction(
         tp.Tabulated(EIGHT, 20, 16, 4, 2, 1 << 17, 1 << 19, 1e6, 16, 64), (6,)
     ),

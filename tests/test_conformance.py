@@ -413,6 +413,22 @@ def extend(s: Setup) -> Check:
     return exactly(x, wide)
 
 
+@case(tp.OpenedSum)
+def opened_sum(s: Setup) -> Check:
+    """Openings of several rings, one of them broadcast, added up; what comes out is squared, to have shares."""
+    ring, shape = s.number("ring", 1, 64), s.shape()
+    minus = tuple(bool(s.number("minus", 0, 1)) for _ in range(s.number("operands", 1, 3)))
+    constant = s.number("constant", -(1 << 66), 1 << 66)
+    operands, total = [], np.full(shape, constant, dtype=object)
+    for position, negated in enumerate(minus):
+        a, x = s.opened((*shape[:-1], 1) if position == 1 else shape, s.number("operand ring", ring, 64))
+        operands.append(a)
+        total = total - x if negated else total + x
+    at = s.add(tp.OpenedSum(shape, ring, minus, constant), *operands)
+    s.add(tp.Product(shape, ring), at, at)
+    return exactly(total * total, ring)
+
+
 @case(tp.Product)
 def product(s: Setup) -> Check:
     ring = s.number("ring", 1, 64)
@@ -583,14 +599,24 @@ def exponential_bound(p: tp.Exponential) -> float:
 
 @case(tp.Exponential)
 def exponential(s: Setup) -> Check:
+    """Two digits without a bit, or more with the bit that the digit is one of the first two."""
     shape, fraction = s.shape(), s.number("fraction", 4, 18)
-    ring = fraction + 1 + s.number("integer bits", 0, 4)
-    a, x = s.opened(shape, ring, 0, (1 << (ring - 1)) - 1)
-    protocol = tp.Exponential(shape, ring, fraction, 40, 16)
-    s.add(protocol, a)
+    if s.number("clipped", 0, 1):
+        shift = fraction + 4
+        ring = shift + s.number("digits", 2, 6)
+        a, x = s.opened(shape, ring, 0, (1 << ring) - (1 << shift) - 1)
+        near = s.add(tp.DigitIn(shape, ring, shift, 2), a)
+        operands = [s.add(tp.OpenBits(shape, 1), near), a]
+    else:
+        shift = fraction + s.number("integer bits", 0, 4)
+        ring = shift + 1
+        a, x = s.opened(shape, ring, 0, (1 << shift) - 1)
+        operands = [a]
+    protocol = tp.Exponential(shape, ring, shift, fraction, 40, 16)
+    s.add(protocol, *operands)
     scale = 2.0 ** (protocol.mask_fraction + protocol.public_fraction)
     expected = np.exp(-x.astype(np.float64) * 2.0**-fraction) * scale
-    reach = exponential_bound(protocol) * scale
+    reach = exponential_bound(protocol) * scale  # e^-16, which is left out, is less
     return close(expected, 64, -reach, reach)
 
 
@@ -935,12 +961,14 @@ def test_exponential_tables_are_the_rounded_powers(half_bits: int, fraction: int
 
 
 def test_exponential_public_factor_never_overflows() -> None:
+    """With powers of one, the result is the public factor alone."""
     for fraction in (16, 12, 8, 4, 0):
-        ring = fraction + 5
-        p = tp.Exponential((1,), ring, fraction, 40, 16)
-        z = torch.arange(0, 1 << ring, 1 << max(0, ring - 14))
-        factor = p._factor(z)
-        t = (1 << (ring - 1)) - (z & ((1 << (ring - 1)) - 1))
+        shift = fraction + 4
+        coarse, fine = _tables(shift, fraction)
+        z = torch.arange(0, 2 << shift, 1 << max(0, shift - 13))
+        ones = torch.ones((2, z.numel()), dtype=torch.int64)
+        factor = kernels.exponential(z, None, ones, coarse, fine, shift, _COARSE + _FINE - 16)
+        t = (1 << shift) - (z & ((1 << shift) - 1))
         expected = torch.exp(t.to(torch.float64) * 2.0**-fraction) * 2.0**16
         assert bool((factor > 0).all())
         torch.testing.assert_close(factor.to(torch.float64), expected, rtol=2.0**-17, atol=1.0)
@@ -948,7 +976,7 @@ def test_exponential_public_factor_never_overflows() -> None:
 
 def test_exponential_error_is_as_declared() -> None:
     """Over all of [0, 16), and many times at 0, where the result, and so the error, is largest."""
-    p = tp.Exponential((1 << 19,), 21, 16, 40, 16)
+    p = tp.Exponential((1 << 19,), 21, 20, 16, 40, 16)
     x = torch.arange(1 << 19) * 2
     x[: 1 << 17] = 0
     result = opened_numbers(x.numpy().astype(object), 21, p).value().to(torch.float64) * 2.0**-56
@@ -956,29 +984,43 @@ def test_exponential_error_is_as_declared() -> None:
     assert exponential_bound(p) / 2 < float(error.max()) <= exponential_bound(p)
 
 
-def test_exponential_refuses_larger_exponents() -> None:
-    with pytest.raises(ValueError, match="exponent below 16"):
-        tp.Exponential((1,), 22, 16, 40, 16)
-
-
 @pytest.mark.parametrize(
     "fields",
     [
-        (64, 60, 40, 16),  # whose tables would take all memory
-        (27, 23, 40, 16),
-        (1, 0, 40, 16),
-        (21, -1, 40, 16),
-        (20, 16, 41, 16),
-        (20, 16, 0, 16),
-        (20, 16, -70, 16),
-        (20, 16, 40, 21),
-        (20, 16, 40, 0),
-        (20, 16, 40, 5000),
+        (22, 21, 16, 40, 16),  # intervals of 32
+        (64, 59, 55, 40, 16),  # whose tables would take all memory
+        (1, 0, 0, 40, 16),
+        (21, 20, -1, 40, 16),
+        (21, 20, 21, 40, 16),
+        (20, 20, 16, 40, 16),  # no digit
+        (22, 19, 16, 40, 16),  # two intervals of 8 are too few to clip behind
+        (20, 19, 16, 41, 16),
+        (20, 19, 16, 0, 16),
+        (20, 19, 16, -70, 16),
+        (20, 19, 16, 40, 21),
+        (20, 19, 16, 40, 0),
+        (20, 19, 16, 40, 5000),
     ],
 )
-def test_exponential_refuses_absurd_sizes(fields: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match=r"exponent below 16|ring .*, scales "):
+def test_exponential_refuses_absurd_sizes(fields: tuple[int, int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"intervals of|ring .*, scales "):
         tp.Exponential((1,), *fields)
+
+
+def test_exponential_is_zero_behind_its_clip() -> None:
+    """Above two intervals the result is no small number but 0, whatever the mask is; at most 16 it is never left out."""
+    rng, shift, ring = np.random.default_rng(5), 12, 18
+    x = np.concatenate([np.arange(0, 1 << shift, 7), np.arange(2 << shift, (1 << ring) - (1 << shift), 31)])
+    circuit = [
+        Instruction(shared("x", x.shape, ring, words(rng, x.shape))),
+        Instruction(tp.Open(x.shape, ring), (0,)),
+        Instruction(tp.DigitIn(x.shape, ring, shift, 2), (1,)),
+        Instruction(tp.OpenBits(x.shape, 1), (2,)),
+        Instruction(tp.Exponential(x.shape, ring, shift, shift - 4, 40, 16), (3, 1)),
+    ]
+    result = run_circuit(circuit, {"x": tensor(x.astype(object))}).value()
+    assert (result[torch.from_numpy(x < 1 << shift)] > 0).all()
+    assert (result[torch.from_numpy(x >= 2 << shift)] == 0).all()
 
 
 @pytest.mark.parametrize(("root", "degree"), [(root, degree) for root, known in WIDEST.items() for degree in known])

@@ -8,10 +8,10 @@ of z and r, and t = H - z_low in (0, H]:
 - j = 1: x = H + z_low - r_low, so e^-x = e^t P_1 with P_1 = e^(r_low - 2H) <= 1;
 - j > 1: x > H. If H = 16, e^-x is below 2^-23 there, and the result is 0: the exponential includes its own clip.
 
-The public digit top(z) = top(r) + j tells j = 0 from j = 1 by its parity. If there are more than two digits, the secret
-bit b = [j < 2] is opened before, as c = b XOR beta. The dealer gives shares of beta P_j, which is b P_j for c = 0, and of
-(1 - beta) P_j, which is b P_j for c = 1. Source of the idea: additive shares of an exponent are multiplicative shares of
-the power (Kelkar et al., USENIX Security 2022).
+The public digit top(z) = top(r) + j tells j = 0 from j = 1 by its parity. If there are more than two digits, the
+secret bit b = [j < 2] is opened before, as c = b XOR beta. The dealer gives shares of beta P_j, which is b P_j for
+c = 0, and of (1 - beta) P_j, which is b P_j for c = 1. Source of the idea: additive shares of an exponent are
+multiplicative shares of the power (Kelkar et al., USENIX Security 2022).
 
 Both parties must use the *same integer* for the public factor: their shares of P are uniform, so a difference of one
 unit would make the sum random. Hence the factor comes from integer tables made with decimal arithmetic, never from
