@@ -517,7 +517,7 @@ def _inverse_powers(
     light: float,
 ) -> Array:
     size, rows, width, mask = fit.shape[0], 1 << (bits - shift), 1 << shift, (1 << bits) - 1
-    out = np.empty((rows, size, r.size), np.int64)
+    out = np.empty((r.size, rows, size), np.int64)
     values, basis, right = np.empty(size), np.empty(size), np.empty(size)
     system = np.empty((size, size))
     top = scale / np.sqrt(low) if root == 2 else scale / low
@@ -534,7 +534,7 @@ def _inverse_powers(
                 total = 0.0
                 for i in range(size):
                     total += fit[j, i] * values[i]
-                out[d, j, e] = np.int64(np.rint(total))
+                out[e, d, j] = np.int64(np.rint(total))
         begin = float(lowest & (width - 1))
         right[:] = 0.0
         system[:] = 0.0
@@ -565,7 +565,7 @@ def _inverse_powers(
             for i in range(j + 1, size):
                 right[j] -= system[i, j] * right[i]
             right[j] /= system[j, j]
-            out[lowest >> shift, j, e] = np.int64(np.rint(right[j] * top))
+            out[e, lowest >> shift, j] = np.int64(np.rint(right[j] * top))
     return out
 
 
@@ -579,7 +579,7 @@ def inverse_powers(
     fits: tuple[Tensor, Tensor, Tensor],
     light: float,
 ) -> Tensor:
-    """Return the rounded coefficients, (rows, degree + 1, n), that ``two_party.tabulated`` deals for the n masks r.
+    """Return the rounded coefficients, (n, rows, degree + 1), that ``two_party.tabulated`` deals for the n masks r.
 
     fits: nodes of an interval, the matrix from values there to coefficients, and the nodes of the lowest row. light:
     what is added to the diagonal of the lowest row's normal equations. The two forms may differ by a rounding: only
@@ -607,7 +607,7 @@ def inverse_powers(
     factor = torch.linalg.cholesky(system.mT @ system + diagonal)
     found = torch.cholesky_solve(system.sum(1)[..., None], factor)[..., 0].T * (scale * low ** (-1 / root))
     table.scatter_(0, ring.right(lowest, shift).expand(1, size, -1), found[None])
-    return torch.round(table).to(torch.int64)
+    return torch.round(table).to(torch.int64).permute(2, 0, 1)
 
 
 # bytes on the wire

@@ -1038,7 +1038,7 @@ def test_tables_are_as_accurate_as_declared(root: int, degree: int) -> None:
         p = replace(p, shape=(len(start),), scale=2.0**40 * p.scale)
         r = start.to(torch.int64) - low
         rows = p.deal({}, (r,), ServerWeights({}))[0]["rows"]  # the row of zero as its digit holds ``low``
-        c = rows[0].to(torch.float64) * 2.0**-40
+        c = rows[:, 0].T.to(torch.float64) * 2.0**-40
         t = start[:, None] + (2.0**shift - 1 - start)[:, None] * torch.linspace(0, 1, 80, dtype=torch.float64) ** 2
         exact = (1 + (t - start[:, None]) / low) ** (-1 / root)
         fit = torch.from_numpy(chebval(2.0 ** (1 - shift) * t.numpy() - 1, c[..., None].numpy(), tensor=False))
@@ -1094,7 +1094,7 @@ def test_polynomials_of_tables_are_integers_that_every_machine_has() -> None:
     exact = [[Fraction(1)] * 1024, [Fraction(2 * int(v), 1024) - 1 for v in t]]
     for _ in range(15):
         exact.append([2 * u * b - a for u, a, b in zip(exact[1], exact[-2], exact[-1], strict=True)])
-    for row, values in zip(found.tolist(), exact, strict=True):
+    for row, values in zip(found.T.tolist(), exact, strict=True):
         assert all(abs(a - b * 65536) <= Fraction(52, 100) for a, b in zip(row, values, strict=True))
 
 

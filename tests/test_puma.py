@@ -145,7 +145,7 @@ def test_what_is_far_below_the_maximum_stays_out(away: float) -> None:
     assert largest(run_function(puma.attend, x, values).result - expected @ values) <= 2e-3
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 33), st.floats(0.1, 60), st.integers(0, 99))
 def test_softmax_under_the_protocol(length: int, scale: float, seed: int) -> None:
     x = normal(5, length, seed=seed) * scale

@@ -101,21 +101,20 @@ class Tabulated(Protocol):
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        return (Draw("rows", (self.rows, self.degree + 1, *self.shape), self.wide, derived=True),)
+        return (Draw("rows", (*self.shape, self.rows, self.degree + 1), self.wide, derived=True),)
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
         fits = (*_interpolation(self.degree), _interpolation(_EXCESS * (self.degree + 1) - 1)[0])
         form = (self.ring, self.shift, self.root, self.low, self.scale)
         rows = kernels.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
-        return {"rows": rows.reshape(self.rows, self.degree + 1, *self.shape)}, None
+        return {"rows": rows.reshape(*self.shape, self.rows, self.degree + 1)}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
-        z, table = ring.reduce(z.reshape(-1), self.ring), material["rows"].flatten(2)
-        digit = ring.right(z, self.shift).expand(1, self.degree + 1, -1)
-        row = torch.gather(table, 0, digit)[0]
-        return (row * self._basis(z & ring.low_mask(self.shift))).sum(0).reshape(self.shape)
+        z, table = ring.reduce(z.reshape(-1), self.ring), material["rows"].reshape(-1, self.rows, self.degree + 1)
+        row = table[torch.arange(len(z), device=z.device), ring.right(z, self.shift)]
+        return (row * self._basis(z & ring.low_mask(self.shift))).sum(-1).reshape(self.shape)
         yield
 
     def _basis(self, t: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ class Tabulated(Protocol):
             found.append(double - found[-2])
         excess = _PRECISION - self.public
         half = 1 << (excess - 1) if excess else 0
-        return ring.right(torch.stack(found) + half, excess)
+        return ring.right(torch.stack(found, dim=-1) + half, excess)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = ring.reduce(operands[0], self.ring).clamp(min=self.low).to(torch.float64)

@@ -22,7 +22,7 @@ PACKED = 32  # bytes that the packed form of a weight takes, once for each ring:
 COPIES = 4  # of its operands, draws and result that one instruction holds while it runs
 BYTE_SECONDS = 0.5e-9  # to draw, combine and encode one byte
 PACKED_SECONDS = 6e-9  # to deal one byte of tables, or of products of bits, each of which is made of up to 15 others
-FITTED_SECONDS = 100e-9  # of one term of the sums that a dealer computes in floating point
+FITTED_SECONDS = 25e-9  # of one term of the sums that a dealer computes in floating point
 PRODUCT_SECONDS = 0.25e-9  # of one multiply-accumulate in a matrix product
 INSTRUCTION_SECONDS = 100e-6
 
