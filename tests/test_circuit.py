@@ -241,7 +241,7 @@ MISFITS: dict[str, Instruction] = {
     ),
     "bits of one number's digit as eight": Instruction(tp.DigitIn(EIGHT, 20, 16, 3), (6,)),
     "bits of digits wider than the opening": Instruction(tp.DigitIn(EIGHT, RING + 1, RING, 1), (1,)),
-    "a digit of too many bits": Instruction(tp.DigitIn(EIGHT, 20, 10, 3), (1,)),
+    "a digit of too many bits": Instruction(tp.DigitIn(EIGHT, 20, 7, 3), (1,)),
     "a digit of no bits": Instruction(tp.DigitIn(EIGHT, 20, 20, 1), (1,)),
     "a digit of negative bits": Instruction(tp.DigitIn(EIGHT, 20, 64, 1), (1,)),
     "a bit that is always true": Instruction(tp.DigitIn(EIGHT, 20, 16, 16), (1,)),

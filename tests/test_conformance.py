@@ -415,7 +415,7 @@ def extend(s: Setup) -> Check:
 
 @case(tp.OpenedSum)
 def opened_sum(s: Setup) -> Check:
-    """Openings of several rings, one of them broadcast, added up; what comes out is squared, to have shares."""
+    """Openings of several rings, one of them broadcast, added up."""
     ring, shape = s.number("ring", 1, 64), s.shape()
     minus = tuple(bool(s.number("minus", 0, 1)) for _ in range(s.number("operands", 1, 3)))
     constant = s.number("constant", -(1 << 66), 1 << 66)
@@ -424,9 +424,8 @@ def opened_sum(s: Setup) -> Check:
         a, x = s.opened((*shape[:-1], 1) if position == 1 else shape, s.number("operand ring", ring, 64))
         operands.append(a)
         total = total - x if negated else total + x
-    at = s.add(tp.OpenedSum(shape, ring, minus, constant), *operands)
-    s.add(tp.Product(shape, ring), at, at)
-    return exactly(total * total, ring)
+    s.add(tp.OpenedSum(shape, ring, minus, constant), *operands)
+    return exactly(total, ring)
 
 
 @case(tp.Product)
@@ -1008,7 +1007,7 @@ def test_exponential_refuses_absurd_sizes(fields: tuple[int, int, int, int, int]
 
 
 def test_exponential_is_zero_behind_its_clip() -> None:
-    """Above two intervals the result is no small number but 0, whatever the mask is; at most 16 it is never left out."""
+    """Above two intervals the result is no small number but 0, whatever the mask is; within one it is not 0."""
     rng, shift, ring = np.random.default_rng(5), 12, 18
     x = np.concatenate([np.arange(0, 1 << shift, 7), np.arange(2 << shift, (1 << ring) - (1 << shift), 31)])
     circuit = [

@@ -140,7 +140,7 @@ class Tabulated(Protocol):
         return count(self.shape) * size * (self.rows + _EXCESS * size)
 
     def cost(self) -> CircuitCost:
-        return CircuitCost(dealt=self.rows * (self.degree + 1) * bytes_of(self.shape, self.wide))
+        return CircuitCost(dealt=bytes_of((self.rows * (self.degree + 1), *self.shape), self.wide))
 
 
 def smallest(root: int, low: int, high: int) -> tuple[int, int, int]:
