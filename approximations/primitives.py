@@ -98,3 +98,8 @@ def bounded(x: Value, low: float, high: float) -> Value:
 def precise_product(x: Value, y: Value, extra_bits: int) -> Value:
     """Return x * y with ``extra_bits`` more fraction bits than usual, for results well below one."""
     return x * y if isinstance(x, Tensor) else x.precise_product(y, extra_bits)
+
+
+def precise_matmul(x: Value, y: Value, extra_bits: int) -> Value:
+    """Return x @ y with ``extra_bits`` more fraction bits than usual."""
+    return x @ y if isinstance(x, Tensor) else x.precise_matmul(y, extra_bits)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 from approximations.division import reciprocal
-from approximations.primitives import Value, bounded, exp_below, row_bound
+from approximations.primitives import Value, bounded, exp_below, precise_matmul, row_bound
 
 CLIP = 16.0
 SLACK = 4.0
-EXTRA = 4  # fraction bits of the exponentials, as the largest of a row may be e^-SLACK
+EXTRA = 4  # more fraction bits of what is divided by the sum, which may be e^-SLACK
 
 
 def _exponentials(x: Value) -> tuple[Value, Value]:
@@ -37,4 +37,4 @@ def attend(scores: Value, values: Value) -> Value:
     So a row takes as many multiplications as the head is wide, instead of as many as the row is long.
     """
     e, inverse = _exponentials(scores)
-    return (e @ values) * inverse
+    return precise_matmul(e, values, EXTRA) * inverse

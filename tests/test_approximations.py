@@ -19,7 +19,7 @@ from approximations import (
     Piece,
     absolute,
     attend,
-    exp_neg,
+    exp_below,
     gelu,
     l2_normalize,
     layer_norm,
@@ -27,6 +27,7 @@ from approximations import (
     piecewise,
     reciprocal,
     relu,
+    row_bound,
     rsqrt,
     sigmoid,
     silu,
@@ -220,10 +221,25 @@ def test_maximum_is_short_by_its_tolerance_at_most(length: int, tolerance: float
     assert largest(maximum(x, tolerance) - x.amax(-1, keepdim=True)) == 0
 
 
-def test_exponential_under_the_protocol() -> None:
-    x = torch.linspace(0, 15.99, 5001, dtype=torch.float64)
-    assert largest(run_function(exp_neg, x).result - torch.exp(-x)) <= 3 * 2**-16
-    assert torch.equal(exp_neg(x), torch.exp(-x))
+@pytest.mark.parametrize("length", [1, 2, 3, 31, 255, 256, 514])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_bounds_of_rows_are_close(length: int, spread: float) -> None:
+    """Above the maximum, and by 4 at most; rows above 255 are counted in parts."""
+    x = normal(30, length, seed=length) * spread
+    above = run_function(lambda v: row_bound(v, 4.0), x).result - x.amax(-1, keepdim=True)
+    assert 0.0 < float(above.min()) <= float(above.max()) <= 4.0 + 2**-12
+    assert torch.equal(row_bound(x, 4.0), x.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("depth", [12.0, 40.0, 900.0])
+def test_exponentials_below_a_bound_under_the_protocol(depth: float) -> None:
+    """Relative to the row's largest term, which the bound's slack may make small."""
+    x = torch.tensor([[0.0], [-3.0], [7.0]]) - torch.linspace(0, depth, 667, dtype=torch.float64)
+    run = run_function(lambda v: exp_below(v, row_bound(v, 4.0), 4), x)
+    largest_term = run.result.amax(-1, keepdim=True)
+    assert 0.9 * math.exp(-4) <= float(largest_term.min()) <= float(largest_term.max()) <= 1.0
+    assert largest(run.result / largest_term - torch.exp(x - x.amax(-1, keepdim=True))) <= 2.0**-11
+    assert torch.equal(exp_below(x, x.amax(-1, keepdim=True)), torch.exp(x - x.amax(-1, keepdim=True)))
 
 
 # softmax
@@ -234,12 +250,12 @@ def score_rows(length: int) -> Tensor:
     ordinary = normal(30, length) * 4
     equal = torch.full((4, length), -3.0, dtype=torch.float64)
     huge = normal(10, length)
-    huge[:, 0] += 300.0
+    huge[:, 0] += 100.0
     low = normal(10, length)
-    low[:, -1] -= 300.0
+    low[:, -1] -= 300.0 if length > 1 else 0.0
     masked = normal(20, length)
     masked[:, (length + 1) // 2 :] -= BIG
-    gone = normal(5, length) - BIG
+    gone = normal(5, length) - 100.0
     return torch.cat([ordinary, ordinary + 50.0, equal, huge, low, masked, gone])
 
 
@@ -253,6 +269,11 @@ def test_softmax_of_extreme_rows(length: int) -> None:
     assert largest(run.result.sum(-1) - 1) <= 2.5e-4 + 2**-16 * length
     if length > 3:
         assert largest(run.result[expected == 0]) <= 2**-15  # what is masked stays out
+
+
+def test_softmax_refuses_rows_too_far_apart() -> None:
+    with pytest.raises(DoesNotFit, match=r"largest scores .* from .* to .*; they may differ by 502 at most\nhint: "):
+        run_function(softmax, torch.tensor([[0.0, 1.0], [400.0, 0.0]]))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 33])

@@ -113,8 +113,9 @@ ARITHMETIC = {
 }
 COMPARISONS = {
     "piecewise",
-    "exp_neg",
+    "exp_below",
     "maximum",
+    "row_bound",
     "inverse_power",
 }  # but for a "piecewise" of one piece, which is a polynomial
 

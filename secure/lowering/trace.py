@@ -105,8 +105,13 @@ class Symbol:
     __rmul__ = __mul__
 
     def __matmul__(self, other: Symbol) -> Symbol:
+        return self.precise_matmul(other, 0)
+
+    def precise_matmul(self, other: Symbol, extra_bits: int) -> Symbol:
+        """Multiply matrices, with ``extra_bits`` more fraction bits in the result."""
         batch = _broadcast(self.shape[:-2], other.shape[:-2])
-        return self.trace.record("matmul", (self, other), (*batch, self.shape[-2], other.shape[-1]))
+        shape = (*batch, self.shape[-2], other.shape[-1])
+        return self.trace.record("matmul", (self, other), shape, extra=extra_bits)
 
     def linear(self, weight: WeightRef) -> Symbol:
         """Return x @ W for a weight of shape (in, out)."""

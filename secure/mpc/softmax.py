@@ -15,6 +15,7 @@ from protocols import two_party as tp
 from protocols.protocol import Shape
 from protocols.ring import WORD
 from protocols.two_party.digits import ROW
+from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan
@@ -23,6 +24,7 @@ from secure.mpc.share import Share
 SCORE_FRACTION = 13
 INTERVAL = 16  # of the exponential, in units of the exponent
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
+MOST_BINS = 256  # of a histogram
 ROOM = 8.0  # by how much a row's maximum may lie below all that are expected, without any loss
 _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
@@ -46,6 +48,12 @@ def _window(plan: Plan, bound: int) -> _Window:
     lowest, highest = plan.ranges.interval(bound)
     # a digit may be one too high, and the last bin must still hold it
     bins = 2 ** max(1, math.ceil(math.log2((highest - lowest + ROOM + 2**-SCORE_FRACTION) / width + 1)))
+    if bins > MOST_BINS:
+        raise DoesNotFit(
+            f"{p.where}: the largest scores of a softmax's rows reach from {lowest:.4g} to {highest:.4g}; "
+            f"they may differ by {MOST_BINS * width - width - ROOM:g} at most\n"
+            "hint: narrower calibration inputs; a row whose entries are all masked is none"
+        )
     start = highest + 2**-SCORE_FRACTION - (bins - 1) * width
     reach = max(high, start) + slack - min(low, start) + INTERVAL + 1
     ring = max(math.ceil(math.log2(reach)) + SCORE_FRACTION, shift + bins.bit_length() - 1)
@@ -65,10 +73,10 @@ def exponential_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
 
 
 def _rows(shape: Shape) -> Shape:
-    """Cut rows that are too long for a histogram into equal parts: (..., n) becomes (..., parts, n / parts)."""
+    """Cut rows that are too long for a histogram into equal parts, the last one filled up: (..., parts, size)."""
     n = shape[-1]
-    parts = next(k for k in range(-(-n // ROW), n + 1) if n % k == 0)
-    return (*shape[:-1], parts, n // parts)
+    parts = -(-n // ROW)
+    return (*shape[:-1], parts, -(-n // parts))
 
 
 def _opened(e: Emitter, x: int, window: _Window) -> int:
@@ -76,9 +84,12 @@ def _opened(e: Emitter, x: int, window: _Window) -> int:
     shape, excess = e.trace.primitives[x].shape, e.plan.fraction[x] - SCORE_FRACTION
     value = e.get(x, window.ring + excess)
     value = e.truncate(value, shape, excess) if excess > 0 else e.lift(value, shape, -excess)
-    rows = _rows(shape)
-    moved = e.emit(local.AddConstant(shape, value.ring, -window.start), value.index)
-    return e.emit(tp.Open(rows, window.ring), e.emit(local.Reshape(rows, value.ring), moved))
+    rows, last = _rows(shape), len(shape) - 1
+    index = e.emit(local.AddConstant(shape, value.ring, -window.start), value.index)
+    if fill := rows[-2] * rows[-1] - shape[-1]:  # the row's first entries stand twice, which is no matter to its bound
+        first = e.emit(local.Slice((*shape[:-1], fill), value.ring, last, 0, fill, 1), index)
+        index = e.emit(local.Concat((*shape[:-1], shape[-1] + fill), value.ring, last), index, first)
+    return e.emit(tp.Open(rows, window.ring), e.emit(local.Reshape(rows, value.ring), index))
 
 
 def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
@@ -126,5 +137,8 @@ def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
         near = e.emit(tp.DigitIn(rows, w.ring, _EXPONENT, 2), below)
         operands = (e.emit(tp.OpenBits(rows, 1), near), below)
     power = tp.Exponential(rows, w.ring, _EXPONENT, SCORE_FRACTION, MASK_FRACTION, PUBLIC_FRACTION)
-    index = e.emit(local.Reshape(p.shape, WORD), e.emit(power, *operands))
+    whole = (*p.shape[:-1], rows[-2] * rows[-1])
+    index = e.emit(local.Reshape(whole, WORD), e.emit(power, *operands))
+    if whole != p.shape:
+        index = e.emit(local.Slice(p.shape, WORD, len(whole) - 1, 0, p.shape[-1], 1), index)
     return Share(index, WORD, MASK_FRACTION + PUBLIC_FRACTION)
