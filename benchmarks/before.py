@@ -3,8 +3,9 @@
     git worktree add ../before COMMIT
     python -m benchmarks.before ../before [--length 128] [--pairs 6] [--write]
 
-Dealer and server of both trees stay up; the clients take turns, so that the machine's moods reach both. Each client
-asks six texts, of which the first warms up. The ratio is the median over the pairs of this tree to the other one.
+Dealer and server of both trees stay up; the clients take turns, so that the machine's moods reach both, and every other
+pair begins with the other tree. Each client asks six texts, of which the first warms up. The ratio is the median over
+the pairs of this tree to the other one.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class Tree:
         }  # fmt: skip
 
 
+def in_turn(new: Tree, old: Tree, texts: list[str], *, first: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ask both trees, the old one first if ``first`` is 1: a machine that slows down would favour the first."""
+    asked = {tree: tree.ask(texts) for tree in ((new, old), (old, new))[first]}
+    return asked[new], asked[old]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other tree's directory")
@@ -83,7 +90,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": common.machine("benchmarks.before"), "before": before}
     with ExitStack() as stack:
         old, new = Tree(options.before.resolve(), options.length, stack), Tree(HERE, options.length, stack)
-        pairs = [(new.ask(texts), old.ask(texts)) for _ in range(options.pairs)]
+        pairs = [in_turn(new, old, texts, first=number % 2) for number in range(options.pairs)]
     report |= {"length": options.length, "pairs": [{"this": this, "before": that} for this, that in pairs]}
     for name in ("online s", "client processor s"):
         report[f"{name}: this, before"] = [statistics.median(pair[i][name] for pair in pairs) for i in (0, 1)]
