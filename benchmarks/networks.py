@@ -34,10 +34,11 @@ from benchmarks.sentences import sentences
 from parties.services.hosting import settle
 from parties.services.measure import measure_transport
 from protocols import kernels
-from secure.cost.count import NETWORKS, NetworkSpeed, find_network, profile
+from secure.cost.count import profile
 from secure.cost.kernel_times import measure
 from secure.cost.projection import project
 from secure.models.text import PACKAGED
+from secure.mpc.network import NETWORKS, NetworkSpeed, find_network
 
 SERVER_AT, CLIENT_AT = "10.177.77.1", "10.177.77.2"
 SPACES = ("unseen-server", "unseen-client")

@@ -25,6 +25,7 @@ from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, evaluate
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
+from secure.mpc.prices import DEFAULT, Prices
 
 Integers = np.ndarray[Any, np.dtype[Any]]  # of Python integers
 
@@ -212,6 +213,7 @@ def run_function(
     fixed_point: FixedPoint | None = None,
     weights: Mapping[str, Tensor] | None = None,
     calibration: Sequence[Sequence[Tensor]] = (),
+    prices: Prices = DEFAULT,
 ) -> FunctionRun:
     """Trace a function of symbols, calibrate it, make a circuit of it, and run that on the inputs.
 
@@ -226,7 +228,7 @@ def run_function(
     given = dict(zip(names, (x.to(torch.float64) for x in inputs), strict=True))
     real = {name: w.to(torch.float64) for name, w in weights.items()}
     ranges = Ranges.calibrate(trace, samples, real, fixed.margin_bits)
-    emitted = emit(trace, ranges, fixed, [out.id], dict.fromkeys(names, (-1000000000.0, 1000000000.0)))
+    emitted = emit(trace, ranges, fixed, [out.id], dict.fromkeys(names, (-1000000000.0, 1000000000.0)), prices)
     ((last, fraction),) = emitted.outputs
     assert last == len(emitted.circuit) - 1
     bits = emitted.circuit[last].protocol.out.bits

@@ -104,9 +104,11 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(deployments, "connect", connected)
     put(serve, "task_of", lambda _: task)
     put(serve, "build", lambda *_: compiled)
-    monkeypatch.setattr(Deployment, "remarks", lambda *_: ())
+    for name in ("choices", "remarks"):
+        monkeypatch.setattr(Deployment, name, lambda *_: ())
     for each in registry.deployments():
-        monkeypatch.setattr(each, "remarks", lambda *_: ())
+        for name in ("choices", "remarks"):
+            monkeypatch.setattr(each, name, lambda *_: ())
     for module in (embed, compare, train, accuracy):
         put(module, "model_directory", Path)
     put(party, "write_shares", lambda *_: [])
@@ -298,6 +300,9 @@ def test_an_ignored_option_is_noticed(run: Run, calls: Calls, tmp_path: Path, mo
         (["profile", "--public-weights"], "--public-weights means nothing under two-party", "none of this kind"),
         (["profile", "--deployment", "ckks", "--gelu", "puma"], "--gelu means nothing under ckks", "--embedding"),
         (["profile", "--deployment", "ckks", "--network", "wan"], "--network means nothing under ckks", "none of"),
+        (["serve", "--deployment", "ckks", "--network", "wan"], "--network means nothing under ckks", "--embedding"),
+        (["serve", "--network", "moon"], "unknown network 'moon'", "loopback, lan, wan"),
+        (["share-model", "--network", "moon"], "unknown network 'moon'", "loopback, lan, wan"),
         (["serve", "--deployment", "three-party"], "nobody serves a whole model under three-party", "share-model"),
         (["serve", "--deployment", "ckks", "--trace", "t"], "--trace means nothing to the server of ckks", "--state"),
         (

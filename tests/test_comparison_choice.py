@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secure.mpc.nonlinear import cheapest_compare
+from secure.mpc.prices import DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -26,13 +27,13 @@ from secure.mpc.nonlinear import cheapest_compare
     ],
 )
 def test_the_cheapest_comparison(width: int, spare: int, thresholds: int, digit: int, drop: int) -> None:
-    found = cheapest_compare((196608,), width, tuple(range(thresholds)), spare)
+    found = cheapest_compare((196608,), width, tuple(range(thresholds)), spare, DEFAULT.dealt_for_online)
     assert (found.digit, found.drop) == (digit, drop)
 
 
 @given(st.integers(2, 64), st.integers(0, 70), st.integers(1, 12), st.integers(1, 5000))
 def test_no_comparison_is_cheaper_than_the_chosen_one(width: int, spare: int, thresholds: int, n: int) -> None:
-    found = cheapest_compare((n,), width, tuple(range(thresholds)), spare)
+    found = cheapest_compare((n,), width, tuple(range(thresholds)), spare, DEFAULT.dealt_for_online)
     found.validate()
     assert found.width == width
     assert found.drop <= spare

@@ -11,7 +11,7 @@ import torch
 from approximations import gelu
 from protocols import two_party as tp
 from secure.lowering.trace import WeightRef
-from secure.mpc import plan
+from secure.mpc.prices import DEFAULT, Prices
 from tests.helpers import FunctionRun, run_function
 
 
@@ -63,15 +63,14 @@ def test_one_lift_serves_all_products_of_a_value() -> None:
     assert len(lifted) == len(set(lifted)) == 3  # x, y and the square of y
 
 
-@pytest.mark.parametrize("worth", [0, plan.ROUND_BYTES])
-def test_a_layer_is_wider_where_that_costs_less_than_a_round(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worth", [0, DEFAULT.round_bytes])
+def test_a_layer_is_wider_where_that_costs_less_than_a_round(worth: int) -> None:
     """A sum of which 2^9 times is needed: the layer before it is delivered wider, or else its result extended."""
-    monkeypatch.setattr(plan, "ROUND_BYTES", worth)
     x, w = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8), torch.eye(8, dtype=torch.float64)
 
     def function(x: Any) -> Any:
         return (x.linear(WeightRef("w", (8, 8))) * 384.0 - x) * 2.0**-9 * x
 
-    run = run_function(function, x, weights={"w": w})
+    run = run_function(function, x, weights={"w": w}, prices=Prices(round_bytes=worth))
     assert (kinds(run)["extend"] == 0) == bool(worth)
     assert float((run.result - run.floating).abs().max()) < 1e-3

@@ -28,10 +28,11 @@ from protocols.protocol import (
 )
 from protocols.two_party import Input
 from protocols.wire import Wire
-from secure.cost.count import NETWORKS, NetworkSpeed, module, profile
+from secure.cost.count import module, profile
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import links
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
+from secure.mpc.network import NETWORKS, NetworkSpeed
 
 
 class Tiny(nn.Module):

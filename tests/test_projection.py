@@ -8,10 +8,11 @@ import secure
 from protocols.circuit import Part
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost
 from secure.cost import kernel_times as timing
-from secure.cost.count import NETWORKS, Memory, NetworkSpeed, Profile, Stage, find_network, profile
+from secure.cost.count import Memory, Profile, Stage, profile
 from secure.cost.kernel_times import Segment, Timings, measure
 from secure.cost.projection import Transport, project
 from secure.cost.timeline import Timeline
+from secure.mpc.network import NETWORKS, NetworkSpeed, find_network
 
 
 class Model(nn.Module):

@@ -18,7 +18,7 @@ import secure
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from parties.cli import main as cli
-from secure.cost.count import LOOPBACK, NETWORKS, Profile, profile
+from secure.cost.count import Profile, profile
 from secure.cost.kernel_times import Segment, Timings
 from secure.cost.projection import Transport
 from secure.cost.runnable import Runnable
@@ -35,6 +35,7 @@ from secure.deployments.compare import (
     variants,
 )
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.mpc.network import LOOPBACK, NETWORKS
 from tests.tiny import LENGTH, TEXT, WORDS
 
 WAN = "wan"
@@ -75,7 +76,7 @@ def test_approximations_by_name(run: Run, tiny: list[str], directory: Path) -> N
     assert [row["settings"]["approximations"] for row in (ours, puma)] == list(APPROXIMATIONS)
     assert puma["settings"]["gelu"] == "puma"
     assert puma["lowest_cosine"] < ours["lowest_cosine"]
-    compiled = secure.compile_text_model(str(directory), LENGTH, approximations="puma")
+    compiled = secure.compile_text_model(str(directory), LENGTH, approximations="puma", network="wan")
     assert compiled.program.labels["approximations"] == "puma"
     assert puma["rounds"] == compiled.cost.rounds
 
@@ -300,7 +301,9 @@ def test_json(run: Run, tiny: list[str]) -> None:
 
 def test_costs_are_those_of_the_profile_command(run: Run, tiny: list[str], directory: Path) -> None:
     (row,) = compared(run, *tiny, "--gelu", "puma", "--embedding", "client-table")["variants"]
-    compiled = secure.compile_text_model(str(directory), LENGTH, embedding="client-table", gelu="puma")
+    compiled = secure.compile_text_model(
+        str(directory), LENGTH, embedding="client-table", gelu="puma", network="wan"
+    )  # where the command asks if it is not told
     assert (row["rounds"], row["traffic"]) == (compiled.cost.rounds, compiled.cost.as_dict()["traffic"])
 
 

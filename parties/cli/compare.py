@@ -19,7 +19,6 @@ from parties.services.hosting import settle
 from parties.services.measure import measure_transport
 from protocols import kernels
 from protocols.fixedpoint import FixedPoint
-from secure.cost.count import LOOPBACK, NETWORKS, NetworkSpeed, find_network
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments import compare as comparison
 from secure.deployments.compare import (
@@ -40,6 +39,7 @@ from secure.errors import InvalidInput, printable
 from secure.models.calibration import HELD_OUT, SENTENCES
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer, load_tokenizer
+from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
 
 LENGTH = 128
 MARK = "*"
@@ -73,7 +73,11 @@ def compare(
     ] = None,
     accuracy: Annotated[float, typer.Option(min=-1, max=1, help="The lowest cosine that will do.")] = 0.9999,
     network: Annotated[
-        str, typer.Option(help=f"Where it shall be cheap: {LOOPBACK}, {', '.join(n.key for n in NETWORKS)} or MBPS,MS.")
+        str,
+        typer.Option(
+            help=f"Where it shall be cheap: {LOOPBACK}, {', '.join(n.key for n in NETWORKS)} or MBPS,MS. "
+            "All are compiled for it."
+        ),
     ] = "wan",
     texts: Annotated[
         Path | None, typer.Option(help="A text file, one text a line, to compare answers on, in place of ours.")
@@ -106,7 +110,7 @@ def compare(
     use_threads(threads)
     outcomes: list[Outcome] = []
     try:
-        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, time), beside):
+        for outcome in _outcomes(directory, model, chosen, held_out, _seconds(asked, time), key, beside):
             outcomes.append(outcome)
     finally:  # also what was found before an interruption
         if outcomes:
@@ -120,7 +124,13 @@ def compare(
 
 
 def _outcomes(
-    directory: Path, model: str, chosen: Sequence[Variant], texts: Sequence[str], seconds: Seconds, beside: str | None
+    directory: Path,
+    model: str,
+    chosen: Sequence[Variant],
+    texts: Sequence[str],
+    seconds: Seconds,
+    network: str,
+    beside: str | None,
 ) -> Iterator[Outcome]:
     from secure.models.sentence_encoder import load_sentence_encoder
 
@@ -136,7 +146,7 @@ def _outcomes(
 
     polynomial = load_sentence_encoder(model_directory(beside)) if beside else None
     labels = {"model": Path(model).name}
-    found = comparison.compare(encoder, chosen, samples, seconds, labels=labels, polynomial=polynomial)
+    found = comparison.compare(encoder, chosen, samples, seconds, network=network, labels=labels, polynomial=polynomial)
     for number, variant in enumerate(chosen, 1):
         say(f"unseen compare: {number} of {len(chosen)}: {variant.name} ...")
         yield next(found)

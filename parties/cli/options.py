@@ -23,6 +23,7 @@ from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.models.text import PACKAGED
 from secure.mpc.budget import GB, Budget
+from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.session import PACE
 from secure.tasks.embed import LENGTH
 
@@ -49,6 +50,14 @@ ApproximationsOption = Annotated[
 ]
 FractionBitsOption = Annotated[
     int | None, typer.Option(help=f"Fraction bits of activations; {FixedPoint().fraction_bits} by default.")
+]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        help=f"Where rounds and bytes shall be cheap: {LOOPBACK}, {', '.join(n.key for n in NETWORKS)} or "
+        f"MBPS,ROUND_TRIP_MS; {LOOPBACK} by default.",
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
@@ -123,6 +132,7 @@ _COMPILED_BY = {
     "gelu": "gelu",
     "approximations": "approximations",
     "fraction_bits": "fixed_point",
+    "network": "network",
 }
 """Command-line parameters by the names of CompileOptions."""
 
@@ -143,9 +153,16 @@ def compile_options(
     gelu: str | None = None,
     approximations: str | None = None,
     fraction_bits: int | None = None,
+    network: str | None = None,
 ) -> CompileOptions:
     """Read the options about compiling; InvalidInput for one that means nothing in this deployment."""
-    given = {"embedding": embedding, "gelu": gelu, "approximations": approximations, "fraction_bits": fraction_bits}
+    given = {
+        "embedding": embedding,
+        "gelu": gelu,
+        "approximations": approximations,
+        "fraction_bits": fraction_bits,
+        "network": network,
+    }
     for name, value in given.items():
         if value is not None and _COMPILED_BY[name] not in deployment.takes:
             raise refused(name, deployment, [n for n, field in _COMPILED_BY.items() if field in deployment.takes])

@@ -20,6 +20,7 @@ from parties.cli.options import (
     InsecureOption,
     LengthOption,
     ModelArgument,
+    NetworkOption,
     SameOwnerOption,
     ThreadsOption,
     TlsOption,
@@ -50,6 +51,7 @@ def share_model(
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
     fraction_bits: FractionBitsOption = None,
+    network: NetworkOption = None,
     calibration: CalibrationOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -61,6 +63,7 @@ def share_model(
         gelu=gelu,
         approximations=approximations,
         fraction_bits=fraction_bits,
+        network=network,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
     compiled = compiled_model("share-model", deployment, model, length, options, sentences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -23,13 +24,13 @@ from parties.cli.output import TABLE, FormatOption, OutputOption, checked_output
 from parties.reports.tables import profile_tables
 from parties.services.hosting import settle
 from parties.services.measure import measure_transport
-from secure.cost.count import LOOPBACK, NETWORKS, find_network
 from secure.cost.outline import SHAPES
 from secure.cost.report import ProfileReport
 from secure.deployments.compiled import build, task_of
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED
+from secure.mpc.network import LOOPBACK, NETWORKS, find_network
 
 KNOWN = f"""{MODEL}; or, without any weights: {", ".join(map(repr, SHAPES))}, or a config.json.
  Models on digits: digits, digits-2, digits-4."""
@@ -48,7 +49,10 @@ def profile(
     fraction_bits: FractionBitsOption = None,
     network: Annotated[
         list[str] | None,
-        typer.Option(help=f"{LOOPBACK}, {', '.join(n.key for n in NETWORKS)}, or MBPS,ROUND_TRIP_MS; may be repeated."),
+        typer.Option(
+            help=f"{LOOPBACK}, {', '.join(n.key for n in NETWORKS)}, or MBPS,ROUND_TRIP_MS."
+            " With one the model is compiled for it; of several each is shown for the same Program."
+        ),
     ] = None,
     time: Annotated[bool, typer.Option(help="Time this machine's kernels, to project seconds.")] = True,
     threads: ThreadsOption = 1,
@@ -74,6 +78,8 @@ def profile(
     if form.value == "html" and "html" not in deployment.profiled_by:
         raise InvalidInput(f"--format html means nothing under {deployment.name}", "table or json")
     networks = {name: find_network(name) for name in network} if network else None
+    if network and len(network) == 1:  # several are compared on one Program
+        options = replace(options, network=network[0])
     if as_json and form is not TABLE and form.value != "json":
         raise InvalidInput("--json and --format html exclude each other", "give one of them")
     chosen = "json" if as_json else str(form.value)

@@ -25,6 +25,7 @@ from parties.cli.options import (
     LengthOption,
     ListenOption,
     ModelArgument,
+    NetworkOption,
     SameOwnerOption,
     ThreadsOption,
     TlsOption,
@@ -64,6 +65,7 @@ def serve(
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
     fraction_bits: FractionBitsOption = None,
+    network: NetworkOption = None,
     calibration: CalibrationOption = None,
     state: Annotated[
         Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
@@ -95,26 +97,27 @@ def serve(
         gelu=gelu,
         approximations=approximations,
         fraction_bits=fraction_bits,
+        network=network,
     )
     given = host_options(deployment, role, state=state, trace=trace, deadline=deadline, rotate_mask=rotate_mask)
     if "workers" in deployments.hosted(deployment).takes[role]:
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)
-    network, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
+    channels, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: deployment.addresses()[name] for name in found.peers}
     if wait is not None and not peers:
         raise refused("wait", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
-    network.check(at, what=f"the {role}")
+    channels.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
-        network.check(endpoint, what=f"the {name}")
+        channels.check(endpoint, what=f"the {name}")
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
     if isinstance(task_of(model), Embed):
         model_directory(model)  # a mistake that can be seen before anything is loaded
-    hosting.check(at, endpoints, network, what=f"the {role}", wait=wait or 0.0)
+    hosting.check(at, endpoints, channels, what=f"the {role}", wait=wait or 0.0)
     if not same_owner:
-        hosting.check_owners(endpoints, network)
+        hosting.check_owners(endpoints, channels)
     if trace is not None:
         TraceDirectory(trace)
     if tokens is not None:
@@ -125,7 +128,7 @@ def serve(
         role=role,
         listen=str(at),
         peers=peers,
-        network=network,
+        network=channels,
         quotas=quotas,
         tokens=tokens,
         **given,
@@ -154,7 +157,7 @@ def compiled_model(
         f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
         f"{f'offline {offline}; ' if offline else ''}Program {compiled.program.digest}"
     )
-    for line in deployment.remarks(compiled.program):
+    for line in (*deployment.choices(compiled.model), *deployment.remarks(compiled.program)):
         say(f"unseen {verb}: {line}")
     return compiled
 

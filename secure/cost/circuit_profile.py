@@ -8,13 +8,14 @@ from typing import Any
 
 from protocols.protocol import CircuitCost
 from protocols.two_party import Input
-from secure.cost.count import Line, NetworkSpeed, Profile, module, profile, total_seconds
+from secure.cost.count import Line, Profile, module, profile, total_seconds
 from secure.cost.kernel_times import measure
 from secure.cost.projection import Projection, Transport, project
 from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.runnable import Deployed
 from secure.cost.timeline import Timeline, Usage
 from secure.cost.traffic import Cost, in_words, links, mb, traffic_json
+from secure.mpc.network import NetworkSpeed
 from secure.mpc.program import Program
 
 Networks = Mapping[str, NetworkSpeed | None]

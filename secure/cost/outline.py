@@ -22,6 +22,7 @@ from protocols.fixedpoint import FixedPoint
 from secure.errors import InvalidInput, MissingPackage
 from secure.frontend import lower_outline
 from secure.mpc.compile import emit_program
+from secure.mpc.network import LOOPBACK, find_network
 from secure.mpc.program import Program
 from secure.polynomial.forms import forms
 from secure.polynomial.recipe import Recipe
@@ -80,6 +81,7 @@ def outline(
     gelu: str = GELU_FORMS[0],
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
+    network: str | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Program:
     """Return the Program of a module for values within ``reach``. It reads no weight, so that ``hollow`` ones suffice.
@@ -89,7 +91,7 @@ def outline(
     fixed, functions = fixed_point or FixedPoint(), choose(approximations, gelu)
     lowered, ranges = lower_outline(model, example_inputs, reach=reach, embedding=embedding, functions=functions)
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
-    return emit_program(lowered, ranges, fixed, named)
+    return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK))
 
 
 def is_shape(model: str) -> bool:
@@ -105,6 +107,7 @@ def outline_shape(
     gelu: str = GELU_FORMS[0],
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
+    network: str | None = None,
     recipe: Recipe | None = None,
 ) -> Program:
     """Return the Program that computes hidden states for ``length`` tokens, without weights.
@@ -136,6 +139,7 @@ def outline_shape(
         gelu=gelu,
         approximations=approximations,
         fixed_point=fixed_point,
+        network=network,
         labels=labels,
     )
 

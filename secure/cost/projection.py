@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER
-from secure.cost.count import NetworkSpeed, Profile, Stage
+from secure.cost.count import Profile, Stage
 from secure.cost.kernel_times import Segment, Timings
 from secure.cost.timeline import Round, Timeline, Work
+from secure.mpc.network import NetworkSpeed
 
 
 @dataclass(frozen=True)

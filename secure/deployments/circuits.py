@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from secure.cost.circuit_profile import Weightless, circuit_profile, failure
-from secure.cost.count import LOOPBACK, NETWORKS
 from secure.cost.outline import SHAPES, is_shape, outline_shape
 from secure.cost.report import ProfileReport
 from secure.cost.runnable import Deployed
@@ -19,6 +18,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
 from secure.mpc import compile as mpc
+from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.tasks.embed import LENGTH
@@ -69,8 +69,12 @@ class CircuitDeployment(Deployment):
             options.networks if options.networks is not None else default,
             transport,
             options.depth or DEPTH,
-            self.remarks(program),
+            (*self.choices(model), *self.remarks(program)),
         )
+
+    def choices(self, model: mpc.MpcModel | Weightless) -> tuple[str, ...]:
+        choice = getattr(model, "choice", None)
+        return (choice.words,) if choice else ()
 
     def remarks(self, program: Program) -> tuple[str, ...]:
         return (failure(program),)

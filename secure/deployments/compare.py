@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from approximations import APPROXIMATIONS, choose
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
-from secure.cost.count import NETWORKS, NetworkSpeed, Profile, profile
+from secure.cost.count import Profile, profile
 from secure.cost.kernel_times import Timings, measure
 from secure.cost.projection import Transport, project
 from secure.cost.runnable import Runnable
@@ -34,6 +34,7 @@ from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS
 from secure.lowering.lower import Sample
 from secure.mpc.compile import MpcModel, compile
+from secure.mpc.network import NETWORKS, NetworkSpeed
 
 
 def comparable() -> dict[str, CircuitDeployment]:
@@ -170,6 +171,7 @@ def compare(
     samples: Callable[[int], Samples],
     seconds: Seconds | None = None,
     *,
+    network: str | None = None,
     labels: Mapping[str, str] | None = None,
     polynomial: nn.Module | None = None,
 ) -> Iterator[Outcome]:
@@ -177,6 +179,7 @@ def compare(
 
     samples: returns the model's inputs at a length; it is called once per length.
     seconds: by default the seconds of waiting for the usual networks.
+    network: the one for which every variant is compiled, see ``secure.compile``.
     polynomial: the model in polynomial form; its answers are compared with those of ``model`` too.
     """
     prepared: dict[int, _Prepared] = {}
@@ -191,7 +194,7 @@ def compare(
             if variant.form != FORMS[0] and polynomial is None:
                 raise InvalidInput("no model in polynomial form was given")
             used = model if variant.form == FORMS[0] or polynomial is None else polynomial
-            compiled = _compile(used, variant, ready.samples, labels or {})
+            compiled = _compile(used, variant, ready.samples, network, labels or {})
             deployment = comparable()[variant.deployment]
             running = deployment.deployed(compiled.program)
             found = profile(running)
@@ -237,7 +240,9 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mapping[str, str]) -> MpcModel:
+def _compile(
+    model: nn.Module, variant: Variant, samples: Samples, network: str | None, labels: Mapping[str, str]
+) -> MpcModel:
     example, *more = samples.calibration
     return compile(
         model,
@@ -247,6 +252,7 @@ def _compile(model: nn.Module, variant: Variant, samples: Samples, labels: Mappi
         gelu=variant.gelu,
         approximations=variant.approximations,
         fixed_point=FixedPoint(fraction_bits=variant.fraction_bits),
+        network=network,
         labels={"length": str(variant.length), **labels},
     )
 

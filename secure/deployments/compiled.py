@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from protocols.fixedpoint import FixedPoint
-from secure.cost.count import find_network
 from secure.cost.projection import Transport
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
@@ -20,6 +19,7 @@ from secure.errors import InvalidInput
 from secure.lowering.client_inputs import check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
+from secure.mpc.network import find_network
 from secure.session import Session
 from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
@@ -68,6 +68,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     gelu: str | None = None,
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
+    network: str | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Capture a module, calibrate its ranges, and lower it for one deployment (by default ``TwoParty()``).
@@ -77,6 +78,8 @@ def compile(  # the verb that torch uses; always written secure.compile
     embedding: "one-hot" (nothing revealed) or "client-table" (the owner lets clients hold the token table, and the
     look-up costs nothing). gelu: the form of GeLU, see ``approximations.gelu``. approximations: "default" for ours, or
     "puma" for the published ones of that paper, its GeLU among them. fixed_point: scales and margins.
+    network: where rounds and bytes shall be cheap: "lan", "wan", "slow-wan", or "MBPS,ROUND_TRIP_MS"; by default, and
+    for "loopback", where the parties are near. The Program's label "network" names it.
     Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value that no ring or modulus holds) and
     InvalidInput (an option that means nothing in this deployment).
     """
@@ -85,7 +88,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     samples = [example_inputs, *calibration]
     for sample in samples:
         check_inputs(sample)
-    options = CompileOptions(embedding, gelu, approximations, fixed_point)
+    options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
     return build(Loaded("", model, samples), deployment or TwoParty(), options, labels or {})
 
 
@@ -99,6 +102,7 @@ def compile_text_model(
     gelu: str | None = None,
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
+    network: str | None = None,
 ) -> Compiled:
     """Load a sentence encoder with its tokenizer, and compile it for texts of up to ``length`` tokens.
 
@@ -106,7 +110,7 @@ def compile_text_model(
     calibration: sentences of your own that widen the ranges. Other arguments and exceptions are those of
     ``secure.compile``. Raises ModelNotFound too.
     """
-    options = CompileOptions(embedding, gelu, approximations, fixed_point)
+    options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
     deployment = deployment or TwoParty()
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded

@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from protocols.fixedpoint import FixedPoint
-from secure.cost.count import NetworkSpeed
 from secure.cost.projection import Transport
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
 from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
+from secure.mpc.network import NetworkSpeed, find_network
 from secure.session import Link
 
 COMPILE, CONNECT, SERVE = "compile", "connect", "serve"
@@ -63,6 +63,12 @@ class CompileOptions:
     gelu: str | None = None
     approximations: str | None = None
     fixed_point: FixedPoint | None = None
+    network: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInput for an unknown network."""
+        if self.network is not None:
+            find_network(self.network)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -145,6 +151,10 @@ class Deployment(ABC):
         """Report the cost of one query of a model from ``build`` or ``outline`` in detail; here only ``cost``."""
         cost = self.cost(model)
         return ProfileReport(cost, {"deployment": self.name, **cost.as_dict()})
+
+    def choices(self, model: Any) -> tuple[str, ...]:
+        """Return lines for people about the choices that compiling a model from ``build`` made for its network."""
+        return ()
 
     def remarks(self, program: Any) -> tuple[str, ...]:
         """Return lines for people about the queries of a Program."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
+from secure.mpc.network import LOOPBACK, NetworkSpeed, find_network
+from secure.mpc.prices import Choice
+from secure.mpc.prices import choose as choose_prices
 from secure.mpc.program import Output, Program
 
 
@@ -27,12 +31,13 @@ from secure.mpc.program import Output, Program
 class MpcModel:
     """A Program, the server's weights as integers, and the token tables that the owner lets clients hold.
 
-    The Program is public; ``integers`` are the server's secret.
+    The Program is public; ``integers`` are the server's secret. choice: for the network that was named.
     """
 
     program: Program
     integers: Mapping[str, Tensor]
     client_tables: Mapping[str, Tensor]
+    choice: Choice | None = None
 
     @property
     def server_weights(self) -> ServerWeights:
@@ -61,6 +66,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     gelu: str = GELU_FORMS[0],
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
+    network: str | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> MpcModel:
     """Capture a module, calibrate its ranges, and lower it to a circuit for two parties and a dealer.
@@ -71,6 +77,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     clients hold the token table, and the look-up costs nothing).
     gelu: the form of GeLU, see ``approximations.gelu``.
     approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
+    network: where rounds and bytes shall be cheap, see ``find_network``; by default where parties are near.
     Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
     """
     fixed = fixed_point or FixedPoint()
@@ -80,18 +87,25 @@ def compile(  # the verb that torch uses; always written secure.compile
     clear_inputs = map(lowered.inputs, samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     named = {"embedding": embedding, **functions.labels, **(labels or {})}
-    return finish(lowered, ranges, fixed, named)
+    return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK))
 
 
-def finish(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> MpcModel:
+def finish(
+    lowered: Lowered,
+    ranges: Ranges,
+    fixed: FixedPoint,
+    labels: Mapping[str, str],
+    network: NetworkSpeed | None = None,
+) -> MpcModel:
     """Emit the circuit of a lowered model, and encode its weights as integers."""
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
-    program = emit_program(lowered, ranges, fixed, {**labels, "ranges": "calibrated", **tables_label(tables)})
+    named = {**labels, "ranges": "calibrated", **tables_label(tables)}
+    program, choice = chosen_program(lowered, ranges, fixed, named, network)
     integers = {}
     for key in weight_keys(program):
         name, fraction = split_weight_key(key)
         integers[key] = ring.encode(lowered.weights[name], fraction)
-    return MpcModel(program, integers, tables)
+    return MpcModel(program, integers, tables, choice)
 
 
 def weight_keys(program: Program) -> list[str]:
@@ -99,13 +113,29 @@ def weight_keys(program: Program) -> list[str]:
     return list({use.name: None for i in program.circuit if (use := i.protocol.weight_use)})
 
 
-def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str]) -> Program:
+def emit_program(
+    lowered: Lowered,
+    ranges: Ranges,
+    fixed: FixedPoint,
+    labels: Mapping[str, str],
+    network: NetworkSpeed | None = None,
+) -> Program:
     """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read.
 
+    network: the one for which rounds and bytes are chosen; the label "network" names it.
     Raises InvalidProgram if others would refuse it: it is too large, or a name in it cannot be printed.
     """
+    return chosen_program(lowered, ranges, fixed, labels, network)[0]
+
+
+def chosen_program(
+    lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str], network: NetworkSpeed | None
+) -> tuple[Program, Choice | None]:
+    """Emit a Program as ``emit_program`` does, and return the choice that was made for the network."""
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
-    emitted = emit(lowered.trace, ranges, fixed, [symbol.id for symbol in lowered.outputs.values()], clamps)
+    outputs = [symbol.id for symbol in lowered.outputs.values()]
+    at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps)
+    emitted, choice = choose_prices(network, at) if network else (at(), None)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     program = Program(
         circuit=emitted.circuit,
@@ -115,10 +145,10 @@ def emit_program(lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Ma
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
         weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
-        labels=dict(labels),
+        labels={**labels, **({"network": network.key} if network else {})},
     )
     Program.from_bytes(program.encoded)  # as everybody does who receives it: what they refuse is refused here
-    return program
+    return program, choice
 
 
 def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:

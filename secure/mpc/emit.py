@@ -32,6 +32,7 @@ from secure.lowering.trace import Trace
 from secure.mpc import arithmetic, nonlinear, powers, softmax
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Plan, Planning, nothing
+from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.share import Share
 
 
@@ -109,14 +110,16 @@ def emit(
     fixed: FixedPoint,
     outputs: Sequence[int],
     clamps: Mapping[str, tuple[float, float]],
+    prices: Prices = DEFAULT,
 ) -> Emitted:
     """Emit the circuit that reveals ``outputs`` (positions in the trace) to the client.
 
-    ``clamps``: the range to which the client clamps each input, by name. Raises UnsupportedOperation (shares cannot
-    compute a primitive; names the module) and DoesNotFit (no ring can hold a value).
+    ``clamps``: the range to which the client clamps each input, by name. ``prices``: of rounds and bytes.
+    Raises UnsupportedOperation (shares cannot compute a primitive; names the module) and DoesNotFit (no ring can hold
+    a value).
     """
     rules = [_rule(p) for p in trace.primitives]
-    e = Emitter(Plan(trace, ranges, fixed, outputs, rules), clamps)
+    e = Emitter(Plan(trace, ranges, fixed, outputs, rules, prices), clamps)
     for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
         e.path = p.path
         e.settle(i, rule.emit(e, i, p))

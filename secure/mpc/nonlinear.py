@@ -18,7 +18,6 @@ from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.share import Share
 
-DEALT_FOR_ONLINE = 16  # dealt bytes, sent before the query, that are worth one byte online
 _SHORT = 8  # bits of a slope that is applied exactly
 
 
@@ -165,19 +164,21 @@ def compare(
     Low bits worth at most ``tolerance`` units are dropped where that makes the comparison cheaper.
     """
     spare = max(0, math.floor(math.log2(max(tolerance, 1.0))))
-    return e.emit(cheapest_compare(shape, width, thresholds, spare), at)
+    return e.emit(cheapest_compare(shape, width, thresholds, spare, e.plan.prices.dealt_for_online), at)
 
 
-def cheapest_compare(shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], spare: int) -> tp.Compare:
+def cheapest_compare(
+    shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], spare: int, dealt_for_online: int
+) -> tp.Compare:
     """Return the comparison with the fewest rounds, then the fewest bytes, that drops at most ``spare`` low bits.
 
-    A dealt byte counts for 1/DEALT_FOR_ONLINE of an online one. Of equally cheap ones it returns the most exact.
+    A dealt byte counts for 1/dealt_for_online of an online one. Of equally cheap ones it returns the most exact.
     """
 
     def price(compare: tp.Compare) -> tuple[int, int, int]:
         cost = compare.cost()
         online = cost.to_first + cost.to_second
-        return cost.rounds, DEALT_FOR_ONLINE * online + cost.dealt, compare.drop
+        return cost.rounds, dealt_for_online * online + cost.dealt, compare.drop
 
     drops = range(min(spare, width - 2) + 1)
     return min((tp.Compare(shape, width, drop, thresholds, digit) for drop in drops for digit in DIGITS), key=price)

@@ -12,6 +12,7 @@ from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
+from secure.mpc.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,6 @@ def opened(ring: int) -> Need:
 
 Needs = Callable[["Plan", int, Primitive], Iterable[Need]]
 Reach = Callable[["Plan", int, Primitive], int]
-
-ROUND_BYTES = 400_000
-"""The bytes that are worth a round: what a link of 100 Mbps takes in the 40 ms that one message is on its way."""
 
 
 def nothing(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -74,9 +72,15 @@ class Plan:
     """The scale (fraction bits) and the rings of every value of a trace. ``rules``: one per primitive, in order."""
 
     def __init__(
-        self, trace: Trace, ranges: Ranges, fixed: FixedPoint, outputs: Sequence[int], rules: Sequence[Planning]
+        self,
+        trace: Trace,
+        ranges: Ranges,
+        fixed: FixedPoint,
+        outputs: Sequence[int],
+        rules: Sequence[Planning],
+        prices: Prices,
     ) -> None:
-        self.trace, self.ranges, self.fixed = trace, ranges, fixed
+        self.trace, self.ranges, self.fixed, self.prices = trace, ranges, fixed, prices
         n = len(trace.primitives)
         self.fraction = [fixed.fraction_bits] * n
         self.base, self.wish, self.reach = [0] * n, [0] * n, [0] * n
@@ -140,7 +144,8 @@ class Plan:
         for result in (self.want(i), self.base[i]):
             ring = result + excess
             reached = all(ring <= self.reach[x] or narrowest > self.reach[x] for x in operands)
-            if narrowest <= ring <= WORD and reached and (ring - narrowest) * bytes_a_bit <= ROUND_BYTES:
+            cheaper = (ring - narrowest) * bytes_a_bit <= self.prices.round_bytes
+            if narrowest <= ring <= WORD and reached and cheaper:
                 return ring
         return narrowest
 

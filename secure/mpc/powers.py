@@ -30,7 +30,6 @@ DIGIT_BITS = 10  # of the digits that tell bands apart: 128 dealt bytes a band
 ROUNDING = 17  # bits to which the opening rounds the smallest argument
 ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
-FEW = 512  # coefficients of a table that is never divided: a round is worth 4 kB a value
 JOIN = 12  # dealt words that another band takes: a table of bits, and a selection
 
 
@@ -65,10 +64,10 @@ class _Bands:
 
 
 @lru_cache(maxsize=256)
-def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]] | None:
+def divided(root: int, low: int, high: int, few: int) -> tuple[int, tuple[_Band, ...]] | None:
     """Return the ring of the digits and the bands, from coarse to fine, that take the fewest dealt bytes.
 
-    It is one band if that has few coefficients, and None if no tables hold the range.
+    It is one band if that has at most ``few`` coefficients, and None if no tables hold the range.
     """
     ring = max(high.bit_length(), DIGIT_BITS)
     ring += (1 << ring) - (1 << (ring - DIGIT_BITS)) <= high
@@ -83,7 +82,7 @@ def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]] | N
             return None
 
     whole = band(0, 0)
-    if whole is not None and whole.size <= FEW:
+    if whole is not None and whole.size <= few:
         return ring, (whole,)
     # the cheapest way from ``low`` to ``high`` over counts that ascend by a quarter of an octave at least
     counts = sorted({int(0.99 * 2 ** (i / 4)) for i in range(4, 4 * DIGIT_BITS)})
@@ -103,7 +102,7 @@ def _bands(plan: Plan, p: Primitive) -> _Bands:
     a, given = p.attrs, plan.fraction[p.inputs[0]]
     fraction = min(given, ROUNDING - math.floor(math.log2(a["low"])))
     low, high = max(1, math.floor(a["low"] / ROOM * 2.0**fraction)), math.ceil(a["high"] * ROOM * 2.0**fraction)
-    found = divided(a["root"], low, high)
+    found = divided(a["root"], low, high, plan.prices.coefficients)
     if found is None:
         raise DoesNotFit(
             f"{p.where}: tables of x^(-1/{a['root']}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "

@@ -1,0 +1,88 @@
+"""Prices by which the compiler chooses between rounds, online bytes and dealt bytes, and their choice for a network.
+
+Every choice is local: a layer is widened if the wider messages cost less than the round that they spare. Whether a
+round counts depends on the rest of the circuit, because rounds of independent instructions are one. So for a network
+that is named, the circuit is emitted at each of ``CANDIDATES``, and that of the least projected time is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from protocols.circuit import Circuit, total_cost
+from protocols.protocol import CircuitCost
+from secure.mpc.network import NetworkSpeed
+
+DEALT_FOR_ONLINE = 16
+"""The dealt bytes, sent before the query while nobody waits, that are worth one online byte."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The worth of a round, by which ``Plan`` and ``Emitter`` choose. The defaults are those of both parties near.
+
+    round_bytes: the online bytes that are worth a round. coefficients: the most coefficients of a dealt table that is
+    one value's alone and spares the rounds that choose among smaller ones; each takes 8 dealt bytes at most.
+    dealt_for_online: the dealt bytes that are worth one online byte.
+    """
+
+    round_bytes: int = 400_000
+    coefficients: int = 512
+    dealt_for_online: int = DEALT_FOR_ONLINE
+
+
+DEFAULT = Prices()
+_TRIED = itertools.product((0, 100_000, 400_000, 4_000_000), (0, 512, 4096))
+
+CANDIDATES = tuple(dict.fromkeys((DEFAULT, *itertools.starmap(Prices, _TRIED))))
+"""The prices that ``choose`` tries, the default first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The prices that were chosen for a network, and the cost of a query at them and at the default prices."""
+
+    network: NetworkSpeed
+    prices: Prices
+    cost: CircuitCost
+    default: CircuitCost
+
+    @property
+    def words(self) -> str:
+        """The choice and its price, for people."""
+        said = f"for {self.network.name}: {_words(self.network, self.cost)}"
+        if self.cost == self.default:
+            return f"{said}; nothing else is cheaper there than the default choice"
+        return f"{said}; the default choice: {_words(self.network, self.default)}"
+
+
+def _words(network: NetworkSpeed, cost: CircuitCost) -> str:
+    online = (cost.to_first + cost.to_second) / 1e6
+    waiting = network.seconds(cost)
+    return f"{cost.rounds} rounds, {online:.1f} MB online, {cost.dealt / 1e6:.1f} MB dealt, {waiting:.3g} s of waiting"
+
+
+def projected(network: NetworkSpeed, cost: CircuitCost) -> float:
+    """Return the seconds by which circuits are compared: of waiting online, and of dealing for its part."""
+    return network.seconds(cost) + cost.dealt / DEALT_FOR_ONLINE / network.bandwidth
+
+
+class HasCircuit(Protocol):
+    """An object with a circuit."""
+
+    @property
+    def circuit(self) -> Circuit: ...
+
+
+Found = TypeVar("Found", bound=HasCircuit)
+
+
+def choose(network: NetworkSpeed, emit: Callable[[Prices], Found]) -> tuple[Found, Choice]:
+    """Return what ``emit`` returns at the prices of the least projected time; of equal ones, the earliest of them."""
+    emitted = [emit(prices) for prices in CANDIDATES]
+    costs = [total_cost(each.circuit) for each in emitted]
+    best = min(range(len(costs)), key=lambda i: projected(network, costs[i]))
+    return emitted[best], Choice(network, CANDIDATES[best], costs[best], costs[0])

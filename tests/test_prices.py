@@ -1,0 +1,180 @@
+"""Prices of rounds and bytes, and the choice that the compiler makes for a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import secure
+from protocols.circuit import total_cost
+from secure.cost.outline import outline
+from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.compare import Variant, compare
+from secure.deployments.deployment import CompileOptions
+from secure.errors import InvalidInput
+from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
+from secure.mpc.prices import CANDIDATES, DEALT_FOR_ONLINE, DEFAULT, Choice, Prices, choose, projected
+from secure.mpc.program import Program
+from tests.helpers import run_function
+from tests.test_whatif import Tiny, samples
+
+FAR = NetworkSpeed("far", "far", 10.0, 1e9)
+THIN = NetworkSpeed("thin", "thin", 1e-6, 1e4)
+
+
+class Norm(nn.Module):
+    """Layers and norms of their sums, which have rounds that bytes can spare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear, self.out = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.norm(x)
+        return self.norm(self.out(hidden * self.linear(hidden)) + hidden)
+
+
+def inputs(seed: int) -> dict[str, torch.Tensor]:
+    x = torch.randn((1, 6, 16), generator=torch.Generator().manual_seed(seed))
+    return {"x": x * torch.linspace(1, 4, 6).reshape(1, 6, 1)}
+
+
+def compiled(network: str | None, deployment: CircuitDeployment | None = None) -> secure.Compiled:
+    calibration = [inputs(seed) for seed in range(1, 6)]
+    return secure.compile(Norm().eval(), inputs(0), calibration=calibration, network=network, deployment=deployment)
+
+
+@pytest.fixture(scope="module")
+def near() -> secure.Compiled:
+    return compiled(None)
+
+
+# the choice
+
+
+def test_the_choice_has_the_least_projected_time(near: secure.Compiled) -> None:
+    program: Program = near.program
+
+    def emit(prices: Prices) -> Any:
+        return made[prices]
+
+    class Made:
+        def __init__(self, circuit: Any) -> None:
+            self.circuit = circuit
+
+    made = {prices: Made(program.circuit[: len(program.circuit) - i]) for i, prices in enumerate(CANDIDATES)}
+    found, choice = choose(THIN, emit)
+    assert found is made[choice.prices]
+    assert choice.cost == total_cost(found.circuit)
+    assert choice.default == total_cost(program.circuit)
+    least = min(projected(THIN, total_cost(each.circuit)) for each in made.values())
+    assert projected(THIN, choice.cost) == least
+
+
+def test_of_equal_ones_the_default_is_taken(near: secure.Compiled) -> None:
+    _, choice = choose(FAR, lambda _: near.program)
+    assert choice.prices is DEFAULT is CANDIDATES[0]
+    assert len(set(CANDIDATES)) == len(CANDIDATES)
+
+
+def test_a_dear_round_gives_fewer_rounds_and_a_dear_byte_fewer_bytes(near: secure.Compiled) -> None:
+    far, thin = compiled("5000,10000"), compiled("0.1,0.001")
+    costs = [total_cost(each.program.circuit) for each in (far, near, thin)]
+    assert costs[0].rounds <= costs[1].rounds <= costs[2].rounds
+    assert costs[0].rounds < costs[2].rounds
+    worth = [max(cost.to_first, cost.to_second) + cost.dealt / DEALT_FOR_ONLINE for cost in costs]
+    assert worth[0] > worth[1] > worth[2]
+
+
+@pytest.mark.parametrize("network", ["lan", "slow-wan", "0.1,0.001", "5000,10000"])
+def test_results_stay_right(network: str) -> None:
+    made = compiled(network)
+    with torch.no_grad():
+        expected = Norm().eval()(**inputs(3))
+    with secure.insecure_in_process(made) as session:
+        answer = session.query(inputs(3))
+    assert float((answer - expected).abs().max()) < 1e-3
+    assert float((secure.plain_reference(made, inputs(3)) - expected).abs().max()) < 1e-3
+
+
+# names
+
+
+def test_the_digest_covers_the_network(near: secure.Compiled) -> None:
+    assert compiled(LOOPBACK).program.digest == near.program.digest
+    assert "network" not in near.program.labels
+    programs = [compiled(network).program for network in ("wan", "slow-wan", "250,20", " 250 , 20 ")]
+    assert [p.labels["network"] for p in programs] == ["wan", "slow-wan", "250,20", "250,20"]
+    assert programs[2].digest == programs[3].digest
+    assert len({near.program.digest, *(p.digest for p in programs)}) == 4
+
+
+@pytest.mark.parametrize("text", ["moon", "1e9,3", f"{'9' * 400},1", f"1,{'9' * 400}", "0,1", "1,2,3", "wan,lan"])
+def test_an_unknown_network_is_refused_before_anything_is_done(text: str) -> None:
+    with pytest.raises(InvalidInput, match="unknown network"):
+        CompileOptions(network=text)
+    with pytest.raises(InvalidInput, match="unknown network"):
+        secure.compile(Norm(), inputs(0), network=text)
+
+
+def test_ckks_has_no_rounds_to_choose() -> None:
+    with pytest.raises(InvalidInput, match="network means nothing under ckks"):
+        secure.compile(Norm(), inputs(0), deployment=secure.Ckks(), network="wan")
+
+
+# who is told
+
+
+def test_the_choice_is_said_with_its_price_and_the_default_s(near: secure.Compiled) -> None:
+    made = compiled("slow-wan")
+    (words,) = made.deployment.choices(made.model)
+    cost, default = (each.cost for each in (made, near))
+    assert words.startswith(f"for WAN, 100 Mbps, 80 ms: {cost.rounds} rounds, ")
+    assert f"; the default choice: {default.rounds} rounds, " in words
+    assert words.count(" MB online, ") == words.count(" MB dealt, ") == words.count(" s of waiting") == 2
+    assert near.deployment.choices(near.model) == ()
+    same = Choice(NETWORKS[0], DEFAULT, made.model.choice.default, made.model.choice.default)
+    assert same.words.endswith("; nothing else is cheaper there than the default choice")
+
+
+def test_profiles_say_it_too() -> None:
+    made = compiled("slow-wan")
+    report = secure.profile(made, networks=["slow-wan"])
+    assert made.deployment.choices(made.model)[0] in report.lines
+    assert report.as_dict()["labels"]["network"] == "slow-wan"
+
+
+@pytest.mark.parametrize("deployment", [secure.TwoParty(), secure.ThreeParty()], ids=lambda d: d.name)
+def test_all_deployments_by_shares_take_it(deployment: CircuitDeployment) -> None:
+    made = compiled("slow-wan", deployment)
+    assert made.program.labels["network"] == "slow-wan"
+    assert made.cost.rounds <= compiled(None, deployment).cost.rounds
+
+
+def test_outlines_and_comparisons_are_for_a_network() -> None:
+    program = outline(Norm().eval(), inputs(0), network="slow-wan")
+    assert program.labels["network"] == "slow-wan"
+    assert total_cost(program.circuit).rounds <= total_cost(outline(Norm().eval(), inputs(0)).circuit).rounds
+    (found,) = compare(Tiny(), [Variant(5)], samples, network="slow-wan")
+    first, *more = samples(5).calibration
+    asked = secure.compile(Tiny(), first, calibration=more, network="slow-wan")
+    assert found.cost == asked.cost
+
+
+def test_a_larger_table_spares_the_choice_among_smaller_ones() -> None:
+    x = torch.linspace(1, 300, 40, dtype=torch.float64)
+    runs = [
+        run_function(lambda x: x.inverse_power(2, 1.0, 300.0, 1.0, 0), x, prices=Prices(coefficients=n))
+        for n in (0, 4096)
+    ]
+    assert runs[0].cost.rounds > runs[1].cost.rounds
+    assert runs[0].cost.dealt < runs[1].cost.dealt
+
+
+def test_names_of_networks() -> None:
+    assert [n.key for n in NETWORKS] == ["lan", "wan", "slow-wan"]
+    assert find_network("0.5,0") == NetworkSpeed("0.5,0", "0.5 Mbps, 0 ms", 0.0, 62500.0)
