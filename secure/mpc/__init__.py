@@ -6,7 +6,8 @@ share        a shared value: its place, ring and scale
 plan         the rings and openings that the readers of every value need
 emitter      the circuit in the making
 arithmetic   inputs, products, sums, shapes
-nonlinear    piecewise polynomials, exponentials, maxima
+nonlinear    piecewise polynomials, maxima
+softmax      exponentials below a bound of their row
 powers       inverse powers, by dealt tables
 emit         the record of every primitive; from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
