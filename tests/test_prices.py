@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import secure
+from approximations import softmax
 from protocols.circuit import total_cost
 from secure.cost.outline import outline
 from secure.deployments.circuits import CircuitDeployment
@@ -16,8 +18,7 @@ from secure.deployments.compare import Variant, compare
 from secure.deployments.deployment import CompileOptions
 from secure.errors import InvalidInput
 from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
-from secure.mpc.prices import CANDIDATES, DEALT_FOR_ONLINE, DEFAULT, Choice, Prices, choose, projected
-from secure.mpc.program import Program
+from secure.mpc.prices import DEALT_FOR_ONLINE, DEFAULT, TRIED, Choice, Prices, choose
 from tests.helpers import run_function
 from tests.test_whatif import Tiny, samples
 
@@ -56,29 +57,35 @@ def near() -> secure.Compiled:
 # the choice
 
 
-def test_the_choice_has_the_least_projected_time(near: secure.Compiled) -> None:
-    program: Program = near.program
+class Made:
+    """A circuit, whatever it computes."""
 
-    def emit(prices: Prices) -> Any:
+    def __init__(self, circuit: Any) -> None:
+        self.circuit = circuit
+
+
+@pytest.mark.parametrize("shortest", [{"round_bytes": 0}, {"coefficients": 4096}, {"histogram_bytes": 8_000_000}, {}])
+def test_the_choice_has_the_least_projected_time(near: secure.Compiled, shortest: dict[str, int]) -> None:
+    whole = near.program.circuit
+    best = replace(DEFAULT, **shortest)
+    made: dict[Prices, Made] = {}
+
+    def emit(prices: Prices) -> Made:
+        made[prices] = Made(whole[:-4] if prices == best else whole)
         return made[prices]
 
-    class Made:
-        def __init__(self, circuit: Any) -> None:
-            self.circuit = circuit
-
-    made = {prices: Made(program.circuit[: len(program.circuit) - i]) for i, prices in enumerate(CANDIDATES)}
     found, choice = choose(THIN, emit)
-    assert found is made[choice.prices]
+    assert found is made[best]
+    assert choice.prices == best
     assert choice.cost == total_cost(found.circuit)
-    assert choice.default == total_cost(program.circuit)
-    least = min(projected(THIN, total_cost(each.circuit)) for each in made.values())
-    assert projected(THIN, choice.cost) == least
+    assert choice.default == total_cost(made[DEFAULT].circuit)
+    assert len(made) == 1 + sum(map(len, TRIED.values()))
 
 
 def test_of_equal_ones_the_default_is_taken(near: secure.Compiled) -> None:
     _, choice = choose(FAR, lambda _: near.program)
-    assert choice.prices is DEFAULT is CANDIDATES[0]
-    assert len(set(CANDIDATES)) == len(CANDIDATES)
+    assert choice.prices == DEFAULT
+    assert set(TRIED) < {f.name for f in fields(Prices)}
 
 
 def test_a_dear_round_gives_fewer_rounds_and_a_dear_byte_fewer_bytes(near: secure.Compiled) -> None:
@@ -173,6 +180,19 @@ def test_a_larger_table_spares_the_choice_among_smaller_ones() -> None:
     ]
     assert runs[0].cost.rounds > runs[1].cost.rounds
     assert runs[0].cost.dealt < runs[1].cost.dealt
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("columns", [3, 40, 300])
+def test_a_histogram_of_all_digits_spares_the_window(seed: int, columns: int) -> None:
+    x = torch.randn((2, 5, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6
+    x[0, 0] -= 40  # far below the window of the largest scores
+    x[1, 1, 0] = x.max() + 3
+    x[1, 2, 1:] = x.min() - 5  # the lowest that there are
+    runs = [run_function(softmax, x, prices=Prices(histogram_bytes=n)) for n in (0, 10**9)]
+    assert runs[0].cost.rounds == runs[1].cost.rounds + 1
+    for run in runs:
+        assert float((run.result - torch.softmax(x, -1)).abs().max()) < 1e-3
 
 
 def test_names_of_networks() -> None:

@@ -2,14 +2,13 @@
 
 Every choice is local: a layer is widened if the wider messages cost less than the round that they spare. Whether a
 round counts depends on the rest of the circuit, because rounds of independent instructions are one. So for a network
-that is named, the circuit is emitted at each of ``CANDIDATES``, and that of the least projected time is taken.
+that is named, the circuit is emitted at several prices, and that of the least projected time is taken.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from protocols.circuit import Circuit, total_cost
@@ -26,19 +25,24 @@ class Prices:
 
     round_bytes: the online bytes that are worth a round. coefficients: the most coefficients of a dealt table that is
     one value's alone and spares the rounds that choose among smaller ones; each takes 8 dealt bytes at most.
-    dealt_for_online: the dealt bytes that are worth one online byte.
+    histogram_bytes: the dealt bytes, more than those of a window, for which a histogram counts all digits and spares
+    the round that tells those of the window. dealt_for_online: the dealt bytes that are worth one online byte.
     """
 
     round_bytes: int = 400_000
     coefficients: int = 512
+    histogram_bytes: int = 0
     dealt_for_online: int = DEALT_FOR_ONLINE
 
 
 DEFAULT = Prices()
-_TRIED = itertools.product((0, 100_000, 400_000, 4_000_000), (0, 512, 4096))
 
-CANDIDATES = tuple(dict.fromkeys((DEFAULT, *itertools.starmap(Prices, _TRIED))))
-"""The prices that ``choose`` tries, the default first."""
+TRIED: Mapping[str, tuple[int, ...]] = {
+    "round_bytes": (0, 100_000, 4_000_000),
+    "coefficients": (0, 4096),
+    "histogram_bytes": (8_000_000, 64_000_000),
+}
+"""The prices that ``choose`` tries, by their names, beside the default ones."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,16 @@ Found = TypeVar("Found", bound=HasCircuit)
 
 
 def choose(network: NetworkSpeed, emit: Callable[[Prices], Found]) -> tuple[Found, Choice]:
-    """Return what ``emit`` returns at the prices of the least projected time; of equal ones, the earliest of them."""
-    emitted = [emit(prices) for prices in CANDIDATES]
-    costs = [total_cost(each.circuit) for each in emitted]
-    best = min(range(len(costs)), key=lambda i: projected(network, costs[i]))
-    return emitted[best], Choice(network, CANDIDATES[best], costs[best], costs[0])
+    """Return what ``emit`` returns at the prices of the least projected time; of equal ones, at the default.
+
+    One price after the other is chosen, while those before it stay: they spare different rounds.
+    """
+    prices, found = DEFAULT, emit(DEFAULT)
+    default = cost = total_cost(found.circuit)
+    for name, values in TRIED.items():
+        for tried in [replace(prices, **{name: value}) for value in values]:
+            other = emit(tried)
+            price = total_cost(other.circuit)
+            if projected(network, price) < projected(network, cost):
+                prices, found, cost = tried, other, price
+    return found, Choice(network, prices, cost, default)

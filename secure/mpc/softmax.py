@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.protocol import Shape
+from protocols.protocol import Shape, count
 from protocols.ring import WORD
 from protocols.two_party.digits import ROW
 from secure.errors import DoesNotFit
@@ -31,7 +31,10 @@ _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
 @dataclass(frozen=True)
 class _Window:
-    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits."""
+    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits.
+
+    If these are all digits of the ring, no score lies below ``start``.
+    """
 
     ring: int
     shift: int
@@ -57,6 +60,11 @@ def _window(plan: Plan, bound: int) -> _Window:
     start = highest + 2**-SCORE_FRACTION - (bins - 1) * width
     reach = max(high, start) + slack - min(low, start) + INTERVAL + 1
     ring = max(math.ceil(math.log2(reach)) + SCORE_FRACTION, shift + bins.bit_length() - 1)
+    digits = 1 << (ring - shift)
+    # the bit for each score that tells the window's doubles its units; a histogram of all digits does without
+    more = (digits - 2 * bins) * count(plan.trace.primitives[x].shape)
+    if digits <= MOST_BINS and plan.prices.histogram_bytes and more <= plan.prices.histogram_bytes:
+        bins, start = digits, min(low, start) - 2**-SCORE_FRACTION
     return _Window(ring, shift, bins, math.floor(start * 2**SCORE_FRACTION))
 
 
