@@ -45,7 +45,7 @@ from secure.lowering.trace import Trace, WeightRef, concatenate
 from tests.helpers import run_function
 
 Function = Callable[..., Any]
-BIG = 1.0e4
+BIG = 1.5e3
 
 ACTIVATIONS: dict[str, tuple[Function, Function, float, float]] = {
     # the function, what it stands for, its largest error, and what fixed point adds to it on [-8, 8]
@@ -279,9 +279,24 @@ def test_softmax_of_long_rows(length: int) -> None:
     assert largest(run.result - torch.softmax(x, -1)) <= 2.5e-4
 
 
-def test_softmax_refuses_rows_too_far_apart() -> None:
-    with pytest.raises(DoesNotFit, match=r"largest scores .* from .* to .*; they may differ by 502 at most\nhint: "):
-        run_function(softmax, torch.tensor([[0.0, 1.0], [400.0, 0.0]]))
+@pytest.mark.parametrize(
+    "scores", [[[0.0, 1.0], [400.0, 0.0]], [[0.0, -5000.0]]], ids=["rows far apart", "a score far below"]
+)
+def test_softmax_refuses_scores_too_far_apart(scores: list[list[float]]) -> None:
+    with pytest.raises(DoesNotFit, match=r"scores of a softmax reach from .* differ by 492, .* differ by 8192\nhint: "):
+        run_function(softmax, torch.tensor(scores))
+
+
+@pytest.mark.parametrize("top", [-30.0, -6.5, 0.0, 5.0, 40.0])
+def test_softmax_beyond_its_calibration(top: float) -> None:
+    """Row maxima up to twice those of calibration are right, and so are those up to 8 beyond, on both sides."""
+    seen = torch.tensor([[top, top - 60.0, top - 1.0], [top - 2.0, top - 3.0, top - 60.0]], dtype=torch.float64)
+    highest, lowest = (2 * top if top > 0 else top / 2), (2 * (top - 2) if top < 2 else (top - 2) / 2)
+    for maximum_ in (highest, highest + 7.9, lowest, lowest - 7.9):
+        x = torch.tensor([[maximum_, maximum_ - 0.5, maximum_ - 20.0]], dtype=torch.float64).expand(2, 3)
+        if float(x.abs().max()) <= 2 * float(seen.abs().max()):  # the range of the scores themselves
+            run = run_function(softmax, x.contiguous(), calibration=[[seen]])
+            assert largest(run.result - torch.softmax(x, -1)) <= 2.5e-4
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 33])

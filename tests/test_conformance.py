@@ -988,6 +988,7 @@ def test_exponential_error_is_as_declared() -> None:
     [
         (22, 21, 16, 40, 16),  # intervals of 32
         (64, 59, 55, 40, 16),  # whose tables would take all memory
+        (24, 23, 19, 40, 16),
         (1, 0, 0, 40, 16),
         (21, 20, -1, 40, 16),
         (21, 20, 21, 40, 16),
@@ -1003,7 +1004,7 @@ def test_exponential_error_is_as_declared() -> None:
 )
 def test_exponential_refuses_absurd_sizes(fields: tuple[int, int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"intervals of|ring .*, scales "):
-        tp.Exponential((1,), *fields)
+        tp.Exponential((1,), *fields).validate()
 
 
 def test_exponential_is_zero_behind_its_clip() -> None:

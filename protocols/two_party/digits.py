@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,11 +45,12 @@ ROW = 255
 """The most elements that one histogram counts, so that its counts do not wrap modulo 2^8."""
 
 
-@lru_cache(maxsize=16)
-def _intervals(size: int, below: int) -> Tensor:
+def _intervals(top: Tensor, size: int, below: int) -> Tensor:
     """Return, for every top(r) < size, the packed bits [(t - top(r)) mod size < below] for t = 0 .. size - 1."""
-    places = np.arange(size)
-    return torch.from_numpy(np.packbits((places - places[:, None]) % size < below, axis=1, bitorder="little"))
+    if len(top) > size:  # dealt once for each value; so the work is no more than what is dealt, however few they are
+        return _intervals(torch.arange(size), size, below)[top]
+    places, starts = np.arange(size, dtype=np.int16), top.numpy().astype(np.int16)
+    return torch.from_numpy(np.packbits((places - starts[:, None]) % size < below, axis=1, bitorder="little"))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class DigitIn(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
-        return {"table": _intervals(self._digits, self.count)[self._top(r)]}, None
+        return {"table": _intervals(self._top(r), self._digits, self.count)}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
@@ -136,8 +136,8 @@ class Histogram(Protocol):
     bins: Count
 
     def validate(self) -> None:
-        if not self.shape or self.shape[-1] > ROW:
-            raise ValueError(f"a row of {self.shape[-1:]} elements, at most {ROW} are counted")
+        if not self.shape or not 1 <= self.shape[-1] <= ROW:
+            raise ValueError(f"a row of {self.shape[-1:]} elements, 1 to {ROW} are counted")
         if self.bins & (self.bins - 1) or not 1 <= self.bins.bit_length() - 1 <= self.ring - self.shift:
             raise ValueError(f"{self.bins} bins of the digits above bit {self.shift} in a ring of {self.ring} bits")
 

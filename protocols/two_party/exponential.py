@@ -22,8 +22,9 @@ Seen by the server: its corrections of all P, masked by the client's shares.
 from __future__ import annotations
 
 import decimal
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,7 @@ _LOW = 10  # bits of the finer of the two tables
 _COARSE, _FINE = 19, 20  # fraction bits of the tables: a product stays below 2^63 for exponents up to 16
 
 
-@lru_cache(maxsize=16)
+@cache  # there are few, see ``Exponential.validate``
 def _tables(width: int, fraction: int) -> tuple[Tensor, Tensor]:
     """Return tables of rounded integers, the same on every machine, whose products give e^(t / 2^f) for t <= 2^width.
 
@@ -75,11 +76,11 @@ class Exponential(Protocol):
     mask_fraction: Bits
     public_fraction: Bits
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.shift - self.fraction > 4:
             raise ValueError(f"intervals of at most 16 are supported, those of {self.shift} bits are wider")
         scales = 0 <= self.fraction <= self.shift and 0 < self.mask_fraction <= 40 and 0 < self.public_fraction <= 20
-        if not (1 <= self.shift < self.ring and self.shift <= 25 and scales):
+        if not (1 <= self.shift < self.ring and self.shift <= 22 and scales):
             raise ValueError(
                 f"ring {self.ring}, intervals of {self.shift} bits, scales {self.fraction}, {self.mask_fraction}, "
                 f"{self.public_fraction}"
@@ -102,6 +103,11 @@ class Exponential(Protocol):
     @property
     def draws(self) -> tuple[Draw, ...]:
         return (Draw("powers", (4 if self._clipped else 2, *self.shape), derived=True),)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        if self._clipped and operands[0][0] != 1:
+            raise ValueError(f"it reads one bit an element, its operand has {operands[0][0]}")
+        return self.shape
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         r = operands[-1]

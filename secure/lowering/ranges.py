@@ -88,15 +88,18 @@ class Ranges:
         return max(seen, self._reach.get(index, 0.0))
 
     def interval(self, index: int) -> tuple[float, float]:
-        """Return the smallest and the largest value that this primitive may take, margin included."""
+        """Return the range as it was observed, widened by the margin on both sides."""
+        low, high = self._low[index], self._high[index]
+        down, up = (self._margin if edge else 1 / self._margin for edge in (low < 0, high > 0))
+        return low * down, high * up
+
+    def span(self, index: int) -> tuple[float, float]:
+        """Return the range that a ring must hold: what the caller promises, or all of the magnitude."""
         p = self._trace.primitives[index]
         if (promised := meaning(p).promised) is not None:
             low, high = promised(p)
             return float(low), float(high)
-        low, high = self._low[index], self._high[index]
-        return (low * self._margin if low < 0 else low / self._margin), (
-            high * self._margin if high > 0 else high / self._margin
-        )
+        return -self.magnitude(index), self.magnitude(index)
 
     def bits(self, index: int) -> int:
         """Return the integer bits m >= 0, without the sign, such that magnitude plus fixed-point error is below 2^m."""

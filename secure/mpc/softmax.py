@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.protocol import Shape, count
+from protocols.protocol import Shape
 from protocols.ring import WORD
-from protocols.two_party.digits import ROW
+from protocols.two_party.digits import DIGIT_BITS, ROW
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.mpc.emitter import Emitter
@@ -25,7 +25,7 @@ SCORE_FRACTION = 13
 INTERVAL = 16  # of the exponential, in units of the exponent
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
 MOST_BINS = 256  # of a histogram
-ROOM = 8.0  # by how much a row's maximum may lie below all that are expected, without any loss
+ROOM = 8.0  # by how much a row's maximum may lie beyond all that are expected
 _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
 
@@ -43,29 +43,35 @@ class _Window:
 
 
 def _window(plan: Plan, bound: int) -> _Window:
+    """Choose the window of a row's bound. Raises DoesNotFit if no histogram holds it.
+
+    It holds twice the largest and half the smallest maximum of calibration, and ROOM beyond on both sides. What the
+    power of two leaves is shared out. Its end is a multiple of a bin's width: an exact one, which is public, would
+    reveal a score of a single calibration sentence.
+    """
     p = plan.trace.primitives[bound]
     (x,), slack = p.inputs, p.attrs["slack"]
     shift = SCORE_FRACTION + math.floor(math.log2(slack / 2))
     width = 2.0 ** (shift - SCORE_FRACTION)
-    low, high = plan.ranges.interval(x)
+    low, high = plan.ranges.span(x)
     lowest, highest = plan.ranges.interval(bound)
-    # a digit may be one too high, and the last bin must still hold it
-    bins = 2 ** max(1, math.ceil(math.log2((highest - lowest + ROOM + 2**-SCORE_FRACTION) / width + 1)))
-    if bins > MOST_BINS:
+    least = math.floor((lowest - ROOM) / width)
+    most = math.ceil((min(highest + ROOM, high) + 2**-SCORE_FRACTION) / width)
+    bins = 2 ** max(1, math.ceil(math.log2(most - least + 1)))  # a digit may be one too high, and has a bin then
+    most += min(bins - 1 - (most - least), max(0, math.ceil(high / width) + 1 - most)) // 2
+    start = (most - (bins - 1)) * width
+    reach = max(high, most * width) + slack - min(low, start) + INTERVAL + 1
+    # more digits than bins: what lies below the window is then outside of it, and never in its last bin
+    ring = max(math.ceil(math.log2(reach)) + SCORE_FRACTION, shift + bins.bit_length())
+    if bins > MOST_BINS or ring - shift > DIGIT_BITS or _rows(plan.trace.primitives[x].shape)[-2] > ROW:
         raise DoesNotFit(
-            f"{p.where}: the largest scores of a softmax's rows reach from {lowest:.4g} to {highest:.4g}; "
-            f"they may differ by {MOST_BINS * width - width - ROOM:g} at most\n"
-            "hint: narrower calibration inputs; a row whose entries are all masked is none"
+            f"{p.where}: the scores of a softmax reach from {low:.4g} to {high:.4g}, the largest of a row of "
+            f"{plan.trace.primitives[x].shape[-1]} from {lowest:.4g} to {highest:.4g}; the protocol takes rows of "
+            f"{ROW**2}, whose largest differ by {(MOST_BINS - 2) * width - 2 * ROOM:g}, and scores that differ by "
+            f"{2.0 ** (shift + DIGIT_BITS - SCORE_FRACTION):g}\n"
+            "hint: narrower calibration inputs; masks of the client's are clamped, others count as scores"
         )
-    start = highest + 2**-SCORE_FRACTION - (bins - 1) * width
-    reach = max(high, start) + slack - min(low, start) + INTERVAL + 1
-    ring = max(math.ceil(math.log2(reach)) + SCORE_FRACTION, shift + bins.bit_length() - 1)
-    digits = 1 << (ring - shift)
-    # the bit for each score that tells the window's doubles its units; a histogram of all digits does without
-    more = (digits - 2 * bins) * count(plan.trace.primitives[x].shape)
-    if digits <= MOST_BINS and plan.prices.histogram_bytes and more <= plan.prices.histogram_bytes:
-        bins, start = digits, min(low, start) - 2**-SCORE_FRACTION
-    return _Window(ring, shift, bins, math.floor(start * 2**SCORE_FRACTION))
+    return _Window(ring, shift, bins, round(start * 2**SCORE_FRACTION))
 
 
 def bound_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -108,11 +114,8 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     (x,) = p.inputs
     w = _window(e.plan, i)
     at, rows = _opened(e, x, w), _rows(e.trace.primitives[x].shape)
-    operands: tuple[int, ...] = (at,)
-    if 1 << (w.ring - w.shift) > w.bins:
-        inside = e.emit(tp.DigitIn(rows, w.ring, w.shift, w.bins), at)
-        operands = (e.emit(tp.OpenBits(rows, 1), inside), at)
-    counted = e.emit(tp.Histogram(rows, w.ring, w.shift, w.bins), *operands)
+    inside = e.emit(tp.DigitIn(rows, w.ring, w.shift, w.bins), at)
+    counted = e.emit(tp.Histogram(rows, w.ring, w.shift, w.bins), e.emit(tp.OpenBits(rows, 1), inside), at)
     shape = (*rows[:-1], w.bins)
     if rows[-2] > 1:  # a bin of the row is filled if it is in one of the parts
         filled = _filled(e, counted, shape, 8, 1)
