@@ -6,6 +6,9 @@ so are bits that tell how fine a band x is in: [j < count] for the coarse digit 
 (``two_party.digits``). With tables A_0 (coarse), A_1, ... the result is A_0 + sum_k [j < count_k] (A_k - A_(k-1)), a
 second round. As j may be one above the digit of x, a band ends where the next one still holds for one digit more.
 
+The primitive "power", of models in polynomial form, is the polynomial with corrections for which the model was trained.
+Its table is of that very function, always a single one, so that nothing is compared and no bit is looked up.
+
 The opening keeps the fraction bits that the smallest argument needs, and no more.
 """
 
@@ -16,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from approximations.powers import starting
 from protocols import local
 from protocols import two_party as tp
 from protocols.ring import WORD
@@ -98,15 +102,51 @@ def divided(root: int, low: int, high: int) -> tuple[int, tuple[_Band, ...]] | N
     return (ring, way) if way else None
 
 
+@lru_cache(maxsize=256)
+def whole(root: int, low: int, high: int, start: tuple[float, ...], centre: float, steps: int) -> _Band | None:
+    """Return the only band of a polynomial with corrections, and None if no table holds the range."""
+    try:
+        return _Band(low, high, *smallest(root, low, high, start, centre, steps), 0)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Function:
+    """x^(-1/root), or the polynomial of x - centre with ``steps`` corrections that stands for it (``start`` not ())."""
+
+    root: int
+    start: tuple[float, ...] = ()
+    centre: float = 0.0
+    steps: int = 0
+
+
+def _function(p: Primitive, fraction: int) -> _Function:
+    """Return the function of integers with ``fraction`` bits that a primitive computes, but for its scale."""
+    a = p.attrs
+    if "root" in a:
+        return _Function(a["root"])
+    root, unit = round(-1 / a["exponent"]), 2.0**-fraction
+    piece = starting(a["exponent"], a["low"], a["high"], a["degree"])
+    start = tuple(c * unit ** (j + 1 / root) for j, c in enumerate(piece.coefficients))
+    return _Function(root, start, piece.centre / unit, a["steps"])
+
+
 def _bands(plan: Plan, p: Primitive) -> _Bands:
     """Choose the bands of a primitive. Raises DoesNotFit for a range that no tables hold."""
     a, given = p.attrs, plan.fraction[p.inputs[0]]
     fraction = min(given, ROUNDING - math.floor(math.log2(a["low"])))
     low, high = max(1, math.floor(a["low"] / ROOM * 2.0**fraction)), math.ceil(a["high"] * ROOM * 2.0**fraction)
-    found = divided(a["root"], low, high)
+    f = _function(p, fraction)
+    found: tuple[int, tuple[_Band, ...]] | None
+    if f.start:
+        band = whole(f.root, low, high, f.start, f.centre, f.steps)
+        found = None if band is None else (band.ring, (band,))
+    else:
+        found = divided(f.root, low, high)
     if found is None:
         raise DoesNotFit(
-            f"{p.where}: tables of x^(-1/{a['root']}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "
+            f"{p.where}: tables of x^(-1/{f.root}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "
             f"have more than {ROWS} coefficients\nhint: narrower calibration inputs, or more fraction bits"
         )
     return _Bands(fraction, *found)
@@ -137,9 +177,9 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
 
 def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, given: int, at: int) -> Share:
     """Emit the table of one band, at the planned scale of the result. given: fraction bits of what is opened."""
-    root, fraction = p.attrs["root"], e.plan.fraction[i] + GUARD
+    f, fraction = _function(p, given), e.plan.fraction[i] + GUARD
     wide = min(WORD, e.plan.want(i) + GUARD + PUBLIC)
-    scale = p.attrs["scale"] * 2.0 ** (fraction + given / root)
-    form = (band.ring, band.shift, band.degree, root, band.low, band.high, scale)
-    index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide), at)
+    scale = p.attrs["scale"] * 2.0 ** (fraction + given / f.root)
+    form = (band.ring, band.shift, band.degree, f.root, band.low, band.high, scale)
+    index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide, f.start, f.centre, f.steps), at)
     return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, GUARD + PUBLIC)
