@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import secure
-from approximations import power, power_attend, power_scores
+from approximations import POLYNOMIALS, power, power_attend, power_scores, tabulated_power
 from approximations.fits import least_squares, minimax
-from approximations.powers import power_error, steps_for
+from approximations.powers import TABULATED, power_error, steps_for
+from protocols.fixedpoint import FixedPoint
 from secure.errors import Diverged, RangeLost
+from secure.frontend import lower_model
 from secure.models.digits import DigitsModel
 from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
 from secure.models.text import text_inputs
@@ -30,9 +32,10 @@ from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import Collate, agreement_of, words
 from secure.training.trainer import Settings, Trainer
+from tests.helpers import run_function
 from tests.tiny import LENGTH, sentences, write_model
 
-COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
+COMPARING = {"compare", "digit_in", "histogram", "indicators", "select", "open_bits", "exponential"}
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,6 +45,67 @@ def test_inverse_powers_within_their_bound(exponent: float, low: float, spread: 
     bound = power_error(exponent, degree, low, low * spread, steps)
     relative = power(x, exponent, low, low * spread, degree, steps, scale=3.0) / (3.0 * x**exponent) - 1
     assert float(relative.abs().max()) <= bound * 1.01 + 1e-9
+
+
+FORMS = (
+    *((-1.0, 3, spread, steps) for spread, steps in ((1.5, 1), (30.0, 1), (100.0, 2), (200.0, 3))),
+    *((-0.5, 3, spread, steps) for spread, steps in ((2.0, 1), (40.0, 1), (100.0, 2), (200.0, 2))),
+    *((-1.0, 1, 8.0, 2), (-0.5, 2, 12.0, 1)),
+)
+
+
+@pytest.mark.parametrize("fraction_bits", [12, 16])
+@pytest.mark.parametrize(("exponent", "degree", "spread", "steps"), FORMS)
+def test_a_table_is_of_the_corrected_polynomial(
+    exponent: float, degree: int, spread: float, steps: int, fraction_bits: int
+) -> None:
+    """It agrees with the polynomial itself, for which a model was trained, and not only with the power."""
+    low, high = 0.11, 0.11 * spread
+    x = torch.cat([low * spread ** torch.linspace(0, 1, 500), torch.linspace(low, high, 500)]).double().clamp(low, high)
+    x = torch.round(x * 2.0**fraction_bits) / 2.0**fraction_bits  # what the shares hold
+    form = (exponent, low, high, degree, steps, 3.0)
+    run = run_function(lambda v: tabulated_power(v, *form), x, fixed_point=FixedPoint(fraction_bits=fraction_bits))
+    exact = torch.as_tensor(power(x, *form))
+    assert torch.equal(run.floating, exact)
+    assert torch.equal(torch.as_tensor(tabulated_power(x, *form)), exact)
+    error = 2.0**-15 * exact + 1.5 * 2.0**-fraction_bits
+    for value in (run.result, run.fixed):
+        assert float(((value - exact).abs() / error).max()) <= 1
+    assert run.cost.rounds == 2  # the opening, the answer
+    kinds = [i.protocol.kind for i in run.circuit]
+    assert kinds.count("tabulated") == kinds.count("open") == 1
+    assert not set(kinds) & COMPARING
+
+
+def test_a_table_of_the_power_would_be_another_model() -> None:
+    """A usual recipe allows a relative error of 0.3, which training compensates."""
+    x = torch.linspace(0.2, 20.0, 500, dtype=torch.float64)
+    form = (-1.0, 0.2, 20.0, 3, 1)
+    run = run_function(lambda v: tabulated_power(v, *form), x)
+    assert float((run.result * x - 1).abs().max()) > 0.25
+    assert float((run.result / torch.as_tensor(power(x, *form)) - 1).abs().max()) < 1e-3
+
+
+def test_a_table_where_it_spares_rounds() -> None:
+    """A start without corrections is one opening already, and a range may be too wide for a table."""
+    for low, high, steps in ((0.5, 4.0, 0), (0.5, 0.51 * TABULATED, 3)):
+        x = torch.linspace(low, high, 50, dtype=torch.float64)
+        kinds = {
+            i.protocol.kind
+            for i in run_function(lambda v, f=(low, high, 3, steps): tabulated_power(v, -0.5, *f), x).circuit
+        }
+        assert "tabulated" not in kinds
+        assert not kinds & COMPARING
+
+
+@pytest.mark.parametrize("spread", [0.99 * TABULATED, 0.51 * TABULATED, 0.26 * TABULATED, 9.3, 1.01])
+@pytest.mark.parametrize("exponent", [-1.0, -0.5])
+def test_whatever_is_tabulated_has_a_table(exponent: float, spread: float) -> None:
+    steps = max(1, steps_for(exponent, 3, 1.0, spread, 0.3))
+    for low in (0.07, 0.1):
+        x = torch.tensor([low, low * spread], dtype=torch.float64)
+        run = run_function(lambda v, f=(low, low * spread, 3, steps): tabulated_power(v, exponent, *f), x)
+        assert "tabulated" in {i.protocol.kind for i in run.circuit}
 
 
 @pytest.mark.parametrize("spread", [4.0, 8.0, 16.0, 40.0])
@@ -180,12 +244,21 @@ def test_a_polynomial_program_compares_nothing_and_agrees(trained: Encoder) -> N
     assert not kinds & COMPARING
     exact = secure.compile(Encoder(encoder()), samples[0], calibration=samples[1:])
     assert compiled.program.cost.rounds < exact.program.cost.rounds
+    corrected = [f for _, f in forms(trained) if f.found.get("steps")]
+    tables = [i.protocol for i in compiled.program.circuit if i.protocol.kind == "tabulated"]
+    assert len(tables) == len(corrected) > 0
     session = secure.insecure_in_process(compiled)
     answer, report = session.query(samples[3]), session.reports[-1]
     assert (report.rounds, report.traffic) == (compiled.cost.rounds, compiled.cost.traffic)
     with torch.no_grad():
         expected = trained(**samples[3])
     assert float(F.cosine_similarity(answer.float(), expected).min()) > 0.9999
+
+
+def test_ciphertexts_keep_the_polynomials(trained: Encoder) -> None:
+    samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(2)]
+    made = lower_model(trained, samples, margin_bits=1, embedding="client-table", functions=POLYNOMIALS)
+    assert "power" not in {p.op for p in made.trace.primitives}
 
 
 def test_mpcformers_2quad_too() -> None:

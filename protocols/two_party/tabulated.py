@@ -105,6 +105,8 @@ class Tabulated(Protocol):
             raise ValueError(f"{self.rows} rows of degree {self.degree} have more than {ROWS} coefficients")
         if not 0 < self.low < self.high < (1 << self.ring) - (1 << self.shift):
             raise ValueError(f"[{self.low}, {self.high}] in a ring of {self.ring} bits with rows of 2^{self.shift}")
+        if self.steps and not self.start:
+            raise ValueError(f"{self.steps} corrections of no polynomial")
         if not 0 < self.public <= _PRECISION:
             raise ValueError(f"{self.public} public fraction bits")
         if not 0 < self.scale * self.low ** (-1 / self.root) < 2.0 ** (self.wide - 1 - self.public):
@@ -116,10 +118,14 @@ class Tabulated(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
+        return {"rows": self.rows_for(r)}, None
+
+    def rows_for(self, r: Tensor) -> Tensor:
+        """Return the coefficients for masks r, of the shape of ``shape`` and then rows and degrees."""
         fits = (*_interpolation(self.degree), _interpolation(_EXCESS * (self.degree + 1) - 1)[0])
         form = (self.ring, self.shift, self.root, self.low, self.high, self.scale, self.start, self.centre, self.steps)
         rows = kernels.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
-        return {"rows": rows.reshape(*self.shape, self.rows, self.degree + 1)}, None
+        return rows.reshape(*self.shape, self.rows, self.degree + 1)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
@@ -166,12 +172,12 @@ def smallest(
     if start:
         scale = 2.0**40 * low ** (1 / root)
         shifts = range(1, min(_PRECISION, high.bit_length()) + 1)
-        for size, *form in sorted(_table(low, high, shift, degree) for shift in shifts for degree in _DEGREES):
+        for size, bits, shift, degree in sorted(_table(low, high, s, degree) for s in shifts for degree in _DEGREES):
             if size > ROWS:
                 break
-            table = Tabulated((1,), *form, root, low, high, scale, PUBLIC, WORD, start, centre, steps)
+            table = Tabulated((1,), bits, shift, degree, root, low, high, scale, PUBLIC, WORD, start, centre, steps)
             if all(_measured(table, *closely) <= ACCURACY for closely in _CLOSELY):
-                return table.ring, table.shift, table.degree
+                return bits, shift, degree
     else:
         widths = ((min(_PRECISION, math.floor(math.log2(w * low))), degree) for degree, w in WIDEST[root].items())
         found = [_table(low, high, shift, degree) for shift, degree in widths if shift > 0]
@@ -192,11 +198,10 @@ def _measured(table: Tabulated, places: int, points: int) -> float:
     """Return the largest relative error of a table, with its rounded T_j, over so many masks and arguments."""
     table = replace(table, shape=(places,))
     r = torch.arange(places, dtype=torch.int64) * (1 << table.shift) // places
-    dealt, _ = table.deal({}, (r,), NONE)
     part, low, high = torch.linspace(0, 1, points, dtype=torch.float64), table.low, table.high
     x = torch.cat([low * (high / low) ** part, low + (high - low) * part]).round().to(torch.int64).clamp(low, high)
     z = ring.reduce(x[:, None] + r, table.ring)
-    row = dealt["rows"][torch.arange(places), ring.right(z, table.shift)].to(torch.float64)
+    row = table.rows_for(r)[torch.arange(places), ring.right(z, table.shift)].to(torch.float64)
     found = (row * table._basis(z & ring.low_mask(table.shift)).to(torch.float64)).sum(-1)
     exact = kernels.inverse_power(x.to(torch.float64), table.root, table.start, table.centre, table.steps)
     return float((found / (table.scale * 2.0**table.public * exact[:, None]) - 1).abs().max())
