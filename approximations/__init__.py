@@ -16,16 +16,15 @@ choice        sets of approximations for a model's operations, by name
 """
 
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
-from approximations.choice import APPROXIMATIONS, POLYNOMIALS, Functions, choose
+from approximations.choice import APPROXIMATIONS, Functions, choose
 from approximations.division import reciprocal, rsqrt
 from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm, rms_norm
-from approximations.powers import polynomial, power, power_attend, power_scores, tabulated_power
+from approximations.powers import polynomial, power, power_attend, power_scores
 from approximations.primitives import Piece, exp_below, maximum, piecewise, row_bound
 from approximations.softmax import attend, softmax
 
 __all__ = [
     "APPROXIMATIONS",
-    "POLYNOMIALS",
     "Functions",
     "Piece",
     "absolute",
@@ -50,6 +49,5 @@ __all__ = [
     "sigmoid",
     "silu",
     "softmax",
-    "tabulated_power",
     "tanh",
 ]

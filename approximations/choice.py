@@ -10,7 +10,7 @@ from typing import Any
 from approximations import puma
 from approximations.activations import GELU_FORMS, gelu, silu
 from approximations.norms import layer_norm
-from approximations.powers import power, tabulated_power
+from approximations.powers import power
 from approximations.softmax import attend, softmax
 
 Function = Callable[..., Any]
@@ -27,7 +27,7 @@ class Functions:
     softmax: Function
     attend: Function
     layer_norm: Function
-    power: Function = tabulated_power  # of models in polynomial form
+    power: Function = power  # of models in polynomial form; a compiler may know another way to compute the same
 
     @property
     def labels(self) -> dict[str, str]:
@@ -39,9 +39,6 @@ _DEFAULT = Functions("default", GELU_FORMS[0], gelu, silu, softmax, attend, laye
 _PUMA = Functions("puma", "puma", puma.gelu, puma.silu, puma.softmax, puma.attend, puma.layer_norm)
 _BY_NAME = {functions.name: functions for functions in (_DEFAULT, _PUMA)}
 APPROXIMATIONS = tuple(_BY_NAME)
-
-POLYNOMIALS = replace(_DEFAULT, power=power)
-"""The default set for a compiler that has no tables: powers with corrections are products and polynomials."""
 
 
 def choose(approximations: str = APPROXIMATIONS[0], gelu_form: str = GELU_FORMS[0]) -> Functions:

@@ -37,7 +37,7 @@ def polynomial_layer_norm(
 ) -> Value:
     """Return LayerNorm without comparisons: ``power`` computes the inverse square root on the range of the variance.
 
-    low, high: that range. degree, steps: those of ``power``, which may be ``tabulated_power``.
+    low, high: that range. degree, steps: those of ``power``, which may be another way to compute the same.
     """
     n = x.shape[-1]
     shrink = 2.0 ** -math.ceil(math.log2(n))

@@ -25,9 +25,6 @@ from torch import Tensor
 from approximations.fits import minimax
 from approximations.primitives import Piece, Value, piecewise
 
-TABULATED = 256.0
-"""The largest high / low of a power with corrections that is looked up."""
-
 SERIES = {-1.0: (1.0, 1.0, 1.0, 1.0), -0.5: (1.0, 0.5, 0.375, 0.3125)}
 """The coefficients of (1 - e)^exponent, by exponent."""
 
@@ -69,21 +66,6 @@ def power(
         if exponent == -1.0 and not last:  # 1 - x y is now e^4: no product of x and y to wait for
             e = polynomial(e, Piece((0.0, 0.0, 0.0, 0.0, 1.0)))
     return y
-
-
-def tabulated_power(
-    x: Value, exponent: float, low: float, high: float, degree: int = 3, steps: int = 0, scale: float = 1.0
-) -> Value:
-    """Return the same function as ``power``, which the protocol looks up in one dealt table instead of correcting it.
-
-    A table takes one opening of x and compares nothing. Its relative error to the *corrected polynomial*, for which a
-    model was trained, is 2^-15; the polynomial itself may miss the power by ``power_error``, 0.3 in a usual recipe, so
-    that a table of the power would be another model. A start without corrections takes one opening anyway, and a range
-    wider than ``TABULATED`` has no table: both are computed as ``power`` does.
-    """
-    if isinstance(x, Tensor) or not steps or not 0 < low < high <= TABULATED * low:
-        return power(x, exponent, low, high, degree, steps, scale)
-    return x.power(exponent, low, high, degree, steps, scale)
 
 
 def starting(exponent: float, low: float, high: float, degree: int) -> Piece:

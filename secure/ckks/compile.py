@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from approximations import POLYNOMIALS
+from approximations import choose
 from protocols.ckks import noise
 from protocols.ckks.circuit import Vector, clear
 from protocols.ckks.cost import seconds
@@ -230,9 +230,7 @@ def _output(lowered: Lowered) -> Symbol:
 
 def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
     """Return the trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
-    lowered = lower_model(
-        model, samples, margin_bits=1, embedding="client-table", functions=POLYNOMIALS, weight=blurred
-    )
+    lowered = lower_model(model, samples, margin_bits=1, embedding="client-table", functions=choose(), weight=blurred)
     inputs = [lowered.inputs(s) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs)
 

@@ -19,7 +19,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from approximations.powers import starting
+from torch import Tensor
+
+from approximations.powers import power, starting
+from approximations.primitives import Value
 from protocols import local
 from protocols import two_party as tp
 from protocols.ring import WORD
@@ -36,6 +39,22 @@ ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
 FEW = 512  # coefficients of a table that is never divided: a round is worth 4 kB a value
 JOIN = 12  # dealt words that another band takes: a table of bits, and a selection
+
+
+def tabulated_power(
+    x: Value, exponent: float, low: float, high: float, degree: int = 3, steps: int = 0, scale: float = 1.0
+) -> Value:
+    """Return the same function as ``approximations.power``, looked up in one table where that spares rounds.
+
+    A table takes one opening of x and compares nothing. Its relative error to the *corrected polynomial*, for which a
+    model was trained, is 2^-15. That polynomial may itself miss the power by ``power_error``, 0.3 in a usual recipe, so
+    that a table of the power would be another model. A start without corrections takes one opening anyway, and some
+    wide ranges have no table: these are computed as ``power`` does.
+    """
+    form = (exponent, low, high, degree, steps)
+    if isinstance(x, Tensor) or not steps or not 0 < low < high or not _has_table(*form):
+        return power(x, *form, scale)
+    return x.power(*form, scale)
 
 
 @dataclass(frozen=True)
@@ -120,24 +139,49 @@ class _Function:
     centre: float = 0.0
     steps: int = 0
 
+    @staticmethod
+    def corrected(exponent: float, low: float, high: float, degree: int, steps: int, fraction: int) -> _Function:
+        """Return a polynomial with corrections as a function of integers with ``fraction`` bits."""
+        root, unit, piece = round(-1 / exponent), 2.0**-fraction, starting(exponent, low, high, degree)
+        start = tuple(c * unit ** (j + 1 / root) for j, c in enumerate(piece.coefficients))
+        return _Function(root, start, piece.centre / unit, steps)
+
 
 def _function(p: Primitive, fraction: int) -> _Function:
     """Return the function of integers with ``fraction`` bits that a primitive computes, but for its scale."""
+    if "root" in p.attrs:
+        return _Function(p.attrs["root"])
     a = p.attrs
-    if "root" in a:
-        return _Function(a["root"])
-    root, unit = round(-1 / a["exponent"]), 2.0**-fraction
-    piece = starting(a["exponent"], a["low"], a["high"], a["degree"])
-    start = tuple(c * unit ** (j + 1 / root) for j, c in enumerate(piece.coefficients))
-    return _Function(root, start, piece.centre / unit, a["steps"])
+    return _Function.corrected(a["exponent"], a["low"], a["high"], a["degree"], a["steps"], fraction)
+
+
+def _integers(low: float, high: float, fraction: int) -> tuple[int, int]:
+    """Return a range as integers of ``fraction`` bits, with the room that rounding needs."""
+    return max(1, math.floor(low / ROOM * 2.0**fraction)), math.ceil(high * ROOM * 2.0**fraction)
+
+
+def _finest(low: float) -> int:
+    """Return the most fraction bits that an opening keeps of an argument of at least ``low``."""
+    return ROUNDING - math.floor(math.log2(low))
+
+
+@lru_cache(maxsize=256)
+def _has_table(exponent: float, low: float, high: float, degree: int, steps: int) -> bool:
+    """Return True if a polynomial with corrections has a table, with a factor of two to spare.
+
+    The fraction bits of its argument are not known yet. They change the table's bounds by a rounding.
+    """
+    fraction = _finest(low)
+    f = _Function.corrected(exponent, low, high, degree, steps, fraction)
+    band = whole(f.root, *_integers(low, high, fraction), f.start, f.centre, f.steps)
+    return band is not None and 2 * band.size <= ROWS
 
 
 def _bands(plan: Plan, p: Primitive) -> _Bands:
     """Choose the bands of a primitive. Raises DoesNotFit for a range that no tables hold."""
     a, given = p.attrs, plan.fraction[p.inputs[0]]
-    fraction = min(given, ROUNDING - math.floor(math.log2(a["low"])))
-    low, high = max(1, math.floor(a["low"] / ROOM * 2.0**fraction)), math.ceil(a["high"] * ROOM * 2.0**fraction)
-    f = _function(p, fraction)
+    fraction = min(given, _finest(a["low"]))
+    (low, high), f = _integers(a["low"], a["high"], fraction), _function(p, fraction)
     found: tuple[int, tuple[_Band, ...]] | None
     if f.start:
         band = whole(f.root, low, high, f.start, f.centre, f.steps)
