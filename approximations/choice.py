@@ -10,6 +10,7 @@ from typing import Any
 from approximations import puma
 from approximations.activations import GELU_FORMS, gelu, silu
 from approximations.norms import layer_norm
+from approximations.powers import power
 from approximations.softmax import attend, softmax
 
 Function = Callable[..., Any]
@@ -26,6 +27,7 @@ class Functions:
     softmax: Function
     attend: Function
     layer_norm: Function
+    power: Function = power  # of models in polynomial form; a compiler may know another way to compute the same
 
     @property
     def labels(self) -> dict[str, str]:

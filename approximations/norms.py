@@ -7,6 +7,7 @@ scales d back costs nothing (PUMA section 4.5 likewise takes the sum of squares 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from approximations.division import rsqrt
 from approximations.powers import power
@@ -24,11 +25,19 @@ def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, hig
 
 
 def polynomial_layer_norm(
-    x: Value, weight: Value, bias: Value, eps: float, low: float, high: float, degree: int, steps: int
+    x: Value,
+    weight: Value,
+    bias: Value,
+    eps: float,
+    low: float,
+    high: float,
+    degree: int,
+    steps: int,
+    power: Callable[..., Value] = power,
 ) -> Value:
     """Return LayerNorm without comparisons: ``power`` computes the inverse square root on the range of the variance.
 
-    low, high: that range. degree, steps: those of ``power``.
+    low, high: that range. degree, steps: those of ``power``, which may be another way to compute the same.
     """
     n = x.shape[-1]
     shrink = 2.0 ** -math.ceil(math.log2(n))

@@ -25,7 +25,8 @@ from torch import Tensor
 from approximations.fits import minimax
 from approximations.primitives import Piece, Value, piecewise
 
-_SERIES = {-1.0: (1.0, 1.0, 1.0, 1.0), -0.5: (1.0, 0.5, 0.375, 0.3125)}
+SERIES = {-1.0: (1.0, 1.0, 1.0, 1.0), -0.5: (1.0, 0.5, 0.375, 0.3125)}
+"""The coefficients of (1 - e)^exponent, by exponent."""
 
 
 def polynomial(x: Value, piece: Piece) -> Value:
@@ -53,9 +54,9 @@ def power(
     """
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
-    start, _ = minimax(_ROOTS[exponent], low, high, degree, relative=True)
+    start = starting(exponent, low, high, degree)
     y = polynomial(x, start if steps else _times(start, scale))
-    series = Piece(_SERIES[exponent])
+    series = Piece(SERIES[exponent])
     e = _error(x, start) if exponent == -1.0 and steps else None
     for step in range(steps):
         last = step == steps - 1
@@ -65,6 +66,11 @@ def power(
         if exponent == -1.0 and not last:  # 1 - x y is now e^4: no product of x and y to wait for
             e = polynomial(e, Piece((0.0, 0.0, 0.0, 0.0, 1.0)))
     return y
+
+
+def starting(exponent: float, low: float, high: float, degree: int) -> Piece:
+    """Return the polynomial with which ``power`` begins."""
+    return minimax(_ROOTS[exponent], low, high, degree, relative=True)[0]
 
 
 def _error(x: Value, start: Piece) -> Value:

@@ -62,11 +62,17 @@ Degree = Annotated[int, Strict(), Field(ge=1, le=16)]
 Root = Annotated[int, Strict(), Field(ge=1, le=2)]
 """The root of an inverse power: 1 for 1 / x, 2 for 1 / sqrt(x)."""
 
+Corrections = Annotated[int, Strict(), Field(ge=0, le=4)]
+"""A number of corrections of a polynomial, each of which raises its degree fourfold and more."""
+
 Axis = Annotated[int, Strict(), Field(ge=-RANK, lt=RANK)]
 
 Axes = Annotated[tuple[Axis, ...], FailFast(), Field(max_length=RANK)]
 
 Real = Annotated[float, Strict(), AllowInfNan(False)]
+
+Start = Annotated[tuple[Real, ...], FailFast(), Field(max_length=8)]
+"""The coefficients of a polynomial that corrections follow, or none."""
 
 Flag = Annotated[bool, Strict()]
 

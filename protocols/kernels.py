@@ -504,13 +504,30 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
 
 
 @compiled
+def _inverse_power(x: float, root: int, start: Array, centre: float, steps: int) -> float:
+    if not start.size:
+        return 1.0 / np.sqrt(x) if root == 2 else 1.0 / x
+    y = 0.0
+    for j in range(start.size - 1, -1, -1):
+        y = y * (x - centre) + start[j]
+    for _ in range(steps):
+        e = 1.0 - x * (y * y if root == 2 else y)
+        y *= 1.0 + e * (0.5 + e * (0.375 + e * 0.3125)) if root == 2 else 1.0 + e * (1.0 + e * (1.0 + e))
+    return y
+
+
+@compiled
 def _inverse_powers(
     r: Array,
     bits: int,
     shift: int,
     root: int,
     low: int,
+    high: int,
     scale: float,
+    start: Array,
+    centre: float,
+    steps: int,
     nodes: Array,
     fit: Array,
     fine: Array,
@@ -520,16 +537,16 @@ def _inverse_powers(
     out = np.empty((r.size, rows, size), np.int64)
     values, basis, right = np.empty(size), np.empty(size), np.empty(size)
     system = np.empty((size, size))
-    top = scale / np.sqrt(low) if root == 2 else scale / low
+    least = _inverse_power(float(low), root, start, centre, steps)
     for e in range(r.size):
         lowest = (r[e] + low) & mask
         for d in range(rows):
-            start = (d * width - r[e]) & mask
-            if start > mask + 1 - width:
-                start -= mask + 1
+            at = (d * width - r[e]) & mask
+            if at > mask + 1 - width:
+                at -= mask + 1
             for i in range(size):
-                x = max(start + 0.5 * width * (nodes[i] + 1.0), float(low))
-                values[i] = scale / np.sqrt(x) if root == 2 else scale / x
+                x = min(max(at + 0.5 * width * (nodes[i] + 1.0), float(low)), float(high + width))
+                values[i] = scale * _inverse_power(x, root, start, centre, steps)
             for j in range(size):
                 total = 0.0
                 for i in range(size):
@@ -541,9 +558,7 @@ def _inverse_powers(
         for k in range(fine.size):
             t = begin + (width - begin) * (fine[k] + 1.0) * 0.5
             u = 2.0 * t / width - 1.0
-            basis[0] = 1.0 + (t - begin) / low
-            if root == 2:
-                basis[0] = np.sqrt(basis[0])
+            basis[0] = least / _inverse_power(low + t - begin, root, start, centre, steps)
             basis[1] = u * basis[0]
             for j in range(2, size):
                 basis[j] = 2.0 * u * basis[j - 1] - basis[j - 2]
@@ -565,8 +580,24 @@ def _inverse_powers(
             for i in range(j + 1, size):
                 right[j] -= system[i, j] * right[i]
             right[j] /= system[j, j]
-            out[e, lowest >> shift, j] = np.int64(np.rint(right[j] * top))
+            out[e, lowest >> shift, j] = np.int64(np.rint(right[j] * scale * least))
     return out
+
+
+def inverse_power(x: Tensor, root: int, start: tuple[float, ...], centre: float, steps: int) -> Tensor:
+    """Return x^(-1/root) for x > 0 (float64), or the polynomial with corrections that stands for it.
+
+    start: the coefficients of that polynomial of x - centre; () is the power itself. See ``approximations.power``.
+    """
+    if not start:
+        return x ** (-1 / root)
+    y = torch.zeros_like(x)
+    for c in reversed(start):
+        y = y * (x - centre) + c
+    for _ in range(steps):
+        e = 1 - x * y**root
+        y = y * (1 + e * (0.5 + e * (0.375 + e * 0.3125)) if root == 2 else 1 + e * (1 + e * (1 + e)))
+    return y
 
 
 def inverse_powers(
@@ -575,37 +606,42 @@ def inverse_powers(
     shift: int,
     root: int,
     low: int,
+    high: int,
     scale: float,
+    start: tuple[float, ...],
+    centre: float,
+    steps: int,
     fits: tuple[Tensor, Tensor, Tensor],
     light: float,
 ) -> Tensor:
     """Return the rounded coefficients, (n, rows, degree + 1), that ``two_party.tabulated`` deals for the n masks r.
 
+    start, centre, steps: the function, as ``inverse_power`` takes it; beyond the row of ``high`` it is constant.
     fits: nodes of an interval, the matrix from values there to coefficients, and the nodes of the lowest row. light:
     what is added to the diagonal of the lowest row's normal equations. The two forms may differ by a rounding: only
     the dealer computes this.
     """
     nodes, fit, fine = (x.to(r.device) for x in fits)
     if _fast(r):
-        return torch.from_numpy(
-            _inverse_powers(_flat(r), bits, shift, root, low, scale, nodes.numpy(), fit.numpy(), fine.numpy(), light)
-        )
+        form = (bits, shift, root, low, high, scale, np.array(start, np.float64), centre, steps)
+        return torch.from_numpy(_inverse_powers(_flat(r), *form, nodes.numpy(), fit.numpy(), fine.numpy(), light))
     r, rows, width, size = r.reshape(-1), 1 << (bits - shift), 1 << shift, len(fit)
-    start = ring.reduce(torch.arange(rows, device=r.device)[:, None] * width - r, bits)
-    start = torch.where(start > (1 << bits) - width, start - (1 << bits), start)
-    x = (start[:, None].to(torch.float64) + (width / 2) * (nodes[:, None] + 1)).clamp(min=float(low))
-    table = torch.einsum("ji,nie->nje", fit, scale * x ** (-1 / root))
+    at = ring.reduce(torch.arange(rows, device=r.device)[:, None] * width - r, bits)
+    at = torch.where(at > (1 << bits) - width, at - (1 << bits), at)
+    x = (at[:, None].to(torch.float64) + (width / 2) * (nodes[:, None] + 1)).clamp(float(low), float(high + width))
+    table = torch.einsum("ji,nie->nje", fit, scale * inverse_power(x, root, start, centre, steps))
     lowest = (r + low) & ring.low_mask(bits)
     begin = (lowest & (width - 1)).to(torch.float64)[:, None]
     t = begin + (width - begin) * (fine + 1) / 2
-    u, basis = 2 * t / width - 1, [(1 + (t - begin) / low) ** (1 / root)]
+    least = inverse_power(torch.full_like(t[:1, :1], low), root, start, centre, steps)
+    u, basis = 2 * t / width - 1, [least / inverse_power(low + t - begin, root, start, centre, steps)]
     basis.append(u * basis[0])
     for _ in range(size - 2):
         basis.append(2 * u * basis[-1] - basis[-2])
     system = torch.stack(basis, dim=-1)
     diagonal = light * torch.eye(size, dtype=torch.float64, device=r.device)
     factor = torch.linalg.cholesky(system.mT @ system + diagonal)
-    found = torch.cholesky_solve(system.sum(1)[..., None], factor)[..., 0].T * (scale * low ** (-1 / root))
+    found = torch.cholesky_solve(system.sum(1)[..., None], factor)[..., 0].T * (scale * least)
     table.scatter_(0, ring.right(lowest, shift).expand(1, size, -1), found[None])
     return torch.round(table).to(torch.int64).permute(2, 0, 1)
 
@@ -743,4 +779,4 @@ def warm_up() -> None:
         loaded(stored(x.numpy(), ring_bits), x.numel(), ring_bits)
     polynomial(x, (x,), 0, (1, 1), 0)
     line = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    inverse_powers(x, 8, 6, 1, 64, 1.0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)
+    inverse_powers(x, 8, 6, 1, 64, 128, 1.0, (), 0.0, 0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)

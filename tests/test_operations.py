@@ -109,7 +109,7 @@ def error_of(function: Callable[..., Tensor]) -> float:
 
 ARITHMETIC = {
     *("input", "linear", "matmul", "mul", "mul_weight", "add", "add_weight", "sub", "offset", "scale", "sum"),
-    *("reshape", "expand", "permute", "slice", "cat", "bounded"),
+    *("reshape", "expand", "permute", "slice", "cat", "bounded", "power"),
 }
 COMPARISONS = {
     "piecewise",

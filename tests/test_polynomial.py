@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import secure
-from approximations import power, power_attend, power_scores
+from approximations import choose, power, power_attend, power_scores
 from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
+from protocols.fixedpoint import FixedPoint
+from protocols.two_party import Tabulated
 from secure.errors import Diverged, RangeLost
+from secure.frontend import lower_model
 from secure.models.digits import DigitsModel
 from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
 from secure.models.text import text_inputs
-from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms
+from secure.mpc.powers import tabulated_power
+from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms, freeze_untrained
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import Collate, agreement_of, words
 from secure.training.trainer import Settings, Trainer
+from tests.helpers import run_function
 from tests.tiny import LENGTH, sentences, write_model
 
-COMPARING = {"compare", "indicators", "select", "open_bits", "exponential"}
+COMPARING = {"compare", "digit_in", "histogram", "indicators", "select", "open_bits", "exponential"}
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,6 +48,75 @@ def test_inverse_powers_within_their_bound(exponent: float, low: float, spread: 
     bound = power_error(exponent, degree, low, low * spread, steps)
     relative = power(x, exponent, low, low * spread, degree, steps, scale=3.0) / (3.0 * x**exponent) - 1
     assert float(relative.abs().max()) <= bound * 1.01 + 1e-9
+
+
+FORMS = (
+    *((-1.0, 3, spread, steps) for spread, steps in ((1.5, 1), (30.0, 1), (100.0, 2))),
+    *((-0.5, 3, spread, steps) for spread, steps in ((2.0, 1), (40.0, 1), (100.0, 2), (200.0, 2))),
+    *((-1.0, 1, 8.0, 2), (-0.5, 2, 12.0, 1)),
+)
+
+
+@pytest.mark.parametrize("fraction_bits", [12, 16])
+@pytest.mark.parametrize(("exponent", "degree", "spread", "steps"), FORMS)
+def test_a_table_is_of_the_corrected_polynomial(
+    exponent: float, degree: int, spread: float, steps: int, fraction_bits: int
+) -> None:
+    """It agrees with the polynomial itself, for which a model was trained, and not only with the power."""
+    low, high = 0.11, 0.11 * spread
+    x = torch.cat([low * spread ** torch.linspace(0, 1, 500), torch.linspace(low, high, 500)]).double().clamp(low, high)
+    x = torch.round(x * 2.0**fraction_bits) / 2.0**fraction_bits  # what the shares hold
+    form = (exponent, low, high, degree, steps, 3.0)
+    run = run_function(lambda v: tabulated_power(v, *form), x, fixed_point=FixedPoint(fraction_bits=fraction_bits))
+    exact = torch.as_tensor(power(x, *form))
+    assert torch.equal(run.floating, exact)
+    assert torch.equal(torch.as_tensor(tabulated_power(x, *form)), exact)
+    (table,) = (i.protocol for i in run.circuit if isinstance(i.protocol, Tabulated))
+    units = 1 + (table.degree + 2) / 4  # of truncation, and half a unit of every coefficient, with a guard bit
+    error = 2.0**-15 * exact + units * 2.0**-fraction_bits
+    for value in (run.result, run.fixed):
+        assert float(((value - exact).abs() / error).max()) <= 1
+    assert run.cost.rounds == 2  # the opening, the answer
+    kinds = [i.protocol.kind for i in run.circuit]
+    assert kinds.count("open") == 1
+    assert not set(kinds) & COMPARING
+
+
+def test_a_table_of_the_power_would_be_another_model() -> None:
+    """A usual recipe allows a relative error of 0.3, which training compensates."""
+    x = torch.linspace(0.2, 20.0, 500, dtype=torch.float64)
+    form = (-1.0, 0.2, 20.0, 3, 1)
+    run = run_function(lambda v: tabulated_power(v, *form), x)
+    assert float((run.result * x - 1).abs().max()) > 0.25
+    assert float((run.result / torch.as_tensor(power(x, *form)) - 1).abs().max()) < 1e-3
+
+
+def test_a_table_where_it_spares_rounds() -> None:
+    """A start without corrections is one opening already, and a range may be too wide for a table."""
+    for spread, degree, steps in ((8.0, 3, 0), (900.0, 3, 4), (100.0, 1, 4)):
+        form = (-1.0, 0.5, 0.5 * spread, degree, steps)
+        x = torch.linspace(0.5, 0.5 * spread, 50, dtype=torch.float64)
+        run = run_function(lambda v, form=form: tabulated_power(v, *form), x)
+        kinds = {i.protocol.kind for i in run.circuit}
+        assert "tabulated" not in kinds
+        assert not kinds & COMPARING
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([-1.0, -0.5]), st.floats(-4, 4), st.floats(1.02, 300.0), st.integers(1, 3), st.floats(1e-4, 0.5))
+def test_whatever_is_tabulated_has_a_table(
+    exponent: float, low: float, spread: float, degree: int, error: float
+) -> None:
+    """The table is chosen before the fraction bits are known: compilation never refuses it afterwards."""
+    least = 2.0**low
+    try:
+        steps = max(1, steps_for(exponent, degree, least, least * spread, error))
+    except ValueError:
+        return
+    form = (exponent, least, least * spread, degree, steps)
+    x = torch.tensor([least, least * spread], dtype=torch.float64)
+    for bits in (12, 16):
+        run_function(lambda v: tabulated_power(v, *form), x, fixed_point=FixedPoint(fraction_bits=bits))
 
 
 @pytest.mark.parametrize("spread", [4.0, 8.0, 16.0, 40.0])
@@ -186,6 +261,34 @@ def test_a_polynomial_program_compares_nothing_and_agrees(trained: Encoder) -> N
     with torch.no_grad():
         expected = trained(**samples[3])
     assert float(F.cosine_similarity(answer.float(), expected).min()) > 0.9999
+
+
+def run_all(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> None:
+    for sample in samples:
+        model(**sample)
+
+
+def test_corrections_cost_no_rounds_under_secret_sharing() -> None:
+    """The Program is as deep as one without corrections, computes the same, and ciphertexts keep the polynomials."""
+    samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(20)]
+    rounds, tables = [], []
+    for error in (0.9, 1e-3):
+        student = polynomial_encoder(Recipe(inverse_error=error))
+        freeze_untrained(student, partial(run_all, student, samples))
+        steps = [f.found["steps"] for _, f in forms(student) if "steps" in f.found]
+        assert any(steps) == (error < 0.5)
+        compiled = secure.compile(student, samples[0], calibration=samples[1:])
+        kinds = [i.protocol.kind for i in compiled.program.circuit]
+        tables.append(kinds.count("tabulated") - sum(map(bool, steps)))
+        assert not set(kinds) & COMPARING
+        rounds.append(compiled.program.cost.rounds)
+        answer = secure.insecure_in_process(compiled).query(samples[3])
+        with torch.no_grad():
+            assert float(F.cosine_similarity(answer.float(), student(**samples[3])).min()) > 0.9999
+        made = lower_model(student, samples, margin_bits=1, embedding="client-table", functions=choose())
+        assert "power" not in {p.op for p in made.trace.primitives}
+    assert rounds[0] == rounds[1]
+    assert tables[0] == tables[1] == 1  # of the last normalization
 
 
 def test_mpcformers_2quad_too() -> None:

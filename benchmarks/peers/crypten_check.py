@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import secure
 from approximations import choose
 from approximations.division import segments
+from approximations.powers import SERIES, starting
 from approximations.primitives import IDENTITY, Piece
 from benchmarks.peers import crypten_import
 from benchmarks.peers.works import free_ports
@@ -114,6 +115,15 @@ def inverse_power(c: Any, x: Secret, attrs: Mapping[str, Any]) -> Secret:
     return polynomial(piecewise(c, x, knots, shrinks), of_mantissa) * piecewise(c, x, knots, factors)
 
 
+def power(x: Secret, a: Mapping[str, Any]) -> Secret:
+    """The polynomial and its corrections, as ``approximations.power`` has them."""
+    y = polynomial(x, starting(a["exponent"], a["low"], a["high"], a["degree"]))
+    for _ in range(a["steps"]):
+        e = 1.0 - x * y * (y if a["exponent"] == -0.5 else 1.0)
+        y = y * polynomial(e, Piece(SERIES[a["exponent"]]))
+    return scaled(y, a["scale"])
+
+
 def total(x: Secret, dims: Sequence[int]) -> Secret:
     for dim in dims:
         x = x.sum(dim, keepdim=True)
@@ -144,6 +154,7 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "exp_below": lambda c, p, w, x, bound: exp_below(c, x, bound),
     "row_bound": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "inverse_power": lambda c, p, w, x: inverse_power(c, x, p.attrs),
+    "power": lambda c, p, w, x: power(x, p.attrs),
     "maximum": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "bounded": lambda c, p, w, x: x,
 }

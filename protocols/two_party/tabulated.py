@@ -16,6 +16,10 @@ of x = 0, and x^-1/2 is an integral of 1/(x + s) over s >= 0, each of which errs
 polynomial that interpolates there may be huge below, and the T_j are rounded. ``WIDEST`` has the widths for which both
 errors together stay below ``ACCURACY`` (measured in tests over every place of ``low``).
 
+With ``start`` the function is a polynomial with corrections (``approximations.power``) in the place of the power. No
+bound of its derivatives is at hand, so ``smallest`` measures the error of each table, and takes the smallest one within
+``ACCURACY``. The row that holds ``high`` is fitted to the polynomial's course beyond it.
+
 The T_j must be the *same integers* at both parties: their shares are uniform, so a difference of one unit would make
 the sum random. Hence they come from integer arithmetic alone. The coefficients are the dealer's, who may use floats.
 Seen by the server: its corrections of the coefficients, masked by the client's shares. Nothing is sent otherwise, and
@@ -25,7 +29,7 @@ both parties know z from the opening. A value outside of [low, high] gives a wro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -33,8 +37,9 @@ import torch
 from torch import Tensor
 
 from protocols import kernels, ring
-from protocols.fields import Bits, Degree, Real, Residue, Ring, Root, Shape
+from protocols.fields import Bits, Corrections, Degree, Real, Residue, Ring, Root, Shape, Start
 from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of, count
+from protocols.ring import WORD
 from protocols.wire import Wire
 
 ROWS = 1 << 12
@@ -48,6 +53,9 @@ WIDEST = {
     2: {4: 0.74, 5: 1.18, 6: 1.71, 7: 2.32, 8: 2.94, 9: 3.11},
 }
 """The widest row, 2^shift / low, by root and degree."""
+
+_DEGREES = range(3, 13)  # of the tables of polynomials
+_CLOSELY = ((4, 50), (33, 400))  # places of rows, and arguments, at which the error of such a table is measured
 
 _PRECISION = 30  # bits of the T_j while they are computed: their products stay below 2^62
 _WEIGHT = 8e-6  # of the coefficients in the fit of the lowest row, relative to its values
@@ -77,6 +85,9 @@ class Tabulated(Protocol):
     scale: Real
     public: Bits
     wide: Ring
+    start: Start = ()  # coefficients of a polynomial of x - centre that, with corrections, stands for the power
+    centre: Real = 0.0
+    steps: Corrections = 0
 
     @property
     def out(self) -> Wire:
@@ -94,6 +105,8 @@ class Tabulated(Protocol):
             raise ValueError(f"{self.rows} rows of degree {self.degree} have more than {ROWS} coefficients")
         if not 0 < self.low < self.high < (1 << self.ring) - (1 << self.shift):
             raise ValueError(f"[{self.low}, {self.high}] in a ring of {self.ring} bits with rows of 2^{self.shift}")
+        if self.steps and not self.start:
+            raise ValueError(f"{self.steps} corrections of no polynomial")
         if not 0 < self.public <= _PRECISION:
             raise ValueError(f"{self.public} public fraction bits")
         if not 0 < self.scale * self.low ** (-1 / self.root) < 2.0 ** (self.wide - 1 - self.public):
@@ -105,10 +118,14 @@ class Tabulated(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
+        return {"rows": self.rows_for(r)}, None
+
+    def rows_for(self, r: Tensor) -> Tensor:
+        """Return the coefficients for masks r, of the shape of ``shape`` and then rows and degrees."""
         fits = (*_interpolation(self.degree), _interpolation(_EXCESS * (self.degree + 1) - 1)[0])
-        form = (self.ring, self.shift, self.root, self.low, self.scale)
+        form = (self.ring, self.shift, self.root, self.low, self.high, self.scale, self.start, self.centre, self.steps)
         rows = kernels.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
-        return {"rows": rows.reshape(*self.shape, self.rows, self.degree + 1)}, None
+        return rows.reshape(*self.shape, self.rows, self.degree + 1)
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
@@ -132,8 +149,9 @@ class Tabulated(Protocol):
         return ring.right(torch.stack(found, dim=-1) + half, excess)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        x = ring.reduce(operands[0], self.ring).clamp(min=self.low).to(torch.float64)
-        return ring.left(torch.round(self.scale * x ** (-1 / self.root)).to(torch.int64), self.public)
+        x = ring.reduce(operands[0], self.ring).clamp(self.low, self.high).to(torch.float64)
+        power = kernels.inverse_power(x, self.root, self.start, self.centre, self.steps)
+        return ring.left(torch.round(self.scale * power).to(torch.int64), self.public)
 
     def fitted(self) -> int:
         size = self.degree + 1
@@ -143,22 +161,50 @@ class Tabulated(Protocol):
         return CircuitCost(dealt=bytes_of((self.rows * (self.degree + 1), *self.shape), self.wide))
 
 
-def smallest(root: int, low: int, high: int) -> tuple[int, int, int]:
+def smallest(
+    root: int, low: int, high: int, start: tuple[float, ...] = (), centre: float = 0.0, steps: int = 0
+) -> tuple[int, int, int]:
     """Return ring, shift and degree of the smallest table for integers from low to high.
 
-    Raises ValueError if it has too many coefficients.
+    start, centre, steps: as in ``Tabulated``. The error of the table of a polynomial is measured here, over every
+    place of its rows. Raises ValueError if the table has too many coefficients.
     """
-    found = [(ROWS + 1, 0, 0, 0)]
-    for degree, widest in WIDEST[root].items():
-        shift = min(_PRECISION, math.floor(math.log2(widest * low)))
-        if shift > 0:
-            bits = max(shift + 1, high.bit_length())
-            bits += (1 << bits) - (1 << shift) <= high
-            found.append(((degree + 1) << (bits - shift), bits, shift, degree))
-    size, bits, shift, degree = min(found)
-    if size > ROWS:
-        raise ValueError(f"a table of x^(-1/{root}) on [{low}, {high}] has more than {ROWS} coefficients")
-    return bits, shift, degree
+    if start:
+        scale = 2.0**40 * low ** (1 / root)
+        shifts = range(1, min(_PRECISION, high.bit_length()) + 1)
+        for size, bits, shift, degree in sorted(_table(low, high, s, degree) for s in shifts for degree in _DEGREES):
+            if size > ROWS:
+                break
+            table = Tabulated((1,), bits, shift, degree, root, low, high, scale, PUBLIC, WORD, start, centre, steps)
+            if all(_measured(table, *closely) <= ACCURACY for closely in _CLOSELY):
+                return bits, shift, degree
+    else:
+        widths = ((min(_PRECISION, math.floor(math.log2(w * low))), degree) for degree, w in WIDEST[root].items())
+        found = [_table(low, high, shift, degree) for shift, degree in widths if shift > 0]
+        size, bits, shift, degree = min(found, default=(ROWS + 1, 0, 0, 0))
+        if size <= ROWS:
+            return bits, shift, degree
+    raise ValueError(f"a table of x^(-1/{root}) on [{low}, {high}] has more than {ROWS} coefficients")
+
+
+def _table(low: int, high: int, shift: int, degree: int) -> tuple[int, int, int, int]:
+    """Return the coefficients, ring, shift and degree of the table with rows of 2^shift."""
+    bits = max(shift + 1, high.bit_length())
+    bits += (1 << bits) - (1 << shift) <= high
+    return (degree + 1) << (bits - shift), bits, shift, degree
+
+
+def _measured(table: Tabulated, places: int, points: int) -> float:
+    """Return the largest relative error of a table, with its rounded T_j, over so many masks and arguments."""
+    table = replace(table, shape=(places,))
+    r = torch.arange(places, dtype=torch.int64) * (1 << table.shift) // places
+    part, low, high = torch.linspace(0, 1, points, dtype=torch.float64), table.low, table.high
+    x = torch.cat([low * (high / low) ** part, low + (high - low) * part]).round().to(torch.int64).clamp(low, high)
+    z = ring.reduce(x[:, None] + r, table.ring)
+    row = table.rows_for(r)[torch.arange(places), ring.right(z, table.shift)].to(torch.float64)
+    found = (row * table._basis(z & ring.low_mask(table.shift)).to(torch.float64)).sum(-1)
+    exact = kernels.inverse_power(x.to(torch.float64), table.root, table.start, table.centre, table.steps)
+    return float((found / (table.scale * 2.0**table.public * exact[:, None]) - 1).abs().max())
 
 
 @lru_cache(maxsize=64)

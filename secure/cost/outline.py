@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from approximations import APPROXIMATIONS, choose
+from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from secure.errors import InvalidInput, MissingPackage
 from secure.frontend import lower_outline
-from secure.mpc.compile import emit_program
+from secure.mpc.compile import chosen, emit_program
 from secure.mpc.network import LOOPBACK, find_network
 from secure.mpc.program import Program
 from secure.polynomial.forms import forms
@@ -88,7 +88,7 @@ def outline(
 
     Raises UnsupportedOperation and DoesNotFit as ``secure.compile`` does.
     """
-    fixed, functions = fixed_point or FixedPoint(), choose(approximations, gelu)
+    fixed, functions = fixed_point or FixedPoint(), chosen(approximations, gelu)
     lowered, ranges = lower_outline(model, example_inputs, reach=reach, embedding=embedding, functions=functions)
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK))

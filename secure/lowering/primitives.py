@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from approximations.powers import power, power_error
 from approximations.primitives import exp_below, inverse_power, piecewise
 from secure.errors import UnsupportedOperation
 
@@ -139,6 +140,14 @@ def _inverse_range(p: Primitive) -> Interval:
     return a["scale"] * a["high"] ** (-1 / a["root"]), a["scale"] * a["low"] ** (-1 / a["root"])
 
 
+def _power_range(p: Primitive) -> Interval:
+    """Return the range of the power, widened by what its polynomial may miss of it."""
+    a = p.attrs
+    error = power_error(a["exponent"], a["degree"], a["low"], a["high"], a["steps"])
+    ends = a["scale"] * a["high"] ** a["exponent"], a["scale"] * a["low"] ** a["exponent"]
+    return ends[0] * (1 - error), ends[1] * (1 + error)
+
+
 # values
 
 
@@ -184,6 +193,12 @@ PRIMITIVES: dict[str, Meaning] = {
             lambda p, w, x: inverse_power(x[0], *(p.attrs[k] for k in ("root", "low", "high", "scale", "extra"))),
             lambda p, x, reach: _inverse_range(p),
             promised=_inverse_range,
+        ),
+        Meaning(
+            "power",
+            lambda p, w, x: power(x[0], **p.attrs),
+            lambda p, x, reach: _power_range(p),
+            promised=_power_range,
         ),
         Meaning("bounded", lambda p, w, x: x[0], lambda p, x, reach: promise(p), promised=promise),
     )

@@ -171,6 +171,11 @@ class Symbol:
         """Compute scale * x^(-1/root) for low <= x <= high. ``extra``: more fraction bits in the result."""
         return self._same("inverse_power", root=root, low=low, high=high, scale=scale, extra=extra)
 
+    def power(self, exponent: float, low: float, high: float, degree: int, steps: int, scale: float) -> Symbol:
+        """Compute ``approximations.power`` of these arguments as one primitive."""
+        form = {"exponent": exponent, "low": low, "high": high, "degree": degree, "steps": steps, "scale": scale}
+        return self._same("power", **form)
+
     def bounded(self, low: float, high: float) -> Symbol:
         """Promise that the value lies in [low, high]; no calibration widens that range."""
         return self._same("bounded", low=low, high=high)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from approximations import APPROXIMATIONS, choose
+from approximations import APPROXIMATIONS, Functions, choose
 from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols.fixedpoint import FixedPoint
@@ -22,6 +22,7 @@ from secure.lowering.ranges import Ranges
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
 from secure.mpc.network import LOOPBACK, NetworkSpeed, find_network
+from secure.mpc.powers import tabulated_power
 from secure.mpc.prices import Choice
 from secure.mpc.prices import choose as choose_prices
 from secure.mpc.program import Output, Program
@@ -81,13 +82,18 @@ def compile(  # the verb that torch uses; always written secure.compile
     Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
     """
     fixed = fixed_point or FixedPoint()
-    functions = choose(approximations, gelu)
+    functions = chosen(approximations, gelu)
     samples = [example_inputs, *calibration]
     lowered = lower_model(model, samples, margin_bits=fixed.margin_bits, embedding=embedding, functions=functions)
     clear_inputs = map(lowered.inputs, samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     named = {"embedding": embedding, **functions.labels, **(labels or {})}
     return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK))
+
+
+def chosen(approximations: str, gelu: str) -> Functions:
+    """Return a set of approximations, with powers of models in polynomial form from tables."""
+    return replace(choose(approximations, gelu), power=tabulated_power)
 
 
 def finish(

@@ -90,6 +90,7 @@ RULES: dict[str, Emission] = {
     "row_bound": Emission(softmax.bound_needs, scale=softmax.SCORE_FRACTION, emit=softmax.emit_bound),
     "exp_below": Emission(softmax.exponential_needs, emit=softmax.emit_exponential),
     "inverse_power": Emission(powers.needs, emit=powers.emit),
+    "power": Emission(powers.needs, emit=powers.emit),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
 }
 """The record of every primitive of ``secure.lowering.primitives`` for shares."""

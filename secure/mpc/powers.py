@@ -6,6 +6,9 @@ so are bits that tell how fine a band x is in: [j < count] for the coarse digit 
 (``two_party.digits``). With tables A_0 (coarse), A_1, ... the result is A_0 + sum_k [j < count_k] (A_k - A_(k-1)), a
 second round. As j may be one above the digit of x, a band ends where the next one still holds for one digit more.
 
+The primitive "power", of models in polynomial form, is the polynomial with corrections for which the model was trained.
+Its table is of that very function, always a single one, so that nothing is compared and no bit is looked up.
+
 The opening keeps the fraction bits that the smallest argument needs, and no more.
 """
 
@@ -16,6 +19,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from torch import Tensor
+
+from approximations.powers import power, starting
+from approximations.primitives import Value
 from protocols import local
 from protocols import two_party as tp
 from protocols.ring import WORD
@@ -31,6 +38,22 @@ ROUNDING = 17  # bits to which the opening rounds the smallest argument
 ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
 JOIN = 12  # dealt words that another band takes: a table of bits, and a selection
+
+
+def tabulated_power(
+    x: Value, exponent: float, low: float, high: float, degree: int = 3, steps: int = 0, scale: float = 1.0
+) -> Value:
+    """Return the same function as ``approximations.power``, looked up in one table where that spares rounds.
+
+    A table takes one opening of x and compares nothing. Its relative error to the *corrected polynomial*, for which a
+    model was trained, is 2^-15. That polynomial may itself miss the power by ``power_error``, 0.3 in a usual recipe, so
+    that a table of the power would be another model. A start without corrections takes one opening anyway, and some
+    wide ranges have no table: these are computed as ``power`` does.
+    """
+    form = (exponent, low, high, degree, steps)
+    if isinstance(x, Tensor) or not steps or not 0 < low < high or not _has_table(*form):
+        return power(x, *form, scale)
+    return x.power(*form, scale)
 
 
 @dataclass(frozen=True)
@@ -97,15 +120,76 @@ def divided(root: int, low: int, high: int, few: int) -> tuple[int, tuple[_Band,
     return (ring, way) if way else None
 
 
+@lru_cache(maxsize=256)
+def whole(root: int, low: int, high: int, start: tuple[float, ...], centre: float, steps: int) -> _Band | None:
+    """Return the only band of a polynomial with corrections, and None if no table holds the range."""
+    try:
+        return _Band(low, high, *smallest(root, low, high, start, centre, steps), 0)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Function:
+    """x^(-1/root), or the polynomial of x - centre with ``steps`` corrections that stands for it (``start`` not ())."""
+
+    root: int
+    start: tuple[float, ...] = ()
+    centre: float = 0.0
+    steps: int = 0
+
+    @staticmethod
+    def corrected(exponent: float, low: float, high: float, degree: int, steps: int, fraction: int) -> _Function:
+        """Return a polynomial with corrections as a function of integers with ``fraction`` bits."""
+        root, unit, piece = round(-1 / exponent), 2.0**-fraction, starting(exponent, low, high, degree)
+        start = tuple(c * unit ** (j + 1 / root) for j, c in enumerate(piece.coefficients))
+        return _Function(root, start, piece.centre / unit, steps)
+
+
+def _function(p: Primitive, fraction: int) -> _Function:
+    """Return the function of integers with ``fraction`` bits that a primitive computes, but for its scale."""
+    if "root" in p.attrs:
+        return _Function(p.attrs["root"])
+    a = p.attrs
+    return _Function.corrected(a["exponent"], a["low"], a["high"], a["degree"], a["steps"], fraction)
+
+
+def _integers(low: float, high: float, fraction: int) -> tuple[int, int]:
+    """Return a range as integers of ``fraction`` bits, with the room that rounding needs."""
+    return max(1, math.floor(low / ROOM * 2.0**fraction)), math.ceil(high * ROOM * 2.0**fraction)
+
+
+def _finest(low: float) -> int:
+    """Return the most fraction bits that an opening keeps of an argument of at least ``low``."""
+    return ROUNDING - math.floor(math.log2(low))
+
+
+@lru_cache(maxsize=256)
+def _has_table(exponent: float, low: float, high: float, degree: int, steps: int) -> bool:
+    """Return True if a polynomial with corrections has a table, with a factor of two to spare.
+
+    The fraction bits of its argument are not known yet. They change the table's bounds by a rounding.
+    """
+    fraction = _finest(low)
+    f = _Function.corrected(exponent, low, high, degree, steps, fraction)
+    band = whole(f.root, *_integers(low, high, fraction), f.start, f.centre, f.steps)
+    return band is not None and 2 * band.size <= ROWS
+
+
 def _bands(plan: Plan, p: Primitive) -> _Bands:
     """Choose the bands of a primitive. Raises DoesNotFit for a range that no tables hold."""
     a, given = p.attrs, plan.fraction[p.inputs[0]]
-    fraction = min(given, ROUNDING - math.floor(math.log2(a["low"])))
-    low, high = max(1, math.floor(a["low"] / ROOM * 2.0**fraction)), math.ceil(a["high"] * ROOM * 2.0**fraction)
-    found = divided(a["root"], low, high, plan.prices.coefficients)
+    fraction = min(given, _finest(a["low"]))
+    (low, high), f = _integers(a["low"], a["high"], fraction), _function(p, fraction)
+    found: tuple[int, tuple[_Band, ...]] | None
+    if f.start:
+        band = whole(f.root, low, high, f.start, f.centre, f.steps)
+        found = None if band is None else (band.ring, (band,))
+    else:
+        found = divided(f.root, low, high, plan.prices.coefficients)
     if found is None:
         raise DoesNotFit(
-            f"{p.where}: tables of x^(-1/{a['root']}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "
+            f"{p.where}: tables of x^(-1/{f.root}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "
             f"have more than {ROWS} coefficients\nhint: narrower calibration inputs, or more fraction bits"
         )
     return _Bands(fraction, *found)
@@ -136,9 +220,9 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
 
 def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, given: int, at: int) -> Share:
     """Emit the table of one band, at the planned scale of the result. given: fraction bits of what is opened."""
-    root, fraction = p.attrs["root"], e.plan.fraction[i] + GUARD
+    f, fraction = _function(p, given), e.plan.fraction[i] + GUARD
     wide = min(WORD, e.plan.want(i) + GUARD + PUBLIC)
-    scale = p.attrs["scale"] * 2.0 ** (fraction + given / root)
-    form = (band.ring, band.shift, band.degree, root, band.low, band.high, scale)
-    index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide), at)
+    scale = p.attrs["scale"] * 2.0 ** (fraction + given / f.root)
+    form = (band.ring, band.shift, band.degree, f.root, band.low, band.high, scale)
+    index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide, f.start, f.centre, f.steps), at)
     return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, GUARD + PUBLIC)

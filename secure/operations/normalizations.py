@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import approximations
-from approximations.powers import power, steps_for
+from approximations.powers import steps_for
 from secure.capture.builder import Builder, Norm, Value, shape_of
 from secure.capture.graph import Node
 from secure.capture.operation import operation, rule
@@ -43,12 +43,12 @@ def _range_of_root(to: Lowering, node: Node) -> tuple[float, float]:
     return widened(low / to.margin, down=True), widened(high * to.margin)
 
 
-def _root(x: Symbol, low: float, high: float) -> Symbol:
+def _root(to: Lowering, x: Symbol, low: float, high: float) -> Symbol:
     """Compute 1 / sqrt(x) by polynomials alone, after scaling x to about one."""
     halves = round(math.log2(math.sqrt(low * high)))
     low, high = low * 2.0**-halves, high * 2.0**-halves
     steps = steps_for(-0.5, ROOT_DEGREE, low, high, ROOT_ERROR)
-    result: Symbol = power(x * 2.0**-halves, -0.5, low, high, ROOT_DEGREE, steps, 2.0 ** (-halves / 2))
+    result: Symbol = to.functions.power(x * 2.0**-halves, -0.5, low, high, ROOT_DEGREE, steps, 2.0 ** (-halves / 2))
     return result
 
 
@@ -147,7 +147,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     x, (low, high), eps = to.symbol(node.inputs[0]), _range_of_root(to, node), float(node.attrs["eps"])
     if to.compares:
         return to.normalized(node, approximations.rms_norm(x, 1.0, eps, low - eps, high - eps))
-    return to.normalized(node, x * _root(x.square().mean(-1, keepdim=True) + eps, low, high))
+    return to.normalized(node, x * _root(to, x.square().mean(-1, keepdim=True) + eps, low, high))
 
 
 # Batch normalization.
@@ -212,7 +212,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     if to.compares:
         result: Symbol = approximations.l2_normalize(x, low, high)
         return result
-    return x * _root(x.square().sum(-1, keepdim=True), low, high)
+    return x * _root(to, x.square().sum(-1, keepdim=True), low, high)
 
 
 @operation("rsqrt")
@@ -243,4 +243,4 @@ def _(to: Lowering, node: Node) -> Symbol:
     if to.compares:
         result: Symbol = approximations.rsqrt(x, low, high)
         return result
-    return _root(x, low, high)
+    return _root(to, x, low, high)

@@ -77,7 +77,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     _check_range(to, node)
     a = node.attrs
     form = (a["exponent"], a["low"], a["high"], a["degree"], a["steps"])
-    result: Symbol = approximations.power(to.symbol(node.inputs[0]), *form)
+    result: Symbol = to.functions.power(to.symbol(node.inputs[0]), *form)
     return result
 
 
@@ -112,4 +112,5 @@ def _(to: Lowering, node: Node) -> Symbol:
     _check_range(to, node)
     a = node.attrs
     form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
-    return to.normalized(node, approximations.polynomial_layer_norm(to.symbol(node.inputs[0]), 1.0, 0.0, *form))
+    x = to.symbol(node.inputs[0])
+    return to.normalized(node, approximations.polynomial_layer_norm(x, 1.0, 0.0, *form, to.functions.power))
