@@ -103,7 +103,7 @@ def document(*instructions: list[Any], weights: dict[str, list[int]] | None = No
         ["reveal", {"shape": [width], "ring": 32}, [0], 0],
     ]
     return {
-        "version": 2,
+        "version": 3,
         "instructions": circuit,
         "paths": [""],
         "outputs": [["y", len(circuit) - 1, 0]],

@@ -236,8 +236,8 @@ def remove(key: str) -> Callable[[Any], None]:
 
 
 TAMPERED: dict[str, Callable[[Any], Any]] = {
-    "version": change("version", 1),
-    "version text": change("version", "2"),
+    "version": change("version", 2),
+    "version text": change("version", "3"),
     "no version": remove("version"),
     "no circuit": remove("instructions"),
     "no paths": remove("paths"),
@@ -368,7 +368,7 @@ def test_programs_whose_parts_do_not_fit_are_refused(how: str) -> None:
         Program.from_bytes(tampered(MISFITS[how]))
 
 
-@pytest.mark.parametrize("encoded", [b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{", b'{"version": 2}'])
+@pytest.mark.parametrize("encoded", [b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{", b'{"version": 3}'])
 def test_what_is_no_program_is_refused(encoded: bytes) -> None:
     with pytest.raises(InvalidProgram):
         Program.from_bytes(encoded)
@@ -496,7 +496,7 @@ def test_outputs_of_one_large_reveal_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_versions_are_named() -> None:
-    with pytest.raises(InvalidProgram, match=r"has version 1, this is 2\nhint: upgrade"):
+    with pytest.raises(InvalidProgram, match=r"has version 2, this is 3\nhint: upgrade"):
         Program.from_bytes(tampered(TAMPERED["version"]))
 
 

@@ -40,7 +40,7 @@ from secure.lowering.client_inputs import (
     encode_input,
 )
 
-VERSION = 2
+VERSION = 3
 MAXIMUM_INSTRUCTIONS = 1 << 14  # a decoder of 32 layers has 10,000
 MAXIMUM_OUTPUTS = 1 << 10
 MAXIMUM_WEIGHTS = 1 << 12
