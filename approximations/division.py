@@ -22,7 +22,7 @@ from approximations.fits import minimax
 from approximations.primitives import Piece, Value, constant, inverse_power, piecewise, precise_product
 
 NARROW = {1: 2.0**15, 2: 2.0**13}
-"""The largest high / low, by root, of a function whose tables take at most some 4 kB a value."""
+"""The largest high / low, by root, of a function whose tables take at most some 13 kB a value."""
 
 PER_OCTAVE, DEGREE = 4, 3
 # the range of u: one segment, widened by the rounding of c and by comparisons that pick the neighbouring segment
