@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from approximations.fits import minimax
-from approximations.primitives import Piece, Value, constant, inverse_power, piecewise, precise_product
+from approximations.primitives import Piece, Value, bounded, constant, inverse_power, piecewise, precise_product
 
 NARROW = {1: 2.0**15, 2: 2.0**13}
 """The largest high / low, by root, of a function whose tables take at most some 13 kB a value."""
@@ -44,8 +44,10 @@ def _power(x: Value, root: int, low: float, high: float, scale: float) -> Value:
         return inverse_power(x, root, low, high, scale, extra)
     knots, shrinks, factors, of_mantissa = segments(root, low, high, scale)
     mantissa = piecewise(x, knots, shrinks, low / 128)
-    factor = piecewise(x, knots, factors, low / 128, extra)
-    return precise_product(piecewise(mantissa, [], [of_mantissa]), factor, extra)
+    # calibration may see a part of the range alone, so the results' ranges are promised
+    factor = bounded(piecewise(x, knots, factors, low / 128, extra), 0.0, max(p.coefficients[0] for p in factors))
+    result = precise_product(piecewise(mantissa, [], [of_mantissa]), factor, extra)
+    return bounded(result, 0.0, 1.01 * scale * low ** (-1 / root))
 
 
 def segments(root: int, low: float, high: float, scale: float) -> tuple[list[float], list[Piece], list[Piece], Piece]:

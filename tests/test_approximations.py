@@ -271,6 +271,14 @@ def test_softmax_of_extreme_rows(length: int) -> None:
         assert largest(run.result[expected == 0]) <= 2**-15  # what is masked stays out
 
 
+@pytest.mark.parametrize("length", [540, 544, 1100])
+def test_softmax_of_long_rows(length: int) -> None:
+    """The sum's reciprocal has no tables above 540; calibration never sees sums as small as the bound's slack makes."""
+    x = normal(8, length) * 6
+    run = run_function(softmax, x)
+    assert largest(run.result - torch.softmax(x, -1)) <= 2.5e-4
+
+
 def test_softmax_refuses_rows_too_far_apart() -> None:
     with pytest.raises(DoesNotFit, match=r"largest scores .* from .* to .*; they may differ by 502 at most\nhint: "):
         run_function(softmax, torch.tensor([[0.0, 1.0], [400.0, 0.0]]))

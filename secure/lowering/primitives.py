@@ -129,7 +129,8 @@ def _of_pieces(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
     return float(values.min()), float(values.max())
 
 
-def _promise(p: Primitive) -> Interval:
+def promise(p: Primitive) -> Interval:
+    """Return the range of a "bounded" primitive, which its caller promised."""
     return p.attrs["low"], p.attrs["high"]
 
 
@@ -184,6 +185,6 @@ PRIMITIVES: dict[str, Meaning] = {
             lambda p, x, reach: _inverse_range(p),
             promised=_inverse_range,
         ),
-        Meaning("bounded", lambda p, w, x: x[0], lambda p, x, reach: _promise(p), promised=_promise),
+        Meaning("bounded", lambda p, w, x: x[0], lambda p, x, reach: promise(p), promised=promise),
     )
 }

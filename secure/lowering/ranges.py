@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from secure.errors import InvalidInput
-from secure.lowering.primitives import Operand, meaning
+from secure.lowering.primitives import Operand, meaning, promise
 from secure.lowering.trace import Trace, evaluate
 
 _ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
@@ -32,13 +32,16 @@ def dyadic(value: float) -> tuple[int, int]:
 class Ranges:
     """The range [low, high] of every primitive of a trace over the calibration inputs, widened by ``margin_bits``.
 
-    A primitive whose caller promises a range ("bounded") has that range, without a margin, whatever was observed.
+    A primitive whose caller promises a range ("bounded") has that range, without a margin, whatever was observed; its
+    operand has room for that range at least.
     """
 
     def __init__(self, trace: Trace, margin_bits: int) -> None:
         n = len(trace.primitives)
         self._trace, self._margin = trace, 2.0**margin_bits
         self._low, self._high = [math.inf] * n, [-math.inf] * n
+        # a bounded value is its operand itself, so the operand takes the promised range too
+        self._reach = {p.inputs[0]: max(map(abs, promise(p))) for p in trace.primitives if p.op == "bounded"}
 
     def observe(self, index: int, value: Tensor) -> None:
         """Widen the range of one primitive so that it holds ``value``."""
@@ -81,7 +84,8 @@ class Ranges:
         p = self._trace.primitives[index]
         if (promised := meaning(p).promised) is not None:
             return float(max(map(abs, promised(p))))
-        return max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
+        seen = max(abs(self._low[index]), abs(self._high[index]), 2.0**-16) * self._margin
+        return max(seen, self._reach.get(index, 0.0))
 
     def interval(self, index: int) -> tuple[float, float]:
         """Return the smallest and the largest value that this primitive may take, margin included."""
