@@ -6,9 +6,9 @@ share        a shared value: its place, ring and scale
 plan         the rings and openings that the readers of every value need
 emitter      the circuit in the making
 arithmetic   inputs, products, sums, shapes
-nonlinear    piecewise polynomials, maxima
-softmax      exponentials below a bound of their row
+nonlinear    piecewise polynomials, comparisons, maxima
 powers       inverse powers, by dealt tables
+softmax      bounds of rows, and exponentials below them
 emit         the record of every primitive; from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 budget       what one Program may take of a dealer or a client
