@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +23,6 @@ from protocols.weights import ClientWeights, DealerWeights
 from protocols.wire import Wire
 from secure.capture.capture import capture
 from secure.cost.count import profile
-from secure.cost.outline import outline
 from secure.deployments.deployment import Deployment
 from secure.errors import UnsupportedOperation
 from secure.mpc.compile import MpcModel, compile
@@ -196,26 +193,6 @@ def test_what_parties_see_of_two_outputs_is_uniform() -> None:
 def test_ciphertexts_refuse_several_outputs_by_name_of_the_operation() -> None:
     with pytest.raises(UnsupportedOperation, match=r"3 outputs.*\nhint: return one tensor"):
         secure.compile(Heads(), inputs(0), deployment=secure.Ckks())
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(8, 16), nn.Linear(16, 4), nn.LayerNorm(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
-        return out
-
-
-def test_version_two_differs_from_version_one_in_the_outputs_alone() -> None:
-    """The digest is that of the Program which version 1 made of this model: named outputs changed nothing else."""
-    document = json.loads(outline(Small().eval(), {"x": torch.zeros(2, 8)}).encoded)
-    ((name, instruction, fraction),) = document.pop("outputs")
-    document |= {"version": 1, "output": instruction, "fraction": fraction}
-    encoded = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    assert name == "output"
-    assert hashlib.sha256(encoded).hexdigest() == "6bcc5267fd6c50550b84dc70074d507d5dc07e6ab0330bb3add194437ee5abbd"
 
 
 def test_a_result_too_many_or_too_few_is_refused(compiled: MpcModel) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import secure
-from approximations import softmax
 from protocols.circuit import total_cost
 from secure.cost.outline import outline
 from secure.deployments.circuits import CircuitDeployment
@@ -64,7 +63,7 @@ class Made:
         self.circuit = circuit
 
 
-@pytest.mark.parametrize("shortest", [{"round_bytes": 0}, {"coefficients": 4096}, {"histogram_bytes": 8_000_000}, {}])
+@pytest.mark.parametrize("shortest", [{"round_bytes": 0}, {"coefficients": 4096}, {}])
 def test_the_choice_has_the_least_projected_time(near: secure.Compiled, shortest: dict[str, int]) -> None:
     whole = near.program.circuit
     best = replace(DEFAULT, **shortest)
@@ -180,19 +179,6 @@ def test_a_larger_table_spares_the_choice_among_smaller_ones() -> None:
     ]
     assert runs[0].cost.rounds > runs[1].cost.rounds
     assert runs[0].cost.dealt < runs[1].cost.dealt
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("columns", [3, 40, 300])
-def test_a_histogram_of_all_digits_spares_the_window(seed: int, columns: int) -> None:
-    x = torch.randn((2, 5, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6
-    x[0, 0] -= 40  # far below the window of the largest scores
-    x[1, 1, 0] = x.max() + 3
-    x[1, 2, 1:] = x.min() - 5  # the lowest that there are
-    runs = [run_function(softmax, x, prices=Prices(histogram_bytes=n)) for n in (0, 10**9)]
-    assert runs[0].cost.rounds == runs[1].cost.rounds + 1
-    for run in runs:
-        assert float((run.result - torch.softmax(x, -1)).abs().max()) < 1e-3
 
 
 def test_names_of_networks() -> None:

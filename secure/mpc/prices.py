@@ -25,13 +25,11 @@ class Prices:
 
     round_bytes: the online bytes that are worth a round. coefficients: the most coefficients of a dealt table that is
     one value's alone and spares the rounds that choose among smaller ones; each takes 8 dealt bytes at most.
-    histogram_bytes: the dealt bytes, more than those of a window, for which a histogram counts all digits and spares
-    the round that tells those of the window. dealt_for_online: the dealt bytes that are worth one online byte.
+    dealt_for_online: the dealt bytes that are worth one online byte.
     """
 
     round_bytes: int = 400_000
     coefficients: int = 512
-    histogram_bytes: int = 0
     dealt_for_online: int = DEALT_FOR_ONLINE
 
 
@@ -40,7 +38,6 @@ DEFAULT = Prices()
 TRIED: Mapping[str, tuple[int, ...]] = {
     "round_bytes": (0, 100_000, 4_000_000),
     "coefficients": (0, 4096),
-    "histogram_bytes": (8_000_000, 64_000_000),
 }
 """The prices that ``choose`` tries, by their names, beside the default ones."""
 

@@ -31,10 +31,7 @@ _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
 @dataclass(frozen=True)
 class _Window:
-    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits.
-
-    If these are all digits of the ring, no score lies below ``start``.
-    """
+    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits."""
 
     ring: int
     shift: int
