@@ -13,7 +13,7 @@ The last term compares a public number with a secret that the dealer knows, digi
    suffices for 16 bits in digits of 4 bits, and for 24 bits in digits of 6.
 The lowest ``drop`` bits may be left out. Then x in [t - 2^drop, t) may count as not below t, which is harmless for
 continuous piecewise functions.
-Seen by a party: masked bits (six or seven for each group of digits and threshold), each under its own one-time mask;
+Seen by a party: masked bits (two to seven for each group of digits and threshold), each under its own one-time mask;
 by the server also its corrections of tables, top bits and mask products, masked by the client's shares.
 """
 

@@ -2,8 +2,8 @@
 
 ``Input``: the client's share is the input itself and the server's share is zero, so it costs no message; the first
 opening masks it. ``Reveal``: the server sends its share of the output. The client learns the output, including the
-rounding noise of the truncations before it: a unit in the last place that depends on the shares' low bits and is not
-fresh randomness (see SECURITY.md).
+noise of truncations, comparisons and tables before it, which depends on shares and masks and is not fresh randomness
+(see "the last place" in SECURITY.md).
 """
 
 from __future__ import annotations
