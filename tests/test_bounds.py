@@ -128,10 +128,12 @@ def test_no_field_of_an_instruction_costs_much(kind: str) -> None:
             "low",
             "high",
             "scale",
+            "start",
         )
         flags = name in ("matrix", "diagonal")
         assert constants or name in ("name", "weight") or all(v is True or v in (-1, []) for v in accepted), name
-        assert [] not in accepted or (kind, name) == ("open_bits", "shape")  # as many bytes as for one element
+        empty = {("open_bits", "shape"), ("tabulated", "start")}  # as many bytes as for one element; no polynomial
+        assert [] not in accepted or (kind, name) in empty
         assert -1 not in accepted or constants or name == "dim"
         assert flags or True not in accepted
     for part, values in ((0, HOSTILE), (2, HOSTILE), (3, HOSTILE)):
@@ -141,6 +143,15 @@ def test_no_field_of_an_instruction_costs_much(kind: str) -> None:
                 d["instructions"][at][part] = value
                 assert refused(encode(d)), (part, value)
         d["instructions"][at][part] = kept
+
+
+@pytest.mark.parametrize("fields", [{"steps": 1, "start": []}, {"start": [0.5] * 9}, {"start": [0.5], "steps": 5}])
+def test_tables_of_polynomials_are_bounded(fields: dict[str, Any]) -> None:
+    """Corrections of no polynomial, too many coefficients, too many corrections."""
+    d = alone("tabulated")
+    at = next(n for n, i in enumerate(d["instructions"]) if i[0] == "tabulated")
+    d["instructions"][at][1] |= fields
+    assert refused(encode(d))
 
 
 @pytest.mark.parametrize(
