@@ -60,7 +60,7 @@ class Lifted(NamedTuple):
 class Lift(Protocol):
     """Lift an opening of |x| < 2^(ring-2) modulo 2^ring, or more, to one of x / 2^drop in a ring of ``wide`` bits.
 
-    Rounds 0; offline ceil(wide / 8) + ceil((wide - ring + drop) / 8) bytes an element to the server. Exact without
+    Rounds 0; offline wide / 8 + (wide - ring + drop) / 8 bytes an element to the server. Exact without
     ``drop``; with it, off by less than one unit of the result.
     """
 
@@ -127,7 +127,7 @@ class LiftedPowers(Protocol):
     """Powers rho^2, ..., rho^degree of a lifted opening's mask, for ``Polynomial``; the result is that of ``Powers``.
 
     agreed: the low bits in which both representatives of the mask agree (``Lift.agreed``). Rounds 0; offline
-    (degree - 1) (ceil(ring / 8) + ceil((ring - agreed) / 8)) bytes an element to the server. Exact modulo 2^ring.
+    (degree - 1) (ring / 8 + (ring - agreed) / 8) bytes an element to the server. Exact modulo 2^ring.
     """
 
     kind: ClassVar[str] = "lifted_powers"
@@ -202,7 +202,7 @@ class LiftedProduct(Protocol):
     operand of which all bits of the ring agree, so that this is at least ``ring``, is an opening in that ring. The
     result is computed as in ``product``; as rho_x = upper_x - 2^k top_x for a lower representative, the dealer gives
     shares of the products of upper_x or top_x with upper_y or top_y, the latter in narrower rings.
-    Rounds 0; offline, for a = agreed_x and b = agreed_y, ceil(w / 8) bytes an output element to the server for each w
+    Rounds 0; offline, for a = agreed_x and b = agreed_y, w / 8 bytes an output element to the server for each w
     among ring, ring - a, ring - b and ring - a - b that is positive. Exact modulo 2^ring.
     """
 

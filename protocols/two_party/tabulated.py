@@ -66,7 +66,7 @@ _EXCESS = 3  # nodes of that fit for each coefficient
 class Tabulated(Protocol):
     """[scale x^(-1/root)] modulo 2^wide with ``public`` fraction bits, for integers low <= x <= high of an opening.
 
-    Rounds 0; offline 2^(ring - shift) (degree + 1) ceil(wide / 8) bytes an element to the server. x and the bounds are
+    Rounds 0; offline 2^(ring - shift) (degree + 1) wide / 8 bytes an element to the server. x and the bounds are
     integers, and so is the result in units of 2^-public: ``scale`` holds the factors of all fixed points.
     Error: relative ``ACCURACY`` if the rows are at most as wide as ``WIDEST``, and half a unit for each coefficient.
     """
