@@ -6,6 +6,7 @@ python -m benchmarks.pictures
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from approximations import gelu, power_scores, reciprocal, rsqrt, sigmoid, silu, tanh
+from approximations import gelu, power_scores, reciprocal, sigmoid, silu, tanh
 from approximations.activations import GELU_FORMS
 from approximations.fits import least_squares
 from approximations.powers import power
+from protocols import ring
+from protocols.ring import WORD
+from protocols.two_party.tabulated import PUBLIC, Tabulated
+from secure.mpc.powers import DIGIT_BITS, ROUNDING, divided
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 POINTS = 400
@@ -61,6 +66,33 @@ def inverse(exponent: float, steps: int, x: Tensor) -> Tensor:
     return torch.as_tensor(power(x, exponent, 0.1, 10.0, 3, steps))
 
 
+def tables(root: int, low: float, high: float, x: Tensor) -> Tensor:
+    """x^(-1/root) from dealt tables on [low, high], as the protocol looks it up, but for the rounding of the result.
+
+    Every argument has a mask of its own, and reads the finest table that holds its coarse digit.
+    """
+    fraction = ROUNDING - math.floor(math.log2(low))
+    lowest, highest = math.floor(low * 2.0**fraction), math.ceil(high * 2.0**fraction)
+    found = divided(root, lowest, highest, 0)
+    assert found is not None
+    digits, bands = found
+    places = (x * 2.0**fraction).round().to(torch.int64).clamp(lowest, highest)
+    masks = torch.randint(1 << 52, places.shape, generator=torch.Generator().manual_seed(0))  # no secrets here
+    out = torch.zeros_like(x)
+    for band in bands:  # from coarse to fine
+        here = torch.ones_like(places, dtype=torch.bool)
+        if band.count:
+            here = ring.right(places, digits - DIGIT_BITS) < band.count
+        scale = 2.0 ** (24 + fraction / root)
+        form = (band.ring, band.shift, band.degree, root, band.low, band.high, scale, PUBLIC, WORD)
+        table, mask = Tabulated((int(here.sum()),), *form), ring.reduce(masks[here], band.ring)
+        z = ring.reduce(places[here] + mask, band.ring)
+        row = table.rows_for(mask)[torch.arange(len(z)), ring.right(z, band.shift)]
+        basis = table._basis(z & ring.low_mask(band.shift))
+        out[here] = (row.double() * basis.double()).sum(-1) / 2.0 ** (24 + PUBLIC)
+    return out
+
+
 def sheet(name: str, titles: list[str], draw: Callable[[Any], None]) -> None:
     """Two rows of three panels as one SVG file, the same bytes every time."""
     import matplotlib as mpl  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -100,11 +132,13 @@ def exponentials(axes: Any) -> None:
 def inverses(axes: Any) -> None:
     wide = torch.logspace(-1.3, 2.3, POINTS, dtype=torch.float64)
     narrow = torch.logspace(-1, 1, POINTS, dtype=torch.float64)
-    pair(axes[:, 0], wide, torch.reciprocal, {"comparisons": partial(reciprocal, low=0.05, high=200.0)}, relative=True)
+    reduced = partial(reciprocal, low=0.05, high=2000.0)  # too wide for tables
+    forms = {"tables for [0.05, 200]": partial(tables, 1, 0.05, 200.0), "comparisons for [0.05, 2000]": reduced}
+    pair(axes[:, 0], wide, torch.reciprocal, forms, relative=True)
     steps = {f"{s} corrections": partial(inverse, -1.0, s) for s in (0, 1, 2)}
     pair(axes[:, 1], narrow, torch.reciprocal, steps, relative=True)
     roots: dict[str, Function] = {f"{s} corrections": partial(inverse, -0.5, s) for s in (0, 1)}
-    roots["comparisons"] = partial(rsqrt, low=0.1, high=10.0)
+    roots["tables"] = partial(tables, 2, 0.1, 10.0)
     pair(axes[:, 2], narrow, torch.rsqrt, roots, relative=True)
     for column in range(3):
         axes[0, column].set_xscale("log")
@@ -115,7 +149,7 @@ def main() -> None:
     where = "GeLU, least squares where MiniLM's arguments lie"
     sheet("activations", ["GeLU, with comparisons", where, "SiLU"], activations)
     sheet("exponentials", ["tanh", "sigmoid", "e^x in attention: powers with a shift"], exponentials)
-    sheet("inverses", ["1/x, with comparisons", "1/x, polynomials for [0.1, 10]", "1/sqrt(x) on [0.1, 10]"], inverses)
+    sheet("inverses", ["1/x, exact path", "1/x, polynomials for [0.1, 10]", "1/sqrt(x) on [0.1, 10]"], inverses)
 
 
 if __name__ == "__main__":
