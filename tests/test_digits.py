@@ -15,11 +15,12 @@ from torch import Tensor
 from protocols import bits, kernels, local
 from protocols import two_party as tp
 from protocols.circuit import Instruction, check, deal
+from protocols.fields import ENTRIES
 from protocols.protocol import CircuitCost, Protocol, Shape
-from protocols.two_party.digits import ROW
+from protocols.two_party.digits import DIGIT_BITS, ROW
 from protocols.weights import DealerWeights, ServerWeights
 from secure.mpc.budget import load_of
-from secure.mpc.softmax import ways
+from secure.mpc.softmax import MOST_BINS, ways
 from tests.helpers import Integers, Outcome, combine, integers, key, run_circuit, shared, tensor, words
 from tests.test_conformance import plane_bits
 from tests.three import run_three
@@ -159,6 +160,17 @@ def test_a_row_without_any_in_the_window_has_no_maximum(shift: int) -> None:
     assert nonempty[1] in (1, 1 + bool(shift))
     assert bins - 1 <= nonempty[2] <= bins - (shift == 0)
     assert counts[:, 0].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("digits", [2, 16, 512, 1 << DIGIT_BITS])
+def test_ways_to_count_keep_the_bounds_of_fields(digits: int) -> None:
+    for bins in {2, 3, min(digits, 9), min(digits, MOST_BINS)} - {digits + 1}:
+        for _, _, _, blocks in ways(digits, bins):
+            assert 1 <= blocks <= ENTRIES
+        _, coarser, below, blocks = min(ways(digits, bins))
+        tp.Histogram((1, 1), 20, 21 - digits.bit_length(), bins, blocks)
+        if blocks > 1:
+            tp.DigitIn((1, 1), 20, 21 - digits.bit_length() + coarser, below)
 
 
 def test_counts_reach_the_longest_row() -> None:

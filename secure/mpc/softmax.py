@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from protocols import local
 from protocols import two_party as tp
+from protocols.fields import ENTRIES
 from protocols.protocol import Shape
 from protocols.ring import WORD
 from protocols.two_party.digits import DIGIT_BITS, ROW
@@ -84,7 +85,7 @@ def ways(digits: int, bins: int) -> Iterable[tuple[int, int, int, int]]:
     coarser = 0
     while digits >> coarser > 1:
         below = -(-(bins - 1) // (1 << coarser)) + 1
-        blocks = digits // max(below << coarser, bins - 1 + (1 << coarser))
+        blocks = min(ENTRIES, digits // max(below << coarser, bins - 1 + (1 << coarser)))
         if blocks > 1 and below < digits >> coarser:
             yield 2 * -(-digits // blocks) + -(-(digits >> coarser) // 8), coarser, below, blocks
         coarser += 1
