@@ -20,6 +20,7 @@ from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.two_party.digits import DIGIT_BITS, ROW
 from protocols.weights import DealerWeights, ServerWeights
 from secure.mpc.budget import load_of
+from secure.mpc.powers import divided
 from secure.mpc.softmax import MOST_BINS, ways
 from tests.helpers import Integers, Outcome, combine, integers, key, run_circuit, shared, tensor, words
 from tests.test_conformance import plane_bits
@@ -256,3 +257,30 @@ def test_the_maximum_of_a_row_in_three_parties() -> None:
     assert inside.any(-1).all()
     for m, row in zip(nonempty, x, strict=True):
         assert (m - 2) << 13 < row.max() < m << 13
+
+
+@settings(deadline=None, max_examples=60)
+@given(root=st.integers(1, 2), low=st.integers(1 << 10, 1 << 18), octaves=st.floats(0.1, 14))
+def test_bands_meet_whatever_their_digits_are(root: int, low: int, octaves: float) -> None:
+    """Every number lies in the band that its bits choose, with or without the carry of each digit.
+
+    The bits of coarser bands are ones where that of a finer band may be one: the chosen band is the finest of these.
+    """
+    high = int(low * 2.0**octaves) + 2
+    found = divided(root, low, high, 64)
+    if found is None:
+        assert high > 2000 * low
+        return
+    ring, (coarsest, *finer) = found
+    assert coarsest.high == high
+    assert (finer or [coarsest])[-1].low == low
+    edges = [low, high, *(d + (band.count - c << band.digit) for band in finer for c in (0, 1) for d in (-1, 0, 1))]
+    for x in (x for x in edges if low <= x <= high):
+        surely, perhaps = ([(x >> b.digit) + carry < b.count for b in finer] for carry in (1, 0))
+        assert all(x < (1 << ring) - (1 << b.digit) and 1 <= b.count < 1 << (ring - b.digit) for b in finer)
+        # ones first, in both; and no finer bit may be one unless all coarser ones surely are
+        assert surely == sorted(surely, reverse=True)
+        assert all(all(surely[:k]) for k, bit in enumerate(perhaps) if bit)
+        for chosen in {sum(surely), sum(perhaps)}:
+            band = [coarsest, *finer][chosen]
+            assert band.low <= x <= band.high
