@@ -100,6 +100,6 @@ def precise_product(x: Value, y: Value, extra_bits: int) -> Value:
     return x * y if isinstance(x, Tensor) else x.precise_product(y, extra_bits)
 
 
-def precise_matmul(x: Value, y: Value, extra_bits: int) -> Value:
-    """Return x @ y with ``extra_bits`` more fraction bits than usual."""
-    return x @ y if isinstance(x, Tensor) else x.precise_matmul(y, extra_bits)
+def precise_matmul(x: Value, y: Value, extra_bits: int, kept_bits: int) -> Value:
+    """Return x @ y with ``extra_bits`` more fraction bits than usual; y is rounded to ``kept_bits`` before."""
+    return x @ y if isinstance(x, Tensor) else x.precise_matmul(y, extra_bits, kept_bits)

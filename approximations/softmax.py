@@ -15,14 +15,21 @@ from approximations.primitives import Value, bounded, exp_below, precise_matmul,
 CLIP = 16.0
 SLACK = 4.0
 EXTRA = 4  # more fraction bits of what is divided by the sum, which may be e^-SLACK
+LOWEST = 0.9 * math.exp(-SLACK)  # of a row's sum
+KEPT = 14  # fraction bits of the values: one more than the scores have when they are opened, which moves terms more
 
 
 def _exponentials(x: Value) -> tuple[Value, Value]:
-    e = exp_below(x, row_bound(x, SLACK), EXTRA)
-    # the largest term, and so the sum, is at least e^-SLACK
+    """Return the terms, and the reciprocal of their sum.
+
+    The sum is at least LOWEST, however many terms it has. The largest one is at least e^-SLACK - 1.5e-5 as the
+    exponential computes it, and is truncated then: it loses less than a unit, which is 2^-12 at most. All others are
+    products of integers that are not negative, and truncation makes no such number negative.
+    """
     n = x.shape[-1]
+    e = exp_below(x, row_bound(x, SLACK), EXTRA)
     total = bounded(e.sum(-1, keepdim=True), 0.0, float(n))
-    return e, reciprocal(total, 0.9 * math.exp(-SLACK), float(n))
+    return e, reciprocal(total, LOWEST, float(n))
 
 
 def softmax(x: Value) -> Value:
@@ -37,4 +44,4 @@ def attend(scores: Value, values: Value) -> Value:
     So a row takes as many multiplications as the head is wide, instead of as many as the row is long.
     """
     e, inverse = _exponentials(scores)
-    return precise_matmul(e, values, EXTRA) * inverse
+    return precise_matmul(e, values, EXTRA, KEPT) * inverse

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -211,43 +212,67 @@ def looked_up(z: Tensor, table: Tensor, shift: int, size: int) -> Tensor:
     return bits.pack(table.gather(1, digit >> 3).to(torch.int64) >> (digit & 7))
 
 
+@lru_cache(maxsize=64)
+def places(digits: int, blocks: int) -> tuple[Array, Array]:
+    """Cut 0 .. digits - 1 into blocks, the first ones longer by one; return each number's place in its block.
+
+    Also returned is, for each number, the length of the block before its own, that of the last one before the first.
+    """
+    lengths = np.full(blocks, digits // blocks, np.int64)
+    lengths[: digits % blocks] += 1
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(digits) - np.repeat(starts, lengths), np.repeat(np.roll(lengths, 1), lengths)
+
+
 @compiled
-def _suffix_counts(z: Array, plane: Array, units: Array, shift: int, row: int) -> Array:
-    bins = units.shape[2]
+def _suffix_counts(
+    z: Array, plane: Array, units: Array, shift: int, row: int, places: Array, before: Array, bins: int
+) -> Array:
+    width = units.shape[2]
     out = np.empty((z.size // row, bins), np.int64)
-    turned = np.empty(2 * bins, np.uint8)  # not folded until the end of a row, so that the inner loop has no wrap
+    # entry width - i of a row: what its own block gives bin i; entry width + length - i: what a block before it of
+    # that length does, and there are two lengths. They are added up at the end of a row: the inner loop has no wrap
+    turned = np.empty((2, 2 * width + 1), np.uint8)
     for r in range(out.shape[0]):
         turned[:] = 0
         for i in range(r * row, (r + 1) * row):
-            digit = (z[i] >> shift) & (bins - 1)
+            digit = (z[i] >> shift) & (places.size - 1)
+            place, length = places[digit], before[digit]
             unit = units[(plane[i >> 3] >> np.uint8(i & 7)) & 1, i]
-            for e in range(bins):
-                turned[digit + e] += unit[e]
+            sums = turned[width - length, width - place :]
+            for e in range(max(place + 1, length)):
+                sums[e] += unit[e]
         total = np.uint8(0)
         for e in range(bins - 1, -1, -1):
-            total = np.uint8(total + turned[e] + turned[e + bins])
+            found = turned[0, width - e] + turned[1, width - e]
+            if e > 0:  # the block before gives nothing to bin 0
+                found += turned[0, 2 * width - e] + turned[1, 2 * width - 1 - e]
+            total = np.uint8(total + found)
             out[r, e] = total
     return out
 
 
-def suffix_counts(z: Tensor, plane: Tensor | None, units: Tensor, shift: int) -> Tensor:
-    """Turn each element's vector by its digit (z >> shift) mod bins, add them up over the last dimension of z, and sum.
+def suffix_counts(
+    z: Tensor, plane: Tensor | None, units: Tensor, shift: int, digits: int, blocks: int, bins: int
+) -> Tensor:
+    """Add up, over the last dimension of z, vectors whose entry i is that of the place of digit - i, and sum them.
 
-    Returns (*z.shape[:-1], bins): entry i is the sum of the entries from i on of sum_e turn(units[c_e, e], digit_e),
-    modulo 2^8, where c_e is bit e of the packed ``plane`` (None: 0) and turn moves entry t to (t + digit) mod bins.
+    Returns (*z.shape[:-1], bins): entry i is the sum of the entries from i on, modulo 2^8, of the sum over elements e
+    of units[c_e, e], where c_e is bit e of the packed ``plane`` (None: 0). digit: (z >> shift) mod ``digits``.
 
-    units: (1 or 2, n, bins) bytes; bins is a power of two.
+    units: (1 or 2, n, ceil(digits / blocks)) bytes, an entry for each of ``places``; bins <= floor(digits / blocks).
     """
-    bins, row = units.shape[2], z.shape[-1]
+    place, before = places(digits, blocks)
     if _fast(z):
         chosen = np.zeros(bits.plane_bytes(z.numel()), np.uint8) if plane is None else plane.numpy()
-        counts = torch.from_numpy(_suffix_counts(_flat(z), chosen, units.numpy(), shift, row))
-        return counts.reshape(*z.shape[:-1], bins)
+        counts = _suffix_counts(_flat(z), chosen, units.numpy(), shift, z.shape[-1], place, before, bins)
+        return torch.from_numpy(counts).reshape(*z.shape[:-1], bins)
     unit = units[0]
     if plane is not None:
         unit = torch.where(bits.unpack(plane, (z.numel(), 1)).bool(), units[1], unit)
-    place = torch.arange(bins, device=z.device) - ring.right(z.reshape(-1, 1), shift)
-    found = unit.gather(1, place & (bins - 1)).to(torch.int64).reshape(*z.shape, bins).sum(-2)
+    digit = ring.right(z.reshape(-1, 1), shift) - torch.arange(bins, device=z.device)
+    found = unit.gather(1, torch.from_numpy(place).to(z.device)[digit & (digits - 1)])
+    found = found.to(torch.int64).reshape(*z.shape, bins).sum(-2)
     return found.flip(-1).cumsum(-1).flip(-1) & 0xFF
 
 
@@ -771,7 +796,7 @@ def warm_up() -> None:
     exponential(x, plane, x.expand(4, 8).contiguous(), torch.ones(2, dtype=torch.int64), x + 1, 3, 1)
     extended(x, plane, plane, x, 8, client=True)
     looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
-    suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0)
+    suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0, 2, 1, 2)
     chosen(x, x, lifted(x, 8, 1)[1], 7)
     dropped(x, 0, 1, 8)
     for width in range(8):

@@ -226,7 +226,8 @@ class Truncate(Local):
     Source: truncate-reduce of SIGMA. Each party shifts its own share. The carry out of the low parts is lost, and the
     server adds 2^shift beforehand to centre the error. The high bits are never wrong: local truncation *within* one
     ring (SecureML) fails when the shares wrap around, but here the wrap stays a multiple of the new, narrower modulus.
-    Error: result - x / 2^shift lies in (-1, 1], mean zero for uniform shares.
+    Error: result - x / 2^shift lies in (-1, 1], mean zero for uniform shares. The result is floor(x / 2^shift) or the
+    next integer, so that it is not negative if x is not.
     """
 
     kind: ClassVar[str] = "truncate"

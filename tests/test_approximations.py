@@ -38,6 +38,7 @@ from approximations.activations import GELU_FORMS
 from approximations.division import reciprocal_error, rsqrt_error
 from approximations.fits import minimax
 from approximations.primitives import IDENTITY, ZERO, bounded
+from approximations.softmax import EXTRA, LOWEST, SLACK
 from protocols.fixedpoint import FixedPoint
 from secure.errors import DoesNotFit
 from secure.lowering.ranges import Ranges, dyadic
@@ -277,6 +278,20 @@ def test_softmax_of_long_rows(length: int) -> None:
     x = normal(8, length) * 6
     run = run_function(softmax, x)
     assert largest(run.result - torch.softmax(x, -1)) <= 2.5e-4
+
+
+@pytest.mark.parametrize("length", [128, 512, 1100])
+@pytest.mark.parametrize("fraction_bits", [8, 20])
+def test_sums_of_terms_are_in_the_range_of_their_reciprocal(length: int, fraction_bits: int) -> None:
+    """Whatever rounding does to terms far below a unit, of which there are many, and to terms near one."""
+    x = torch.full((48, length), -30.0, dtype=torch.float64)
+    x[:, 0] = torch.linspace(0, 4, 48)
+    x[40:] = torch.linspace(0, 4, 8)[:, None]
+    fixed = FixedPoint(fraction_bits, 14, 1)
+    run = run_function(lambda v: exp_below(v, row_bound(v, SLACK), EXTRA).sum(-1, keepdim=True), x, fixed_point=fixed)
+    assert LOWEST <= float(run.result.min()) < 0.1  # nearly the whole slack was met
+    assert float(run.result.max()) <= length * (1 + 2**-11)
+    assert float(run.result.max()) > length / 8
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,18 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
             out.append(kernels.polynomial(z, powers, offsets[0], coefficients, int(server)))
         for size, codes in tables.items():
             out.append(kernels.looked_up(z, codes, drop, size))
-        for sets, bins in ((1, 4), (2, 4), (2, 32)):
-            chosen = planes[0] if sets == 2 else None
-            out.append(kernels.suffix_counts(z.reshape(1, 1, n), chosen, units[:sets, :, :bins].contiguous(), drop))
+        for size, blocks, bins in (
+            (4, 1, 4),
+            (16, 1, 9),
+            (16, 4, 4),
+            (32, 1, 32),
+            (128, 5, 22),
+            (128, 6, 21),
+            (64, 2, 1),
+        ):
+            chosen, places = (planes[0], -(-size // blocks)) if blocks > 1 else (None, size)
+            vectors = units[: 1 + (blocks > 1), :, :places].contiguous()
+            out.append(kernels.suffix_counts(z.reshape(1, 1, n), chosen, vectors, drop, size, blocks, bins))
         return out
 
     fast = results()

@@ -6,8 +6,20 @@ carry, and top(x) <= N - 2, so j is top(x) or top(x) + 1, without a wrap. With s
 x. Nobody knows j: the parties know top(z), and the dealer knows top(r). Whatever depends on j alone is a table over the
 public top(z), which the dealer shifts by its top(r) and shares. Looking it up takes no message.
 ``DigitIn``: one bit, [j < count], from an XOR-shared table of N bits.
-``Histogram``: the unit vector of j is the unit vector of -top(r), turned by top(z). Turned vectors are added up over a
-row, so that c_i = sum of the entries from i on is the number of elements with j >= i.
+``Histogram``: the unit vector of j follows from that of top(r), which is dealt: j = i if and only if top(z) - i is
+top(r). Unit vectors are added up over a row, so that c_i = sum of the entries from i on is the number of elements with
+j >= i, for i below ``bins``.
+
+If only j in a window count, the dealt vector need not have an entry for each of the N digits. Cut the circle of digits
+into equal blocks, the first ones longer by one if N is no multiple, and let the *place* of a digit be its position in
+its block. Digits of one place are at least L = floor(N / blocks) apart, around the circle as well. So if |j - i| < L,
+then top(z) - i and top(r) are equal if and only if their places are, and one entry for each place suffices. All i lie
+in [0, bins), so L must be above j and above bins - 1 - j for every j that counts.
+
+Whether an element counts can be told from a coarser digit of the same opening. For J, the digit of shift + g, and the
+low g bits u and v of top(z) and top(r): j = 2^g J + u - v modulo N, with |u - v| < 2^g. So the bit [J < count] of
+``DigitIn`` takes all x in [0, (count - 1) 2^(shift + g)), and no j outside of (-2^g, 2^g count). With g = 0, those are
+the digits below ``count``.
 
 The maximum of a row follows from its counts c_i, i < bins:
 1. Open c_i modulo 2^8 (``Open``).  2. [c_i = 0] is [j < 1] of a byte with s = 0, where j is the byte itself
@@ -43,6 +55,9 @@ DIGIT_BITS = 12
 
 ROW = 255
 """The most elements that one histogram counts, so that its counts do not wrap modulo 2^8."""
+
+PLACES = 512
+"""The most places of an element in a histogram: a vector of 512 bytes, dealt once or twice."""
 
 
 def _intervals(top: Tensor, size: int, below: int) -> Tensor:
@@ -114,17 +129,17 @@ class DigitIn(Protocol):
 
 @dataclass(frozen=True)
 class Histogram(Protocol):
-    """Suffix counts of a row's coarse digits, c_i = #{elements with j mod bins >= i}, modulo 2^8.
+    """Suffix counts of a row's coarse digits, c_i = #{elements with i <= j < bins}, modulo 2^8, for i < bins.
 
     A row is the last dimension of ``shape``, of at most 255 elements, so that no count wraps; the result has the shape
-    (*shape[:-1], bins). x in [0, 2^ring - 2^shift) as a residue, or any x if shift = 0; bins is a power of two.
-    If there are as many digits as bins, every element counts. If there are more, it reads the opening of one bit b an
-    element too, and elements with b = 0 do not count. With b = [j < bins] of ``DigitIn``, those count that lie within a
-    window: all x < (bins - 1) 2^shift do, all x >= bins 2^shift do not, and those between may.
-    Step: the dealer gives shares of the unit vector of -top(r) mod bins for b = 1, zeros for b = 0. It knows b = c XOR
-    beta but for the public c, and deals one vector for each c.
-    Rounds 0; offline ``bins`` bytes an element to the server, or 2 ``bins`` with a bit, from streams of the same size.
-    Error: exact for shift = 0. Otherwise j is top(x) or top(x) + 1, the same as for ``DigitIn``.
+    (*shape[:-1], bins). x in [0, 2^ring - 2^shift) as a residue, or any x if shift = 0.
+    With one block every element counts, and j in [0, N) of the N digits. With more, it reads the opening of one bit b
+    an element too, and elements with b = 0 do not count. Those with b = 1 must have a j, as an integer modulo N, in
+    (bins - 1 - L, L), L = floor(N / blocks) >= bins: for instance b = [j < L], or the bit of a coarser digit.
+    Step: the dealer gives shares of the unit vector of the place of top(r) for b = 1, zeros for b = 0. It knows
+    b = c XOR beta but for the public c, and deals one vector for each c.
+    Rounds 0; offline ceil(N / blocks) bytes an element to the server, twice that with a bit, from streams of the same
+    size. Error: exact for shift = 0. Otherwise j is top(x) or top(x) + 1, the same as for ``DigitIn``.
     """
 
     kind: ClassVar[str] = "histogram"
@@ -134,20 +149,32 @@ class Histogram(Protocol):
     ring: Ring
     shift: Bits
     bins: Count
+    blocks: Count
 
     def validate(self) -> None:
         if not self.shape or not 1 <= self.shape[-1] <= ROW:
             raise ValueError(f"a row of {self.shape[-1:]} elements, 1 to {ROW} are counted")
-        if self.bins & (self.bins - 1) or not 1 <= self.bins.bit_length() - 1 <= self.ring - self.shift:
-            raise ValueError(f"{self.bins} bins of the digits above bit {self.shift} in a ring of {self.ring} bits")
+        if not 1 <= self.ring - self.shift <= DIGIT_BITS:
+            raise ValueError(f"the digits above bit {self.shift} in a ring of {self.ring} bits")
+        if self.bins > self._digits // self.blocks or self._places > PLACES:
+            raise ValueError(f"{self.bins} bins of {self._digits} digits in {self.blocks} blocks")
 
     @property
-    def _windowed(self) -> bool:
-        return self.bins.bit_length() - 1 < self.ring - self.shift
+    def _digits(self) -> int:
+        return 1 << (self.ring - self.shift)
+
+    @property
+    def _places(self) -> int:
+        return -(-self._digits // self.blocks)
+
+    @property
+    def _sets(self) -> int:
+        """The dealt vectors of an element."""
+        return 2 if self.blocks > 1 else 1
 
     @property
     def operand_kinds(self) -> tuple[str, ...]:
-        return ("bit opening", "opening") if self._windowed else ("opening",)
+        return ("bit opening", "opening") if self.blocks > 1 else ("opening",)
 
     @property
     def out(self) -> Wire:
@@ -155,33 +182,37 @@ class Histogram(Protocol):
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        shape = (2 if self._windowed else 1, count(self.shape), self.bins)
-        return (Draw("units", shape, 8, octets=True, derived=True),)
+        return (Draw("units", (self._sets, count(self.shape), self._places), 8, octets=True, derived=True),)
+
+    def _digit(self, x: Tensor) -> Tensor:
+        return ring.right(x, self.shift) & (self._digits - 1)
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (*beta, r) = operands
         (units,) = (torch.zeros(d.shape, dtype=torch.uint8) for d in self.draws)
-        place = -ring.right(r.reshape(-1), self.shift) & (self.bins - 1)
+        places, _ = kernels.places(self._digits, self.blocks)
+        place = torch.from_numpy(places)[self._digit(r.reshape(-1))]
         chosen = 1 - bits.unpack(beta[0][0], place.shape) if beta else torch.zeros_like(place)  # the c with b = 1
-        units.view(-1)[(chosen * place.numel() + torch.arange(place.numel())) * self.bins + place] = 1
+        units.view(-1)[(chosen * place.numel() + torch.arange(place.numel())) * self._places + place] = 1
         return {"units": units}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         (*opened, (z, _)) = operands
-        return kernels.suffix_counts(z, opened[0].value[0] if opened else None, material["units"], self.shift)
+        plane = opened[0].value[0] if opened else None
+        return kernels.suffix_counts(z, plane, material["units"], self.shift, self._digits, self.blocks, self.bins)
         yield
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
-        if self._windowed and operands[0][0] != 1:
+        if self.blocks > 1 and operands[0][0] != 1:
             raise ValueError(f"it reads one bit an element, its operand has {operands[0][0]}")
         return self.out.shape
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (*planes, x) = operands
-        digit = ring.right(x, self.shift) & (self.bins - 1)
+        digit = self._digit(x)
         if planes:
-            digit = digit - (1 - bits.unpack(planes[0][0], tuple(x.shape))) * self.bins  # in no suffix
-        return (digit[..., None] >= torch.arange(self.bins, device=x.device)).sum(-2)
+            digit = digit - (1 - bits.unpack(planes[0][0], tuple(x.shape))) * self._digits  # in no suffix
+        return ((digit[..., None] >= torch.arange(self.bins, device=x.device)) & (digit[..., None] < self.bins)).sum(-2)
 
     def cost(self) -> CircuitCost:
-        return CircuitCost(dealt=(2 if self._windowed else 1) * count(self.shape) * self.bins)
+        return CircuitCost(dealt=self._sets * count(self.shape) * self._places)

@@ -105,13 +105,16 @@ class Symbol:
     __rmul__ = __mul__
 
     def __matmul__(self, other: Symbol) -> Symbol:
-        return self.precise_matmul(other, 0)
+        return self._matmul(other)
 
-    def precise_matmul(self, other: Symbol, extra_bits: int) -> Symbol:
-        """Multiply matrices, with ``extra_bits`` more fraction bits in the result."""
+    def precise_matmul(self, other: Symbol, extra_bits: int, kept_bits: int) -> Symbol:
+        """Multiply matrices, with ``extra_bits`` more fraction bits in the result and ``kept_bits`` of ``other``."""
+        return self._matmul(other, extra=extra_bits, kept=kept_bits)
+
+    def _matmul(self, other: Symbol, **attrs: int) -> Symbol:
         batch = _broadcast(self.shape[:-2], other.shape[:-2])
         shape = (*batch, self.shape[-2], other.shape[-1])
-        return self.trace.record("matmul", (self, other), shape, extra=extra_bits)
+        return self.trace.record("matmul", (self, other), shape, **attrs)
 
     def linear(self, weight: WeightRef) -> Symbol:
         """Return x @ W for a weight of shape (in, out)."""

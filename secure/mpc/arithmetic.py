@@ -68,26 +68,42 @@ def _scales(plan: Plan, p: Primitive) -> int:
     return sum(plan.fraction[x] for x in p.inputs)
 
 
+def _dropped(plan: Plan, p: Primitive) -> tuple[int, int]:
+    """Return the fraction bits that are dropped of each operand of a matrix product before it is opened."""
+    right = plan.fraction[p.inputs[1]]
+    return 0, max(0, right - p.attrs.get("kept", right))
+
+
+def _matrix_scale(plan: Plan, p: Primitive) -> int:
+    """Return the fraction bits of a matrix product before truncation."""
+    return _scales(plan, p) - sum(_dropped(plan, p))
+
+
 def _matrix_ring(plan: Plan, i: int, p: Primitive) -> int:
     """Return the ring of the product before truncation. A wider one costs bytes of both openings, both ways."""
-    scale = _scales(plan, p)
+    scale = _matrix_scale(plan, p)
     elements = sum(count(plan.trace.primitives[x].shape) for x in p.inputs)
     return plan.widened(i, p.inputs, scale - plan.fraction[i], plan.fitting(i, scale), 2 * elements / 8)
 
 
 def matrix_reach(plan: Plan, i: int, p: Primitive) -> int:
-    scale = _scales(plan, p)
+    scale = _matrix_scale(plan, p)
     return plan.widest(p.inputs, scale - plan.fraction[i], plan.fitting(i, scale))
 
 
 def matrix_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    return [opened(_matrix_ring(plan, i, p))] * len(p.inputs)
+    ring = _matrix_ring(plan, i, p)
+    for drop in _dropped(plan, p):
+        yield Need(ring + drop, ring + drop) if drop else opened(ring)
 
 
 def emit_matrix(e: Emitter, i: int, p: Primitive) -> Share:
-    ring = _matrix_ring(e.plan, i, p)
-    index = e.emit(tp.Product(p.shape, ring, True), *(e.opened(x) for x in p.inputs))
-    return Share(index, ring, _scales(e.plan, p))
+    ring, openings = _matrix_ring(e.plan, i, p), []
+    for x, drop in zip(p.inputs, _dropped(e.plan, p), strict=True):
+        shape = e.trace.primitives[x].shape
+        rounded = e.truncate(e.get(x, ring + drop), shape, drop) if drop else None
+        openings.append(e.emit(tp.Open(shape, ring), rounded.index) if rounded else e.opened(x))
+    return Share(e.emit(tp.Product(p.shape, ring, True), *openings), ring, _matrix_scale(e.plan, p))
 
 
 def _product_ring(plan: Plan, i: int, p: Primitive) -> int:

@@ -2,9 +2,10 @@
 
 A table has three coefficients (1 / sqrt(x)) or five (1 / x) for each multiple of the smallest argument in its range, so
 a wide range takes several tables, each of a band of it. All are looked up from one opening, in rings of their own, and
-so are bits that tell how fine a band x is in: [j < count] for the coarse digit j of x, one of 2^DIGIT_BITS
-(``two_party.digits``). With tables A_0 (coarse), A_1, ... the result is A_0 + sum_k [j < count_k] (A_k - A_(k-1)), a
-second round. As j may be one above the digit of x, a band ends where the next one still holds for one digit more.
+so are bits that tell how fine a band x is in: [j < count] for a coarse digit j of x (``two_party.digits``), for each
+band one of its own width. With tables A_0 (coarse), A_1, ... the result is A_0 + sum_k [j_k < count_k] (A_k - A_(k-1)),
+a second round. As j_k may be one above the digit of x, a band ends where the next one still holds for one digit more:
+the wider the digits, the more the bands overlap, and the fewer bits are dealt.
 
 The primitive "power", of models in polynomial form, is the polynomial with corrections for which the model was trained.
 Its table is of that very function, always a single one, so that nothing is compared and no bit is looked up.
@@ -26,6 +27,7 @@ from approximations.primitives import Value
 from protocols import local
 from protocols import two_party as tp
 from protocols.ring import WORD
+from protocols.two_party.digits import DIGIT_BITS
 from protocols.two_party.tabulated import PUBLIC, ROWS, smallest
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
@@ -33,11 +35,12 @@ from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan
 from secure.mpc.share import Share
 
-DIGIT_BITS = 10  # of the digits that tell bands apart: 128 dealt bytes a band
+COUNTS = range(2, 10)  # of the digits at which a band ends; the ends of two widths ascend by an eighth at least
 ROUNDING = 17  # bits to which the opening rounds the smallest argument
 ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
-JOIN = 12  # dealt words that another band takes: a table of bits, and a selection
+SPARE = 2  # by how many bits a finer band's coefficients are relatively more precise than the coarsest one's
+COEFFICIENT, JOIN = 6, 136  # dealt bytes that a coefficient takes, and another band beside its tables: a selection
 
 
 def tabulated_power(
@@ -58,14 +61,15 @@ def tabulated_power(
 
 @dataclass(frozen=True)
 class _Band:
-    """A table for low <= x <= high, and the digits below which it is taken; 0: the coarsest, taken by default."""
+    """A table for low <= x <= high, taken if the digit of ``digit`` bits is below ``count``; 0: taken by default."""
 
     low: int
     high: int
     ring: int
     shift: int
     degree: int
-    count: int
+    digit: int = 0
+    count: int = 0
 
     @property
     def size(self) -> int:
@@ -86,45 +90,55 @@ class _Bands:
         return max(self.ring, *(band.ring for band in self.bands))
 
 
+@dataclass(frozen=True)
+class _Way:
+    """Bands for all x < high, from coarse to fine, and their dealt bytes. The next coarser one begins at ``start``."""
+
+    start: int
+    high: int
+    cost: int = 0
+    bands: tuple[_Band, ...] = ()
+
+
 @lru_cache(maxsize=256)
 def divided(root: int, low: int, high: int, few: int) -> tuple[int, tuple[_Band, ...]] | None:
     """Return the ring of the digits and the bands, from coarse to fine, that take the fewest dealt bytes.
 
     It is one band if that has at most ``few`` coefficients, and None if no tables hold the range.
     """
-    ring = max(high.bit_length(), DIGIT_BITS)
-    ring += (1 << ring) - (1 << (ring - DIGIT_BITS)) <= high
-    shift = ring - DIGIT_BITS
+    ring = high.bit_length()
+    ring += (1 << ring) - (1 << max(0, ring - DIGIT_BITS)) <= high
 
-    def band(start: int, count: int) -> _Band | None:
-        """Return the band from where the digits below ``start`` may end to those below ``count``."""
-        least, most = max(low, (start - 1) << shift), (count << shift) if count else high
+    def extended(way: _Way, most: int, digit: int = 0, count: int = 0) -> _Way | None:
+        """Return the way with another band, up to ``most``."""
         try:
-            return _Band(least, most, *smallest(root, least, most), count) if least < most else None
+            band = _Band(way.start, most, *smallest(root, way.start, most), digit, count)
         except ValueError:
             return None
+        table = -(-(1 << (ring - digit)) // 8) + JOIN if count else 0
+        return _Way((count - 1) << digit, most + 1, way.cost + COEFFICIENT * band.size + table, (band, *way.bands))
 
-    whole = band(0, 0)
-    if whole is not None and whole.size <= few:
-        return ring, (whole,)
-    # the cheapest way from ``low`` to ``high`` over counts that ascend by a quarter of an octave at least
-    counts = sorted({int(0.99 * 2 ** (i / 4)) for i in range(4, 4 * DIGIT_BITS)})
-    best: dict[int, tuple[int, tuple[_Band, ...]]] = {0: (0, ())}
-    for count in [*counts, 1 << DIGIT_BITS]:
-        last = count > counts[-1]
-        for start, (size, way) in list(best.items()):
-            found = band(start, 0 if last else count)
-            if found is not None and (count not in best or size + found.size + JOIN < best[count][0]):
-                best[count] = size + found.size + JOIN, (found, *way)
-    _, way = best.get(1 << DIGIT_BITS, (0, ()))
-    return (ring, way) if way else None
+    whole = extended(_Way(low, low), high)
+    if whole is not None and whole.bands[0].size <= few:
+        return ring, whole.bands
+    # a band ends below ``count`` digits, the next coarser one begins a digit lower, and above the end of the next finer
+    widths = [digit for digit in range(max(0, ring - DIGIT_BITS), ring) if high < (1 << ring) - (1 << digit)]
+    ends = sorted((count << digit, digit, count) for digit in widths for count in COUNTS)
+    ways = [_Way(low, low)]
+    for end, digit, count in ends:
+        if (count - 1) << digit > low and end <= high:
+            found = (extended(way, end - 1, digit, count) for way in ways if way.high <= (count - 1) << digit)
+            ways += sorted((way for way in found if way is not None), key=lambda way: way.cost)[:1]
+    found = (extended(way, high) for way in ways)
+    best = min((way for way in found if way is not None), key=lambda way: way.cost, default=None)
+    return None if best is None else (ring, best.bands)
 
 
 @lru_cache(maxsize=256)
 def whole(root: int, low: int, high: int, start: tuple[float, ...], centre: float, steps: int) -> _Band | None:
     """Return the only band of a polynomial with corrections, and None if no table holds the range."""
     try:
-        return _Band(low, high, *smallest(root, low, high, start, centre, steps), 0)
+        return _Band(low, high, *smallest(root, low, high, start, centre, steps))
     except ValueError:
         return None
 
@@ -206,23 +220,28 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
     drop = plan.fraction[x] - bands.fraction
     value = e.truncate(e.get(x, bands.opened + drop), p.shape, drop)
     at = e.emit(tp.Open(p.shape, bands.opened), value.index)
-    total, *finer = (_look_up(e, i, p, band, bands.fraction, at) for band in bands.bands)
+    total, *finer = (_look_up(e, i, p, band, bands, at) for band in bands.bands)
     before = total
     for band, value in zip(bands.bands[1:], finer, strict=True):
         form = (p.shape, value.ring)
         gain = e.emit(tp.Open(*form), e.emit(local.Sub(*form), value.index, before.index))
-        digit = e.emit(tp.DigitIn(p.shape, bands.ring, bands.ring - DIGIT_BITS, band.count), at)
+        digit = e.emit(tp.DigitIn(p.shape, bands.ring, band.digit, band.count), at)
         chosen = e.emit(tp.Select(*form, (1,), (0,)), e.emit(tp.OpenBits(p.shape, 1), digit), gain)
         total = Share(e.emit(local.Add(*form), total.index, chosen), value.ring, value.fraction)
         before = value
     return total
 
 
-def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, given: int, at: int) -> Share:
-    """Emit the table of one band, at the planned scale of the result. given: fraction bits of what is opened."""
-    f, fraction = _function(p, given), e.plan.fraction[i] + GUARD
-    wide = min(WORD, e.plan.want(i) + GUARD + PUBLIC)
-    scale = p.attrs["scale"] * 2.0 ** (fraction + given / f.root)
+def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, bands: _Bands, at: int) -> Share:
+    """Emit the table of one band, at the planned scale of the result.
+
+    Results of a finer band are larger, so that its coefficients have as many fraction bits fewer.
+    """
+    f = _function(p, bands.fraction)
+    fewer = max(0, math.floor(math.log2(bands.bands[0].high / band.high) / f.root) - SPARE)
+    guard = max(GUARD - fewer, -PUBLIC)
+    fraction, wide = e.plan.fraction[i] + guard, min(WORD, e.plan.want(i) + guard + PUBLIC)
+    scale = p.attrs["scale"] * 2.0 ** (fraction + bands.fraction / f.root)
     form = (band.ring, band.shift, band.degree, f.root, band.low, band.high, scale)
     index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide, f.start, f.centre, f.steps), at)
-    return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, GUARD + PUBLIC)
+    return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, guard + PUBLIC)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from protocols import local
 from protocols import two_party as tp
+from protocols.fields import ENTRIES
 from protocols.protocol import Shape
 from protocols.ring import WORD
 from protocols.two_party.digits import DIGIT_BITS, ROW
@@ -31,20 +32,25 @@ _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
 @dataclass(frozen=True)
 class _Window:
-    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits."""
+    """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits.
+
+    Those count whose digit, of ``coarser`` more bits, is below ``below``; places repeat in ``blocks`` of digits.
+    """
 
     ring: int
     shift: int
     bins: int
     start: int
+    coarser: int
+    below: int
+    blocks: int
 
 
 def _window(plan: Plan, bound: int) -> _Window:
     """Choose the window of a row's bound. Raises DoesNotFit if no histogram holds it.
 
-    It holds twice the largest and half the smallest maximum of calibration, and ROOM beyond on both sides. What the
-    power of two leaves is shared out. Its end is a multiple of a bin's width: an exact one, which is public, would
-    reveal a score of a single calibration sentence.
+    It holds twice the largest and half the smallest maximum of calibration, and ROOM beyond on both sides. Its ends
+    are multiples of a bin's width: exact ones, which are public, would reveal scores of single calibration sentences.
     """
     p = plan.trace.primitives[bound]
     (x,), slack = p.inputs, p.attrs["slack"]
@@ -54,12 +60,9 @@ def _window(plan: Plan, bound: int) -> _Window:
     lowest, highest = plan.ranges.interval(bound)
     least = math.floor((lowest - ROOM) / width)
     most = math.ceil((min(highest + ROOM, high) + 2**-SCORE_FRACTION) / width)
-    bins = 2 ** max(1, math.ceil(math.log2(most - least + 1)))  # a digit may be one too high, and has a bin then
-    most += min(bins - 1 - (most - least), max(0, math.ceil(high / width) + 1 - most)) // 2
-    start = (most - (bins - 1)) * width
+    bins, start = most - least + 1, least * width  # a digit may be one too high, and has a bin then
     reach = max(high, most * width) + slack - min(low, start) + INTERVAL + 1
-    # more digits than bins: what lies below the window is then outside of it, and never in its last bin
-    ring = max(math.ceil(math.log2(reach)) + SCORE_FRACTION, shift + bins.bit_length())
+    ring = math.ceil(math.log2(reach)) + SCORE_FRACTION
     if bins > MOST_BINS or ring - shift > DIGIT_BITS or _rows(plan.trace.primitives[x].shape)[-2] > ROW:
         raise DoesNotFit(
             f"{p.where}: the scores of a softmax reach from {low:.4g} to {high:.4g}, the largest of a row of "
@@ -68,7 +71,24 @@ def _window(plan: Plan, bound: int) -> _Window:
             f"{2.0 ** (shift + DIGIT_BITS - SCORE_FRACTION):g}\n"
             "hint: narrower calibration inputs; masks of the client's are clamped, others count as scores"
         )
-    return _Window(ring, shift, bins, round(start * 2**SCORE_FRACTION))
+    _, *way = min(ways(1 << (ring - shift), bins))
+    return _Window(ring, shift, bins, round(start * 2**SCORE_FRACTION), *way)
+
+
+def ways(digits: int, bins: int) -> Iterable[tuple[int, int, int, int]]:
+    """Return the ways to count those below bin ``bins`` - 1 at least: bytes of a score, coarser bits, below, blocks.
+
+    With one block all scores count, and nothing tells those of the window. It is a way because the ring holds all
+    scores and more, so that none has the digit of another one's bin. See ``two_party.digits`` for the others.
+    """
+    yield digits, 0, 0, 1
+    coarser = 0
+    while digits >> coarser > 1:
+        below = -(-(bins - 1) // (1 << coarser)) + 1
+        blocks = min(ENTRIES, digits // max(below << coarser, bins - 1 + (1 << coarser)))
+        if blocks > 1 and below < digits >> coarser:
+            yield 2 * -(-digits // blocks) + -(-(digits >> coarser) // 8), coarser, below, blocks
+        coarser += 1
 
 
 def bound_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -111,23 +131,27 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     (x,) = p.inputs
     w = _window(e.plan, i)
     at, rows = _opened(e, x, w), _rows(e.trace.primitives[x].shape)
-    inside = e.emit(tp.DigitIn(rows, w.ring, w.shift, w.bins), at)
-    counted = e.emit(tp.Histogram(rows, w.ring, w.shift, w.bins), e.emit(tp.OpenBits(rows, 1), inside), at)
+    operands: tuple[int, ...] = (at,)
+    if w.blocks > 1:
+        inside = e.emit(tp.DigitIn(rows, w.ring, w.shift + w.coarser, w.below), at)
+        operands = (e.emit(tp.OpenBits(rows, 1), inside), at)
+    counted = e.emit(tp.Histogram(rows, w.ring, w.shift, w.bins, w.blocks), *operands)
     shape = (*rows[:-1], w.bins)
     if rows[-2] > 1:  # a bin of the row is filled if it is in one of the parts
-        filled = _filled(e, counted, shape, 8, 1)
+        filled = _filled(e, counted, shape, rows[-1], 8, 1)
         shape = (*shape[:-2], 1, w.bins)
         counted = e.emit(local.Sum(shape, 8, (len(shape) - 2,)), filled)
-    filled = _filled(e, counted, shape, w.ring, 1 << w.shift)
+    filled = _filled(e, counted, shape, rows[-2] if rows[-2] > 1 else rows[-1], w.ring, 1 << w.shift)
     shape = (*shape[:-1], 1)
     total = e.emit(local.Sum(shape, w.ring, (len(shape) - 1,)), filled)
     moved = e.emit(local.AddConstant(shape, w.ring, w.start), total)
     return Share(e.emit(local.Reshape(p.shape, w.ring), moved), w.ring, SCORE_FRACTION)
 
 
-def _filled(e: Emitter, counts: int, shape: Shape, ring: int, unit: int) -> int:
-    """Emit [count > 0] times ``unit`` for counts modulo 2^8."""
-    empty = e.emit(tp.DigitIn(shape, 8, 0, 1), e.emit(tp.Open(shape, 8), counts))
+def _filled(e: Emitter, counts: int, shape: Shape, most: int, ring: int, unit: int) -> int:
+    """Emit [count > 0] times ``unit`` for counts up to ``most``, at most 255."""
+    width = most.bit_length()
+    empty = e.emit(tp.DigitIn(shape, width, 0, 1), e.emit(tp.Open(shape, width), counts))
     number = e.emit(tp.Select(shape, ring, (0,), (-unit,)), e.emit(tp.OpenBits(shape, 1), empty))
     return e.emit(local.AddConstant(shape, ring, unit), number)
 
