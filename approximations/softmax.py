@@ -23,8 +23,9 @@ def _exponentials(x: Value) -> tuple[Value, Value]:
     """Return the terms, and the reciprocal of their sum.
 
     The sum is at least LOWEST, however many terms it has. The largest one is at least e^-SLACK - 1.5e-5 as the
-    exponential computes it, and is truncated then: it loses less than a unit, which is 2^-12 at most. All others are
-    products of integers that are not negative, and truncation makes no such number negative.
+    exponential computes it, with 2^-6 more slack if shares compare halves of the row. It is truncated then and loses
+    less than a unit, which is 2^-12 at most. All others are products of integers that are not negative, and truncation
+    makes no such number negative.
     """
     n = x.shape[-1]
     e = exp_below(x, row_bound(x, SLACK), EXTRA)

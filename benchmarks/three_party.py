@@ -44,7 +44,7 @@ DEADLINE = 300.0
 
 def share(name: str, directory: Path, approximations: str) -> None:
     """Compile and share a work, in a process of its own, as it takes much memory."""
-    compiled = works.make(name, approximations).build()
+    compiled = works.make(name, approximations).build(ThreeParty())
     for public in (False, True):
         where = directory / ("public" if public else "shared")
         share_model(replace(compiled, deployment=ThreeParty(public_weights=public)), where)

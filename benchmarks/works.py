@@ -27,11 +27,14 @@ from protocols.fixedpoint import FixedPoint
 from protocols.local import AddWeight, Indicators
 from protocols.protocol import Protocol, plane_shape
 from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select
+from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.two_party import TwoParty
 from secure.lowering.lower import Lowered
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, WeightRef
 from secure.models.text import PACKAGED, model_directory, text_inputs
 from secure.mpc.compile import MpcModel, finish
+from secure.mpc.prices import Prices
 from secure.mpc.program import Output
 from secure.polynomial.forms import freeze_untrained
 from secure.polynomial.recipe import Recipe
@@ -68,11 +71,11 @@ HOW = {
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """``build`` takes long; so may ``expected``."""
+    """``build`` compiles for a deployment, by default the default one, and takes long; so may ``expected``."""
 
     name: str
     inputs: dict[str, Tensor]  # the client's
-    build: Callable[[], secure.Compiled]
+    build: Callable[..., secure.Compiled]
     expected: Callable[[], Tensor]
 
     @property
@@ -187,7 +190,7 @@ def comparison(pattern: MpcModel, mask: Tensor) -> MpcModel:
     return MpcModel(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
 
 
-def reciprocals(pattern: MpcModel, samples: Sequence[Tensor]) -> MpcModel:
+def reciprocals(pattern: MpcModel, samples: Sequence[Tensor], prices: Prices) -> MpcModel:
     """1 / x as a Program, put together by hand, as no module may divide by a secret; its input is ``pattern``'s."""
     program, fixed = pattern.program, FixedPoint()
     (spec,) = program.client_inputs
@@ -197,7 +200,7 @@ def reciprocals(pattern: MpcModel, samples: Sequence[Tensor]) -> MpcModel:
     result = reciprocal(x, low, high)
     lowered = Lowered(trace, {"output": result}, weights, program.client_graph, [spec], {})
     ranges = Ranges.calibrate(trace, ({spec.name: x.double()} for x in samples), weights, fixed.margin_bits)
-    return finish(lowered, ranges, fixed, {})
+    return finish(lowered, ranges, fixed, {}, prices=prices)
 
 
 # jobs
@@ -227,15 +230,16 @@ def operation(name: str, approximations: str) -> Job:
     def inputs(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {given if n == "x" else n: x - masks[n] if masks else x for n, x in values.items()}
 
-    def build() -> secure.Compiled:
+    def build(deployment: CircuitDeployment | None = None) -> secure.Compiled:
         first, *others = (inputs({n: like(x, seed) for n, x in actual.items()}) for seed in range(CALIBRATION))
         made = module(work, kind, masks).eval()
-        compiled = secure.compile(made, first, calibration=others, approximations=approximations)
+        chosen: dict[str, Any] = {"approximations": approximations, "deployment": deployment}
+        compiled = secure.compile(made, first, calibration=others, **chosen)
         if kind == "compare":
             compiled = replace(compiled, model=comparison(compiled.model, masks["x"]))
         if kind == "reciprocal":
             drawn = [like(x, seed) for seed in range(CALIBRATION) for x in actual.values()]
-            compiled = replace(compiled, model=reciprocals(compiled.model, drawn))
+            compiled = replace(compiled, model=reciprocals(compiled.model, drawn, (deployment or TwoParty()).prices))
         return compiled
 
     return Job(name, inputs(actual), build, lambda: torch.from_numpy(np.asarray(work.expected[0], np.float64)))
@@ -250,8 +254,9 @@ def minilm(name: str, approximations: str) -> Job:
     tokenizer = load_tokenizer(directory)
     inputs = text_inputs(tokenizer, fitting(tokenizer, length), length)
 
-    def build() -> secure.Compiled:
-        return secure.compile_text_model(PACKAGED, length, embedding="client-table", approximations=approximations)
+    def build(deployment: CircuitDeployment | None = None) -> secure.Compiled:
+        chosen: dict[str, Any] = {"approximations": approximations, "deployment": deployment}
+        return secure.compile_text_model(PACKAGED, length, embedding="client-table", **chosen)
 
     def expected() -> Tensor:
         with torch.no_grad():
@@ -282,11 +287,11 @@ def bert_base(name: str, approximations: str) -> Job:
         drawn = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(seed))
         return {"input_ids": drawn, "attention_mask": (torch.arange(length) < real).long()[None]}
 
-    def build() -> secure.Compiled:
+    def build(deployment: CircuitDeployment | None = None) -> secure.Compiled:
         # one is padded, as the range of the mask comes from calibration too
         first, *others = (ids(seed, length // seed) for seed in range(1, CALIBRATION + 1))
-        chosen = {"embedding": "client-table", "approximations": approximations}
-        return secure.compile(model(), first, calibration=others, **chosen)  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {"embedding": "client-table", "approximations": approximations}
+        return secure.compile(model(), first, calibration=others, deployment=deployment, **chosen)
 
     def expected() -> Tensor:
         with torch.no_grad():

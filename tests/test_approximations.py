@@ -40,9 +40,12 @@ from approximations.fits import minimax
 from approximations.primitives import IDENTITY, ZERO, bounded
 from approximations.softmax import EXTRA, LOWEST, SLACK
 from protocols.fixedpoint import FixedPoint
+from protocols.two_party import Compare
 from secure.errors import DoesNotFit
 from secure.lowering.ranges import Ranges, dyadic
 from secure.lowering.trace import Trace, WeightRef, concatenate
+from secure.mpc.prices import DEFAULT, Prices
+from secure.mpc.softmax import LOSS
 from tests.helpers import run_function
 
 Function = Callable[..., Any]
@@ -222,13 +225,21 @@ def test_maximum_is_short_by_its_tolerance_at_most(length: int, tolerance: float
     assert largest(maximum(x, tolerance) - x.amax(-1, keepdim=True)) == 0
 
 
+PRICES = (DEFAULT, Prices(round_bytes=0, dealt_for_online=1))
+"""The second ones take the larger of each two scores several times before they count the rest."""
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 255, 256, 514])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
-def test_bounds_of_rows_are_close(length: int, spread: float) -> None:
+@pytest.mark.parametrize("prices", PRICES, ids=["dealt bytes cheap", "dealt bytes dear"])
+def test_bounds_of_rows_are_close(length: int, spread: float, prices: Prices) -> None:
     """Above the maximum, and by 4 at most; rows above 255 are counted in parts."""
     x = normal(30, length, seed=length) * spread
-    above = run_function(lambda v: row_bound(v, 4.0), x).result - x.amax(-1, keepdim=True)
-    assert 0.0 < float(above.min()) <= float(above.max()) <= 4.0 + 2**-12
+    run = run_function(lambda v: row_bound(v, 4.0), x, prices=prices)
+    above = run.result - x.amax(-1, keepdim=True)
+    assert 0.0 < float(above.min()) <= float(above.max()) <= 4.0 + LOSS * (prices != DEFAULT) + 2**-12
+    if prices == DEFAULT or (spread > 1 and length > 3):
+        assert any(isinstance(i.protocol, Compare) for i in run.circuit) == (prices != DEFAULT)
     assert torch.equal(row_bound(x, 4.0), x.amax(-1, keepdim=True))
 
 
@@ -261,11 +272,12 @@ def score_rows(length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 33])
-def test_softmax_of_extreme_rows(length: int) -> None:
+@pytest.mark.parametrize("prices", PRICES, ids=["dealt bytes cheap", "dealt bytes dear"])
+def test_softmax_of_extreme_rows(length: int, prices: Prices) -> None:
     x = score_rows(length)
     expected = torch.softmax(x, -1)
     assert largest(softmax(x) - expected) <= 3e-5
-    run = run_function(softmax, x)
+    run = run_function(softmax, x, prices=prices)
     assert largest(run.result - expected) <= 2.5e-4
     assert largest(run.result.sum(-1) - 1) <= 2.5e-4 + 2**-16 * length
     if length > 3:
@@ -282,13 +294,16 @@ def test_softmax_of_long_rows(length: int) -> None:
 
 @pytest.mark.parametrize("length", [128, 512, 1100])
 @pytest.mark.parametrize("fraction_bits", [8, 20])
-def test_sums_of_terms_are_in_the_range_of_their_reciprocal(length: int, fraction_bits: int) -> None:
+@pytest.mark.parametrize("prices", PRICES, ids=["dealt bytes cheap", "dealt bytes dear"])
+def test_sums_of_terms_are_in_the_range_of_their_reciprocal(length: int, fraction_bits: int, prices: Prices) -> None:
     """Whatever rounding does to terms far below a unit, of which there are many, and to terms near one."""
     x = torch.full((48, length), -30.0, dtype=torch.float64)
     x[:, 0] = torch.linspace(0, 4, 48)
     x[40:] = torch.linspace(0, 4, 8)[:, None]
     fixed = FixedPoint(fraction_bits, 14, 1)
-    run = run_function(lambda v: exp_below(v, row_bound(v, SLACK), EXTRA).sum(-1, keepdim=True), x, fixed_point=fixed)
+    sums = partial(lambda v, above: exp_below(v, row_bound(v, above), EXTRA).sum(-1, keepdim=True), above=SLACK)
+    run = run_function(sums, x, fixed_point=fixed, prices=prices)
+    assert math.exp(-SLACK - LOSS) - 1.5e-5 - 2**-12 >= LOWEST
     assert LOWEST <= float(run.result.min()) < 0.1  # nearly the whole slack was met
     assert float(run.result.max()) <= length * (1 + 2**-11)
     assert float(run.result.max()) > length / 8
@@ -303,24 +318,26 @@ def test_softmax_refuses_scores_too_far_apart(scores: list[list[float]]) -> None
 
 
 @pytest.mark.parametrize("top", [-30.0, -6.5, 0.0, 5.0, 40.0])
-def test_softmax_beyond_its_calibration(top: float) -> None:
+@pytest.mark.parametrize("prices", PRICES, ids=["dealt bytes cheap", "dealt bytes dear"])
+def test_softmax_beyond_its_calibration(top: float, prices: Prices) -> None:
     """Row maxima up to twice those of calibration are right, and so are those up to 8 beyond, on both sides."""
     seen = torch.tensor([[top, top - 60.0, top - 1.0], [top - 2.0, top - 3.0, top - 60.0]], dtype=torch.float64)
     highest, lowest = (2 * top if top > 0 else top / 2), (2 * (top - 2) if top < 2 else (top - 2) / 2)
     for maximum_ in (highest, highest + 7.9, lowest, lowest - 7.9):
         x = torch.tensor([[maximum_, maximum_ - 0.5, maximum_ - 20.0]], dtype=torch.float64).expand(2, 3)
         if float(x.abs().max()) <= 2 * float(seen.abs().max()):  # the range of the scores themselves
-            run = run_function(softmax, x.contiguous(), calibration=[[seen]])
+            run = run_function(softmax, x.contiguous(), calibration=[[seen]], prices=prices)
             assert largest(run.result - torch.softmax(x, -1)) <= 2.5e-4
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 33])
-def test_attention(length: int) -> None:
+@pytest.mark.parametrize("prices", PRICES, ids=["dealt bytes cheap", "dealt bytes dear"])
+def test_attention(length: int, prices: Prices) -> None:
     scores = torch.stack([score_rows(length)[i : i + 10] for i in (0, 64, 74, 84)])
     values = normal(4, length, 6, seed=1)
     expected = torch.softmax(scores, -1) @ values
     assert largest(attend(scores, values) - expected) <= 2e-4
-    assert largest(run_function(attend, scores, values).result - expected) <= 6e-4
+    assert largest(run_function(attend, scores, values, prices=prices).result - expected) <= 6e-4
 
 
 # norms

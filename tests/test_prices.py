@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +13,16 @@ from torch import nn
 
 import secure
 from protocols.circuit import total_cost
+from protocols.protocol import CircuitCost
+from protocols.two_party import Compare, DigitIn
 from secure.cost.outline import outline
+from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.compare import Variant, compare
 from secure.deployments.deployment import CompileOptions
 from secure.errors import InvalidInput
 from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
-from secure.mpc.prices import DEALT_FOR_ONLINE, DEFAULT, TRIED, Choice, Prices, choose
+from secure.mpc.prices import DEALT_FOR_ONLINE, DEFAULT, TRIED, Choice, Prices, choose, projected
 from tests.helpers import run_function
 from tests.test_whatif import Tiny, samples
 
@@ -107,6 +112,79 @@ def test_results_stay_right(network: str) -> None:
     assert float((secure.plain_reference(made, inputs(3)) - expected).abs().max()) < 1e-3
 
 
+# what deployments say
+
+
+class Attention(nn.Module):
+    """A softmax of rows that are long enough to be halved before they are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query = nn.Linear(16, 16)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> Any:
+        return torch.softmax(self.query(q) @ k.transpose(-1, -2), -1) @ k
+
+
+def attention(seed: int) -> dict[str, torch.Tensor]:
+    drawn = torch.randn((2, 8, 96, 16), generator=torch.Generator().manual_seed(seed))
+    return {"q": drawn[:1], "k": drawn[1:]}
+
+
+@pytest.fixture(scope="module")
+def by_deployment() -> dict[str, secure.Compiled]:
+    made = (secure.TwoParty(), secure.ThreeParty(), secure.ThreeParty(public_weights=True))
+    return {str(d): secure.compile(Attention(), attention(0), deployment=d) for d in made}
+
+
+def sent(deployment: CircuitDeployment, made: secure.Compiled) -> int:
+    return sum(deployment.price(made.program).bytes(phase=phase) for phase in (ONLINE, OFFLINE))
+
+
+def test_three_parties_pay_dealt_bytes_like_online_bytes(by_deployment: dict[str, secure.Compiled]) -> None:
+    two, three, public = by_deployment.values()
+    assert (two.deployment.prices, three.deployment.prices.dealt_for_online) == (DEFAULT, 1)  # type: ignore[attr-defined]
+    assert sent(three.deployment, three) < sent(three.deployment, two)  # type: ignore[arg-type]
+    assert total_cost(three.program.circuit).rounds > total_cost(two.program.circuit).rounds
+    assert two.program.digest != three.program.digest == public.program.digest
+    assert total_cost(two.program.circuit) == total_cost(secure.compile(Attention(), attention(0)).program.circuit)
+
+
+def test_what_three_parties_compute_stays_right(by_deployment: dict[str, secure.Compiled]) -> None:
+    with torch.no_grad():
+        expected = Attention()(**attention(0))
+    for made in by_deployment.values():
+        with secure.insecure_in_process(made) as session:
+            answer = session.query(attention(0))
+        assert float((answer - expected).abs().max()) < 2e-3
+
+
+def test_profiles_and_comparisons_are_of_what_the_deployment_compiles() -> None:
+    first, *more = samples(5).calibration
+    for name, deployment in (("two-party", secure.TwoParty()), ("three-party", secure.ThreeParty())):
+        asked = secure.compile(Tiny(), first, calibration=more, deployment=deployment)
+        (found,) = compare(Tiny(), [Variant(5, deployment=name)], samples)
+        assert found.cost == asked.cost
+        said = "compiled where 1 dealt byte is worth an online byte"
+        assert (said in secure.profile(asked, networks=[]).lines) == (name == "three-party")
+    assert Prices(dealt_for_online=4).words == "compiled where 4 dealt bytes are worth an online byte"
+
+
+def test_a_network_leaves_the_worth_of_dealt_bytes_as_it_is(near: secure.Compiled) -> None:
+    own, tried = Prices(round_bytes=7, dealt_for_online=1), []
+
+    def emit(prices: Prices) -> Made:
+        tried.append(prices)
+        return Made(near.program.circuit)
+
+    _, choice = choose(FAR, emit, own)
+    assert choice.prices == tried[0] == own
+    assert {prices.dealt_for_online for prices in tried} == {1}
+    dealt = CircuitCost(dealt=10**9)
+    assert projected(FAR, dealt, 1) == 16 * projected(FAR, dealt)
+
+
 # names
 
 
@@ -179,6 +257,25 @@ def test_a_larger_table_spares_the_choice_among_smaller_ones() -> None:
     ]
     assert runs[0].cost.rounds > runs[1].cost.rounds
     assert runs[0].cost.dealt < runs[1].cost.dealt
+
+
+@pytest.mark.parametrize("root", [1, 2])
+@pytest.mark.parametrize("high", [30.0, 3000.0, 300000.0])
+def test_a_comparison_spares_tables_of_bits_where_dealt_bytes_are_dear(root: int, high: float) -> None:
+    """The bands that it tells apart are right from end to end, at their borders too."""
+    x = torch.exp(torch.linspace(0, math.log(high), 4000, dtype=torch.float64))
+    extra = round(math.log2(high) / root)  # fraction bits with which the least result is as precise as others
+    function = partial(lambda x, root: x.inverse_power(root, 1.0, high, 1.0, extra), root=root)
+    near, dear = (
+        run_function(function, x, prices=Prices(round_bytes=0, coefficients=0, dealt_for_online=n)) for n in (10**6, 1)
+    )
+    assert dear.cost.dealt <= near.cost.dealt
+    compared = [i.protocol for i in dear.circuit if isinstance(i.protocol, Compare)]
+    if high > 1000:
+        assert compared
+        assert not any(isinstance(i.protocol, DigitIn) for i in dear.circuit)
+    for run in (near, dear):
+        assert float((run.result * x ** (1 / root) - 1).abs().max()) < 2**-13
 
 
 def test_names_of_networks() -> None:

@@ -48,12 +48,13 @@ class FrameReader:
 
     def add(self, frame: Frame) -> bytes | None:
         """Add a part; return the whole payload after the last one, else None. Raises FrameError on a wrong size."""
-        self._size += len(frame.data)
+        data = frame.data  # read once: a message copies its bytes at each access
+        self._size += len(data)
         if self._size > self._expected or (frame.last and self._size != self._expected):
             raise FrameError(f"a frame of {self._size} bytes or more, where the Program prescribes {self._expected}")
-        if not frame.last and len(frame.data) != PART:
-            raise FrameError(f"a part of {len(frame.data)} bytes that is not the last, where it has {PART}")
-        self._parts.append(frame.data)
+        if not frame.last and len(data) != PART:
+            raise FrameError(f"a part of {len(data)} bytes that is not the last, where it has {PART}")
+        self._parts.append(data)
         if not frame.last:
             return None
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

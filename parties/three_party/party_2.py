@@ -111,8 +111,9 @@ class Party2Service(PartyService):
         keys = (query_key(zero, 0, number), query_key(one, 1, number))
         corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
         for chunk in to_chunks(payload for _, payload in corrections):
-            seal.update(chunk.data)
-            yield pb.SupplyPart(data=chunk.data)
+            data = chunk.data  # read once: a message copies its bytes at each access
+            seal.update(data)
+            yield pb.SupplyPart(data=data)
         yield pb.SupplyPart(tag=seal.tag())
         self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
 

@@ -64,18 +64,18 @@ class Arriving:
             self.fail(error)
 
     def _take(self, part: pb.SupplyPart, sealing: Callable[[bytes], Seal]) -> None:
-        kind = part.WhichOneof("content")
+        kind, data = part.WhichOneof("content"), part.data  # read once: a message copies its bytes at each access
         if kind == "seed" and not self._seed and len(part.seed) == SEED_BYTES:
             self._seal = sealing(part.seed)
             with self._news:
                 self._seed = part.seed
                 self._news.notify_all()
-        elif kind == "data" and self._seed and len(part.data) == min(PART, self.size - self._filled) > 0:
-            self._seal.update(part.data)
+        elif kind == "data" and self._seed and len(data) == min(PART, self.size - self._filled) > 0:
+            self._seal.update(data)
             with self._news:
-                self._parts.append(part.data)
-                self._left.append(len(part.data))
-                self._filled += len(part.data)
+                self._parts.append(data)
+                self._left.append(len(data))
+                self._filled += len(data)
                 self._news.notify_all()
         elif kind == "tag" and self._seed and self._filled == self.size and not self._whole:
             self._seal.check(part.tag, "the corrections of party 2")

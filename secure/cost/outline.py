@@ -23,6 +23,7 @@ from secure.errors import InvalidInput, MissingPackage
 from secure.frontend import lower_outline
 from secure.mpc.compile import chosen, emit_program
 from secure.mpc.network import LOOPBACK, find_network
+from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.program import Program
 from secure.polynomial.forms import forms
 from secure.polynomial.recipe import Recipe
@@ -83,6 +84,7 @@ def outline(
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     labels: Mapping[str, str] | None = None,
+    prices: Prices = DEFAULT,
 ) -> Program:
     """Return the Program of a module for values within ``reach``. It reads no weight, so that ``hollow`` ones suffice.
 
@@ -91,7 +93,7 @@ def outline(
     fixed, functions = fixed_point or FixedPoint(), chosen(approximations, gelu)
     lowered, ranges = lower_outline(model, example_inputs, reach=reach, embedding=embedding, functions=functions)
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
-    return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK))
+    return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices)
 
 
 def is_shape(model: str) -> bool:
@@ -109,6 +111,7 @@ def outline_shape(
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     recipe: Recipe | None = None,
+    prices: Prices = DEFAULT,
 ) -> Program:
     """Return the Program that computes hidden states for ``length`` tokens, without weights.
 
@@ -141,6 +144,7 @@ def outline_shape(
         fixed_point=fixed_point,
         network=network,
         labels=labels,
+        prices=prices,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
 from secure.mpc import compile as mpc
 from secure.mpc.network import LOOPBACK, NETWORKS
+from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.tasks.embed import LENGTH
@@ -28,7 +29,12 @@ DEPTH = 3  # parts of a module path that a profile tells apart
 
 @dataclass(frozen=True)
 class CircuitDeployment(Deployment):
-    """A deployment by secret sharing. All of them run the same Programs, so that a Program's cost is known in each."""
+    """A deployment by secret sharing. Each can run every Program, so that a Program's cost is known in each.
+
+    prices: of rounds and bytes, by which the compiler chooses among protocols for this deployment.
+    """
+
+    prices: ClassVar[Prices] = DEFAULT
 
     @abstractmethod
     def deployed(self, program: Program) -> Deployed:
@@ -41,7 +47,9 @@ class CircuitDeployment(Deployment):
         options: CompileOptions,
         labels: Mapping[str, str],
     ) -> mpc.MpcModel:
-        return mpc.compile(model, samples[0], calibration=samples[1:], labels=labels, **options.given)
+        return mpc.compile(
+            model, samples[0], calibration=samples[1:], labels=labels, prices=self.prices, **options.given
+        )
 
     def cost(self, model: mpc.MpcModel | Weightless) -> Cost:
         return self.price(model.program)
@@ -51,7 +59,8 @@ class CircuitDeployment(Deployment):
     ) -> Weightless | None:
         if is_shape(model):
             recipe = Recipe() if polynomial else None
-            return Weightless(outline_shape(model, length or LENGTH, recipe=recipe, **options.given))
+            program = outline_shape(model, length or LENGTH, recipe=recipe, prices=self.prices, **options.given)
+            return Weightless(program)
         if polynomial:
             raise InvalidInput(
                 "polynomial is for shapes", f"a trained model's directory, or one of {', '.join(SHAPES)}"
@@ -74,7 +83,8 @@ class CircuitDeployment(Deployment):
 
     def choices(self, model: mpc.MpcModel | Weightless) -> tuple[str, ...]:
         choice = getattr(model, "choice", None)
-        return (choice.words,) if choice else ()
+        own = (self.prices.words,) if self.prices != DEFAULT else ()
+        return (*own, *((choice.words,) if choice else ()))
 
     def remarks(self, program: Program) -> tuple[str, ...]:
         return (failure(program),)

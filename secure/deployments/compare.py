@@ -35,10 +35,11 @@ from secure.lowering.client_inputs import EMBEDDINGS
 from secure.lowering.lower import Sample
 from secure.mpc.compile import MpcModel, compile
 from secure.mpc.network import NETWORKS, NetworkSpeed
+from secure.mpc.prices import Prices
 
 
 def comparable() -> dict[str, CircuitDeployment]:
-    """Return the deployments that can be compared, the default first: those that run the same Program, by name."""
+    """Return the deployments that can be compared, the default first: those by secret sharing, by name."""
     return deployment_variants(CircuitDeployment)
 
 
@@ -194,8 +195,8 @@ def compare(
             if variant.form != FORMS[0] and polynomial is None:
                 raise InvalidInput("no model in polynomial form was given")
             used = model if variant.form == FORMS[0] or polynomial is None else polynomial
-            compiled = _compile(used, variant, ready.samples, network, labels or {})
             deployment = comparable()[variant.deployment]
+            compiled = _compile(used, variant, deployment.prices, ready.samples, network, labels or {})
             running = deployment.deployed(compiled.program)
             found = profile(running)
             taken = (seconds or waiting())(running, found)
@@ -241,7 +242,12 @@ def _double(value: Tensor) -> Tensor:
 
 
 def _compile(
-    model: nn.Module, variant: Variant, samples: Samples, network: str | None, labels: Mapping[str, str]
+    model: nn.Module,
+    variant: Variant,
+    prices: Prices,
+    samples: Samples,
+    network: str | None,
+    labels: Mapping[str, str],
 ) -> MpcModel:
     example, *more = samples.calibration
     return compile(
@@ -254,6 +260,7 @@ def _compile(
         fixed_point=FixedPoint(fraction_bits=variant.fraction_bits),
         network=network,
         labels={"length": str(variant.length), **labels},
+        prices=prices,
     )
 
 

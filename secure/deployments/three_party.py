@@ -33,6 +33,7 @@ from secure.deployments.in_process import ThreePartiesInProcess
 from secure.errors import InvalidInput, InvalidProgram
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
+from secure.mpc.prices import Prices
 from secure.mpc.program import Program
 from secure.session import Link
 
@@ -50,6 +51,8 @@ class ThreeParty(CircuitDeployment):
     trust: ClassVar[str] = "semi-honest; no two parties may collude; clients are checked, unless compiled as trusted"
     serves: ClassVar[str] = ""
     how_to_serve: ClassVar[str] = "`unseen share-model`, then `unseen party` three times"
+    # party 2 may deal within the query, and one of the three waits for its bytes as for any other's
+    prices: ClassVar[Prices] = Prices(dealt_for_online=1)
 
     parties: tuple[str, ...] = option(ADDRESSES, "host:port of parties 0, 1, 2, with commas.", CONNECT)
     public_weights: bool = option(False, "Let all parties know the weights: cheaper, inputs stay secret.", COMPILE)

@@ -23,7 +23,7 @@ from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
 from secure.mpc.network import LOOPBACK, NetworkSpeed, find_network
 from secure.mpc.powers import tabulated_power
-from secure.mpc.prices import Choice
+from secure.mpc.prices import DEFAULT, Choice, Prices
 from secure.mpc.prices import choose as choose_prices
 from secure.mpc.program import Output, Program
 
@@ -69,6 +69,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     labels: Mapping[str, str] | None = None,
+    prices: Prices = DEFAULT,
 ) -> MpcModel:
     """Capture a module, calibrate its ranges, and lower it to a circuit for two parties and a dealer.
 
@@ -79,6 +80,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     gelu: the form of GeLU, see ``approximations.gelu``.
     approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
     network: where rounds and bytes shall be cheap, see ``find_network``; by default where parties are near.
+    prices: of rounds and bytes in the deployment that will run it.
     Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
     """
     fixed = fixed_point or FixedPoint()
@@ -88,7 +90,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     clear_inputs = map(lowered.inputs, samples)  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     named = {"embedding": embedding, **functions.labels, **(labels or {})}
-    return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK))
+    return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices)
 
 
 def chosen(approximations: str, gelu: str) -> Functions:
@@ -102,11 +104,12 @@ def finish(
     fixed: FixedPoint,
     labels: Mapping[str, str],
     network: NetworkSpeed | None = None,
+    prices: Prices = DEFAULT,
 ) -> MpcModel:
     """Emit the circuit of a lowered model, and encode its weights as integers."""
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     named = {**labels, "ranges": "calibrated", **tables_label(tables)}
-    program, choice = chosen_program(lowered, ranges, fixed, named, network)
+    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices)
     integers = {}
     for key in weight_keys(program):
         name, fraction = split_weight_key(key)
@@ -125,23 +128,29 @@ def emit_program(
     fixed: FixedPoint,
     labels: Mapping[str, str],
     network: NetworkSpeed | None = None,
+    prices: Prices = DEFAULT,
 ) -> Program:
     """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read.
 
-    network: the one for which rounds and bytes are chosen; the label "network" names it.
+    network: the one for which rounds and bytes are chosen; the label "network" names it. prices: the deployment's.
     Raises InvalidProgram if others would refuse it: it is too large, or a name in it cannot be printed.
     """
-    return chosen_program(lowered, ranges, fixed, labels, network)[0]
+    return chosen_program(lowered, ranges, fixed, labels, network, prices)[0]
 
 
 def chosen_program(
-    lowered: Lowered, ranges: Ranges, fixed: FixedPoint, labels: Mapping[str, str], network: NetworkSpeed | None
+    lowered: Lowered,
+    ranges: Ranges,
+    fixed: FixedPoint,
+    labels: Mapping[str, str],
+    network: NetworkSpeed | None,
+    prices: Prices,
 ) -> tuple[Program, Choice | None]:
     """Emit a Program as ``emit_program`` does, and return the choice that was made for the network."""
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
     outputs = [symbol.id for symbol in lowered.outputs.values()]
     at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps)
-    emitted, choice = choose_prices(network, at) if network else (at(), None)
+    emitted, choice = choose_prices(network, at, prices) if network else (at(prices), None)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     program = Program(
         circuit=emitted.circuit,

@@ -9,13 +9,14 @@ from approximations.primitives import Piece
 from protocols import local
 from protocols import two_party as tp
 from protocols.bits import plane_bytes
-from protocols.protocol import count
+from protocols.protocol import Shape, count
 from protocols.ring import WORD
 from protocols.two_party.comparison import DIGITS
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan, opened
+from secure.mpc.prices import Prices
 from secure.mpc.share import Share
 
 _SHORT = 8  # bits of a slope that is applied exactly
@@ -163,8 +164,13 @@ def compare(
 
     Low bits worth at most ``tolerance`` units are dropped where that makes the comparison cheaper.
     """
-    spare = max(0, math.floor(math.log2(max(tolerance, 1.0))))
-    return e.emit(cheapest_compare(shape, width, thresholds, spare, e.plan.prices.dealt_for_online), at)
+    chosen = cheapest_compare(shape, width, thresholds, _spare(tolerance), e.plan.prices.dealt_for_online)
+    return e.emit(chosen, at)
+
+
+def _spare(tolerance: float) -> int:
+    """Return the low bits that are worth at most ``tolerance`` units."""
+    return max(0, math.floor(math.log2(max(tolerance, 1.0))))
 
 
 def cheapest_compare(
@@ -208,21 +214,38 @@ def emit_maximum(e: Emitter, i: int, p: Primitive) -> Share:
     value, shape = e.get(x, ring), e.trace.primitives[x].shape
     levels = max(1, math.ceil(math.log2(shape[-1])))
     tolerance = p.attrs["tolerance"] / levels * 2.0**fraction
-    current, width, dim = value.index, shape[-1], len(shape) - 1
+    current = value.index
+    while shape[-1] > 1:
+        current, shape = larger_halves(e, current, shape, ring, tolerance)
+    return Share(current, ring, fraction)
+
+
+def larger_halves(e: Emitter, x: int, shape: Shape, ring: int, tolerance: float) -> tuple[int, Shape]:
+    """Emit the larger of each two numbers in the last dimension, its halves side by side; return it and its shape.
+
+    Numbers differ by less than 2^(ring - 1). The smaller of two may be taken if it is less than ``tolerance`` below.
+    """
+    width, dim = shape[-1], len(shape) - 1
+    half = width // 2
+    sub = (*shape[:-1], half)
 
     def part(start: int, stop: int) -> int:
-        return e.emit(local.Slice((*shape[:-1], stop - start), ring, dim, start, stop, 1), current)
+        return e.emit(local.Slice((*shape[:-1], stop - start), ring, dim, start, stop, 1), x)
 
-    while width > 1:
-        half = width // 2
-        sub = (*shape[:-1], half)
-        a, b = part(0, half), part(half, 2 * half)
-        difference = e.emit(tp.Open(sub, ring), e.emit(local.Sub(sub, ring), a, b))
-        below = compare(e, difference, sub, ring, (0,), tolerance)
-        above = e.emit(local.Indicators(plane_bytes(count(sub)), ((0,),), (True,)), below)
-        gain = e.emit(tp.Select(sub, ring, (1,), (0,)), e.emit(tp.OpenBits(sub, 1), above), difference)
-        best = e.emit(local.Add(sub, ring), b, gain)
-        if width % 2:
-            best = e.emit(local.Concat((*shape[:-1], half + 1), ring, dim), best, part(2 * half, width))
-        current, width = best, width - half
-    return Share(current, ring, fraction)
+    a, b = part(0, half), part(half, 2 * half)
+    difference = e.emit(tp.Open(sub, ring), e.emit(local.Sub(sub, ring), a, b))
+    below = compare(e, difference, sub, ring, (0,), tolerance)
+    above = e.emit(local.Indicators(plane_bytes(count(sub)), ((0,),), (True,)), below)
+    gain = e.emit(tp.Select(sub, ring, (1,), (0,)), e.emit(tp.OpenBits(sub, 1), above), difference)
+    best, wide = e.emit(local.Add(sub, ring), b, gain), (*shape[:-1], width - half)
+    if width % 2:
+        best = e.emit(local.Concat(wide, ring, dim), best, part(2 * half, width))
+    return best, wide
+
+
+def price_of_halves(shape: Shape, ring: int, tolerance: float, prices: Prices) -> float:
+    """Return the price of ``larger_halves``, in online bytes."""
+    sub = (*shape[:-1], shape[-1] // 2)
+    chosen = cheapest_compare(sub, ring, (0,), _spare(tolerance), prices.dealt_for_online)
+    used = (tp.Open(sub, ring), chosen, tp.OpenBits(sub, 1), tp.Select(sub, ring, (1,), (0,)))
+    return sum(prices.of(protocol.cost()) for protocol in used)

@@ -7,6 +7,10 @@ band one of its own width. With tables A_0 (coarse), A_1, ... the result is A_0 
 a second round. As j_k may be one above the digit of x, a band ends where the next one still holds for one digit more:
 the wider the digits, the more the bands overlap, and the fewer bits are dealt.
 
+Where a dealt byte is dear, the bits come from one comparison of x with the ends of all bands
+(``two_party.comparison``). It takes one more round, and 8 dealt bytes instead of up to 512 a band. It drops the bits of
+the narrowest digit, and so errs by at most a digit as well.
+
 The primitive "power", of models in polynomial form, is the polynomial with corrections for which the model was trained.
 Its table is of that very function, always a single one, so that nothing is compared and no bit is looked up.
 
@@ -26,13 +30,18 @@ from approximations.powers import power, starting
 from approximations.primitives import Value
 from protocols import local
 from protocols import two_party as tp
+from protocols.bits import plane_bytes
+from protocols.protocol import Protocol, Shape
+from protocols.protocol import count as elements_of
 from protocols.ring import WORD
 from protocols.two_party.digits import DIGIT_BITS
 from protocols.two_party.tabulated import PUBLIC, ROWS, smallest
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.mpc.emitter import Emitter
+from secure.mpc.nonlinear import cheapest_compare
 from secure.mpc.plan import Need, Plan
+from secure.mpc.prices import Prices
 from secure.mpc.share import Share
 
 COUNTS = range(2, 10)  # of the digits at which a band ends; the ends of two widths ascend by an eighth at least
@@ -79,15 +88,34 @@ class _Band:
 
 @dataclass(frozen=True)
 class _Bands:
-    """The bands of x = low..high, integers of ``fraction`` bits, from coarse to fine; ``ring``: of the digits."""
+    """The bands of x = low..high, integers of ``fraction`` bits, from coarse to fine.
+
+    ring: of the digits. compared: the bits that choose among bands come from a comparison, not from tables.
+    """
 
     fraction: int
     ring: int
     bands: tuple[_Band, ...]
+    compared: bool = False
 
     @property
     def opened(self) -> int:
-        return max(self.ring, *(band.ring for band in self.bands))
+        """The ring of the opening: a difference of two numbers, which is compared, has a sign."""
+        return max(self.ring + self.compared, *(band.ring for band in self.bands))
+
+    def choosing(self, shape: Shape, dealt_for_online: int) -> tuple[Protocol, ...]:
+        """Return the protocols that give the bits of all bands but the coarsest: one each, or a comparison."""
+        finer = self.bands[1:]
+        if not self.compared:
+            return tuple(tp.DigitIn(shape, self.ring, band.digit, band.count) for band in finer)
+        ends, spare = tuple(band.count << band.digit for band in finer), min(band.digit for band in finer)
+        return (cheapest_compare(shape, self.ring + 1, ends, spare, dealt_for_online),)
+
+    def price(self, shape: Shape, prices: Prices) -> float:
+        """Return the price of tables and bits, in online bytes."""
+        dealt = COEFFICIENT * elements_of(shape) * sum(band.size for band in self.bands)
+        bits = sum(prices.of(protocol.cost()) for protocol in self.choosing(shape, prices.dealt_for_online))
+        return dealt / prices.dealt_for_online + bits
 
 
 @dataclass(frozen=True)
@@ -101,10 +129,13 @@ class _Way:
 
 
 @lru_cache(maxsize=256)
-def divided(root: int, low: int, high: int, few: int) -> tuple[int, tuple[_Band, ...]] | None:
+def divided(
+    root: int, low: int, high: int, few: int, *, compared: bool = False
+) -> tuple[int, tuple[_Band, ...]] | None:
     """Return the ring of the digits and the bands, from coarse to fine, that take the fewest dealt bytes.
 
-    It is one band if that has at most ``few`` coefficients, and None if no tables hold the range.
+    It is one band if that has at most ``few`` coefficients, and None if no tables hold the range. compared: there are
+    no tables of bits.
     """
     ring = high.bit_length()
     ring += (1 << ring) - (1 << max(0, ring - DIGIT_BITS)) <= high
@@ -115,7 +146,7 @@ def divided(root: int, low: int, high: int, few: int) -> tuple[int, tuple[_Band,
             band = _Band(way.start, most, *smallest(root, way.start, most), digit, count)
         except ValueError:
             return None
-        table = -(-(1 << (ring - digit)) // 8) + JOIN if count else 0
+        table = (0 if compared else -(-(1 << (ring - digit)) // 8)) + JOIN if count else 0
         return _Way((count - 1) << digit, most + 1, way.cost + COEFFICIENT * band.size + table, (band, *way.bands))
 
     whole = extended(_Way(low, low), high)
@@ -195,18 +226,18 @@ def _bands(plan: Plan, p: Primitive) -> _Bands:
     a, given = p.attrs, plan.fraction[p.inputs[0]]
     fraction = min(given, _finest(a["low"]))
     (low, high), f = _integers(a["low"], a["high"], fraction), _function(p, fraction)
-    found: tuple[int, tuple[_Band, ...]] | None
     if f.start:
         band = whole(f.root, low, high, f.start, f.centre, f.steps)
-        found = None if band is None else (band.ring, (band,))
+        ways = [] if band is None else [_Bands(fraction, band.ring, (band,))]
     else:
-        found = divided(f.root, low, high, plan.prices.coefficients)
-    if found is None:
+        found = [divided(f.root, low, high, plan.prices.coefficients, compared=compared) for compared in (False, True)]
+        ways = [_Bands(fraction, *way, len(way[1]) > 1 and n == 1) for n, way in enumerate(found) if way is not None]
+    if not ways:
         raise DoesNotFit(
             f"{p.where}: tables of x^(-1/{f.root}) on [{a['low']:.3g}, {a['high']:.3g}], in units of 2^-{fraction}, "
             f"have more than {ROWS} coefficients\nhint: narrower calibration inputs, or more fraction bits"
         )
-    return _Bands(fraction, *found)
+    return min(ways, key=lambda way: way.price(p.shape, plan.prices))
 
 
 def needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -221,12 +252,14 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
     value = e.truncate(e.get(x, bands.opened + drop), p.shape, drop)
     at = e.emit(tp.Open(p.shape, bands.opened), value.index)
     total, *finer = (_look_up(e, i, p, band, bands, at) for band in bands.bands)
-    before = total
-    for band, value in zip(bands.bands[1:], finer, strict=True):
+    before, width = total, plane_bytes(elements_of(p.shape))
+    taken = [e.emit(protocol, at) for protocol in bands.choosing(p.shape, plan.prices.dealt_for_online)]
+    if bands.compared:
+        taken = [e.emit(local.Indicators(width, ((k,),), (False,)), taken[0]) for k in range(len(finer))]
+    for value, bit in zip(finer, taken, strict=True):
         form = (p.shape, value.ring)
         gain = e.emit(tp.Open(*form), e.emit(local.Sub(*form), value.index, before.index))
-        digit = e.emit(tp.DigitIn(p.shape, bands.ring, band.digit, band.count), at)
-        chosen = e.emit(tp.Select(*form, (1,), (0,)), e.emit(tp.OpenBits(p.shape, 1), digit), gain)
+        chosen = e.emit(tp.Select(*form, (1,), (0,)), e.emit(tp.OpenBits(p.shape, 1), bit), gain)
         total = Share(e.emit(local.Add(*form), total.index, chosen), value.ring, value.fraction)
         before = value
     return total

@@ -25,12 +25,22 @@ class Prices:
 
     round_bytes: the online bytes that are worth a round. coefficients: the most coefficients of a dealt table that is
     one value's alone and spares the rounds that choose among smaller ones; each takes 8 dealt bytes at most.
-    dealt_for_online: the dealt bytes that are worth one online byte.
+    dealt_for_online: the dealt bytes that are worth one online byte: 1 where they are sent within the query too.
     """
 
     round_bytes: int = 400_000
     coefficients: int = 512
     dealt_for_online: int = DEALT_FOR_ONLINE
+
+    @property
+    def words(self) -> str:
+        """The worth of dealt bytes, for people."""
+        worth = "1 dealt byte is" if self.dealt_for_online == 1 else f"{self.dealt_for_online} dealt bytes are"
+        return f"compiled where {worth} worth an online byte"
+
+    def of(self, cost: CircuitCost) -> float:
+        """Return the price of one protocol, in online bytes."""
+        return cost.rounds * self.round_bytes + cost.to_first + cost.to_second + cost.dealt / self.dealt_for_online
 
 
 DEFAULT = Prices()
@@ -44,7 +54,7 @@ TRIED: Mapping[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The prices that were chosen for a network, and the cost of a query at them and at the default prices."""
+    """The prices that were chosen for a network, and the cost of a query at them and at the deployment's own."""
 
     network: NetworkSpeed
     prices: Prices
@@ -66,9 +76,9 @@ def _words(network: NetworkSpeed, cost: CircuitCost) -> str:
     return f"{cost.rounds} rounds, {online:.1f} MB online, {cost.dealt / 1e6:.1f} MB dealt, {waiting:.3g} s of waiting"
 
 
-def projected(network: NetworkSpeed, cost: CircuitCost) -> float:
+def projected(network: NetworkSpeed, cost: CircuitCost, dealt_for_online: int = DEALT_FOR_ONLINE) -> float:
     """Return the seconds by which circuits are compared: of waiting online, and of dealing for its part."""
-    return network.seconds(cost) + cost.dealt / DEALT_FOR_ONLINE / network.bandwidth
+    return network.seconds(cost) + cost.dealt / dealt_for_online / network.bandwidth
 
 
 class HasCircuit(Protocol):
@@ -81,17 +91,21 @@ class HasCircuit(Protocol):
 Found = TypeVar("Found", bound=HasCircuit)
 
 
-def choose(network: NetworkSpeed, emit: Callable[[Prices], Found]) -> tuple[Found, Choice]:
-    """Return what ``emit`` returns at the prices of the least projected time; of equal ones, at the default.
+def choose(
+    network: NetworkSpeed, emit: Callable[[Prices], Found], default_prices: Prices = DEFAULT
+) -> tuple[Found, Choice]:
+    """Return what ``emit`` returns at the prices of the least projected time; of equal ones, at the deployment's.
 
-    One price after the other is chosen, while those before it stay: they spare different rounds.
+    One price after the other is chosen, while those before it stay: they spare different rounds. The worth of a dealt
+    byte is the deployment's, and stays.
     """
-    prices, found = DEFAULT, emit(DEFAULT)
+    prices, found = default_prices, emit(default_prices)
     default = cost = total_cost(found.circuit)
+    dealt = prices.dealt_for_online
     for name, values in TRIED.items():
         for tried in [replace(prices, **{name: value}) for value in values]:
             other = emit(tried)
             price = total_cost(other.circuit)
-            if projected(network, price) < projected(network, cost):
+            if projected(network, price, dealt) < projected(network, cost, dealt):
                 prices, found, cost = tried, other, price
     return found, Choice(network, prices, cost, default)

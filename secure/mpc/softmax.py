@@ -2,24 +2,29 @@
 
 Scores are opened with SCORE_FRACTION fraction bits, which changes e^x by 2^-SCORE_FRACTION of its value at most.
 Openings subtract (``OpenedSum``), so that bound minus score is opened as soon as the row's bound is: one number a row.
+
+A histogram takes dealt bytes for every score. Where these are dear, the larger of each two scores is taken before, once
+or several times, at three rounds each: only what is left is counted.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protocols import local
 from protocols import two_party as tp
 from protocols.fields import ENTRIES
-from protocols.protocol import Shape
+from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.ring import WORD
 from protocols.two_party.digits import DIGIT_BITS, ROW
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.mpc.emitter import Emitter
+from secure.mpc.nonlinear import larger_halves, price_of_halves
 from secure.mpc.plan import Need, Plan
+from secure.mpc.prices import Prices
 from secure.mpc.share import Share
 
 SCORE_FRACTION = 13
@@ -27,6 +32,7 @@ INTERVAL = 16  # of the exponential, in units of the exponent
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
 MOST_BINS = 256  # of a histogram
 ROOM = 8.0  # by how much a row's maximum may lie beyond all that are expected
+LOSS = 2.0**-6  # by how much the larger of two scores may be missed, in all levels together; LOWEST has room for it
 _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
 
@@ -35,6 +41,7 @@ class _Window:
     """The scores' opening: modulo 2^ring, less ``start``; the row's maxima lie in ``bins`` digits of ``shift`` bits.
 
     Those count whose digit, of ``coarser`` more bits, is below ``below``; places repeat in ``blocks`` of digits.
+    halves: how often the larger of each two scores is taken before.
     """
 
     ring: int
@@ -44,6 +51,17 @@ class _Window:
     coarser: int
     below: int
     blocks: int
+    halves: int = 0
+
+    @property
+    def wide(self) -> int:
+        """The ring of the scores: a difference of two, which is compared, has a sign."""
+        return self.ring + (self.halves > 0)
+
+    @property
+    def tolerance(self) -> float:
+        """The units by which each level of halves may miss the larger score."""
+        return LOSS * 2.0**SCORE_FRACTION / max(1, self.halves)
 
 
 def _window(plan: Plan, bound: int) -> _Window:
@@ -72,7 +90,29 @@ def _window(plan: Plan, bound: int) -> _Window:
             "hint: narrower calibration inputs; masks of the client's are clamped, others count as scores"
         )
     _, *way = min(ways(1 << (ring - shift), bins))
-    return _Window(ring, shift, bins, round(start * 2**SCORE_FRACTION), *way)
+    window = _Window(ring, shift, bins, round(start * 2**SCORE_FRACTION), *way)
+    rows = _rows(plan.trace.primitives[x].shape)
+    halved = (replace(window, halves=n) for n in range(rows[-1].bit_length()))
+    return min(halved, key=lambda each: _price(rows, each, plan.prices))
+
+
+def _price(rows: Shape, window: _Window, prices: Prices) -> float:
+    """Return the price of halves, and of counting what they leave, in online bytes."""
+    total = 0.0
+    for _ in range(window.halves):
+        total += price_of_halves(rows, window.wide, window.tolerance, prices)
+        rows = (*rows[:-1], -(-rows[-1] // 2))
+    counted = [protocol.cost() for protocol in (tp.Open(rows, window.ring), *_counters(rows, window))]
+    spared = CircuitCost() if window.halves else counted[0]  # the exponential opens all scores anyway
+    return total + sum(map(prices.of, counted)) - prices.of(spared)
+
+
+def _counters(rows: Shape, w: _Window) -> tuple[Protocol, ...]:
+    """Return the protocols that count opened scores in bins; those before the last one tell which ones count."""
+    histogram = tp.Histogram(rows, w.ring, w.shift, w.bins, w.blocks)
+    if w.blocks == 1:
+        return (histogram,)
+    return tp.DigitIn(rows, w.ring, w.shift + w.coarser, w.below), tp.OpenBits(rows, 1), histogram
 
 
 def ways(digits: int, bins: int) -> Iterable[tuple[int, int, int, int]]:
@@ -93,14 +133,14 @@ def ways(digits: int, bins: int) -> Iterable[tuple[int, int, int, int]]:
 
 def bound_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     (x,) = p.inputs
-    ring = _window(plan, i).ring + plan.fraction[x] - SCORE_FRACTION
+    ring = _window(plan, i).wide + plan.fraction[x] - SCORE_FRACTION
     return (Need(ring, ring),)
 
 
 def exponential_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     scores, bound = p.inputs
-    ring = _window(plan, bound).ring
-    return Need(ring + plan.fraction[scores] - SCORE_FRACTION, 0), Need(ring, ring)
+    window = _window(plan, bound)
+    return Need(window.wide + plan.fraction[scores] - SCORE_FRACTION, 0), Need(window.ring, window.ring)
 
 
 def _rows(shape: Shape) -> Shape:
@@ -110,32 +150,37 @@ def _rows(shape: Shape) -> Shape:
     return (*shape[:-1], parts, -(-n // parts))
 
 
-def _opened(e: Emitter, x: int, window: _Window) -> int:
-    """Emit the opening of the scores in rows, counted from the window's start."""
+def _in_rows(e: Emitter, x: int, window: _Window) -> int:
+    """Emit the scores in rows, counted from the window's start."""
     shape, excess = e.trace.primitives[x].shape, e.plan.fraction[x] - SCORE_FRACTION
-    value = e.get(x, window.ring + excess)
+    value = e.get(x, window.wide + excess)
     value = e.truncate(value, shape, excess) if excess > 0 else e.lift(value, shape, -excess)
     rows, last = _rows(shape), len(shape) - 1
     index = e.emit(local.AddConstant(shape, value.ring, -window.start), value.index)
     if fill := rows[-2] * rows[-1] - shape[-1]:  # the row's first entries stand twice, which is no matter to its bound
         first = e.emit(local.Slice((*shape[:-1], fill), value.ring, last, 0, fill, 1), index)
         index = e.emit(local.Concat((*shape[:-1], shape[-1] + fill), value.ring, last), index, first)
-    return e.emit(tp.Open(rows, window.ring), e.emit(local.Reshape(rows, value.ring), index))
+    return e.emit(local.Reshape(rows, value.ring), index)
 
 
 def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     """Emit the number of bins up to the largest score of each row (see ``two_party.digits``) times their width.
 
-    Counted from the window's start, that is an upper bound of the row, at most two bins too high.
+    Counted from the window's start, that is an upper bound of the row, at most two bins too high, and LOSS if halves of
+    the row were compared before.
     """
     (x,) = p.inputs
     w = _window(e.plan, i)
-    at, rows = _opened(e, x, w), _rows(e.trace.primitives[x].shape)
+    scores, rows = _in_rows(e, x, w), _rows(e.trace.primitives[x].shape)
+    for _ in range(w.halves):
+        scores, rows = larger_halves(e, scores, rows, w.wide, w.tolerance)
+    at = e.emit(tp.Open(rows, w.ring), scores)
+    *telling, histogram = _counters(rows, w)
     operands: tuple[int, ...] = (at,)
-    if w.blocks > 1:
-        inside = e.emit(tp.DigitIn(rows, w.ring, w.shift + w.coarser, w.below), at)
-        operands = (e.emit(tp.OpenBits(rows, 1), inside), at)
-    counted = e.emit(tp.Histogram(rows, w.ring, w.shift, w.bins, w.blocks), *operands)
+    if telling:
+        inside, opening = telling
+        operands = (e.emit(opening, e.emit(inside, at)), at)
+    counted = e.emit(histogram, *operands)
     shape = (*rows[:-1], w.bins)
     if rows[-2] > 1:  # a bin of the row is filled if it is in one of the parts
         filled = _filled(e, counted, shape, rows[-1], 8, 1)
@@ -144,7 +189,8 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     filled = _filled(e, counted, shape, rows[-2] if rows[-2] > 1 else rows[-1], w.ring, 1 << w.shift)
     shape = (*shape[:-1], 1)
     total = e.emit(local.Sum(shape, w.ring, (len(shape) - 1,)), filled)
-    moved = e.emit(local.AddConstant(shape, w.ring, w.start), total)
+    lost = round(LOSS * 2**SCORE_FRACTION) if w.halves else 0
+    moved = e.emit(local.AddConstant(shape, w.ring, w.start + lost), total)
     return Share(e.emit(local.Reshape(p.shape, w.ring), moved), w.ring, SCORE_FRACTION)
 
 
@@ -163,7 +209,8 @@ def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
     top = e.get(bound, w.ring).index
     single = (*rows[:-2], 1, 1)
     at = e.emit(tp.Open(single, w.ring), e.emit(local.Reshape(single, w.ring), top))
-    below = e.emit(tp.OpenedSum(rows, w.ring, (False, True), -w.start), at, _opened(e, scores, w))
+    opened = e.emit(tp.Open(rows, w.ring), _in_rows(e, scores, w))
+    below = e.emit(tp.OpenedSum(rows, w.ring, (False, True), -w.start), at, opened)
     operands: tuple[int, ...] = (below,)
     if w.ring > _EXPONENT + 1:
         near = e.emit(tp.DigitIn(rows, w.ring, _EXPONENT, 2), below)
