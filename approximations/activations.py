@@ -1,9 +1,8 @@
 """Activations as piecewise polynomials; all comparisons of one activation come from one opening.
 
 GeLU has three forms. "cubic", the default: relu(x) - bump(|x|), where the bump is two minimax cubics on |x| < 3.7
-(maximal error 5.6e-4, five comparisons; cubics keep all 16 fraction bits of x in a 64-bit ring). "quartic": one minimax
-quartic on |x| < 3.27 (maximal error 2.0e-3, three comparisons). "puma": the published segments (arXiv 2307.12533,
-eq. 2; maximal error 2.0e-2), for comparison.
+(maximal error 5.6e-4, five comparisons). "quartic": one minimax quartic on |x| < 3.27 (maximal error 2.0e-3, three
+comparisons). "puma": the published segments (arXiv 2307.12533, eq. 2; maximal error 2.0e-2), for comparison.
 
 Comparisons are cheaper if they may be coarse. So neighbouring pieces overlap: each is fitted beyond its ends by half
 of TOLERANCE, and the knots are compared half of it higher. An x within TOLERANCE below such a knot may count as above
@@ -58,16 +57,17 @@ def gelu(x: Value, form: str = "cubic") -> Value:
 
 def _even_bump(x: Value, bump: Callable[[Tensor], Tensor], knots: tuple[float, ...], degree: int) -> Value:
     """Return relu(x) - bump(|x|), where the bump is zero beyond the last knot."""
-    minus = [Piece(tuple(-c for c in p.coefficients), p.centre) for p in _segments(bump, knots, degree)]
+    fits, error = _segments(bump, knots, degree)
+    minus = [Piece(tuple(-c for c in p.coefficients), p.centre) for p in fits]
     right = [_plus_identity(p) for p in minus]
     left = [p.mirrored() for p in reversed(minus)]
-    return _overlapping(x, knots, [ZERO, *left, *right, IDENTITY])
+    return _overlapping(x, knots, [ZERO, *left, *right, IDENTITY], error)
 
 
-def _overlapping(x: Value, knots: tuple[float, ...], pieces: list[Piece]) -> Value:
+def _overlapping(x: Value, knots: tuple[float, ...], pieces: list[Piece], error: float) -> Value:
     """Return the pieces between ``knots`` and their mirror images, each of which overlaps its neighbours."""
     mirrored = [-k for k in reversed(knots[1:])]
-    return piecewise(x, [k + TOLERANCE / 2 for k in (*mirrored, *knots)], pieces, TOLERANCE)
+    return piecewise(x, [k + TOLERANCE / 2 for k in (*mirrored, *knots)], pieces, TOLERANCE, error=error)
 
 
 def _plus_identity(p: Piece) -> Piece:
@@ -76,10 +76,11 @@ def _plus_identity(p: Piece) -> Piece:
     return Piece((c[0] + p.centre, c[1] + 1.0, *c[2:]), p.centre)
 
 
-def _segments(function: Callable[[Tensor], Tensor], knots: tuple[float, ...], degree: int) -> list[Piece]:
-    """Fit every segment, and beyond its ends as far as a comparison may miss a knot."""
+def _segments(function: Callable[[Tensor], Tensor], knots: tuple[float, ...], degree: int) -> tuple[list[Piece], float]:
+    """Fit every segment, and beyond its ends as far as a comparison may miss a knot; return the largest error too."""
     reach = TOLERANCE / 2
-    return [minimax(function, a - reach, b + reach, degree)[0] for a, b in pairwise(knots)]
+    fits = [minimax(function, a - reach, b + reach, degree) for a, b in pairwise(knots)]
+    return [piece for piece, _ in fits], max(error for _, error in fits)
 
 
 def tanh(x: Value) -> Value:
@@ -88,9 +89,9 @@ def tanh(x: Value) -> Value:
     Maximal error 2.5e-4 (measured in tests).
     """
     knots = (0.0, 0.6, 1.45, 2.5, 4.6)
-    right = _segments(torch.tanh, knots, 3)
+    right, error = _segments(torch.tanh, knots, 3)
     left = [p.mirrored(-1.0) for p in reversed(right)]
-    return _overlapping(x, knots, [constant(-1.0), *left, *right, constant(1.0)])
+    return _overlapping(x, knots, [constant(-1.0), *left, *right, constant(1.0)], error)
 
 
 def sigmoid(x: Value) -> Value:

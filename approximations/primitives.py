@@ -43,18 +43,24 @@ def constant(value: float) -> Piece:
 
 
 def piecewise(
-    x: Value, knots: Sequence[float], pieces: Sequence[Piece], tolerance: float = 2**-8, extra_bits: int = 0
+    x: Value,
+    knots: Sequence[float],
+    pieces: Sequence[Piece],
+    tolerance: float = 2**-8,
+    extra_bits: int = 0,
+    error: float = 0.0,
 ) -> Value:
     """Return pieces[i](x) for knots[i-1] <= x < knots[i].
 
     There is one piece more than knots, and knots ascend, else ValueError. Under the protocol each knot costs one
     comparison, all from one opening of x, and functions of the same x share them. An x less than ``tolerance`` below a
-    knot may then count as above it. extra_bits: as in ``precise_product``.
+    knot may then count as above it. extra_bits: as in ``precise_product``. error: how far the pieces are from the
+    function that they stand for; rounding may then add a quarter of it, where that is cheaper.
     """
     if len(pieces) != len(knots) + 1 or list(knots) != sorted(knots):
         raise ValueError(f"{len(knots)} ascending knots take {len(knots) + 1} pieces, got {len(pieces)}")
     if not isinstance(x, Tensor):
-        return x.piecewise(tuple(knots), tuple(pieces), tolerance, extra_bits)
+        return x.piecewise(tuple(knots), tuple(pieces), tolerance, extra_bits, error)
     out = pieces[0](x)
     for knot, piece in zip(knots, pieces[1:], strict=True):
         out = torch.where(x >= knot, piece(x), out)

@@ -34,14 +34,17 @@ _SILU = (
 )
 
 
+GELU_ERROR, SILU_ERROR = 2.0e-2, 7.2e-2
+
+
 def gelu(x: Value) -> Value:
-    """Return GeLU by equation 2. The largest error is 2.0e-2, at the knot 3."""
-    return piecewise(x, [-4.0, -1.95, 3.0], _GELU)
+    """Return GeLU by equation 2. The largest error is GELU_ERROR, at the knot 3."""
+    return piecewise(x, [-4.0, -1.95, 3.0], _GELU, error=GELU_ERROR)
 
 
 def silu(x: Value) -> Value:
-    """Return SiLU. The largest error is 7.2e-2, at the knot 4."""
-    return piecewise(x, [-8.0, -4.0, 4.0], _SILU)
+    """Return SiLU. The largest error is SILU_ERROR, at the knot 4."""
+    return piecewise(x, [-8.0, -4.0, 4.0], _SILU, error=SILU_ERROR)
 
 
 def exp_neg(y: Value) -> Value:

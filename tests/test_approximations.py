@@ -104,7 +104,9 @@ class Recorded:
     pieces: tuple[Piece, ...] = ()
     tolerance: float = 0.0
 
-    def piecewise(self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int) -> Recorded:
+    def piecewise(
+        self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int, error: float
+    ) -> Recorded:
         return Recorded(knots, pieces, tolerance)
 
 

@@ -11,7 +11,7 @@ from secure.errors import InvalidInput
 from secure.lowering.primitives import Operand, meaning, promise
 from secure.lowering.trace import Trace, evaluate
 
-_ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
+ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
 _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
 
 
@@ -103,7 +103,7 @@ class Ranges:
 
     def bits(self, index: int) -> int:
         """Return the integer bits m >= 0, without the sign, such that magnitude plus fixed-point error is below 2^m."""
-        return max(0, math.floor(math.log2(self.magnitude(index) * _ROOM)) + 1)
+        return max(0, math.floor(math.log2(self.magnitude(index) * ROOM)) + 1)
 
     def seen(self, index: int) -> tuple[float, float]:
         """Return the range as it was observed, without the margin."""

@@ -151,12 +151,14 @@ class Symbol:
         shape[dim] = len(range(start, stop, step))
         return self.trace.record("slice", (self,), tuple(shape), dim=dim, start=start, stop=stop, step=step)
 
-    def piecewise(self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int) -> Symbol:
+    def piecewise(
+        self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int, error: float
+    ) -> Symbol:
         """Apply ``pieces[s]`` between the knots s - 1 and s.
 
-        Each knot may be missed by ``tolerance``. ``extra``: more fraction bits in the result.
+        Each knot may be missed by ``tolerance``. ``extra``: more fraction bits in the result. ``error``: of the pieces.
         """
-        return self._same("piecewise", knots=knots, pieces=pieces, tolerance=tolerance, extra=extra)
+        return self._same("piecewise", knots=knots, pieces=pieces, tolerance=tolerance, extra=extra, error=error)
 
     def exp_below(self, bound: Symbol, extra: int) -> Symbol:
         """Compute e^(x - bound) for x <= bound, which is broadcast. ``extra``: more fraction bits in the result."""

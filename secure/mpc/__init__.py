@@ -7,6 +7,7 @@ plan         the rings and openings that the readers of every value need
 emitter      the circuit in the making
 arithmetic   inputs, products, sums, shapes
 nonlinear    piecewise polynomials, comparisons, maxima
+pieces       their curved pieces: lines taken from them, fraction bits, rings
 powers       inverse powers, by dealt tables
 softmax      bounds of rows, and exponentials below them
 emit         the record of every primitive; from a trace to a circuit

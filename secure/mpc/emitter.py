@@ -47,7 +47,7 @@ class Emitter:
             value = self.lift(value, shape, -excess)
         self._settled[i] = value
         if value.ring < self.plan.base[i]:
-            self._wide[i] = self.extend(value, shape, max(self.plan.base[i], min(WORD, self.plan.wish[i])))
+            self._wide[i] = self.extend(value, shape, self.plan.extended(i))
 
     def get(self, i: int, ring: int) -> Share:
         """Return value i in a ring of at least ``ring`` bits."""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from operator import itemgetter
 
 from approximations.primitives import Piece
 from protocols import local
 from protocols import two_party as tp
 from protocols.bits import plane_bytes
 from protocols.protocol import Shape, count
-from protocols.ring import WORD
 from protocols.two_party.comparison import DIGITS
 from secure.lowering.primitives import Primitive
-from secure.lowering.ranges import dyadic
+from secure.lowering.ranges import ROOM, dyadic
 from secure.mpc.emitter import Emitter
+from secure.mpc.pieces import NOTHING, Curve, Precision, Straight, choose, holding, is_linear
 from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.prices import Prices
 from secure.mpc.share import Share
 
-_SHORT = 8  # bits of a slope that is applied exactly
+_PART = 0.25  # of the pieces' own error: what rounding curved pieces may add
+_UNITS = 1.25  # of the result's last place: what it may add in any case
 
 
 # piecewise polynomials
@@ -31,123 +35,211 @@ def note_piecewise(plan: Plan, p: Primitive) -> None:
 
 def piecewise_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     (x,) = p.inputs
-    ring = max(plan.compare_width(x), _linear_ring(plan, i, p)) if p.attrs["knots"] else 0
-    return (opened(ring if all(map(_is_linear, p.attrs["pieces"])) else max(ring, plan.own(x))),)
+    layout = _layout(plan, i, p)
+    ring = max(plan.compare_width(x), layout.selected) if p.attrs["knots"] else 0
+    return (opened(max(ring, plan.own(x)) if layout.curves else ring),)
 
 
-def _slope_bits(plan: Plan, i: int, p: Primitive) -> int:
-    """Return the fraction bits, beyond those of the result, that the linear pieces have from x and their slopes."""
-    lift = plan.fraction[i] - plan.fraction[p.inputs[0]]
-    slopes = [piece.coefficients[1] for piece in p.attrs["pieces"] if len(piece.coefficients) == 2]
-    return max([0, *(dyadic(slope)[1] - lift for slope in slopes if slope)])
+@dataclass(frozen=True)
+class _Layout:
+    """The parts of a piecewise function and their rings.
+
+    curves: its curved pieces, by their segments. precision: theirs; None if there are none. lines: what is selected of
+    x itself, each from a first segment to a last one. selected: the ring of that selection. slope_bits: the fraction
+    bits that are truncated from it. result: the ring to which curves and lines are extended before they are added;
+    0: they are added in the ring in which they are selected, that of the result.
+    """
+
+    curves: Mapping[int, Curve]
+    precision: Precision | None
+    lines: tuple[tuple[int, int, Straight], ...]
+    selected: int
+    slope_bits: int
+    result: int
 
 
-def _linear_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """Return the ring of a selection of linear pieces, before the slopes' bits are truncated."""
-    return plan.own(i) + _slope_bits(plan, i, p)
+def _layout(plan: Plan, i: int, p: Primitive) -> _Layout:
+    """Return the cheapest layout: with curved pieces as they are, or less the line of the linear piece next to them.
+
+    The latter takes a round more where the result is not extended anyway, which has its price.
+    """
+    pieces, (x,) = p.attrs["pieces"], p.inputs
+    plain = _arranged(plan, i, p, [Straight.of(piece) if is_linear(piece) else None for piece in pieces])
+    if not (plain.curves and is_linear(pieces[0]) and is_linear(pieces[-1])):
+        return plain
+    split = _arranged(plan, i, p, _nearest_lines(plan, x, p))
+    wider = split.selected > max(plain.selected, plan.own(x), plan.compare_width(x))  # then x would be opened wider
+    return plain if wider or _price(plan, i, plain) <= _price(plan, i, split) else split
+
+
+def _nearest_lines(plan: Plan, x: int, p: Primitive) -> list[Straight | None]:
+    """Return the line of every linear piece, and for each curved one that of the linear piece before it or after it.
+
+    Of these two it is the one from which the curved piece differs less.
+    """
+    pieces: Sequence[Piece] = p.attrs["pieces"]
+
+    def last(before: Piece, piece: Piece) -> Piece:
+        return piece if is_linear(piece) else before
+
+    before = list(accumulate(pieces, last))
+    after = list(accumulate(reversed(pieces), last))[::-1]
+
+    def nearest(s: int) -> Straight:
+        low, high = _segment(plan, x, p, s, s)
+        return min(
+            (Straight.of(before[s]), Straight.of(after[s])),
+            key=lambda line: Curve.of(pieces[s], low, high, line).largest,
+        )
+
+    return [nearest(s) for s in range(len(pieces))]
+
+
+def _segment(plan: Plan, x: int, p: Primitive, first: int, last: int) -> tuple[float, float]:
+    """Return what may count as the segments ``first`` to ``last`` within x's range; one of its ends if nothing does."""
+    knots, reach = p.attrs["knots"], plan.ranges.magnitude(x) * ROOM
+    low = knots[first - 1] - p.attrs["tolerance"] if first else -reach
+    high = knots[last] if last < len(knots) else reach
+    return min(max(low, -reach), reach), min(max(high, -reach), reach)
+
+
+def _arranged(plan: Plan, i: int, p: Primitive, lines: Sequence[Straight | None]) -> _Layout:
+    """Return the layout that takes ``lines`` from the pieces; None: a curved piece is left as it is."""
+    (x,), pieces, settled = p.inputs, p.attrs["pieces"], plan.fraction[i]
+    curved = [s for s, piece in enumerate(pieces) if not is_linear(piece)]
+    split = any(lines[s] is not None for s in curved)
+    curves = {s: Curve.of(pieces[s], *_segment(plan, x, p, s, s), lines[s] or NOTHING) for s in curved}
+    runs = _runs(lines) or (() if curves else ((0, 0, NOTHING),))  # something must be selected, if only zero
+    lift = settled - plan.fraction[x]
+    slope_bits = max([0, *(dyadic(line.slope)[1] - lift for _, _, line in runs if line.slope)])
+    own = plan.own(i)
+    selected, result = own, 0
+    if split:
+        largest = max([0.0, *(line.largest(*_segment(plan, x, p, first, last)) for first, last, line in runs)])
+        selected = holding(largest + 2.0**-settled, settled)
+        result = plan.extended(i) if plan.base[i] > own else own
+    layout = _Layout(curves, None, runs, selected + slope_bits, slope_bits, result)
+    if not curves:
+        return layout
+    allowed = max(_PART * p.attrs["error"], _UNITS * 2.0**-settled)
+    precision = choose(
+        list(curves.values()),
+        plan.fraction[x],
+        settled,
+        allowed,
+        0 if split else own,
+        lambda precision: _price(plan, i, replace(layout, precision=precision)),
+    )
+    return replace(layout, precision=precision)
+
+
+def _runs(lines: Sequence[Straight | None]) -> tuple[tuple[int, int, Straight], ...]:
+    """Return every line but zero with the first and the last of the neighbouring segments that have it."""
+    groups = [(line, [s for s, _ in group]) for line, group in groupby(enumerate(lines), key=itemgetter(1))]
+    runs = [(segments[0], segments[-1], line) for line, segments in groups if line not in (None, NOTHING)]
+    if runs and runs[0][:2] == (0, len(lines) - 1) and len(lines) > 1:  # no bit says that x is anywhere
+        return (0, 0, runs[0][2]), (1, len(lines) - 1, runs[0][2])
+    return tuple(runs)
+
+
+def _price(plan: Plan, i: int, layout: _Layout) -> float:
+    """Return what a layout costs but for the comparisons, in online bytes."""
+    p = plan.trace.primitives[i]
+    (x,), precision = p.inputs, layout.precision
+    online, dealt, rounds = 0, 0, 0
+    extended = [(plan.own(i), plan.extended(i))] if plan.base[i] > plan.own(i) else []
+    if precision is not None:
+        top = precision.wide - plan.own(x) + plan.fraction[x] - precision.reads
+        degree = max(curve.degree for curve in layout.curves.values())
+        online += 2 * precision.ring * len(layout.curves)
+        dealt += degree * (precision.wide + top) + 2 * precision.ring * len(layout.curves)
+        if layout.result:
+            rounds += not extended
+            narrow = [precision.ring + plan.fraction[i] - precision.fraction]
+            narrow += [layout.selected - layout.slope_bits] if layout.lines else []
+            extended = [(ring, layout.result) for ring in narrow if ring < layout.result]
+    dealt += sum((1 + (line.slope != 0)) * layout.selected for _, _, line in layout.lines)
+    online += 2 * len(extended)
+    dealt += sum(wide - ring for ring, wide in extended)
+    return count(p.shape) / 8 * (online + dealt / plan.prices.dealt_for_online) + rounds * plan.prices.round_bytes
 
 
 def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Share:
-    """Emit linear pieces as selections of the opened x itself, and others as polynomials of x.
-
-    The polynomials read x at a scale at which its powers fit 64 bits.
-    """
-    (x,) = p.inputs
-    pieces, knots = p.attrs["pieces"], p.attrs["knots"]
-    curved = [s for s, piece in enumerate(pieces) if not _is_linear(piece)]
-    polynomials = _polynomials(e, i, x, [pieces[s] for s in curved], [_span(e, x, knots, s) for s in curved])
+    """Emit lines as selections of the opened x itself, and curved pieces as selections of polynomials of x."""
+    (x,), knots = p.inputs, p.attrs["knots"]
+    layout = _layout(e.plan, i, p)
+    values = _polynomials(e, i, x, layout)
     if not knots:
-        if polynomials:
-            return polynomials[0]
+        if values:
+            return values[0]
         raise AssertionError("a linear function of one piece is written with * and +")
-    bits = _below(e, x)
-    rows = [e.plan.knots[x].index(k) for k in knots]
-    total: Share | None = None
+    bits, rows = _below(e, x), [e.plan.knots[x].index(k) for k in knots]
+    parts = []
+    if layout.lines:
+        parts.append(_lines(e, i, x, layout, bits, rows))
+    if values:
+        selected = []
+        for s, value in values.items():
+            at = e.emit(tp.Open(p.shape, value.ring), value.index)
+            chosen = _indicators(e, bits, rows, [(s, s)], p.shape)
+            selected.append(replace(value, index=e.emit(tp.Select(p.shape, value.ring, (1,), (0,)), chosen, at)))
+        parts.append(_sum(e, p.shape, selected))
+    if layout.result:
+        parts = [_extended(e, part, p.shape, layout.result, e.plan.fraction[i]) for part in parts]
+    return _sum(e, p.shape, parts)
 
-    def add(value: Share) -> None:
-        nonlocal total
-        if total is None:
-            total = value
-            return
+
+def _sum(e: Emitter, shape: tuple[int, ...], parts: Sequence[Share]) -> Share:
+    """Emit the sum of shares of one scale, in the narrowest of their rings."""
+    total, *others = parts
+    for value in others:
         ring = min(total.ring, value.ring)
-        total = Share(e.emit(local.Add(p.shape, ring), total.index, value.index), ring, total.fraction)
-
-    straight = [s for s, piece in enumerate(pieces) if _is_linear(piece) and any(piece.coefficients)]
-    if straight:
-        q = _slope_bits(e.plan, i, p)
-        ring, scale = _linear_ring(e.plan, i, p), e.plan.fraction[i]
-        lift = scale - e.plan.fraction[x]
-        slopes, offsets = [], []
-        for s in straight:
-            intercept, slope = _line(pieces[s])
-            m, shift = dyadic(slope)
-            slopes.append(m << (q + lift - shift) if m else 0)
-            offsets.append(round(intercept * 2.0 ** (scale + q)))
-        chosen = _indicators(e, bits, rows, straight, p.shape)
-        operands = (chosen, e.opened(x)) if any(slopes) else (chosen,)
-        index = e.emit(tp.Select(p.shape, ring, tuple(slopes), tuple(offsets)), *operands)
-        add(e.truncate(Share(index, ring, scale + q), p.shape, q))
-    for s, value in zip(curved, polynomials, strict=True):
-        ring = min(value.ring, e.plan.own(i))
-        at = e.emit(tp.Open(p.shape, ring), value.index)
-        chosen = _indicators(e, bits, rows, [s], p.shape)
-        add(Share(e.emit(tp.Select(p.shape, ring, (1,), (0,)), chosen, at), ring, value.fraction))
-    assert total is not None
+        total = Share(e.emit(local.Add(shape, ring), total.index, value.index), ring, total.fraction)
     return total
 
 
-def _is_linear(piece: Piece) -> bool:
-    """True if the degree is at most one and the slope is a short binary fraction, which can be applied exactly."""
-    if len(piece.coefficients) < 2:
-        return True
-    slope, *higher = piece.coefficients[1:]
-    return not higher and dyadic(slope)[0].bit_length() <= _SHORT
+def _extended(e: Emitter, value: Share, shape: tuple[int, ...], ring: int, fraction: int) -> Share:
+    """Emit the extension of a share to a ring of at least ``ring`` bits at the scale of ``fraction`` bits."""
+    lift = fraction - value.fraction
+    if value.ring + lift < ring:
+        value = e.extend(value, shape, ring - lift)
+    return e.lift(value, shape, lift) if lift else value
 
 
-def _line(piece: Piece) -> tuple[float, float]:
-    c = (*piece.coefficients, 0.0, 0.0)
-    return c[0] - c[1] * piece.centre, c[1]
+def _lines(e: Emitter, i: int, x: int, layout: _Layout, bits: int, rows: list[int]) -> Share:
+    """Emit the selection among lines of the opened x, at the planned scale."""
+    shape, q = e.trace.primitives[i].shape, layout.slope_bits
+    scale = e.plan.fraction[i]
+    slopes, offsets = [], []
+    for _, _, line in layout.lines:
+        m, shift = dyadic(line.slope)
+        slopes.append(m << (q + scale - e.plan.fraction[x] - shift) if m else 0)
+        offsets.append(round(line.intercept * 2.0 ** (scale + q)))
+    chosen = _indicators(e, bits, rows, [(first, last) for first, last, _ in layout.lines], shape)
+    operands = (chosen, e.opened(x)) if any(slopes) else (chosen,)
+    index = e.emit(tp.Select(shape, layout.selected, tuple(slopes), tuple(offsets)), *operands)
+    return e.truncate(Share(index, layout.selected, scale + q), shape, q)
 
 
-def _span(e: Emitter, x: int, knots: tuple[float, ...], s: int) -> tuple[float, float]:
-    """Return the segment of piece s; an unbounded one ends at x's range."""
-    reach = e.ranges.magnitude(x)
-    return (knots[s - 1] if s else -reach), (knots[s] if s < len(knots) else reach)
-
-
-def _polynomials(e: Emitter, i: int, x: int, pieces: list[Piece], spans: list[tuple[float, float]]) -> list[Share]:
-    """Emit all curved pieces from the only opening of x, lifted and read at ``fx`` fraction bits.
-
-    Results are at the planned scale; outside its segment a piece's result is meaningless.
-    """
-    if not pieces:
-        return []
-    shape, settled = e.trace.primitives[i].shape, e.plan.fraction[i]
-    scale = WORD - e.plan.own(i) + settled  # the ring that truncation leaves must still hold the result
-    fx = min(
-        range(6, e.plan.fraction[x] + 1),
-        key=lambda f: max(_rounding(p, a, b, f, scale) for p, (a, b) in zip(pieces, spans, strict=True)),
-    )
-    drop, degree = e.plan.fraction[x] - fx, max(len(p.coefficients) - 1 for p in pieces)
-    if drop or e.plan.opened[x] < WORD:
-        agreed = e.plan.own(x) - drop
-        powers = e.emit(tp.LiftedPowers(shape, WORD, agreed, degree), e.lifted(x, drop, WORD))
+def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> dict[int, Share]:
+    """Emit all curved pieces from the only opening of x, by their segments; outside of these they are meaningless."""
+    precision, shape = layout.precision, e.trace.primitives[i].shape
+    if precision is None:
+        return {}
+    drop, degree = e.plan.fraction[x] - precision.reads, max(curve.degree for curve in layout.curves.values())
+    ring, agreed = precision.wide, e.plan.own(x) - drop
+    if drop or e.plan.opened[x] < ring:
+        ring = max(ring, agreed + 1)
+        powers = e.emit(tp.LiftedPowers(shape, ring, agreed, degree), e.lifted(x, drop, ring))
     else:
-        powers = e.emit(tp.Powers(shape, WORD, degree), e.opened(x))
-    out = []
-    for piece in pieces:
-        centre = round(piece.centre * 2**fx)
-        coefficients = tuple(round(c * 2.0 ** (scale - j * fx)) for j, c in enumerate(piece.coefficients))
-        index = e.emit(tp.Polynomial(shape, WORD, centre, coefficients), powers)
-        out.append(e.truncate(Share(index, WORD, scale), shape, scale - settled))
+        powers = e.emit(tp.Powers(shape, ring, degree), e.opened(x))
+    out = {}
+    for s, curve in layout.curves.items():
+        centre = round(curve.centre * 2.0**precision.reads)
+        polynomial = tp.Polynomial(shape, ring, centre, curve.integers(precision.reads, precision.scale))
+        value = Share(e.emit(polynomial, powers), precision.wide, precision.scale)
+        out[s] = e.truncate(value, shape, precision.scale - precision.fraction)
     return out
-
-
-def _rounding(piece: Piece, low: float, high: float, fx: int, scale: int) -> float:
-    """Bound the error on [low, high] from rounding x to ``fx`` fraction bits and the coefficients to their scales."""
-    reach = max(abs(low - piece.centre), abs(high - piece.centre))
-    slope = sum(j * abs(c) * reach ** (j - 1) for j, c in enumerate(piece.coefficients) if j)
-    return slope * 2.0**-fx + sum((2.0 ** (j * fx - scale - 1)) * reach**j for j in range(len(piece.coefficients)))
 
 
 def _below(e: Emitter, x: int) -> int:
@@ -190,13 +282,13 @@ def cheapest_compare(
     return min((tp.Compare(shape, width, drop, thresholds, digit) for drop in drops for digit in DIGITS), key=price)
 
 
-def _indicators(e: Emitter, bits: int, rows: list[int], segments: list[int], shape: tuple[int, ...]) -> int:
-    """Emit the opening of the bits "x is in segment s" for these segments."""
-    last = len(rows)
-    chosen = tuple((rows[0],) if s == 0 else (rows[-1],) if s == last else (rows[s - 1], rows[s]) for s in segments)
-    negate = tuple(s == last for s in segments)
+def _indicators(e: Emitter, bits: int, rows: list[int], runs: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> int:
+    """Emit the opening of the bits "x is in one of the segments first to last" for these pairs."""
+    end = len(rows)
+    chosen = tuple((*rows[max(0, first - 1) : first], *rows[last : last + 1]) for first, last in runs)
+    negate = tuple(last == end for _, last in runs)
     stacked = e.emit(local.Indicators(plane_bytes(count(shape)), chosen, negate), bits)
-    return e.emit(tp.OpenBits(shape, len(segments)), stacked)
+    return e.emit(tp.OpenBits(shape, len(runs)), stacked)
 
 
 # the row maximum

@@ -130,6 +130,10 @@ class Plan:
             )
         return bits
 
+    def extended(self, i: int) -> int:
+        """Return the ring to which value i is extended if it must be: as its readers wish, at most 64 bits."""
+        return max(self.base[i], min(WORD, self.wish[i]))
+
     def want(self, i: int) -> int:
         """Return the ring that spares the readers of value i extensions of their own, at most 64 bits."""
         return min(WORD, max(self.own(i), self.wish[i]))
