@@ -54,6 +54,16 @@ class Opening(NamedTuple):
     mask: Tensor
 
 
+class Rows(NamedTuple):
+    """A derived total of few different rows, which is never held as a whole: its i-th row is table[row[i]].
+
+    table: (rows, elements of one row); row: (n,) int64.
+    """
+
+    table: Tensor
+    row: Tensor
+
+
 class WeightUse(NamedTuple):
     """A weight that a protocol reads, and the ring in which it reads it.
 
@@ -89,13 +99,8 @@ class Draw:
         return Wire(self.shape, 8, planes=True) if self.planes or self.octets else Wire(self.shape, self.bits)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        return a ^ b if self.planes or self.xor else a + b
-
-    def remove(self, total: Tensor, share: Tensor) -> Tensor:
-        """Return the other share of ``total``."""
-        if self.planes or self.xor:
-            return total ^ share
-        return total - share if self.octets else ring.reduce(total - share, self.bits)
+        """Return the mask of two shares, in the memory of the first."""
+        return a.bitwise_xor_(b) if self.planes or self.xor else a.add_(b)
 
 
 @dataclass(frozen=True)
@@ -222,8 +227,10 @@ class Protocol(ABC):
         """
         return tuple(operands[0]) if operands and not self.elementwise else self.out.shape
 
-    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         """Dealer: return the derived totals by name, and the mask of this result for its readers (None: it has none).
+
+        A total is a tensor of its draw's shape, or ``Rows``.
 
         masks: the plain masks drawn for this protocol; operands: the masks of its operands.
         """
