@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocols import bits, kernels, ring, wire
+from protocols import bits, wire
 from protocols.prg import Bytes, Key, Stream
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
@@ -300,19 +300,9 @@ def _correct(spec: Draw, total: Tensor | Rows, client: Stream, out: Bytes) -> No
 
     Raises FrameError for a total of another shape than its draw: a share that masked it would have been broadcast.
     """
-    n = count(spec.shape)
     for at, here in _blocks(spec, total):
-        if spec.planes or spec.octets:
-            into = out[at : at + len(here)]
-            client.fill(into)
-            (np.bitwise_xor if spec.planes else np.subtract)(here, into, out=into)
-            continue
-        share = client.read(8 * len(here)).view(np.int64)
-        if spec.bits == ring.WORD:
-            words = here ^ share if spec.xor else here - share
-            out[8 * at : 8 * (at + len(here))] = words.view(np.uint8)
-        else:
-            kernels.store_difference(here, share, spec.bits, out, n, at)
+        share = client.read(here.nbytes).view(here.dtype)
+        spec.remove(here, share, out, at)
 
 
 def _blocks(spec: Draw, total: Tensor | Rows) -> Iterator[tuple[int, Any]]:
@@ -321,14 +311,16 @@ def _blocks(spec: Draw, total: Tensor | Rows) -> Iterator[tuple[int, Any]]:
     declared: tuple[int, ...]
     if isinstance(total, Rows):
         table, row, size = total.table.numpy(), total.row.numpy(), total.table.shape[1]
+        dtype = total.table.dtype
         rows, step = table.view(f"V{table.strides[0]}")[:, 0], max(8, _BLOCK // size & -8)  # a row is copied at once
         shape, declared = (len(row) * size,), (count(spec.shape),)
         blocks = ((at * size, rows.take(row[at : at + step]).view(table.dtype)) for at in range(0, len(row), step))
     else:
         values, shape, declared = total.contiguous().numpy().reshape(-1), tuple(total.shape), spec.shape
+        dtype = total.dtype
         blocks = ((at, values[at : at + _BLOCK]) for at in range(0, len(values), _BLOCK))
-    if shape != declared:
-        raise wire.FrameError(f"a correction of shape {shape} where one of shape {declared} is dealt")
+    if shape != declared or dtype != spec.wire.dtype:
+        raise wire.FrameError(f"a correction of shape {shape}, {dtype}, where one of shape {declared} is dealt")
     yield from blocks
 
 

@@ -24,10 +24,12 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from protocols import bits, fields, ring
+from protocols import bits, fields, kernels, ring
+from protocols.kernels import Array
 from protocols.wire import Wire
 
 SERVER, CLIENT = 0, 1
@@ -101,6 +103,19 @@ class Draw:
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the mask of two shares, in the memory of the first."""
         return a.bitwise_xor_(b) if self.planes or self.xor else a.add_(b)
+
+    def remove(self, total: Array, share: Array, out: Array, at: int) -> None:
+        """Write the other share of ``total`` to ``out``, as bytes on the wire.
+
+        total, share: the elements ``at``, ``at`` + 1, ... of the tensor, ``at`` a multiple of 8. out: the bytes of all.
+        """
+        if self.planes or self.octets:
+            (np.bitwise_xor if self.planes else np.subtract)(total, share, out=out[at : at + len(total)])
+        elif self.bits == ring.WORD:
+            words = total ^ share if self.xor else total - share
+            out[8 * at : 8 * (at + len(total))] = words.view(np.uint8)
+        else:
+            kernels.store_difference(total, share, self.bits, out, count(self.shape), at)
 
 
 @dataclass(frozen=True)
