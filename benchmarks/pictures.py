@@ -20,10 +20,10 @@ from approximations import gelu, power_scores, reciprocal, sigmoid, silu, tanh
 from approximations.activations import GELU_FORMS
 from approximations.fits import least_squares
 from approximations.powers import power
-from protocols import ring
+from protocols import kernels, ring
 from protocols.ring import WORD
-from protocols.two_party.tabulated import PUBLIC, Tabulated
-from secure.mpc.powers import DIGIT_BITS, ROUNDING, divided
+from protocols.two_party.tabulated import _PRECISION, PUBLIC, Tabulated
+from secure.mpc.powers import ROUNDING, divided
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 POINTS = 400
@@ -75,20 +75,20 @@ def tables(root: int, low: float, high: float, x: Tensor) -> Tensor:
     lowest, highest = math.floor(low * 2.0**fraction), math.ceil(high * 2.0**fraction)
     found = divided(root, lowest, highest, 0)
     assert found is not None
-    digits, bands = found
+    _, bands = found
     places = (x * 2.0**fraction).round().to(torch.int64).clamp(lowest, highest)
     masks = torch.randint(1 << 52, places.shape, generator=torch.Generator().manual_seed(0))  # no secrets here
     out = torch.zeros_like(x)
     for band in bands:  # from coarse to fine
         here = torch.ones_like(places, dtype=torch.bool)
         if band.count:
-            here = ring.right(places, digits - DIGIT_BITS) < band.count
+            here = ring.right(places, band.digit) < band.count
         scale = 2.0 ** (24 + fraction / root)
         form = (band.ring, band.shift, band.degree, root, band.low, band.high, scale, PUBLIC, WORD)
         table, mask = Tabulated((int(here.sum()),), *form), ring.reduce(masks[here], band.ring)
         z = ring.reduce(places[here] + mask, band.ring)
         row = table.rows_for(mask)[torch.arange(len(z)), ring.right(z, band.shift)]
-        basis = table._basis(z & ring.low_mask(band.shift))
+        basis = kernels.chebyshev(z & ring.low_mask(band.shift), band.shift, band.degree, _PRECISION, PUBLIC)
         out[here] = (row.double() * basis.double()).sum(-1) / 2.0 ** (24 + PUBLIC)
     return out
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from protocols import bits, wire
-from protocols.prg import Key, Stream
-from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Step, Weights, count
+from protocols.prg import Bytes, Key, Stream
+from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
 
 
@@ -103,9 +104,12 @@ class Correlations:
         self._taken.add(index)
         stream = self._key.stream(index)
         corrected = self._party == SERVER
-        material = {d.name: draw(d, stream) for d in draws if _holds(d, self._party) and not (corrected and d.derived)}
+        masks, derived = _parted(draws)
+        material = {d.name: draw(d, stream) for d in masks if _holds(d, self._party)}
         if corrected:
-            material |= _split(self._corrections.pop(index, b""), [d for d in draws if d.derived])
+            material |= _split(self._corrections.pop(index, b""), derived)
+        else:
+            material |= {d.name: draw(d, stream) for d in derived}
         return material
 
     def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
@@ -132,6 +136,11 @@ def draw(spec: Draw, stream: Stream) -> Tensor:
 
 def _holds(spec: Draw, party: int) -> bool:
     return spec.holder is None or spec.holder == party
+
+
+def _parted(draws: Sequence[Draw]) -> tuple[list[Draw], list[Draw]]:
+    """Return the masks, and what is derived from them, in the order in which a party draws them from its stream."""
+    return [d for d in draws if not d.derived], [d for d in draws if d.derived]
 
 
 def _split(payload: bytes | memoryview, draws: Sequence[Draw]) -> dict[str, Tensor]:
@@ -254,7 +263,7 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> N
             values[index] = correlations.prepare(index, protocol, operands, weights)
 
 
-def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, bytes]]:
+def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, memoryview]]:
     """Yield the dealer's corrections of one query as (instruction, bytes), in order.
 
     server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
@@ -268,20 +277,51 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
             masks.put(index, protocol.deal({}, operands, weights)[1])
             continue
         streams = (server.stream(index), client.stream(index))
+        drawn, derived = _parted(draws)
         plain: dict[str, Tensor] = {}
-        client_shares: dict[str, Tensor] = {}
-        # each party draws from its own stream in the order of ``draws``: the client everything, the server only masks
-        for d in draws:
-            shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p) and not (d.derived and p == SERVER)]
-            if d.derived:
-                (client_shares[d.name],) = shares
-            else:
-                plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
+        for d in drawn:
+            shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p)]
+            plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
         totals, mask = protocol.deal(plain, operands, weights)
         masks.put(index, mask)
-        derived = [d for d in draws if d.derived]
         if derived:
-            yield index, b"".join(wire.encode(d.remove(totals[d.name], client_shares[d.name]), d.wire) for d in derived)
+            payload, at = np.empty(protocol.dealt_bytes, np.uint8), 0
+            for d in derived:
+                _correct(d, totals[d.name], streams[CLIENT], payload[at : at + d.wire.size])
+                at += d.wire.size
+            yield index, payload.data
+
+
+_BLOCK = 1 << 15  # elements corrected at a time, so that the client's share of them stays in the cache
+
+
+def _correct(spec: Draw, total: Tensor | Rows, client: Stream, out: Bytes) -> None:
+    """Write the server's share of ``total``, as bytes on the wire: what is left without the client's share.
+
+    Raises FrameError for a total of another shape than its draw: a share that masked it would have been broadcast.
+    """
+    for at, here in _blocks(spec, total):
+        share = client.read(here.nbytes).view(here.dtype)
+        spec.remove(here, share, out, at)
+
+
+def _blocks(spec: Draw, total: Tensor | Rows) -> Iterator[tuple[int, Any]]:
+    """Yield the elements of a total in blocks, with the place of each in the whole."""
+    shape: tuple[int, ...]
+    declared: tuple[int, ...]
+    if isinstance(total, Rows):
+        table, row, size = total.table.numpy(), total.row.numpy(), total.table.shape[1]
+        dtype = total.table.dtype
+        rows, step = table.view(f"V{table.strides[0]}")[:, 0], max(8, _BLOCK // size & -8)  # a row is copied at once
+        shape, declared = (len(row) * size,), (count(spec.shape),)
+        blocks = ((at * size, rows.take(row[at : at + step]).view(table.dtype)) for at in range(0, len(row), step))
+    else:
+        values, shape, declared = total.contiguous().numpy().reshape(-1), tuple(total.shape), spec.shape
+        dtype = total.dtype
+        blocks = ((at, values[at : at + _BLOCK]) for at in range(0, len(values), _BLOCK))
+    if shape != declared or dtype != spec.wire.dtype:
+        raise wire.FrameError(f"a correction of shape {shape}, {dtype}, where one of shape {declared} is dealt")
+    yield from blocks
 
 
 def correction_places(circuit: Circuit) -> dict[int, slice]:

@@ -82,6 +82,24 @@ def bit_plane(x: Tensor, offset: int, bit: int) -> Tensor:
     return bits.pack(ring.right(x + ring.wrap(offset), bit))
 
 
+# opening
+
+
+@compiled
+def _opened(mine: Array, theirs: Array, mask: int) -> None:
+    for i in range(mine.size):
+        mine[i] = (mine[i] + theirs[i]) & mask
+
+
+def opened(mine: Tensor, theirs: Tensor, bits: int) -> Tensor:
+    """Return mine + theirs in [0, 2^bits), or signed for 64 bits; ``mine`` may be overwritten."""
+    if _fast(mine):
+        flat = _flat(mine)
+        _opened(flat, _flat(theirs), ring.low_mask(bits))
+        return torch.from_numpy(flat).reshape(mine.shape)
+    return ring.reduce(mine + theirs, bits)
+
+
 # comparison: look a public digit up in shares of a unary code
 
 
@@ -230,18 +248,25 @@ def _suffix_counts(
 ) -> Array:
     width = units.shape[2]
     out = np.empty((z.size // row, bins), np.int64)
+    # vectors that are turned alike are added up first: by the place, and by the length of the block before. There are
+    # two lengths, width and one less
+    alike = np.empty((2, width, width), np.uint8)
     # entry width - i of a row: what its own block gives bin i; entry width + length - i: what a block before it of
-    # that length does, and there are two lengths. They are added up at the end of a row: the inner loop has no wrap
+    # that length does. They are added up at the end of a row: the inner loop has no wrap
     turned = np.empty((2, 2 * width + 1), np.uint8)
     for r in range(out.shape[0]):
-        turned[:] = 0
+        alike[:] = 0
         for i in range(r * row, (r + 1) * row):
             digit = (z[i] >> shift) & (places.size - 1)
-            place, length = places[digit], before[digit]
+            mine = alike[width - before[digit], places[digit]]
             unit = units[(plane[i >> 3] >> np.uint8(i & 7)) & 1, i]
-            sums = turned[width - length, width - place :]
-            for e in range(max(place + 1, length)):
-                sums[e] += unit[e]
+            for e in range(width):
+                mine[e] += unit[e]
+        turned[:] = 0
+        for less in range(2):
+            for place in range(width):
+                for e in range(max(place + 1, width - less)):
+                    turned[less, width - place + e] += alike[less, place, e]
         total = np.uint8(0)
         for e in range(bins - 1, -1, -1):
             found = turned[0, width - e] + turned[1, width - e]
@@ -281,7 +306,7 @@ def suffix_counts(
 
 @compiled
 def _select(
-    planes: Array, slopes: Array, offsets: Array, beta: Array, beta_r: Array, z: Array, x: Array, one: int
+    planes: Array, slopes: Array, offsets: Array, beta: Array, beta_r: Array, z: Array, r: Array, one: int
 ) -> Array:
     out = np.zeros(beta.shape[1], np.int64)
     chosen = np.empty(BLOCK, np.int64)
@@ -294,10 +319,11 @@ def _select(
             b = beta[s, start : start + BLOCK]
             # a mask instead of a branch: the processor would mispredict random bits every other time
             if slope != 0:
-                br, v, mine = beta_r[sloped, start : start + BLOCK], z[start : start + BLOCK], x[start : start + BLOCK]
+                br, v, mask = beta_r[sloped, start : start + BLOCK], z[start : start + BLOCK], r[start : start + BLOCK]
                 for i in range(total.size):
                     masked = slope * (v[i] * b[i] - br[i]) + offset * b[i]
-                    total[i] += masked + ((slope * mine[i] + constant - 2 * masked) & chosen[i])
+                    mine = one * v[i] - mask[i]  # the share of x
+                    total[i] += masked + ((slope * mine + constant - 2 * masked) & chosen[i])
                 sloped += 1
             else:
                 for i in range(total.size):
@@ -325,16 +351,16 @@ def select(
     one = 1 if server else 0
     if _fast(beta):
         flat = beta.reshape(len(slopes), -1).numpy()
-        z, x, beta_r = opened if opened is not None else (beta, beta, beta)  # not read if there is no slope
+        z, r, beta_r = opened if opened is not None else (beta, beta, beta)  # not read if there is no slope
         rows = beta_r.reshape(beta_r.shape[0], -1).numpy()
-        total = _select(planes.numpy(), m.numpy(), q.numpy(), flat, rows, _flat(z), _flat(x), one)
+        total = _select(planes.numpy(), m.numpy(), q.numpy(), flat, rows, _flat(z), _flat(r), one)
         return torch.from_numpy(total).reshape(beta.shape[1:])
     out, sloped = torch.zeros_like(beta[0]), 0
     for s, slope in enumerate(slopes):
         masked, whole = beta[s] * q[s], one * q[s]
         if slope and opened is not None:
-            z, x, beta_r = opened
-            masked, whole = masked + (z * beta[s] - beta_r[sloped]) * m[s], whole + x * m[s]
+            z, r, beta_r = opened
+            masked, whole = masked + (z * beta[s] - beta_r[sloped]) * m[s], whole + (one * z - r) * m[s]
             sloped += 1
         out += torch.where(bits.unpack(planes[s], tuple(out.shape)).bool(), whole - masked, masked)
     return out
@@ -542,6 +568,20 @@ def _inverse_power(x: float, root: int, start: Array, centre: float, steps: int)
 
 
 @compiled
+def _inverses(x: Array, root: int, start: Array, centre: float, steps: int) -> None:
+    """Replace every x by its inverse power."""
+    if start.size:
+        for e in range(x.size):
+            x[e] = _inverse_power(x[e], root, start, centre, steps)
+    elif root == 2:
+        for e in range(x.size):
+            x[e] = np.divide(1.0, np.sqrt(x[e]))  # a division by / would look for zeros, and is not vectorized
+    else:
+        for e in range(x.size):
+            x[e] = np.divide(1.0, x[e])
+
+
+@compiled
 def _inverse_powers(
     r: Array,
     bits: int,
@@ -560,52 +600,74 @@ def _inverse_powers(
 ) -> Array:
     size, rows, width, mask = fit.shape[0], 1 << (bits - shift), 1 << shift, (1 << bits) - 1
     out = np.empty((r.size, rows, size), np.int64)
-    values, basis, right = np.empty(size), np.empty(size), np.empty(size)
-    system = np.empty((size, size))
     least = _inverse_power(float(low), root, start, centre, steps)
-    for e in range(r.size):
-        lowest = (r[e] + low) & mask
+    each = 64  # masks side by side, so that all inner loops are vectorized
+    at, begin, u, y, total = np.empty(each), np.empty(each), np.empty(each), np.empty(each), np.empty(each)
+    values, basis, right = np.empty((size, each)), np.empty((size, each)), np.empty((size, each))
+    system = np.empty((size, size, each))
+    for first in range(0, r.size, each):
+        here = r[first : first + each]
+        n, found = here.size, out[first : first + each]
         for d in range(rows):
-            at = (d * width - r[e]) & mask
-            if at > mask + 1 - width:
-                at -= mask + 1
+            for e in range(n):
+                place = (d * width - here[e]) & mask
+                at[e] = float(place - (mask + 1 if place > mask + 1 - width else 0))
             for i in range(size):
-                x = min(max(at + 0.5 * width * (nodes[i] + 1.0), float(low)), float(high + width))
-                values[i] = scale * _inverse_power(x, root, start, centre, steps)
+                value, step = values[i], 0.5 * width * (nodes[i] + 1.0)
+                for e in range(n):
+                    value[e] = min(max(at[e] + step, float(low)), float(high + width))
+                _inverses(value[:n], root, start, centre, steps)
             for j in range(size):
-                total = 0.0
+                total[:n] = 0.0
                 for i in range(size):
-                    total += fit[j, i] * values[i]
-                out[e, d, j] = np.int64(np.rint(total))
-        begin = float(lowest & (width - 1))
+                    value, c = values[i], fit[j, i] * scale
+                    for e in range(n):
+                        total[e] += c * value[e]
+                for e in range(n):
+                    found[e, d, j] = np.int64(np.rint(total[e]))
         right[:] = 0.0
         system[:] = 0.0
+        for e in range(n):
+            begin[e] = float((here[e] + low) & (width - 1))
         for k in range(fine.size):
-            t = begin + (width - begin) * (fine[k] + 1.0) * 0.5
-            u = 2.0 * t / width - 1.0
-            basis[0] = least / _inverse_power(low + t - begin, root, start, centre, steps)
-            basis[1] = u * basis[0]
+            part = (fine[k] + 1.0) * 0.5
+            for e in range(n):
+                t = begin[e] + (width - begin[e]) * part
+                u[e], y[e] = t * (2.0 / width) - 1.0, low + t - begin[e]
+            _inverses(y[:n], root, start, centre, steps)
+            for e in range(n):
+                basis[0, e] = np.divide(least, y[e])
+                basis[1, e] = u[e] * basis[0, e]
             for j in range(2, size):
-                basis[j] = 2.0 * u * basis[j - 1] - basis[j - 2]
+                for e in range(n):
+                    basis[j, e] = 2.0 * u[e] * basis[j - 1, e] - basis[j - 2, e]
             for j in range(size):
-                right[j] += basis[j]
+                for e in range(n):
+                    right[j, e] += basis[j, e]
                 for i in range(j + 1):
-                    system[j, i] += basis[j] * basis[i]
+                    for e in range(n):
+                        system[j, i, e] += basis[j, e] * basis[i, e]
         for j in range(size):  # Cholesky's factor of the system, and the solution of its lower half
-            system[j, j] += light
+            for e in range(n):
+                system[j, j, e] += light
             for i in range(j):
                 for k in range(i):
-                    system[j, i] -= system[j, k] * system[i, k]
-                system[j, i] /= system[i, i]
-                system[j, j] -= system[j, i] * system[j, i]
-                right[j] -= system[j, i] * right[i]
-            system[j, j] = np.sqrt(system[j, j])
-            right[j] /= system[j, j]
+                    for e in range(n):
+                        system[j, i, e] -= system[j, k, e] * system[i, k, e]
+                for e in range(n):
+                    system[j, i, e] = np.divide(system[j, i, e], system[i, i, e])
+                    system[j, j, e] -= system[j, i, e] * system[j, i, e]
+                    right[j, e] -= system[j, i, e] * right[i, e]
+            for e in range(n):
+                system[j, j, e] = np.sqrt(system[j, j, e])
+                right[j, e] = np.divide(right[j, e], system[j, j, e])
         for j in range(size - 1, -1, -1):
             for i in range(j + 1, size):
-                right[j] -= system[i, j] * right[i]
-            right[j] /= system[j, j]
-            out[e, lowest >> shift, j] = np.int64(np.rint(right[j] * scale * least))
+                for e in range(n):
+                    right[j, e] -= system[i, j, e] * right[i, e]
+            for e in range(n):
+                right[j, e] = np.divide(right[j, e], system[j, j, e])
+                found[e, ((here[e] + low) & mask) >> shift, j] = np.int64(np.rint(right[j, e] * scale * least))
     return out
 
 
@@ -671,6 +733,52 @@ def inverse_powers(
     return torch.round(table).to(torch.int64).permute(2, 0, 1)
 
 
+@compiled
+def _from_rows(z: Array, rows: Array, width: int, shift: int, precision: int, excess: int) -> Array:
+    out = np.empty_like(z)
+    half, low, last = np.int64(1) << (precision - 2), (np.int64(1) << shift) - 1, (np.int64(1) << width) - 1
+    rounding = (np.int64(1) << excess) >> 1
+    for i in range(z.size):
+        row = rows[i, (z[i] & last) >> shift]
+        u = (2 * (z[i] & low) - low - 1) << (precision - shift)
+        before, basis = np.int64(1) << precision, u
+        total = row[0] * ((before + rounding) >> excess) + row[1] * ((u + rounding) >> excess)
+        for j in range(2, row.size):
+            before, basis = basis, ((u * basis + half) >> (precision - 1)) - before
+            total += row[j] * ((basis + rounding) >> excess)
+        out[i] = total
+    return out
+
+
+def from_rows(z: Tensor, rows: Tensor, width: int, shift: int, precision: int, public: int) -> Tensor:
+    """Return sum_j rows[i, d, j] T_j(2 t / 2^shift - 1) for the digit d and the low part t of every z_i.
+
+    z: n elements, of which the low ``width`` bits count; t are the lowest ``shift`` of them, d those above. rows: (n,
+    digits, degree + 1). T_j: see ``chebyshev``. Arithmetic modulo 2^64.
+    """
+    if _fast(z):
+        flat = _from_rows(_flat(z), rows.numpy(), width, shift, precision, precision - public)
+        return torch.from_numpy(flat).reshape(z.shape)
+    flat = ring.reduce(z.reshape(-1), width)
+    row = rows[torch.arange(len(flat), device=z.device), ring.right(flat, shift)]
+    basis = chebyshev(flat & ring.low_mask(shift), shift, row.shape[-1] - 1, precision, public)
+    return (row * basis).sum(-1).reshape(z.shape)
+
+
+def chebyshev(t: Tensor, shift: int, degree: int, precision: int, public: int) -> Tensor:
+    """Return T_j(2 t / 2^shift - 1) for j = 0..degree, as integers with ``public`` fraction bits.
+
+    |T_j| <= 1 and the recursion adds at most j^2 units of 2^-precision, so only the last rounding counts.
+    """
+    u = ring.left(2 * t - (1 << shift), precision - shift)
+    found = [torch.full_like(u, 1 << precision), u]
+    for _ in range(degree - 1):
+        double = ring.right(u * found[-1] + (1 << (precision - 2)), precision - 1)
+        found.append(double - found[-2])
+    excess = precision - public
+    return ring.right(torch.stack(found, dim=-1) + ((1 << excess) >> 1), excess)
+
+
 # bytes on the wire
 
 _SWAPS = (  # the steps that transpose a word as a matrix of 8 x 8 bits: (distance, bits that move down by it)
@@ -698,15 +806,14 @@ def _transpose(words: Array) -> None:
 
 
 @compiled
-def _stored(x: Array, width: tuple[int, ...], planes: int) -> Array:
-    n, each = x.size, (x.size + 7) >> 3
-    whole = n * len(width)
-    out = np.empty(whole + planes * each, np.uint8)
+def _store(x: Array, out: Array, n: int, at: int, width: tuple[int, ...], planes: int) -> None:
+    """Store the elements ``at``, ``at`` + 1, ... of n, which are ``x``; ``at`` is a multiple of 8."""
+    each, whole = (n + 7) >> 3, n * len(width)
     high = np.zeros(BLOCK, np.uint8)
     words = high.view(np.uint64)
-    for start in range(0, n, BLOCK):
+    for start in range(0, x.size, BLOCK):
         here = x[start : start + BLOCK]
-        low = out[start * len(width) :]
+        low = out[(at + start) * len(width) :]
         for i in range(here.size):
             for k in range(len(width)):
                 low[i * len(width) + k] = np.uint8(here[i] >> (8 * k))
@@ -717,11 +824,20 @@ def _stored(x: Array, width: tuple[int, ...], planes: int) -> Array:
             high[here.size : 8 * size] = 0
             _transpose(words[:size])
             for k in range(planes):
-                at, shift = whole + k * each + (start >> 3), np.uint64(8 * k)
-                plane = out[at : at + size]
+                first, shift = whole + k * each + ((at + start) >> 3), np.uint64(8 * k)
+                plane = out[first : first + size]
                 for j in range(size):
                     plane[j] = np.uint8(words[j] >> shift)
-    return out
+
+
+@compiled
+def _store_difference(x: Array, y: Array, out: Array, n: int, at: int, width: tuple[int, ...], planes: int) -> None:
+    difference = np.empty(BLOCK, np.int64)
+    for start in range(0, x.size, BLOCK):
+        size = min(BLOCK, x.size - start)
+        for i in range(size):
+            difference[i] = x[start + i] - y[start + i]
+        _store(difference[:size], out, n, at + start, width, planes)
 
 
 @compiled
@@ -770,8 +886,17 @@ def stored(x: Array, ring_bits: int) -> Array:
     """
     if ring_bits == ring.WORD:
         return x.view(np.uint8)
-    out: Array = _stored(x, _known(ring_bits >> 3), ring_bits & 7)
+    out = np.empty((ring_bits >> 3) * x.size + (ring_bits & 7) * bits.plane_bytes(x.size), np.uint8)
+    _store(x, out, x.size, 0, _known(ring_bits >> 3), ring_bits & 7)
     return out
+
+
+def store_difference(x: Array, y: Array, ring_bits: int, out: Array, n: int, at: int) -> None:
+    """Store x - y, the elements ``at``, ``at`` + 1, ... of n, in ``out`` in the form of ``stored``.
+
+    ``at`` is a multiple of 8, and ``out`` has the bytes of all n elements.
+    """
+    _store_difference(x, y, out, n, at, _known(ring_bits >> 3), ring_bits & 7)
 
 
 def loaded(raw: Array, n: int, ring_bits: int) -> Array:
@@ -796,12 +921,15 @@ def warm_up() -> None:
     exponential(x, plane, x.expand(4, 8).contiguous(), torch.ones(2, dtype=torch.int64), x + 1, 3, 1)
     extended(x, plane, plane, x, 8, client=True)
     looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
+    opened(x.clone(), x, 8)
+    from_rows(x, x.expand(8, 2, 8).contiguous(), 9, 8, 30, 16)
     suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0, 2, 1, 2)
     chosen(x, x, lifted(x, 8, 1)[1], 7)
     dropped(x, 0, 1, 8)
-    for width in range(8):
+    for width in range(9):
         ring_bits = 8 * width or 1
         loaded(stored(x.numpy(), ring_bits), x.numel(), ring_bits)
+        store_difference(x.numpy(), x.numpy(), ring_bits, np.zeros(64, np.uint8), x.numel(), 0)
     polynomial(x, (x,), 0, (1, 1), 0)
     line = torch.tensor([0.0, 0.5], dtype=torch.float64)
     inverse_powers(x, 8, 6, 1, 64, 128, 1.0, (), 0.0, 0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)

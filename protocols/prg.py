@@ -6,6 +6,7 @@ names never share a block, whatever was retried or reordered. The caller must ne
 number before anything is drawn.
 """
 
+import math
 import secrets
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 KEY_BYTES = 16
 SEED_BYTES = 32
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 _ZEROS = np.zeros(1 << 20, dtype=np.uint8)
 
@@ -73,19 +76,21 @@ class Stream:
         counter = index.to_bytes(8, "big") + bytes(8)
         self._encryptor = Cipher(algorithms.AES(key.value), modes.CTR(counter)).encryptor()
 
-    def read(self, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    def read(self, size: int) -> Bytes:
         out = np.empty(size, dtype=np.uint8)
-        for start in range(0, size, len(_ZEROS)):
+        self.fill(out)
+        return out
+
+    def fill(self, out: Bytes) -> None:
+        """Overwrite ``out`` with the next bytes."""
+        for start in range(0, len(out), len(_ZEROS)):
             part = out[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)].data, part.data)
-        return out
 
     def words(self, shape: tuple[int, ...]) -> Tensor:
         """Read uniform int64 elements of ``shape``: 8 bytes of the stream each, whatever the ring."""
-        count = int(np.prod(shape, dtype=np.int64))
-        return torch.from_numpy(self.read(8 * count).view(np.int64)).reshape(shape)
+        return torch.from_numpy(self.read(8 * math.prod(shape)).view(np.int64)).reshape(shape)
 
     def planes(self, shape: tuple[int, ...]) -> Tensor:
         """Read uniform bytes of ``shape``."""
-        count = int(np.prod(shape, dtype=np.int64))
-        return torch.from_numpy(self.read(count)).reshape(shape)
+        return torch.from_numpy(self.read(math.prod(shape))).reshape(shape)

@@ -24,10 +24,12 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from protocols import bits, fields, ring
+from protocols import bits, fields, kernels, ring
+from protocols.kernels import Array
 from protocols.wire import Wire
 
 SERVER, CLIENT = 0, 1
@@ -52,6 +54,16 @@ class Opening(NamedTuple):
 
     value: Tensor
     mask: Tensor
+
+
+class Rows(NamedTuple):
+    """A derived total of few different rows, which is never held as a whole: its i-th row is table[row[i]].
+
+    table: (rows, elements of one row); row: (n,) int64.
+    """
+
+    table: Tensor
+    row: Tensor
 
 
 class WeightUse(NamedTuple):
@@ -89,13 +101,21 @@ class Draw:
         return Wire(self.shape, 8, planes=True) if self.planes or self.octets else Wire(self.shape, self.bits)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        return a ^ b if self.planes or self.xor else a + b
+        """Return the mask of two shares, in the memory of the first."""
+        return a.bitwise_xor_(b) if self.planes or self.xor else a.add_(b)
 
-    def remove(self, total: Tensor, share: Tensor) -> Tensor:
-        """Return the other share of ``total``."""
-        if self.planes or self.xor:
-            return total ^ share
-        return total - share if self.octets else ring.reduce(total - share, self.bits)
+    def remove(self, total: Array, share: Array, out: Array, at: int) -> None:
+        """Write the other share of ``total`` to ``out``, as bytes on the wire.
+
+        total, share: the elements ``at``, ``at`` + 1, ... of the tensor, ``at`` a multiple of 8. out: the bytes of all.
+        """
+        if self.planes or self.octets:
+            (np.bitwise_xor if self.planes else np.subtract)(total, share, out=out[at : at + len(total)])
+        elif self.bits == ring.WORD:
+            words = total ^ share if self.xor else total - share
+            out[8 * at : 8 * (at + len(total))] = words.view(np.uint8)
+        else:
+            kernels.store_difference(total, share, self.bits, out, count(self.shape), at)
 
 
 @dataclass(frozen=True)
@@ -222,8 +242,10 @@ class Protocol(ABC):
         """
         return tuple(operands[0]) if operands and not self.elementwise else self.out.shape
 
-    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Tensor], Any]:
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         """Dealer: return the derived totals by name, and the mask of this result for its readers (None: it has none).
+
+        A total is a tensor of its draw's shape, or ``Rows``.
 
         masks: the plain masks drawn for this protocol; operands: the masks of its operands.
         """

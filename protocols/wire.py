@@ -57,10 +57,13 @@ def encode(x: Tensor, wire: Wire) -> memoryview:
 
 
 def decode(buffer: bytes | memoryview, wire: Wire) -> Tensor:
-    """Decode one tensor; raises FrameError if ``buffer`` has another size than ``wire`` says."""
+    """Decode one tensor; raises FrameError if ``buffer`` has another size than ``wire`` says.
+
+    Packed bytes in memory that can be written are not copied: the result is a view of them.
+    """
     if len(buffer) != wire.size:
         raise FrameError(f"a tensor of shape {wire.shape} takes {wire.size} bytes, got {len(buffer)}")
     stored = np.frombuffer(buffer, dtype=np.uint8)
     if wire.planes:
-        return torch.from_numpy(stored.copy()).reshape(wire.shape)
+        return torch.from_numpy(stored if stored.flags.writeable else stored.copy()).reshape(wire.shape)
     return torch.from_numpy(kernels.loaded(stored, math.prod(wire.shape), wire.bits)).reshape(wire.shape)

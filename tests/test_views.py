@@ -17,6 +17,7 @@ from torch import Tensor
 from protocols import bits
 from protocols import two_party as tp
 from protocols.circuit import Circuit, Instruction
+from protocols.kernels import Array
 from protocols.protocol import CLIENT, SERVER, Draw, Exchange, Material, Opening, Protocol, Step, Weights, swap
 from protocols.three_party import Translated
 from protocols.three_party import weights as three_weights
@@ -306,8 +307,8 @@ class BareCompare(tp.Compare):
 class BareDraw(Draw):
     """A derived draw of which the server gets the whole."""
 
-    def remove(self, total: Tensor, share: Tensor) -> Tensor:
-        return total
+    def remove(self, total: Array, share: Array, out: Array, at: int) -> None:
+        super().remove(total, np.zeros_like(share), out, at)
 
 
 def bare(protocol: Protocol, name: str) -> Protocol:

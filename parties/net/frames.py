@@ -27,16 +27,24 @@ def to_frames(payload: bytes) -> Iterator[Frame]:
         yield Frame(data=part, last=total == len(payload))
 
 
-def to_chunks(pieces: Iterable[bytes]) -> Iterator[Chunk]:
+def to_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[Chunk]:
     """Regroup byte strings of any sizes into chunks of PART bytes, the last one shorter."""
-    buffer = bytearray()
+    rest = bytearray()
     for piece in pieces:
-        buffer += piece
-        while len(buffer) >= PART:
-            yield Chunk(data=bytes(buffer[:PART]))
-            del buffer[:PART]
-    if buffer:
-        yield Chunk(data=bytes(buffer))
+        view = memoryview(piece)
+        if rest:
+            missing = PART - len(rest)
+            rest += view[:missing]
+            view = view[missing:]
+            if len(rest) == PART:
+                yield Chunk(data=bytes(rest))
+                rest.clear()
+        while len(view) >= PART:  # straight from the piece
+            yield Chunk(data=bytes(view[:PART]))
+            view = view[PART:]
+        rest += view
+    if rest:
+        yield Chunk(data=bytes(rest))
 
 
 class FrameReader:

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from protocols import bits, kernels, ring
 from protocols.fields import Bits, Count, Ring, Shape, Whole
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, count, plane_shape
+from protocols.protocol import CircuitCost, Draw, Material, Protocol, Rows, Step, Weights, count, plane_shape
 from protocols.wire import Wire
 
 DIGIT_BITS = 12
@@ -60,12 +60,11 @@ PLACES = 512
 """The most places of an element in a histogram: a vector of 512 bytes, dealt once or twice."""
 
 
-def _intervals(top: Tensor, size: int, below: int) -> Tensor:
+def _intervals(top: Tensor, size: int, below: int) -> Rows:
     """Return, for every top(r) < size, the packed bits [(t - top(r)) mod size < below] for t = 0 .. size - 1."""
-    if len(top) > size:  # dealt once for each value; so the work is no more than what is dealt, however few they are
-        return _intervals(torch.arange(size), size, below)[top]
-    places, starts = np.arange(size, dtype=np.int16), top.numpy().astype(np.int16)
-    return torch.from_numpy(np.packbits((places - starts[:, None]) % size < below, axis=1, bitorder="little"))
+    used, index = (np.arange(size), top) if len(top) > size else (top.numpy(), torch.arange(len(top)))
+    turned = np.lib.stride_tricks.sliding_window_view(np.tile(np.arange(size) < below, 2), size)
+    return Rows(torch.from_numpy(np.packbits(turned[size - used], axis=1, bitorder="little")), index)
 
 
 @dataclass(frozen=True)
@@ -189,12 +188,13 @@ class Histogram(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (*beta, r) = operands
-        (units,) = (torch.zeros(d.shape, dtype=torch.uint8) for d in self.draws)
         places, _ = kernels.places(self._digits, self.blocks)
         place = torch.from_numpy(places)[self._digit(r.reshape(-1))]
-        chosen = 1 - bits.unpack(beta[0][0], place.shape) if beta else torch.zeros_like(place)  # the c with b = 1
-        units.view(-1)[(chosen * place.numel() + torch.arange(place.numel())) * self._places + place] = 1
-        return {"units": units}, None
+        units = torch.eye(self._places + 1, self._places, dtype=torch.uint8)  # and a row of zeros
+        if beta:
+            one = bits.unpack(beta[0][0], place.shape).bool()  # then b = 1 if c = 0; zeros where b = 0
+            place = torch.cat([torch.where(one, place, self._places), torch.where(one, self._places, place)])
+        return {"units": Rows(units, place)}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         (*opened, (z, _)) = operands

@@ -24,7 +24,7 @@ from __future__ import annotations
 import decimal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,20 @@ def _tables(width: int, fraction: int) -> tuple[Tensor, Tensor]:
 
         low = min(_LOW, width)
         return row((1 << (width - low)) + 1, 1 << low, _COARSE), row(1 << low, 1, _FINE)
+
+
+def _powers(low: Tensor, shift: int, fraction: int, scale: int) -> tuple[Tensor, Tensor]:
+    """Return P_0 and P_1, rounded to ``scale`` fraction bits, for the low bits of masks."""
+    width = 1 << shift
+    exponents = ((low - places * width).to(torch.float64) * 2.0**-fraction for places in (1, 2))
+    first, second = (torch.round(torch.exp(exponent) * 2.0**scale).to(torch.int64) for exponent in exponents)
+    return first, second
+
+
+@lru_cache(maxsize=2)  # 2^(shift + 4) bytes each
+def _mask_powers(shift: int, fraction: int, scale: int) -> tuple[Tensor, Tensor]:
+    """Return ``_powers`` of all masks."""
+    return _powers(torch.arange(1 << shift), shift, fraction, scale)
 
 
 @dataclass(frozen=True)
@@ -111,13 +125,12 @@ class Exponential(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         r = operands[-1]
-        unit, scale, width = 2.0**-self.fraction, 2.0**self.mask_fraction, 1 << self.shift
-
-        def power(exponent: Tensor) -> Tensor:
-            return torch.round(torch.exp(exponent.to(torch.float64) * unit) * scale).to(torch.int64)
-
         low, odd = ring.reduce(r, self.shift), (ring.right(r, self.shift) & 1).bool()
-        first, second = power(low - width), power(low - 2 * width)
+        if r.numel() > 1 << self.shift:
+            tables = _mask_powers(self.shift, self.fraction, self.mask_fraction)
+            first, second = (table.index_select(0, low.reshape(-1)).reshape(low.shape) for table in tables)
+        else:
+            first, second = _powers(low, self.shift, self.fraction, self.mask_fraction)
         by_parity = torch.stack([torch.where(odd, second, first), torch.where(odd, first, second)])
         if not self._clipped:
             return {"powers": by_parity}, None

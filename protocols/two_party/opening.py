@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protocols import ring
+from protocols import kernels, ring
 from protocols.fields import Count, Residue, Ring, Shape, Signs
 from protocols.protocol import (
     CircuitCost,
@@ -59,7 +59,7 @@ class Open(Protocol):
         (x,) = operands
         mine = x + material["r"]
         (theirs,) = yield swap(mine, self.out)
-        return Opening(ring.reduce(mine + theirs, self.ring), material["r"])
+        return Opening(kernels.opened(mine, theirs, self.ring), material["r"])
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.reduce(operands[0], self.ring)

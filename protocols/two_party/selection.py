@@ -75,7 +75,7 @@ class Select(Protocol):
         opened = None
         if self._sloped:
             z, r = operands[1]
-            opened = (z, z - r if server else -r, material["beta_r"])
+            opened = (z, r, material["beta_r"])
         return kernels.select(planes, self.slopes, self.offsets, beta, opened, server=server)
         yield
 

@@ -129,24 +129,9 @@ class Tabulated(Protocol):
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
-        z, table = ring.reduce(z.reshape(-1), self.ring), material["rows"].reshape(-1, self.rows, self.degree + 1)
-        row = table[torch.arange(len(z), device=z.device), ring.right(z, self.shift)]
-        return (row * self._basis(z & ring.low_mask(self.shift))).sum(-1).reshape(self.shape)
+        rows = material["rows"].reshape(-1, self.rows, self.degree + 1)
+        return kernels.from_rows(z, rows, self.ring, self.shift, _PRECISION, self.public)
         yield
-
-    def _basis(self, t: Tensor) -> Tensor:
-        """Return T_j(2 t / 2^shift - 1) for j = 0..degree, as integers with ``public`` fraction bits.
-
-        |T_j| <= 1 and the recursion adds at most j^2 units of 2^-30, so only the last rounding counts.
-        """
-        u = ring.left(2 * t - (1 << self.shift), _PRECISION - self.shift)
-        found = [torch.full_like(u, 1 << _PRECISION), u]
-        for _ in range(self.degree - 1):
-            double = ring.right(u * found[-1] + (1 << (_PRECISION - 2)), _PRECISION - 1)
-            found.append(double - found[-2])
-        excess = _PRECISION - self.public
-        half = 1 << (excess - 1) if excess else 0
-        return ring.right(torch.stack(found, dim=-1) + half, excess)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = ring.reduce(operands[0], self.ring).clamp(self.low, self.high).to(torch.float64)
@@ -202,7 +187,8 @@ def _measured(table: Tabulated, places: int, points: int) -> float:
     x = torch.cat([low * (high / low) ** part, low + (high - low) * part]).round().to(torch.int64).clamp(low, high)
     z = ring.reduce(x[:, None] + r, table.ring)
     row = table.rows_for(r)[torch.arange(places), ring.right(z, table.shift)].to(torch.float64)
-    found = (row * table._basis(z & ring.low_mask(table.shift)).to(torch.float64)).sum(-1)
+    basis = kernels.chebyshev(z & ring.low_mask(table.shift), table.shift, table.degree, _PRECISION, table.public)
+    found = (row * basis.to(torch.float64)).sum(-1)
     exact = kernels.inverse_power(x.to(torch.float64), table.root, table.start, table.centre, table.steps)
     return float((found / (table.scale * 2.0**table.public * exact[:, None]) - 1).abs().max())
 
