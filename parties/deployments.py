@@ -17,7 +17,7 @@ from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.caller import CLIENT
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
-from parties.served.described import ConnectOptions, Told
+from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
 from parties.services.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.services.status import StatusService
@@ -29,6 +29,7 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
 from secure.mpc.budget import Budget
+from secure.progress import Told, silent
 from secure.session import PACE, Link, Session, check_options
 
 
@@ -129,6 +130,7 @@ def serve(
     network: Network | None = None,
     quotas: Limits | None = None,
     tokens: Path | None = None,
+    told: Told = silent,
     **given: Any,
 ) -> Service:
     """Host one role of a deployment; returns once it listens. Use it as a context manager, and call its ``wait()``.
@@ -164,7 +166,7 @@ def serve(
     at = Endpoint.parse(listen, what=f"the {role}")
     shown = Tokens(tokens) if tokens else None
     counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
-    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, **given)
+    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, told=told, **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)

@@ -44,6 +44,7 @@ from secure.deployments import deployment as registry
 from secure.deployments.compare import Outcome, variants
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
 from secure.models.tokens import TextTokenizer
+from secure.progress import Told, silent
 from secure.session import Link, Report
 from secure.tasks.task import Loaded
 from secure.training.fidelity import Fidelity
@@ -361,6 +362,7 @@ class Toy(Deployment):
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
+        told: Told = silent,
     ) -> Any:
         return SimpleNamespace(program=EchoProgram(), client_tables={})
 
