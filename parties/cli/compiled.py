@@ -99,7 +99,7 @@ def opened(
     compiled = load_compiled(directory)
     where = f"{directory} holds a compiled model"
     try:
-        if not named and deployment == type(deployment)():
+        if not named and deployment.untouched:
             chosen = compiled.deployment
         else:
             chosen = deployment.compiled_for(compiled.deployment)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load
 from torch import Tensor
 
-from secure.errors import InvalidProgram, printable
+from secure.errors import InvalidInput, InvalidProgram, printable
 
 MAXIMUM_BYTES = 4 << 20
 """The most bytes of an encoded Program or graph; the largest of ours, of 32 layers, has one million."""
@@ -66,15 +66,15 @@ def header_size(names: Iterable[str]) -> int:
 
 
 def read_tensors(payload: bytes, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read a safetensors file whose header is no larger than one of tensors of these names; raises ValueError.
+    """Read a safetensors file whose header is no larger than one of tensors of these names; raises InvalidInput.
 
     Its first eight bytes say how long the header is. A header may list a tensor in some 60 bytes, and each takes a
     kilobyte when it is read, whatever its size.
     """
     header, most = int.from_bytes(payload[:8], "little"), header_size(names)
     if header > min(len(payload) - 8, most):
-        raise ValueError(f"a header of {header} bytes, the Program needs {most} at most")
+        raise InvalidInput(f"a header of {header} bytes, the Program needs {most} at most")
     try:
         return load(payload)
     except Exception as error:  # safetensors raises Exception itself
-        raise ValueError(f"not a safetensors file: {type(error).__name__}") from None
+        raise InvalidInput(f"not a safetensors file: {type(error).__name__}") from None

@@ -15,6 +15,7 @@ from protocols.ckks.schedule import Schedule, put_together, taken_apart
 from secure.capture.documents import read_tensors
 from secure.ckks.compile import CkksModel
 from secure.ckks.program import CkksProgram
+from secure.errors import InvalidInput
 
 VECTORS = "plain-vectors"
 OPERANDS = {"input": (0, 0), "rotate": (1, 1), "refresh": (1, 0), "shift": (1, 1)}  # inputs and numbers of operations
@@ -39,12 +40,12 @@ def keep(model: CkksModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def restore(program: CkksProgram, tables: Mapping[str, Tensor], facts: Mapping[str, Any], payload: bytes) -> CkksModel:
     """Return the model that ``keep`` was given; payload: the tensors, as a safetensors file.
 
-    Raises ValueError unless the schedule is one and fits the Program: slots, levels, inputs, rotations and results.
+    Raises InvalidInput unless the schedule is one and fits the Program: slots, levels, inputs, rotations and results.
     """
     header, vectors = _FORM.validate_python(facts.get("schedule")), read_tensors(payload, [VECTORS]).get(VECTORS)
     slots = program.parameters.slots
     if vectors is None or vectors.dtype != torch.float64 or vectors.dim() != 2 or vectors.shape[1] != slots:
-        raise ValueError("the weights are not those of the Program")
+        raise InvalidInput("the weights are not those of the Program")
     try:
         schedule = put_together(header, list(vectors.numpy()))
         wrong = None if len(vectors) == sum(p is None for p in header["plains"]) else "vectors"
@@ -52,7 +53,7 @@ def restore(program: CkksProgram, tables: Mapping[str, Tensor], facts: Mapping[s
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         wrong = type(error).__name__
     if wrong:
-        raise ValueError(f"the schedule is none of the Program: {wrong}")
+        raise InvalidInput(f"the schedule is none of the Program: {wrong}")
     errors = _ERRORS.validate_python(facts.get("layer_errors"))
     return CkksModel(program, schedule, float(facts["predicted_error"]), dict(tables), errors)
 

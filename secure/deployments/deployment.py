@@ -143,7 +143,7 @@ class Deployment(ABC):
     def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> Any:
         """Return the model of ``keep`` from its encoded Program and the safetensors files of token tables and tensors.
 
-        Raises InvalidProgram or ValueError unless all of them fit the Program.
+        Raises InvalidProgram or InvalidInput unless all of them fit the Program.
         """
         raise InvalidInput(f"{self.name} keeps no compiled models", "compile the model anew")
 
@@ -194,6 +194,11 @@ class Deployment(ABC):
     def options(cls) -> dict[str, tuple[Option, Field[Any]]]:
         """Return the deployment's own options by the names of their fields."""
         return {f.name: (f.metadata["option"], f) for f in fields(cls) if "option" in f.metadata}
+
+    @property
+    def untouched(self) -> bool:
+        """True if every option has its default."""
+        return self == type(self)()
 
     def compiled_as(self) -> dict[str, str]:
         """Return its COMPILE options as text. Servers publish them, and clients that set one compare them."""

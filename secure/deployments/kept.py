@@ -170,7 +170,7 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compil
 def _tokenizer(text: bytes, facts: _Facts, labels: Mapping[str, str]) -> TextTokenizer | None:
     found = tokenizer_digest(text, facts.pad_id, facts.lowercase) if text else ""
     if not hmac.compare_digest(found.encode(), labels.get(LABEL, "").encode()):
-        raise ValueError("the tokenizer is not the one of the Program")
+        raise InvalidInput("the tokenizer is not the one of the Program")
     return TextTokenizer(read_tokenizer(text)[0], facts.pad_id, facts.lowercase) if text else None
 
 

@@ -97,20 +97,20 @@ def tables_label(tables: Mapping[str, Tensor]) -> dict[str, str]:
 def find_tables(
     payload: bytes | None, shapes: Mapping[str, tuple[int, int]], labels: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Return the token tables of a safetensors file by name; raises ValueError unless they are the Program's.
+    """Return the token tables of a safetensors file by name; raises InvalidInput unless they are the Program's.
 
     shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32. labels: those of
     the Program, which hold the tables' digest.
     """
     if shapes and payload is None:
-        raise ValueError("there is no file of token tables")
+        raise InvalidInput("there is no file of token tables")
     tables = read_tensors(payload, shapes) if shapes and payload is not None else {}
     for name, shape in shapes.items():
         if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
-            raise ValueError(f"the token table {name!r} of {shape[0]} rows of {shape[1]} numbers did not come")
+            raise InvalidInput(f"the token table {name!r} of {shape[0]} rows of {shape[1]} numbers did not come")
     wanted = {name: tables[name] for name in shapes}
     if not hmac.compare_digest(tables_label(wanted).get(TABLES, "").encode(), labels.get(TABLES, "").encode()):
-        raise ValueError("the token table is not the one of the Program")
+        raise InvalidInput("the token table is not the one of the Program")
     return wanted
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from protocols.protocol import broadcast
 from secure.capture.documents import read_tensors
+from secure.errors import InvalidInput
 from secure.mpc.compile import MpcModel, weight_keys
 from secure.mpc.prices import Choice
 from secure.mpc.program import Program
@@ -32,21 +33,21 @@ def keep(model: MpcModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def restore(program: Program, tables: Mapping[str, Tensor], facts: Mapping[str, Any], payload: bytes) -> MpcModel:
     """Return the model that ``keep`` was given; payload: the tensors, as a safetensors file.
 
-    Raises ValueError unless the weights are those that the Program reads: their names, types and shapes.
+    Raises InvalidInput unless the weights are those that the Program reads: their names, types and shapes.
     """
     choice, names = _CHOICE.validate_python(facts.get("choice")), weight_keys(program)
     held = read_tensors(payload, names)
     if set(held) != set(names):
-        raise ValueError("the weights are not those that the Program reads")
+        raise InvalidInput("the weights are not those that the Program reads")
     for name, value in held.items():
         if value.dtype not in (*NARROW, torch.int64):
-            raise ValueError(f"the weight {name!r} is no integers")
+            raise InvalidInput(f"the weight {name!r} is no integers")
         if name in program.weight_shapes and tuple(value.shape) != program.weight_shapes[name]:
-            raise ValueError(f"the weight {name!r} has the shape {tuple(value.shape)}")
+            raise InvalidInput(f"the weight {name!r} has the shape {tuple(value.shape)}")
     for instruction in program.circuit:
         use, out = instruction.protocol.weight_use, instruction.protocol.out.shape
         if use and not use.multiplied and broadcast(out, tuple(held[use.name].shape)) != out:
-            raise ValueError(f"the weight {use.name!r} has the shape {tuple(held[use.name].shape)}")
+            raise InvalidInput(f"the weight {use.name!r} has the shape {tuple(held[use.name].shape)}")
     return MpcModel(program, {name: held[name].to(torch.int64) for name in names}, dict(tables), choice)
 
 
