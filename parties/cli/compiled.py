@@ -108,9 +108,9 @@ def opened(
     for name, value in fixed.items():
         known = _known(compiled, name)
         if value is not None and value != known:
-            said = "not with sentences that can be compared" if name == "calibration" else f"with {known}"
-            message = f"{dashed(name)} {value}: {where}, which was compiled {said}"
-            raise InvalidInput(message, f"leave {dashed(name)} out, or compile it again")
+            said = "whose ranges are fixed" if name == "calibration" else f"which was compiled with {known}"
+            hint = f"leave {dashed(name)} out, or compile it again"
+            raise InvalidInput(f"{dashed(name)} {value}: {where}, {said}", hint)
     compiled = replace(compiled, deployment=chosen)
     say(f"unseen {verb}: {directory}, compiled on {compiled.made}")
     return compiled

@@ -48,7 +48,8 @@ def model_files(model: str) -> Iterator[Path]:
             continue
         seen.add(key)
         directories[:] = sorted(name for name in directories if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+        files = (Path(place, name) for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in files if path.is_file())
 
 
 def text_inputs(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, Tensor]:
