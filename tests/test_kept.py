@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from torch import nn
 
 import secure
 from parties.net import secret_files
-from parties.served import compiled_files
+from parties.served import compiled_files, files
 from parties.served.compiled_files import CompiledCache, is_compiled
 from protocols.fixedpoint import FixedPoint
 from secure.deployments import compilation, kept
@@ -197,7 +198,7 @@ def rewritten(place: Path, change: Callable[[dict[str, bytes]], None]) -> None:
     files = {path.name: path.read_bytes() for path in place.iterdir() if path.name != kept.MANIFEST}
     change(files)
     named = {n: kept.KeptFile(size=len(f), sha256=kept._sha256(f)) for n, f in files.items()}
-    manifest = kept.CompiledManifest(format=kept.FORMAT, unseen=kept.__version__, files=named)
+    manifest = kept.CompiledManifest(format=kept.FORMAT, unseen=secure.__version__, files=named)
     files[kept.MANIFEST] = manifest.model_dump_json().encode()
     for name, payload in files.items():
         (place / name).write_bytes(payload)
@@ -441,9 +442,9 @@ def test_the_key_holds_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in compilation.PACKAGES:
         compilation._version.cache_clear()
         with monkeypatch.context() as patch:
-            real = compilation.importlib.metadata.version
+            real = importlib.metadata.version
             patch.setattr(
-                compilation.importlib.metadata,
+                importlib.metadata,
                 "version",
                 lambda asked, name=name, real=real: "0" if asked == name else real(asked),
             )
@@ -522,7 +523,7 @@ def test_a_server_that_is_killed_leaves_a_usable_cache(
         return stepped
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_files, "store", step("store", compiled_files.store))
+        patch.setattr(compiled_files, "store", step("store", files.store))
         patch.setattr(compiled_files, "_flush", step("flush", compiled_files._flush))
         patch.setattr(Path, "rename", step("rename", Path.rename))
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a process that is killed cleans nothing
