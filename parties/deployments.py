@@ -140,7 +140,8 @@ def serve(
     of the roles that this one connects to. network: as for ``connect``, with certificates of this role. quotas: how
     much each client may use in a day, counted in a file of the state directory. tokens: a file of ``unseen token``, one
     of which each client must show. told: hears of progress until it listens. given: deadline, state, traces, workers,
-    ahead, budget, if the role takes them; see ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
+    ahead, budget, if the role takes them; see ``HostOptions``. Raises EndpointError, TlsError, HandshakeError,
+    PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         deployment = held.deployment
