@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,17 +23,19 @@ from safetensors.torch import load, save
 from torch import nn
 
 import secure
+from parties.cli import console
 from parties.net import secret_files
 from parties.served import compiled_files, files
 from parties.served.compiled_files import CompiledCache, is_compiled
 from protocols.fixedpoint import FixedPoint
+from secure.ckks.compile import encrypt
 from secure.deployments import compilation, kept
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CompileOptions, Deployment, deployments, variants
 from secure.errors import CompiledError, InvalidInput
 from secure.models.text import text_inputs
 from tests import ckks_server
-from tests.test_cli import Run, in_words, process, run
+from tests.test_cli import ROOT, Run, in_words, process, run
 from tests.tiny import LENGTH, TEXT, Served, expected, sentences
 
 __all__ = ["run"]  # the fixture
@@ -566,7 +569,7 @@ def served(run: Run, directory: Path, dealer: Served, tmp_path: Path, monkeypatc
         return really(self, *told)
 
     monkeypatch.setattr(Compilation, "run", counted)
-    monkeypatch.setattr(secure.Service, "wait_announced", lambda self, tell: tell())
+    monkeypatch.setattr(secure.Service, "wait_announced", lambda self, tell: (tell(), self.close()))
     common = ["--listen", "127.0.0.1:0", "--dealer", dealer.address, "--same-owner", "--state", str(tmp_path / "state")]
 
     def serve(model: Path | str, *arguments: str) -> tuple[str, int]:
@@ -662,6 +665,53 @@ def test_a_directory_chooses_its_deployment(served: Any, run: Run, tmp_path: Pat
     in_words(run(*arguments, "--dealer", "a:1"), "was compiled for ckks, not for two-party", "compile it again")
     ended = run(*arguments, "--deployment", "ckks", "--precision", "5")
     in_words(ended, "was compiled with precision 9.0, not 5.0", "compile it again")
+
+
+def test_every_stage_of_compiling_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[tuple[int, int, str]]()
+    Compilation(str(directory), secure.TwoParty(), LENGTH).run(lambda *said: told.append(said))
+    stages = list(dict.fromkeys(what for *_, what in told))
+    assert stages == [
+        *("loading the model", "capturing the model", "observing ranges", "lowering", "calibrating"),
+        *("emitting the Program", "encoding the weights"),
+    ]
+    for stage in ("observing ranges", "calibrating"):
+        counts = [(done, total) for done, total, what in told if what == stage]
+        assert counts == [(n, len(counts)) for n in range(len(counts))]
+        assert len(counts) > 9
+    told.clear()
+    samples = [ckks_server.inputs("tiny", k) for k in range(8)]
+    encrypt(ckks_server.model("tiny"), samples[0], calibration=samples[1:], told=lambda *said: told.append(said))
+    stages = list(dict.fromkeys(what for *_, what in told))
+    assert stages[1:5] == ["observing ranges", "lowering", "calibrating", "packing for rings of degree 8192"]
+    assert stages[5].startswith("choosing the scale of rings of degree 8192, ")
+
+
+def test_progress_is_a_line_a_stage_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("parties.cli.console.time.monotonic", lambda: clock[0])
+    with console.stages("serve") as told:
+        for n in range(50):
+            told(n, 50, "calibrating")
+            clock[0] += console.EVERY / 10 + 1e-9
+        told(0, 0, "encoding")
+    assert capsys.readouterr().err.splitlines() == [
+        "unseen serve: calibrating ...",
+        *(f"unseen serve: calibrating, {n} of 50 ..." for n in (10, 20, 30, 40)),
+        "unseen serve: encoding ...",
+    ]
+
+
+@pytest.mark.slow
+def test_a_kept_model_needs_no_model_packages(tmp_path: Path, directory: Path) -> None:
+    """The machine that serves a compiled directory may lack them, and does not wait for them."""
+    compiled = secure.compile_text_model(str(directory), LENGTH, calibration=sentences())
+    secure.save_compiled(compiled, tmp_path / "kept")
+    code = "import sys, secure; secure.load_compiled(sys.argv[1]); print('transformers' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "kept")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout == "False\n"
 
 
 @pytest.mark.slow
