@@ -27,7 +27,7 @@ def made(verb: str, compilation: Compilation, *, keep: bool) -> Compiled:
     key = compilation.key() if keep else ""
     if keep and (found := _found(verb, cache, key)) is not None:
         compiled = replace(found, deployment=compilation.deployment)
-        say(f"unseen {verb}: {model}, compiled on {compiled.made}, from {cache.place(key)}")
+        say(f"unseen {verb}: {model}, compiled on {compiled.made}, from {cache.directory}")
     else:
         say(f"unseen {verb}: compiling {model} for {compilation.deployment.name} ...")
         with stages(verb) as told:
@@ -43,10 +43,10 @@ def _found(verb: str, cache: CompiledCache, key: str) -> Compiled | None:
     try:
         return cache.find(key)
     except CompiledError as error:
-        say(f"unseen {verb}: a kept model is not used: {_first(error)}")
+        say(f"unseen {verb}: a kept model is not used: {_first(error, key)}")
         cache.forget(key)
     except (InvalidInput, OSError) as error:
-        say(f"unseen {verb}: kept models are not used: {_first(error)}")
+        say(f"unseen {verb}: kept models are not used: {_first(error, key)}")
     return None
 
 
@@ -55,15 +55,15 @@ def _keep(verb: str, cache: CompiledCache, key: str, compiled: Compiled) -> None
     try:
         size = cache.keep(key, compiled)
     except (Error, OSError) as error:
-        say(f"unseen {verb}: not kept: {_first(error)}")
+        say(f"unseen {verb}: not kept: {_first(error, key)}")
         return
     if size is not None:
-        say(f"unseen {verb}: kept in {cache.place(key)}, {mb(size)}; all of them take {mb(cache.most)} at most")
+        say(f"unseen {verb}: kept in {cache.directory}, {mb(size)}; all models there take {mb(cache.most)} at most")
 
 
-def _first(error: BaseException) -> str:
-    """Return an error and its hint in one line."""
-    return "; ".join(str(error).splitlines())
+def _first(error: BaseException, key: str) -> str:
+    """Return an error and its hint in one line, without the key of the model, which would confirm a guess of it."""
+    return "; ".join(str(error).splitlines()).replace(key, "...")
 
 
 def tell(verb: str, model: str, compiled: Compiled) -> None:
