@@ -17,7 +17,7 @@ from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.caller import CLIENT
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
-from parties.served.described import ConnectOptions, Told
+from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
 from parties.services.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.services.status import StatusService
@@ -29,6 +29,7 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
 from secure.mpc.budget import Budget
+from secure.progress import Told, silent
 from secure.session import PACE, Link, Session, check_options
 
 
@@ -129,6 +130,7 @@ def serve(
     network: Network | None = None,
     quotas: Limits | None = None,
     tokens: Path | None = None,
+    told: Told = silent,
     **given: Any,
 ) -> Service:
     """Host one role of a deployment; returns once it listens. Use it as a context manager, and call its ``wait()``.
@@ -137,8 +139,9 @@ def serve(
     wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
     of the roles that this one connects to. network: as for ``connect``, with certificates of this role. quotas: how
     much each client may use in a day, counted in a file of the state directory. tokens: a file of ``unseen token``, one
-    of which each client must show. given: deadline, state, traces, workers, ahead, budget, if the role takes them; see
-    ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
+    of which each client must show. told: hears of progress until it listens. given: deadline, state, traces, workers,
+    ahead, budget, if the role takes them; see ``HostOptions``. Raises EndpointError, TlsError, HandshakeError,
+    PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         deployment = held.deployment
@@ -164,7 +167,7 @@ def serve(
     at = Endpoint.parse(listen, what=f"the {role}")
     shown = Tokens(tokens) if tokens else None
     counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
-    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, **given)
+    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, told=told, **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)

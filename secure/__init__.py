@@ -7,6 +7,7 @@ The wings of this package, in dependency order; each imports only those above it
 
 errors       the one family of errors
 version      the versions of the package and of the wire format
+progress     reports of progress
 capture/     from a torch module to a graph of operations
 lowering/    from a graph to a trace of primitives
 polynomial/  models in polynomial form
@@ -38,6 +39,7 @@ from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
     ClientDeviates,
+    CompiledError,
     DealerError,
     Diverged,
     DoesNotFit,
@@ -83,6 +85,7 @@ __all__ = [
     "Ckks",
     "ClientDeviates",
     "Compiled",
+    "CompiledError",
     "Cost",
     "DealerError",
     "Deployment",
@@ -129,9 +132,11 @@ __all__ = [
     "compile_text_model",
     "connect",
     "insecure_in_process",
+    "load_compiled",
     "plain_reference",
     "polynomialize",
     "profile",
+    "save_compiled",
     "serve",
     "share_model",
 ]
@@ -171,6 +176,26 @@ def profile(
     from secure.deployments.compiled import profile
 
     return profile(compiled, networks=networks, depth=depth, transport=measure_transport if time else None)
+
+
+def save_compiled(compiled: Compiled, directory: str | Path) -> None:
+    """Write a compiled model to a new directory, from which ``load_compiled`` and ``unseen serve`` take it.
+
+    It holds the owner's secret weights. See ``parties.served.compiled_files.save_compiled``.
+    """
+    from parties.served.compiled_files import save_compiled
+
+    save_compiled(compiled, directory)
+
+
+def load_compiled(directory: str | Path) -> Compiled:
+    """Read and check a compiled model that ``save_compiled`` or ``unseen compile`` wrote.
+
+    See ``parties.served.compiled_files.load_compiled``.
+    """
+    from parties.served.compiled_files import load_compiled
+
+    return load_compiled(directory)
 
 
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:

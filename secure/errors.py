@@ -12,6 +12,7 @@ from protocols.errors import ClientDeviates, DoesNotFit, Error, FixedPointError
 
 __all__ = [
     "ClientDeviates",
+    "CompiledError",
     "DealerError",
     "Diverged",
     "DoesNotFit",
@@ -174,6 +175,12 @@ class PartiesDisagree(Error):
     """Two parties hold different copies of data that should be equal."""
 
     code = "disagree"
+
+
+class CompiledError(Error):
+    """A directory of a compiled model is damaged, mixed up, or of another version."""
+
+    code = "compiled"
 
 
 class ShareError(Error):

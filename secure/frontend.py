@@ -19,6 +19,7 @@ from secure.errors import InvalidInput
 from secure.lowering.lower import Lowered, Sample, lower
 from secure.lowering.observe import assume, observe
 from secure.lowering.ranges import Ranges
+from secure.progress import Told, counted, silent
 
 
 def exact(name: str, weight: Tensor) -> Tensor:
@@ -34,19 +35,23 @@ def lower_model(
     embedding: str,
     functions: Functions,
     weight: Callable[[str, Tensor], Tensor] = exact,
+    told: Told = silent,
 ) -> Lowered:
     """Turn a module into a trace, with ranges observed on the samples.
 
     samples: keyword arguments of the module; the first fixes all shapes, every one sets ranges.
     margin_bits: room above the observed ranges, in bits. embedding: one of ``client_inputs.EMBEDDINGS``.
     weight: makes the float64 tensor that stands for a floating-point parameter, given its name and value.
+    told: hears of progress.
     Raises InvalidInput without samples, and UnsupportedOperation, which names the module and the operation.
     """
     if not samples:
         raise InvalidInput("a model is compiled for an example input", "give at least one")
+    told(0, 0, "capturing the model")
     graph, parameters = capture(model, samples[0])
     parameters = {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
-    seen = observe(graph, samples, parameters)
+    seen = observe(graph, counted(samples, told, "observing ranges"), parameters)
+    told(0, 0, "lowering")
     return lower(graph, parameters, seen, margin_bits, embedding, functions)
 
 

@@ -23,7 +23,16 @@ ALLOWED = {
 WINGS = {
     # bottom to top; those in one bracket are siblings, which do not import one another
     "secure": (
-        *(("errors",), ("version",), ("capture",), ("lowering",), ("polynomial",), ("operations",), ("frontend",)),
+        *(
+            ("errors",),
+            ("version",),
+            ("progress",),
+            ("capture",),
+            ("lowering",),
+            ("polynomial",),
+            ("operations",),
+            ("frontend",),
+        ),
         *(("mpc", "ckks"), ("models",), ("cost",), ("tasks",), ("session",), ("deployments",), ("training",)),
     ),
     "parties": (

@@ -22,6 +22,7 @@ from parties.cli import (
     accuracy,
     certs,
     compare,
+    compile,
     console,
     demo,
     embed,
@@ -35,6 +36,7 @@ from parties.cli import (
 )
 from parties.cli.config import NO_SETTING
 from parties.reports import answers
+from parties.served.compiled_files import CompiledCache
 from parties.served.described import ConnectOptions
 from parties.services import hosting
 from parties.services.hosting import HostOptions, Parts
@@ -42,10 +44,11 @@ from secure.cost.report import ProfileReport
 from secure.cost.traffic import ONLINE, Cost, Traffic
 from secure.deployments import deployment as registry
 from secure.deployments.compare import Outcome, variants
+from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
 from secure.models.tokens import TextTokenizer
+from secure.progress import Told, silent
 from secure.session import Link, Report
-from secure.tasks.task import Loaded
 from secure.training.fidelity import Fidelity
 from tests.test_cli import Run, run
 from tests.tiny import word_tokenizer
@@ -85,25 +88,29 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     service = SimpleNamespace(about=(), address="nowhere:1", wait_announced=lambda tell: tell())
     cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
-    compiled = SimpleNamespace(cost=cost, program=SimpleNamespace(digest="d"), model=None)
-    task = SimpleNamespace(load=found.note("load", Loaded("m", nn.Identity(), [])))
+    program = SimpleNamespace(digest="d", labels={})
+    compiled = SimpleNamespace(cost=cost, program=program, model=None, about="", deployment=secure.TwoParty())
     session = SimpleNamespace(run=lambda *_: iter([torch.zeros(2)]), reports=[], program=None)
 
     @contextmanager
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
         yield session
 
-    for module in (serve, party, embed, demo, profile):
-        for name in ("get_ready", "use_threads", "compiled_model"):
-            if hasattr(module, name) and name != "compiled_model":
+    for module in (serve, compile, party, embed, demo, profile):
+        for name in ("get_ready", "use_threads"):
+            if hasattr(module, name):
                 put(module, name)
     put(hosting, "log_to_stderr")
     put(hosting, "check")
     put(hosting, "check_owners")
     put(deployments, "serve", service)
     put(deployments, "connect", connected)
-    put(serve, "task_of", lambda _: task)
-    put(serve, "build", lambda *_: compiled)
+    put(serve, "model_directory")
+    put(compile, "save_compiled", lambda _, directory: directory.mkdir())
+    put(Compilation, "run", lambda *_: compiled)
+    put(Compilation, "key", "k")
+    put(CompiledCache, "find")
+    put(CompiledCache, "keep")
     for name in ("choices", "remarks"):
         monkeypatch.setattr(Deployment, name, lambda *_: ())
     for each in registry.deployments():
@@ -151,6 +158,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 FIRST: dict[str, list[str]] = {
     "embed": ["A text."],
     "serve": ["--listen", FREE],
+    "compile": ["a-model", "{tmp}/compiled"],
     "dealer": ["--listen", FREE],
     "party": ["--share", "s", "--id", "0", "--listen", FREE],
     "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
@@ -174,6 +182,8 @@ WITH: dict[tuple[str, str], list[str]] = {
 
 POSITIONS = {
     ("accuracy", "model"): 1,
+    ("compile", "model"): 1,
+    ("compile", "directory"): 2,
     ("timeline", "client"): 1,
     ("timeline", "server"): 2,
     ("certs", "directory"): 1,
@@ -268,7 +278,7 @@ def test_every_option_is_read_or_refused(
 
     before = seen(common)
     if (name, parameter) in POSITIONS:
-        place = POSITIONS[name, parameter]
+        place = POSITIONS[name, parameter] + len(chosen)
         after = seen([*common[:place], *with_it, *common[place + 1 :]])
     else:
         argument = not tried.opts[0].startswith("-")
@@ -361,6 +371,7 @@ class Toy(Deployment):
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
+        told: Told = silent,
     ) -> Any:
         return SimpleNamespace(program=EchoProgram(), client_tables={})
 

@@ -123,7 +123,7 @@ def test_settings_reach_the_command(run: Run, calls: Calls, tmp_path: Path, monk
     monkeypatch.setenv("UNSEEN_DEADLINE", "7")
     assert run("serve").code == 0
     assert any("'127.0.0.1:0'" in made and "'deadline', 7.0" in made for made in calls.made)
-    assert any("load" in made for made in calls.made)
+    assert any(made.startswith("run[Compilation(") for made in calls.made)
     calls.made.clear()
     assert run("serve", "--show-config").code == 0
     assert calls.made == []

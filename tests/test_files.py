@@ -29,6 +29,7 @@ from parties.two_party.keys import model_name
 from parties.two_party.masked_model import load_root_seed, mask_model
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
+from secure.capture.documents import HEADER
 from secure.errors import DownloadError, Error
 from secure.lowering.client_inputs import tables_label
 from secure.models.tokens import load_tokenizer
@@ -157,7 +158,7 @@ def test_the_most_bytes_of_a_file(model: Ready) -> None:
     """No more than a header's allowance for each tensor beyond the file itself."""
     payload, program = model.masked.files[MASKED_WEIGHTS], model.program
     most = files.masked_size(program.weight_rings, program.weight_shapes)
-    assert len(payload) <= most <= len(payload) + (files.HEADER + 1) * (len(program.weight_rings) + 1)
+    assert len(payload) <= most <= len(payload) + (HEADER + 1) * (len(program.weight_rings) + 1)
     for names in (["t"], ["é" * 300, '"\\' * 20, "\x01" * 9], [str(n) for n in range(500)]):
         tables = {name: torch.zeros(7, 3) for name in names}
         assert len(save(tables)) <= files.tables_size(dict.fromkeys(names, (7, 3)))

@@ -64,6 +64,7 @@ class CkksHosted:
             deadline=options.deadline,
             log=logging.getLogger("unseen.server"),
         )
+        options.told(0, 0, "encoding the weights")
         evaluators = Evaluators(model, workers=options.workers, key_memory=KEY_MEMORY)
         try:
             state = options.state or state_directory()

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from protocols.ckks.circuit import Circuit, CkksNode, Plain
 from protocols.ckks.parameters import Parameters
-from protocols.ckks.schedule import Schedule
+from protocols.ckks.schedule import Schedule, put_together, taken_apart
 from protocols.errors import Error
 
 LONGEST = 1 << 32  # bytes of one part of a message
@@ -59,29 +58,13 @@ def send_schedule(pipe: Pipe, schedule: Schedule, parameters: Parameters, views:
 
     views: the names of the inputs, in the order in which their ciphertexts will come.
     """
-    circuit = schedule.circuit
-    vectors = [p for p in circuit.plains if isinstance(p, np.ndarray)]
-    header = {
-        "slots": circuit.slots,
-        "nodes": [[n.op, n.inputs, n.numbers, n.name] for n in circuit.nodes],
-        "paths": circuit.paths,
-        "plains": [None if isinstance(p, np.ndarray) else p for p in circuit.plains],
-        "outputs": circuit.outputs,
-        "levels": schedule.levels,
-        "stages": schedule.stages,
-        "reserve": schedule.reserve,
-        "parameters": dataclasses.asdict(parameters),
-        "views": list(views),
-    }
+    header, vectors = taken_apart(schedule)
+    header |= {"parameters": dataclasses.asdict(parameters), "views": list(views)}
     pipe.send(header, [np.ascontiguousarray(v, "<f8").data.cast("B") for v in vectors])
 
 
 def receive_schedule(pipe: Pipe) -> tuple[Schedule, Parameters, list[str]]:
     """Receive the message of ``send_schedule``."""
     d, payloads = pipe.receive()
-    vectors = iter(payloads)
-    plains: list[Plain] = [np.frombuffer(next(vectors), "<f8") if p is None else float(p) for p in d["plains"]]
-    nodes = [CkksNode(op, tuple(inputs), tuple(numbers), name) for op, inputs, numbers, name in d["nodes"]]
-    circuit = Circuit(d["slots"], nodes, d["paths"], plains, d["outputs"])
-    schedule = Schedule(circuit, tuple(d["levels"]), tuple(d["stages"]), d["reserve"])
+    schedule = put_together(d, [np.frombuffer(payload, "<f8") for payload in payloads])
     return schedule, Parameters(**d["parameters"]), d["views"]

@@ -12,6 +12,8 @@ accuracy     ``unseen accuracy``
 train        ``unseen train``
 timeline     ``unseen timeline``
 token        ``unseen token``
+compiled     compiled models: made, kept, found, and what is said of them
+compile      ``unseen compile``
 serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
 embed        ``unseen embed``

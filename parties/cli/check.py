@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.secret_files import check_directory
+from parties.served.compiled_files import is_compiled, load_compiled
 from parties.served.files import cache_directory, state_directory
 from parties.services import hosting
 from parties.services.status import Answered, ask_status
@@ -158,6 +160,17 @@ def _for_serve(given: Mapping[str, Any]) -> Needs:
     deployment = _deployment(given, COMPILE, SERVE)
     if not deployment.serves:
         raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
+    more = _tokens(given)
+    if is_compiled(model := given["model"]):
+
+        def held() -> str:
+            found = load_compiled(model)
+            return f"compiled on {found.made}, Program {found.program.digest}"
+
+        more = ((f"the compiled model {model}", held), *more)
+        if deployment.untouched:
+            with suppress(Error):  # which ``held`` says
+                deployment = load_compiled(model).deployment
     role = {r.name: r for r in deployment.roles()}[deployment.serves]
     state = given["state"] or state_directory()
     return Needs(
@@ -170,7 +183,7 @@ def _for_serve(given: Mapping[str, Any]) -> Needs:
         not given["same_owner"],
         {"the state directory": state},
         (state,),
-        more=_tokens(given),
+        more=more,
     )
 
 

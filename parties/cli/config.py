@@ -257,6 +257,12 @@ def settings_of(context: typer.Context) -> CommandSettings:
     return found
 
 
+def is_said(context: typer.Context, parameter: str) -> bool:
+    """Tell whether a parameter was set: on the command line, by a variable or in the file."""
+    found = context.get_parameter_source(parameter)
+    return found is not None and found.name != "DEFAULT"
+
+
 def can_show(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer takes it: with ``--show-config``, which prints its settings instead of running it.
 

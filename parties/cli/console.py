@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -11,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from parties.served.described import Told
 from protocols import kernels
 from secure.errors import printable
+from secure.progress import Told
 
 OUT = Console(highlight=False)
 """Answers and reports."""
@@ -62,6 +63,26 @@ def get_ready(threads: int) -> None:
     """The same, and compile kernels before the first query waits for them."""
     use_threads(threads)
     kernels.warm_up()
+
+
+EVERY = 2.0  # seconds from one line of progress to the next, where there is no bar
+
+
+@contextmanager
+def stages(verb: str) -> Iterator[Told]:
+    """A function that shows what is being done: a bar on a terminal, else a line for each stage and each EVERY."""
+    said, at = "", 0.0
+    with progress(f"unseen {verb}") as bar:
+
+        def told(done: int, total: int, what: str) -> None:
+            nonlocal said, at
+            bar(done, total, f"unseen {verb}: {what}")
+            now = time.monotonic()
+            if not ERR.is_terminal and (what != said or now - at >= EVERY):
+                say(f"unseen {verb}: {what}{f', {done} of {total}' if done and total else ''} ...")
+                said, at = what, now
+
+        yield told
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from parties.cli.accuracy import accuracy
 from parties.cli.certs import certs
 from parties.cli.check import check
 from parties.cli.compare import compare
+from parties.cli.compile import compile_model
 from parties.cli.config import CommandSettings, ConfigOption, can_show, configured, read_file
 from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
@@ -53,6 +54,7 @@ def app() -> typer.Typer:
         "check": check,
         "embed": for_deployments(embed, CONNECT),
         "serve": for_deployments(serve, COMPILE, SERVE),
+        "compile": for_deployments(compile_model, COMPILE),
         "dealer": dealer,
         "share-model": for_deployments(share_model, COMPILE, only=ThreeParty),
         "party": party,

@@ -171,6 +171,16 @@ def compile_options(
     return CompileOptions(**plain, fixed_point=fixed)
 
 
+DEFAULTS: Mapping[str, Any] = {
+    "embedding": EMBEDDINGS[0],
+    "gelu": GELU_FORMS[0],
+    "approximations": APPROXIMATIONS[0],
+    "fraction_bits": FixedPoint().fraction_bits,
+    "network": LOOPBACK,
+}
+"""The values of options about compiling that were not given."""
+
+
 def budget_of(memory: float | None, seconds: float | None) -> Budget:
     """Read the options about budgets; InvalidInput for numbers that are not positive. memory: in GB."""
     given = {"memory": None if memory is None else memory * GB, "seconds": seconds}

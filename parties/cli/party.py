@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from parties import deployments
+from parties.cli.compiled import made
 from parties.cli.console import get_ready, say, use_threads
 from parties.cli.options import (
     AnnounceOption,
@@ -31,12 +32,13 @@ from parties.cli.options import (
     read_texts,
     refused,
 )
-from parties.cli.serve import compiled_model, hosting_network, run
+from parties.cli.serve import hosting_network, run
 from parties.limits.quotas import NO_LIMITS, Limits
 from parties.net.endpoints import Endpoint
 from parties.services import hosting
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
+from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import ADDRESSES, PARTIES, ThreeParty
 from secure.models.text import PACKAGED
@@ -65,8 +67,9 @@ def share_model(
         fraction_bits=fraction_bits,
         network=network,
     )
-    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
-    compiled = compiled_model("share-model", deployment, model, length, options, sentences)
+    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
+    compilation = Compilation(model, deployment, length or 0, tuple(sentences), options)
+    compiled = made("share-model", compilation, keep=False)
     for where in write_shares(compiled, output):
         size = sum(file.stat().st_size for file in where.iterdir())
         say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")

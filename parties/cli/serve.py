@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from parties import deployments
-from parties.cli.console import announce, get_ready, say, use_threads
+from parties.cli.compiled import KeepOption, made, opened, tell
+from parties.cli.config import is_said
+from parties.cli.console import announce, get_ready, say, stages, use_threads
 from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
@@ -42,14 +44,15 @@ from parties.limits.quotas import NO_LIMITS, Limits
 from parties.limits.tokens import Tokens
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
+from parties.served.compiled_files import is_compiled
 from parties.services import hosting
 from parties.services.hosting import Service
 from parties.tls.choice import network_of
 from parties.tls.tls import Tls
 from parties.traces.trace_file import TraceDirectory
-from secure.cost.traffic import OFFLINE, ONLINE, in_words
-from secure.deployments.compiled import Compiled, build, task_of
-from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.compilation import Compilation
+from secure.deployments.compiled import Compiled, task_of
+from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED, model_directory
@@ -58,6 +61,7 @@ from secure.tasks.embed import Embed
 
 def serve(
     deployment: Deployment,
+    context: typer.Context,
     model: ModelArgument = PACKAGED,
     listen: ListenOption = "127.0.0.1:50051",
     length: LengthOption = None,
@@ -67,6 +71,7 @@ def serve(
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
     calibration: CalibrationOption = None,
+    keep: KeepOption = True,
     state: Annotated[
         Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
     ] = None,
@@ -87,7 +92,25 @@ def serve(
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Serve a model that nobody gets to see."""
+    """Serve a model that nobody gets to see: one to compile, or a directory that `unseen compile` wrote."""
+    compiled: Compiled | None = None
+    if is_compiled(model):
+        compiled = opened(
+            "serve",
+            Path(model),
+            deployment,
+            named=is_said(context, "deployment"),
+            fixed={
+                "length": length,
+                "embedding": embedding,
+                "gelu": gelu,
+                "approximations": approximations,
+                "fraction_bits": fraction_bits,
+                "network": network,
+                "calibration": calibration,
+            },
+        )
+        deployment = compiled.deployment
     role = deployment.serves
     if not role:
         raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
@@ -112,8 +135,8 @@ def serve(
     channels.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
         channels.check(endpoint, what=f"the {name}")
-    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
-    if isinstance(task_of(model), Embed):
+    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
+    if compiled is None and isinstance(task_of(model), Embed):
         model_directory(model)  # a mistake that can be seen before anything is loaded
     hosting.check(at, endpoints, channels, what=f"the {role}", wait=wait or 0.0)
     if not same_owner:
@@ -122,44 +145,23 @@ def serve(
         TraceDirectory(trace)
     if tokens is not None:
         Tokens(tokens)  # likewise
-    compiled = compiled_model("serve", deployment, model, length, options, sentences)
-    service = deployments.serve(
-        compiled,
-        role=role,
-        listen=str(at),
-        peers=peers,
-        network=channels,
-        quotas=quotas,
-        tokens=tokens,
-        **given,
-    )
+    if compiled is None:
+        compiled = made("serve", Compilation(model, deployment, length or 0, tuple(sentences), options), keep=keep)
+    else:
+        tell("serve", model, compiled)
+    with stages("serve") as told:
+        service = deployments.serve(
+            compiled,
+            role=role,
+            listen=str(at),
+            peers=peers,
+            network=channels,
+            quotas=quotas,
+            tokens=tokens,
+            told=told,
+            **given,
+        )
     run(service, "serve", announced=announce)
-
-
-def compiled_model(
-    verb: str,
-    deployment: Deployment,
-    model: str,
-    length: int | None,
-    options: CompileOptions,
-    sentences: tuple[str, ...] | list[str],
-) -> Compiled:
-    """A model by its name, loaded or trained, and compiled; says what a query of it takes."""
-    task = task_of(model)
-    say(f"unseen {verb}: compiling {model} for {deployment.name} ...")
-    loaded = task.load(model, length or 0, sentences)
-    if loaded.about:
-        say(f"unseen {verb}: {loaded.about}")
-    compiled = build(loaded, deployment, options, {})
-    cost, tokens = compiled.cost, f", {loaded.length} tokens" if loaded.length else ""
-    offline = in_words(cost.traffic, OFFLINE)
-    say(
-        f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
-        f"{f'offline {offline}; ' if offline else ''}Program {compiled.program.digest}"
-    )
-    for line in (*deployment.choices(compiled.model), *deployment.remarks(compiled.program)):
-        say(f"unseen {verb}: {line}")
-    return compiled
 
 
 def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:

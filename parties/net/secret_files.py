@@ -75,6 +75,23 @@ def check_directory(directory: Path) -> None:
             raise InvalidInput(f"others may write to {above} (mode {mode:04o})", f"chmod go-w {above}")
 
 
+def check_private(directory: Path) -> None:
+    """Raise InvalidInput unless a directory is this user's own and closed to others, and nobody else may replace it.
+
+    Raises FileNotFoundError if it is not there.
+    """
+    found = directory.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise InvalidInput(f"{directory} is no directory", "give a directory of your own")
+    if not hasattr(os, "geteuid"):
+        return
+    if found.st_uid != os.geteuid():
+        raise InvalidInput(f"{directory} belongs to another user (id {found.st_uid})", "use a directory of your own")
+    if (mode := stat.S_IMODE(found.st_mode)) & 0o077:
+        raise InvalidInput(f"others may enter {directory} (mode {mode:04o})", f"chmod 700 {directory}")
+    check_directory(directory)
+
+
 def _read(path: Path, closed: int, most: int) -> bytes:
     try:
         file = open(path, "rb", opener=_open)  # noqa: SIM115 (closed below)

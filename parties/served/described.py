@@ -21,13 +21,11 @@ from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printab
 from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
+from secure.progress import Told
 from secure.version import WIRE_VERSION
 
 MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each
 DOWNLOADING = 600.0  # seconds that one file may take
-
-Told = Callable[[int, int, str], None]
-"""Reports progress: (done, total, what is being done)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
-import json
 import math
 import os
 import re
@@ -20,14 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from proto.unseen_pb2 import File
 from protocols import wire
 from protocols.wire import Wire
+from secure.capture.documents import header_size, read_tensors
 from secure.errors import DownloadError, HandshakeError, InvalidInput, printable
-from secure.lowering.client_inputs import TABLES, tables_label
+from secure.lowering.client_inputs import find_tables
 from secure.models.tokenizer_document import TOKENIZER, read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 
@@ -35,7 +35,6 @@ MASKED_WEIGHTS, TOKEN_TABLE = "masked-weights", "token-table"
 MAXIMUM_FILE = 1 << 34  # bytes; more is refused, whatever the Program says
 MAXIMUM_CACHE = 1 << 34  # bytes of all files in a cache
 _CACHED = re.compile(r"[0-9a-f]{64}\.safetensors|\.part-.*")  # no other file in the directory is touched
-HEADER = 128  # bytes beside its name for one tensor in a safetensors header, and for the header itself
 
 
 def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
@@ -79,14 +78,10 @@ def unpack_tables(
     the Program, which hold the tables' digest. Subnormal numbers become 0: no encoding resolves them, and processors
     take longer for them.
     """
-    tables = _load(TOKEN_TABLE, payload, shapes) if shapes else {}
-    for name, shape in shapes.items():
-        if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
-            form = f"{shape[0]} rows of {shape[1]} numbers"
-            raise DownloadError(f"the token table {name!r} of {form} did not come", "restart the server")
-    wanted = {name: tables[name] for name in shapes}
-    if not hmac.compare_digest(tables_label(wanted).get(TABLES, "").encode(), labels.get(TABLES, "").encode()):
-        raise DownloadError("the token table is not the one of the Program", "restart the server")
+    try:
+        wanted = find_tables(payload, shapes, labels)
+    except ValueError as error:
+        raise DownloadError(str(error), "restart the server") from None
     least = torch.finfo(torch.float32).smallest_normal
     return {name: torch.where(table.abs() < least, 0.0, table) for name, table in wanted.items()}
 
@@ -98,29 +93,17 @@ def tables_size(shapes: Mapping[str, tuple[int, int]]) -> int:
 
 def _most(sizes: Mapping[str, int]) -> int:
     """Return the most bytes of a safetensors file of tensors of these sizes, by name."""
-    return _header(sizes) + sum(sizes.values())
-
-
-def _header(names: Iterable[str]) -> int:
-    """Return the most bytes of the header of a safetensors file of these tensors."""
-    return HEADER + sum(HEADER + len(json.dumps(name)) for name in names)
+    return header_size(sizes) + sum(sizes.values())
 
 
 def _load(name: str, payload: bytes | None, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read a safetensors file whose header is no larger than one of tensors of these names; raises DownloadError.
-
-    Its first eight bytes say how long the header is. A header may list a tensor in some 60 bytes, and each takes a
-    kilobyte when it is read, whatever its size.
-    """
+    """Read a safetensors file as ``read_tensors`` does; raises DownloadError."""
     if payload is None:
         raise DownloadError(f"the server offers no {name}", "restart the server")
-    header, most = int.from_bytes(payload[:8], "little"), _header(names)
-    if header > min(len(payload) - 8, most):
-        raise DownloadError(f"{name}: a header of {header} bytes, the Program needs {most} at most")
     try:
-        return load(payload)
-    except Exception as error:  # safetensors raises Exception itself
-        raise DownloadError(f"{name}: not a safetensors file: {type(error).__name__}", "restart the server") from None
+        return read_tensors(payload, names)
+    except ValueError as error:
+        raise DownloadError(f"{name}: {error}", "restart the server") from None
 
 
 def describe(name: str, payload: bytes) -> File:

@@ -33,6 +33,7 @@ from parties.services.guard import Guard
 from parties.services.status import ask_status
 from secure.errors import EndpointError, InvalidInput, PeerLost
 from secure.mpc.budget import Budget
+from secure.progress import Told, silent
 
 log = logging.getLogger("unseen.hosting")
 
@@ -50,8 +51,8 @@ class HostOptions:
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
     ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
-    file's age. budget: the most that one Program from somebody else may take. Raises InvalidInput for values out of
-    range.
+    file's age. budget: the most that one Program from somebody else may take. told: hears of progress while the role
+    starts. Raises InvalidInput for values out of range.
     """
 
     network: Network
@@ -63,6 +64,7 @@ class HostOptions:
     ahead: int = 1
     rotate_mask: int = 90
     budget: Budget = field(default_factory=Budget)
+    told: Told = silent
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)

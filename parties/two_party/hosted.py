@@ -91,6 +91,7 @@ class TwoPartyHosted:
     @staticmethod
     def _server(held: Compiled, dealer: DealerPeer, options: HostOptions) -> Parts:
         deadline, traces = options.deadline, TraceDirectory(options.traces) if options.traces else None
+        options.told(0, 0, "masking the weights")
         model = mask_model(held.model, options.state or state_directory(), options.rotate_mask)
         service = InferenceService(model, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
         published = Published(

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from protocols.ckks.circuit import TAKES_LEVEL, Circuit, CkksNode, last_readers
+import numpy as np
+
+from protocols.ckks.circuit import TAKES_LEVEL, Circuit, CkksNode, Plain, Vector, last_readers
 from protocols.errors import DoesNotFit
 
 ROUND = 3  # the cost of a round when cuts are chosen, in refreshed ciphertexts
@@ -55,6 +59,31 @@ def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0) -> S
     circuit = _trimmed(circuit)
     cuts = [] if levels is None else _cuts(circuit, levels, reserve)
     return _leveled(*_with_refreshes(circuit, cuts), reserve)
+
+
+def taken_apart(schedule: Schedule) -> tuple[dict[str, Any], list[Vector]]:
+    """Return a schedule as JSON values and the plain vectors of its circuit, which hold weights."""
+    circuit = schedule.circuit
+    header = {
+        "slots": circuit.slots,
+        "nodes": [[n.op, n.inputs, n.numbers, n.name] for n in circuit.nodes],
+        "paths": circuit.paths,
+        "plains": [None if isinstance(p, np.ndarray) else float(p) for p in circuit.plains],
+        "outputs": circuit.outputs,
+        "levels": schedule.levels,
+        "stages": schedule.stages,
+        "reserve": schedule.reserve,
+    }
+    return header, [p for p in circuit.plains if isinstance(p, np.ndarray)]
+
+
+def put_together(header: Mapping[str, Any], vectors: Sequence[Vector]) -> Schedule:
+    """Return the schedule of ``taken_apart``; raises LookupError, TypeError or ValueError if it is none."""
+    rest = iter(vectors)
+    plains: list[Plain] = [next(rest) if p is None else float(p) for p in header["plains"]]
+    nodes = [CkksNode(op, tuple(inputs), tuple(numbers), name) for op, inputs, numbers, name in header["nodes"]]
+    circuit = Circuit(header["slots"], nodes, header["paths"], plains, header["outputs"])
+    return Schedule(circuit, tuple(header["levels"]), tuple(header["stages"]), header["reserve"])
 
 
 def depth_by_path(circuit: Circuit) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """From a torch module to a graph of typed operations, through ``torch.export``.
 
-documents           JSON from outside, within bounds
+documents           JSON and tensors from outside, within bounds
 clear_operations    functions that one party evaluates in the clear
 operation           operations as records, and the rules that translate torch's operations into them
 graph               a model as a flat list of typed operations, and its float interpreter

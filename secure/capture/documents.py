@@ -1,25 +1,31 @@
-"""JSON documents from outside: their size and depth are bounded before anything is decoded.
+"""JSON documents and tensors from outside: their size and depth are bounded before anything is decoded.
 
-Reading a document of N bytes takes at most about 30 N bytes of memory (a list of empty objects is the worst) and time
-in proportion to N, whatever it says.
+Reading a JSON document of N bytes takes at most about 30 N bytes of memory (a list of empty objects is the worst) and
+time in proportion to N, whatever it says.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
 from pydantic import ValidationError
+from safetensors.torch import load
+from torch import Tensor
 
-from secure.errors import InvalidProgram, printable
+from secure.errors import InvalidInput, InvalidProgram, printable
 
 MAXIMUM_BYTES = 4 << 20
 """The most bytes of an encoded Program or graph; the largest of ours, of 32 layers, has one million."""
 
 MAXIMUM_DEPTH = 24
 """The most lists and objects within one another. Tensors of constants have up to 16 dimensions."""
+
+HEADER = 128
+"""The bytes beside its name for one tensor in a safetensors header, and for the header itself."""
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _STEPS = np.zeros(256, dtype=np.int8)
@@ -52,3 +58,23 @@ def what_is_wrong(error: Exception) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     return printable(text)[:300]
+
+
+def header_size(names: Iterable[str]) -> int:
+    """Return the most bytes of the header of a safetensors file of these tensors."""
+    return HEADER + sum(HEADER + len(json.dumps(name)) for name in names)
+
+
+def read_tensors(payload: bytes, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read a safetensors file whose header is no larger than one of tensors of these names; raises InvalidInput.
+
+    Its first eight bytes say how long the header is. A header may list a tensor in some 60 bytes, and each takes a
+    kilobyte when it is read, whatever its size.
+    """
+    header, most = int.from_bytes(payload[:8], "little"), header_size(names)
+    if header > min(len(payload) - 8, most):
+        raise InvalidInput(f"a header of {header} bytes, the Program needs {most} at most")
+    try:
+        return load(payload)
+    except Exception as error:  # safetensors raises Exception itself
+        raise InvalidInput(f"not a safetensors file: {type(error).__name__}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ from secure.frontend import lower_model
 from secure.lowering.client_inputs import tables_label
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.trace import Symbol, evaluate
+from secure.progress import Told, counted, silent
 
 WATCHED = 24  # calibration inputs that run through the packed circuit, for magnitudes and errors
 DEGREES = (8192, 16384, 32768)
@@ -79,6 +80,7 @@ def encrypt(
     degrees: Sequence[int] = DEGREES,
     token_table: bool = False,
     labels: Mapping[str, str] | None = None,
+    told: Told = silent,
 ) -> CkksModel:
     """Capture a module in polynomial form and pack it for evaluation on ciphertexts.
 
@@ -89,6 +91,7 @@ def encrypt(
     degrees: the ring degrees to choose from; the cheapest by predicted time is taken.
     token_table: clients may hold the token table. Here clients look tokens up themselves, so that a model with a token
     table is refused without it.
+    told: hears of progress.
     Raises UnsupportedOperation (a module is no polynomial; names its path), DoesNotFit (names the levels by module),
     DoesNotPack (a shape has no layout) and InvalidInput (options).
     """
@@ -96,7 +99,7 @@ def encrypt(
         raise InvalidInput(f"unknown mode {mode!r}", f"one of {', '.join(MODES)}")
     if not 0 < precision_bits <= MOST_BITS:
         raise InvalidInput(f"a precision of {precision_bits:g} bits", f"more than 0, {MOST_BITS} at most")
-    lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration])
+    lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration], told)
     if not token_table and (shown := [c.table for c in lowered.client_inputs if c.encoding == "client-table"]):
         raise InvalidInput(
             f"the model looks tokens up in {shown[0]!r}, and clients would hold that table",
@@ -110,9 +113,10 @@ def encrypt(
     packed: PackedModel | None = None
     for degree in degrees:
         try:
+            told(0, 0, f"packing for rings of degree {degree}")
             cube = _cube(lowered, degree // 2)
             packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
-            chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits)
+            chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits, told)
         except DoesNotFit as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
             unpacked = error if isinstance(error, DoesNotPack) else unpacked
@@ -228,11 +232,15 @@ def _output(lowered: Lowered) -> Symbol:
     return next(iter(lowered.outputs.values()))
 
 
-def _prepared(model: nn.Module, samples: Sequence[Sample]) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
+def _prepared(
+    model: nn.Module, samples: Sequence[Sample], told: Told = silent
+) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
     """Return the trace of a model, its calibration inputs as the trace takes them, and the range of every value."""
-    lowered = lower_model(model, samples, margin_bits=1, embedding="client-table", functions=choose(), weight=blurred)
+    lowered = lower_model(
+        model, samples, margin_bits=1, embedding="client-table", functions=choose(), weight=blurred, told=told
+    )
     inputs = [lowered.inputs(s) for s in samples]
-    return lowered, inputs, _ranges(lowered, inputs)
+    return lowered, inputs, _ranges(lowered, inputs, told)
 
 
 def blurred(name: str, weight: Tensor) -> Tensor:
@@ -277,7 +285,12 @@ def _shrink(scale_bits: int) -> float:
 
 
 def _fitted(
-    packed: PackedModel, inputs: Sequence[Mapping[str, Tensor]], degree: int, mode: str, precision: float
+    packed: PackedModel,
+    inputs: Sequence[Mapping[str, Tensor]],
+    degree: int,
+    mode: str,
+    precision: float,
+    told: Told,
 ) -> tuple[Parameters, Schedule, _Watched]:
     """Choose scale, base prime and levels for one ring degree: the smallest scale that keeps the predicted error.
 
@@ -300,7 +313,8 @@ def _fitted(
                     raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
                 trial = Parameters(degree, timed.depth, scale_bits, base_bits, spare)
                 reference = Parameters(degree, 0, REFERENCE_SCALE, REFERENCE_SCALE + INTEGER + 1, spare)
-                watched = _watch(packed, timed, reference, inputs)
+                what = f"choosing the scale of rings of degree {degree}, {scale_bits} bits"
+                watched = _watch(packed, timed, reference, counted(inputs, told, what))
                 _fits(timed, watched.magnitude)
                 missing = math.log2(watched.error(trial)) + precision  # an error halves with every bit of the scale
                 if missing <= 0:
@@ -325,7 +339,7 @@ def _fits(timed: Schedule, magnitude: Array) -> None:
 
 
 def _watch(
-    packed: PackedModel, timed: Schedule, parameters: Parameters, inputs: Sequence[Mapping[str, Tensor]]
+    packed: PackedModel, timed: Schedule, parameters: Parameters, inputs: Iterable[Mapping[str, Tensor]]
 ) -> _Watched:
     magnitude = np.zeros(len(timed.circuit.nodes))
 
@@ -342,14 +356,14 @@ def _watch(
     return _Watched(magnitude, deviation, timed.circuit.outputs)
 
 
-def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]]) -> list[Range]:
+def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]], told: Told) -> list[Range]:
     out = [Range() for _ in lowered.trace.primitives]
 
     def look(i: int, value: Tensor) -> None:
         out[i].low = min(out[i].low, float(value.min()))
         out[i].high = max(out[i].high, float(value.max()))
 
-    for sample in inputs:
+    for sample in counted(inputs, told, "calibrating"):
         evaluate(lowered.trace, sample, lowered.weights, look)
     return out
 

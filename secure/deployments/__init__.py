@@ -7,5 +7,7 @@ two_party    a server and a dealer
 three_party  three servers that share a model
 ckks         one server, on ciphertexts
 compiled     ``secure.compile``
+kept         a compiled model as files
+compilation  everything that a compiled model depends on, and a key over it
 compare      variants of a model side by side
 """

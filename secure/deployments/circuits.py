@@ -17,11 +17,14 @@ from secure.cost.traffic import Cost, links
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
+from secure.lowering.client_inputs import find_tables, table_shapes
 from secure.mpc import compile as mpc
+from secure.mpc import kept
 from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
+from secure.progress import Told, silent
 from secure.tasks.embed import LENGTH
 
 DEPTH = 3  # parts of a module path that a profile tells apart
@@ -46,10 +49,25 @@ class CircuitDeployment(Deployment):
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
+        told: Told = silent,
     ) -> mpc.MpcModel:
         return mpc.compile(
-            model, samples[0], calibration=samples[1:], labels=labels, prices=self.prices, **options.given
+            model,
+            samples[0],
+            calibration=samples[1:],
+            labels=labels,
+            prices=self.prices,
+            told=told,
+            **options.given,
         )
+
+    def keep(self, model: mpc.MpcModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return kept.keep(model)
+
+    def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> mpc.MpcModel:
+        public = Program.from_bytes(program)
+        held = find_tables(tables, table_shapes(public.client_inputs), public.labels)
+        return kept.restore(public, held, facts, tensors)
 
     def cost(self, model: mpc.MpcModel | Weightless) -> Cost:
         return self.price(model.program)

@@ -17,8 +17,10 @@ from protocols.ckks.circuit import Vector, clear
 from protocols.ckks.evaluate import EncodedWeights, evaluate
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import compile as ckks
+from secure.ckks import kept
 from secure.ckks.client import ClientQuery
 from secure.ckks.profile import profile
+from secure.ckks.program import CkksProgram
 from secure.cost.outline import is_shape
 from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.traffic import ONCE, ONLINE, Cost, Traffic
@@ -41,7 +43,9 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.errors import InvalidInput
+from secure.lowering.client_inputs import find_tables, table_shapes
 from secure.models.tokens import TextTokenizer
+from secure.progress import Told, silent
 from secure.session import Link, Report, only
 from secure.tasks.digits import is_digits, layers_of, prepared, untrained
 from secure.tasks.embed import Embed
@@ -97,6 +101,7 @@ class Ckks(Deployment):
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
+        told: Told = silent,
     ) -> ckks.CkksModel:
         return ckks.encrypt(
             model,
@@ -106,7 +111,16 @@ class Ckks(Deployment):
             precision_bits=self.precision,
             token_table=options.embedding == CLIENT_TABLE,
             labels=labels,
+            told=told,
         )
+
+    def keep(self, model: ckks.CkksModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return kept.keep(model)
+
+    def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> ckks.CkksModel:
+        public = CkksProgram.from_bytes(program)
+        held = find_tables(tables, table_shapes(public.client_inputs), public.labels)
+        return kept.restore(public, held, facts, tensors)
 
     def cost(self, model: ckks.CkksModel) -> Cost:
         program = model.program

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from secure.lowering.client_inputs import check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
+from secure.progress import Told, silent
 from secure.session import Session
 from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
@@ -33,13 +35,17 @@ class Compiled:
     """A model compiled for one deployment: a public Program, and the weights, which its owner keeps secret.
 
     model: the Program and the weights in the form with which the deployment computes; secret.
-    tokenizer, tokenizer_json: for clients, if the model takes text.
+    tokenizer, tokenizer_json: for clients, if the model takes text. options: those with which it was compiled. about: a
+    line for the model's owner, or "". made: the time (UTC) at which it was compiled.
     """
 
     deployment: Deployment
     model: Any
     tokenizer: TextTokenizer | None = None
     tokenizer_json: bytes = b""
+    options: CompileOptions = field(default_factory=CompileOptions)
+    about: str = ""
+    made: str = ""
 
     @property
     def program(self) -> Any:
@@ -117,8 +123,14 @@ def compile_text_model(
     return build(Embed().load(model, length, calibration), deployment, options, {})
 
 
-def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, labels: Mapping[str, str]) -> Compiled:
-    """Compile a model that a task has loaded."""
+def build(
+    loaded: Loaded,
+    deployment: Deployment,
+    options: CompileOptions,
+    labels: Mapping[str, str],
+    told: Told = silent,
+) -> Compiled:
+    """Compile a model that a task has loaded; ``told`` hears of progress."""
     _require(deployment)
     deployment.check(options, tokens=loaded.tokenizer is not None)
     named = {"model": loaded.name} if loaded.name else {}
@@ -126,8 +138,9 @@ def build(loaded: Loaded, deployment: Deployment, options: CompileOptions, label
     named |= labels
     if (found := loaded.tokenizer) is not None:
         named |= {TOKENIZER: tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)}
-    made = deployment.build(loaded.module, loaded.samples, options, named)
-    return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json)
+    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    made = deployment.build(loaded.module, loaded.samples, options, named, told)
+    return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now)
 
 
 def _require(deployment: object) -> None:

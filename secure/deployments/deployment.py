@@ -21,6 +21,7 @@ from secure.cost.traffic import Cost
 from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NetworkSpeed, find_network
+from secure.progress import Told, silent
 from secure.session import Link
 
 COMPILE, CONNECT, SERVE = "compile", "connect", "serve"
@@ -125,8 +126,26 @@ class Deployment(ABC):
         samples: Sequence[Mapping[str, Tensor]],
         options: CompileOptions,
         labels: Mapping[str, str],
+        told: Told = silent,
     ) -> Any:
-        """Compile a module into a Program and its weights. Call ``secure.compile``, which checks the options."""
+        """Compile a module into a Program and its weights. Call ``secure.compile``, which checks the options.
+
+        told: hears of progress.
+        """
+
+    def keep(self, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return a model from ``build`` as JSON values and tensors, for files; all of it but Program and token tables.
+
+        Both are secret. None, as here: its models cannot be kept.
+        """
+        return None
+
+    def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> Any:
+        """Return the model of ``keep`` from its encoded Program and the safetensors files of token tables and tensors.
+
+        Raises InvalidProgram or InvalidInput unless all of them fit the Program.
+        """
+        raise InvalidInput(f"{self.name} keeps no compiled models", "compile the model anew")
 
     @abstractmethod
     def cost(self, model: Any) -> Cost:
@@ -176,9 +195,40 @@ class Deployment(ABC):
         """Return the deployment's own options by the names of their fields."""
         return {f.name: (f.metadata["option"], f) for f in fields(cls) if "option" in f.metadata}
 
+    @property
+    def untouched(self) -> bool:
+        """True if every option has its default."""
+        return self == type(self)()
+
     def compiled_as(self) -> dict[str, str]:
         """Return its COMPILE options as text. Servers publish them, and clients that set one compare them."""
         return {name: str(getattr(self, name)) for name, (known, _) in self.options().items() if COMPILE in known.used}
+
+    @classmethod
+    def served(cls, compiled_as: Mapping[str, str]) -> Self:
+        """Return the deployment for which a model was compiled: the inverse of ``compiled_as``.
+
+        Raises InvalidInput for other options.
+        """
+        try:
+            found = cls(**{name: _value(cls.options()[name][1].default, text) for name, text in compiled_as.items()})
+        except (LookupError, TypeError, ValueError):
+            found = None
+        if found is None or found.compiled_as() != dict(compiled_as):
+            raise InvalidInput(f"{cls.name} knows no model compiled as {dict(compiled_as)}")
+        return found
+
+    def compiled_for(self, other: Deployment) -> Self:
+        """Return this deployment with the COMPILE options of the one that a model was compiled for.
+
+        Raises InvalidInput if that is of another kind, or if a COMPILE option is set here and differs there.
+        """
+        if type(other) is not type(self):
+            raise InvalidInput(f"the model was compiled for {other.name}, not for {self.name}", "compile it again")
+        if (name := self.differs(other.compiled_as())) is not None:
+            shown = f"{name.replace('_', '-')} {getattr(other, name)}"
+            raise InvalidInput(f"the model was compiled with {shown}, not {getattr(self, name)}", "compile it again")
+        return replace(self, **{name: getattr(other, name) for name in self.compiled_as()})
 
     def differs(self, compiled_as: Mapping[str, str]) -> str | None:
         """Return the first COMPILE option that is set here and differs in the served model, or None."""
@@ -201,6 +251,12 @@ class Deployment(ABC):
         for name in ("networks", "depth"):
             if getattr(options, name) is not None and name not in self.profiled_by:
                 raise InvalidInput(f"{name} means nothing in a profile under {self.name}", "leave it out")
+
+
+def _value(default: Any, text: str) -> Any:
+    """Return the value of an option with this default that has this text."""
+    kind: Any = type(default)
+    return text == str(True) if kind is bool else kind(text)
 
 
 _REGISTERED: dict[str, type[Deployment]] = {}

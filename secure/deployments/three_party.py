@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import ClassVar, Self
 
 from protocols.three_party import Translated, translate
@@ -30,7 +29,7 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.deployments.in_process import ThreePartiesInProcess
-from secure.errors import InvalidInput, InvalidProgram
+from secure.errors import InvalidProgram
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
 from secure.mpc.prices import Prices
@@ -59,18 +58,6 @@ class ThreeParty(CircuitDeployment):
     trusted_clients: bool = option(
         False, "Do not check what clients send, look-up keys and inputs: a little cheaper.", COMPILE
     )
-
-    @classmethod
-    def served(cls, compiled_as: Mapping[str, str]) -> ThreeParty:
-        """Return the deployment for which a model was compiled, from the options that its parties publish.
-
-        It is the inverse of ``compiled_as``. Raises InvalidInput for other options.
-        """
-        for public, trusted in product((False, True), repeat=2):
-            found = cls(public_weights=public, trusted_clients=trusted)
-            if found.compiled_as() == dict(compiled_as):
-                return found
-        raise InvalidInput(f"{cls.name} knows no model compiled as {dict(compiled_as)}")
 
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
         shown = "the token table" if token_table else NOTHING  # the protocol tells clients no weights, even public ones

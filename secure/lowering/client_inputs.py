@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import ConfigDict, Field, with_config
 from torch import Tensor
 
 from protocols.fields import MAXIMUM_ELEMENTS, Name, Shape, Whole
-from secure.capture.documents import what_is_wrong
+from secure.capture.documents import read_tensors, what_is_wrong
 from secure.capture.graph import Graph, check_given, run
 from secure.errors import InvalidInput, InvalidProgram
 
@@ -91,6 +92,26 @@ def tables_label(tables: Mapping[str, Tensor]) -> dict[str, str]:
         total.update(f"{len(name)}:{name}:{tuple(tables[name].shape)}:".encode())  # lengths keep fields apart
         total.update(tables[name].contiguous().numpy().tobytes())
     return {TABLES: total.hexdigest()} if tables else {}
+
+
+def find_tables(
+    payload: bytes | None, shapes: Mapping[str, tuple[int, int]], labels: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return the token tables of a safetensors file by name; raises InvalidInput unless they are the Program's.
+
+    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32. labels: those of
+    the Program, which hold the tables' digest.
+    """
+    if shapes and payload is None:
+        raise InvalidInput("there is no file of token tables")
+    tables = read_tensors(payload, shapes) if shapes and payload is not None else {}
+    for name, shape in shapes.items():
+        if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
+            raise InvalidInput(f"the token table {name!r} of {shape[0]} rows of {shape[1]} numbers did not come")
+    wanted = {name: tables[name] for name in shapes}
+    if not hmac.compare_digest(tables_label(wanted).get(TABLES, "").encode(), labels.get(TABLES, "").encode()):
+        raise InvalidInput("the token table is not the one of the Program")
+    return wanted
 
 
 def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mapping[str, str]) -> None:

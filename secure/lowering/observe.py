@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class Observed:
     highest: dict[int, float] = field(default_factory=dict)
 
 
-def observe(graph: Graph, samples: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
+def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
     """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges."""
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:

@@ -18,7 +18,7 @@ from secure.polynomial.forms import Form, PowerAttention, forms
 from secure.polynomial.recipe import Recipe
 
 SIDE, PATCH, CLASSES = 8, 2, 10
-BATCH, RANGE_WEIGHT = 64, 0.3
+EPOCHS, BATCH, RANGE_WEIGHT = 60, 64, 0.3
 MOVED, NOISE = 0.4, 0.04  # share of training images that are moved, and the noise on all
 TOKENS, PIXELS = (SIDE // PATCH) ** 2, PATCH * PATCH
 
@@ -112,7 +112,7 @@ def load_digits(seed: int = 0, held_out: int = 360) -> DigitsData:
 def train_digits(
     layers: int = 1,
     *,
-    epochs: int = 60,
+    epochs: int = EPOCHS,
     seed: int = 0,
     recipe: Recipe | None = None,
     told: Callable[[int, float], None] | None = None,

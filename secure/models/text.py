@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,23 @@ def model_directory(model: str) -> Path:
             "profile also takes shapes such as 'bert-base'",
         )
     return directory
+
+
+def model_files(model: str) -> Iterator[Path]:
+    """Yield all files of a model's directory and of those below it, in order, but hidden ones, which nothing loads.
+
+    Links are followed, each directory once.
+    """
+    seen = set[tuple[int, int]]()
+    for place, directories, names in os.walk(model_directory(model), followlinks=True):
+        found = os.stat(place)
+        if (key := (found.st_dev, found.st_ino)) in seen:
+            directories.clear()
+            continue
+        seen.add(key)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        files = (Path(place, name) for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in files if path.is_file())
 
 
 def text_inputs(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, Tensor]:

@@ -14,4 +14,5 @@ emit         the record of every primitive; from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding
 budget       what one Program may take of a dealer or a client
 compile      all of it in one call
+kept         a compiled model as facts and tensors, for a file
 """

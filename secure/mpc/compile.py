@@ -26,6 +26,7 @@ from secure.mpc.powers import tabulated_power
 from secure.mpc.prices import DEFAULT, Choice, Prices
 from secure.mpc.prices import choose as choose_prices
 from secure.mpc.program import Output, Program
+from secure.progress import Told, counted, silent
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # holds weights
@@ -70,6 +71,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     network: str | None = None,
     labels: Mapping[str, str] | None = None,
     prices: Prices = DEFAULT,
+    told: Told = silent,
 ) -> MpcModel:
     """Capture a module, calibrate its ranges, and lower it to a circuit for two parties and a dealer.
 
@@ -80,17 +82,19 @@ def compile(  # the verb that torch uses; always written secure.compile
     gelu: the form of GeLU, see ``approximations.gelu``.
     approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
     network: where rounds and bytes shall be cheap, see ``find_network``; by default where parties are near.
-    prices: of rounds and bytes in the deployment that will run it.
+    prices: of rounds and bytes in the deployment that will run it. told: hears of progress.
     Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
     """
     fixed = fixed_point or FixedPoint()
     functions = chosen(approximations, gelu)
     samples = [example_inputs, *calibration]
-    lowered = lower_model(model, samples, margin_bits=fixed.margin_bits, embedding=embedding, functions=functions)
-    clear_inputs = map(lowered.inputs, samples)  # one at a time: one-hot rows are large
+    lowered = lower_model(
+        model, samples, margin_bits=fixed.margin_bits, embedding=embedding, functions=functions, told=told
+    )
+    clear_inputs = map(lowered.inputs, counted(samples, told, "calibrating"))  # one at a time: one-hot rows are large
     ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
     named = {"embedding": embedding, **functions.labels, **(labels or {})}
-    return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices)
+    return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices, told)
 
 
 def chosen(approximations: str, gelu: str) -> Functions:
@@ -105,11 +109,14 @@ def finish(
     labels: Mapping[str, str],
     network: NetworkSpeed | None = None,
     prices: Prices = DEFAULT,
+    told: Told = silent,
 ) -> MpcModel:
     """Emit the circuit of a lowered model, and encode its weights as integers."""
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     named = {**labels, "ranges": "calibrated", **tables_label(tables)}
+    told(0, 0, "emitting the Program")
     program, choice = chosen_program(lowered, ranges, fixed, named, network, prices)
+    told(0, 0, "encoding the weights")
     integers = {}
     for key in weight_keys(program):
         name, fraction = split_weight_key(key)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from secure.errors import InvalidInput
-from secure.models.digits import DigitsModel, load_digits, train_digits
+from secure.models.digits import EPOCHS, DigitsModel, load_digits, train_digits
 from secure.polynomial.forms import freeze_untrained
+from secure.progress import Told, silent
 from secure.tasks.task import Loaded, Served, Task
 
 CALIBRATION = 400  # training images from which ranges are taken
@@ -27,11 +28,13 @@ class Digits(Task[Tensor, int]):
     name: ClassVar[str] = NAME
     noun: ClassVar[str] = "image"
 
-    def load(self, model: str, length: int = 0, sentences: Sequence[str] = ()) -> Loaded:
+    def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
         """Train the model from scratch, which takes half a minute at most. Raises InvalidInput."""
         if length or sentences:
             raise InvalidInput("images take no length and no sentences", "leave them out for a model on digits")
-        trained, reached = train_digits(layers_of(model))
+        trained, reached = train_digits(
+            layers_of(model), epochs=EPOCHS, told=lambda epoch, _: told(epoch, EPOCHS, "training the model")
+        )
         return replace(prepared(trained), about=f"accuracy on the test images {reached:.4f}")
 
     def knows(self, model: str) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from secure.errors import InvalidInput
-from secure.models.text import load_text_model, text_inputs, text_samples
+from secure.models.text import load_text_model, model_files, text_inputs, text_samples
+from secure.progress import Told, silent
 from secure.tasks.task import Loaded, Served, Task
 
 LENGTH = 128  # tokens to which texts are padded by default
@@ -20,10 +22,14 @@ class Embed(Task[str, Tensor]):
     name: ClassVar[str] = "embed"
     noun: ClassVar[str] = "text"
 
-    def load(self, model: str, length: int = 0, sentences: Sequence[str] = ()) -> Loaded:
+    def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
+        told(0, 0, "loading the model")
         found, length = load_text_model(model), length or LENGTH
         samples = text_samples(found, length, sentences)
         return Loaded(found.name, found.module, samples, found.tokenizer, found.tokenizer_json, length)
+
+    def files(self, model: str) -> Iterable[Path]:
+        return model_files(model)
 
     def check(self, given: Sequence[str], served: Served) -> None:
         if served.tokenizer is None:

@@ -7,13 +7,15 @@ should have one; ``Session.run`` does the rest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from secure.models.tokens import TextTokenizer
+from secure.progress import Told, silent
 
 Given = TypeVar("Given")
 Answer = TypeVar("Answer")
@@ -54,11 +56,15 @@ class Task(ABC, Generic[Given, Answer]):
         return False
 
     @abstractmethod
-    def load(self, model: str, length: int, sentences: Sequence[str] = ()) -> Loaded:
+    def load(self, model: str, length: int, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
         """Load the model of this name or directory, for one padded length; 0 stands for the task's default, if any.
 
-        ``sentences`` add to the calibration.
+        ``sentences`` add to the calibration. ``told`` hears of progress.
         """
+
+    def files(self, model: str) -> Iterable[Path]:
+        """Return all files that ``load`` may read for a model; none if it follows from the name alone."""
+        return ()
 
     def check(self, given: Sequence[Given], served: Served) -> None:
         """Raise InvalidInput if the served model does not fit the task, or ``given`` as a whole is no input."""

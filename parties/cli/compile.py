@@ -1,0 +1,66 @@
+"""The command ``unseen compile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parties.cli.compiled import tell
+from parties.cli.console import say, stages, use_threads
+from parties.cli.options import (
+    ApproximationsOption,
+    CalibrationOption,
+    EmbeddingOption,
+    FractionBitsOption,
+    GeluOption,
+    LengthOption,
+    ModelArgument,
+    NetworkOption,
+    ThreadsOption,
+    compile_options,
+    read_texts,
+)
+from parties.served.compiled_files import check_new, save_compiled
+from secure.cost.traffic import mb
+from secure.deployments.compilation import Compilation
+from secure.deployments.deployment import Deployment
+from secure.errors import InvalidInput
+
+
+def compile_model(
+    deployment: Deployment,
+    model: ModelArgument,
+    directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
+    length: LengthOption = None,
+    embedding: EmbeddingOption = None,
+    gelu: GeluOption = None,
+    approximations: ApproximationsOption = None,
+    fraction_bits: FractionBitsOption = None,
+    network: NetworkOption = None,
+    calibration: CalibrationOption = None,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Compile a model once, into a directory that `unseen serve DIRECTORY` serves within seconds."""
+    if not deployment.serves:
+        raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
+    use_threads(threads)
+    options = compile_options(
+        deployment,
+        embedding=embedding,
+        gelu=gelu,
+        approximations=approximations,
+        fraction_bits=fraction_bits,
+        network=network,
+    )
+    sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
+    check_new(directory)
+    say(f"unseen compile: compiling {model} for {deployment.name} ...")
+    with stages("compile") as told:
+        compiled = Compilation(model, deployment, length or 0, tuple(sentences), options).run(told)
+        told(0, 0, "writing files")
+        save_compiled(compiled, directory)
+    tell("compile", model, compiled)
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    say(f"unseen compile: {directory} ({mb(size)}) holds secret weights; serve it with: unseen serve {directory}")

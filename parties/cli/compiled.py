@@ -1,0 +1,128 @@
+"""Compiled models, as the commands make, keep and find them, and what they say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parties.cli.console import say, stages
+from parties.cli.options import DEFAULTS, dashed
+from parties.served.compiled_files import CompiledCache, load_compiled
+from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb
+from secure.deployments.compilation import Compilation
+from secure.deployments.compiled import Compiled
+from secure.deployments.deployment import CompileOptions, Deployment
+from secure.errors import CompiledError, Error, InvalidInput
+
+KeepOption = Annotated[bool, typer.Option(help="Keep the compiled model for the next start, in the cache.")]
+
+
+def made(verb: str, compilation: Compilation, *, keep: bool) -> Compiled:
+    """Return a compiled model: one that was kept, else it is compiled, and kept if ``keep``. All of it is said."""
+    cache, model = CompiledCache(), compilation.model
+    key = compilation.key() if keep else ""
+    if keep and (found := _found(verb, cache, key)) is not None:
+        compiled = replace(found, deployment=compilation.deployment)
+        say(f"unseen {verb}: {model}, compiled on {compiled.made}, from {cache.directory}")
+    else:
+        say(f"unseen {verb}: compiling {model} for {compilation.deployment.name} ...")
+        with stages(verb) as told:
+            compiled = compilation.run(told)
+            if keep:
+                told(0, 0, "keeping the compiled model")
+                _keep(verb, cache, key, compiled)
+    tell(verb, model, compiled)
+    return compiled
+
+
+def _found(verb: str, cache: CompiledCache, key: str) -> Compiled | None:
+    try:
+        return cache.find(key)
+    except CompiledError as error:
+        say(f"unseen {verb}: a kept model is not used: {_first(error, key)}")
+        cache.forget(key)
+    except (InvalidInput, OSError) as error:
+        say(f"unseen {verb}: kept models are not used: {_first(error, key)}")
+    return None
+
+
+def _keep(verb: str, cache: CompiledCache, key: str, compiled: Compiled) -> None:
+    """Keep a model, and say where; a server starts without that too."""
+    try:
+        size = cache.keep(key, compiled)
+    except (Error, OSError) as error:
+        say(f"unseen {verb}: not kept: {_first(error, key)}")
+        return
+    if size is not None:
+        say(f"unseen {verb}: kept in {cache.directory}, {mb(size)}; all models there take {mb(cache.most)} at most")
+
+
+def _first(error: BaseException, key: str) -> str:
+    """Return an error and its hint in one line, without the key of the model, which would confirm a guess of it."""
+    return "; ".join(str(error).splitlines()).replace(key, "...")
+
+
+def tell(verb: str, model: str, compiled: Compiled) -> None:
+    """Say what a query of a compiled model takes, and what its owner should know."""
+    if compiled.about:
+        say(f"unseen {verb}: {compiled.about}")
+    length = compiled.program.labels.get("length")
+    cost, tokens = compiled.cost, f", {length} tokens" if length else ""
+    offline = in_words(cost.traffic, OFFLINE)
+    say(
+        f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
+        f"{f'offline {offline}; ' if offline else ''}Program {compiled.program.digest}"
+    )
+    deployment = compiled.deployment
+    for line in (*deployment.choices(compiled.model), *deployment.remarks(compiled.program)):
+        say(f"unseen {verb}: {line}")
+
+
+def opened(
+    verb: str,
+    directory: Path,
+    deployment: Deployment,
+    *,
+    named: bool,
+    fixed: Mapping[str, Any],
+) -> Compiled:
+    """Return the compiled model of a directory, for a deployment as it was given on the command line.
+
+    named: the deployment was named there; else that of the directory is taken. fixed: the options that were fixed when
+    the model was compiled, by their names on the command line; None for those that are not given.
+    Raises InvalidInput for one that is given and differs, and like ``load_compiled``.
+    """
+    compiled = load_compiled(directory)
+    where = f"{directory} holds a compiled model"
+    try:
+        if not named and deployment.untouched:
+            chosen = compiled.deployment
+        else:
+            chosen = deployment.compiled_for(compiled.deployment)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
+    for name, value in fixed.items():
+        known = _known(compiled, name)
+        if value is not None and value != known:
+            said = "whose ranges are fixed" if name == "calibration" else f"which was compiled with {known}"
+            hint = f"leave {dashed(name)} out, or compile it again"
+            raise InvalidInput(f"{dashed(name)} {value}: {where}, {said}", hint)
+    compiled = replace(compiled, deployment=chosen)
+    say(f"unseen {verb}: {directory}, compiled on {compiled.made}")
+    return compiled
+
+
+def _known(compiled: Compiled, name: str) -> Any:
+    """Return the value of an option of the command line with which a model was compiled."""
+    options: CompileOptions = compiled.options
+    if name == "length":
+        length = compiled.program.labels.get("length")
+        return int(length) if length else None
+    if name == "fraction_bits":
+        return options.fixed_point.fraction_bits if options.fixed_point else DEFAULTS[name]
+    found = getattr(options, name, None)
+    return DEFAULTS.get(name) if found is None else found

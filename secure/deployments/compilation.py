@@ -1,0 +1,118 @@
+"""A compilation: everything that a compiled model depends on, and a key over all of it.
+
+Two compilations of one key give the same Program and weights, so that what the first gave can be kept for the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from secure.deployments.compiled import Compiled, build, task_of
+from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.kept import FORMAT
+from secure.progress import Told, silent
+from secure.tasks.task import Task
+from secure.version import WIRE_VERSION, __version__
+
+SOURCES = ("approximations", "protocols", "secure")
+"""The packages of this project whose code decides what a model is compiled to."""
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn")
+"""Packages of others of which the same is true."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A model's name or directory, and everything that the user may choose about compiling it.
+
+    length: the padded length in tokens; 0 stands for the task's default. sentences: they add to the calibration.
+    """
+
+    model: str
+    deployment: Deployment
+    length: int = 0
+    sentences: tuple[str, ...] = ()
+    options: CompileOptions = field(default_factory=CompileOptions)
+
+    @property
+    def task(self) -> Task[Any, Any]:
+        """The task that loads the model."""
+        return task_of(self.model)
+
+    def run(self, told: Told = silent) -> Compiled:
+        """Load the model, or train it, and compile it; ``told`` hears of progress."""
+        loaded = self.task.load(self.model, self.length, self.sentences, told)
+        return build(loaded, self.deployment, self.options, {}, told)
+
+    def depends_on(self) -> dict[str, Any]:
+        """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
+
+        These are the contents of the model's files, the task, everything that the user may choose, and the code: the
+        sources of this project, and the versions of the packages that load and capture models.
+        """
+        return {
+            "format": FORMAT,
+            "versions": [__version__, WIRE_VERSION, sys.version, *map(_version, PACKAGES)],
+            "sources": _sources(sys.modules[type(self.deployment).__module__].__file__ or ""),
+            "task": self.task.name,
+            "model": Path(self.model).name if self._directory else self.model,
+            "files": _digests(self.task.files(self.model), self._directory),
+            "length": self.length,
+            "sentences": list(self.sentences),
+            "deployment": self.deployment.name,
+            "compiled_as": self.deployment.compiled_as(),
+            "options": asdict(self.options),
+        }
+
+    @property
+    def _directory(self) -> Path | None:
+        """The directory of the model's files; None if it follows from its name alone, or from an installed package."""
+        return Path(self.model) if Path(self.model).is_dir() else None
+
+    def key(self) -> str:
+        """Return SHA-256 over all that the compiled model depends on, as 64 hexadecimal digits.
+
+        It is secret where the weights are, as it would confirm a guess of them.
+        """
+        return hashlib.sha256(json.dumps(self.depends_on(), sort_keys=True).encode()).hexdigest()
+
+
+def _digests(files: Iterable[Path], directory: Path | None) -> list[tuple[str, str]]:
+    """Return name and SHA-256 of each file; names are those below the model's directory."""
+    return [(str(path.relative_to(directory) if directory else path), _file_digest(path)) for path in files]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _sources(*more: str) -> str:
+    """Return SHA-256 over the names and contents of all modules of SOURCES, and of ``more``."""
+    total = hashlib.sha256()
+    for package in SOURCES:
+        root = Path(sys.modules[package].__file__ or "").parent
+        for path in sorted(root.rglob("*.py")):
+            content = path.read_bytes()
+            total.update(f"{package}/{path.relative_to(root)}:{len(content)}:".encode())
+            total.update(content)
+    for name in more:
+        total.update(Path(name).read_bytes() if name else b"")
+    return total.hexdigest()
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
