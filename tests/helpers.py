@@ -106,7 +106,7 @@ class Outcome:
     server: list[Any]
     client: list[Any]
     traffic: PairTraffic
-    corrections: dict[int, bytes]
+    corrections: dict[int, memoryview]
 
     @property
     def cost(self) -> CircuitCost:
@@ -139,7 +139,7 @@ class Dealt:
     circuit: Circuit
     outputs: Sequence[int]
     inputs: Mapping[str, Tensor]
-    corrections: dict[int, bytes]
+    corrections: dict[int, memoryview]
     keys: tuple[Key, Key]
     server_weights: Weights
     client_weights: Weights

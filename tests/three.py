@@ -100,7 +100,7 @@ class Query:
     """One query, shared and dealt: what parties 0 and 1 need for it."""
 
     translated: Translated
-    corrections: dict[int, bytes]
+    corrections: dict[int, memoryview]
     keys: tuple[Key, Key]
     weights: tuple[Weights, Weights, Weights]
     shares: tuple[dict[str, Tensor], dict[str, Tensor]]
