@@ -512,7 +512,7 @@ def test_dealing_depends_on_the_keys_alone() -> None:
 def test_wrong_corrections_give_wrong_results() -> None:
     """The dealer's bytes matter: the test of the results above can fail."""
     dealt = deal_circuit(product_circuit(), NUMBERS, [9])
-    dealt.corrections[4] = bytes(len(dealt.corrections[4]))
+    dealt.corrections[4] = memoryview(bytes(len(dealt.corrections[4])))
     _, (result,) = run_pair(dealt.server(), dealt.client())
     expected = reference(product_circuit(), [9], ServerWeights({}), NUMBERS)[0]
     assert not torch.equal(result, expected)

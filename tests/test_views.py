@@ -69,7 +69,8 @@ def party_views(
             part, payload = payload[: form.size], payload[form.size :]
             views.append((f"{party}: {name}", decode(part, form), 8 if form.planes else form.bits))
         assert not payload
-    for index, correction in outcome.corrections.items():
+    for index, found in outcome.corrections.items():
+        correction: bytes | memoryview = found
         for d in circuit[index].protocol.draws:
             if d.derived:
                 part, correction = correction[: d.wire.size], correction[d.wire.size :]
