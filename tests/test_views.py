@@ -70,7 +70,7 @@ def party_views(
             views.append((f"{party}: {name}", decode(part, form), 8 if form.planes else form.bits))
         assert not payload
     for index, found in outcome.corrections.items():
-        correction: bytes | memoryview = found
+        correction = bytes(found)
         for d in circuit[index].protocol.draws:
             if d.derived:
                 part, correction = correction[: d.wire.size], correction[d.wire.size :]
