@@ -392,7 +392,7 @@ class EchoLink(Link):
         self.program, self.tables, self._toy = EchoProgram(), {}, toy
         self.tokenizer = TextTokenizer(word_tokenizer(), 0, lowercase=False)
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:
         answer = values["attention_mask"].double() * self._toy.loudness
         return [answer], Report(1, (Traffic("client", "echo", 8, ONLINE),), 0.1, 0.0, 0.0, 0.0, number)
 

@@ -115,7 +115,7 @@ class ThreePartyLink(Link):
                 "ask the model's owner which party changed its share",
             )
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         start = time.perf_counter()
         messages = self._messages(values)
         sharing = time.perf_counter() - start

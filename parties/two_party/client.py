@@ -183,7 +183,7 @@ class TwoPartyLink(Link):
         seconds = time.perf_counter() - start
         self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize()))
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         with self._in_session():
             if not self._ready:
                 self._prepare()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from secure.models.tokens import TextTokenizer
@@ -41,6 +42,18 @@ class Loaded:
     tokenizer_json: bytes = b""
     length: int = 0
     about: str = ""
+
+    def batched(self, batch: int) -> Self:
+        """Return the same model for ``batch`` inputs at once; its last calibration input is filled up with others."""
+        if batch == 1:
+            return self
+        taken = [self.samples[i % len(self.samples)] for i in range(-(-len(self.samples) // batch) * batch)]
+        return replace(self, samples=[stacked(taken[i : i + batch]) for i in range(0, len(taken), batch)])
+
+
+def stacked(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put inputs of a model, of one row each or more, together along their first dimension."""
+    return {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
 
 
 class Task(ABC, Generic[Given, Answer]):
