@@ -125,14 +125,16 @@ def only(outputs: Mapping[str, Tensor]) -> Any:
 class Link(ABC):
     """One deployment's connection, as a Session uses it.
 
-    program, tables, tokenizer: those of the served model. once: traffic that happens once per session (downloads,
-    keys). ended: the reason why no query can run any more; "" while queries can run.
+    program, tables, tokenizer: those of the served model. model: a name of its weights; "" if there is none. once:
+    traffic that happens once per session (downloads, keys). ended: the reason why no query can run any more; ""
+    while queries can run.
     """
 
     deployment: str
     program: Any  # a ClientProgram
     tables: Mapping[str, Tensor]
     tokenizer: TextTokenizer | None
+    model: str = ""
     once: tuple[Traffic, ...] = ()
     ended: str = ""
     timeline: Timeline | None = None  # of the last query, where one is kept

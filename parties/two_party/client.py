@@ -95,6 +95,7 @@ class TwoPartyLink(Link):
         description = ask_description(self._server, deployment, SERVER, options)
         found = read_description(self._server, description, SERVER, options.budget.decode, options, _files)
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
+        self.model = found.model
         self.tables, self.tokenizer = found.tables, found.tokenizer
         rings, shapes = self.program.weight_rings, self.program.weight_shapes
         self._weights = ClientWeights(unpack_masked(found.files.get(MASKED_WEIGHTS), rings, shapes))
