@@ -20,7 +20,7 @@ from parties.deployments import hosted
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
 from secure.errors import InvalidInput
-from secure.lowering.client_inputs import EMBEDDINGS
+from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.text import PACKAGED
 from secure.mpc.budget import GB, Budget
 from secure.mpc.network import LOOPBACK, NETWORKS
@@ -38,6 +38,10 @@ ModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}; or digits, digits-
 TextModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}.")]
 LengthOption = Annotated[
     int | None, typer.Option(min=3, help=f"Padded length of texts in tokens; public. {LENGTH} by default.")
+]
+BatchOption = Annotated[
+    int,
+    typer.Option(min=1, max=MAXIMUM_BATCH, help="Texts or images that one query carries, for the rounds of one."),
 ]
 EmbeddingOption = Annotated[
     Embedding | None, typer.Option("--embedding", help=f"How tokens are looked up; {EMBEDDINGS[0]} by default.")

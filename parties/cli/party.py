@@ -12,6 +12,7 @@ from parties.cli.console import get_ready, say, use_threads
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
+    BatchOption,
     CalibrationOption,
     DeadlineOption,
     EmbeddingOption,
@@ -47,6 +48,7 @@ def share_model(
     model: ModelArgument = PACKAGED,
     output: Annotated[Path, typer.Option(help="Where party-0, party-1 and party-2 are written.")] = Path("shares"),
     length: LengthOption = None,
+    batch: BatchOption = 1,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -66,7 +68,7 @@ def share_model(
         network=network,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else ()
-    compiled = compiled_model("share-model", deployment, model, length, options, sentences)
+    compiled = compiled_model("share-model", deployment, model, length, options, sentences, batch)
     for where in write_shares(compiled, output):
         size = sum(file.stat().st_size for file in where.iterdir())
         say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")

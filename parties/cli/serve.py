@@ -14,6 +14,7 @@ from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
+    BatchOption,
     BudgetMemoryOption,
     BudgetSecondsOption,
     CalibrationOption,
@@ -61,6 +62,7 @@ def serve(
     model: ModelArgument = PACKAGED,
     listen: ListenOption = "127.0.0.1:50051",
     length: LengthOption = None,
+    batch: BatchOption = 1,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -122,7 +124,7 @@ def serve(
         TraceDirectory(trace)
     if tokens is not None:
         Tokens(tokens)  # likewise
-    compiled = compiled_model("serve", deployment, model, length, options, sentences)
+    compiled = compiled_model("serve", deployment, model, length, options, sentences, batch)
     service = deployments.serve(
         compiled,
         role=role,
@@ -143,6 +145,7 @@ def compiled_model(
     length: int | None,
     options: CompileOptions,
     sentences: tuple[str, ...] | list[str],
+    batch: int = 1,
 ) -> Compiled:
     """A model by its name, loaded or trained, and compiled; says what a query of it takes."""
     task = task_of(model)
@@ -150,8 +153,9 @@ def compiled_model(
     loaded = task.load(model, length or 0, sentences)
     if loaded.about:
         say(f"unseen {verb}: {loaded.about}")
-    compiled = build(loaded, deployment, options, {})
+    compiled = build(loaded, deployment, options, {}, batch)
     cost, tokens = compiled.cost, f", {loaded.length} tokens" if loaded.length else ""
+    tokens += f", {batch} a query" if batch > 1 else ""
     offline = in_words(cost.traffic, OFFLINE)
     say(
         f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
