@@ -135,7 +135,8 @@ def test_empty_texts_and_wrong_windows_are_said(running: Running) -> None:
         with pytest.raises(InvalidInput, match="a window of 0 inputs"):
             session.stream(Embed(), [TEXT], window=0)
         with pytest.raises(InvalidInput, match="takes a list of texts"):
-            list(session.stream(Embed(), [TEXT, 3]))  # type: ignore[arg-type]
+            wrong: Any = [TEXT, 3]
+            list(session.stream(Embed(), wrong))
 
 
 # a party that is lost

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secure.models.tokens import TextTokenizer
 
 Given = TypeVar("Given")
-Answer = TypeVar("Answer")
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def stacked(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
 
 
-class Task(ABC, Generic[Given, Answer]):
+class Task(ABC, Generic[Given, Answer_co]):
     """A task that a session can run. Subclasses have no state. ``name`` is its name in commands and messages."""
 
     name: ClassVar[str]
@@ -81,5 +81,5 @@ class Task(ABC, Generic[Given, Answer]):
         """Turn one input into the model's own arguments. Raises InvalidInput, InputTooLong and EmptyInput."""
 
     @abstractmethod
-    def answer(self, result: Any) -> Answer:
+    def answer(self, result: Any) -> Answer_co:
         """Turn the model's result (a float64 tensor, or a dict of them by name) into the caller's answer."""
