@@ -134,8 +134,8 @@ def test_empty_texts_and_wrong_windows_are_said(running: Running) -> None:
         assert isinstance(empty, EmptyInput)
         with pytest.raises(InvalidInput, match="a window of 0 inputs"):
             session.stream(Embed(), [TEXT], window=0)
+        wrong: Any = [TEXT, 3]
         with pytest.raises(InvalidInput, match="takes a list of texts"):
-            wrong: Any = [TEXT, 3]
             list(session.stream(Embed(), wrong))
 
 
