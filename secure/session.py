@@ -43,7 +43,7 @@ from torch import Tensor
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
 from secure.errors import DealerError, Error, InvalidInput, InvalidProgram, PeerLost
-from secure.models.tokens import TextTokenizer
+from secure.models.tokens import REFUSE, TextTokenizer
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served, Task, stacked
 
@@ -56,6 +56,9 @@ PACE = 0.1
 
 WINDOW = 256
 """Inputs of a stream that are read, and computed on in the clear, before their queries."""
+
+REPORTS = 1 << 10
+"""Reports that a session keeps, of some kilobytes each."""
 
 RETRIES = 3
 PAUSE = 0.5  # seconds before the first retry; twice as many before each further one
@@ -172,8 +175,9 @@ class _Clear:
 class Session:
     """A connection to a served model, usable as a context manager. Threads may share it: one thing happens at a time.
 
-    reports: one report per query that ran to its end. threads: the number of torch's threads while this session
-    computes; more than one rarely helps, as a client's work consists of many small steps.
+    reports: one report per query that ran to its end, the newest last; of more than REPORTS, these are kept. threads:
+    the number of torch's threads while this session computes; more than one rarely helps, as a client's work consists
+    of many small steps.
 
     pace: seconds from a call of ``query``, ``run`` or ``embed`` to the first message. If the work before it takes
     longer, they become twice as many, and again; so a server learns from the clock how often that happened, and no
@@ -264,7 +268,7 @@ class Session:
 
         Only a failure of a party ends a run at once.
         """
-        served = Served(self._link.tokenizer, self.length)
+        served = self._served
         task.check(given, served)
         return self._run(task, served, given)
 
@@ -281,18 +285,28 @@ class Session:
             raise failed
 
     def stream(
-        self, task: Task[Given, Answer], given: Iterable[Given], *, retries: int = RETRIES, window: int = WINDOW
+        self,
+        task: Task[Given, Answer],
+        given: Iterable[Given],
+        *,
+        retries: int = RETRIES,
+        window: int = WINDOW,
+        first: int = 1,
     ) -> Iterator[Answer | Error]:
         """Run a task on inputs as they come; yield for each, in order, its answer, or the error why there is none.
 
-        Inputs are read ``window`` at a time, rounded up to whole queries, and all work on their values is done before
-        the first of their queries; no more of them are kept. While a query runs, the next one is prepared.
+        given: a list, a generator, a file of lines, or whatever else can be iterated over, of any length. Inputs are
+        read ``window`` at a time, rounded up to whole queries, and all work on their values is done before the first of
+        their queries; no more than two windows are kept. While a query runs, the next one is prepared.
         retries: how often a query is asked again on a new connection, under fresh correlations, if a party is lost.
-        After that the error is raised, and says which inputs it is about.
+        After that the error is raised, and says which inputs it is about, where ``first`` is the number of the first.
+
+        Answers come query by query: those of one query at once, then those of the next. Nothing runs ahead of whoever
+        takes them but the preparation of one query.
         """
         if retries < 0 or window < 1:
             raise InvalidInput(f"{retries} retries, a window of {window} inputs", "0 retries or more, a window of 1")
-        served = Served(self._link.tokenizer, self.length)
+        served = self._served
         whole = -(-window // self.batch) * self.batch
 
         def windows() -> Iterator[Sequence[Given]]:
@@ -301,7 +315,7 @@ class Session:
                 task.check(part, served)
                 yield part
 
-        return self._outcomes(task, served, windows(), retries=retries)
+        return self._outcomes(task, served, windows(), retries=retries, first=first)
 
     def _outcomes(
         self,
@@ -310,27 +324,37 @@ class Session:
         windows: Iterable[Sequence[Given]],
         *,
         retries: int,
+        first: int = 1,
         of: int | None = None,
     ) -> Iterator[Any]:
         """Yield the answer or the error of each input. of: how many there are, if that is known."""
-        first = 1  # the number of a query's first input
         for window, more in _with_more(filter(None, windows)):
             began = time.monotonic()
-            parts = [window[i : i + self.batch] for i in range(0, len(window), self.batch)]
             with self._open():
-                computed = [self._clear([partial(task.inputs, each, served) for each in part]) for part in parts]
+                made = [_pieces(task, each, served) for each in window]
+                places = [(number, piece) for number, pieces in enumerate(made, first) for piece in pieces]
+                parts = [places[i : i + self.batch] for i in range(0, len(places), self.batch)]
+                computed = [self._clear([piece for _, piece in part]) for part in parts]
                 self._wait(began)
-            for number, clear in enumerate(computed, 1):
-                last = first + len(clear.errors) - 1
-                ask = partial(self._answers, clear, task.answer, ahead=more or number < len(computed))
-                with _naming(first, last, of, task.noun):
-                    found = self._retried(ask, retries)
-                yield from found
-                first = last + 1
+            coming, answers = iter(made), list[Any]()
+            pieces = next(coming)
+            for part, clear in zip(parts, computed, strict=True):
+                ask = partial(self._answers, clear, task.answer, ahead=more or part is not parts[-1])
+                with _naming(part[0][0], part[-1][0], of, task.noun):
+                    answers += self._retried(ask, retries)
+                while pieces and len(answers) >= len(pieces):
+                    yield _joined(task, answers[: len(pieces)], pieces, served)
+                    answers, pieces = answers[len(pieces) :], next(coming, [])
+            first += len(window)
 
-    def _clear(self, inputs: Sequence[Callable[[], Mapping[str, Tensor]]]) -> _Clear:
+    @property
+    def _served(self) -> Served:
+        normalized = self.program.labels.get("normalized") == "yes"
+        return Served(self._link.tokenizer, self.length, normalized)
+
+    def _clear(self, given: Sequence[Mapping[str, Tensor] | Error]) -> _Clear:
         """Do all work on values for the inputs of one query. What is left empty is filled up with copies."""
-        made: list[Mapping[str, Tensor] | Error] = [_tried(make) for make in inputs]
+        made = list(given)
         values = self._stacked(made)
         if isinstance(values, Error) and self.batch > 1:  # of which inputs? each is tried alone
             for i, each in enumerate(made):
@@ -387,6 +411,7 @@ class Session:
         number, self._asked = self._asked, self._asked + 1
         results, report = self._link.ask(values, number, ahead=ahead)
         self.reports.append(report)
+        del self.reports[:-REPORTS]
         decoded = _tried(lambda: self.program.decode(results))
 
         def answer(row: int, error: Error | None) -> Any:
@@ -397,12 +422,14 @@ class Session:
 
         return [answer(row, error) for row, error in enumerate(clear.errors)]
 
-    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+    def embed(self, texts: Sequence[str], *, long: str = REFUSE) -> list[Tensor]:
         """Return one embedding (a float64 vector) per text.
 
-        Raises InputTooLong or EmptyInput behind the last query, see ``run``; no answer is returned then.
+        long: what becomes of texts with more tokens than ``length``: "refuse", "truncate" or "split"; see
+        ``secure.tasks.embed.Embed``, also for what a server sees if texts are split. Raises InputTooLong or EmptyInput
+        behind the last query, see ``run``; no answer is returned then.
         """
-        return list(self.run(Embed(), texts))
+        return list(self.run(Embed(long), texts))
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
@@ -444,6 +471,29 @@ def check_options(threads: int, pace: float) -> None:
 
 def _same(answer: Any) -> Any:
     return answer
+
+
+def _pieces(task: Task[Given, Any], given: Given, served: Served) -> Sequence[Mapping[str, Tensor] | Error]:
+    """Return the model's arguments for each place that an input takes; an error takes one."""
+    found = _tried(lambda: task.pieces(given, served))
+    return [found] if isinstance(found, Error) else found
+
+
+def _joined(
+    task: Task[Any, Answer],
+    answers: Sequence[Answer | Error],
+    pieces: Sequence[Mapping[str, Tensor] | Error],
+    served: Served,
+) -> Answer | Error:
+    """Return the answer to an input from those of its pieces, or the first error among them."""
+    whole, usable = list[Answer](), list[Mapping[str, Tensor]]()
+    for answer, piece in zip(answers, pieces, strict=True):
+        if isinstance(answer, Error):
+            return answer
+        assert not isinstance(piece, Error)  # its answer would be it
+        whole.append(answer)
+        usable.append(piece)
+    return _tried(lambda: task.joined(whole, usable, served))
 
 
 def _tried(work: Callable[[], Found]) -> Found | Error:

@@ -133,6 +133,7 @@ def build(
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"length": str(loaded.length)} if loaded.length else {}
     named |= {"batch": str(batch)} if batch > 1 else {}
+    named |= {"normalized": "yes"} if loaded.normalized else {}
     named |= labels
     if (found := loaded.tokenizer) is not None:
         named |= {TOKENIZER: tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)}
