@@ -101,6 +101,10 @@ class ClientProgram(Protocol):
     def labels(self) -> Mapping[str, str]: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each of the model's outputs, by name."""
+
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise InvalidInput for wrong names, types and shapes of inputs, and for NaN."""
 

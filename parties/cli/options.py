@@ -22,6 +22,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, deployment
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.text import PACKAGED
+from secure.models.tokens import LONG, REFUSE, SPLIT, TRUNCATE
 from secure.mpc.budget import GB, Budget
 from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.session import PACE
@@ -31,6 +32,7 @@ from secure.tasks.embed import LENGTH
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 Approximations = StrEnum("Approximations", {a: a for a in APPROXIMATIONS})  # type: ignore[misc]
+Long = StrEnum("Long", {how: how for how in LONG})  # type: ignore[misc]
 
 MODEL = f"A model directory, or {PACKAGED!r}"
 
@@ -89,6 +91,15 @@ PaceOption = Annotated[
     typer.Option(
         min=0,
         help=f"Seconds from reading a text to the first message, whatever it holds; {PACE} by default, 0: at once.",
+    ),
+]
+LongOption = Annotated[
+    Long,
+    typer.Option(
+        "--long",
+        help=f"What becomes of texts with more tokens than the served length: {REFUSE} them; {TRUNCATE}, as "
+        f"sentence-transformers does; or {SPLIT} them into pieces and average, weighted by tokens. Then the number of "
+        "queries shows the server how many pieces all texts have.",
     ),
 ]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]

@@ -143,7 +143,7 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUS
 
 
 def _pieces(tokenizer: Tokenizer, text: str, length: int, long: str) -> list[Encoding]:
-    """Return the encodings of a text's pieces, special tokens included; all in one where these alone fill the length."""
+    """Return the encodings of a text's pieces, special tokens included; one of all tokens where these leave no room."""
     if long == REFUSE:
         return [tokenizer.encode(text)]
     encoding = tokenizer.encode(text, add_special_tokens=False)
