@@ -598,6 +598,7 @@ class FakeSession:
 
     program = SimpleNamespace(digest="d" * 64, output_shapes={"y": (2, WIDTH)})
     link = SimpleNamespace(model="m")
+    window = 4
 
     def __init__(self) -> None:
         self.asked = list[str]()
@@ -610,7 +611,7 @@ class FakeSession:
 
     def stream(self, task: Embed, given: Iterable[str], *, retries: int, first: int) -> Iterator[Tensor | Error]:
         inputs = iter(given)
-        while window := list(islice(inputs, 4)):
+        while window := list(islice(inputs, self.window)):
             for text in window:
                 self.asked.append(text)
                 yield self.answer(text)
@@ -647,7 +648,7 @@ def test_no_text_is_asked_twice(suffix: str, tmp_path: Path) -> None:
     assert not any(path.exists() for path in beside(output))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), suffix=st.sampled_from(SUFFIXES), count=st.integers(0, 20))
 def test_a_run_cut_anywhere_ends_as_one_that_was_not(data: Any, suffix: str, count: int, tmp_path: Path) -> None:
     """The rows are cut at any byte, as often as one likes; the output is the same, and what was kept is not asked."""
@@ -672,7 +673,7 @@ def test_a_run_cut_anywhere_ends_as_one_that_was_not(data: Any, suffix: str, cou
     assert output.read_bytes() == whole.read_bytes()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_beside_the_rows_is_said(data: Any, tmp_path: Path) -> None:
     """The file that says where rows come from, cut or changed: refused in words, or the same output."""
@@ -808,6 +809,8 @@ def test_lengths_keep_texts_apart() -> None:
 
 def test_memory_is_flat(tmp_path: Path) -> None:
     class Brief(FakeSession):
+        window = 256
+
         def stream(self, *arguments: Any, **options: Any) -> Iterator[Tensor | Error]:
             for answer in super().stream(*arguments, **options):
                 self.asked.clear()
@@ -815,7 +818,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 
     source = tmp_path / "texts.txt"
     peaks = []
-    for count in (2_000, 20_000):
+    for count in (1_000, 10_000):
         source.write_text("".join(f"{text}\n" for text in texts_for(count)))
         tracemalloc.start()
         rows = embed_some(TextFile(str(source)), tmp_path / f"{count}.jsonl", None, Brief())

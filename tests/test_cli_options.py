@@ -87,7 +87,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
     compiled = SimpleNamespace(cost=cost, program=SimpleNamespace(digest="d"), model=None)
     task = SimpleNamespace(load=found.note("load", Loaded("m", nn.Identity(), [])))
-    session = SimpleNamespace(run=lambda *_: iter([torch.zeros(2)]), reports=[], program=None)
+    asked = found.note("run", lambda *_: iter([torch.zeros(2)]))
+    session = SimpleNamespace(run=asked, reports=[Report(1, (), 0.0, 0.0, 0.0, 0.0, 0)], program=None)
 
     @contextmanager
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
@@ -208,6 +209,7 @@ VALUES: dict[str, str] = {
     "output": "{tmp}/written",
     "embedding": "client-table",
     "gelu": "puma",
+    "long": "truncate",
     "approximations": "puma",
     "form": "json",
     "roles": "dealer",
@@ -216,7 +218,8 @@ VALUES: dict[str, str] = {
     "action": "list",
     "command": "dealer",
     **dict.fromkeys(
-        ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
+        ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days", "retries"),
+        "4",
     ),
     "rotate_mask": "7",
     "wait": "4",
