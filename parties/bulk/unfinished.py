@@ -37,7 +37,7 @@ Word = Annotated[str, Field(max_length=200)]
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Origin:
-    """Where rows come from: the Program's digest, its model's name (which stands for the weights), options, and texts.
+    """The origin of rows: the Program's digest, its model's name (which stands for the weights), options, and texts.
 
     long: what was done with long texts. texts, sha256: how many texts were read, and the digest of ``Texts`` over them.
     """

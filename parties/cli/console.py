@@ -123,7 +123,7 @@ def counting(verb: str, noun: str, total: int | None, begun: int = 0) -> Iterato
 
 
 def how_far(noun: str, done: int, total: int | None, rate: float) -> str:
-    """How many of how many are done, how many a second, and the time left, in words."""
+    """The number that are done, of how many, how many a second, and the time left, in words."""
     of = "" if total is None else f" of {total:,}"
     left = "" if total is None or rate <= 0 else f", {in_time((total - done) / rate)} left"
     return f"{done:,}{of} {noun}, {rate:.3g} a second{left}"
