@@ -701,6 +701,23 @@ def test_damage_beside_the_rows_is_said(data: Any, tmp_path: Path) -> None:
         assert output.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_torn_leaves_nothing(suffix: str, tmp_path: Path) -> None:
+    """Answers have errors of rounding, so the row that is computed again may be shorter than what was torn."""
+
+    class Shorter(FakeSession):
+        @staticmethod
+        def answer(text: str) -> Tensor | Error:
+            return torch.zeros(WIDTH)
+
+    output = tmp_path / f"out{suffix}"
+    embed_some(["text"], output, 1)
+    os.truncate(part := beside(output)[0], part.stat().st_size - 1)
+    embed_some(["text"], output, None, Shorter())
+    embed_some(["text"], tmp_path / f"whole{suffix}", None, Shorter())
+    assert output.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
 def other_program(session: FakeSession) -> None:
     session.program = SimpleNamespace(digest="e" * 64, output_shapes=session.program.output_shapes)
 
