@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +33,7 @@ from parties.cli.options import (
 from parties.cli.token import TokenFileOption, given_token
 from parties.net.caller import CLIENT
 from parties.reports import answers
+from parties.served.described import Told
 from parties.services import hosting
 from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
@@ -120,7 +120,11 @@ def embed(
     options |= {"network": network, "cache": cache, "program_digest": program_digest}
     options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
-    connect, task = partial(deployments.connect, deployment, **options), Embed(str(long))
+    task = Embed(str(long))
+
+    def connect(told: Told) -> Session:
+        return deployments.connect(deployment, told=told, **options)
+
     if input is not None:
         assert output is not None
         _file(connect, task, TextFile(input, field), output, RETRIES if retries is None else retries, overwrite)
@@ -129,7 +133,7 @@ def embed(
 
 
 def _texts(
-    connect: Callable[..., Session],
+    connect: Callable[[Told], Session],
     task: Embed,
     deployment: Deployment,
     texts: list[str] | None,
@@ -146,7 +150,7 @@ def _texts(
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(trace) if trace else None  # likewise
-    with progress("preparing") as told, connect(told=told) as session:
+    with progress("preparing") as told, connect(told) as session:
         vectors, taken = list[Tensor](), list[Report]()
         try:
             for vector in session.run(task, given):
@@ -168,14 +172,14 @@ def _texts(
 
 
 def _file(
-    connect: Callable[..., Session], task: Embed, texts: TextFile, output: Path, retries: int, overwrite: bool
+    connect: Callable[[Told], Session], task: Embed, texts: TextFile, output: Path, retries: int, overwrite: bool
 ) -> None:
     """Write the answers to the texts of a file into another, row by row. Ends with code 1 if a text has no answer."""
     check_output(output, overwrite=overwrite)
     total = sum(1 for _ in texts) if texts.again else None  # which finds a mistake in any line before anything is sent
     with ExitStack() as stack:
         with progress("preparing") as told:
-            session = stack.enter_context(connect(told=told))
+            session = stack.enter_context(connect(told))
         rows = stack.enter_context(rows_of(session, task, texts, output, overwrite=overwrite))
         begun, start = rows.rows, time.monotonic()
         if begun:
