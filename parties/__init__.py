@@ -12,6 +12,7 @@ two_party/   client, server and dealer
 three_party/ three servers that share a model
 ckks/        a server that computes on ciphertexts
 deployments  all deployments by name: serve and connect
+bulk/        texts of a file, and their embeddings in another
 reports/     the output of commands
 cli/         the command ``unseen``
 """

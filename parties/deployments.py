@@ -115,9 +115,17 @@ def connect(
     directory = cache_directory() if cache is True else (cache or None)
     used = network or network_of(CLIENT)
     options = ConnectOptions(
-        WithToken(used, Token(token)) if token else used, deadline, directory, program_digest, budget or Budget(), told
+        WithToken(used, Token(token)) if token else used,
+        deadline,
+        directory,
+        program_digest,
+        budget=budget or Budget(),
+        told=told,
     )
-    return Session(hosted(deployment).connect(deployment, options), threads=threads, pace=pace)
+    found = hosted(deployment)
+    link = found.connect(deployment, options)
+    same = replace(options, program_digest=link.program.digest, model=link.model)
+    return Session(link, threads=threads, pace=pace, renew=lambda: found.connect(deployment, same))
 
 
 def serve(

@@ -7,14 +7,16 @@ does the rest: it prepares and runs one query in its deployment. Links that use 
 A server chooses the tokenizer and the graph that its clients run in the clear. So neither their time nor their outcome
 may show in what a client sends, and when. ``Session.run`` and ``Session.query`` therefore have three parts:
 
-1. What depends on values runs first, for all inputs of a run: tokenizer, graph, checks of the results.
+1. What depends on values runs first, for all inputs of a run, or of a part of a stream: tokenizer, graph, checks of
+   the results.
 2. The session waits until a time that was fixed beforehand (``pace``).
-3. Each input gives one query, in order. What runs between messages takes the same steps whatever the values are. Where
-   part 1 failed, the query carries zeros, its answer is dropped, and the error is raised behind the last query.
+3. Every input has its place in a query, in order: a query carries ``batch`` of them. What runs between messages takes
+   the same steps whatever the values are. Where part 1 failed, the place carries a copy of another input, or zeros if
+   there is none; its answer is dropped, and the error stands in its place.
 
-The code of whoever takes the answers of ``run`` one by one runs between queries, and its time shows. After an input
-that cannot be used there are no answers to take; so who needs long for an answer should ask for a list, as ``embed``
-does.
+The code of whoever takes the answers of ``run`` or ``stream`` one by one runs between queries, and its time shows.
+After an input that cannot be used, ``run`` gives no answers to take; so who needs long for an answer should ask for a
+list, as ``embed`` does.
 
 Only mistakes that do not depend on a server's bytes and on values end a call before it sends: wrong Python types, names
 and shapes of inputs, NaN, a session that has ended, a model that takes no text.
@@ -22,14 +24,16 @@ and shapes of inputs, NaN, a session that has ended, a model that takes no text.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -38,10 +42,10 @@ from torch import Tensor
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
-from secure.errors import Error, InvalidInput, InvalidProgram, PeerLost
-from secure.models.tokens import TextTokenizer
+from secure.errors import DealerError, Error, InvalidInput, InvalidProgram, PeerLost
+from secure.models.tokens import REFUSE, TextTokenizer
 from secure.tasks.embed import Embed
-from secure.tasks.task import Served, Task
+from secure.tasks.task import Served, Task, stacked
 
 Given = TypeVar("Given")
 Answer = TypeVar("Answer")
@@ -49,6 +53,17 @@ Found = TypeVar("Found")
 
 PACE = 0.1
 """Seconds from a call to its first message. The work before it takes 0.2 ms a text for MiniLM at 128 tokens."""
+
+WINDOW = 256
+"""Inputs of a stream that are read, and computed on in the clear, before their queries."""
+
+REPORTS = 1 << 10
+"""Reports that a session keeps, of some kilobytes each."""
+
+RETRIES = 3
+PAUSE = 0.5  # seconds before the first retry; twice as many before each further one
+LOST = (PeerLost, DealerError)
+"""The errors after which a query is asked again on a new connection."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,10 @@ class ClientProgram(Protocol):
     def labels(self) -> Mapping[str, str]: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each of the model's outputs, by name."""
+
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise InvalidInput for wrong names, types and shapes of inputs, and for NaN."""
 
@@ -113,14 +132,16 @@ def only(outputs: Mapping[str, Tensor]) -> Any:
 class Link(ABC):
     """One deployment's connection, as a Session uses it.
 
-    program, tables, tokenizer: those of the served model. once: traffic that happens once per session (downloads,
-    keys). ended: the reason why no query can run any more; "" while queries can run.
+    program, tables, tokenizer: those of the served model. model: a name of its weights; "" if there is none. once:
+    traffic that happens once per session (downloads, keys). ended: the reason why no query can run any more; ""
+    while queries can run.
     """
 
     deployment: str
     program: Any  # a ClientProgram
     tables: Mapping[str, Tensor]
     tokenizer: TextTokenizer | None
+    model: str = ""
     once: tuple[Traffic, ...] = ()
     ended: str = ""
     timeline: Timeline | None = None  # of the last query, where one is kept
@@ -134,10 +155,11 @@ class Link(ABC):
         """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
 
     @abstractmethod
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:
         """Run the session's query ``number``; return the results for ``program.decode``, and the query's report.
 
-        values: those of ``program.encode``. Neither messages nor their times may depend on them.
+        values: those of ``program.encode``. Neither messages nor their times may depend on them. ahead: another query
+        follows, and may be prepared while this one runs.
         Raises PeerLost if a party stays silent for longer than the deadline.
         """
 
@@ -148,28 +170,31 @@ class Link(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Clear:
-    """The clear values of one query; where they could not be computed, zeros and the reason."""
+    """The clear values of one query. errors: for each of its inputs, the reason why it cannot be used, or None."""
 
     values: Mapping[str, Any]
-    error: Error | None
+    errors: tuple[Error | None, ...]
 
 
 class Session:
     """A connection to a served model, usable as a context manager. Threads may share it: one thing happens at a time.
 
-    reports: one report per query that ran to its end. threads: the number of torch's threads while this session
-    computes; more than one rarely helps, as a client's work consists of many small steps.
+    reports: one report per query that ran to its end, the newest last; of more than REPORTS, these are kept. threads:
+    the number of torch's threads while this session computes; more than one rarely helps, as a client's work consists
+    of many small steps.
 
     pace: seconds from a call of ``query``, ``run`` or ``embed`` to the first message. If the work before it takes
     longer, they become twice as many, and again; so a server learns from the clock how often that happened, and no
     more. 0 sends at once: the time of the tokenizer and of the client's graph then shows. Raises InvalidInput if it is
-    negative.
+    negative. renew: opens another link to the same Program; ``stream`` uses it when this one is lost.
     """
 
-    def __init__(self, link: Link, *, threads: int = 1, pace: float = PACE) -> None:
+    def __init__(
+        self, link: Link, *, threads: int = 1, pace: float = PACE, renew: Callable[[], Link] | None = None
+    ) -> None:
         check_options(threads, pace)
         self._link, self._threads, self._pace, self._lock = link, threads, pace, threading.RLock()
-        self._asked = 0
+        self._asked, self._renew, self._closed = 0, renew, False
         self.reports: list[Report] = []
 
     @property
@@ -186,6 +211,11 @@ class Session:
     def length(self) -> int:
         """The length in tokens to which texts are padded, special tokens included; 0 if the model takes no text."""
         return int(self.program.labels.get("length", 0))
+
+    @property
+    def batch(self) -> int:
+        """The number of inputs that one query carries."""
+        return int(self.program.labels.get("batch", 1))
 
     @property
     def once(self) -> tuple[Traffic, ...]:
@@ -221,8 +251,13 @@ class Session:
         """
         self.program.check_inputs(inputs)
         with self._open():
-            (clear,) = self._computed([lambda: inputs])
-            answer = self._answer(clear, _same)
+            began, values = time.monotonic(), self._clear_values(inputs)
+            if isinstance(values, Error):
+                clear = _Clear(self.program.dummy_values(), (values,))
+            else:
+                clear = _Clear(values, (None,))
+            self._wait(began)
+            (answer,) = self._answers(clear, _same, whole=True)
         if isinstance(answer, Error):
             raise answer
         return answer
@@ -230,70 +265,179 @@ class Session:
     def run(self, task: Task[Given, Answer], given: Sequence[Given]) -> Iterator[Answer]:
         """Run a task on several inputs and yield answers one by one, so that a failure leaves the answers before it.
 
-        All work on values is done before the first query. Every input gives one query, also if it cannot be used: its
-        query and those behind it run, their answers are dropped, and then the error is raised. It says which of several
-        inputs it is about. A server chooses the tokenizer that finds a text too long; if the client stopped there, the
-        server would learn something about the text. So a text that is too long costs as much as any other.
+        All work on values is done before the first query. Every input has its place in a query, also if it cannot be
+        used: its query and those behind it run, their answers are dropped, and then the error is raised. It says which
+        of several inputs it is about. A server chooses the tokenizer that finds a text too long; if the client stopped
+        there, the server would learn something about the text. So a text that is too long costs as much as any other.
 
         Only a failure of a party ends a run at once.
         """
-        served = Served(self._link.tokenizer, self.length)
+        served = self._served
         task.check(given, served)
-        with self._open():
-            computed = self._computed([partial(task.inputs, each, served) for each in given])
-        return self._answers(task, computed)
+        return self._run(task, served, given)
 
-    def _answers(self, task: Task[Any, Answer], computed: Sequence[_Clear]) -> Iterator[Answer]:
+    def _run(self, task: Task[Given, Answer], served: Served, given: Sequence[Given]) -> Iterator[Answer]:
         failed: Error | None = None
-        for number, clear in enumerate(computed, 1):
-            with _naming(number, len(computed), task.noun), self._open():
-                answer = self._answer(clear, task.answer)
-            if failed is None:
-                if isinstance(answer, Error):
-                    failed = _named(answer, number, len(computed), task.noun)
-                else:
-                    yield answer
+        for number, answer in enumerate(self._outcomes(task, served, [given], retries=0, of=len(given)), 1):
+            if failed is not None:
+                continue
+            if isinstance(answer, Error):
+                failed = _named(answer, number, len(given), task.noun)
+            else:
+                yield answer
         if failed is not None:
             raise failed
 
-    def _computed(self, inputs: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[_Clear]:
-        """Do all work that depends on values, then wait for the time at which the first message leaves."""
-        began, out = time.monotonic(), []
-        for make in inputs:
-            values = _tried(partial(self._clear_values, make))
-            if isinstance(values, Error):
-                out.append(_Clear(self.program.dummy_values(), values))
-            else:
-                out.append(_Clear(values, None))
-        if self._pace and inputs:
+    def stream(
+        self,
+        task: Task[Given, Answer],
+        given: Iterable[Given],
+        *,
+        retries: int = RETRIES,
+        window: int = WINDOW,
+        first: int = 1,
+    ) -> Iterator[Answer | Error]:
+        """Run a task on inputs as they come; yield for each, in order, its answer, or the error why there is none.
+
+        given: a list, a generator, a file of lines, or whatever else can be iterated over, of any length. Inputs are
+        read ``window`` at a time, rounded up to whole queries, and all work on their values is done before the first of
+        their queries; no more than two windows are kept. While a query runs, the next one is prepared.
+        retries: how often a query is asked again on a new connection, under fresh correlations, if a party is lost.
+        After that the error is raised, and says which inputs it is about, where ``first`` is the number of the first.
+
+        Answers come query by query: those of one query at once, then those of the next. Nothing runs ahead of whoever
+        takes them but the preparation of one query.
+        """
+        if retries < 0 or window < 1:
+            raise InvalidInput(f"{retries} retries, a window of {window} inputs", "0 retries or more, a window of 1")
+        served = self._served
+        whole = -(-window // self.batch) * self.batch
+
+        def windows() -> Iterator[Sequence[Given]]:
+            inputs = iter(given)
+            while part := list(islice(inputs, whole)):
+                task.check(part, served)
+                yield part
+
+        return self._outcomes(task, served, windows(), retries=retries, first=first)
+
+    def _outcomes(
+        self,
+        task: Task[Given, Answer],
+        served: Served,
+        windows: Iterable[Sequence[Given]],
+        *,
+        retries: int,
+        first: int = 1,
+        of: int | None = None,
+    ) -> Iterator[Any]:
+        """Yield the answer or the error of each input. of: how many there are, if that is known."""
+        for window, more in _with_more(filter(None, windows)):
+            began = time.monotonic()
+            with self._open():
+                made = [_pieces(task, each, served) for each in window]
+                places = [(number, piece) for number, pieces in enumerate(made, first) for piece in pieces]
+                parts = [places[i : i + self.batch] for i in range(0, len(places), self.batch)]
+                computed = [self._clear([piece for _, piece in part]) for part in parts]
+                self._wait(began)
+            coming, answers = iter(made), list[Any]()
+            pieces = next(coming)
+            for part, clear in zip(parts, computed, strict=True):
+                ask = partial(self._answers, clear, task.answer, ahead=more or part is not parts[-1])
+                with _naming(part[0][0], part[-1][0], of, task.noun):
+                    answers += self._retried(ask, retries)
+                while pieces and len(answers) >= len(pieces):
+                    yield _joined(task, answers[: len(pieces)], pieces, served)
+                    answers, pieces = answers[len(pieces) :], next(coming, [])
+            first += len(window)
+
+    @property
+    def _served(self) -> Served:
+        normalized = self.program.labels.get("normalized") == "yes"
+        return Served(self._link.tokenizer, self.length, normalized)
+
+    def _clear(self, given: Sequence[Mapping[str, Tensor] | Error]) -> _Clear:
+        """Do all work on values for the inputs of one query. What is left empty is filled up with copies."""
+        made = list(given)
+        values = self._stacked(made)
+        if isinstance(values, Error) and self.batch > 1:  # of which inputs? each is tried alone
+            for i, each in enumerate(made):
+                if not isinstance(each, Error) and isinstance(alone := self._stacked([each]), Error):
+                    made[i] = alone
+            values = self._stacked(made)
+        errors = tuple(each if isinstance(each, Error) else None for each in made)
+        if isinstance(values, Error):
+            return _Clear(self.program.dummy_values(), tuple(error or values for error in errors))
+        return _Clear(values, errors)
+
+    def _stacked(self, made: Sequence[Mapping[str, Tensor] | Error]) -> Mapping[str, Any] | Error:
+        usable = [each for each in made if not isinstance(each, Error)]
+        if not usable:
+            return next(each for each in made if isinstance(each, Error))
+        rows = [usable[0] if isinstance(each, Error) else each for each in made]
+        rows += [usable[0]] * (self.batch - len(rows))
+        return self._clear_values(rows[0] if len(rows) == 1 else stacked(rows))
+
+    def _clear_values(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any] | Error:
+        return _tried(lambda: self.program.clear_values(inputs, self._link.tables))
+
+    def _wait(self, began: float) -> None:
+        """Wait for the time at which the first message leaves, after work on values that began at ``began``."""
+        if self._pace:
             leaves = began + self._pace
             while (left := leaves - time.monotonic()) < 0:
                 leaves += leaves - began
             time.sleep(left)
-        return out
 
-    def _clear_values(self, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Any]:
-        values: Mapping[str, Any] = self.program.clear_values(make(), self._link.tables)
-        return values
+    def _retried(self, ask: Callable[[], Found], retries: int) -> Found:
+        """Ask, and again on a new link each time that a party is lost, after a pause that doubles."""
+        for attempt in range(retries + 1):
+            try:
+                with self._open():
+                    return ask()
+            except LOST:
+                if attempt == retries or self._renew is None or self._closed:
+                    raise
+                self._link.close()
+            time.sleep(PAUSE * 2**attempt)
+            with contextlib.suppress(*LOST), self._lock:
+                self._link = self._renew()
+        raise AssertionError("the last attempt returns or raises")
 
-    def _answer(self, clear: _Clear, read: Callable[[Any], Found]) -> Found | Error:
-        """Run one query; return what ``read`` makes of the answer, or the reason why there is none."""
+    def _answers(
+        self, clear: _Clear, read: Callable[[Any], Any], *, ahead: bool = False, whole: bool = False
+    ) -> list[Any]:
+        """Run one query; return what ``read`` makes of each input's answer, or the reason why there is none.
+
+        whole: the answer is that of all rows together.
+        """
         values = self.program.encode(clear.values, self._link.tables)
         number, self._asked = self._asked, self._asked + 1
-        results, report = self._link.ask(values, number)
+        results, report = self._link.ask(values, number, ahead=ahead)
         self.reports.append(report)
-        answer = _tried(lambda: read(only(self.program.decode(results))))
-        return clear.error or answer
+        del self.reports[:-REPORTS]
+        decoded = _tried(lambda: self.program.decode(results))
 
-    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        def answer(row: int, error: Error | None) -> Any:
+            if error is not None or isinstance(decoded, Error):
+                return error or decoded
+            own = decoded if whole or self.batch == 1 else {name: v[row : row + 1] for name, v in decoded.items()}
+            return _tried(lambda: read(only(own)))
+
+        return [answer(row, error) for row, error in enumerate(clear.errors)]
+
+    def embed(self, texts: Sequence[str], *, long: str = REFUSE) -> list[Tensor]:
         """Return one embedding (a float64 vector) per text.
 
-        Raises InputTooLong or EmptyInput behind the last query, see ``run``; no answer is returned then.
+        long: what becomes of texts with more tokens than ``length``: "refuse", "truncate" or "split"; see
+        ``secure.tasks.embed.Embed``, also for what a server sees if texts are split. Raises InputTooLong or EmptyInput
+        behind the last query, see ``run``; no answer is returned then.
         """
-        return list(self.run(Embed(), texts))
+        return list(self.run(Embed(long), texts))
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
+        self._closed = True
         self._link.ended = self._link.ended or "it was closed"
         self._link.close()  # without the lock, so that it ends a query of another thread
 
@@ -333,6 +477,29 @@ def _same(answer: Any) -> Any:
     return answer
 
 
+def _pieces(task: Task[Given, Any], given: Given, served: Served) -> Sequence[Mapping[str, Tensor] | Error]:
+    """Return the model's arguments for each place that an input takes; an error takes one."""
+    found = _tried(lambda: task.pieces(given, served))
+    return [found] if isinstance(found, Error) else found
+
+
+def _joined(
+    task: Task[Any, Answer],
+    answers: Sequence[Answer | Error],
+    pieces: Sequence[Mapping[str, Tensor] | Error],
+    served: Served,
+) -> Answer | Error:
+    """Return the answer to an input from those of its pieces, or the first error among them."""
+    whole, usable = list[Answer](), list[Mapping[str, Tensor]]()
+    for answer, piece in zip(answers, pieces, strict=True):
+        if isinstance(answer, Error):
+            return answer
+        assert not isinstance(piece, Error)  # its answer would be it
+        whole.append(answer)
+        usable.append(piece)
+    return _tried(lambda: task.joined(whole, usable, served))
+
+
 def _tried(work: Callable[[], Found]) -> Found | Error:
     """Return what some work gives, or the error that it raises, as one of the one family.
 
@@ -347,18 +514,29 @@ def _tried(work: Callable[[], Found]) -> Found | Error:
         return InvalidProgram(reason, "ask the server's owner")
 
 
+def _with_more(items: Iterable[Found]) -> Iterator[tuple[Found, bool]]:
+    """Pair each item with whether another follows."""
+    iterator = iter(items)
+    for current in iterator:
+        for following in iterator:
+            yield current, True
+            current = following
+        yield current, False
+
+
 def _named(error: Error, number: int, of: int, noun: str) -> Error:
     """Say in an error which of several inputs it is about."""
     return type(error)(f"{noun} {number} of {of}: {error}") if of > 1 else error
 
 
 @contextmanager
-def _naming(number: int, of: int, noun: str) -> Iterator[None]:
-    """Say in every error which of several inputs it is about."""
+def _naming(first: int, last: int, of: int | None, noun: str) -> Iterator[None]:
+    """Say in every error which of several inputs it is about; ``of``: how many there are, if that is known."""
     try:
         yield
     except Error as error:
-        named = _named(error, number, of, noun)
-        if named is error:
+        if of == 1:
             raise
+        which = f"{noun} {first}" if first == last else f"{noun}s {first} to {last}"
+        named = type(error)(f"{which}{f' of {of}' if of else ''}: {error}")
         raise named from None

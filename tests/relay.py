@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 
@@ -27,6 +28,12 @@ class Relay:
 
     def speak(self) -> None:
         self._speaking.set()
+
+    def cut(self) -> None:
+        """Break all connections that there are; new ones may come."""
+        for each in tuple(self._sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._closed.set()

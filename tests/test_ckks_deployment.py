@@ -397,9 +397,9 @@ def test_an_image_out_of_range_is_sent_as_zeros(tiny: RunningCkks, monkeypatch: 
     """A server chooses the range: it does not see which images are in it."""
     ask, asked = tiny.link.ask, list[Any]()
 
-    def spying(values: Any, number: int) -> Any:
+    def spying(values: Any, number: int, **options: Any) -> Any:
         asked.append(values)
-        return ask(values, number)
+        return ask(values, number, **options)
 
     monkeypatch.setattr(tiny.link, "ask", spying)
     with pytest.raises(InvalidInput, match=r"has values in \[.*\], the Program was made for"):

@@ -90,7 +90,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
     program = SimpleNamespace(digest="d", labels={})
     compiled = SimpleNamespace(cost=cost, program=program, model=None, about="", deployment=secure.TwoParty())
-    session = SimpleNamespace(run=lambda *_: iter([torch.zeros(2)]), reports=[], program=None)
+    asked = found.note("run", lambda *_: iter([torch.zeros(2)]))
+    session = SimpleNamespace(run=asked, reports=[Report(1, (), 0.0, 0.0, 0.0, 0.0, 0)], program=None)
 
     @contextmanager
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
@@ -218,6 +219,7 @@ VALUES: dict[str, str] = {
     "output": "{tmp}/written",
     "embedding": "client-table",
     "gelu": "puma",
+    "long": "truncate",
     "approximations": "puma",
     "form": "json",
     "roles": "dealer",
@@ -226,7 +228,21 @@ VALUES: dict[str, str] = {
     "action": "list",
     "command": "dealer",
     **dict.fromkeys(
-        ("layers", "images", "length", "depth", "ahead", "deadline", "pace", "precision", "count", "days"), "4"
+        (
+            "layers",
+            "images",
+            "length",
+            "depth",
+            "ahead",
+            "deadline",
+            "pace",
+            "precision",
+            "count",
+            "days",
+            "retries",
+            "batch",
+        ),
+        "4",
     ),
     "rotate_mask": "7",
     "wait": "4",
@@ -403,7 +419,7 @@ class EchoLink(Link):
         self.program, self.tables, self._toy = EchoProgram(), {}, toy
         self.tokenizer = TextTokenizer(word_tokenizer(), 0, lowercase=False)
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:
         answer = values["attention_mask"].double() * self._toy.loudness
         return [answer], Report(1, (Traffic("client", "echo", 8, ONLINE),), 0.1, 0.0, 0.0, 0.0, number)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import secure
 import tests.test_conformance as conformance
-from examples import embed
+from examples import bulk, embed
 from parties.cli.main import app
 from parties.reports.who_learns import written
 from protocols.protocol import Protocol
@@ -38,7 +38,7 @@ EXAMPLES = {  # and a piece of what each prints
     "own_module": "the private answer differs by",
     "three_parties": "weights public",
 }
-SERVED = {"embed"}  # needs a server
+SERVED = {"embed", "bulk"}  # need a server
 README_LINES, EXAMPLE_LINES, FIRST_SCREEN = 150, 40, 25
 
 needs_minilm = pytest.mark.skipif(
@@ -86,7 +86,9 @@ def test_examples_are_short_and_all_of_them_run() -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= EXAMPLE_LINES, path
 
 
-def test_embed_example(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_with_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compiled = secure.compile_text_model(str(write_model(tmp_path / "model")), length=16)
@@ -96,7 +98,11 @@ def test_embed_example(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         secure.serve(compiled, role="server", peers={"dealer": dealer.address}, state=state) as server,
     ):
         embed.main(server.address, dealer.address)
-    assert "rounds" in capsys.readouterr().out
+        assert "rounds" in capsys.readouterr().out
+        bulk.main(["a\n", "\n", "a " * 40], server.address, dealer.address)
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2
+    assert err.startswith("text 2: the text is empty")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/models.md"])

@@ -369,11 +369,12 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
                 changed = found(**{name: other_values(field.default)})
                 yield f"{found.name} {name}", replace(compilation, deployment=changed)
     yield "length", replace(compilation, length=compilation.length + 1)
+    yield "batch", replace(compilation, batch=compilation.batch + 1)
     yield "sentences", replace(compilation, sentences=("One.",))
     yield "two sentences", replace(compilation, sentences=("One.", "Two."))
     yield "one of two", replace(compilation, sentences=("One.Two.",))
     assert {f.name for f in dataclasses.fields(Compilation)} == {
-        *("model", "deployment", "length", "sentences", "options")
+        *("model", "deployment", "length", "sentences", "options", "batch")
     }  # another one needs a line here
 
 
@@ -388,7 +389,7 @@ def test_the_key_holds_everything_that_a_user_may_choose(directory: Path, monkey
     found = dataclasses.replace(found, deployment=dataclasses.replace(secure.TwoParty(), server="a:1"))
     assert left_out(found) == ["two-party"]  # where a client finds the server changes no model
     everything = Compilation.depends_on
-    for planted in ("options", "length", "sentences", "compiled_as"):
+    for planted in ("options", "length", "sentences", "compiled_as", "batch"):
         with monkeypatch.context() as patch:
             patch.setattr(
                 Compilation,

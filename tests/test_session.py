@@ -187,10 +187,10 @@ def spied(session: secure.Session, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     """When each query of a session was asked, and the shapes of its values."""
     ask, seen = session.link.ask, list[tuple[float, dict[str, Any]]]()
 
-    def spying(values: Any, number: int) -> Any:
+    def spying(values: Any, number: int, **options: Any) -> Any:
         assert number == len(seen)
         seen.append((time.monotonic(), {name: (value.shape, value.dtype) for name, value in values.items()}))
-        return ask(values, number)
+        return ask(values, number, **options)
 
     monkeypatch.setattr(session.link, "ask", spying)
     return seen
@@ -310,10 +310,10 @@ def test_the_answers_before_a_failure(running: Running, monkeypatch: pytest.Monk
     with running.session() as session:
         ask = session.link.ask
 
-        def failing(values: Any, number: int) -> Any:
+        def failing(values: Any, number: int, **options: Any) -> Any:
             if number == 2:
                 raise PeerLost("the test takes the peer away", "do not worry")
-            return ask(values, number)
+            return ask(values, number, **options)
 
         monkeypatch.setattr(session.link, "ask", failing)
         coming = session.run(Embed(), [TEXT] * 4)
@@ -327,11 +327,11 @@ def test_one_query_at_a_time(running: Running, monkeypatch: pytest.MonkeyPatch) 
     with running.session() as session:
         ask, inside, most = session.link.ask, list[int](), list[int]()
 
-        def counting(values: Any, number: int) -> Any:
+        def counting(values: Any, number: int, **options: Any) -> Any:
             inside.append(number)
             most.append(len(inside))
             try:
-                return ask(values, number)
+                return ask(values, number, **options)
             finally:
                 inside.remove(number)
 

@@ -573,7 +573,7 @@ def test_a_failed_query_leaves_the_traces_before_it(
 ) -> None:
     ask = TwoPartyLink.ask
 
-    def failing(self: TwoPartyLink, values: Any, number: int) -> Any:
+    def failing(self: TwoPartyLink, values: Any, number: int, **options: Any) -> Any:
         if number:
             raise Error("it broke")
         return ask(self, values, number)

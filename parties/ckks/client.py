@@ -108,7 +108,7 @@ class CkksLink(Link):
 
     # queries
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Vector], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Vector], Report]:
         began = time.perf_counter()
         exchange = ClientQuery(self.program, self.client)
         start = pb.CkksStart(program_digest=self.program.digest, model=self.model, keys_digest=self.keys_digest)

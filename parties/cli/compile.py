@@ -11,6 +11,7 @@ from parties.cli.compiled import tell
 from parties.cli.console import say, stages, use_threads
 from parties.cli.options import (
     ApproximationsOption,
+    BatchOption,
     CalibrationOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -34,6 +35,7 @@ def compile_model(
     model: ModelArgument,
     directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
     length: LengthOption = None,
+    batch: BatchOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -58,7 +60,7 @@ def compile_model(
     check_new(directory)
     say(f"unseen compile: compiling {model} for {deployment.name} ...")
     with stages("compile") as told:
-        compiled = Compilation(model, deployment, length or 0, tuple(sentences), options).run(told)
+        compiled = Compilation(model, deployment, length or 0, tuple(sentences), options, batch or 1).run(told)
         told(0, 0, "writing files")
         save_compiled(compiled, directory)
     tell("compile", model, compiled)

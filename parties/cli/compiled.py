@@ -72,6 +72,7 @@ def tell(verb: str, model: str, compiled: Compiled) -> None:
         say(f"unseen {verb}: {compiled.about}")
     length = compiled.program.labels.get("length")
     cost, tokens = compiled.cost, f", {length} tokens" if length else ""
+    tokens += f", {batch} a query" if (batch := compiled.program.labels.get("batch")) else ""
     offline = in_words(cost.traffic, OFFLINE)
     say(
         f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
@@ -119,10 +120,10 @@ def opened(
 def _known(compiled: Compiled, name: str) -> Any:
     """Return the value of an option of the command line with which a model was compiled."""
     options: CompileOptions = compiled.options
-    if name == "length":
-        length = compiled.program.labels.get("length")
-        return int(length) if length else None
+    if name in ("length", "batch"):
+        found = compiled.program.labels.get(name)
+        return int(found) if found else {"batch": 1}.get(name)
     if name == "fraction_bits":
         return options.fixed_point.fraction_bits if options.fixed_point else DEFAULTS[name]
-    found = getattr(options, name, None)
-    return DEFAULTS.get(name) if found is None else found
+    given = getattr(options, name, None)
+    return DEFAULTS.get(name) if given is None else given

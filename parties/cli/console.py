@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -21,6 +21,9 @@ OUT = Console(highlight=False)
 
 ERR = Console(stderr=True, highlight=False)
 """Everything else that is said, so that answers can be piped on."""
+
+EVERY = 30.0
+"""Seconds between two lines on how far something is, where there is no terminal."""
 
 
 def say(line: str) -> None:
@@ -89,14 +92,15 @@ def stages(verb: str) -> Iterator[Told]:
 def progress(first: str) -> Iterator[Told]:
     """A function that shows a bar on the error output from its first call on, where that is a terminal.
 
-    ``first``: what the bar says while nobody has said what is being done.
+    ``first``: what the bar says while nobody has said what is being done. The function shows nothing after the context.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
         bars: list[tuple[Progress, TaskID]] = []
+        ended = False
 
         def told(done: int, total: int, what: str) -> None:
-            if not ERR.is_terminal:
+            if not ERR.is_terminal or ended:
                 return
             if not bars:
                 bar = stack.enter_context(Progress(*columns, console=ERR, transient=True))
@@ -104,4 +108,50 @@ def progress(first: str) -> Iterator[Told]:
             bar, task = bars[0]
             bar.update(task, completed=done, total=total or None, description=what or first)
 
-        yield told
+        try:
+            yield told
+        finally:
+            ended = True
+
+
+@contextmanager
+def counting(verb: str, noun: str, total: int | None, begun: int = 0) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many are done, and shows that, how many a second, and the time left, if known.
+
+    It shows a bar where the error output is a terminal, else a line every EVERY seconds. ``begun``: how many were done
+    before.
+    """
+    start = last = time.monotonic()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}"))
+    with ExitStack() as stack:
+        bar = None
+        if ERR.is_terminal:
+            bar = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=ERR, transient=True))
+            task = bar.add_task(f"{verb}ing", total=total, completed=begun, said="")
+
+        def counted(done: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            said = how_far(noun, done, total, (done - begun) / max(now - start, 1e-9))
+            if bar is not None:
+                bar.update(task, completed=done, said=said)
+            elif now - last >= EVERY:
+                last = now
+                say(f"unseen {verb}: {said}")
+
+        yield counted
+
+
+def how_far(noun: str, done: int, total: int | None, rate: float) -> str:
+    """The number that are done, of how many, how many a second, and the time left, in words."""
+    of = "" if total is None else f" of {total:,}"
+    left = "" if total is None or rate <= 0 else f", {in_time((total - done) / rate)} left"
+    return f"{done:,}{of} {noun}, {rate:.3g} a second{left}"
+
+
+def in_time(seconds: float) -> str:
+    """A time in words, to about a percent."""
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes // 60:.0f} h {minutes % 60:.0f} min"

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import Tensor
 
 from parties import deployments
-from parties.cli.console import ERR, OUT, get_ready, progress, say
+from parties.bulk.embedding import embedded, rows_of
+from parties.bulk.rows import FORMATS
+from parties.bulk.texts import FIELD, TextFile
+from parties.bulk.unfinished import check_output
+from parties.cli.console import ERR, OUT, counting, get_ready, in_time, progress, say
 from parties.cli.options import (
     DeadlineOption,
     InsecureOption,
+    Long,
+    LongOption,
     PaceOption,
     ThreadsOption,
     TlsOption,
@@ -29,6 +39,9 @@ from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.text import model_directory
+from secure.models.tokens import REFUSE, SPLIT
+from secure.progress import Told
+from secure.session import RETRIES, Report, Session
 from secure.tasks.embed import Embed
 
 
@@ -37,6 +50,32 @@ def embed(
     texts: Annotated[
         list[str] | None,
         typer.Argument(help="Texts; none: one a line from standard input, which other users cannot see."),
+    ] = None,
+    input: Annotated[  # as the option is called
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts of a file: a line each; .jsonl, .csv: see --field; -: lines of standard input. With --output.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the embeddings of --input go, by its suffix: .jsonl, .npy (float32) or .csv. A run that was "
+            "interrupted goes on where it stopped.",
+        ),
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help=f"The field or column of --input that holds texts; {FIELD} by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew, whatever is there.")] = False,
+    long: LongOption = Long[REFUSE],
+    retries: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help=f"Times that a query of --input is repeated if a party is lost; {RETRIES} by default."
+        ),
     ] = None,
     compare_with: Annotated[
         str | None, typer.Option(help="Also run this model here, in the clear, and print how close the answers are.")
@@ -55,17 +94,23 @@ def embed(
     """Embed texts that the servers never see."""
     if as_json and compare_with:
         raise InvalidInput("--json and --compare-with exclude each other", "leave one of them out")
+    along: dict[str, object] = {"--output": output, "--field": field, "--retries": retries}
+    along["--overwrite"] = overwrite or None
+    apart: dict[str, object] = {"texts": texts, "--json": as_json, "--compare-with": compare_with, "--trace": trace}
+    for name in along if input is None else ():
+        if along[name] is not None:
+            raise InvalidInput(f"{name} means nothing without --input", "--input - reads standard input")
+    for name in apart if input is not None else ():
+        if apart[name]:
+            raise InvalidInput(f"--input and {name} exclude each other", "leave one of them out")
+    if input is not None and output is None:
+        raise InvalidInput("--input without --output", f"give a file of the suffix {', '.join(FORMATS)}")
     if trace is not None:
         require_traces(deployment)
+        if long == SPLIT:
+            raise InvalidInput(f"--trace and --long {SPLIT} exclude each other", "leave one of them out")
     get_ready(threads)
     hosting.settle()
-    typed = [] if texts or sys.stdin.isatty() else sys.stdin
-    given = texts or [line.strip() for line in typed if line.strip()]
-    if not given:
-        raise InvalidInput("no text", "give texts as arguments, or one a line on standard input")
-    if compare_with:
-        model_directory(compare_with)  # a mistake in it shows before anything is sent
-    measured = Measurements(trace) if trace else None  # likewise
     timed = {"deadline": deadline, "pace": pace}
     options: dict[str, Any] = {name: value for name, value in timed.items() if value is not None}
     network = network_of(CLIENT, directory=tls, insecure=insecure)
@@ -75,23 +120,87 @@ def embed(
     options |= {"network": network, "cache": cache, "program_digest": program_digest}
     options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
-    with (
-        progress("preparing") as told,
-        deployments.connect(deployment, told=told, **options) as session,
-    ):
-        vectors: list[Tensor] = []
+    task = Embed(str(long))
+
+    def connect(told: Told) -> Session:
+        return deployments.connect(deployment, told=told, **options)
+
+    if input is not None:
+        assert output is not None
+        _file(connect, task, TextFile(input, field), output, RETRIES if retries is None else retries, overwrite)
+    else:
+        _texts(connect, task, deployment, texts, compare_with, trace, as_json=as_json)
+
+
+def _texts(
+    connect: Callable[[Told], Session],
+    task: Embed,
+    deployment: Deployment,
+    texts: list[str] | None,
+    compare_with: str | None,
+    trace: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the answers to a few texts, and what each took."""
+    typed = [] if texts or sys.stdin.isatty() else sys.stdin
+    given = texts or [line.strip() for line in typed if line.strip()]
+    if not given:
+        raise InvalidInput("no text", "give texts as arguments, or one a line on standard input")
+    if compare_with:
+        model_directory(compare_with)  # a mistake in it shows before anything is sent
+    measured = Measurements(trace) if trace else None  # likewise
+    with progress("preparing") as told, connect(told) as session:
+        vectors, taken = list[Tensor](), list[Report]()
         try:
-            for vector in session.run(Embed(), given):
-                vectors.append(vector)
-                if measured:
+            for vector in session.run(task, given):
+                report = session.reports[-1]  # of the text's query, as the next one has not begun
+                if measured and (not taken or taken[-1] is not report):
                     measured.add(session)
+                vectors.append(vector)
+                taken.append(report)
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(vectors)]
             if done and as_json:
-                answers.as_json(OUT, done, vectors, session.reports[: len(done)])
+                answers.as_json(OUT, done, vectors, taken)
             elif done:
-                answers.report(OUT, deployment, session, done, vectors, compare_with)
+                answers.report(OUT, deployment, session, done, vectors, taken, task, compare_with)
             if measured:
                 measured.show(ERR if as_json else OUT, session.program)
         if measured:
             measured.check()
+
+
+def _file(
+    connect: Callable[[Told], Session], task: Embed, texts: TextFile, output: Path, retries: int, overwrite: bool
+) -> None:
+    """Write the answers to the texts of a file into another, row by row. Ends with code 1 if a text has no answer."""
+    check_output(output, overwrite=overwrite)
+    total = sum(1 for _ in texts) if texts.again else None  # which finds a mistake in any line before anything is sent
+    with ExitStack() as stack:
+        with progress("preparing") as told:
+            session = stack.enter_context(connect(told))
+        rows = stack.enter_context(rows_of(session, task, texts, output, overwrite=overwrite))
+        begun, start = rows.rows, time.monotonic()
+        if begun:
+            say(f"unseen embed: {begun:,} texts are done, this run goes on at text {begun + 1:,}")
+        try:
+            with counting("embed", "texts", total, begun) as counted:
+                for done in embedded(session, task, rows, retries):
+                    counted(done)
+        except BaseException:
+            anew = ", without --overwrite" if overwrite else ""
+            say(
+                f"unseen embed: {rows.rows:,} texts are done and kept; run the same command again{anew}: "
+                f"it goes on at text {rows.rows + 1:,}"
+            )
+            raise
+        rows.finish()
+    seconds = time.monotonic() - start
+    rate = f", {(rows.rows - begun) / seconds:.3g} a second" if rows.rows > begun else ""
+    say(f"unseen embed: {rows.rows - begun:,} texts in {in_time(seconds)}{rate}; {rows.rows:,} rows in {output}")
+    if rows.unusable:
+        say(f"unseen embed: {rows.unusable:,} of them have no embedding, the first of them:")
+        for line in rows.first:
+            say(f"  {line}")
+        raise typer.Exit(1)

@@ -20,8 +20,9 @@ from parties.deployments import hosted
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
 from secure.errors import InvalidInput
-from secure.lowering.client_inputs import EMBEDDINGS
+from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.text import PACKAGED
+from secure.models.tokens import LONG, REFUSE, SPLIT, TRUNCATE
 from secure.mpc.budget import GB, Budget
 from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.session import PACE
@@ -31,6 +32,7 @@ from secure.tasks.embed import LENGTH
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 Approximations = StrEnum("Approximations", {a: a for a in APPROXIMATIONS})  # type: ignore[misc]
+Long = StrEnum("Long", {how: how for how in LONG})  # type: ignore[misc]
 
 MODEL = f"A model directory, or {PACKAGED!r}"
 
@@ -38,6 +40,10 @@ ModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}; or digits, digits-
 TextModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}.")]
 LengthOption = Annotated[
     int | None, typer.Option(min=3, help=f"Padded length of texts in tokens; public. {LENGTH} by default.")
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAXIMUM_BATCH, help="Inputs that a query carries, for the rounds of one; 1 by default."),
 ]
 EmbeddingOption = Annotated[
     Embedding | None, typer.Option("--embedding", help=f"How tokens are looked up; {EMBEDDINGS[0]} by default.")
@@ -85,6 +91,15 @@ PaceOption = Annotated[
     typer.Option(
         min=0,
         help=f"Seconds from reading a text to the first message, whatever it holds; {PACE} by default, 0: at once.",
+    ),
+]
+LongOption = Annotated[
+    Long,
+    typer.Option(
+        "--long",
+        help=f"What becomes of texts with more tokens than the served length: {REFUSE} them; {TRUNCATE}, as "
+        f"sentence-transformers does; or {SPLIT} them into pieces and average, weighted by tokens. Then the number of "
+        "queries shows the server how many pieces all texts have.",
     ),
 ]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted channels that leave this machine.")]

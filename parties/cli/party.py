@@ -13,6 +13,7 @@ from parties.cli.console import get_ready, say, use_threads
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
+    BatchOption,
     CalibrationOption,
     DeadlineOption,
     EmbeddingOption,
@@ -49,6 +50,7 @@ def share_model(
     model: ModelArgument = PACKAGED,
     output: Annotated[Path, typer.Option(help="Where party-0, party-1 and party-2 are written.")] = Path("shares"),
     length: LengthOption = None,
+    batch: BatchOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -68,7 +70,7 @@ def share_model(
         network=network,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
-    compilation = Compilation(model, deployment, length or 0, tuple(sentences), options)
+    compilation = Compilation(model, deployment, length or 0, tuple(sentences), options, batch or 1)
     compiled = made("share-model", compilation, keep=False)
     for where in write_shares(compiled, output):
         size = sum(file.stat().st_size for file in where.iterdir())

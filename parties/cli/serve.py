@@ -16,6 +16,7 @@ from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
+    BatchOption,
     BudgetMemoryOption,
     BudgetSecondsOption,
     CalibrationOption,
@@ -65,6 +66,7 @@ def serve(
     model: ModelArgument = PACKAGED,
     listen: ListenOption = "127.0.0.1:50051",
     length: LengthOption = None,
+    batch: BatchOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -102,6 +104,7 @@ def serve(
             named=is_said(context, "deployment"),
             fixed={
                 "length": length,
+                "batch": batch,
                 "embedding": embedding,
                 "gelu": gelu,
                 "approximations": approximations,
@@ -146,7 +149,8 @@ def serve(
     if tokens is not None:
         Tokens(tokens)  # likewise
     if compiled is None:
-        compiled = made("serve", Compilation(model, deployment, length or 0, tuple(sentences), options), keep=keep)
+        compilation = Compilation(model, deployment, length or 0, tuple(sentences), options, batch or 1)
+        compiled = made("serve", compilation, keep=keep)
     else:
         tell("serve", model, compiled)
     with stages("serve") as told:

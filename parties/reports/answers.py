@@ -12,15 +12,20 @@ from torch import Tensor
 from parties.reports.who_learns import who_learns
 from secure.cost.traffic import OFFLINE, ONCE, ONLINE, in_words
 from secure.deployments.deployment import Deployment
-from secure.models.text import load_text_model, text_inputs
+from secure.models.text import load_text_model
 from secure.session import Report, Session
+from secure.tasks.embed import Embed
+from secure.tasks.task import Served
 
 
-def as_json(out: Console, texts: Sequence[str], vectors: Sequence[Tensor], reports: Sequence[Report]) -> None:
-    """One row a text, with the same keys in every deployment: text, embedding, and those of ``Report.as_dict``."""
+def as_json(out: Console, texts: Sequence[str], vectors: Sequence[Tensor], taken: Sequence[Report]) -> None:
+    """One row a text, with the same keys in every deployment: text, embedding, and those of ``Report.as_dict``.
+
+    ``taken``: the report of each text's query, which other texts may share.
+    """
     rows = [
         {"text": text, "embedding": vector.tolist(), **report.as_dict()}
-        for text, vector, report in zip(texts, vectors, reports, strict=True)
+        for text, vector, report in zip(texts, vectors, taken, strict=True)
     ]
     out.file.write(json.dumps(rows) + "\n")
 
@@ -31,20 +36,25 @@ def report(
     session: Session,
     texts: Sequence[str],
     vectors: Sequence[Tensor],
+    taken: Sequence[Report],
+    task: Embed,
     compare_with: str | None,
 ) -> None:
-    """Every text with its answer, cosines, what crossed once, remarks, and the table of who learnt what."""
-    exact = plain(compare_with, texts, session.length) if compare_with else [None] * len(texts)
-    taken_by = session.reports[: len(texts)]  # queries behind a text that cannot be used have reports, but no answers
-    for text, vector, reference, taken in zip(texts, vectors, exact, taken_by, strict=True):
+    """Every text with its answer, cosines, what crossed once, remarks, and the table of who learnt what.
+
+    ``taken``: the report of each text's query, which is said once, below the last of its texts.
+    """
+    exact = plain(compare_with, texts, session.length, task) if compare_with else [None] * len(texts)
+    for i, (text, vector, reference) in enumerate(zip(texts, vectors, exact, strict=True)):
         out.print(f"\n{text!r}", markup=False, style="bold", soft_wrap=True)
         if reference is not None:
             cosine = torch.nn.functional.cosine_similarity(vector, reference, dim=0)
             out.print(f"  cosine to the plaintext model   {cosine:.7f}")
         first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
         out.print(f"  embedding ({len(vector)} numbers)         {first} …")
-        for line in lines(taken):
-            out.print(f"  {line}", soft_wrap=True)
+        if i + 1 == len(texts) or taken[i + 1] is not taken[i]:
+            for line in lines(taken[i]):
+                out.print(f"  {line}", soft_wrap=True)
     if len(vectors) > 1:
         out.print("\ncosine similarities between the texts:")
         unit = torch.nn.functional.normalize(torch.stack(list(vectors)), dim=-1)
@@ -67,9 +77,13 @@ def lines(taken: Report) -> list[str]:
     return out
 
 
-def plain(model: str, texts: Sequence[str], length: int) -> list[Tensor | None]:
+def plain(model: str, texts: Sequence[str], length: int, task: Embed) -> list[Tensor]:
     """The answers of a model that runs here, in the clear."""
     found = load_text_model(model)
-    encoder = found.module.double()
+    encoder, served = found.module.double(), Served(found.tokenizer, length, found.normalized)
+    out = []
     with torch.no_grad():
-        return [encoder(**text_inputs(found.tokenizer, text, length))[0] for text in texts]
+        for text in texts:
+            pieces = task.pieces(text, served)
+            out.append(task.joined([encoder(**piece)[0] for piece in pieces], pieces, served))
+    return out

@@ -34,14 +34,16 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest. budget: refuse a Program that may take more on this machine. told: called with progress while something
-    takes long. Raises InvalidInput for a deadline that is none.
+    digest. model: refuse a service of other weights, by the name that ``Link.model`` had. budget: refuse a Program
+    that may take more on this machine. told: called with progress while something takes long. Raises InvalidInput
+    for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
     deadline: float = 60.0
     cache: Path | None = None
     program_digest: str | None = None
+    model: str | None = None
     budget: Budget = field(default_factory=Budget)
     told: Told | None = None
 
@@ -136,6 +138,12 @@ def read_description(
         raise HandshakeError(
             f"Program digest: {peer.who} has {program.digest!r}, this client expects {pinned!r}",
             "ask the server's owner which Program it serves",
+        )
+
+    if options.model is not None and options.model != found.model:
+        raise HandshakeError(
+            f"{peer.who} serves other weights than it did when this client connected",
+            "connect again; answers of both models do not belong together",
         )
 
     downloaded = set[str]()  # what the cache has does not cross

@@ -91,7 +91,7 @@ class ThreePartyLink(Link):
                     "give them the shares of one run of: unseen share-model",
                 )
         read = read_description(self._peers[0], first, PARTIES[0], options.budget.decode, options)
-        self.program, self.once, self._model = read.program, read.once, read.model
+        self.program, self.once, self.model = read.program, read.once, read.model
         self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer
         try:
@@ -115,7 +115,7 @@ class ThreePartyLink(Link):
                 "ask the model's owner which party changed its share",
             )
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         start = time.perf_counter()
         messages = self._messages(values)
         sharing = time.perf_counter() - start
@@ -148,7 +148,7 @@ class ThreePartyLink(Link):
         out = []
         for role, own, frame in zip(PARTIES, (b"", seed, b""), given, strict=True):
             begin = pb.AskStart(
-                version=WIRE_VERSION, model=self._model, session=session, seed=own, deadline=self._deadline
+                version=WIRE_VERSION, model=self.model, session=session, seed=own, deadline=self._deadline
             )
             frames = to_frames(bytes(frame)) if frame else ()
             if role != PARTIES[2] or frame:

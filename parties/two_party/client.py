@@ -10,6 +10,7 @@ import json
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,12 +61,22 @@ class _Ready:
     received: int
 
 
+@dataclass(frozen=True, repr=False)  # holds masks
+class _Coming:
+    query: int
+    correlations: Correlations
+    start: float
+    own: Future[float]
+
+
 class TwoPartyLink(Link):
     """A session with a server and a dealer. Any failure ends it, because the two sides are no longer in step then."""
 
     def __init__(self, deployment: TwoParty, options: ConnectOptions) -> None:
         self.deployment = deployment.name
         self._deadline, self._next_query, self._ready = options.deadline, 0, list[_Ready]()
+        self._coming: _Coming | None = None  # a query that is prepared while another runs
+        self._beside = ThreadPoolExecutor(1, "beside")
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._open = stack
             self._server = Peer("the server", deployment.server, options.network, role=SERVER, start="unseen serve")
@@ -84,6 +95,7 @@ class TwoPartyLink(Link):
         description = ask_description(self._server, deployment, SERVER, options)
         found = read_description(self._server, description, SERVER, options.budget.decode, options, _files)
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
+        self.model = found.model
         self.tables, self.tokenizer = found.tables, found.tokenizer
         rings, shapes = self.program.weight_rings, self.program.weight_shapes
         self._weights = ClientWeights(unpack_masked(found.files.get(MASKED_WEIGHTS), rings, shapes))
@@ -158,38 +170,56 @@ class TwoPartyLink(Link):
     @property
     def ready(self) -> int:
         """The number of queries that are prepared and not yet used."""
-        return len(self._ready)
+        return len(self._ready) + (self._coming is not None)
 
     def prepare(self) -> None:
         """Prepare one query: the dealer sends the server corrections, and the client computes its shares of layers.
 
         Raises QueryError if MAXIMUM_PREPARED queries are prepared already; PeerLost, ProtocolError.
         """
-        if len(self._ready) >= MAXIMUM_PREPARED:
+        if self.ready >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         with self._in_session():
-            self._prepare()
+            self._come()
+            self._begin()
+            self._come()
 
-    def _prepare(self) -> None:
+    def _begin(self) -> None:
+        """Ask for the next query's corrections, and compute this side's share of layers in a thread beside."""
         number, self._next_query = self._next_query, self._next_query + 1
-        start = time.perf_counter()
+        correlations, start = Correlations(CLIENT, self._keys.key(number)), time.perf_counter()
         self._send(prepare=pb.Prepare(query=number))
-        correlations = Correlations(CLIENT, self._keys.key(number))
-        prepare(self.program.circuit, correlations, self._weights)
-        own = time.perf_counter() - start
+
+        def work() -> float:
+            prepare(self.program.circuit, correlations, self._weights)
+            return time.perf_counter() - start
+
+        self._coming = _Coming(number, correlations, start, self._beside.submit(work))
+
+    def _come(self) -> None:
+        """Wait for the query that is being prepared, if there is one."""
+        if (coming := self._coming) is None:
+            return
+        own, number = coming.own.result(), coming.query
         answer = self._expect("prepared", f"the corrections of query {number}, which the server gets from the dealer")
         if answer.query != number:
             raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
-        seconds = time.perf_counter() - start
-        self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize()))
+        seconds, self._coming = time.perf_counter() - coming.start, None
+        self._ready.append(
+            _Ready(number, coming.correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize())
+        )
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         with self._in_session():
+            self._come()
             if not self._ready:
-                self._prepare()
+                self._begin()
+                self._come()
             ready = self._ready.pop(0)  # taken before the first message: a failed query never uses it again
             start = time.perf_counter()
             self._send(query=pb.Query(query=ready.query))
+            if ahead and not self._ready:
+                self._begin()
             result, timeline = self._run(ready, values)
             self._expect("finished", "the end of the query")
             online = time.perf_counter() - start
@@ -219,6 +249,8 @@ class TwoPartyLink(Link):
         self.ended = self.ended or why
         self._watch.stop()
         self._ready.clear()
+        self._coming = None
+        self._beside.shutdown(wait=False, cancel_futures=True)
         self._keys.erase()
         self._outbox.put(None)
         self._call.cancel()

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar
 
 import grpc
@@ -79,11 +80,13 @@ class InferenceService(InferenceServicer):
         except BaseException:
             dealer.close()
             raise
+        self.beside = ThreadPoolExecutor(MAXIMUM_SESSIONS, "beside")  # one a session at most
         self._renewing = Repeating(RENEWING, self.renew, log)
 
     def close(self) -> None:
         """Close the channel to the dealer."""
         self._renewing.close()
+        self.beside.shutdown(wait=False, cancel_futures=True)
         self.dealer.close()
 
     def register(self) -> None:
@@ -123,6 +126,7 @@ class _Session:
         self._id, self._proving = b"", b""
         self._doing = "the handshake"
         self._dealing: grpc.Call | None = None
+        self._coming: Future[pb.ServerMessage] | None = None  # a query that is prepared while another runs
         self._seat: Seat | None = None
         self.watch = Watchdog(service.deadline, context.cancel)
         context.add_callback(self._give_up_dealing)
@@ -175,8 +179,13 @@ class _Session:
             elif kind == "query":
                 self._doing = f"query {message.query.query}"
                 yield from self._query(message.query.query)
+                if self._coming is not None:
+                    self._doing = "preparing a query beside another"
+                    coming, self._coming = self._coming, None
+                    yield coming.result()
             else:
                 raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
+            self._doing = BETWEEN
 
     def _next(self, what: str, seconds: float | None = None) -> pb.ClientMessage | None:
         """Return the client's next message; None if it has ended the stream. Raises PeerLost."""
@@ -250,7 +259,6 @@ class _Session:
             raise DealerError(f"the dealer sent {filled} bytes of corrections, the Program prescribes {size}")
         self._prepared[query] = Correlations(SERVER, key, split_corrections(self._program.circuit, buffer))
         seconds = time.perf_counter() - start
-        self._doing = BETWEEN
         return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
 
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
@@ -273,7 +281,6 @@ class _Session:
                 yield pb.ServerMessage(frame=frame)
         recorder.stop()
         log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
-        self._doing = BETWEEN
         try:
             yield pb.ServerMessage(finished=pb.Finished(query=query))
         finally:  # after the last message, so that the client does not wait for it; also if the client leaves then
@@ -296,6 +303,9 @@ class _Session:
             message = self._next(f"its message of module '{path}'")
             if message is None:
                 raise PeerLost(f"the client ended the stream before its message of module '{path}'")
+            if message.WhichOneof("content") == "prepare" and self._coming is None:
+                self._coming = self._service.beside.submit(self._prepare, message.prepare.query)
+                continue
             if message.WhichOneof("content") != "frame":
                 raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")
             try:

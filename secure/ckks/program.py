@@ -258,6 +258,11 @@ class CkksProgram:
         """Return the slots of every ciphertext that the client sends. Raises InvalidInput outside an input's range."""
         return self.encode(self.clear_values(inputs, tables), tables)
 
+    @property
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of the model's output, by its name."""
+        return {"output": self.output_shape}
+
     def decode(self, slots: Sequence[Vector]) -> dict[str, Tensor]:
         """Read the output (float64), by name, from the decrypted slots of its ciphertexts, and round it to the grain.
 

@@ -65,6 +65,7 @@ class Ckks(Deployment):
     takes: ClassVar[frozenset[str]] = frozenset({"embedding"})
     profiled_by: ClassVar[frozenset[str]] = frozenset()
     runs_packaged: ClassVar[bool] = False
+    takes_batches: ClassVar[bool] = False
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     refresh: bool = option(False, "The client re-encrypts where the levels end.", COMPILE)
@@ -183,7 +184,7 @@ class CkksInProcess(Link):
         self._keys, self._weights = EvaluationKeys(context, keys, steps), EncodedWeights(context, model.schedule)
         self._weights.prepare()
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Vector], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Vector], Report]:
         start = time.perf_counter()
         exchange = ClientQuery(self.program, self._client)
         inputs = dict(zip(self.program.views, exchange.inputs(values), strict=True))

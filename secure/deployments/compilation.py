@@ -34,6 +34,7 @@ class Compilation:
     """A model's name or directory, and everything that the user may choose about compiling it.
 
     length: the padded length in tokens; 0 stands for the task's default. sentences: they add to the calibration.
+    batch: the inputs of one query.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Compilation:
     length: int = 0
     sentences: tuple[str, ...] = ()
     options: CompileOptions = field(default_factory=CompileOptions)
+    batch: int = 1
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -50,7 +52,7 @@ class Compilation:
     def run(self, told: Told = silent) -> Compiled:
         """Load the model, or train it, and compile it; ``told`` hears of progress."""
         loaded = self.task.load(self.model, self.length, self.sentences, told)
-        return build(loaded, self.deployment, self.options, {}, told)
+        return build(loaded, self.deployment, self.options, {}, self.batch, told)
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
@@ -70,6 +72,7 @@ class Compilation:
             "deployment": self.deployment.name,
             "compiled_as": self.deployment.compiled_as(),
             "options": asdict(self.options),
+            "batch": self.batch,
         }
 
     @property

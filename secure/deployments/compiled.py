@@ -17,7 +17,7 @@ from secure.cost.traffic import Cost
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
-from secure.lowering.client_inputs import check_inputs
+from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
@@ -109,18 +109,20 @@ def compile_text_model(
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    batch: int = 1,
 ) -> Compiled:
     """Load a sentence encoder with its tokenizer, and compile it for texts of up to ``length`` tokens.
 
     model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package.
-    calibration: sentences of your own that widen the ranges. Other arguments and exceptions are those of
-    ``secure.compile``. Raises ModelNotFound too.
+    calibration: sentences of your own that widen the ranges. batch: the texts of one query, which take the rounds of
+    one; a session fills up what a list leaves empty. Other arguments and exceptions are those of ``secure.compile``.
+    Raises ModelNotFound too.
     """
     options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
     deployment = deployment or TwoParty()
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded
-    return build(Embed().load(model, length, calibration), deployment, options, {})
+    return build(Embed().load(model, length, calibration), deployment, options, {}, batch)
 
 
 def build(
@@ -128,13 +130,21 @@ def build(
     deployment: Deployment,
     options: CompileOptions,
     labels: Mapping[str, str],
+    batch: int = 1,
     told: Told = silent,
 ) -> Compiled:
-    """Compile a model that a task has loaded; ``told`` hears of progress."""
+    """Compile a model that a task has loaded, for ``batch`` inputs a query; ``told`` hears of progress."""
     _require(deployment)
     deployment.check(options, tokens=loaded.tokenizer is not None)
+    if not 1 <= batch <= MAXIMUM_BATCH:
+        raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
+    if batch > 1 and not deployment.takes_batches:
+        raise InvalidInput(f"a query carries one input under {deployment.name}", "leave the batch out")
+    loaded = loaded.batched(batch)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"length": str(loaded.length)} if loaded.length else {}
+    named |= {"batch": str(batch)} if batch > 1 else {}
+    named |= {"normalized": "yes"} if loaded.normalized else {}
     named |= labels
     if (found := loaded.tokenizer) is not None:
         named |= {TOKENIZER: tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)}

@@ -102,7 +102,8 @@ class Deployment(ABC):
     honest. takes: the names of CompileOptions that apply here; others are refused. profiled_by: the options of a
     profile that apply here (networks, depth, polynomial for shapes, html). serves: the role that holds a whole compiled
     model; "" if the model is split into shares first, in which case how_to_serve names the commands. runs_packaged: the
-    packaged sentence encoder can be compiled as it is. default: it is the deployment if none is named.
+    packaged sentence encoder can be compiled as it is. takes_batches: one query can carry several inputs. default: it
+    is the deployment if none is named.
     """
 
     name: ClassVar[str]
@@ -114,6 +115,7 @@ class Deployment(ABC):
     how_to_serve: ClassVar[str] = ""
     default: ClassVar[bool] = False
     runs_packaged: ClassVar[bool] = True
+    takes_batches: ClassVar[bool] = True
 
     @abstractmethod
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:

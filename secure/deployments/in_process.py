@@ -61,7 +61,7 @@ class TwoPartiesInProcess(_InProcess):
         self._server = model.server_weights
         self._client = ClientWeights(dict(self._server.masked(self._dealer, model.program.weight_rings)))
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         circuit, outputs = self._running.circuit, self._running.revealed
         server_key, client_key = _key(), _key()
         start = time.perf_counter()
@@ -110,11 +110,11 @@ class ThreePartiesInProcess(_InProcess):
             Party2Weights(zero, two, shapes),
         ]
 
-    def ask(self, values: Mapping[str, Any], number: int) -> tuple[Sequence[Tensor], Report]:
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         circuit, outputs = self.translated.circuit, self.translated.outputs
         streams, split = (_key(), _key()), _key()
         start = time.perf_counter()
-        ahead = dict(deal(circuit, *streams, self._weights[PARTY_2]))
+        supplied = dict(deal(circuit, *streams, self._weights[PARTY_2]))
         dealt = time.perf_counter()
         shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, (index, protocol) in self.translated.inputs.items():
@@ -144,11 +144,11 @@ class ThreePartiesInProcess(_InProcess):
                 self._weights[party],
                 shares[party],
             )
-            for party, supply in ((0, ahead), (1, None))
+            for party, supply in ((0, supplied), (1, None))
         )
         a, b = run_pair(zero, one, traffic)
         times = (dealt - start, 0.0, time.perf_counter() - dealt)
-        report = self._report(traffic, sum(map(len, ahead.values())), times, number, rows_of_two)
+        report = self._report(traffic, sum(map(len, supplied.values())), times, number, rows_of_two)
         # (parties of a deployment add a zero share before they send these to a client)
         return [x + y for x, y in zip(a, b, strict=True)], report
 

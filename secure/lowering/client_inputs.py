@@ -21,6 +21,7 @@ from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
 MAXIMUM_LENGTH = 1 << 20  # tokens of a text
+MAXIMUM_BATCH = 1 << 10  # inputs of a query
 MAXIMUM_INPUTS = 1 << 8  # of a circuit
 TABLES = "token-tables"  # the label of a Program that holds the digest of the token tables that clients hold
 
@@ -118,8 +119,9 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
     """Check all of another's Program that a client evaluates in the clear, before any of it takes memory.
 
     Every input is made from an output of the graph in a known way, and has the shape that results. The graph's nodes
-    have MAXIMUM_WORK elements together, each input and each token table MAXIMUM_ELEMENTS at most. A label "length"
-    names at most MAXIMUM_LENGTH tokens, as many as the graph's inputs of shape (1, n). Raises InvalidProgram.
+    have MAXIMUM_WORK elements together, each input and each token table MAXIMUM_ELEMENTS at most. A label "batch" names
+    the first size of all of the graph's inputs, MAXIMUM_BATCH at most. A label "length" names at most MAXIMUM_LENGTH
+    tokens, as many as the graph's inputs of shape (batch, n) have; without a batch it is 1. Raises InvalidProgram.
     """
     total = sum(math.prod(node.shape) for node in graph.nodes)
     if total > MAXIMUM_WORK:
@@ -142,15 +144,26 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
     tables = table_shapes(inputs)
     if any(tables[c.table] != (c.size, c.shape[-1]) for c in inputs if c.encoding == "client-table"):
         raise InvalidProgram("two inputs look up one table of two sizes")
-    if (length := labels.get("length")) is None:
-        return
-    if not re.fullmatch("[1-9][0-9]{0,6}", length) or int(length) > MAXIMUM_LENGTH:
-        raise InvalidProgram(f"the label length is {length[:40]!r}, no number of tokens from 1 to {MAXIMUM_LENGTH}")
+    batch = _number(labels, "batch", "inputs", MAXIMUM_BATCH)
     for name, node in graph.inputs.items():
-        if len(node.shape) == 2 and node.shape[0] == 1 and node.shape[1] != int(length):
+        if batch is not None and (not node.shape or node.shape[0] != batch):
+            raise InvalidProgram(f"the label batch is {batch}, the client's input {name!r} has the shape {node.shape}")
+    if (length := _number(labels, "length", "tokens", MAXIMUM_LENGTH)) is None:
+        return
+    for name, node in graph.inputs.items():
+        if len(node.shape) == 2 and node.shape[0] == (batch or 1) and node.shape[1] != length:
             raise InvalidProgram(
                 f"the label length is {length}, the client's input {name!r} has {node.shape[1]} tokens"
             )
+
+
+def _number(labels: Mapping[str, str], name: str, noun: str, most: int) -> int | None:
+    """Read a label that is a number; None if there is none. Raises InvalidProgram."""
+    if (found := labels.get(name)) is None:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,6}", found) or int(found) > most:
+        raise InvalidProgram(f"the label {name} is {found[:40]!r}, no number of {noun} from 1 to {most}")
+    return int(found)
 
 
 def clear_values(graph: Graph, specs: Sequence[ClientInput], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

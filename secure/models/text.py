@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secure.errors import InvalidInput, ModelNotFound
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder
-from secure.models.tokens import TextTokenizer, load_tokenizer, tokenize
+from secure.models.tokens import REFUSE, TextTokenizer, load_tokenizer, tokenize
 
 PACKAGED = "all-MiniLM-L6-v2"
 
@@ -52,9 +52,9 @@ def model_files(model: str) -> Iterator[Path]:
         yield from (path for path in files if path.is_file())
 
 
-def text_inputs(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, Tensor]:
-    """Turn a text into the model's arguments, each of shape (1, length)."""
-    ids, mask = tokenize(tokenizer, text, length)
+def text_inputs(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUSE) -> dict[str, Tensor]:
+    """Turn a text into the model's arguments, each of shape (1, length); (pieces, length) if ``long`` is "split"."""
+    ids, mask = tokenize(tokenizer, text, length, long)
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -84,13 +84,17 @@ def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequenc
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextModel:
-    """A loaded sentence encoder. ``maximum_length``: the most tokens that it takes, special ones included."""
+    """A loaded sentence encoder.
+
+    maximum_length: the most tokens that it takes, special ones included. normalized: its embeddings have length 1.
+    """
 
     name: str
     module: nn.Module
     tokenizer: TextTokenizer
     tokenizer_json: bytes
     maximum_length: int
+    normalized: bool
 
 
 def load_text_model(model: str) -> TextModel:
@@ -98,7 +102,8 @@ def load_text_model(model: str) -> TextModel:
     directory = model_directory(model)
     encoder = load_sentence_encoder(directory)
     tokenizer_json = (directory / "tokenizer.json").read_bytes()
-    return TextModel(Path(model).name, encoder, load_tokenizer(directory), tokenizer_json, encoder.maximum_length)
+    tokenizer, name = load_tokenizer(directory), Path(model).name
+    return TextModel(name, encoder, tokenizer, tokenizer_json, encoder.maximum_length, encoder.normalize)
 
 
 def text_samples(model: TextModel, length: int, sentences: Sequence[str] = ()) -> list[dict[str, Tensor]]:

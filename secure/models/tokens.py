@@ -15,9 +15,14 @@ from secure.errors import EmptyInput, InputTooLong, InvalidInput, ModelNotFound
 from secure.models.tokenizer_document import read_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
+
+REFUSE, TRUNCATE, SPLIT = LONG = ("refuse", "truncate", "split")
+"""The ways to take a text of more tokens than the padded length; see ``tokenize``."""
 
 CHARACTERS = 256  # of a text for each token of the padded length, at most
+LONGEST = 1 << 18  # characters of a text that is truncated or split, or as many as of one that is refused, if more
+PIECES = 64  # of a text that is split, at most
 GROWTH, GROWN = 8, 64  # times and characters by which a normalizer may make a text longer
 
 
@@ -75,16 +80,26 @@ def _pad_id(tokenizer: Tokenizer, document: Mapping[str, Any], directory: Path) 
     return configured if isinstance(configured, int) and configured >= 0 else 0
 
 
-def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask of a text, int64 of shape (1, length) each, padded on the right.
+def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUSE) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask of a text, int64 of shape (pieces, length) each, padded on the right.
+
+    long: what becomes of a text that has more than ``length`` tokens together with the special ones around it. "refuse"
+    raises InputTooLong. "truncate" takes as many of its first tokens as fit, with special tokens around them, as
+    sentence-transformers does; of a text of more than LONGEST characters it takes these first. "split" divides its
+    tokens into as few pieces as possible, all but the last full, each with special tokens around it. All other texts,
+    and these but for "split", are one piece.
 
     Raises EmptyInput (no tokens of its own), InputTooLong (more than ``length`` tokens, or more than CHARACTERS times
-    ``length`` characters), and InvalidInput (not Unicode text, or one on which the tokenizer fails, or which it makes
-    GROWTH times longer: the time that this takes would tell the tokenizer's maker which words are in it).
+    ``length`` characters; if it is split, more than PIECES pieces, or than LONGEST characters), and InvalidInput (not
+    Unicode text, or one on which the tokenizer fails, or which it makes GROWTH times longer: the time that this takes
+    would tell the tokenizer's maker which words are in it).
     """
-    if len(text) > CHARACTERS * length:
+    most = CHARACTERS * length if long == REFUSE else max(CHARACTERS * length, LONGEST)
+    if long == TRUNCATE:
+        text = text[:most]
+    if len(text) > most:
         raise InputTooLong(
-            f"the text has {len(text)} characters, the limit is {CHARACTERS * length}\n"
+            f"the text has {len(text)} characters, the limit is {most}\n"
             "hint: shorten or split the text, or use a longer input length"
         )
     try:
@@ -97,25 +112,42 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int) -> tuple[Tensor, 
     try:
         normalizer = tokenizer.tokenizer.normalizer
         grown = len(normalizer.normalize_str(text)) if normalizer is not None else 0
-        encoding = tokenizer.tokenizer.encode(text) if grown <= GROWTH * len(text) + GROWN else None
+        pieces = _pieces(tokenizer.tokenizer, text, length, long) if grown <= GROWTH * len(text) + GROWN else []
     except BaseException as error:  # a library in Rust, which raises a BaseException where it panics
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise InvalidInput("the tokenizer fails on this text", "ask the server's owner") from None
-    if encoding is None:
+    if not pieces:
         raise InvalidInput(
             f"the tokenizer makes {grown} characters of the text's {len(text)}", "write it without ligatures"
         )
-    count = len(encoding.ids)
-    if count == sum(encoding.special_tokens_mask):
+    count = max(len(piece.ids) for piece in pieces)
+    if count == sum(pieces[0].special_tokens_mask):
         raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
+    if len(pieces) > PIECES:
+        raise InputTooLong(
+            f"the text has {len(pieces)} pieces of {length} tokens, the limit is {PIECES}",
+            "divide it into several texts, or use a longer input length",
+        )
     if count > length:
         raise InputTooLong(
             f"the text has {count} tokens (special tokens included), the limit is {length}\n"
             "hint: shorten or split the text, or use a longer input length"
         )
-    ids = torch.full((1, length), tokenizer.pad_id, dtype=torch.int64)
-    mask = torch.zeros((1, length), dtype=torch.int64)
-    ids[0, :count] = torch.tensor(encoding.ids, dtype=torch.int64)
-    mask[0, :count] = 1
+    ids = torch.full((len(pieces), length), tokenizer.pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(pieces), length), dtype=torch.int64)
+    for row, piece in enumerate(pieces):
+        ids[row, : len(piece.ids)] = torch.tensor(piece.ids, dtype=torch.int64)
+        mask[row, : len(piece.ids)] = 1
     return ids, mask
+
+
+def _pieces(tokenizer: Tokenizer, text: str, length: int, long: str) -> list[Encoding]:
+    """Return the encodings of a text's pieces, special tokens included; one of all tokens where these leave no room."""
+    if long == REFUSE:
+        return [tokenizer.encode(text)]
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if (room := length - tokenizer.num_special_tokens_to_add(is_pair=False)) > 0:
+        encoding.truncate(room)
+    encoding = tokenizer.post_process(encoding)
+    return [encoding, *encoding.overflowing] if long == SPLIT else [encoding]

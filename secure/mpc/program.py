@@ -77,6 +77,11 @@ class Program:
         """The Reveal instruction of each output."""
         return tuple(output.instruction for output in self.outputs)
 
+    @property
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of the model's outputs, by name."""
+        return {output.name: tuple(self.circuit[output.instruction].protocol.out.shape) for output in self.outputs}
+
     @cached_property
     def weight_rings(self) -> dict[str, int]:
         """The widest ring in which each weight is multiplied; the client's masked weights D must have it."""

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 
 Given = TypeVar("Given")
-Answer = TypeVar("Answer")
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 
 @dataclass(frozen=True)
 class Served:
-    """The parts of a served model that a task may use: its tokenizer, if it takes text, and its padded length."""
+    """The parts of a served model that a task may use: its tokenizer, if it takes text, and its padded length.
+
+    normalized: the model's answers are vectors of length 1.
+    """
 
     tokenizer: TextTokenizer | None
     length: int
+    normalized: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
     """A model ready to be compiled: the module, its calibration inputs, and the tokenizer that clients will need.
 
-    about: a line for the model's owner, or "".
+    about: a line for the model's owner, or "". normalized: the model's answers are vectors of length 1.
     """
 
     name: str
@@ -43,10 +48,23 @@ class Loaded:
     tokenizer_json: bytes = b""
     length: int = 0
     about: str = ""
+    normalized: bool = False
+
+    def batched(self, batch: int) -> Self:
+        """Return the same model for ``batch`` inputs at once; its last calibration input is filled up with others."""
+        if batch == 1:
+            return self
+        taken = [self.samples[i % len(self.samples)] for i in range(-(-len(self.samples) // batch) * batch)]
+        return replace(self, samples=[stacked(taken[i : i + batch]) for i in range(0, len(taken), batch)])
 
 
-class Task(ABC, Generic[Given, Answer]):
-    """A task that a session can run. Subclasses have no state. ``name`` is its name in commands and messages."""
+def stacked(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put inputs of a model, of one row each or more, together along their first dimension."""
+    return {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+
+
+class Task(ABC, Generic[Given, Answer_co]):
+    """A task that a session can run. Its options are all its state. ``name`` is its name in commands and messages."""
 
     name: ClassVar[str]
     noun: ClassVar[str] = "input"  # for one of several inputs, in messages
@@ -73,6 +91,19 @@ class Task(ABC, Generic[Given, Answer]):
     def inputs(self, given: Given, served: Served) -> Mapping[str, Tensor]:
         """Turn one input into the model's own arguments. Raises InvalidInput, InputTooLong and EmptyInput."""
 
+    def pieces(self, given: Given, served: Served) -> Sequence[Mapping[str, Tensor]]:
+        """Turn one input into the arguments of each query place that it takes: one, for most tasks. Raises alike.
+
+        A server sees how many queries run, so how many places all inputs take together.
+        """
+        return [self.inputs(given, served)]
+
+    def joined(self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], served: Served) -> Answer_co:
+        """Make one answer of those of an input's pieces, which are as many and in the same order."""
+        found: Answer_co
+        (found,) = answers
+        return found
+
     @abstractmethod
-    def answer(self, result: Any) -> Answer:
+    def answer(self, result: Any) -> Answer_co:
         """Turn the model's result (a float64 tensor, or a dict of them by name) into the caller's answer."""
