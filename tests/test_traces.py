@@ -544,7 +544,7 @@ def test_a_directory_that_cannot_be_written(
         "demo": ["--model", str(directory)],
     }[verb]
     monkeypatch.setattr(deployments, "connect", None)
-    monkeypatch.setattr("parties.cli.serve.build", None)
+    monkeypatch.setattr("parties.cli.serve.made", None)
     monkeypatch.setattr(subprocess, "Popen", None)
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         ended = run(verb, *arguments, "--trace", str(bad))
