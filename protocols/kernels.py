@@ -1,8 +1,8 @@
 """The hot loops over elements and their packed bits, compiled by numba for CPU tensors.
 
 Each function has two forms: one pass over memory in compiled code, and whole-tensor torch operations for other devices,
-with which tests compare the first. Both give the same integers, so two parties may use different forms. Only ``stored``
-and ``loaded`` have one form: bytes on the wire lie in the CPU's memory.
+with which tests compare the first. Both give the same integers, so two parties may use different forms. Only
+``stored``, ``loaded`` and ``store_difference`` have one form: bytes on the wire lie in the CPU's memory.
 """
 
 from __future__ import annotations
@@ -344,8 +344,8 @@ def select(
     """Return this party's share of sum_s b_s (slopes[s] x + offsets[s]) for the bits b_s = planes[s] XOR beta_s.
 
     planes: the opened bits, known to both parties. beta: (S, *shape), shares of the mask bits. opened: (z, this party's
-    share of x, (T, *shape) shares of beta_s r for the T nonzero slopes); None if there are none. Only the server adds
-    the public constants. Arithmetic modulo 2^64.
+    share of its mask r, (T, *shape) shares of beta_s r for the T nonzero slopes); None if there are none. Only the
+    server adds the public constants. Arithmetic modulo 2^64.
     """
     m, q = (torch.tensor([ring.wrap(v) for v in values], device=beta.device) for values in (slopes, offsets))
     one = 1 if server else 0

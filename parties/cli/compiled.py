@@ -32,9 +32,12 @@ def made(verb: str, compilation: Compilation, *, keep: bool) -> Compiled:
         say(f"unseen {verb}: compiling {model} for {compilation.deployment.name} ...")
         with stages(verb) as told:
             compiled = compilation.run(told)
-            if keep:
+            changed = keep and compilation.key() != key
+            if keep and not changed:
                 told(0, 0, "keeping the compiled model")
                 _keep(verb, cache, key, compiled)
+        if changed:
+            say(f"unseen {verb}: not kept: files of {model} changed while it was compiled")
     tell(verb, model, compiled)
     return compiled
 

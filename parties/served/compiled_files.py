@@ -120,7 +120,10 @@ class CompiledCache:
         if not self.place(key).exists():
             return None
         check_private(self.directory)
-        compiled = load_compiled(self.place(key))
+        try:
+            compiled = load_compiled(self.place(key))
+        except InvalidInput as error:  # of this entry alone, so that it makes room for another
+            raise CompiledError(str(error)) from None
         with suppress(OSError):  # a cache that cannot be written is still good to read
             os.utime(self.place(key))
         return compiled

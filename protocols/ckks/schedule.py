@@ -78,7 +78,10 @@ def taken_apart(schedule: Schedule) -> tuple[dict[str, Any], list[Vector]]:
 
 
 def put_together(header: Mapping[str, Any], vectors: Sequence[Vector]) -> Schedule:
-    """Return the schedule of ``taken_apart``; raises LookupError, TypeError or ValueError if it is none."""
+    """Return the schedule of ``taken_apart``.
+
+    Raises LookupError, TypeError, ValueError or StopIteration if it is none.
+    """
     rest = iter(vectors)
     plains: list[Plain] = [next(rest) if p is None else float(p) for p in header["plains"]]
     nodes = [CkksNode(op, tuple(inputs), tuple(numbers), name) for op, inputs, numbers, name in header["nodes"]]

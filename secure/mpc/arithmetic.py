@@ -8,6 +8,7 @@ from protocols import local
 from protocols import two_party as tp
 from protocols.protocol import Protocol, count
 from protocols.ring import WORD
+from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
 from secure.mpc.emitter import Emitter
@@ -80,10 +81,18 @@ def _matrix_scale(plan: Plan, p: Primitive) -> int:
 
 
 def _matrix_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """Return the ring of the product before truncation. A wider one costs bytes of both openings, both ways."""
-    scale = _matrix_scale(plan, p)
+    """Return the ring of the product before truncation. A wider one costs bytes of both openings, both ways.
+
+    Raises DoesNotFit if an operand has more bits before it is rounded than a word.
+    """
+    scale, most = _matrix_scale(plan, p), WORD - max(_dropped(plan, p))
     elements = sum(count(plan.trace.primitives[x].shape) for x in p.inputs)
-    return plan.widened(i, p.inputs, scale - plan.fraction[i], plan.fitting(i, scale), 2 * elements / 8)
+    if (least := plan.fitting(i, scale)) > most:
+        raise DoesNotFit(
+            f"{p.where}: a product of {least} bits, and {WORD - most} of which an operand is rounded before; a word "
+            f"has {WORD}\nhint: fewer fraction bits"
+        )
+    return plan.widened(i, p.inputs, scale - plan.fraction[i], least, 2 * elements / 8, most)
 
 
 def matrix_reach(plan: Plan, i: int, p: Primitive) -> int:

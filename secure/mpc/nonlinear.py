@@ -15,7 +15,7 @@ from protocols.bits import plane_bytes
 from protocols.protocol import Shape, count
 from protocols.two_party.comparison import DIGITS
 from secure.lowering.primitives import Primitive
-from secure.lowering.ranges import ROOM, dyadic
+from secure.lowering.ranges import dyadic
 from secure.mpc.emitter import Emitter
 from secure.mpc.pieces import NOTHING, Curve, Precision, Straight, choose, holding, is_linear
 from secure.mpc.plan import Need, Plan, opened
@@ -96,8 +96,12 @@ def _nearest_lines(plan: Plan, x: int, p: Primitive) -> list[Straight | None]:
 
 
 def _segment(plan: Plan, x: int, p: Primitive, first: int, last: int) -> tuple[float, float]:
-    """Return what may count as the segments ``first`` to ``last`` within x's range; one of its ends if nothing does."""
-    knots, reach = p.attrs["knots"], plan.ranges.magnitude(x) * ROOM
+    """Return what may count as the segments ``first`` to ``last`` within x's range; one of its ends if nothing does.
+
+    The range ends at the power of two that x's ring shows anyway: what follows from its segments is in the Program, and
+    an exact end would reveal a value of a single calibration input.
+    """
+    knots, reach = p.attrs["knots"], 2.0 ** plan.ranges.bits(x)
     low = knots[first - 1] - p.attrs["tolerance"] if first else -reach
     high = knots[last] if last < len(knots) else reach
     return min(max(low, -reach), reach), min(max(high, -reach), reach)
@@ -116,7 +120,7 @@ def _arranged(plan: Plan, i: int, p: Primitive, lines: Sequence[Straight | None]
     selected, result = own, 0
     if split:
         largest = max([0.0, *(line.largest(*_segment(plan, x, p, first, last)) for first, last, line in runs)])
-        selected = holding(largest + 2.0**-settled, settled)
+        selected = holding(largest + 1.5 * 2.0**-settled, settled)
         result = plan.extended(i) if plan.base[i] > own else own
     layout = _Layout(curves, None, runs, selected + slope_bits, slope_bits, result)
     if not curves:

@@ -138,18 +138,20 @@ class Plan:
         """Return the ring that spares the readers of value i extensions of their own, at most 64 bits."""
         return min(WORD, max(self.own(i), self.wish[i]))
 
-    def widened(self, i: int, operands: Sequence[int], excess: int, narrowest: int, bytes_a_bit: float) -> int:
+    def widened(
+        self, i: int, operands: Sequence[int], excess: int, narrowest: int, bytes_a_bit: float, most: int = WORD
+    ) -> int:
         """Return the ring in which value i is computed from ``operands``, before it is truncated by ``excess`` bits.
 
         It is ``narrowest`` bits, or more if that spares the readers of value i an extension: if each operand reaches
         that ring, or must be extended anyway, and if the wider messages cost less than the round. bytes_a_bit: what
-        they take for one more bit.
+        they take for one more bit. most: the widest ring that there may be.
         """
         for result in (self.want(i), self.base[i]):
             ring = result + excess
             reached = all(ring <= self.reach[x] or narrowest > self.reach[x] for x in operands)
             cheaper = (ring - narrowest) * bytes_a_bit <= self.prices.round_bytes
-            if narrowest <= ring <= WORD and reached and cheaper:
+            if narrowest <= ring <= most and reached and cheaper:
                 return ring
         return narrowest
 

@@ -253,14 +253,14 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
     at = e.emit(tp.Open(p.shape, bands.opened), value.index)
     total, *finer = (_look_up(e, i, p, band, bands, at) for band in bands.bands)
     before, width = total, plane_bytes(elements_of(p.shape))
+    form = (p.shape, min(band.ring for band in (total, *finer)))  # a word may end some of them, and not all alike
     taken = [e.emit(protocol, at) for protocol in bands.choosing(p.shape, plan.prices.dealt_for_online)]
     if bands.compared:
         taken = [e.emit(local.Indicators(width, ((k,),), (False,)), taken[0]) for k in range(len(finer))]
     for value, bit in zip(finer, taken, strict=True):
-        form = (p.shape, value.ring)
         gain = e.emit(tp.Open(*form), e.emit(local.Sub(*form), value.index, before.index))
         chosen = e.emit(tp.Select(*form, (1,), (0,)), e.emit(tp.OpenBits(p.shape, 1), bit), gain)
-        total = Share(e.emit(local.Add(*form), total.index, chosen), value.ring, value.fraction)
+        total = Share(e.emit(local.Add(*form), total.index, chosen), form[1], value.fraction)
         before = value
     return total
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,9 @@ class Digits(Task[Tensor, int]):
             layers_of(model), epochs=EPOCHS, told=lambda epoch, _: told(epoch, EPOCHS, "training the model")
         )
         return replace(prepared(trained), about=f"accuracy on the test images {reached:.4f}")
+
+    def files(self, model: str) -> Iterable[Path]:
+        return ()
 
     def knows(self, model: str) -> bool:
         return is_digits(model)

@@ -80,9 +80,9 @@ class Task(ABC, Generic[Given, Answer_co]):
         ``sentences`` add to the calibration. ``told`` hears of progress.
         """
 
+    @abstractmethod
     def files(self, model: str) -> Iterable[Path]:
         """Return all files that ``load`` may read for a model; none if it follows from the name alone."""
-        return ()
 
     def check(self, given: Sequence[Given], served: Served) -> None:
         """Raise InvalidInput if the served model does not fit the task, or ``given`` as a whole is no input."""
