@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import secure
 from approximations import Piece, gelu, piecewise, puma, silu, tanh
 from approximations.primitives import IDENTITY, ZERO
 from protocols import two_party as tp
@@ -265,3 +266,29 @@ def test_faults_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(Curve, "steepest", property(lambda c: 0.0))
         patched.setattr(Curve, "coarseness", lambda c, reads: 2.0**-20)
         assert error() > bound(5.6e-4, 16)
+
+
+class _Scaled(nn.Module):
+    """A function of weights times the input; the weights are the server's."""
+
+    def __init__(self, function: Function, weight: float) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4, bias=False), function
+        with torch.no_grad():
+            self.layer.weight.copy_(weight * torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.function(self.layer(x))
+        return out
+
+
+@pytest.mark.parametrize("name", ["gelu", "tanh", "silu"])
+def test_programs_tell_a_hidden_range_to_its_power_of_two_alone(name: str) -> None:
+    """The largest argument of calibration ends a curved segment here, and coefficients follow from the segment."""
+    function = FUNCTIONS[name][1]
+    samples = [{"x": x[None]} for x in torch.tensor([[-1.0, -0.5, 0.25, 1.0], [1.0, 0.75, -0.3, -1.0]])]
+    digests = {
+        secure.compile(_Scaled(function, weight), samples[0], calibration=samples[1:]).program.digest
+        for weight in (1.3, 1.35, 1.425, 1.6)
+    }
+    assert len(digests) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import secure
 from protocols.circuit import total_cost
@@ -19,7 +19,7 @@ from secure.cost.outline import outline
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.compare import Variant, compare
-from secure.deployments.deployment import CompileOptions
+from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import InvalidInput
 from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
 from secure.mpc.prices import DEALT_FOR_ONLINE, DEFAULT, TRIED, Choice, Prices, choose, projected
@@ -281,3 +281,30 @@ def test_a_comparison_spares_tables_of_bits_where_dealt_bytes_are_dear(root: int
 def test_names_of_networks() -> None:
     assert [n.key for n in NETWORKS] == ["lan", "wan", "slow-wan"]
     assert find_network("0.5,0") == NetworkSpeed("0.5,0", "0.5 Mbps, 0 ms", 0.0, 62500.0)
+
+
+class _Inverse(nn.Module):
+    """A layer of an inverse root over a wide range, so that its table has bands."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer, self.scale = nn.Linear(8, 8), nn.Linear(1, 8), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        out: Tensor = self.outer(torch.rsqrt((h * h).sum(-1, keepdim=True) * self.scale + 1e-6))
+        return out
+
+
+@pytest.mark.parametrize(("weight_bits", "scale"), [(14, 1e4), (20, 1.0), (20, 100.0), (20, 1e4)])
+@pytest.mark.parametrize("deployment", [secure.TwoParty(), secure.ThreeParty()], ids=lambda d: d.name)
+def test_bands_that_a_word_ends_have_one_ring(weight_bits: int, scale: float, deployment: Deployment) -> None:
+    """With 20 fraction bits the coarse band would be wider than a word, and the finer ones, which have fewer, not."""
+    samples = [{"x": torch.ones(1, 8) * size} for size in (0.5, 8.0)]
+    fixed = secure.FixedPoint(fraction_bits=20, weight_fraction_bits=weight_bits)
+    model = _Inverse(scale).eval()
+    compiled = secure.compile(model, samples[0], calibration=samples[1:], fixed_point=fixed, deployment=deployment)
+    for sample in samples:
+        found = secure.plain_reference(compiled, sample)
+        torch.testing.assert_close(found, model(**sample).double().detach(), atol=5e-3, rtol=0)

@@ -98,10 +98,10 @@ def _nearest_lines(plan: Plan, x: int, p: Primitive) -> list[Straight | None]:
 def _segment(plan: Plan, x: int, p: Primitive, first: int, last: int) -> tuple[float, float]:
     """Return what may count as the segments ``first`` to ``last`` within x's range; one of its ends if nothing does.
 
-    The range ends at the power of two that x's ring shows anyway: what follows from its segments is in the Program, and
-    an exact end would reveal a value of a single calibration input.
+    The range ends two units below the power of two that x's ring shows anyway, so that its lines fit that ring. What
+    follows from segments is in the Program, where an exact end would reveal a value of a single calibration input.
     """
-    knots, reach = p.attrs["knots"], 2.0 ** plan.ranges.bits(x)
+    knots, reach = p.attrs["knots"], 2.0 ** plan.ranges.bits(x) - 2.0 ** (1 - plan.fraction[x])
     low = knots[first - 1] - p.attrs["tolerance"] if first else -reach
     high = knots[last] if last < len(knots) else reach
     return min(max(low, -reach), reach), min(max(high, -reach), reach)
