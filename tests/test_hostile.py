@@ -48,9 +48,7 @@ def test_a_message_beyond_the_limit_of_the_channel(server: Served, dealer: Serve
     works(server, dealer)
 
 
-@pytest.mark.parametrize(
-    "content", [{"query": pb.Query(query=1)}, {"prepare": pb.Prepare(query=1)}, {"hello": pb.Hello()}, {}]
-)
+@pytest.mark.parametrize("content", [{"query": pb.Query(query=1)}, {"hello": pb.Hello()}, {}])
 def test_the_server_refuses_other_messages_in_a_query(
     content: dict[str, Any], server: Served, dealer: Served, model: Ready
 ) -> None:
@@ -58,6 +56,15 @@ def test_the_server_refuses_other_messages_in_a_query(
         raw.start()
         raw.say(**content)
         refused(raw, "protocol", "in the middle of a query")
+
+
+def test_one_query_at_most_is_prepared_beside_another(server: Served, dealer: Served, model: Ready) -> None:
+    with Raw(server, dealer, model) as raw:
+        raw.start()
+        raw.say(prepare=pb.Prepare(query=1))
+        raw.say(prepare=pb.Prepare(query=2))
+        refused(raw, "protocol", "'prepare' in the middle of a query")
+    works(server, dealer)
 
 
 @pytest.mark.parametrize("content", [{"frame": pb.Frame()}, {"hello": pb.Hello()}, {}])
