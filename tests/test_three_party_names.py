@@ -47,7 +47,7 @@ def test_a_name_confirms_no_guess_of_public_weights(directory: Path, public: Pat
     deployment = ThreeParty(public_weights=True)
     with running(public) as three, three.dial() as connection:
         link: Any = connection.link
-        name, program = link._model, link.program
+        name, program = link.model, link.program
     guess = secure.compile_text_model(
         str(directory), LENGTH, deployment=deployment, embedding="one-hot", calibration=sentences()
     )
