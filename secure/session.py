@@ -331,7 +331,11 @@ class Session:
         first: int = 1,
         of: int | None = None,
     ) -> Iterator[Any]:
-        """Yield the answer or the error of each input. of: how many there are, if that is known."""
+        """Yield the answer or the error of each input.
+
+        of: how many there are, if that is known. Then no query is prepared while another runs: few queries are asked
+        for their answers' sake, each as soon as can be, and two phases at once take longer on one machine.
+        """
         for window, more in _with_more(filter(None, windows)):
             began = time.monotonic()
             with self._open():
@@ -343,7 +347,7 @@ class Session:
             coming, answers = iter(made), list[Any]()
             pieces = next(coming)
             for part, clear in zip(parts, computed, strict=True):
-                ask = partial(self._answers, clear, task.answer, ahead=more or part is not parts[-1])
+                ask = partial(self._answers, clear, task.answer, ahead=of is None and (more or part is not parts[-1]))
                 with _naming(part[0][0], part[-1][0], of, task.noun):
                     answers += self._retried(ask, retries)
                 while pieces and len(answers) >= len(pieces):
