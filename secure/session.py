@@ -402,10 +402,14 @@ class Session:
             except LOST:
                 if attempt == retries or self._renew is None or self._closed:
                     raise
-                self._link.close()
             time.sleep(PAUSE * 2**attempt)
             with contextlib.suppress(*LOST), self._lock:
-                self._link = self._renew()
+                link = self._renew()
+                if self._closed:  # meanwhile, and the old link with it
+                    link.close()
+                else:
+                    lost, self._link = self._link, link
+                    lost.close()
         raise AssertionError("the last attempt returns or raises")
 
     def _answers(

@@ -142,18 +142,21 @@ def test_empty_texts_and_wrong_windows_are_said(running: Running) -> None:
 # a party that is lost
 
 
-def test_a_lost_party_is_asked_again_under_fresh_correlations(directory: Path, tmp_path: Path) -> None:
-    compiled = compiled_for(secure.TwoParty, directory)
+@pytest.mark.parametrize(("kind", "party"), [(secure.TwoParty, "server"), (secure.ThreeParty, "party 0")])
+def test_a_lost_party_is_asked_again_under_fresh_correlations(
+    kind: Any, party: str, directory: Path, tmp_path: Path
+) -> None:
+    compiled = compiled_for(kind, directory)
     texts = sentences(8) * 3
     with ExitStack() as stack:
-        deployment, relays = HOSTS[secure.TwoParty](stack, compiled, tmp_path)
+        deployment, relays = HOSTS[kind](stack, compiled, tmp_path)
         running = Running(compiled, deployment, relays)
         with running.session() as session:
             answers = session.stream(Embed(), texts)
             for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
                 close(running, text, answer)
                 if number in (4, 10):
-                    relays["server"].cut()
+                    relays[party].cut()
             assert len(session.reports) == len(texts) // BATCH
 
 
