@@ -33,7 +33,7 @@ from secure.capture.documents import HEADER
 from secure.errors import DownloadError, Error
 from secure.lowering.client_inputs import tables_label
 from secure.models.tokens import load_tokenizer
-from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, works
+from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, wait_until, works
 
 # files
 
@@ -352,4 +352,4 @@ def test_nothing_secret_is_logged_or_shown(
     ids = [load_tokenizer(directory).tokenizer.token_to_id(word) for word in WORDS[:4]]
     assert str(ids)[1:-1] not in everything
     assert "dealt query 0" in caplog.text
-    assert "query 0 answered" in caplog.text
+    wait_until(lambda: "query 0 answered" in caplog.text, "the log says so")
