@@ -7,6 +7,7 @@ lowering replaces every operation by its approximation. The second half depends 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from secure.capture.capture import capture
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput
 from secure.lowering.lower import Lowered, Sample, lower
-from secure.lowering.observe import assume, observe
+from secure.lowering.observe import Observed, assume, observe
 from secure.lowering.ranges import Ranges
 from secure.progress import Told, counted, silent
 
@@ -47,12 +48,61 @@ def lower_model(
     """
     if not samples:
         raise InvalidInput("a model is compiled for an example input", "give at least one")
+    (lowered,) = lower_sizes(
+        model,
+        [Size(samples[0], samples)],
+        margin_bits=margin_bits,
+        embedding=embedding,
+        functions=functions,
+        weight=weight,
+        told=told,
+    )
+    return lowered
+
+
+@dataclass(frozen=True, repr=False)
+class Size:
+    """A size at which a model is compiled.
+
+    example: fixes all shapes. samples: inputs of these shapes that set ranges; none if those of other sizes do.
+    """
+
+    example: Sample
+    samples: Sequence[Sample]
+
+
+def lower_sizes(
+    model: nn.Module,
+    sizes: Sequence[Size],
+    *,
+    margin_bits: int,
+    embedding: str,
+    functions: Functions,
+    weight: Callable[[str, Tensor], Tensor] = exact,
+    told: Told = silent,
+) -> list[Lowered]:
+    """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of all of them.
+
+    So the traces have the same primitives, and read the same weights. Arguments and exceptions are those of
+    ``lower_model``. Raises InvalidInput too if the module's graph depends on the size.
+    """
     told(0, 0, "capturing the model")
-    graph, parameters = capture(model, samples[0])
-    parameters = {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()}
-    seen = observe(graph, counted(samples, told, "observing ranges"), parameters)
+    captured = [capture(model, size.example) for size in sizes]
+    if any([n.op for n in graph.nodes] != [n.op for n in captured[0][0].nodes] for graph, _ in captured):
+        raise InvalidInput("the model computes in another way at another size", "compile it for each size on its own")
+    made = [
+        (graph, {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()})
+        for graph, parameters in captured
+    ]
+    samples = [(*each, sample) for each, size in zip(made, sizes, strict=True) for sample in size.samples]
+    seen = Observed.united(
+        [
+            observe(graph, [sample], parameters)
+            for graph, parameters, sample in counted(samples, told, "observing ranges")
+        ]
+    )
     told(0, 0, "lowering")
-    return lower(graph, parameters, seen, margin_bits, embedding, functions)
+    return [lower(graph, parameters, seen, margin_bits, embedding, functions) for graph, parameters in made]
 
 
 def lower_outline(

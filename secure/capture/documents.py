@@ -65,13 +65,15 @@ def header_size(names: Iterable[str]) -> int:
     return HEADER + sum(HEADER + len(json.dumps(name)) for name in names)
 
 
-def read_tensors(payload: bytes, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read a safetensors file whose header is no larger than one of tensors of these names; raises InvalidInput.
+def read_tensors(payload: bytes, names: Iterable[str] = (), *, most: int = 0) -> dict[str, Tensor]:
+    """Read a safetensors file whose header is no larger than one of tensors of these names, or has ``most`` bytes.
+
+    Raises InvalidInput for any other.
 
     Its first eight bytes say how long the header is. A header may list a tensor in some 60 bytes, and each takes a
     kilobyte when it is read, whatever its size.
     """
-    header, most = int.from_bytes(payload[:8], "little"), header_size(names)
+    header, most = int.from_bytes(payload[:8], "little"), most or header_size(names)
     if header > min(len(payload) - 8, most):
         raise InvalidInput(f"a header of {header} bytes, the Program needs {most} at most")
     try:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from protocols.ckks.circuit import Circuit
 from protocols.ckks.schedule import Schedule, put_together, taken_apart
-from secure.capture.documents import read_tensors
 from secure.ckks.compile import CkksModel
 from secure.ckks.program import CkksProgram
 from secure.errors import InvalidInput
@@ -37,12 +36,14 @@ def keep(model: CkksModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, {VECTORS: torch.from_numpy(np.ascontiguousarray(stacked, np.float64))}
 
 
-def restore(program: CkksProgram, tables: Mapping[str, Tensor], facts: Mapping[str, Any], payload: bytes) -> CkksModel:
-    """Return the model that ``keep`` was given; payload: the tensors, as a safetensors file.
+def restore(
+    program: CkksProgram, tables: Mapping[str, Tensor], facts: Mapping[str, Any], held: Mapping[str, Tensor]
+) -> CkksModel:
+    """Return the model that ``keep`` was given; held: its tensors.
 
     Raises InvalidInput unless the schedule is one and fits the Program: slots, levels, inputs, rotations and results.
     """
-    header, vectors = _FORM.validate_python(facts.get("schedule")), read_tensors(payload, [VECTORS]).get(VECTORS)
+    header, vectors = _FORM.validate_python(facts.get("schedule")), held.get(VECTORS)
     slots = program.parameters.slots
     if vectors is None or vectors.dtype != torch.float64 or vectors.dim() != 2 or vectors.shape[1] != slots:
         raise InvalidInput("the weights are not those of the Program")

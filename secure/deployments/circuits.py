@@ -17,7 +17,8 @@ from secure.cost.traffic import Cost, links
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
-from secure.lowering.client_inputs import find_tables, table_shapes
+from secure.frontend import Size
+from secure.lowering.client_inputs import check_tables, table_shapes
 from secure.mpc import compile as mpc
 from secure.mpc import kept
 from secure.mpc.network import LOOPBACK, NETWORKS
@@ -61,12 +62,23 @@ class CircuitDeployment(Deployment):
             **options.given,
         )
 
+    def build_sizes(
+        self,
+        model: nn.Module,
+        sizes: Sequence[tuple[Size, Mapping[str, str]]],
+        options: CompileOptions,
+        told: Told = silent,
+    ) -> Sequence[mpc.MpcModel]:
+        return mpc.compile_sizes(model, sizes, prices=self.prices, told=told, **options.given)
+
     def keep(self, model: mpc.MpcModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return kept.keep(model)
 
-    def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> mpc.MpcModel:
+    def restore(
+        self, program: bytes, tables: Mapping[str, Tensor], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> mpc.MpcModel:
         public = Program.from_bytes(program)
-        held = find_tables(tables, table_shapes(public.client_inputs), public.labels)
+        held = check_tables(tables, table_shapes(public.client_inputs), public.labels)
         return kept.restore(public, held, facts, tensors)
 
     def cost(self, model: mpc.MpcModel | Weightless) -> Cost:

@@ -43,7 +43,7 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.errors import InvalidInput
-from secure.lowering.client_inputs import find_tables, table_shapes
+from secure.lowering.client_inputs import check_tables, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 from secure.session import Link, Report, only
@@ -118,9 +118,11 @@ class Ckks(Deployment):
     def keep(self, model: ckks.CkksModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return kept.keep(model)
 
-    def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> ckks.CkksModel:
+    def restore(
+        self, program: bytes, tables: Mapping[str, Tensor], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> ckks.CkksModel:
         public = CkksProgram.from_bytes(program)
-        held = find_tables(tables, table_shapes(public.client_inputs), public.labels)
+        held = check_tables(tables, table_shapes(public.client_inputs), public.labels)
         return kept.restore(public, held, facts, tensors)
 
     def cost(self, model: ckks.CkksModel) -> Cost:

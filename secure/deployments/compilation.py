@@ -33,16 +33,16 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scip
 class Compilation:
     """A model's name or directory, and everything that the user may choose about compiling it.
 
-    length: the padded length in tokens; 0 stands for the task's default. sentences: they add to the calibration.
-    batch: the inputs of one query.
+    lengths: the padded lengths in tokens; none stands for the task's default. sentences: they add to the calibration.
+    batches: the inputs of one query; every pair of a length and a batch is compiled.
     """
 
     model: str
     deployment: Deployment
-    length: int = 0
+    lengths: tuple[int, ...] = ()
     sentences: tuple[str, ...] = ()
     options: CompileOptions = field(default_factory=CompileOptions)
-    batch: int = 1
+    batches: tuple[int, ...] = (1,)
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -51,8 +51,8 @@ class Compilation:
 
     def run(self, told: Told = silent) -> Compiled:
         """Load the model, or train it, and compile it; ``told`` hears of progress."""
-        loaded = self.task.load(self.model, self.length, self.sentences, told)
-        return build(loaded, self.deployment, self.options, {}, self.batch, told)
+        loaded = self.task.load(self.model, max(self.lengths, default=0), self.sentences, told)
+        return build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
@@ -67,12 +67,12 @@ class Compilation:
             "task": self.task.name,
             "model": Path(self.model).name if self._directory else self.model,
             "files": _digests(self.task.files(self.model), self._directory),
-            "length": self.length,
+            "lengths": list(self.lengths),
             "sentences": list(self.sentences),
             "deployment": self.deployment.name,
             "compiled_as": self.deployment.compiled_as(),
             "options": asdict(self.options),
-            "batch": self.batch,
+            "batches": list(self.batches),
         }
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from secure.cost.traffic import Cost
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
+from secure.frontend import Size
 from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
@@ -29,6 +30,9 @@ from secure.tasks.task import Loaded, Task
 
 Sample = Mapping[str, Tensor]
 
+MAXIMUM_SIZES = 32
+"""Pairs of a length and a batch for which one model is compiled."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Compiled:
@@ -36,7 +40,8 @@ class Compiled:
 
     model: the Program and the weights in the form with which the deployment computes; secret.
     tokenizer, tokenizer_json: for clients, if the model takes text. options: those with which it was compiled. about: a
-    line for the model's owner, or "". made: the time (UTC) at which it was compiled.
+    line for the model's owner, or "". made: the time (UTC) at which it was compiled. others: the same model for other
+    lengths and batches, with the same weights.
     """
 
     deployment: Deployment
@@ -46,6 +51,12 @@ class Compiled:
     options: CompileOptions = field(default_factory=CompileOptions)
     about: str = ""
     made: str = ""
+    others: tuple[Compiled, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[Compiled, ...]:
+        """This model and ``others``: one for each pair of a length and a batch."""
+        return self, *self.others
 
     @property
     def program(self) -> Any:
@@ -100,7 +111,7 @@ def compile(  # the verb that torch uses; always written secure.compile
 
 def compile_text_model(
     model: str,
-    length: int,
+    length: int | Sequence[int],
     *,
     deployment: Deployment | None = None,
     calibration: Sequence[str] = (),
@@ -109,20 +120,22 @@ def compile_text_model(
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
-    batch: int = 1,
+    batch: int | Sequence[int] = 1,
 ) -> Compiled:
     """Load a sentence encoder with its tokenizer, and compile it for texts of up to ``length`` tokens.
 
     model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package.
     calibration: sentences of your own that widen the ranges. batch: the texts of one query, which take the rounds of
-    one; a session fills up what a list leaves empty. Other arguments and exceptions are those of ``secure.compile``.
-    Raises ModelNotFound too.
+    one; a session fills up what a list leaves empty. Of several lengths and batches, every pair is compiled: one server
+    offers them all, and a text takes the shortest that holds it. Other arguments and exceptions are those of
+    ``secure.compile``. Raises ModelNotFound too.
     """
     options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
     deployment = deployment or TwoParty()
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded
-    return build(Embed().load(model, length, calibration), deployment, options, {}, batch)
+    lengths, batches = _several(length), _several(batch)
+    return build(Embed().load(model, max(lengths), calibration), deployment, options, {}, lengths, batches)
 
 
 def build(
@@ -130,27 +143,52 @@ def build(
     deployment: Deployment,
     options: CompileOptions,
     labels: Mapping[str, str],
-    batch: int = 1,
+    lengths: Sequence[int] = (),
+    batches: Sequence[int] = (1,),
     told: Told = silent,
 ) -> Compiled:
-    """Compile a model that a task has loaded, for ``batch`` inputs a query; ``told`` hears of progress."""
+    """Compile a model that a task has loaded, for every pair of a length and a batch; ``told`` hears of progress.
+
+    lengths: none stands for the one for which it was loaded. What is returned has the greatest length and the smallest
+    batch; ``others`` follow in that order.
+    """
     _require(deployment)
     deployment.check(options, tokens=loaded.tokenizer is not None)
-    if not 1 <= batch <= MAXIMUM_BATCH:
-        raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
-    if batch > 1 and not deployment.takes_batches:
-        raise InvalidInput(f"a query carries one input under {deployment.name}", "leave the batch out")
-    loaded = loaded.batched(batch)
+    for batch in batches:
+        if not 1 <= batch <= MAXIMUM_BATCH:
+            raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
+        if batch > 1 and not deployment.takes_batches:
+            raise InvalidInput(f"a query carries one input under {deployment.name}", "leave the batch out")
+    chosen = [(n, batch) for n in sorted({*lengths} or {loaded.length}, reverse=True) for batch in sorted({*batches})]
+    if len(chosen) > 1 and not deployment.takes_sizes:
+        raise InvalidInput(f"one length and one batch are served under {deployment.name}", "give one of each")
+    if len(chosen) > MAXIMUM_SIZES:
+        raise InvalidInput(f"{len(chosen)} pairs of a length and a batch", f"{MAXIMUM_SIZES} at most")
     named = {"model": loaded.name} if loaded.name else {}
-    named |= {"length": str(loaded.length)} if loaded.length else {}
-    named |= {"batch": str(batch)} if batch > 1 else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}
-    named |= labels
     if (found := loaded.tokenizer) is not None:
         named |= {TOKENIZER: tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)}
+
+    def size(length: int, batch: int) -> tuple[Size, Mapping[str, str]]:
+        fitted = loaded.at(length).batched(batch)
+        own = {"length": str(length)} if length else {}
+        own |= {"batch": str(batch)} if batch > 1 else {}
+        samples = fitted.samples if batch == min(batches) else []  # of the same inputs, a greater batch shows no more
+        return Size(fitted.samples[0], samples), {**named, **own, **labels}
+
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    made = deployment.build(loaded.module, loaded.samples, options, named, told)
-    return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now)
+    made = deployment.build_sizes(loaded.module, [size(*each) for each in chosen], options, told)
+    about = loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now
+    first, *others = [Compiled(deployment, each, *about) for each in made]
+    return replace(first, others=tuple(others))
+
+
+def _several(given: int | Sequence[int]) -> Sequence[int]:
+    """Return what was given as numbers. Raises InvalidInput if there is none."""
+    found = [given] if isinstance(given, int) else list(given)
+    if not found:
+        raise InvalidInput("no length or no batch", "give at least one")
+    return found
 
 
 def _require(deployment: object) -> None:

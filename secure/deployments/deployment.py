@@ -19,6 +19,7 @@ from secure.cost.projection import Transport
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
 from secure.errors import InvalidInput
+from secure.frontend import Size
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NetworkSpeed, find_network
 from secure.progress import Told, silent
@@ -102,8 +103,8 @@ class Deployment(ABC):
     honest. takes: the names of CompileOptions that apply here; others are refused. profiled_by: the options of a
     profile that apply here (networks, depth, polynomial for shapes, html). serves: the role that holds a whole compiled
     model; "" if the model is split into shares first, in which case how_to_serve names the commands. runs_packaged: the
-    packaged sentence encoder can be compiled as it is. takes_batches: one query can carry several inputs. default: it
-    is the deployment if none is named.
+    packaged sentence encoder can be compiled as it is. takes_batches: one query can carry several inputs. takes_sizes:
+    one service offers a model for several lengths and batches. default: it is the deployment if none is named.
     """
 
     name: ClassVar[str]
@@ -114,6 +115,7 @@ class Deployment(ABC):
     serves: ClassVar[str] = "server"
     how_to_serve: ClassVar[str] = ""
     default: ClassVar[bool] = False
+    takes_sizes: ClassVar[bool] = False
     runs_packaged: ClassVar[bool] = True
     takes_batches: ClassVar[bool] = True
 
@@ -135,6 +137,17 @@ class Deployment(ABC):
         told: hears of progress.
         """
 
+    def build_sizes(
+        self,
+        model: nn.Module,
+        sizes: Sequence[tuple[Size, Mapping[str, str]]],
+        options: CompileOptions,
+        told: Told = silent,
+    ) -> Sequence[Any]:
+        """Compile a module for several sizes, each with labels of its own; here only for one, by ``build``."""
+        ((size, labels),) = sizes
+        return [self.build(model, size.samples, options, labels, told)]
+
     def keep(self, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return a model from ``build`` as JSON values and tensors, for files; all of it but Program and token tables.
 
@@ -142,10 +155,12 @@ class Deployment(ABC):
         """
         return None
 
-    def restore(self, program: bytes, tables: bytes | None, facts: Mapping[str, Any], tensors: bytes) -> Any:
-        """Return the model of ``keep`` from its encoded Program and the safetensors files of token tables and tensors.
+    def restore(
+        self, program: bytes, tables: Mapping[str, Tensor], facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Any:
+        """Return the model of ``keep`` from its encoded Program, the token tables, and its tensors.
 
-        Raises InvalidProgram or InvalidInput unless all of them fit the Program.
+        Narrow integers came back as int64. Raises InvalidProgram or InvalidInput unless all of it fits the Program.
         """
         raise InvalidInput(f"{self.name} keeps no compiled models", "compile the model anew")
 

@@ -1,9 +1,9 @@
 """A compiled model as files, and back. ``parties.served.compiled_files`` writes and reads them.
 
     compiled.json          the manifest: versions, and size and SHA-256 of every other file
-    model.json             deployment and options, how clients pad, words for people, facts of the compiled form
-    program.json           the Program
-    weights.safetensors    the weights as integers (secret sharing) or as plain vectors (ciphertexts)
+    model.json             deployment and options, how clients pad, words for people, facts of each compiled size
+    program.json           the Program; program-1.json and so on for other lengths and batches
+    weights.safetensors    the weights as integers (secret sharing) or as plain vectors (ciphertexts), each once
     tables.safetensors     the token tables that clients may hold, if there are any
     tokenizer.json         if the model takes text
 
@@ -15,17 +15,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
+from torch import Tensor
 
 from protocols.fields import Name
 from protocols.fixedpoint import FixedPoint
-from secure.capture.documents import what_is_wrong
-from secure.deployments.compiled import Compiled
+from secure.capture.documents import read_tensors, what_is_wrong
+from secure.deployments.compiled import MAXIMUM_SIZES, Compiled
 from secure.deployments.deployment import CompileOptions, find
 from secure.errors import CompiledError, Error, InvalidInput, printable
 from secure.models.tokenizer_document import TOKENIZER as LABEL
@@ -33,14 +35,17 @@ from secure.models.tokenizer_document import read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "compiled.json"
 FACTS, PROGRAM, WEIGHTS, TABLES, TOKENIZER = (
     *("model.json", "program.json", "weights.safetensors"),
     *("tables.safetensors", "tokenizer.json"),
 )
-NEEDED, KNOWN = {FACTS, PROGRAM, WEIGHTS}, {FACTS, PROGRAM, WEIGHTS, TABLES, TOKENIZER}
+PROGRAMS = (PROGRAM, *(f"program-{n}.json" for n in range(1, MAXIMUM_SIZES)))
+NEEDED, KNOWN = {FACTS, PROGRAM, WEIGHTS}, {FACTS, *PROGRAMS, WEIGHTS, TABLES, TOKENIZER}
+NARROW = (torch.int8, torch.int16, torch.int32)  # types in which integers are written that they hold
 MAXIMUM_MANIFEST = 1 << 14  # bytes
+MAXIMUM_HEADER = 1 << 22  # bytes of the header of a file of tensors
 MAXIMUM_FILE = 1 << 34  # bytes of one file
 AGAIN = "compile it again: unseen compile MODEL DIRECTORY"
 
@@ -71,8 +76,17 @@ class CompiledManifest(BaseModel):
         return sum(file.size for file in self.files.values())
 
 
+class _Size(BaseModel):
+    """One compiled size. own: the facts of the deployment's compiled form. tensors: names of tensors in the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    own: dict[str, Any]
+    tensors: dict[str, str]
+
+
 class _Facts(BaseModel):
-    """The content of ``model.json``. own: the facts of the deployment's compiled form."""
+    """The content of ``model.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,19 +101,30 @@ class _Facts(BaseModel):
     made: str
     pad_id: int
     lowercase: bool
-    own: dict[str, Any]
+    sizes: Annotated[list[_Size], Field(max_length=MAXIMUM_SIZES)]
 
 
 def to_files(compiled: Compiled) -> dict[str, bytes]:
-    """Return the files of a compiled model by name, the manifest last.
+    """Return the files of a compiled model by name, the manifest last. What its sizes have in common is there once.
 
     Raises InvalidInput if models of its deployment cannot be kept.
     """
     deployment, tokenizer = compiled.deployment, compiled.tokenizer
-    parts = deployment.keep(compiled.model)
-    if parts is None:
-        raise InvalidInput(f"{deployment.name} keeps no compiled models", "compile the model where it is served")
-    own, tensors = parts
+    sizes, written, stored = list[_Size](), dict[str, Tensor](), dict[str, Tensor]()
+    for number, size in enumerate(compiled.sizes):
+        parts = deployment.keep(size.model)
+        if parts is None:
+            raise InvalidInput(f"{deployment.name} keeps no compiled models", "compile the model where it is served")
+        own, tensors = parts
+        names = {}
+        for name, value in tensors.items():
+            place = name
+            while place in stored and not stored[place].equal(value):
+                place = f"{number}:{place}"
+            names[name] = place
+            if place not in stored:
+                stored[place], written[place] = value, _narrow(value).contiguous()
+        sizes.append(_Size.model_construct(own=own, tensors=names))
     facts = _Facts(
         deployment=deployment.name,
         compiled_as=deployment.compiled_as(),
@@ -108,14 +133,11 @@ def to_files(compiled: Compiled) -> dict[str, bytes]:
         made=compiled.made,
         pad_id=tokenizer.pad_id if tokenizer else 0,
         lowercase=tokenizer.lowercase if tokenizer else False,
-        own={},
+        sizes=[],
     )
-    said = facts.model_dump() | {"own": own}
-    files = {
-        FACTS: json.dumps(said, allow_nan=False).encode(),
-        PROGRAM: bytes(compiled.program.encoded),
-        WEIGHTS: save(tensors),
-    }
+    said = facts.model_dump() | {"sizes": [{"own": size.own, "tensors": size.tensors} for size in sizes]}
+    files = {FACTS: json.dumps(said, allow_nan=False).encode(), WEIGHTS: save(written)}
+    files |= {name: bytes(size.program.encoded) for name, size in zip(PROGRAMS, compiled.sizes, strict=False)}
     if compiled.client_tables:
         files[TABLES] = save({name: table.contiguous() for name, table in compiled.client_tables.items()})
     if compiled.tokenizer_json:
@@ -157,20 +179,45 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compil
         deployment = find(facts.deployment).served(facts.compiled_as)
         fixed = None if facts.fixed_point is None else FixedPoint(**facts.fixed_point)
         options = CompileOptions(facts.embedding, facts.gelu, facts.approximations, fixed, facts.network)
-        model = deployment.restore(files[PROGRAM], files.get(TABLES), facts.own, files[WEIGHTS])
-        tokenizer = _tokenizer(files.get(TOKENIZER, b""), facts, model.program.labels)
+        tensors = {name: _wide(value) for name, value in read_tensors(files[WEIGHTS], most=MAXIMUM_HEADER).items()}
+        if (
+            not facts.sizes
+            or {*PROGRAMS[: len(facts.sizes)]} != {*PROGRAMS} & {*files}
+            or {*tensors} != {name for size in facts.sizes for name in size.tensors.values()}
+        ):
+            raise InvalidInput("a size has no Program or no weights, or they have no size")
+        tables = read_tensors(files[TABLES], most=MAXIMUM_HEADER) if TABLES in files else {}
+        models = list[Any]()
+        for program, size in zip(PROGRAMS, facts.sizes, strict=False):
+            held = {name: tensors[stored] for name, stored in size.tensors.items()}
+            models.append(deployment.restore(files[program], tables, size.own, held))
+        tokenizer = _tokenizer(files.get(TOKENIZER, b""), facts, models)
     except (Error, ValidationError, ValueError, LookupError, TypeError) as error:
         said = str(error).partition("\n")[0] if isinstance(error, Error) else what_is_wrong(error)
         raise CompiledError(f"it does not hold together: {printable(said)}", AGAIN) from None
-    return Compiled(
-        deployment, model, tokenizer, files.get(TOKENIZER, b""), options, printable(facts.about), printable(facts.made)
-    )
+    about = tokenizer, files.get(TOKENIZER, b""), options, printable(facts.about), printable(facts.made)
+    first, *others = [Compiled(deployment, model, *about) for model in models]
+    return replace(first, others=tuple(others))
 
 
-def _tokenizer(text: bytes, facts: _Facts, labels: Mapping[str, str]) -> TextTokenizer | None:
+def _narrow(value: Tensor) -> Tensor:
+    """Return integers in the narrowest type that holds them; other numbers as they are."""
+    for kind in NARROW if value.dtype == torch.int64 else ():
+        known = torch.iinfo(kind)
+        if not value.numel() or known.min <= int(value.min()) <= int(value.max()) <= known.max:
+            return value.to(kind)
+    return value
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.int64) if value.dtype in NARROW else value
+
+
+def _tokenizer(text: bytes, facts: _Facts, models: Sequence[Any]) -> TextTokenizer | None:
     found = tokenizer_digest(text, facts.pad_id, facts.lowercase) if text else ""
-    if not hmac.compare_digest(found.encode(), labels.get(LABEL, "").encode()):
-        raise InvalidInput("the tokenizer is not the one of the Program")
+    for model in models:
+        if not hmac.compare_digest(found.encode(), model.program.labels.get(LABEL, "").encode()):
+            raise InvalidInput("the tokenizer is not the one of the Program")
     return TextTokenizer(read_tokenizer(text)[0], facts.pad_id, facts.lowercase) if text else None
 
 

@@ -41,6 +41,7 @@ class TwoParty(CircuitDeployment):
     summary: ClassVar[str] = "a server and a dealer; secret sharing"
     trust: ClassVar[str] = "semi-honest, for trusted clients; the dealer must not collude with either"
     default: ClassVar[bool] = True
+    takes_sizes: ClassVar[bool] = True
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     dealer: str = option("127.0.0.1:50052", "The dealer's host:port.", CONNECT, SERVE)

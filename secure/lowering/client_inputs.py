@@ -100,12 +100,21 @@ def find_tables(
 ) -> dict[str, Tensor]:
     """Return the token tables of a safetensors file by name; raises InvalidInput unless they are the Program's.
 
-    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32. labels: those of
-    the Program, which hold the tables' digest.
+    shapes, labels: see ``check_tables``.
     """
     if shapes and payload is None:
         raise InvalidInput("there is no file of token tables")
-    tables = read_tensors(payload, shapes) if shapes and payload is not None else {}
+    return check_tables(read_tensors(payload, shapes) if shapes and payload is not None else {}, shapes, labels)
+
+
+def check_tables(
+    tables: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], labels: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return those token tables that a Program needs; raises InvalidInput unless they are the Program's.
+
+    shapes: (rows, width) of each table in which the Program's client looks tokens up; all are float32. labels: those of
+    the Program, which hold the tables' digest.
+    """
     for name, shape in shapes.items():
         if name not in tables or tuple(tables[name].shape) != shape or tables[name].dtype != torch.float32:
             raise InvalidInput(f"the token table {name!r} of {shape[0]} rows of {shape[1]} numbers did not come")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,6 +23,18 @@ class Observed:
     measured: dict[int, tuple[float, float]] = field(default_factory=dict)
     magnitude: dict[int, float] = field(default_factory=dict)
     highest: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def united(cls, parts: Sequence[Observed]) -> Observed:
+        """Return the ranges that hold those of all parts, which are of graphs with the same nodes."""
+        whole = cls()
+        for part in parts:
+            for node, (low, high) in part.measured.items():
+                least, most = whole.measured.get(node, (low, high))
+                whole.measured[node] = min(least, low), max(most, high)
+            for ours, theirs in ((whole.magnitude, part.magnitude), (whole.highest, part.highest)):
+                ours.update({node: max(value, ours.get(node, value)) for node, value in theirs.items()})
+        return whole
 
 
 def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:

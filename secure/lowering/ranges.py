@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -59,6 +59,15 @@ class Ranges:
         if math.inf in ranges._low:
             raise InvalidInput("calibration needs at least one input")
         return ranges
+
+    @classmethod
+    def united(cls, parts: Sequence[Ranges], trace: Trace) -> Ranges:
+        """Return ranges for a trace that hold those of all parts, whose traces have the same primitives."""
+        whole = cls(trace, 0)
+        whole._margin = parts[0]._margin
+        whole._low = [min(lows) for lows in zip(*(part._low for part in parts), strict=True)]
+        whole._high = [max(highs) for highs in zip(*(part._high for part in parts), strict=True)]
+        return whole
 
     @classmethod
     def assume(cls, trace: Trace, reach: float, *, polynomial: bool = False) -> Ranges:

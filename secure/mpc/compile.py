@@ -15,7 +15,7 @@ from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols.fixedpoint import FixedPoint
 from protocols.weights import ServerWeights
-from secure.frontend import lower_model
+from secure.frontend import Size, lower_sizes
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
@@ -85,16 +85,60 @@ def compile(  # the verb that torch uses; always written secure.compile
     prices: of rounds and bytes in the deployment that will run it. told: hears of progress.
     Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
     """
+    (made,) = compile_sizes(
+        model,
+        [(Size(example_inputs, [example_inputs, *calibration]), labels or {})],
+        embedding=embedding,
+        gelu=gelu,
+        approximations=approximations,
+        fixed_point=fixed_point,
+        network=network,
+        prices=prices,
+        told=told,
+    )
+    return made
+
+
+def compile_sizes(
+    model: nn.Module,
+    sizes: Sequence[tuple[Size, Mapping[str, str]]],
+    *,
+    embedding: str = "one-hot",
+    gelu: str = GELU_FORMS[0],
+    approximations: str = APPROXIMATIONS[0],
+    fixed_point: FixedPoint | None = None,
+    network: str | None = None,
+    prices: Prices = DEFAULT,
+    told: Told = silent,
+) -> list[MpcModel]:
+    """Compile a module for several sizes, such as lengths and batches, each with labels of its own.
+
+    Ranges are those of all samples together, so that a weight that products read has the same integers in every
+    Program: one masked copy D serves them all. Other arguments and exceptions are those of ``compile``.
+    """
     fixed = fixed_point or FixedPoint()
     functions = chosen(approximations, gelu)
-    samples = [example_inputs, *calibration]
-    lowered = lower_model(
-        model, samples, margin_bits=fixed.margin_bits, embedding=embedding, functions=functions, told=told
+    lowered = lower_sizes(
+        model,
+        [size for size, _ in sizes],
+        margin_bits=fixed.margin_bits,
+        embedding=embedding,
+        functions=functions,
+        told=told,
     )
-    clear_inputs = map(lowered.inputs, counted(samples, told, "calibrating"))  # one at a time: one-hot rows are large
-    ranges = Ranges.calibrate(lowered.trace, clear_inputs, lowered.weights, fixed.margin_bits)
-    named = {"embedding": embedding, **functions.labels, **(labels or {})}
-    return finish(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices, told)
+    samples = counted(
+        [(each, sample) for each, (size, _) in zip(lowered, sizes, strict=True) for sample in size.samples],
+        told,
+        "calibrating",
+    )
+    seen = [  # one sample at a time: one-hot rows are large
+        Ranges.calibrate(each.trace, [each.inputs(sample)], each.weights, fixed.margin_bits) for each, sample in samples
+    ]
+    named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
+    return [
+        finish(each, Ranges.united(seen, each.trace), fixed, {**named, **labels}, found, prices, told)
+        for each, (_, labels) in zip(lowered, sizes, strict=True)
+    ]
 
 
 def chosen(approximations: str, gelu: str) -> Functions:

@@ -57,6 +57,7 @@ class Embed(Task[str, Tensor]):
             found.tokenizer_json,
             length,
             normalized=found.normalized,
+            samples_at=lambda other: text_samples(found, other, sentences),
         )
 
     def files(self, model: str) -> Iterable[Path]:

@@ -7,7 +7,7 @@ should have one; ``Session.run`` does the rest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 
@@ -38,7 +39,8 @@ class Served:
 class Loaded:
     """A model ready to be compiled: the module, its calibration inputs, and the tokenizer that clients will need.
 
-    about: a line for the model's owner, or "". normalized: the model's answers are vectors of length 1.
+    about: a line for the model's owner, or "". normalized: the model's answers are vectors of length 1. samples_at:
+    makes calibration inputs of another length; None if the model has only one.
     """
 
     name: str
@@ -49,6 +51,15 @@ class Loaded:
     length: int = 0
     about: str = ""
     normalized: bool = False
+    samples_at: Callable[[int], Sequence[Mapping[str, Tensor]]] | None = None
+
+    def at(self, length: int) -> Self:
+        """Return the same model for another length. Raises InvalidInput if it has only one, or does not take this."""
+        if length == self.length:
+            return self
+        if self.samples_at is None:
+            raise InvalidInput(f"{self.name} takes no length", "leave it out")
+        return replace(self, length=length, samples=self.samples_at(length))
 
     def batched(self, batch: int) -> Self:
         """Return the same model for ``batch`` inputs at once; its last calibration input is filled up with others."""
