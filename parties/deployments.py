@@ -28,9 +28,10 @@ from protocols import kernels
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
+from secure.link import Link
 from secure.mpc.budget import Budget
 from secure.progress import Told, silent
-from secure.session import PACE, Link, Session, check_options
+from secure.session import PACE, Session, check_options
 
 
 class Hosted(Protocol):
@@ -85,6 +86,8 @@ def connect(
     deadline: float = 60.0,
     cache: bool | Path = True,
     program_digest: str | None = None,
+    model: str | None = None,
+    fixed_length: bool = False,
     budget: Budget | None = None,
     threads: int = 1,
     pace: float = PACE,
@@ -97,13 +100,15 @@ def connect(
     network: the protection of channels; by default TLS, with the certificates in the directory that UNSEEN_TLS names or
     in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
     for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
-    False: keep none. program_digest: refuse a service with another Program. budget: refuse a Program that may take more
-    memory or time on this machine; by default ``Budget()``. threads: threads of this client while it computes. pace:
-    seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc keep memory that queries
-    free, in the whole process, which saves a client about a tenth of its processor time. token: what the service's
-    owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is being done)
-    while something takes long.
-    Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
+    False: keep none. program_digest: refuse a service with another Program; of one that offers several sizes, none but
+    this is used. model: the name of the model that is meant, where a service offers several. fixed_length: use the
+    greatest length alone, so that a service that offers several does not see how long texts are. budget: refuse a
+    Program that may take more memory or time on this machine; by default ``Budget()``. threads: threads of this client
+    while it computes. pace: seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc
+    keep memory that queries free, in the whole process, which saves a client about a tenth of its processor time.
+    token: what the service's owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done,
+    total, what is being done) while something takes long. Raises EndpointError, TlsError, HandshakeError, PeerLost,
+    DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
@@ -119,17 +124,22 @@ def connect(
         deadline,
         directory,
         program_digest,
+        name=model,
         budget=budget or Budget(),
         told=told,
     )
     found = hosted(deployment)
     link = found.connect(deployment, options)
-    same = replace(options, program_digest=link.program.digest, model=link.model)
-    return Session(link, threads=threads, pace=pace, renew=lambda: found.connect(deployment, same))
+
+    def open(digest: str) -> Link:
+        return found.connect(deployment, replace(options, program_digest=digest, model=link.model, told=None))
+
+    offers = () if program_digest else link.offers
+    return Session(link, threads=threads, pace=pace, open=open, offers=offers, fixed_length=fixed_length)
 
 
 def serve(
-    held: Compiled | str | Path | None = None,
+    held: Compiled | Sequence[Compiled] | str | Path | None = None,
     *,
     role: str,
     listen: str = "127.0.0.1:0",
@@ -143,16 +153,18 @@ def serve(
 ) -> Service:
     """Host one role of a deployment; returns once it listens. Use it as a context manager, and call its ``wait()``.
 
-    held: what the role serves: a compiled model (which knows its deployment), a directory that ``unseen share-model``
-    wrote (parties), or nothing (dealers). listen: host:port; port 0 chooses any free one. peers: by role, the addresses
-    of the roles that this one connects to. network: as for ``connect``, with certificates of this role. quotas: how
-    much each client may use in a day, counted in a file of the state directory. tokens: a file of ``unseen token``, one
-    of which each client must show. told: hears of progress until it listens. given: deadline, state, traces, workers,
-    ahead, budget, if the role takes them; see ``HostOptions``. Raises EndpointError, TlsError, HandshakeError,
-    PeerLost, InvalidInput.
+    held: what the role serves: a compiled model (which knows its deployment), or several, which clients tell by their
+    names; a directory that ``unseen share-model`` wrote (parties), or nothing (dealers). listen: host:port; port 0
+    chooses any free one. peers: by role, the addresses of the roles that this one connects to. network: as for
+    ``connect``, with certificates of this role. quotas: how much each client may use in a day, counted in a file of the
+    state directory. tokens: a file of ``unseen token``, one of which each client must show. told: hears of progress
+    until it listens. given: deadline, state, traces, workers, ahead, budget, if the role takes them; see
+    ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
-        deployment = held.deployment
+        held = [held]
+    if not isinstance(held, str | Path | None):
+        deployment = _together(held)
     if deployment is None:
         raise InvalidInput("serve does not know which deployment", "give deployment=secure.TwoParty(), or another")
     found, peers = hosted(deployment), dict(peers or {})
@@ -170,7 +182,7 @@ def serve(
     if refused := sorted(set(given) - found.takes[role]):
         known = ", ".join(sorted(found.takes[role])) or "none"
         raise InvalidInput(f"{refused[0]} means nothing to the {role} of {deployment.name}", f"it takes {known}")
-    if held is None and role == deployment.serves:
+    if not held and role == deployment.serves:
         raise InvalidInput(f"the {role} has nothing to serve", "give what secure.compile returned")
     at = Endpoint.parse(listen, what=f"the {role}")
     shown = Tokens(tokens) if tokens else None
@@ -178,12 +190,33 @@ def serve(
     options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, told=told, **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
-    made = found.parts(role, held, deployment, peers, options)
+    one = held[0] if isinstance(held, Sequence) and not isinstance(held, str) and not deployment.takes_sizes else held
+    made = found.parts(role, one, deployment, peers, options)
     knows = made.knows or (lambda digest: digest == made.program)
     status = StatusService(deployment.name, role, roles, made.program, knows)
     made = replace(made, add=[*made.add, status.add], permissions={**made.permissions, **status.permissions})
     settle()
     return Service(made, at, options.network, what=f"the {role}", role=role, quotas=options.quotas, tokens=shown)
+
+
+def _together(held: Sequence[Compiled]) -> Deployment | None:
+    """Return the deployment of models that one service offers; None if there is none.
+
+    Raises InvalidInput if they cannot be offered together: two have one name, or are for different deployments.
+    """
+    kinds = {compiled.deployment.name: compiled.deployment for compiled in held}
+    if len(kinds) > 1:
+        raise InvalidInput(f"the models were compiled for {' and '.join(sorted(kinds))}", "serve each on its own")
+    deployment = next(iter(kinds.values()), None)
+    names = [str(compiled.program.labels.get("model", "")) for compiled in held]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInput(
+            f"two models of the name {twice[0]!r}",
+            "compile one model for several lengths at once, or rename a directory",
+        )
+    if deployment is not None and not deployment.takes_sizes and sum(len(each.sizes) for each in held) > 1:
+        raise InvalidInput(f"a service of {deployment.name} offers one model", "serve each on its own")
+    return deployment
 
 
 def starting_order(deployment: Deployment) -> list[Role]:

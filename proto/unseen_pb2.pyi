@@ -7,8 +7,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("program_digest", "model")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    model: str
+    def __init__(self, program_digest: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("model", "weights", "length", "batch", "program_digest")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    weights: str
+    length: int
+    batch: int
+    program_digest: str
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., length: _Optional[int] = ..., batch: _Optional[int] = ..., program_digest: _Optional[str] = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("name", "sha256", "size")
@@ -21,7 +39,7 @@ class File(_message.Message):
     def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("version", "deployment", "role", "program", "model", "files", "tokenizer", "pad_id", "lowercase", "compiled_as")
+    __slots__ = ("version", "deployment", "role", "program", "model", "files", "tokenizer", "pad_id", "lowercase", "compiled_as", "offers")
     class CompiledAsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +57,7 @@ class Description(_message.Message):
     PAD_ID_FIELD_NUMBER: _ClassVar[int]
     LOWERCASE_FIELD_NUMBER: _ClassVar[int]
     COMPILED_AS_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
     version: int
     deployment: str
     role: str
@@ -49,7 +68,8 @@ class Description(_message.Message):
     pad_id: int
     lowercase: bool
     compiled_as: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program: _Optional[bytes] = ..., model: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ..., compiled_as: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    offers: _containers.RepeatedCompositeFieldContainer[Offer]
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program: _Optional[bytes] = ..., model: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., tokenizer: _Optional[bytes] = ..., pad_id: _Optional[int] = ..., lowercase: _Optional[bool] = ..., compiled_as: _Optional[_Mapping[str, str]] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
     __slots__ = ("sha256",)

@@ -25,7 +25,7 @@ class _Held(Weights):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._packed: dict[tuple[str, int], Matrix] = {}
+        self._packed: dict[tuple[str, int], Matrix] = {}  # of all Programs that share these weights
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         if diagonal:
@@ -44,6 +44,12 @@ class ServerWeights(_Held):
     def summand(self, name: str) -> Tensor | None:
         return self._tensors[name]
 
+    def beside(self, tensors: Mapping[str, Tensor]) -> ServerWeights:
+        """Return the weights of another Program, which multiplies by the same ones: packed matrices are shared."""
+        other = ServerWeights(tensors)
+        other._packed = self._packed
+        return other
+
     def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, D = W - B) for every weight in ``rings``, reduced to its bits there; clients get these."""
         for name, bits in rings.items():
@@ -60,6 +66,17 @@ class DealerWeights(_Held):
     def __init__(self, key: Key, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__({})
         self._key, self._shapes = key, dict(shapes)
+
+    def beside(self, shapes: Mapping[str, tuple[int, ...]]) -> DealerWeights:
+        """Return the mask of another Program of the same weights; what is expanded and packed is shared.
+
+        Raises ValueError if a weight has another shape there: then it is another, and would get the same mask.
+        """
+        if wrong := sorted(name for name, shape in shapes.items() if self._shapes.get(name, shape) != shape):
+            raise ValueError(f"the weight {wrong[0]!r} has the shape {shapes[wrong[0]]}, not {self._shapes[wrong[0]]}")
+        other = DealerWeights(self._key, shapes)
+        other._tensors, other._packed = self._tensors, self._packed
+        return other
 
     def mask(self, name: str) -> Tensor:
         """Return the mask B of one weight: uniform 64-bit words.

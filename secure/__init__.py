@@ -66,11 +66,12 @@ from secure.errors import (
     TokenError,
     UnsupportedOperation,
 )
+from secure.link import Report
 from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
-from secure.session import Report, Session
+from secure.session import Session
 from secure.version import __version__
 
 if TYPE_CHECKING:

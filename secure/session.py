@@ -14,6 +14,10 @@ may show in what a client sends, and when. ``Session.run`` and ``Session.query``
    the same steps whatever the values are. Where part 1 failed, the place carries a copy of another input, or zeros if
    there is none; its answer is dropped, and the error stands in its place.
 
+A model may be served for several padded lengths. Then an input goes to the shortest that holds it, and the parties see
+which that is, so about how long the input is; what cannot be used goes to the longest. As the server's tokenizer counts
+the tokens, it decides about that length too. With ``fixed_length`` all inputs go to the longest, and nothing shows.
+
 The code of whoever takes the answers of ``run`` or ``stream`` one by one runs between queries, and its time shows.
 After an input that cannot be used, ``run`` gives no answers to take; so who needs long for an answer should ask for a
 list, as ``embed`` does.
@@ -28,22 +32,24 @@ import contextlib
 import math
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from secure.cost.timeline import Timeline
-from secure.cost.traffic import Traffic, total, traffic_json
+from secure.cost.traffic import Traffic
 from secure.errors import DealerError, Error, InvalidInput, InvalidProgram, PeerLost
-from secure.models.tokens import REFUSE, TextTokenizer
+from secure.link import Link, Offer, Report, only
+from secure.links import Links
+from secure.models.tokens import REFUSE
+from secure.queries import planned
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served, Task, stacked
 
@@ -66,108 +72,6 @@ LOST = (PeerLost, DealerError)
 """The errors after which a query is asked again on a new connection."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """The time and traffic of one query, measured at the client.
-
-    rounds: messages of the online phase that waited for one another. traffic: payload bytes by link and phase.
-    online_seconds: time from the query to its answer. offline_seconds: time of its offline phase, whether that ran
-    ahead of the query or not. client_seconds: the part of both in which this client computed. dealer_seconds: the part
-    of the offline phase in which correlations were dealt; 0 where nobody deals. query: its number in the session, from
-    0.
-    """
-
-    rounds: int
-    traffic: tuple[Traffic, ...]
-    online_seconds: float
-    offline_seconds: float
-    client_seconds: float
-    dealer_seconds: float
-    query: int
-
-    def bytes(self, *, sender: str | None = None, receiver: str | None = None, phase: str | None = None) -> int:
-        """Sum the bytes of the links that match; by default of all links."""
-        return total(self.traffic, sender=sender, receiver=receiver, phase=phase)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values, with the same keys in every deployment."""
-        return {**asdict(self), "traffic": traffic_json(self.traffic)}
-
-
-class ClientProgram(Protocol):
-    """The client's side of a Program, which the Programs of every deployment have."""
-
-    @property
-    def labels(self) -> Mapping[str, str]: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each of the model's outputs, by name."""
-
-    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """Raise InvalidInput for wrong names, types and shapes of inputs, and for NaN."""
-
-    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Compute and check all that the client computes in the clear.
-
-        tables: the token tables that the owner lets clients hold.
-        """
-
-    def dummy_values(self) -> Mapping[str, Any]:
-        """Return zeros in place of ``clear_values``."""
-
-    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Encode clear values for the protocol, in steps that do not depend on them."""
-
-    def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
-        """Decode results into float64 tensors, by the names of the model's outputs."""
-
-
-def only(outputs: Mapping[str, Tensor]) -> Any:
-    """Return a model's answer: the tensor itself if there is one output, else a dict of all outputs by name."""
-    return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
-
-
-class Link(ABC):
-    """One deployment's connection, as a Session uses it.
-
-    program, tables, tokenizer: those of the served model. model: a name of its weights; "" if there is none. once:
-    traffic that happens once per session (downloads, keys). ended: the reason why no query can run any more; ""
-    while queries can run.
-    """
-
-    deployment: str
-    program: Any  # a ClientProgram
-    tables: Mapping[str, Tensor]
-    tokenizer: TextTokenizer | None
-    model: str = ""
-    once: tuple[Traffic, ...] = ()
-    ended: str = ""
-    timeline: Timeline | None = None  # of the last query, where one is kept
-
-    @property
-    def ready(self) -> int:
-        """The number of prepared queries that are not yet used."""
-        return 0
-
-    def prepare(self) -> None:  # noqa: B027 - not every deployment has an offline phase
-        """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
-
-    @abstractmethod
-    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:
-        """Run the session's query ``number``; return the results for ``program.decode``, and the query's report.
-
-        values: those of ``program.encode``. Neither messages nor their times may depend on them. ahead: another query
-        follows, and may be prepared while this one runs.
-        Raises PeerLost if a party stays silent for longer than the deadline.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release everything that the link holds. It is called once."""
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class _Clear:
     """The clear values of one query. errors: for each of its inputs, the reason why it cannot be used, or None."""
@@ -179,23 +83,42 @@ class _Clear:
 class Session:
     """A connection to a served model, usable as a context manager. Threads may share it: one thing happens at a time.
 
-    reports: one report per query that ran to its end, the newest last; of more than REPORTS, these are kept. threads:
+    reports: one report per query that ran to its end, the newest last; of more than REPORTS, these are kept. report:
+    that of the query which gave the last answer of ``run`` or ``stream``. threads:
     the number of torch's threads while this session computes; more than one rarely helps, as a client's work consists
     of many small steps.
 
     pace: seconds from a call of ``query``, ``run`` or ``embed`` to the first message. If the work before it takes
     longer, they become twice as many, and again; so a server learns from the clock how often that happened, and no
     more. 0 sends at once: the time of the tokenizer and of the client's graph then shows. Raises InvalidInput if it is
-    negative. renew: opens another link to the same Program; ``stream`` uses it when this one is lost.
+    negative.
+
+    open: opens another link of the same weights to a Program, by its digest: for other sizes, and in ``stream`` when a
+    link is lost. offers: the sizes that may be used. fixed_length: of these, only those of the link's own length.
     """
 
     def __init__(
-        self, link: Link, *, threads: int = 1, pace: float = PACE, renew: Callable[[], Link] | None = None
+        self,
+        link: Link,
+        *,
+        threads: int = 1,
+        pace: float = PACE,
+        open: Callable[[str], Link] | None = None,
+        offers: Sequence[Offer] = (),
+        fixed_length: bool = False,
     ) -> None:
         check_options(threads, pace)
-        self._link, self._threads, self._pace, self._lock = link, threads, pace, threading.RLock()
-        self._asked, self._renew, self._closed = 0, renew, False
+        self._threads, self._pace, self._lock = threads, pace, threading.RLock()
+        self._links = Links(link, open, offers)
+        if fixed_length:
+            self._links.offers = tuple(offer for offer in self._links.offers if offer.length == self.length)
+        self._asked, self._closed, self._last = 0, False, link
         self.reports: list[Report] = []
+        self.report: Report | None = None
+
+    @property
+    def _link(self) -> Link:
+        return self._links.main
 
     @property
     def deployment(self) -> str:
@@ -209,18 +132,23 @@ class Session:
 
     @property
     def length(self) -> int:
-        """The length in tokens to which texts are padded, special tokens included; 0 if the model takes no text."""
-        return int(self.program.labels.get("length", 0))
+        """The greatest length in tokens to which texts are padded, special ones included; 0 if it takes no text."""
+        return self._links.size.length
 
     @property
     def batch(self) -> int:
-        """The number of inputs that one query carries."""
-        return int(self.program.labels.get("batch", 1))
+        """The most inputs that one query carries."""
+        return max(offer.batch for offer in self._links.offers)
+
+    @property
+    def sizes(self) -> tuple[Offer, ...]:
+        """The sizes that queries of this session may have, in the order of length and batch."""
+        return tuple(sorted(self._links.offers, key=lambda offer: (offer.length, offer.batch)))
 
     @property
     def once(self) -> tuple[Traffic, ...]:
         """The traffic that happened once for this session: files of the model, and keys."""
-        return self._link.once
+        return tuple(traffic for link in self._links.opened for traffic in link.once)
 
     @property
     def link(self) -> Any:
@@ -230,17 +158,23 @@ class Session:
     @property
     def timeline(self) -> Timeline | None:
         """The timeline of the last query at this client, if the deployment keeps one."""
-        return self._link.timeline
+        return self._last.timeline
 
     @property
     def ready(self) -> int:
         """The number of prepared queries that are not yet used."""
-        return self._link.ready
+        return sum(link.ready for link in self._links.opened)
 
-    def prepare(self) -> None:
-        """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
+    def prepare(self, length: int | None = None) -> None:
+        """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase.
+
+        length: the query is for an input of so many tokens; None stands for the greatest length.
+        """
+        holding = [offer for offer in self.sizes if length is None or offer.length >= length]
+        if not holding:
+            raise InvalidInput(f"no query has {length} tokens", f"{self.length} at most")
         with self._open():
-            self._link.prepare()
+            self._links.of(self._links.size if length is None else holding[0]).prepare()
 
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
         """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
@@ -251,13 +185,13 @@ class Session:
         """
         self.program.check_inputs(inputs)
         with self._open():
-            began, values = time.monotonic(), self._clear_values(inputs)
+            began, values = time.monotonic(), self._clear_values(inputs, self._link)
             if isinstance(values, Error):
                 clear = _Clear(self.program.dummy_values(), (values,))
             else:
                 clear = _Clear(values, (None,))
             self._wait(began)
-            (answer,) = self._answers(clear, _same, whole=True)
+            (answer,) = self._answers(clear, _same, self._links.size, whole=True)
         if isinstance(answer, Error):
             raise answer
         return answer
@@ -311,7 +245,7 @@ class Session:
         if retries < 0 or window < 1:
             raise InvalidInput(f"{retries} retries, a window of {window} inputs", "0 retries or more, a window of 1")
         served = self._served
-        whole = -(-window // self.batch) * self.batch
+        whole = -(-window // self.batch) * self.batch  # inputs of a window
 
         def windows() -> Iterator[Sequence[Given]]:
             inputs = iter(given)
@@ -340,50 +274,74 @@ class Session:
             began = time.monotonic()
             with self._open():
                 made = [_pieces(task, each, served) for each in window]
-                places = [(number, piece) for number, pieces in enumerate(made, first) for piece in pieces]
-                parts = [places[i : i + self.batch] for i in range(0, len(places), self.batch)]
-                computed = [self._clear([piece for _, piece in part]) for part in parts]
+                numbers = [number for number, pieces in enumerate(made, first) for _ in pieces]
+                places = [self._fitted(task, piece) for pieces in made for piece in pieces]
+                queries = planned([length for length, _ in places], self._links.offers)
+            if missing := {query.size for query in queries if self._links.missing(query.size)}:
                 self._wait(began)
-            coming, answers = iter(made), list[Any]()
+                for size in sorted(missing, key=lambda size: size.length):
+                    self._retried(partial(self._links.of, size), size, retries)
+                began = time.monotonic()
+            with self._open():
+                computed = [self._clear([places[i][1] for i in query.places], query.size) for query in queries]
+                self._wait(began)
+            answers = dict[int, Any]()  # by place, until all of an input are there
+            coming, place = iter(made), 0
             pieces = next(coming)
-            for part, clear in zip(parts, computed, strict=True):
-                ask = partial(self._answers, clear, task.answer, ahead=of is None and (more or part is not parts[-1]))
-                with _naming(part[0][0], part[-1][0], of, task.noun):
-                    answers += self._retried(ask, retries)
-                while pieces and len(answers) >= len(pieces):
-                    yield _joined(task, answers[: len(pieces)], pieces, served)
-                    answers, pieces = answers[len(pieces) :], next(coming, [])
+            for at, (query, clear) in enumerate(zip(queries, computed, strict=True)):
+                again = more or any(later.size == query.size for later in queries[at + 1 :])
+                ask = partial(self._answers, clear, task.answer, query.size, ahead=of is None and again)
+                with _naming([numbers[i] for i in query.places], of, task.noun):
+                    found = self._retried(ask, query.size, retries)
+                answers |= {i: (answer, self.reports[-1]) for i, answer in zip(query.places, found, strict=True)}
+                while pieces and all(i in answers for i in range(place, place + len(pieces))):
+                    own = [answers.pop(i) for i in range(place, place + len(pieces))]
+                    self.report = own[-1][1]
+                    yield _joined(task, [answer for answer, _ in own], pieces, served)
+                    place, pieces = place + len(pieces), next(coming, [])
             first += len(window)
+
+    def _fitted(
+        self, task: Task[Given, Any], piece: Mapping[str, Tensor] | Error
+    ) -> tuple[int, Mapping[str, Tensor] | Error]:
+        """Return the shortest length that holds an input, and the input for it; the greatest for what is unusable."""
+        for length in sorted({size.length for size in self._links.offers} - {self.length}):
+            if not isinstance(piece, Error) and (fitted := task.fitted(piece, length)) is not None:
+                return length, fitted
+        return self.length, piece
 
     @property
     def _served(self) -> Served:
         normalized = self.program.labels.get("normalized") == "yes"
         return Served(self._link.tokenizer, self.length, normalized)
 
-    def _clear(self, given: Sequence[Mapping[str, Tensor] | Error]) -> _Clear:
+    def _clear(self, given: Sequence[Mapping[str, Tensor] | Error], size: Offer) -> _Clear:
         """Do all work on values for the inputs of one query. What is left empty is filled up with copies."""
-        made = list(given)
-        values = self._stacked(made)
-        if isinstance(values, Error) and self.batch > 1:  # of which inputs? each is tried alone
+        made, link = list(given), self._links.of(size)
+        values = self._stacked(made, size.batch, link)
+        if isinstance(values, Error) and size.batch > 1:  # of which inputs? each is tried alone
             for i, each in enumerate(made):
-                if not isinstance(each, Error) and isinstance(alone := self._stacked([each]), Error):
+                if not isinstance(each, Error) and isinstance(alone := self._stacked([each], size.batch, link), Error):
                     made[i] = alone
-            values = self._stacked(made)
+            values = self._stacked(made, size.batch, link)
         errors = tuple(each if isinstance(each, Error) else None for each in made)
         if isinstance(values, Error):
-            return _Clear(self.program.dummy_values(), tuple(error or values for error in errors))
+            return _Clear(link.program.dummy_values(), tuple(error or values for error in errors))
         return _Clear(values, errors)
 
-    def _stacked(self, made: Sequence[Mapping[str, Tensor] | Error]) -> Mapping[str, Any] | Error:
+    def _stacked(
+        self, made: Sequence[Mapping[str, Tensor] | Error], batch: int, link: Link
+    ) -> Mapping[str, Any] | Error:
         usable = [each for each in made if not isinstance(each, Error)]
         if not usable:
             return next(each for each in made if isinstance(each, Error))
         rows = [usable[0] if isinstance(each, Error) else each for each in made]
-        rows += [usable[0]] * (self.batch - len(rows))
-        return self._clear_values(rows[0] if len(rows) == 1 else stacked(rows))
+        rows += [usable[0]] * (batch - len(rows))
+        return self._clear_values(rows[0] if len(rows) == 1 else stacked(rows), link)
 
-    def _clear_values(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any] | Error:
-        return _tried(lambda: self.program.clear_values(inputs, self._link.tables))
+    def _clear_values(self, inputs: Mapping[str, Tensor], link: Link) -> Mapping[str, Any] | Error:
+        values: Mapping[str, Any] | Error = _tried(lambda: link.program.clear_values(inputs, link.tables))
+        return values
 
     def _wait(self, began: float) -> None:
         """Wait for the time at which the first message leaves, after work on values that began at ``began``."""
@@ -393,43 +351,42 @@ class Session:
                 leaves += leaves - began
             time.sleep(left)
 
-    def _retried(self, ask: Callable[[], Found], retries: int) -> Found:
-        """Ask, and again on a new link each time that a party is lost, after a pause that doubles."""
+    def _retried(self, ask: Callable[[], Found], size: Offer, retries: int) -> Found:
+        """Ask, and again on a new link of the size each time that a party is lost, after a pause that doubles."""
         for attempt in range(retries + 1):
             try:
                 with self._open():
                     return ask()
             except LOST:
-                if attempt == retries or self._renew is None or self._closed:
+                if attempt == retries or not self._links.can_renew or self._closed:
                     raise
             time.sleep(PAUSE * 2**attempt)
             with contextlib.suppress(*LOST), self._lock:
-                link = self._renew()
+                self._links.renew(size)
                 if self._closed:  # meanwhile, and the old link with it
-                    link.close()
-                else:
-                    lost, self._link = self._link, link
-                    lost.close()
+                    self._links.close("it was closed")
         raise AssertionError("the last attempt returns or raises")
 
     def _answers(
-        self, clear: _Clear, read: Callable[[Any], Any], *, ahead: bool = False, whole: bool = False
+        self, clear: _Clear, read: Callable[[Any], Any], size: Offer, *, ahead: bool = False, whole: bool = False
     ) -> list[Any]:
         """Run one query; return what ``read`` makes of each input's answer, or the reason why there is none.
 
         whole: the answer is that of all rows together.
         """
-        values = self.program.encode(clear.values, self._link.tables)
+        link = self._links.of(size)
+        values = link.program.encode(clear.values, link.tables)
         number, self._asked = self._asked, self._asked + 1
-        results, report = self._link.ask(values, number, ahead=ahead)
-        self.reports.append(report)
+        results, report = link.ask(values, number, ahead=ahead)
+        self._last = link
+        self.reports.append(replace(report, length=size.length))
         del self.reports[:-REPORTS]
-        decoded = _tried(lambda: self.program.decode(results))
+        decoded = _tried(lambda: link.program.decode(results))
 
         def answer(row: int, error: Error | None) -> Any:
             if error is not None or isinstance(decoded, Error):
                 return error or decoded
-            own = decoded if whole or self.batch == 1 else {name: v[row : row + 1] for name, v in decoded.items()}
+            own = decoded if whole or size.batch == 1 else {name: v[row : row + 1] for name, v in decoded.items()}
             return _tried(lambda: read(only(own)))
 
         return [answer(row, error) for row, error in enumerate(clear.errors)]
@@ -446,8 +403,7 @@ class Session:
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
         self._closed = True
-        self._link.ended = self._link.ended or "it was closed"
-        self._link.close()  # without the lock, so that it ends a query of another thread
+        self._links.close("it was closed")  # without the lock, so that it ends a query of another thread
 
     def __enter__(self) -> Session:
         return self
@@ -461,8 +417,7 @@ class Session:
     def _open(self) -> Iterator[None]:
         """Admit one caller at a time, refuse an ended session, and set this session's number of threads."""
         with self._lock:
-            if self._link.ended:
-                raise PeerLost(f"this session has ended: {self._link.ended}", "connect again")
+            self._links.of(self._links.size)
             before = torch.get_num_threads()
             if before != self._threads:
                 torch.set_num_threads(self._threads)
@@ -538,8 +493,9 @@ def _named(error: Error, number: int, of: int, noun: str) -> Error:
 
 
 @contextmanager
-def _naming(first: int, last: int, of: int | None, noun: str) -> Iterator[None]:
+def _naming(numbers: Sequence[int], of: int | None, noun: str) -> Iterator[None]:
     """Say in every error which of several inputs it is about; ``of``: how many there are, if that is known."""
+    first, last = numbers[0], numbers[-1]
     try:
         yield
     except Error as error:

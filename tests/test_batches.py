@@ -38,7 +38,7 @@ def compiled_for(deployment: type[Any], directory: Path, batch: int = BATCH, see
     with torch.no_grad():
         module.last.weight += seed
     loaded = Loaded("tiny", module, samples, tokenizer, raw, LENGTH)
-    return build(loaded, deployment(), CompileOptions(embedding="client-table"), {}, batch)
+    return build(loaded, deployment(), CompileOptions(embedding="client-table"), {}, batches=(batch,))
 
 
 FORMS = [(kind, hosted) for kind in HOSTS if kind.takes_batches for hosted in (True, False)]

@@ -284,7 +284,7 @@ def test_lost_parties_are_asked_again(
     def link() -> Any:
         return compiled.deployment.insecure(compiled.model, compiled.tokenizer)
 
-    monkeypatch.setattr(deployments, "connect", lambda *_, **__: Failing(link(), pace=0.0, renew=link))
+    monkeypatch.setattr(deployments, "connect", lambda *_, **__: Failing(link(), pace=0.0, open=lambda _: link()))
     source = tmp_path / "texts.txt"
     source.write_text("\n".join(sentences(4)))
     arguments = ["embed", "--input", str(source), "--output", str(tmp_path / "out.npy")]

@@ -46,9 +46,9 @@ from secure.deployments import deployment as registry
 from secure.deployments.compare import Outcome, variants
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
+from secure.link import Link, Report
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
-from secure.session import Link, Report
 from secure.training.fidelity import Fidelity
 from tests.test_cli import Run, run
 from tests.tiny import word_tokenizer

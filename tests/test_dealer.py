@@ -556,4 +556,4 @@ def test_no_service_without_a_dealer_that_opens(model: Ready) -> None:
     with dealing(DealerService(OTHER_KEY)) as other:
         peer = DealerPeer(Endpoint.parse(other.address, what="x"), Plaintext(), KEY.public.fingerprint)
         with pytest.raises(DealerError, match="has the key"):
-            InferenceService(model.masked, peer)
+            InferenceService([model.masked], peer)

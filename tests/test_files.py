@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hmac
 import logging
+import math
 import os
 import stat
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -155,10 +156,11 @@ def test_more_than_the_program_needs_is_not_downloaded(tmp_path: Path) -> None:
 
 
 def test_the_most_bytes_of_a_file(model: Ready) -> None:
-    """No more than a header's allowance for each tensor beyond the file itself."""
+    """No more than a header's allowance for each tensor beyond whole words for each weight."""
     payload, program = model.masked.files[MASKED_WEIGHTS], model.program
     most = files.masked_size(program.weight_rings, program.weight_shapes)
-    assert len(payload) <= most <= len(payload) + (HEADER + 1) * (len(program.weight_rings) + 1)
+    words = 8 * sum(math.prod(shape) for shape in program.weight_shapes.values())
+    assert len(payload) <= most <= words + (HEADER + 80) * (len(program.weight_rings) + 1)
     for names in (["t"], ["é" * 300, '"\\' * 20, "\x01" * 9], [str(n) for n in range(500)]):
         tables = {name: torch.zeros(7, 3) for name in names}
         assert len(save(tables)) <= files.tables_size(dict.fromkeys(names, (7, 3)))
@@ -182,8 +184,22 @@ def test_masked_weights_that_are_none(model: Ready) -> None:
         with pytest.raises(DownloadError, match=r"^masked-weights: (a header of|not a safetensors file)"):
             unpack_masked(bad, program.weight_rings, program.weight_shapes)
     rings = dict(program.weight_rings)
+    held, (name, bits) = load(payload), next(iter(rings.items()))
+    short = save({**held, f"{name}/{bits}": held[f"{name}/{bits}"][1:].clone()})
     with pytest.raises(DownloadError, match="the Program prescribes"):
-        unpack_masked(payload, {**rings, next(iter(rings)): 8}, program.weight_shapes)
+        unpack_masked(short, rings, program.weight_shapes)
+    twice = {key: value for key, value in held.items() if not key.startswith(next(reversed(rings)))}
+    wrong = [
+        save({**twice, f"{name}/{bits + 1}": held[f"{name}/{bits}"].clone()}),  # as many, but one weight twice
+        *(save({**twice, f"{next(reversed(rings))}/{said}": torch.zeros(1)}) for said in ("65", "07", "", "-1")),
+    ]
+    for bad in wrong:
+        with pytest.raises(DownloadError, match="not those that the Program reads"):
+            unpack_masked(bad, rings, program.weight_shapes)
+    with pytest.raises(DownloadError, match="not those that the Program reads"):  # fewer bits than the Program needs
+        unpack_masked(payload, {**rings, name: bits + 1}, program.weight_shapes)
+    more = unpack_masked(payload, {**rings, name: 8}, program.weight_shapes)  # for another Program of the same weights
+    assert more[name].equal(unpack_masked(payload, rings, program.weight_shapes)[name])
     rings.popitem()
     with pytest.raises(DownloadError, match="not those that the Program reads"):
         unpack_masked(payload, rings, program.weight_shapes)

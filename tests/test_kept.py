@@ -223,6 +223,19 @@ def facts(**other: Any) -> Callable[[dict[str, bytes]], None]:
     return act
 
 
+def sizes(change: Callable[[Any], Any]) -> Callable[[dict[str, bytes]], None]:
+    def act(files: dict[str, bytes]) -> None:
+        content = json.loads(files[kept.FACTS])
+        change(content["sizes"])
+        files[kept.FACTS] = json.dumps(content).encode()
+
+    return act
+
+
+def first_of(found: Any) -> str:
+    return str(next(iter(found[0]["tensors"].values())))
+
+
 def first(held: dict[str, torch.Tensor]) -> str:
     return next(name for name, value in held.items() if value.dim() == 2)
 
@@ -230,8 +243,14 @@ def first(held: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (tensors(lambda held: held.pop(first(held))), "the weights are not those that the Program reads"),
-        (tensors(lambda held: held.update(more=torch.zeros(1))), "the weights are not those|a header of"),
+        (tensors(lambda held: held.pop(first(held))), "a size has no Program or no weights"),
+        (tensors(lambda held: held.update(more=torch.zeros(1))), "or they have no size"),
+        (sizes(lambda sizes: sizes.clear()), "a size has no Program or no weights"),
+        (sizes(lambda sizes: sizes.append(sizes[0])), "a size has no Program or no weights"),
+        (sizes(lambda sizes: sizes.extend(sizes[:1] * 40)), "it does not hold together"),
+        (sizes(lambda sizes: sizes[0]["tensors"].popitem()), "or they have no size"),
+        (sizes(lambda sizes: sizes[0]["tensors"].update(more=first_of(sizes))), "not those that the Program reads"),
+        (lambda files: files.update({kept.PROGRAMS[1]: files[kept.PROGRAM]}), "or they have no size"),
         (tensors(lambda held: held.update({first(held): torch.zeros(3, 3, dtype=torch.int8)})), "has the shape"),
         (tensors(lambda held: held.update({n: v.double() for n, v in held.items()})), "is no integers"),
         (tensors(lambda held: held.update({n: v.repeat(7) for n, v in held.items() if v.dim() == 1})), "shape"),
@@ -243,7 +262,7 @@ def first(held: dict[str, torch.Tensor]) -> str:
         (facts(network="moon"), "unknown network"),
         (facts(fixed_point={"fraction_bits": 99}), "fraction_bits is an integer"),
         (facts(more=1), "it does not hold together"),
-        (facts(own={"choice": {"network": 1}}), "it does not hold together"),
+        (sizes(lambda sizes: sizes[0].update(own={"choice": {"network": 1}})), "it does not hold together"),
         (lambda files: files.update({kept.TOKENIZER: b"{}"}), "the tokenizer is not the one of the Program"),
         (lambda files: files.update({"../other": b""}), "may not name"),
         (lambda files: files.pop(kept.FACTS), "does not name 'model.json'"),
@@ -259,7 +278,8 @@ def test_schedules_that_are_none(tmp_path: Path) -> None:
     """Each part of a schedule of ciphertexts is checked against the rest of it and against the Program."""
     secure.save_compiled(small("ckks"), place := tmp_path / "kept")
     content = json.loads((place / kept.FACTS).read_bytes())
-    header = content["own"]["schedule"]
+    (size,) = content["sizes"]
+    header = size["own"]["schedule"]
     last = len(header["nodes"]) - 1
     planted: list[tuple[str, Any]] = [
         *((name, header[name][:-1]) for name in ("nodes", "paths", "outputs", "levels", "stages")),
@@ -275,11 +295,11 @@ def test_schedules_that_are_none(tmp_path: Path) -> None:
         ("nodes", 3),
     ]
     for name, value in planted:
-        own = content["own"] | {"schedule": header | {name: value}}
-        rewritten(place, facts(own=own))
+        own = size["own"] | {"schedule": header | {name: value}}
+        rewritten(place, facts(sizes=[size | {"own": own}]))
         with pytest.raises(CompiledError, match=r"the schedule is none of the Program|does not hold together"):
             secure.load_compiled(place)
-    rewritten(place, facts(own=content["own"]))
+    rewritten(place, facts(sizes=[size]))
     secure.load_compiled(place)
 
 
@@ -368,13 +388,15 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
             if COMPILE in known.used:
                 changed = found(**{name: other_values(field.default)})
                 yield f"{found.name} {name}", replace(compilation, deployment=changed)
-    yield "length", replace(compilation, length=compilation.length + 1)
-    yield "batch", replace(compilation, batch=compilation.batch + 1)
+    yield "length", replace(compilation, lengths=(LENGTH + 1,))
+    yield "batch", replace(compilation, batches=(2,))
+    yield "two lengths", replace(compilation, lengths=(LENGTH, LENGTH + 1))
+    yield "two batches", replace(compilation, batches=(1, 2))
     yield "sentences", replace(compilation, sentences=("One.",))
     yield "two sentences", replace(compilation, sentences=("One.", "Two."))
     yield "one of two", replace(compilation, sentences=("One.Two.",))
     assert {f.name for f in dataclasses.fields(Compilation)} == {
-        *("model", "deployment", "length", "sentences", "options", "batch")
+        *("model", "deployment", "lengths", "sentences", "options", "batches")
     }  # another one needs a line here
 
 
@@ -385,11 +407,11 @@ def left_out(compilation: Compilation) -> list[str]:
 
 
 def test_the_key_holds_everything_that_a_user_may_choose(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Compilation(str(directory), secure.ThreeParty(), LENGTH)
+    found = Compilation(str(directory), secure.ThreeParty(), (LENGTH,))
     found = dataclasses.replace(found, deployment=dataclasses.replace(secure.TwoParty(), server="a:1"))
     assert left_out(found) == ["two-party"]  # where a client finds the server changes no model
     everything = Compilation.depends_on
-    for planted in ("options", "length", "sentences", "compiled_as", "batch"):
+    for planted in ("options", "lengths", "sentences", "compiled_as", "batches"):
         with monkeypatch.context() as patch:
             patch.setattr(
                 Compilation,
@@ -671,7 +693,7 @@ def test_a_directory_chooses_its_deployment(served: Any, run: Run, tmp_path: Pat
 
 def test_every_stage_of_compiling_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = list[tuple[int, int, str]]()
-    Compilation(str(directory), secure.TwoParty(), LENGTH).run(lambda *said: told.append(said))
+    Compilation(str(directory), secure.TwoParty(), (LENGTH,)).run(lambda *said: told.append(said))
     stages = list(dict.fromkeys(what for *_, what in told))
     assert stages == [
         *("loading the model", "capturing the model", "observing ranges", "lowering", "calibrating"),

@@ -39,7 +39,7 @@ from secure.errors import (
     ProtocolError,
     QueryError,
 )
-from secure.session import Report
+from secure.link import Report
 from secure.version import WIRE_VERSION
 from tests.tiny import (
     LENGTH,
@@ -251,7 +251,7 @@ def test_no_dealer(model: Ready, server: Served) -> None:
     nobody = "127.0.0.1:1"
     message = f"the dealer at {nobody} cannot be reached.*\nhint: start it with: unseen dealer --listen {nobody}"
     with pytest.raises(DealerError, match=message):
-        InferenceService(model.masked, DealerPeer(nobody, Plaintext()))
+        InferenceService([model.masked], DealerPeer(nobody, Plaintext()))
     with pytest.raises(DealerError, match=message):
         call(server.address, nobody)
 

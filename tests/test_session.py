@@ -31,7 +31,7 @@ from tests.relay import Relay
 from tests.tiny import LENGTH, TEXT, WORDS, sentences
 
 DEADLINE = 2.0
-KEYS = {"rounds", "traffic", "online_seconds", "offline_seconds", "client_seconds", "dealer_seconds", "query"}
+KEYS = {"rounds", "traffic", "online_seconds", "offline_seconds", "client_seconds", "dealer_seconds", "query", "length"}
 
 
 class TinyText(nn.Module):

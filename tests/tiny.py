@@ -24,7 +24,7 @@ from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
-from parties.served.published import Published
+from parties.served.published import Publication, Published
 from parties.services import hosting
 from parties.two_party import dealer as dealer_module
 from parties.two_party import server as server_module
@@ -179,18 +179,16 @@ def serving(
 ) -> Iterator[Served]:
     """A server of ``model``; ``kind``, ``describing``: those that misbehave; ``key``: the dealer's."""
     compiled, masked = model.compiled, model.masked
-    service = kind(masked, DealerPeer(dealer, Plaintext(), key or KEY.public.text), deadline=deadline, **options)
-    published = describing(
+    service = kind([masked], DealerPeer(dealer, Plaintext(), key or KEY.public.text), deadline=deadline, **options)
+    offered = Publication(
         compiled.deployment,
-        SERVER,
-        masked.program.encoded,
+        masked.program,
         masked.weights_digest,
         masked.files,
         compiled.tokenizer,
         compiled.tokenizer_json,
-        deadline=deadline,
-        log=server_module.log,
     )
+    published = describing(SERVER, [offered], deadline=deadline, log=server_module.log)
     served = Served(add_InferenceServicer_to_server, service, published=published)
     try:
         yield served

@@ -18,7 +18,7 @@ from parties.ckks.server import CkksService
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import TOKEN_TABLE, state_directory
-from parties.served.published import Published
+from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
 from proto.unseen_pb2_grpc import add_CkksServicer_to_server, add_ModelServicer_to_server
 from secure.ckks.compile import CkksModel
@@ -26,7 +26,7 @@ from secure.ckks.profile import summary
 from secure.deployments.ckks import SERVER, Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
-from secure.session import Link
+from secure.link import Link
 
 KEY_MEMORY = 8 << 30  # bytes of evaluation keys held decoded, at most
 
@@ -53,17 +53,11 @@ class CkksHosted:
         model: CkksModel = compiled.model
         # a name for the weights that tells nothing about them; clients only compare it between calls
         name = hmac.digest(secrets.token_bytes(32), model.weights_digest.encode(), "sha256").hex()
-        published = Published(
-            compiled.deployment,
-            SERVER,
-            model.program.encoded,
-            name,
-            {TOKEN_TABLE: save(dict(model.client_tables))} if model.client_tables else {},
-            compiled.tokenizer,
-            compiled.tokenizer_json,
-            deadline=options.deadline,
-            log=logging.getLogger("unseen.server"),
+        files = {TOKEN_TABLE: save(dict(model.client_tables))} if model.client_tables else {}
+        offered = Publication(
+            compiled.deployment, model.program, name, files, compiled.tokenizer, compiled.tokenizer_json
         )
+        published = Published(SERVER, [offered], deadline=options.deadline, log=logging.getLogger("unseen.server"))
         options.told(0, 0, "encoding the weights")
         evaluators = Evaluators(model, workers=options.workers, key_memory=KEY_MEMORY)
         try:

@@ -11,12 +11,12 @@ from parties.cli.compiled import tell
 from parties.cli.console import say, stages, use_threads
 from parties.cli.options import (
     ApproximationsOption,
-    BatchOption,
+    BatchesOption,
     CalibrationOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
-    LengthOption,
+    LengthsOption,
     ModelArgument,
     NetworkOption,
     ThreadsOption,
@@ -34,8 +34,8 @@ def compile_model(
     deployment: Deployment,
     model: ModelArgument,
     directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
-    length: LengthOption = None,
-    batch: BatchOption = None,
+    length: LengthsOption = None,
+    batch: BatchesOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -60,7 +60,9 @@ def compile_model(
     check_new(directory)
     say(f"unseen compile: compiling {model} for {deployment.name} ...")
     with stages("compile") as told:
-        compiled = Compilation(model, deployment, length or 0, tuple(sentences), options, batch or 1).run(told)
+        compiled = Compilation(
+            model, deployment, tuple(length or ()), tuple(sentences), options, tuple(batch or (1,))
+        ).run(told)
         told(0, 0, "writing files")
         save_compiled(compiled, directory)
     tell("compile", model, compiled)

@@ -73,14 +73,15 @@ def tell(verb: str, model: str, compiled: Compiled) -> None:
     """Say what a query of a compiled model takes, and what its owner should know."""
     if compiled.about:
         say(f"unseen {verb}: {compiled.about}")
-    length = compiled.program.labels.get("length")
-    cost, tokens = compiled.cost, f", {length} tokens" if length else ""
-    tokens += f", {batch} a query" if (batch := compiled.program.labels.get("batch")) else ""
-    offline = in_words(cost.traffic, OFFLINE)
-    say(
-        f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
-        f"{f'offline {offline}; ' if offline else ''}Program {compiled.program.digest}"
-    )
+    for size in compiled.sizes:
+        length = size.program.labels.get("length")
+        cost, tokens = size.cost, f", {length} tokens" if length else ""
+        tokens += f", {batch} a query" if (batch := size.program.labels.get("batch")) else ""
+        offline = in_words(cost.traffic, OFFLINE)
+        say(
+            f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
+            f"{f'offline {offline}; ' if offline else ''}Program {size.program.digest}"
+        )
     deployment = compiled.deployment
     for line in (*deployment.choices(compiled.model), *deployment.remarks(compiled.program)):
         say(f"unseen {verb}: {line}")
@@ -111,21 +112,26 @@ def opened(
         raise InvalidInput(f"{where}: {error}") from None
     for name, value in fixed.items():
         known = _known(compiled, name)
-        if value is not None and value != known:
-            said = "whose ranges are fixed" if name == "calibration" else f"which was compiled with {known}"
+        given = sorted(set(value)) if isinstance(value, list) else value
+        if given is not None and given != known:
+            said = "whose ranges are fixed" if name == "calibration" else f"which was compiled with {_words(known)}"
             hint = f"leave {dashed(name)} out, or compile it again"
-            raise InvalidInput(f"{dashed(name)} {value}: {where}, {said}", hint)
+            raise InvalidInput(f"{dashed(name)} {_words(given)}: {where}, {said}", hint)
     compiled = replace(compiled, deployment=chosen)
     say(f"unseen {verb}: {directory}, compiled on {compiled.made}")
     return compiled
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _known(compiled: Compiled, name: str) -> Any:
     """Return the value of an option of the command line with which a model was compiled."""
     options: CompileOptions = compiled.options
     if name in ("length", "batch"):
-        found = compiled.program.labels.get(name)
-        return int(found) if found else {"batch": 1}.get(name)
+        least = {"batch": 1}.get(name, 0)
+        return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0})
     if name == "fraction_bits":
         return options.fixed_point.fraction_bits if options.fixed_point else DEFAULTS[name]
     given = getattr(options, name, None)

@@ -38,10 +38,11 @@ from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
+from secure.link import Report
 from secure.models.text import model_directory
 from secure.models.tokens import REFUSE, SPLIT
 from secure.progress import Told
-from secure.session import RETRIES, Report, Session
+from secure.session import RETRIES, Session
 from secure.tasks.embed import Embed
 
 
@@ -82,6 +83,16 @@ def embed(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print embeddings and costs as JSON.")] = False,
     program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model that is meant, if the server offers several.")
+    ] = None,
+    fixed_length: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-length",
+            help="Pad all texts to the greatest length. Else the server sees to which of its lengths each was padded.",
+        ),
+    ] = False,
     cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
@@ -107,6 +118,7 @@ def embed(
         raise InvalidInput("--input without --output", f"give a file of the suffix {', '.join(FORMATS)}")
     if trace is not None:
         require_traces(deployment)
+        fixed_length = True  # a trace belongs to one Program
         if long == SPLIT:
             raise InvalidInput(f"--trace and --long {SPLIT} exclude each other", "leave one of them out")
     get_ready(threads)
@@ -118,12 +130,17 @@ def embed(
         if "warning" in line:
             say(f"unseen embed: {line}")
     options |= {"network": network, "cache": cache, "program_digest": program_digest}
+    options |= {"model": model, "fixed_length": fixed_length}
     options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
     task = Embed(str(long))
 
     def connect(told: Told) -> Session:
-        return deployments.connect(deployment, told=told, **options)
+        session = deployments.connect(deployment, told=told, **options)
+        if len(lengths := sorted({size.length for size in session.sizes})) > 1:
+            known = ", ".join(map(str, lengths))
+            say(f"unseen embed: the server sees to which length each text is padded: {known} tokens")
+        return session
 
     if input is not None:
         assert output is not None
@@ -154,7 +171,8 @@ def _texts(
         vectors, taken = list[Tensor](), list[Report]()
         try:
             for vector in session.run(task, given):
-                report = session.reports[-1]  # of the text's query, as the next one has not begun
+                report = session.report
+                assert report is not None  # the text has an answer
                 if measured and (not taken or taken[-1] is not report):
                     measured.add(session)
                 vectors.append(vector)

@@ -45,6 +45,24 @@ BatchOption = Annotated[
     int | None,
     typer.Option(min=1, max=MAXIMUM_BATCH, help="Inputs that a query carries, for the rounds of one; 1 by default."),
 ]
+LengthsOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--length",
+        min=3,
+        help=f"Padded length of texts in tokens; public. {LENGTH} by default. Given several times, a text takes the "
+        "shortest that holds it, which the parties see.",
+    ),
+]
+BatchesOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch",
+        min=1,
+        max=MAXIMUM_BATCH,
+        help="Inputs that a query carries, for the rounds of one; 1 by default. Given several times, clients choose.",
+    ),
+]
 EmbeddingOption = Annotated[
     Embedding | None, typer.Option("--embedding", help=f"How tokens are looked up; {EMBEDDINGS[0]} by default.")
 ]

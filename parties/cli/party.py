@@ -70,7 +70,7 @@ def share_model(
         network=network,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
-    compilation = Compilation(model, deployment, length or 0, tuple(sentences), options, batch or 1)
+    compilation = Compilation(model, deployment, (length,) if length else (), tuple(sentences), options, (batch or 1,))
     compiled = made("share-model", compilation, keep=False)
     for where in write_shares(compiled, output):
         size = sum(file.stat().st_size for file in where.iterdir())

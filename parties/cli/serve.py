@@ -16,7 +16,7 @@ from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
-    BatchOption,
+    BatchesOption,
     BudgetMemoryOption,
     BudgetSecondsOption,
     CalibrationOption,
@@ -25,7 +25,7 @@ from parties.cli.options import (
     FractionBitsOption,
     GeluOption,
     InsecureOption,
-    LengthOption,
+    LengthsOption,
     ListenOption,
     ModelArgument,
     NetworkOption,
@@ -59,14 +59,20 @@ from secure.errors import InvalidInput
 from secure.models.text import PACKAGED, model_directory
 from secure.tasks.embed import Embed
 
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODEL", help="Another model to serve; clients say which they mean: --model NAME."),
+]
+
 
 def serve(
     deployment: Deployment,
     context: typer.Context,
     model: ModelArgument = PACKAGED,
     listen: ListenOption = "127.0.0.1:50051",
-    length: LengthOption = None,
-    batch: BatchOption = None,
+    also: AlsoOption = None,
+    length: LengthsOption = None,
+    batch: BatchesOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -94,26 +100,22 @@ def serve(
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Serve a model that nobody gets to see: one to compile, or a directory that `unseen compile` wrote."""
-    compiled: Compiled | None = None
-    if is_compiled(model):
-        compiled = opened(
-            "serve",
-            Path(model),
-            deployment,
-            named=is_said(context, "deployment"),
-            fixed={
-                "length": length,
-                "batch": batch,
-                "embedding": embedding,
-                "gelu": gelu,
-                "approximations": approximations,
-                "fraction_bits": fraction_bits,
-                "network": network,
-                "calibration": calibration,
-            },
-        )
-        deployment = compiled.deployment
+    """Serve models that nobody gets to see: to compile, or directories that `unseen compile` wrote."""
+    models, kept = [model, *(also or ())], dict[str, Compiled]()
+    fixed = {
+        "length": length,
+        "batch": batch,
+        "embedding": embedding,
+        "gelu": gelu,
+        "approximations": approximations,
+        "fraction_bits": fraction_bits,
+        "network": network,
+        "calibration": calibration,
+    }
+    for each in filter(is_compiled, models):
+        kept[each] = opened("serve", Path(each), deployment, named=is_said(context, "deployment"), fixed=fixed)
+    if model in kept:
+        deployment = kept[model].deployment
     role = deployment.serves
     if not role:
         raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
@@ -139,8 +141,9 @@ def serve(
     for name, endpoint in endpoints.items():
         channels.check(endpoint, what=f"the {name}")
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
-    if compiled is None and isinstance(task_of(model), Embed):
-        model_directory(model)  # a mistake that can be seen before anything is loaded
+    for each in models:
+        if each not in kept and isinstance(task_of(each), Embed):
+            model_directory(each)  # a mistake that can be seen before anything is loaded
     hosting.check(at, endpoints, channels, what=f"the {role}", wait=wait or 0.0)
     if not same_owner:
         hosting.check_owners(endpoints, channels)
@@ -148,14 +151,18 @@ def serve(
         TraceDirectory(trace)
     if tokens is not None:
         Tokens(tokens)  # likewise
-    if compiled is None:
-        compilation = Compilation(model, deployment, length or 0, tuple(sentences), options, batch or 1)
-        compiled = made("serve", compilation, keep=keep)
-    else:
-        tell("serve", model, compiled)
+    held = list[Compiled]()
+    for each in models:
+        if each in kept:
+            tell("serve", each, kept[each])
+            held.append(kept[each])
+        else:
+            lengths, batches = tuple(length or ()), tuple(batch or (1,))
+            compilation = Compilation(each, deployment, lengths, tuple(sentences), options, batches)
+            held.append(made("serve", compilation, keep=keep))
     with stages("serve") as told:
         service = deployments.serve(
-            compiled,
+            held,
             role=role,
             listen=str(at),
             peers=peers,

@@ -12,8 +12,9 @@ from torch import Tensor
 from parties.reports.who_learns import who_learns
 from secure.cost.traffic import OFFLINE, ONCE, ONLINE, in_words
 from secure.deployments.deployment import Deployment
+from secure.link import Report
 from secure.models.text import load_text_model
-from secure.session import Report, Session
+from secure.session import Session
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served
 
@@ -68,7 +69,9 @@ def report(
 
 def lines(taken: Report) -> list[str]:
     """Say what one query took, for people: a line a phase."""
-    out = [f"online    {taken.online_seconds:6.2f} s   {taken.rounds} rounds, {in_words(taken.traffic, ONLINE)}"]
+    padded = f", padded to {taken.length} tokens" if taken.length else ""
+    online = f"{taken.rounds} rounds, {in_words(taken.traffic, ONLINE)}{padded}"
+    out = [f"online    {taken.online_seconds:6.2f} s   {online}"]
     offline = in_words(taken.traffic, OFFLINE)
     if offline or taken.offline_seconds:
         dealt = f"; {taken.dealer_seconds:.2f} s of dealing" if taken.dealer_seconds else ""

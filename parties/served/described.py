@@ -18,6 +18,7 @@ from proto.unseen_pb2_grpc import ModelStub
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
+from secure.link import Offer
 from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
@@ -25,6 +26,7 @@ from secure.progress import Told
 from secure.version import WIRE_VERSION
 
 MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each
+MAXIMUM_OFFERS = 256
 DOWNLOADING = 600.0  # seconds that one file may take
 
 
@@ -34,9 +36,10 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest. model: refuse a service of other weights, by the name that ``Link.model`` had. budget: refuse a Program
-    that may take more on this machine. told: called with progress while something takes long. Raises InvalidInput
-    for a deadline that is none.
+    digest; of a service that offers several, this one is meant. model: refuse a service of other weights, by the name
+    that ``Link.model`` had. name: the name of the model that is meant; None if the service offers only one. budget:
+    refuse a Program that may take more on this machine. told: called with progress while something takes long. Raises
+    InvalidInput for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
@@ -44,6 +47,7 @@ class ConnectOptions:
     cache: Path | None = None
     program_digest: str | None = None
     model: str | None = None
+    name: str | None = None
     budget: Budget = field(default_factory=Budget)
     told: Told | None = None
 
@@ -67,7 +71,10 @@ P = TypeVar("P", bound=Decoded)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Described(Generic[P]):
-    """A service's description. model: names the weights; tables: the token tables that clients hold."""
+    """A service's description. model: names the weights; tables: the token tables that clients hold.
+
+    offers: the sizes at which the service offers this model, the described one among them.
+    """
 
     program: P
     model: str
@@ -76,6 +83,7 @@ class Described(Generic[P]):
     tables: Mapping[str, Tensor]
     tokenizer: TextTokenizer | None
     once: tuple[Traffic, ...]
+    offers: tuple[Offer, ...]
 
 
 def ask_description(peer: Peer, deployment: Deployment, role: str, options: ConnectOptions) -> pb.Description:
@@ -83,8 +91,9 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
 
     Raises HandshakeError if one of them differs, PeerLost if the service cannot be reached.
     """
+    request = pb.DescribeRequest(program_digest=options.program_digest or "", model=options.name or "")
     with peer.calling():
-        found: pb.Description = ModelStub(peer.channel).Describe(pb.DescribeRequest(), timeout=options.deadline)
+        found: pb.Description = ModelStub(peer.channel).Describe(request, timeout=options.deadline)
     _check(found, peer.who)
     if (found.version, found.deployment) != (WIRE_VERSION, deployment.name):
         raise HandshakeError(
@@ -96,6 +105,7 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
         raise HandshakeError(
             f"{printable(found.role)} answers at {peer.at}, where {role} should", "check the order of the addresses"
         )
+    _check_name(found, peer.who, options.name)
     if (name := deployment.differs(found.compiled_as)) is not None:
         theirs = printable(found.compiled_as[name]) if name in found.compiled_as else "nothing"
         raise HandshakeError(
@@ -105,11 +115,23 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
     return found
 
 
+def _check_name(found: pb.Description, who: str, name: str | None) -> None:
+    """Raise HandshakeError if it is open which model is meant, or another is described."""
+    known = ", ".join(sorted({offer.model or "(no name)" for offer in found.offers}))
+    if name is not None and name not in {offer.model for offer in found.offers}:
+        raise HandshakeError(f"{who} offers no model {name!r}", f"it offers {known}")
+    if not found.program:
+        raise HandshakeError(f"{who} offers several models", f"name one: {known}: --model NAME (model=...)")
+
+
 def _check(found: pb.Description, who: str) -> None:
     """Raise ProtocolError unless the names in a description are few, short and printable, as messages show them."""
+    if len(found.offers) > MAXIMUM_OFFERS:
+        raise ProtocolError(f"{who} offers {len(found.offers)} Programs, at most {MAXIMUM_OFFERS} are read")
     names = [found.deployment, found.role, found.model, *(f.name for f in found.files)]
     names += [*found.compiled_as, *found.compiled_as.values()]
-    if len(names) > MAXIMUM_NAMES or any(len(name) > MAXIMUM_NAME or not name.isprintable() for name in names):
+    told = [text for offer in found.offers for text in (offer.model, offer.weights, offer.program_digest)]
+    if len(names) > MAXIMUM_NAMES or any(len(name) > MAXIMUM_NAME or not name.isprintable() for name in names + told):
         raise ProtocolError(
             f"{who} describes itself by {len(names)} names; at most {MAXIMUM_NAMES} are read, each of {MAXIMUM_NAME} "
             "printable characters"
@@ -164,4 +186,14 @@ def read_description(
     tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes, program.labels)
     tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase, program.labels)
     once = tuple(Traffic(role, "client", f.size, ONCE) for f in found.files if f.sha256 in downloaded)
-    return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once)
+    return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once, _offers(found))
+
+
+def _offers(found: pb.Description) -> tuple[Offer, ...]:
+    """Return the sizes at which the described model is offered: those with the same weights, as their names say."""
+    names = {offer.model for offer in found.offers if offer.weights == found.model}
+    return tuple(
+        Offer(offer.length, offer.batch, offer.program_digest)
+        for offer in found.offers
+        if offer.weights == found.model and len(names) == 1
+    )

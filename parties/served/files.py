@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from proto.unseen_pb2 import File
-from protocols import wire
+from protocols import ring, wire
 from protocols.wire import Wire
 from secure.capture.documents import header_size, read_tensors
 from secure.errors import DownloadError, HandshakeError, InvalidInput, printable
@@ -38,24 +38,29 @@ _CACHED = re.compile(r"[0-9a-f]{64}\.safetensors|\.part-.*")  # no other file in
 
 
 def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
-    """Encode masked weights D as a file. rings: bits of each weight."""
+    """Encode masked weights D as a file. rings: bits of each weight, which stand behind its name there."""
     packed = {}
     for name, value in masked:
         raw = wire.encode(value, Wire(tuple(value.shape), rings[name]))
-        packed[name] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        packed[f"{name}/{rings[name]}"] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return save(packed)
 
 
 def unpack_masked(
     payload: bytes | None, rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Decode a file of ``pack_masked``; raises DownloadError if names or sizes are not the Program's."""
-    packed = _load(MASKED_WEIGHTS, payload, rings)
-    if set(packed) != set(rings):
+    """Decode a file of ``pack_masked``; raises DownloadError if names or sizes are not the Program's.
+
+    rings: the least bits of each weight. A file may have more, for other Programs of the same weights.
+    """
+    packed = _load(MASKED_WEIGHTS, payload, (f"{name}/{ring.WORD}" for name in rings))
+    known = {f"{name}/{bits}": (name, bits) for name, least in rings.items() for bits in range(least, ring.WORD + 1)}
+    if {known.get(key, (key, 0))[0] for key in packed} != set(rings) or len(packed) != len(rings):
         raise DownloadError("the masked weights are not those that the Program reads", "restart the server")
     out = {}
-    for name, raw in packed.items():
-        form = Wire(tuple(shapes[name]), rings[name])
+    for key, raw in packed.items():
+        name, bits = known[key]
+        form = Wire(tuple(shapes[name]), bits)
         if raw.dtype != torch.uint8 or raw.numel() != form.size:
             raise DownloadError(
                 f"the masked weight {name!r} has {raw.numel()} bytes, the Program prescribes {form.size}"
@@ -65,8 +70,8 @@ def unpack_masked(
 
 
 def masked_size(rings: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the most bytes of a file of ``pack_masked``: the Program fixes all but its header."""
-    return _most({name: Wire(tuple(shapes[name]), bits).size for name, bits in rings.items()})
+    """Return the most bytes of a file of ``pack_masked``: the Program fixes all but its header and the rings' bits."""
+    return _most({f"{name}/{ring.WORD}": Wire(tuple(shapes[name]), ring.WORD).size for name in rings})
 
 
 def unpack_tables(

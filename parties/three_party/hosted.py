@@ -11,7 +11,7 @@ import grpc
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
-from parties.served.published import Published
+from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
 from parties.three_party.client import ThreePartyLink
 from parties.three_party.party import STREAMS, PartyService
@@ -23,7 +23,7 @@ from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
-from secure.session import Link
+from secure.link import Link
 
 
 class ThreePartyHosted:
@@ -60,17 +60,10 @@ class ThreePartyHosted:
 def parts_of(service: PartyService) -> Parts:
     """Return the parts of a party's service, with the public description of its model."""
     share = service.share
-    published = Published(
-        share.deployment,
-        share.role,
-        share.program.encoded,
-        share.manifest.model,
-        share.files,
-        share.tokenizer,
-        share.tokenizer_json,
-        deadline=service.deadline,
-        log=service.log,
+    offered = Publication(
+        share.deployment, share.program, share.manifest.model, share.files, share.tokenizer, share.tokenizer_json
     )
+    published = Published(share.role, [offered], deadline=service.deadline, log=service.log)
 
     def add(server: grpc.Server) -> None:
         add_ModelServicer_to_server(published, server)

@@ -6,6 +6,7 @@ so does the token table if the owner lets clients hold it; files are checked by 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import time
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc
 from torch import Tensor
@@ -38,8 +40,8 @@ from secure.cost.traffic import OFFLINE, Traffic, links
 from secure.deployments.two_party import CLIENT as CLIENT_ROLE
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import DealerError, PeerLost, ProtocolError, QueryError, from_code, printable
+from secure.link import Link, Report
 from secure.mpc.program import Program
-from secure.session import Link, Report
 from secure.version import WIRE_VERSION
 
 PATIENCE = 15.0  # seconds in which a server registers its model again with a dealer that was restarted
@@ -48,6 +50,16 @@ PATIENCE = 15.0  # seconds in which a server registers its model again with a de
 def _files(program: Program) -> dict[str, int]:
     """The most bytes of the files that the client needs, by name."""
     return {MASKED_WEIGHTS: masked_size(program.weight_rings, program.weight_shapes)}
+
+
+_HELD: WeakValueDictionary[tuple[object, ...], ClientWeights] = WeakValueDictionary()  # of all links of this process
+
+
+def _weights(program: Program, payload: bytes | None) -> ClientWeights:
+    """Return the masked weights of a file, which fit the Program. Links that hold the same file share them."""
+    shapes = {name: tuple(program.weight_shapes[name]) for name in program.weight_rings}
+    tensors = unpack_masked(payload, program.weight_rings, shapes)
+    return _HELD.setdefault((hashlib.sha256(payload or b"").digest(), *sorted(shapes.items())), ClientWeights(tensors))
 
 
 @dataclass(frozen=True, repr=False)  # holds masks
@@ -95,10 +107,9 @@ class TwoPartyLink(Link):
         description = ask_description(self._server, deployment, SERVER, options)
         found = read_description(self._server, description, SERVER, options.budget.decode, options, _files)
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
-        self.model = found.model
+        self.model, self.offers = found.model, found.offers
         self.tables, self.tokenizer = found.tables, found.tokenizer
-        rings, shapes = self.program.weight_rings, self.program.weight_shapes
-        self._weights = ClientWeights(unpack_masked(found.files.get(MASKED_WEIGHTS), rings, shapes))
+        self._weights = _weights(self.program, found.files.get(MASKED_WEIGHTS))
 
     def _open_session(self) -> None:
         program = self.program

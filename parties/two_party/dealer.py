@@ -42,6 +42,7 @@ from parties.two_party.sealing import SealingKey, answer_proof
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer
 from protocols.circuit import deal
+from protocols.prg import Key
 from protocols.weights import DealerWeights
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
@@ -53,7 +54,7 @@ log = logging.getLogger("unseen.dealer")
 
 # All that the dealer keeps at a time, and of it for one caller; callers without certificates count as one, which may
 # have all. Only what is idle makes room for others.
-MAXIMUM_MODELS, CALLER_MODELS = 64, 8
+MAXIMUM_MODELS, CALLER_MODELS = 128, 64  # a model counts once for each length and batch
 MAXIMUM_SESSIONS, CALLER_SESSIONS = 4096, 256
 MAXIMUM_DEALS, CALLER_DEALS = 24, 16  # fewer than the threads of the service, which also answers Open and Join
 MAXIMUM_PROGRAM = 1 << 20  # bytes; that of BERT-base at 512 tokens has a third of it
@@ -144,8 +145,9 @@ class DealerService(DealerServicer):
             program = _decoded(request.program, self._budget)
             seat = self.models.take(who.name, lambda: self._forget(key))
             seat.rest(LEASE)
-            weights = DealerWeights(mask_key(seed, name), program.weight_shapes)
             with self._lock:
+                beside = next((model for (_, other), model in self._models.items() if other == name), None)
+                weights = _mask(beside, mask_key(seed, name), program)
                 known = self._models.setdefault(key, _RegisteredModel(program, name, weights, seed, seat))
             if known.seat is not seat:  # it was registered in between
                 self.models.give_back(seat)
@@ -280,6 +282,14 @@ class DealerService(DealerServicer):
         if session is None:
             raise Error("no such session (a restarted dealer knows none)", "connect again")
         return session
+
+
+def _mask(beside: _RegisteredModel | None, key: Key, program: Program) -> DealerWeights:
+    """Return the mask B of a model; it is shared with a Program of the same weights that is registered already."""
+    try:
+        return beside.weights.beside(program.weight_shapes) if beside else DealerWeights(key, program.weight_shapes)
+    except ValueError as error:
+        raise HandshakeError(f"the Programs of one model differ: {error}") from None
 
 
 def _decoded(encoded: bytes, budget: Budget) -> Program:

@@ -13,14 +13,14 @@ from parties.limits.quotas import Spend, unlimited
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import state_directory
-from parties.served.published import Published
+from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import TwoPartyLink
 from parties.two_party.dealer import LARGEST, DealerService
 from parties.two_party.dealer_peer import DealerPeer
-from parties.two_party.masked_model import mask_model
+from parties.two_party.masked_model import mask_models
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import InferenceService
 from proto.unseen_pb2_grpc import (
@@ -31,7 +31,7 @@ from proto.unseen_pb2_grpc import (
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
-from secure.session import Link
+from secure.link import Link
 
 SWEEPING = 30.0  # seconds after which the dealer looks again for what it can forget
 
@@ -89,29 +89,35 @@ class TwoPartyHosted:
         return Parts(add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST)
 
     @staticmethod
-    def _server(held: Compiled, dealer: DealerPeer, options: HostOptions) -> Parts:
+    def _server(held: Sequence[Compiled], dealer: DealerPeer, options: HostOptions) -> Parts:
         deadline, traces = options.deadline, TraceDirectory(options.traces) if options.traces else None
         options.told(0, 0, "masking the weights")
-        model = mask_model(held.model, options.state or state_directory(), options.rotate_mask)
-        service = InferenceService(model, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
+        sizes = [size for compiled in held for size in compiled.sizes]
+        models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
+        service = InferenceService(models, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
+        offered = [
+            Publication(size.deployment, size.program, m.weights_digest, m.files, size.tokenizer, size.tokenizer_json)
+            for size, m in zip(sizes, models, strict=True)
+        ]
         published = Published(
-            held.deployment,
             SERVER,
-            model.program.encoded,
-            model.weights_digest,
-            model.files,
-            held.tokenizer,
-            held.tokenizer_json,
+            offered,
             deadline=deadline,
             log=logging.getLogger("unseen.server"),
+            asked=lambda found: service.offer(found.program.digest, found.model),
         )
+        digests = {model.program.digest for model in models}
 
         def add(server: grpc.Server) -> None:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
         return Parts(
-            [add], {**published.permissions, **service.permissions}, service.close, program=model.program.digest
+            [add],
+            {**published.permissions, **service.permissions},
+            service.close,
+            program=models[0].program.digest,
+            knows=digests.__contains__,
         )
 
 

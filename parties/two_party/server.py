@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar
 
@@ -51,8 +51,9 @@ RENEWING = 5.0  # seconds between the server's questions whether the dealer stil
 
 
 class InferenceService(InferenceServicer):
-    """The service that answers sessions on one masked model.
+    """The service that answers sessions on masked models.
 
+    models: each is registered at the dealer when the first client asks for it, the first of all at once.
     dealer: is closed with the service. deadline: seconds that a session waits for its client. traces: a directory for a
     timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas.
 
@@ -64,19 +65,21 @@ class InferenceService(InferenceServicer):
 
     def __init__(
         self,
-        model: MaskedModel,
+        models: Sequence[MaskedModel],
         dealer: DealerPeer,
         *,
         deadline: float = 60.0,
         traces: TraceDirectory | None = None,
         spend: Spend = unlimited,
     ) -> None:
-        self.model, self.deadline, self.traces = model, deadline, traces
+        self.models = {(model.program.digest, model.weights_digest): model for model in models}
+        self.deadline, self.traces = deadline, traces
         self.dealer, self.spend = dealer, spend
         self.greetings = WaitingRoom(MAXIMUM_GREETINGS)
         self.sessions = Seats("the server", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
+        self._registered = dict[tuple[str, str], MaskedModel]()  # at the dealer, by names
         try:
-            self.register()
+            self.register(models[0])
         except BaseException:
             dealer.close()
             raise
@@ -89,15 +92,29 @@ class InferenceService(InferenceServicer):
         self.beside.shutdown(wait=False, cancel_futures=True)
         self.dealer.close()
 
-    def register(self) -> None:
-        """Send the Program and the sealed mask seed to the dealer. Raises DealerError."""
-        self.dealer.register(self.model.program, self.model.mask_seed)
+    def register(self, model: MaskedModel) -> None:
+        """Send a Program and the sealed mask seed to the dealer. Raises DealerError."""
+        self.dealer.register(model.program, model.mask_seed)
+        self._registered[model.program.digest, model.weights_digest] = model
+
+    def offer(self, program_digest: str, weights_digest: str) -> None:
+        """Register a model for a client that is about to open a session with it. Raises DealerError."""
+        names = program_digest, weights_digest
+        if names not in self._registered:
+            self.register(self.models[names])
 
     def renew(self) -> None:
-        """Keep the model registered, or register it again with a dealer that was restarted. Raises DealerError."""
-        if not self.dealer.renew(self.model.program, self.model.mask_seed):
-            self.register()
-            log.info("registered the Program again: the dealer did not know it")
+        """Keep models registered, or register them again with a dealer that was restarted. Raises DealerError."""
+        for model in list(self._registered.values()):
+            if not self.dealer.renew(model.program, model.mask_seed):
+                self.register(model)
+                log.info("registered the Program again: the dealer did not know it")
+
+    def meant(self, program_digest: str, weights_digest: str) -> MaskedModel:
+        """Return the model of these names; any other if there is none, whose names then differ."""
+        first = next(iter(self.models.values()))
+        same = next((m for m in self.models.values() if m.program.digest == program_digest), first)
+        return self.models.get((program_digest, weights_digest), same)
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
@@ -118,8 +135,6 @@ class _Session:
         self._service, self._requests = service, requests
         self._caller, self._context = caller(context), context
         self._who = str(self._caller)
-        self._model = service.model
-        self._program = self._model.program
         self._prepared: dict[int, Correlations] = {}
         self._burnt = Burnt()
         self._keys: Ratchet | None = None
@@ -217,7 +232,9 @@ class _Session:
     def _greet(self, message: pb.ClientMessage) -> None:
         if message.WhichOneof("content") != "hello":
             raise HandshakeError("the session does not begin with a handshake")
-        hello, program = message.hello, self._program
+        hello = message.hello
+        self._model = self._service.meant(hello.program_digest, hello.weights_digest)
+        program = self._program = self._model.program
         fixed = json.dumps(program.fixed.as_dict(), sort_keys=True)
         for what, theirs, ours in (
             ("version", str(hello.version), str(WIRE_VERSION)),

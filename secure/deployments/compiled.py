@@ -18,6 +18,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
+from secure.link import Link, Offer
 from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
@@ -232,4 +233,10 @@ def insecure_in_process(compiled: Compiled, *, threads: int = 1, pace: float = 0
     It is for trials, tests and measurements of accuracy. threads: torch's threads while the session computes. pace: see
     ``Session``; here nobody looks at the clock, so nothing waits by default.
     """
-    return Session(compiled.deployment.insecure(compiled.model, compiled.tokenizer), threads=threads, pace=pace)
+    sizes = {size.program.digest: size for size in compiled.sizes}
+
+    def open(digest: str) -> Link:
+        return sizes[digest].deployment.insecure(sizes[digest].model, sizes[digest].tokenizer)
+
+    offers = [Offer.of(size.program) for size in compiled.sizes]
+    return Session(open(compiled.program.digest), threads=threads, pace=pace, open=open, offers=offers)

@@ -78,6 +78,11 @@ class Embed(Task[str, Tensor]):
         rows = len(next(iter(found.values())))
         return [{name: value[row : row + 1] for name, value in found.items()} for row in range(rows)]
 
+    def fitted(self, inputs: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor] | None:
+        if inputs["attention_mask"][:, length:].any():
+            return None
+        return {name: value[:, :length] for name, value in inputs.items()}
+
     def joined(self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], served: Served) -> Tensor:
         if len(answers) == 1:
             return answers[0]

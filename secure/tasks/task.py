@@ -109,6 +109,13 @@ class Task(ABC, Generic[Given, Answer_co]):
         """
         return [self.inputs(given, served)]
 
+    def fitted(self, inputs: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor] | None:
+        """Return the arguments of one place for a shorter padded length; None if they do not fit, as is assumed here.
+
+        A model that is served for several lengths gets them at the shortest that holds them, which the parties see.
+        """
+        return None
+
     def joined(self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], served: Served) -> Answer_co:
         """Make one answer of those of an input's pieces, which are as many and in the same order."""
         found: Answer_co

@@ -1,0 +1,138 @@
+"""A link: one deployment's connection to one served Program, as a ``Session`` uses it.
+
+Those that use sockets are in ``parties``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from secure.cost.timeline import Timeline
+from secure.cost.traffic import Traffic, total, traffic_json
+from secure.models.tokens import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A size at which a model is served. length: to which texts are padded, in tokens; 0 if it takes none.
+
+    batch: the inputs of a query. program_digest: of the Program of this size.
+    """
+
+    length: int
+    batch: int
+    program_digest: str
+
+    @classmethod
+    def of(cls, program: ClientProgram) -> Offer:
+        """Return the size of a Program, as its labels say."""
+        return cls(int(program.labels.get("length", 0)), int(program.labels.get("batch", 1)), program.digest)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The time and traffic of one query, measured at the client.
+
+    rounds: messages of the online phase that waited for one another. traffic: payload bytes by link and phase.
+    online_seconds: time from the query to its answer. offline_seconds: time of its offline phase, whether that ran
+    ahead of the query or not. client_seconds: the part of both in which this client computed. dealer_seconds: the part
+    of the offline phase in which correlations were dealt; 0 where nobody deals. query: its number in the session, from
+    0. length: the tokens to which its texts were padded, which the parties see; 0 if the model takes none.
+    """
+
+    rounds: int
+    traffic: tuple[Traffic, ...]
+    online_seconds: float
+    offline_seconds: float
+    client_seconds: float
+    dealer_seconds: float
+    query: int
+    length: int = 0
+
+    def bytes(self, *, sender: str | None = None, receiver: str | None = None, phase: str | None = None) -> int:
+        """Sum the bytes of the links that match; by default of all links."""
+        return total(self.traffic, sender=sender, receiver=receiver, phase=phase)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values, with the same keys in every deployment."""
+        return {**asdict(self), "traffic": traffic_json(self.traffic)}
+
+
+class ClientProgram(Protocol):
+    """The client's side of a Program, which the Programs of every deployment have."""
+
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each of the model's outputs, by name."""
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise InvalidInput for wrong names, types and shapes of inputs, and for NaN."""
+
+    def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Compute and check all that the client computes in the clear.
+
+        tables: the token tables that the owner lets clients hold.
+        """
+
+    def dummy_values(self) -> Mapping[str, Any]:
+        """Return zeros in place of ``clear_values``."""
+
+    def encode(self, values: Mapping[str, Any], tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Encode clear values for the protocol, in steps that do not depend on them."""
+
+    def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
+        """Decode results into float64 tensors, by the names of the model's outputs."""
+
+
+def only(outputs: Mapping[str, Tensor]) -> Any:
+    """Return a model's answer: the tensor itself if there is one output, else a dict of all outputs by name."""
+    return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
+
+
+class Link(ABC):
+    """One deployment's connection, as a Session uses it.
+
+    program, tables, tokenizer: those of the served model. model: a name of its weights; "" if there is none. once:
+    traffic that happens once per session (downloads, keys). ended: the reason why no query can run any more; ""
+    while queries can run. offers: all sizes at which the same weights are served, if there are several.
+    """
+
+    deployment: str
+    program: Any  # a ClientProgram
+    tables: Mapping[str, Tensor]
+    tokenizer: TextTokenizer | None
+    model: str = ""
+    once: tuple[Traffic, ...] = ()
+    ended: str = ""
+    offers: tuple[Offer, ...] = ()
+    timeline: Timeline | None = None  # of the last query, where one is kept
+
+    @property
+    def ready(self) -> int:
+        """The number of prepared queries that are not yet used."""
+        return 0
+
+    def prepare(self) -> None:  # noqa: B027 - not every deployment has an offline phase
+        """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
+
+    @abstractmethod
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:
+        """Run the session's query ``number``; return the results for ``program.decode``, and the query's report.
+
+        values: those of ``program.encode``. Neither messages nor their times may depend on them. ahead: another query
+        follows, and may be prepared while this one runs.
+        Raises PeerLost if a party stays silent for longer than the deadline.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything that the link holds. It is called once."""
