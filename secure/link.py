@@ -16,6 +16,9 @@ from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
 from secure.models.tokens import TextTokenizer
 
+MAXIMUM_LENGTHS = 8
+"""Padded lengths of one model. The parties see which of them each text takes: at most three bits of it."""
+
 
 @dataclass(frozen=True)
 class Offer:

@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 
 import secure
 from parties import deployments
+from parties.served import described as described_module
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.two_party.keys import mask_key
 from parties.two_party.masked_model import mask_models
+from proto import unseen_pb2 as pb
 from protocols.prg import fresh_seed
 from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import CompileOptions
-from secure.errors import HandshakeError, InputTooLong, InvalidInput
-from secure.link import Link, Offer
+from secure.errors import HandshakeError, InputTooLong, InvalidInput, ProtocolError
+from secure.link import MAXIMUM_LENGTHS, Link, Offer
 from secure.queries import planned
 from secure.tasks.embed import Embed
 from tests.tiny import LENGTH, TEXT, WORDS, dealing, expected, sentences, write_model
@@ -312,3 +314,26 @@ def test_an_input_fits_a_length_or_not(tokens: int, length: int) -> None:
         assert found is not None
         assert found["input_ids"].tolist() == [list(range(length))]
         assert int(found["attention_mask"].sum()) == tokens + 2
+
+
+def test_lengths_and_offers_are_bounded(directory: Path) -> None:
+    with pytest.raises(InvalidInput, match="9 lengths and 1 batches"):
+        compiled_sizes(directory, range(3, 12), 1)
+    with pytest.raises(InvalidInput, match="1 lengths and 5 batches"):
+        compiled_sizes(directory, 4, range(1, 6))
+    with pytest.raises(InvalidInput, match="no length or no batch"):
+        compiled_sizes(directory, [], 1)
+
+    def offers(lengths: int, weights: str = "w") -> list[pb.Offer]:
+        return [pb.Offer(weights=weights, length=n + 3, batch=1, program_digest=str(n)) for n in range(lengths)]
+
+    described = pb.Description(model="w", offers=[*offers(MAXIMUM_LENGTHS), *offers(40, "other")])
+    assert len(described_module._offers(described)) == MAXIMUM_LENGTHS
+    with pytest.raises(ProtocolError, match="offered for 9 lengths, at most 8 are used"):
+        described_module._offers(pb.Description(model="w", offers=offers(MAXIMUM_LENGTHS + 1)))
+    described_module._check(described, "it")
+    with pytest.raises(ProtocolError, match="offers 257 Programs, at most 256 are read"):
+        described_module._check(pb.Description(offers=offers(257)), "it")
+    for bad in (pb.Offer(model="\x1b[2J"), pb.Offer(weights="x" * 513), pb.Offer(program_digest="\n")):
+        with pytest.raises(ProtocolError, match="printable"):
+            described_module._check(pb.Description(offers=[bad]), "it")

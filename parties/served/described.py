@@ -18,7 +18,7 @@ from proto.unseen_pb2_grpc import ModelStub
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
-from secure.link import Offer
+from secure.link import MAXIMUM_LENGTHS, Offer
 from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
@@ -190,10 +190,11 @@ def read_description(
 
 
 def _offers(found: pb.Description) -> tuple[Offer, ...]:
-    """Return the sizes at which the described model is offered: those with the same weights, as their names say."""
-    names = {offer.model for offer in found.offers if offer.weights == found.model}
-    return tuple(
-        Offer(offer.length, offer.batch, offer.program_digest)
-        for offer in found.offers
-        if offer.weights == found.model and len(names) == 1
-    )
+    """Return the sizes at which the described model is offered: those with the same weights, as their names say.
+
+    Raises ProtocolError for more lengths than MAXIMUM_LENGTHS: a text's length is one of them, which the service sees.
+    """
+    same = [offer for offer in found.offers if offer.weights == found.model]
+    if len(lengths := {offer.length for offer in same}) > MAXIMUM_LENGTHS:
+        raise ProtocolError(f"a model is offered for {len(lengths)} lengths, at most {MAXIMUM_LENGTHS} are used")
+    return tuple(Offer(offer.length, offer.batch, offer.program_digest) for offer in same)

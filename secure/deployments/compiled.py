@@ -18,7 +18,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.link import Link, Offer
+from secure.link import MAXIMUM_LENGTHS, Link, Offer
 from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
@@ -31,7 +31,8 @@ from secure.tasks.task import Loaded, Task
 
 Sample = Mapping[str, Tensor]
 
-MAXIMUM_SIZES = 32
+MAXIMUM_BATCHES = 4
+MAXIMUM_SIZES = MAXIMUM_LENGTHS * MAXIMUM_BATCHES
 """Pairs of a length and a batch for which one model is compiled."""
 
 
@@ -163,8 +164,11 @@ def build(
     chosen = [(n, batch) for n in sorted({*lengths} or {loaded.length}, reverse=True) for batch in sorted({*batches})]
     if len(chosen) > 1 and not deployment.takes_sizes:
         raise InvalidInput(f"one length and one batch are served under {deployment.name}", "give one of each")
-    if len(chosen) > MAXIMUM_SIZES:
-        raise InvalidInput(f"{len(chosen)} pairs of a length and a batch", f"{MAXIMUM_SIZES} at most")
+    if len(set(lengths)) > MAXIMUM_LENGTHS or len(set(batches)) > MAXIMUM_BATCHES:
+        raise InvalidInput(
+            f"{len(set(lengths))} lengths and {len(set(batches))} batches",
+            f"{MAXIMUM_LENGTHS} lengths and {MAXIMUM_BATCHES} batches at most",
+        )
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}
     if (found := loaded.tokenizer) is not None:
