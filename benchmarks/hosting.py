@@ -24,7 +24,7 @@ from protocols import kernels
 from protocols.protocol import CircuitCost
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
-from secure.link import Report
+from secure.session.link import Report
 
 DEADLINE = 600.0  # seconds; the offline phase of a large model is one long wait
 

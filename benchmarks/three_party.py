@@ -31,7 +31,7 @@ from parties.services import hosting
 from parties.three_party.client import Times
 from parties.three_party.shared_model import share_model
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
-from secure.session import Session
+from secure.session.session import Session
 
 RESULTS = common.RESULTS / "three_party.json"
 WORKS = tuple(name for name in works.WORKS if name not in works.OURS_ALONE and not name.startswith("product"))

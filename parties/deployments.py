@@ -28,10 +28,10 @@ from protocols import kernels
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
-from secure.link import Link
 from secure.mpc.budget import Budget
 from secure.progress import Told, silent
-from secure.session import PACE, Session, check_options
+from secure.session.link import Link
+from secure.session.session import PACE, Session, check_options
 
 
 class Hosted(Protocol):

@@ -18,7 +18,7 @@ ckks/        the compiler for ciphertexts
 models/      loading models and tokenizers, and calibrating on text
 cost/        rounds, bytes, memory and time of a Program, predicted before anything runs
 tasks/       tasks that a model serves, such as embedding texts
-session      the one client
+session/     the one client: its links, its queries
 deployments/ the roles of each deployment, and what each of them learns
 training/    training a model into polynomial form
 """
@@ -66,12 +66,12 @@ from secure.errors import (
     TokenError,
     UnsupportedOperation,
 )
-from secure.link import Report
 from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
-from secure.session import Session
+from secure.session.link import Report
+from secure.session.session import Session
 from secure.version import __version__
 
 if TYPE_CHECKING:

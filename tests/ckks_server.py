@@ -44,7 +44,7 @@ from protocols.ckks import canonical, codec
 from protocols.ckks.seal import Client, Context
 from secure.ckks.compile import CkksModel, encrypt
 from secure.cost.traffic import ONCE
-from secure.session import Session
+from secure.session.session import Session
 from tests.ciphertexts import returned
 from tests.test_ckks_programs import SAMPLES, digits
 from tests.tiny import Served

@@ -270,7 +270,7 @@ def test_lost_parties_are_asked_again(
     run: Run, compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--retries: how often; the text that failed is named."""
-    monkeypatch.setattr("secure.session.PAUSE", 0.0)
+    monkeypatch.setattr("secure.session.session.PAUSE", 0.0)
     fails = 2
 
     class Failing(secure.Session):
@@ -846,7 +846,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 
 
 def test_a_session_keeps_its_newest_reports(compiled: secure.Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secure.session.REPORTS", 2)
+    monkeypatch.setattr("secure.session.session.REPORTS", 2)
     with secure.insecure_in_process(compiled) as session:
         assert len(list(session.stream(Embed(), sentences(4 * BATCH)))) == 4 * BATCH
         assert [report.query for report in session.reports] == [2, 3]

@@ -33,7 +33,7 @@ from protocols.ckks import canonical
 from protocols.ckks.evaluate import EncodedWeights
 from protocols.ckks.seal import Client, Context, key_forms, split_keys
 from secure.errors import Error, InvalidInput, PeerLost, ProtocolError, QueryError
-from secure.session import Session
+from secure.session.session import Session
 from tests import ckks_server
 from tests.ciphertexts import residues
 from tests.ckks_server import (

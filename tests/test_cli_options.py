@@ -46,9 +46,9 @@ from secure.deployments import deployment as registry
 from secure.deployments.compare import Outcome, variants
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
-from secure.link import Link, Report
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
+from secure.session.link import Link, Report
 from secure.training.fidelity import Fidelity
 from tests.test_cli import Run, run
 from tests.tiny import word_tokenizer
@@ -90,8 +90,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
     program = SimpleNamespace(digest="d", labels={})
     compiled = SimpleNamespace(cost=cost, program=program, model=None, about="", deployment=secure.TwoParty())
+    compiled.sizes = (compiled,)
     asked = found.note("run", lambda *_: iter([torch.zeros(2)]))
-    session = SimpleNamespace(run=asked, reports=[Report(1, (), 0.0, 0.0, 0.0, 0.0, 0)], program=None)
+    session = SimpleNamespace(run=asked, report=Report(1, (), 0.0, 0.0, 0.0, 0.0, 0), program=None, sizes=())
 
     @contextmanager
     def connected(*_: Any, **__: Any) -> Iterator[Any]:

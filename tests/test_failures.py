@@ -24,7 +24,7 @@ from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import ModelStub
 from secure.errors import DealerError, Error, PeerLost, ProtocolError
-from secure.session import Session
+from secure.session.session import Session
 from tests.dealer_key import KEY
 from tests.tiny import (
     FIRST,

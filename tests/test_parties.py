@@ -39,7 +39,7 @@ from secure.errors import (
     ProtocolError,
     QueryError,
 )
-from secure.link import Report
+from secure.session.link import Report
 from secure.version import WIRE_VERSION
 from tests.tiny import (
     LENGTH,

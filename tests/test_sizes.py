@@ -25,8 +25,8 @@ from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import CompileOptions
 from secure.errors import HandshakeError, InputTooLong, InvalidInput, ProtocolError
-from secure.link import MAXIMUM_LENGTHS, Link, Offer
-from secure.queries import planned
+from secure.session.link import MAXIMUM_LENGTHS, Link, Offer
+from secure.session.queries import planned
 from secure.tasks.embed import Embed
 from tests.tiny import LENGTH, TEXT, WORDS, dealing, expected, sentences, write_model
 

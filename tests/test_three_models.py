@@ -24,7 +24,7 @@ from protocols.weights import ServerWeights
 from protocols.wire import Wire, decode
 from secure import Compiled, Program, ThreeParty, insecure_in_process, plain_reference
 from secure.deployments import in_process
-from secure.session import Session
+from secure.session.session import Session
 from tests.helpers import key
 from tests.test_program import answer, classifier, largest, points
 from tests.three import Query, query, shared_inputs, watched

@@ -21,7 +21,7 @@ from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share, share_model
 from secure.deployments.three_party import ThreeParty
 from secure.errors import Error
-from secure.session import Session
+from secure.session.session import Session
 from tests.tiny import LENGTH, LOOPBACK, sentences
 
 Kinds = Mapping[int, type[PartyService]]

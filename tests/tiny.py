@@ -53,7 +53,7 @@ from secure.models.sentence_encoder import load_sentence_encoder
 from secure.models.text import text_inputs
 from secure.models.tokens import load_tokenizer
 from secure.mpc.program import Program
-from secure.session import Session
+from secure.session.session import Session
 from secure.version import WIRE_VERSION
 from tests.dealer_key import KEY
 

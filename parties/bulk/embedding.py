@@ -11,7 +11,7 @@ import numpy as np
 from parties.bulk.texts import TextFile
 from parties.bulk.unfinished import UnfinishedRows, unfinished
 from secure.errors import Error, InvalidInput
-from secure.session import Session
+from secure.session.session import Session
 from secure.tasks.embed import Embed
 
 

@@ -34,7 +34,7 @@ from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.ckks import CLIENT, SERVER, Ckks, report
 from secure.errors import InvalidInput, PeerLost, ProtocolError, from_code, printable
-from secure.link import Link, Report
+from secure.session.link import Link, Report
 
 LARGEST_KEY = 1 << 26  # bytes of the file in which a client keeps its secret key
 

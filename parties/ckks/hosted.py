@@ -26,7 +26,7 @@ from secure.ckks.profile import summary
 from secure.deployments.ckks import SERVER, Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
-from secure.link import Link
+from secure.session.link import Link
 
 KEY_MEMORY = 8 << 30  # bytes of evaluation keys held decoded, at most
 

@@ -38,11 +38,11 @@ from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
-from secure.link import Report
 from secure.models.text import model_directory
 from secure.models.tokens import REFUSE, SPLIT
 from secure.progress import Told
-from secure.session import RETRIES, Session
+from secure.session.link import Report
+from secure.session.session import RETRIES, Session
 from secure.tasks.embed import Embed
 
 
@@ -136,17 +136,20 @@ def embed(
     task = Embed(str(long))
 
     def connect(told: Told) -> Session:
-        session = deployments.connect(deployment, told=told, **options)
-        if len(lengths := sorted({size.length for size in session.sizes})) > 1:
-            known = ", ".join(map(str, lengths))
-            say(f"unseen embed: the server sees to which length each text is padded: {known} tokens")
-        return session
+        return deployments.connect(deployment, told=told, **options)
 
     if input is not None:
         assert output is not None
         _file(connect, task, TextFile(input, field), output, RETRIES if retries is None else retries, overwrite)
     else:
         _texts(connect, task, deployment, texts, compare_with, trace, as_json=as_json)
+
+
+def _say_lengths(session: Session) -> None:
+    """Say what the server sees of a text where it offers several lengths."""
+    if len(lengths := sorted({size.length for size in session.sizes})) > 1:
+        known = ", ".join(map(str, lengths))
+        say(f"unseen embed: the server sees to which length each text is padded: {known} tokens")
 
 
 def _texts(
@@ -168,6 +171,7 @@ def _texts(
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(trace) if trace else None  # likewise
     with progress("preparing") as told, connect(told) as session:
+        _say_lengths(session)
         vectors, taken = list[Tensor](), list[Report]()
         try:
             for vector in session.run(task, given):
@@ -198,6 +202,7 @@ def _file(
     with ExitStack() as stack:
         with progress("preparing") as told:
             session = stack.enter_context(connect(told))
+        _say_lengths(session)
         rows = stack.enter_context(rows_of(session, task, texts, output, overwrite=overwrite))
         begun, start = rows.rows, time.monotonic()
         if begun:

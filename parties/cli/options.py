@@ -25,7 +25,7 @@ from secure.models.text import PACKAGED
 from secure.models.tokens import LONG, REFUSE, SPLIT, TRUNCATE
 from secure.mpc.budget import GB, Budget
 from secure.mpc.network import LOOPBACK, NETWORKS
-from secure.session import PACE
+from secure.session.session import PACE
 from secure.tasks.embed import LENGTH
 
 # Enums for typer's choices; their members come from the library.

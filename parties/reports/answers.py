@@ -12,9 +12,9 @@ from torch import Tensor
 from parties.reports.who_learns import who_learns
 from secure.cost.traffic import OFFLINE, ONCE, ONLINE, in_words
 from secure.deployments.deployment import Deployment
-from secure.link import Report
 from secure.models.text import load_text_model
-from secure.session import Session
+from secure.session.link import Report
+from secure.session.session import Session
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served
 

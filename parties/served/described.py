@@ -18,11 +18,11 @@ from proto.unseen_pb2_grpc import ModelStub
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
-from secure.link import MAXIMUM_LENGTHS, Offer
 from secure.lowering.client_inputs import ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
 from secure.progress import Told
+from secure.session.link import MAXIMUM_LENGTHS, Offer
 from secure.version import WIRE_VERSION
 
 MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each

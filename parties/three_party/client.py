@@ -34,7 +34,7 @@ from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, from_code, printable
-from secure.link import Link, Report
+from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
 
 SAME = ("model", "program", "compiled_as", "tokenizer", "pad_id", "lowercase", "files")  # in all descriptions

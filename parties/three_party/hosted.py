@@ -23,7 +23,7 @@ from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
-from secure.link import Link
+from secure.session.link import Link
 
 
 class ThreePartyHosted:

@@ -16,7 +16,7 @@ from secure.cost.count import Profile, module, profile
 from secure.cost.timeline import Timeline, Usage
 from secure.errors import Error, ProtocolError, printable
 from secure.mpc.program import Program
-from secure.session import Session
+from secure.session.session import Session
 
 DEPTH = 3  # parts of a module path that the table tells apart
 BETWEEN = "(between steps)"

@@ -40,8 +40,8 @@ from secure.cost.traffic import OFFLINE, Traffic, links
 from secure.deployments.two_party import CLIENT as CLIENT_ROLE
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import DealerError, PeerLost, ProtocolError, QueryError, from_code, printable
-from secure.link import Link, Report
 from secure.mpc.program import Program
+from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
 
 PATIENCE = 15.0  # seconds in which a server registers its model again with a dealer that was restarted

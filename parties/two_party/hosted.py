@@ -31,7 +31,7 @@ from proto.unseen_pb2_grpc import (
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
-from secure.link import Link
+from secure.session.link import Link
 
 SWEEPING = 30.0  # seconds after which the dealer looks again for what it can forget
 

@@ -43,10 +43,10 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.errors import InvalidInput
-from secure.link import Link, Report, only
 from secure.lowering.client_inputs import check_tables, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
+from secure.session.link import Link, Report, only
 from secure.tasks.digits import is_digits, layers_of, prepared, untrained
 from secure.tasks.embed import Embed
 

@@ -18,13 +18,13 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.link import MAXIMUM_LENGTHS, Link, Offer
 from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
 from secure.progress import Told, silent
-from secure.session import Session
+from secure.session.link import MAXIMUM_LENGTHS, Link, Offer
+from secure.session.session import Session
 from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded, Task

@@ -20,10 +20,10 @@ from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.link import Link
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NetworkSpeed, find_network
 from secure.progress import Told, silent
+from secure.session.link import Link
 
 COMPILE, CONNECT, SERVE = "compile", "connect", "serve"
 

@@ -23,9 +23,9 @@ from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWe
 from protocols.weights import ClientWeights, DealerWeights
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import links
-from secure.link import Link, Report, only
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import MpcModel
+from secure.session.link import Link, Report, only
 
 
 class _InProcess(Link):

@@ -30,11 +30,11 @@ from secure.deployments.deployment import (
 )
 from secure.deployments.in_process import ThreePartiesInProcess
 from secure.errors import InvalidProgram
-from secure.link import Link
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
 from secure.mpc.prices import Prices
 from secure.mpc.program import Program
+from secure.session.link import Link
 
 CLIENT, PARTIES = "client", ("party 0", "party 1", "party 2")
 ADDRESSES = ("127.0.0.1:50060", "127.0.0.1:50061", "127.0.0.1:50062")

@@ -24,10 +24,10 @@ from secure.deployments.deployment import (
     register,
 )
 from secure.deployments.in_process import TwoPartiesInProcess
-from secure.link import Link
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
 from secure.mpc.program import Program
+from secure.session.link import Link
 
 SERVER, CLIENT, DEALER = "server", "client", "dealer"
 

@@ -15,7 +15,7 @@ from secure.lowering.lower import Sample
 from secure.models.sentence_encoder import SentenceEncoder
 from secure.mpc.compile import MpcModel
 from secure.polynomial.forms import Form, forms
-from secure.session import Session
+from secure.session.session import Session
 from secure.training.distil import Agreement, agreement_of, hidden_states
 
 

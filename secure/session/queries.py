@@ -1,11 +1,11 @@
-"""How the inputs of a session are put into queries: by the length that each needs, and by what a query can carry."""
+"""The choice of queries for inputs: by the length that each needs, and by what a query can carry."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secure.link import Offer
+from secure.session.link import Offer
 
 
 @dataclass(frozen=True)

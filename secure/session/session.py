@@ -46,10 +46,10 @@ from torch import Tensor
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import DealerError, Error, InvalidInput, InvalidProgram, PeerLost
-from secure.link import Link, Offer, Report, only
-from secure.links import Links
 from secure.models.tokens import REFUSE
-from secure.queries import planned
+from secure.session.link import Link, Offer, Report, only
+from secure.session.links import Links
+from secure.session.queries import planned
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served, Task, stacked
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from secure.errors import HandshakeError, PeerLost
-from secure.link import Link, Offer
 from secure.lowering.client_inputs import TABLES
 from secure.models.tokenizer_document import TOKENIZER
+from secure.session.link import Link, Offer
 
 SAME = ("model", "normalized", TOKENIZER)
 """The labels of a Program that all sizes of a model have in common."""
