@@ -109,7 +109,8 @@ def hosted(length: int, batch: int, model: str) -> Iterator[dict[str, Service]]:
     before = dict(os.environ)
     with ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.callback(lambda: (os.environ.clear(), os.environ.update(before)))
+        stack.callback(os.environ.update, before)
+        stack.callback(os.environ.clear)
         os.environ.update(XDG_CACHE_HOME=str(state / "cache"), XDG_STATE_HOME=str(state / "state"))
         dealer = common.dealer()
         stack.callback(dealer.stop)

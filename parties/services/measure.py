@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
@@ -33,21 +34,26 @@ BUSY = 4 << 20  # bytes that each side writes before a round: in a query each si
 class Swap(InferenceServicer):
     """A service that sends a frame of each planned size and reads one of the same, as both parties of a query do.
 
-    At the end it sends the seconds of each wait.
+    At the end it sends the seconds and the processor seconds of each round.
     """
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
-        waits = []
+        taken = []
         for size in PLAN:
             evict_caches(BUSY)
-            start = time.perf_counter()
+            start = _clocks()
             for frame in to_frames(bytes(size)):
                 yield pb.ServerMessage(frame=frame)
             _read(size, (message.frame for message in requests))
-            waits.append(time.perf_counter() - start)
-        yield pb.ServerMessage(frame=pb.Frame(data=np.array(waits).tobytes(), last=True))
+            taken.append(_clocks() - start)
+        yield pb.ServerMessage(frame=pb.Frame(data=np.array(taken).tobytes(), last=True))
+
+
+def _clocks() -> NDArray[np.float64]:
+    """Return the time, and the processor time of this process with all its threads."""
+    return np.array((time.perf_counter(), time.process_time()))
 
 
 def _read(size: int, frames: Iterator[pb.Frame]) -> bytes:
@@ -74,33 +80,42 @@ def measure_transport() -> Transport:
             child.stdout.close()
 
 
-def _swap(address: str) -> dict[int, float]:
-    """Return the median seconds of a round, by the size that each side sends.
+def _swap(address: str) -> dict[int, tuple[float, float]]:
+    """Return the median seconds and processor seconds of a round, by the size that each side sends.
 
     The smaller of both sides' times counts: it is that of the side that came last, because the other waits for it too.
+    Of their processor times it is the mean.
     """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-    waits = []
+    taken = []
     with Plaintext().channel(Endpoint.parse(address, what="the other process"), what="it", role="server") as channel:
         answers = (message.frame for message in InferenceStub(channel).Session(iter(outbox.get, None)))
         for size in PLAN:
             evict_caches(BUSY)
-            start = time.perf_counter()
+            start = _clocks()
             for frame in to_frames(bytes(size)):
                 outbox.put(pb.ClientMessage(frame=frame))
             _read(size, answers)
-            waits.append(time.perf_counter() - start)
-        theirs = np.frombuffer(_read(8 * len(PLAN), answers))
+            taken.append(_clocks() - start)
+        theirs = np.frombuffer(_read(16 * len(PLAN), answers)).reshape(-1, 2)
         outbox.put(None)
-    by_round = np.minimum(waits, theirs).reshape(ROUNDS, len(SIZES))
-    return dict(zip(SIZES, np.median(by_round[2:], axis=0).tolist(), strict=True))
+    ours = np.array(taken)
+    rounds = np.stack([np.minimum(ours, theirs)[:, 0], (ours + theirs)[:, 1] / 2], axis=1)
+    medians = np.median(rounds.reshape(ROUNDS, len(SIZES), 2)[2:], axis=0)
+    return {size: (float(seconds), float(work)) for size, (seconds, work) in zip(SIZES, medians, strict=True)}
 
 
-def _fit(found: dict[int, float]) -> Transport:
-    """Fit a line: its constant is the median of the small messages, its slope the median of the large ones'."""
+def _fit(found: dict[int, tuple[float, float]]) -> Transport:
+    """Fit lines: a constant is the median of the small messages, a slope the median of the large ones'."""
+    message, byte = _line({size: seconds for size, (seconds, _) in found.items()})
+    round_work, byte_work = _line({size: work for size, (_, work) in found.items()})
+    return Transport(message, byte, round_work, byte_work / 2)  # each side sends a message and gets one
+
+
+def _line(found: dict[int, float]) -> tuple[float, float]:
     message = statistics.median(seconds for size, seconds in found.items() if size <= SMALL)
     slopes = [(seconds - message) / size for size, seconds in found.items() if size >= LARGE]
-    return Transport(message, max(0.0, statistics.median(slopes)))
+    return message, max(0.0, statistics.median(slopes))
 
 
 def _announce(address: str) -> None:
