@@ -135,7 +135,7 @@ def demanded(
     made = deployment.outline(model, length or 0, options, batch=batch)
     if made is None:
         loaded = task_of(model).load(model, length or 0, (), told)
-        made = build(loaded, deployment, options, {}, batch, told).model
+        made = build(loaded, deployment, options, {}, (), (batch,), told).model
     told(0, 0, "timing kernels and messages on this machine")
     return deployment.demand(made, network, measure_transport)
 
