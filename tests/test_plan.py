@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich import box
+from rich.console import Console
 from torch import nn
 
 import secure
 from parties.cli import plan as planning
 from parties.cli.plan import read_prices
+from parties.reports.capacity import capacity_lines, capacity_tables
 from secure.cost.demand import PROCESS, QueryDemand, RoleDemand
 from secure.cost.offline_times import measure_offline
 from secure.cost.plan import CapacityPlan, PriceList, RolePlan, Workload, plan, queue_wait
@@ -310,7 +314,7 @@ def samples() -> Sequence[Mapping[str, torch.Tensor]]:
 
 
 def transport() -> Transport:
-    return Transport(1e-4, 1e-9, 1e-4, 1e-9)
+    return Transport(1e-4, 1e-9, 1e-4, 1e-9, 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("name", variants(CircuitDeployment))
@@ -387,6 +391,44 @@ def test_a_plan_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.month_cost is not None
     with pytest.raises(InvalidInput, match="loopback is no network between machines"):
         secure.plan(compiled, secure.Workload(10, 1000), network="loopback")
+
+
+# the documentation
+
+SHOWN = QueryDemand(
+    Cost(
+        185,
+        (
+            Traffic("client", "server", 71_000_000, ONLINE),
+            Traffic("server", "client", 50_000_000, ONLINE),
+            Traffic("dealer", "server", 360_000_000, OFFLINE),
+        ),
+    ),
+    (
+        RoleDemand("client", 0.5, 0.15, 180_000_000, 86_000_000, 160_000_000, 97_000_000),
+        RoleDemand("server", 0.6, 0.4, 230_000_000, 360_000_000, 430_000_000, 68_000_000, 360_000_000),
+        RoleDemand("dealer", 0.0, 0.75, 85_000_000, 0, 97_000_000),
+    ),
+    batch=8,
+    network=NETWORKS[0],
+    seconds=1.2,
+    offline_seconds=0.8,
+)
+
+
+def test_the_example_in_the_documentation() -> None:
+    load = Workload(200, 100_000, texts_per_query=8, peak=2.0)
+    found = plan(SHOWN, load, PriceList(core_hour=0.04, gb_hour=0.005, disk_gb_month=0.1))
+    told = io.StringIO()
+    console = Console(file=told, width=120, color_system=None, highlight=False)
+    for table in capacity_tables(found):
+        table.box = box.ASCII2
+        console.print(table)
+    for line in capacity_lines(found):
+        console.print(line, markup=False, soft_wrap=True)
+    lines = "".join(f"    {line.rstrip()}\n" for line in told.getvalue().splitlines())
+    page = (Path(__file__).parent.parent / "docs/plan.md").read_text(encoding="utf-8")
+    assert lines in page, lines
 
 
 # the command

@@ -26,6 +26,7 @@ from secure.errors import Error
 SIZES = (64, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 21)
 SMALL, LARGE = 1 << 12, 1 << 18  # up to SMALL the time is that of a message; from LARGE on, that of the bytes
 ROUNDS = 24
+STREAM = 128 << 20  # bytes that are streamed one way, into memory that is new, as corrections are
 PLAN = [size for _ in range(ROUNDS) for size in SIZES]
 BUSY = 4 << 20  # bytes that each side writes before a round: in a query each side computes between rounds, so that
 # caches and the threads that carry messages cool down
@@ -34,7 +35,7 @@ BUSY = 4 << 20  # bytes that each side writes before a round: in a query each si
 class Swap(InferenceServicer):
     """A service that sends a frame of each planned size and reads one of the same, as both parties of a query do.
 
-    At the end it sends the seconds and the processor seconds of each round.
+    At the end it streams many bytes, as a dealer does, and sends the seconds and processor seconds of each part.
     """
 
     def Session(
@@ -48,6 +49,10 @@ class Swap(InferenceServicer):
                 yield pb.ServerMessage(frame=frame)
             _read(size, (message.frame for message in requests))
             taken.append(_clocks() - start)
+        start = _clocks()
+        for frame in to_frames(bytes(STREAM)):
+            yield pb.ServerMessage(frame=frame)
+        taken.append(_clocks() - start)
         yield pb.ServerMessage(frame=pb.Frame(data=np.array(taken).tobytes(), last=True))
 
 
@@ -72,7 +77,7 @@ def measure_transport() -> Transport:
         address = child.stdout.readline().strip()
         if not address:
             raise Error("the other process did not start", "see its output above")
-        return _fit(_swap(address))
+        return _fit(*_swap(address))
     finally:
         child.terminate()
         child.wait()
@@ -80,11 +85,11 @@ def measure_transport() -> Transport:
             child.stdout.close()
 
 
-def _swap(address: str) -> dict[int, tuple[float, float]]:
+def _swap(address: str) -> tuple[dict[int, tuple[float, float]], tuple[float, float]]:
     """Return the median seconds and processor seconds of a round, by the size that each side sends.
 
     The smaller of both sides' times counts: it is that of the side that came last, because the other waits for it too.
-    Of their processor times it is the mean.
+    Of their processor times it is the mean. The second result: processor seconds of sending and of getting STREAM.
     """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
     taken = []
@@ -97,19 +102,24 @@ def _swap(address: str) -> dict[int, tuple[float, float]]:
                 outbox.put(pb.ClientMessage(frame=frame))
             _read(size, answers)
             taken.append(_clocks() - start)
-        theirs = np.frombuffer(_read(16 * len(PLAN), answers)).reshape(-1, 2)
+        start = _clocks()
+        _read(STREAM, answers)
+        getting = _clocks() - start
+        *rounds_there, sending = np.frombuffer(_read(16 * (len(PLAN) + 1), answers)).reshape(-1, 2)
         outbox.put(None)
-    ours = np.array(taken)
+    ours, theirs = np.array(taken), np.array(rounds_there)
     rounds = np.stack([np.minimum(ours, theirs)[:, 0], (ours + theirs)[:, 1] / 2], axis=1)
     medians = np.median(rounds.reshape(ROUNDS, len(SIZES), 2)[2:], axis=0)
-    return {size: (float(seconds), float(work)) for size, (seconds, work) in zip(SIZES, medians, strict=True)}
+    by_size = {size: (float(seconds), float(work)) for size, (seconds, work) in zip(SIZES, medians, strict=True)}
+    return by_size, (float(sending[1]), float(getting[1]))
 
 
-def _fit(found: dict[int, tuple[float, float]]) -> Transport:
+def _fit(found: dict[int, tuple[float, float]], streaming: tuple[float, float]) -> Transport:
     """Fit lines: a constant is the median of the small messages, a slope the median of the large ones'."""
     message, byte = _line({size: seconds for size, (seconds, _) in found.items()})
     round_work, byte_work = _line({size: work for size, (_, work) in found.items()})
-    return Transport(message, byte, round_work, byte_work / 2)  # each side sends a message and gets one
+    sending, getting = (work / STREAM for work in streaming)
+    return Transport(message, byte, round_work, byte_work / 2, sending, getting)  # each side sends one and gets one
 
 
 def _line(found: dict[int, float]) -> tuple[float, float]:

@@ -102,17 +102,17 @@ def circuit_demand(
         name: timings.compute(party) + timings.wire(party) + transport.work(found.total.rounds, between)
         for name, party in ((first, SERVER), (second, CLIENT))
     }
-    dealt = transport.work(0, found.total.dealt)
+    sending, getting = (found.total.dealt * each for each in (transport.send_work, transport.get_work))
     largest = max((i.protocol.dealt_bytes for i in running.circuit), default=0)
     roles_of = [
         _computing(name, work[name], memory, shared) for name, memory in zip(running.names, found.memory, strict=True)
     ]
     known = {
-        first: replace(roles_of[SERVER], offline=dealt, stored=found.total.dealt),
+        first: replace(roles_of[SERVER], offline=getting, stored=found.total.dealt),
         second: replace(roles_of[CLIENT], offline=offline.preparing),
         # while it deals, the masks of results are alive, and corrections of one instruction twice
         running.dealer: RoleDemand(
-            running.dealer, 0.0, offline.dealing + dealt, running=2 * found.memory[SERVER].live + 2 * largest
+            running.dealer, 0.0, offline.dealing + sending, running=2 * found.memory[SERVER].live + 2 * largest
         ),
     }
     arriving = found.total.dealt / network.bandwidth
@@ -122,7 +122,7 @@ def circuit_demand(
         batch,
         network,
         project(found, timings, transport, network).seconds,
-        network.round_trip + max(offline.dealing + dealt, arriving, offline.preparing),
+        network.round_trip + max(offline.dealing + sending, getting, arriving, offline.preparing),
         (*remarks, *busy_machine()),
     )
 
