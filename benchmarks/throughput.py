@@ -6,8 +6,8 @@
 Dealer, server and clients are processes of their own on this machine, over loopback without TLS, one thread each. All
 clients of a run begin at once, after a warm-up; texts a second are all texts by the time until the last client is done.
 ``--plan`` puts what `unseen plan` says of one client beside what was measured. ``--beside``: the time of single short
-texts, one at a time, alone and beside a client that embeds in bulk, both of the same server of batch 1. ``--bulk``:
-`unseen embed --input --output` on so many texts, ended by SIGKILL in the middle and run again, and its memory.
+texts, one at a time, alone and beside a client that embeds in bulk, both of one server with batches of 1 too.
+``--bulk``: `unseen embed --input --output` on so many texts, ended by SIGKILL in the middle and run again; its memory.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def flatness(samples: Sequence[float]) -> dict[str, float]:
 
 
 @contextmanager
-def hosted(length: int, batch: int, model: str) -> Iterator[dict[str, Service]]:
-    """Dealer and server, with directories of their own for state and cache."""
+def hosted(length: int, batches: Sequence[int], model: str) -> Iterator[dict[str, Service]]:
+    """Dealer and server, which offers these batches, with directories of their own for state and cache."""
     before = dict(os.environ)
     with ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -115,7 +115,8 @@ def hosted(length: int, batch: int, model: str) -> Iterator[dict[str, Service]]:
         dealer = common.dealer()
         stack.callback(dealer.stop)
         served = ["serve", model, "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--length", str(length)]
-        served += ["--batch", str(batch), "--embedding", "client-table", "--same-owner"]
+        served += [word for batch in batches for word in ("--batch", str(batch))]
+        served += ["--embedding", "client-table", "--same-owner"]
         server = Service("parties.cli", *served, "--threads", "1", "--announce")
         stack.callback(server.stop)
         yield {"server": server, "dealer": dealer}
@@ -338,13 +339,13 @@ def main() -> None:
     report: dict[str, Any] = {"machine": common.machine("benchmarks.throughput"), "model": Path(o.model).name}
     report |= {"length": o.length, "batch": o.batch, "embedding": "client-table"}
     if o.clients or o.bulk:
-        with hosted(o.length, o.batch, o.model) as services:
+        with hosted(o.length, [o.batch], o.model) as services:
             report["together"] = [together(services, count, o.texts) for count in o.clients]
             if o.bulk:
                 report["bulk"] = bulk(services, o.bulk, o.batch, o.length, o.model)
         report["peak MB"] = {name: round(service.peak) for name, service in services.items()}
     if o.beside:
-        with hosted(o.length, 1, o.model) as services:
+        with hosted(o.length, sorted({1, o.batch}), o.model) as services:
             report["single texts"] = beside(services, o.beside)
     if o.plan and o.clients:
         report["plan"] = ratios(planned(o.length, o.batch, o.model), report["together"][0], o.batch)
