@@ -75,10 +75,13 @@ class Service:
 
     def said(self) -> str:
         """The end of its standard error."""
-        if self._log.closed:
-            return self._said
+        return self._said if self._log.closed else self.log()[-2000:]
+
+    def log(self) -> str:
+        """All of its standard error, while it runs."""
         # not by seeking, as the child writes at the same place
-        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")[-2000:]
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
     def stop(self) -> None:
         if self._child.returncode is None and self._child.stdout is not None:

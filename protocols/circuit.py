@@ -271,25 +271,36 @@ def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterat
     """
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
-        protocol, draws = instruction.protocol, instruction.protocol.draws
-        operands = masks.take(instruction.inputs)
-        if not draws:
-            masks.put(index, protocol.deal({}, operands, weights)[1])
-            continue
-        streams = (server.stream(index), client.stream(index))
-        drawn, derived = _parted(draws)
-        plain: dict[str, Tensor] = {}
-        for d in drawn:
-            shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p)]
-            plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
-        totals, mask = protocol.deal(plain, operands, weights)
+        payload, mask = deal_one(index, instruction.protocol, masks.take(instruction.inputs), server, client, weights)
         masks.put(index, mask)
-        if derived:
-            payload, at = np.empty(protocol.dealt_bytes, np.uint8), 0
-            for d in derived:
-                _correct(d, totals[d.name], streams[CLIENT], payload[at : at + d.wire.size])
-                at += d.wire.size
-            yield index, payload.data
+        if payload is not None:
+            yield index, payload
+
+
+def deal_one(
+    index: int, protocol: Protocol, operands: tuple[Any, ...], server: Key, client: Key, weights: Weights
+) -> tuple[memoryview | None, Any]:
+    """Return the dealer's corrections of one instruction, or None if it has none, and its result's mask.
+
+    operands: the masks of what it reads.
+    """
+    draws = protocol.draws
+    if not draws:
+        return None, protocol.deal({}, operands, weights)[1]
+    streams = (server.stream(index), client.stream(index))
+    drawn, derived = _parted(draws)
+    plain: dict[str, Tensor] = {}
+    for d in drawn:
+        shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p)]
+        plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
+    totals, mask = protocol.deal(plain, operands, weights)
+    if not derived:
+        return None, mask
+    payload, at = np.empty(protocol.dealt_bytes, np.uint8), 0
+    for d in derived:
+        _correct(d, totals[d.name], streams[CLIENT], payload[at : at + d.wire.size])
+        at += d.wire.size
+    return payload.data, mask
 
 
 _BLOCK = 1 << 15  # elements corrected at a time, so that the client's share of them stays in the cache

@@ -29,6 +29,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from protocols.fixedpoint import FixedPoint
+from secure.cost.plan import CapacityPlan, PriceList, Workload
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost, Traffic
 from secure.deployments.ckks import Ckks
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
+    "CapacityPlan",
     "Ckks",
     "ClientDeviates",
     "Compiled",
@@ -109,6 +111,7 @@ __all__ = [
     "PartiesDisagree",
     "PeerLost",
     "Plaintext",
+    "PriceList",
     "ProfileReport",
     "Program",
     "ProtocolError",
@@ -127,6 +130,7 @@ __all__ = [
     "Traffic",
     "TwoParty",
     "UnsupportedOperation",
+    "Workload",
     "__version__",
     "compare",
     "compile",
@@ -135,6 +139,7 @@ __all__ = [
     "insecure_in_process",
     "load_compiled",
     "plain_reference",
+    "plan",
     "polynomialize",
     "profile",
     "save_compiled",
@@ -177,6 +182,22 @@ def profile(
     from secure.deployments.compiled import profile
 
     return profile(compiled, networks=networks, depth=depth, transport=measure_transport if time else None)
+
+
+def plan(
+    compiled: Compiled, workload: Workload, *, network: str = "lan", prices: PriceList | None = None
+) -> CapacityPlan:
+    """Plan the machines of each role for a workload: cores, memory, disk, bandwidth, latency, and cost at given prices.
+
+    network: the one between all roles: "lan", "wan", "slow-wan", or "MBPS,ROUND_TRIP_MS". Kernels and messages are
+    timed on this machine, which takes up to a minute. Raises InvalidInput if no number of machines answers the
+    workload, see ``secure.cost.plan.plan``.
+    """
+    from parties.services.measure import measure_transport
+    from secure.cost.plan import plan
+    from secure.mpc.network import find_apart
+
+    return plan(compiled.deployment.demand(compiled.model, find_apart(network), measure_transport), workload, prices)
 
 
 def save_compiled(compiled: Compiled, directory: str | Path) -> None:

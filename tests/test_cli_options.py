@@ -29,6 +29,7 @@ from parties.cli import (
     main,
     output,
     party,
+    plan,
     profile,
     serve,
     timeline,
@@ -40,6 +41,7 @@ from parties.served.compiled_files import CompiledCache
 from parties.served.described import ConnectOptions
 from parties.services import hosting
 from parties.services.hosting import HostOptions, Parts
+from secure.cost.demand import QueryDemand, RoleDemand
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import ONLINE, Cost, Traffic
 from secure.deployments import deployment as registry
@@ -47,6 +49,7 @@ from secure.deployments.compare import Outcome, variants
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
 from secure.models.tokens import TextTokenizer
+from secure.mpc.network import NETWORKS
 from secure.progress import Told, silent
 from secure.session.link import Link, Report
 from secure.training.fidelity import Fidelity
@@ -98,7 +101,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
         yield session
 
-    for module in (serve, compile, party, embed, demo, profile):
+    for module in (serve, compile, party, embed, demo, profile, plan):
         for name in ("get_ready", "use_threads"):
             if hasattr(module, name):
                 put(module, name)
@@ -125,6 +128,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(answers, "report")
     put(answers, "as_json")
     put(profile, "profiled", lambda *_: ProfileReport(cost, {"deployment": "d"}))
+    roles = (RoleDemand("a", 0.1, 0.1), RoleDemand("b", 0.1, 0.1, stored=1))
+    put(plan, "demanded", QueryDemand(cost, roles, 1, NETWORKS[0], 0.1, 0.1))
     put(compare, "_outcomes", lambda *_: iter([Outcome(variants([8])[0], cost, {"wan": 1.0, "250,20": 1.0})]))
     put(compare, "_seconds")
     put(compare, "use_threads")
@@ -164,6 +169,7 @@ FIRST: dict[str, list[str]] = {
     "dealer": ["--listen", FREE],
     "party": ["--share", "s", "--id", "0", "--listen", FREE],
     "train": ["--text", "{tmp}/texts", "--output", "{tmp}/out"],
+    "plan": ["--clients", "10", "--queries-per-day", "5000"],
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
     "certs": ["{tmp}/certs", "client"],
@@ -247,6 +253,11 @@ VALUES: dict[str, str] = {
     ),
     "rotate_mask": "7",
     "wait": "4",
+    "clients": "20",
+    "queries_per_day": "900000",
+    "texts_per_query": "3",
+    "latency": "0.01",
+    "prices": "core-hour=1",
 }
 
 

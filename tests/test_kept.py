@@ -719,7 +719,7 @@ def test_progress_is_a_line_a_stage_where_there_is_no_terminal(
     with console.stages("serve") as told:
         for n in range(50):
             told(n, 50, "calibrating")
-            clock[0] += console.EVERY / 10 + 1e-9
+            clock[0] += console.STAGE / 10 + 1e-9
         told(0, 0, "encoding")
     assert capsys.readouterr().err.splitlines() == [
         "unseen serve: calibrating ...",

@@ -33,7 +33,7 @@ def shape(tmp_path: Path) -> str:
 
 def run(*arguments: str) -> tuple[int, str, BaseException | None]:
     result = CliRunner().invoke(app(), ["profile", *arguments])
-    return result.exit_code, result.output, result.exception
+    return result.exit_code, result.stdout or result.output, result.exception
 
 
 def test_json_has_everything_and_exact_sums(shape: str) -> None:

@@ -7,6 +7,7 @@ core_log     lines of gRPC's core about refused handshakes, in words
 options      options that several commands take, and those of deployments
 output       reports in a file or on the terminal
 profile      ``unseen profile``
+plan         ``unseen plan``
 compare      ``unseen compare``
 accuracy     ``unseen accuracy``
 train        ``unseen train``

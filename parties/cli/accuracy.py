@@ -83,6 +83,7 @@ def measured(
     from secure.mpc.compile import compile
     from secure.training.fidelity import fidelity
 
+    say("unseen accuracy: loading the models ...")
     model, teacher, tokenizer = load_sentence_encoder(trained), load_sentence_encoder(original), load_tokenizer(trained)
     if not any(forms(model)):
         raise InvalidInput(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")

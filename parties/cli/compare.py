@@ -134,6 +134,7 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     from secure.models.sentence_encoder import load_sentence_encoder
 
+    say(f"unseen compare: loading {model} ...")
     encoder, tokenizer = load_sentence_encoder(directory), load_tokenizer(directory)
 
     def samples(length: int) -> Samples:
@@ -169,6 +170,7 @@ def _seconds(asked: NetworkSpeed | None, timed: bool) -> Seconds:
     if not timed:
         return waiting(networks.values())
     settle()
+    say("unseen compare: timing messages on this machine ...")
     kernels.warm_up()
     return projected({LOOPBACK: None, **networks}, measure_transport())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,23 +66,50 @@ def use_threads(count: int) -> None:
 def get_ready(threads: int) -> None:
     """The same, and compile kernels before the first query waits for them."""
     use_threads(threads)
-    kernels.warm_up()
+    late = Late()
+    try:
+        late.begin("unseen: getting kernels ready ...")
+        kernels.warm_up()
+    finally:
+        late.end()
 
 
-EVERY = 2.0  # seconds from one line of progress to the next, where there is no bar
+STAGE = 2.0  # seconds from one line of progress to the next, where there is no bar
+
+
+class Late:
+    """Says a line on the error output if what it is about lasts longer than STAGE."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+        self._line = ""
+
+    def begin(self, line: str) -> None:
+        """Something else begins, of which ``line`` would be said; the same line goes on."""
+        if line != self._line:
+            self.end()
+            self._line, self._timer = line, threading.Timer(STAGE, say, [line])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self) -> None:
+        """It has ended, and nothing more is said."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._line, self._timer = "", None
 
 
 @contextmanager
 def stages(verb: str) -> Iterator[Told]:
-    """A function that shows what is being done: a bar on a terminal, else a line for each stage and each EVERY."""
+    """A function that shows what is being done: a bar on a terminal, else a line for each stage and each STAGE."""
     said, at = "", 0.0
-    with progress(f"unseen {verb}") as bar:
+    with _bar(f"unseen {verb}") as bar:
 
         def told(done: int, total: int, what: str) -> None:
             nonlocal said, at
             bar(done, total, f"unseen {verb}: {what}")
             now = time.monotonic()
-            if not ERR.is_terminal and (what != said or now - at >= EVERY):
+            if not ERR.is_terminal and (what != said or now - at >= STAGE):
                 say(f"unseen {verb}: {what}{f', {done} of {total}' if done and total else ''} ...")
                 said, at = what, now
 
@@ -89,7 +117,31 @@ def stages(verb: str) -> Iterator[Told]:
 
 
 @contextmanager
-def progress(first: str) -> Iterator[Told]:
+def progress(verb: str) -> Iterator[Told]:
+    """A function that shows what is being done: a bar on a terminal, else a line for each stage longer than STAGE.
+
+    It shows nothing after the context.
+    """
+    late = Late()
+    with _bar(f"unseen {verb}") as bar:
+        ended = False
+
+        def told(done: int, total: int, what: str) -> None:
+            if ended:
+                return
+            bar(done, total, f"unseen {verb}: {what}")
+            if not ERR.is_terminal:
+                late.begin(f"unseen {verb}: {what} ...")
+
+        try:
+            yield told
+        finally:
+            ended = True
+            late.end()
+
+
+@contextmanager
+def _bar(first: str) -> Iterator[Told]:
     """A function that shows a bar on the error output from its first call on, where that is a terminal.
 
     ``first``: what the bar says while nobody has said what is being done. The function shows nothing after the context.

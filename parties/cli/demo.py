@@ -244,7 +244,7 @@ def ask_digits(console: Console, deployment: Deployment, count: int, tls: Path) 
     images, labels = images[:count], labels[:count]
     right = 0
     with (
-        progress("preparing") as told,
+        progress("demo") as told,
         deployments.connect(deployment, network=Tls(tls), cache=False, told=told) as session,
     ):
         if once := in_words(session.once, ONCE):

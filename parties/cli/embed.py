@@ -170,10 +170,14 @@ def _texts(
     if compare_with:
         model_directory(compare_with)  # a mistake in it shows before anything is sent
     measured = Measurements(trace) if trace else None  # likewise
-    with progress("preparing") as told, connect(told) as session:
+    with ExitStack() as stack, ExitStack() as shown:
+        told = shown.enter_context(progress("embed"))
+        told(0, 0, "connecting")
+        session = stack.enter_context(connect(told))
         _say_lengths(session)
         vectors, taken = list[Tensor](), list[Report]()
         try:
+            told(0, len(given), "embedding")
             for vector in session.run(task, given):
                 report = session.report
                 assert report is not None  # the text has an answer
@@ -181,11 +185,15 @@ def _texts(
                     measured.add(session)
                 vectors.append(vector)
                 taken.append(report)
+                told(len(vectors), len(given), "embedding")
         finally:  # answers that came before a failure are paid for, so they are shown
             done = given[: len(vectors)]
             if done and as_json:
                 answers.as_json(OUT, done, vectors, taken)
             elif done:
+                shown.close()
+                if compare_with:
+                    say(f"unseen embed: embedding in the clear with {compare_with}, to compare ...")
                 answers.report(OUT, deployment, session, done, vectors, taken, task, compare_with)
             if measured:
                 measured.show(ERR if as_json else OUT, session.program)
@@ -200,7 +208,8 @@ def _file(
     check_output(output, overwrite=overwrite)
     total = sum(1 for _ in texts) if texts.again else None  # which finds a mistake in any line before anything is sent
     with ExitStack() as stack:
-        with progress("preparing") as told:
+        with progress("embed") as told:
+            told(0, 0, "connecting")
             session = stack.enter_context(connect(told))
         _say_lengths(session)
         rows = stack.enter_context(rows_of(session, task, texts, output, overwrite=overwrite))

@@ -19,6 +19,7 @@ from parties.cli.demo import demo
 from parties.cli.embed import embed
 from parties.cli.options import for_deployments
 from parties.cli.party import party, share_model
+from parties.cli.plan import plan
 from parties.cli.profile import profile
 from parties.cli.serve import dealer, serve
 from parties.cli.timeline import timeline
@@ -60,6 +61,7 @@ def app() -> typer.Typer:
         "party": party,
         "certs": certs,
         "profile": for_deployments(profile, COMPILE),
+        "plan": for_deployments(plan, COMPILE),
         "compare": compare,
         "train": train,
         "accuracy": accuracy,

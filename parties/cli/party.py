@@ -9,7 +9,7 @@ import typer
 
 from parties import deployments
 from parties.cli.compiled import made
-from parties.cli.console import get_ready, say, use_threads
+from parties.cli.console import get_ready, say, stages, use_threads
 from parties.cli.options import (
     AnnounceOption,
     ApproximationsOption,
@@ -72,7 +72,10 @@ def share_model(
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
     compilation = Compilation(model, deployment, (length,) if length else (), tuple(sentences), options, (batch or 1,))
     compiled = made("share-model", compilation, keep=False)
-    for where in write_shares(compiled, output):
+    with stages("share-model") as told:
+        told(0, 0, "writing shares")
+        written = write_shares(compiled, output)
+    for where in written:
         size = sum(file.stat().st_size for file in where.iterdir())
         say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")
 
@@ -123,15 +126,18 @@ def party(
     network = hosting_network(role, tls, insecure, verbose)
     if not same_owner:
         hosting.check_owners({name: Endpoint.parse(at, what=f"the {name}") for name, at in peers.items()}, network)
-    service = deployments.serve(
-        share,
-        role=role,
-        listen=str(at),
-        peers=peers,
-        deployment=deployment,
-        network=network,
-        quotas=quotas,
-        tokens=tokens,
-        **given,
-    )
+    with stages(f"party {number}") as told:
+        told(0, 0, "loading the share")
+        service = deployments.serve(
+            share,
+            role=role,
+            listen=str(at),
+            peers=peers,
+            deployment=deployment,
+            network=network,
+            quotas=quotas,
+            tokens=tokens,
+            told=told,
+            **given,
+        )
     run(service, f"party {number}", announced=announce)

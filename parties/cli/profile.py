@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from parties.cli.console import OUT, get_ready
+from parties.cli.console import OUT, get_ready, stages
 from parties.cli.options import (
     MODEL,
     ApproximationsOption,
@@ -31,6 +31,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED
 from secure.mpc.network import LOOPBACK, NETWORKS, find_network
+from secure.progress import Told
 
 KNOWN = f"""{MODEL}; or, without any weights: {", ".join(map(repr, SHAPES))}, or a config.json.
  Models on digits: digits, digits-2, digits-4."""
@@ -87,7 +88,9 @@ def profile(
     settle()
     get_ready(threads)
     measuring = measure_transport if time else None
-    found = profiled(deployment, model, length, options, polynomial, ProfileOptions(networks, depth, measuring))
+    wanted = ProfileOptions(networks, depth, measuring)
+    with stages("profile") as told:
+        found = profiled(deployment, model, length, options, polynomial, wanted, told)
     if chosen == "table":
         for table in profile_tables(found):
             OUT.print(table)
@@ -107,11 +110,14 @@ def profiled(
     options: CompileOptions,
     polynomial: bool,
     wanted: ProfileOptions,
+    told: Told,
 ) -> ProfileReport:
     """The profile of a shape without weights, or of a model that is loaded and compiled for it."""
+    told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, polynomial=polynomial)
     if made is None:
-        made = build(task_of(model).load(model, length or 0), deployment, options, {}).model
+        made = build(task_of(model).load(model, length or 0, (), told), deployment, options, {}, told=told).model
+    told(0, 0, "timing kernels and messages on this machine" if wanted.transport else "counting")
     return deployment.profile(made, wanted)
 
 

@@ -11,7 +11,7 @@ import typer
 from parties import deployments
 from parties.cli.compiled import KeepOption, made, opened, tell
 from parties.cli.config import is_said
-from parties.cli.console import announce, get_ready, say, stages, use_threads
+from parties.cli.console import announce, get_ready, say, stages
 from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
@@ -211,7 +211,7 @@ def dealer(
     verbose: VerboseOption = False,
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
-    use_threads(threads)
+    get_ready(threads)
     network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     given = host_options(TwoParty(), DEALER, state=state) | {"budget": budget_of(budget_memory, budget_seconds)}
     service = deployments.serve(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
@@ -25,6 +26,7 @@ from secure.errors import Error
 SIZES = (64, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 21)
 SMALL, LARGE = 1 << 12, 1 << 18  # up to SMALL the time is that of a message; from LARGE on, that of the bytes
 ROUNDS = 24
+STREAM = 128 << 20  # bytes that are streamed one way, into memory that is new, as corrections are
 PLAN = [size for _ in range(ROUNDS) for size in SIZES]
 BUSY = 4 << 20  # bytes that each side writes before a round: in a query each side computes between rounds, so that
 # caches and the threads that carry messages cool down
@@ -33,21 +35,30 @@ BUSY = 4 << 20  # bytes that each side writes before a round: in a query each si
 class Swap(InferenceServicer):
     """A service that sends a frame of each planned size and reads one of the same, as both parties of a query do.
 
-    At the end it sends the seconds of each wait.
+    At the end it streams many bytes, as a dealer does, and sends the seconds and processor seconds of each part.
     """
 
     def Session(
         self, requests: Iterator[pb.ClientMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerMessage]:
-        waits = []
+        taken = []
         for size in PLAN:
             evict_caches(BUSY)
-            start = time.perf_counter()
+            start = _clocks()
             for frame in to_frames(bytes(size)):
                 yield pb.ServerMessage(frame=frame)
             _read(size, (message.frame for message in requests))
-            waits.append(time.perf_counter() - start)
-        yield pb.ServerMessage(frame=pb.Frame(data=np.array(waits).tobytes(), last=True))
+            taken.append(_clocks() - start)
+        start = _clocks()
+        for frame in to_frames(bytes(STREAM)):
+            yield pb.ServerMessage(frame=frame)
+        taken.append(_clocks() - start)
+        yield pb.ServerMessage(frame=pb.Frame(data=np.array(taken).tobytes(), last=True))
+
+
+def _clocks() -> NDArray[np.float64]:
+    """Return the time, and the processor time of this process with all its threads."""
+    return np.array((time.perf_counter(), time.process_time()))
 
 
 def _read(size: int, frames: Iterator[pb.Frame]) -> bytes:
@@ -66,7 +77,7 @@ def measure_transport() -> Transport:
         address = child.stdout.readline().strip()
         if not address:
             raise Error("the other process did not start", "see its output above")
-        return _fit(_swap(address))
+        return _fit(*_swap(address))
     finally:
         child.terminate()
         child.wait()
@@ -74,33 +85,47 @@ def measure_transport() -> Transport:
             child.stdout.close()
 
 
-def _swap(address: str) -> dict[int, float]:
-    """Return the median seconds of a round, by the size that each side sends.
+def _swap(address: str) -> tuple[dict[int, tuple[float, float]], tuple[float, float]]:
+    """Return the median seconds and processor seconds of a round, by the size that each side sends.
 
     The smaller of both sides' times counts: it is that of the side that came last, because the other waits for it too.
+    Of their processor times it is the mean. The second result: processor seconds of sending and of getting STREAM.
     """
     outbox: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-    waits = []
+    taken = []
     with Plaintext().channel(Endpoint.parse(address, what="the other process"), what="it", role="server") as channel:
         answers = (message.frame for message in InferenceStub(channel).Session(iter(outbox.get, None)))
         for size in PLAN:
             evict_caches(BUSY)
-            start = time.perf_counter()
+            start = _clocks()
             for frame in to_frames(bytes(size)):
                 outbox.put(pb.ClientMessage(frame=frame))
             _read(size, answers)
-            waits.append(time.perf_counter() - start)
-        theirs = np.frombuffer(_read(8 * len(PLAN), answers))
+            taken.append(_clocks() - start)
+        start = _clocks()
+        _read(STREAM, answers)
+        getting = _clocks() - start
+        *rounds_there, sending = np.frombuffer(_read(16 * (len(PLAN) + 1), answers)).reshape(-1, 2)
         outbox.put(None)
-    by_round = np.minimum(waits, theirs).reshape(ROUNDS, len(SIZES))
-    return dict(zip(SIZES, np.median(by_round[2:], axis=0).tolist(), strict=True))
+    ours, theirs = np.array(taken), np.array(rounds_there)
+    rounds = np.stack([np.minimum(ours, theirs)[:, 0], (ours + theirs)[:, 1] / 2], axis=1)
+    medians = np.median(rounds.reshape(ROUNDS, len(SIZES), 2)[2:], axis=0)
+    by_size = {size: (float(seconds), float(work)) for size, (seconds, work) in zip(SIZES, medians, strict=True)}
+    return by_size, (float(sending[1]), float(getting[1]))
 
 
-def _fit(found: dict[int, float]) -> Transport:
-    """Fit a line: its constant is the median of the small messages, its slope the median of the large ones'."""
+def _fit(found: dict[int, tuple[float, float]], streaming: tuple[float, float]) -> Transport:
+    """Fit lines: a constant is the median of the small messages, a slope the median of the large ones'."""
+    message, byte = _line({size: seconds for size, (seconds, _) in found.items()})
+    round_work, byte_work = _line({size: work for size, (_, work) in found.items()})
+    sending, getting = (work / STREAM for work in streaming)
+    return Transport(message, byte, round_work, byte_work / 2, sending, getting)  # each side sends one and gets one
+
+
+def _line(found: dict[int, float]) -> tuple[float, float]:
     message = statistics.median(seconds for size, seconds in found.items() if size <= SMALL)
     slopes = [(seconds - message) / size for size, seconds in found.items() if size >= LARGE]
-    return Transport(message, max(0.0, statistics.median(slopes)))
+    return message, max(0.0, statistics.median(slopes))
 
 
 def _announce(address: str) -> None:

@@ -94,6 +94,7 @@ class TwoPartyHosted:
         options.told(0, 0, "masking the weights")
         sizes = [size for compiled in held for size in compiled.sizes]
         models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
+        options.told(0, 0, f"registering Programs at {dealer}")
         service = InferenceService(models, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
         offered = [
             Publication(size.deployment, size.program, m.weights_digest, m.files, size.tokenizer, size.tokenizer_json)

@@ -63,13 +63,17 @@ class Timings:
         """Sum the seconds that one party computes in one query."""
         return sum(s.compute for segments in self.segments[party] for s in segments)
 
+    def wire(self, party: int) -> float:
+        """Sum the seconds that one party packs and unpacks in one query."""
+        return sum(s.pack + s.unpack for segments in self.segments[party] for s in segments)
+
 
 _known: dict[Any, tuple[Segments, Segments]] = {}  # measured before in this process
 
 
 def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
     """Measure median times of every distinct instruction of a Program, with torch's current number of threads."""
-    keys = [_key(program, instruction) for instruction in program.circuit]
+    keys = [step_key(program, instruction) for instruction in program.circuit]
     new = [key if key not in _known else None for key in keys]
     if any(new):
         weights, began = _MadeUp(program), time.monotonic()
@@ -89,7 +93,7 @@ def measure(program: Runnable, repeats: int = REPEATS) -> Timings:
     return Timings((tuple(server for server, _ in both), tuple(client for _, client in both)))
 
 
-def _key(program: Runnable, instruction: Instruction) -> Any:
+def step_key(program: Runnable, instruction: Instruction) -> Any:
     p: Any = instruction.protocol
     weight: Any = None
     if use := p.weight_use:  # weights of the same shape take the same time
@@ -217,7 +221,8 @@ def _run(
     correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), _corrections(circuit) if party == SERVER else {})
     if party == CLIENT:
         prepare(circuit, correlations, weights)
-    recorder = Recorder(PARTY_NAMES[party])
+    alone = torch.get_num_threads() == 1  # then it is busy all the time, and other processes shall not count
+    recorder = Recorder(PARTY_NAMES[party], time.process_time if alone else time.perf_counter)
     step = execute(circuit, outputs, party, correlations, weights, inputs, recorder)
     recorder.start()
     for _ in Framed(step, bytes, recorder):

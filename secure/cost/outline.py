@@ -112,8 +112,9 @@ def outline_shape(
     network: str | None = None,
     recipe: Recipe | None = None,
     prices: Prices = DEFAULT,
+    batch: int = 1,
 ) -> Program:
-    """Return the Program that computes hidden states for ``length`` tokens, without weights.
+    """Return the Program that computes hidden states for ``length`` tokens of ``batch`` texts, without weights.
 
     shape: one of SHAPES, or the path of a Hugging Face ``config.json``. recipe: put the model into polynomial form,
     with the ranges that training aims at. Raises MissingPackage and InvalidInput too.
@@ -133,8 +134,9 @@ def outline_shape(
         for _, form in forms(inner):
             form.assume()
     model = _Encoder(inner)
-    inputs = {"input_ids": torch.zeros((1, length), dtype=torch.int64)}
+    inputs = {"input_ids": torch.zeros((batch, length), dtype=torch.int64)}
     labels = {"model": shape if shape in SHAPES else Path(shape).parent.name, "length": str(length)}
+    labels |= {"batch": str(batch)} if batch > 1 else {}
     return outline(
         model,
         inputs,

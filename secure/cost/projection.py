@@ -18,10 +18,23 @@ from secure.mpc.network import NetworkSpeed
 
 @dataclass(frozen=True)
 class Transport:
-    """The cost of messages between two processes on one machine, in seconds per message and per byte."""
+    """The cost of messages between two processes on one machine, in seconds per message and per byte.
+
+    round_work, byte_work: processor seconds that each of the two spends on the message that it sends and the one that
+    it gets in a round, whatever their sizes, and on each byte of both. send_work, get_work: processor seconds on a byte
+    of a long stream, of its sender, and of its receiver, who keeps it.
+    """
 
     message: float
     byte: float
+    round_work: float = 0.0
+    byte_work: float = 0.0
+    send_work: float = 0.0
+    get_work: float = 0.0
+
+    def work(self, rounds: int, size: int) -> float:
+        """Return one side's processor seconds of so many rounds, in which it sends and gets ``size`` bytes."""
+        return rounds * self.round_work + size * self.byte_work
 
     def latency(self, network: NetworkSpeed | None) -> float:
         """Return the seconds from handing over an empty payload to its arrival at the other side."""

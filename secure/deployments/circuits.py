@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from secure.cost.circuit_profile import Weightless, circuit_profile, failure
+from secure.cost.demand import Holding, QueryDemand, circuit_demand
 from secure.cost.outline import SHAPES, is_shape, outline_shape
+from secure.cost.projection import Transport
 from secure.cost.report import ProfileReport
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import Cost, links
-from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
+from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions, batch_of
 from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
 from secure.frontend import Size
 from secure.lowering.client_inputs import check_tables, table_shapes
 from secure.mpc import compile as mpc
 from secure.mpc import kept
-from secure.mpc.network import LOOPBACK, NETWORKS
+from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed
 from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.program import Program
 from secure.polynomial.recipe import Recipe
@@ -35,10 +37,13 @@ DEPTH = 3  # parts of a module path that a profile tells apart
 class CircuitDeployment(Deployment):
     """A deployment by secret sharing. Each can run every Program, so that a Program's cost is known in each.
 
-    prices: of rounds and bytes, by which the compiler chooses among protocols for this deployment.
+    prices: of rounds and bytes, by which the compiler chooses among protocols for this deployment. untimed: what the
+    demand of a query leaves out. shares_correlations: those that are made ahead serve any client.
     """
 
     prices: ClassVar[Prices] = DEFAULT
+    untimed: ClassVar[tuple[str, ...]] = ()
+    shares_correlations: ClassVar[bool] = False
 
     @abstractmethod
     def deployed(self, program: Program) -> Deployed:
@@ -85,11 +90,11 @@ class CircuitDeployment(Deployment):
         return self.price(model.program)
 
     def outline(
-        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False
+        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False, batch: int = 1
     ) -> Weightless | None:
         if is_shape(model):
-            recipe = Recipe() if polynomial else None
-            program = outline_shape(model, length or LENGTH, recipe=recipe, prices=self.prices, **options.given)
+            given = options.given | {"recipe": Recipe() if polynomial else None, "batch": batch}
+            program = outline_shape(model, length or LENGTH, prices=self.prices, **given)
             return Weightless(program)
         if polynomial:
             raise InvalidInput(
@@ -110,6 +115,26 @@ class CircuitDeployment(Deployment):
             options.depth or DEPTH,
             (*self.choices(model), *self.remarks(program)),
         )
+
+    def demand(
+        self, model: mpc.MpcModel | Weightless, network: NetworkSpeed, transport: Callable[[], Transport]
+    ) -> QueryDemand:
+        program, roles = model.program, [role.name for role in self.roles()]
+        return circuit_demand(
+            self.deployed(program),
+            self.price(program),
+            roles,
+            self.holdings(program),
+            batch_of(model),
+            network,
+            transport(),
+            self.untimed,
+            shared=self.shares_correlations,
+        )
+
+    @abstractmethod
+    def holdings(self, program: Program) -> Mapping[str, Holding]:
+        """Return what each role holds of a model in memory and in files, by role."""
 
     def choices(self, model: mpc.MpcModel | Weightless) -> tuple[str, ...]:
         choice = getattr(model, "choice", None)

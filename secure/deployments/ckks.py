@@ -6,7 +6,7 @@ It is for small models in polynomial form, as every product of ciphertexts costs
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,9 @@ from secure.ckks import kept
 from secure.ckks.client import ClientQuery
 from secure.ckks.profile import profile
 from secure.ckks.program import CkksProgram
+from secure.cost.demand import QueryDemand, RoleDemand, busy_machine
 from secure.cost.outline import is_shape
+from secure.cost.projection import Transport
 from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.traffic import ONCE, ONLINE, Cost, Traffic
 from secure.deployments.deployment import (
@@ -39,12 +41,14 @@ from secure.deployments.deployment import (
     Deployment,
     ProfileOptions,
     Role,
+    batch_of,
     option,
     register,
 )
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import check_tables, table_shapes
 from secure.models.tokens import TextTokenizer
+from secure.mpc.network import NetworkSpeed
 from secure.progress import Told, silent
 from secure.session.link import Link, Report, only
 from secure.tasks.digits import is_digits, layers_of, prepared, untrained
@@ -135,7 +139,7 @@ class Ckks(Deployment):
         return Cost(program.rounds, traffic, error=model.predicted_error)
 
     def outline(
-        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False
+        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False, batch: int = 1
     ) -> ckks.CkksModel | None:
         """Load a text model, or make a digits model with random weights, for its profile.
 
@@ -160,6 +164,22 @@ class Ckks(Deployment):
         columns, rows, lines = found.table()
         table = ReportTable("by module", tuple(columns), tuple(map(tuple, rows)))
         return ProfileReport(cost, {**about, **found.as_dict(), "total": cost.as_dict()}, [table], lines)
+
+    def demand(self, model: ckks.CkksModel, network: NetworkSpeed, transport: Callable[[], Transport]) -> QueryDemand:
+        cost, found, messages = self.cost(model), profile(model), transport()
+        carried = messages.work(cost.rounds, cost.bytes(phase=ONLINE))
+        server = RoleDemand(
+            SERVER,
+            found.seconds + carried,
+            0.0,
+            held=found.weight_memory,
+            session=found.key_memory,
+            running=2 * found.ciphertext_memory,
+            files=found.weight_memory,
+        )
+        remarks = ("the client's encryption and decryption are not timed", *busy_machine())
+        demand = QueryDemand(cost, (RoleDemand(CLIENT), server), batch_of(model), network, None, 0.0, remarks)
+        return replace(demand, seconds=found.seconds + demand.waiting + cost.rounds * messages.message)
 
     def insecure(self, model: ckks.CkksModel, tokenizer: TextTokenizer | None) -> Link:
         return CkksInProcess(model, tokenizer, self.name)

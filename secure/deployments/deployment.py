@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from protocols.fixedpoint import FixedPoint
+from secure.cost.demand import QueryDemand, RoleDemand
 from secure.cost.projection import Transport
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
@@ -176,10 +177,12 @@ class Deployment(ABC):
         """Run the same arithmetic in the clear, for comparison. Raises InvalidInput if there is none."""
         raise InvalidInput(f"{self.name} has no plain reference", "compare with the model itself")
 
-    def outline(self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False) -> Any | None:
-        """Make a model for ``cost`` and ``profile`` alone if the name is that of a shape without weights; else None.
+    def outline(
+        self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False, batch: int = 1
+    ) -> Any | None:
+        """Make a model for ``cost``, ``profile`` and ``demand`` alone if the name is that of a shape; else None.
 
-        polynomial: put the shape into polynomial form.
+        polynomial: put the shape into polynomial form. batch: the inputs of one query.
         """
         return None
 
@@ -187,6 +190,15 @@ class Deployment(ABC):
         """Report the cost of one query of a model from ``build`` or ``outline`` in detail; here only ``cost``."""
         cost = self.cost(model)
         return ProfileReport(cost, {"deployment": self.name, **cost.as_dict()})
+
+    def demand(self, model: Any, network: NetworkSpeed, transport: Callable[[], Transport]) -> QueryDemand:
+        """Measure what one query of a model from ``build`` or ``outline`` takes of each role; here only its bytes.
+
+        network: the one between all roles. transport: measures messages between two processes on this machine.
+        """
+        cost, roles = self.cost(model), tuple(RoleDemand(role.name) for role in self.roles())
+        remarks = ("the processor time of a query is not known here, so that no cores and machines are planned",)
+        return QueryDemand(cost, roles, batch_of(model), network, remarks=remarks)
 
     def choices(self, model: Any) -> tuple[str, ...]:
         """Return lines for people about the choices that compiling a model from ``build`` made for its network."""
@@ -268,6 +280,11 @@ class Deployment(ABC):
         for name in ("networks", "depth"):
             if getattr(options, name) is not None and name not in self.profiled_by:
                 raise InvalidInput(f"{name} means nothing in a profile under {self.name}", "leave it out")
+
+
+def batch_of(model: Any) -> int:
+    """Return the inputs that one query of a model carries."""
+    return int(model.program.labels.get("batch", 1))
 
 
 def _value(default: Any, text: str) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from protocols.three_party import Translated, translate
+from secure.cost.demand import Holding, weight_bytes
 from secure.cost.runnable import Deployed
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import (
@@ -53,6 +54,12 @@ class ThreeParty(CircuitDeployment):
     # party 2 may deal within the query, and one of the three waits for its bytes as for any other's
     prices: ClassVar[Prices] = Prices(dealt_for_online=1)
 
+    untimed: ClassVar[tuple[str, ...]] = (
+        "the client's work, one-hot look-ups of tokens and the encryption between parties are not timed; the bytes of "
+        "clients are not counted",
+    )
+    shares_correlations: ClassVar[bool] = True
+
     parties: tuple[str, ...] = option(ADDRESSES, "host:port of parties 0, 1, 2, with commas.", CONNECT)
     public_weights: bool = option(False, "Let all parties know the weights: cheaper, inputs stay secret.", COMPILE)
     trusted_clients: bool = option(
@@ -94,6 +101,11 @@ class ThreeParty(CircuitDeployment):
         found = self.translated(program)
         paths = tuple(program.paths[i] for i in found.origin)
         return Deployed(found.circuit, found.outputs, paths, program.weight_shapes, PARTIES[:2], PARTIES[2])
+
+    def holdings(self, program: Program) -> Mapping[str, Holding]:
+        # parties 0 and 1: W_1, and two summands stacked for products
+        share, both = Holding(weight_bytes(program, 3), weight_bytes(program)), PARTIES[:2]
+        return {**dict.fromkeys(both, share), PARTIES[2]: Holding(weight_bytes(program))}
 
     def insecure(self, model: mpc.MpcModel, tokenizer: TextTokenizer | None) -> Link:
         running, translated = self.deployed(model.program), self.translated(model.program)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from secure.cost.circuit_profile import embedding_price
+from secure.cost.demand import WORD, Holding, kept_bytes, masked_bytes, table_elements, weight_bytes
 from secure.cost.runnable import Deployed
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import (
@@ -61,6 +63,14 @@ class TwoParty(CircuitDeployment):
         """Return the Program's circuit unchanged, to run between server and client."""
         names = (SERVER, CLIENT)
         return Deployed(program.circuit, program.revealed, program.paths, program.weight_shapes, names, DEALER)
+
+    def holdings(self, program: Program) -> Mapping[str, Holding]:
+        weights, masked, rows = weight_bytes(program), masked_bytes(program), table_elements(program)
+        return {
+            CLIENT: Holding(weights + WORD * rows, masked + 4 * rows),
+            SERVER: Holding(weights + masked + WORD * rows, kept_bytes(program)),
+            DEALER: Holding(weights),
+        }
 
     def remarks(self, program: Program) -> tuple[str, ...]:
         price = embedding_price(program)

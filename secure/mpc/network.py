@@ -55,3 +55,11 @@ def find_network(text: str) -> NetworkSpeed | None:
         raise InvalidInput(f"unknown network {text!r}", f"one of {known}, or MBPS,ROUND_TRIP_MS such as 250,20")
     key, name = ",".join(numbers.groups()), f"{mbps:g} Mbps, {milliseconds:g} ms"
     return NetworkSpeed(key, name, milliseconds / 1e3, mbps * 1e6 / 8)
+
+
+def find_apart(text: str) -> NetworkSpeed:
+    """Find a network between separate machines. Raises InvalidInput, for loopback too."""
+    found = find_network(text)
+    if found is None:
+        raise InvalidInput(f"{text} is no network between machines", f"one of {', '.join(n.key for n in NETWORKS)}")
+    return found
