@@ -38,6 +38,7 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
+    Busy,
     ClientDeviates,
     CompiledError,
     DealerError,
@@ -49,6 +50,7 @@ from secure.errors import (
     EndpointError,
     Error,
     FixedPointError,
+    GoingAway,
     HandshakeError,
     InputTooLong,
     InvalidInput,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
+    "Busy",
     "Ckks",
     "ClientDeviates",
     "Compiled",
@@ -98,6 +101,7 @@ __all__ = [
     "Error",
     "FixedPoint",
     "FixedPointError",
+    "GoingAway",
     "HandshakeError",
     "InputTooLong",
     "InvalidInput",

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
-from secure.errors import DealerError, Error, InvalidInput, InvalidProgram, PeerLost
+from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
 from secure.models.tokens import REFUSE, TextTokenizer
 from secure.tasks.embed import Embed
 from secure.tasks.task import Served, Task, stacked
@@ -64,6 +64,9 @@ RETRIES = 3
 PAUSE = 0.5  # seconds before the first retry; twice as many before each further one
 LOST = (PeerLost, DealerError)
 """The errors after which a query is asked again on a new connection."""
+
+BUSY = 120.0
+"""Seconds in all that a query waits for services that say that they are busy."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ class Link(ABC):
 
         values: those of ``program.encode``. Neither messages nor their times may depend on them. ahead: another query
         follows, and may be prepared while this one runs.
-        Raises PeerLost if a party stays silent for longer than the deadline.
+        Raises PeerLost if a party stays silent for longer than the deadline; Busy if a service has no room for it, and
+        then the same may be asked again unless ``ended`` says otherwise.
         """
 
     @abstractmethod
@@ -194,7 +198,7 @@ class Session:
     ) -> None:
         check_options(threads, pace)
         self._link, self._threads, self._pace, self._lock = link, threads, pace, threading.RLock()
-        self._asked, self._renew, self._closed = 0, renew, False
+        self._asked, self._renew, self._closed = 0, renew, threading.Event()
         self.reports: list[Report] = []
 
     @property
@@ -240,7 +244,7 @@ class Session:
     def prepare(self) -> None:
         """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
         with self._open():
-            self._link.prepare()
+            self._once_free(self._link.prepare)
 
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
         """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
@@ -394,23 +398,42 @@ class Session:
             time.sleep(left)
 
     def _retried(self, ask: Callable[[], Found], retries: int) -> Found:
-        """Ask, and again on a new link each time that a party is lost, after a pause that doubles."""
+        """Ask, and again on a new link each time that a party is lost, after a pause that doubles.
+
+        A party that is busy, and ends the session with that, is not lost, but the same is done after the time it says.
+        """
         for attempt in range(retries + 1):
             try:
                 with self._open():
                     return ask()
-            except LOST:
-                if attempt == retries or self._renew is None or self._closed:
+            except (*LOST, Busy) as error:
+                if attempt == retries or self._renew is None or self._closed.is_set() or not self._link.ended:
                     raise
-            time.sleep(PAUSE * 2**attempt)
-            with contextlib.suppress(*LOST), self._lock:
-                link = self._renew()
-                if self._closed:  # meanwhile, and the old link with it
+                pause = max(PAUSE * 2**attempt, error.after if isinstance(error, Busy) else 0.0)
+            self._closed.wait(pause)
+            with contextlib.suppress(*LOST, Busy), self._lock:
+                link = self._once_free(self._renew)
+                if self._closed.is_set():  # meanwhile, and the old link with it
                     link.close()
                 else:
                     lost, self._link = self._link, link
                     lost.close()
         raise AssertionError("the last attempt returns or raises")
+
+    def _once_free(self, ask: Callable[[], Found]) -> Found:
+        """Ask, and the same again as often as a service says that it is busy, for BUSY seconds in all.
+
+        Such a service has done nothing for what was asked. An ``ask`` that ended the link is not repeated.
+        """
+        until, link, ended = time.monotonic() + BUSY, self._link, self._link.ended
+        while True:
+            try:
+                return ask()
+            except Busy as error:
+                over = self._closed.is_set() or link.ended != ended
+                if over or time.monotonic() + error.after > until:
+                    raise
+                self._closed.wait(error.after)
 
     def _answers(
         self, clear: _Clear, read: Callable[[Any], Any], *, ahead: bool = False, whole: bool = False
@@ -421,7 +444,7 @@ class Session:
         """
         values = self.program.encode(clear.values, self._link.tables)
         number, self._asked = self._asked, self._asked + 1
-        results, report = self._link.ask(values, number, ahead=ahead)
+        results, report = self._once_free(lambda: self._link.ask(values, number, ahead=ahead))
         self.reports.append(report)
         del self.reports[:-REPORTS]
         decoded = _tried(lambda: self.program.decode(results))
@@ -445,7 +468,7 @@ class Session:
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
-        self._closed = True
+        self._closed.set()
         self._link.ended = self._link.ended or "it was closed"
         self._link.close()  # without the lock, so that it ends a query of another thread
 
@@ -534,7 +557,7 @@ def _with_more(items: Iterable[Found]) -> Iterator[tuple[Found, bool]]:
 
 def _named(error: Error, number: int, of: int, noun: str) -> Error:
     """Say in an error which of several inputs it is about."""
-    return type(error)(f"{noun} {number} of {of}: {error}") if of > 1 else error
+    return about(f"{noun} {number} of {of}", error) if of > 1 else error
 
 
 @contextmanager
@@ -546,5 +569,4 @@ def _naming(first: int, last: int, of: int | None, noun: str) -> Iterator[None]:
         if of == 1:
             raise
         which = f"{noun} {first}" if first == last else f"{noun}s {first} to {last}"
-        named = type(error)(f"{which}{f' of {of}' if of else ''}: {error}")
-        raise named from None
+        raise about(f"{which}{f' of {of}' if of else ''}", error) from None

@@ -245,6 +245,7 @@ VALUES: dict[str, str] = {
         "4",
     ),
     "rotate_mask": "7",
+    "memory": "4",
     "wait": "4",
 }
 

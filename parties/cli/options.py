@@ -80,6 +80,15 @@ BudgetMemoryOption = Annotated[
     float | None,
     typer.Option(metavar="GB", help=f"The most memory that one Program may take; {Budget().memory / GB:g} by default."),
 ]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        min=0.001,
+        metavar="GB",
+        help="The most memory of queries that are prepared for clients; half of what is free by default.",
+    ),
+]
 BudgetSecondsOption = Annotated[
     float | None,
     typer.Option(
@@ -157,6 +166,7 @@ _HOSTED_BY = {
     "deadline": "deadline",
     "ahead": "ahead",
     "rotate_mask": "rotate_mask",
+    "memory": "memory",
 }
 """The same for HostOptions."""
 

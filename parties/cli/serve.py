@@ -27,6 +27,7 @@ from parties.cli.options import (
     InsecureOption,
     LengthOption,
     ListenOption,
+    MemoryOption,
     ModelArgument,
     NetworkOption,
     SameOwnerOption,
@@ -41,6 +42,7 @@ from parties.cli.options import (
     read_texts,
     refused,
 )
+from parties.limits.memory import GB
 from parties.limits.quotas import NO_LIMITS, Limits
 from parties.limits.tokens import Tokens
 from parties.net.endpoints import Endpoint
@@ -83,6 +85,7 @@ def serve(
     wait: Annotated[
         float | None, typer.Option(min=0, help="Seconds to wait for the dealer to start; 0 by default.")
     ] = None,
+    memory: MemoryOption = None,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
@@ -125,7 +128,15 @@ def serve(
         fraction_bits=fraction_bits,
         network=network,
     )
-    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline, rotate_mask=rotate_mask)
+    given = host_options(
+        deployment,
+        role,
+        state=state,
+        trace=trace,
+        deadline=deadline,
+        rotate_mask=rotate_mask,
+        memory=None if memory is None else memory * GB,
+    )
     if "workers" in deployments.hosted(deployment).takes[role]:
         given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
     get_ready(threads)

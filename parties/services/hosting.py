@@ -51,7 +51,8 @@ class HostOptions:
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
     ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
-    file's age. budget: the most that one Program from somebody else may take. told: hears of progress while the role
+    file's age. memory: bytes of queries that are prepared for clients; None: half of what the machine has to spare.
+    budget: the most that one Program from somebody else may take. told: hears of progress while the role
     starts. Raises InvalidInput for values out of range.
     """
 
@@ -63,6 +64,7 @@ class HostOptions:
     workers: int = 1
     ahead: int = 1
     rotate_mask: int = 90
+    memory: float | None = None
     budget: Budget = field(default_factory=Budget)
     told: Told = silent
 
@@ -74,6 +76,8 @@ class HostOptions:
             raise InvalidInput(f"{self.ahead!r} queries ahead", f"0 to {MAXIMUM_AHEAD}")
         if not _is_count(self.rotate_mask, 1, math.inf):
             raise InvalidInput(f"a mask renewed after {self.rotate_mask!r} days", "give 1 or more")
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise InvalidInput(f"{self.memory!r} bytes of memory", "give a positive number")
 
 
 def _is_count(value: object, least: int, most: float) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from parties.limits.memory import GB, PreparedMemory, memory_budget, require_room
 from parties.limits.quotas import Spend, unlimited
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
@@ -41,7 +42,7 @@ class TwoPartyHosted:
 
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
-        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask"}),
+        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask", "memory"}),
         DEALER: frozenset({"state", "budget"}),
     }
 
@@ -91,9 +92,13 @@ class TwoPartyHosted:
     @staticmethod
     def _server(held: Compiled, dealer: DealerPeer, options: HostOptions) -> Parts:
         deadline, traces = options.deadline, TraceDirectory(options.traces) if options.traces else None
+        memory, size = PreparedMemory(memory_budget(options.memory)), held.model.program.cost.dealt
+        require_room(memory.total, size)
         options.told(0, 0, "masking the weights")
         model = mask_model(held.model, options.state or state_directory(), options.rotate_mask)
-        service = InferenceService(model, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
+        service = InferenceService(
+            model, dealer, deadline=deadline, traces=traces, spend=spend_of(options), memory=memory
+        )
         published = Published(
             held.deployment,
             SERVER,
@@ -110,9 +115,10 @@ class TwoPartyHosted:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
-        return Parts(
-            [add], {**published.permissions, **service.permissions}, service.close, program=model.program.digest
-        )
+        many = f"{memory.total // max(size, 1)} of {size / GB:.3g} GB"
+        about = [f"memory for prepared queries: {memory.total / GB:.3g} GB, {many}"]
+        permissions = {**published.permissions, **service.permissions}
+        return Parts([add], permissions, service.close, about, program=model.program.digest)
 
 
 def spend_of(options: HostOptions) -> Spend:
