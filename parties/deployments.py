@@ -19,6 +19,7 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
+from parties.services.draining import Draining
 from parties.services.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.services.status import StatusService
 from parties.three_party.hosted import ThreePartyHosted
@@ -180,10 +181,20 @@ def serve(
     kernels.warm_up()
     made = found.parts(role, held, deployment, peers, options)
     knows = made.knows or (lambda digest: digest == made.program)
-    status = StatusService(deployment.name, role, roles, made.program, knows)
+    draining = Draining(made.permissions, made.standing)
+    status = StatusService(deployment.name, role, roles, made.program, knows, lambda: draining.begun)
     made = replace(made, add=[*made.add, status.add], permissions={**made.permissions, **status.permissions})
     settle()
-    return Service(made, at, options.network, what=f"the {role}", role=role, quotas=options.quotas, tokens=shown)
+    return Service(
+        made,
+        at,
+        options.network,
+        what=f"the {role}",
+        role=role,
+        quotas=options.quotas,
+        tokens=shown,
+        draining=draining,
+    )
 
 
 def starting_order(deployment: Deployment) -> list[Role]:

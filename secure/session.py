@@ -407,7 +407,8 @@ class Session:
                 with self._open():
                     return ask()
             except (*LOST, Busy) as error:
-                if attempt == retries or self._renew is None or self._closed.is_set() or not self._link.ended:
+                patience_is_over = isinstance(error, Busy) and not self._link.ended
+                if attempt == retries or self._renew is None or self._closed.is_set() or patience_is_over:
                     raise
                 pause = max(PAUSE * 2**attempt, error.after if isinstance(error, Busy) else 0.0)
             self._closed.wait(pause)

@@ -86,7 +86,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     def put(module: Any, name: str, answer: Any = None) -> None:
         monkeypatch.setattr(module, name, found.note(name, answer))
 
-    service = SimpleNamespace(about=(), address="nowhere:1", wait_announced=lambda tell: tell())
+    waits = found.note("wait_announced", lambda tell, drain: tell())
+    service = SimpleNamespace(about=(), address="nowhere:1", wait_announced=waits)
     cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
     program = SimpleNamespace(digest="d", labels={})
     compiled = SimpleNamespace(cost=cost, program=program, model=None, about="", deployment=secure.TwoParty())

@@ -6,6 +6,8 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,11 +23,30 @@ from parties.limits import memory as memory_module
 from parties.limits.memory import Grant, PreparedMemory, available_memory, memory_budget
 from parties.limits.seats import Seat
 from parties.net.calls import AFTER, CODE, failed, failure, refusal
+from parties.net.endpoints import Endpoint
+from parties.net.network import Plaintext
+from parties.net.peer import Peer
+from parties.services import hosting
+from parties.services.draining import Draining
+from parties.services.status import ask_status
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from secure import session as session_module
-from secure.errors import LEAST_AFTER, MOST_AFTER, Busy, Error, InvalidInput, PeerLost, QuotaError, about, from_code
-from tests.tiny import TEXT, Raw, Ready, Served, dial, run_query, serving, session_count, wait_until, works
+from secure.deployments.deployment import deployments
+from secure.errors import (
+    LEAST_AFTER,
+    MOST_AFTER,
+    Busy,
+    DealerError,
+    Error,
+    GoingAway,
+    InvalidInput,
+    PeerLost,
+    QuotaError,
+    about,
+    from_code,
+)
+from tests.tiny import TEXT, Raw, Ready, Served, call, dial, run_query, serving, session_count, wait_until, works
 
 # errors that say when to come back
 
@@ -381,3 +402,161 @@ def test_a_lost_session_waits_until_it_is_let_in(model: Ready, dealer: Served, m
         with dial(server, dealer) as other:
             threading.Timer(1.5, other.close).start()
             assert not isinstance(next(answers), Error)
+
+
+# draining
+
+
+@pytest.fixture
+def hosted(model: Ready, dealer: Served, state: Path) -> Iterator[secure.Service]:
+    """A server with all that a service has around it."""
+    with secure.serve(model.compiled, role="server", peers={"dealer": dealer.address}, state=state) as service:
+        yield service
+
+
+def draining(service: secure.Service, seconds: float = 20.0) -> threading.Thread:
+    thread = threading.Thread(target=service.drain, args=(seconds,))
+    thread.start()
+    return thread
+
+
+def test_an_idle_service_ends_at_once(hosted: secure.Service, dealer: Served) -> None:
+    start = time.monotonic()
+    with call(hosted.address, dealer.address) as session:
+        session.embed([TEXT])
+        session.prepare()
+        draining(hosted).join(10)
+        assert time.monotonic() - start < 5
+        with pytest.raises(GoingAway, match="the server reports: this server is going away\nhint: connect again"):
+            session.embed([TEXT])
+        assert session.ready == 0
+
+
+def test_new_clients_hear_that_it_goes(
+    hosted: secure.Service, dealer: Served, model: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a query runs, which ends as it should."""
+    monkeypatch.setattr(hosting, "NOTICE", 2.0)
+    with Raw(Addressed(hosted), dealer, model) as raw:
+        raw.start()
+        time.sleep(0.5)  # the server has begun it
+        thread = draining(hosted)
+        peer = Peer("the server", hosted.address, Plaintext(), role="server", start="x")
+        wait_until(lambda: ask_status(peer).draining, "it says so")
+        peer.close()
+        with pytest.raises(GoingAway, match=r"this service is going away\nhint: connect again"):
+            call(hosted.address, dealer.address)
+        with Raw(Addressed(hosted), dealer, model) as late:
+            late.say(hello=late.hello())
+            with pytest.raises(grpc.RpcError, match="this service is going away"):
+                late.hear()
+        run_query(raw, 0)
+        failure = raw.hear_failure()
+        assert (failure.code, failure.goes_on) == ("going-away", False)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_draining_has_an_end(hosted: secure.Service, dealer: Served, model: Ready) -> None:
+    with Raw(Addressed(hosted), dealer, model) as raw:
+        raw.start()
+        time.sleep(0.5)
+        start = time.monotonic()
+        draining(hosted, 1.0).join(10)
+        assert 0.9 < time.monotonic() - start < 4
+        with pytest.raises(grpc.RpcError):
+            list(raw.call)
+
+
+def test_hurry(hosted: secure.Service, dealer: Served, model: Ready) -> None:
+    with Raw(Addressed(hosted), dealer, model) as raw:
+        raw.start()
+        time.sleep(0.5)
+        start = time.monotonic()
+        hosted.drain(60.0, lambda: time.monotonic() - start > 1)
+        assert time.monotonic() - start < 5
+
+
+def test_a_stream_goes_on_with_the_next_server(model: Ready, dealer: Served) -> None:
+    """A server is replaced by another at its address, and no text is lost."""
+    peers = {"dealer": dealer.address}
+    with ExitStack() as stack:
+        old = stack.enter_context(secure.serve(model.compiled, role="server", peers=peers))
+        session = stack.enter_context(call(old.address, dealer.address))
+        answers, got = session.stream(secure_task(), iter([TEXT] * 6), window=1), list[Any]()
+        for number in range(6):
+            got.append(next(answers))
+            if number == 2:
+                draining(old).join(10)
+                stack.enter_context(secure.serve(model.compiled, role="server", peers=peers, listen=old.address))
+        assert not any(isinstance(each, Error) for each in got)
+
+
+def test_a_dealer_goes_on_while_it_is_asked(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no new session, and deals those that there are what they ask for."""
+    monkeypatch.setattr("parties.two_party.dealer.QUIET", 1.0)
+    with (
+        secure.serve(role="dealer", deployment=secure.TwoParty()) as dealer,
+        secure.serve(model.compiled, role="server", peers={"dealer": dealer.address}) as server,
+        call(server.address, dealer.address) as session,
+    ):
+        session.prepare()
+        thread = draining(dealer)
+        with pytest.raises(GoingAway, match="opening a session"):
+            call(server.address, dealer.address)
+        for _ in range(3):
+            session.embed([TEXT])
+        thread.join(10)
+        assert not thread.is_alive()
+        with pytest.raises((PeerLost, DealerError)):
+            session.embed([TEXT])
+
+
+class Addressed:
+    """A service, as ``Raw`` takes it."""
+
+    def __init__(self, service: secure.Service) -> None:
+        self.endpoint = Endpoint.parse(service.address, what="x")
+
+
+class Context:
+    """As far as ``Draining`` uses it."""
+
+    def set_trailing_metadata(self, said: Any) -> None:
+        self.said = dict(said)
+
+    def abort(self, status: grpc.StatusCode, details: str) -> None:
+        raise RuntimeError(f"{status.name}: {details}")
+
+
+@pytest.mark.parametrize("name", [d.name for d in deployments()])
+def test_every_service_closes_what_clients_begin_with(name: str) -> None:
+    """And nothing else, whatever the deployment: all methods that clients alone may call, and none of peers."""
+    from parties.ckks.server import CkksService
+    from parties.served.published import Published
+    from parties.three_party.party_0 import Party0Service
+    from parties.two_party.dealer import DealerService
+
+    services: dict[str, list[Any]] = {
+        "two-party": [InferenceService, Published, DealerService],
+        "three-party": [Party0Service, Published],
+        "ckks": [CkksService, Published],
+    }
+    refused = set[str]()
+    for service in services[name]:
+        state, context = Draining(service.permissions), Context()
+        for method in service.permissions:
+            with state.call(method, context):  # type: ignore[arg-type]
+                pass
+        state.begin()
+        for method in service.permissions:
+            try:
+                with state.call(method, context):  # type: ignore[arg-type]
+                    pass
+            except RuntimeError:
+                refused.add(method.rpartition("/")[2])
+        assert context.said == {"unseen-code": "going-away"}
+        assert state.needs_peers == (service in (DealerService, Party0Service))
+        assert not state._calls
+    first = {"two-party": {"Session", "Open"}, "three-party": {"Ask"}, "ckks": {"Keys", "Upload", "Query"}}
+    assert refused == {"Describe", "Download", *first[name]}

@@ -76,6 +76,9 @@ TraceOption = Annotated[
 DeadlineOption = Annotated[
     float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
 ]
+DrainOption = Annotated[
+    float, typer.Option("--drain", min=0, metavar="SECONDS", help="Seconds that work may take after SIGTERM.")
+]
 BudgetMemoryOption = Annotated[
     float | None,
     typer.Option(metavar="GB", help=f"The most memory that one Program may take; {Budget().memory / GB:g} by default."),

@@ -21,6 +21,7 @@ from parties.cli.options import (
     BudgetSecondsOption,
     CalibrationOption,
     DeadlineOption,
+    DrainOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
@@ -49,6 +50,7 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.served.compiled_files import is_compiled
 from parties.services import hosting
+from parties.services.draining import DRAIN
 from parties.services.hosting import Service
 from parties.tls.choice import network_of
 from parties.tls.tls import Tls
@@ -89,6 +91,7 @@ def serve(
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    drain: DrainOption = DRAIN,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     same_owner: SameOwnerOption = False,
@@ -176,7 +179,7 @@ def serve(
             told=told,
             **given,
         )
-    run(service, "serve", announced=announce)
+    run(service, "serve", announced=announce, drain=drain)
 
 
 def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:
@@ -188,7 +191,7 @@ def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) 
     return network
 
 
-def run(service: Service, verb: str, *, announced: bool) -> None:
+def run(service: Service, verb: str, *, announced: bool, drain: float) -> None:
     """Say where a service listens, and wait until it is stopped."""
 
     def tell() -> None:
@@ -198,7 +201,7 @@ def run(service: Service, verb: str, *, announced: bool) -> None:
         if announced:
             announce(service.address)
 
-    service.wait_announced(tell)
+    service.wait_announced(tell, drain)
 
 
 def dealer(
@@ -207,6 +210,7 @@ def dealer(
     threads: ThreadsOption = 1,
     budget_memory: BudgetMemoryOption = None,
     budget_seconds: BudgetSecondsOption = None,
+    drain: DrainOption = DRAIN,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     tokens: TokensOption = None,
@@ -221,4 +225,4 @@ def dealer(
     service = deployments.serve(
         role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
     )
-    run(service, "dealer", announced=announce)
+    run(service, "dealer", announced=announce, drain=drain)

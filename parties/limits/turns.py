@@ -16,7 +16,7 @@ MANY = 256  # callers of whom more is known than who computes or waits
 
 
 class _Flow:
-    """What is known of one caller. finish: the virtual time at which its share of all steps so far ends."""
+    """The account of one caller. finish: the virtual time at which its steps so far end."""
 
     def __init__(self) -> None:
         self.finish, self.inside = 0.0, 0

@@ -95,7 +95,7 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
             raise kind(f"{who} at {where} failed{during}: {type(error).__name__}", hint) from None
         if isinstance(error, FailedCall) and not isinstance(error.reason, PeerLost):
             raise error.reason from None
-        if (named := _named(error, f"{who} at {where} refused{during}", hint)) is not None:
+        if (named := named_refusal(error, f"{who} at {where} refused{during}", hint)) is not None:
             raise named from None
         if error.code() == grpc.StatusCode.UNAVAILABLE and "Socket closed" in (error.details() or ""):
             closed = f"{who} at {where} closed the connection{during}"
@@ -114,14 +114,14 @@ def refusal(error: grpc.Call, said: str, hint: str, kind: type[Error] = PeerLost
 
     It is of the kind that the peer names, if that is one of a few; TlsError if the guard refused; else ``kind``.
     """
-    if (named := _named(error, said, hint)) is not None:
+    if (named := named_refusal(error, said, hint)) is not None:
         return named
     message, _, theirs = printable(error.details() or "").partition("\nhint: ")
     found = TlsError if error.code() in _NOT_ALLOWED else kind
     return found(f"{said}: {message}", theirs or hint)
 
 
-def _named(error: grpc.Call, said: str, hint: str) -> Error | None:
+def named_refusal(error: grpc.Call, said: str, hint: str) -> Error | None:
     """Return the Error of the kind that the peer names, if that is one of a few, or that gRPC names for it."""
     message, _, theirs = printable(error.details() or "").partition("\nhint: ")
     if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and message.startswith(_FULL):

@@ -29,6 +29,7 @@ from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
+from parties.services.draining import DRAIN, NOTICE, Draining
 from parties.services.guard import Guard
 from parties.services.status import ask_status
 from secure.errors import EndpointError, InvalidInput, PeerLost
@@ -92,7 +93,8 @@ class Parts:
     by none where the network has identities. about: lines to show to a person once the service listens. streams: the
     most calls that are served at a time. largest: the most bytes of a message to it. program: the digest of the Program
     that it serves. knows: tells whether it serves or deals a Program, by its digest; by default, whether that is
-    ``program``.
+    ``program``. drain: called when the service begins to end, after which its calls shall end between two pieces of
+    work. left: tells whether there is work that is no call. standing: methods whose calls are no work (``Draining``).
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
@@ -103,6 +105,9 @@ class Parts:
     program: str = ""
     knows: Callable[[str], bool] | None = None
     largest: int = SERVICE_LIMIT
+    drain: Callable[[], None] = lambda: None
+    left: Callable[[], bool] = lambda: False
+    standing: frozenset[str] = frozenset()
 
 
 class Service:
@@ -118,8 +123,10 @@ class Service:
         role: str,
         quotas: Quotas | None = None,
         tokens: Tokens | None = None,
+        draining: Draining | None = None,
     ) -> None:
         self._parts, self._quotas = parts, quotas
+        self._draining = draining or Draining(parts.permissions, parts.standing)
         self.about = (*network.about(), *parts.about, *([str(quotas.limits)] if quotas else ()))
         try:
             self._server, at = start(
@@ -132,19 +139,44 @@ class Service:
                 meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
                 streams=parts.streams,
                 largest=parts.largest,
+                draining=self._draining,
             )
         except BaseException:
             self._end()
             raise
         self.address = str(at)
 
-    def wait(self) -> None:
-        """Serve until the process is interrupted or terminated; running queries get two seconds to end."""
-        run_until_stopped(self._server, lambda: None)
+    def wait(self, drain: float = DRAIN) -> None:
+        """Serve until the process is interrupted or terminated. drain: seconds that work may take after SIGTERM."""
+        self.wait_announced(lambda: None, drain)
 
-    def wait_announced(self, announce: Callable[[], None]) -> None:
-        """Serve like ``wait``, and call ``announce`` as soon as a signal would end the service cleanly."""
-        run_until_stopped(self._server, announce)
+    def wait_announced(self, announce: Callable[[], None], drain: float = DRAIN) -> None:
+        """Serve like ``wait``, and call ``announce`` as soon as a signal would end the service cleanly.
+
+        SIGTERM drains the service. After SIGINT, or a second signal, running calls get two seconds to end.
+        """
+        stopped = _signals()
+        announce()
+        if stopped.get() == signal.SIGTERM:
+            self.drain(drain, lambda: not stopped.empty())
+        self._server.stop(2).wait()
+
+    def drain(self, seconds: float = DRAIN, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Take no new clients, and stop when the work that there is has ended, after ``seconds`` at the latest.
+
+        Clients that come are told that the service is going away, for NOTICE seconds at least; then nobody listens any
+        more, unless the work that there is needs calls of peers. hurry: tells that it should stop at once.
+        """
+        until = time.monotonic() + seconds
+        log.info("going away: work that has begun may take %g s", seconds)
+        self._draining.begin()
+        self._parts.drain()
+        notice = until if self._draining.needs_peers else min(until, time.monotonic() + NOTICE)
+        self._draining.wait(notice, self._parts.left, hurry)
+        ended = self._server.stop(0 if self._draining.needs_peers else max(0.0, until - time.monotonic()))
+        while not ended.wait(0.1):
+            if hurry():
+                self._server.stop(0)
 
     def close(self) -> None:
         """Stop at once."""
@@ -176,6 +208,7 @@ def start(
     meter: Meter | None = None,
     streams: int = MAXIMUM_STREAMS,
     largest: int = SERVICE_LIMIT,
+    draining: Draining | None = None,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
@@ -186,7 +219,7 @@ def start(
         ThreadPoolExecutor(streams),
         options=(*OPTIONS, ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
-        interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
+        interceptors=[Guard(network, permissions, draining), *([meter] if meter else [])],  # the guard comes first
     )
     for each in add:
         each(server)
@@ -255,13 +288,19 @@ def check_owners(peers: Mapping[str, Endpoint], network: Network) -> None:
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:
-    """Call ``announce``, then block until SIGINT or SIGTERM; running queries get two seconds to end."""
-    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, safe to fill from a signal handler
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda caught, _: stopped.put(caught))
+    """Call ``announce``, then block until SIGINT or SIGTERM; running calls get two seconds to end."""
+    stopped = _signals()
     announce()
     stopped.get()
     server.stop(2).wait()
+
+
+def _signals() -> queue.SimpleQueue[int]:
+    """Return a queue of the signals that end this process; unlike an Event, it is safe to fill from a handler."""
+    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda caught, _: stopped.put(caught))
+    return stopped
 
 
 def log_to_stderr(verbose: bool) -> None:

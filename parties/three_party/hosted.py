@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from parties.net.caller import permit
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
@@ -77,7 +78,9 @@ def parts_of(service: PartyService) -> Parts:
         add_PartyServicer_to_server(service, server)
 
     permissions = {**published.permissions, **service.permissions}
-    return Parts([add], permissions, service.close, [_about(share)], STREAMS, share.program.digest)
+    standing = frozenset(permit("Party", Agree=()))
+    about, digest = [_about(share)], share.program.digest
+    return Parts([add], permissions, service.close, about, STREAMS, digest, standing=standing)
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from torch import Tensor
 
-from parties.net.calls import failed, refusal
+from parties.net.calls import failed, named_refusal, refusal
 from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -149,6 +149,10 @@ class TwoPartyLink(Link):
         except (grpc.RpcError, StopIteration) as error:
             if self._watch.fired:
                 reason = f"did not answer within {self._deadline:g} s"
+            elif isinstance(error, grpc.Call) and (
+                named := named_refusal(error, f"{self._server} refused ({what})", "see the server's log")
+            ):
+                raise named from None
             elif isinstance(error, grpc.Call) and error.code() not in _GONE:
                 raise refusal(error, f"{self._server} refused ({what})", "see the server's log") from None
             else:

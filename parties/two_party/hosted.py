@@ -87,7 +87,9 @@ class TwoPartyHosted:
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
         add = [lambda server: add_DealerServicer_to_server(dealer, server)]
-        return Parts(add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST)
+        return Parts(
+            add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST, left=dealer.is_asked
+        )
 
     @staticmethod
     def _server(held: Compiled, dealer: DealerPeer, options: HostOptions) -> Parts:
@@ -118,7 +120,7 @@ class TwoPartyHosted:
         many = f"{memory.total // max(size, 1)} of {size / GB:.3g} GB"
         about = [f"memory for prepared queries: {memory.total / GB:.3g} GB, {many}"]
         permissions = {**published.permissions, **service.permissions}
-        return Parts([add], permissions, service.close, about, program=model.program.digest)
+        return Parts([add], permissions, service.close, about, program=model.program.digest, drain=service.drain)
 
 
 def spend_of(options: HostOptions) -> Spend:

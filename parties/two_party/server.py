@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import ClassVar
 
 import grpc
@@ -25,6 +25,7 @@ from parties.net.caller import Permissions, caller, permit
 from parties.net.calls import failure, unexpected
 from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
+from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.dealer_peer import DealerPeer
@@ -38,7 +39,7 @@ from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import CLIENT, TwoParty
-from secure.errors import Busy, DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import Busy, DealerError, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
@@ -89,12 +90,20 @@ class InferenceService(InferenceServicer):
             dealer.close()
             raise
         self.beside = ThreadPoolExecutor(MAXIMUM_SESSIONS, "beside")  # one a session at most
+        self.readers = ThreadPoolExecutor(MAXIMUM_SESSIONS, "reader")  # likewise, between queries
+        self.going = Future[None]()  # done when the service begins to end
         self._renewing = Repeating(RENEWING, self.renew, log)
+
+    def drain(self) -> None:
+        """End every session before its next query."""
+        if not self.going.done():
+            self.going.set_result(None)
 
     def close(self) -> None:
         """Close the channel to the dealer."""
         self._renewing.close()
-        self.beside.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.beside, self.readers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.dealer.close()
 
     def register(self) -> None:
@@ -160,7 +169,8 @@ class _Session:
         try:
             yield from self._run()
         except Error as error:
-            log.warning("session of %s ended: %s", self._who, str(error).splitlines()[0])
+            level = logging.INFO if isinstance(error, GoingAway) else logging.WARNING
+            log.log(level, "session of %s ended: %s", self._who, str(error).splitlines()[0])
             yield pb.ServerMessage(failure=failure(error))
         except GeneratorExit:
             late = "did not read in time" if self.watch.fired else "is gone"
@@ -213,18 +223,27 @@ class _Session:
         return message
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
-        """Return the next message between queries, when a client may wait for long; None if it has left in any way."""
+        """Return the next message between queries, when a client may wait for long; None if it has left in any way.
+
+        A thread beside reads it, because the service may begin to end meanwhile. Raises GoingAway then.
+        """
         assert self._seat is not None
         self._seat.rest(SPARE)
+        coming = self._service.readers.submit(next, self._requests, None)
+        done, _ = wait([coming, self._service.going], IDLE, FIRST_COMPLETED)
+        self._seat.work()
+        if self._service.going in done:
+            raise going_away("this server")
+        late = coming not in done
+        if late:
+            self._context.cancel()
         try:
-            with self.watch.guard(IDLE):
-                message = next(self._requests, None)
+            message = coming.result()
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
             message = None
-        self._seat.work()
         if message is None:  # a stream that is cancelled here may end like one that the client has ended
-            late = "was idle, and made room for another," if self._seat.gone else "was idle too long"
-            log.info("%s %s between queries", self._who, late if self.watch.fired or self._seat.gone else "left")
+            gone = "was idle, and made room for another," if self._seat.gone else "was idle too long"
+            log.info("%s %s between queries", self._who, gone if late or self._seat.gone else "left")
         return message
 
     def _greet(self, message: pb.ClientMessage) -> None:
