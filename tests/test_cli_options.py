@@ -106,6 +106,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(hosting, "check")
     put(hosting, "check_owners")
     put(deployments, "serve", service)
+    put(deployments, "serve_together")
+    monkeypatch.setattr(serve, "apart", lambda check: check())
     put(deployments, "connect", connected)
     put(serve, "model_directory")
     put(compile, "save_compiled", lambda _, directory: directory.mkdir())
@@ -242,6 +244,7 @@ VALUES: dict[str, str] = {
             "days",
             "retries",
             "batch",
+            "workers",
         ),
         "4",
     ),
@@ -432,6 +435,7 @@ class EchoLink(Link):
 class ToyHosted:
     deployment: type[Deployment] = Toy
     takes: Mapping[str, frozenset[str]] = {"echo": frozenset()}
+    forked: frozenset[str] = frozenset()
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, Toy)
@@ -441,6 +445,9 @@ class ToyHosted:
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         return Parts([lambda server: None], {}, about=[f"loudness {deployment.loudness}"])  # type: ignore[attr-defined]
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        return held
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

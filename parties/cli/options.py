@@ -76,6 +76,15 @@ TraceOption = Annotated[
 DeadlineOption = Annotated[
     float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes that compute queries, which share weights. By default there is one process, or as many as "
+        "--threads says where all of them stand behind one.",
+    ),
+]
 DrainOption = Annotated[
     float, typer.Option("--drain", min=0, metavar="SECONDS", help="Seconds that work may take after SIGTERM.")
 ]
@@ -170,6 +179,7 @@ _HOSTED_BY = {
     "ahead": "ahead",
     "rotate_mask": "rotate_mask",
     "memory": "memory",
+    "workers": "workers",
 }
 """The same for HostOptions."""
 

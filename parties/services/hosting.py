@@ -25,7 +25,7 @@ from parties.limits.meter import Meter
 from parties.limits.quotas import Quotas
 from parties.limits.tokens import Tokens
 from parties.net.caller import Permissions
-from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
+from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, SHARED, Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
@@ -50,9 +50,9 @@ class HostOptions:
     network: the protection of channels. quotas: counts what callers use; None: nothing is counted.
     deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
-    for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
-    ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
-    file's age. memory: bytes of queries that are prepared for clients; None: half of what the machine has to spare.
+    for timelines of queries. workers: processes that compute queries, 1 or more. ahead: queries whose corrections are
+    kept ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by
+    its file's age. memory: bytes of queries that are prepared for clients; None: half of what the machine has to spare.
     budget: the most that one Program from somebody else may take. told: hears of progress while the role
     starts. Raises InvalidInput for values out of range.
     """
@@ -124,6 +124,7 @@ class Service:
         quotas: Quotas | None = None,
         tokens: Tokens | None = None,
         draining: Draining | None = None,
+        shared: bool = False,
     ) -> None:
         self._parts, self._quotas = parts, quotas
         self._draining = draining or Draining(parts.permissions, parts.standing)
@@ -140,6 +141,7 @@ class Service:
                 streams=parts.streams,
                 largest=parts.largest,
                 draining=self._draining,
+                shared=shared,
             )
         except BaseException:
             self._end()
@@ -209,15 +211,18 @@ def start(
     streams: int = MAXIMUM_STREAMS,
     largest: int = SERVICE_LIMIT,
     draining: Draining | None = None,
+    shared: bool = False,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
+
+    shared: other processes of this user may listen at the same port.
 
     Raises EndpointError, naming ``what``.
     """
     network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(streams),
-        options=(*OPTIONS, ("grpc.max_receive_message_length", largest)),
+        options=(*(SHARED if shared else OPTIONS), ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
         interceptors=[Guard(network, permissions, draining), *([meter] if meter else [])],  # the guard comes first
     )
@@ -230,11 +235,19 @@ def start(
     return server, Endpoint(listen.host, port)
 
 
-def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str, wait: float = 0.0) -> None:
+def check(
+    listen: Endpoint,
+    peers: Mapping[str, Endpoint],
+    network: Network,
+    *,
+    what: str,
+    wait: float = 0.0,
+    shared: bool = False,
+) -> None:
     """Check, before anything takes long, that the port is free and that every peer answers at its address.
 
-    peers: addresses by role. wait: seconds in which they may still start; the log says that it waits. Raises
-    EndpointError for the port, PeerLost or TlsError for a peer.
+    shared: processes that share ports may listen there already. peers: addresses by role. wait: seconds in which they
+    may still start; the log says that it waits. Raises EndpointError for the port, PeerLost or TlsError for a peer.
     """
     until = time.monotonic() + wait
     network.check(listen, what=what)
@@ -243,6 +256,8 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             probe.bind((listen.host, listen.port))
         except OSError:

@@ -36,6 +36,7 @@ class ThreePartyHosted:
         PARTIES[1]: frozenset({"deadline"}),
         PARTIES[2]: frozenset({"deadline"}),
     }
+    forked: frozenset[str] = frozenset()
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, ThreeParty)
@@ -45,6 +46,9 @@ class ThreePartyHosted:
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         return parts_of(_service(_share(role, held, deployment), peers, options))
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        return held
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ("share-model", *compiling, "--output", str(directory), "--threads", "1")

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 
@@ -229,8 +229,9 @@ class _Session:
         """
         assert self._seat is not None
         self._seat.rest(SPARE)
-        coming = self._service.readers.submit(next, self._requests, None)
-        done, _ = wait([coming, self._service.going], IDLE, FIRST_COMPLETED)
+        coming: Future[pb.ClientMessage | None] = self._service.readers.submit(next, self._requests, None)
+        either: list[Future[Any]] = [coming, self._service.going]
+        done, _ = wait(either, IDLE, FIRST_COMPLETED)
         self._seat.work()
         if self._service.going in done:
             raise going_away("this server")
