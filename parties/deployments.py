@@ -6,12 +6,14 @@ deployment itself in ``secure.deployments.deployment``.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from parties.ckks.hosted import CkksHosted
+from parties.limits.memory import memory_budget
 from parties.limits.quotas import Limits, Quotas
 from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.caller import CLIENT
@@ -19,8 +21,10 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
+from parties.services.draining import DRAIN, Draining
 from parties.services.hosting import HostOptions, Parts, Service, reuse_memory, settle
 from parties.services.status import StatusService
+from parties.services.workers import Ready, require_single_thread, reserved, supervise
 from parties.three_party.hosted import ThreePartyHosted
 from parties.tls.choice import network_of
 from parties.two_party.hosted import TwoPartyHosted
@@ -35,16 +39,23 @@ from secure.session.session import PACE, Session, check_options
 
 
 class Hosted(Protocol):
-    """A deployment's services and its link. takes: by role, the HostOptions (beside ``network``) that it accepts."""
+    """A deployment's services and its link. takes: by role, the HostOptions (beside ``network``) that it accepts.
+
+    forked: the roles that several processes may host at one address.
+    """
 
     deployment: type[Deployment]
     takes: Mapping[str, frozenset[str]]
+    forked: frozenset[str]
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link: ...
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         """Make the parts of one role's service. held: what it serves, a Compiled or a directory; None for nothing."""
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        """Make what several processes of a role share, before they are forked; ``parts`` takes it as ``held``."""
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         """The ``unseen`` command line that a model's owner runs once before the roles start, if there is one.
@@ -149,6 +160,7 @@ def serve(
     quotas: Limits | None = None,
     tokens: Path | None = None,
     told: Told = silent,
+    one_of: int = 0,
     **given: Any,
 ) -> Service:
     """Host one role of a deployment; returns once it listens. Use it as a context manager, and call its ``wait()``.
@@ -158,12 +170,13 @@ def serve(
     chooses any free one. peers: by role, the addresses of the roles that this one connects to. network: as for
     ``connect``, with certificates of this role. quotas: how much each client may use in a day, counted in a file of the
     state directory. tokens: a file of ``unseen token``, one of which each client must show. told: hears of progress
-    until it listens. given: deadline, state, traces, workers, ahead, budget, if the role takes them; see
-    ``HostOptions``. Raises EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
+    until it listens. one_of: this is one of so many processes that serve at one address (``serve_together`` gives it).
+    given: deadline, state, traces, workers, ahead, budget, if the role takes them; see ``HostOptions``. Raises
+    EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
         held = [held]
-    if not isinstance(held, str | Path | None):
+    if isinstance(held, list | tuple):
         deployment = _together(held)
     if deployment is None:
         raise InvalidInput("serve does not know which deployment", "give deployment=secure.TwoParty(), or another")
@@ -187,16 +200,80 @@ def serve(
     at = Endpoint.parse(listen, what=f"the {role}")
     shown = Tokens(tokens) if tokens else None
     counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
+    if one_of:
+        given["workers"] = one_of
     options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, told=told, **given)
     options.network.check(at, what=f"the {role}")
     kernels.warm_up()
-    one = held[0] if isinstance(held, Sequence) and not isinstance(held, str) and not deployment.takes_sizes else held
+    one = held[0] if isinstance(held, list | tuple) and not deployment.takes_sizes else held
     made = found.parts(role, one, deployment, peers, options)
     knows = made.knows or (lambda digest: digest == made.program)
-    status = StatusService(deployment.name, role, roles, made.program, knows)
+    draining = Draining(made.permissions, made.standing)
+    status = StatusService(deployment.name, role, roles, made.program, knows, lambda: draining.begun)
     made = replace(made, add=[*made.add, status.add], permissions={**made.permissions, **status.permissions})
     settle()
-    return Service(made, at, options.network, what=f"the {role}", role=role, quotas=options.quotas, tokens=shown)
+    return Service(
+        made,
+        at,
+        options.network,
+        what=f"the {role}",
+        role=role,
+        quotas=options.quotas,
+        tokens=shown,
+        draining=draining,
+        shared=bool(one_of),
+    )
+
+
+def serve_together(
+    held: Sequence[Compiled],
+    *,
+    workers: int,
+    role: str,
+    listen: str,
+    network: Network,
+    announce: Callable[[str, Sequence[str]], None],
+    begin: Callable[[], None] = lambda: None,
+    drain: float = DRAIN,
+    told: Told = silent,
+    **given: Any,
+) -> None:
+    """Host one role in several processes at one address, until a signal ends them.
+
+    They are forked from this one, which must not have used gRPC, and have in common what the role takes most memory
+    for. announce: called with the address and lines about it when all listen. begin: called in each process first.
+    drain: seconds that work may take after SIGTERM. given: what ``serve`` takes besides. The memory of queries is
+    divided among them. Raises what ``serve`` raises, and Error if processes keep dying.
+    """
+    deployment, at = _together(held), Endpoint.parse(listen, what=f"the {role}")
+    assert deployment is not None  # there is a model
+    found = hosted(deployment)
+    if role not in found.forked:
+        raise InvalidInput(f"the {role} of {deployment.name} is hosted by one process", "leave --workers out")
+    network.check(at, what=f"the {role}")
+    given["memory"] = memory_budget(given.get("memory"))
+    own = {name: value for name, value in given.items() if name in found.takes[role]}
+    require_single_thread()
+    kernels.warm_up()
+    shared = found.shared(role, held, HostOptions(network, told=told, workers=workers, **own))
+    gc.collect()
+    gc.freeze()  # the garbage collector writes into what it looks at, and so would copy it
+    with reserved(at, what=f"the {role}") as address:
+
+        def work(ready: Ready) -> None:
+            begin()
+            with serve(
+                shared,
+                role=role,
+                listen=str(address),
+                deployment=deployment,
+                network=network,
+                one_of=workers,
+                **given,
+            ) as service:
+                service.wait_announced(lambda: ready(service.about), drain)
+
+        supervise(workers, work, lambda lines: announce(str(address), lines))
 
 
 def _together(held: Sequence[Compiled]) -> Deployment | None:

@@ -86,7 +86,7 @@ class CheckRequest(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., program_digest: _Optional[str] = ...) -> None: ...
 
 class CheckReply(_message.Message):
-    __slots__ = ("version", "deployment", "role", "program_digest", "known", "clock", "owner")
+    __slots__ = ("version", "deployment", "role", "program_digest", "known", "clock", "owner", "draining")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class CheckReply(_message.Message):
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     version: int
     deployment: str
     role: str
@@ -101,7 +102,8 @@ class CheckReply(_message.Message):
     known: bool
     clock: float
     owner: bytes
-    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program_digest: _Optional[str] = ..., known: _Optional[bool] = ..., clock: _Optional[float] = ..., owner: _Optional[bytes] = ...) -> None: ...
+    draining: bool
+    def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., role: _Optional[str] = ..., program_digest: _Optional[str] = ..., known: _Optional[bool] = ..., clock: _Optional[float] = ..., owner: _Optional[bytes] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("data",)
@@ -286,12 +288,16 @@ class Finished(_message.Message):
     def __init__(self, query: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "after", "goes_on")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    GOES_ON_FIELD_NUMBER: _ClassVar[int]
     code: str
     message: str
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    after: float
+    goes_on: bool
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., after: _Optional[float] = ..., goes_on: _Optional[bool] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("welcome", "prepared", "frame", "finished", "failure")

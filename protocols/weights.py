@@ -28,12 +28,14 @@ class _Held(Weights):
         self._packed: dict[tuple[str, int], Matrix] = {}  # of all Programs that share these weights
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        if diagonal:
-            return x * self._tensors[name]
+        return x * self._tensors[name] if diagonal else self.packed(name, ring_bits).times(x)
+
+    def packed(self, name: str, ring_bits: int) -> Matrix:
+        """Return a tensor packed for products in a ring; it is packed at the first call."""
         key = (name, ring_bits)
         if key not in self._packed:
             self._packed[key] = Matrix(self._tensors[name], ring_bits, signed=self.signed)
-        return self._packed[key].times(x)
+        return self._packed[key]
 
 
 class ServerWeights(_Held):

@@ -39,6 +39,7 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
+    Busy,
     ClientDeviates,
     CompiledError,
     DealerError,
@@ -50,6 +51,7 @@ from secure.errors import (
     EndpointError,
     Error,
     FixedPointError,
+    GoingAway,
     HandshakeError,
     InputTooLong,
     InvalidInput,
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
+    "Busy",
     "CapacityPlan",
     "Ckks",
     "ClientDeviates",
@@ -101,6 +104,7 @@ __all__ = [
     "Error",
     "FixedPoint",
     "FixedPointError",
+    "GoingAway",
     "HandshakeError",
     "InputTooLong",
     "InvalidInput",

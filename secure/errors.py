@@ -6,11 +6,13 @@ Errors about what the caller gave (a model, an input, an option) are also ``Valu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from protocols.errors import ClientDeviates, DoesNotFit, Error, FixedPointError
 
 __all__ = [
+    "Busy",
     "ClientDeviates",
     "CompiledError",
     "DealerError",
@@ -22,6 +24,7 @@ __all__ = [
     "EndpointError",
     "Error",
     "FixedPointError",
+    "GoingAway",
     "HandshakeError",
     "InputTooLong",
     "InvalidInput",
@@ -38,6 +41,7 @@ __all__ = [
     "TlsError",
     "TokenError",
     "UnsupportedOperation",
+    "about",
     "from_code",
     "printable",
 ]
@@ -147,6 +151,22 @@ class TokenError(Error):
     code = "token"
 
 
+class Busy(Error):
+    """A service has no room for what was asked at this moment, and has done nothing for it.
+
+    after: seconds after which asking again may help, LEAST_AFTER to MOST_AFTER, whatever the service says.
+    """
+
+    code = "busy"
+
+    def __init__(self, message: str, hint: str | None = None, *, after: float = 1.0) -> None:
+        super().__init__(message, hint)
+        self.after = MOST_AFTER if math.isnan(after) else min(max(after, LEAST_AFTER), MOST_AFTER)
+
+
+LEAST_AFTER, MOST_AFTER = 0.1, 60.0  # seconds
+
+
 class QueryError(Error):
     """A query cannot run: it is not prepared, its number was used before, or the session is closed."""
 
@@ -163,6 +183,12 @@ class PeerLost(Error):
     """The peer is gone, or did not answer within the deadline."""
 
     code = "peer-lost"
+
+
+class GoingAway(PeerLost):
+    """A service is being stopped and takes no more work. Another one may answer at its address, or will soon."""
+
+    code = "going-away"
 
 
 class DownloadError(Error):
@@ -202,6 +228,16 @@ def kinds(base: type[Error] = Error) -> Iterator[type[Error]]:
         yield from kinds(kind)
 
 
-def from_code(code: str, message: str) -> Error:
-    """Return the exception for the code of a peer's Failure message; an unknown code gives ``Error`` itself."""
-    return next((kind for kind in kinds() if kind.code == code), Error)(message)
+def about(which: str, error: Error) -> Error:
+    """Return the same error with a message that says which of several things it is about."""
+    message = f"{which}: {error}"
+    return Busy(message, after=error.after) if isinstance(error, Busy) else type(error)(message)
+
+
+def from_code(code: str, message: str, after: float = 0.0) -> Error:
+    """Return the exception for the code of a peer's Failure message; an unknown code gives ``Error`` itself.
+
+    after: what the peer says of when to ask again. Only Busy has it, within its bounds.
+    """
+    kind = next((kind for kind in kinds() if kind.code == code), Error)
+    return Busy(message, after=after) if kind is Busy else kind(message)

@@ -89,7 +89,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     def put(module: Any, name: str, answer: Any = None) -> None:
         monkeypatch.setattr(module, name, found.note(name, answer))
 
-    service = SimpleNamespace(about=(), address="nowhere:1", wait_announced=lambda tell: tell())
+    waits = found.note("wait_announced", lambda tell, drain: tell())
+    service = SimpleNamespace(about=(), address="nowhere:1", wait_announced=waits)
     cost = Cost(1, (Traffic("a", "b", 1, ONLINE),))
     program = SimpleNamespace(digest="d", labels={})
     compiled = SimpleNamespace(cost=cost, program=program, model=None, about="", deployment=secure.TwoParty())
@@ -109,6 +110,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(hosting, "check")
     put(hosting, "check_owners")
     put(deployments, "serve", service)
+    put(deployments, "serve_together")
+    monkeypatch.setattr(serve, "apart", lambda check: check())
     put(deployments, "connect", connected)
     put(serve, "model_directory")
     put(compile, "save_compiled", lambda _, directory: directory.mkdir())
@@ -248,10 +251,12 @@ VALUES: dict[str, str] = {
             "days",
             "retries",
             "batch",
+            "workers",
         ),
         "4",
     ),
     "rotate_mask": "7",
+    "memory": "4",
     "wait": "4",
     "clients": "20",
     "queries_per_day": "900000",
@@ -442,6 +447,7 @@ class EchoLink(Link):
 class ToyHosted:
     deployment: type[Deployment] = Toy
     takes: Mapping[str, frozenset[str]] = {"echo": frozenset()}
+    forked: frozenset[str] = frozenset()
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, Toy)
@@ -451,6 +457,9 @@ class ToyHosted:
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         return Parts([lambda server: None], {}, about=[f"loudness {deployment.loudness}"])  # type: ignore[attr-defined]
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        return held
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

@@ -592,7 +592,7 @@ def served(run: Run, directory: Path, dealer: Served, tmp_path: Path, monkeypatc
         return really(self, *told)
 
     monkeypatch.setattr(Compilation, "run", counted)
-    monkeypatch.setattr(secure.Service, "wait_announced", lambda self, tell: (tell(), self.close()))
+    monkeypatch.setattr(secure.Service, "wait_announced", lambda self, tell, drain: (tell(), self.close()))
     common = ["--listen", "127.0.0.1:0", "--dealer", dealer.address, "--same-owner", "--state", str(tmp_path / "state")]
 
     def serve(model: Path | str, *arguments: str) -> tuple[str, int]:

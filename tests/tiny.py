@@ -250,7 +250,7 @@ def register_request(program: bytes, mask_seed: bytes, key: SealingKey = KEY, **
 class Raw:
     """The wire format by hand. name: what ``named_callers`` take it for."""
 
-    def __init__(self, server: Served, dealer: Served, model: Ready, name: str = "") -> None:
+    def __init__(self, server: Any, dealer: Any, model: Ready, name: str = "") -> None:
         self.model, self.program = model, model.program
         self.channels = [Plaintext().channel(s.endpoint, what="x", role=SERVER) for s in (server, dealer)]
         self.dealer = DealerStub(self.channels[1])

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from parties.ckks.keystore import keys_digest
+from parties.net.calls import failed
 from parties.net.frames import FrameReader, parts, to_frames
 from parties.net.peer import Peer
 from parties.net.secret_files import read_secret
@@ -33,7 +34,7 @@ from secure.ckks.client import ClientQuery
 from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.ckks import CLIENT, SERVER, Ckks, report
-from secure.errors import InvalidInput, PeerLost, ProtocolError, from_code, printable
+from secure.errors import InvalidInput, PeerLost, ProtocolError, printable
 from secure.session.link import Link, Report
 
 LARGEST_KEY = 1 << 26  # bytes of the file in which a client keeps its secret key
@@ -139,7 +140,7 @@ class CkksLink(Link):
                     p = message.progress
                     self._told(p.done, p.total, printable(p.path))
             elif kind == "failure":
-                raise from_code(message.failure.code, printable(message.failure.message))
+                raise failed(message.failure)
             elif kind == "refresh":
                 if message.refresh != exchange.rounds or message.refresh > len(refreshes):
                     raise ProtocolError(

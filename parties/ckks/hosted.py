@@ -36,6 +36,7 @@ class CkksHosted:
 
     deployment: type[Deployment] = Ckks
     takes: Mapping[str, frozenset[str]] = {SERVER: frozenset({"state", "deadline", "workers"})}
+    forked: frozenset[str] = frozenset()  # its workers are other processes, and one alone talks to clients
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, Ckks)
@@ -74,6 +75,9 @@ class CkksHosted:
         encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
         permissions, about = {**published.permissions, **service.permissions}, (summary(model), encoded)
         return Parts([add], permissions, evaluators.close, about, program=model.program.digest)
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        return held
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()

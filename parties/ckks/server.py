@@ -21,7 +21,7 @@ from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
 from parties.limits.waiting import FIRST, Places, WaitingRoom, patience
 from parties.net.caller import Caller, Permissions, caller, permit
-from parties.net.calls import answering, unexpected
+from parties.net.calls import answering, failure, unexpected
 from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
 from proto import unseen_pb2 as pb
@@ -123,7 +123,7 @@ class CkksService(CkksServicer):
             log.info("query of %s answered in %.2f s", who, time.perf_counter() - began)
         except Error as error:
             log.warning("query of %s ended: %s", who, str(error).splitlines()[0])
-            yield pb.CkksReply(failure=pb.Failure(code=error.code, message=str(error)))
+            yield pb.CkksReply(failure=failure(error))
         except Exception as error:
             unexpected(error, log)
             yield pb.CkksReply(failure=pb.Failure(code=Error.code, message="internal error"))

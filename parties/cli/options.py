@@ -94,9 +94,30 @@ TraceOption = Annotated[
 DeadlineOption = Annotated[
     float | None, typer.Option(min=1, help="Seconds to wait for any one message of a peer; 60 by default.")
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes that compute queries, which share weights. By default there is one process, or as many as "
+        "--threads says where all of them stand behind one.",
+    ),
+]
+DrainOption = Annotated[
+    float, typer.Option("--drain", min=0, metavar="SECONDS", help="Seconds that work may take after SIGTERM.")
+]
 BudgetMemoryOption = Annotated[
     float | None,
     typer.Option(metavar="GB", help=f"The most memory that one Program may take; {Budget().memory / GB:g} by default."),
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        min=0.001,
+        metavar="GB",
+        help="The most memory of queries that are prepared for clients; half of what is free by default.",
+    ),
 ]
 BudgetSecondsOption = Annotated[
     float | None,
@@ -175,6 +196,8 @@ _HOSTED_BY = {
     "deadline": "deadline",
     "ahead": "ahead",
     "rotate_mask": "rotate_mask",
+    "memory": "memory",
+    "workers": "workers",
 }
 """The same for HostOptions."""
 

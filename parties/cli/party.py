@@ -16,6 +16,7 @@ from parties.cli.options import (
     BatchOption,
     CalibrationOption,
     DeadlineOption,
+    DrainOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
@@ -37,6 +38,7 @@ from parties.cli.serve import hosting_network, run
 from parties.limits.quotas import NO_LIMITS, Limits
 from parties.net.endpoints import Endpoint
 from parties.services import hosting
+from parties.services.draining import DRAIN
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.compilation import Compilation
@@ -109,6 +111,7 @@ def party(
     ] = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    drain: DrainOption = DRAIN,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     same_owner: SameOwnerOption = False,
@@ -140,4 +143,4 @@ def party(
             told=told,
             **given,
         )
-    run(service, f"party {number}", announced=announce)
+    run(service, f"party {number}", announced=announce, drain=drain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +22,14 @@ from parties.cli.options import (
     BudgetSecondsOption,
     CalibrationOption,
     DeadlineOption,
+    DrainOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
     InsecureOption,
     LengthsOption,
     ListenOption,
+    MemoryOption,
     ModelArgument,
     NetworkOption,
     SameOwnerOption,
@@ -35,19 +38,23 @@ from parties.cli.options import (
     TokensOption,
     TraceOption,
     VerboseOption,
+    WorkersOption,
     budget_of,
     compile_options,
     host_options,
     read_texts,
     refused,
 )
+from parties.limits.memory import GB
 from parties.limits.quotas import NO_LIMITS, Limits
 from parties.limits.tokens import Tokens
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.served.compiled_files import is_compiled
 from parties.services import hosting
+from parties.services.draining import DRAIN
 from parties.services.hosting import Service
+from parties.services.workers import apart
 from parties.tls.choice import network_of
 from parties.tls.tls import Tls
 from parties.traces.trace_file import TraceDirectory
@@ -89,9 +96,12 @@ def serve(
     wait: Annotated[
         float | None, typer.Option(min=0, help="Seconds to wait for the dealer to start; 0 by default.")
     ] = None,
+    memory: MemoryOption = None,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
+    workers: WorkersOption = None,
+    drain: DrainOption = DRAIN,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     same_owner: SameOwnerOption = False,
@@ -127,11 +137,27 @@ def serve(
         fraction_bits=fraction_bits,
         network=network,
     )
-    given = host_options(deployment, role, state=state, trace=trace, deadline=deadline, rotate_mask=rotate_mask)
-    if "workers" in deployments.hosted(deployment).takes[role]:
-        given["workers"], threads = threads or os.cpu_count() or 1, 1  # the workers compute, not this process
+    given = host_options(
+        deployment,
+        role,
+        state=state,
+        trace=trace,
+        deadline=deadline,
+        rotate_mask=rotate_mask,
+        memory=None if memory is None else memory * GB,
+    )
+    hosted = deployments.hosted(deployment)
+    together = workers is not None and role in hosted.forked
+    if together and threads != 1:
+        raise InvalidInput(f"--threads {threads} with --workers: each of them has one", "leave --threads out")
+    if workers is not None and not together:
+        given |= host_options(deployment, role, workers=workers)
+    if "workers" in hosted.takes[role]:
+        given["workers"], threads = workers or threads or os.cpu_count() or 1, 1  # they compute, not this process
     get_ready(threads)
-    channels, at = hosting_network(role, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
+    at = Endpoint.parse(listen, what="--listen")
+    channels = network_of(role, directory=tls, insecure=insecure)
+    hosting.log_to_stderr(verbose) if together else log_of(channels, verbose)
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: deployment.addresses()[name] for name in found.peers}
     if wait is not None and not peers:
@@ -144,9 +170,13 @@ def serve(
     for each in models:
         if each not in kept and isinstance(task_of(each), Embed):
             model_directory(each)  # a mistake that can be seen before anything is loaded
-    hosting.check(at, endpoints, channels, what=f"the {role}", wait=wait or 0.0)
-    if not same_owner:
-        hosting.check_owners(endpoints, channels)
+
+    def check() -> None:
+        hosting.check(at, endpoints, channels, what=f"the {role}", wait=wait or 0.0, shared=together)
+        if not same_owner:
+            hosting.check_owners(endpoints, channels)
+
+    apart(check) if together else check()
     if trace is not None:
         TraceDirectory(trace)
     if tokens is not None:
@@ -160,6 +190,22 @@ def serve(
             lengths, batches = tuple(length or ()), tuple(batch or (1,))
             compilation = Compilation(each, deployment, lengths, tuple(sentences), options, batches)
             held.append(made("serve", compilation, keep=keep))
+    if workers is not None and together:
+        deployments.serve_together(
+            held,
+            workers=workers,
+            role=role,
+            listen=str(at),
+            peers=peers,
+            network=channels,
+            quotas=quotas,
+            tokens=tokens,
+            announce=lambda address, about: tell_address("serve", address, about, announced=announce),
+            begin=lambda: log_of(channels, verbose),
+            drain=drain,
+            **given,
+        )
+        return
     with stages("serve") as told:
         service = deployments.serve(
             held,
@@ -172,29 +218,35 @@ def serve(
             told=told,
             **given,
         )
-    run(service, "serve", announced=announce)
+    run(service, "serve", announced=announce, drain=drain)
 
 
 def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:
     """The network of a service, and its log on the error output, with gRPC's refused handshakes in it."""
     network = network_of(role, directory=tls, insecure=insecure)
-    if isinstance(network, Tls):
-        CoreLog()
-    hosting.log_to_stderr(verbose)
+    log_of(network, verbose)
     return network
 
 
-def run(service: Service, verb: str, *, announced: bool) -> None:
+def log_of(network: Network, verbose: bool) -> None:
+    """Log to the error output, with gRPC's refused handshakes in it, which a thread of its own reads."""
+    if isinstance(network, Tls):
+        CoreLog()
+    hosting.log_to_stderr(verbose)
+
+
+def run(service: Service, verb: str, *, announced: bool, drain: float) -> None:
     """Say where a service listens, and wait until it is stopped."""
+    service.wait_announced(lambda: tell_address(verb, service.address, service.about, announced=announced), drain)
 
-    def tell() -> None:
-        for line in service.about:
-            say(f"unseen {verb}: {line}")
-        say(f"unseen {verb}: listening on {service.address} (semi-honest: it is assumed to follow the protocol)")
-        if announced:
-            announce(service.address)
 
-    service.wait_announced(tell)
+def tell_address(verb: str, address: str, about: Sequence[str], *, announced: bool) -> None:
+    """Say where a service listens, and what is to be known about it."""
+    for line in about:
+        say(f"unseen {verb}: {line}")
+    say(f"unseen {verb}: listening on {address} (semi-honest: it is assumed to follow the protocol)")
+    if announced:
+        announce(address)
 
 
 def dealer(
@@ -203,6 +255,7 @@ def dealer(
     threads: ThreadsOption = 1,
     budget_memory: BudgetMemoryOption = None,
     budget_seconds: BudgetSecondsOption = None,
+    drain: DrainOption = DRAIN,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     tokens: TokensOption = None,
@@ -217,4 +270,4 @@ def dealer(
     service = deployments.serve(
         role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
     )
-    run(service, "dealer", announced=announce)
+    run(service, "dealer", announced=announce, drain=drain)

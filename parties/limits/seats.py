@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from secure.errors import Error
+from secure.errors import Busy
+
+AFTER = 5.0  # seconds after which a seat may be free again
 
 
 class Seat:
@@ -52,7 +54,7 @@ class Seats:
         return len(self._seats)
 
     def take(self, caller: str, leave: Callable[[], object]) -> Seat:
-        """Take a seat. leave: called, by the thread of somebody else, if it is taken away. Raises Error."""
+        """Take a seat. leave: called, by the thread of somebody else, if it is taken away. Raises Busy."""
         with self._lock:
             seat, left = Seat(next(self._numbers), caller, leave), list[Seat]()
             mine = [p for p in self._seats.values() if p.caller == caller]
@@ -80,7 +82,7 @@ class Seats:
     def _longest(self, seats: list[Seat], full: str) -> Seat:
         idle = [(beyond, seat) for seat in seats if (beyond := seat.idle()) is not None]
         if not idle:
-            raise Error(f"{self.who} has {full}, which is its limit", "try again later")
+            raise Busy(f"{self.who} has {full}, which is its limit", "try again later", after=AFTER)
         return max(idle, key=lambda found: found[0])[1]
 
     def _remove(self, seats: list[Seat]) -> None:

@@ -16,7 +16,7 @@ from itertools import count
 import grpc
 
 from parties.net.caller import Caller, caller
-from secure.errors import Error
+from secure.errors import Busy
 
 FIRST = 10.0  # seconds within which the first message of a call comes
 SLOWEST = 100_000  # bytes a second; whoever sends more slowly is not waited for
@@ -90,12 +90,12 @@ class Places:
         return self._total - self._taken.total()
 
     def take(self, by: Caller) -> Callable[[], None]:
-        """Take a place for a caller; return the function that gives it back. Raises Error if there is none."""
+        """Take a place for a caller; return the function that gives it back. Raises Busy if there is none."""
         with self._lock:
             if not self.free:
-                raise Error(f"{self._who} has {self._total} {self._what}, which is its limit", "try again later")
+                raise Busy(f"{self._who} has {self._total} {self._what}, which is its limit", "try again later")
             if by.name and self._taken[by.name] >= self._each:
-                raise Error(
+                raise Busy(
                     f"{self._who} has {self._each} {self._what} of this caller, which is its limit for one",
                     "wait for the answers of earlier ones",
                 )

@@ -10,7 +10,8 @@ from typing import NoReturn
 import grpc
 
 from parties.net.endpoints import Endpoint
-from secure.errors import Error, PeerLost, QuotaError, TlsError, TokenError, from_code, printable
+from proto import unseen_pb2 as pb
+from secure.errors import Busy, Error, GoingAway, PeerLost, QuotaError, TlsError, TokenError, from_code, printable
 
 
 class FailedCall(grpc.RpcError, grpc.Call):
@@ -59,12 +60,27 @@ _NOT_ALLOWED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENI
 
 
 CODE = "unseen-code"  # the key under which a refusal says which error it is
-_NAMED = (QuotaError.code, TokenError.code)
+AFTER = "unseen-after"  # and after how many seconds asking again may help
+_NAMED = (QuotaError.code, TokenError.code, Busy.code, GoingAway.code)
+_FULL = "Concurrent RPC limit exceeded"  # what gRPC says where all threads of a service are taken
+
+
+def failure(error: Error, *, goes_on: bool = False) -> pb.Failure:
+    """Return the message that tells the other side of a stream of an error. goes_on: the stream goes on behind it."""
+    after = error.after if isinstance(error, Busy) else 0.0
+    return pb.Failure(code=error.code, message=str(error), after=after, goes_on=goes_on)
+
+
+def failed(message: pb.Failure, who: str = "") -> Error:
+    """Return the Error in a peer's Failure. who: what reports it, for the text."""
+    reports = f"{who} reports: " if who else ""
+    return from_code(message.code, f"{reports}{printable(message.message)}", message.after)
 
 
 def refuse(context: grpc.ServicerContext, status: grpc.StatusCode, error: Error) -> NoReturn:
     """End a call with an Error that the caller gets as the same kind, if it is one of a few."""
-    context.set_trailing_metadata(((CODE, error.code),))
+    after = ((AFTER, f"{error.after:.3f}"),) if isinstance(error, Busy) else ()
+    context.set_trailing_metadata(((CODE, error.code), *after))
     context.abort(status, str(error))
 
 
@@ -79,6 +95,8 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
             raise kind(f"{who} at {where} failed{during}: {type(error).__name__}", hint) from None
         if isinstance(error, FailedCall) and not isinstance(error.reason, PeerLost):
             raise error.reason from None
+        if (named := named_refusal(error, f"{who} at {where} refused{during}", hint)) is not None:
+            raise named from None
         if error.code() == grpc.StatusCode.UNAVAILABLE and "Socket closed" in (error.details() or ""):
             closed = f"{who} at {where} closed the connection{during}"
             raise kind(closed, f"if it uses TLS, give --tls DIRECTORY (network=secure.Tls(...)); else {hint}") from None
@@ -96,11 +114,30 @@ def refusal(error: grpc.Call, said: str, hint: str, kind: type[Error] = PeerLost
 
     It is of the kind that the peer names, if that is one of a few; TlsError if the guard refused; else ``kind``.
     """
+    if (named := named_refusal(error, said, hint)) is not None:
+        return named
     message, _, theirs = printable(error.details() or "").partition("\nhint: ")
-    if (code := dict(error.trailing_metadata() or ()).get(CODE)) in _NAMED:
-        return from_code(str(code), str(Error(f"{said}: {message}", theirs or hint)))
     found = TlsError if error.code() in _NOT_ALLOWED else kind
     return found(f"{said}: {message}", theirs or hint)
+
+
+def named_refusal(error: grpc.Call, said: str, hint: str) -> Error | None:
+    """Return the Error of the kind that the peer names, if that is one of a few, or that gRPC names for it."""
+    message, _, theirs = printable(error.details() or "").partition("\nhint: ")
+    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and message.startswith(_FULL):
+        return Busy(f"{said}: all its threads are taken", "try again later")
+    told = dict(error.trailing_metadata() or ())
+    if (code := told.get(CODE)) not in _NAMED:
+        return None
+    return from_code(str(code), str(Error(f"{said}: {message}", theirs or hint)), _seconds(told.get(AFTER)))
+
+
+def _seconds(text: str | bytes | None) -> float:
+    """Return the number in a few characters of a peer; 0 if they are none."""
+    try:
+        return float(text or 0) if len(text or "") <= 16 else 0.0
+    except ValueError:
+        return 0.0
 
 
 @contextmanager
@@ -108,6 +145,8 @@ def answering(context: grpc.ServicerContext, log: logging.Logger) -> Iterator[No
     """Send an Error as the call's status; log any other exception, with a traceback only at level DEBUG."""
     try:
         yield
+    except (Busy, GoingAway) as error:
+        refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except Error as error:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     except Exception as error:

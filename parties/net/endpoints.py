@@ -25,6 +25,10 @@ OPTIONS = (
 )
 
 
+SHARED = (*(option for option in OPTIONS if option[0] != "grpc.so_reuseport"), ("grpc.so_reuseport", 1))
+"""The same for processes that listen at one port together."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     host: str

@@ -3,6 +3,8 @@
 guard     refuses calls before their handlers read anything
 status    what a service says about itself, and whose process it is
 repeating work that is repeated in the background
+draining  the end of a service that lets its work end first
 hosting   start a service: port, shutdown, memory
+workers   several processes that serve at one address
 measure   the time of a round between two processes of this machine
 """

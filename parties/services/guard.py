@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from parties.limits.waiting import WaitingRoom
 from parties.net.caller import Permissions, address, note
 from parties.net.network import Network
 from parties.net.watchdog import Watchdog
+from parties.services.draining import Draining
 from secure.errors import Error
 
 log = logging.getLogger("unseen.guard")
@@ -19,7 +21,7 @@ log = logging.getLogger("unseen.guard")
 COMING = 12  # single requests that may come at a time
 SINGLE = 30.0  # seconds within which one comes; it has SERVICE_LIMIT bytes at most
 
-Admit = Callable[[grpc.ServicerContext], None]
+Admit = Callable[[grpc.ServicerContext], AbstractContextManager[None]]
 
 
 class Guard(grpc.ServerInterceptor):
@@ -27,11 +29,12 @@ class Guard(grpc.ServerInterceptor):
 
     network: it reads the caller from the connection, and refuses a certificate that is revoked, expired or has no role.
     permissions: the roles that may call each method; a method that is not listed may be called by none. On a network
-    without identities everybody may call everything.
+    without identities everybody may call everything. draining: counts calls, and refuses those of new clients while the
+    service is being stopped.
     """
 
-    def __init__(self, network: Network, permissions: Permissions) -> None:
-        self._network, self._permissions = network, permissions
+    def __init__(self, network: Network, permissions: Permissions, draining: Draining | None = None) -> None:
+        self._network, self._permissions, self._draining = network, permissions, draining
         self._coming = WaitingRoom(COMING)
 
     def intercept_service(
@@ -44,7 +47,8 @@ class Guard(grpc.ServerInterceptor):
             return None
         return _guarded(handler, lambda context: self._admit(details.method, context), self._coming)
 
-    def _admit(self, method: str, context: grpc.ServicerContext) -> None:
+    def _admit(self, method: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
+        """Refuse a call, or return the context in which it runs."""
         try:
             who = self._network.caller(context)
         except Error as error:
@@ -59,6 +63,7 @@ class Guard(grpc.ServerInterceptor):
                 f"a {who.role} may not call {method}; {may}\nhint: use the certificate of the role that you run",
             )
         note(context, who)
+        return self._draining.call(method, context) if self._draining is not None else nullcontext()
 
 
 def _guarded(
@@ -90,12 +95,12 @@ def _guarded(
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
 
     def single(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        admit(context)
-        return method(read(requests, context), context)
+        with admit(context):
+            return method(read(requests, context), context)
 
     def streamed(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        admit(context)
-        yield from method(read(requests, context), context)
+        with admit(context):
+            yield from method(read(requests, context), context)
 
     made: Any = form
     return made(  # type: ignore[no-any-return]

@@ -25,10 +25,11 @@ from parties.limits.meter import Meter
 from parties.limits.quotas import Quotas
 from parties.limits.tokens import Tokens
 from parties.net.caller import Permissions
-from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
+from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, SHARED, Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
+from parties.services.draining import DRAIN, NOTICE, Draining
 from parties.services.guard import Guard
 from parties.services.status import ask_status
 from secure.errors import EndpointError, InvalidInput, PeerLost
@@ -49,9 +50,10 @@ class HostOptions:
     network: the protection of channels. quotas: counts what callers use; None: nothing is counted.
     deadline: seconds that any one wait for a client or peer may last. state: a
     directory for files that must outlive the process (seeds, clients' keys); None: the user's own. traces: a directory
-    for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
-    ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
-    file's age. budget: the most that one Program from somebody else may take. told: hears of progress while the role
+    for timelines of queries. workers: processes that compute queries, 1 or more. ahead: queries whose corrections are
+    kept ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by
+    its file's age. memory: bytes of queries that are prepared for clients; None: half of what the machine has to spare.
+    budget: the most that one Program from somebody else may take. told: hears of progress while the role
     starts. Raises InvalidInput for values out of range.
     """
 
@@ -63,6 +65,7 @@ class HostOptions:
     workers: int = 1
     ahead: int = 1
     rotate_mask: int = 90
+    memory: float | None = None
     budget: Budget = field(default_factory=Budget)
     told: Told = silent
 
@@ -74,6 +77,8 @@ class HostOptions:
             raise InvalidInput(f"{self.ahead!r} queries ahead", f"0 to {MAXIMUM_AHEAD}")
         if not _is_count(self.rotate_mask, 1, math.inf):
             raise InvalidInput(f"a mask renewed after {self.rotate_mask!r} days", "give 1 or more")
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise InvalidInput(f"{self.memory!r} bytes of memory", "give a positive number")
 
 
 def _is_count(value: object, least: int, most: float) -> bool:
@@ -88,7 +93,8 @@ class Parts:
     by none where the network has identities. about: lines to show to a person once the service listens. streams: the
     most calls that are served at a time. largest: the most bytes of a message to it. program: the digest of the Program
     that it serves. knows: tells whether it serves or deals a Program, by its digest; by default, whether that is
-    ``program``.
+    ``program``. drain: called when the service begins to end, after which its calls shall end between two pieces of
+    work. left: tells whether there is work that is no call. standing: methods whose calls are no work (``Draining``).
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
@@ -99,6 +105,9 @@ class Parts:
     program: str = ""
     knows: Callable[[str], bool] | None = None
     largest: int = SERVICE_LIMIT
+    drain: Callable[[], None] = lambda: None
+    left: Callable[[], bool] = lambda: False
+    standing: frozenset[str] = frozenset()
 
 
 class Service:
@@ -114,8 +123,11 @@ class Service:
         role: str,
         quotas: Quotas | None = None,
         tokens: Tokens | None = None,
+        draining: Draining | None = None,
+        shared: bool = False,
     ) -> None:
         self._parts, self._quotas = parts, quotas
+        self._draining = draining or Draining(parts.permissions, parts.standing)
         self.about = (*network.about(), *parts.about, *([str(quotas.limits)] if quotas else ()))
         try:
             self._server, at = start(
@@ -128,19 +140,45 @@ class Service:
                 meter=Meter(quotas, tokens, parts.permissions) if quotas or tokens else None,
                 streams=parts.streams,
                 largest=parts.largest,
+                draining=self._draining,
+                shared=shared,
             )
         except BaseException:
             self._end()
             raise
         self.address = str(at)
 
-    def wait(self) -> None:
-        """Serve until the process is interrupted or terminated; running queries get two seconds to end."""
-        run_until_stopped(self._server, lambda: None)
+    def wait(self, drain: float = DRAIN) -> None:
+        """Serve until the process is interrupted or terminated. drain: seconds that work may take after SIGTERM."""
+        self.wait_announced(lambda: None, drain)
 
-    def wait_announced(self, announce: Callable[[], None]) -> None:
-        """Serve like ``wait``, and call ``announce`` as soon as a signal would end the service cleanly."""
-        run_until_stopped(self._server, announce)
+    def wait_announced(self, announce: Callable[[], None], drain: float = DRAIN) -> None:
+        """Serve like ``wait``, and call ``announce`` as soon as a signal would end the service cleanly.
+
+        SIGTERM drains the service. After SIGINT, or a second signal, running calls get two seconds to end.
+        """
+        stopped = _signals()
+        announce()
+        if stopped.get() == signal.SIGTERM:
+            self.drain(drain, lambda: not stopped.empty())
+        self._server.stop(2).wait()
+
+    def drain(self, seconds: float = DRAIN, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Take no new clients, and stop when the work that there is has ended, after ``seconds`` at the latest.
+
+        Clients that come are told that the service is going away, for NOTICE seconds at least; then nobody listens any
+        more, unless the work that there is needs calls of peers. hurry: tells that it should stop at once.
+        """
+        until = time.monotonic() + seconds
+        log.info("going away: work that has begun may take %g s", seconds)
+        self._draining.begin()
+        self._parts.drain()
+        notice = until if self._draining.needs_peers else min(until, time.monotonic() + NOTICE)
+        self._draining.wait(notice, self._parts.left, hurry)
+        ended = self._server.stop(0 if self._draining.needs_peers else max(0.0, until - time.monotonic()))
+        while not ended.wait(0.1):
+            if hurry():
+                self._server.stop(0)
 
     def close(self) -> None:
         """Stop at once."""
@@ -172,17 +210,21 @@ def start(
     meter: Meter | None = None,
     streams: int = MAXIMUM_STREAMS,
     largest: int = SERVICE_LIMIT,
+    draining: Draining | None = None,
+    shared: bool = False,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
+
+    shared: other processes of this user may listen at the same port.
 
     Raises EndpointError, naming ``what``.
     """
     network.check(listen, what=what)
     server = grpc.server(
         ThreadPoolExecutor(streams),
-        options=(*OPTIONS, ("grpc.max_receive_message_length", largest)),
+        options=(*(SHARED if shared else OPTIONS), ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
-        interceptors=[Guard(network, permissions), *([meter] if meter else [])],  # the guard comes first
+        interceptors=[Guard(network, permissions, draining), *([meter] if meter else [])],  # the guard comes first
     )
     for each in add:
         each(server)
@@ -193,11 +235,19 @@ def start(
     return server, Endpoint(listen.host, port)
 
 
-def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, what: str, wait: float = 0.0) -> None:
+def check(
+    listen: Endpoint,
+    peers: Mapping[str, Endpoint],
+    network: Network,
+    *,
+    what: str,
+    wait: float = 0.0,
+    shared: bool = False,
+) -> None:
     """Check, before anything takes long, that the port is free and that every peer answers at its address.
 
-    peers: addresses by role. wait: seconds in which they may still start; the log says that it waits. Raises
-    EndpointError for the port, PeerLost or TlsError for a peer.
+    shared: processes that share ports may listen there already. peers: addresses by role. wait: seconds in which they
+    may still start; the log says that it waits. Raises EndpointError for the port, PeerLost or TlsError for a peer.
     """
     until = time.monotonic() + wait
     network.check(listen, what=what)
@@ -206,6 +256,8 @@ def check(listen: Endpoint, peers: Mapping[str, Endpoint], network: Network, *, 
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             probe.bind((listen.host, listen.port))
         except OSError:
@@ -251,13 +303,19 @@ def check_owners(peers: Mapping[str, Endpoint], network: Network) -> None:
 
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:
-    """Call ``announce``, then block until SIGINT or SIGTERM; running queries get two seconds to end."""
-    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, safe to fill from a signal handler
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda caught, _: stopped.put(caught))
+    """Call ``announce``, then block until SIGINT or SIGTERM; running calls get two seconds to end."""
+    stopped = _signals()
     announce()
     stopped.get()
     server.stop(2).wait()
+
+
+def _signals() -> queue.SimpleQueue[int]:
+    """Return a queue of the signals that end this process; unlike an Event, it is safe to fill from a handler."""
+    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda caught, _: stopped.put(caught))
+    return stopped
 
 
 def log_to_stderr(verbose: bool) -> None:

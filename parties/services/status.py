@@ -33,14 +33,21 @@ log = logging.getLogger("unseen.status")
 class StatusService(StatusServicer):
     """The answer of one role. roles: those that may ask. program: the digest of the Program that it serves, or "".
 
-    knows: tells whether it serves or deals a Program, by its digest.
+    knows: tells whether it serves or deals a Program, by its digest. draining: whether it takes no new clients.
     """
 
     def __init__(
-        self, deployment: str, role: str, roles: Iterable[str], program: str, knows: Callable[[str], bool]
+        self,
+        deployment: str,
+        role: str,
+        roles: Iterable[str],
+        program: str,
+        knows: Callable[[str], bool],
+        draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self.permissions = permit("Status", Check=roles)
         self._deployment, self._role, self._program, self._knows = deployment, role, program, knows
+        self._draining = draining
 
     def Check(self, request: pb.CheckRequest, context: grpc.ServicerContext) -> pb.CheckReply:
         with answering(context, log):
@@ -54,6 +61,7 @@ class StatusService(StatusServicer):
                 known=bool(request.program_digest) and self._knows(request.program_digest),
                 clock=clock(),
                 owner=owner_tag(request.nonce),
+                draining=self._draining(),
             )
 
     def add(self, server: grpc.Server) -> None:
@@ -84,7 +92,8 @@ def owner_tag(nonce: bytes) -> bytes:
 class Answered:
     """The answer of a service.
 
-    skew: seconds by which its clock is ahead of ours. same_owner: our user runs it on this machine.
+    skew: seconds by which its clock is ahead of ours. same_owner: our user runs it on this machine. draining: it is
+    being stopped, and takes no new clients.
     """
 
     version: int
@@ -94,6 +103,7 @@ class Answered:
     known: bool
     skew: float
     same_owner: bool
+    draining: bool = False
 
 
 def ask_status(peer: Peer, program_digest: str = "", *, timeout: float = 10.0) -> Answered:
@@ -112,4 +122,5 @@ def ask_status(peer: Peer, program_digest: str = "", *, timeout: float = 10.0) -
         found.known,
         found.clock - (start + clock()) / 2,
         bool(ours) and hmac.compare_digest(ours, found.owner),
+        found.draining,
     )

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 from torch import Tensor
 
+from parties.net.calls import failed
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions, ask_description, read_description
@@ -33,7 +34,7 @@ from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
-from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, from_code, printable
+from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError
 from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
 
@@ -238,7 +239,7 @@ class _Asking:
         if error is None:
             return ProtocolError(f"{peer} ended the query without an answer")
         if isinstance(error, pb.Failure):
-            return from_code(error.code, f"{peer} reports: {printable(error.message)}")
+            return failed(error, str(peer))
         try:
             with peer.calling("asking"):
                 raise error

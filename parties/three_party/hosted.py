@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from parties.net.caller import permit
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
@@ -35,6 +36,7 @@ class ThreePartyHosted:
         PARTIES[1]: frozenset({"deadline"}),
         PARTIES[2]: frozenset({"deadline"}),
     }
+    forked: frozenset[str] = frozenset()
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, ThreeParty)
@@ -44,6 +46,9 @@ class ThreePartyHosted:
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
         return parts_of(_service(_share(role, held, deployment), peers, options))
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        return held
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ("share-model", *compiling, "--output", str(directory), "--threads", "1")
@@ -70,7 +75,9 @@ def parts_of(service: PartyService) -> Parts:
         add_PartyServicer_to_server(service, server)
 
     permissions = {**published.permissions, **service.permissions}
-    return Parts([add], permissions, service.close, [_about(share)], STREAMS, share.program.digest)
+    standing = frozenset(permit("Party", Agree=()))
+    about, digest = [_about(share)], share.program.digest
+    return Parts([add], permissions, service.close, about, STREAMS, digest, standing=standing)
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:

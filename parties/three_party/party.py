@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parties.limits.waiting import FIRST, Clock, Places, WaitingRoom, patience
 from parties.net.caller import Permissions, caller
-from parties.net.calls import answering, unexpected
+from parties.net.calls import answering, failure, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -113,7 +113,7 @@ class PartyService(PartyServicer, ABC):
                     yield from asked.replies(self._joining)
         except Error as error:
             self.log.warning("a query ended: %s", str(error).splitlines()[0])
-            yield pb.AskReply(failure=pb.Failure(code=error.code, message=str(error)))
+            yield pb.AskReply(failure=failure(error))
         except Exception as error:
             unexpected(error, self.log)
             yield pb.AskReply(failure=pb.Failure(code=Error.code, message="internal error\nhint: see its log"))

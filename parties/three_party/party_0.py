@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parties.limits.waiting import FIRST
 from parties.net.caller import permit
-from parties.net.calls import unexpected
+from parties.net.calls import failed, failure, unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -32,7 +32,7 @@ from protocols import wire
 from protocols.circuit import Correlations
 from protocols.three_party.endpoints import Coins
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
+from secure.errors import Error, PeerLost, ProtocolError
 
 _, PEER, PARTY_2 = PARTIES
 
@@ -182,7 +182,7 @@ class _Computation:
         except Error as error:
             log.warning("a query ended: %s", str(error).splitlines()[0])
             self._fail(error)
-            yield pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error)))
+            yield pb.PeerMessage(failure=failure(error))
         except Exception as error:
             unexpected(error, log)
             self._fail(Error("party 0 has an internal error", "see its log"))
@@ -199,7 +199,7 @@ class _Computation:
         if message is None:
             raise PeerLost(f"{PEER} is gone before {what}", "see its log")
         if message.WhichOneof("content") == "failure":
-            raise from_code(message.failure.code, f"{PEER} reports: {printable(message.failure.message)}")
+            raise failed(message.failure, PEER)
         return message
 
     def _run(self, hello: pb.PeerMessage) -> Iterator[pb.PeerMessage]:

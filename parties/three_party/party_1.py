@@ -11,7 +11,7 @@ import grpc
 from torch import Tensor
 
 from parties.net.caller import permit
-from parties.net.calls import unexpected
+from parties.net.calls import failed, failure, unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -27,7 +27,7 @@ from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES, Key, derive_key
 from protocols.three_party.endpoints import seeded_share
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import Error, PeerLost, ProtocolError, from_code, printable
+from secure.errors import Error, PeerLost, ProtocolError, printable
 from secure.version import WIRE_VERSION
 
 PEER, _, PARTY_2 = PARTIES
@@ -112,7 +112,7 @@ class _Call:
             )
             raise PeerLost(f"{where} {gone}; party 1 waited for {what}", "see its log") from None
         if message.WhichOneof("content") == "failure":
-            raise from_code(message.failure.code, printable(message.failure.message))
+            raise failed(message.failure)
         return message
 
     def run(self) -> pb.Answer:
@@ -129,7 +129,7 @@ class _Call:
 
     def fail(self, error: Error) -> None:
         """Tell party 0 why this query has ended."""
-        self._outbox.put(pb.PeerMessage(failure=pb.Failure(code=error.code, message=str(error))))
+        self._outbox.put(pb.PeerMessage(failure=failure(error)))
         self._end()
 
     def _end(self) -> None:

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import grpc
 from torch import Tensor
 
-from parties.net.calls import refusal
+from parties.net.calls import failed, named_refusal, refusal
 from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
@@ -39,7 +39,7 @@ from secure.cost.timeline import Recorder, Timeline
 from secure.cost.traffic import OFFLINE, Traffic, links
 from secure.deployments.two_party import CLIENT as CLIENT_ROLE
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
-from secure.errors import DealerError, PeerLost, ProtocolError, QueryError, from_code, printable
+from secure.errors import Busy, DealerError, PeerLost, ProtocolError, QueryError
 from secure.mpc.program import Program
 from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
@@ -79,6 +79,7 @@ class _Coming:
     correlations: Correlations
     start: float
     own: Future[float]
+    asked: bool = True  # False: the server was busy, and has done nothing for it
 
 
 class TwoPartyLink(Link):
@@ -159,6 +160,10 @@ class TwoPartyLink(Link):
         except (grpc.RpcError, StopIteration) as error:
             if self._watch.fired:
                 reason = f"did not answer within {self._deadline:g} s"
+            elif isinstance(error, grpc.Call) and (
+                named := named_refusal(error, f"{self._server} refused ({what})", "see the server's log")
+            ):
+                raise named from None
             elif isinstance(error, grpc.Call) and error.code() not in _GONE:
                 raise refusal(error, f"{self._server} refused ({what})", "see the server's log") from None
             else:
@@ -166,10 +171,20 @@ class TwoPartyLink(Link):
             raise PeerLost(f"{self._server} {reason}; this client waited for {what}", "see the server's log") from None
         found = message.WhichOneof("content")
         if found == "failure":
-            raise from_code(message.failure.code, f"the server reports: {printable(message.failure.message)}")
+            self._note_busy(message.failure)
+            raise failed(message.failure, "the server")
         if found != kind:
             raise ProtocolError(f"the server sent {found!r} where {kind!r} was expected ({what})")
         return getattr(message, kind)
+
+    def _note_busy(self, failure: pb.Failure) -> None:
+        """Note that a busy server has done nothing for the query that is being prepared: it can be asked for again.
+
+        The number is not burnt at the server and the dealer then, and this side's share, of which nobody has seen
+        anything, keeps for it.
+        """
+        if failure.goes_on and failure.code == Busy.code and self._coming is not None and self._coming.asked:
+            self._coming = replace(self._coming, asked=False)
 
     # queries
 
@@ -181,22 +196,31 @@ class TwoPartyLink(Link):
     @property
     def ready(self) -> int:
         """The number of queries that are prepared and not yet used."""
-        return len(self._ready) + (self._coming is not None)
+        return len(self._ready) + (self._coming is not None and self._coming.asked)
 
     def prepare(self) -> None:
         """Prepare one query: the dealer sends the server corrections, and the client computes its shares of layers.
 
-        Raises QueryError if MAXIMUM_PREPARED queries are prepared already; PeerLost, ProtocolError.
+        Raises QueryError if MAXIMUM_PREPARED queries are prepared already; PeerLost, ProtocolError; Busy, after which
+        it can be called again.
         """
         if self.ready >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         with self._in_session():
-            self._come()
-            self._begin()
+            if self._coming is None or self._coming.asked:
+                self._come()
+                self._begin()
             self._come()
 
     def _begin(self) -> None:
-        """Ask for the next query's corrections, and compute this side's share of layers in a thread beside."""
+        """Ask for the next query's corrections, and compute this side's share of layers in a thread beside.
+
+        A query for which a busy server had no room is asked for again instead.
+        """
+        if self._coming is not None:
+            self._send(prepare=pb.Prepare(query=self._coming.query))
+            self._coming = replace(self._coming, asked=True)
+            return
         number, self._next_query = self._next_query, self._next_query + 1
         correlations, start = Correlations(CLIENT, self._keys.key(number)), time.perf_counter()
         self._send(prepare=pb.Prepare(query=number))
@@ -208,9 +232,12 @@ class TwoPartyLink(Link):
         self._coming = _Coming(number, correlations, start, self._beside.submit(work))
 
     def _come(self) -> None:
-        """Wait for the query that is being prepared, if there is one."""
-        if (coming := self._coming) is None:
+        """Wait for the query that is being prepared, if there is one. Raises Busy."""
+        if self._coming is None:
             return
+        if not self._coming.asked:
+            self._begin()
+        coming = self._coming
         own, number = coming.own.result(), coming.query
         answer = self._expect("prepared", f"the corrections of query {number}, which the server gets from the dealer")
         if answer.query != number:
@@ -222,10 +249,7 @@ class TwoPartyLink(Link):
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         with self._in_session():
-            self._come()
-            if not self._ready:
-                self._begin()
-                self._come()
+            self._have_one()
             ready = self._ready.pop(0)  # taken before the first message: a failed query never uses it again
             start = time.perf_counter()
             self._send(query=pb.Query(query=ready.query))
@@ -241,15 +265,35 @@ class TwoPartyLink(Link):
         report = Report(cost.rounds, moved, online, ready.seconds, computed, ready.dealer_seconds, ready.query)
         return result, report
 
+    def _have_one(self) -> None:
+        """Wait until a query is prepared, and for the answer to one that was asked for. Raises Busy."""
+        if self._coming is not None and self._coming.asked:
+            try:
+                self._come()
+            except Busy:
+                if not self._ready or not self._goes_on:
+                    raise
+        if not self._ready:
+            if self._coming is None:
+                self._begin()
+            self._come()
+
+    @property
+    def _goes_on(self) -> bool:
+        """Tell whether a Busy left the session in step: the server has done nothing for what is being prepared."""
+        return self._coming is not None and not self._coming.asked
+
     @contextmanager
     def _in_session(self) -> Iterator[None]:
-        """End the session if anything fails inside this context.
+        """End the session if anything fails inside this context, unless a busy server lets it go on.
 
         Raises PeerLost for whatever fails because another thread has ended the session.
         """
         try:
             yield
         except BaseException as error:
+            if isinstance(error, Busy) and self._goes_on and not self.ended:
+                raise
             ended = self.ended
             self._end(str(error).partition("\n")[0] or type(error).__name__)
             if ended and isinstance(error, Exception):

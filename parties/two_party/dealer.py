@@ -63,6 +63,7 @@ LARGEST = MAXIMUM_PROGRAM + (16 << 10)  # bytes of a message
 READING = 30.0  # seconds that a server may take to read one part of its corrections, of 1 MB
 UNJOINED = 60.0  # seconds after which a session is idle that no server has joined
 UNUSED = 3600.0  # the same for one that asks for nothing; a server ends its own after half of that
+QUIET = 3.0  # seconds without a new query after which a dealer that is being stopped is not needed any more
 LEASE = 120.0  # the same for a model that has no session and that its server does not renew
 
 
@@ -111,12 +112,17 @@ class DealerService(DealerServicer):
         self._sessions: dict[bytes, _DealtSession] = {}
         self.models = Seats("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
         self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
+        self._asked_at = -QUIET
         self.deals = Places(MAXIMUM_DEALS, CALLER_DEALS, "the dealer", "queries being dealt")
 
     def sweep(self) -> None:
         """Forget all that is idle: sessions, then the masks of models that nobody uses."""
         self.sessions.sweep()
         self.models.sweep()
+
+    def is_asked(self) -> bool:
+        """Tell whether sessions have asked for corrections in the last QUIET seconds."""
+        return time.monotonic() - self._asked_at < QUIET
 
     def Key(self, request: pb.DealerKeyRequest, context: grpc.ServicerContext) -> pb.DealerKeyReply:
         return pb.DealerKeyReply(key=self._key.public.encoded)
@@ -266,6 +272,7 @@ class DealerService(DealerServicer):
             raise QueryError("only the server that joined the session gets its corrections")
         assert session.server is not None
         session.seat.work()
+        self._asked_at = time.monotonic()
         try:
             self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
             server, client = session.server.key(query), session.client.key(query)

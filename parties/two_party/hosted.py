@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from parties.limits.memory import GB, PreparedMemory, memory_budget, require_room
 from parties.limits.quotas import Spend, unlimited
+from parties.limits.turns import Turns
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import state_directory
 from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
 from parties.services.repeating import Repeating
+from parties.services.workers import share_of
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import TwoPartyLink
 from parties.two_party.dealer import LARGEST, DealerService
 from parties.two_party.dealer_peer import DealerPeer
-from parties.two_party.masked_model import mask_models
+from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
-from parties.two_party.server import InferenceService
+from parties.two_party.server import MAXIMUM_SESSIONS, InferenceService
 from proto.unseen_pb2_grpc import (
     add_DealerServicer_to_server,
     add_InferenceServicer_to_server,
@@ -41,9 +46,10 @@ class TwoPartyHosted:
 
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
-        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask"}),
+        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask", "memory"}),
         DEALER: frozenset({"state", "budget"}),
     }
+    forked: frozenset[str] = frozenset({SERVER})
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, TwoParty)
@@ -56,6 +62,15 @@ class TwoPartyHosted:
         if role == DEALER:
             return self._dealer(options)
         return self._server(held, DealerPeer(peers[DEALER], options.network, deployment.dealer_key), options)
+
+    def shared(self, role: str, held: Any, options: HostOptions) -> Any:
+        """Return the weights, packed for the Programs' products, and the masked weights."""
+        made = _made(held, options)
+        for model in made.models:
+            for use in (instruction.protocol.weight_use for instruction in model.program.circuit):
+                if use is not None and use.multiplied:
+                    model.weights.packed(use.name, use.ring)
+        return made
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()
@@ -86,40 +101,81 @@ class TwoPartyHosted:
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
         add = [lambda server: add_DealerServicer_to_server(dealer, server)]
-        return Parts(add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST)
+        return Parts(
+            add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST, left=dealer.is_asked
+        )
 
     @staticmethod
-    def _server(held: Sequence[Compiled], dealer: DealerPeer, options: HostOptions) -> Parts:
-        deadline, traces = options.deadline, TraceDirectory(options.traces) if options.traces else None
-        options.told(0, 0, "masking the weights")
-        sizes = [size for compiled in held for size in compiled.sizes]
-        models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
+    def _server(held: Sequence[Compiled] | _Made, dealer: DealerPeer, options: HostOptions) -> Parts:
+        try:
+            made = held if isinstance(held, _Made) else _made(held, options)
+        except BaseException:
+            dealer.close()
+            raise
         options.told(0, 0, f"registering Programs at {dealer}")
-        service = InferenceService(models, dealer, deadline=deadline, traces=traces, spend=spend_of(options))
-        offered = [
-            Publication(size.deployment, size.program, m.weights_digest, m.files, size.tokenizer, size.tokenizer_json)
-            for size, m in zip(sizes, models, strict=True)
-        ]
+        models, memory = made.models, PreparedMemory(_memory(options))
+        service = InferenceService(
+            models,
+            dealer,
+            deadline=options.deadline,
+            traces=TraceDirectory(options.traces) if options.traces else None,
+            spend=spend_of(options),
+            memory=memory,
+            turns=Turns(share_of(os.cpu_count(), options.workers)),
+        )
         published = Published(
             SERVER,
-            offered,
-            deadline=deadline,
+            made.offered,
+            deadline=options.deadline,
             log=logging.getLogger("unseen.server"),
             asked=lambda found: service.offer(found.program.digest, found.model),
         )
-        digests = {model.program.digest for model in models}
 
         def add(server: grpc.Server) -> None:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
+        largest = max(model.program.cost.dealt for model in models)
+        many = f"{memory.total // max(largest, 1)} of {largest / GB:.3g} GB"
+        about = [f"memory for prepared queries: {memory.total / GB:.3g} GB, {many}"]
+        if options.workers > 1:
+            about = [f"{options.workers} workers; each has: {about[0]}, and {MAXIMUM_SESSIONS} sessions"]
         return Parts(
             [add],
             {**published.permissions, **service.permissions},
             service.close,
+            about,
             program=models[0].program.digest,
-            knows=digests.__contains__,
+            knows={model.program.digest for model in models}.__contains__,
+            drain=service.drain,
         )
+
+
+@dataclass(frozen=True, repr=False)
+class _Made:
+    """What a server has made before it listens, and several processes share."""
+
+    models: Sequence[MaskedModel]
+    offered: Sequence[Publication]
+
+
+def _memory(options: HostOptions) -> int:
+    """Return the bytes for prepared queries of one of the workers."""
+    return memory_budget(options.memory) // options.workers
+
+
+def _made(held: Sequence[Compiled], options: HostOptions) -> _Made:
+    """Mask models. Raises InvalidInput if one query is more than the memory for prepared queries."""
+    sizes = [size for compiled in held for size in compiled.sizes]
+    for size in sizes:
+        require_room(_memory(options), size.program.cost.dealt)
+    options.told(0, 0, "masking the weights")
+    models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
+    offered = [
+        Publication(size.deployment, size.program, m.weights_digest, m.files, size.tokenizer, size.tokenizer_json)
+        for size, m in zip(sizes, models, strict=True)
+    ]
+    return _Made(models, offered)
 
 
 def spend_of(options: HostOptions) -> Spend:

@@ -11,18 +11,21 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ClassVar
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, ClassVar
 
 import grpc
 
+from parties.limits.memory import Grant, PreparedMemory, memory_budget
 from parties.limits.quotas import PREPARATIONS, QUERIES, Spend, unlimited
 from parties.limits.seats import Seat, Seats
+from parties.limits.turns import Turns
 from parties.limits.waiting import FIRST, WaitingRoom
 from parties.net.caller import Permissions, caller, permit
-from parties.net.calls import unexpected
+from parties.net.calls import failure, unexpected
 from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
+from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.dealer_peer import DealerPeer
@@ -36,7 +39,7 @@ from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import CLIENT, TwoParty
-from secure.errors import DealerError, Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import Busy, DealerError, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
@@ -55,7 +58,9 @@ class InferenceService(InferenceServicer):
 
     models: each is registered at the dealer when the first client asks for it, the first of all at once.
     dealer: is closed with the service. deadline: seconds that a session waits for its client. traces: a directory for a
-    timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas.
+    timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas. memory:
+    the budget of what sessions keep prepared; None: half of what the machine has to spare. turns: who computes when;
+    None: as many queries as there are cores.
 
     A stream gets one of the few sessions only after a valid handshake that the dealer has confirmed; until then it
     is in a waiting room, in which those of the caller who has the most give way to newer ones.
@@ -71,7 +76,11 @@ class InferenceService(InferenceServicer):
         deadline: float = 60.0,
         traces: TraceDirectory | None = None,
         spend: Spend = unlimited,
+        memory: PreparedMemory | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        self.turns = turns or Turns()
+        self.memory = memory or PreparedMemory(memory_budget(None))
         self.models = {(model.program.digest, model.weights_digest): model for model in models}
         self.deadline, self.traces = deadline, traces
         self.dealer, self.spend = dealer, spend
@@ -84,12 +93,20 @@ class InferenceService(InferenceServicer):
             dealer.close()
             raise
         self.beside = ThreadPoolExecutor(MAXIMUM_SESSIONS, "beside")  # one a session at most
+        self.readers = ThreadPoolExecutor(MAXIMUM_SESSIONS, "reader")  # likewise, between queries
+        self.going = Future[None]()  # done when the service begins to end
         self._renewing = Repeating(RENEWING, self.renew, log)
+
+    def drain(self) -> None:
+        """End every session before its next query."""
+        if not self.going.done():
+            self.going.set_result(None)
 
     def close(self) -> None:
         """Close the channel to the dealer."""
         self._renewing.close()
-        self.beside.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.beside, self.readers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.dealer.close()
 
     def register(self, model: MaskedModel) -> None:
@@ -136,6 +153,7 @@ class _Session:
         self._caller, self._context = caller(context), context
         self._who = str(self._caller)
         self._prepared: dict[int, Correlations] = {}
+        self._grants: dict[int, Grant] = {}  # the memory of what is prepared, and of the query that runs
         self._burnt = Burnt()
         self._keys: Ratchet | None = None
         self._id, self._proving = b"", b""
@@ -151,6 +169,7 @@ class _Session:
         self.watch.stop()
         self._prepared.clear()
         if self._seat is not None:
+            self._service.memory.leave(self._seat)
             self._service.sessions.give_back(self._seat)
         if self._keys is not None:
             self._keys.erase()
@@ -165,8 +184,9 @@ class _Session:
         try:
             yield from self._run()
         except Error as error:
-            log.warning("session of %s ended: %s", self._who, str(error).splitlines()[0])
-            yield pb.ServerMessage(failure=pb.Failure(code=error.code, message=str(error)))
+            level = logging.INFO if isinstance(error, GoingAway) else logging.WARNING
+            log.log(level, "session of %s ended: %s", self._who, str(error).splitlines()[0])
+            yield pb.ServerMessage(failure=failure(error))
         except GeneratorExit:
             late = "did not read in time" if self.watch.fired else "is gone"
             level = logging.INFO if self._doing == BETWEEN else logging.WARNING
@@ -190,10 +210,13 @@ class _Session:
             kind = message.WhichOneof("content")
             if kind == "prepare":
                 self._doing = f"preparing query {message.prepare.query}"
-                yield self._prepare(message.prepare.query)
+                yield self._admitted(message.prepare.query)
             elif kind == "query":
                 self._doing = f"query {message.query.query}"
-                yield from self._query(message.query.query)
+                try:
+                    yield from self._query(message.query.query)
+                finally:
+                    self._give_back(message.query.query)
                 if self._coming is not None:
                     self._doing = "preparing a query beside another"
                     coming, self._coming = self._coming, None
@@ -215,18 +238,28 @@ class _Session:
         return message
 
     def _next_or_gone(self) -> pb.ClientMessage | None:
-        """Return the next message between queries, when a client may wait for long; None if it has left in any way."""
+        """Return the next message between queries, when a client may wait for long; None if it has left in any way.
+
+        A thread beside reads it, because the service may begin to end meanwhile. Raises GoingAway then.
+        """
         assert self._seat is not None
         self._seat.rest(SPARE)
+        coming: Future[pb.ClientMessage | None] = self._service.readers.submit(next, self._requests, None)
+        either: list[Future[Any]] = [coming, self._service.going]
+        done, _ = wait(either, IDLE, FIRST_COMPLETED)
+        self._seat.work()
+        if self._service.going in done:
+            raise going_away("this server")
+        late = coming not in done
+        if late:
+            self._context.cancel()
         try:
-            with self.watch.guard(IDLE):
-                message = next(self._requests, None)
+            message = coming.result()
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
             message = None
-        self._seat.work()
         if message is None:  # a stream that is cancelled here may end like one that the client has ended
-            late = "was idle, and made room for another," if self._seat.gone else "was idle too long"
-            log.info("%s %s between queries", self._who, late if self.watch.fired or self._seat.gone else "left")
+            gone = "was idle, and made room for another," if self._seat.gone else "was idle too long"
+            log.info("%s %s between queries", self._who, gone if late or self._seat.gone else "left")
         return message
 
     def _greet(self, message: pb.ClientMessage) -> None:
@@ -252,6 +285,25 @@ class _Session:
         self._service.dealer.join(session, program.digest, self._model.weights_digest, self._model.mask_seed, seed)
         self._id, self._proving = session, proving_key(seed)
         self._keys = Ratchet(seed, "server", session, program.digest)
+
+    def _admitted(self, query: int) -> pb.ServerMessage:
+        """Prepare a query when there is memory for it, else say that the server is busy.
+
+        In the latter case nothing has happened to the number: it is burnt neither here nor at the dealer.
+        """
+        assert self._seat is not None
+        try:
+            grant = self._service.memory.take(self._seat, self._program.cost.dealt, self._context.is_active)
+        except Busy as error:
+            log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0])
+            return pb.ServerMessage(failure=failure(error, goes_on=True))
+        self._grants[query] = grant
+        return self._prepare(query)
+
+    def _give_back(self, query: int) -> None:
+        """Give back the memory of a query that has ended, and of those before it, which are burnt with it."""
+        for number in [number for number in self._grants if number <= query]:
+            self._service.memory.give_back(self._grants.pop(number))
 
     def _prepare(self, query: int) -> pb.ServerMessage:
         """Fetch a query's corrections from the dealer, who burns the number, so that they can be fetched only once."""
@@ -291,13 +343,26 @@ class _Session:
         def where() -> str:
             return program.paths[recorder.waiting] or "the model's input"
 
-        recorder.start()
-        for payload in Framed(step, lambda size: self._receive(size, where()) if size else b"", recorder):
-            self._doing = f"query {query}, module '{where()}'"
-            for frame in to_frames(payload) if payload else ():
-                yield pb.ServerMessage(frame=frame)
-        recorder.stop()
+        assert self._seat is not None
+        with self._service.turns.query(self._caller.name or self._seat.number) as turn:
+
+            def receive(size: int) -> bytes:
+                came = self._receive(size, where()) if size else b""
+                if not self._context.is_active():
+                    raise PeerLost(f"the client is gone; module '{where()}' is not computed")
+                turn.begin()
+                return came
+
+            recorder.start()
+            turn.begin()
+            for payload in Framed(step, receive, recorder):
+                turn.end()  # before anything is sent: nobody keeps a turn while it waits for a client
+                self._doing = f"query {query}, module '{where()}'"
+                for frame in to_frames(payload) if payload else ():
+                    yield pb.ServerMessage(frame=frame)
+            recorder.stop()
         log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
+        self._doing = BETWEEN  # a client that leaves as soon as it has its answer leaves between queries
         try:
             yield pb.ServerMessage(finished=pb.Finished(query=query))
         finally:  # after the last message, so that the client does not wait for it; also if the client leaves then
@@ -321,7 +386,7 @@ class _Session:
             if message is None:
                 raise PeerLost(f"the client ended the stream before its message of module '{path}'")
             if message.WhichOneof("content") == "prepare" and self._coming is None:
-                self._coming = self._service.beside.submit(self._prepare, message.prepare.query)
+                self._coming = self._service.beside.submit(self._admitted, message.prepare.query)
                 continue
             if message.WhichOneof("content") != "frame":
                 raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")

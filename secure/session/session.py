@@ -45,7 +45,7 @@ from torch import Tensor
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
-from secure.errors import DealerError, Error, InvalidInput, InvalidProgram, PeerLost
+from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
 from secure.models.tokens import REFUSE
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
@@ -70,6 +70,9 @@ RETRIES = 3
 PAUSE = 0.5  # seconds before the first retry; twice as many before each further one
 LOST = (PeerLost, DealerError)
 """The errors after which a query is asked again on a new connection."""
+
+BUSY = 120.0
+"""Seconds in all that a query waits for services that say that they are busy."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +115,7 @@ class Session:
         self._links = Links(link, open, offers)
         if fixed_length:
             self._links.offers = tuple(offer for offer in self._links.offers if offer.length == self.length)
-        self._asked, self._closed, self._last = 0, False, link
+        self._asked, self._closed, self._last = 0, threading.Event(), link
         self.reports: list[Report] = []
         self.report: Report | None = None
 
@@ -174,7 +177,8 @@ class Session:
         if not holding:
             raise InvalidInput(f"no query has {length} tokens", f"{self.length} at most")
         with self._open():
-            self._links.of(self._links.size if length is None else holding[0]).prepare()
+            link = self._once_free(partial(self._links.of, self._links.size if length is None else holding[0]))
+            self._once_free(link.prepare, link)
 
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
         """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
@@ -280,7 +284,7 @@ class Session:
             if missing := {query.size for query in queries if self._links.missing(query.size)}:
                 self._wait(began)
                 for size in sorted(missing, key=lambda size: size.length):
-                    self._retried(partial(self._links.of, size), size, retries)
+                    self._retried(partial(self._once_free, partial(self._links.of, size)), size, retries)
                 began = time.monotonic()
             with self._open():
                 computed = [self._clear([places[i][1] for i in query.places], query.size) for query in queries]
@@ -352,20 +356,41 @@ class Session:
             time.sleep(left)
 
     def _retried(self, ask: Callable[[], Found], size: Offer, retries: int) -> Found:
-        """Ask, and again on a new link of the size each time that a party is lost, after a pause that doubles."""
+        """Ask, and again on a new link of the size each time that a party is lost, after a pause that doubles.
+
+        A party that is busy, and ends the session with that, is not lost, but the same is done after the time it says.
+        """
         for attempt in range(retries + 1):
             try:
                 with self._open():
                     return ask()
-            except LOST:
-                if attempt == retries or not self._links.can_renew or self._closed:
+            except (*LOST, Busy) as error:
+                patience_is_over = isinstance(error, Busy) and not self._links.missing(size) and not self._link.ended
+                if attempt == retries or not self._links.can_renew or self._closed.is_set() or patience_is_over:
                     raise
-            time.sleep(PAUSE * 2**attempt)
-            with contextlib.suppress(*LOST), self._lock:
-                self._links.renew(size)
-                if self._closed:  # meanwhile, and the old link with it
+                pause = max(PAUSE * 2**attempt, error.after if isinstance(error, Busy) else 0.0)
+            self._closed.wait(pause)
+            with contextlib.suppress(*LOST, Busy), self._lock:
+                self._once_free(partial(self._links.renew, size))
+                if self._closed.is_set():  # meanwhile, and the old link with it
                     self._links.close("it was closed")
         raise AssertionError("the last attempt returns or raises")
+
+    def _once_free(self, ask: Callable[[], Found], link: Link | None = None) -> Found:
+        """Ask, and the same again as often as a service says that it is busy, for BUSY seconds in all.
+
+        Such a service has done nothing for what was asked. link: the one that is asked; if that ended, it is not asked
+        again.
+        """
+        until = time.monotonic() + BUSY
+        while True:
+            try:
+                return ask()
+            except Busy as error:
+                over = self._closed.is_set() or (link is not None and bool(link.ended))
+                if over or time.monotonic() + error.after > until:
+                    raise
+                self._closed.wait(error.after)
 
     def _answers(
         self, clear: _Clear, read: Callable[[Any], Any], size: Offer, *, ahead: bool = False, whole: bool = False
@@ -377,7 +402,7 @@ class Session:
         link = self._links.of(size)
         values = link.program.encode(clear.values, link.tables)
         number, self._asked = self._asked, self._asked + 1
-        results, report = link.ask(values, number, ahead=ahead)
+        results, report = self._once_free(lambda: link.ask(values, number, ahead=ahead), link)
         self._last = link
         self.reports.append(replace(report, length=size.length))
         del self.reports[:-REPORTS]
@@ -402,7 +427,7 @@ class Session:
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
-        self._closed = True
+        self._closed.set()
         self._links.close("it was closed")  # without the lock, so that it ends a query of another thread
 
     def __enter__(self) -> Session:
@@ -489,7 +514,7 @@ def _with_more(items: Iterable[Found]) -> Iterator[tuple[Found, bool]]:
 
 def _named(error: Error, number: int, of: int, noun: str) -> Error:
     """Say in an error which of several inputs it is about."""
-    return type(error)(f"{noun} {number} of {of}: {error}") if of > 1 else error
+    return about(f"{noun} {number} of {of}", error) if of > 1 else error
 
 
 @contextmanager
@@ -502,5 +527,4 @@ def _naming(numbers: Sequence[int], of: int | None, noun: str) -> Iterator[None]
         if of == 1:
             raise
         which = f"{noun} {first}" if first == last else f"{noun}s {first} to {last}"
-        named = type(error)(f"{which}{f' of {of}' if of else ''}: {error}")
-        raise named from None
+        raise about(f"{which}{f' of {of}' if of else ''}", error) from None
