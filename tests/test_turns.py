@@ -31,7 +31,7 @@ from parties.services.draining import Draining
 from parties.services.status import ask_status
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
-from secure import session as session_module
+from secure.session import session as session_module
 from secure.deployments.deployment import deployments
 from secure.errors import (
     LEAST_AFTER,
