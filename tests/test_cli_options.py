@@ -248,6 +248,7 @@ VALUES: dict[str, str] = {
             "days",
             "retries",
             "batch",
+            "ray_workers",
         ),
         "4",
     ),

@@ -29,6 +29,7 @@ from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
+from parties.services.dealing import Dealing, DealingHere
 from parties.services.guard import Guard
 from parties.services.status import ask_status
 from secure.errors import EndpointError, InvalidInput, PeerLost
@@ -52,7 +53,8 @@ class HostOptions:
     for timelines of queries. workers: processes that evaluate, 1 or more. ahead: queries whose corrections are kept
     ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by its
     file's age. budget: the most that one Program from somebody else may take. told: hears of progress while the role
-    starts. Raises InvalidInput for values out of range.
+    starts. dealing: where a dealer's corrections are computed; closed with the service. Raises InvalidInput for values
+    out of range.
     """
 
     network: Network
@@ -65,6 +67,7 @@ class HostOptions:
     rotate_mask: int = 90
     budget: Budget = field(default_factory=Budget)
     told: Told = silent
+    dealing: Dealing = field(default_factory=DealingHere)
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)
