@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import typer
 from parties.cli import main
 from parties.cli.config import PREFIX, known_settings
 from parties.net.secret_files import check_private, read_public, read_secret
+from parties.two_party.sealing import SealingKey
 from secure.errors import InvalidInput
 
 yaml = pytest.importorskip("yaml")
@@ -244,6 +246,21 @@ def test_secrets_are_copied_to_where_they_can_be_read(site: Path, tmp_path: Path
         assert held
         for path in held:
             assert read_secret(path) == read_public(path) == path.name.encode()
+
+
+def test_a_dealer_starts_on_a_state_directory_that_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key is there, and so is dealer.pub, closed to others as everything that the init container copies."""
+    made = SealingKey.load(tmp_path)
+    (tmp_path / "dealer.pub").chmod(0o600)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    monkeypatch.setattr("parties.two_party.sealing.store", refused)
+    assert SealingKey.load(tmp_path).public.fingerprint == made.public.fingerprint
 
 
 def test_no_secret_is_in_the_repository() -> None:
