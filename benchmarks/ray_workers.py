@@ -59,7 +59,7 @@ def main() -> None:
     else:
         program = secure.compile_text_model(PACKAGED, o.length, embedding="client-table").program
     settle()
-    model = DealtModel(program, Key(fresh_seed()[:16]))
+    model = DealtModel.of(program, Key(fresh_seed()[:16]))
     here = DealingHere()
     seconds(here, model, 1, 1)  # expands B
     took: dict[str, list[float]] = {name: [] for name in ("here", *map(str, o.workers))}

@@ -35,7 +35,7 @@ AHEAD = 256  # answers that a worker keeps until they are taken
 Answer = tuple[str, bytes]
 """An answer as it crosses the cluster: "" and float64 bytes, or the code of an error and its text."""
 Facts = tuple[int, int, str, str, tuple[int, ...]]
-"""Facts of a served model: numbers of an embedding, inputs of a query, the Program's digest, its weights' name, lengths."""
+"""Facts of what is served: numbers of an embedding, inputs of a query, Program's digest, weights' name, lengths."""
 
 
 class EmbeddingWorker:

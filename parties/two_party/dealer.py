@@ -286,7 +286,7 @@ class DealerService(DealerServicer):
 
 
 def _dealt(program: Program, mask: Key, beside: _RegisteredModel | None) -> DealtModel:
-    """Return a model to deal for; it shares the mask B with a Program of the same weights that is registered already."""
+    """Return a model to deal for. It shares the mask B with a Program of the same weights that is registered."""
     try:
         return DealtModel.of(program, mask, beside.dealt if beside else None)
     except ValueError as error:
