@@ -28,8 +28,8 @@ pytest.importorskip("tokenizers")
 import secure
 from parties.two_party.client import TwoPartyLink
 from secure.errors import Error, HandshakeError, PeerLost
-from secure.links import Links
-from secure.session import Session
+from secure.session.links import Links
+from secure.session.session import Session
 from secure.tasks.embed import Embed
 from tests.balancer import Balancer
 from tests.test_cli import Process, process

@@ -13,7 +13,7 @@ from parties.net.caller import CLIENT
 from parties.tls.choice import network_of
 from secure.deployments.deployment import Deployment, find
 from secure.progress import Told
-from secure.session import Session
+from secure.session.session import Session
 
 
 @dataclass(frozen=True, repr=False)  # holds a token

@@ -145,17 +145,14 @@ def embed(
 
     connection = Connection(deployment, tls, insecure, options)
 
-    def connect(told: Told) -> Session:
-        return connection.open(told)
-
     if input is not None:
         assert output is not None
-        opening = _one(connect)
+        opening = _one(connection)
         if ray is not None:
             opening = _several(connection, ray, ray_workers, insecure=ray_insecure)
         _file(opening, task, TextFile(input, field), output, RETRIES if retries is None else retries, overwrite)
     else:
-        _texts(connect, task, deployment, texts, compare_with, trace, as_json=as_json)
+        _texts(connection.open, task, deployment, texts, compare_with, trace, as_json=as_json)
 
 
 def _say_lengths(lengths: Sequence[int]) -> None:
@@ -217,12 +214,12 @@ def _texts(
 Opening = Callable[[Told], AbstractContextManager[Embedder]]
 
 
-def _one(connect: Callable[[Told], Session]) -> Opening:
+def _one(connection: Connection) -> Opening:
     """Ask in one session of this process."""
 
     @contextmanager
     def opened(told: Told) -> Iterator[Embedder]:
-        with connect(told) as session:
+        with connection.open(told) as session:
             yield embedder_of(session)
 
     return opened

@@ -23,7 +23,7 @@ from parties.cluster.joined import Cluster, same_versions
 from parties.services.hosting import settle
 from protocols import kernels
 from secure.errors import Error, HandshakeError, PeerLost, from_code
-from secure.session import Session
+from secure.session.session import Session
 from secure.tasks.embed import Embed
 from secure.version import __version__
 
