@@ -14,6 +14,7 @@ ckks/        a server that computes on ciphertexts
 deployments  all deployments by name: serve and connect
 bulk/        texts of a file, and their embeddings in another
 reports/     the output of commands
+cluster/     work on the machines of a Ray cluster
 cli/         the command ``unseen``
 """
 

@@ -31,7 +31,7 @@ pytest.importorskip("tokenizers")
 
 import secure
 from parties import deployments
-from parties.bulk.embedding import embedded, rows_of, vector_width
+from parties.bulk.embedding import embedded, embedder_of, rows_of, vector_width
 from parties.bulk.rows import FORMATS, RowFormat
 from parties.bulk.texts import LINE, TextFile
 from parties.bulk.unfinished import Texts, UnfinishedRows, beside, read_origin
@@ -626,8 +626,8 @@ def embed_some(
 ) -> UnfinishedRows:
     """Embed as the command does; stop as a kill would after ``most`` rows."""
     session, task = session or FakeSession(), Embed()
-    with rows_of(session, task, texts, output, overwrite=overwrite) as rows:  # type: ignore[arg-type]
-        for _ in islice(embedded(session, task, rows, 0), most):
+    with rows_of(embedder_of(session), task, texts, output, overwrite=overwrite) as rows:  # type: ignore[arg-type]
+        for _ in islice(embedded(embedder_of(session), task, rows, 0), most):
             pass
         if most is None:
             rows.finish()
@@ -762,7 +762,7 @@ def test_other_options_are_not_continued(tmp_path: Path) -> None:
     embed_some(texts_for(9), output, 6)
     with (
         pytest.raises(InvalidInput, match="begun with another long: 'refuse', not 'split'"),
-        rows_of(FakeSession(), Embed("split"), texts_for(9), output, overwrite=False),  # type: ignore[arg-type]
+        rows_of(embedder_of(FakeSession()), Embed("split"), texts_for(9), output, overwrite=False),  # type: ignore[arg-type]
     ):
         pass
 
@@ -789,7 +789,7 @@ def test_rows_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
 
 def test_two_commands_do_not_write_one_output(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
-    with rows_of(FakeSession(), Embed(), texts_for(3), output, overwrite=False):  # type: ignore[arg-type]
+    with rows_of(embedder_of(FakeSession()), Embed(), texts_for(3), output, overwrite=False):  # type: ignore[arg-type]
         for overwrite in (True, False):
             with pytest.raises(InvalidInput, match=r"another command writes .*out.csv.part"):
                 embed_some(texts_for(3), output, overwrite=overwrite)
@@ -797,7 +797,7 @@ def test_two_commands_do_not_write_one_output(tmp_path: Path) -> None:
 
 def test_an_output_that_came_meanwhile_stays(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
-    with rows_of(FakeSession(), Embed(), texts_for(3), output, overwrite=False) as rows:  # type: ignore[arg-type]
+    with rows_of(embedder_of(FakeSession()), Embed(), texts_for(3), output, overwrite=False) as rows:  # type: ignore[arg-type]
         output.write_text("other")
         with pytest.raises(InvalidInput, match="came into being meanwhile\nhint: move it away: the rows are in"):
             rows.finish()
@@ -808,8 +808,8 @@ def test_texts_are_said_before_their_rows(tmp_path: Path) -> None:
     """At every instant the file beside the rows knows at least as many texts as there are rows."""
     output, session = tmp_path / "out.jsonl", FakeSession()
     part, known = beside(output)
-    with rows_of(session, Embed(), texts_for(20), output, overwrite=False) as rows:  # type: ignore[arg-type]
-        for done in embedded(session, Embed(), rows, 0):  # type: ignore[arg-type]
+    with rows_of(embedder_of(session), Embed(), texts_for(20), output, overwrite=False) as rows:  # type: ignore[arg-type]
+        for done in embedded(embedder_of(session), Embed(), rows, 0):  # type: ignore[arg-type]
             assert part.read_bytes().count(b"\n") == done  # written as it came
             origin = read_origin(known)
             assert origin.texts >= done

@@ -252,6 +252,7 @@ VALUES: dict[str, str] = {
             "retries",
             "batch",
             "workers",
+            "ray_workers",
         ),
         "4",
     ),

@@ -31,7 +31,6 @@ from parties.services.draining import Draining
 from parties.services.status import ask_status
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
-from secure.session import session as session_module
 from secure.deployments.deployment import deployments
 from secure.errors import (
     LEAST_AFTER,
@@ -46,6 +45,7 @@ from secure.errors import (
     about,
     from_code,
 )
+from secure.session import session as session_module
 from tests.tiny import TEXT, Raw, Ready, Served, call, dial, run_query, serving, session_count, wait_until, works
 
 # errors that say when to come back

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import Tensor
 
-from parties import deployments
-from parties.bulk.embedding import embedded, rows_of
+from parties.bulk.connection import Connection
+from parties.bulk.embedding import Embedder, embedded, embedder_of, lengths_of, rows_of
 from parties.bulk.rows import FORMATS
 from parties.bulk.texts import FIELD, TextFile
 from parties.bulk.unfinished import check_output
@@ -25,12 +25,18 @@ from parties.cli.options import (
     Long,
     LongOption,
     PaceOption,
+    RayInsecureOption,
+    RayOption,
+    RayWorkersOption,
     ThreadsOption,
     TlsOption,
     TraceOption,
+    along_with_ray,
     require_traces,
 )
 from parties.cli.token import TokenFileOption, given_token
+from parties.cluster.embedding import Workers
+from parties.cluster.joined import Cluster
 from parties.net.caller import CLIENT
 from parties.reports import answers
 from parties.services import hosting
@@ -101,11 +107,14 @@ def embed(
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     token_file: TokenFileOption = None,
+    ray: RayOption = None,
+    ray_workers: RayWorkersOption = None,
+    ray_insecure: RayInsecureOption = False,
 ) -> None:
     """Embed texts that the servers never see."""
     if as_json and compare_with:
         raise InvalidInput("--json and --compare-with exclude each other", "leave one of them out")
-    along: dict[str, object] = {"--output": output, "--field": field, "--retries": retries}
+    along: dict[str, object] = {"--output": output, "--field": field, "--retries": retries, "--ray": ray}
     along["--overwrite"] = overwrite or None
     apart: dict[str, object] = {"texts": texts, "--json": as_json, "--compare-with": compare_with, "--trace": trace}
     for name in along if input is None else ():
@@ -116,6 +125,7 @@ def embed(
             raise InvalidInput(f"--input and {name} exclude each other", "leave one of them out")
     if input is not None and output is None:
         raise InvalidInput("--input without --output", f"give a file of the suffix {', '.join(FORMATS)}")
+    along_with_ray(ray, ray_workers, insecure=ray_insecure)
     if trace is not None:
         require_traces(deployment)
         fixed_length = True  # a trace belongs to one Program
@@ -125,29 +135,29 @@ def embed(
     hosting.settle()
     timed = {"deadline": deadline, "pace": pace}
     options: dict[str, Any] = {name: value for name, value in timed.items() if value is not None}
-    network = network_of(CLIENT, directory=tls, insecure=insecure)
-    for line in network.about():
+    for line in network_of(CLIENT, directory=tls, insecure=insecure).about():
         if "warning" in line:
             say(f"unseen embed: {line}")
-    options |= {"network": network, "cache": cache, "program_digest": program_digest}
-    options |= {"model": model, "fixed_length": fixed_length}
+    options |= {"cache": cache, "program_digest": program_digest, "model": model, "fixed_length": fixed_length}
     options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
     task = Embed(str(long))
 
-    def connect(told: Told) -> Session:
-        return deployments.connect(deployment, told=told, **options)
+    connection = Connection(deployment, tls, insecure, options)
 
     if input is not None:
         assert output is not None
-        _file(connect, task, TextFile(input, field), output, RETRIES if retries is None else retries, overwrite)
+        opening = _one(connection)
+        if ray is not None:
+            opening = _several(connection, ray, ray_workers, insecure=ray_insecure)
+        _file(opening, task, TextFile(input, field), output, RETRIES if retries is None else retries, overwrite)
     else:
-        _texts(connect, task, deployment, texts, compare_with, trace, as_json=as_json)
+        _texts(connection.open, task, deployment, texts, compare_with, trace, as_json=as_json)
 
 
-def _say_lengths(session: Session) -> None:
+def _say_lengths(lengths: Sequence[int]) -> None:
     """Say what the server sees of a text where it offers several lengths."""
-    if len(lengths := sorted({size.length for size in session.sizes})) > 1:
+    if len(lengths) > 1:
         known = ", ".join(map(str, lengths))
         say(f"unseen embed: the server sees to which length each text is padded: {known} tokens")
 
@@ -174,7 +184,7 @@ def _texts(
         told = shown.enter_context(progress("embed"))
         told(0, 0, "connecting")
         session = stack.enter_context(connect(told))
-        _say_lengths(session)
+        _say_lengths(lengths_of(session))
         vectors, taken = list[Tensor](), list[Report]()
         try:
             told(0, len(given), "embedding")
@@ -201,24 +211,46 @@ def _texts(
             measured.check()
 
 
-def _file(
-    connect: Callable[[Told], Session], task: Embed, texts: TextFile, output: Path, retries: int, overwrite: bool
-) -> None:
+Opening = Callable[[Told], AbstractContextManager[Embedder]]
+
+
+def _one(connection: Connection) -> Opening:
+    """Ask in one session of this process."""
+
+    @contextmanager
+    def opened(told: Told) -> Iterator[Embedder]:
+        with connection.open(told) as session:
+            yield embedder_of(session)
+
+    return opened
+
+
+def _several(connection: Connection, ray: str, workers: int | None, *, insecure: bool) -> Opening:
+    """Ask in the sessions of a cluster's workers."""
+
+    def opened(told: Told) -> Workers:
+        told(0, 0, "starting the workers of the cluster")
+        return Workers(Cluster(ray, insecure=insecure), connection, workers)
+
+    return opened
+
+
+def _file(opening: Opening, task: Embed, texts: TextFile, output: Path, retries: int, overwrite: bool) -> None:
     """Write the answers to the texts of a file into another, row by row. Ends with code 1 if a text has no answer."""
     check_output(output, overwrite=overwrite)
     total = sum(1 for _ in texts) if texts.again else None  # which finds a mistake in any line before anything is sent
     with ExitStack() as stack:
         with progress("embed") as told:
             told(0, 0, "connecting")
-            session = stack.enter_context(connect(told))
-        _say_lengths(session)
-        rows = stack.enter_context(rows_of(session, task, texts, output, overwrite=overwrite))
+            embedder = stack.enter_context(opening(told))
+        _say_lengths(embedder.lengths)
+        rows = stack.enter_context(rows_of(embedder, task, texts, output, overwrite=overwrite))
         begun, start = rows.rows, time.monotonic()
         if begun:
             say(f"unseen embed: {begun:,} texts are done, this run goes on at text {begun + 1:,}")
         try:
             with counting("embed", "texts", total, begun) as counted:
-                for done in embedded(session, task, rows, retries):
+                for done in embedded(embedder, task, rows, retries):
                     counted(done)
         except BaseException:
             anew = ", without --overwrite" if overwrite else ""

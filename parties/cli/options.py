@@ -16,6 +16,7 @@ import typer
 
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
+from parties.cluster.joined import import_ray
 from parties.deployments import hosted
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
@@ -163,6 +164,23 @@ SameOwnerOption = Annotated[
         "--same-owner", help="Allow peers that this user runs on this machine, which protects nothing: to try it out."
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Work on a Ray cluster: host:port of its head, or local for one on this machine alone. Whoever runs the "
+        "cluster learns all that this process knows.",
+    ),
+]
+RayWorkersOption = Annotated[
+    int | None,
+    typer.Option("--ray-workers", min=1, help="Workers of --ray; one a processor by default."),
+]
+RayInsecureOption = Annotated[
+    bool,
+    typer.Option("--ray-insecure", help="Accept a cluster that answers strangers, or whose channels are unencrypted."),
+]
 ListenOption = Annotated[str, typer.Option(help="host:port")]
 
 
@@ -235,6 +253,15 @@ DEFAULTS: Mapping[str, Any] = {
     "network": LOOPBACK,
 }
 """The values of options about compiling that were not given."""
+
+
+def along_with_ray(ray: str | None, workers: int | None, *, insecure: bool) -> None:
+    """Raise InvalidInput for options of --ray without it, and MissingPackage for --ray without Ray."""
+    for name, given in {"--ray-workers": workers is not None, "--ray-insecure": insecure}.items():
+        if given and ray is None:
+            raise InvalidInput(f"{name} means nothing without --ray", "leave it out")
+    if ray is not None:
+        import_ray()
 
 
 def budget_of(memory: float | None, seconds: float | None) -> Budget:

@@ -32,6 +32,9 @@ from parties.cli.options import (
     MemoryOption,
     ModelArgument,
     NetworkOption,
+    RayInsecureOption,
+    RayOption,
+    RayWorkersOption,
     SameOwnerOption,
     ThreadsOption,
     TlsOption,
@@ -39,12 +42,15 @@ from parties.cli.options import (
     TraceOption,
     VerboseOption,
     WorkersOption,
+    along_with_ray,
     budget_of,
     compile_options,
     host_options,
     read_texts,
     refused,
 )
+from parties.cluster.dealing import RayDealing
+from parties.cluster.joined import Cluster
 from parties.limits.memory import GB
 from parties.limits.quotas import NO_LIMITS, Limits
 from parties.limits.tokens import Tokens
@@ -256,6 +262,9 @@ def dealer(
     budget_memory: BudgetMemoryOption = None,
     budget_seconds: BudgetSecondsOption = None,
     drain: DrainOption = DRAIN,
+    ray: RayOption = None,
+    ray_workers: RayWorkersOption = None,
+    ray_insecure: RayInsecureOption = False,
     tls: TlsOption = None,
     insecure: InsecureOption = False,
     tokens: TokensOption = None,
@@ -264,9 +273,15 @@ def dealer(
     verbose: VerboseOption = False,
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
+    along_with_ray(ray, ray_workers, insecure=ray_insecure)
     get_ready(threads)
     network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
     given = host_options(TwoParty(), DEALER, state=state) | {"budget": budget_of(budget_memory, budget_seconds)}
+    if ray is not None:
+        network.check(at, what="the dealer")  # a mistake in it shows before a cluster starts
+        with stages("dealer") as told:
+            told(0, 0, "starting the workers of the cluster")
+            given["dealing"] = RayDealing(Cluster(ray, insecure=ray_insecure), ray_workers)
     service = deployments.serve(
         role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
     )

@@ -93,7 +93,12 @@ class Plaintext(Network):
         addresses = self._allowed(endpoint, what)
         one = len(addresses) == 1
         at = addresses[0] if one else first_answering(endpoint, addresses, PROBING) or addresses[0]
-        options = (*OPTIONS, ("grpc.max_receive_message_length", CLIENT_LIMIT))
+        options = (
+            *OPTIONS,
+            ("grpc.max_receive_message_length", CLIENT_LIMIT),
+            # a connection of its own: a balancer chooses by connection, and a lost one is not waited for
+            ("grpc.use_local_subchannel_pool", 1),
+        )
         return grpc.insecure_channel(endpoint.at(at), options=options)
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:

@@ -2,6 +2,7 @@
 
 guard     refuses calls before their handlers read anything
 status    what a service says about itself, and whose process it is
+dealing   where a dealer's corrections are computed
 repeating work that is repeated in the background
 draining  the end of a service that lets its work end first
 hosting   start a service: port, shutdown, memory

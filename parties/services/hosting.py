@@ -29,6 +29,7 @@ from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, SHARED, Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
+from parties.services.dealing import Dealing, DealingHere
 from parties.services.draining import DRAIN, NOTICE, Draining
 from parties.services.guard import Guard
 from parties.services.status import ask_status
@@ -53,8 +54,8 @@ class HostOptions:
     for timelines of queries. workers: processes that compute queries, 1 or more. ahead: queries whose corrections are
     kept ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by
     its file's age. memory: bytes of queries that are prepared for clients; None: half of what the machine has to spare.
-    budget: the most that one Program from somebody else may take. told: hears of progress while the role
-    starts. Raises InvalidInput for values out of range.
+    budget: the most that one Program from somebody else may take. dealing: where a dealer's corrections are computed;
+    closed with the service. told: hears of progress while the role starts. Raises InvalidInput for values out of range.
     """
 
     network: Network
@@ -68,6 +69,7 @@ class HostOptions:
     memory: float | None = None
     budget: Budget = field(default_factory=Budget)
     told: Told = silent
+    dealing: Dealing = field(default_factory=DealingHere)
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)

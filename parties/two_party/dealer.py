@@ -26,6 +26,7 @@ from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
+from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.two_party.keys import (
     SESSION_BYTES,
     Ratchet,
@@ -41,9 +42,7 @@ from parties.two_party.keys import (
 from parties.two_party.sealing import SealingKey, answer_proof
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer
-from protocols.circuit import deal
 from protocols.prg import Key
-from protocols.weights import DealerWeights
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
 from secure.mpc.budget import Budget
@@ -71,7 +70,7 @@ LEASE = 120.0  # the same for a model that has no session and that its server do
 class _RegisteredModel:
     program: Program
     weights_digest: str
-    weights: DealerWeights = field(repr=False)
+    dealt: DealtModel = field(repr=False)
     mask_seed: bytes = field(repr=False)
     seat: Seat = field(repr=False)
     sessions: int = 0
@@ -91,7 +90,7 @@ class DealerService(DealerServicer):
     """The dealer. But for its key, its state is in memory: once restarted it knows no session, so it deals none twice.
 
     spend: counts what callers use, and refuses what is beyond their quotas. budget: the most that one Program may take;
-    a larger one is not registered.
+    a larger one is not registered. dealing: where corrections are computed; it is not closed here.
     """
 
     permissions: ClassVar[Permissions] = permit(
@@ -105,8 +104,11 @@ class DealerService(DealerServicer):
         Close=[SERVER],
     )
 
-    def __init__(self, key: SealingKey, spend: Spend = unlimited, budget: Budget | None = None) -> None:
+    def __init__(
+        self, key: SealingKey, spend: Spend = unlimited, budget: Budget | None = None, dealing: Dealing | None = None
+    ) -> None:
         self._key, self._spend, self._lock = key, spend, threading.Lock()
+        self._dealing = dealing or DealingHere()
         self._budget = budget or Budget()
         self._models: dict[tuple[str, str], _RegisteredModel] = {}
         self._sessions: dict[bytes, _DealtSession] = {}
@@ -153,8 +155,8 @@ class DealerService(DealerServicer):
             seat.rest(LEASE)
             with self._lock:
                 beside = next((model for (_, other), model in self._models.items() if other == name), None)
-                weights = _mask(beside, mask_key(seed, name), program)
-                known = self._models.setdefault(key, _RegisteredModel(program, name, weights, seed, seat))
+                dealt = _dealt(program, mask_key(seed, name), beside)
+                known = self._models.setdefault(key, _RegisteredModel(program, name, dealt, seed, seat))
             if known.seat is not seat:  # it was registered in between
                 self.models.give_back(seat)
             log.info("registered program %s with weights %s", digest[:12], name[:12])
@@ -277,8 +279,7 @@ class DealerService(DealerServicer):
             self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
             server, client = session.server.key(query), session.client.key(query)
             start = time.perf_counter()
-            corrections = deal(session.model.program.circuit, server, client, session.model.weights)
-            yield from to_chunks(payload for _, payload in corrections)
+            yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
             log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
         finally:
             session.seat.rest(UNUSED)
@@ -291,10 +292,10 @@ class DealerService(DealerServicer):
         return session
 
 
-def _mask(beside: _RegisteredModel | None, key: Key, program: Program) -> DealerWeights:
-    """Return the mask B of a model; it is shared with a Program of the same weights that is registered already."""
+def _dealt(program: Program, mask: Key, beside: _RegisteredModel | None) -> DealtModel:
+    """Return a model to deal for. It shares the mask B with a Program of the same weights that is registered."""
     try:
-        return beside.weights.beside(program.weight_shapes) if beside else DealerWeights(key, program.weight_shapes)
+        return DealtModel.of(program, mask, beside.dealt if beside else None)
     except ValueError as error:
         raise HandshakeError(f"the Programs of one model differ: {error}") from None
 

@@ -47,7 +47,7 @@ class TwoPartyHosted:
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
         SERVER: frozenset({"state", "traces", "deadline", "rotate_mask", "memory"}),
-        DEALER: frozenset({"state", "budget"}),
+        DEALER: frozenset({"state", "budget", "dealing"}),
     }
     forked: frozenset[str] = frozenset({SERVER})
 
@@ -97,12 +97,23 @@ class TwoPartyHosted:
     def _dealer(options: HostOptions) -> Parts:
         state = options.state or state_directory()
         key = SealingKey.load(state)
-        dealer = DealerService(key, spend=spend_of(options), budget=options.budget)
+        dealer = DealerService(key, spend_of(options), options.budget, options.dealing)
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
+
+        def close() -> None:
+            sweeping.close()
+            options.dealing.close()
+
         add = [lambda server: add_DealerServicer_to_server(dealer, server)]
         return Parts(
-            add, dealer.permissions, sweeping.close, [about], knows=dealer.knows, largest=LARGEST, left=dealer.is_asked
+            add,
+            dealer.permissions,
+            close,
+            [about, *options.dealing.about()],
+            knows=dealer.knows,
+            largest=LARGEST,
+            left=dealer.is_asked,
         )
 
     @staticmethod

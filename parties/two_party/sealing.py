@@ -131,7 +131,8 @@ class SealingKey:
         path, text = state / PUBLIC_FILE, f"{self.public.text}\n".encode()
         if not path.exists() or path.read_bytes() != text:
             store(path, text)
-        path.chmod(0o644)
+        with suppress(OSError):  # where the directory is mounted read-only, its owner chose who reads it
+            path.chmod(0o644)
 
 
 def fingerprint_of(given: str) -> str:
