@@ -39,7 +39,7 @@ IN_USE = "choose another port, or 0 for any free one; several servers share one 
 _PR_SET_PDEATHSIG = 1
 
 Ready = Callable[[Sequence[str]], None]
-"""What a worker calls once it listens, with lines about itself."""
+"""The function that a worker calls once it listens, with lines about itself."""
 
 
 @dataclass(frozen=True)

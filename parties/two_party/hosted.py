@@ -164,7 +164,7 @@ class TwoPartyHosted:
 
 @dataclass(frozen=True, repr=False)
 class _Made:
-    """What a server has made before it listens, and several processes share."""
+    """The parts that a server has made before it listens, and several processes share."""
 
     models: Sequence[MaskedModel]
     offered: Sequence[Publication]
