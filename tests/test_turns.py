@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ pytest.importorskip("tokenizers")
 
 import secure
 from parties.limits import memory as memory_module
+from parties.limits import turns as turns_module
 from parties.limits.memory import Grant, PreparedMemory, available_memory, memory_budget
 from parties.limits.seats import Seat
+from parties.limits.turns import Turns
 from parties.net.calls import AFTER, CODE, failed, failure, refusal
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
@@ -402,6 +404,166 @@ def test_a_lost_session_waits_until_it_is_let_in(model: Ready, dealer: Served, m
         with dial(server, dealer) as other:
             threading.Timer(1.5, other.close).start()
             assert not isinstance(next(answers), Error)
+
+
+# turns
+
+
+def shares(turns: Turns, queries: dict[str, tuple[int, float]], seconds: float) -> dict[str, float]:
+    """The seconds that each caller gets of one slot, if it always has work. queries: how many, and of what steps."""
+    got, lock = dict.fromkeys(queries, 0.0), threading.Lock()
+    started = threading.Barrier(sum(many for many, _ in queries.values()))
+
+    def run(who: str, step: float) -> None:
+        started.wait()
+        while sum(got.values()) < seconds:
+            turns.enter(who)
+            with lock:
+                got[who] += step
+            time.sleep(0.001)  # others come to wait meanwhile
+            turns.leave(who, step)
+
+    threads = [
+        threading.Thread(target=run, args=(who, step)) for who, (many, step) in queries.items() for _ in range(many)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return got
+
+
+def test_callers_get_equal_time_whatever_they_run() -> None:
+    """One has eight queries of long steps, one three of short steps."""
+    got = shares(Turns(1), {"bulk": (8, 0.05), "short": (3, 0.01)}, 5.0)
+    assert got["short"] > 0.8 * got["bulk"]
+    assert got["bulk"] > 0.8 * got["short"]
+
+
+def test_a_newcomer_has_no_claim_to_the_past() -> None:
+    turns, order = Turns(2), list[str]()
+    turns.enter("a long step")  # somebody is always there
+    for _ in range(100):
+        turns.enter("old")
+        turns.leave("old", 1.0)
+    turns.enter("new")
+    turns.leave("new", 1.0)
+    turns.enter("another")
+
+    def wait(who: str) -> None:
+        turns.enter(who)
+        order.append(who)
+        turns.leave(who, 1.0)
+
+    threads = [threading.Thread(target=wait, args=(who,)) for who in ("new", "new", "new", "old", "old")]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        wait_until(lambda number=number: len(turns._waiting) == number, "it waits")  # type: ignore[misc]
+    turns.leave("another", 1.0)
+    for thread in threads:
+        thread.join(5)
+    assert order == ["new", "old", "new", "old", "new"]  # and not the newcomer a hundred times
+
+
+def test_callers_of_the_past_are_forgotten() -> None:
+    """When nobody is left, and while somebody always is there."""
+    turns = Turns(2)
+    for _ in range(2):
+        turns.enter(-1)
+        for number in range(3 * turns_module.MANY):
+            turns.leave(number - 1, 1.0)
+            turns.enter(number)
+            turns.enter("another")
+            turns.leave("another", 0.1)
+            assert len(turns._flows) <= turns_module.MANY + 2
+        turns.leave(number, 1.0)
+        assert not turns._flows
+        assert turns._free == 2
+
+
+class Counting(Turns):
+    """Counts steps, and how many compute at once."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self.steps, self.most = 0, 0
+
+    def enter(self, who: Hashable) -> None:
+        super().enter(who)
+        self.steps += 1
+        self.most = max(self.most, self.slots - self._free)
+
+
+def test_as_many_steps_at_a_time_as_there_are_slots(model: Ready, dealer: Served) -> None:
+    turns = Counting(1)
+    with serving(model, dealer.address, turns=turns) as server:
+
+        def ask() -> None:
+            with dial(server, dealer) as session:
+                session.embed([TEXT] * 3)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert turns.most == 1
+        assert turns.steps == 9 * (model.program.cost.rounds + 1)
+        wait_until(lambda: turns._free == 1, "all turns have ended")
+        assert not turns._waiting
+
+
+@pytest.mark.parametrize("how", ["cancels", "ends", "is silent"])
+def test_who_is_gone_is_not_computed_for(how: str, model: Ready, dealer: Served) -> None:
+    """No further step of its query runs, nobody waits for its turn, and its memory is free."""
+    turns = Counting(1)
+    deadline = 1.0 if how == "is silent" else 20.0
+    with serving(model, dealer.address, turns=turns, deadline=deadline) as server:
+        service: InferenceService = server.service
+        with Raw(server, dealer, model) as raw:
+            raw.start()
+            raw.hear()  # the server's part of the first round
+            steps = turns.steps
+            assert service.memory.used == model.program.cost.dealt
+            assert turns._free == 1  # nobody keeps a turn while it waits for a client
+            if how == "cancels":
+                raw.call.cancel()
+            elif how == "ends":
+                raw.outbox.put(None)
+            wait_until(lambda: session_count(server) == 0, "the session is freed")
+        assert turns.steps == steps < model.program.cost.rounds
+        assert service.memory.used == 0
+        assert (turns._free, turns._waiting) == (1, [])
+        works(server, dealer)
+
+
+def test_who_leaves_while_it_waits_for_a_turn_is_not_computed_for(model: Ready, dealer: Served) -> None:
+    turns = Counting(1)
+    with serving(model, dealer.address, turns=turns) as server:
+        with Raw(server, dealer, model) as raw:
+            turns.enter("somebody")
+            raw.start()
+            wait_until(lambda: bool(turns._waiting), "it waits")
+            raw.call.cancel()
+            time.sleep(0.2)
+            turns.leave("somebody", 0.1)
+            wait_until(lambda: session_count(server) == 0, "the session is freed")
+        assert turns.steps <= 2
+        works(server, dealer)
+
+
+def test_who_leaves_while_it_waits_for_memory(one: Served, dealer: Served, model: Ready) -> None:
+    service: InferenceService = one.service
+    with Raw(one, dealer, model) as holder, Raw(one, dealer, model) as raw:
+        holder.greet()
+        holder.prepare(0)
+        raw.greet()
+        raw.say(prepare=pb.Prepare(query=0))
+        raw.call.cancel()
+        wait_until(lambda: session_count(one) == 1, "the session is freed")
+        assert service.memory.used == model.program.cost.dealt
+        assert not service.memory._waiting
+        assert not service.memory._came
 
 
 # draining

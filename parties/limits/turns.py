@@ -34,7 +34,8 @@ class Turns:
 
     Every caller has a virtual time that grows by the seconds for which its steps held slots. A step starts at its
     caller's time, or at that of the step that was let in last if this is later; the waiting step that starts earliest
-    is next. So callers who always have work get equal time, however many queries each of them runs. Who comes anew, or
+    is next. So callers who always have steps waiting get equal time, however many queries each of them runs; a single
+    query, which has one step at a time, waits for one step of somebody else before each. Who comes anew, or
     comes back, goes before those who have had much, but has no claim to the time before. slots: the cores by default.
 
     A step must not wait for anybody while it holds a slot.
@@ -75,7 +76,9 @@ class Turns:
             flow.inside -= 1
             self._free += 1
             self._admit()
-            if len(self._flows) > MANY:
+            if self._free == self.slots:  # nobody has had to wait: all are equal again
+                self._flows.clear()
+            elif len(self._flows) > MANY:
                 kept = {w: f for w, f in self._flows.items() if f.inside or f.finish > self._now}
                 self._flows = kept  # who has no more than a newcomer has is one
 

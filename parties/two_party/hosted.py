@@ -27,7 +27,7 @@ from parties.two_party.dealer import LARGEST, DealerService
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
-from parties.two_party.server import MAXIMUM_SESSIONS, InferenceService
+from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
 from proto.unseen_pb2_grpc import (
     add_DealerServicer_to_server,
     add_InferenceServicer_to_server,
@@ -156,6 +156,7 @@ class TwoPartyHosted:
             {**published.permissions, **service.permissions},
             service.close,
             about,
+            STREAMS,
             program=models[0].program.digest,
             knows={model.program.digest for model in models}.__contains__,
             drain=service.drain,
