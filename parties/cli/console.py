@@ -96,6 +96,7 @@ class Late:
         """It has ended, and nothing more is said."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer.join()  # no thread of it is left, so that this process may fork
         self._line, self._timer = "", None
 
 
