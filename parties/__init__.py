@@ -8,6 +8,7 @@ limits/      places, quotas and tokens of callers
 services/    services that start, guard their methods and end
 served/      the public description and files of a service
 traces/      timelines of queries, as files
+store/       one-time entries that are kept ready
 two_party/   client, server and dealer
 three_party/ three servers that share a model
 ckks/        a server that computes on ciphertexts

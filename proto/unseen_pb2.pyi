@@ -130,14 +130,16 @@ class RegisterRequest(_message.Message):
     def __init__(self, program: _Optional[bytes] = ..., sealed: _Optional[bytes] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("program_digest", "weights_digest", "proof")
+    __slots__ = ("program_digest", "weights_digest", "proof", "store")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     weights_digest: str
     proof: bytes
-    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    store: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., proof: _Optional[bytes] = ..., store: _Optional[bytes] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("program_digest", "weights_digest", "nonce", "proof")
@@ -207,6 +209,60 @@ class DealRequest(_message.Message):
     proof: bytes
     def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
+class StockRequest(_message.Message):
+    __slots__ = ("program_digest", "weights_digest", "sealed", "proof")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    weights_digest: str
+    sealed: bytes
+    proof: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class StockStart(_message.Message):
+    __slots__ = ("entry", "proof")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    entry: bytes
+    proof: bytes
+    def __init__(self, entry: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class StockDone(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StockPart(_message.Message):
+    __slots__ = ("start", "data", "done")
+    START_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    start: StockStart
+    data: bytes
+    done: StockDone
+    def __init__(self, start: _Optional[_Union[StockStart, _Mapping]] = ..., data: _Optional[bytes] = ..., done: _Optional[_Union[StockDone, _Mapping]] = ...) -> None: ...
+
+class AssignRequest(_message.Message):
+    __slots__ = ("session", "query", "entry", "proof", "entry_proof")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_PROOF_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    query: int
+    entry: bytes
+    proof: bytes
+    entry_proof: bytes
+    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., entry: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., entry_proof: _Optional[bytes] = ...) -> None: ...
+
+class AssignReply(_message.Message):
+    __slots__ = ("sealed",)
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    sealed: bytes
+    def __init__(self, sealed: _Optional[bytes] = ...) -> None: ...
+
 class CloseRequest(_message.Message):
     __slots__ = ("session", "proof")
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -268,8 +324,20 @@ class ClientMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., query: _Optional[_Union[Query, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("stored",)
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    stored: bool
+    def __init__(self, stored: _Optional[bool] = ...) -> None: ...
+
+class Assigned(_message.Message):
+    __slots__ = ("query", "entry", "sealed")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    query: int
+    entry: bytes
+    sealed: bytes
+    def __init__(self, query: _Optional[int] = ..., entry: _Optional[bytes] = ..., sealed: _Optional[bytes] = ...) -> None: ...
 
 class Prepared(_message.Message):
     __slots__ = ("query", "bytes", "seconds")
@@ -300,18 +368,20 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., after: _Optional[float] = ..., goes_on: _Optional[bool] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("welcome", "prepared", "frame", "finished", "failure")
+    __slots__ = ("welcome", "prepared", "frame", "finished", "failure", "assigned")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     prepared: Prepared
     frame: Frame
     finished: Finished
     failure: Failure
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    assigned: Assigned
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., assigned: _Optional[_Union[Assigned, _Mapping]] = ...) -> None: ...
 
 class KeysRequest(_message.Message):
     __slots__ = ("digest",)
@@ -468,8 +538,12 @@ class AgreeAnswer(_message.Message):
     def __init__(self, public: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class AgreeDone(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("store", "proof")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    store: bytes
+    proof: bytes
+    def __init__(self, store: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class AgreeMessage(_message.Message):
     __slots__ = ("hello", "answer", "confirm", "done")

@@ -263,6 +263,16 @@ class DealerStub:
                 request_serializer=proto_dot_unseen__pb2.DealRequest.SerializeToString,
                 response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Stock = channel.unary_stream(
+                '/unseen.v3.Dealer/Stock',
+                request_serializer=proto_dot_unseen__pb2.StockRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.StockPart.FromString,
+                _registered_method=True)
+        self.Assign = channel.unary_unary(
+                '/unseen.v3.Dealer/Assign',
+                request_serializer=proto_dot_unseen__pb2.AssignRequest.SerializeToString,
+                response_deserializer=proto_dot_unseen__pb2.AssignReply.FromString,
+                _registered_method=True)
         self.Close = channel.unary_unary(
                 '/unseen.v3.Dealer/Close',
                 request_serializer=proto_dot_unseen__pb2.CloseRequest.SerializeToString,
@@ -318,6 +328,21 @@ class DealerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stock(self, request, context):
+        """Server: get the corrections of one query of whichever client comes, before it comes. The dealer draws the client's
+        key, and keeps it under the entry's id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Assign(self, request, context):
+        """Server: give such an entry to a query of a session. Each entry, and each query number, is given once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Close(self, request, context):
         """Server: end a session; the dealer erases what it knows of it.
         """
@@ -357,6 +382,16 @@ def add_DealerServicer_to_server(servicer, server):
                     servicer.Deal,
                     request_deserializer=proto_dot_unseen__pb2.DealRequest.FromString,
                     response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
+            ),
+            'Stock': grpc.unary_stream_rpc_method_handler(
+                    servicer.Stock,
+                    request_deserializer=proto_dot_unseen__pb2.StockRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.StockPart.SerializeToString,
+            ),
+            'Assign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Assign,
+                    request_deserializer=proto_dot_unseen__pb2.AssignRequest.FromString,
+                    response_serializer=proto_dot_unseen__pb2.AssignReply.SerializeToString,
             ),
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
@@ -528,6 +563,60 @@ class Dealer:
             '/unseen.v3.Dealer/Deal',
             proto_dot_unseen__pb2.DealRequest.SerializeToString,
             proto_dot_unseen__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unseen.v3.Dealer/Stock',
+            proto_dot_unseen__pb2.StockRequest.SerializeToString,
+            proto_dot_unseen__pb2.StockPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Assign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unseen.v3.Dealer/Assign',
+            proto_dot_unseen__pb2.AssignRequest.SerializeToString,
+            proto_dot_unseen__pb2.AssignReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -348,10 +348,25 @@ def correction_places(circuit: Circuit) -> dict[int, slice]:
     return places
 
 
-def split_corrections(circuit: Circuit, payload: bytes | bytearray) -> dict[int, memoryview]:
+def split_corrections(circuit: Circuit, payload: bytes | bytearray | memoryview) -> dict[int, memoryview]:
     """Cut the joined bytes of ``deal`` by instruction, without copying them."""
     view = memoryview(payload)
     return {index: view[place] for index, place in correction_places(circuit).items()}
+
+
+class ReadWhenUsed:
+    """Corrections that lie elsewhere, such as on a disk: each is read when its instruction takes it.
+
+    read: returns the bytes [start, stop) of the joined bytes of ``deal``. Instructions take theirs roughly in the
+    circuit's order. The memory that it needs is that of the instructions which run at a time.
+    """
+
+    def __init__(self, circuit: Circuit, read: Callable[[int, int], bytes | memoryview]) -> None:
+        self._places, self._read = correction_places(circuit), read
+
+    def pop(self, index: int, default: bytes) -> bytes | memoryview:
+        place = self._places.pop(index, None)  # once
+        return default if place is None else self._read(place.start, place.stop)
 
 
 def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]) -> list[Any]:

@@ -38,6 +38,7 @@ __all__ = [
     "QuotaError",
     "RangeLost",
     "ShareError",
+    "StoreError",
     "TlsError",
     "TokenError",
     "UnsupportedOperation",
@@ -207,6 +208,12 @@ class CompiledError(Error):
     """A directory of a compiled model is damaged, mixed up, or of another version."""
 
     code = "compiled"
+
+
+class StoreError(Error):
+    """An entry of a store is damaged or not what was put there, or the store cannot be read or written."""
+
+    code = "store"
 
 
 class ShareError(Error):

@@ -22,12 +22,17 @@ import secure
 from parties.limits.tokens import Token, new_holder, read_holder
 from parties.net.frames import FrameReader
 from parties.served.files import pack_masked, unpack_masked, unpack_tables
+from parties.store.entries import label_of
+from parties.store.keys import StoreKey
+from parties.store.sealed import open_sealed, seal
 from parties.three_party.shared_model import MANIFEST, load_share
 from parties.tls.authority import Authority
 from parties.tls.certificates import read_certificates, read_revoked
 from parties.tls.naming import Naming
+from parties.two_party.keys import open_client_key, seal_client_key
 from proto import unseen_pb2 as pb
 from protocols.ckks.canonical import InvalidCiphertext
+from protocols.prg import Key
 from protocols.protocol import Exchange
 from protocols.steps import unpack_frame
 from protocols.three_party import dpf
@@ -36,7 +41,7 @@ from protocols.wire import FrameError, Wire
 from secure.capture.graph import Graph
 from secure.ckks.program import CkksProgram
 from secure.deployments.three_party import ThreeParty
-from secure.errors import Error, InvalidProgram
+from secure.errors import Error, InvalidProgram, ProtocolError, StoreError
 from secure.lowering.client_inputs import tables_label
 from secure.models.tokenizer_document import read_tokenizer
 from secure.mpc.budget import Budget
@@ -126,7 +131,29 @@ _MESSAGES: dict[str, Any] = {
     "server-message": pb.ServerMessage(failure=pb.Failure(code="query", message="no")),
     "description": pb.Description(version=2, role="server", files=[pb.File(name="a", size=3)]),
     "register": pb.RegisterRequest(program=b"{}", sealed=bytes(48)),
+    "stock": pb.StockRequest(program_digest="d", weights_digest="w", sealed=bytes(48), proof=bytes(32)),
+    "stock-part": pb.StockPart(start=pb.StockStart(entry=bytes(16), proof=bytes(32))),
+    "assign": pb.AssignRequest(session=bytes(16), query=3, entry=bytes(16), proof=bytes(32), entry_proof=bytes(32)),
+    "assigned": pb.Assigned(query=3, entry=bytes(16), sealed=bytes(32)),
 }
+
+
+_STORE_KEY, _LABEL = StoreKey(bytes(range(32))), label_of("fuzz")
+
+
+@target(
+    "store-entry",
+    lambda: [b"".join(map(bytes, seal(_STORE_KEY, _LABEL, bytes(16), b"h", 9, [b"123456789"])))],
+    StoreError,
+)
+def _(data: bytes) -> None:
+    taken = open_sealed(_STORE_KEY, _LABEL, bytes(16), len(data), lambda start, size: data[start : start + size])
+    assert (taken.head, bytes(taken.read(0, taken.size))) == (b"h", b"123456789")
+
+
+@target("sealed-client-key", lambda: [seal_client_key(Key(bytes(16)), Key(b"k" * 16), "s", 1)], ProtocolError)
+def _(data: bytes) -> None:
+    assert open_client_key(Key(bytes(16)), data, "s", 1).value == b"k" * 16
 
 
 def _message(kind: str, made: Any) -> None:

@@ -466,7 +466,7 @@ def test_a_shape_needs_no_weights(deployment: str, shape: str, run: Run, quick: 
 
 
 def test_the_tables_and_the_assumptions(shape: str, run: Run, quick: None) -> None:
-    ended = run("plan", shape, "--length", "8", *GIVEN, "--store", "2", "--prices", "core-hour=0.04,gb-out=0.1")
+    ended = run("plan", shape, "--length", "8", *GIVEN, "--store-hours", "2", "--prices", "core-hour=0.04,gb-out=0.1")
     assert ended.code == 0, ended.err
     said = " ".join(ended.out.split())
     for words in ("5,000 queries a day of 10 clients", "server", "dealer", "assumptions:", "1,000 texts", "the store"):

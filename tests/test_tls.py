@@ -309,16 +309,23 @@ def test_who_calls(root: Signer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("role", "method"), [
-    *((CLIENT, m) for m in ("Register", "Join", "Deal")),
+    *((CLIENT, m) for m in ("Register", "Join", "Deal", "Stock", "Assign")),
     *((SERVER, m) for m in ("Open",)),
-    *((r, m) for r in ("party 0", DEALER) for m in ("Open", "Register", "Join", "Deal")),
+    *((r, m) for r in ("party 0", DEALER) for m in ("Open", "Register", "Join", "Deal", "Stock", "Assign")),
 ])  # fmt: skip
 def test_a_role_that_may_not_call_a_method(
     role: str, method: str, root: Signer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The call is refused before its request is read, so one of any size costs the service nothing."""
     allowed = {"Open": CLIENT}.get(method, SERVER)
-    request = {"Open": pb.OpenRequest, "Register": pb.RegisterRequest, "Join": pb.JoinRequest, "Deal": pb.DealRequest}
+    request = {
+        "Open": pb.OpenRequest,
+        "Register": pb.RegisterRequest,
+        "Join": pb.JoinRequest,
+        "Deal": pb.DealRequest,
+        "Stock": pb.StockRequest,
+        "Assign": pb.AssignRequest,
+    }
     parsed: list[bytes] = []
 
     class Deaf(DealerServicer):

@@ -13,6 +13,7 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
 from parties.services.hosting import Service
+from parties.store.entries import Store
 from parties.three_party.hosted import parts_of
 from parties.three_party.party import PartyService
 from parties.three_party.party_0 import Party0Service
@@ -108,8 +109,11 @@ def running(
     ahead: int = 0,
     deadline: float = 20.0,
     shares: Mapping[int, Path] = NONE,
+    stores: Mapping[int, Callable[[], Store]] = NONE,
+    most: int = 0,
 ) -> Iterator[Three]:
-    """``kinds``: parties that misbehave; ``shares``: parties that hold another directory."""
+    """``kinds``: parties that misbehave; ``shares``: parties that hold another directory; ``stores``: those that open
+    one at each start, party 0 of ``most`` bytes."""
     loaded = [load_share(shares.get(party, where / f"party-{party}")) for party in range(3)]
     with ExitStack() as stack:
 
@@ -122,8 +126,13 @@ def running(
         kind_0: Any = kinds.get(0, Party0Service)
         kind_1: Any = kinds.get(1, Party1Service)
         kind_2: Any = kinds.get(2, Party2Service)
-        two = serve(lambda: kind_2(loaded[2], deadline=deadline))
-        zero = serve(lambda: kind_0(loaded[0], two.peer(), ahead=ahead, deadline=deadline))
+
+        def store(number: int) -> dict[str, Any]:
+            return {"store": stores[number]()} if number in stores else {}
+
+        size = {"most": most} if most else {}
+        two = serve(lambda: kind_2(loaded[2], deadline=deadline, **store(2)))
+        zero = serve(lambda: kind_0(loaded[0], two.peer(), ahead=ahead, deadline=deadline, **store(0), **size))
         one = serve(lambda: kind_1(loaded[1], zero.peer(), two.peer(), deadline=deadline))
         parties = Three([zero, one, two])
         parties.meet()

@@ -18,6 +18,7 @@ from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from parties.cluster.joined import import_ray
 from parties.deployments import hosted
+from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
 from secure.errors import InvalidInput
@@ -164,6 +165,22 @@ SameOwnerOption = Annotated[
         "--same-owner", help="Allow peers that this user runs on this machine, which protects nothing: to try it out."
     ),
 ]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", metavar="DIRECTORY", help="Where correlations are kept ready, encrypted."),
+]
+StoreBytesOption = Annotated[
+    float | None,
+    typer.Option("--store-bytes", metavar="GB", help=f"The most that the store takes; {STORE_GB:g} by default."),
+]
+StoreKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store-key-file",
+        metavar="FILE",
+        help="The store's key, 64 hexadecimal digits (openssl rand -hex 32); by default UNSEEN_STORE_KEY holds it.",
+    ),
+]
 RayOption = Annotated[
     str | None,
     typer.Option(
@@ -216,6 +233,9 @@ _HOSTED_BY = {
     "rotate_mask": "rotate_mask",
     "memory": "memory",
     "workers": "workers",
+    "store": "store",
+    "store_bytes": "store_gb",
+    "store_key_file": "store_key",
 }
 """The same for HostOptions."""
 

@@ -25,6 +25,9 @@ from parties.cli.options import (
     ModelArgument,
     NetworkOption,
     SameOwnerOption,
+    StoreBytesOption,
+    StoreKeyOption,
+    StoreOption,
     ThreadsOption,
     TlsOption,
     TokensOption,
@@ -109,6 +112,9 @@ def party(
             help="Party 0: queries whose corrections are kept ready in memory; 1 by default.",
         ),
     ] = None,
+    store: StoreOption = None,
+    store_bytes: StoreBytesOption = None,
+    store_key_file: StoreKeyOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
     drain: DrainOption = DRAIN,
@@ -123,7 +129,8 @@ def party(
     """Be one of three parties that compute on shares; must not collude with another. Start party 2 first."""
     deployment, role = ThreeParty(), PARTIES[number]
     listen, peers = addresses_of(number, listen, party_0, party_2)
-    given = host_options(deployment, role, ahead=ahead, deadline=deadline)
+    kept = {"store": store, "store_bytes": store_bytes, "store_key_file": store_key_file}
+    given = host_options(deployment, role, ahead=ahead, deadline=deadline, **kept)
     get_ready(threads)
     at = Endpoint.parse(listen, what="--listen")
     network = hosting_network(role, tls, insecure, verbose)

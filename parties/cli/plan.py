@@ -70,8 +70,9 @@ def plan(
         float | None,
         typer.Option(metavar="SECONDS", help="The most that an answer may take on average at the busiest time."),
     ] = None,
-    store: Annotated[
-        float, typer.Option(metavar="HOURS", help="Hours of the busiest time whose correlations are made ahead.")
+    store_hours: Annotated[
+        float,
+        typer.Option(metavar="HOURS", help="Hours of the busiest time whose correlations are made ahead."),
     ] = Workload.store_hours,
     cores_per_machine: Annotated[int, typer.Option(min=1, help="Cores of a machine.")] = Workload.cores_per_machine,
     prices: Annotated[
@@ -96,7 +97,7 @@ def plan(
         queries_per_day,
         texts_per_query or batch or 1,
         peak=peak,
-        store_hours=store,
+        store_hours=store_hours,
         utilisation=utilisation,
         cores_per_machine=cores_per_machine,
         latency=latency,

@@ -36,6 +36,9 @@ from parties.cli.options import (
     RayOption,
     RayWorkersOption,
     SameOwnerOption,
+    StoreBytesOption,
+    StoreKeyOption,
+    StoreOption,
     ThreadsOption,
     TlsOption,
     TokensOption,
@@ -61,6 +64,7 @@ from parties.services import hosting
 from parties.services.draining import DRAIN
 from parties.services.hosting import Service
 from parties.services.workers import apart
+from parties.store.keys import read_store_key
 from parties.tls.choice import network_of
 from parties.tls.tls import Tls
 from parties.traces.trace_file import TraceDirectory
@@ -103,6 +107,9 @@ def serve(
         float | None, typer.Option(min=0, help="Seconds to wait for the dealer to start; 0 by default.")
     ] = None,
     memory: MemoryOption = None,
+    store: StoreOption = None,
+    store_bytes: StoreBytesOption = None,
+    store_key_file: StoreKeyOption = None,
     trace: TraceOption = None,
     deadline: DeadlineOption = None,
     threads: ThreadsOption = 1,
@@ -151,6 +158,9 @@ def serve(
         deadline=deadline,
         rotate_mask=rotate_mask,
         memory=None if memory is None else memory * GB,
+        store=store,
+        store_bytes=store_bytes,
+        store_key_file=store_key_file,
     )
     hosted = deployments.hosted(deployment)
     together = workers is not None and role in hosted.forked
@@ -187,6 +197,8 @@ def serve(
         TraceDirectory(trace)
     if tokens is not None:
         Tokens(tokens)  # likewise
+    if store is not None:
+        read_store_key(store_key_file)  # likewise
     held = list[Compiled]()
     for each in models:
         if each in kept:
@@ -258,6 +270,8 @@ def tell_address(verb: str, address: str, about: Sequence[str], *, announced: bo
 def dealer(
     listen: ListenOption = "127.0.0.1:50052",
     state: Annotated[Path | None, typer.Option(help="Where the dealer's key is kept, and its dealer.pub.")] = None,
+    store: StoreOption = None,
+    store_key_file: StoreKeyOption = None,
     threads: ThreadsOption = 1,
     budget_memory: BudgetMemoryOption = None,
     budget_seconds: BudgetSecondsOption = None,
@@ -276,7 +290,8 @@ def dealer(
     along_with_ray(ray, ray_workers, insecure=ray_insecure)
     get_ready(threads)
     network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
-    given = host_options(TwoParty(), DEALER, state=state) | {"budget": budget_of(budget_memory, budget_seconds)}
+    kept = host_options(TwoParty(), DEALER, state=state, store=store, store_key_file=store_key_file)
+    given = kept | {"budget": budget_of(budget_memory, budget_seconds)}
     if ray is not None:
         network.check(at, what="the dealer")  # a mistake in it shows before a cluster starts
         with stages("dealer") as told:

@@ -41,6 +41,7 @@ log = logging.getLogger("unseen.hosting")
 
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
+STORE_GB, MAXIMUM_STORE = 10.0, 100_000  # GB that a store takes by default, and at most
 MAXIMUM_STREAMS = 32  # sessions and calls that are served at a time; each takes a thread
 
 
@@ -55,7 +56,10 @@ class HostOptions:
     kept ready, MAXIMUM_AHEAD at most. rotate_mask: days after which the mask of the weights is renewed at a start, by
     its file's age. memory: bytes of queries that are prepared for clients; None: half of what the machine has to spare.
     budget: the most that one Program from somebody else may take. dealing: where a dealer's corrections are computed;
-    closed with the service. told: hears of progress while the role starts. Raises InvalidInput for values out of range.
+    closed with the service. store: a directory in which correlations are kept ready, encrypted; None: nothing of them
+    is kept on a disk. store_gb: the most that it takes, in GB (10^9 bytes); STORE_GB by default. store_key: the file of
+    its key; None: UNSEEN_STORE_KEY holds the key. told: hears of progress while the role starts. Raises InvalidInput
+    for values out of range.
     """
 
     network: Network
@@ -68,6 +72,9 @@ class HostOptions:
     rotate_mask: int = 90
     memory: float | None = None
     budget: Budget = field(default_factory=Budget)
+    store: Path | None = None
+    store_gb: float | None = None
+    store_key: Path | None = None
     told: Told = silent
     dealing: Dealing = field(default_factory=DealingHere)
 
@@ -81,6 +88,17 @@ class HostOptions:
             raise InvalidInput(f"a mask renewed after {self.rotate_mask!r} days", "give 1 or more")
         if self.memory is not None and not 0 < self.memory < math.inf:
             raise InvalidInput(f"{self.memory!r} bytes of memory", "give a positive number")
+        if self.store is None and self.store_gb is not None:
+            raise InvalidInput("--store-bytes means nothing without a store", "give its directory: --store")
+        if self.store is None and self.store_key is not None:
+            raise InvalidInput("--store-key-file means nothing without a store", "give its directory: --store")
+        if self.store_gb is not None and not 0 < self.store_gb <= MAXIMUM_STORE:
+            raise InvalidInput(f"a store of {self.store_gb!r} GB", f"more than 0, {MAXIMUM_STORE} at most")
+
+    @property
+    def store_size(self) -> int:
+        """The most bytes that the store takes."""
+        return int((STORE_GB if self.store_gb is None else self.store_gb) * 1e9)
 
 
 def _is_count(value: object, least: int, most: float) -> bool:

@@ -6,7 +6,7 @@ whenever that call has ended. Four messages cross, in both directions; X and Y a
     caller    version, model, its number, X, and a proof under the owner's seed of this pair, over X
     callee    Y, and a proof under the agreed key
     caller    a proof under the agreed key
-    callee    a word that the key is in use
+    callee    a word that the key is in use, and the name of its store, if it has one, with a proof
 
     transcript = SHA-256(X, Y, both numbers, model)
     key = HKDF-SHA-256(X25519(X, Y), the owner's seed; transcript)
@@ -82,10 +82,13 @@ class _Exchange:
 
 
 class KeyOfCaller:
-    """The keys that parties which call this one have agreed on with it. callers: the numbers of those parties."""
+    """The keys that parties which call this one have agreed on with it. callers: the numbers of those parties.
 
-    def __init__(self, share: PartyShare, callers: tuple[int, ...], log: logging.Logger) -> None:
-        self._share, self._callers, self._log = share, callers, log
+    store: the name of the store in which this party keeps what belongs to their entries, or nothing.
+    """
+
+    def __init__(self, share: PartyShare, callers: tuple[int, ...], log: logging.Logger, store: bytes = b"") -> None:
+        self._share, self._callers, self._log, self._store = share, callers, log, store
         self._agreed: dict[int, PairKey] = {}
         self._lock = threading.Lock()
 
@@ -134,7 +137,8 @@ class KeyOfCaller:
             self._agreed[number] = key
         self._log.info("agreed on a key with %s", PARTIES[number])
         try:
-            yield pb.AgreeMessage(done=pb.AgreeDone())
+            proof = key.proof("store", self._store) if self._store else b""
+            yield pb.AgreeMessage(done=pb.AgreeDone(store=self._store, proof=proof))
             with suppress(Exception):  # gRPC raises bare Exception subclasses when the stream breaks
                 next(requests, None)
         finally:
@@ -164,8 +168,8 @@ class KeyOfCaller:
 class KeyOfCallee:
     """The key with a party that this one calls. It is agreed on at first need, and again after the call has ended.
 
-    number: that party's. deadline: seconds that an exchange may last. lost: called when the key has ended; it must not
-    block.
+    number: that party's. deadline: seconds that an exchange may last. lost: called when the key has ended; met: called
+    with the name of that party's store, or nothing, when there is a new one. Neither may block.
     """
 
     def __init__(
@@ -176,9 +180,10 @@ class KeyOfCallee:
         deadline: float,
         log: logging.Logger,
         lost: Callable[[], object] = lambda: None,
+        met: Callable[[bytes], object] = lambda store: None,
     ) -> None:
         self._share, self._number, self._peer, self._deadline = share, number, peer, deadline
-        self._log, self._lost = log, lost
+        self._log, self._lost, self._met = log, lost, met
         self._lock = threading.Lock()  # held during an exchange, so never taken where gRPC's messages are delivered
         self._agreed: tuple[Any, PairKey] | None = None
         self._closed = False
@@ -227,7 +232,9 @@ class KeyOfCallee:
                 if not key.shows(answer.proof, "callee", transcript):
                     raise other_seed(str(self._peer), key.pair)
                 outbox.put(pb.AgreeMessage(confirm=key.proof("caller", transcript)))
-                self._content(call, "done")
+                done = self._content(call, "done").done
+                if done.store and not key.shows(done.proof, "store", done.store):
+                    raise ProtocolError(f"{self._peer} did not name its store")
         except BaseException as error:
             call.cancel()
             outbox.put(None)
@@ -241,6 +248,7 @@ class KeyOfCallee:
         if not call.add_callback(ended):
             ended()
         self._log.info("agreed on a key with %s", self._peer)
+        self._met(done.store)
         return call, key
 
     def _hello(self, exchange: _Exchange) -> pb.AgreeHello:

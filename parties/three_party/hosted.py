@@ -14,6 +14,9 @@ from parties.net.peer import Peer
 from parties.served.described import ConnectOptions
 from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
+from parties.store.database import DatabaseStore
+from parties.store.files import FileStore
+from parties.store.keys import read_store_key
 from parties.three_party.client import ThreePartyLink
 from parties.three_party.party import STREAMS, PartyService
 from parties.three_party.party_0 import Party0Service
@@ -26,15 +29,17 @@ from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
 from secure.session.link import Link
 
+SEEDS_FILE = "seeds.sqlite"  # in the directory of party 2's store
+
 
 class ThreePartyHosted:
     """The three services of ``ThreeParty``, and its link. held: a party's directory, made by ``share_model``."""
 
     deployment: type[Deployment] = ThreeParty
     takes: Mapping[str, frozenset[str]] = {
-        PARTIES[0]: frozenset({"deadline", "ahead"}),
+        PARTIES[0]: frozenset({"deadline", "ahead", "store", "store_gb", "store_key"}),
         PARTIES[1]: frozenset({"deadline"}),
-        PARTIES[2]: frozenset({"deadline"}),
+        PARTIES[2]: frozenset({"deadline", "store", "store_key"}),
     }
     forked: frozenset[str] = frozenset()
 
@@ -102,11 +107,16 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
         for number, role in enumerate(PARTIES)
         if role in peers
     ]
+    deadline, directory = options.deadline, options.store
     if share.party == 0:
-        return Party0Service(share, *called, ahead=options.ahead, deadline=options.deadline)
+        store = FileStore(directory, read_store_key(options.store_key)) if directory else None
+        return Party0Service(
+            share, *called, ahead=options.ahead, deadline=deadline, store=store, most=options.store_size
+        )
     if share.party == 1:
-        return Party1Service(share, *called, deadline=options.deadline)
-    return Party2Service(share, deadline=options.deadline)
+        return Party1Service(share, *called, deadline=deadline)
+    seeds = DatabaseStore(directory / SEEDS_FILE, read_store_key(options.store_key)) if directory else None
+    return Party2Service(share, deadline=deadline, store=seeds)
 
 
 def _about(share: PartyShare) -> str:

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
@@ -62,9 +63,10 @@ class PartyService(PartyServicer, ABC):
         self._joining = min(deadline, FIRST + patience(sum(self.asked_sizes())))
         self._asked: dict[bytes, Asked] = {}
         self._came = threading.Condition()
-        self._of_callers = KeyOfCaller(share, self.called_by, self.log)
+        self._of_callers = KeyOfCaller(share, self.called_by, self.log, self.store_name())
         self._of_callees = {
-            number: KeyOfCallee(share, number, peer, deadline, self.log, self.lost) for number, peer in peers.items()
+            number: KeyOfCallee(share, number, peer, deadline, self.log, self.lost, partial(self.met, number))
+            for number, peer in peers.items()
         }
         self._pack()
         for each in self._of_callees.values():
@@ -215,6 +217,16 @@ class PartyService(PartyServicer, ABC):
 
     def lost(self) -> None:
         """Note that a key with a party that this one calls has ended. The default does nothing; it must not block."""
+
+    def store_name(self) -> bytes:
+        """Return the name of the store in which this party keeps what belongs to others' entries, or nothing."""
+        return b""
+
+    def met(self, number: int, store: bytes) -> None:
+        """Note that a key with a party that this one calls is new. The default does nothing; it must not block.
+
+        store: the name of that party's store, or nothing.
+        """
 
     def Agree(self, requests: Iterator[pb.AgreeMessage], context: grpc.ServicerContext) -> Iterator[pb.AgreeMessage]:
         watch = Watchdog(min(FIRST, self.deadline), context.cancel)

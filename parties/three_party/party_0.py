@@ -5,10 +5,12 @@ The handler of party 1's stream drives the rounds itself; the client's call wait
 
 from __future__ import annotations
 
+import logging
+import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import grpc
 from torch import Tensor
@@ -19,35 +21,91 @@ from parties.net.calls import failed, failure, unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.store.entries import Store, label_of
+from parties.store.filler import Filler, Shelf
+from parties.store.sealed import sealed_size
 from parties.three_party.asked import Asked, Progress
-from parties.three_party.pair_keys import PairKey
+from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.party_2 import query_key, sketch_key, supply_seal
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
-from parties.three_party.supply import Arriving, Stock, silent
+from parties.three_party.supply import NUMBER_BYTES, Arriving, Kept, Stock, checked, silent
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
 from protocols.circuit import Correlations
+from protocols.prg import SEED_BYTES
 from protocols.three_party.endpoints import Coins
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import Error, PeerLost, ProtocolError
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, StoreError
 
 _, PEER, PARTY_2 = PARTIES
 
 
 class Party0Service(PartyService):
-    """The service of party 0. ahead: the number of queries whose corrections are kept ready."""
+    """The service of party 0. ahead: the number of queries whose corrections are kept ready in memory.
+
+    store: where more of them are kept, and used first, or None; is closed with the service. most: the bytes that they
+    take there. Their other halves, party 1's seeds, lie in party 2's store.
+    """
 
     permissions = permit("Party", Ask=[CLIENT], Agree=[PEER], Compute=[PEER])
     called_by = (1,)
     joined_by = PEER
 
-    def __init__(self, share: PartyShare, party_2: Peer, *, ahead: int = 1, deadline: float = 60.0) -> None:
+    def __init__(
+        self,
+        share: PartyShare,
+        party_2: Peer,
+        *,
+        ahead: int = 1,
+        deadline: float = 60.0,
+        store: Store | None = None,
+        most: int = 0,
+    ) -> None:
         self._party_2, self._stock = party_2, Stock(self._supply, ahead)
+        self._store, self._label = store, ""
+        self._filler = Filler(store, most, logging.getLogger("unseen.party-0")) if store is not None else None
         super().__init__(share, {2: party_2}, deadline=deadline)
         self._stock.refill()
+
+    def close(self) -> None:
+        if self._filler is not None and self._store is not None:
+            self._filler.close()
+            self._store.close()
+        super().close()
+
+    def met(self, number: int, store: bytes) -> None:
+        """Fill the store with entries whose other halves party 2 keeps; those that another store kept are dropped."""
+        if self._store is None or self._filler is None or number != 2:
+            return
+        own, label = self._store, label_of("supplied", self.share.manifest.model, store)
+        size = self.share.circuit.cost.dealt
+
+        def make() -> None:
+            with self._supplying(fresh := secrets.token_bytes(NUMBER_BYTES)) as (parts, sealing):
+                seed, corrections = checked(parts, sealing)
+                own.put(label, fresh, seed, size, corrections)
+
+        self._label = label
+        self._filler.serve(Shelf("party 2's corrections", label, sealed_size(SEED_BYTES, size), make))
+
+    @contextmanager
+    def _supplying(self, number: bytes) -> Iterator[tuple[Iterator[pb.SupplyPart], Callable[[bytes], Seal]]]:
+        """Yield what party 2 sends for a query's number, and how its tag begins. Raises PeerLost, HandshakeError."""
+        key = self.key(2)
+        request = pb.SupplyRequest(model=self.share.manifest.model, supply=number, proof=key.proof("supply", number))
+        call = PartyStub(self._party_2.channel).Supply(request)
+        watch = Watchdog(self.deadline, call.cancel)
+        try:
+            with self._party_2.calling("dealing"):
+                yield watch.receiving(call), lambda seed: supply_seal(key, number, seed)
+        except Error as error:
+            raise (silent(self.deadline) if watch.fired else error) from None
+        finally:
+            watch.stop()
+            call.cancel()  # does nothing if everything came
 
     def _supply(self) -> Arriving:
         """Ask party 2 for one query's corrections; a thread receives them meanwhile."""
@@ -55,24 +113,10 @@ class Party0Service(PartyService):
 
         def take() -> None:
             try:
-                key = self.key(2)
+                with self._supplying(arriving.number) as (parts, sealing):
+                    arriving.receive(parts, sealing)
             except Error as error:
                 arriving.fail(error)
-                return
-            number = arriving.number
-            request = pb.SupplyRequest(
-                model=self.share.manifest.model, supply=number, proof=key.proof("supply", number)
-            )
-            call = PartyStub(self._party_2.channel).Supply(request)
-            watch = Watchdog(self.deadline, call.cancel)
-            try:
-                with self._party_2.calling("dealing"):
-                    arriving.receive(watch.receiving(call), lambda seed: supply_seal(key, number, seed))
-            except Error as error:
-                arriving.fail(silent(self.deadline) if watch.fired else error)
-            finally:
-                watch.stop()
-                call.cancel()  # does nothing if everything came
 
         threading.Thread(target=take, name="unseen-supply", daemon=True).start()
         return arriving
@@ -125,7 +169,8 @@ class Party0Service(PartyService):
     def Compute(self, requests: Iterator[pb.PeerMessage], context: grpc.ServicerContext) -> Iterator[pb.PeerMessage]:
         run = _Computation(self, requests, context)
         try:
-            yield from run.watch.sending(run.messages(self._greeting.place(context)))
+            with self._filler.paused() if self._filler is not None else nullcontext():
+                yield from run.watch.sending(run.messages(self._greeting.place(context)))
         finally:
             run.close()
             self._stock.refill()
@@ -143,11 +188,27 @@ class Party0Service(PartyService):
         key.require(hello.proof, "compute", hello.session)
         return self.join(hello.session), key
 
-    def take(self, progress: Progress) -> Arriving:
+    def take(self, progress: Progress) -> Arriving | Kept:
         """Take the corrections of one query; ``progress`` hears of waits for party 2."""
-        supply = self._stock.take()
+        supply = self._from_store() or self._stock.take()
         supply.progress = progress
         return supply
+
+    def _from_store(self) -> Kept | None:
+        """Take a query from the store; None if it has none whose other half party 2 keeps.
+
+        It is burnt before party 1 hears its number, and party 2 burns party 1's seed when it gives that out.
+        """
+        if self._store is None or self._filler is None:
+            return None
+        try:
+            self.key(2)  # party 2 is there, and has said which store it has
+            taken = self._store.take(self._label) if self._label else None
+        except (StoreError, PeerLost, HandshakeError) as error:
+            self.log.warning("the store is not used: %s", str(error).replace("\n", "; "))
+            return None
+        self._filler.wake()
+        return None if taken is None else Kept(self.share.circuit.circuit, taken)
 
 
 class _Computation:

@@ -6,9 +6,7 @@ messages these would show everything; the assumption that at most one party is c
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 
 import grpc
@@ -17,6 +15,9 @@ from parties.net.caller import permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
+from parties.store.entries import Store, label_of
+from parties.store.filler import KEPT, MOST_ENTRIES
+from parties.store.memory import MemoryStore
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.shared_model import PartyShare
@@ -28,7 +29,8 @@ from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 
-MAXIMUM_SEEDS = 1024  # seeds of party 1 that wait for it
+MAXIMUM_SEEDS = MOST_ENTRIES + 1024  # seeds of party 1 that wait for it: those of party 0's store, and of its memory
+SEEDS_KEPT = KEPT + 86400.0  # seconds that they wait; party 0 keeps its own halves for less
 
 
 def query_key(seed: bytes, party: int, number: bytes) -> Key:
@@ -51,7 +53,10 @@ def supply_seal(key: PairKey, number: bytes, seed: bytes) -> Seal:
 
 
 class Party2Service(PartyService):
-    """The service of party 2. It draws fresh seeds for every query number, and gives each out once."""
+    """The service of party 2. It draws fresh seeds for every query number, and gives each out once.
+
+    store: where seeds wait, durably burnt before they are given out; None: in memory. Is closed with the service.
+    """
 
     permissions = permit(
         "Party",
@@ -64,11 +69,19 @@ class Party2Service(PartyService):
     called_by = (0, 1)
     joined_by = PARTIES[0]
 
-    def __init__(self, share: PartyShare, *, deadline: float = 60.0) -> None:
+    def __init__(self, share: PartyShare, *, deadline: float = 60.0, store: Store | None = None) -> None:
+        self._store: Store = store or MemoryStore()
+        model = share.manifest.model
+        self._seeds = label_of("seed", model)  # seeds of party 1, until it takes them
+        self._looking = label_of("rows", model)  # both parties' seeds, until rows are looked up
         super().__init__(share, {}, deadline=deadline)
-        self._seeds: OrderedDict[bytes, bytes] = OrderedDict()  # seeds of party 1, until it takes them
-        self._looking: OrderedDict[bytes, bytes] = OrderedDict()  # both parties' seeds, until rows are looked up
-        self._lock = threading.Lock()
+
+    def store_name(self) -> bytes:
+        return self._store.name
+
+    def close(self) -> None:
+        super().close()
+        self._store.close()
 
     def asked_sizes(self) -> list[int]:
         return self.key_sizes()
@@ -96,15 +109,11 @@ class Party2Service(PartyService):
 
     def _supply(self, number: bytes, key: PairKey) -> Iterator[pb.SupplyPart]:
         zero, one = fresh_seed(), fresh_seed()
-        with self._lock:
-            if number in self._seeds:
-                raise QueryError("this query's number was used before", "take a fresh one")
-            self._seeds[number] = one
-            if self.key_sizes():
-                self._looking[number] = zero + one
-            for kept in (self._seeds, self._looking):
-                while len(kept) > MAXIMUM_SEEDS:
-                    kept.popitem(last=False)
+        self._store.sweep(before=time.time() - SEEDS_KEPT)
+        for label, kept in ((self._seeds, one), *([(self._looking, zero + one)] if self.key_sizes() else [])):
+            if self._store.level(label).entries >= MAXIMUM_SEEDS:
+                self._store.take(label)  # the oldest
+            self._store.put(label, number, kept)
         seal = supply_seal(key, number, zero)
         yield pb.SupplyPart(seed=zero)
         start = time.perf_counter()
@@ -123,13 +132,13 @@ class Party2Service(PartyService):
             if request.model != self.share.manifest.model:
                 raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
             key.require(request.proof, "contribute", request.supply, request.session)
-            with self._lock:
-                seeds = self._looking.pop(request.supply, None)  # used once: its zero shares serve one client
+            # used once: its zero shares serve one client
+            seeds = self._store.take(self._looking, number) if len(number := request.supply) == NUMBER_BYTES else None
             asked = self.join(request.session)
             try:
                 if seeds is None:
                     raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
-                zero, one = seeds[:SEED_BYTES], seeds[SEED_BYTES:]
+                zero, one = seeds.head[:SEED_BYTES], seeds.head[SEED_BYTES:]
                 own, rows = query_key(one, 1, request.supply), bytearray()
                 coins = {party: sketch_key(seed, request.supply) for party, seed in enumerate((zero, one))}
                 for name, value in self.looked_up(asked.parts, coins).items():
@@ -149,10 +158,10 @@ class Party2Service(PartyService):
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):
             number, key = self._check(request, 1, "seed")
-            with self._lock:
-                seed = self._seeds.pop(number, None)
-            if seed is None:
+            found = self._store.take(self._seeds, number)
+            if found is None:
                 raise QueryError("no such query was dealt, or its seed was given before", "ask again")
+            seed = found.head
             return pb.SeedReply(seed=seed, tag=key.proof("seed given", number, seed))
 
 

@@ -1,4 +1,5 @@
-"""Corrections at party 0, which party 2 deals: they are used while they still arrive, and a stock is kept of them."""
+"""Corrections at party 0, which party 2 deals: they are used while they still arrive, or were kept ready, in memory
+or in a store."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from parties.net.frames import PART
+from parties.store.entries import Taken
 from parties.three_party.asked import Progress
 from parties.three_party.pair_keys import Seal
 from proto import unseen_pb2 as pb
-from protocols.circuit import Circuit, correction_places
+from protocols.circuit import Circuit, ReadWhenUsed, correction_places
 from protocols.prg import SEED_BYTES
 from secure.deployments.three_party import PARTIES
 from secure.errors import Error, PeerLost, ProtocolError
@@ -132,6 +134,52 @@ class Arriving:
     def finish(self) -> None:
         """Wait for the end, where the tag shows that everything came from party 2 unchanged."""
         self._wait(lambda: self._whole)
+
+
+class Kept:
+    """One query's corrections from a store, in the form of ``Arriving``: all of them are there."""
+
+    waited = dealing = 0.0
+
+    def __init__(self, circuit: Circuit, taken: Taken) -> None:
+        self.number, self.size, self._seed = taken.entry, taken.size, taken.head
+        self._corrections = ReadWhenUsed(circuit, taken.read)
+        self.progress = Progress()
+
+    def seed(self) -> bytes:
+        return self._seed
+
+    def pop(self, index: int, default: bytes) -> bytes | memoryview:
+        return self._corrections.pop(index, default)
+
+    def finish(self) -> None:
+        """Do nothing: the tag over them was checked before they were put into the store."""
+
+
+def checked(parts: Iterable[pb.SupplyPart], sealing: Callable[[bytes], Seal]) -> tuple[bytes, Iterator[bytes]]:
+    """Return party 0's seed, and the corrections as they come; the iterator raises at its end unless the tag is right.
+
+    parts, sealing: those of ``Arriving.receive``. Raises ProtocolError, PartiesDisagree.
+    """
+    coming = iter(parts)
+    seed = next(coming, pb.SupplyPart()).seed
+    if len(seed) != SEED_BYTES:
+        raise ProtocolError("party 2 does not begin with a seed")
+
+    def corrections() -> Iterator[bytes]:
+        seal = sealing(seed)
+        for part in coming:
+            kind, data = part.WhichOneof("content"), part.data
+            if kind == "tag":
+                seal.check(part.tag, "the corrections of party 2")
+                return
+            if kind != "data":
+                raise ProtocolError(f"party 2 sent {kind!r} in the middle of corrections")
+            seal.update(data)
+            yield data
+        raise ProtocolError("party 2 stopped in the middle of corrections")
+
+    return seed, corrections()
 
 
 class Stock:

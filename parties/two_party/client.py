@@ -27,11 +27,11 @@ from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
 from parties.two_party.dealer_peer import DealerPeer
-from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, session_label
+from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceStub
 from protocols.circuit import Correlations, execute, prepare
-from protocols.prg import fresh_seed
+from protocols.prg import Key, fresh_seed
 from protocols.protocol import CLIENT
 from protocols.steps import Framed
 from protocols.weights import ClientWeights
@@ -75,10 +75,15 @@ class _Ready:
 
 @dataclass(frozen=True, repr=False)  # holds masks
 class _Coming:
+    """A query that is being prepared. own: the client's key of it, if the dealer deals it now; key: that which it gets;
+    half: this side's half, once there is a key, and the seconds that it took.
+    """
+
     query: int
-    correlations: Correlations
+    own: Key
+    key: Future[Key]
     start: float
-    own: Future[float]
+    half: Future[tuple[Correlations, float]]
     asked: bool = True  # False: the server was busy, and has done nothing for it
 
 
@@ -89,6 +94,7 @@ class TwoPartyLink(Link):
         self.deployment = deployment.name
         self._deadline, self._next_query, self._ready = options.deadline, 0, list[_Ready]()
         self._coming: _Coming | None = None  # a query that is prepared while another runs
+        self._stored = False  # the server has a store
         self._beside = ThreadPoolExecutor(1, "beside")
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._open = stack
@@ -129,7 +135,7 @@ class TwoPartyLink(Link):
                 session=self._session,
             )
         )
-        self._expect("welcome", "the handshake")
+        self._stored = self._expect("welcome", "the handshake").stored
 
     def _opened(self, program_digest: str) -> tuple[bytes, Ratchet]:
         """Open a session at the dealer, with fresh keys. One that was restarted gets the model from its server soon."""
@@ -152,11 +158,27 @@ class TwoPartyLink(Link):
     def _expect(self, kind: str, what: str) -> Any:
         """Return the content of the server's next message, which must be of one kind.
 
-        Raises PeerLost, ProtocolError, or the error that the server reports.
+        Meanwhile the server may say which correlations a query gets that is being prepared. Raises PeerLost,
+        ProtocolError, or the error that the server reports.
         """
+        while True:
+            message = self._hear(what)
+            found = message.WhichOneof("content")
+            if found == "failure":
+                self._note_busy(message.failure)
+                raise failed(message.failure, "the server")
+            if found == kind:
+                return getattr(message, kind)
+            if found != "assigned" or self._coming is None or self._coming.key.done():
+                raise ProtocolError(f"the server sent {found!r} where {kind!r} was expected ({what})")
+            self._assigned(self._coming, message.assigned)
+
+    def _hear(self, what: str) -> pb.ServerMessage:
+        """Return the server's next message. Raises PeerLost, or the error for a call that was refused."""
         try:
             with self._watch.guard():
-                message = next(self._call)
+                message: pb.ServerMessage = next(self._call)
+                return message
         except (grpc.RpcError, StopIteration) as error:
             if self._watch.fired:
                 reason = f"did not answer within {self._deadline:g} s"
@@ -169,13 +191,6 @@ class TwoPartyLink(Link):
             else:
                 reason = "is gone" if isinstance(error, grpc.RpcError) else "ended the session"
             raise PeerLost(f"{self._server} {reason}; this client waited for {what}", "see the server's log") from None
-        found = message.WhichOneof("content")
-        if found == "failure":
-            self._note_busy(message.failure)
-            raise failed(message.failure, "the server")
-        if found != kind:
-            raise ProtocolError(f"the server sent {found!r} where {kind!r} was expected ({what})")
-        return getattr(message, kind)
 
     def _note_busy(self, failure: pb.Failure) -> None:
         """Note that a busy server has done nothing for the query that is being prepared: it can be asked for again.
@@ -199,7 +214,8 @@ class TwoPartyLink(Link):
         return len(self._ready) + (self._coming is not None and self._coming.asked)
 
     def prepare(self) -> None:
-        """Prepare one query: the dealer sends the server corrections, and the client computes its shares of layers.
+        """Prepare one query: the server takes corrections from its store or gets them from the dealer, and the client
+        computes its shares of layers.
 
         Raises QueryError if MAXIMUM_PREPARED queries are prepared already; PeerLost, ProtocolError; Busy, after which
         it can be called again.
@@ -215,21 +231,39 @@ class TwoPartyLink(Link):
     def _begin(self) -> None:
         """Ask for the next query's corrections, and compute this side's share of layers in a thread beside.
 
-        A query for which a busy server had no room is asked for again instead.
+        A query for which a busy server had no room is asked for again instead. A server without a store has it dealt
+        under this session's key, so the thread begins at once.
         """
         if self._coming is not None:
             self._send(prepare=pb.Prepare(query=self._coming.query))
             self._coming = replace(self._coming, asked=True)
             return
         number, self._next_query = self._next_query, self._next_query + 1
-        correlations, start = Correlations(CLIENT, self._keys.key(number)), time.perf_counter()
+        own, key, start = self._keys.key(number), Future[Key](), time.perf_counter()
         self._send(prepare=pb.Prepare(query=number))
+        if not self._stored:
+            key.set_result(own)
 
-        def work() -> float:
+        def work() -> tuple[Correlations, float]:
+            correlations, began = Correlations(CLIENT, key.result()), time.perf_counter()
             prepare(self.program.circuit, correlations, self._weights)
-            return time.perf_counter() - start
+            return correlations, time.perf_counter() - began
 
-        self._coming = _Coming(number, correlations, start, self._beside.submit(work))
+        self._coming = _Coming(number, own, key, start, self._beside.submit(work))
+
+    def _assigned(self, coming: _Coming, message: pb.Assigned) -> None:
+        """Take up the key under which a query is dealt: this session's, or that of an entry, which the dealer sealed.
+
+        The dealer burnt the number for the one that it used, so a server that names the other gets a wrong answer.
+        Raises ProtocolError for a key that the dealer did not seal to this query.
+        """
+        if message.query != coming.query:
+            raise ProtocolError(f"the server assigned query {message.query} where {coming.query} was asked for")
+        if not message.entry:
+            coming.key.set_result(coming.own)
+            return
+        about = self._session, coming.query, message.entry, self.program.digest, self.weights_digest
+        coming.key.set_result(open_client_key(coming.own, message.sealed, *about))
 
     def _come(self) -> None:
         """Wait for the query that is being prepared, if there is one. Raises Busy."""
@@ -238,14 +272,15 @@ class TwoPartyLink(Link):
         if not self._coming.asked:
             self._begin()
         coming = self._coming
-        own, number = coming.own.result(), coming.query
+        number = coming.query
+        if not coming.key.done():
+            self._assigned(coming, self._expect("assigned", f"which correlations query {number} gets"))
+        correlations, own = coming.half.result()
         answer = self._expect("prepared", f"the corrections of query {number}, which the server gets from the dealer")
         if answer.query != number:
             raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
         seconds, self._coming = time.perf_counter() - coming.start, None
-        self._ready.append(
-            _Ready(number, coming.correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize())
-        )
+        self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize()))
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         with self._in_session():
@@ -304,6 +339,8 @@ class TwoPartyLink(Link):
         self.ended = self.ended or why
         self._watch.stop()
         self._ready.clear()
+        if (coming := self._coming) is not None:
+            coming.key.cancel()  # so that its thread ends
         self._coming = None
         self._beside.shutdown(wait=False, cancel_futures=True)
         self._keys.erase()

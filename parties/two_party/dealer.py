@@ -1,9 +1,10 @@
 """The dealer's service: it hands out correlated randomness, and sees no input, no weight and no share.
 
-It learns Programs (public), the weight-mask seed of every registered model, and the seeds of both parties of every
-session. Together with either party's messages these would show everything, so the dealer must not collude with either
-party. Seeds come sealed to its key. It forgets a query's seeds when it has dealt the query, a session when that ends,
-and a mask when no server renews it.
+It learns Programs (public), the weight-mask seed of every registered model, the seeds of both parties of every
+session, and both keys of every query that it deals ahead. Together with either party's messages these would show
+everything, so the dealer must not collude with either party. Seeds come sealed to its key. It forgets a query's seeds
+when it has dealt the query, a session when that ends, and a mask when no server renews it. Of a query that it deals
+ahead it keeps the client's key until that is assigned.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -27,22 +29,30 @@ from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.services.dealing import Dealing, DealingHere, DealtModel
+from parties.store.entries import ENTRY_BYTES, Store
+from parties.store.memory import MemoryStore
+from parties.two_party.assigned import MODEL_ENTRIES, ClientKeys
 from parties.two_party.keys import (
     SESSION_BYTES,
     Ratchet,
+    assign_proof,
     close_proof,
     deal_proof,
+    entry_proving_key,
     join_proof,
     mask_key,
     model_name,
     new_session,
     proving_key,
     renew_proof,
+    seal_client_key,
+    server_entry_key,
+    stock_proof,
 )
 from parties.two_party.sealing import SealingKey, answer_proof
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerServicer
-from protocols.prg import Key
+from protocols.prg import KEY_BYTES, Key
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
 from secure.mpc.budget import Budget
@@ -87,10 +97,12 @@ class _DealtSession:
 
 
 class DealerService(DealerServicer):
-    """The dealer. But for its key, its state is in memory: once restarted it knows no session, so it deals none twice.
+    """The dealer. Its models and sessions are in memory: once restarted it knows no session, so it deals none twice.
 
     spend: counts what callers use, and refuses what is beyond their quotas. budget: the most that one Program may take;
-    a larger one is not registered. dealing: where corrections are computed; it is not closed here.
+    a larger one is not registered. dealing: where corrections are computed; it is not closed here. store: where it
+    keeps the clients' keys of entries; None: in memory, so that the entries which servers keep are lost with the
+    process.
     """
 
     permissions: ClassVar[Permissions] = permit(
@@ -101,11 +113,18 @@ class DealerService(DealerServicer):
         Open=[CLIENT],
         Join=[SERVER],
         Deal=[SERVER],
+        Stock=[SERVER],
+        Assign=[SERVER],
         Close=[SERVER],
     )
 
     def __init__(
-        self, key: SealingKey, spend: Spend = unlimited, budget: Budget | None = None, dealing: Dealing | None = None
+        self,
+        key: SealingKey,
+        spend: Spend = unlimited,
+        budget: Budget | None = None,
+        dealing: Dealing | None = None,
+        store: Store | None = None,
     ) -> None:
         self._key, self._spend, self._lock = key, spend, threading.Lock()
         self._dealing = dealing or DealingHere()
@@ -116,11 +135,17 @@ class DealerService(DealerServicer):
         self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         self._asked_at = -QUIET
         self.deals = Places(MAXIMUM_DEALS, CALLER_DEALS, "the dealer", "queries being dealt")
+        self.entries = ClientKeys(store or MemoryStore(), MAXIMUM_MODELS * MODEL_ENTRIES)
 
     def sweep(self) -> None:
-        """Forget all that is idle: sessions, then the masks of models that nobody uses."""
+        """Forget all that is idle: sessions, then the masks of models that nobody uses, and entries that are old."""
         self.sessions.sweep()
         self.models.sweep()
+        self.entries.sweep()
+
+    def close(self) -> None:
+        """Close the store of entries."""
+        self.entries.close()
 
     def is_asked(self) -> bool:
         """Tell whether sessions have asked for corrections in the last QUIET seconds."""
@@ -160,8 +185,12 @@ class DealerService(DealerServicer):
             if known.seat is not seat:  # it was registered in between
                 self.models.give_back(seat)
             log.info("registered program %s with weights %s", digest[:12], name[:12])
+        store = self.entries.name
         return pb.RegisterReply(
-            program_digest=digest, weights_digest=name, proof=answer_proof(seed, request.sealed, digest, name)
+            program_digest=digest,
+            weights_digest=name,
+            proof=answer_proof(seed, request.sealed, digest, name, store),
+            store=store,
         )
 
     def _forget(self, key: tuple[str, str]) -> None:
@@ -171,7 +200,8 @@ class DealerService(DealerServicer):
 
     def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.RenewReply:
         with answering(context, log):
-            self.sweep()
+            self.sessions.sweep()
+            self.models.sweep()
             key = (request.program_digest, request.weights_digest)
             with self._lock:
                 model = self._models.get(key)
@@ -281,6 +311,76 @@ class DealerService(DealerServicer):
             start = time.perf_counter()
             yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
             log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
+        finally:
+            session.seat.rest(UNUSED)
+
+    # entries: queries that are dealt before a client comes
+
+    def Stock(self, request: pb.StockRequest, context: grpc.ServicerContext) -> Iterator[pb.StockPart]:
+        watch = Watchdog(READING, context.cancel)
+        try:
+            with answering(context, log):
+                give_back = self.deals.take(caller(context))
+                try:
+                    yield from watch.sending(self._stock(request))
+                finally:
+                    give_back()
+        finally:
+            watch.stop()
+
+    def _stock(self, request: pb.StockRequest) -> Iterator[pb.StockPart]:
+        """Deal a query under two fresh keys. The client's is kept once the server has everything; it says so last.
+
+        The corrections are what ``Deal`` sends, masked by the client's key, which the server never learns. A request
+        that somebody sends once more gets an entry of its own, whose server's key differs too.
+        """
+        names = (request.program_digest, request.weights_digest)
+        with self._lock:
+            model = self._models.get(names)
+        if model is None:
+            raise Error("the dealer does not know this model", "the server registers it again within seconds")
+        seed = self._key.open(request.sealed, "stock", *names)
+        if not hmac.compare_digest(stock_proof(model.mask_seed, *names, seed), request.proof):
+            raise HandshakeError("only the server of this model gets its entries")
+        entry, client = secrets.token_bytes(ENTRY_BYTES), Key(secrets.token_bytes(KEY_BYTES))
+        start = time.perf_counter()
+        yield pb.StockPart(start=pb.StockStart(entry=entry, proof=answer_proof(seed, request.sealed, entry)))
+        server = server_entry_key(seed, *names, entry)
+        for chunk in to_chunks(self._dealing.corrections(model.dealt, server, client)):
+            yield pb.StockPart(data=chunk.data)
+        with self._lock:
+            served = list(self._models)
+        self.entries.keep(names, entry, client, entry_proving_key(seed, entry), served)
+        log.info("dealt a query ahead in %.2f s", time.perf_counter() - start)
+        yield pb.StockPart(done=pb.StockDone())
+
+    def Assign(self, request: pb.AssignRequest, context: grpc.ServicerContext) -> pb.AssignReply:
+        with answering(context, log):
+            return self._assign(request)
+
+    def _assign(self, request: pb.AssignRequest) -> pb.AssignReply:
+        """Give an entry to a query: burn the entry durably, then the query's number, and seal the key to the client.
+
+        An entry that is not known burns nothing, so that the query can be dealt under the same number. The client's
+        ratchet gives a key for a number once, to deal with or to seal with: a number is either dealt or assigned.
+        """
+        session, about = self._session(request.session), (request.session, request.query, request.entry)
+        if not hmac.compare_digest(assign_proof(_joined(session), *about), request.proof):
+            raise QueryError("only the server that joined the session gets entries for it")
+        assert session.server is not None
+        session.seat.work()
+        try:
+            names = session.model.program.digest, session.model.weights_digest
+            found = self.entries.take(names, request.entry) if len(request.entry) == ENTRY_BYTES else None
+            if found is None:
+                return pb.AssignReply()
+            client, proving = found
+            if not hmac.compare_digest(assign_proof(proving, *about), request.entry_proof):
+                raise QueryError("only the server that got an entry can have it assigned", "the entry is burnt")
+            self._spend(session.opener, PREPARATIONS, 1)
+            session.server.key(request.query)
+            sealed = seal_client_key(session.client.key(request.query), client, *about, *names)
+            return pb.AssignReply(sealed=sealed)
         finally:
             session.seat.rest(UNUSED)
 

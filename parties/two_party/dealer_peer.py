@@ -14,10 +14,19 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.files import state_directory
-from parties.two_party.keys import close_proof, deal_proof, join_proof, model_name, renew_proof
+from parties.two_party.keys import (
+    assign_proof,
+    close_proof,
+    deal_proof,
+    join_proof,
+    model_name,
+    renew_proof,
+    stock_proof,
+)
 from parties.two_party.sealing import PUBLIC_FILE, DealerKey, answer_proof, fingerprint_of
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import DealerStub
+from protocols.prg import fresh_seed
 from secure.deployments.two_party import DEALER
 from secure.errors import DealerError
 from secure.mpc.program import Program
@@ -84,15 +93,20 @@ class DealerPeer:
 
     # the server's calls
 
-    def register(self, program: Program, mask_seed: bytes) -> None:
-        """Send the Program and the mask seed; this is harmless if the dealer knows them."""
+    def register(self, program: Program, mask_seed: bytes) -> bytes:
+        """Send the Program and the mask seed; this is harmless if the dealer knows them.
+
+        Return the name of the store where the dealer keeps its halves of entries.
+        """
         sealed = self.key(again=True).seal(mask_seed, "register", program.digest)
         with self.asking("registering the Program") as stub:
             reply = stub.Register(pb.RegisterRequest(program=program.encoded, sealed=sealed), timeout=REGISTERING)
         expected = program.digest, model_name(mask_seed)
-        self._check(reply.proof, answer_proof(mask_seed, sealed, *expected), "registering the Program")
+        self._check(reply.proof, answer_proof(mask_seed, sealed, *expected, reply.store), "registering the Program")
         if (reply.program_digest, reply.weights_digest) != expected:
             raise DealerError("the dealer computes another digest of the Program", "run the same version everywhere")
+        store: bytes = reply.store
+        return store
 
     def renew(self, program: Program, mask_seed: bytes) -> bool:
         """Keep a model registered; False if the dealer does not know it."""
@@ -135,6 +149,49 @@ class DealerPeer:
         request = pb.DealRequest(session=session, query=query, proof=deal_proof(proving, session, query))
         return DealerStub(self._peer.channel).Deal(request, timeout=DEALING)
 
+    @contextmanager
+    def stocking(
+        self, program_digest: str, weights_digest: str, mask_seed: bytes
+    ) -> Iterator[tuple[bytes, bytes, Iterator[bytes]]]:
+        """Yield the id of a new entry, this server's fresh seed of it, and its corrections as they come.
+
+        The iterator ends only when the dealer keeps its half; otherwise it raises.
+        """
+        agreed, seed = (program_digest, weights_digest), fresh_seed()
+        sealed = self.key().seal(seed, "stock", *agreed)
+        request = pb.StockRequest(
+            program_digest=program_digest,
+            weights_digest=weights_digest,
+            sealed=sealed,
+            proof=stock_proof(mask_seed, *agreed, seed),
+        )
+        with self.asking("dealing ahead") as stub:
+            call = stub.Stock(request, timeout=DEALING)
+            try:
+                first = next(call, pb.StockPart()).start
+                self._check(first.proof, answer_proof(seed, sealed, first.entry), "dealing ahead")
+                yield first.entry, seed, _stocked(call)
+            finally:
+                call.cancel()  # does nothing if everything came
+
+    def assign(self, session: bytes, query: int, entry: bytes, proving: bytes, entry_proving: bytes) -> bytes:
+        """Have an entry given to a query; return the client's key of it, sealed to the client, or nothing if it is not
+        known there. The client checks the seal.
+
+        proving, entry_proving: the session's and the entry's keys for proofs.
+        """
+        about = session, query, entry
+        request = pb.AssignRequest(
+            session=session,
+            query=query,
+            entry=entry,
+            proof=assign_proof(proving, *about),
+            entry_proof=assign_proof(entry_proving, *about),
+        )
+        with self.asking(f"assigning query {query}") as stub:
+            sealed: bytes = stub.Assign(request, timeout=self._answering).sealed
+        return sealed
+
     def end(self, session: bytes, proving: bytes) -> None:
         """Tell the dealer that a session has ended. If it does not hear this, the session expires there."""
         request = pb.CloseRequest(session=session, proof=close_proof(proving, session))
@@ -170,3 +227,15 @@ class DealerPeer:
                 f"{self} did not prove that it could open what was sealed to it ({doing})",
                 "something else answers at the dealer's address, and has learned nothing",
             )
+
+
+def _stocked(call: Iterator[pb.StockPart]) -> Iterator[bytes]:
+    """Yield the corrections of an entry. Raises DealerError unless the dealer says last that it keeps its half."""
+    for part in call:
+        kind, data = part.WhichOneof("content"), part.data  # read once: a message copies its bytes at each access
+        if kind == "done":
+            return
+        if kind != "data":
+            raise DealerError(f"the dealer sent {kind!r} in the middle of an entry")
+        yield data
+    raise DealerError("the dealer stopped in the middle of an entry", "see its log")

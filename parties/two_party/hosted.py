@@ -21,6 +21,9 @@ from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
 from parties.services.repeating import Repeating
 from parties.services.workers import share_of
+from parties.store.database import DatabaseStore
+from parties.store.files import FileStore
+from parties.store.keys import read_store_key
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.client import TwoPartyLink
 from parties.two_party.dealer import LARGEST, DealerService
@@ -28,6 +31,7 @@ from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
+from parties.two_party.stocked import Stocked, memory_of
 from proto.unseen_pb2_grpc import (
     add_DealerServicer_to_server,
     add_InferenceServicer_to_server,
@@ -38,6 +42,8 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.session.link import Link
 
+STORE = ("store", "store_key")  # what both roles take to keep entries on a disk
+ENTRIES = "entries.sqlite"  # in the directory of the dealer's store
 SWEEPING = 30.0  # seconds after which the dealer looks again for what it can forget
 
 
@@ -46,8 +52,8 @@ class TwoPartyHosted:
 
     deployment: type[Deployment] = TwoParty
     takes: Mapping[str, frozenset[str]] = {
-        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask", "memory"}),
-        DEALER: frozenset({"state", "budget", "dealing"}),
+        SERVER: frozenset({"state", "traces", "deadline", "rotate_mask", "memory", *STORE, "store_gb"}),
+        DEALER: frozenset({"state", "budget", "dealing", *STORE}),
     }
     forked: frozenset[str] = frozenset({SERVER})
 
@@ -97,12 +103,14 @@ class TwoPartyHosted:
     def _dealer(options: HostOptions) -> Parts:
         state = options.state or state_directory()
         key = SealingKey.load(state)
-        dealer = DealerService(key, spend_of(options), options.budget, options.dealing)
+        entries = DatabaseStore(options.store / ENTRIES, read_store_key(options.store_key)) if options.store else None
+        dealer = DealerService(key, spend_of(options), options.budget, options.dealing, entries)
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
 
         def close() -> None:
             sweeping.close()
+            dealer.close()
             options.dealing.close()
 
         add = [lambda server: add_DealerServicer_to_server(dealer, server)]
@@ -120,6 +128,7 @@ class TwoPartyHosted:
     def _server(held: Sequence[Compiled] | _Made, dealer: DealerPeer, options: HostOptions) -> Parts:
         try:
             made = held if isinstance(held, _Made) else _made(held, options)
+            store = FileStore(options.store, read_store_key(options.store_key)) if options.store else None
         except BaseException:
             dealer.close()
             raise
@@ -133,6 +142,7 @@ class TwoPartyHosted:
             spend=spend_of(options),
             memory=memory,
             turns=Turns(share_of(os.cpu_count(), options.workers)),
+            stocked=Stocked(store, options.store_size, dealer) if store is not None else None,
         )
         published = Published(
             SERVER,
@@ -146,7 +156,7 @@ class TwoPartyHosted:
             add_ModelServicer_to_server(published, server)
             add_InferenceServicer_to_server(service, server)
 
-        largest = max(model.program.cost.dealt for model in models)
+        largest = max(memory_of(model.program) for model in models)
         many = f"{memory.total // max(largest, 1)} of {largest / GB:.3g} GB"
         about = [f"memory for prepared queries: {memory.total / GB:.3g} GB, {many}"]
         if options.workers > 1:
@@ -180,7 +190,7 @@ def _made(held: Sequence[Compiled], options: HostOptions) -> _Made:
     """Mask models. Raises InvalidInput if one query is more than the memory for prepared queries."""
     sizes = [size for compiled in held for size in compiled.sizes]
     for size in sizes:
-        require_room(_memory(options), size.program.cost.dealt)
+        require_room(_memory(options), memory_of(size.program))
     options.told(0, 0, "masking the weights")
     models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
     offered = [

@@ -13,11 +13,15 @@ import hmac
 import secrets
 import threading
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from parties.two_party.sealing import transcript
-from protocols.prg import Key, derive_key, derive_seed, next_seed
-from secure.errors import QueryError
+from protocols.prg import KEY_BYTES, Key, derive_key, derive_seed, next_seed
+from secure.errors import ProtocolError, QueryError
 
 SESSION_BYTES = 16
+SEALED_KEY = KEY_BYTES + 16  # bytes of a client's key and its tag
 MAXIMUM_QUERY = 1 << 40
 MAXIMUM_SKIP = 64  # query numbers that may be left out at a time; each costs all parties one HKDF
 MAXIMUM_PREPARED = 2  # prepared queries of one session at a time: the server holds the corrections of each in memory
@@ -80,6 +84,56 @@ def deal_proof(key: bytes, session: bytes, query: int) -> bytes:
 def close_proof(key: bytes, session: bytes) -> bytes:
     """Make the proof that the sender is the server that joined: nobody else may end the session."""
     return hmac.digest(key, session + b"close", "sha256")
+
+
+# entries: queries that are dealt before a client comes
+
+
+def stock_proof(mask_seed: bytes, program_digest: str, weights_digest: str, server_seed: bytes) -> bytes:
+    """Make the proof, for the dealer, that the sender is the model's server, which alone gets entries."""
+    key = derive_key(mask_seed, "stock")
+    return hmac.digest(key, transcript(program_digest, weights_digest, server_seed), "sha256")
+
+
+def server_entry_key(server_seed: bytes, program_digest: str, weights_digest: str, entry: bytes) -> Key:
+    """Return the AES key of the server's streams of an entry; a seed that is sent once more gives another entry's."""
+    return Key(derive_key(server_seed, "entry", program_digest, weights_digest, entry.hex()))
+
+
+def entry_proving_key(server_seed: bytes, entry: bytes) -> bytes:
+    """Return the key by which the server shows that an entry is its own; it tells nothing about other keys."""
+    return derive_key(server_seed, "entry-proof", entry.hex())
+
+
+def assign_proof(key: bytes, session: bytes, query: int, entry: bytes) -> bytes:
+    """Make a proof of ``Assign``, under the session's ``proving_key`` or the entry's ``entry_proving_key``."""
+    return hmac.digest(key, transcript("assign", session, query, entry), "sha256")
+
+
+def seal_client_key(query_key: Key, client: Key, *about: str | bytes | int) -> bytes:
+    """Encrypt the client's key of an entry for the client (AES-256-GCM), bound to the fields ``about``.
+
+    query_key: the client's key of a query, which its ratchet gives once and only client and dealer can compute. Here it
+    serves for this alone: the query's number is burnt, so nothing else is ever drawn from it. So the fixed nonce is
+    safe, and a server that passes the ciphertext on learns nothing, and can neither alter it nor use it elsewhere.
+    """
+    return AESGCM(_wrapping(query_key)).encrypt(bytes(12), client.value, transcript(*about))
+
+
+def open_client_key(query_key: Key, sealed: bytes, *about: str | bytes | int) -> Key:
+    """Decrypt what ``seal_client_key`` made of the same fields. Raises ProtocolError for anything else."""
+    try:
+        if len(sealed) != SEALED_KEY:
+            raise InvalidTag
+        return Key(AESGCM(_wrapping(query_key)).decrypt(bytes(12), sealed, transcript(*about)))
+    except InvalidTag:
+        raise ProtocolError(
+            "the key of a query that was dealt ahead is not what the dealer made for this query", "connect again"
+        ) from None
+
+
+def _wrapping(query_key: Key) -> bytes:
+    return derive_seed(query_key.value, "assigned")
 
 
 class Burnt:

@@ -14,8 +14,10 @@ import hmac
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import grpc
@@ -35,15 +37,16 @@ from parties.traces.trace_file import TraceDirectory
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
+from parties.two_party.stocked import Stocked, memory_of, receive
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer
-from protocols.circuit import Correlations, execute, split_corrections
+from protocols.circuit import Correlations, execute
 from protocols.prg import fresh_seed
 from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import CLIENT, TwoParty
-from secure.errors import Busy, DealerError, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import Busy, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
@@ -61,11 +64,13 @@ RENEWING = 5.0  # seconds between the server's questions whether the dealer stil
 class InferenceService(InferenceServicer):
     """The service that answers sessions on masked models.
 
-    models: each is registered at the dealer when the first client asks for it, the first of all at once.
+    models: each is registered at the dealer when the first client asks for it, the first of all at once; all of them at
+    once if there is a store, which keeps queries of each ready.
     dealer: is closed with the service. deadline: seconds that a session waits for its client. traces: a directory for a
     timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas. memory:
     the budget of what sessions keep prepared; None: half of what the machine has to spare. turns: who computes when;
-    None: as many queries as there are cores.
+    None: as many queries as there are cores. stocked: queries that are dealt ahead, or None; it is closed with the
+    service.
 
     A stream gets one of the few sessions only after a valid handshake that the dealer has confirmed; until then it
     is in a waiting room, in which those of the caller who has the most give way to newer ones.
@@ -83,18 +88,22 @@ class InferenceService(InferenceServicer):
         spend: Spend = unlimited,
         memory: PreparedMemory | None = None,
         turns: Turns | None = None,
+        stocked: Stocked | None = None,
     ) -> None:
         self.turns = turns or Turns()
         self.memory = memory or PreparedMemory(memory_budget(None))
         self.models = {(model.program.digest, model.weights_digest): model for model in models}
         self.deadline, self.traces = deadline, traces
-        self.dealer, self.spend = dealer, spend
+        self.dealer, self.spend, self.stocked = dealer, spend, stocked
         self.greetings = WaitingRoom(MAXIMUM_GREETINGS)
         self.sessions = Seats("the server", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         self._registered = dict[tuple[str, str], MaskedModel]()  # at the dealer, by names
         try:
-            self.register(models[0])
+            for model in models if stocked is not None else models[:1]:
+                self.register(model)
         except BaseException:
+            if stocked is not None:
+                stocked.close()
             dealer.close()
             raise
         self.beside = ThreadPoolExecutor(MAXIMUM_SESSIONS, "beside")  # one a session at most
@@ -112,12 +121,16 @@ class InferenceService(InferenceServicer):
         self._renewing.close()
         for pool in (self.beside, self.readers):
             pool.shutdown(wait=False, cancel_futures=True)
+        if self.stocked is not None:
+            self.stocked.close()
         self.dealer.close()
 
     def register(self, model: MaskedModel) -> None:
         """Send a Program and the sealed mask seed to the dealer. Raises DealerError."""
-        self.dealer.register(model.program, model.mask_seed)
+        dealers_store = self.dealer.register(model.program, model.mask_seed)
         self._registered[model.program.digest, model.weights_digest] = model
+        if self.stocked is not None:
+            self.stocked.serve(model, dealers_store)
 
     def offer(self, program_digest: str, weights_digest: str) -> None:
         """Register a model for a client that is about to open a session with it. Raises DealerError."""
@@ -164,7 +177,8 @@ class _Session:
         self._id, self._proving = b"", b""
         self._doing = "the handshake"
         self._dealing: grpc.Call | None = None
-        self._coming: Future[pb.ServerMessage] | None = None  # a query that is prepared while another runs
+        self._coming: Future[None] | None = None  # a query that is prepared while another runs
+        self._said = deque[pb.ServerMessage]()  # by the thread that prepares it
         self._seat: Seat | None = None
         self.watch = Watchdog(service.deadline, context.cancel)
         context.add_callback(self._give_up_dealing)
@@ -209,13 +223,13 @@ class _Session:
                 return
             self._greet(first)
             self._seat = self._service.sessions.take(self._caller.name, self._context.cancel)
-        yield pb.ServerMessage(welcome=pb.Welcome())
+        yield pb.ServerMessage(welcome=pb.Welcome(stored=self._service.stocked is not None))
         self._doing = BETWEEN
         while (message := self._next_or_gone()) is not None:
             kind = message.WhichOneof("content")
             if kind == "prepare":
                 self._doing = f"preparing query {message.prepare.query}"
-                yield self._admitted(message.prepare.query)
+                yield from self._admitted(message.prepare.query)
             elif kind == "query":
                 self._doing = f"query {message.query.query}"
                 try:
@@ -225,7 +239,8 @@ class _Session:
                 if self._coming is not None:
                     self._doing = "preparing a query beside another"
                     coming, self._coming = self._coming, None
-                    yield coming.result()
+                    coming.result()
+                    yield from self._news()
             else:
                 raise ProtocolError(f"a message {kind!r} where 'prepare' or 'query' was expected")
             self._doing = BETWEEN
@@ -291,49 +306,69 @@ class _Session:
         self._id, self._proving = session, proving_key(seed)
         self._keys = Ratchet(seed, "server", session, program.digest)
 
-    def _admitted(self, query: int) -> pb.ServerMessage:
+    def _admitted(self, query: int) -> Iterator[pb.ServerMessage]:
         """Prepare a query when there is memory for it, else say that the server is busy.
 
         In the latter case nothing has happened to the number: it is burnt neither here nor at the dealer.
         """
         assert self._seat is not None
         try:
-            grant = self._service.memory.take(self._seat, self._program.cost.dealt, self._context.is_active)
+            grant = self._service.memory.take(self._seat, memory_of(self._program), self._context.is_active)
         except Busy as error:
             log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0])
-            return pb.ServerMessage(failure=failure(error, goes_on=True))
+            yield pb.ServerMessage(failure=failure(error, goes_on=True))
+            return
         self._grants[query] = grant
-        return self._prepare(query)
+        yield from self._prepare(query)
+
+    def _admitted_beside(self, query: int) -> None:
+        for message in self._admitted(query):
+            self._said.append(message)
+
+    def _news(self, *kinds: str) -> Iterator[pb.ServerMessage]:
+        """Yield what the preparation beside a query has said by now. kinds: only as far as it is of these."""
+        while self._said and (not kinds or self._said[0].WhichOneof("content") in kinds):
+            yield self._said.popleft()
 
     def _give_back(self, query: int) -> None:
         """Give back the memory of a query that has ended, and of those before it, which are burnt with it."""
         for number in [number for number in self._grants if number <= query]:
             self._service.memory.give_back(self._grants.pop(number))
 
-    def _prepare(self, query: int) -> pb.ServerMessage:
-        """Fetch a query's corrections from the dealer, who burns the number, so that they can be fetched only once."""
+    def _prepare(self, query: int) -> Iterator[pb.ServerMessage]:
+        """Take a query from the store, or fetch its corrections from the dealer; the dealer burns the number in either
+        case, so that it gets correlations only once.
+
+        With a store, the client first hears which correlations they are, so that it can compute its half meanwhile.
+        """
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         assert self._keys is not None
         start, size = time.perf_counter(), self._program.cost.dealt
         self._service.spend(self._caller, PREPARATIONS, 1)  # also those that the client then drops
-        key = self._keys.key(query)
-        buffer, filled = bytearray(size), 0
+        key, stocked = self._keys.key(query), self._service.stocked
+        assignment = stocked.assign(self._model, self._id, query, self._proving) if stocked is not None else None
+        if stocked is not None:
+            said = assignment.said if assignment is not None else pb.Assigned(query=query)
+            yield pb.ServerMessage(assigned=said)
+        if assignment is not None:
+            self._prepared[query] = assignment.correlations(self._program.circuit)
+        else:
+            self._prepared[query] = receive(self._program.circuit, key, size, self._dealt(query))
+        seconds = time.perf_counter() - start
+        yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
+
+    def _dealt(self, query: int) -> Iterator[bytes]:
+        """Yield the corrections of a query as they come from the dealer. Raises DealerError."""
         with self._service.dealer.asking(f"sending the corrections of query {query}"):
             self._dealing = call = self._service.dealer.deal(self._id, query, self._proving)
-            if not self._context.is_active():
-                call.cancel()
-            for chunk in call:
-                filled += len(chunk.data)
-                if filled > size:
+            try:
+                if not self._context.is_active():
                     call.cancel()
-                    break
-                buffer[filled - len(chunk.data) : filled] = chunk.data
-        if filled != size:
-            raise DealerError(f"the dealer sent {filled} bytes of corrections, the Program prescribes {size}")
-        self._prepared[query] = Correlations(SERVER, key, split_corrections(self._program.circuit, buffer))
-        seconds = time.perf_counter() - start
-        return pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
+                for chunk in call:
+                    yield chunk.data
+            finally:
+                call.cancel()  # does nothing if everything came
 
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
         self._service.spend(self._caller, QUERIES, 1)
@@ -349,7 +384,9 @@ class _Session:
             return program.paths[recorder.waiting] or "the model's input"
 
         assert self._seat is not None
-        with self._service.turns.query(self._caller.name or self._seat.number) as turn:
+        stocked = self._service.stocked
+        running = stocked.query() if stocked is not None else nullcontext()
+        with running, self._service.turns.query(self._caller.name or self._seat.number) as turn:
 
             def receive(size: int) -> bytes:
                 came = self._receive(size, where()) if size else b""
@@ -363,6 +400,7 @@ class _Session:
             for payload in Framed(step, receive, recorder):
                 turn.end()  # before anything is sent: nobody keeps a turn while it waits for a client
                 self._doing = f"query {query}, module '{where()}'"
+                yield from self._news("assigned")
                 for frame in to_frames(payload) if payload else ():
                     yield pb.ServerMessage(frame=frame)
             recorder.stop()
@@ -391,7 +429,7 @@ class _Session:
             if message is None:
                 raise PeerLost(f"the client ended the stream before its message of module '{path}'")
             if message.WhichOneof("content") == "prepare" and self._coming is None:
-                self._coming = self._service.beside.submit(self._admitted, message.prepare.query)
+                self._coming = self._service.beside.submit(self._admitted_beside, message.prepare.query)
                 continue
             if message.WhichOneof("content") != "frame":
                 raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")

@@ -1,0 +1,156 @@
+"""The server's halves of queries that are dealt before a client comes: made in the background, kept in a store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from parties.store.entries import Store, Taken, label_of
+from parties.store.filler import Filler, Shelf
+from parties.store.sealed import sealed_size
+from parties.store.spool import spool
+from parties.two_party.dealer_peer import DealerPeer
+from parties.two_party.keys import entry_proving_key, server_entry_key
+from parties.two_party.masked_model import MaskedModel
+from proto import unseen_pb2 as pb
+from protocols.circuit import Circuit, Correlations, ReadWhenUsed, split_corrections
+from protocols.prg import KEY_BYTES, Key
+from protocols.protocol import SERVER
+from secure.errors import DealerError, StoreError
+from secure.mpc.program import Program
+
+log = logging.getLogger("unseen.server")
+
+IN_MEMORY = 512 << 20  # bytes of one query's corrections; more are read from a file when they are used
+TRIES = 4  # entries that a query tries, each of which the dealer may have forgotten
+_HEAD = 2 * KEY_BYTES
+
+
+@dataclass(frozen=True, repr=False)  # holds keys
+class Assignment:
+    """An entry that the dealer gave to a query. said: the message about it for the client."""
+
+    said: pb.Assigned
+    taken: Taken
+
+    def correlations(self, circuit: Circuit) -> Correlations:
+        """Return the server's half; what fits into memory is read now, and so checked as a whole. Raises StoreError."""
+        key, taken = Key(self.taken.head[:KEY_BYTES]), self.taken
+        if taken.size > IN_MEMORY:
+            return Correlations(SERVER, key, ReadWhenUsed(circuit, taken.read))
+        return Correlations(SERVER, key, split_corrections(circuit, taken.read(0, taken.size)))
+
+
+class Stocked:
+    """A server's store of queries, of any number of models, and the thread that fills it.
+
+    most: the bytes that all entries take; models share them equally. The store holds corrections, which are uniform to
+    whoever does not know the client's key, and the server's keys of them. With the messages of the query that used an
+    entry they show what the server's view shows, which is nothing about the client.
+    """
+
+    def __init__(self, store: Store, most: int, dealer: DealerPeer) -> None:
+        self._store, self._dealer = store, dealer
+        self._labels: dict[tuple[str, str], str] = {}
+        self._filler = Filler(store, most, log)
+
+    def close(self) -> None:
+        self._filler.close()
+        self._store.close()
+
+    def serve(self, model: MaskedModel, dealers_store: bytes) -> None:
+        """Keep the store filled for a model from now on.
+
+        dealers_store: the name of the store where the dealer keeps the other halves. Entries whose other halves lay in
+        another one are of no use, and are removed: a dealer without a directory begins an empty one at every start.
+        """
+        program, size = model.program, model.program.cost.dealt
+        names = program.digest, model.weights_digest
+        label = label_of("stocked", *names, dealers_store)
+
+        def make() -> None:
+            with self._dealer.stocking(*names, model.mask_seed) as (entry, seed, parts):
+                head = server_entry_key(seed, *names, entry).value + entry_proving_key(seed, entry)
+                self._store.put(label, entry, head, size, parts)
+
+        self._labels[names] = label
+        self._filler.serve(Shelf(_shelf(names), label, sealed_size(_HEAD, size), make))
+
+    def drop(self, model: MaskedModel) -> None:
+        """Serve a model no more: its entries are removed, and others have their room."""
+        names = model.program.digest, model.weights_digest
+        self._labels.pop(names, None)
+        self._filler.drop(_shelf(names))
+
+    @contextmanager
+    def query(self) -> Iterator[None]:
+        """Say that a query runs, so that the store is not filled meanwhile unless it is nearly empty."""
+        with self._filler.paused():
+            yield
+
+    def assign(self, model: MaskedModel, session: bytes, query: int, proving: bytes) -> Assignment | None:
+        """Take an entry from the store, and have the dealer give its other half to a query.
+
+        The entry is burnt here before the dealer hears of it, and burnt there before it answers. None: there is none
+        that both hold, so the query must be dealt. proving: the session's key for proofs. The corrections are read
+        later, while the client computes its half. Raises DealerError.
+        """
+        label = self._labels[model.program.digest, model.weights_digest]
+        for _ in range(TRIES):
+            try:
+                taken = self._store.take(label)
+                if taken is None:
+                    return None
+            except StoreError as error:
+                log.warning("an entry of the store is lost: %s", str(error).replace("\n", "; "))
+                continue
+            finally:
+                self._filler.wake()
+            sealed = self._dealer.assign(session, query, taken.entry, proving, taken.head[KEY_BYTES:])
+            if sealed:
+                return Assignment(pb.Assigned(query=query, entry=taken.entry, sealed=sealed), taken)
+            log.info("an entry of the store was dropped: the dealer does not know it")
+        return None
+
+
+def memory_of(program: Program) -> int:
+    """Return the bytes that a prepared query takes in memory: all corrections, or the largest of one instruction if
+    there are more than IN_MEMORY.
+    """
+    size = program.cost.dealt
+    return size if size <= IN_MEMORY else max(instruction.protocol.dealt_bytes for instruction in program.circuit)
+
+
+def _shelf(names: tuple[str, str]) -> str:
+    return f"program {names[0][:12]} of model {names[1][:12]}"
+
+
+def receive(
+    circuit: Circuit, key: Key, size: int, parts: Iterable[bytes], directory: Path | None = None
+) -> Correlations:
+    """Make the server's correlations of a query from what the dealer sends.
+
+    They stay in memory, or lie encrypted in a file without a name if there are more than IN_MEMORY. Raises DealerError
+    if they are not ``size`` bytes, StoreError.
+    """
+    if size > IN_MEMORY:
+        return Correlations(SERVER, key, ReadWhenUsed(circuit, spool(size, _exactly(parts, size), directory).read))
+    buffer, filled = bytearray(size), 0
+    for part in _exactly(parts, size):
+        buffer[filled : filled + len(part)] = part
+        filled += len(part)
+    return Correlations(SERVER, key, split_corrections(circuit, buffer))
+
+
+def _exactly(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
+    filled = 0
+    for part in parts:
+        filled += len(part)
+        if filled > size:
+            break
+        yield part
+    if filled != size:
+        raise DealerError(f"the dealer sent {filled} bytes of corrections, the Program prescribes {size}")
