@@ -77,7 +77,8 @@ def test_cores_and_machines_by_hand() -> None:
     assert server.busy == pytest.approx(1.6 / 4)
     assert client.busy == pytest.approx(0.6 / 1000)
     assert server.processor_seconds_a_text == pytest.approx(0.8 / 4)
-    assert (server.limit, client.limit) == ("cores", "")
+    assert (server.limit, client.limit) == ("", "")
+    assert role(plan(DEMAND, replace(LOAD, queries_per_day=800_000)), "server").limit == "cores"
     assert server.peak_in == pytest.approx(2 * 9_000_000 * 8)
     assert server.peak_out == pytest.approx(2 * 2_000_000 * 8)
     assert server.day_out == pytest.approx(86_400 * 2_000_000 + 1000 * 90_000_000 / 30)

@@ -87,8 +87,8 @@ class RolePlan:
 
     processor_seconds_a_text: of a text, both phases. cores: busy at the busiest time, over ``utilisation``. machines:
     of ``cores_per_machine`` cores; for clients, their number. limit: what decides that number: "cores", "network" (the
-    bandwidth of one) or "latency". busy: the part of the busiest time in which a machine's cores are busy; for a
-    client, of one core. wait: mean seconds that a run waits for a processor at the busiest time.
+    bandwidth of one) or "latency"; "" if one is enough. busy: the part of the busiest time in which a machine's cores
+    are busy; for a client, of one core. wait: mean seconds that a run waits for a processor at the busiest time.
     memory, disk: bytes of each machine. peak_in, peak_out: bits a second of all machines together. day_in, day_out:
     bytes. month_cost: by what costs, without clients; None without prices.
     """
@@ -266,7 +266,7 @@ def _pool(demand: QueryDemand, role: RoleDemand, workload: Workload, rates: _Rat
     if count > MAXIMUM_MACHINES:
         raise InvalidInput(f"{count} machines of the {role.role}", "fewer queries, or more cores a machine")
     service = role.online + (0.0 if rates.made else role.offline)
-    return _Pool(count, limit, workload.cores_per_machine, rates.runs, service)
+    return _Pool(count, limit if count > 1 else "", workload.cores_per_machine, rates.runs, service)
 
 
 def queue_wait(servers: int, rate: float, service: float) -> float:
