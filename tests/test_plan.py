@@ -133,6 +133,12 @@ def test_links_that_are_full_take_machines() -> None:
     assert (server.machines, server.limit) == (math.ceil(2 * 9_000_000 / 5e6 / 0.7), "network")
 
 
+def test_sessions_take_machines_of_those_who_answer() -> None:
+    found = plan(DEMAND, replace(LOAD, sessions_per_machine=16))
+    server, dealer = role(found, "server"), role(found, "dealer")
+    assert (server.machines, server.limit, dealer.machines) == (math.ceil(1000 / 16), "sessions", 1)
+
+
 def test_prices() -> None:
     found = plan(DEMAND, LOAD, PRICES)
     server = role(found, "server")
@@ -197,6 +203,7 @@ def test_waiting_in_a_queue() -> None:
         ({"store_hours": 24}, "store hours: 24"),
         ({"cores_per_machine": 0}, "cores per machine: 0"),
         ({"latency": 0.0}, "latency: 0.0"),
+        ({"sessions_per_machine": 0}, "sessions per machine: 0"),
         ({"latency": math.nan}, "latency: nan"),
     ],
 )
