@@ -267,6 +267,7 @@ VALUES: dict[str, str] = {
     "texts_per_query": "3",
     "latency": "0.01",
     "prices": "core-hour=1",
+    "sessions_per_machine": "3",
 }
 
 

@@ -77,7 +77,8 @@ def test_cores_and_machines_by_hand() -> None:
     assert server.busy == pytest.approx(1.6 / 4)
     assert client.busy == pytest.approx(0.6 / 1000)
     assert server.processor_seconds_a_text == pytest.approx(0.8 / 4)
-    assert (server.limit, client.limit) == ("cores", "")
+    assert (server.limit, client.limit) == ("", "")
+    assert role(plan(DEMAND, replace(LOAD, queries_per_day=800_000)), "server").limit == "cores"
     assert server.peak_in == pytest.approx(2 * 9_000_000 * 8)
     assert server.peak_out == pytest.approx(2 * 2_000_000 * 8)
     assert server.day_out == pytest.approx(86_400 * 2_000_000 + 1000 * 90_000_000 / 30)
@@ -130,6 +131,12 @@ def test_links_that_are_full_take_machines() -> None:
     slow = replace(DEMAND, network=replace(NETWORK, bandwidth=5e6), seconds=2.0)
     server = role(plan(slow, LOAD), "server")
     assert (server.machines, server.limit) == (math.ceil(2 * 9_000_000 / 5e6 / 0.7), "network")
+
+
+def test_sessions_take_machines_of_those_who_answer() -> None:
+    found = plan(DEMAND, replace(LOAD, sessions_per_machine=16))
+    server, dealer = role(found, "server"), role(found, "dealer")
+    assert (server.machines, server.limit, dealer.machines) == (math.ceil(1000 / 16), "sessions", 1)
 
 
 def test_prices() -> None:
@@ -196,6 +203,7 @@ def test_waiting_in_a_queue() -> None:
         ({"store_hours": 24}, "store hours: 24"),
         ({"cores_per_machine": 0}, "cores per machine: 0"),
         ({"latency": 0.0}, "latency: 0.0"),
+        ({"sessions_per_machine": 0}, "sessions per machine: 0"),
         ({"latency": math.nan}, "latency: nan"),
     ],
 )

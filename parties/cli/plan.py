@@ -75,6 +75,12 @@ def plan(
         typer.Option(metavar="HOURS", help="Hours of the busiest time whose correlations are made ahead."),
     ] = Workload.store_hours,
     cores_per_machine: Annotated[int, typer.Option(min=1, help="Cores of a machine.")] = Workload.cores_per_machine,
+    sessions_per_machine: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Clients that a machine admits at once; any number by default. Each worker of a server: 16."
+        ),
+    ] = None,
     prices: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +107,7 @@ def plan(
         utilisation=utilisation,
         cores_per_machine=cores_per_machine,
         latency=latency,
+        sessions_per_machine=sessions_per_machine,
     )
     priced = read_prices(prices) if prices is not None else None
     apart = find_apart(network or NETWORKS[0].key)

@@ -30,9 +30,9 @@ def capacity_tables(plan: CapacityPlan) -> list[Table]:
     ]
     load, cores = plan.workload, plan.workload.cores_per_machine
     columns: tuple[str, ...]
-    columns = ("", "processor s a text", "cores", "machines", "by", "busy", "memory of each", "disk of each")
+    columns = ("", "CPU s a text", "cores", "machines", "by", "busy", "GB memory", "GB disk")
     title = f"{load.queries_per_day:,.10g} queries a day of {load.clients:,} clients, machines of {cores} cores"
-    out = [titled(f"{title} (a {client.role}: 1)", columns, machines)]
+    out = [titled(f"{title} (a {client.role}: 1), each:", columns, machines)]
     columns = ("", "Mbit/s in, peak", "Mbit/s out, peak", "GB a day in", "GB a day out")
     out.append(titled("bandwidth of all machines of a role", columns, [_traffic(role) for role in plan.roles]))
     billed = [(role.role, role.month_cost) for role in plan.roles if role.month_cost is not None]
@@ -54,7 +54,7 @@ def capacity_lines(plan: CapacityPlan) -> Iterable[str]:
         )
         yield (
             f"an answer takes {plan.latency:.3g} s on average at the busiest time, {plan.waiting:.3g} s of it on the "
-            f"network alone: each run {d.seconds:.3g} s on idle machines{offline}, {wait:.3g} s waiting for processors"
+            f"network alone: each run {d.seconds:.3g} s on idle machines{offline}, {wait:.3f} s waiting for processors"
         )
     else:
         yield f"an answer takes {plan.waiting:.3g} s on the network alone; nothing predicts the rest"
@@ -77,4 +77,4 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _size(value: int | None) -> str:
-    return UNKNOWN if value is None else f"{value / 1e9:,.2f} GB"
+    return UNKNOWN if value is None else f"{value / 1e9:,.2f}"

@@ -33,7 +33,8 @@ class Workload:
     texts_per_query: what a query brings; it takes several runs of a Program whose batch is smaller. peak: the rate of
     the busiest time, over the mean rate. store_hours: hours of the busiest time whose correlations are made ahead and
     kept. utilisation: the part of the busiest time in which a role's processors may be busy. latency: the most seconds
-    that an answer may take on average at the busiest time; None: any. Raises InvalidInput for values out of range.
+    that an answer may take on average at the busiest time; None: any. sessions_per_machine: clients that a machine
+    which answers them admits at once; None: any number. Raises InvalidInput for values out of range.
     """
 
     clients: int
@@ -44,6 +45,7 @@ class Workload:
     utilisation: float = 0.7
     cores_per_machine: int = 4
     latency: float | None = None
+    sessions_per_machine: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -58,6 +60,8 @@ class Workload:
             value = getattr(self, name)
             if not least <= value <= most:  # neither is NaN
                 raise InvalidInput(f"{name.replace('_', ' ')}: {value!r}", f"from {least:g} to {most:g}")
+        if self.sessions_per_machine is not None and self.sessions_per_machine < 1:
+            raise InvalidInput(f"sessions per machine: {self.sessions_per_machine!r}", "1 or more")
         if self.latency is not None and not 0 < self.latency < math.inf:
             raise InvalidInput(f"latency: {self.latency!r}", "seconds, more than 0")
 
@@ -87,10 +91,10 @@ class RolePlan:
 
     processor_seconds_a_text: of a text, both phases. cores: busy at the busiest time, over ``utilisation``. machines:
     of ``cores_per_machine`` cores; for clients, their number. limit: what decides that number: "cores", "network" (the
-    bandwidth of one) or "latency". busy: the part of the busiest time in which a machine's cores are busy; for a
-    client, of one core. wait: mean seconds that a run waits for a processor at the busiest time.
-    memory, disk: bytes of each machine. peak_in, peak_out: bits a second of all machines together. day_in, day_out:
-    bytes. month_cost: by what costs, without clients; None without prices.
+    bandwidth of one), "sessions" or "latency"; "" if one is enough. busy: the part of the busiest time in which a
+    machine's cores are busy; for a client, of one core. wait: mean seconds that a run waits for a processor at the
+    busiest time. memory, disk: bytes of each machine. peak_in, peak_out: bits a second of all machines together.
+    day_in, day_out: bytes. month_cost: by what costs, without clients; None without prices.
     """
 
     role: str
@@ -261,12 +265,15 @@ def _pool(demand: QueryDemand, role: RoleDemand, workload: Workload, rates: _Rat
         "cores": rates.most(role.online, role.offline) / workload.cores_per_machine,
         "network": carried / demand.network.bandwidth,
     }
+    needed = {name: machines / workload.utilisation for name, machines in needed.items()}
+    if workload.sessions_per_machine is not None and role.online:
+        needed["sessions"] = workload.clients / workload.sessions_per_machine
     limit = max(needed, key=lambda name: needed[name])
-    count = max(1, math.ceil(needed[limit] / workload.utilisation))
+    count = max(1, math.ceil(needed[limit]))
     if count > MAXIMUM_MACHINES:
         raise InvalidInput(f"{count} machines of the {role.role}", "fewer queries, or more cores a machine")
     service = role.online + (0.0 if rates.made else role.offline)
-    return _Pool(count, limit, workload.cores_per_machine, rates.runs, service)
+    return _Pool(count, limit if count > 1 else "", workload.cores_per_machine, rates.runs, service)
 
 
 def queue_wait(servers: int, rate: float, service: float) -> float:
@@ -381,7 +388,9 @@ def _assumptions(demand: QueryDemand, workload: Workload, runs: int, prices: Pri
         f"memory: {PROCESS / 1e6:.0f} MB a process, the model, one prepared query of each connected client, and the "
         "queries that run; one process a machine",
         "bytes are payloads: TCP, TLS and gRPC add some percent; processor time of TLS is not counted",
-        "how many sessions a service admits is not looked at",
+        "how many sessions a service admits is not looked at"
+        if workload.sessions_per_machine is None
+        else f"a machine that answers clients admits {workload.sessions_per_machine} of them at once",
         f"a month has {DAYS} days; a client that connects downloads or uploads its files once a month",
     ]
     if workload.store_hours:
