@@ -31,6 +31,7 @@ from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, TABLE, WEIGHTS, load_share, share_model
+from parties.three_party.supply import Arriving
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
@@ -446,6 +447,7 @@ def test_party_2_that_falls_silent_holds_nothing_of_party_0(shares: dict[str, Pa
         service = three.parties[0].service
         assert isinstance(service, Party0Service)
         arriving = service.take(Progress())
+        assert isinstance(arriving, Arriving)
         wait_until(lambda: arriving.failed, "party 0 gives up", 5)
         with pytest.raises(PeerLost, match="party 2 sent nothing for 1 s"):
             arriving.finish()
