@@ -30,7 +30,7 @@ from parties.three_party.party import PartyService
 from parties.three_party.party_2 import query_key, sketch_key, supply_seal
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare
-from parties.three_party.supply import NUMBER_BYTES, Arriving, Kept, Stock, checked, silent
+from parties.three_party.supply import NUMBER_BYTES, Arriving, Stock, StoredSupply, checked, silent
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
@@ -188,13 +188,13 @@ class Party0Service(PartyService):
         key.require(hello.proof, "compute", hello.session)
         return self.join(hello.session), key
 
-    def take(self, progress: Progress) -> Arriving | Kept:
+    def take(self, progress: Progress) -> Arriving | StoredSupply:
         """Take the corrections of one query; ``progress`` hears of waits for party 2."""
         supply = self._from_store() or self._stock.take()
         supply.progress = progress
         return supply
 
-    def _from_store(self) -> Kept | None:
+    def _from_store(self) -> StoredSupply | None:
         """Take a query from the store; None if it has none whose other half party 2 keeps.
 
         It is burnt before party 1 hears its number, and party 2 burns party 1's seed when it gives that out.
@@ -208,7 +208,7 @@ class Party0Service(PartyService):
             self.log.warning("the store is not used: %s", str(error).replace("\n", "; "))
             return None
         self._filler.wake()
-        return None if taken is None else Kept(self.share.circuit.circuit, taken)
+        return None if taken is None else StoredSupply(self.share.circuit.circuit, taken)
 
 
 class _Computation:

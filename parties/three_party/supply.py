@@ -136,7 +136,7 @@ class Arriving:
         self._wait(lambda: self._whole)
 
 
-class Kept:
+class StoredSupply:
     """One query's corrections from a store, in the form of ``Arriving``: all of them are there."""
 
     waited = dealing = 0.0
