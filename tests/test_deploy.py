@@ -18,6 +18,7 @@ import typer
 from parties.cli import main
 from parties.cli.config import PREFIX, known_settings
 from parties.net.secret_files import check_private, read_public, read_secret
+from parties.services.draining import DRAIN
 from parties.two_party.sealing import SealingKey
 from secure.errors import InvalidInput
 
@@ -28,7 +29,7 @@ DEPLOY = ROOT / "examples" / "deploy"
 COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
 SITES = sorted(path.parent for path in DEPLOY.glob("kubernetes/*/kustomization.yaml"))
 MANIFESTS = sorted(path for path in DEPLOY.glob("kubernetes/*/*.yaml") if path.name != "kustomization.yaml")
-RUNNING = 30  # seconds that running queries get after SIGTERM, at most
+RUNNING = int(DRAIN)  # seconds that running queries get after SIGTERM
 PORTS = {"serve": 50051, "dealer": 50052}
 
 

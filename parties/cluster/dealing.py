@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from parties.cluster.joined import Cluster, lost, same_versions
@@ -24,8 +25,11 @@ from secure.mpc.program import Program
 from secure.version import __version__
 
 MODELS = 32  # that a worker keeps, with their masks expanded; one counts once for each length and batch
-BLOCK = 4 << 20  # bytes of a piece of corrections
-AHEAD = 4  # pieces that a worker makes before they are taken
+BLOCK = 16 << 20  # bytes of a piece of corrections; each costs Ray some milliseconds, whatever its size
+AHEAD = 2  # pieces that a worker makes before they are taken
+
+Block = np.ndarray[tuple[int], np.dtype[np.uint8]]
+"""Bytes, as an array, which Ray hands over in shared memory: whoever gets it reads it where it lies."""
 
 
 class DealingWorker:
@@ -40,7 +44,7 @@ class DealingWorker:
     def version(self) -> str:
         return __version__
 
-    def deal(self, program: bytes, digest: str, mask: bytes, server: bytes, client: bytes) -> Iterator[bytes]:
+    def deal(self, program: bytes, digest: str, mask: bytes, server: bytes, client: bytes) -> Iterator[Block]:
         """Yield the corrections of one query in blocks of BLOCK bytes, the last one shorter."""
         model = self._models.pop((digest, mask), None)
         if model is None:
@@ -52,20 +56,20 @@ class DealingWorker:
         yield from blocks(model.corrections(Key(server), Key(client)), BLOCK)
 
 
-def blocks(pieces: Iterator[memoryview], size: int) -> Iterator[bytes]:
-    """Regroup byte strings of any sizes into blocks of ``size`` bytes, the last one shorter."""
-    block, filled = bytearray(size), 0
+def blocks(pieces: Iterable[memoryview], size: int) -> Iterator[Block]:
+    """Regroup byte strings of any sizes into blocks of ``size`` bytes, the last one shorter, copying each byte once."""
+    block, filled = np.empty(size, np.uint8), 0
     for piece in pieces:
-        at = 0
-        while at < len(piece):
-            taken = min(size - filled, len(piece) - at)
-            block[filled : filled + taken] = piece[at : at + taken]
-            filled, at = filled + taken, at + taken
+        given = np.frombuffer(piece, np.uint8)
+        while len(given):
+            taken = min(size - filled, len(given))
+            block[filled : filled + taken] = given[:taken]
+            filled, given = filled + taken, given[taken:]
             if filled == size:
-                yield bytes(block)
-                filled = 0
+                yield block
+                block, filled = np.empty(size, np.uint8), 0
     if filled:
-        yield bytes(block[:filled])
+        yield block[:filled]
 
 
 class RayDealing(Dealing):
@@ -95,7 +99,7 @@ class RayDealing(Dealing):
             keys = model.mask.value, server.value, client.value
             stream = self._cluster.stream(actor.deal, AHEAD, program.encoded, program.digest, *keys)
             for reference in stream:
-                yield self._cluster.get(reference)
+                yield self._cluster.get(reference).data
         except Exception as error:
             self._replace(actor, number)
             raise DealerError(*lost(error).args) from None
