@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,6 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.cli import check
 from parties.limits import memory as memory_module
 from parties.limits import turns as turns_module
 from parties.limits.memory import Grant, PreparedMemory, available_memory, memory_budget
@@ -30,7 +33,7 @@ from parties.net.network import Plaintext
 from parties.net.peer import Peer
 from parties.services import hosting
 from parties.services.draining import Draining
-from parties.services.status import ask_status
+from parties.services.status import Answered, ask_status
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from secure.deployments.deployment import deployments
@@ -48,6 +51,7 @@ from secure.errors import (
     from_code,
 )
 from secure.session import session as session_module
+from secure.version import WIRE_VERSION
 from tests.tiny import TEXT, Raw, Ready, Served, call, dial, run_query, serving, session_count, wait_until, works
 
 # errors that say when to come back
@@ -617,6 +621,22 @@ def test_new_clients_hear_that_it_goes(
         assert (failure.code, failure.goes_on) == ("going-away", False)
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_check_says_that_a_service_goes(
+    hosted: secure.Service, dealer: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = dict[str, Answered]()
+    needs = SimpleNamespace(deployment=secure.TwoParty())
+    found = Answered(WIRE_VERSION, "two-party", "server", "", True, 0.0, False)
+    for said in (found, replace(found, draining=True)):
+        monkeypatch.setattr(check, "ask_status", lambda peer, said=said: said)
+        if said.draining:
+            with pytest.raises(GoingAway, match=r"^it is going away"):
+                check._peer(needs, Plaintext(), "server", hosted.address, answered)  # type: ignore[arg-type]
+        else:
+            check._peer(needs, Plaintext(), "server", hosted.address, answered)  # type: ignore[arg-type]
+    assert answered == {"server": found}
 
 
 def test_draining_has_an_end(hosted: secure.Service, dealer: Served, model: Ready) -> None:

@@ -28,6 +28,7 @@ from parties.net.secret_files import check_directory
 from parties.served.compiled_files import is_compiled, load_compiled
 from parties.served.files import cache_directory, state_directory
 from parties.services import hosting
+from parties.services.draining import going_away
 from parties.services.status import Answered, ask_status
 from parties.three_party.shared_model import load_share
 from parties.tls.choice import network_of
@@ -340,6 +341,8 @@ def _peer(needs: Needs, network: Network, name: str, address: str, answered: dic
             f"it is the {found.role} of {found.deployment}, not the {name} of {needs.deployment.name}",
             "check the addresses",
         )
+    if found.draining:
+        raise going_away("it")
     answered[name] = found
     return f"answers at {address}, version {found.version}"
 
