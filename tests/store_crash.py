@@ -2,9 +2,9 @@
 
     python -m tests.store_crash KIND DIRECTORY POINTS [PROCESSES]
 
-Prints one line of JSON: what was put, used, lost and wrong, and how many takes were cut short. The ledger is a file to which every process appends a line
-after each call has returned; SIGKILL does not lose what the system has taken. An entry's body follows from its id, so
-that a wrong one is noticed.
+Prints one line of JSON: what was put, used, lost and wrong, and how many takes were cut short. The ledger is a file to
+which every process appends a line after each call has returned; SIGKILL does not lose what the system has taken. An
+entry's body follows from its id, so that a wrong one is noticed.
 """
 
 from __future__ import annotations
