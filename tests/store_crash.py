@@ -2,9 +2,9 @@
 
     python -m tests.store_crash KIND DIRECTORY POINTS [PROCESSES]
 
-Prints one line of JSON: what was put, used, lost and wrong. The ledger is a file to which every process appends a line
-after each call has returned; SIGKILL does not lose what the system has taken. An entry's body follows from its id, so
-that a wrong one is noticed.
+Prints one line of JSON: what was put, used, lost and wrong, and how many takes were cut short. The ledger is a file to
+which every process appends a line after each call has returned; SIGKILL does not lose what the system has taken. An
+entry's body follows from its id, so that a wrong one is noticed.
 """
 
 from __future__ import annotations
@@ -115,9 +115,14 @@ def work(kind: str, directory: Path, ledger: int, ready: int) -> None:
             body = body_of(entry, most)
             store.put(LABEL, entry, entry, len(body), [body])
             os.write(ledger, b"put %s\n" % entry.hex().encode())
-        elif (taken := store.take(LABEL)) is not None:
-            said = b"used" if whole(taken, most) else b"wrong"
-            os.write(ledger, b"%s %s\n" % (said, taken.entry.hex().encode()))
+        else:
+            os.write(ledger, b"taking one\n")
+            taken = store.take(LABEL)
+            if taken is None:
+                os.write(ledger, b"none there\n")
+            else:
+                said = b"used" if whole(taken, most) else b"wrong"
+                os.write(ledger, b"%s %s\n" % (said, taken.entry.hex().encode()))
 
 
 def child(kind: str, directory: Path, ledger: int, ready: int) -> int:
@@ -158,6 +163,8 @@ def crash(kind: str, directory: Path, points: int, processes: int = 1) -> dict[s
     lines = [line.split(" ", 1) for line in (directory / "ledger").read_text().splitlines()]
     said = {kind: Counter(rest for word, rest in lines if word == kind) for kind in ("put", "used", "wrong", "failed")}
     used = said["used"] + left
+    count = Counter(word for word, _ in lines)
+    taking = count["taking"] - count["used"] - count["wrong"] - count["none"]
     parts = [path.name for path in directory.rglob(".part-*")]
     return {
         "kind": kind,
@@ -168,6 +175,7 @@ def crash(kind: str, directory: Path, points: int, processes: int = 1) -> dict[s
         "left": len(left),
         "twice": sum(count > 1 for count in used.values()),
         "lost": len(said["put"] - used),
+        "taking": taking,
         "wrong": wrong + len(said["wrong"]),
         "failed": sorted(said["failed"]),
         "parts": parts,
