@@ -466,6 +466,16 @@ def test_clusters_that_are_open_are_refused(
     assert fake.joined == 0
 
 
+def test_ray_is_told_what_to_do_unless_its_user_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())  # type: ignore[arg-type]
+    for name in joined.DEFAULTS:
+        monkeypatch.setenv(name, "said")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    joined.import_ray()
+    assert {name: os.environ[name] for name in joined.DEFAULTS} == {**joined.DEFAULTS, "RAY_AUTH_MODE": "disabled"}
+
+
 def test_nobody_there() -> None:
     with pytest.raises(PeerLost, match=r"Ray at 127\.0\.0\.1:1 cannot be reached"):
         joined.answers_strangers("127.0.0.1:1")

@@ -23,6 +23,11 @@ LOCAL = "local"
 """The address that stands for a cluster on this machine alone, which ends with this process."""
 
 TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+DEFAULTS = {
+    "RAY_AUTH_MODE": "token",  # callers need one
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to Ray's makers
+    "RAY_worker_niceness": "0",  # by default 15: whatever else the machine does would come before
+}
 ANSWERING = 5.0  # seconds in which a cluster answers a stranger
 STORE = 1 << 29  # bytes of shared memory of a cluster that is begun here
 MOST = 1024  # workers
@@ -31,12 +36,12 @@ log = logging.getLogger("unseen.cluster")
 
 
 def import_ray() -> Any:
-    """Return the package ``ray``, told to ask for a token and to report nothing to its makers.
+    """Return the package ``ray``, told by its variables what to do where it starts, unless they are set: see DEFAULTS.
 
     Raises MissingPackage.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray as found
     except ImportError:
