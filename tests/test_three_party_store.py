@@ -20,6 +20,7 @@ from parties.store.files import FileStore
 from parties.store.keys import StoreKey
 from parties.store.memory import MemoryStore
 from parties.store.sealed import sealed_size
+from parties.three_party.agreement import KeyOfCaller
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share
 from proto import unseen_pb2 as pb
@@ -173,6 +174,24 @@ def test_a_damaged_entry_gives_no_answer_and_the_next_does(shares: Path, directo
         with three.dial() as session, pytest.raises(Error, match="is damaged"):
             session.embed([TEXT])
         ask(three, directory)
+
+
+def test_a_store_is_named_with_a_proof(
+    shares: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody on the path who names another store cannot have party 0 drop its halves."""
+    real = KeyOfCaller.serve
+
+    def lying(self: Any, *arguments: Any) -> Iterator[pb.AgreeMessage]:
+        for message in real(self, *arguments):
+            if message.done.store:
+                message.done.store = bytes(16)
+            yield message
+
+    monkeypatch.setattr(KeyOfCaller, "serve", lying)
+    with running(shares, stores={0: MemoryStore}, most=room(shares, 1)) as three:
+        wait_until(lambda: "did not name its store" in caplog.text, "it says so")
+        assert level(three) == 0
 
 
 def test_numbers_are_burnt_at_party_2(shares: Path, directory: Path, tmp_path: Path) -> None:
