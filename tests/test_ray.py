@@ -467,7 +467,7 @@ def test_clusters_that_are_open_are_refused(
 
 
 def test_ray_is_told_what_to_do_unless_its_user_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", FakeRay())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
     for name in joined.DEFAULTS:
         monkeypatch.setenv(name, "said")
         monkeypatch.delenv(name)
