@@ -253,7 +253,7 @@ def test_a_lost_party_ends_it_with_what_to_do(
         return ask(self, values, number, ahead=ahead)
 
     monkeypatch.setattr(link, "ask", lost)
-    ended = run("embed", "--input", str(source), "--output", str(output))
+    ended = run("embed", "--input", str(source), "--output", str(output), "--retries", "0")
     assert ended.code == 1
     again, error, hint = ended.err.splitlines()
     assert again == ("unseen embed: 6 texts are done and kept; run the same command again: it goes on at text 7")
@@ -598,6 +598,7 @@ class FakeSession:
 
     program = SimpleNamespace(digest="d" * 64, output_shapes={"y": (2, WIDTH)})
     link = SimpleNamespace(model="m")
+    sizes = ()
     window = 4
 
     def __init__(self) -> None:

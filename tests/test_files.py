@@ -192,6 +192,7 @@ def test_masked_weights_that_are_none(model: Ready) -> None:
     wrong = [
         save({**twice, f"{name}/{bits + 1}": held[f"{name}/{bits}"].clone()}),  # as many, but one weight twice
         *(save({**twice, f"{next(reversed(rings))}/{said}": torch.zeros(1)}) for said in ("65", "07", "", "-1")),
+        save({**twice, next(reversed(rings)): torch.zeros(1)}),
     ]
     for bad in wrong:
         with pytest.raises(DownloadError, match="not those that the Program reads"):

@@ -334,6 +334,11 @@ def test_lengths_and_offers_are_bounded(directory: Path) -> None:
     described_module._check(described, "it")
     with pytest.raises(ProtocolError, match="offers 257 Programs, at most 256 are read"):
         described_module._check(pb.Description(offers=offers(257)), "it")
+    for batch in (0, 1 << 11, (1 << 32) - 1):  # 0 would never be put together, and many would be read before the first
+        with pytest.raises(ProtocolError, match=f"offered for {batch} inputs a query"):
+            described_module._offers(pb.Description(model="w", offers=[pb.Offer(weights="w", length=3, batch=batch)]))
+    with pytest.raises(ProtocolError, match="offered twice for one length"):
+        described_module._offers(pb.Description(model="w", offers=offers(1) * 2))
     for bad in (pb.Offer(model="\x1b[2J"), pb.Offer(weights="x" * 513), pb.Offer(program_digest="\n")):
         with pytest.raises(ProtocolError, match="printable"):
             described_module._check(pb.Description(offers=[bad]), "it")

@@ -163,6 +163,9 @@ def test_the_budget_is_never_passed(actions: list[tuple[str, int, int]]) -> None
             elif action == "leave":
                 memory.leave(seats[who])
                 grants = [g for g in grants if g.seat is not seats[who]]
+                with pytest.raises(Busy):
+                    memory.take(seats[who], 1)  # by a thread of the session that has ended
+                seats[who] = seat(seats[who].caller)
             elif grants:
                 memory.give_back(grant := grants.pop(size % len(grants)))
                 memory.give_back(grant)  # once more is harmless
@@ -170,6 +173,36 @@ def test_the_budget_is_never_passed(actions: list[tuple[str, int, int]]) -> None
         for each in seats:
             memory.leave(each)
         assert (memory.used, memory._came, memory._waiting) == (0, {}, {})
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_who_leaves_while_a_thread_of_its_own_asks_harms_nobody(full: bool) -> None:
+    """The other gets what it waits for, and nothing stays taken."""
+    memory, leaver, other = PreparedMemory(10), seat(), seat()
+    held = memory.take(seat(), 10) if full else None
+    failed, got = list[BaseException](), list[Grant]()
+
+    def ask(who: Seat) -> None:
+        try:
+            got.append(memory.take(who, 10))
+        except BaseException as error:
+            failed.append(error)
+
+    if not full:
+        memory.leave(leaver)
+    threads = [threading.Thread(target=ask, args=(who,)) for who in (leaver, other)]
+    for thread, who in zip(threads, (leaver, other), strict=True):
+        thread.start()
+        if full:
+            wait_until(lambda who=who: who in memory._waiting, "it waits")  # type: ignore[misc]
+    if held is not None:
+        memory.leave(leaver)
+        memory.give_back(held)
+    for thread in threads:
+        thread.join(10)
+    assert [type(error) for error in failed] == [Busy]
+    assert [grant.seat for grant in got] == [other]
+    assert memory.used == 10
 
 
 def taking(memory: PreparedMemory, who: Seat, got: list[Seat]) -> threading.Thread:

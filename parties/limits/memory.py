@@ -7,6 +7,8 @@ time. Then it is told that the service is busy, and after how many seconds to as
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from weakref import WeakSet
 
 from parties.limits.seats import Seat
 from secure.errors import Busy, InvalidInput
@@ -24,6 +27,7 @@ POLL = 0.25  # seconds after which a session that waits looks whether its client
 SOON, LATE = 0.5, 10.0  # the least and the most seconds after which a session is told to ask again
 UNKNOWN = 2_000_000_000  # bytes to take where nothing says how many there are
 PART = 2  # a caller with a name gets one part of so many, but room for one query in any case
+DISK = "room for temporary files", "name a larger place for them: TMPDIR"
 CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
@@ -39,6 +43,8 @@ class Grant:
 class PreparedMemory:
     """A budget of ``total`` bytes, of which a caller with a name gets at most the part 1 / PART.
 
+    what, hint: the kind of bytes, and what gives a server more of them, for messages.
+
     The order is that of need: first who has the least queries in memory already, then who has waited longest. A session
     that was told to come back keeps its time of waiting, but nobody waits for it while it is away. One whose client
     waits for nothing (its seat is idle beyond its grace) makes room for others.
@@ -47,12 +53,13 @@ class PreparedMemory:
     queries that one may prepare bounds each.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, what: str = "memory", hint: str = "--memory") -> None:
+        self.total, self._what, self._hint = total, what, hint
         self._free, self._numbers = threading.Condition(), count()
         self._grants: list[Grant] = []
         self._came: dict[Seat, int] = {}  # when sessions that wait, or were told to come back, asked first
         self._waiting: dict[Seat, int] = {}  # bytes that sessions wait for
+        self._left: WeakSet[Seat] = WeakSet()  # they get nothing more, also if a thread of theirs still asks
         self._kept = SOON  # seconds for which bytes are taken, on average
 
     @property
@@ -67,12 +74,14 @@ class PreparedMemory:
         """
         until = time.monotonic() + WAIT
         with self._free:
+            if seat in self._left:
+                raise self._busy(size)
             self._came.setdefault(seat, next(self._numbers))
             self._waiting[seat] = size
             try:
                 while not self._next(seat):
                     self._make_room()
-                    if (left := until - time.monotonic()) <= 0 or not here():
+                    if (left := until - time.monotonic()) <= 0 or not here() or seat in self._left:
                         raise self._busy(size)
                     self._free.wait(min(left, POLL))
                 del self._came[seat]
@@ -91,15 +100,16 @@ class PreparedMemory:
                 self._free.notify_all()
 
     def leave(self, seat: Seat) -> None:
-        """Give back all that a session has, and forget that it waited."""
+        """Give back all that a session has, and forget that it waited; from now on it gets nothing."""
         with self._free:
+            self._left.add(seat)
             self._came.pop(seat, None)
             self._grants = [grant for grant in self._grants if grant.seat is not seat]
             self._free.notify_all()
 
     def _next(self, seat: Seat) -> bool:
         """Tell whether a session that waits is the first of those to whom their caller's part leaves room, and fits."""
-        able = [each for each in self._waiting if self._within_part(each)]
+        able = [each for each in self._waiting if each not in self._left and self._within_part(each)]
         first = min(able, key=lambda each: (self._has(each), self._came[each]), default=None)
         return seat is first and self.used + self._waiting[seat] <= self.total
 
@@ -123,9 +133,9 @@ class PreparedMemory:
     def _busy(self, size: int) -> Busy:
         after = min(max(self._kept, SOON), LATE)
         return Busy(
-            f"the server has no memory for another query at this moment ({size / GB:.3g} GB; {self.used / GB:.3g} of "
-            f"{self.total / GB:.3g} GB are taken)",
-            "ask again later; the server's owner may give it more with --memory",
+            f"the server has no {self._what} for another query at this moment ({size / GB:.3g} GB; "
+            f"{self.used / GB:.3g} of {self.total / GB:.3g} GB are taken)",
+            f"ask again later; the server's owner may give it more: {self._hint}",
             after=after,
         )
 
@@ -135,12 +145,17 @@ def memory_budget(given: float | None) -> int:
     return int(given or available_memory() / 2 or UNKNOWN)
 
 
-def require_room(total: int, size: int) -> None:
+def disk_budget() -> int:
+    """Return half of the bytes that are free where temporary files lie."""
+    return shutil.disk_usage(tempfile.gettempdir()).free // 2
+
+
+def require_room(total: int, size: int, what: str = "memory", hint: str = "raise --memory") -> None:
     """Raise InvalidInput if one query of ``size`` bytes is more than the whole budget."""
     if size > total:
         raise InvalidInput(
-            f"one prepared query takes {size / GB:.3g} GB of memory, and the budget is {total / GB:.3g} GB",
-            "lower --batch or --length, or raise --memory",
+            f"one prepared query takes {size / GB:.3g} GB of {what}, and the budget is {total / GB:.3g} GB",
+            f"lower --batch or --length, or {hint}",
         )
 
 

@@ -18,7 +18,7 @@ from proto.unseen_pb2_grpc import ModelStub
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
-from secure.lowering.client_inputs import ClientInput, table_shapes
+from secure.lowering.client_inputs import MAXIMUM_BATCH, ClientInput, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
 from secure.progress import Told
@@ -197,4 +197,9 @@ def _offers(found: pb.Description) -> tuple[Offer, ...]:
     same = [offer for offer in found.offers if offer.weights == found.model]
     if len(lengths := {offer.length for offer in same}) > MAXIMUM_LENGTHS:
         raise ProtocolError(f"a model is offered for {len(lengths)} lengths, at most {MAXIMUM_LENGTHS} are used")
+    for offer in same:  # before any of it decides how much is read and put together
+        if not 1 <= offer.batch <= MAXIMUM_BATCH:
+            raise ProtocolError(f"a model is offered for {offer.batch} inputs a query, 1 to {MAXIMUM_BATCH} are asked")
+    if len({(offer.length, offer.batch) for offer in same}) < len(same):
+        raise ProtocolError("a model is offered twice for one length and one batch")
     return tuple(Offer(offer.length, offer.batch, offer.program_digest) for offer in same)

@@ -40,7 +40,7 @@ class Filler:
     entry at a time, for the shelf that is the emptiest. It waits while queries run, unless a shelf has less than a
     LOW-th of its entries. If making fails it says so once, and tries again after pauses that double. It removes entries
     that are older than KEPT, and those of labels that are not served: at once when a shelf is dropped or gets another
-    label, after SETTLED for what it never knew, because a service may come to serve it.
+    label, SETTLED after the first shelf for what it never knew, because a service may come to serve it.
     """
 
     def __init__(self, store: Store, most: int, log: logging.Logger) -> None:
@@ -52,7 +52,7 @@ class Filler:
         self._running, self._quiet_since = 0, 0.0
         self._closed, self._woken = False, False
         self._said, self._pause = "", 0.0
-        self._began = time.monotonic()
+        self._began: float | None = None  # when the first shelf was served
         self._thread = threading.Thread(target=self._run, name="unseen-filler", daemon=True)
         self._thread.start()
 
@@ -63,6 +63,7 @@ class Filler:
             if before is not None and before.label != shelf.label:
                 self._old.add(before.label)
             self._shelves[shelf.what] = shelf
+            self._began = self._began or time.monotonic()
             self._old.discard(shelf.label)
         self.wake()
 
@@ -159,7 +160,7 @@ class Filler:
         with self._news:
             served, old = {shelf.label for shelf in self._shelves.values()}, self._old
             self._old = set()
-        settled = time.monotonic() - self._began > SETTLED
+        settled = self._began is not None and time.monotonic() - self._began > SETTLED
         dropped = self._store.sweep(served if settled else None, old, time.time() - KEPT)
         if dropped:
             self._log.info("the store dropped %d queries that can be used no more", dropped)

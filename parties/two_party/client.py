@@ -165,7 +165,7 @@ class TwoPartyLink(Link):
             message = self._hear(what)
             found = message.WhichOneof("content")
             if found == "failure":
-                self._note_busy(message.failure)
+                self._note_busy(message.failure, kind)
                 raise failed(message.failure, "the server")
             if found == kind:
                 return getattr(message, kind)
@@ -192,13 +192,16 @@ class TwoPartyLink(Link):
                 reason = "is gone" if isinstance(error, grpc.RpcError) else "ended the session"
             raise PeerLost(f"{self._server} {reason}; this client waited for {what}", "see the server's log") from None
 
-    def _note_busy(self, failure: pb.Failure) -> None:
+    def _note_busy(self, failure: pb.Failure, expected: str) -> None:
         """Note that a busy server has done nothing for the query that is being prepared: it can be asked for again.
 
         The number is not burnt at the server and the dealer then, and this side's share, of which nobody has seen
-        anything, keeps for it.
+        anything, keeps for it. expected: the kind of message that was waited for; in the middle of a query's rounds,
+        any failure ends the session.
         """
-        if failure.goes_on and failure.code == Busy.code and self._coming is not None and self._coming.asked:
+        preparing = expected in ("assigned", "prepared") and self._coming is not None and self._coming.asked
+        if failure.goes_on and failure.code == Busy.code and preparing:
+            assert self._coming is not None
             self._coming = replace(self._coming, asked=False)
 
     # queries

@@ -371,13 +371,14 @@ class DealerService(DealerServicer):
         session.seat.work()
         try:
             names = session.model.program.digest, session.model.weights_digest
+            self._spend(session.opener, PREPARATIONS, 1)  # before anything is burnt
             found = self.entries.take(names, request.entry) if len(request.entry) == ENTRY_BYTES else None
             if found is None:
+                self._spend(session.opener, PREPARATIONS, -1)  # it will be dealt, which counts
                 return pb.AssignReply()
             client, proving = found
             if not hmac.compare_digest(assign_proof(proving, *about), request.entry_proof):
                 raise QueryError("only the server that got an entry can have it assigned", "the entry is burnt")
-            self._spend(session.opener, PREPARATIONS, 1)
             session.server.key(request.query)
             sealed = seal_client_key(session.client.key(request.query), client, *about, *names)
             return pb.AssignReply(sealed=sealed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from parties.limits.memory import GB, PreparedMemory, memory_budget, require_room
+from parties.limits.memory import DISK, GB, PreparedMemory, disk_budget, memory_budget, require_room
 from parties.limits.quotas import Spend, unlimited
 from parties.limits.turns import Turns
 from parties.net.network import Network
@@ -31,7 +31,7 @@ from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
-from parties.two_party.stocked import Stocked, memory_of
+from parties.two_party.stocked import Stocked, memory_of, spooled_of
 from proto.unseen_pb2_grpc import (
     add_DealerServicer_to_server,
     add_InferenceServicer_to_server,
@@ -141,6 +141,7 @@ class TwoPartyHosted:
             traces=TraceDirectory(options.traces) if options.traces else None,
             spend=spend_of(options),
             memory=memory,
+            disk=PreparedMemory(disk_budget() // options.workers, *DISK),
             turns=Turns(share_of(os.cpu_count(), options.workers)),
             stocked=Stocked(store, options.store_size, dealer) if store is not None else None,
         )
@@ -191,6 +192,7 @@ def _made(held: Sequence[Compiled], options: HostOptions) -> _Made:
     sizes = [size for compiled in held for size in compiled.sizes]
     for size in sizes:
         require_room(_memory(options), memory_of(size.program))
+        require_room(disk_budget() // options.workers, spooled_of(size.program), *DISK)
     options.told(0, 0, "masking the weights")
     models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
     offered = [

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import grpc
 
-from parties.limits.memory import Grant, PreparedMemory, memory_budget
+from parties.limits.memory import DISK, Grant, PreparedMemory, disk_budget, memory_budget
 from parties.limits.quotas import PREPARATIONS, QUERIES, Spend, unlimited
 from parties.limits.seats import Seat, Seats
 from parties.limits.turns import Turns
@@ -37,7 +37,7 @@ from parties.traces.trace_file import TraceDirectory
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
-from parties.two_party.stocked import Stocked, memory_of, receive
+from parties.two_party.stocked import Stocked, memory_of, receive, spooled_of
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer
 from protocols.circuit import Correlations, execute
@@ -65,12 +65,12 @@ class InferenceService(InferenceServicer):
     """The service that answers sessions on masked models.
 
     models: each is registered at the dealer when the first client asks for it, the first of all at once; all of them at
-    once if there is a store, which keeps queries of each ready.
-    dealer: is closed with the service. deadline: seconds that a session waits for its client. traces: a directory for a
-    timeline of every query, or None. spend: counts what callers use, and refuses what is beyond their quotas. memory:
-    the budget of what sessions keep prepared; None: half of what the machine has to spare. turns: who computes when;
-    None: as many queries as there are cores. stocked: queries that are dealt ahead, or None; it is closed with the
-    service.
+    once if there is a store, which keeps queries of each ready. dealer: is closed with the service. deadline: seconds
+    that a session waits for its client. traces: a directory for a timeline of every query, or None. spend: counts what
+    callers use, and refuses what is beyond their quotas. memory: the budget of what sessions keep prepared; None: half
+    of what the machine has to spare. disk: that of temporary files, for what is too large for memory; None: half of
+    what is free there. turns: who computes when; None: as many queries as there are cores. stocked: queries that are
+    dealt ahead, or None; it is closed with the service.
 
     A stream gets one of the few sessions only after a valid handshake that the dealer has confirmed; until then it
     is in a waiting room, in which those of the caller who has the most give way to newer ones.
@@ -87,11 +87,13 @@ class InferenceService(InferenceServicer):
         traces: TraceDirectory | None = None,
         spend: Spend = unlimited,
         memory: PreparedMemory | None = None,
+        disk: PreparedMemory | None = None,
         turns: Turns | None = None,
         stocked: Stocked | None = None,
     ) -> None:
         self.turns = turns or Turns()
         self.memory = memory or PreparedMemory(memory_budget(None))
+        self.disk = disk or PreparedMemory(disk_budget(), *DISK)
         self.models = {(model.program.digest, model.weights_digest): model for model in models}
         self.deadline, self.traces = deadline, traces
         self.dealer, self.spend, self.stocked = dealer, spend, stocked
@@ -140,10 +142,16 @@ class InferenceService(InferenceServicer):
 
     def renew(self) -> None:
         """Keep models registered, or register them again with a dealer that was restarted. Raises DealerError."""
+        failed: Error | None = None
         for model in list(self._registered.values()):
-            if not self.dealer.renew(model.program, model.mask_seed):
-                self.register(model)
-                log.info("registered the Program again: the dealer did not know it")
+            try:
+                if not self.dealer.renew(model.program, model.mask_seed):
+                    self.register(model)
+                    log.info("registered the Program again: the dealer did not know it")
+            except Error as error:
+                failed = failed or error  # the others are renewed all the same
+        if failed is not None:
+            raise failed
 
     def meant(self, program_digest: str, weights_digest: str) -> MaskedModel:
         """Return the model of these names; any other if there is none, whose names then differ."""
@@ -171,7 +179,7 @@ class _Session:
         self._caller, self._context = caller(context), context
         self._who = str(self._caller)
         self._prepared: dict[int, Correlations] = {}
-        self._grants: dict[int, Grant] = {}  # the memory of what is prepared, and of the query that runs
+        self._grants: dict[int, list[tuple[PreparedMemory, Grant]]] = {}  # of what is prepared, and the query that runs
         self._burnt = Burnt()
         self._keys: Ratchet | None = None
         self._id, self._proving = b"", b""
@@ -188,7 +196,8 @@ class _Session:
         self.watch.stop()
         self._prepared.clear()
         if self._seat is not None:
-            self._service.memory.leave(self._seat)
+            for budget in (self._service.memory, self._service.disk):
+                budget.leave(self._seat)
             self._service.sessions.give_back(self._seat)
         if self._keys is not None:
             self._keys.erase()
@@ -312,13 +321,19 @@ class _Session:
         In the latter case nothing has happened to the number: it is burnt neither here nor at the dealer.
         """
         assert self._seat is not None
+        grants = list[tuple[PreparedMemory, Grant]]()
+        wanted = ((self._service.memory, memory_of(self._program)), (self._service.disk, spooled_of(self._program)))
         try:
-            grant = self._service.memory.take(self._seat, memory_of(self._program), self._context.is_active)
+            for budget, size in wanted:
+                if size:
+                    grants.append((budget, budget.take(self._seat, size, self._context.is_active)))
         except Busy as error:
+            for budget, grant in grants:
+                budget.give_back(grant)
             log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0])
             yield pb.ServerMessage(failure=failure(error, goes_on=True))
             return
-        self._grants[query] = grant
+        self._grants[query] = grants
         yield from self._prepare(query)
 
     def _admitted_beside(self, query: int) -> None:
@@ -332,8 +347,9 @@ class _Session:
 
     def _give_back(self, query: int) -> None:
         """Give back the memory of a query that has ended, and of those before it, which are burnt with it."""
-        for number in [number for number in self._grants if number <= query]:
-            self._service.memory.give_back(self._grants.pop(number))
+        for number in [number for number in list(self._grants) if number <= query]:  # a thread beside may add one
+            for budget, grant in self._grants.pop(number):
+                budget.give_back(grant)
 
     def _prepare(self, query: int) -> Iterator[pb.ServerMessage]:
         """Take a query from the store, or fetch its corrections from the dealer; the dealer burns the number in either

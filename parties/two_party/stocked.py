@@ -124,6 +124,12 @@ def memory_of(program: Program) -> int:
     return size if size <= IN_MEMORY else max(instruction.protocol.dealt_bytes for instruction in program.circuit)
 
 
+def spooled_of(program: Program) -> int:
+    """Return the bytes that a prepared query takes in temporary files: none if all of it fits into memory."""
+    size = program.cost.dealt
+    return size if size > IN_MEMORY else 0
+
+
 def _shelf(names: tuple[str, str]) -> str:
     return f"program {names[0][:12]} of model {names[1][:12]}"
 
