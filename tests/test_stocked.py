@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ from parties.two_party.keys import (
     stock_proof,
 )
 from parties.two_party.sealing import answer_proof
+from parties.two_party.server import InferenceService
 from parties.two_party.stocked import Stocked
 from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, ReadWhenUsed, deal, execute, prepare, split_corrections
@@ -49,7 +51,7 @@ from protocols.prg import Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER
 from protocols.steps import run_pair
 from protocols.weights import ClientWeights, DealerWeights
-from secure.errors import DealerError, PeerLost, ProtocolError, StoreError
+from secure.errors import DealerError, Error, PeerLost, ProtocolError, QuotaError, StoreError
 from secure.tasks.embed import Embed
 from tests.dealer_key import KEY
 from tests.tiny import TEXT, Raw, Ready, Served, call, dealing, dial, serving, wait_until
@@ -334,6 +336,66 @@ def test_what_nobody_serves_makes_room(quick: None, monkeypatch: pytest.MonkeyPa
     wait_until(lambda: store.level(label).entries == 10, "all of it")
     assert store.level().entries == 10
     filler.close()
+
+
+def test_nothing_is_swept_before_a_program_is_served(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Party 0, or a server whose dealer is slow, may serve its Program long after it started."""
+    monkeypatch.setattr(filler_module, "SETTLED", 0.0)
+    monkeypatch.setattr(filler_module, "LOOKING", 0.01)
+    store = MemoryStore()
+    store.put("1" * 64, fresh_seed()[:16], b"", 100, [bytes(100)])
+    filler = filler_module.Filler(store, 1000, logging.getLogger("test"))
+    time.sleep(0.3)
+    assert store.level().entries == 1
+    filler.serve(filler_module.Shelf("one", "0" * 64, 2000, lambda: None))
+    wait_until(lambda: store.level().entries == 0, "what nobody serves is gone")
+    filler.close()
+
+
+def test_who_is_beyond_a_quota_burns_no_entry(quick: None, model: Ready) -> None:
+    used = list[int]()
+
+    def spend(caller: Any, what: str, amount: int) -> None:
+        if refusing:
+            raise QuotaError("preparations are used up", "tomorrow")
+        used.append(amount)
+
+    refusing, store = False, MemoryStore()
+    with dealing(DealerService(KEY, spend=spend)) as dealer, stocking(model, dealer, store, still=True) as served:
+        with dial(served, dealer) as session:
+            answer(session)
+        assert sum(used) == 1
+        theirs = dealer.service.entries._store
+        held, refusing = theirs.level().entries, True
+        with dial(served, dealer) as session, pytest.raises(Error, match="preparations are used up"):
+            answer(session)
+        assert theirs.level().entries == held > 0
+        refusing = False
+        theirs.sweep(set(), set(), 0)  # what the dealer does not know is dealt, and counts once
+        with dial(served, dealer) as session:
+            answer(session)
+        assert sum(used) == 2
+
+
+def test_one_model_that_cannot_be_renewed_stops_no_other(model: Ready, dealer: Served) -> None:
+    class Failing(DealerPeer):
+        failing = False
+
+        def renew(self, program: Any, mask_seed: bytes) -> bool:
+            asked.append(program)
+            if self.failing and len(asked) == 1:
+                raise DealerError("its table is full")
+            return super().renew(program, mask_seed)
+
+    asked = list[Any]()
+    peer = Failing(dealer.address, Plaintext(), KEY.public.text)
+    service = InferenceService([model.masked], peer)
+    service._registered["x", "y"] = model.masked
+    peer.failing, asked[:] = True, []
+    with pytest.raises(DealerError, match="its table is full"):
+        service.renew()
+    assert len(asked) == 2
+    service.close()
 
 
 # hostile messages
