@@ -24,7 +24,7 @@ from protocols.prg import fresh_seed
 from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import CompileOptions
-from secure.errors import HandshakeError, InputTooLong, InvalidInput, ProtocolError
+from secure.errors import HandshakeError, InputTooLong, InvalidInput, PeerLost, ProtocolError
 from secure.session.link import MAXIMUM_LENGTHS, Link, Offer
 from secure.session.queries import planned
 from secure.tasks.embed import Embed
@@ -342,3 +342,20 @@ def test_lengths_and_offers_are_bounded(directory: Path) -> None:
     for bad in (pb.Offer(model="\x1b[2J"), pb.Offer(weights="x" * 513), pb.Offer(program_digest="\n")):
         with pytest.raises(ProtocolError, match="printable"):
             described_module._check(pb.Description(offers=[bad]), "it")
+
+
+def test_a_link_that_opens_while_the_session_is_closed_is_closed_too(compiled: secure.Compiled) -> None:
+    first, second = compiled.sizes[0], compiled.sizes[2]
+    opened = list[Posing]()
+
+    def open(digest: str) -> Link:
+        session.close()  # as another thread may
+        opened.append(Posing(second.deployment.insecure(second.model, second.tokenizer)))
+        return opened[-1]
+
+    offers = [Offer.of(first.program), Offer.of(second.program)]
+    main = first.deployment.insecure(first.model, first.tokenizer)
+    session = secure.Session(main, pace=0.0, open=open, offers=offers)
+    with pytest.raises(PeerLost, match="it was closed"):
+        session.embed([TEXTS[0]])
+    assert [link.closed for link in opened] == [True]

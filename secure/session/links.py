@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 from secure.errors import HandshakeError, PeerLost
@@ -26,6 +27,7 @@ class Links:
         self.offers = usable if self.size in usable and open is not None else (self.size,)
         self._open, self._links = open, {self.size: main}  # by size
         self.can_renew = open is not None
+        self._lock, self._closed = threading.Lock(), ""
 
     @property
     def main(self) -> Link:
@@ -54,18 +56,23 @@ class Links:
         return self._links[size]
 
     def renew(self, size: Offer) -> None:
-        """Open another link of a size; it takes the place of one that is lost."""
+        """Open another link of a size; it takes the place of one that is lost.
+
+        Raises PeerLost if another thread closes all links meanwhile.
+        """
         assert self._open is not None
         link = self._open(size.program_digest)
         try:
             self._check(link, size)
+            if link.program.labels.get(TABLES) == self.main.program.labels.get(TABLES):
+                link.tables = self.main.tables  # one copy of them in memory
+            with self._lock:
+                if self._closed:
+                    raise PeerLost(f"this session has ended: {self._closed}", "connect again")
+                lost, self._links[size] = self._links.get(size), link
         except BaseException:
             link.close()
             raise
-        if link.program.labels.get(TABLES) == self.main.program.labels.get(TABLES):
-            link.tables = self.main.tables  # one copy of them in memory
-        lost = self._links.pop(size, None)
-        self._links[size] = link
         if lost is not None:
             lost.close()
 
@@ -82,8 +89,10 @@ class Links:
             )
 
     def close(self, why: str) -> None:
-        """Close all links, each with the reason why."""
-        for link in self.opened:
+        """Close all links, each with the reason why; none is opened from now on."""
+        with self._lock:
+            self._closed, opened = why, self.opened
+        for link in opened:
             link.ended = link.ended or why
             link.close()
 

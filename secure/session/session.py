@@ -372,8 +372,6 @@ class Session:
             self._closed.wait(pause)
             with contextlib.suppress(*LOST, Busy), self._lock:
                 self._once_free(partial(self._links.renew, size))
-                if self._closed.is_set():  # meanwhile, and the old link with it
-                    self._links.close("it was closed")
         raise AssertionError("the last attempt returns or raises")
 
     def _once_free(self, ask: Callable[[], Found], link: Link | None = None) -> Found:
