@@ -51,7 +51,7 @@ from secure.cost.timeline import Round, Timeline
 from secure.errors import Error
 from secure.models.text import PACKAGED
 from secure.mpc.program import Program
-from tests.tiny import LENGTH, TEXT, WORDS, Ready, Served, dial, serving, wait_until
+from tests.tiny import LENGTH, TEXT, WORDS, Ready, Served, dial, served_program, serving, wait_until
 
 ROOT = Path(__file__).parent.parent
 AHEAD = 7.25  # seconds
@@ -460,7 +460,7 @@ def test_embed_writes_traces_and_a_table(run: Run, server: Served, dealer: Serve
         assert read(path).head.query == query
         assert path.name == f"client-{read(path).head.name}.json"
         assert f"trace: {path}" in ended.out
-    rounds = server.service.model.program.cost.rounds
+    rounds = served_program(server).cost.rounds
     assert f"measured rounds ({rounds}) and bytes equal the prediction, instruction by instruction" in ended.out
     assert "by module, mean of 2 queries" in ended.out
     assert "(between steps)" in " ".join(ended.out.split())

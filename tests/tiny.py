@@ -219,6 +219,11 @@ def works(server: Served, dealer: Served) -> None:
         assert connection.embed([TEXT])[0].isfinite().all()
 
 
+def served_program(server: Served) -> Program:
+    """The Program of a server's first model."""
+    return next(iter(server.service.models.values())).program  # type: ignore[no-any-return]
+
+
 def session_count(server: Served) -> int:
     return len(server.service.sessions)
 
