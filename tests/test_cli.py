@@ -72,7 +72,7 @@ def in_words(ended: Ended, message: str, hint: str) -> None:
     assert ended.code == 1
     assert ended.out == ""
     lines = ended.err.strip().splitlines()
-    first, *rest = [line for line in lines if not re.match(r"unseen serve: .*( \.\.\.$|, compiled on )", line)]
+    first, *rest = [line for line in lines if not re.match(r"unseen [\w -]+: .*( \.\.\.$|, compiled on )", line)]
     assert re.fullmatch(f"unseen: error: .*{message}.*", first)
     (last,) = rest
     assert re.fullmatch(f"hint: .*{hint}.*", last)
