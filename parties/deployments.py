@@ -289,7 +289,7 @@ def _together(held: Sequence[Compiled]) -> Deployment | None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InvalidInput(
             f"two models of the name {twice[0]!r}",
-            "compile one model for several lengths at once, or rename a directory",
+            "compile one model for several lengths at once; a compiled one keeps the name of what it was made from",
         )
     if deployment is not None and not deployment.takes_sizes and sum(len(each.sizes) for each in held) > 1:
         raise InvalidInput(f"a service of {deployment.name} offers one model", "serve each on its own")

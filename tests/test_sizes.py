@@ -48,11 +48,12 @@ def compiled(directory: Path) -> secure.Compiled:
 
 @pytest.fixture(scope="module")
 def address(compiled: secure.Compiled, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two models on one server: that of several sizes, and one that has other weights."""
-    other = write_model(tmp_path_factory.mktemp("models") / "other", seed=5)
+    """Three models on one server: that of several sizes, one that has other weights, and a copy of this one."""
+    models = tmp_path_factory.mktemp("models")
+    other, copy = write_model(models / "other", seed=5), write_model(models / "copy", seed=5)
     with ExitStack() as stack:
         dealer = stack.enter_context(dealing())
-        held = [compiled, compiled_sizes(other, LENGTH, 1)]
+        held = [compiled, compiled_sizes(other, LENGTH, 1), compiled_sizes(copy, LENGTH, 1)]
         service = stack.enter_context(
             deployments.serve(
                 held, role="server", peers={"dealer": dealer.address}, state=tmp_path_factory.mktemp("state")
@@ -150,7 +151,10 @@ def test_models_are_told_by_their_names(address: Any, directory: Path) -> None:
         connect(address, directory, model=None),
     ):
         pass
-    assert f"name one: {', '.join(sorted([directory.name, 'other']))}" in str(caught.value)
+    assert f"name one: {', '.join(sorted(['copy', directory.name, 'other']))}" in str(caught.value)
+    with connect(address, directory, model="copy") as copy:  # of equal weights, which the two share
+        assert [(o.length, o.batch) for o in copy.sizes] == [(LENGTH, 1)]
+        torch.testing.assert_close(copy.embed([TEXT])[0], theirs, atol=1e-3, rtol=0)
     with pytest.raises(HandshakeError, match="offers no model 'absent'"), connect(address, directory, model="absent"):
         pass
 
@@ -317,7 +321,7 @@ def test_an_input_fits_a_length_or_not(tokens: int, length: int) -> None:
 
 
 def test_lengths_and_offers_are_bounded(directory: Path) -> None:
-    with pytest.raises(InvalidInput, match="9 lengths and 1 batches"):
+    with pytest.raises(InvalidInput, match="a model for 9 lengths and 1 batches"):
         compiled_sizes(directory, range(3, 12), 1)
     with pytest.raises(InvalidInput, match="1 lengths and 5 batches"):
         compiled_sizes(directory, 4, range(1, 6))
@@ -328,17 +332,19 @@ def test_lengths_and_offers_are_bounded(directory: Path) -> None:
         return [pb.Offer(weights=weights, length=n + 3, batch=1, program_digest=str(n)) for n in range(lengths)]
 
     described = pb.Description(model="w", offers=[*offers(MAXIMUM_LENGTHS), *offers(40, "other")])
-    assert len(described_module._offers(described)) == MAXIMUM_LENGTHS
+    assert len(described_module._offers(described, "")) == MAXIMUM_LENGTHS
     with pytest.raises(ProtocolError, match="offered for 9 lengths, at most 8 are used"):
-        described_module._offers(pb.Description(model="w", offers=offers(MAXIMUM_LENGTHS + 1)))
+        described_module._offers(pb.Description(model="w", offers=offers(MAXIMUM_LENGTHS + 1)), "")
     described_module._check(described, "it")
     with pytest.raises(ProtocolError, match="offers 257 Programs, at most 256 are read"):
         described_module._check(pb.Description(offers=offers(257)), "it")
     for batch in (0, 1 << 11, (1 << 32) - 1):  # 0 would never be put together, and many would be read before the first
         with pytest.raises(ProtocolError, match=f"offered for {batch} inputs a query"):
-            described_module._offers(pb.Description(model="w", offers=[pb.Offer(weights="w", length=3, batch=batch)]))
+            described_module._offers(
+                pb.Description(model="w", offers=[pb.Offer(weights="w", length=3, batch=batch)]), ""
+            )
     with pytest.raises(ProtocolError, match="offered twice for one length"):
-        described_module._offers(pb.Description(model="w", offers=offers(1) * 2))
+        described_module._offers(pb.Description(model="w", offers=offers(1) * 2), "")
     for bad in (pb.Offer(model="\x1b[2J"), pb.Offer(weights="x" * 513), pb.Offer(program_digest="\n")):
         with pytest.raises(ProtocolError, match="printable"):
             described_module._check(pb.Description(offers=[bad]), "it")

@@ -78,7 +78,7 @@ def plan(
     sessions_per_machine: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Clients that a machine admits at once; any number by default. Each worker of a server: 16."
+            min=1, help="Clients that a machine admits at once; any number by default. Each worker of a server: 128."
         ),
     ] = None,
     prices: Annotated[

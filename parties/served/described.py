@@ -186,15 +186,16 @@ def read_description(
     tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes, program.labels)
     tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase, program.labels)
     once = tuple(Traffic(role, "client", f.size, ONCE) for f in found.files if f.sha256 in downloaded)
-    return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once, _offers(found))
+    offers = _offers(found, program.labels.get("model", ""))
+    return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once, offers)
 
 
-def _offers(found: pb.Description) -> tuple[Offer, ...]:
-    """Return the sizes at which the described model is offered: those with the same weights, as their names say.
+def _offers(found: pb.Description, name: str) -> tuple[Offer, ...]:
+    """Return the sizes at which the described model is offered: those of its name, with the same weights.
 
     Raises ProtocolError for more lengths than MAXIMUM_LENGTHS: a text's length is one of them, which the service sees.
     """
-    same = [offer for offer in found.offers if offer.weights == found.model]
+    same = [offer for offer in found.offers if (offer.weights, offer.model) == (found.model, name)]
     if len(lengths := {offer.length for offer in same}) > MAXIMUM_LENGTHS:
         raise ProtocolError(f"a model is offered for {len(lengths)} lengths, at most {MAXIMUM_LENGTHS} are used")
     for offer in same:  # before any of it decides how much is read and put together

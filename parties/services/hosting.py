@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import os
-import queue
 import signal
 import socket
 import sys
@@ -32,6 +31,7 @@ from parties.net.watchdog import check_deadline
 from parties.services.dealing import Dealing, DealingHere
 from parties.services.draining import DRAIN, NOTICE, Draining
 from parties.services.guard import Guard
+from parties.services.signals import Signals
 from parties.services.status import ask_status
 from secure.errors import EndpointError, InvalidInput, PeerLost
 from secure.mpc.budget import Budget
@@ -39,6 +39,7 @@ from secure.progress import Told, silent
 
 log = logging.getLogger("unseen.hosting")
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 IN_USE = "choose another port, or 0 for any free one"
 MAXIMUM_AHEAD = 16  # queries whose corrections are kept in memory
 STORE_GB, MAXIMUM_STORE = 10.0, 100_000  # GB that a store takes by default, and at most
@@ -177,10 +178,10 @@ class Service:
 
         SIGTERM drains the service. After SIGINT, or a second signal, running calls get two seconds to end.
         """
-        stopped = _signals()
+        stopped = Signals(*STOPPING)
         announce()
-        if stopped.get() == signal.SIGTERM:
-            self.drain(drain, lambda: not stopped.empty())
+        if stopped.next() == signal.SIGTERM:
+            self.drain(drain, stopped.waits)
         self._server.stop(2).wait()
 
     def drain(self, seconds: float = DRAIN, hurry: Callable[[], bool] = lambda: False) -> None:
@@ -324,18 +325,10 @@ def check_owners(peers: Mapping[str, Endpoint], network: Network) -> None:
 
 def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None:
     """Call ``announce``, then block until SIGINT or SIGTERM; running calls get two seconds to end."""
-    stopped = _signals()
+    stopped = Signals(*STOPPING)
     announce()
-    stopped.get()
+    stopped.next()
     server.stop(2).wait()
-
-
-def _signals() -> queue.SimpleQueue[int]:
-    """Return a queue of the signals that end this process; unlike an Event, it is safe to fill from a handler."""
-    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda caught, _: stopped.put(caught))
-    return stopped
 
 
 def log_to_stderr(verbose: bool) -> None:

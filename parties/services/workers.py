@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import queue
 import signal
 import socket
 import sys
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from parties.net.endpoints import Endpoint
+from parties.services.signals import Signals
 from secure.errors import EndpointError, Error, from_code
 
 log = logging.getLogger("unseen.workers")
@@ -58,9 +58,7 @@ def supervise(count: int, work: Callable[[Ready], None], announce: Callable[[Seq
     workers keep dying.
     """
     require_single_thread()
-    caught: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for watched in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(watched, lambda found, _: caught.put(found))
+    caught = Signals(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
     workers = [_forked(work) for _ in range(count)]
     died: deque[float] = deque(maxlen=DEATHS + 1)
     try:
@@ -68,7 +66,7 @@ def supervise(count: int, work: Callable[[Ready], None], announce: Callable[[Seq
         announce(lines[0])
         stopping = False
         while workers:
-            if (number := caught.get()) != signal.SIGCHLD:
+            if (number := caught.next()) != signal.SIGCHLD:
                 stopping = True
                 _tell(workers, number)
                 continue

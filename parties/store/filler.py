@@ -140,6 +140,8 @@ class Filler:
         for shelf in shelves:
             target = max(0, min(MOST_ENTRIES, room // len(shelves) // shelf.size))
             entries = levels[shelf.label].entries
+            while entries > target and self._store.take(shelf.label) is not None:  # the budget was larger once
+                entries -= 1
             self._tell(shelf, entries, target)
             if entries < target and (wanted is None or entries / target < wanted[0]):
                 wanted = entries / target, shelf

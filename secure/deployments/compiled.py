@@ -166,8 +166,8 @@ def build(
         raise InvalidInput(f"one length and one batch are served under {deployment.name}", "give one of each")
     if len(set(lengths)) > MAXIMUM_LENGTHS or len(set(batches)) > MAXIMUM_BATCHES:
         raise InvalidInput(
-            f"{len(set(lengths))} lengths and {len(set(batches))} batches",
-            f"{MAXIMUM_LENGTHS} lengths and {MAXIMUM_BATCHES} batches at most",
+            f"a model for {max(1, len(set(lengths)))} lengths and {len(set(batches))} batches",
+            f"--length {MAXIMUM_LENGTHS} times and --batch {MAXIMUM_BATCHES} times at most",
         )
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}

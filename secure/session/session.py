@@ -174,8 +174,8 @@ class Session:
         length: the query is for an input of so many tokens; None stands for the greatest length.
         """
         holding = [offer for offer in self.sizes if length is None or offer.length >= length]
-        if not holding:
-            raise InvalidInput(f"no query has {length} tokens", f"{self.length} at most")
+        if not holding or (length is not None and length < 1):
+            raise InvalidInput(f"no query has {length} tokens", f"1 to {self.length}")
         with self._open():
             link = self._once_free(partial(self._links.of, self._links.size if length is None else holding[0]))
             self._once_free(link.prepare, link)
