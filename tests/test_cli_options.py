@@ -503,3 +503,10 @@ def test_a_deployment_of_ones_own_needs_no_edit_elsewhere(toy: None, run: Run) -
     with secure.serve(compiled, role="echo", listen=FREE) as service:
         assert service.about == ("loudness 9",)
     assert console.announced('{"listening": "a:1"}\n') == "a:1"
+
+
+@pytest.mark.parametrize("arguments", [["--length", "16", "--length", "32"], ["--length=16", "--length", "16"]])
+def test_an_option_of_one_value_is_given_once(run: Run, arguments: list[str]) -> None:
+    ended = run("plan", "all-MiniLM-L6-v2", "--clients", "1", "--queries-per-day", "5", *arguments)
+    assert (ended.code, ended.err) == (1, "unseen: error: --length is given twice\nhint: it takes one value\n")
+    assert "is given twice" not in run("embed", "--", "--long", "--long").err  # texts

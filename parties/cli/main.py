@@ -6,6 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import secure
 from parties.cli.accuracy import accuracy
@@ -27,10 +28,23 @@ from parties.cli.token import token
 from parties.cli.train import train
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
-from secure.errors import Error
+from secure.errors import Error, InvalidInput
 
 CONTEXTS = {"check": {"allow_extra_args": True, "ignore_unknown_options": True}}
 """Settings of typer for single commands: check takes the options of another command."""
+
+
+class Command(TyperCommand):
+    """A command that refuses an option of one value that is given twice, as only the last would count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raise InvalidInput for such an option."""
+        single = {name for p in self.params for name in p.opts if p.nargs == 1 and not getattr(p, "multiple", True)}
+        given = args[: args.index("--")] if "--" in args else args
+        said = [name for argument in given if (name := argument.partition("=")[0]) in single]
+        if twice := next((name for name in said if said.count(name) > 1), None):
+            raise InvalidInput(f"{twice} is given twice", "it takes one value")
+        return super().parse_args(ctx, args)
 
 
 def start(
@@ -69,7 +83,7 @@ def app() -> typer.Typer:
         "token": token,
     }
     for name, function in verbs.items():
-        made.command(name, context_settings=CONTEXTS.get(name))(can_show(function))
+        made.command(name, cls=Command, context_settings=CONTEXTS.get(name))(can_show(function))
     return made
 
 
