@@ -18,6 +18,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from parties.limits import memory as memory_module
+from parties.limits.memory import PreparedMemory
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.store import filler as filler_module
@@ -51,7 +53,8 @@ from protocols.prg import Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER
 from protocols.steps import run_pair
 from protocols.weights import ClientWeights, DealerWeights
-from secure.errors import DealerError, Error, PeerLost, ProtocolError, QuotaError, StoreError
+from secure.errors import Busy, DealerError, Error, PeerLost, ProtocolError, QuotaError, StoreError
+from secure.session import session as session_module
 from secure.tasks.embed import Embed
 from tests.dealer_key import KEY
 from tests.tiny import TEXT, Raw, Ready, Served, call, dealing, dial, serving, wait_until
@@ -350,6 +353,37 @@ def test_nothing_is_swept_before_a_program_is_served(quick: None, monkeypatch: p
     filler.serve(filler_module.Shelf("one", "0" * 64, 2000, lambda: None))
     wait_until(lambda: store.level().entries == 0, "what nobody serves is gone")
     filler.close()
+
+
+def test_a_smaller_budget_trims_the_store(quick: None) -> None:
+    store, label = MemoryStore(), "0" * 64
+    for _ in range(8):
+        store.put(label, fresh_seed()[:16], b"", 100, [bytes(100)])
+    filler = filler_module.Filler(store, 350, logging.getLogger("test"))
+    filler.serve(filler_module.Shelf("one", label, 100, lambda: None))
+    wait_until(lambda: store.level(label).entries == 3, "what the budget holds")
+    filler.close()
+
+
+def test_large_corrections_take_a_budget_of_disk(model: Ready, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give it back; without room the client is told to come back."""
+    monkeypatch.setattr(stocked_module, "IN_MEMORY", 100)
+    monkeypatch.setattr(session_module, "BUSY", 0.2)
+    monkeypatch.setattr(memory_module, "WAIT", 0.0)
+    size = model.program.cost.dealt
+    with (
+        serving(model, dealer.address, disk=PreparedMemory(size, *memory_module.DISK)) as served,
+        dial(served, dealer) as first,
+        dial(served, dealer) as second,
+    ):
+        first.prepare()
+        assert served.service.disk.used == size
+        with pytest.raises(Busy, match="no room for temporary files for another query"):
+            second.prepare()
+        assert served.service.memory.used == stocked_module.memory_of(model.program)  # the first one's alone
+        answer(first)
+        wait_until(lambda: served.service.disk.used == 0, "it is given back")
+        answer(second)
 
 
 def test_who_is_beyond_a_quota_burns_no_entry(quick: None, model: Ready) -> None:

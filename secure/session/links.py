@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from secure.errors import HandshakeError, PeerLost
 from secure.lowering.client_inputs import TABLES
 from secure.models.tokenizer_document import TOKENIZER
-from secure.session.link import Link, Offer
+from secure.session.link import ClientProgram, Link, Offer
 
 SAME = ("model", "normalized", TOKENIZER)
 """The labels of a Program that all sizes of a model have in common."""
@@ -97,7 +97,6 @@ class Links:
             link.close()
 
 
-def _widths(program: object) -> dict[str, tuple[int, ...]]:
+def _widths(program: ClientProgram) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a Program's outputs without the batch, by name."""
-    shapes: dict[str, tuple[int, ...]] = getattr(program, "output_shapes")  # noqa: B009
-    return {name: tuple(shape[1:]) for name, shape in shapes.items()}
+    return {name: tuple(shape[1:]) for name, shape in program.output_shapes.items()}
