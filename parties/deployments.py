@@ -21,8 +21,9 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
+from parties.services.allocator import reuse_memory
 from parties.services.draining import DRAIN, Draining
-from parties.services.hosting import HostOptions, Parts, Service, reuse_memory, settle
+from parties.services.hosting import HostOptions, Parts, Service, settle
 from parties.services.status import StatusService
 from parties.services.workers import Ready, require_single_thread, reserved, supervise
 from parties.three_party.hosted import ThreePartyHosted

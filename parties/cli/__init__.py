@@ -22,3 +22,7 @@ certs        ``unseen certs``
 demo         ``unseen demo``
 main         the commands put together
 """
+
+from parties.services.allocator import reuse_memory
+
+reuse_memory()  # before any thread has allocated

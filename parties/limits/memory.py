@@ -91,6 +91,15 @@ class PreparedMemory:
                 del self._waiting[seat]
                 self._free.notify_all()  # whoever stood behind it
 
+    def take_spare(self, seat: Seat, size: int) -> Grant | None:
+        """Take bytes that would be good to have, at once: None if anybody waits, or if less than half would be left."""
+        with self._free:
+            spare = not self._waiting and seat not in self._left and self._within_part(seat, size)
+            if not spare or self.used + size > self.total / 2:
+                return None
+            self._grants.append(grant := Grant(seat, size))
+            return grant
+
     def give_back(self, grant: Grant) -> None:
         """Give bytes back; harmless if they were given back before."""
         with self._free:
@@ -109,16 +118,16 @@ class PreparedMemory:
 
     def _next(self, seat: Seat) -> bool:
         """Tell whether a session that waits is the first of those to whom their caller's part leaves room, and fits."""
-        able = [each for each in self._waiting if each not in self._left and self._within_part(each)]
+        able = [each for each, size in self._waiting.items() if each not in self._left and self._within_part(each, size)]
         first = min(able, key=lambda each: (self._has(each), self._came[each]), default=None)
         return seat is first and self.used + self._waiting[seat] <= self.total
 
     def _has(self, seat: Seat) -> int:
         return sum(grant.seat is seat for grant in self._grants)
 
-    def _within_part(self, seat: Seat) -> bool:
+    def _within_part(self, seat: Seat, size: int) -> bool:
         mine = sum(grant.size for grant in self._grants if grant.seat.caller == seat.caller)
-        return not seat.caller or not mine or mine + self._waiting[seat] <= self.total / PART
+        return not seat.caller or not mine or mine + size <= self.total / PART
 
     def _make_room(self) -> None:
         """End the session that has kept bytes idle the longest beyond its grace, if there is one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import math
@@ -13,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +26,7 @@ from parties.net.endpoints import OPTIONS, SERVICE_LIMIT, SHARED, Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
+from parties.services.allocator import reuse_memory
 from parties.services.dealing import Dealing, DealingHere
 from parties.services.draining import DRAIN, NOTICE, Draining
 from parties.services.guard import Guard
@@ -351,30 +350,8 @@ def settle() -> None:
     """Prepare this process for queries: freeze the objects that it holds by now, and keep freed memory for reuse.
 
     Without freezing, Python's garbage collector searches everything that was ever imported or compiled every few
-    queries: a pause of 0.3 seconds on a server of all-MiniLM-L6-v2. All threads share one arena of memory.
+    queries: a pause of 0.3 seconds on a server of all-MiniLM-L6-v2.
     """
     gc.collect()
     gc.freeze()
-    _adjust(_ARENAS)
     reuse_memory()
-
-
-def reuse_memory() -> None:
-    """Make glibc's allocator reuse freed memory, instead of giving it back and fetching zeroed pages again.
-
-    A query makes thousands of tensors of up to some megabytes; by default each of them is a mapping of its own, and
-    touching fresh pages costs about as much as the arithmetic. Measured on all-MiniLM-L6-v2 at 128 tokens: tens of
-    thousands of page faults a query become next to none. It holds for the whole process; without glibc it does nothing.
-    """
-    _adjust(*_REUSE)
-
-
-def _adjust(*settings: tuple[int, int]) -> None:
-    with suppress(OSError, AttributeError):
-        adjust = ctypes.CDLL(None).mallopt
-        for parameter, value in settings:
-            adjust(parameter, value)
-
-
-_ARENAS = (-8, 1)  # M_ARENA_MAX
-_REUSE = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD

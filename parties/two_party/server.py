@@ -322,7 +322,10 @@ class _Session:
         """
         assert self._seat is not None
         grants = list[tuple[PreparedMemory, Grant]]()
-        wanted = ((self._service.memory, memory_of(self._program)), (self._service.disk, spooled_of(self._program)))
+        memory, spooled = self._service.memory, spooled_of(self._program)
+        wanted = [(memory, memory_of(self._program)), (self._service.disk, spooled)]
+        if spooled and (grant := memory.take_spare(self._seat, spooled)) is not None:
+            grants, wanted, spooled = [(memory, grant)], [], 0
         try:
             for budget, size in wanted:
                 if size:
@@ -334,7 +337,7 @@ class _Session:
             yield pb.ServerMessage(failure=failure(error, goes_on=True))
             return
         self._grants[query] = grants
-        yield from self._prepare(query)
+        yield from self._prepare(query, whole=not spooled)
 
     def _admitted_beside(self, query: int) -> None:
         for message in self._admitted(query):
@@ -351,11 +354,12 @@ class _Session:
             for budget, grant in self._grants.pop(number):
                 budget.give_back(grant)
 
-    def _prepare(self, query: int) -> Iterator[pb.ServerMessage]:
+    def _prepare(self, query: int, whole: bool) -> Iterator[pb.ServerMessage]:
         """Take a query from the store, or fetch its corrections from the dealer; the dealer burns the number in either
         case, so that it gets correlations only once.
 
         With a store, the client first hears which correlations they are, so that it can compute its half meanwhile.
+        whole: they are held in memory as a whole.
         """
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
@@ -368,9 +372,9 @@ class _Session:
             said = assignment.said if assignment is not None else pb.Assigned(query=query)
             yield pb.ServerMessage(assigned=said)
         if assignment is not None:
-            self._prepared[query] = assignment.correlations(self._program.circuit)
+            self._prepared[query] = assignment.correlations(self._program.circuit, whole)
         else:
-            self._prepared[query] = receive(self._program.circuit, key, size, self._dealt(query))
+            self._prepared[query] = receive(self._program.circuit, key, size, self._dealt(query), whole)
         seconds = time.perf_counter() - start
         yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
 

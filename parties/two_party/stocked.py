@@ -24,7 +24,7 @@ from secure.mpc.program import Program
 
 log = logging.getLogger("unseen.server")
 
-IN_MEMORY = 512 << 20  # bytes of one query's corrections; more are read from a file when they are used
+IN_MEMORY = 512 << 20  # bytes of one query's corrections; more lie in a file unless there is memory to spare
 TRIES = 4  # entries that a query tries, each of which the dealer may have forgotten
 _HEAD = 2 * KEY_BYTES
 
@@ -36,10 +36,13 @@ class Assignment:
     said: pb.Assigned
     taken: Taken
 
-    def correlations(self, circuit: Circuit) -> Correlations:
-        """Return the server's half; what fits into memory is read now, and so checked as a whole. Raises StoreError."""
+    def correlations(self, circuit: Circuit, whole: bool) -> Correlations:
+        """Return the server's half. Raises StoreError.
+
+        whole: all of it is read into memory now, and so checked as a whole; otherwise each part when it is used.
+        """
         key, taken = Key(self.taken.head[:KEY_BYTES]), self.taken
-        if taken.size > IN_MEMORY:
+        if not whole:
             return Correlations(SERVER, key, ReadWhenUsed(circuit, taken.read))
         return Correlations(SERVER, key, split_corrections(circuit, taken.read(0, taken.size)))
 
@@ -117,7 +120,7 @@ class Stocked:
 
 
 def memory_of(program: Program) -> int:
-    """Return the bytes that a prepared query takes in memory: all corrections, or the largest of one instruction if
+    """Return the bytes of memory that a prepared query needs: all corrections, or the largest of one instruction if
     there are more than IN_MEMORY.
     """
     size = program.cost.dealt
@@ -125,7 +128,7 @@ def memory_of(program: Program) -> int:
 
 
 def spooled_of(program: Program) -> int:
-    """Return the bytes that a prepared query takes in temporary files: none if all of it fits into memory."""
+    """Return the bytes of temporary files that a prepared query takes where there is no memory to spare."""
     size = program.cost.dealt
     return size if size > IN_MEMORY else 0
 
@@ -135,14 +138,14 @@ def _shelf(names: tuple[str, str]) -> str:
 
 
 def receive(
-    circuit: Circuit, key: Key, size: int, parts: Iterable[bytes], directory: Path | None = None
+    circuit: Circuit, key: Key, size: int, parts: Iterable[bytes], whole: bool, directory: Path | None = None
 ) -> Correlations:
     """Make the server's correlations of a query from what the dealer sends.
 
-    They stay in memory, or lie encrypted in a file without a name if there are more than IN_MEMORY. Raises DealerError
-    if they are not ``size`` bytes, StoreError.
+    whole: they stay in memory; otherwise they lie encrypted in a file without a name. Raises DealerError if they are
+    not ``size`` bytes, StoreError.
     """
-    if size > IN_MEMORY:
+    if not whole:
         return Correlations(SERVER, key, ReadWhenUsed(circuit, spool(size, _exactly(parts, size), directory).read))
     buffer, filled = bytearray(size), 0
     for part in _exactly(parts, size):
