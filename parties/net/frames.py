@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from proto.unseen_pb2 import Chunk, Frame
 from protocols.wire import FrameError
 
 PART = 1 << 20
+_DATA = Chunk.DATA_FIELD_NUMBER << 3 | 2  # as protobuf writes a field of bytes
 
 
 def parts(payload: bytes) -> Iterator[bytes]:
@@ -27,24 +29,47 @@ def to_frames(payload: bytes) -> Iterator[Frame]:
         yield Frame(data=part, last=total == len(payload))
 
 
-def to_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[Chunk]:
-    """Regroup byte strings of any sizes into chunks of PART bytes, the last one shorter."""
-    rest = bytearray()
+def to_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """Regroup byte strings of any sizes into chunks of PART bytes, the last one shorter.
+
+    They are encoded already, which spares two copies of gigabytes: ``Guard`` sends bytes as they are.
+    """
+    gathered, size = list[memoryview](), 0
     for piece in pieces:
         view = memoryview(piece)
-        if rest:
-            missing = PART - len(rest)
-            rest += view[:missing]
-            view = view[missing:]
-            if len(rest) == PART:
-                yield Chunk(data=bytes(rest))
-                rest.clear()
-        while len(view) >= PART:  # straight from the piece
-            yield Chunk(data=bytes(view[:PART]))
-            view = view[PART:]
-        rest += view
-    if rest:
-        yield Chunk(data=bytes(rest))
+        while size + len(view) >= PART:
+            gathered.append(view[: PART - size])
+            view = view[PART - size :]
+            yield b"".join((_head(PART), *gathered))
+            gathered, size = [], 0
+        if view:
+            gathered.append(view)
+            size += len(view)
+    if gathered:
+        yield b"".join((_head(size), *gathered))
+
+
+@cache
+def _head(size: int) -> bytes:
+    """Return what protobuf writes before the data of a Chunk: the field's number with its type, and the size."""
+    encoded = bytearray([_DATA])
+    while size > 127:
+        encoded.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*encoded, size])
+
+
+def chunk_data(message: bytes) -> bytes | memoryview:
+    """Return the data of an encoded Chunk: a view of it, if that is all it holds. Raises DecodeError if it is none."""
+    size, at = 0, 1
+    for at in range(1, min(len(message), 6)):
+        size |= (message[at] & 127) << 7 * (at - 1)
+        if message[at] < 128:
+            break
+    if message[:1] == bytes([_DATA]) and at + 1 + size == len(message):
+        return memoryview(message)[at + 1 :]
+    data: bytes = Chunk.FromString(message).data
+    return data
 
 
 class FrameReader:

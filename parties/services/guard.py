@@ -73,7 +73,7 @@ def _guarded(
 
     gRPC reads a single request before it calls its handler, and would wait for it for ever. So every method is served
     as one that takes a stream, whose messages are read when they are asked for: after ``admit``. A single request is
-    read in ``coming``, within SINGLE seconds.
+    read in ``coming``, within SINGLE seconds. A message that the handler has encoded itself is sent as it is.
     """
     form = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     method: Any = (
@@ -103,8 +103,9 @@ def _guarded(
             yield from method(read(requests, context), context)
 
     made: Any = form
+    serialized: Any = handler.response_serializer
     return made(  # type: ignore[no-any-return]
         streamed if handler.response_streaming else single,
         request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
+        response_serializer=lambda message: message if type(message) is bytes else serialized(message),
     )

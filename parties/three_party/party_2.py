@@ -13,7 +13,7 @@ import grpc
 
 from parties.net.caller import permit
 from parties.net.calls import answering
-from parties.net.frames import to_chunks
+from parties.net.frames import chunk_data, to_chunks
 from parties.net.watchdog import Watchdog
 from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
@@ -120,7 +120,7 @@ class Party2Service(PartyService):
         keys = (query_key(zero, 0, number), query_key(one, 1, number))
         corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
         for chunk in to_chunks(payload for _, payload in corrections):
-            data = chunk.data  # read once: a message copies its bytes at each access
+            data = chunk_data(chunk)
             seal.update(data)
             yield pb.SupplyPart(data=data)
         yield pb.SupplyPart(tag=seal.tag())

@@ -26,7 +26,7 @@ from parties.limits.seats import Seat, Seats
 from parties.limits.waiting import Places
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
-from parties.net.frames import to_chunks
+from parties.net.frames import chunk_data, to_chunks
 from parties.net.watchdog import Watchdog
 from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.store.entries import ENTRY_BYTES, Store
@@ -347,7 +347,7 @@ class DealerService(DealerServicer):
         yield pb.StockPart(start=pb.StockStart(entry=entry, proof=answer_proof(seed, request.sealed, entry)))
         server = server_entry_key(seed, *names, entry)
         for chunk in to_chunks(self._dealing.corrections(model.dealt, server, client)):
-            yield pb.StockPart(data=chunk.data)
+            yield pb.StockPart(data=chunk_data(chunk))
         with self._lock:
             served = list(self._models)
         self.entries.keep(names, entry, client, entry_proving_key(seed, entry), served)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from parties.net.endpoints import Endpoint
+from parties.net.frames import chunk_data
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.files import state_directory
@@ -147,7 +148,10 @@ class DealerPeer:
         proving: the session's ``proving_key``.
         """
         request = pb.DealRequest(session=session, query=query, proof=deal_proof(proving, session, query))
-        return DealerStub(self._peer.channel).Deal(request, timeout=DEALING)
+        call = self._peer.channel.unary_stream(
+            "/unseen.v3.Dealer/Deal", pb.DealRequest.SerializeToString, response_deserializer=chunk_data
+        )
+        return call(request, timeout=DEALING)
 
     @contextmanager
     def stocking(

@@ -385,8 +385,7 @@ class _Session:
             try:
                 if not self._context.is_active():
                     call.cancel()
-                for chunk in call:
-                    yield chunk.data
+                yield from call
             finally:
                 call.cancel()  # does nothing if everything came
 
