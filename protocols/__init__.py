@@ -12,7 +12,8 @@ kernels      hot loops over elements and packed bits, compiled
 fields       the types of protocols' fields, with their bounds
 fixedpoint   the fixed-point encoding of real numbers
 limbs        exact matrix products through float64
-matmul       the faster of two exact kernels
+madd52       the same by an instruction for 52-bit integers
+matmul       the fastest of these kernels and torch's own
 prg          AES-CTR streams, keys
 protocol     the base class of protocols; exchanges, openings, draws, costs
 steps        merging steps and running them: the loop of every party

@@ -1,9 +1,9 @@
-"""Matrix products modulo 2^ring, by the faster of two exact kernels.
+"""Matrix products modulo 2^ring, by the fastest of three exact kernels.
 
-torch multiplies int64 matrices with a just-in-time AVX-512 kernel if the processor has it (13-32 GMAC/s a thread on
-Zen 5) and with a plain loop otherwise (0.3 GMAC/s on Zen 3). ``limbs`` uses float64 products and reaches 2-28 GMAC/s
-on both. Both kernels are exact and agree bit for bit, because integers wrap around, so two parties may choose
-differently.
+``madd52`` uses an instruction of some AVX-512 processors for rings of at most 52 bits (25-45 GMAC/s a thread on Zen 5).
+torch multiplies int64 matrices with a just-in-time AVX-512 kernel if the processor has it (13-32 GMAC/s there) and with
+a plain loop otherwise (0.3 GMAC/s on Zen 3). ``limbs`` uses float64 products and reaches 2-28 GMAC/s on both. All
+kernels are exact and agree bit for bit, because integers wrap around, so two parties may choose differently.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from protocols import limbs, ring
+from protocols import limbs, madd52, ring
 
 
 @cache
@@ -53,5 +53,18 @@ class Matrix:
 def matmul(a: Tensor, b: Tensor, ring_bits: int) -> Tensor:
     """Return a @ b modulo 2^ring, batched like ``torch.matmul``."""
     if a.is_meta or native():
-        return ring.reduce(torch.matmul(a.contiguous(), b.contiguous()), ring_bits)
+        fast = not a.is_meta and ring_bits <= madd52.BITS and _fits(a, b) and madd52.available()
+        product = madd52.matmul(a, b) if fast else torch.matmul(a.contiguous(), b.contiguous())
+        return ring.reduce(product, ring_bits)
     return limbs.matmul(a, b, ring_bits)
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    """True for matrices on the CPU that are large enough for ``madd52`` to be the faster one."""
+    if a.dim() < 2 or b.dim() < 2 or not a.device.type == b.device.type == "cpu":
+        return False
+    rows = a.shape[-2] if b.dim() > 2 else a.shape[:-1].numel()
+    return rows >= _LEAST_ROWS and a.shape[-1] >= _LEAST_INNER
+
+
+_LEAST_ROWS, _LEAST_INNER = 48, 64

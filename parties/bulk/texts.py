@@ -1,7 +1,7 @@
 """Texts of a file, one after another: a line each, a field of JSON lines, or a column of CSV.
 
-A file is its user's own, so only single lines are bounded, not their number. Bytes that are no UTF-8 stay in the text,
-as halves of surrogate pairs: the tokenizer refuses that text alone, in its place.
+A file is its user's own, so only single lines are bounded, not their number. Bytes that are no UTF-8 stay in the text
+("surrogateescape"): the tokenizer refuses that text alone, in its place.
 """
 
 from __future__ import annotations

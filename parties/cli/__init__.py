@@ -25,4 +25,4 @@ main         the commands put together
 
 from parties.services.allocator import reuse_memory
 
-reuse_memory()  # before any thread has allocated
+reuse_memory()  # before torch, whose first threads would get arenas of their own

@@ -62,7 +62,7 @@ from parties.net.network import Network
 from parties.served.compiled_files import is_compiled
 from parties.services import hosting
 from parties.services.draining import DRAIN
-from parties.services.hosting import Service
+from parties.services.hosting import HostOptions, Service
 from parties.services.workers import apart
 from parties.store.keys import read_store_key
 from parties.tls.choice import network_of
@@ -150,6 +150,8 @@ def serve(
         fraction_bits=fraction_bits,
         network=network,
     )
+    if kept.keys() == set(models) and not keep:
+        raise InvalidInput("--no-keep means nothing for models that are compiled", "leave it out")
     given = host_options(
         deployment,
         role,
@@ -179,6 +181,7 @@ def serve(
     if wait is not None and not peers:
         raise refused("wait", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
+    HostOptions(channels, **given)  # a mistake in them shows before anything is compiled
     channels.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
         channels.check(endpoint, what=f"the {name}")

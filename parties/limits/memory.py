@@ -26,6 +26,7 @@ WAIT = 2.0  # seconds that a session waits for bytes
 POLL = 0.25  # seconds after which a session that waits looks whether its client is still there
 SOON, LATE = 0.5, 10.0  # the least and the most seconds after which a session is told to ask again
 UNKNOWN = 2_000_000_000  # bytes to take where nothing says how many there are
+RESERVE = 8  # one part of so many is left for those who need it
 PART = 2  # a caller with a name gets one part of so many, but room for one query in any case
 DISK = "room for temporary files", "name a larger place for them: TMPDIR"
 CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -92,10 +93,11 @@ class PreparedMemory:
                 self._free.notify_all()  # whoever stood behind it
 
     def take_spare(self, seat: Seat, size: int) -> Grant | None:
-        """Take bytes that would be good to have, at once: None if anybody waits, or if less than half would be left."""
+        """Take bytes that would be good to have, at once: None if anybody waits, or if less than 1 / RESERVE would be left.
+        """
         with self._free:
             spare = not self._waiting and seat not in self._left and self._within_part(seat, size)
-            if not spare or self.used + size > self.total / 2:
+            if not spare or self.used + size > self.total - self.total / RESERVE:
                 return None
             self._grants.append(grant := Grant(seat, size))
             return grant
@@ -159,12 +161,16 @@ def disk_budget() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free // 2
 
 
-def require_room(total: int, size: int, what: str = "memory", hint: str = "raise --memory") -> None:
-    """Raise InvalidInput if one query of ``size`` bytes is more than the whole budget."""
-    if size > total:
+def require_room(
+    total: int, size: int, what: str = "memory", hint: str = "raise --memory", *, workers: int = 1
+) -> None:
+    """Raise InvalidInput if one query of ``size`` bytes is more than what each of the workers has of the budget."""
+    if size > total // workers:
+        each = f" for each of {workers} workers" if workers > 1 else ""
         raise InvalidInput(
-            f"one prepared query takes {size / GB:.3g} GB of {what}, and the budget is {total / GB:.3g} GB",
-            f"lower --batch or --length, or {hint}",
+            f"one prepared query takes {size / GB:.3g} GB of {what}, and the budget is {total // workers / GB:.3g} GB"
+            f"{each}",
+            f"lower --batch or --length, {'lower --workers, ' if workers > 1 else ''}or {hint}",
         )
 
 

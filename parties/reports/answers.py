@@ -45,6 +45,7 @@ def report(
 
     ``taken``: the report of each text's query, which is said once, below the last of its texts.
     """
+    last = {id(each): i for i, each in enumerate(taken)}
     exact = plain(compare_with, texts, session.length, task) if compare_with else [None] * len(texts)
     for i, (text, vector, reference) in enumerate(zip(texts, vectors, exact, strict=True)):
         out.print(f"\n{text!r}", markup=False, style="bold", soft_wrap=True)
@@ -53,7 +54,7 @@ def report(
             out.print(f"  cosine to the plaintext model   {cosine:.7f}")
         first = " ".join(f"{v:+.4f}" for v in vector[:4].tolist())
         out.print(f"  embedding ({len(vector)} numbers)         {first} …")
-        if i + 1 == len(texts) or taken[i + 1] is not taken[i]:
+        if last[id(taken[i])] == i:
             for line in lines(taken[i]):
                 out.print(f"  {line}", soft_wrap=True)
     if len(vectors) > 1:

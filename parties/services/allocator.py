@@ -15,7 +15,7 @@ def reuse_memory() -> None:
     A query makes thousands of tensors of up to hundreds of megabytes; by default each of them is a mapping of its own,
     and touching fresh pages costs about as much as the arithmetic. Measured on all-MiniLM-L6-v2 at 128 tokens: tens of
     thousands of page faults a query become next to none. All threads share one arena, so that what one frees another
-    may take; glibc heeds this only before the first second thread allocates, so commands call it before all else.
+    may take; glibc gives none back, so commands call this before torch starts a thread.
 
     It holds for the whole process. Without glibc it does nothing.
     """

@@ -14,8 +14,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from secure.errors import TlsError
-
 VARIABLE, NONE_OF_OLD = "GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305"
 
 # Whoever has imported gRPC before was too early for what is set here.
@@ -45,6 +43,8 @@ def require_newest(key: bytes, chain: bytes) -> None:
         return
     finally:
         server.stop(None)
+    from secure.errors import TlsError  # not above: it loads torch, before which commands set the allocator
+
     raise TlsError(
         "gRPC was imported in this process before unseen's services, and would accept TLS 1.2",
         f"import parties before grpc, or set {VARIABLE}={NONE_OF_OLD} in the environment",

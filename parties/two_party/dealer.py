@@ -351,7 +351,7 @@ class DealerService(DealerServicer):
         with self._lock:
             served = list(self._models)
         self.entries.keep(names, entry, client, entry_proving_key(seed, entry), served)
-        log.info("dealt a query ahead in %.2f s", time.perf_counter() - start)
+        log.debug("dealt a query ahead in %.2f s", time.perf_counter() - start)
         yield pb.StockPart(done=pb.StockDone())
 
     def Assign(self, request: pb.AssignRequest, context: grpc.ServicerContext) -> pb.AssignReply:

@@ -11,7 +11,15 @@ from typing import Any
 
 import grpc
 
-from parties.limits.memory import DISK, GB, PreparedMemory, disk_budget, memory_budget, require_room
+from parties.limits.memory import (
+    DISK,
+    GB,
+    PreparedMemory,
+    available_memory,
+    disk_budget,
+    memory_budget,
+    require_room,
+)
 from parties.limits.quotas import Spend, unlimited
 from parties.limits.turns import Turns
 from parties.net.network import Network
@@ -162,6 +170,8 @@ class TwoPartyHosted:
         about = [f"memory for prepared queries: {memory.total / GB:.3g} GB, {many}"]
         if options.workers > 1:
             about = [f"{options.workers} workers; each has: {about[0]}, and {MAXIMUM_SESSIONS} sessions"]
+        if options.memory is not None and 0 < (free := available_memory()) < options.memory:
+            about.append(f"warning: --memory gives {options.memory / GB:.3g} GB, and {free / GB:.3g} GB are free")
         return Parts(
             [add],
             {**published.permissions, **service.permissions},
@@ -190,9 +200,11 @@ def _memory(options: HostOptions) -> int:
 def _made(held: Sequence[Compiled], options: HostOptions) -> _Made:
     """Mask models. Raises InvalidInput if one query is more than the memory for prepared queries."""
     sizes = [size for compiled in held for size in compiled.sizes]
-    for size in sizes:
-        require_room(_memory(options), memory_of(size.program))
-        require_room(disk_budget() // options.workers, spooled_of(size.program), *DISK)
+    for budget, need, named in (
+        (memory_budget(options.memory), memory_of, ()),
+        (disk_budget(), spooled_of, DISK),
+    ):
+        require_room(budget, max(need(size.program) for size in sizes), *named, workers=options.workers)
     options.told(0, 0, "masking the weights")
     models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
     offered = [

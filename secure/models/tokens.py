@@ -17,6 +17,7 @@ from secure.models.tokenizer_document import read_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+LONGER = "shorten it, cut or split it (--long), or serve a greater length"
 REFUSE, TRUNCATE, SPLIT = LONG = ("refuse", "truncate", "split")
 """The ways to take a text of more tokens than the padded length; see ``tokenize``."""
 
@@ -99,15 +100,15 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUS
         text = text[:most]
     if len(text) > most:
         raise InputTooLong(
-            f"the text has {len(text)} characters, the limit is {most}\n"
-            "hint: shorten or split the text, or use a longer input length"
+            f"the text has {len(text)} characters, the limit is {most}",
+            LONGER if long == REFUSE else "divide it into several texts",
         )
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidInput(
-            "the text holds half a surrogate pair, which is no character\nhint: decode it again"
-        ) from None
+    except UnicodeEncodeError as error:
+        if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # as Python decodes files and arguments ("surrogateescape")
+            raise InvalidInput("the text holds bytes that are not UTF-8", "encode it in UTF-8") from None
+        raise InvalidInput("the text holds half a surrogate pair, which is no character", "decode it again") from None
     text = text.lower() if tokenizer.lowercase else text
     try:
         normalizer = tokenizer.tokenizer.normalizer
@@ -131,8 +132,8 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUS
         )
     if count > length:
         raise InputTooLong(
-            f"the text has {count} tokens (special tokens included), the limit is {length}\n"
-            "hint: shorten or split the text, or use a longer input length"
+            f"the text has {count} tokens (special tokens included), the limit is {length}",
+            LONGER,
         )
     ids = torch.full((len(pieces), length), tokenizer.pad_id, dtype=torch.int64)
     mask = torch.zeros((len(pieces), length), dtype=torch.int64)
