@@ -26,6 +26,7 @@ import torch
 
 import secure
 from benchmarks.sentences import sentences
+from parties.limits import memory
 from parties.services import hosting
 from parties.store import filler
 from parties.two_party import stocked
@@ -42,7 +43,7 @@ def serve(length: int, dealer: str, state: Path, store: Path | None, entries: in
     """Serve until standard input ends; say where, and when the store is full."""
     compiled = secure.compile_text_model(PACKAGED, length, embedding="client-table")
     if on_disk:
-        stocked.IN_MEMORY = 0
+        stocked.IN_MEMORY, memory.RESERVE = 0, 1
     most = compiled.program.cost.dealt * entries * 1.001 / 1e9
     given: dict[str, Any] = {"store": store, "store_gb": most, "store_key": store.parent / "store.key"} if store else {}
     service = secure.serve(compiled, role=SERVER, peers={DEALER: dealer}, state=state, deadline=DEADLINE, **given)

@@ -29,7 +29,7 @@ from parties.services.workers import Ready, require_single_thread, reserved, sup
 from parties.three_party.hosted import ThreePartyHosted
 from parties.tls.choice import network_of
 from parties.two_party.hosted import TwoPartyHosted
-from protocols import kernels
+from protocols import warm
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
@@ -205,7 +205,7 @@ def serve(
         given["workers"] = one_of
     options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, told=told, **given)
     options.network.check(at, what=f"the {role}")
-    kernels.warm_up()
+    warm.warm_up()
     one = held[0] if isinstance(held, list | tuple) and not deployment.takes_sizes else held
     made = found.parts(role, one, deployment, peers, options)
     knows = made.knows or (lambda digest: digest == made.program)
@@ -255,7 +255,7 @@ def serve_together(
     given["memory"] = memory_budget(given.get("memory"))
     own = {name: value for name, value in given.items() if name in found.takes[role]}
     require_single_thread()
-    kernels.warm_up()
+    warm.warm_up()
     shared = found.shared(role, held, HostOptions(network, told=told, workers=workers, **own))
     gc.collect()
     gc.freeze()  # the garbage collector writes into what it looks at, and so would copy it

@@ -14,6 +14,7 @@ fixedpoint   the fixed-point encoding of real numbers
 limbs        exact matrix products through float64
 madd52       the same by an instruction for 52-bit integers
 matmul       the fastest of these kernels and torch's own
+warm         all that is compiled, before a query waits for it
 prg          AES-CTR streams, keys
 protocol     the base class of protocols; exchanges, openings, draws, costs
 steps        merging steps and running them: the loop of every party

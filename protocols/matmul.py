@@ -22,6 +22,13 @@ def native() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def warm_up() -> None:
+    """Compile what is compiled here."""
+    if native() and madd52.available():
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        madd52.matmul(one, one)
+
+
 class Matrix:
     """The right-hand side of many products, kept in the form that the kernel needs.
 

@@ -365,7 +365,7 @@ def test_real_models_are_within_the_default_budget() -> None:
 def test_a_load_bounds_the_memory_of_a_deal() -> None:
     code = """
 import resource, sys
-from protocols import kernels, matmul
+from protocols import matmul, warm
 from protocols.circuit import deal
 from protocols.weights import DealerWeights
 from secure.mpc.budget import load_of
@@ -374,7 +374,7 @@ from tests import programs
 from tests.helpers import key
 if sys.argv[1] == "portable":
     matmul.native = lambda: False
-kernels.warm_up()
+warm.warm_up()
 def run(rows, columns):
     program = Program.from_bytes(programs.large_weights(rows, columns))
     for _ in deal(program.circuit, key(), key(), DealerWeights(key(), program.weight_shapes)):

@@ -158,8 +158,8 @@ def test_standard_input(
     first, second, third = read_rows(output)
     assert isinstance(first, Tensor)
     assert isinstance(second, Tensor)
-    assert "half a surrogate pair" in str(third)
-    assert "text 3: the text holds half a surrogate pair" in ended.err
+    assert "bytes that are not UTF-8" in str(third)
+    assert "text 3: the text holds bytes that are not UTF-8" in ended.err
 
 
 def test_how_far_it_is_is_said(

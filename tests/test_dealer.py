@@ -367,7 +367,7 @@ def test_many_who_read_slowly(model: Ready, monkeypatch: pytest.MonkeyPatch) -> 
     named_callers(monkeypatch)
     released = threading.Event()
 
-    def slow(pieces: Any) -> Iterator[pb.Chunk]:
+    def slow(pieces: Any) -> Iterator[bytes]:
         chunks = to_chunks(pieces)
         yield next(chunks)
         released.wait(20)

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.frames import PART
+from parties.net.frames import PART, chunk_data
 from parties.net.network import Plaintext
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
@@ -317,9 +317,10 @@ class Dying(DealerService):
 
     served: Served
 
-    def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
-        chunks = list(super().Deal(request, context))
-        yield pb.Chunk(data=chunks[0].data[: len(chunks[0].data) // 2])
+    def Deal(self, request: Any, context: Any) -> Iterator[Any]:
+        chunks: list[Any] = list(super().Deal(request, context))
+        first = bytes(chunk_data(chunks[0]))
+        yield pb.Chunk(data=first[: len(first) // 2])
         threading.Thread(target=self.served.stop).start()
         while context.is_active():
             time.sleep(0.01)
@@ -340,7 +341,7 @@ def test_a_dealer_that_dies_while_it_deals(model: Ready) -> None:
 @pytest.mark.parametrize("size", [0, 100, 10**7])
 def test_a_dealer_that_deals_another_size(size: int, model: Ready) -> None:
     class Other(DealerService):
-        def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
+        def Deal(self, request: Any, context: Any) -> Iterator[Any]:
             for start in range(0, size, PART):
                 yield pb.Chunk(data=bytes(min(PART, size - start)))
 
@@ -358,7 +359,7 @@ def test_a_dealer_that_stalls(model: Ready) -> None:
     class Stalling(DealerService):
         ended = threading.Event()
 
-        def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
+        def Deal(self, request: Any, context: Any) -> Iterator[Any]:
             context.add_callback(self.ended.set)
             self.ended.wait(30)
             yield pb.Chunk()

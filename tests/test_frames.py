@@ -9,15 +9,17 @@ import time
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parties.net import frames
 from parties.net.calls import answering, calling
 from parties.net.endpoints import Endpoint, is_loopback
-from parties.net.frames import PART, FrameReader, parts, to_chunks, to_frames
+from parties.net.frames import PART, FrameReader, chunk_data, field_data, parts, to_chunks, to_frames
 from parties.net.watchdog import Watchdog
 from parties.two_party.keys import MAXIMUM_QUERY, Burnt, mask_key, query_key
+from proto import unseen_pb2 as pb
 from proto.unseen_pb2 import Frame
 from secure.errors import DealerError, EndpointError, Error, PeerLost, QueryError, from_code, kinds, printable
 
@@ -44,11 +46,39 @@ def test_a_frame_arrives_whole(size: int) -> None:
 def test_chunks_regroup_and_keep_the_bytes(pieces: list[bytes], part: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "PART", part)
-        chunks = [chunk.data for chunk in to_chunks(pieces)]
+        chunks = [bytes(chunk_data(chunk)) for chunk in to_chunks(pieces)]
         assert b"".join(chunks) == b"".join(pieces)
         assert all(len(c) == part for c in chunks[:-1])
         payload = b"".join(pieces)
         assert read(payload, len(payload)) == payload
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(st.binary(max_size=300), st.integers(0, 20_000).map(bytes)))
+def test_a_chunk_is_encoded_as_protobuf_does(data: bytes) -> None:
+    (message,) = to_chunks([data]) if data else (b"\x0a\x00",)
+    assert message == pb.Chunk(data=data).SerializeToString() or not data
+    assert pb.Chunk.FromString(message).data == chunk_data(message) == data
+    (stocked,) = to_chunks([data], pb.StockPart.DATA_FIELD_NUMBER) if data else (b"\x12\x00",)
+    assert stocked == pb.StockPart(data=data).SerializeToString()
+    view = field_data(stocked, pb.StockPart.DATA_FIELD_NUMBER)
+    assert view is not None
+    assert bytes(view) == data
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40))
+def test_any_other_chunk_is_read_as_protobuf_reads_it(message: bytes) -> None:
+    try:
+        expected = pb.Chunk.FromString(message).data
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            chunk_data(message)
+    else:
+        assert chunk_data(message) == expected
+    repeated = pb.Chunk(data=b"first").SerializeToString() + message  # the last of a field counts
+    view = field_data(repeated, pb.Chunk.DATA_FIELD_NUMBER)
+    assert view is None or repeated.endswith(view)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from protocols import limbs
+from protocols import limbs, madd52
+from protocols import matmul as products
 from protocols.limbs import Packed, matmul, pack
 
 EXTREMES = {
@@ -254,3 +255,53 @@ def test_errors():
             pack(b + value, 4, signed=True)
     with pytest.raises(ValueError, match="meta"):
         matmul(a, b.to("meta"), 40)
+
+
+needs_madd52 = pytest.mark.skipif(
+    not madd52.available(), reason="this processor has no instruction for 52-bit integers"
+)
+
+
+@needs_madd52
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([((), ()), ((3,), ()), ((2, 2), ()), ((3,), (3,)), ((), (2,)), ((1, 2), (3, 1))]),
+    st.integers(0, 20), st.sampled_from([0, 1, 7, 383, 384, 385]), st.integers(0, 50), st.integers(1, 52),
+    st.sampled_from(FILLS), st.sampled_from(FILLS),
+)  # fmt: skip
+def test_products_by_52_bit_integers(batches, rows, inner, columns, ring, a_fill, b_fill):
+    """All sizes around those of tiles and panels; the other kernel, which python integers check, gives the same."""
+    a = filled(a_fill, (*batches[0], rows, inner), ring, 1)
+    b = filled(b_fill, (*batches[1], inner, columns), ring, 2)
+    found = madd52.matmul(a, b)
+    assert found.shape == torch.matmul(a, b).shape
+    mask = (1 << ring) - 1
+    assert torch.equal(found & mask, matmul(a, b, ring) & mask)
+
+
+@needs_madd52
+@pytest.mark.parametrize(
+    ("ring", "rows", "inner", "used"), [(52, 48, 64, 1), (53, 48, 64, 0), (40, 47, 64, 0), (40, 48, 63, 0)]
+)
+def test_where_the_instruction_is_used(monkeypatch, ring, rows, inner, used):
+    """For large matrices of narrow rings, transposed ones too; the result is the same."""
+    calls, real = [], madd52.matmul
+
+    def noted(a, b):
+        calls.append(a.shape)
+        return real(a, b)
+
+    monkeypatch.setattr(products, "native", lambda: True)
+    monkeypatch.setattr(madd52, "matmul", noted)
+    a, b = filled("random", (inner, rows), ring, 1).T, filled("random", (30, inner), ring, 2).T
+    check(products.matmul(a, b, ring), exact(a, b, ring), ring)
+    assert len(calls) == used
+    assert torch.equal(products.Matrix(b, ring, signed=False).times(a), products.matmul(a, b, ring))
+
+
+def test_without_the_instruction_another_kernel_is_used(monkeypatch):
+    monkeypatch.setattr(madd52, "available", lambda: False)
+    monkeypatch.setattr(madd52, "matmul", None)
+    a, b = filled("random", (64, 64), 40, 1), filled("random", (64, 64), 40, 2)
+    check(products.matmul(a, b, 40), exact(a, b, 40), 40)
+    products.warm_up()

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from parties.net.frames import to_frames
+from parties.net.frames import chunk_data, to_frames
 from parties.two_party import client as client_module
 from parties.two_party import keys as keys_module
 from parties.two_party import server as server_module
@@ -167,9 +167,9 @@ class Recording(DealerService):
         super().__init__(KEY)
         self.dealt: list[bytes] = []
 
-    def Deal(self, request: Any, context: Any) -> Iterator[pb.Chunk]:
-        chunks = list(super().Deal(request, context))
-        self.dealt.append(b"".join(c.data for c in chunks))
+    def Deal(self, request: Any, context: Any) -> Iterator[Any]:
+        chunks: list[Any] = list(super().Deal(request, context))
+        self.dealt.append(b"".join(map(chunk_data, chunks)))
         yield from chunks
 
 

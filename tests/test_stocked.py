@@ -230,6 +230,7 @@ def test_a_damaged_entry(
 ) -> None:
     """If its header or head is damaged, another one is taken; if that shows later, the query fails, and says why."""
     monkeypatch.setattr(stocked_module, "IN_MEMORY", memory)
+    monkeypatch.setattr(memory_module, "RESERVE", 1)  # there is no memory to spare
     store = FileStore(tmp_path / "store", STORE_KEY)
     with stocking(model, dealer, store, still=True) as served:
         for path in store.directory.glob("*.entry"):
@@ -249,6 +250,7 @@ def test_corrections_may_lie_on_a_disk(
 ) -> None:
     """From an entry, and from the dealer, beyond a threshold: the answers are those of memory."""
     monkeypatch.setattr(stocked_module, "IN_MEMORY", memory)
+    monkeypatch.setattr(memory_module, "RESERVE", 1)  # there is no memory to spare
     store = FileStore(tmp_path / "store", STORE_KEY)
     with stocking(model, dealer, store, entries=1, still=True) as served, dial(served, dealer) as session:
         assert torch.allclose(answer(session), answer(session), atol=1e-2)
@@ -368,6 +370,7 @@ def test_a_smaller_budget_trims_the_store(quick: None) -> None:
 def test_large_corrections_take_a_budget_of_disk(model: Ready, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """And give it back; without room the client is told to come back."""
     monkeypatch.setattr(stocked_module, "IN_MEMORY", 100)
+    monkeypatch.setattr(memory_module, "RESERVE", 1)  # there is no memory to spare
     monkeypatch.setattr(session_module, "BUSY", 0.2)
     monkeypatch.setattr(memory_module, "WAIT", 0.0)
     size = model.program.cost.dealt
@@ -384,6 +387,26 @@ def test_large_corrections_take_a_budget_of_disk(model: Ready, dealer: Served, m
         answer(first)
         wait_until(lambda: served.service.disk.used == 0, "it is given back")
         answer(second)
+
+
+def test_large_corrections_lie_in_memory_where_there_is_room(
+    quick: None, model: Ready, dealer: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query that finds no room beyond the reserve has its corrections on the disk, and the same answer."""
+    monkeypatch.setattr(stocked_module, "IN_MEMORY", 100)
+    size = model.program.cost.dealt
+    memory, disk = PreparedMemory(size * 3 // 2), PreparedMemory(size, *memory_module.DISK)
+    with (
+        serving(model, dealer.address, memory=memory, disk=disk) as served,
+        dial(served, dealer) as first,
+        dial(served, dealer) as second,
+    ):
+        first.prepare()
+        assert (served.service.memory.used, served.service.disk.used) == (size, 0)
+        second.prepare()
+        assert (served.service.memory.used, disk.used) == (size + stocked_module.memory_of(model.program), size)
+        assert torch.allclose(answer(first), answer(second), atol=1e-2)
+        wait_until(lambda: not memory.used and not disk.used, "all is given back")
 
 
 def test_who_is_beyond_a_quota_burns_no_entry(quick: None, model: Ready) -> None:
@@ -609,9 +632,9 @@ def test_a_server_without_a_store_assigns_nothing(
 
     real = server_module._Session._prepare
 
-    def lying(self: Any, query: int) -> Iterator[pb.ServerMessage]:
+    def lying(self: Any, query: int, whole: bool) -> Iterator[pb.ServerMessage]:
         yield pb.ServerMessage(assigned=pb.Assigned(query=query))
-        yield from real(self, query)
+        yield from real(self, query, whole)
 
     monkeypatch.setattr(server_module._Session, "_prepare", lying)
     wrong = pytest.raises(ProtocolError, match="'assigned' where 'prepared' was expected")
@@ -624,8 +647,8 @@ class Stingy(DealerService):
 
     how = ""
 
-    def _stock(self, request: pb.StockRequest) -> Iterator[pb.StockPart]:
-        parts = list(super()._stock(request))
+    def _stock(self, request: pb.StockRequest) -> Iterator[Any]:
+        parts: list[Any] = list(super()._stock(request))
         if self.how == "stops":
             parts = parts[:-1]
         elif self.how == "less":

@@ -338,10 +338,10 @@ class FlipsFromOne(Party0Service):
 
 
 class FlipsCorrections(Party2Service):
-    def Supply(self, request: Any, context: Any) -> Iterator[pb.SupplyPart]:
+    def Supply(self, request: Any, context: Any) -> Iterator[Any]:
         for part in super().Supply(request, context):
-            if part.WhichOneof("content") == "data":
-                part = pb.SupplyPart(data=_flipped(part.data))
+            if isinstance(part, bytes):  # encoded already: corrections
+                part = pb.SupplyPart(data=_flipped(pb.SupplyPart.FromString(part).data))
             yield part
 
 
@@ -416,7 +416,7 @@ def test_party_2_that_disappears_is_named(shares: dict[str, Path]) -> None:
 
 def test_party_2_that_falls_silent_is_named(shares: dict[str, Path]) -> None:
     class Silent(Party2Service):
-        def Supply(self, request: Any, context: Any) -> Iterator[pb.SupplyPart]:
+        def Supply(self, request: Any, context: Any) -> Iterator[Any]:
             for number, part in enumerate(super().Supply(request, context)):
                 if number:
                     time.sleep(4)
@@ -434,7 +434,7 @@ def test_party_2_that_falls_silent_holds_nothing_of_party_0(shares: dict[str, Pa
     calls: list[Any] = []
 
     class Silent(Party2Service):
-        def Supply(self, request: Any, context: Any) -> Iterator[pb.SupplyPart]:
+        def Supply(self, request: Any, context: Any) -> Iterator[Any]:
             calls.append(context)
             for number, part in enumerate(super().Supply(request, context)):
                 if number:
@@ -490,7 +490,7 @@ class NeverOne(Blocking, Party1Service):
 
 
 class StuckTwo(Blocking, Party2Service):
-    def Supply(self, request: Any, context: Any) -> Iterator[pb.SupplyPart]:
+    def Supply(self, request: Any, context: Any) -> Iterator[Any]:
         for number, part in enumerate(super().Supply(request, context)):
             if number:
                 self.block()

@@ -68,7 +68,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The numbers that party 2 deals."""
     dealt, real = list[bytes](), Party2Service._supply
 
-    def noted(self: Any, number: bytes, key: Any) -> Iterator[pb.SupplyPart]:
+    def noted(self: Any, number: bytes, key: Any) -> Iterator[Any]:
         dealt.append(number)
         return real(self, number, key)
 
@@ -135,8 +135,9 @@ class Wrong(Party2Service):
 
     how = ""
 
-    def _supply(self, number: bytes, key: Any) -> Iterator[pb.SupplyPart]:
-        parts = list(super()._supply(number, key))
+    def _supply(self, number: bytes, key: Any) -> Iterator[Any]:
+        found = super()._supply(number, key)
+        parts = [pb.SupplyPart.FromString(part) if isinstance(part, bytes) else part for part in found]
         if self.how == "altered":
             parts[1].data = bytes([parts[1].data[0] ^ 1]) + parts[1].data[1:]
         elif self.how == "cut":

@@ -17,7 +17,7 @@ from parties.cli.console import OUT, say, use_threads, write
 from parties.cli.options import Approximations, Embedding, Gelu, TextModelArgument, ThreadsOption, read_texts
 from parties.services.hosting import settle
 from parties.services.measure import measure_transport
-from protocols import kernels
+from protocols import warm
 from protocols.fixedpoint import FixedPoint
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments import compare as comparison
@@ -171,7 +171,7 @@ def _seconds(asked: NetworkSpeed | None, timed: bool) -> Seconds:
         return waiting(networks.values())
     settle()
     say("unseen compare: timing messages on this machine ...")
-    kernels.warm_up()
+    warm.warm_up()
     return projected({LOOPBACK: None, **networks}, measure_transport())
 
 

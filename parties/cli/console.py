@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from protocols import kernels
+from protocols import warm
 from secure.errors import printable
 from secure.progress import Told
 
@@ -69,7 +69,7 @@ def get_ready(threads: int) -> None:
     late = Late()
     try:
         late.begin("unseen: getting kernels ready ...")
-        kernels.warm_up()
+        warm.warm_up()
     finally:
         late.end()
 

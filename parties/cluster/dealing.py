@@ -18,7 +18,7 @@ import torch
 from parties.cluster.joined import Cluster, lost, same_versions
 from parties.services.dealing import Dealing, DealtModel
 from parties.services.hosting import settle
-from protocols import kernels
+from protocols import warm
 from protocols.prg import Key
 from secure.errors import DealerError
 from secure.mpc.program import Program
@@ -37,7 +37,7 @@ class DealingWorker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        kernels.warm_up()
+        warm.warm_up()
         settle()
         self._models = OrderedDict[tuple[str, bytes], DealtModel]()
 

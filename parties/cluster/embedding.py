@@ -21,7 +21,7 @@ from parties.bulk.connection import Connection
 from parties.bulk.embedding import Embedder, embedder_of
 from parties.cluster.joined import Cluster, same_versions
 from parties.services.hosting import settle
-from protocols import kernels
+from protocols import warm
 from secure.errors import Error, HandshakeError, PeerLost, from_code
 from secure.session.session import Session
 from secure.tasks.embed import Embed
@@ -43,7 +43,7 @@ class EmbeddingWorker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        kernels.warm_up()
+        warm.warm_up()
         settle()
         self._session: Session | None = None
 

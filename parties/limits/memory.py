@@ -93,8 +93,7 @@ class PreparedMemory:
                 self._free.notify_all()  # whoever stood behind it
 
     def take_spare(self, seat: Seat, size: int) -> Grant | None:
-        """Take bytes that would be good to have, at once: None if anybody waits, or if less than 1 / RESERVE would be left.
-        """
+        """Take bytes that would be good to have, at once; None if anybody waits, or if too few would be left."""
         with self._free:
             spare = not self._waiting and seat not in self._left and self._within_part(seat, size)
             if not spare or self.used + size > self.total - self.total / RESERVE:
@@ -120,7 +119,8 @@ class PreparedMemory:
 
     def _next(self, seat: Seat) -> bool:
         """Tell whether a session that waits is the first of those to whom their caller's part leaves room, and fits."""
-        able = [each for each, size in self._waiting.items() if each not in self._left and self._within_part(each, size)]
+        here = [each for each in self._waiting if each not in self._left]
+        able = [each for each in here if self._within_part(each, self._waiting[each])]
         first = min(able, key=lambda each: (self._has(each), self._came[each]), default=None)
         return seat is first and self.used + self._waiting[seat] <= self.total
 

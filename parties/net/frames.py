@@ -9,7 +9,6 @@ from proto.unseen_pb2 import Chunk, Frame
 from protocols.wire import FrameError
 
 PART = 1 << 20
-_DATA = Chunk.DATA_FIELD_NUMBER << 3 | 2  # as protobuf writes a field of bytes
 
 
 def parts(payload: bytes) -> Iterator[bytes]:
@@ -29,10 +28,11 @@ def to_frames(payload: bytes) -> Iterator[Frame]:
         yield Frame(data=part, last=total == len(payload))
 
 
-def to_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """Regroup byte strings of any sizes into chunks of PART bytes, the last one shorter.
+def to_chunks(pieces: Iterable[bytes | memoryview], field: int = Chunk.DATA_FIELD_NUMBER) -> Iterator[bytes]:
+    """Regroup byte strings of any sizes into messages of PART bytes each, the last one shorter.
 
-    They are encoded already, which spares two copies of gigabytes: ``Guard`` sends bytes as they are.
+    field: the number of the field of bytes in the message, by default that of a Chunk. They are encoded already, which
+    spares two copies of gigabytes: ``Guard`` sends bytes as they are.
     """
     gathered, size = list[memoryview](), 0
     for piece in pieces:
@@ -40,34 +40,41 @@ def to_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
         while size + len(view) >= PART:
             gathered.append(view[: PART - size])
             view = view[PART - size :]
-            yield b"".join((_head(PART), *gathered))
+            yield b"".join((_head(PART, field), *gathered))
             gathered, size = [], 0
         if view:
             gathered.append(view)
             size += len(view)
     if gathered:
-        yield b"".join((_head(size), *gathered))
+        yield b"".join((_head(size, field), *gathered))
 
 
 @cache
-def _head(size: int) -> bytes:
-    """Return what protobuf writes before the data of a Chunk: the field's number with its type, and the size."""
-    encoded = bytearray([_DATA])
+def _head(size: int, field: int) -> bytes:
+    """Return what protobuf writes before a field of bytes: its number with its type, and the size."""
+    encoded = bytearray([field << 3 | 2])
     while size > 127:
         encoded.append(size & 127 | 128)
         size >>= 7
     return bytes([*encoded, size])
 
 
-def chunk_data(message: bytes) -> bytes | memoryview:
-    """Return the data of an encoded Chunk: a view of it, if that is all it holds. Raises DecodeError if it is none."""
+def field_data(message: bytes, field: int) -> memoryview | None:
+    """Return a view of the data of a message that has nothing but one field of bytes; None for any other message."""
     size, at = 0, 1
     for at in range(1, min(len(message), 6)):
         size |= (message[at] & 127) << 7 * (at - 1)
         if message[at] < 128:
             break
-    if message[:1] == bytes([_DATA]) and at + 1 + size == len(message):
-        return memoryview(message)[at + 1 :]
+    found = message[:1] == bytes([field << 3 | 2]) and at + 1 + size == len(message) and message[at] < 128
+    return memoryview(message)[at + 1 :] if found else None
+
+
+def chunk_data(message: bytes) -> bytes | memoryview:
+    """Return the data of an encoded Chunk, without a copy if it is encoded as usual. Raises DecodeError for another."""
+    view = field_data(message, Chunk.DATA_FIELD_NUMBER)
+    if view is not None:
+        return view
     data: bytes = Chunk.FromString(message).data
     return data
 

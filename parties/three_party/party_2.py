@@ -13,7 +13,7 @@ import grpc
 
 from parties.net.caller import permit
 from parties.net.calls import answering
-from parties.net.frames import chunk_data, to_chunks
+from parties.net.frames import field_data, to_chunks
 from parties.net.watchdog import Watchdog
 from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
@@ -98,7 +98,7 @@ class Party2Service(PartyService):
         key.require(request.proof, purpose, request.supply)
         return request.supply, key
 
-    def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart]:
+    def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart | bytes]:
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, self.log):
@@ -107,7 +107,7 @@ class Party2Service(PartyService):
         finally:
             watch.stop()
 
-    def _supply(self, number: bytes, key: PairKey) -> Iterator[pb.SupplyPart]:
+    def _supply(self, number: bytes, key: PairKey) -> Iterator[pb.SupplyPart | bytes]:
         zero, one = fresh_seed(), fresh_seed()
         self._store.sweep(before=time.time() - SEEDS_KEPT)
         for label, kept in ((self._seeds, one), *([(self._looking, zero + one)] if self.key_sizes() else [])):
@@ -119,10 +119,9 @@ class Party2Service(PartyService):
         start = time.perf_counter()
         keys = (query_key(zero, 0, number), query_key(one, 1, number))
         corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
-        for chunk in to_chunks(payload for _, payload in corrections):
-            data = chunk_data(chunk)
-            seal.update(data)
-            yield pb.SupplyPart(data=data)
+        for message in to_chunks((payload for _, payload in corrections), pb.SupplyPart.DATA_FIELD_NUMBER):
+            seal.update(field_data(message, pb.SupplyPart.DATA_FIELD_NUMBER) or b"")
+            yield message
         yield pb.SupplyPart(tag=seal.tag())
         self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
 

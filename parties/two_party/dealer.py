@@ -26,7 +26,7 @@ from parties.limits.seats import Seat, Seats
 from parties.limits.waiting import Places
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
-from parties.net.frames import chunk_data, to_chunks
+from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.store.entries import ENTRY_BYTES, Store
@@ -286,7 +286,7 @@ class DealerService(DealerServicer):
 
     # corrections
 
-    def Deal(self, request: pb.DealRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
+    def Deal(self, request: pb.DealRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk | bytes]:
         watch = Watchdog(READING, context.cancel)
         try:
             with answering(context, log):
@@ -298,7 +298,7 @@ class DealerService(DealerServicer):
         finally:
             watch.stop()
 
-    def _deal(self, token: bytes, query: int, proof: bytes) -> Iterator[pb.Chunk]:
+    def _deal(self, token: bytes, query: int, proof: bytes) -> Iterator[bytes]:
         session = self._session(token)
         if not hmac.compare_digest(deal_proof(_joined(session), token, query), proof):
             raise QueryError("only the server that joined the session gets its corrections")
@@ -316,7 +316,7 @@ class DealerService(DealerServicer):
 
     # entries: queries that are dealt before a client comes
 
-    def Stock(self, request: pb.StockRequest, context: grpc.ServicerContext) -> Iterator[pb.StockPart]:
+    def Stock(self, request: pb.StockRequest, context: grpc.ServicerContext) -> Iterator[pb.StockPart | bytes]:
         watch = Watchdog(READING, context.cancel)
         try:
             with answering(context, log):
@@ -328,7 +328,7 @@ class DealerService(DealerServicer):
         finally:
             watch.stop()
 
-    def _stock(self, request: pb.StockRequest) -> Iterator[pb.StockPart]:
+    def _stock(self, request: pb.StockRequest) -> Iterator[pb.StockPart | bytes]:
         """Deal a query under two fresh keys. The client's is kept once the server has everything; it says so last.
 
         The corrections are what ``Deal`` sends, masked by the client's key, which the server never learns. A request
@@ -346,8 +346,7 @@ class DealerService(DealerServicer):
         start = time.perf_counter()
         yield pb.StockPart(start=pb.StockStart(entry=entry, proof=answer_proof(seed, request.sealed, entry)))
         server = server_entry_key(seed, *names, entry)
-        for chunk in to_chunks(self._dealing.corrections(model.dealt, server, client)):
-            yield pb.StockPart(data=chunk_data(chunk))
+        yield from to_chunks(self._dealing.corrections(model.dealt, server, client), pb.StockPart.DATA_FIELD_NUMBER)
         with self._lock:
             served = list(self._models)
         self.entries.keep(names, entry, client, entry_proving_key(seed, entry), served)
