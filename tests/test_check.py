@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
+import secure
 from parties.cli import check as module
 from parties.limits.tokens import Token
 from parties.net.caller import permit
@@ -27,10 +28,17 @@ from parties.tls.authority import Authority
 from parties.tls.tls import Tls
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerServicer, add_DealerServicer_to_server
+from proto.unseen_pb2_grpc import (
+    DealerServicer,
+    ModelServicer,
+    add_DealerServicer_to_server,
+    add_ModelServicer_to_server,
+)
 from secure.deployments.deployment import deployments
+from secure.version import WIRE_VERSION
 from tests.dealer_key import KEY
 from tests.test_cli import Ended, Run, run
+from tests.test_kept import small
 
 __all__ = ["run"]  # the fixture
 
@@ -51,16 +59,35 @@ def standing(
     service = StatusService(deployment, role, ROLES, program, lambda digest: digest == knows)
     server, at = hosting.start(
         Endpoint("127.0.0.1", 0),
-        [service.add, lambda server: add_DealerServicer_to_server(_Key(), server)],
+        [
+            service.add,
+            lambda server: add_DealerServicer_to_server(_Key(), server),
+            lambda server: add_ModelServicer_to_server(_Model(deployment, role), server),
+        ],
         network=network or Plaintext(),
         what=role,
         role=role,
-        permissions={**service.permissions, **_Key.permissions},
+        permissions={**service.permissions, **_Key.permissions, **_Model.permissions},
     )
     try:
         yield str(at)
     finally:
         server.stop(0).wait()
+
+
+class _Model(ModelServicer):
+    """Offers two models."""
+
+    permissions = permit("Model", Describe=["client"])
+
+    def __init__(self, deployment: str, role: str) -> None:
+        self.deployment, self.role = deployment, role
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        offers = [pb.Offer(model=name, length=length, batch=1) for name in ("one", "two") for length in (16, 32)]
+        return pb.Description(
+            version=WIRE_VERSION, deployment=self.deployment, role=self.role, program=b"any", offers=offers
+        )
 
 
 class _Key(DealerServicer):
@@ -225,6 +252,41 @@ def test_dealer_and_server_of_one_owner(run: Run, tmp_path: Path) -> None:
 def test_a_share(run: Run, tmp_path: Path) -> None:
     ended = run("check", "party", "--id", "2", "--listen", FREE, "--share", str(tmp_path / "none"))
     found(ended, f"the share {tmp_path}/none", "No such file or directory", "unseen share-model")
+
+
+def test_a_model_that_is_not_offered(run: Run, others: None) -> None:
+    with two_parties() as at:
+        ended = run("check", "embed", *at, "--model", "two")
+        assert ended.code == 0, ended.out
+        assert "ok    the model two: offered for [16, 32] tokens" in ended.out
+        found(run("check", "embed", *at, "--model", "three"), "the model three", "offers no model 'three'", "one, two")
+
+
+def test_models_to_serve(run: Run, others: None, tmp_path: Path) -> None:
+    """Each of them is looked at: whether it is there, and was compiled with the options that are given."""
+    secure.save_compiled(small("two-party"), kept := tmp_path / "kept")
+    with standing("dealer", program="") as dealer:
+        line = ["check", "serve", str(kept), "--listen", FREE, "--dealer", dealer, "--state", str(tmp_path / "state")]
+        ended = run(*line)
+        assert ended.code == 0, ended.out
+        said = f"--batch 8: {kept} holds a compiled model, which was compiled with 1"
+        found(run(*line, "--batch", "8"), f"the model {kept}", said, "leave --batch out")
+        found(run(*line, "--also", "/no/model"), "the model /no/model", "/no/model", "")
+        found(run(*line, "--memory", "1e6"), "the memory for prepared queries", "GB are free", "lower --memory")
+
+
+def test_the_key_of_a_store(run: Run, others: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNSEEN_STORE_KEY", raising=False)
+    key = tmp_path / "store.key"
+    line = ["check", "dealer", "--listen", FREE, "--store", str(tmp_path / "store")]
+    found(run(*line), "the store's key", "a store needs a key", "UNSEEN_STORE_KEY")
+    key.write_text("0" * 64)
+    key.chmod(0o644)
+    found(run(*line, "--store-key-file", str(key)), "the store's key", "others may read or write", "chmod")
+    key.chmod(0o600)
+    ended = run(*line, "--store-key-file", str(key))
+    assert ended.code == 0, ended.out
+    assert "ok    the store's key: it can be read" in ended.out
 
 
 def test_tokens(run: Run, tmp_path: Path) -> None:

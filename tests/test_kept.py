@@ -26,7 +26,7 @@ import secure
 from parties.cli import console
 from parties.net import secret_files
 from parties.served import compiled_files, files
-from parties.served.compiled_files import CompiledCache, is_compiled
+from parties.served.compiled_files import CompiledCache, check_new, is_compiled
 from protocols.fixedpoint import FixedPoint
 from secure.ckks.compile import encrypt
 from secure.deployments import compilation, kept
@@ -34,6 +34,7 @@ from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CompileOptions, Deployment, deployments, variants
 from secure.errors import CompiledError, InvalidInput
 from secure.models.text import text_inputs
+from secure.tasks.embed import Embed
 from tests import ckks_server
 from tests.test_cli import ROOT, Run, in_words, process, run
 from tests.tiny import LENGTH, TEXT, Served, expected, sentences
@@ -670,10 +671,43 @@ def test_the_command_compile(served: Any, run: Run, directory: Path, tmp_path: P
     for more in (["--deployment", "ckks"], ["--deployment", "ckks", "--refresh"]):
         in_words(run("serve", str(place), *more), "was compiled for two-party, not for ckks", "compile it again")
     in_words(run("compile", str(directory), str(place)), "is already there", "give a new directory")
+    in_words(run("serve", str(place), "--no-keep"), "--no-keep means nothing for models that are compiled", "leave it")
     refused = run("compile", str(directory), str(tmp_path / "x"), "--deployment", "three-party")
     in_words(refused, "nobody serves a whole model under three-party", "share-model")
     (place / kept.WEIGHTS).chmod(0o644)
     in_words(run("serve", str(place)), "others may read or write", "chmod 600")
+
+
+@pytest.mark.parametrize(
+    ("more", "message", "hint"),
+    [
+        (["--store-bytes", "1"], "--store-bytes means nothing without a store", "--store"),
+        (["--store-key-file", "some.key"], "--store-key-file means nothing without a store", "--store"),
+        (["--also", "MODEL"], "the model .* is given twice", "--length and --batch several times"),
+        (["--batch", "999"], "a batch of 999 inputs", "1 to"),
+        ([word for n in range(2, 11) for word in ("--length", str(n))], "a model for 9 lengths", "--length 8 times"),
+        (
+            ["--deployment", "ckks", "--length", "4", "--length", "8"],
+            "one length and one batch are served",
+            "one of each",
+        ),
+    ],
+)
+def test_mistakes_show_before_a_model_is_loaded(
+    run: Run, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str, hint: str
+) -> None:
+    monkeypatch.setattr(Embed, "load", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("parties.services.hosting.check", lambda *_, **__: None)
+    monkeypatch.setattr("parties.services.hosting.check_owners", lambda *_: None)
+    more = [str(directory) if word == "MODEL" else word for word in more]
+    line = ["serve", str(directory), "--no-keep", "--state", str(tmp_path), "--same-owner", *more]
+    in_words(run(*line), message, hint)
+
+
+def test_a_place_that_cannot_be_made() -> None:
+    """It is tried before a model is compiled."""
+    with pytest.raises(InvalidInput, match=r"/proc/none cannot be made: /proc: .*\nhint: give another directory"):
+        check_new(Path("/proc/none"))
 
 
 def test_a_directory_chooses_its_deployment(served: Any, run: Run, tmp_path: Path) -> None:

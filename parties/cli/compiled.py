@@ -18,7 +18,15 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
 
+FIXED = ("length", "batch", "embedding", "gelu", "approximations", "fraction_bits", "network", "calibration")
+"""Options of the command line that are fixed when a model is compiled."""
+
 KeepOption = Annotated[bool, typer.Option(help="Keep the compiled model for the next start, in the cache.")]
+
+
+def fixed_of(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of FIXED among a command's options; None for those that are not given."""
+    return {name: given[name] or None for name in FIXED}
 
 
 def made(verb: str, compilation: Compilation, *, keep: bool) -> Compiled:
@@ -110,16 +118,21 @@ def opened(
             chosen = deployment.compiled_for(compiled.deployment)
     except InvalidInput as error:
         raise InvalidInput(f"{where}: {error}") from None
+    require_fixed(compiled, directory, fixed)
+    compiled = replace(compiled, deployment=chosen)
+    say(f"unseen {verb}: {directory}, compiled on {compiled.made}")
+    return compiled
+
+
+def require_fixed(compiled: Compiled, directory: Path | str, fixed: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for an option of FIXED that is given, and differs from that of a compiled model."""
     for name, value in fixed.items():
         known = _known(compiled, name)
         given = sorted(set(value)) if isinstance(value, list) else value
         if given is not None and given != known:
             said = "whose ranges are fixed" if name == "calibration" else f"which was compiled with {_words(known)}"
             hint = f"leave {dashed(name)} out, or compile it again"
-            raise InvalidInput(f"{dashed(name)} {_words(given)}: {where}, {said}", hint)
-    compiled = replace(compiled, deployment=chosen)
-    say(f"unseen {verb}: {directory}, compiled on {compiled.made}")
-    return compiled
+            raise InvalidInput(f"{dashed(name)} {_words(given)}: {directory} holds a compiled model, {said}", hint)
 
 
 def _words(value: Any) -> str:

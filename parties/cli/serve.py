@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from parties import deployments
-from parties.cli.compiled import KeepOption, made, opened, tell
+from parties.cli.compiled import KeepOption, fixed_of, made, opened, tell
 from parties.cli.config import is_said
 from parties.cli.console import announce, get_ready, say, stages
 from parties.cli.core_log import CoreLog
@@ -125,16 +125,7 @@ def serve(
 ) -> None:
     """Serve models that nobody gets to see: to compile, or directories that `unseen compile` wrote."""
     models, kept = [model, *(also or ())], dict[str, Compiled]()
-    fixed = {
-        "length": length,
-        "batch": batch,
-        "embedding": embedding,
-        "gelu": gelu,
-        "approximations": approximations,
-        "fraction_bits": fraction_bits,
-        "network": network,
-        "calibration": calibration,
-    }
+    fixed = fixed_of(context.params)
     for each in filter(is_compiled, models):
         kept[each] = opened("serve", Path(each), deployment, named=is_said(context, "deployment"), fixed=fixed)
     if model in kept:
@@ -186,6 +177,8 @@ def serve(
     for name, endpoint in endpoints.items():
         channels.check(endpoint, what=f"the {name}")
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
+    if twice := next((each for each in models if models.count(each) > 1), None):
+        raise InvalidInput(f"the model {twice} is given twice", "give --length and --batch several times instead")
     for each in models:
         if each not in kept and isinstance(task_of(each), Embed):
             model_directory(each)  # a mistake that can be seen before anything is loaded

@@ -145,10 +145,15 @@ def receive(
     """Make the server's correlations of a query from what the dealer sends.
 
     whole: they stay in memory; otherwise they lie encrypted in a file without a name. Raises DealerError if they are
-    not ``size`` bytes, StoreError.
+    not ``size`` bytes, StoreError, which goes to the client and so says nothing of this machine; the log does.
     """
     if not whole:
-        return Correlations(SERVER, key, ReadWhenUsed(circuit, spool(size, _exactly(parts, size), directory).read))
+        try:
+            spooled = spool(size, _exactly(parts, size), directory)
+        except StoreError as error:
+            log.error("a query failed: %s", str(error).replace("\n", "; "))
+            raise StoreError("the server could not keep the corrections of this query", "ask its owner") from None
+        return Correlations(SERVER, key, ReadWhenUsed(circuit, spooled.read))
     buffer, filled = np.empty(size, np.uint8).data, 0  # not cleared: every byte of it comes
     for part in _exactly(parts, size):
         buffer[filled : filled + len(part)] = part

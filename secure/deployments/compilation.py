@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from secure.deployments.compiled import Compiled, build, task_of
+from secure.deployments.compiled import Compiled, build, check_sizes, task_of
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.kept import FORMAT
 from secure.progress import Told, silent
@@ -51,6 +51,7 @@ class Compilation:
 
     def run(self, told: Told = silent) -> Compiled:
         """Load the model, or train it, and compile it; ``told`` hears of progress."""
+        check_sizes(self.deployment, self.lengths, self.batches)  # before anything takes long
         loaded = self.task.load(self.model, max(self.lengths, default=0), self.sentences, told)
         return build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
 

@@ -137,7 +137,25 @@ def compile_text_model(
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded
     lengths, batches = _several(length), _several(batch)
+    check_sizes(deployment, lengths, batches)
     return build(Embed().load(model, max(lengths), calibration), deployment, options, {}, lengths, batches)
+
+
+def check_sizes(deployment: Deployment, lengths: Sequence[int], batches: Sequence[int]) -> None:
+    """Raise InvalidInput if a deployment cannot serve so many lengths and batches, or one of the batches."""
+    for batch in batches:
+        if not 1 <= batch <= MAXIMUM_BATCH:
+            raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
+        if batch > 1 and not deployment.takes_batches:
+            raise InvalidInput(f"a query carries one input under {deployment.name}", "leave the batch out")
+    many, together = max(1, len(set(lengths))), len(set(batches))
+    if many * together > 1 and not deployment.takes_sizes:
+        raise InvalidInput(f"one length and one batch are served under {deployment.name}", "give one of each")
+    if many > MAXIMUM_LENGTHS or together > MAXIMUM_BATCHES:
+        raise InvalidInput(
+            f"a model for {many} lengths and {together} batches",
+            f"--length {MAXIMUM_LENGTHS} times and --batch {MAXIMUM_BATCHES} times at most",
+        )
 
 
 def build(
@@ -156,19 +174,8 @@ def build(
     """
     _require(deployment)
     deployment.check(options, tokens=loaded.tokenizer is not None)
-    for batch in batches:
-        if not 1 <= batch <= MAXIMUM_BATCH:
-            raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
-        if batch > 1 and not deployment.takes_batches:
-            raise InvalidInput(f"a query carries one input under {deployment.name}", "leave the batch out")
+    check_sizes(deployment, lengths, batches)
     chosen = [(n, batch) for n in sorted({*lengths} or {loaded.length}, reverse=True) for batch in sorted({*batches})]
-    if len(chosen) > 1 and not deployment.takes_sizes:
-        raise InvalidInput(f"one length and one batch are served under {deployment.name}", "give one of each")
-    if len(set(lengths)) > MAXIMUM_LENGTHS or len(set(batches)) > MAXIMUM_BATCHES:
-        raise InvalidInput(
-            f"a model for {max(1, len(set(lengths)))} lengths and {len(set(batches))} batches",
-            f"--length {MAXIMUM_LENGTHS} times and --batch {MAXIMUM_BATCHES} times at most",
-        )
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}
     if (found := loaded.tokenizer) is not None:
