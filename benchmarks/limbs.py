@@ -2,7 +2,7 @@
 
 Run from the repository: ``python -m benchmarks.limbs [--repeats N] [--threads N]``.  Prints medians; a ratio above 1
 means that the limbs are faster than torch's int64 product, which depends on the processor: torch has a vectorized int64
-kernel for AVX-512 only.
+kernel for AVX-512 only. The last column is that of ``protocols.madd52``, where the ring and the processor allow it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from protocols import madd52
 from protocols.limbs import matmul, pack
 
 
@@ -80,7 +81,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(1)
-    print(f"{'case':18} {'batch x m x n x p':>24} ring weight packed {'ms':>8} {'GMAC/s':>7} {'int64':>7} {'ratio':>6}")
+    print(
+        f"{'case':18} {'batch x m x n x p':>24} ring weight packed {'ms':>8} {'GMAC/s':>7} {'int64':>7} {'ratio':>6} {'madd52':>7}"
+    )
     for case in CASES:
         batch = (case.batch,) if case.batch else ()
         a = integers((*batch, case.m, case.n), None, generator)
@@ -101,6 +104,9 @@ def main() -> None:
             assert torch.equal(actual, expected), case
             plain = median(lambda: a @ right, 3)
             reference = f"{macs / plain:7.2f} {plain / seconds:6.1f}"
+            if case.ring <= madd52.BITS and madd52.available():
+                assert torch.equal(madd52.matmul(a, right) & mask, expected), case
+                reference += f" {macs / median(lambda: madd52.matmul(a, right), 3):7.2f}"
         shape = f"{max(1, case.batch)} x {case.m} x {case.n} x {case.p}"
         weight = "all" if case.b_bits is None else case.b_bits
         print(
