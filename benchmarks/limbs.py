@@ -82,7 +82,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(1)
     print(
-        f"{'case':18} {'batch x m x n x p':>24} ring weight packed {'ms':>8} {'GMAC/s':>7} {'int64':>7} {'ratio':>6} {'madd52':>7}"
+        f"{'case':18} {'batch x m x n x p':>24} ring weight packed {'ms':>8} {'GMAC/s':>7} {'int64':>7} "
+        f"{'ratio':>6} {'madd52':>7}"
     )
     for case in CASES:
         batch = (case.batch,) if case.batch else ()
