@@ -1,7 +1,7 @@
 """Texts a second of one client and of several at once, processor seconds a text by role, fairness, and bulk embedding.
 
     python -m benchmarks.throughput [--length 32] [--batch 8] [--texts 256] [--clients 1 8] [--plan] [--beside COUNT]
-        [--bulk COUNT] [--write]
+        [--bulk COUNT] [--workers N] [--write]
 
 Dealer, server and clients are processes of their own on this machine, over loopback without TLS, one thread each. All
 clients of a run begin at once, after a warm-up; texts a second are all texts by the time until the last client is done.
@@ -104,7 +104,7 @@ def flatness(samples: Sequence[float]) -> dict[str, float]:
 
 
 @contextmanager
-def hosted(length: int, batches: Sequence[int], model: str) -> Iterator[dict[str, Service]]:
+def hosted(length: int, batches: Sequence[int], model: str, workers: int = 1) -> Iterator[dict[str, Service]]:
     """Dealer and server, which offers these batches, with directories of their own for state and cache."""
     before = dict(os.environ)
     with ExitStack() as stack:
@@ -117,7 +117,8 @@ def hosted(length: int, batches: Sequence[int], model: str) -> Iterator[dict[str
         served = ["serve", model, "--dealer", dealer.address, "--listen", "127.0.0.1:0", "--length", str(length)]
         served += [word for batch in batches for word in ("--batch", str(batch))]
         served += ["--embedding", "client-table", "--same-owner"]
-        server = Service("parties.cli", *served, "--threads", "1", "--announce")
+        served += ["--workers", str(workers)] if workers > 1 else ["--threads", "1"]
+        server = Service("parties.cli", *served, "--announce")
         stack.callback(server.stop)
         yield {"server": server, "dealer": dealer}
 
@@ -334,12 +335,13 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="put what `unseen plan` says beside")
     parser.add_argument("--beside", type=int, default=0, metavar="COUNT", help="single texts beside a bulk client")
     parser.add_argument("--bulk", type=int, default=0, metavar="COUNT", help="texts of one `unseen embed`")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the server")
     parser.add_argument("--write", action="store_true", help="write a results file")
     o = parser.parse_args()
     report: dict[str, Any] = {"machine": common.machine("benchmarks.throughput"), "model": Path(o.model).name}
-    report |= {"length": o.length, "batch": o.batch, "embedding": "client-table"}
+    report |= {"length": o.length, "batch": o.batch, "workers": o.workers, "embedding": "client-table"}
     if o.clients or o.bulk:
-        with hosted(o.length, [o.batch], o.model) as services:
+        with hosted(o.length, [o.batch], o.model, o.workers) as services:
             report["together"] = [together(services, count, o.texts) for count in o.clients]
             if o.bulk:
                 report["bulk"] = bulk(services, o.bulk, o.batch, o.length, o.model)
@@ -352,7 +354,8 @@ def main() -> None:
     print(json.dumps(report, indent=2))
     if o.write:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"throughput-{o.length}-{o.batch}.json").write_text(json.dumps(report, indent=2) + "\n")
+        workers = f"-{o.workers}-workers" if o.workers > 1 else ""
+        (RESULTS / f"throughput-{o.length}-{o.batch}{workers}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
