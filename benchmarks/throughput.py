@@ -354,8 +354,8 @@ def main() -> None:
     print(json.dumps(report, indent=2))
     if o.write:
         RESULTS.mkdir(exist_ok=True)
-        workers = f"-{o.workers}-workers" if o.workers > 1 else ""
-        (RESULTS / f"throughput-{o.length}-{o.batch}{workers}.json").write_text(json.dumps(report, indent=2) + "\n")
+        how = (f"-{o.workers}-workers" if o.workers > 1 else "") + ("" if o.clients or not o.bulk else "-bulk")
+        (RESULTS / f"throughput-{o.length}-{o.batch}{how}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
