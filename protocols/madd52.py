@@ -3,7 +3,7 @@
 ``vpmadd52luq`` multiplies the low 52 bits of eight pairs of 64-bit words, and adds the low 52 bits of each product to a
 third word. A sum of such terms, which wraps around at 2^64, has the right low 52 bits, whatever the higher bits of the
 factors. So one instruction does eight multiply-accumulates, and Zen 5 does two of them a cycle, where torch's 64-bit
-product takes three instructions: 1.5 to 2 times as many products a second (``python -m benchmarks.limbs``).
+product takes three instructions: 1.4 to 3 times as many products a second (``python -m benchmarks.limbs``).
 
 Numba has no function for it, so the innermost loop is written in LLVM's own language: a tile of 8 rows and 24 columns
 of the result stays in registers while it runs along the inner dimension. The rest is the usual blocking: columns of the
@@ -42,8 +42,11 @@ def available() -> bool:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, batched like ``torch.matmul``, of which the low BITS bits are right; the others are junk.
 
-    a, b: int64 of two dimensions or more, on the CPU; only their low BITS bits count.
+    a, b: int64 of two dimensions or more, on the CPU; only their low BITS bits count. Raises ValueError for any other,
+    and for shapes that do not fit: compiled code reads memory without a look at its bounds.
     """
+    if not a.dtype == b.dtype == torch.int64 or a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"no product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
     if b.dim() == 2:
         out = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.int64)
         if out.numel() and a.shape[-1]:

@@ -1,6 +1,6 @@
 """Matrix products modulo 2^ring, by the fastest of three exact kernels.
 
-``madd52`` uses an instruction of some AVX-512 processors for rings of at most 52 bits (25-45 GMAC/s a thread on Zen 5).
+``madd52`` uses an instruction of some AVX-512 processors for rings of at most 52 bits (20-58 GMAC/s a thread on Zen 5).
 torch multiplies int64 matrices with a just-in-time AVX-512 kernel if the processor has it (13-32 GMAC/s there) and with
 a plain loop otherwise (0.3 GMAC/s on Zen 3). ``limbs`` uses float64 products and reaches 2-28 GMAC/s on both. All
 kernels are exact and agree bit for bit, because integers wrap around, so two parties may choose differently.
@@ -74,4 +74,4 @@ def _fits(a: Tensor, b: Tensor) -> bool:
     return rows >= _LEAST_ROWS and a.shape[-1] >= _LEAST_INNER
 
 
-_LEAST_ROWS, _LEAST_INNER = 48, 64
+_LEAST_ROWS, _LEAST_INNER = 8, 64

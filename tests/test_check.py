@@ -258,7 +258,7 @@ def test_a_model_that_is_not_offered(run: Run, others: None) -> None:
     with two_parties() as at:
         ended = run("check", "embed", *at, "--model", "two")
         assert ended.code == 0, ended.out
-        assert "ok    the model two: offered for [16, 32] tokens" in ended.out
+        assert "ok    the model two: offered for 16, 32 tokens" in ended.out
         found(run("check", "embed", *at, "--model", "three"), "the model three", "offers no model 'three'", "one, two")
 
 

@@ -67,7 +67,7 @@ def test_a_chunk_is_encoded_as_protobuf_does(data: bytes) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=40))
+@given(st.one_of(st.binary(max_size=40), st.binary(max_size=40).map(lambda rest: b"\x0a\x05first" + rest)))
 def test_any_other_chunk_is_read_as_protobuf_reads_it(message: bytes) -> None:
     try:
         expected = pb.Chunk.FromString(message).data
@@ -76,9 +76,6 @@ def test_any_other_chunk_is_read_as_protobuf_reads_it(message: bytes) -> None:
             chunk_data(message)
     else:
         assert chunk_data(message) == expected
-    repeated = pb.Chunk(data=b"first").SerializeToString() + message  # the last of a field counts
-    view = field_data(repeated, pb.Chunk.DATA_FIELD_NUMBER)
-    assert view is None or repeated.endswith(view)
 
 
 @pytest.mark.parametrize(

@@ -279,9 +279,21 @@ def test_products_by_52_bit_integers(batches, rows, inner, columns, ring, a_fill
     assert torch.equal(found & mask, matmul(a, b, ring) & mask)
 
 
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((4, 5), (6, 7)), ((2, 4, 5), (2, 6, 7)), ((5,), (5, 7)), ((4, 5), (5,))],
+)
+def test_shapes_that_do_not_fit_are_refused_before_memory_is_read(a, b):
+    zeros = torch.zeros(a, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no product of"):
+        madd52.matmul(*zeros)
+    with pytest.raises(ValueError, match="no product of"):
+        madd52.matmul(torch.zeros(4, 5, dtype=torch.int32), torch.zeros(5, 7, dtype=torch.int64))
+
+
 @needs_madd52
 @pytest.mark.parametrize(
-    ("ring", "rows", "inner", "used"), [(52, 48, 64, 1), (53, 48, 64, 0), (40, 47, 64, 0), (40, 48, 63, 0)]
+    ("ring", "rows", "inner", "used"), [(52, 8, 64, 1), (53, 8, 64, 0), (40, 7, 64, 0), (40, 8, 63, 0)]
 )
 def test_where_the_instruction_is_used(monkeypatch, ring, rows, inner, used):
     """For large matrices of narrow rings, transposed ones too; the result is the same."""

@@ -1,6 +1,7 @@
 """The command ``unseen``, one file a verb.
 
 check        ``unseen check``
+needs        what a command will use, for ``unseen check``
 console      the two consoles, threads, progress
 config       settings: the TOML file, environment variables, --show-config
 core_log     lines of gRPC's core about refused handshakes, in words

@@ -98,6 +98,7 @@ class PreparedMemory:
             spare = not self._waiting and seat not in self._left and self._within_part(seat, size)
             if not spare or self.used + size > self.total - self.total / RESERVE:
                 return None
+            self._came.pop(seat, None)
             self._grants.append(grant := Grant(seat, size))
             return grant
 

@@ -55,13 +55,13 @@ def _write(files: dict[str, bytes], directory: Path) -> None:
 
 def check_new(directory: Path) -> None:
     """Raise InvalidInput if there is something at a directory's place but an empty one, or if none can be made."""
+    if os.path.lexists(directory) and (directory.is_symlink() or not directory.is_dir() or any(directory.iterdir())):
+        raise InvalidInput(f"{directory} is already there", "give a new directory, or remove it")
     there = next(path for path in directory.absolute().parents if os.path.lexists(path))
     try:
         Path(tempfile.mkdtemp(dir=there, prefix=".part-")).rmdir()
     except OSError as error:
         raise InvalidInput(f"{directory} cannot be made: {there}: {error.strerror}", "give another directory") from None
-    if os.path.lexists(directory) and (directory.is_symlink() or not directory.is_dir() or any(directory.iterdir())):
-        raise InvalidInput(f"{directory} is already there", "give a new directory, or remove it")
 
 
 def _flush(directory: Path) -> None:

@@ -13,7 +13,7 @@ import grpc
 
 from parties.net.caller import permit
 from parties.net.calls import answering
-from parties.net.frames import field_data, to_chunks
+from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
@@ -119,9 +119,7 @@ class Party2Service(PartyService):
         start = time.perf_counter()
         keys = (query_key(zero, 0, number), query_key(one, 1, number))
         corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
-        for message in to_chunks((payload for _, payload in corrections), pb.SupplyPart.DATA_FIELD_NUMBER):
-            seal.update(field_data(message, pb.SupplyPart.DATA_FIELD_NUMBER) or b"")
-            yield message
+        yield from to_chunks(_sealed(seal, corrections), pb.SupplyPart.DATA_FIELD_NUMBER)
         yield pb.SupplyPart(tag=seal.tag())
         self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
 
@@ -169,3 +167,10 @@ def check_seed(key: PairKey, reply: pb.SeedReply, number: bytes) -> bytes:
     if not key.shows(reply.tag, "seed given", number, reply.seed):
         raise ProtocolError("the seed that came is not the one that party 2 sent", "ask again")
     return reply.seed
+
+
+def _sealed(seal: Seal, corrections: Iterator[tuple[int, memoryview]]) -> Iterator[memoryview]:
+    """Yield the corrections, and take each into the tag as it passes."""
+    for _, payload in corrections:
+        seal.update(payload)
+        yield payload

@@ -37,6 +37,7 @@ ANSWERING = 10.0  # seconds that the dealer may take to answer; Register checks 
 REGISTERING = 60.0
 ENDING = 2.0
 DEALING = 600.0  # seconds that all corrections of a query may take
+_DEAL = f"/{pb.DESCRIPTOR.services_by_name['Dealer'].full_name}/Deal"  # called without the stub, which copies all data
 
 
 class DealerPeer:
@@ -148,9 +149,7 @@ class DealerPeer:
         proving: the session's ``proving_key``.
         """
         request = pb.DealRequest(session=session, query=query, proof=deal_proof(proving, session, query))
-        call = self._peer.channel.unary_stream(
-            "/unseen.v3.Dealer/Deal", pb.DealRequest.SerializeToString, response_deserializer=chunk_data
-        )
+        call = self._peer.channel.unary_stream(_DEAL, pb.DealRequest.SerializeToString, chunk_data)
         return call(request, timeout=DEALING)
 
     @contextmanager
