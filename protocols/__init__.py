@@ -10,6 +10,7 @@ bits         bits of many elements, packed
 wire         tensors as bytes
 kernels      hot loops over elements and packed bits, compiled
 fields       the types of protocols' fields, with their bounds
+windows      entries taken in runs, and patches under a moving window
 fixedpoint   the fixed-point encoding of real numbers
 limbs        exact matrix products through float64
 madd52       the same by an instruction for 52-bit integers

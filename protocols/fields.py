@@ -76,6 +76,23 @@ Start = Annotated[tuple[Real, ...], FailFast(), Field(max_length=8)]
 
 Flag = Annotated[bool, Strict()]
 
+Size = Annotated[int, Strict(), Field(ge=1, le=1 << 12)]
+
+Sizes = Annotated[tuple[Size, ...], FailFast(), Field(min_length=1, max_length=3)]
+"""The sizes of a window, its steps or its gaps, one for each dimension."""
+
+Padding = Annotated[tuple[Annotated[int, Strict(), Field(ge=0, le=1 << 12)], ...], FailFast(), Field(max_length=3)]
+"""The zeros on both sides of each dimension."""
+
+Place = Annotated[int, Strict(), Field(ge=-1, le=MAXIMUM_ELEMENTS)]
+
+Step = Annotated[int, Strict(), Field(ge=-MAXIMUM_ELEMENTS, le=MAXIMUM_ELEMENTS)]
+
+Runs = Annotated[
+    tuple[Annotated[tuple[Place, Step, Whole], FailFast()], ...], FailFast(), Field(min_length=1, max_length=1 << 14)
+]
+"""Positions of entries, in runs of (start, step, count); see ``protocols.windows``."""
+
 Rows = Annotated[
     tuple[Annotated[tuple[Whole, ...], FailFast(), Field(min_length=1, max_length=ENTRIES)], ...],
     FailFast(),

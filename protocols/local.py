@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from protocols import kernels, ring
-from protocols.fields import Axes, Axis, Bits, Name, Residue, Ring, Rows, Shape, Signs, Whole
+from protocols import kernels, ring, windows
+from protocols.fields import Axes, Axis, Bits, Name, Padding, Residue, Ring, Rows, Runs, Shape, Signs, Sizes, Whole
 from protocols.protocol import SERVER, Local, Weights, broadcast, count, expanded
 from protocols.wire import Wire
 
@@ -217,6 +217,59 @@ class Concat(_Shaped):
         if len({(*x[:axis], *x[axis + 1 :]) for x in operands}) != 1 or any(len(x) != len(first) for x in operands):
             raise ValueError(f"the shapes {', '.join(map(str, operands[:4]))} cannot be joined along {self.dim}")
         return (*first[:axis], sum(x[axis] for x in operands), *first[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Take(_Shaped):
+    """Entries along ``dim`` in any order, repeated or left out, and zeros: see ``windows``."""
+
+    kind: ClassVar[str] = "take"
+    dim: Axis
+    runs: Runs
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return windows.take(operands[0], self.dim, self.runs)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        (x,) = operands
+        (axis,) = _axes((self.dim,), x)
+        return (*x[:axis], windows.check_runs(self.runs, x[axis]), *x[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """The fields and the sizes of protocols that give the patches under a moving window: see ``windows``."""
+
+    shape: Shape
+    ring: Ring
+    kernel: Sizes
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+
+    @property
+    def window(self) -> windows.Window:
+        return windows.Window(self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def validate(self) -> None:
+        _ = self.window
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return self.window.shape(operands[0])
+
+
+@dataclass(frozen=True)
+class Patches(Windowed, Local):
+    """The patches of [x], which is (batch, channels, sizes)."""
+
+    kind: ClassVar[str] = "patches"
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self.window.patches(operands[0])
 
 
 @dataclass(frozen=True)

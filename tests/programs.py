@@ -58,6 +58,18 @@ class Model(nn.Module):
         return out
 
 
+def windowed(instructions: list[Any], share: int) -> dict[str, Any]:
+    """The patches of a share of three dimensions, and of a delivery, if one of these has three."""
+    ones = {"kernel": [1], "stride": [1], "padding": [0], "dilation": [1]}
+    delivery = next(n for n, i in enumerate(instructions) if i[0] == "deliver" and len(i[1]["shape"]) == 3)
+    made = {}
+    for kind, source in (("patches", share), ("delivered_patches", delivery)):
+        shape, bits = (instructions[source][1][k] for k in ("shape", "ring"))
+        turned = [shape[0], shape[2], shape[1]]
+        made[kind] = [kind, {**ones, "shape": turned, "ring": bits}, [source], 0]
+    return made
+
+
 @cache
 def every_protocol() -> bytes:
     """The encoding of a Program that has an instruction of every protocol, and some nodes in its client's graph."""
@@ -81,6 +93,8 @@ def every_protocol() -> bytes:
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
         "expand": ["expand", {"ring": bits, "shape": [2, *shape]}, [share], 0],
         "slice": ["slice", {"dim": 0, "ring": bits, "shape": shape, "start": 0, "step": 1, "stop": 1}, [share], 0],
+        "take": ["take", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]], "runs": [[0, 0, 2]]}, [share], 0],
+        **windowed(d["instructions"], share),
         "add": ["add", {"ring": bits, "shape": shape}, [share, share], 0],
         "add_constant": ["add_constant", {"constant": 5, "ring": bits, "shape": shape}, [share], 0],
         "mul_constant": ["mul_constant", {"constant": 5, "ring": bits, "shape": shape}, [share], 0],
@@ -166,6 +180,11 @@ CALLS: dict[str, list[list[Any]]] = {
     **{f"aten.{name}": [[{"input": 0}, 2], [{"input": 0}, 0]] for name in _SCALARS},
     **{f"aten.{name}": [_TWO] for name in (*_PAIRS, *_LOGIC)},
     "aten.bitwise_not.default": [_ONE],
+    "aten.ceil.default": [_ONE],
+    "aten.argmax.default": [_ONE, [{"input": 0}, -1], [{"input": 0}, 0, True]],
+    "aten.copy.default": [_TWO],
+    "aten.slice_scatter.default": [[*_TWO, 0, 0, 4], [*_TWO, 1, 0, 9]],
+    "aten.unfold.default": [[{"input": 0}, 1, 2, 1], [{"input": 0}, 0, 4, 2]],
     "aten.clamp.default": [[{"input": 0}, -1, 1]],
     "aten.cumsum.default": [[{"input": 0}, 0], [{"input": 0}, 1]],
     "aten.pow.Tensor_Scalar": [[{"input": 0}, n] for n in range(5)],

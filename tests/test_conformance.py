@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -29,6 +29,7 @@ from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
 from protocols.two_party.tabulated import ACCURACY, ROWS, WIDEST, smallest
 from protocols.two_party.tabulated import PUBLIC as TABLE_BITS
 from protocols.weights import ServerWeights
+from protocols.windows import runs_of
 from tests.helpers import (
     Integers,
     Outcome,
@@ -276,6 +277,62 @@ def concat(s: Setup) -> Check:
     return exactly(expected, ring)
 
 
+@case(local.Take)
+def take(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), s.shape()
+    a, x = s.secret(shape, ring)
+    dim = s.number("dim", 0, len(shape) - 1)
+    positions = s.draw(st.lists(st.integers(-1, shape[dim] - 1), min_size=1, max_size=12), "positions")
+    index = np.array(positions)
+    picked = np.take(x, np.maximum(index, 0), dim)
+    zeros = (index < 0).reshape([-1 if i == dim else 1 for i in range(len(shape))])
+    s.add(local.Take(picked.shape, ring, dim, runs_of(positions)), a)
+    return exactly(np.where(zeros, 0, picked), ring)
+
+
+def window_of(s: Setup) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """A shape, and a window that fits into it."""
+    rank = s.number("rank", 1, 2)
+    sizes = [s.number("size", 3, 6) for _ in range(rank)]
+    form = {
+        "kernel": tuple(s.number("kernel", 1, 3) for _ in range(rank)),
+        "stride": tuple(s.number("stride", 1, 3) for _ in range(rank)),
+        "padding": tuple(s.number("padding", 0, 2) for _ in range(rank)),
+        "dilation": tuple(s.number("dilation", 1, 2) for _ in range(rank)),
+    }
+    for i in range(rank):  # a window that is as long as what it moves over
+        sizes[i] = max(sizes[i], form["dilation"][i] * (form["kernel"][i] - 1) + 1 - 2 * form["padding"][i])
+    return (s.number("batch", 1, 2), s.number("channels", 1, 3), *sizes), form
+
+
+def patches_by_hand(x: Any, form: Mapping[str, tuple[int, ...]]) -> Any:
+    """The patches, entry by entry."""
+    padded = np.pad(x.astype(object), [(0, 0), (0, 0), *((p, p) for p in form["padding"])])
+    kernel, stride, dilation = (form[name] for name in ("kernel", "stride", "dilation"))
+    sizes = zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    counts = [(n - d * (k - 1) - 1) // t + 1 for n, k, t, d in sizes]
+    out = np.empty((x.shape[0], *counts, x.shape[1] * math.prod(kernel)), dtype=object)
+    for place in np.ndindex(*counts):
+        entries = [
+            padded[
+                (slice(None), c, *(p * t + e * d for p, t, e, d in zip(place, stride, entry, dilation, strict=True)))
+            ]
+            for c in range(x.shape[1])
+            for entry in np.ndindex(*kernel)
+        ]
+        out[(slice(None), *place)] = np.stack(entries, -1)
+    return np.vectorize(int, otypes=[object])(out)
+
+
+@case(local.Patches)
+def patches(s: Setup) -> Check:
+    ring, (shape, form) = s.number("ring", 1, 64), window_of(s)
+    a, x = s.secret(shape, ring)
+    expected = patches_by_hand(x, form)
+    s.add(local.Patches(expected.shape, ring, **form), a)
+    return exactly(expected, ring)
+
+
 @case(local.Truncate)
 def truncate(s: Setup) -> Check:
     ring = s.number("ring", 3, 64)
@@ -371,12 +428,28 @@ def linear(s: Setup) -> Check:
     return exactly(x * w if diagonal else x @ w, ring)
 
 
+@case(tp.DeliveredPatches)
+def delivered_patches(s: Setup) -> Check:
+    """The patches of what was delivered once, whose linear map is a convolution."""
+    ring, (shape, form) = s.number("ring", 2, 64), window_of(s)
+    wide = s.number("delivered", ring, 64)
+    a, x = s.secret(shape, wide)
+    expected = patches_by_hand(x, form)
+    s.add(tp.DeliveredPatches(expected.shape, ring, **form), s.add(tp.Deliver(shape, wide), a))
+    return exactly(expected, ring)
+
+
 # of three parties: what they make of inputs and linear layers, further out than two parties go
 
 
 @case(three_party.SharedInput)
 def shared_input(s: Setup) -> Check:
     return input_(s)
+
+
+@case(three_party.OpenedPatches)
+def opened_patches(s: Setup) -> Check:
+    return delivered_patches(s)
 
 
 @case(three_party.SharedLinear)
@@ -710,6 +783,7 @@ def histogram(s: Setup) -> Check:
 TWO, THREE, PUBLIC = DEPLOYMENTS = ("two", "three", "three-public")  # parties; PUBLIC: who all know the weights
 MADE_BY = {  # what only three parties have: the Program's protocol behind it, and where it is made
     "shared_input": ("input", (THREE, PUBLIC)),
+    "opened_patches": ("delivered_patches", (THREE,)),
     "shared_linear": ("linear", (THREE,)),
     "public_linear": ("linear", (PUBLIC,)),
 }
@@ -752,7 +826,7 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
     made = executed(setup.circuit, deployment)
     (last,) = made.outputs
     protocol = made.circuit[last].protocol
-    assert protocol.kind == kind or kind in ("deliver", "input", "linear", "reveal")
+    assert protocol.kind == kind or kind in ("deliver", "delivered_patches", "input", "linear", "reveal")
     if kind != "add_weight":  # see test_a_weight_that_broadcasts_its_operand_is_accepted
         shapes = {name: tuple(w.shape) for name, w in setup.weights.items()}
         check_circuit(setup.circuit, shapes)

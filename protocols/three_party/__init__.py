@@ -30,7 +30,7 @@ turns numbers into bits.
 """
 
 from protocols.three_party.endpoints import LookedUp, SharedInput
-from protocols.three_party.linear import PublicLinear, SharedLinear
+from protocols.three_party.linear import OpenedPatches, PublicLinear, SharedLinear
 from protocols.three_party.translate import Translated, translate
 
-__all__ = ["LookedUp", "PublicLinear", "SharedInput", "SharedLinear", "Translated", "translate"]
+__all__ = ["LookedUp", "OpenedPatches", "PublicLinear", "SharedInput", "SharedLinear", "Translated", "translate"]

@@ -14,8 +14,42 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols.fields import Flag, Name, Ring, Shape
-from protocols.protocol import CircuitCost, Draw, Local, Material, Protocol, Step, Weights, bytes_of, count, weighted
+from protocols.local import Windowed
+from protocols.protocol import (
+    CircuitCost,
+    Draw,
+    Local,
+    Material,
+    Opening,
+    Protocol,
+    Step,
+    Weights,
+    bytes_of,
+    count,
+    weighted,
+)
 from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class OpenedPatches(Windowed, Protocol):
+    """The opening of the patches of x, from an opening of x. Rounds 0; nothing is sent, nothing dealt. Exact."""
+
+    kind: ClassVar[str] = "opened_patches"
+    in_programs: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    gives: ClassVar[str] = "opening"
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, self.window.patches(operands[0])
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        value, mask = operands[0]
+        return Opening(self.window.patches(value), self.window.patches(mask))
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self.window.patches(operands[0])
 
 
 @dataclass(frozen=True)

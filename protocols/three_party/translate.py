@@ -23,12 +23,13 @@ from functools import cached_property
 
 from protocols import ring
 from protocols.circuit import Circuit, Instruction, total_cost
+from protocols.local import Patches
 from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.three_party.checks import InRange, UnitVectors
 from protocols.three_party.endpoints import FromKeys, KeySketch, LookedUp, SharedInput
-from protocols.three_party.linear import PublicLinear, SharedLinear
+from protocols.three_party.linear import OpenedPatches, PublicLinear, SharedLinear
 from protocols.three_party.sketch import SUMS
-from protocols.two_party import Compare, Deliver, Input, Linear, Open, Reveal
+from protocols.two_party import Compare, Deliver, DeliveredPatches, Input, Linear, Open, Reveal
 from protocols.wire import Wire
 
 
@@ -170,6 +171,9 @@ class _Translation:
     def _of_three(self, p: Protocol) -> Protocol:
         if isinstance(p, Linear):
             return (PublicLinear if self._public else SharedLinear)(p.shape, p.ring, p.weight, p.diagonal)
+        if isinstance(p, DeliveredPatches):
+            made = Patches if self._public else OpenedPatches
+            return made(p.shape, p.ring, p.kernel, p.stride, p.padding, p.dilation)
         if isinstance(p, Reveal):
             raise ValueError("a Program reveals its outputs alone")
         return p

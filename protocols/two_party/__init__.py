@@ -21,7 +21,7 @@ from protocols.two_party.endpoints import Input, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
-from protocols.two_party.linear import Deliver, Linear
+from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
 from protocols.two_party.product import Product
@@ -31,6 +31,7 @@ from protocols.two_party.tabulated import Tabulated
 __all__ = [
     "Compare",
     "Deliver",
+    "DeliveredPatches",
     "DigitIn",
     "Exponential",
     "Extend",

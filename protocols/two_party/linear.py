@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols.fields import Flag, Name, Ring, Shape
+from protocols.local import Windowed
 from protocols.protocol import (
     CLIENT,
     CircuitCost,
@@ -74,6 +75,32 @@ class Deliver(Protocol):
 
     def cost(self) -> CircuitCost:
         return CircuitCost(1, to_first=bytes_of(self.shape, self.ring))
+
+
+@dataclass(frozen=True)
+class DeliveredPatches(Windowed, Protocol):
+    """The delivery of the patches of x, from a delivery of x: a convolution is the linear map of every patch.
+
+    Each party copies entries of what it holds. Rounds 0; nothing is sent, nothing dealt. Exact.
+    Seen by the server: nothing new. An entry of r masks the same entry of x in every patch, and nothing else.
+    """
+
+    kind: ClassVar[str] = "delivered_patches"
+    reads: ClassVar[tuple[str, ...]] = ("delivery",)
+    gives: ClassVar[str] = "delivery"
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, self.window.patches(operands[0])
+
+    def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self.window.patches(operands[0])
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        return self.window.patches(operands[0])
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self.window.patches(operands[0])
 
 
 @dataclass(frozen=True)
