@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import secure
 from approximations import choose
-from approximations.primitives import IDENTITY, Piece, piecewise
+from approximations.primitives import ZERO, Piece, piecewise
 from secure.capture.builder import Builder, Value
 from secure.capture.capture import capture
 from secure.capture.graph import Graph, Node
@@ -56,8 +56,12 @@ def sample(seed: int = 0) -> dict[str, Tensor]:
 
 ALONE: dict[str, Callable[..., Tensor]] = {
     "add": lambda x, w, v, ids: x + 1,
+    "amax": lambda x, w, v, ids: x.amax(1),
     "cat": lambda x, w, v, ids: torch.cat([x, x], 1),
+    "convolution": lambda x, w, v, ids: F.conv1d(x, w[:, :, None].expand(4, 4, 3), v, padding=1),
+    "elu": lambda x, w, v, ids: F.elu(x - 1),
     "embedding": lambda x, w, v, ids: F.embedding(ids, w),
+    "erf": lambda x, w, v, ids: torch.erf(x),
     "expand": lambda x, w, v, ids: x[:, :1].expand(2, 3, 4),
     "gelu": lambda x, w, v, ids: F.gelu(x),
     "l2_normalize": lambda x, w, v, ids: F.normalize(x, dim=-1),
@@ -82,6 +86,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "square": lambda x, w, v, ids: x.square(),
     "sub": lambda x, w, v, ids: x - v,
     "sum": lambda x, w, v, ids: x.sum(1),
+    "take": lambda x, w, v, ids: x.flip(1),
     "tanh": lambda x, w, v, ids: x.tanh(),
 }
 
@@ -109,7 +114,7 @@ def error_of(function: Callable[..., Tensor]) -> float:
 
 ARITHMETIC = {
     *("input", "linear", "matmul", "mul", "mul_weight", "add", "add_weight", "sub", "offset", "scale", "sum"),
-    *("reshape", "expand", "permute", "slice", "cat", "bounded", "power"),
+    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "bounded", "power"),
 }
 COMPARISONS = {
     "piecewise",
@@ -194,50 +199,50 @@ def test_nothing_is_defined_twice() -> None:
         OPERATIONS["relu"].lower(lambda to, node: None)
 
 
-def leaky() -> Operation:
+def toy() -> Operation:
     """A new operation that lacks its lowering."""
 
-    @operation("leaky_relu", compares=True)
-    def leaky_relu(x: Tensor, /, *, slope: float) -> Tensor:
-        return F.leaky_relu(x, slope)
+    @operation("softshrink", compares=True)
+    def softshrink(x: Tensor, /, *, width: float) -> Tensor:
+        return F.softshrink(x, width)
 
-    @leaky_relu.aten("leaky_relu.default")
-    def _(b: Builder, x: Value, slope: float = 0.01) -> Value:
-        return b.shared("leaky_relu", x, slope=float(slope))
+    @softshrink.aten("softshrink.default")
+    def _(b: Builder, x: Value, width: float = 0.5) -> Value:
+        return b.shared("softshrink", x, width=float(width))
 
-    return leaky_relu
+    return softshrink
 
 
 def half(x: Tensor, w: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    return F.leaky_relu(x - 1, 0.25)
+    return F.softshrink(x - 1, 0.25)
 
 
 @pytest.mark.usefixtures("registry")
 def test_an_operation_without_a_lowering_is_refused_by_place() -> None:
-    leaky()
+    toy()
     with pytest.raises(
-        UnsupportedOperation, match=r"model: no protocol for 'leaky_relu'\nhint: supported are add, cat"
+        UnsupportedOperation, match=r"model: no protocol for 'softshrink'\nhint: supported are add, amax, cat"
     ):
         lowered(half)
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_lowering_that_gives_something_else_is_refused() -> None:
-    @leaky().lower
+    @toy().lower
     def _(to: Lowering, node: Node) -> Symbol:
         return to.symbol(node.inputs[0]).sum(-1)
 
-    with pytest.raises(TypeError, match="the lowering of 'leaky_relu' gives"):
+    with pytest.raises(TypeError, match="the lowering of 'softshrink' gives"):
         lowered(half)
 
 
 @pytest.mark.usefixtures("registry")
 def test_an_operation_that_observes_says_what_to_assume() -> None:
-    @leaky().observes
+    @toy().observes
     def _(x: Tensor, **_: Any) -> Tensor:
         return x
 
-    with pytest.raises(TypeError, match="'leaky_relu' observes its operand, but does not say what range to assume"):
+    with pytest.raises(TypeError, match="'softshrink' observes its operand, but does not say what range to assume"):
         assume(captured(half)[0], 32.0)
 
 
@@ -247,26 +252,27 @@ def test_an_operation_that_observes_says_what_to_assume() -> None:
 @pytest.mark.usefixtures("registry")
 def test_a_new_operation_takes_one_place() -> None:
     """Registered here and nowhere else, with a range that calibration finds: capture, both ranges, and a query."""
-    record = leaky()
+    record = toy()
     ranges: list[tuple[float, float]] = []
 
     @record.observes
-    def _(x: Tensor, *, slope: float) -> Tensor:
+    def _(x: Tensor, *, width: float) -> Tensor:
         return x.abs().amax(-1)
 
     @record.assumes
-    def _(operand: Node, reach: float, *, slope: float) -> tuple[float, float]:
-        return 0.0, slope * reach
+    def _(operand: Node, reach: float, *, width: float) -> tuple[float, float]:
+        return 0.0, width * reach
 
     @record.lower
     def _(to: Lowering, node: Node) -> Symbol:
         ranges.append(to.measured(node))
-        pieces = [Piece((0.0, node.attrs["slope"])), IDENTITY]
-        result: Symbol = piecewise(to.symbol(node.inputs[0]), [0.0], pieces)
+        width = node.attrs["width"]
+        pieces = [Piece((width, 1.0)), ZERO, Piece((-width, 1.0))]
+        result: Symbol = piecewise(to.symbol(node.inputs[0]), [-width, width], pieces)
         return result
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.25), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Softshrink(0.25), nn.Linear(8, 3))
     inputs = [{"input": torch.randn(3, 6)} for _ in range(12)]
     compiled = secure.compile(model, inputs[0], calibration=inputs[1:])
     with torch.no_grad():
@@ -275,12 +281,12 @@ def test_a_new_operation_takes_one_place() -> None:
         assert float((answer - model(**inputs[5])).abs().max()) < 5e-3
     outline(model, inputs[0])
     assert ranges[-1] == (0.0, 8.0)
-    check_says_whether_it_compares("leaky_relu", half)
+    check_says_whether_it_compares("softshrink", half)
 
 
 def test_toys_are_gone() -> None:
     assert set(OPERATIONS) == set(ALONE)
-    with pytest.raises(UnsupportedOperation, match=r"aten\.leaky_relu\.default"):
+    with pytest.raises(UnsupportedOperation, match=r"has no private protocol"):
         captured(half)
 
 

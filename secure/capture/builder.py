@@ -15,8 +15,8 @@ from secure.capture.graph import MASKED, Graph, Node, constant_attrs, placeholde
 from secure.capture.operation import OPERATIONS, RULES
 from secure.errors import UnsupportedOperation
 
-HUGE = -1.0e30
-"""Constants up to this number stand for minus infinity."""
+HUGE = 1.0e30
+"""Constants beyond this number stand for infinity."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Builder:
         self.takes_masks = False  # whether the target's result is read by softmax alone, which ignores masked entries
         self._known: dict[str, Node] = {}  # clear operations and constants already there
         self._huge: set[int] = set()  # clear nodes that may hold an "infinite" value
+        self._deep: set[int] = set()  # constants that are additive masks
 
     def add(
         self, op: str, inputs: Sequence[Node], attrs: dict[str, Any], shape: Sequence[int], kind: str, visibility: str
@@ -134,8 +135,10 @@ class Builder:
             return value
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         node = self.add("constant", [], constant_attrs(tensor), tensor.shape, kind_of(tensor.dtype), "public")
-        if tensor.is_floating_point() and bool((tensor <= HUGE).any()):
+        if tensor.is_floating_point() and bool((tensor.abs() >= HUGE).any()):
             self._huge.add(node.id)
+        if _is_deep(tensor):
+            self._deep.add(node.id)
         return node
 
     def shared(self, op: str, *operands: Value, **attrs: Any) -> Node:
@@ -151,11 +154,11 @@ class Builder:
 
     def clear(self, target: str, *args: Value, **kwargs: Value) -> Value:
         """Append a clear operation on values that one party knows, or evaluate it right away if all are public."""
-        if target not in CLEAR_OPERATIONS:
-            self.unsupported("compute it outside of the model, or use other operations")
         found = list(leaves((args, kwargs)))
         if all(isinstance(value, Tensor) for value in found):
-            return CLEAR_OPERATIONS[target](*args, **kwargs)
+            return self._folded(target, args, kwargs)
+        if target not in CLEAR_OPERATIONS:
+            self.unsupported("compute it outside of the model, or use other operations")
         if target == "aten.gather.default" and isinstance(args[0], Tensor) and scalar_of(args[0]) is not None:
             return torch.full(shape_of(args[2]), args[0].reshape(-1)[0].item(), dtype=args[0].dtype)
         nodes: list[Node] = []
@@ -177,10 +180,22 @@ class Builder:
         visibility = result_visibility("clear", [node.visibility for node in nodes])
         result = evaluate_clear(attrs, [placeholder(node) for node in nodes], torch.float32)
         node = self.add("clear", nodes, attrs, result.shape, kind_of(result.dtype), visibility)
-        huge = any(isinstance(v, float) and v <= HUGE for v in (*args, *kwargs.values()))
+        huge = any(isinstance(v, float) and abs(v) >= HUGE for v in (*args, *kwargs.values()))
         if huge or any(operand.id in self._huge for operand in nodes):
             self._huge.add(node.id)
         return node
+
+    def _folded(self, target: str, args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
+        """Evaluate an operation on values that are public and known now. It is no part of the graph."""
+        if target in CLEAR_OPERATIONS:
+            return CLEAR_OPERATIONS[target](*args, **kwargs)
+        name, _, overload = target.removeprefix("aten.").partition(".")
+        operation = getattr(getattr(torch.ops.aten, name, None), overload, None)
+        if operation is None:
+            self.unsupported("compute it outside of the model, or use other operations")
+        if torch.Tag.nondeterministic_seeded in operation.tags:
+            self.unsupported("the model draws random numbers; give them as an input, or use a model that draws none")
+        return operation(*args, **kwargs)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """Convert a value to the kind (float, int, bool) of ``dtype``; a value of that kind stays as it is."""
@@ -194,7 +209,7 @@ class Builder:
 
     def finite(self, value: Value) -> Value:
         """Raise the "infinities" (masks) in a clear operand of a shared sum to `MASKED`, which fixed point can hold."""
-        if isinstance(value, Tensor) and value.is_floating_point() and bool((value <= HUGE).any()):
+        if isinstance(value, Tensor) and value.is_floating_point() and bool((value <= -HUGE).any()):
             return value.clamp_min(MASKED)
         if isinstance(value, Node) and value.id in self._huge:
             return self.clear("aten.clamp_min.default", value, MASKED)
@@ -204,8 +219,9 @@ class Builder:
         """Apply an operation of torch by its rule, or in the clear if that is possible."""
         rule = RULES.get(target)
         if rule is None or not rule.structural:
-            private = is_private((args, kwargs))
-            if not private and (target in CLEAR_OPERATIONS or rule is None):
+            found = list(leaves((args, kwargs)))
+            public = bool(found) and all(isinstance(value, Tensor) for value in found)
+            if not is_private(found) and (public or target in CLEAR_OPERATIONS or rule is None):
                 return self.clear(target, *args, **kwargs)
             if rule is None:
                 self.unsupported(
@@ -268,12 +284,41 @@ class Builder:
         if not is_private((a, b)):
             return self.clear("aten.add.Tensor", a, b)
         a, b = self.finite(a), self.finite(b)
+        (rest, mask), (other, its) = self._without_mask(a), self._without_mask(b)
+        masks = [found for found in (mask, its) if found is not None]
+        if masks and (len(masks) > 1 or not (rest is None or other is None)):
+            rests = [found for found in (rest, other) if found is not None]
+            total = masks[0] if len(masks) == 1 else self.plus(*masks)
+            if not rests:
+                return total
+            return self.shared("add", rests[0] if len(rests) == 1 else self.plus(*rests), total)
         if scalar_of(a) is not None:
             a, b = b, a
         number = scalar_of(b)
         if number is not None and _absorbs(a, b):
             return a if number == 0 else self.shared("add", a, scalar=number)
         return self.shared("add", a, b)
+
+    def _without_mask(self, value: Value) -> tuple[Value | None, Value | None]:
+        """Split a summand into the rest and the additive mask in it; None for what is not there.
+
+        The client adds masks, or everybody knows them. Those of several sources then meet in the clear, and are added
+        last, to whole scores: that is where they are cut off at the depth that a softmax needs.
+        """
+        if self._is_mask(value):
+            return None, value
+        if not isinstance(value, Node) or value.op != "add" or len(value.inputs) != 2:
+            return value, None
+        first, second = (self.nodes[i] for i in value.inputs)
+        if self._is_mask(first) == self._is_mask(second):
+            return value, None
+        return (second, first) if self._is_mask(first) else (first, second)
+
+    def _is_mask(self, value: Value) -> bool:
+        """True if a summand is the client's, or holds the numbers of a mask that everybody knows."""
+        if isinstance(value, Node):
+            return value.visibility == "client" or value.id in self._deep
+        return isinstance(value, Tensor) and _is_deep(value)
 
     def times(self, a: Value, b: Value) -> Value:
         """Multiply two values. A public number becomes an attribute of the node; a product with itself is a square."""
@@ -314,3 +359,8 @@ def _absorbs(a: Value, b: Value) -> bool:
         return tuple(torch.broadcast_shapes(shape_of(a), shape_of(b))) == shape_of(a)
     except RuntimeError:
         return False
+
+
+def _is_deep(value: Tensor) -> bool:
+    """True if a public tensor has entries that mark absent ones."""
+    return value.is_floating_point() and value.numel() > 1 and bool((value <= MASKED).any())

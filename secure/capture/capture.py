@@ -79,8 +79,22 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Let decoders return no keys and values of theirs, which are for a next step, not an answer."""
+    settings: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    found = {id(c): c for c in settings if getattr(c, "use_cache", False) is True}
+    for configuration in found.values():
+        configuration.use_cache = False
+    try:
+        yield
+    finally:
+        for configuration in found.values():
+            configuration.use_cache = True
+
+
 def _export(model: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    with _evaluation_mode(model), torch.no_grad(), warnings.catch_warnings():
+    with _evaluation_mode(model), _without_caches(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export uses deprecated parts of torch
         try:
             program = torch.export.export(model, (), inputs, strict=False)
@@ -262,7 +276,7 @@ class _Translator:
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 b.unsupported(f"this form of it is not supported: {reason}")
-        if isinstance(example, Tensor) and not isinstance(result, Norm | Root):
+        if isinstance(example, Tensor) and not isinstance(result, Norm | Root | None):
             shape = tuple(example.shape)
             if shape_of(result) != shape:
                 raise AssertionError(f"translation error in {b.path!r}: {name} gives {shape_of(result)}, not {shape}")
@@ -275,13 +289,33 @@ def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
     return (address or name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
 
 
+_PASSING = IDENTITIES | CASTS | frozenset(
+    f"aten.{name}"
+    for name in (
+        "add.Tensor", "expand.default", "masked_fill.Scalar", "masked_fill.Tensor", "permute.default",
+        "reshape.default", "slice.Tensor", "squeeze.dim", "transpose.int", "unsqueeze.default", "view.default",
+        "where.ScalarOther", "where.self", "_unsafe_view.default",
+    )
+)  # fmt: skip
+"""Operations after which a large negative number is still one, whatever is added to it."""
+
+
 def _takes_masks(node: torch.fx.Node) -> bool:
-    """True if all readers of a value, after operations that change nothing, take large negative numbers as masks."""
+    """True if all readers of a value, after sums and changes of its shape, take large negative numbers as masks."""
     readers = [user for user in node.users if str(user.target) not in IGNORED]
     return bool(readers) and all(
-        _is_of_masks(str(user.target)) or (str(user.target) in IDENTITIES | CASTS and _takes_masks(user))
+        _is_of_masks(str(user.target))
+        or _is_mask_of(user, node)
+        or (str(user.target) in _PASSING and _takes_masks(user))
         for user in readers
     )
+
+
+def _is_mask_of(user: torch.fx.Node, node: torch.fx.Node) -> bool:
+    """True if a node is the mask of an attention, which adds it to its scores."""
+    if str(user.target) != "aten.scaled_dot_product_attention.default":
+        return False
+    return node not in user.args[:3] and node in (*user.args[3:4], user.kwargs.get("attn_mask"))
 
 
 def _is_of_masks(target: str) -> bool:

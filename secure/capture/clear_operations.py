@@ -23,51 +23,24 @@ from secure.errors import InvalidInput, InvalidProgram
 
 aten = torch.ops.aten
 
+_OF_OTHER_STRIDES: Mapping[str, Callable[..., Any]] = {
+    "aten.view.default": aten.reshape.default,
+    "aten._unsafe_view.default": aten.reshape.default,
+    "aten.copy.default": lambda x, source: source.to(x.dtype).expand_as(x).clone(),
+}
+"""The functions of operations that torch refuses for some layouts in memory, which a graph does not know."""
+
 CLEAR_OPERATIONS: Mapping[str, Callable[..., Any]] = {
-    str(operation): operation
+    str(operation): _OF_OTHER_STRIDES.get(str(operation), operation)
     for operation in (
         # arithmetic
-        aten.abs.default, aten.add.Scalar, aten.add.Tensor, aten.clamp.default, aten.clamp_max.default,
-        aten.clamp_min.default, aten.cos.default, aten.cumsum.default, aten.diff.default, aten.div.Scalar,
-        aten.div.Tensor, aten.div.Tensor_mode, aten.erf.default, aten.exp.default, aten.floor.default,
+        aten.abs.default, aten.add.Scalar, aten.add.Tensor, aten.ceil.default, aten.clamp.default,
+        aten.clamp_max.default, aten.clamp_min.default, aten.cos.default, aten.cumsum.default, aten.diff.default,
+        aten.div.Scalar, aten.div.Tensor, aten.div.Tensor_mode, aten.erf.default, aten.exp.default, aten.floor.default,
         aten.floor_divide.default, aten.log.default, aten.maximum.default, aten.max.other, aten.minimum.default,
         aten.min.other, aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.pow.Scalar, aten.pow.Tensor_Scalar,
-        aten.pow.Tensor_Tensor, aten.reciprocal.default, aten.remainder.Scalar, aten.round.default,
-        aten.rsqrt.default, aten.rsub.Scalar, aten.rsub.Tensor, aten.sign.default, aten.sin.default,
-        aten.sqrt.default, aten.square.default, aten.sub.Scalar, aten.sub.Tensor, aten.to.dtype,
-        # comparison, logic and selection
-        aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_not.default,
-        aten.bitwise_or.Tensor, aten.eq.Scalar, aten.eq.Tensor, aten.ge.Scalar, aten.ge.Tensor, aten.gt.Scalar,
-        aten.gt.Tensor, aten.le.Scalar, aten.le.Tensor, aten.logical_and.default, aten.logical_not.default,
-        aten.logical_or.default, aten.lt.Scalar, aten.lt.Tensor, aten.masked_fill.Scalar, aten.ne.Scalar,
-        aten.ne.Tensor, aten.tril.default, aten.triu.default, aten.where.ScalarOther, aten.where.ScalarSelf,
-        aten.where.self,
-        # shape and indexing
-        aten.cat.default, aten.constant_pad_nd.default, aten.embedding.default, aten.expand.default,
-        aten.expand_as.default, aten.flatten.using_ints, aten.flip.default, aten.gather.default,
-        aten.index.Tensor, aten.index_select.default, aten.permute.default, aten.repeat.default,
-        aten.reshape.default, aten.roll.default, aten.select.int, aten.slice.Tensor, aten.squeeze.default,
-        aten.squeeze.dim, aten.squeeze.dims, aten.stack.default, aten.t.default, aten.transpose.int,
-        aten.unflatten.int, aten.unsqueeze.default, aten.view.default, aten._unsafe_view.default,
-        # reductions, products and functions
-        aten.amax.default, aten.amin.default, aten.bmm.default, aten.gelu.default, aten.layer_norm.default,
-        aten.linalg_vector_norm.default, aten.linear.default, aten.matmul.default, aten.mean.default,
-        aten.mean.dim, aten.mm.default, aten.mv.default, aten.relu.default, aten.sigmoid.default,
-        aten.silu.default, aten.softmax.int, aten.softplus.default, aten.sum.default, aten.sum.dim_IntList,
-        aten.tanh.default,
-    )
-}  # fmt: skip
-"""The whitelist. It maps the name of an operation, as ``torch.export`` prints it, to its function."""
-
-CLIENT_TARGETS = frozenset(
-    str(operation)
-    for operation in (
-        # arithmetic
-        aten.abs.default, aten.add.Scalar, aten.add.Tensor, aten.clamp.default, aten.clamp_max.default,
-        aten.clamp_min.default, aten.cumsum.default, aten.div.Scalar, aten.div.Tensor, aten.floor.default,
-        aten.maximum.default, aten.max.other, aten.minimum.default, aten.min.other, aten.mul.Scalar, aten.mul.Tensor,
-        aten.neg.default, aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.relu.default, aten.round.default,
-        aten.rsqrt.default, aten.rsub.Scalar, aten.rsub.Tensor, aten.sign.default, aten.sqrt.default,
+        aten.pow.Tensor_Tensor, aten.reciprocal.default, aten.remainder.Scalar, aten.round.default, aten.rsqrt.default,
+        aten.rsub.Scalar, aten.rsub.Tensor, aten.sign.default, aten.sin.default, aten.sqrt.default,
         aten.square.default, aten.sub.Scalar, aten.sub.Tensor, aten.to.dtype,
         # comparison, logic and selection
         aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_not.default,
@@ -77,14 +50,50 @@ CLIENT_TARGETS = frozenset(
         aten.ne.Tensor, aten.tril.default, aten.triu.default, aten.where.ScalarOther, aten.where.ScalarSelf,
         aten.where.self,
         # shape and indexing
-        aten.cat.default, aten.constant_pad_nd.default, aten.expand.default, aten.expand_as.default,
+        aten.as_strided.default, aten.cat.default, aten.constant_pad_nd.default, aten.copy.default,
+        aten.embedding.default, aten.expand.default, aten.expand_as.default, aten.flatten.using_ints,
+        aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.permute.default,
+        aten.repeat.default, aten.repeat_interleave.self_int, aten.reshape.default, aten.roll.default, aten.select.int,
+        aten.slice.Tensor, aten.slice_scatter.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        aten.stack.default, aten.t.default, aten.tile.default, aten.transpose.int, aten.unflatten.int,
+        aten.unfold.default, aten.unsqueeze.default, aten.upsample_bicubic2d.vec, aten.upsample_bilinear2d.vec,
+        aten.upsample_nearest2d.vec, aten.view.default, aten._unsafe_view.default,
+        # reductions, products and functions
+        aten._weight_norm.default, aten.amax.default, aten.amin.default, aten.argmax.default, aten.bmm.default,
+        aten.gelu.default, aten.layer_norm.default, aten.linalg_vector_norm.default, aten.linear.default,
+        aten.matmul.default, aten.mean.default, aten.mean.dim, aten.mm.default, aten.mv.default, aten.relu.default,
+        aten.sigmoid.default, aten.silu.default, aten.softmax.int, aten.softplus.default, aten.sum.default,
+        aten.sum.dim_IntList, aten.tanh.default,
+    )
+}  # fmt: skip
+"""The whitelist. It maps the name of an operation, as ``torch.export`` prints it, to its function."""
+
+CLIENT_TARGETS = frozenset(
+    str(operation)
+    for operation in (
+        # arithmetic
+        aten.abs.default, aten.add.Scalar, aten.add.Tensor, aten.ceil.default, aten.clamp.default,
+        aten.clamp_max.default, aten.clamp_min.default, aten.cumsum.default, aten.div.Scalar, aten.div.Tensor,
+        aten.floor.default, aten.maximum.default, aten.max.other, aten.minimum.default, aten.min.other,
+        aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.pow.Tensor_Scalar, aten.reciprocal.default,
+        aten.relu.default, aten.round.default, aten.rsqrt.default, aten.rsub.Scalar, aten.rsub.Tensor,
+        aten.sign.default, aten.sqrt.default, aten.square.default, aten.sub.Scalar, aten.sub.Tensor, aten.to.dtype,
+        # comparison, logic and selection
+        aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_not.default,
+        aten.bitwise_or.Tensor, aten.eq.Scalar, aten.eq.Tensor, aten.ge.Scalar, aten.ge.Tensor, aten.gt.Scalar,
+        aten.gt.Tensor, aten.le.Scalar, aten.le.Tensor, aten.logical_and.default, aten.logical_not.default,
+        aten.logical_or.default, aten.lt.Scalar, aten.lt.Tensor, aten.masked_fill.Scalar, aten.ne.Scalar,
+        aten.ne.Tensor, aten.tril.default, aten.triu.default, aten.where.ScalarOther, aten.where.ScalarSelf,
+        aten.where.self,
+        # shape and indexing
+        aten.cat.default, aten.constant_pad_nd.default, aten.copy.default, aten.expand.default, aten.expand_as.default,
         aten.flatten.using_ints, aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
         aten.permute.default, aten.repeat.default, aten.reshape.default, aten.roll.default, aten.select.int,
-        aten.slice.Tensor, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.stack.default,
-        aten.t.default, aten.transpose.int, aten.unflatten.int, aten.unsqueeze.default, aten.view.default,
-        aten._unsafe_view.default,
+        aten.slice.Tensor, aten.slice_scatter.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        aten.stack.default, aten.t.default, aten.transpose.int, aten.unflatten.int, aten.unfold.default,
+        aten.unsqueeze.default, aten.view.default, aten._unsafe_view.default,
         # reductions
-        aten.amax.default, aten.amin.default, aten.mean.default, aten.mean.dim, aten.sum.default,
+        aten.amax.default, aten.amin.default, aten.argmax.default, aten.mean.default, aten.mean.dim, aten.sum.default,
         aten.sum.dim_IntList,
     )
 )  # fmt: skip

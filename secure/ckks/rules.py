@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.polynomial import Polynomial
+from numpy.typing import NDArray
 from scipy import sparse
 
+from protocols.windows import Window, take
 from secure.ckks.linear_maps import Affine, Array, summed
 from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
@@ -103,6 +106,24 @@ def _slice(p: Primitive, x: Sequence[Affine], weight: Array | None) -> Affine:
     return x[0].select(index, p.shape)
 
 
+def _take(p: Primitive, x: Sequence[Affine], weight: Array | None) -> Affine:
+    positions = torch.from_numpy(x[0].positions() + 1)
+    return _copied(x[0], take(positions, p.attrs["dim"], p.attrs["runs"]).numpy() - 1, p.shape)
+
+
+def _patches(p: Primitive, x: Sequence[Affine], weight: Array | None) -> Affine:
+    positions = torch.from_numpy(x[0].positions() + 1)
+    return _copied(x[0], Window(**p.attrs).patches(positions).numpy() - 1, p.shape)
+
+
+def _copied(x: Affine, index: NDArray[np.int64], shape: tuple[int, ...]) -> Affine:
+    """Return the tensor of the elements at ``index``; -1 stands for zero."""
+    flat = index.reshape(-1)
+    there = np.flatnonzero(flat >= 0)
+    entries = (np.ones(len(there)), (there, flat[there]))
+    return x.mapped(sparse.csr_array(entries, shape=(len(flat), len(x.bias))), shape)
+
+
 def _spread(weight: Array | None, shape: tuple[int, ...]) -> Array:
     assert weight is not None
     return np.broadcast_to(weight, shape).reshape(-1)
@@ -165,6 +186,8 @@ RULES: dict[str, CiphertextRule] = {
     ),
     "slice": CiphertextRule(_slice),
     "cat": CiphertextRule(_cat),
+    "take": CiphertextRule(_take),
+    "patches": CiphertextRule(_patches),
     "sum": CiphertextRule(lambda p, x, w: summed(x[0], p.shape), unit=_same),
     "linear": CiphertextRule(_linear),
     "mul_weight": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape).scaled(_spread(w, p.shape))),

@@ -30,8 +30,9 @@ Sample = Mapping[str, Tensor]
 class Lowered:
     """A model as a trace, the weights that it names (float64), and the recipe by which the client makes its inputs.
 
-    outputs: the results by name, in their order. clamps: the inputs that are additive masks, each with the magnitude
-    down to which its negative values are kept.
+    outputs: the results by name, in their order, without those that one party computes alone: what follows from the
+    client's input it knows, and what follows from the server's weights is not for clients. clamps: the inputs that are
+    additive masks, each with the magnitude down to which its negative values are kept.
     """
 
     trace: Trace
@@ -125,14 +126,13 @@ class Lowering:
                 with self._trace.within(node.path):
                     self._symbols[node.id] = self._lower(node)
         named = dict(zip(self.graph.names, self.graph.outputs, strict=True))
-        for name, output in named.items():
-            if output not in self._symbols:
-                raise UnsupportedOperation(
-                    f"an output ({name!r}) does not depend on both the client's input and the server's weights, "
-                    "so it needs no protocol",
-                    "compute it in the clear",
-                )
-        outputs = {name: self._symbols[output] for name, output in named.items()}
+        outputs = {name: self._symbols[output] for name, output in named.items() if output in self._symbols}
+        if not outputs:
+            raise UnsupportedOperation(
+                f"no output ({', '.join(named)}) depends on both the client's input and the server's weights, so the "
+                "model needs no protocol",
+                "compute it in the clear",
+            )
         client_graph = _subgraph(self.graph, self._client_outputs)
         client_inputs = [spec for spec, _ in self._client_inputs.values()]
         for node in client_graph.nodes:
@@ -178,6 +178,10 @@ class Lowering:
     def operand(self, i: int) -> Symbol | WeightRef:
         """Return a node of any visibility as an operand: a WeightRef if the server knows it, else a symbol."""
         return self.weight(i) if i in self._known else self.symbol(i)
+
+    def is_known(self, i: int) -> bool:
+        """True if the server knows a node, or everybody does."""
+        return i in self._known
 
     def known(self, i: int) -> Tensor:
         """Return the value of a node that the server knows, in float64; on device "meta" if there are no weights."""

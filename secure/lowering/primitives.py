@@ -17,6 +17,7 @@ from torch import Tensor
 
 from approximations.powers import power, power_error
 from approximations.primitives import exp_below, inverse_power, piecewise
+from protocols.windows import Window, take
 from secure.errors import UnsupportedOperation
 
 Shape = tuple[int, ...]
@@ -151,6 +152,10 @@ def _power_range(p: Primitive) -> Interval:
 # values
 
 
+def _with_zero(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return min(x[0].low, 0.0), max(x[0].high, 0.0)
+
+
 def _no_operand(p: Primitive, w: Weights, x: Sequence[Tensor]) -> Tensor:
     raise AssertionError("an input's value is given, not computed")
 
@@ -179,6 +184,8 @@ PRIMITIVES: dict[str, Meaning] = {
         Meaning("permute", lambda p, w, x: x[0].permute(p.attrs["dims"]), _kept),
         Meaning("slice", _slice, _kept),
         Meaning("cat", lambda p, w, x: torch.cat(list(x), p.attrs["dim"]), _of_all),
+        Meaning("take", lambda p, w, x: take(x[0], **p.attrs), _with_zero),
+        Meaning("patches", lambda p, w, x: Window(**p.attrs).patches(x[0]), _with_zero),
         Meaning(
             "piecewise",
             lambda p, w, x: piecewise(x[0], p.attrs["knots"], p.attrs["pieces"]),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from approximations.primitives import Piece
+from protocols.windows import Run, Window, check_runs
 from secure.lowering.primitives import Primitive, Shape, meaning
 
 
@@ -54,6 +55,29 @@ class Trace:
     def input(self, name: str, shape: Shape, *, integer: bool = False) -> Symbol:
         """Record a client's input. ``integer``: it holds whole numbers, which need no fraction bits (one-hot rows)."""
         return self.record("input", (), shape, name=name, integer=integer)
+
+
+_REFINED = frozenset({"input", "linear", "matmul", "mul", "mul_weight", "piecewise"})
+"""Primitives whose results may have more fraction bits than usual."""
+
+_PASSING = frozenset(
+    {
+        "add",
+        "add_weight",
+        "bounded",
+        "cat",
+        "expand",
+        "offset",
+        "patches",
+        "permute",
+        "reshape",
+        "scale",
+        "slice",
+        "sub",
+    }
+    | {"sum", "take"}
+)
+"""Primitives whose results have the fraction bits of their operands."""
 
 
 def _broadcast(a: Shape, b: Shape) -> Shape:
@@ -150,6 +174,34 @@ class Symbol:
         shape = list(self.shape)
         shape[dim] = len(range(start, stop, step))
         return self.trace.record("slice", (self,), tuple(shape), dim=dim, start=start, stop=stop, step=step)
+
+    def take(self, dim: int, runs: Sequence[Run]) -> Symbol:
+        """Take the entries along a dimension that runs name, and zeros (see ``protocols.windows``)."""
+        shape = (*self.shape[:dim], check_runs(runs, self.shape[dim]), *self.shape[dim + 1 :])
+        return self.trace.record("take", (self,), shape, dim=dim, runs=tuple(runs))
+
+    def patches(self, window: Window) -> Symbol:
+        """Return the patches under a moving window, (batch, places, channels * entries of the window)."""
+        form = {name: getattr(window, name) for name in ("kernel", "stride", "padding", "dilation")}
+        return self.trace.record("patches", (self,), window.shape(self.shape), **form)
+
+    def refined(self, extra: int) -> Symbol:
+        """Give this value ``extra`` more fraction bits: those products from which sums and moves compute it have them.
+
+        It is for values well below one, of which the usual fraction bits hold few significant ones.
+        """
+        waiting, seen = [self.id], set[int]()
+        while waiting:
+            i = waiting.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            p = self.trace.primitives[i]
+            if p.op in _REFINED and int(p.attrs.get("extra", 0)) < extra:
+                self.trace.primitives[i] = replace(p, attrs={**p.attrs, "extra": extra})
+            elif p.op in _PASSING:
+                waiting.extend(p.inputs)
+        return self
 
     def piecewise(
         self, knots: tuple[float, ...], pieces: tuple[Piece, ...], tolerance: float, extra: int, error: float

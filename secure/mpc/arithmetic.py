@@ -35,7 +35,9 @@ def _weighted_ring(plan: Plan, i: int, p: Primitive) -> int:
     """Return the ring of the product before truncation."""
     (x,) = p.inputs
     narrowest, excess = _narrowest_weighted(plan, i, p)
-    return plan.widened(i, p.inputs, excess, narrowest, count(plan.trace.primitives[x].shape) / 8)
+    source = plan.trace.primitives[x]
+    sent = plan.trace.primitives[source.inputs[0]] if source.op == "patches" else source
+    return plan.widened(i, p.inputs, excess, narrowest, count(sent.shape) / 8)
 
 
 def _narrowest_weighted(plan: Plan, i: int, p: Primitive) -> tuple[int, int]:
@@ -169,6 +171,18 @@ def emit_local(e: Emitter, i: int, p: Primitive, make: Local) -> Share:
     return Share(e.emit(make(p, ring, fraction), *(v.index for v in operands)), ring, fraction)
 
 
+def patches_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    """Return what the readers of patches need, of that of which they are patches: it has fewer entries to extend."""
+    ring = max(plan.own(i), plan.base[i])
+    return (Need(ring, max(ring, plan.wish[i]), delivered=plan.delivered[i]),)
+
+
+def emit_patches(e: Emitter, i: int, p: Primitive) -> Share:
+    (x,) = p.inputs
+    value = e.get(x, max(e.plan.own(i), e.plan.base[i]))
+    return Share(e.emit(local.Patches(p.shape, value.ring, **p.attrs), value.index), value.ring, value.fraction)
+
+
 def emit_same(e: Emitter, i: int, p: Primitive) -> Share:
     """Return the operand itself, at the planned scale."""
     return _at_one_scale(e, i, p)[0]
@@ -204,6 +218,9 @@ def emit_scale(e: Emitter, i: int, p: Primitive) -> Share:
     value = e.get(x, min(e.widest(x), e.plan.want(i) + extra))
     if q < 0:
         m, q = m << -q, 0
+    spare = value.fraction - e.plan.fraction[i]
+    if spare > 0 and m % (1 << spare) == 0:  # the same integer, of fewer fraction bits
+        m, q = m >> spare, -spare
     index = value.index if m == 1 else e.emit(local.MulConstant(p.shape, value.ring, m), value.index)
     return Share(index, value.ring, value.fraction + q)
 

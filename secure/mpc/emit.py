@@ -84,6 +84,10 @@ RULES: dict[str, Emission] = {
     "permute": _shaped(local.Permute),
     "slice": _shaped(local.Slice),
     "cat": _shaped(local.Concat),
+    "take": _shaped(local.Take),
+    "patches": Emission(
+        arithmetic.patches_needs, arithmetic.local_reach, keeps_scale=True, emit=arithmetic.emit_patches
+    ),
     "bounded": Emission(arithmetic.local_needs, arithmetic.local_reach, keeps_scale=True, emit=arithmetic.emit_same),
     "scale": Emission(arithmetic.scale_needs, arithmetic.scale_reach, keeps_scale=True, emit=arithmetic.emit_scale),
     "piecewise": Emission(nonlinear.piecewise_needs, note=nonlinear.note_piecewise, emit=nonlinear.emit_piecewise),

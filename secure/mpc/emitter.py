@@ -92,6 +92,11 @@ class Emitter:
         return self.emit(lift, self.opened(i))
 
     def delivered(self, i: int) -> int:
-        """Return the only delivery of value i to the server, as wide as its widest reader needs."""
-        ring = self.plan.delivered[i]
+        """Return the only delivery of value i to the server, as wide as its widest reader needs.
+
+        Patches are taken from the delivery of what they are patches of.
+        """
+        ring, p = self.plan.delivered[i], self.trace.primitives[i]
+        if p.op == "patches":
+            return self.emit(tp.DeliveredPatches(p.shape, ring, **p.attrs), self.delivered(p.inputs[0]))
         return self.emit(tp.Deliver(self.trace.primitives[i].shape, ring), self.get(i, ring).index)

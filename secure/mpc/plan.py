@@ -101,7 +101,10 @@ class Plan:
 
     def _fraction(self, p: Primitive, rule: Planning) -> int:
         if rule.keeps_scale:
-            return max(self.fraction[i] for i in p.inputs)
+            most = max(self.fraction[i] for i in p.inputs)
+            if p.op == "scale" and p.attrs["value"] > 1:  # as many significant bits take fewer places after the point
+                return min(most, max(self.fixed.fraction_bits, most - math.floor(math.log2(p.attrs["value"]))))
+            return most
         if rule.scale is not None:
             return rule.scale
         f = 0 if p.attrs.get("integer") else self.fixed.fraction_bits

@@ -5,7 +5,9 @@ that calibration must find.
 
 shapes              shapes, pieces and concatenation
 arithmetic          sums, products, quotients and powers
+moves               entries in other places: every copy, pad and selection by a public index
 linear              products with matrices; embeddings
+convolutions        convolutions and pooling
 attention           softmax, masks and attention
 activations         functions of one value
 normalizations      norms and inverse roots
@@ -16,7 +18,9 @@ from secure.operations import (  # noqa: F401  (they register)
     activations,
     arithmetic,
     attention,
+    convolutions,
     linear,
+    moves,
     normalizations,
     polynomial_forms,
     shapes,

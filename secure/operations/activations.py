@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -10,9 +12,9 @@ from torch import Tensor
 
 import approximations
 from approximations.fits import minimax
-from approximations.primitives import IDENTITY, ZERO, piecewise
+from approximations.primitives import IDENTITY, ZERO, constant, piecewise
 from approximations.primitives import Value as Argument
-from secure.capture.builder import Builder, Norm, Value
+from secure.capture.builder import Builder, Norm, Value, shape_of
 from secure.capture.graph import Node
 from secure.capture.operation import operation, rule
 from secure.lowering.lower import Lowering
@@ -30,14 +32,61 @@ def _(b: Builder, x: Value) -> Value:
     return b.shared("relu", x)
 
 
-@rule("clamp_min.default", "clamp.default")
+@rule("clamp_min.default", "clamp.default", "hardtanh.default")
 def clamp(b: Builder, x: Value, minimum: float | None = None, maximum: float | None = None) -> Value:
-    """Bound a norm from below, or compute max(x, 0)."""
-    if isinstance(x, Norm) and isinstance(minimum, float) and maximum is None:
+    """Bound a norm from below, or a value by numbers: max(x, low) is low + max(x - low, 0)."""
+    if isinstance(x, Norm):
+        if not isinstance(minimum, float) or maximum is not None:
+            b.unsupported("a norm is bounded from below by a number only")
         return Norm(x.value, x.dim, x.shape, max(minimum, x.eps))
-    if minimum == 0 and maximum is None:
-        return b.shared("relu", x)
-    b.unsupported("clamp(min=0) is relu; other bounds are not supported")
+    if not all(isinstance(bound, int | float | None) for bound in (minimum, maximum)):
+        b.unsupported("the bounds of clamp are numbers")
+    if minimum is not None:
+        x = b.plus(b.shared("relu", b.plus(x, -minimum)), minimum)
+    return x if maximum is None else b.plus(b.times(b.shared("relu", b.plus(b.times(x, -1.0), maximum)), -1.0), maximum)
+
+
+@rule("clamp_max.default")
+def clamp_max(b: Builder, x: Value, maximum: float) -> Value:
+    """Bound a value from above."""
+    return clamp(b, x, None, maximum)
+
+
+@rule("relu6.default")
+def relu6(b: Builder, x: Value) -> Value:
+    """Compute min(max(x, 0), 6)."""
+    return clamp(b, x, 0.0, 6.0)
+
+
+@rule("hardsigmoid.default")
+def hardsigmoid(b: Builder, x: Value) -> Value:
+    """Compute min(max(x / 6 + 1/2, 0), 1)."""
+    return clamp(b, b.plus(b.times(x, 1 / 6), 0.5), 0.0, 1.0)
+
+
+@rule("hardswish.default")
+def hardswish(b: Builder, x: Value) -> Value:
+    """Compute x hardsigmoid(x)."""
+    return b.times(x, hardsigmoid(b, x))
+
+
+@rule("leaky_relu.default")
+def leaky_relu(b: Builder, x: Value, slope: float = 0.01) -> Value:
+    """Compute slope x + (1 - slope) max(x, 0)."""
+    return b.plus(b.times(x, slope), b.times(b.shared("relu", x), 1 - slope))
+
+
+@rule("prelu.default", "_prelu_kernel.default")
+def prelu(b: Builder, x: Value, slope: Value) -> Value:
+    """Compute the same with a trained slope, one for all or one a channel."""
+    shape = [-1 if axis == 1 and len(shape_of(slope)) else 1 for axis in range(len(shape_of(x)))]
+    slope = slope if len(shape_of(slope)) == len(shape_of(x)) else b.reshape(slope, _filled(shape, shape_of(slope)))
+    positive = b.shared("relu", x)
+    return b.plus(positive, b.times(b.plus(x, b.times(positive, -1.0)), slope))
+
+
+def _filled(shape: Sequence[int], entries: Sequence[int]) -> list[int]:
+    return [math.prod(entries) if size == -1 else size for size in shape]
 
 
 @relu.lower
@@ -59,9 +108,15 @@ def _(b: Builder, x: Value, *, approximate: str = "none") -> Value:
 
 @gelu.recognizes
 def _(b: Builder, half: Value, rest: Value) -> Node | None:
-    """Recognize x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as several models write it."""
+    """Recognize x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) and x/2 * (1 + erf(x / sqrt(2))).
+
+    Several models write it so.
+    """
     x = _operand_of(b, half, "mul", 0.5)
     tanh = _operand_of(b, rest, "add", 1.0)
+    if x is not None and tanh is not None and tanh.op == "erf":
+        scaled = _operand_of(b, b.nodes[tanh.inputs[0]], "mul", math.sqrt(0.5))
+        return b.shared("gelu", x, approximate="none") if scaled is not None and scaled.id == x.id else None
     if x is None or tanh is None or tanh.op != "tanh":
         return None
     inner = _operand_of(b, b.nodes[tanh.inputs[0]], "mul", 0.7978845608)
@@ -105,6 +160,57 @@ def _(b: Builder, x: Value) -> Value:
 def _(to: Lowering, node: Node) -> Symbol:
     result: Symbol = to.functions.silu(to.symbol(node.inputs[0]))
     return result
+
+
+@operation("erf", compares=True)
+def erf(x: Tensor, /) -> Tensor:
+    """Compute the error function."""
+    return torch.erf(x)
+
+
+@erf.aten("erf.default")
+def _(b: Builder, x: Value) -> Value:
+    return b.shared("erf", x)
+
+
+@erf.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    result: Symbol = approximate_erf(to.symbol(node.inputs[0]))
+    return result
+
+
+@operation("elu", compares=True)
+def elu(x: Tensor, /, *, alpha: float, scale: float, input_scale: float) -> Tensor:
+    """Compute scale x for x > 0 and scale alpha (e^(input_scale x) - 1) below."""
+    return torch.ops.aten.elu.default(x, alpha, scale, input_scale)  # type: ignore[no-any-return]
+
+
+@elu.aten("elu.default")
+def _(b: Builder, x: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Value:
+    if input_scale <= 0:
+        b.unsupported("elu with input_scale > 0 is")
+    return b.shared("elu", x, alpha=float(alpha), scale=float(scale), input_scale=float(input_scale))
+
+
+@rule("celu.default")
+def celu(b: Builder, x: Value, alpha: float = 1.0) -> Value:
+    """Compute max(x, 0) + min(alpha (e^(x / alpha) - 1), 0)."""
+    return b.shared("elu", x, alpha=float(alpha), scale=1.0, input_scale=1 / float(alpha))
+
+
+@elu.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    a = node.attrs
+    x: Symbol = to.symbol(node.inputs[0])
+    below: Symbol = approximate_expm1(x * a["input_scale"]) * (a["alpha"] * a["scale"])
+    result: Symbol = below + approximations.relu(x) * a["scale"]
+    return result
+
+
+@rule("mish.default")
+def mish(b: Builder, x: Value) -> Value:
+    """Compute x tanh(softplus(x))."""
+    return b.times(x, b.shared("tanh", b.shared("softplus", x, beta=1.0)))
 
 
 @operation("tanh", compares=True)
@@ -164,3 +270,31 @@ def approximate_softplus(x: Argument) -> Argument:
     """
     pieces = [ZERO, *(piece for piece, _ in _SOFTPLUS_FITS), IDENTITY]
     return piecewise(x, _SOFTPLUS_KNOTS, pieces, error=max(error for _, error in _SOFTPLUS_FITS))
+
+
+_ERF_KNOTS = (0.0, 0.5, 1.1, 1.8, 3.2)
+_ERF_FITS = [minimax(torch.erf, low, high, 3) for low, high in pairwise(_ERF_KNOTS)]
+
+
+def approximate_erf(x: Argument) -> Argument:
+    """Approximate the error function, which is odd, by cubics between the knots, and -1 or 1 beyond.
+
+    The maximal error is 4e-4 (measured in tests).
+    """
+    right = [piece for piece, _ in _ERF_FITS]
+    pieces = [constant(-1.0), *(p.mirrored(-1.0) for p in reversed(right)), *right, constant(1.0)]
+    knots = (*(-k for k in reversed(_ERF_KNOTS[1:])), *_ERF_KNOTS)
+    return piecewise(x, knots, pieces, error=max(error for _, error in _ERF_FITS))
+
+
+_EXPM1_KNOTS = (-9.0, -4.5, -2.2, -0.9, 0.0)
+_EXPM1_FITS = [minimax(torch.expm1, low, high, 3) for low, high in pairwise(_EXPM1_KNOTS)]
+
+
+def approximate_expm1(x: Argument) -> Argument:
+    """Approximate min(e^x - 1, 0) by cubics between the knots, -1 below them and 0 above.
+
+    The maximal error is 5e-4 (measured in tests).
+    """
+    pieces = [constant(-1.0), *(piece for piece, _ in _EXPM1_FITS), ZERO]
+    return piecewise(x, _EXPM1_KNOTS, pieces, error=max(error for _, error in _EXPM1_FITS))

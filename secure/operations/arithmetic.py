@@ -55,8 +55,14 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 
 def _is_deep(to: Lowering, i: int) -> bool:
-    """True if the client's node is an additive mask: it reaches down to where a softmax ignores what it is added to."""
+    """True if a node is an additive mask: it reaches down to where a softmax ignores what it is added to.
+
+    The client adds it, or everybody knows it.
+    """
     node = to.graph.nodes[i]
+    if to.is_known(i):
+        known = to.known(i)
+        return not known.is_meta and bool((known <= MASKED).any())
     if node.visibility != "client":
         return False
     if not to.seen.magnitude.get(i, 0.0):
@@ -75,7 +81,11 @@ def _masked(to: Lowering, mask: int, scores: Symbol, most: float) -> Symbol:
     """
     above = to.seen.highest.get(mask, 0.0) * to.margin
     reach = 2.0 ** math.ceil(math.log2(2 * most + above + CLIP + SLACK))
-    result: Symbol = bounded(scores + to.client_input(mask, reach=reach), -most - reach, most + above)
+    if to.is_known(mask):
+        summand: Symbol | WeightRef = to.weight(mask, f".down{reach:g}", to.known(mask).clamp(min=-reach))
+    else:
+        summand = to.client_input(mask, reach=reach)
+    result: Symbol = bounded(scores + summand, -most - reach, most + above)
     return result
 
 
@@ -94,6 +104,8 @@ def difference(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
         return b.plus(x, torch.full(shape_of(y), -number))
     if scalar_of(x) is not None:
         return b.plus(b.shared("neg", y), x)
+    if isinstance(y, Node) and y.visibility == "client":  # a mask, perhaps
+        return b.plus(x, b.clear("aten.neg.default", b.cast(y, torch.float32)))
     return b.shared("sub", b.finite(x), b.finite(y))
 
 

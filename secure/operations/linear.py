@@ -1,7 +1,8 @@
-"""Matrix products: linear layers, products of two shared tensors, convolutions of disjoint patches, and embeddings."""
+"""Matrix products: linear layers, products of two shared tensors, and embeddings."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,10 +81,48 @@ def product(b: Builder, x: Value, y: Value) -> Value:
     """Translate x @ y; with a matrix that the server knows it becomes "linear"."""
     if not is_private((x, y)):
         return b.clear("aten.matmul.default", x, y)
-    known = isinstance(y, Tensor) or (isinstance(y, Node) and y.visibility == "server")
-    if known and len(shape_of(y)) == 2:
+    left, right = _known(x), _known(y)
+    if right and len(shape_of(y)) == 2:
         return b.shared("linear", x, b.transpose(y, 0, 1))
+    if right and len(shape_of(x)) > 1 and len(shape_of(y)) > 2:
+        return _product_each(b, x, y)
+    if left and len(shape_of(x)) > 1 and len(shape_of(y)) > 1:  # x y = (y^T x^T)^T
+        turned = product(b, _turned(b, y), _turned(b, x))
+        return _turned(b, turned)
     return b.shared("matmul", x, y)
+
+
+def _known(x: Value) -> bool:
+    """True if the server knows a value, or everybody does."""
+    return isinstance(x, Tensor) or (isinstance(x, Node) and x.visibility in ("server", "public"))
+
+
+def _turned(b: Builder, x: Value) -> Value:
+    rank = len(shape_of(x))
+    return b.transpose(x, rank - 2, rank - 1)
+
+
+def _product_each(b: Builder, x: Value, y: Value) -> Value:
+    """Multiply matrices by those of a batch that the server knows, such as one for each head: a linear map each."""
+    *batch, inner, outer = shape_of(y)
+    rows = shape_of(x)[-2]
+    whole = tuple(torch.broadcast_shapes(shape_of(x)[:-2], tuple(batch)))
+    kept = max([i for i, n in enumerate(batch) if n > 1], default=-1)
+    first = min([i for i, n in enumerate(batch) if n > 1], default=0)
+    offset = len(whole) - len(batch)
+    middle = whole[offset + first : offset + kept + 1] if kept >= first else ()
+    before, each, after = (
+        math.prod(part) for part in (whole[: offset + first], middle, whole[offset + max(kept + 1, first) :])
+    )
+    y = b.reshape(y, (*batch[first : kept + 1], inner, outer))
+    matrices = b.reshape(b.expand(y, (*middle, inner, outer)), (each, inner, outer))
+    x = b.reshape(b.expand(x, (*whole, rows, inner)), (before, each, after * rows, inner))
+    parts = []
+    for i in range(each):
+        matrix = b.reshape(b.slice(matrices, 0, i, i + 1), (inner, outer))
+        parts.append(b.shared("linear", b.slice(x, 1, i, i + 1), b.transpose(matrix, 0, 1)))
+    joined = parts[0] if each == 1 else b.shared("cat", *parts, dim=1)
+    return b.reshape(joined, (*whole, rows, outer))
 
 
 @matmul.lower
@@ -103,23 +142,6 @@ def addmm(b: Builder, bias: Value, x: Value, y: Value, *, beta: float = 1, alpha
     if known and (beta, alpha) == (1, 1) and len(shape_of(y)) == 2 and len(shape_of(bias)) == 1:
         return layer(b, x, b.transpose(y, 0, 1), bias)
     return b.plus(b.times(product(b, x, y), alpha), b.times(bias, beta))
-
-
-@rule("conv2d.default")
-def conv2d(
-    b: Builder, x: Value, weight: Value, bias: Value = None, stride: Any = (1, 1), padding: Any = (0, 0),
-    dilation: Any = (1, 1), groups: int = 1,
-) -> Value:  # fmt: skip
-    """Translate a convolution of disjoint patches, as in vision transformers, into a linear map of each patch."""
-    (batch, channels, height, width), (out, _, kh, kw) = shape_of(x), shape_of(weight)
-    pairs = [tuple(p) * (2 // len(p)) for p in (stride, padding, dilation)]
-    if pairs != [(kh, kw), (0, 0), (1, 1)] or groups != 1 or height % kh or width % kw:
-        b.unsupported("of convolutions only those of disjoint patches are: stride = kernel size, no padding")
-    rows, columns = height // kh, width // kw
-    x = b.permute(b.reshape(x, [batch, channels, rows, kh, columns, kw]), [0, 2, 4, 1, 3, 5])
-    x = b.reshape(x, [batch, rows * columns, channels * kh * kw])
-    y = layer(b, x, b.reshape(weight, [out, channels * kh * kw]), bias)
-    return b.reshape(b.permute(y, [0, 2, 1]), [batch, out, rows, columns])
 
 
 @operation("embedding", takes_integers=True)

@@ -43,6 +43,29 @@ def _range_of_root(to: Lowering, node: Node) -> tuple[float, float]:
     return widened(low / to.margin, down=True), widened(high * to.margin)
 
 
+SIGNIFICANT = 12
+"""The bits of a row's root mean square that are right, at least, before a normalization makes it one."""
+
+
+def _brought_up(to: Lowering, node: Node, x: Symbol, high: float, part: float = 1.0) -> tuple[Symbol, float]:
+    """Return x times a power of two, if its rows are small, and the factor by which their squares grow.
+
+    A normalization does not notice the factor. high: the largest mean square of a row. part: the mean square, as part
+    of what calibration measures. The products from which x is computed get more fraction bits, so that even its
+    smallest row has SIGNIFICANT bits.
+    """
+    halves = math.floor(-math.log2(math.sqrt(high)))
+    if halves < 1:
+        return x, 1.0
+    low, _ = to.measured(node)
+    missing = math.ceil(SIGNIFICANT - _USUAL - math.log2(low * part) / 2)
+    return x.refined(min(max(missing, 0), halves, _FINEST)) * 2.0**halves, 4.0**halves
+
+
+_USUAL = 16  # fraction bits
+_FINEST = 12  # more fraction bits of what is normalized, at most
+
+
 def _root(to: Lowering, x: Symbol, low: float, high: float) -> Symbol:
     """Compute 1 / sqrt(x) by polynomials alone, after scaling x to about one."""
     halves = round(math.log2(math.sqrt(low * high)))
@@ -69,15 +92,32 @@ def _(
     cudnn_enable: bool = True,
 ) -> Value:  # fmt: skip
     rank = len(shape_of(x))
+    if len(shape) > 1:  # as one axis, of which the entries have a weight each
+        whole = shape_of(x)
+        flat = b.reshape(x, (*whole[: rank - len(shape)], math.prod(shape)))
+        weights = [None if w is None else b.reshape(w, (math.prod(shape),)) for w in (weight, bias)]
+        return b.reshape(b.call("aten.layer_norm.default", flat, [math.prod(shape)], *weights, eps), whole)
     operands = [weight] if bias is None else [torch.ones(list(shape)) if weight is None else weight, bias]
     known = [operand for operand in operands if operand is not None]
-    return b.shared("layer_norm", x, *known, eps=eps, axes=list(range(rank - len(shape), rank)))
+    return b.shared("layer_norm", x, *known, eps=eps, axes=[rank - 1])
 
 
 @layer_norm.observes
 def _(x: Tensor, *, axes: Sequence[int], **_: Any) -> Tensor:
-    """Return the variance."""
-    return x.var(dim=tuple(axes), unbiased=False)
+    """Return the variance of the rows that are not constant."""
+    variance = x.var(dim=tuple(axes), unbiased=False)
+    return _counting(variance, variance > _NOTHING * x.square().mean(dim=tuple(axes)))
+
+
+_NOTHING = 2.0**-40  # relative to a row's mean square: what rounding leaves of the variance of a constant row
+
+
+def _counting(found: Tensor, counts: Tensor) -> Tensor:
+    """Return the arguments of a root that count; all of them if none does.
+
+    A constant row, such as a padding token's zeros, does not: its root is multiplied by zero, whatever it is.
+    """
+    return found[counts] if bool(counts.any()) else found
 
 
 @layer_norm.assumes
@@ -90,7 +130,10 @@ def _(to: Lowering, node: Node) -> Symbol:
     x, (low, high) = to.symbol(node.inputs[0]), _range_of_root(to, node)
     if list(node.attrs["axes"]) != [len(node.shape) - 1]:
         raise to.unsupported(node, f"layer_norm over axes {node.attrs['axes']}", "only the last axis is supported")
-    return to.normalized(node, to.functions.layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]), low, high))
+    x, grown = _brought_up(to, node, x, high)
+    return to.normalized(
+        node, to.functions.layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]) * grown, low * grown, high * grown)
+    )
 
 
 # RMS normalization.
@@ -133,8 +176,9 @@ def _(b: Builder, x: Value, factor: Value) -> Node | None:
 
 @rms_norm.observes
 def _(x: Tensor, *, eps: float) -> Tensor:
-    """Return the mean square plus eps, the argument of the root."""
-    return x.square().mean(-1) + eps
+    """Return the mean square plus eps, the argument of the root, of the rows that are not zero."""
+    found = x.square().mean(-1)
+    return _counting(found, found > 0) + eps
 
 
 @rms_norm.assumes
@@ -146,7 +190,10 @@ def _(operand: Node, reach: float, **_: Any) -> tuple[float, float]:
 def _(to: Lowering, node: Node) -> Symbol:
     x, (low, high), eps = to.symbol(node.inputs[0]), _range_of_root(to, node), float(node.attrs["eps"])
     if to.compares:
-        return to.normalized(node, approximations.rms_norm(x, 1.0, eps, low - eps, high - eps))
+        x, grown = _brought_up(to, node, x, high)
+        return to.normalized(
+            node, approximations.rms_norm(x, 1.0, eps * grown, (low - eps) * grown, (high - eps) * grown)
+        )
     return to.normalized(node, x * _root(to, x.square().mean(-1, keepdim=True) + eps, low, high))
 
 
@@ -165,9 +212,46 @@ def batch_norm(
     scale = scale if weight is None else b.times(scale, weight)
     shift = b.call("aten.neg.default", b.times(mean, scale))
     shift = shift if bias is None else b.plus(shift, bias)
-    shape = [-1 if axis == 1 else 1 for axis in range(len(shape_of(x)))]
-    shape[1] = shape_of(x)[1]
+    shape = _along_channels(x)
     return b.plus(b.times(x, b.reshape(scale, shape)), b.reshape(shift, shape))
+
+
+@rule("_native_batch_norm_legit_no_training.default")
+def native_batch_norm(
+    b: Builder, x: Value, weight: Value, bias: Value, mean: Value, variance: Value, momentum: float, eps: float
+) -> list[Value]:
+    """Translate what torch makes of the evaluation mode."""
+    return [batch_norm(b, x, weight, bias, mean, variance, False, momentum, eps), None, None]
+
+
+def _along_channels(x: Value) -> list[int]:
+    """Return the shape in which one number a channel broadcasts to x, (batch, channels, sizes)."""
+    shape = [1] * len(shape_of(x))
+    shape[1] = shape_of(x)[1]
+    return shape
+
+
+# Group normalization.
+
+
+@rule("group_norm.default")
+def group_norm(
+    b: Builder, x: Value, groups: int, weight: Value = None, bias: Value = None, eps: float = 1e-5, *_: Any
+) -> Value:
+    """Translate the normalization of groups of channels: a layer normalization of each, and a weight a channel."""
+    whole = shape_of(x)
+    flat = b.reshape(x, (whole[0], groups, math.prod(whole[1:]) // groups))
+    out = b.reshape(b.call("aten.layer_norm.default", flat, [shape_of(flat)[-1]], None, None, eps), whole)
+    out = out if weight is None else b.times(out, b.reshape(weight, _along_channels(x)))
+    return out if bias is None else b.plus(out, b.reshape(bias, _along_channels(x)))
+
+
+@rule("native_group_norm.default")
+def native_group_norm(
+    b: Builder, x: Value, weight: Value, bias: Value, batch: int, channels: int, size: int, groups: int, eps: float
+) -> list[Value]:
+    """Translate what torch makes of it."""
+    return [group_norm(b, x, groups, weight, bias, eps), None, None]
 
 
 # Euclidean norms, which exist as denominators only, and inverse roots.
@@ -193,8 +277,9 @@ def vector_norm(
 
 @l2_normalize.observes
 def _(x: Tensor, *, dim: int, **_: Any) -> Tensor:
-    """Return the squared norm."""
-    return x.square().sum(dim=dim)
+    """Return the squared norm of the rows that are not zero."""
+    found = x.square().sum(dim=dim)
+    return _counting(found, found > 0)
 
 
 @l2_normalize.assumes
@@ -210,7 +295,9 @@ def _(to: Lowering, node: Node) -> Symbol:
             node, f"normalize over dimension {node.attrs['dim']}", "only the last dimension is supported"
         )
     if to.compares:
-        result: Symbol = approximations.l2_normalize(x, low, high)
+        width = node.shape[-1]
+        x, grown = _brought_up(to, node, x, high / width, 1 / width)
+        result: Symbol = approximations.l2_normalize(x, low * grown, high * grown)
         return result
     return x * _root(to, x.square().sum(-1, keepdim=True), low, high)
 

@@ -166,13 +166,28 @@ def cat(*parts: Tensor, dim: int) -> Tensor:
 @cat.aten("cat.default", "concat.default", "concatenate.default")
 def concatenation(b: Builder, values: Iterable[Value], dim: int = 0) -> Value:
     """Concatenate without the empty parts."""
-    parts = [value for value in values if shape_of(value) != (0,)]
+    found = list(values)
+    parts = [value for value in found if shape_of(value) and 0 not in shape_of(value)] or found[:1]
     return b.shared("cat", *parts, dim=dim % len(shape_of(parts[0]))) if len(parts) > 1 else parts[0]
 
 
 @cat.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    return concatenate([to.symbol(i) for i in node.inputs], node.attrs["dim"])
+    """Put zeros where the server's parts stand, such as a class token, and add those."""
+    dim, parts = node.attrs["dim"], [(i, to.graph.nodes[i].shape) for i in node.inputs]
+    known = [to.is_known(i) for i in node.inputs]
+    symbols = [to.symbol(i) for (i, _), there in zip(parts, known, strict=True) if not there]
+    joined = concatenate(symbols, dim) if len(symbols) > 1 else symbols[0]
+    if not any(known):
+        return joined
+    runs, pieces, at = [], [], 0
+    for (i, shape), there in zip(parts, known, strict=True):
+        width = shape[dim]
+        runs.append((-1, 0, width) if there else (at, 1, width))
+        at += 0 if there else width
+        pieces.append(to.known(i).to(torch.float64) if there else torch.zeros(shape, dtype=torch.float64))
+    last = max(i for i, there in zip(node.inputs, known, strict=True) if there)
+    return joined.take(dim, runs) + to.weight(last, f".in%{node.id}", torch.cat(pieces, dim))
 
 
 @rule("stack.default")
