@@ -72,6 +72,25 @@ def maximum(x: Value, tolerance: float) -> Value:
     return x.amax(-1, keepdim=True) if isinstance(x, Tensor) else x.maximum(tolerance)
 
 
+def top_indices(x: Value, count: int, tolerance: float) -> Value:
+    """Return where the ``count`` largest entries of the last dimension stand, the largest first, as real numbers.
+
+    Of equal ones, that which stands first comes first. Under the protocol an entry may stand before one that is larger
+    by less than ``tolerance``.
+    """
+    return by_size(x, count).to(x.dtype) if isinstance(x, Tensor) else x.top_indices(count, tolerance)
+
+
+def top_values(x: Value, count: int, tolerance: float) -> Value:
+    """Return the entries of ``top_indices``; under the protocol each may be off by ``tolerance``."""
+    return x.gather(-1, by_size(x, count)) if isinstance(x, Tensor) else x.top_values(count, tolerance)
+
+
+def by_size(x: Tensor, count: int) -> Tensor:
+    """Return the positions of the ``count`` largest entries, of equal ones the first ones."""
+    return x.sort(stable=True, dim=-1, descending=True).indices[..., :count]
+
+
 def row_bound(x: Value, slack: float) -> Value:
     """Return m with max <= m <= max + slack over the last dimension, which is kept with length one."""
     return x.amax(-1, keepdim=True) if isinstance(x, Tensor) else x.row_bound(slack)

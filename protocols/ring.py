@@ -41,7 +41,9 @@ def reduce(x: Tensor, bits: int) -> Tensor:
 
 def signed(x: Tensor, bits: int) -> Tensor:
     """Return the representative in [-2^(bits-1), 2^(bits-1))."""
-    return x if bits >= WORD else right(left(x, WORD - bits), WORD - bits)
+    if bits >= WORD:
+        return x
+    return right(left(x, WORD - bits), WORD - bits).reshape(x.shape)  # the amount of a shift has one dimension
 
 
 def drop_low(x: Tensor, shift: int, bits: int) -> Tensor:

@@ -266,7 +266,6 @@ class Outer(nn.Module):
 
 UNSUPPORTED: dict[str, tuple[Callable[..., Any], str]] = {
     "sort": (lambda x: x.sort(-1)[0], "aten.sort"),
-    "argmax": (lambda x: x.argmax(-1), "aten.argmax"),
     "division": (lambda x: x / x.sum(-1, keepdim=True), "aten.div.Tensor(shared float (2, 4), shared float (2, 1))"),
     "exponent": (lambda x: x**0.3, "aten.pow.Tensor_Scalar"),
     "norm alone": (lambda x: x.norm(dim=-1, keepdim=True) + 1, "shared norm"),

@@ -224,6 +224,7 @@ VALUES: dict[str, str] = {
     "shift": "2",
     "activation_degree": "3",
     "fraction_bits": "12",
+    "answer_bits": "9",
     "accuracy": "0.5",
     "trace": "{tmp}/traces",
     "output": "{tmp}/written",

@@ -778,6 +778,85 @@ def histogram(s: Setup) -> Check:
     return check
 
 
+# rounding and ranks
+
+
+@case(tp.Quotient)
+def quotient(s: Setup) -> Check:
+    ring, shape = s.number("ring", 2, 64), s.shape()
+    shift = s.number("shift", 1, min(9, ring - 1))
+    a, x = s.opened(shape, s.number("opened", ring, 64), near=(1 << shift, -(1 << shift)))
+    s.add(tp.Quotient(shape, ring, shift), a)
+    return exactly(x >> shift, ring - shift)
+
+
+def rows_of(s: Setup, least: int = 2, groups: bool = False) -> Shape:
+    first = (s.number("rows", 1, 3),) if groups or s.draw(st.booleans(), "several rows") else ()
+    return (
+        (*first, s.number("groups", 1, 3), s.number("entries", least, 9))
+        if groups
+        else (
+            *first,
+            s.number("entries", least, 9),
+        )
+    )
+
+
+@case(tp.OpenedPairs)
+def opened_pairs(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), rows_of(s)
+    a, x = s.opened(shape, s.number("opened", ring, 64))
+    s.add(tp.OpenedPairs(shape, ring), a)
+    first, second = np.triu_indices(shape[-1], 1)
+    return exactly(x[..., first] - x[..., second], ring)
+
+
+@case(tp.Ranks)
+def ranks(s: Setup) -> Check:
+    """Of any numbers, not only of bits."""
+    ring, shape = s.number("ring", 1, 64), rows_of(s)
+    entries = shape[-1]
+    a, x = s.secret((*shape[:-1], entries * (entries - 1) // 2), ring)
+    s.add(tp.Ranks(shape, ring), a)
+    expected = np.zeros(shape, dtype=object) + np.arange(entries, dtype=object)
+    for number, (i, j) in enumerate(zip(*np.triu_indices(entries, 1), strict=True)):
+        expected[..., i] += x[..., number]
+        expected[..., j] -= x[..., number]
+    return exactly(expected, ring)
+
+
+def ranked(s: Setup, shape: Shape) -> tuple[int, int, int, list[Integers]]:
+    """The opening of ranks, their bits, a count of them, and for each of these who has it; some have the same."""
+    digit = s.number("digit", max(1, (shape[-1] - 1).bit_length()), 6)
+    a, x = s.opened(shape, s.number("opened ranks", digit, 64), 0, (1 << digit) - 1)
+    count = s.number("count", 1, min(9, 1 << digit))
+    return a, digit, count, [(x == t).astype(object) for t in range(count)]
+
+
+def summed(has: list[Integers], x: Integers) -> Integers:
+    """For each rank the sum of x over those who have it; (..., ranks)."""
+    return np.concatenate([(one * x).sum(-1, keepdims=True) for one in has], -1)
+
+
+@case(tp.Placed)
+def placed(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), rows_of(s)
+    at, digit, count, has = ranked(s, shape)
+    a, x = s.opened(shape, s.number("opened", ring, 64))
+    s.add(tp.Placed(shape, ring, digit, count), at, a)
+    return exactly(summed(has, x), ring)
+
+
+@case(tp.PlacedPositions)
+def placed_positions(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), rows_of(s, groups=True)
+    at, digit, count, has = ranked(s, shape)
+    first = s.number("first", 0, 1000)
+    s.add(tp.PlacedPositions(shape, ring, digit, count, first), at)
+    position = first + np.arange(shape[-2] * shape[-1]).astype(object).reshape(shape[-2:])
+    return exactly(summed(has, position), ring)
+
+
 # the suite
 
 TWO, THREE, PUBLIC = DEPLOYMENTS = ("two", "three", "three-public")  # parties; PUBLIC: who all know the weights

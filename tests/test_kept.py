@@ -366,6 +366,7 @@ OTHER: dict[str, Any] = {
     "approximations": "puma",
     "fixed_point": FixedPoint(margin_bits=2),
     "network": "wan",
+    "answer_bits": 9,
 }
 """Other values of all options of compiling."""
 

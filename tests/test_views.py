@@ -140,6 +140,11 @@ def scenes() -> Iterator[tuple[str, Scene]]:
     rows = (N // 128, 128)
     yield "histogram-20", Scene(tp.Histogram(rows, 20, 16, 16, 1), 20, 0, (1 << 20) - (1 << 16) - 1)
     yield "histogram-24", Scene(tp.Histogram(rows, 24, 16, 24, 9), 24, 0, (1 << 24) - (1 << 16) - 1, bits=1)
+    yield "quotient-20", Scene(tp.Quotient((N,), 20, 4), 20, -(1 << 19), (1 << 19) - 1)
+    groups = (N // 32, 4, 8)
+    yield "placed-13", Scene(tp.Placed(groups, 13, 3, 2), 13, 0, (1 << 13) - 1, second=True)
+    yield "placed-64", Scene(tp.Placed(groups, 64, 5, 1), 64, 0, (1 << 63) - 1, second=True)
+    yield "placed_positions-16", Scene(tp.PlacedPositions(groups, 16, 3, 8, 5), 16, 0, 7)
     clipped = tp.Exponential(shape, 24, 20, 16, 40, 16)
     yield "exponential-24", Scene(clipped, 24, 0, (1 << 24) - (1 << 20) - 1, bits=1)
     yield "compare-2-thresholds-64", Scene(tp.Compare(shape, 64, 0, (0, 1)), 64, -(2**62), 2**62)
@@ -152,7 +157,9 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
     """The circuit around a protocol, all of whose secrets are one value; shared at random."""
     rng = np.random.default_rng(abs(value) % 997 + plane)
     protocol, ring = scene.protocol, scene.ring
-    shape = {"linear": (N // 4, 4), "histogram": (N // 128, 128)}.get(protocol.kind, (N,))
+    groups = (N // 32, 4, 8)
+    special = {"linear": (N // 4, 4), "histogram": (N // 128, 128), "placed": groups, "placed_positions": groups}
+    shape = special.get(protocol.kind, (N,))
     weights = {"w": torch.tensor([[1, 2, 3]] * 4), "v": torch.tensor([1, 2, 3, -4])}
     circuit: list[Instruction] = []
     inputs: dict[str, Tensor] = {}
@@ -366,6 +373,10 @@ BROKEN = {
         ("histogram-20", "units"),
         ("histogram-24", "units"),
         ("diagonal-64", "u"),
+        ("placed-13", "units"),
+        ("quotient-20", "table"),
+        ("placed-64", "masked"),
+        ("placed_positions-16", "units"),
     )
 }
 

@@ -79,6 +79,7 @@ def function(work: Work, gelu: str) -> Function:
         "rsqrt": lambda a: (a["x"].inv_sqrt(),),
         "gelu": lambda a: (GELUS[gelu](a["x"]),),
         "softmax": lambda a: (a["x"].softmax(-1),),
+        "argmax": lambda a: (a["x"].argmax(dim=-1, one_hot=False),),
         "layernorm": lambda a: (layer_norm(a["x"], a["weight"], a["bias"]),),
     }[work.kind]
 

@@ -96,6 +96,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "rsqrt": lambda a: jax.lax.rsqrt(a["x"]),
     "gelu": lambda a: gelu(a["x"]),
     "softmax": lambda a: softmax(a["x"]),
+    "argmax": lambda a: jnp.argmax(a["x"], -1),
     "layernorm": lambda a: layer_norm(a["x"], a["weight"], a["bias"]),
 }
 

@@ -30,7 +30,9 @@ PRIMITIVES = (
     "rsqrt 393216",
 )
 TRANSFORMERS = ("bert layer", "minilm 32", "minilm 128")
-WORKS = (*PRIMITIVES, *TRANSFORMERS)
+CHOICES = ("argmax 1x2", "argmax 1x1000", "argmax 1x50000")
+USUAL = (*PRIMITIVES, *TRANSFORMERS)
+WORKS = (*USUAL, *CHOICES)
 
 # one layer's arrays in the order of computation; matrices are (in, out)
 LAYER = (
@@ -149,7 +151,7 @@ def make(name: str, weights: Path | None = None) -> Work:
     """The work of that name, the same at every call."""
     if name in TRANSFORMERS:
         return transformer(name, weights)
-    rng = np.random.default_rng(WORKS.index(name) if name in WORKS else len(WORKS))  # other sizes: for tests
+    rng = np.random.default_rng(USUAL.index(name) if name in USUAL else len(USUAL))  # other sizes: for tests
     kind, size, *rest = name.split()
 
     def normal(*shape: int, scale: float = 1.0) -> Array:
@@ -159,7 +161,7 @@ def make(name: str, weights: Path | None = None) -> Work:
     x = normal(*shape, scale=1.0 if kind in ("matmul", "multiply") else 2.0)
     if kind in INVERSES:
         x = np.exp2(rng.uniform(-4.0, 6.0, shape)).astype(np.float32)
-    if kind == "compare":  # a difference that fixed point rounds away would count as an error of one
+    if kind in ("compare", "argmax"):  # a difference that fixed point rounds away would count as an error of one
         x = np.round(x * 1024) / np.float32(1024)
     d = x.astype(np.float64)
     arrays, owned = {"x": x}, ("x",)
@@ -177,6 +179,7 @@ def make(name: str, weights: Path | None = None) -> Work:
             "gelu": gelu,
             "softmax": softmax,
             "compare": positive,
+            "argmax": lambda x: np.asarray(x.argmax(-1), dtype=np.float64),
             **INVERSES,
         }
         expected = functions[kind](d)
@@ -210,7 +213,9 @@ def free_ports(count: int) -> list[int]:
 def options(description: str | None) -> argparse.ArgumentParser:
     """What both benchmarks accept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", metavar="NAME", default=list(WORKS), choices=WORKS, help="default: all")
+    parser.add_argument(
+        "--work", nargs="+", metavar="NAME", default=list(USUAL), choices=WORKS, help="default: all but argmax"
+    )
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs after the warm-up (default 3)")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="written by export_minilm; otherwise random weights"

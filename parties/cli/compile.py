@@ -10,6 +10,7 @@ import typer
 from parties.cli.compiled import tell
 from parties.cli.console import say, stages, use_threads
 from parties.cli.options import (
+    AnswerBitsOption,
     ApproximationsOption,
     BatchesOption,
     CalibrationOption,
@@ -41,6 +42,7 @@ def compile_model(
     approximations: ApproximationsOption = None,
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
+    answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -55,6 +57,7 @@ def compile_model(
         approximations=approximations,
         fraction_bits=fraction_bits,
         network=network,
+        answer_bits=answer_bits,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
     check_new(directory)

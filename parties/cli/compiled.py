@@ -18,7 +18,17 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
 
-FIXED = ("length", "batch", "embedding", "gelu", "approximations", "fraction_bits", "network", "calibration")
+FIXED = (
+    "length",
+    "batch",
+    "embedding",
+    "gelu",
+    "approximations",
+    "fraction_bits",
+    "network",
+    "answer_bits",
+    "calibration",
+)
 """Options of the command line that are fixed when a model is compiled."""
 
 KeepOption = Annotated[bool, typer.Option(help="Keep the compiled model for the next start, in the cache.")]

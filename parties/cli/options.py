@@ -20,6 +20,7 @@ from parties.cluster.joined import import_ray
 from parties.deployments import hosted
 from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
+from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
@@ -76,6 +77,16 @@ ApproximationsOption = Annotated[
 ]
 FractionBitsOption = Annotated[
     int | None, typer.Option(help=f"Fraction bits of activations; {FixedPoint().fraction_bits} by default.")
+]
+AnswerBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--answer-bits",
+        min=1,
+        help="Round answers to so many fraction bits before anybody sees them. Embeddings of length 1 have "
+        f"{ANSWER_BITS[0]} to {ANSWER_BITS[1]} by default, by their width; other answers {FixedPoint().fraction_bits}, "
+        "which is all.",
+    ),
 ]
 NetworkOption = Annotated[
     str | None,
@@ -222,6 +233,7 @@ _COMPILED_BY = {
     "approximations": "approximations",
     "fraction_bits": "fixed_point",
     "network": "network",
+    "answer_bits": "answer_bits",
 }
 """Command-line parameters by the names of CompileOptions."""
 
@@ -248,6 +260,7 @@ def compile_options(
     approximations: str | None = None,
     fraction_bits: int | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
 ) -> CompileOptions:
     """Read the options about compiling; InvalidInput for one that means nothing in this deployment."""
     given = {
@@ -256,13 +269,15 @@ def compile_options(
         "approximations": approximations,
         "fraction_bits": fraction_bits,
         "network": network,
+        "answer_bits": answer_bits,
     }
     for name, value in given.items():
         if value is not None and _COMPILED_BY[name] not in deployment.takes:
             raise refused(name, deployment, [n for n, field in _COMPILED_BY.items() if field in deployment.takes])
     fixed = None if fraction_bits is None else FixedPoint(fraction_bits=fraction_bits)
-    plain = {name: str(value) for name, value in given.items() if value is not None and name != "fraction_bits"}
-    return CompileOptions(**plain, fixed_point=fixed)
+    counts = ("fraction_bits", "answer_bits")
+    plain = {name: str(value) for name, value in given.items() if value is not None and name not in counts}
+    return CompileOptions(**plain, fixed_point=fixed, answer_bits=answer_bits)
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -271,6 +286,7 @@ DEFAULTS: Mapping[str, Any] = {
     "approximations": APPROXIMATIONS[0],
     "fraction_bits": FixedPoint().fraction_bits,
     "network": LOOPBACK,
+    "answer_bits": FixedPoint().fraction_bits,
 }
 """The values of options about compiling that were not given."""
 

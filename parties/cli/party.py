@@ -12,6 +12,7 @@ from parties.cli.compiled import made
 from parties.cli.console import get_ready, say, stages, use_threads
 from parties.cli.options import (
     AnnounceOption,
+    AnswerBitsOption,
     ApproximationsOption,
     BatchOption,
     CalibrationOption,
@@ -61,6 +62,7 @@ def share_model(
     approximations: ApproximationsOption = None,
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
+    answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -73,6 +75,7 @@ def share_model(
         approximations=approximations,
         fraction_bits=fraction_bits,
         network=network,
+        answer_bits=answer_bits,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
     compilation = Compilation(model, deployment, (length,) if length else (), tuple(sentences), options, (batch or 1,))

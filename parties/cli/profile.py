@@ -11,6 +11,7 @@ import typer
 from parties.cli.console import OUT, get_ready, stages
 from parties.cli.options import (
     MODEL,
+    AnswerBitsOption,
     ApproximationsOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -48,6 +49,7 @@ def profile(
         bool, typer.Option("--polynomial", help="A shape as `unseen train` would leave it; a directory is as it is.")
     ] = False,
     fraction_bits: FractionBitsOption = None,
+    answer_bits: AnswerBitsOption = None,
     network: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,6 +73,7 @@ def profile(
         gelu=gelu,
         approximations=approximations,
         fraction_bits=fraction_bits,
+        answer_bits=answer_bits,
     )
     said = {"network": network is not None, "depth": depth is not None, "polynomial": polynomial}
     for name, field in _PROFILED_BY.items():

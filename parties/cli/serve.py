@@ -16,6 +16,7 @@ from parties.cli.console import announce, get_ready, say, stages
 from parties.cli.core_log import CoreLog
 from parties.cli.options import (
     AnnounceOption,
+    AnswerBitsOption,
     ApproximationsOption,
     BatchesOption,
     BudgetMemoryOption,
@@ -95,6 +96,7 @@ def serve(
     approximations: ApproximationsOption = None,
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
+    answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
     keep: KeepOption = True,
     state: Annotated[
@@ -140,6 +142,7 @@ def serve(
         approximations=approximations,
         fraction_bits=fraction_bits,
         network=network,
+        answer_bits=answer_bits,
     )
     if kept.keys() == set(models) and not keep:
         raise InvalidInput("--no-keep means nothing for models that are compiled", "leave it out")

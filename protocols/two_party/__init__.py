@@ -12,6 +12,8 @@ selection     secret bits times an opened secret: piecewise linear functions; bi
 exponential   e^-x of an opened secret
 tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
+ranking       ranks within a row, and its first entries by rank
+rounding      exact division by a power of two, from one opening
 endpoints     the client's input, the revealed output
 """
 
@@ -25,6 +27,8 @@ from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
 from protocols.two_party.product import Product
+from protocols.two_party.ranking import OpenedPairs, Placed, PlacedPositions, Ranks
+from protocols.two_party.rounding import Quotient
 from protocols.two_party.selection import Select
 from protocols.two_party.tabulated import Tabulated
 
@@ -43,10 +47,15 @@ __all__ = [
     "Linear",
     "Open",
     "OpenBits",
+    "OpenedPairs",
     "OpenedSum",
+    "Placed",
+    "PlacedPositions",
     "Polynomial",
     "Powers",
     "Product",
+    "Quotient",
+    "Ranks",
     "Reveal",
     "Select",
     "Tabulated",

@@ -3,7 +3,7 @@
 ``Input``: the client's share is the input itself and the server's share is zero, so it costs no message; the first
 opening masks it. ``Reveal``: the server sends its share of the output. The client learns the output, including the
 noise of truncations, comparisons and tables before it, which depends on shares and masks and is not fresh randomness
-(see "the last place" in SECURITY.md).
+(see "the last place" in SECURITY.md; ``rounding`` leaves less of it).
 """
 
 from __future__ import annotations

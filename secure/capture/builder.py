@@ -143,13 +143,14 @@ class Builder:
 
     def shared(self, op: str, *operands: Value, **attrs: Any) -> Node:
         """Append an operation on shared values. The party that holds an operand converts it to floats if needed."""
-        nodes = [self.operand(value) for value in operands]
-        if not OPERATIONS[op].takes_integers:
+        nodes, operation = [self.operand(value) for value in operands], OPERATIONS[op]
+        stays = operation.moves and all(node.visibility == "shared" for node in nodes)
+        if not (operation.takes_integers or stays):
             nodes = [self.operand(self.cast(node, torch.float32)) for node in nodes]
         if not is_private(nodes):
             self.unsupported("it is supported on shared values only; compute it outside of the model")
         visibility = result_visibility(op, [node.visibility for node in nodes])
-        result = OPERATIONS[op].meaning(*map(placeholder, nodes), **attrs)
+        result = operation.meaning(*map(placeholder, nodes), **attrs)
         return self.add(op, nodes, attrs, result.shape, kind_of(result.dtype), visibility)
 
     def clear(self, target: str, *args: Value, **kwargs: Value) -> Value:
@@ -203,6 +204,8 @@ class Builder:
             return value.to(dtype)
         if not isinstance(value, Node) or value.dtype == kind_of(dtype):
             return value
+        if value.visibility == "shared" and value.dtype == "int" and dtype.is_floating_point:
+            return self.shared("real", value)
         if value.visibility == "shared":
             self.unsupported("shared values are real numbers; keep conversions to integers out of the model")
         return self.clear("aten.to.dtype", value, dtype)

@@ -193,8 +193,8 @@ def check_type(node: Node) -> None:
         name = node.attrs.get("name")
         if set(node.attrs) != {"name"} or not isinstance(name, str) or not name.isprintable() or len(name) > 512:
             raise InvalidProgram("it has one attribute, a printable name")
-    if node.visibility == "shared" and node.dtype != "float":
-        raise InvalidProgram("a shared value is a float")
+    if node.visibility == "shared" and node.dtype == "bool":
+        raise InvalidProgram("a shared value is a float or an integer")
 
 
 def placeholder(node: Node) -> Tensor:

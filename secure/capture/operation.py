@@ -35,6 +35,7 @@ class Operation:
     compares nothing: its inverse roots become polynomials as well.
     polynomial: models in polynomial form consist of such operations.
     takes_integers: its operands need not be floats (token ids).
+    moves: it moves entries and computes nothing, so that shared integers (of an arg-max) stay integers.
     takes_masks: a large negative number in its operand marks an absent entry.
     takes_affine: it takes the server's weight and bias of a preceding normalization into its own weight and bias.
     """
@@ -44,6 +45,7 @@ class Operation:
     compares: bool = False
     polynomial: bool = False
     takes_integers: bool = False
+    moves: bool = False
     takes_masks: bool = False
     takes_affine: bool = False
     lowering: Callable[..., Any] | None = None
@@ -113,6 +115,7 @@ def operation(
     compares: bool = False,
     polynomial: bool = False,
     takes_integers: bool = False,
+    moves: bool = False,
     takes_masks: bool = False,
     takes_affine: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Operation]:
@@ -127,6 +130,7 @@ def operation(
             compares=compares,
             polynomial=polynomial,
             takes_integers=takes_integers,
+            moves=moves,
             takes_masks=takes_masks,
             takes_affine=takes_affine,
         )

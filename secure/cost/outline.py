@@ -21,7 +21,7 @@ from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from secure.errors import InvalidInput, MissingPackage
 from secure.frontend import lower_outline
-from secure.mpc.compile import chosen, emit_program
+from secure.mpc.compile import check_answer_bits, chosen, emit_program
 from secure.mpc.network import LOOPBACK, find_network
 from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.program import Program
@@ -83,6 +83,7 @@ def outline(
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
     labels: Mapping[str, str] | None = None,
     prices: Prices = DEFAULT,
 ) -> Program:
@@ -91,9 +92,10 @@ def outline(
     Raises UnsupportedOperation and DoesNotFit as ``secure.compile`` does.
     """
     fixed, functions = fixed_point or FixedPoint(), chosen(approximations, gelu)
+    check_answer_bits(answer_bits, fixed)
     lowered, ranges = lower_outline(model, example_inputs, reach=reach, embedding=embedding, functions=functions)
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
-    return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices)
+    return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices, answer_bits)
 
 
 def is_shape(model: str) -> bool:
@@ -110,6 +112,7 @@ def outline_shape(
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
     recipe: Recipe | None = None,
     prices: Prices = DEFAULT,
     batch: int = 1,
@@ -145,6 +148,7 @@ def outline_shape(
         approximations=approximations,
         fixed_point=fixed_point,
         network=network,
+        answer_bits=answer_bits,
         labels=labels,
         prices=prices,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from protocols.fixedpoint import FixedPoint
@@ -30,6 +32,12 @@ from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded, Task
 
 Sample = Mapping[str, Tensor]
+
+ANSWER_BITS = (8, 12)
+"""The fewest and the most fraction bits to which embeddings of length 1 are rounded by default."""
+
+ANSWER_COSINE = 0.99995
+"""The cosine to the vector before it is rounded that these bits keep: 10 of them for 315 to 1,258 numbers."""
 
 MAXIMUM_BATCHES = 4
 MAXIMUM_SIZES = MAXIMUM_LENGTHS * MAXIMUM_BATCHES
@@ -88,6 +96,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Capture a module, calibrate its ranges, and lower it for one deployment (by default ``TwoParty()``).
@@ -99,6 +108,9 @@ def compile(  # the verb that torch uses; always written secure.compile
     "puma" for the published ones of that paper, its GeLU among them. fixed_point: scales and margins.
     network: where rounds and bytes shall be cheap: "lan", "wan", "slow-wan", or "MBPS,ROUND_TRIP_MS"; by default, and
     for "loopback", where the parties are near. The Program's label "network" names it.
+    answer_bits: the fraction bits to which answers are rounded, exactly, before anybody sees them, which takes a round.
+    By default embeddings of text models whose length is 1 have 8 to 12 by their width (``answer_bits_for``), and other
+    answers those of activations, 16, which turn it off.
     Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value that no ring or modulus holds) and
     InvalidInput (an option that means nothing in this deployment).
     """
@@ -107,7 +119,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     samples = [example_inputs, *calibration]
     for sample in samples:
         check_inputs(sample)
-    options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
+    options = CompileOptions(embedding, gelu, approximations, fixed_point, network, answer_bits)
     return build(Loaded("", model, samples), deployment or TwoParty(), options, labels or {})
 
 
@@ -122,6 +134,7 @@ def compile_text_model(
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
     batch: int | Sequence[int] = 1,
 ) -> Compiled:
     """Load a sentence encoder with its tokenizer, and compile it for texts of up to ``length`` tokens.
@@ -132,7 +145,7 @@ def compile_text_model(
     offers them all, and a text takes the shortest that holds it. Other arguments and exceptions are those of
     ``secure.compile``. Raises ModelNotFound too.
     """
-    options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
+    options = CompileOptions(embedding, gelu, approximations, fixed_point, network, answer_bits)
     deployment = deployment or TwoParty()
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded
@@ -176,6 +189,7 @@ def build(
     deployment.check(options, tokens=loaded.tokenizer is not None)
     check_sizes(deployment, lengths, batches)
     chosen = [(n, batch) for n in sorted({*lengths} or {loaded.length}, reverse=True) for batch in sorted({*batches})]
+    options = _rounding(options, loaded, deployment)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}
     if (found := loaded.tokenizer) is not None:
@@ -193,6 +207,28 @@ def build(
     about = loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now
     first, *others = [Compiled(deployment, each, *about) for each in made]
     return replace(first, others=tuple(others))
+
+
+def _rounding(options: CompileOptions, loaded: Loaded, deployment: Deployment) -> CompileOptions:
+    """Return the options with answer bits for vectors of length 1, unless the user chose."""
+    if options.answer_bits is not None or not loaded.normalized or "answer_bits" not in deployment.takes:
+        return options
+    with torch.no_grad():
+        vectors = loaded.module(**loaded.samples[0])
+    bits = answer_bits_for(vectors.shape[-1])
+    every = (options.fixed_point or FixedPoint()).fraction_bits
+    return replace(options, answer_bits=bits) if bits < every else options
+
+
+def answer_bits_for(width: int) -> int:
+    """Return the default fraction bits of vectors of ``width`` numbers and length 1.
+
+    Rounding to 2^-N moves each number by 2^-N / sqrt(12) (root mean square), and turns the vector by sqrt(width) times
+    that. The bits are the fewest that keep ``ANSWER_COSINE``, within ``ANSWER_BITS``.
+    """
+    angle = math.sqrt(2 * (1 - ANSWER_COSINE))
+    least, most = ANSWER_BITS
+    return min(most, max(least, math.ceil(math.log2(math.sqrt(width / 12) / angle))))
 
 
 def _several(given: int | Sequence[int]) -> Sequence[int]:

@@ -67,11 +67,14 @@ class CompileOptions:
     approximations: str | None = None
     fixed_point: FixedPoint | None = None
     network: str | None = None
+    answer_bits: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise InvalidInput for an unknown network."""
+        """Raise InvalidInput for an unknown network, or for answers of no bits."""
         if self.network is not None:
             find_network(self.network)
+        if self.answer_bits is not None and self.answer_bits < 1:
+            raise InvalidInput(f"answers of {self.answer_bits} fraction bits", "give at least 1")
 
     @property
     def given(self) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class _Facts(BaseModel):
     gelu: str | None
     approximations: str | None
     network: str | None
+    answer_bits: int | None = None
     fixed_point: dict[str, int] | None
     about: str
     made: str
@@ -178,7 +179,9 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compil
         facts = _Facts.model_validate_json(files[FACTS])
         deployment = find(facts.deployment).served(facts.compiled_as)
         fixed = None if facts.fixed_point is None else FixedPoint(**facts.fixed_point)
-        options = CompileOptions(facts.embedding, facts.gelu, facts.approximations, fixed, facts.network)
+        options = CompileOptions(
+            facts.embedding, facts.gelu, facts.approximations, fixed, facts.network, facts.answer_bits
+        )
         tensors = {name: _wide(value) for name, value in read_tensors(files[WEIGHTS], most=MAXIMUM_HEADER).items()}
         if (
             not facts.sizes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from approximations.powers import power, power_error
-from approximations.primitives import exp_below, inverse_power, piecewise
+from approximations.primitives import exp_below, inverse_power, piecewise, top_indices, top_values
 from protocols.windows import Window, take
 from secure.errors import UnsupportedOperation
 
@@ -195,6 +195,14 @@ PRIMITIVES: dict[str, Meaning] = {
         Meaning("row_bound", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
         Meaning("exp_below", lambda p, w, x: exp_below(x[0], x[1]), lambda p, x, reach: (0.0, 1.0)),
         Meaning("maximum", lambda p, w, x: x[0].amax(-1, keepdim=True), _kept),
+        Meaning(
+            "top_indices",
+            lambda p, w, x: top_indices(x[0], p.shape[-1], 0.0),
+            lambda p, x, reach: (0.0, float(x[0].shape[-1])),
+            promised=lambda p: (0.0, float(p.attrs["among"])),
+        ),
+        Meaning("real", lambda p, w, x: x[0], _kept),
+        Meaning("top_values", lambda p, w, x: top_values(x[0], p.shape[-1], 0.0), _kept),
         Meaning(
             "inverse_power",
             lambda p, w, x: inverse_power(x[0], *(p.attrs[k] for k in ("root", "low", "high", "scale", "extra"))),

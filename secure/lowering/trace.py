@@ -216,6 +216,19 @@ class Symbol:
         """Compute e^(x - bound) for x <= bound, which is broadcast. ``extra``: more fraction bits in the result."""
         return self.trace.record("exp_below", (self, bound), self.shape, extra=extra)
 
+    def top_indices(self, count: int, tolerance: float) -> Symbol:
+        """Find the ``count`` largest of the last dimension, as whole numbers: see ``primitives.top_indices``."""
+        shape = (*self.shape[:-1], count)
+        return self.trace.record("top_indices", (self,), shape, tolerance=tolerance, among=self.shape[-1], integer=True)
+
+    def top_values(self, count: int, tolerance: float) -> Symbol:
+        """Take the ``count`` largest of the last dimension."""
+        return self.trace.record("top_values", (self,), (*self.shape[:-1], count), tolerance=tolerance)
+
+    def real(self) -> Symbol:
+        """Give whole numbers, such as those of ``top_indices``, the usual fraction bits."""
+        return self._same("real")
+
     def maximum(self, tolerance: float) -> Symbol:
         """Compute the maximum over the last dimension, which is kept; the result may be too low by ``tolerance``."""
         return self.trace.record("maximum", (self,), (*self.shape[:-1], 1), tolerance=tolerance)

@@ -9,6 +9,8 @@ arithmetic   inputs, products, sums, shapes
 nonlinear    piecewise polynomials, comparisons, maxima
 pieces       their curved pieces: lines taken from them, fraction bits, rings
 powers       inverse powers, by dealt tables
+ranking      the largest entries of rows, and where they stand
+rounding     answers of few fraction bits
 softmax      bounds of rows, and exponentials below them
 emit         the record of every primitive; from a trace to a circuit
 program      Programs: circuit, digest, canonical encoding

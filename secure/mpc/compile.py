@@ -15,6 +15,7 @@ from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols.fixedpoint import FixedPoint
 from protocols.weights import ServerWeights
+from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
@@ -69,6 +70,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
     labels: Mapping[str, str] | None = None,
     prices: Prices = DEFAULT,
     told: Told = silent,
@@ -82,8 +84,10 @@ def compile(  # the verb that torch uses; always written secure.compile
     gelu: the form of GeLU, see ``approximations.gelu``.
     approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
     network: where rounds and bytes shall be cheap, see ``find_network``; by default where parties are near.
+    answer_bits: the fraction bits to which answers are rounded before they are revealed; None: they are not.
     prices: of rounds and bytes in the deployment that will run it. told: hears of progress.
-    Raises UnsupportedOperation (naming module and operation) and DoesNotFit (a value no ring can hold).
+    Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value no ring can hold), and InvalidInput
+    for ``answer_bits`` that are more than the fraction bits of activations.
     """
     (made,) = compile_sizes(
         model,
@@ -93,6 +97,7 @@ def compile(  # the verb that torch uses; always written secure.compile
         approximations=approximations,
         fixed_point=fixed_point,
         network=network,
+        answer_bits=answer_bits,
         prices=prices,
         told=told,
     )
@@ -108,6 +113,7 @@ def compile_sizes(
     approximations: str = APPROXIMATIONS[0],
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    answer_bits: int | None = None,
     prices: Prices = DEFAULT,
     told: Told = silent,
 ) -> list[MpcModel]:
@@ -117,6 +123,7 @@ def compile_sizes(
     Program: one masked copy D serves them all. Other arguments and exceptions are those of ``compile``.
     """
     fixed = fixed_point or FixedPoint()
+    check_answer_bits(answer_bits, fixed)
     functions = chosen(approximations, gelu)
     lowered = lower_sizes(
         model,
@@ -136,9 +143,18 @@ def compile_sizes(
     ]
     named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
     return [
-        finish(each, Ranges.united(seen, each.trace), fixed, {**named, **labels}, found, prices, told)
+        finish(each, Ranges.united(seen, each.trace), fixed, {**named, **labels}, found, prices, told, answer_bits)
         for each, (_, labels) in zip(lowered, sizes, strict=True)
     ]
+
+
+def check_answer_bits(bits: int | None, fixed: FixedPoint) -> None:
+    """Raise InvalidInput unless answers can be rounded to ``bits`` fraction bits; None stands for all of theirs."""
+    if bits is not None and not 1 <= bits <= fixed.fraction_bits:
+        raise InvalidInput(
+            f"answers of {bits} fraction bits",
+            f"1 to {fixed.fraction_bits}, which activations have: so many are all",
+        )
 
 
 def chosen(approximations: str, gelu: str) -> Functions:
@@ -154,12 +170,13 @@ def finish(
     network: NetworkSpeed | None = None,
     prices: Prices = DEFAULT,
     told: Told = silent,
+    answer_bits: int | None = None,
 ) -> MpcModel:
     """Emit the circuit of a lowered model, and encode its weights as integers."""
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     named = {**labels, "ranges": "calibrated", **tables_label(tables)}
     told(0, 0, "emitting the Program")
-    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices)
+    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits)
     told(0, 0, "encoding the weights")
     integers = {}
     for key in weight_keys(program):
@@ -180,13 +197,15 @@ def emit_program(
     labels: Mapping[str, str],
     network: NetworkSpeed | None = None,
     prices: Prices = DEFAULT,
+    answer_bits: int | None = None,
 ) -> Program:
     """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read.
 
     network: the one for which rounds and bytes are chosen; the label "network" names it. prices: the deployment's.
+    answer_bits: the fraction bits of answers; the label "answer_bits" says them.
     Raises InvalidProgram if others would refuse it: it is too large, or a name in it cannot be printed.
     """
-    return chosen_program(lowered, ranges, fixed, labels, network, prices)[0]
+    return chosen_program(lowered, ranges, fixed, labels, network, prices, answer_bits)[0]
 
 
 def chosen_program(
@@ -196,11 +215,12 @@ def chosen_program(
     labels: Mapping[str, str],
     network: NetworkSpeed | None,
     prices: Prices,
+    answer_bits: int | None = None,
 ) -> tuple[Program, Choice | None]:
     """Emit a Program as ``emit_program`` does, and return the choice that was made for the network."""
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
     outputs = [symbol.id for symbol in lowered.outputs.values()]
-    at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps)
+    at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps, answer_bits=answer_bits)
     emitted, choice = choose_prices(network, at, prices) if network else (at(prices), None)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     program = Program(
@@ -211,7 +231,11 @@ def chosen_program(
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
         weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
-        labels={**labels, **({"network": network.key} if network else {})},
+        labels={
+            **labels,
+            **({"network": network.key} if network else {}),
+            **({"answer_bits": str(answer_bits)} if answer_bits is not None else {}),
+        },
     )
     Program.from_bytes(program.encoded)  # as everybody does who receives it: what they refuse is refused here
     return program, choice

@@ -29,10 +29,11 @@ from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
-from secure.mpc import arithmetic, nonlinear, powers, softmax
+from secure.mpc import arithmetic, nonlinear, powers, ranking, softmax
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Plan, Planning, nothing
 from secure.mpc.prices import DEFAULT, Prices
+from secure.mpc.rounding import rounded
 from secure.mpc.share import Share
 
 
@@ -96,6 +97,9 @@ RULES: dict[str, Emission] = {
     "inverse_power": Emission(powers.needs, emit=powers.emit),
     "power": Emission(powers.needs, emit=powers.emit),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
+    "top_indices": Emission(ranking.needs, emit=ranking.emit_indices),
+    "real": Emission(arithmetic.local_needs, arithmetic.local_reach, emit=arithmetic.emit_same),
+    "top_values": Emission(ranking.needs, keeps_scale=True, emit=ranking.emit_values),
 }
 """The record of every primitive of ``secure.lowering.primitives`` for shares."""
 
@@ -116,10 +120,12 @@ def emit(
     outputs: Sequence[int],
     clamps: Mapping[str, tuple[float, float]],
     prices: Prices = DEFAULT,
+    answer_bits: int | None = None,
 ) -> Emitted:
     """Emit the circuit that reveals ``outputs`` (positions in the trace) to the client.
 
     ``clamps``: the range to which the client clamps each input, by name. ``prices``: of rounds and bytes.
+    ``answer_bits``: the fraction bits to which the outputs are rounded; None: they keep all of theirs.
     Raises UnsupportedOperation (shares cannot compute a primitive; names the module) and DoesNotFit (no ring can hold
     a value).
     """
@@ -130,8 +136,11 @@ def emit(
         e.settle(i, rule.emit(e, i, p))
     revealed = []
     for i in outputs:
-        value = e.get(i, 0)
-        index = e.emit(tp.Reveal(trace.primitives[i].shape, value.ring), value.index)
+        shape, value = trace.primitives[i].shape, e.get(i, 0)
+        if answer_bits is not None:
+            e.path = trace.primitives[i].path
+            value = rounded(e, value, shape, answer_bits)
+        index = e.emit(tp.Reveal(shape, value.ring), value.index)
         revealed.append((index, value.fraction))
     return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed))
 

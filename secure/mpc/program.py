@@ -54,6 +54,12 @@ class Output:
     instruction: int
     fraction: int
 
+    def decode(self, revealed: Tensor, bits: int) -> Tensor:
+        """Decode residues of a ring of ``bits`` bits: float64, or int64 without fraction bits."""
+        if not self.fraction:
+            return ring.signed(revealed, bits)
+        return ring.decode(revealed, bits, self.fraction)
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -135,9 +141,12 @@ class Program:
         return self.encode(self.clear_values(inputs, tables), tables)
 
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Decode the revealed integers, one tensor per output, into float64 by the names of the model's outputs."""
+        """Decode the revealed integers, one tensor per output, by the names of the model's outputs.
+
+        Results are float64, and int64 where their scale has no fraction bits: positions that an arg-max found.
+        """
         return {
-            o.name: ring.decode(result, self.circuit[o.instruction].protocol.out.bits, o.fraction)
+            o.name: o.decode(result, self.circuit[o.instruction].protocol.out.bits)
             for o, result in zip(self.outputs, results, strict=True)
         }
 

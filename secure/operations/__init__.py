@@ -10,6 +10,7 @@ linear              products with matrices; embeddings
 convolutions        convolutions and pooling
 attention           softmax, masks and attention
 activations         functions of one value
+choices             arg-max, and the k largest
 normalizations      norms and inverse roots
 polynomial_forms    polynomials and powers of models in polynomial form
 """
@@ -18,6 +19,7 @@ from secure.operations import (  # noqa: F401  (they register)
     activations,
     arithmetic,
     attention,
+    choices,
     convolutions,
     linear,
     moves,

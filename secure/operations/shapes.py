@@ -17,7 +17,7 @@ from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol, concatenate
 
 
-@operation("reshape")
+@operation("reshape", moves=True)
 def reshape(x: Tensor, /, *, shape: Sequence[int]) -> Tensor:
     """Put the same entries into another shape."""
     return x.reshape(list(shape))
@@ -43,7 +43,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     return to.symbol(node.inputs[0]).reshape(node.shape)
 
 
-@operation("permute")
+@operation("permute", moves=True)
 def permute(x: Tensor, /, *, dims: Sequence[int]) -> Tensor:
     """Put the axes into another order."""
     return x.permute(list(dims))
@@ -78,7 +78,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     return to.symbol(node.inputs[0]).permute(node.attrs["dims"])
 
 
-@operation("expand")
+@operation("expand", moves=True)
 def expand(x: Tensor, /, *, shape: Sequence[int]) -> Tensor:
     """Broadcast to a shape."""
     return x.expand(list(shape))
@@ -99,7 +99,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     return to.symbol(node.inputs[0]).expand(node.shape)
 
 
-@operation("slice")
+@operation("slice", moves=True)
 def slice_(x: Tensor, /, *, dim: int, start: int, stop: int, step: int) -> Tensor:
     """Take a range of an axis."""
     return x[(slice(None),) * dim + (slice(start, stop, step),)]
@@ -157,7 +157,7 @@ def _pieces(b: Builder, x: Value, dim: int, starts: Sequence[int]) -> list[Value
     return [b.slice(x, axis, start, stop) for start, stop in bounds]
 
 
-@operation("cat")
+@operation("cat", moves=True)
 def cat(*parts: Tensor, dim: int) -> Tensor:
     """Concatenate along an axis."""
     return torch.cat(parts, dim)

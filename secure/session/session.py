@@ -183,9 +183,9 @@ class Session:
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
         """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
 
-        Raises InvalidInput before anything is sent if names, types or shapes of the inputs do not fit the model, or one
-        holds NaN. If their values do not fit (a token id outside the table, a number outside its range), the query runs
-        on zeros first.
+        Positions that an arg-max found are int64. Raises InvalidInput before anything is sent if names, types or shapes
+        of the inputs do not fit the model, or one holds NaN. If their values do not fit (a token id outside the table,
+        or a number outside its range), the query runs on zeros first.
         """
         self.program.check_inputs(inputs)
         with self._open():
