@@ -22,8 +22,8 @@ from benchmarks import common
 from benchmarks.common import RESULTS, Service
 from benchmarks.throughput import resident
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, model_directory, text_inputs
-from secure.models.tokens import load_tokenizer
 
 CLI = [sys.executable, "-P", "-m", "parties.cli"]
 

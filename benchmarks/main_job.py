@@ -27,8 +27,8 @@ from benchmarks.sentences import sentences
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, model_directory, text_inputs
-from secure.models.tokens import load_tokenizer
 
 
 def ask(texts: list[str], server: str, dealer: str) -> tuple[list[dict[str, Any]], float]:

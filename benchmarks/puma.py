@@ -23,8 +23,9 @@ from secure.frontend import lower_model
 from secure.lowering.trace import evaluate
 from secure.models.calibration import SENTENCES
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
-from secure.models.tokens import TextTokenizer, load_tokenizer
+from secure.models.tokens import TextTokenizer
 
 Inputs = dict[str, Tensor]
 

@@ -32,8 +32,8 @@ from benchmarks import common
 from benchmarks.common import RESULTS, ChildFailed, Service
 from benchmarks.streaming import sentence
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, model_directory, text_inputs
-from secure.models.tokens import load_tokenizer
 
 ROLES = ("client", "server", "dealer")
 SAMPLING = 0.5  # seconds between two looks at a process's memory

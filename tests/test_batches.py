@@ -20,8 +20,8 @@ from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions
 from secure.errors import EmptyInput, Error, HandshakeError, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.lowering.client_inputs import MAXIMUM_BATCH, check_client_part
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
-from secure.models.tokens import load_tokenizer
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded
 from tests.test_session import HOSTS, Running, TinyText

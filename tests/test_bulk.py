@@ -40,8 +40,9 @@ from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions
 from secure.errors import EmptyInput, Error, InputTooLong, InvalidInput, PeerLost
 from secure.models import tokens
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
-from secure.models.tokens import LONG, PIECES, TextTokenizer, load_tokenizer, tokenize
+from secure.models.tokens import LONG, PIECES, TextTokenizer, tokenize
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded, Served
 from tests.test_batches import compiled_for

@@ -48,6 +48,7 @@ from secure.deployments import deployment as registry
 from secure.deployments.compare import Outcome, variants
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
+from secure.models.prompts import Prompts
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NETWORKS
 from secure.progress import Told, silent
@@ -96,7 +97,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     compiled = SimpleNamespace(cost=cost, program=program, model=None, about="", deployment=secure.TwoParty())
     compiled.sizes = (compiled,)
     asked = found.note("run", lambda *_: iter([torch.zeros(2)]))
-    session = SimpleNamespace(run=asked, report=Report(1, (), 0.0, 0.0, 0.0, 0.0, 0), program=None, sizes=())
+    report = Report(1, (), 0.0, 0.0, 0.0, 0.0, 0)
+    session = SimpleNamespace(run=asked, report=report, program=None, sizes=(), prompts=Prompts())
 
     @contextmanager
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
@@ -226,6 +228,7 @@ VALUES: dict[str, str] = {
     "fraction_bits": "12",
     "answer_bits": "9",
     "accuracy": "0.5",
+    "accept_cosine": "0.5",
     "trace": "{tmp}/traces",
     "output": "{tmp}/written",
     "embedding": "client-table",
@@ -254,6 +257,7 @@ VALUES: dict[str, str] = {
             "batch",
             "workers",
             "ray_workers",
+            "dimensions",
         ),
         "4",
     ),

@@ -194,10 +194,10 @@ def test_adding_an_operation(load: Callable[..., Any]) -> None:
     imports = ["from secure.operations.activations import *", "from secure.capture.operation import operation"]
     imports += ["from approximations.primitives import *", "import secure, torch"]
     try:
-        load(*imports, *blocks("docs/adding.md", "hardtanh")).test_hardtanh()
+        load(*imports, *blocks("docs/adding.md", "softshrink")).test_softshrink()
     finally:
-        OPERATIONS.pop("hardtanh", None)
-        RULES.pop("aten.hardtanh.default", None)
+        OPERATIONS.pop("softshrink", None)
+        RULES.pop("aten.softshrink.default", None)
 
 
 def test_adding_a_task(load: Callable[..., Any]) -> None:

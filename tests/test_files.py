@@ -33,7 +33,7 @@ from protocols.prg import derive_key, derive_seed
 from secure.capture.documents import HEADER
 from secure.errors import DownloadError, Error
 from secure.lowering.client_inputs import tables_label
-from secure.models.tokens import load_tokenizer
+from secure.models.served_tokenizer import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, wait_until, works
 
 # files

@@ -18,7 +18,8 @@ from secure.capture.capture import capture
 from secure.capture.graph import Graph, run
 from secure.errors import EmptyInput, InputTooLong
 from secure.models.sentence_encoder import SentenceEncoder, find_packaged_model, load_sentence_encoder
-from secure.models.tokens import load_tokenizer, tokenize
+from secure.models.served_tokenizer import load_tokenizer
+from secure.models.tokens import tokenize
 from tests.tiny import write_model
 
 needs_transformers = pytest.mark.skipif(
@@ -106,7 +107,7 @@ def test_padding_does_not_change_an_embedding() -> None:
 
 
 def write(directory: Path, pooling: dict[str, Any], types: tuple[str, ...]) -> Path:
-    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "LSTM": "2_LSTM"}
     modules = [
         {"idx": i, "name": str(i), "path": paths[kind], "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(types)
@@ -135,11 +136,11 @@ def test_directories_of_sentence_transformers(tmp_path: Path) -> None:
 
     write(tmp_path, {"pooling_mode": "mean"}, ("Transformer", "Pooling"))
     assert load_sentence_encoder(tmp_path).pooling == "mean"
-    write(tmp_path, {"pooling_mode_max_tokens": True}, ("Transformer", "Pooling"))
-    with pytest.raises(ValueError, match=r"asks for the pooling max_tokens.*\nhint: "):
+    write(tmp_path, {"pooling_mode_median_tokens": True}, ("Transformer", "Pooling"))
+    with pytest.raises(ValueError, match=r"asks for the pooling pooling_mode_median_tokens.*\nhint: "):
         load_sentence_encoder(tmp_path)
-    write(tmp_path, cls, ("Transformer", "Pooling", "Dense"))
-    with pytest.raises(ValueError, match=r"sentence_transformers.models.Dense.*\nhint: "):
+    write(tmp_path, cls, ("Transformer", "Pooling", "LSTM"))
+    with pytest.raises(ValueError, match=r"a module of type 'LSTM'.*\nhint: "):
         load_sentence_encoder(tmp_path)
 
 
@@ -150,8 +151,8 @@ def test_directories_that_are_no_models(tmp_path: Path) -> None:
         FileNotFoundError, match=r"'no_such_model' is not installed\nhint: pip install 'unseen\[demo\]'"
     ):
         find_packaged_model("no_such_model")
-    with pytest.raises(ValueError, match="unknown pooling 'max'"):
-        SentenceEncoder(torch.nn.Identity(), pooling="max")
+    with pytest.raises(ValueError, match="unknown pooling 'median'"):
+        SentenceEncoder(torch.nn.Identity(), pooling="median")
 
 
 @needs_transformers
@@ -203,23 +204,26 @@ def test_tokenize() -> None:
 
 
 @needs_tokenizers
+@needs_transformers
 def test_padding_ids_and_lowercase(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json\nhint: "):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer.*\nhint: "):
         load_tokenizer(tmp_path)
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<pad>": 2, "<unk>": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
     assert load_tokenizer(tmp_path).pad_id == 0
     (tmp_path / "config.json").write_text('{"pad_token_id": 3}')
     assert load_tokenizer(tmp_path).pad_id == 3
-    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "<pad>"}}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind | {"pad_token": "<pad>"}))
     (tmp_path / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
     loaded = load_tokenizer(tmp_path)
     assert tokenize(loaded, "A b c", 5)[0].tolist() == [[0, 1, 3, 2, 2]]
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no tokenizer that clients run"):
+    with pytest.raises(ValueError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -255,16 +259,20 @@ def test_a_client_needs_no_model_code() -> None:
 
 
 @needs_transformers
-def test_a_decoder_is_refused(tmp_path: Path) -> None:
-    """Its causal mask would be lost, and every answer be wrong."""
+def test_the_mask_of_a_decoder_is_its_own(tmp_path: Path) -> None:
+    """It attends to what came before alone, as its authors' class does."""
     from transformers import GPT2Config, GPT2Model
 
     config = GPT2Config(
         n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
-    GPT2Model(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"type 'gpt2' masks more than padding.*\nhint: use an encoder"):
-        load_sentence_encoder(tmp_path)
+    original = GPT2Model(config).eval()
+    original.save_pretrained(tmp_path)
+    model, inputs = load_sentence_encoder(tmp_path), batch()
+    with torch.no_grad():
+        hidden = original(**inputs).last_hidden_state * inputs["attention_mask"].unsqueeze(-1)
+        expected = hidden.sum(1) / inputs["attention_mask"].sum(-1, keepdim=True)
+        torch.testing.assert_close(model(**inputs), expected, atol=1e-5, rtol=0)
 
 
 @needs_transformers

@@ -23,8 +23,8 @@ from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions, Deployment, deployments
 from secure.deployments.three_party import PARTIES
 from secure.errors import EmptyInput, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
-from secure.models.tokens import load_tokenizer
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded
 from tests.relay import Relay

@@ -66,8 +66,8 @@ def test_a_model_with_gelu_layernorm_and_softmax(public: bool) -> None:
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_text_encoder(public: bool, model: Any, directory: Path) -> None:
+    from secure.models.served_tokenizer import load_tokenizer
     from secure.models.text import text_inputs
-    from secure.models.tokens import load_tokenizer
     from tests.tiny import LENGTH, sentences
 
     made, tokenizer = replace(model.compiled, deployment=ThreeParty(public_weights=public)), load_tokenizer(directory)

@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown field": ({"normalizer": {"type": "NFC", "more": 1}}, "has the field 'more'"),
     "a Split": (
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}},
-        "the kind 'Split'",
+        "a Split of the tokenizer's pre_tokenizer has a regular expression of its own",
     ),
     "a template without the text": (
         {"post_processor": {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}},
@@ -303,7 +303,13 @@ def test_a_tokenizer_that_fails_on_a_text(changed: dict[str, Any]) -> None:
 
 # whatever a document holds, a client gets ids or an error of its own
 
-KINDS = [*documents.NORMALIZERS, *documents.PRE_TOKENIZERS, *documents.POST_PROCESSORS, *documents.MODELS, "Split"]
+KINDS = [
+    *documents.NORMALIZERS,
+    *documents.PRE_TOKENIZERS,
+    *documents.POST_PROCESSORS,
+    *documents.MODELS,
+    "CharDelimiterSplit",
+]
 FIELDS = sorted(
     {field for known in (documents.NORMALIZERS, documents.PRE_TOKENIZERS, documents.POST_PROCESSORS, documents.MODELS)
      for fields in known.values() for field in fields}

@@ -26,9 +26,7 @@ def test_regular_positions_are_few_runs(positions: list[int], count: int) -> Non
     assert len(runs_of(list(positions))) == count
 
 
-@pytest.mark.parametrize(
-    "runs", [[(0, 1, 11)], [(9, 1, 2)], [(1, -1, 3)], [(-1, 1, 2)], [(0, 1, 0)], [(0, 1 << 30, 2)]]
-)
+@pytest.mark.parametrize("runs", [[(0, 1, 11)], [(9, 1, 2)], [(1, -1, 3)], [(-1, 1, 2)], [(0, 1, 0)], [(0, 99, 2)]])
 def test_runs_beyond_what_they_are_taken_of_are_refused(runs: list[tuple[int, int, int]]) -> None:
     with pytest.raises(ValueError, match=r"entries|run"):
         check_runs(runs, 10)

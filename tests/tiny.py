@@ -50,8 +50,8 @@ from protocols.steps import pack_frame, unpack_frame
 from protocols.weights import ClientWeights
 from secure.deployments.two_party import SERVER, TwoParty
 from secure.models.sentence_encoder import load_sentence_encoder
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
-from secure.models.tokens import load_tokenizer
 from secure.mpc.program import Program
 from secure.session.session import Session
 from secure.version import WIRE_VERSION
@@ -79,7 +79,9 @@ def write_model(directory: Path, seed: int = 0) -> Path:
     BertModel(BertConfig(vocab_size=100, max_position_embeddings=16, **sizes)).eval().save_pretrained(directory)
     tokenizer = word_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    (directory / "tokenizer_config.json").write_text(
+        '{"pad_token": "[PAD]", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     return directory
 
 

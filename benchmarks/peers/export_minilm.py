@@ -66,7 +66,7 @@ def export(text: str | None, lengths: list[int]) -> dict[str, NDArray[Any]]:
     encoder.double()
     for length, (ids, mask) in encoded.items():
         with torch.no_grad():
-            hidden = model(input_ids=ids, attention_mask=encoder.summand(mask)).last_hidden_state[0]
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
         out[f"{length}/embedding"] = numbers(hidden[mask[0].bool()].mean(0))
     return out
 

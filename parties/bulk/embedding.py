@@ -62,7 +62,7 @@ def rows_of(
         width=embedder.width,
         program=embedder.program,
         model=embedder.model,
-        long=task.long,
+        long=task.long if task.prompt is None else f"{task.long}, prompt {task.prompt[:99]}",
         overwrite=overwrite,
     )
 

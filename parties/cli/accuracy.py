@@ -18,8 +18,9 @@ from parties.reports.tables import titled
 from protocols.fixedpoint import FixedPoint
 from secure.errors import InvalidInput
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
-from secure.models.tokens import TextTokenizer, load_tokenizer
+from secure.models.tokens import TextTokenizer
 from secure.polynomial.forms import forms
 from secure.training.fidelity import Computed, Fidelity, Held
 

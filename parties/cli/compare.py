@@ -37,8 +37,9 @@ from secure.deployments.compare import (
 )
 from secure.errors import InvalidInput, printable
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
-from secure.models.tokens import TextTokenizer, load_tokenizer
+from secure.models.tokens import TextTokenizer
 from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
 
 LENGTH = 128

@@ -10,10 +10,12 @@ import typer
 from parties.cli.compiled import tell
 from parties.cli.console import say, stages, use_threads
 from parties.cli.options import (
+    AcceptOption,
     AnswerBitsOption,
     ApproximationsOption,
     BatchesOption,
     CalibrationOption,
+    DimensionsOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
@@ -28,6 +30,7 @@ from parties.served.compiled_files import check_new, save_compiled
 from secure.cost.traffic import mb
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
+from secure.deployments.self_test import ACCEPT
 from secure.errors import InvalidInput
 
 
@@ -37,6 +40,7 @@ def compile_model(
     directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
     length: LengthsOption = None,
     batch: BatchesOption = None,
+    dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -44,6 +48,7 @@ def compile_model(
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
+    accept_cosine: AcceptOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
     """Compile a model once, into a directory that `unseen serve DIRECTORY` serves within seconds."""
@@ -63,9 +68,12 @@ def compile_model(
     check_new(directory)
     say(f"unseen compile: compiling {model} for {deployment.name} ...")
     with stages("compile") as told:
-        compiled = Compilation(
-            model, deployment, tuple(length or ()), tuple(sentences), options, tuple(batch or (1,))
-        ).run(told)
+        lengths, batches = tuple(length or ()), tuple(batch or (1,))
+        accept = ACCEPT if accept_cosine is None else accept_cosine
+        compilation = Compilation(
+            model, deployment, lengths, tuple(sentences), options, batches, dimensions=dimensions or 0, accept=accept
+        )
+        compiled = compilation.run(told)
         told(0, 0, "writing files")
         save_compiled(compiled, directory)
     tell("compile", model, compiled)

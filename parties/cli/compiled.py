@@ -19,15 +19,8 @@ from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
 
 FIXED = (
-    "length",
-    "batch",
-    "embedding",
-    "gelu",
-    "approximations",
-    "fraction_bits",
-    "network",
-    "answer_bits",
-    "calibration",
+    *("length", "batch", "dimensions", "embedding", "gelu", "approximations"),
+    *("fraction_bits", "network", "answer_bits", "calibration"),
 )
 """Options of the command line that are fixed when a model is compiled."""
 
@@ -89,8 +82,8 @@ def _first(error: BaseException, key: str) -> str:
 
 def tell(verb: str, model: str, compiled: Compiled) -> None:
     """Say what a query of a compiled model takes, and what its owner should know."""
-    if compiled.about:
-        say(f"unseen {verb}: {compiled.about}")
+    for line in filter(None, compiled.about.split("; ")):
+        say(f"unseen {verb}: {line}")
     for size in compiled.sizes:
         length = size.program.labels.get("length")
         cost, tokens = size.cost, f", {length} tokens" if length else ""
@@ -155,6 +148,8 @@ def _known(compiled: Compiled, name: str) -> Any:
     if name in ("length", "batch"):
         least = {"batch": 1}.get(name, 0)
         return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0})
+    if name == "dimensions":
+        return int(compiled.program.labels.get(name, 0)) or None
     if name == "fraction_bits":
         return options.fixed_point.fraction_bits if options.fixed_point else DEFAULTS[name]
     given = getattr(options, name, None)

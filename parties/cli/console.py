@@ -17,10 +17,10 @@ from protocols import warm
 from secure.errors import printable
 from secure.progress import Told
 
-OUT = Console(highlight=False)
+OUT = Console(highlight=False, emoji=False)
 """Answers and reports."""
 
-ERR = Console(stderr=True, highlight=False)
+ERR = Console(stderr=True, highlight=False, emoji=False)
 """Everything else that is said, so that answers can be piped on."""
 
 EVERY = 30.0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from parties.cli.options import (
     Long,
     LongOption,
     PaceOption,
+    PromptOption,
     RayInsecureOption,
     RayOption,
     RayWorkersOption,
@@ -43,7 +45,7 @@ from parties.services import hosting
 from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, printable
 from secure.models.text import model_directory
 from secure.models.tokens import REFUSE, SPLIT
 from secure.progress import Told
@@ -78,6 +80,7 @@ def embed(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew, whatever is there.")] = False,
     long: LongOption = Long[REFUSE],
+    prompt: PromptOption = None,
     retries: Annotated[
         int | None,
         typer.Option(
@@ -141,7 +144,7 @@ def embed(
     options |= {"cache": cache, "program_digest": program_digest, "model": model, "fixed_length": fixed_length}
     options["token"] = given_token(token_file)
     options["threads"] = threads or os.cpu_count() or 1
-    task = Embed(str(long))
+    task = Embed(str(long), prompt)
 
     connection = Connection(deployment, tls, insecure, options)
 
@@ -162,6 +165,14 @@ def _say_lengths(lengths: Sequence[int]) -> None:
         say(f"unseen embed: the server sees to which length each text is padded: {known} tokens")
 
 
+def _say_prompt(session: Session, task: Embed) -> None:
+    """Say which prompt goes before each text, where the model has any."""
+    if prompts := session.prompts:
+        text = prompts.text(task.prompt)
+        said = f"{printable(json.dumps(text, ensure_ascii=False))} goes before each text" if text else "none is used"
+        say(f"unseen embed: of the model's prompts ({', '.join(prompts.texts)}) {said}; --prompt NAME chooses one")
+
+
 def _texts(
     connect: Callable[[Told], Session],
     task: Embed,
@@ -173,8 +184,7 @@ def _texts(
     as_json: bool,
 ) -> None:
     """Print the answers to a few texts, and what each took."""
-    typed = [] if texts or sys.stdin.isatty() else sys.stdin
-    given = texts or [line.strip() for line in typed if line.strip()]
+    given = texts or ([] if sys.stdin.isatty() else _lines(sys.stdin))
     if not given:
         raise InvalidInput("no text", "give texts as arguments, or one a line on standard input")
     if compare_with:
@@ -185,6 +195,7 @@ def _texts(
         told(0, 0, "connecting")
         session = stack.enter_context(connect(told))
         _say_lengths(lengths_of(session))
+        _say_prompt(session, task)
         vectors, taken = list[Tensor](), list[Report]()
         try:
             told(0, len(given), "embedding")
@@ -209,6 +220,23 @@ def _texts(
                 measured.show(ERR if as_json else OUT, session.program)
         if measured:
             measured.check()
+
+
+def _lines(file: Iterable[str]) -> list[str]:
+    """Return the lines of a file, which may begin with a byte order mark. Raises InvalidInput for one that is blank.
+
+    Every line has an answer, so none is left out; blank lines at the end have none.
+    """
+    found = [line.rstrip("\r\n") for line in file]
+    found = [found[0].removeprefix("\ufeff"), *found[1:]] if found else []
+    while found and not found[-1].strip():
+        found.pop()
+    if blank := next((number for number, line in enumerate(found, 1) if not line.strip()), None):
+        raise InvalidInput(
+            f"line {blank} of standard input is blank, which is no text",
+            "leave it out, or use --input - with --output, where a blank line is a row without an embedding",
+        )
+    return found
 
 
 Opening = Callable[[Told], AbstractContextManager[Embedder]]

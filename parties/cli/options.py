@@ -22,6 +22,7 @@ from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
+from secure.deployments.self_test import ACCEPT
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.text import PACKAGED
@@ -98,6 +99,28 @@ NetworkOption = Annotated[
 ]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
+]
+DimensionsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="The first numbers of an embedding that are its answer (Matryoshka); all by default."),
+]
+AcceptOption = Annotated[
+    float | None,
+    typer.Option(
+        "--accept-cosine",
+        min=0.0,
+        max=1.0,
+        help="The lowest cosine of compiled answers to the original model's at which it is accepted, on public texts; "
+        f"{ACCEPT:g} by default.",
+    ),
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="NAME",
+        help="Which of the model's prompts goes before each text; its default one if not given, none if empty.",
+    ),
 ]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads of local arithmetic; 0: one a processor.")]
 TraceOption = Annotated[
@@ -441,7 +464,7 @@ def read_texts(path: Path, option: str, what: str) -> list[str]:
     """The lines of a file that are not blank; ``what`` they are called. InvalidInput names the option."""
     hint = f"a text file, one {what} a line"
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidInput(f"{option}: {path} cannot be read: {reason}", hint) from None

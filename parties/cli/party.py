@@ -11,12 +11,14 @@ from parties import deployments
 from parties.cli.compiled import made
 from parties.cli.console import get_ready, say, stages, use_threads
 from parties.cli.options import (
+    AcceptOption,
     AnnounceOption,
     AnswerBitsOption,
     ApproximationsOption,
     BatchOption,
     CalibrationOption,
     DeadlineOption,
+    DimensionsOption,
     DrainOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -47,6 +49,7 @@ from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
+from secure.deployments.self_test import ACCEPT
 from secure.deployments.three_party import ADDRESSES, PARTIES, ThreeParty
 from secure.models.text import PACKAGED
 
@@ -57,6 +60,7 @@ def share_model(
     output: Annotated[Path, typer.Option(help="Where party-0, party-1 and party-2 are written.")] = Path("shares"),
     length: LengthOption = None,
     batch: BatchOption = None,
+    dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -64,6 +68,7 @@ def share_model(
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
+    accept_cosine: AcceptOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
     """Share a model among three parties: one directory for each, to be given to it and to nobody else."""
@@ -78,7 +83,10 @@ def share_model(
         answer_bits=answer_bits,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
-    compilation = Compilation(model, deployment, (length,) if length else (), tuple(sentences), options, (batch or 1,))
+    lengths, accept = (length,) if length else (), ACCEPT if accept_cosine is None else accept_cosine
+    compilation = Compilation(
+        model, deployment, lengths, tuple(sentences), options, (batch or 1,), dimensions=dimensions or 0, accept=accept
+    )
     compiled = made("share-model", compilation, keep=False)
     with stages("share-model") as told:
         told(0, 0, "writing shares")

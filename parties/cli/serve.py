@@ -15,6 +15,7 @@ from parties.cli.config import is_said
 from parties.cli.console import announce, get_ready, say, stages
 from parties.cli.core_log import CoreLog
 from parties.cli.options import (
+    AcceptOption,
     AnnounceOption,
     AnswerBitsOption,
     ApproximationsOption,
@@ -23,6 +24,7 @@ from parties.cli.options import (
     BudgetSecondsOption,
     CalibrationOption,
     DeadlineOption,
+    DimensionsOption,
     DrainOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -72,6 +74,7 @@ from parties.traces.trace_file import TraceDirectory
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled, task_of
 from secure.deployments.deployment import Deployment
+from secure.deployments.self_test import ACCEPT
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED, model_directory
@@ -91,6 +94,7 @@ def serve(
     also: AlsoOption = None,
     length: LengthsOption = None,
     batch: BatchesOption = None,
+    dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -98,6 +102,7 @@ def serve(
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
+    accept_cosine: AcceptOption = None,
     keep: KeepOption = True,
     state: Annotated[
         Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
@@ -144,8 +149,9 @@ def serve(
         network=network,
         answer_bits=answer_bits,
     )
-    if kept.keys() == set(models) and not keep:
-        raise InvalidInput("--no-keep means nothing for models that are compiled", "leave it out")
+    for said, name in ((not keep, "--no-keep"), (accept_cosine is not None, "--accept-cosine")):
+        if kept.keys() == set(models) and said:
+            raise InvalidInput(f"{name} means nothing for models that are compiled", "leave it out")
     given = host_options(
         deployment,
         role,
@@ -205,7 +211,10 @@ def serve(
             held.append(kept[each])
         else:
             lengths, batches = tuple(length or ()), tuple(batch or (1,))
-            compilation = Compilation(each, deployment, lengths, tuple(sentences), options, batches)
+            accept = ACCEPT if accept_cosine is None else accept_cosine
+            compilation = Compilation(
+                each, deployment, lengths, tuple(sentences), options, batches, dimensions=dimensions or 0, accept=accept
+            )
             held.append(made("serve", compilation, keep=keep))
     if workers is not None and together:
         deployments.serve_together(

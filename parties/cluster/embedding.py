@@ -59,7 +59,7 @@ class EmbeddingWorker:
         embedder = embedder_of(self._session)
         return embedder.width, self._session.batch, embedder.program, embedder.model, embedder.lengths
 
-    def embed(self, options: dict[str, str], texts: list[str], first: int, retries: int) -> Iterator[Answer]:
+    def embed(self, options: dict[str, Any], texts: list[str], first: int, retries: int) -> Iterator[Answer]:
         """Yield each text's answer. If an error ends the session, it comes last, behind an answer of the code ENDED."""
         if self._session is None:
             raise RuntimeError("not connected")

@@ -84,7 +84,7 @@ def lines(taken: Report) -> list[str]:
 def plain(model: str, texts: Sequence[str], length: int, task: Embed) -> list[Tensor]:
     """The answers of a model that runs here, in the clear."""
     found = load_text_model(model)
-    encoder, served = found.module.double(), Served(found.tokenizer, length, found.normalized)
+    encoder, served = found.module.double(), Served(found.tokenizer, length, found.normalized, found.prompts)
     out = []
     with torch.no_grad():
         for text in texts:

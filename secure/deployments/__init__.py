@@ -9,5 +9,6 @@ ckks         one server, on ciphertexts
 compiled     ``secure.compile``
 kept         a compiled model as files
 compilation  everything that a compiled model depends on, and a key over it
+self_test    a compiled model's answers against the original's
 compare      variants of a model side by side
 """

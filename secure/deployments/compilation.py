@@ -18,6 +18,7 @@ from typing import Any
 from secure.deployments.compiled import Compiled, build, check_sizes, task_of
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.kept import FORMAT
+from secure.deployments.self_test import ACCEPT, self_test
 from secure.progress import Told, silent
 from secure.tasks.task import Task
 from secure.version import WIRE_VERSION, __version__
@@ -34,7 +35,9 @@ class Compilation:
     """A model's name or directory, and everything that the user may choose about compiling it.
 
     lengths: the padded lengths in tokens; none stands for the task's default. sentences: they add to the calibration.
-    batches: the inputs of one query; every pair of a length and a batch is compiled.
+    batches: the inputs of one query; every pair of a length and a batch is compiled. dimensions: the first numbers of
+    an embedding that are its answer; 0 for all. accept: the lowest cosine between answers of the compiled model and of
+    the original at which it is accepted, see ``self_test``.
     """
 
     model: str
@@ -43,17 +46,24 @@ class Compilation:
     sentences: tuple[str, ...] = ()
     options: CompileOptions = field(default_factory=CompileOptions)
     batches: tuple[int, ...] = (1,)
+    dimensions: int = 0
+    accept: float = ACCEPT
 
     @property
     def task(self) -> Task[Any, Any]:
         """The task that loads the model."""
-        return task_of(self.model)
+        return task_of(self.model, dimensions=self.dimensions)
 
     def run(self, told: Told = silent) -> Compiled:
-        """Load the model, or train it, and compile it; ``told`` hears of progress."""
+        """Load the model, or train it, compile it, and test it; ``told`` hears of progress.
+
+        Raises InvalidInput if its answers are not those of the original.
+        """
         check_sizes(self.deployment, self.lengths, self.batches)  # before anything takes long
         loaded = self.task.load(self.model, max(self.lengths, default=0), self.sentences, told)
-        return build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
+        compiled = build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
+        told(0, 0, "comparing the compiled model with the original")
+        return self_test(compiled, loaded, self.accept)
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
@@ -74,6 +84,8 @@ class Compilation:
             "compiled_as": self.deployment.compiled_as(),
             "options": asdict(self.options),
             "batches": list(self.batches),
+            "dimensions": self.dimensions,
+            "accept": self.accept,
         }
 
     @property

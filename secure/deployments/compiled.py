@@ -192,6 +192,7 @@ def build(
     options = _rounding(options, loaded, deployment)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}
+    named |= loaded.labels
     if (found := loaded.tokenizer) is not None:
         named |= {TOKENIZER: tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)}
 
@@ -244,9 +245,12 @@ def _require(deployment: object) -> None:
         raise InvalidInput(f"the deployment is {deployment!r}", "give a value such as secure.TwoParty()")
 
 
-def task_of(model: str) -> Task[Any, Any]:
-    """Return the task that loads a model of this name."""
-    return next((task for task in (Digits(),) if task.knows(model)), Embed())
+def task_of(model: str, dimensions: int = 0) -> Task[Any, Any]:
+    """Return the task that loads a model of this name. dimensions: see ``Embed``; others raise InvalidInput for any."""
+    found = next((task for task in (Digits(),) if task.knows(model)), None)
+    if found is not None and dimensions:
+        raise InvalidInput(f"--dimensions {dimensions}: {model} gives no vectors", "leave it out")
+    return found or Embed(dimensions=dimensions)
 
 
 def profile(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secure.capture.graph import MASKED, Graph, Node, run
 from secure.capture.operation import OPERATIONS
+from secure.errors import InvalidInput
 
 
 @dataclass
@@ -38,7 +39,13 @@ class Observed:
 
 
 def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
-    """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges."""
+    """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges.
+
+    Raises InvalidInput for parameters, and for values met, that are NaN or infinite: nothing could be said of a range.
+    """
+    for name in sorted(parameters):
+        if parameters[name].is_floating_point() and not bool(parameters[name].isfinite().all()):
+            raise InvalidInput(f"the weight {name!r} holds values that are NaN or infinite", "the model is damaged")
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
         if node.visibility == "shared" and OPERATIONS[node.op].measure is not None:
@@ -47,7 +54,13 @@ def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: M
 
     def look(node: Node, value: Tensor) -> None:
         if value.is_floating_point() and value.numel():
-            seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), float(value.abs().max()))
+            magnitude = float(value.abs().max())
+            if node.visibility == "shared" and not math.isfinite(magnitude):
+                raise InvalidInput(
+                    f"module {node.path!r}: {node.op} gives values that are NaN or infinite on a calibration input",
+                    "look at that input, or at the model in floating point",
+                )
+            seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), magnitude)
             seen.highest[node.id] = max(seen.highest.get(node.id, 0.0), float(value.max()))
         for reader in readers.get(node.id, ()):
             measure = OPERATIONS[reader.op].measure

@@ -2,8 +2,13 @@
 
 tokens              text to token ids
 tokenizer_document  the tokenizers that clients run: checks, loading, digest
+checkpoints         the weights of a model directory, all of them or none
 calibration         public sentences that set ranges, and others that test a model
+pooling             one vector from the hidden states of a text's tokens
+prompts             what clients put before their texts
+sentence_directory  the modules that a directory of sentence-transformers lists
 sentence_encoder    sentence encoders in sentence-transformers' format
+served_tokenizer    the tokenizer that clients run, made from a directory's as transformers loads it
 digits              a small vision transformer in polynomial form
 text                text models: directories, tokenizers, inputs, calibration
 """

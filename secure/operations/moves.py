@@ -41,7 +41,7 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 
 def moved(b: Builder, x: Value, positions: Tensor) -> Value:
-    """Return the entries of a private x at these positions (of all its entries in order; -1: zero), in their shape."""
+    """Return the entries of x at these positions (of all its entries in order; -1: zero), in their shape."""
     out, shape = tuple(positions.shape), list(shape_of(x))
     leading, trailing = 1, 1
     while shape and positions.dim() and positions.shape[0] == shape[0] and positions.numel():
@@ -60,9 +60,19 @@ def moved(b: Builder, x: Value, positions: Tensor) -> Value:
     if len(runs) > MAXIMUM_RUNS:
         b.unsupported(f"it copies entries without order, in {len(runs)} runs; up to {MAXIMUM_RUNS} are supported")
     flat = b.reshape(x, (leading, math.prod(shape), trailing))
+    if not is_private(flat):
+        return b.reshape(_copied(b, flat, positions.reshape(-1)), out)
     if runs != ((0, 1, math.prod(shape)),):
         flat = b.shared("take", flat, dim=1, runs=[list(run) for run in runs])
     return b.reshape(flat, out)
+
+
+def _copied(b: Builder, x: Value, index: Tensor) -> Value:
+    """Return the entries of what one party knows along its second of three axes; -1 stands for zero."""
+    if bool((index < 0).any()):
+        size = shape_of(x)[1]
+        x, index = b.call("aten.constant_pad_nd.default", x, [0, 0, 0, 1]), torch.where(index < 0, size, index)
+    return b.call("aten.index_select.default", x, 1, index)
 
 
 def _same(positions: Tensor, first: Tensor, steps: Tensor) -> bool:

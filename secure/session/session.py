@@ -46,6 +46,7 @@ from torch import Tensor
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
+from secure.models.prompts import Prompts, prompts_from
 from secure.models.tokens import REFUSE
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
@@ -316,8 +317,13 @@ class Session:
 
     @property
     def _served(self) -> Served:
-        normalized = self.program.labels.get("normalized") == "yes"
-        return Served(self._link.tokenizer, self.length, normalized)
+        labels = self.program.labels
+        return Served(self._link.tokenizer, self.length, labels.get("normalized") == "yes", prompts_from(labels))
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts that the model's owner offers; the one that it names by default is used unless a call says so."""
+        return prompts_from(self.program.labels)
 
     def _clear(self, given: Sequence[Mapping[str, Tensor] | Error], size: Offer) -> _Clear:
         """Do all work on values for the inputs of one query. What is left empty is filled up with copies."""
@@ -414,14 +420,15 @@ class Session:
 
         return [answer(row, error) for row, error in enumerate(clear.errors)]
 
-    def embed(self, texts: Sequence[str], *, long: str = REFUSE) -> list[Tensor]:
+    def embed(self, texts: Sequence[str], *, long: str = REFUSE, prompt: str | None = None) -> list[Tensor]:
         """Return one embedding (a float64 vector) per text.
 
         long: what becomes of texts with more tokens than ``length``: "refuse", "truncate" or "split"; see
-        ``secure.tasks.embed.Embed``, also for what a server sees if texts are split. Raises InputTooLong or EmptyInput
-        behind the last query, see ``run``; no answer is returned then.
+        ``secure.tasks.embed.Embed``, also for what a server sees if texts are split. prompt: the name of one of the
+        model's ``prompts``, which goes before each text; None for its default, "" for none. Raises InputTooLong or
+        EmptyInput behind the last query, see ``run``; no answer is returned then.
         """
-        return list(self.run(Embed(long), texts))
+        return list(self.run(Embed(long, prompt), texts))
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secure.errors import InvalidInput
-from secure.models.text import load_text_model, model_files, text_inputs, text_samples
+from secure.models.text import held_out_inputs, load_text_model, model_files, text_inputs, text_samples
 from secure.models.tokens import LONG, REFUSE
 from secure.progress import Told, silent
 from secure.tasks.task import Loaded, Served, Task
@@ -34,12 +34,18 @@ class Embed(Task[str, Tensor]):
       many pieces all texts have together, and the time between queries may show where texts end.
 
     Raises InvalidInput for any other word.
+
+    prompt: the name of one of the model's prompts, which is put before each text; None for the default that the model
+    names, if any, and "" for none. dimensions: of a model that is loaded, the first numbers of an embedding that are
+    its answer (Matryoshka); 0 for all.
     """
 
     name: ClassVar[str] = "embed"
     noun: ClassVar[str] = "text"
 
     long: str = REFUSE
+    prompt: str | None = None
+    dimensions: int = 0
 
     def __post_init__(self) -> None:
         if self.long not in LONG:
@@ -47,7 +53,8 @@ class Embed(Task[str, Tensor]):
 
     def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
         told(0, 0, "loading the model")
-        found, length = load_text_model(model), length or LENGTH
+        found = load_text_model(model, self.dimensions)
+        length = length or min(LENGTH, found.maximum_length)
         samples = text_samples(found, length, sentences)
         return Loaded(
             found.name,
@@ -56,8 +63,11 @@ class Embed(Task[str, Tensor]):
             found.tokenizer,
             found.tokenizer_json,
             length,
+            about="; ".join(found.about),
             normalized=found.normalized,
             samples_at=lambda other: text_samples(found, other, sentences),
+            labels=found.prompts.labels() | ({"dimensions": str(self.dimensions)} if self.dimensions else {}),
+            held_out=lambda other: held_out_inputs(found, other),
         )
 
     def files(self, model: str) -> Iterable[Path]:
@@ -68,10 +78,11 @@ class Embed(Task[str, Tensor]):
             raise InvalidInput("this server's model takes no text", "use query with the model's own arguments")
         if isinstance(given, str) or not all(isinstance(text, str) for text in given):
             raise InvalidInput("embed takes a list of texts", 'for example embed(["A sentence."])')
+        served.prompts.text(self.prompt)  # raises for a name that is none
 
     def inputs(self, given: str, served: Served) -> Mapping[str, Tensor]:
         assert served.tokenizer is not None  # as ``check`` found
-        return text_inputs(served.tokenizer, given, served.length, self.long)
+        return text_inputs(served.tokenizer, served.prompts.text(self.prompt) + given, served.length, self.long)
 
     def pieces(self, given: str, served: Served) -> Sequence[Mapping[str, Tensor]]:
         found = self.inputs(given, served)

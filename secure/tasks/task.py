@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secure.errors import InvalidInput
+from secure.models.prompts import Prompts
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 
@@ -27,12 +28,13 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 class Served:
     """The parts of a served model that a task may use: its tokenizer, if it takes text, and its padded length.
 
-    normalized: the model's answers are vectors of length 1.
+    normalized: the model's answers are vectors of length 1. prompts: what clients may put before their texts.
     """
 
     tokenizer: TextTokenizer | None
     length: int
     normalized: bool = False
+    prompts: Prompts = field(default_factory=Prompts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,7 +42,9 @@ class Loaded:
     """A model ready to be compiled: the module, its calibration inputs, and the tokenizer that clients will need.
 
     about: a line for the model's owner, or "". normalized: the model's answers are vectors of length 1. samples_at:
-    makes calibration inputs of another length; None if the model has only one.
+    makes calibration inputs of another length; None if the model has only one. labels: more labels of its Programs.
+    held_out: makes inputs of a length that are no calibration inputs, on which a compiled model is compared with the
+    module; None if there are none.
     """
 
     name: str
@@ -52,6 +56,8 @@ class Loaded:
     about: str = ""
     normalized: bool = False
     samples_at: Callable[[int], Sequence[Mapping[str, Tensor]]] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    held_out: Callable[[int], Sequence[Mapping[str, Tensor]]] | None = None
 
     def at(self, length: int) -> Self:
         """Return the same model for another length. Raises InvalidInput if it has only one, or does not take this."""

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.errors import InvalidInput
-from secure.models.sentence_encoder import RECIPE, SentenceEncoder, load_sentence_encoder, load_tokenizer
+from secure.models.sentence_encoder import (
+    RECIPE,
+    SentenceEncoder,
+    load_sentence_encoder,
+    load_tokenizer,
+)
 from secure.models.tokens import TextTokenizer, tokenize
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
@@ -117,10 +122,8 @@ def _joined(parts: Sequence[Row], longest: int) -> Row:
 
 def hidden_states(model: SentenceEncoder, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return the hidden states of every layer, and the L2-normalized embeddings."""
-    mask = batch["attention_mask"].to(next(model.parameters()).dtype)
-    out: Any = model.encoder(
-        input_ids=batch["input_ids"], attention_mask=model.summand(mask), output_hidden_states=True
-    )
+    out: Any = model.encoder(**batch, output_hidden_states=True)
+    mask = batch["attention_mask"].to(out.last_hidden_state.dtype)
     if model.pooling == "cls":
         pooled = out.last_hidden_state[:, 0]
     else:  # without a matrix product, so that it stays in float32 whatever the products' precision
@@ -167,6 +170,11 @@ def distil(
         raise InvalidInput(f"{directory} is in polynomial form already\nhint: give the original model")
     tokenizer = load_tokenizer(directory)
     teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
+    if teacher.pooling not in ("mean", "cls") or len(teacher.then):
+        raise InvalidInput(
+            f"{directory} pools by {teacher.pooling}, with {len(teacher.then)} modules behind that",
+            "a model of mean or cls pooling alone can be trained",
+        )
     longest = min(LONG, student.maximum_length)
     data = rows(tokenizer, texts, min(LENGTH, longest))
     kept = min(HELD_OUT, max(2, len(data) // 20)) if settings.patience else 0
