@@ -44,7 +44,7 @@ MATMULS = tuple(name for name in peers.WORKS if name.startswith("matmul"))
 COUNTERPARTS = {name.replace("matmul", "product", 1): name for name in MATMULS}
 """Ours with two secret operands, which is what a peer's "matmul" is."""
 
-OURS_ALONE = ("bert-base 128", "polynomial-bert-base 128")
+OURS_ALONE = ("bert-base 128", "polynomial-bert-base 128", "minilm 512", "bert-large 128", "deit-tiny 224")
 
 WORKS = (*MATMULS, *COUNTERPARTS, *(name for name in peers.WORKS if name not in MATMULS), *OURS_ALONE)
 
@@ -65,6 +65,8 @@ HOW = {
     "bert": "one encoder layer on the client's hidden states, no mask; weights held by the server",
     "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table",
     "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
+    "bert-large": "the same in the shape of BERT-large",
+    "deit-tiny": "pixels of one image to logits, random weights, 197 tokens; nothing but the weights at the server",
     "polynomial-bert-base": "the same in polynomial form, its ranges and polynomials taken from random inputs",
 }
 
@@ -84,7 +86,7 @@ class Job:
 
     @property
     def transformer(self) -> bool:
-        return self.kind in ("bert", "minilm", "bert-base", "polynomial-bert-base")
+        return self.kind in ("bert", "minilm", "bert-base", "bert-large", "deit-tiny", "polynomial-bert-base")
 
     @property
     def elementwise(self) -> bool:
@@ -266,9 +268,13 @@ def minilm(name: str, approximations: str) -> Job:
     return Job(name, inputs, build, expected)
 
 
-def bert_base(name: str, approximations: str) -> Job:
-    """BERT-base of random weights, the same in every process."""
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
+def bert(name: str, approximations: str) -> Job:
+    """BERT-base or BERT-large of random weights, the same in every process."""
     length, polynomial = int(name.split()[1]), name.startswith("polynomial")
+    sizes = LARGE if name.startswith("bert-large") else {}
 
     def model() -> nn.Module:
         from transformers import BertConfig, BertModel
@@ -276,7 +282,7 @@ def bert_base(name: str, approximations: str) -> Job:
         from secure.models.sentence_encoder import SentenceEncoder
 
         torch.manual_seed(0)
-        options: dict[str, Any] = {"initializer_range": TRAINED, "attn_implementation": "eager"}
+        options: dict[str, Any] = {"initializer_range": TRAINED, "attn_implementation": "eager", **sizes}
         found = SentenceEncoder(BertModel(BertConfig(**options)), normalize=False).eval()
         if polynomial:
             polynomialize(found.encoder, Recipe())
@@ -301,7 +307,35 @@ def bert_base(name: str, approximations: str) -> Job:
     return Job(name, ids(0), build, expected)
 
 
+def deit(name: str, approximations: str) -> Job:
+    """DeiT-tiny of random weights on one image, the same in every process."""
+    side = int(name.split()[1])
+
+    def model() -> nn.Module:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        torch.manual_seed(0)
+        shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}
+        found: nn.Module = ViTForImageClassification(ViTConfig(image_size=side, initializer_range=0.072, **shape))
+        return found.eval()
+
+    def image(seed: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))}
+
+    def build(deployment: CircuitDeployment | None = None) -> secure.Compiled:
+        first, *others = (image(seed) for seed in range(1, CALIBRATION + 1))
+        return secure.compile(model(), first, calibration=others, deployment=deployment, approximations=approximations)
+
+    def expected() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model().double()(pixel_values=image(0)["pixel_values"].double()).logits
+        return out
+
+    return Job(name, image(0), build, expected)
+
+
 def make(name: str, approximations: str = "default") -> Job:
     """The work of that name, the same at every call."""
-    makers = {"minilm": minilm, "bert-base": bert_base, "polynomial-bert-base": bert_base}
+    berts = dict.fromkeys(("bert-base", "bert-large", "polynomial-bert-base"), bert)
+    makers = {"minilm": minilm, "deit-tiny": deit, **berts}
     return makers.get(name.split()[0], operation)(name, approximations)
