@@ -104,7 +104,8 @@ def tried(number: int) -> Row:
     try:
         return answered(tiny)
     except secure.Error as error:
-        return Row(tiny.name, tiny.kind, message=str(error).splitlines()[0])
+        said = str(error).splitlines()
+        return Row(tiny.name, tiny.kind, message=f"{said[0]}; {said[-1]}")
     except Exception as error:  # a model that this file makes in a wrong way, or a fault of ours
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Row(

@@ -196,7 +196,7 @@ RELATIVE: Mapping[str, Any] = {
     "pos_att_type": ["c2p", "p2c"],
     "position_biased_input": False,
 }
-GATED = "selects experts by their scores"
+GATED = "has no private protocol"
 VISION = {**SIZES, "image_size": 32, "patch_size": 8, "num_channels": 3}
 STAGED = {"image_size": 32, "num_channels": 3, "num_labels": LABELS}
 BART = {
@@ -297,7 +297,7 @@ CATALOGUE: Sequence[Tiny] = (
     Tiny("BART encoder", "seq2seq", _encoder_of(_made("BartConfig", "BartModel", BART)), text),
     _one(
         "BART seqcls (zero-shot MNLI)", "seq2seq", "Bart", "BartForSequenceClassification", ended, BART,
-        num_labels=LABELS, eos_token_id=VOCABULARY - 1,
+        num_labels=LABELS, eos_token_id=VOCABULARY - 1, refused="aten.unique_consecutive",
     ),
     _one("Marian", "seq2seq", "Marian", "MarianModel", pair, BART, pad_token_id=1, decoder_start_token_id=1),
     _one("Pegasus", "seq2seq", "Pegasus", "PegasusModel", pair, BART),

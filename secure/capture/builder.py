@@ -19,6 +19,20 @@ HUGE = 1.0e30
 """Constants beyond this number stand for infinity."""
 
 
+_OTHERWISE = (
+    "replace it by supported operations, or leave it to the client, before or after the model; docs/architectures.md "
+    "lists models that are known to work"
+)
+
+INSTEAD = {
+    "sort": "mixtures of experts send each token to experts by its scores, which would show them; use a dense model",
+    "unique_consecutive": "let the model take the end of the text by argmax, as CLIP does, or classify by another model",
+    "exp": "exponentials are supported within softmax, sigmoid, tanh and ELU; state-space models need others",
+    "multinomial": "sample outside of the model",
+}
+"""What to do instead of operations that no rule translates, by name."""
+
+
 @dataclass(frozen=True)
 class Norm:
     """The Euclidean norm of a shared value, which exists only as the denominator of an L2 normalization."""
@@ -227,9 +241,7 @@ class Builder:
             if not is_private(found) and (public or target in CLEAR_OPERATIONS or rule is None):
                 return self.clear(target, *args, **kwargs)
             if rule is None:
-                self.unsupported(
-                    "replace it by supported operations, or leave it to the client, before or after the model"
-                )
+                self.unsupported(INSTEAD.get(target.split(".")[1], _OTHERWISE))
         outer, self.operation = self.operation, target
         try:
             return rule.function(self, *args, **kwargs)
