@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from typing import Any
 
 import torch
@@ -147,7 +148,10 @@ def main() -> None:
     report: dict[str, Any] = machine("benchmarks.rounding")
     report["layer"] = [told(2048, bits if bits < 16 else None, n) for bits in o.bits for n in (16, o.repeats)]
     if not o.layer:
-        report["encoder"] = [repeated(o.model, o.length, bits, o.repeats, o.texts) for bits in o.bits]
+        report["encoder"] = []
+        for bits in o.bits:
+            report["encoder"].append(repeated(o.model, o.length, bits, o.repeats, o.texts))
+            print(report["encoder"][-1], file=sys.stderr, flush=True)
     print(json.dumps(report, indent=2))
 
 
