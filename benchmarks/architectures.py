@@ -14,7 +14,6 @@ import json
 import logging
 import multiprocessing
 import time
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,21 +95,22 @@ def compare(answer: Any, expected: Mapping[str, Tensor]) -> Answer:
 
 
 def tried(number: int) -> Row:
-    """Compile a model of the catalogue and ask it, at both spreads."""
-    tiny = CATALOGUE[number]
+    """Compile a model of the catalogue and ask it, at both spreads, in a process of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    return row_of(CATALOGUE[number])
+
+
+def row_of(tiny: Tiny) -> Row:
+    """Return the row of a model: what it answered, or why it was refused."""
     try:
         return answered(tiny)
     except secure.Error as error:
         said = str(error).splitlines()
         return Row(tiny.name, tiny.kind, message=f"{said[0]}; {said[-1]}")
-    except Exception as error:  # a model that this file makes in a wrong way, or a fault of ours
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return Row(
-            tiny.name, tiny.kind, message=f"FAULT {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
-        )
+    except Exception as error:  # a model that the catalogue makes in a wrong way, or a fault of ours
+        return Row(tiny.name, tiny.kind, message=f"FAULT {type(error).__name__}: {error}")
 
 
 def answered(tiny: Tiny) -> Row:

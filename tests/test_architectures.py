@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import architectures
-from benchmarks.architectures import Answer, Row, compare, outputs_of, page
+from benchmarks.architectures import Answer, Row, compare, outputs_of, page, row_of
 from benchmarks.zoo import CATALOGUE, Tiny
 
 if importlib.util.find_spec("transformers") is None:
@@ -42,34 +42,24 @@ OPENED = (  # each by a rule of its own
 REFUSED = ("Longformer encoder", "FNet encoder", "ViT-MAE encoder", "Mamba")
 
 
-def named(name: str) -> tuple[int, Tiny]:
-    (found,) = ((i, tiny) for i, tiny in enumerate(CATALOGUE) if tiny.name == name)
+def named(name: str) -> Tiny:
+    (found,) = (tiny for tiny in CATALOGUE if tiny.name == name)
     return found
 
 
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row is computed as in a process of its own, but leaves this one as it is."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    monkeypatch.setattr(architectures.logging, "disable", lambda _: None)
-    monkeypatch.setattr(architectures.warnings, "simplefilter", lambda _: None)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OPENED)
 def test_models_of_every_rule_compile_and_match_their_float(name: str) -> None:
-    row = architectures.tried(named(name)[0])
+    row = row_of(named(name))
     assert row.good, row
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
 def test_others_are_refused_by_what_is_missing(name: str) -> None:
-    number, tiny = named(name)
-    row = architectures.tried(number)
+    tiny = named(name)
+    row = row_of(tiny)
     assert tiny.refused
     assert tiny.refused in row.message
     assert not row.good

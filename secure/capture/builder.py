@@ -26,7 +26,7 @@ _OTHERWISE = (
 
 INSTEAD = {
     "sort": "mixtures of experts send each token to experts by its scores, which would show them; use a dense model",
-    "unique_consecutive": "let the model take the end of the text by argmax, as CLIP does, or classify by another model",
+    "unique_consecutive": "let the model take the end of the text by argmax, as CLIP does, or use another classifier",
     "exp": "exponentials are supported within softmax, sigmoid, tanh and ELU; state-space models need others",
     "multinomial": "sample outside of the model",
 }
@@ -173,7 +173,7 @@ class Builder:
         if all(isinstance(value, Tensor) for value in found):
             return self._folded(target, args, kwargs)
         if target not in CLEAR_OPERATIONS:
-            self.unsupported("compute it outside of the model, or use other operations")
+            self.unsupported(INSTEAD.get(target.split(".")[1], "compute it outside of the model"))
         if target == "aten.gather.default" and isinstance(args[0], Tensor) and scalar_of(args[0]) is not None:
             return torch.full(shape_of(args[2]), args[0].reshape(-1)[0].item(), dtype=args[0].dtype)
         nodes: list[Node] = []
@@ -207,7 +207,7 @@ class Builder:
         name, _, overload = target.removeprefix("aten.").partition(".")
         operation = getattr(getattr(torch.ops.aten, name, None), overload, None)
         if operation is None:
-            self.unsupported("compute it outside of the model, or use other operations")
+            self.unsupported(INSTEAD.get(target.split(".")[1], "compute it outside of the model"))
         if torch.Tag.nondeterministic_seeded in operation.tags:
             self.unsupported("the model draws random numbers; give them as an input, or use a model that draws none")
         return operation(*args, **kwargs)
