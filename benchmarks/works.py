@@ -315,7 +315,7 @@ def deit(name: str, approximations: str) -> Job:
         from transformers import ViTConfig, ViTForImageClassification
 
         torch.manual_seed(0)
-        shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}
+        shape: dict[str, Any] = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}
         found: nn.Module = ViTForImageClassification(ViTConfig(image_size=side, initializer_range=0.072, **shape))
         return found.eval()
 
