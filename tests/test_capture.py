@@ -179,6 +179,25 @@ def test_vision_transformer() -> None:
     assert all(node.visibility == "shared" for node in graph.nodes if node.op == "linear")
 
 
+def test_one_tensor_given_for_two_inputs() -> None:
+    """They are two inputs all the same: what the model does with each must not be mixed up."""
+
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = self.linear(x) - 2 * y
+            return result
+
+    x = torch.randn(1, 4)
+    model = Difference().eval().requires_grad_(False)
+    graph, parameters = capture(model, {"x": x, "y": x})
+    other = {"x": x, "y": torch.randn(1, 4)}
+    torch.testing.assert_close(run(graph, other, parameters)[0], model(**other))
+
+
 def test_deterministic_and_leaves_the_model_alone() -> None:
     torch.manual_seed(2)
     model = PatchTransformer().train()

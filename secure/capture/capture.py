@@ -63,7 +63,10 @@ def capture(
     for name, value in example_inputs.items():
         if not isinstance(value, Tensor):
             raise InvalidInput(f"the example input {name!r} is a {type(value).__name__}, not a tensor")
-    program = _export(model, dict(example_inputs))
+    apart = {
+        name: value.clone() for name, value in example_inputs.items()
+    }  # torch.export takes one tensor for one input
+    program = _export(model, apart)
     translator = _Translator(program, frozenset(public))
     return translator.graph(), translator.parameters
 
