@@ -103,3 +103,6 @@ Signs = Annotated[tuple[Flag, ...], FailFast(), Field(min_length=1, max_length=E
 
 Name = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
 """A name of a module, a weight or an input. It is printable, because messages show it."""
+
+Text = Annotated[str, Field(max_length=1 << 20), AfterValidator(_printable)]
+"""A printable text that is longer than a name: the settings of a task."""

@@ -364,7 +364,7 @@ def test_pieces_keep_their_texts(directory: Path, batch: int, window: int) -> No
             assert len(pieces) == -(-len(text.split()) // (LENGTH - 2))
             with torch.no_grad():
                 plain = [TinyText().eval()(**piece)[0].double() for piece in pieces]
-            torch.testing.assert_close(answer, Embed().joined(plain, pieces, served), atol=2e-2, rtol=0)
+            torch.testing.assert_close(answer, Embed().joined(plain, pieces, text, served), atol=2e-2, rtol=0)
 
 
 def test_means_are_normalized_where_the_model_normalizes(directory: Path) -> None:

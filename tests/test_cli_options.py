@@ -20,6 +20,7 @@ import secure
 from parties import deployments
 from parties.cli import (
     accuracy,
+    asking,
     certs,
     compare,
     compile,
@@ -104,7 +105,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
         yield session
 
-    for module in (serve, compile, party, embed, demo, profile, plan):
+    for module in (serve, compile, party, asking, demo, profile, plan):
         for name in ("get_ready", "use_threads"):
             if hasattr(module, name):
                 put(module, name)
@@ -129,9 +130,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     for module in (embed, compare, train, accuracy):
         put(module, "model_directory", Path)
     put(party, "write_shares", lambda *_: [])
-    put(embed, "Measurements", SimpleNamespace(add=found.note("add"), show=found.note("show"), check=lambda: None))
+    put(asking, "Measurements", SimpleNamespace(add=found.note("add"), show=found.note("show"), check=lambda: None))
     put(answers, "report")
-    put(answers, "as_json")
+    for name in ("as_json", "report_answers", "answers_as_json"):
+        put(answers, name)
     put(profile, "profiled", lambda *_: ProfileReport(cost, {"deployment": "d"}))
     roles = (RoleDemand("a", 0.1, 0.1), RoleDemand("b", 0.1, 0.1, stored=1))
     put(plan, "demanded", QueryDemand(cost, roles, 1, NETWORKS[0], 0.1, 0.1))
@@ -169,6 +171,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
 FIRST: dict[str, list[str]] = {
     "embed": ["A text."],
+    "classify": ["A text."],
+    "tag": ["A text."],
+    "answer": ["--question", "Who?", "--context", "A text."],
+    "rerank": ["A query.", "A text."],
     "serve": ["--listen", FREE],
     "compile": ["a-model", "{tmp}/compiled"],
     "dealer": ["--listen", FREE],
@@ -190,6 +196,7 @@ WITH: dict[tuple[str, str], list[str]] = {
     ("demo", "images"): ["--digits"],
     **{("demo", name): ["--model", "m"] for name in ("texts", "length", "embedding", "refresh", "precision")},
     ("party", "party_0"): ["--id", "1"],
+    **{(name, "reveal"): ["--task", "classify"] for name in ("serve", "compile", "share-model")},
 }
 """What else is said where an option is tried."""
 
@@ -203,6 +210,8 @@ POSITIONS = {
     ("certs", "roles"): 2,
     ("token", "action"): 1,
     ("token", "name"): 2,
+    ("rerank", "query"): 1,
+    ("rerank", "documents"): 2,
 }
 """Arguments that a command needs anyway, by their places in its line."""
 
@@ -234,6 +243,10 @@ VALUES: dict[str, str] = {
     "embedding": "client-table",
     "gelu": "puma",
     "long": "truncate",
+    "aggregation": "none",
+    "task": "tag",
+    "reveal": "logits",
+    "top_k": "2",
     "approximations": "puma",
     "form": "json",
     "roles": "dealer",

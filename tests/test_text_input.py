@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from parties.cli.asking import _lines
 from parties.cli.console import ERR, OUT
-from parties.cli.embed import _lines
 from parties.cli.options import read_texts
 from secure.errors import InvalidInput
 

@@ -1,4 +1,4 @@
-"""Rows of embeddings as bytes, in the formats of output files: JSON lines, npy and CSV.
+"""Rows of answers as bytes, in the formats of output files: JSON lines, and of embeddings npy and CSV too.
 
 A row is whole or not: its end can be told from its bytes, so rows can be counted in a file whose writer was killed.
 
@@ -14,7 +14,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +50,17 @@ class LineRows(RowFormat):
     """Rows that are lines of text. ``begin``: how a row begins, up to what differs if it holds an error."""
 
     def whole(self, file: BinaryIO) -> Iterator[tuple[int, bool]]:
-        most, index = NUMBER * self.width + 12 * MESSAGE, 0
-        while (line := file.readline(most)).endswith(b"\n") and line.startswith(begin := self.begin(index)):
+        index = 0
+        while (line := file.readline(self.most)).endswith(b"\n") and line.startswith(begin := self.begin(index)):
             yield len(line), line.startswith(begin + self.usable)
             index += 1
 
     usable: ClassVar[bytes]
+
+    @property
+    def most(self) -> int:
+        """The bytes of a row, at most."""
+        return NUMBER * self.width + 12 * MESSAGE
 
     @abstractmethod
     def begin(self, index: int) -> bytes:
@@ -78,6 +83,20 @@ class JsonRows(LineRows):
         usable = json.dumps({"index": index, "embedding": vector.tolist()})
         chosen = usable if error is None else json.dumps({"index": index, "error": error[:MESSAGE]})
         return chosen.encode() + b"\n"
+
+
+class AnswerRows(JsonRows):
+    """A JSON object a line: ``index`` from 0, and ``answer``, whatever its task makes of it, or ``error``."""
+
+    usable: ClassVar[bytes] = b'"answer"'
+
+    @property
+    def most(self) -> int:
+        return 1 << 24
+
+    def row(self, index: int, vector: Any, error: str | None) -> bytes:
+        found = {"answer": vector} if error is None else {"error": error[:MESSAGE]}
+        return json.dumps({"index": index, **found}).encode() + b"\n"
 
 
 class CsvRows(LineRows):
@@ -124,4 +143,7 @@ class NpyRows(RowFormat):
 
 
 FORMATS: dict[str, type[RowFormat]] = {each.suffix: each for each in (JsonRows, NpyRows, CsvRows)}
-"""All formats by the suffixes of their files."""
+"""All formats of embeddings by the suffixes of their files."""
+
+ANSWERS: dict[str, type[RowFormat]] = {AnswerRows.suffix: AnswerRows}
+"""The same of answers that are no embeddings."""

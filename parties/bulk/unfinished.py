@@ -12,15 +12,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from parties.bulk.rows import FORMATS, RowFormat
@@ -32,6 +30,7 @@ KNOWN = 1 << 16  # bytes of a ``.part.json``, at most
 ANEW = "--overwrite begins anew, another --output leaves it alone"
 
 Word = Annotated[str, Field(max_length=200)]
+Formats = Mapping[str, type[RowFormat]]
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -39,7 +38,8 @@ Word = Annotated[str, Field(max_length=200)]
 class Origin:
     """The origin of rows: the Program's digest, its model's name (which stands for the weights), options, and texts.
 
-    long: what was done with long texts. texts, sha256: how many texts were read, and the digest of ``Texts`` over them.
+    long: what was done with long texts, and whatever else decides what rows hold. texts, sha256: how many texts were
+    read, and the digest of ``Texts`` over them.
     """
 
     version: int
@@ -88,10 +88,10 @@ class Texts:
         return chain(kept, coming)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool, formats: Formats = FORMATS) -> None:
     """Raise InvalidInput for an output that cannot be written, or is there already, before anything takes long."""
-    if output.suffix.lower() not in FORMATS:
-        raise InvalidInput(f"--output: {output} has no known suffix", f"one of {', '.join(FORMATS)}")
+    if output.suffix.lower() not in formats:
+        raise InvalidInput(f"--output: {output} has no known suffix", f"one of {', '.join(formats)}")
     for path in (output, *beside(output)):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise InvalidInput(f"--output: {path} is no ordinary file", "give another name")
@@ -149,8 +149,8 @@ class UnfinishedRows:
         self._file.truncate(end)
         self._file.seek(end)
 
-    def add(self, vector: NDArray[np.float64], error: Error | None) -> None:
-        """Append the next row. vector: the embedding; any numbers if there is none, for the reason ``error``."""
+    def add(self, vector: Any, error: Error | None) -> None:
+        """Append the next row. vector: the answer as its format takes it; any if there is none, for ``error``."""
         if self.rows == self._origin.texts:
             self._note()
         reason = None if error is None else printable(str(error)).partition("\n")[0]
@@ -198,16 +198,25 @@ def read_origin(path: Path) -> Origin:
 
 @contextmanager
 def unfinished(
-    output: Path, texts: Iterable[str], *, width: int, program: str, model: str, long: str, overwrite: bool
+    output: Path,
+    texts: Iterable[str],
+    *,
+    width: int,
+    program: str,
+    model: str,
+    long: str,
+    overwrite: bool,
+    formats: Formats = FORMATS,
 ) -> Iterator[UnfinishedRows]:
     """Open the rows of a run, and go on where an earlier one stopped, unless that is to be overwritten.
 
-    ``left`` of the result are the texts whose rows are not there yet. width: the numbers of an embedding. For others
-    see ``Origin``. Raises InvalidInput if what is there cannot be continued, or another process writes it.
+    ``left`` of the result are the texts whose rows are not there yet. width: the numbers of an embedding. formats:
+    those of the answers. For others see ``Origin``. Raises InvalidInput if what is there cannot be continued, or
+    another process writes it.
     """
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, formats=formats)
     rows, _ = beside(output)
-    form = FORMATS[output.suffix.lower()](width)
+    form = formats[output.suffix.lower()](width)
     read = Texts(texts)
     origin = Origin(VERSION, program, model, long, 0, read.sha256)
     with ExitStack() as stack:

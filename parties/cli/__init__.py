@@ -18,7 +18,9 @@ compiled     compiled models: made, kept, found, and what is said of them
 compile      ``unseen compile``
 serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
+asking       what commands that ask a served model have in common
 embed        ``unseen embed``
+tasks        ``unseen classify``, ``tag``, ``answer`` and ``rerank``
 certs        ``unseen certs``
 demo         ``unseen demo``
 main         the commands put together

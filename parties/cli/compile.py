@@ -22,7 +22,10 @@ from parties.cli.options import (
     LengthsOption,
     ModelArgument,
     NetworkOption,
+    RevealOption,
+    TaskOption,
     ThreadsOption,
+    chosen,
     compile_options,
     read_texts,
 )
@@ -48,6 +51,8 @@ def compile_model(
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
+    task: TaskOption = None,
+    reveal: RevealOption = None,
     accept_cosine: AcceptOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -69,9 +74,16 @@ def compile_model(
     say(f"unseen compile: compiling {model} for {deployment.name} ...")
     with stages("compile") as told:
         lengths, batches = tuple(length or ()), tuple(batch or (1,))
-        accept = ACCEPT if accept_cosine is None else accept_cosine
         compilation = Compilation(
-            model, deployment, lengths, tuple(sentences), options, batches, dimensions=dimensions or 0, accept=accept
+            model,
+            deployment,
+            lengths,
+            tuple(sentences),
+            options,
+            batches,
+            dimensions=dimensions or 0,
+            accept=ACCEPT if accept_cosine is None else accept_cosine,
+            **chosen(task, reveal),
         )
         compiled = compilation.run(told)
         told(0, 0, "writing files")

@@ -17,10 +17,12 @@ from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
+from secure.models.settings import settings_of
+from secure.tasks.embed import Embed
 
 FIXED = (
     *("length", "batch", "dimensions", "embedding", "gelu", "approximations"),
-    *("fraction_bits", "network", "answer_bits", "calibration"),
+    *("fraction_bits", "network", "answer_bits", "calibration", "task", "reveal"),
 )
 """Options of the command line that are fixed when a model is compiled."""
 
@@ -84,6 +86,10 @@ def tell(verb: str, model: str, compiled: Compiled) -> None:
     """Say what a query of a compiled model takes, and what its owner should know."""
     for line in filter(None, compiled.about.split("; ")):
         say(f"unseen {verb}: {line}")
+    task, settings = settings_of(compiled.program.labels)
+    if task:
+        said = f"{len(settings.labels)} labels, which clients see; " if settings.labels else ""
+        say(f"unseen {verb}: {model} is for the task {task}: {said}each answer reveals the {settings.reveal}")
     for size in compiled.sizes:
         length = size.program.labels.get("length")
         cost, tokens = size.cost, f", {length} tokens" if length else ""
@@ -145,6 +151,9 @@ def _words(value: Any) -> str:
 def _known(compiled: Compiled, name: str) -> Any:
     """Return the value of an option of the command line with which a model was compiled."""
     options: CompileOptions = compiled.options
+    if name in ("task", "reveal"):
+        task, settings = settings_of(compiled.program.labels)
+        return task or Embed.name if name == "task" else settings.reveal if task else None
     if name in ("length", "batch"):
         least = {"batch": 1}.get(name, 0)
         return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from typer.core import TyperCommand
 
 import secure
 from parties.cli.accuracy import accuracy
+from parties.cli.asking import Asking
 from parties.cli.certs import certs
 from parties.cli.check import check
 from parties.cli.compare import compare
@@ -18,17 +20,21 @@ from parties.cli.config import CommandSettings, ConfigOption, can_show, configur
 from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
 from parties.cli.embed import embed
-from parties.cli.options import for_deployments
+from parties.cli.options import for_deployments, spread
 from parties.cli.party import party, share_model
 from parties.cli.plan import plan
 from parties.cli.profile import profile
 from parties.cli.serve import dealer, serve
+from parties.cli.tasks import answer, classify, rerank, tag
 from parties.cli.timeline import timeline
 from parties.cli.token import token
 from parties.cli.train import train
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
 from secure.errors import Error, InvalidInput
+
+ASKING: tuple[Callable[..., None], ...] = (embed, classify, tag, answer, rerank)
+"""The commands that ask a served model."""
 
 CONTEXTS = {"check": {"allow_extra_args": True, "ignore_unknown_options": True}}
 """Settings of typer for single commands: check takes the options of another command."""
@@ -67,7 +73,7 @@ def app() -> typer.Typer:
     verbs = {
         "demo": for_deployments(demo, COMPILE),
         "check": check,
-        "embed": for_deployments(embed, CONNECT),
+        **{command.__name__: for_deployments(spread(command, Asking), CONNECT) for command in ASKING},
         "serve": for_deployments(serve, COMPILE, SERVE),
         "compile": for_deployments(compile_model, COMPILE),
         "dealer": dealer,

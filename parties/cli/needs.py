@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parties.cli.compiled import fixed_of, require_fixed
-from parties.cli.options import deployment_of, own_options
+from parties.cli.options import chosen, deployment_of, own_options
 from parties.cli.party import addresses_of
 from parties.cli.token import given_token
 from parties.limits.memory import GB, available_memory
@@ -29,7 +29,6 @@ from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import Error, InvalidInput
 from secure.models.text import model_directory
-from secure.tasks.embed import Embed
 
 ASKING = 10.0  # seconds that a server may take to say what it offers
 
@@ -79,7 +78,7 @@ def _deployment(given: Mapping[str, Any], *verbs: str) -> Deployment:
     return deployment_of(chosen, verbs, {name: given.get(name) for name in own_options(verbs, deployments())})
 
 
-def _for_embed(given: Mapping[str, Any]) -> Needs:
+def _for_client(verb: str, given: Mapping[str, Any]) -> Needs:
     deployment = _deployment(given, CONNECT)
     client, *_ = deployment.roles()
     token = given_token(given["token_file"])
@@ -89,7 +88,7 @@ def _for_embed(given: Mapping[str, Any]) -> Needs:
         return WithToken(found, Token(token)) if token else found
 
     return Needs(
-        "embed",
+        verb,
         client.name,
         deployment,
         network,
@@ -126,7 +125,9 @@ def _for_serve(given: Mapping[str, Any]) -> Needs:
 
     def held(each: str) -> str:
         if not is_compiled(each):
-            return f"{model_directory(each)}, to be compiled" if isinstance(task_of(each), Embed) else "to be compiled"
+            task = task_of(each, **chosen(given["task"], given["reveal"]))
+            where = f"{model_directory(each)}, " if task.stored else ""
+            return f"{where}to be compiled for the task {task.name}"
         found = load_compiled(Path(each))
         require_fixed(found, each, fixed)
         return f"compiled on {found.made}, Program {found.program.digest}"
@@ -217,7 +218,7 @@ def _tokens(given: Mapping[str, Any]) -> More:
 
 
 PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {
-    "embed": _for_embed,
+    **{verb: partial(_for_client, verb) for verb in ("embed", "classify", "tag", "answer", "rerank")},
     "serve": _for_serve,
     "dealer": _for_dealer,
     "party": _for_party,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -25,6 +25,8 @@ from secure.deployments.deployment import CompileOptions, Deployment, deployment
 from secure.deployments.self_test import ACCEPT
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
+from secure.models.heads import REVEALED
+from secure.models.settings import REVEALS
 from secure.models.text import PACKAGED
 from secure.models.tokens import LONG, REFUSE, SPLIT, TRUNCATE
 from secure.mpc.budget import GB, Budget
@@ -36,6 +38,8 @@ from secure.tasks.embed import LENGTH
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
 Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 Approximations = StrEnum("Approximations", {a: a for a in APPROXIMATIONS})  # type: ignore[misc]
+TaskName = StrEnum("TaskName", {task: task for task in ("embed", *REVEALED)})  # type: ignore[misc]
+Reveal = StrEnum("Reveal", {form: form for form in REVEALS})  # type: ignore[misc]
 Long = StrEnum("Long", {how: how for how in LONG})  # type: ignore[misc]
 
 MODEL = f"A model directory, or {PACKAGED!r}"
@@ -99,6 +103,18 @@ NetworkOption = Annotated[
 ]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="A text file, one sentence a line, that widens the ranges.")
+]
+TaskOption = Annotated[
+    TaskName | None,
+    typer.Option("--task", help="The task that the model is served for; by default what its config.json says."),
+]
+RevealOption = Annotated[
+    Reveal | None,
+    typer.Option(
+        "--reveal",
+        help="What clients learn of a model with a head: the label (of an answerer, the span) alone, the least and the "
+        "default; probabilities; or the model's logits.",
+    ),
 ]
 DimensionsOption = Annotated[
     int | None,
@@ -314,6 +330,11 @@ DEFAULTS: Mapping[str, Any] = {
 """The values of options about compiling that were not given."""
 
 
+def chosen(task: str | None, reveal: str | None) -> dict[str, Any]:
+    """Read the options about a model's task, as ``Compilation`` and ``task_of`` take them."""
+    return {"task": str(task or ""), "reveal": str(reveal or "")}
+
+
 def along_with_ray(ray: str | None, workers: int | None, *, insecure: bool) -> None:
     """Raise InvalidInput for options of --ray without it, and MissingPackage for --ray without Ray."""
     for name, given in {"--ray-workers": workers is not None, "--ray-insecure": insecure}.items():
@@ -447,6 +468,30 @@ def for_deployments(command: Callable[..., None], *verbs: str, only: type[Deploy
     asked.__annotations__ = {p.name: p.annotation for p in parameters}
     asked.__doc__, asked.__name__ = command.__doc__, command.__name__
     return asked
+
+
+def spread(command: Callable[..., None], group: type[Any]) -> Callable[..., None]:
+    """A command of single options, for one with a parameter of a dataclass that holds them: ``group``.
+
+    The fields' annotations are those of options.
+    """
+    hints, own = get_type_hints(command, include_extras=True), get_type_hints(group, include_extras=True)
+    parameters = list(inspect.signature(command).parameters.values())
+    (place,) = (i for i, p in enumerate(parameters) if hints[p.name] is group)
+    kept = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    name = kept.pop(place).name
+    kept += [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=own[f.name])
+        for f in fields(group)
+    ]
+
+    def single(deployment: Deployment, **given: Any) -> None:
+        command(deployment, **{name: group(**{f.name: given.pop(f.name) for f in fields(group)})}, **given)
+
+    single.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+    single.__annotations__ = {p.name: p.annotation for p in kept}
+    single.__doc__, single.__name__ = command.__doc__, command.__name__
+    return single
 
 
 def _choice(chosen: Sequence[type[Deployment]]) -> inspect.Parameter:

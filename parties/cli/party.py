@@ -27,14 +27,17 @@ from parties.cli.options import (
     LengthOption,
     ModelArgument,
     NetworkOption,
+    RevealOption,
     SameOwnerOption,
     StoreBytesOption,
     StoreKeyOption,
     StoreOption,
+    TaskOption,
     ThreadsOption,
     TlsOption,
     TokensOption,
     VerboseOption,
+    chosen,
     compile_options,
     host_options,
     read_texts,
@@ -68,6 +71,8 @@ def share_model(
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
+    task: TaskOption = None,
+    reveal: RevealOption = None,
     accept_cosine: AcceptOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -85,7 +90,15 @@ def share_model(
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
     lengths, accept = (length,) if length else (), ACCEPT if accept_cosine is None else accept_cosine
     compilation = Compilation(
-        model, deployment, lengths, tuple(sentences), options, (batch or 1,), dimensions=dimensions or 0, accept=accept
+        model,
+        deployment,
+        lengths,
+        tuple(sentences),
+        options,
+        (batch or 1,),
+        dimensions=dimensions or 0,
+        accept=accept,
+        **chosen(task, reveal),
     )
     compiled = made("share-model", compilation, keep=False)
     with stages("share-model") as told:

@@ -38,10 +38,12 @@ from parties.cli.options import (
     RayInsecureOption,
     RayOption,
     RayWorkersOption,
+    RevealOption,
     SameOwnerOption,
     StoreBytesOption,
     StoreKeyOption,
     StoreOption,
+    TaskOption,
     ThreadsOption,
     TlsOption,
     TokensOption,
@@ -50,6 +52,7 @@ from parties.cli.options import (
     WorkersOption,
     along_with_ray,
     budget_of,
+    chosen,
     compile_options,
     host_options,
     read_texts,
@@ -78,7 +81,6 @@ from secure.deployments.self_test import ACCEPT
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED, model_directory
-from secure.tasks.embed import Embed
 
 AlsoOption = Annotated[
     list[str] | None,
@@ -102,6 +104,8 @@ def serve(
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
     calibration: CalibrationOption = None,
+    task: TaskOption = None,
+    reveal: RevealOption = None,
     accept_cosine: AcceptOption = None,
     keep: KeepOption = True,
     state: Annotated[
@@ -189,7 +193,7 @@ def serve(
     if twice := next((each for each in models if models.count(each) > 1), None):
         raise InvalidInput(f"the model {twice} is given twice", "give --length and --batch several times instead")
     for each in models:
-        if each not in kept and isinstance(task_of(each), Embed):
+        if each not in kept and task_of(each, **chosen(task, reveal)).stored:
             model_directory(each)  # a mistake that can be seen before anything is loaded
 
     def check() -> None:
@@ -211,9 +215,16 @@ def serve(
             held.append(kept[each])
         else:
             lengths, batches = tuple(length or ()), tuple(batch or (1,))
-            accept = ACCEPT if accept_cosine is None else accept_cosine
             compilation = Compilation(
-                each, deployment, lengths, tuple(sentences), options, batches, dimensions=dimensions or 0, accept=accept
+                each,
+                deployment,
+                lengths,
+                tuple(sentences),
+                options,
+                batches,
+                dimensions=dimensions or 0,
+                accept=ACCEPT if accept_cosine is None else accept_cosine,
+                **chosen(task, reveal),
             )
             held.append(made("serve", compilation, keep=keep))
     if workers is not None and together:

@@ -1,9 +1,10 @@
-"""The output of ``unseen embed``: answers, what each took, who learnt what. It is the same for every deployment."""
+"""The output of commands that ask: answers, what each took, who learnt what. It is the same for every deployment."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +30,44 @@ def as_json(out: Console, texts: Sequence[str], vectors: Sequence[Tensor], taken
         for text, vector, report in zip(texts, vectors, taken, strict=True)
     ]
     out.file.write(json.dumps(rows) + "\n")
+
+
+def answers_as_json(
+    out: Console, texts: Sequence[str], answers: Sequence[Any], taken: Sequence[Report], order: Sequence[int]
+) -> None:
+    """One row a text, as ``as_json``, with the key "answer": whatever its task makes of it. order: of the rows."""
+    rows = [{"text": texts[i], "answer": answers[i], **taken[i].as_dict()} for i in order]
+    out.file.write(json.dumps(rows) + "\n")
+
+
+def report_answers(
+    out: Console,
+    deployment: Deployment,
+    session: Session,
+    texts: Sequence[str],
+    answers: Sequence[Any],
+    taken: Sequence[Report],
+    words: Callable[[Any], Sequence[str]],
+    order: Sequence[int],
+) -> None:
+    """Every text with its answer in words, and as ``report``. order: of the texts."""
+    last = {id(taken[i]): i for i in order}
+    for i in order:
+        out.print(f"\n{texts[i]!r}", markup=False, style="bold", soft_wrap=True)
+        for line in words(answers[i]):
+            out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        if last[id(taken[i])] == i:
+            for line in lines(taken[i]):
+                out.print(f"  {line}", soft_wrap=True)
+    _around(out, deployment, session)
+
+
+def _around(out: Console, deployment: Deployment, session: Session) -> None:
+    """Say what crossed once, remarks, and who learnt what."""
+    out.print(f"\nonce: {in_words(session.once, ONCE) or 'nothing'}", soft_wrap=True)
+    for line in deployment.remarks(session.program):
+        out.print(line, markup=False, soft_wrap=True)
+    out.print(who_learns(deployment, token_table=bool(session.link.tables)))
 
 
 def report(
@@ -62,10 +101,7 @@ def report(
         unit = torch.nn.functional.normalize(torch.stack(list(vectors)), dim=-1)
         for i, row in enumerate(unit @ unit.T):
             out.print("  " + " ".join(f"{v:7.3f}" for v in row.tolist()) + f"   {texts[i][:40]!r}", markup=False)
-    out.print(f"\nonce: {in_words(session.once, ONCE) or 'nothing'}", soft_wrap=True)
-    for line in deployment.remarks(session.program):
-        out.print(line, markup=False, soft_wrap=True)
-    out.print(who_learns(deployment, token_table=bool(session.link.tables)))
+    _around(out, deployment, session)
 
 
 def lines(taken: Report) -> list[str]:
@@ -89,5 +125,5 @@ def plain(model: str, texts: Sequence[str], length: int, task: Embed) -> list[Te
     with torch.no_grad():
         for text in texts:
             pieces = task.pieces(text, served)
-            out.append(task.joined([encoder(**piece)[0] for piece in pieces], pieces, served))
+            out.append(task.joined([encoder(**piece)[0] for piece in pieces], pieces, text, served))
     return out

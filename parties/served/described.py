@@ -19,6 +19,7 @@ from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
 from secure.lowering.client_inputs import MAXIMUM_BATCH, ClientInput, table_shapes
+from secure.models.settings import settings_of
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
 from secure.progress import Told
@@ -153,6 +154,7 @@ def read_description(
     """
     try:
         program = decode(found.program)
+        settings_of(program.labels)  # checks them
     except InvalidProgram as error:
         raise ProtocolError(f"the Program of {peer.who}: {error}") from None
     pinned = options.program_digest

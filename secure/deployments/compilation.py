@@ -37,7 +37,7 @@ class Compilation:
     lengths: the padded lengths in tokens; none stands for the task's default. sentences: they add to the calibration.
     batches: the inputs of one query; every pair of a length and a batch is compiled. dimensions: the first numbers of
     an embedding that are its answer; 0 for all. accept: the lowest cosine between answers of the compiled model and of
-    the original at which it is accepted, see ``self_test``.
+    the original at which it is accepted, see ``self_test``. task, reveal: see ``task_of``.
     """
 
     model: str
@@ -48,11 +48,13 @@ class Compilation:
     batches: tuple[int, ...] = (1,)
     dimensions: int = 0
     accept: float = ACCEPT
+    task: str = ""
+    reveal: str = ""
 
     @property
-    def task(self) -> Task[Any, Any]:
+    def loader(self) -> Task[Any, Any]:
         """The task that loads the model."""
-        return task_of(self.model, dimensions=self.dimensions)
+        return task_of(self.model, self.task, self.reveal, dimensions=self.dimensions)
 
     def run(self, told: Told = silent) -> Compiled:
         """Load the model, or train it, compile it, and test it; ``told`` hears of progress.
@@ -60,7 +62,7 @@ class Compilation:
         Raises InvalidInput if its answers are not those of the original.
         """
         check_sizes(self.deployment, self.lengths, self.batches)  # before anything takes long
-        loaded = self.task.load(self.model, max(self.lengths, default=0), self.sentences, told)
+        loaded = self.loader.load(self.model, max(self.lengths, default=0), self.sentences, told)
         compiled = build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
         told(0, 0, "comparing the compiled model with the original")
         return self_test(compiled, loaded, self.accept)
@@ -75,9 +77,10 @@ class Compilation:
             "format": FORMAT,
             "versions": [__version__, WIRE_VERSION, sys.version, *map(_version, PACKAGES)],
             "sources": _sources(sys.modules[type(self.deployment).__module__].__file__ or ""),
-            "task": self.task.name,
+            "task": self.loader.name,
+            "reveal": self.reveal,
             "model": Path(self.model).name if self._directory else self.model,
-            "files": _digests(self.task.files(self.model), self._directory),
+            "files": _digests(self.loader.files(self.model), self._directory),
             "lengths": list(self.lengths),
             "sentences": list(self.sentences),
             "deployment": self.deployment.name,

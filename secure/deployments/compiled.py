@@ -21,14 +21,19 @@ from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
 from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
+from secure.models.heads import task_named
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
 from secure.progress import Told, silent
 from secure.session.link import MAXIMUM_LENGTHS, Link, Offer
 from secure.session.session import Session
+from secure.tasks.answer import Answering
+from secure.tasks.classify import Classify
 from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
+from secure.tasks.rerank import Rerank
+from secure.tasks.tag import Tag
 from secure.tasks.task import Loaded, Task
 
 Sample = Mapping[str, Tensor]
@@ -136,10 +141,14 @@ def compile_text_model(
     network: str | None = None,
     answer_bits: int | None = None,
     batch: int | Sequence[int] = 1,
+    task: str = "",
+    reveal: str = "",
 ) -> Compiled:
-    """Load a sentence encoder with its tokenizer, and compile it for texts of up to ``length`` tokens.
+    """Load a text model with its tokenizer, and compile it for texts of up to ``length`` tokens.
 
-    model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package.
+    model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package. task:
+    "embed", "classify", "tag", "answer" or "rerank"; by default what the class of the model says. reveal: what clients
+    get of a model with a head, see ``secure.models.heads``; the least by default.
     calibration: sentences of your own that widen the ranges. batch: the texts of one query, which take the rounds of
     one; a session fills up what a list leaves empty. Of several lengths and batches, every pair is compiled: one server
     offers them all, and a text takes the shortest that holds it. Other arguments and exceptions are those of
@@ -151,7 +160,8 @@ def compile_text_model(
     deployment.check(options, tokens=True)  # before the model is loaded
     lengths, batches = _several(length), _several(batch)
     check_sizes(deployment, lengths, batches)
-    return build(Embed().load(model, max(lengths), calibration), deployment, options, {}, lengths, batches)
+    found = task_of(model, task, reveal).load(model, max(lengths), calibration)
+    return build(found, deployment, options, {}, lengths, batches)
 
 
 def check_sizes(deployment: Deployment, lengths: Sequence[int], batches: Sequence[int]) -> None:
@@ -245,12 +255,29 @@ def _require(deployment: object) -> None:
         raise InvalidInput(f"the deployment is {deployment!r}", "give a value such as secure.TwoParty()")
 
 
-def task_of(model: str, dimensions: int = 0) -> Task[Any, Any]:
-    """Return the task that loads a model of this name. dimensions: see ``Embed``; others raise InvalidInput for any."""
-    found = next((task for task in (Digits(),) if task.knows(model)), None)
-    if found is not None and dimensions:
+def task_of(model: str, task: str = "", reveal: str = "", *, dimensions: int = 0) -> Task[Any, Any]:
+    """Return the task that loads a model of this name or directory.
+
+    task: its name; "" stands for what the model itself says. reveal: what it shall reveal, of a model with a head; ""
+    stands for the task's default. dimensions: see ``Embed``. Raises InvalidInput for a task that there is not, and for
+    ``reveal`` or ``dimensions`` where they mean nothing.
+    """
+    plain: tuple[Task[Any, Any], ...] = (Digits(), Embed(dimensions=dimensions))
+    heads = {kind.name: kind for kind in (Classify, Tag, Answering, Rerank)}
+    named = task or next((each.name for each in plain if each.knows(model)), "") or task_named(model) or Embed.name
+    if dimensions and named != Embed.name:
         raise InvalidInput(f"--dimensions {dimensions}: {model} gives no vectors", "leave it out")
-    return found or Embed(dimensions=dimensions)
+    if named in heads:
+        return heads[named](reveal=reveal)
+    found = next((each for each in plain if each.name == named), None)
+    if found is None:
+        known = ", ".join([*(each.name for each in plain), *heads])
+        raise InvalidInput(f"there is no task {named!r}", f"one of {known}")
+    if reveal:
+        raise InvalidInput(
+            f"{reveal!r} is revealed of models with a head alone, not by the task {named}", "leave it out"
+        )
+    return found
 
 
 def profile(

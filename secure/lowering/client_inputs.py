@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import ConfigDict, Field, with_config
+from pydantic import AfterValidator, ConfigDict, Field, with_config
 from torch import Tensor
 
-from protocols.fields import MAXIMUM_ELEMENTS, Name, Shape, Whole
+from protocols.fields import MAXIMUM_ELEMENTS, Name, Shape, Text, Whole
 from secure.capture.documents import read_tensors, what_is_wrong
 from secure.capture.graph import Graph, check_given, run
 from secure.errors import InvalidInput, InvalidProgram
@@ -23,13 +23,25 @@ EMBEDDINGS = ("one-hot", "client-table")
 MAXIMUM_LENGTH = 1 << 20  # tokens of a text
 MAXIMUM_BATCH = 1 << 10  # inputs of a query
 MAXIMUM_INPUTS = 1 << 8  # of a circuit
+MAXIMUM_LABEL = 512  # characters of a label
 TABLES = "token-tables"  # the label of a Program that holds the digest of the token tables that clients hold
 
 MAXIMUM_WORK = 1 << 26
 """The most elements that all nodes of a client's graph have together: tenths of a second of a client's time."""
 
-Labels = Annotated[dict[Name, Name], Field(max_length=64)]
-"""The texts of a Program that are for people, by name."""
+TASK, SETTINGS = "task", "settings"  # labels of a Program: the task that it was made for, and what that needs
+MAXIMUM_SETTINGS = 1 << 20  # characters of the label SETTINGS; every other label has as many as a name
+
+
+def _short(labels: dict[str, str]) -> dict[str, str]:
+    long = next((name for name, text in labels.items() if name != SETTINGS and len(text) > MAXIMUM_LABEL), None)
+    if long is not None:
+        raise InvalidInput(f"the label {long} has more than {MAXIMUM_LABEL} characters")
+    return labels
+
+
+Labels = Annotated[dict[Name, Text], Field(max_length=64), AfterValidator(_short)]
+"""The texts of a Program that are for people and for its task, by name."""
 
 
 @with_config(ConfigDict(extra="forbid"))

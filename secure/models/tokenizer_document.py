@@ -258,6 +258,13 @@ def _post_processor(kind: str, part: Mapping[str, Any]) -> None:
             "a template of the tokenizer does not hold the text once",
             f"the text, and at most {MAXIMUM_ADDED} special tokens around it",
         )
+    pair = [(name, piece[name].get("id")) for piece in part.get("pair") or [] for name in piece]
+    texts = [of for name, of in pair if name != "SpecialToken"]
+    if len(set(texts)) != len(texts) or (len(pair) - len(texts)) * longest > MAXIMUM_ADDED:
+        raise InvalidInput(
+            "the template of pairs of the tokenizer holds a text twice",
+            f"each text once, and at most {MAXIMUM_ADDED} special tokens around them",
+        )
 
 
 def _model(model: Any) -> dict[str, Any]:

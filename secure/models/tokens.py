@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,33 +73,8 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUS
     Unicode text, or one on which the tokenizer fails, or which it makes GROWTH times longer: the time that this takes
     would tell the tokenizer's maker which words are in it).
     """
-    most = CHARACTERS * length if long == REFUSE else max(CHARACTERS * length, LONGEST)
-    if long == TRUNCATE:
-        text = text[:most]
-    if len(text) > most:
-        raise InputTooLong(
-            f"the text has {len(text)} characters, the limit is {most}",
-            LONGER if long == REFUSE else "divide it into several texts",
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # as Python decodes files and arguments ("surrogateescape")
-            raise InvalidInput("the text holds bytes that are not UTF-8", "encode it in UTF-8") from None
-        raise InvalidInput("the text holds half a surrogate pair, which is no character", "decode it again") from None
-    text = text.lower() if tokenizer.lowercase else text
-    try:
-        normalizer = tokenizer.tokenizer.normalizer
-        grown = len(normalizer.normalize_str(text)) if normalizer is not None else 0
-        pieces = _pieces(tokenizer.tokenizer, text, length, long) if grown <= GROWTH * len(text) + GROWN else []
-    except BaseException as error:  # a library in Rust, which raises a BaseException where it panics
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise InvalidInput("the tokenizer fails on this text", "ask the server's owner") from None
-    if not pieces:
-        raise InvalidInput(
-            f"the tokenizer makes {grown} characters of the text's {len(text)}", "write it without ligatures"
-        )
+    text = checked_text(text, length, long)
+    pieces = guarded(tokenizer, text, lambda ready: _pieces(tokenizer.tokenizer, ready, length, long))
     count = max(len(piece.ids) for piece in pieces)
     if count == sum(pieces[0].special_tokens_mask):
         raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
@@ -117,6 +94,56 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUS
         ids[row, : len(piece.ids)] = torch.tensor(piece.ids, dtype=torch.int64)
         mask[row, : len(piece.ids)] = 1
     return ids, mask
+
+
+def checked_text(text: str, length: int, long: str) -> str:
+    """Return a text, or as much of it as is read before it is truncated.
+
+    Raises InputTooLong and InvalidInput as ``tokenize`` does.
+    """
+    most = CHARACTERS * length if long == REFUSE else max(CHARACTERS * length, LONGEST)
+    if long == TRUNCATE:
+        text = text[:most]
+    if len(text) > most:
+        raise InputTooLong(
+            f"the text has {len(text)} characters, the limit is {most}",
+            LONGER if long == REFUSE else "divide it into several texts",
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # as Python decodes files and arguments ("surrogateescape")
+            raise InvalidInput("the text holds bytes that are not UTF-8", "encode it in UTF-8") from None
+        raise InvalidInput("the text holds half a surrogate pair, which is no character", "decode it again") from None
+    return text
+
+
+def guarded(tokenizer: TextTokenizer, text: str, encode: Callable[[str], list[Encoding]]) -> list[Encoding]:
+    """Return what the tokenizer makes of a text that is checked, in lower case if it wants that.
+
+    Raises InvalidInput where the library fails, and for a text that the tokenizer makes GROWTH times longer.
+    """
+    text = text.lower() if tokenizer.lowercase else text
+    with library_errors():
+        normalizer = tokenizer.tokenizer.normalizer
+        grown = len(normalizer.normalize_str(text)) if normalizer is not None else 0
+        pieces = encode(text) if grown <= GROWTH * len(text) + GROWN else []
+    if not pieces:
+        raise InvalidInput(
+            f"the tokenizer makes {grown} characters of the text's {len(text)}", "write it without ligatures"
+        )
+    return pieces
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Raise InvalidInput where the tokenizers library fails, or panics, without what it says: it may hold the text."""
+    try:
+        yield
+    except BaseException as error:  # a library in Rust, which raises a BaseException where it panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InvalidInput("the tokenizer fails on this text", "ask the server's owner") from None
 
 
 def _pieces(tokenizer: Tokenizer, text: str, length: int, long: str) -> list[Encoding]:

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 
 from secure.errors import HandshakeError, PeerLost
-from secure.lowering.client_inputs import TABLES
+from secure.lowering.client_inputs import SETTINGS, TABLES, TASK
 from secure.models.tokenizer_document import TOKENIZER
 from secure.session.link import ClientProgram, Link, Offer
 
-SAME = ("model", "normalized", TOKENIZER)
+SAME = ("model", "normalized", TASK, SETTINGS, TOKENIZER)
 """The labels of a Program that all sizes of a model have in common."""
 
 

@@ -47,11 +47,16 @@ from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
 from secure.models.prompts import Prompts, prompts_from
-from secure.models.tokens import REFUSE
+from secure.models.settings import settings_of
+from secure.models.tokens import REFUSE, TRUNCATE
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
+from secure.tasks.answer import Answering
+from secure.tasks.classify import Classify
 from secure.tasks.embed import Embed
+from secure.tasks.rerank import Rerank, ranked
+from secure.tasks.tag import SIMPLE, Tag
 from secure.tasks.task import Served, Task, stacked
 
 Given = TypeVar("Given")
@@ -60,6 +65,9 @@ Found = TypeVar("Found")
 
 PACE = 0.1
 """Seconds from a call to its first message. The work before it takes 0.2 ms a text for MiniLM at 128 tokens."""
+
+STEP = 0.01
+"""Seconds in which a client makes answers of what a query gave, where that takes longer for some than for others."""
 
 WINDOW = 256
 """Inputs of a stream that are read, and computed on in the clear, before their queries."""
@@ -212,6 +220,7 @@ class Session:
         Only a failure of a party ends a run at once.
         """
         served = self._served
+        task.fits(served)
         task.check(given, served)
         return self._run(task, served, given)
 
@@ -250,6 +259,7 @@ class Session:
         if retries < 0 or window < 1:
             raise InvalidInput(f"{retries} retries, a window of {window} inputs", "0 retries or more, a window of 1")
         served = self._served
+        task.fits(served)
         whole = -(-window // self.batch) * self.batch  # inputs of a window
 
         def windows() -> Iterator[Sequence[Given]]:
@@ -291,19 +301,25 @@ class Session:
                 computed = [self._clear([places[i][1] for i in query.places], query.size) for query in queries]
                 self._wait(began)
             answers = dict[int, Any]()  # by place, until all of an input are there
-            coming, place = iter(made), 0
-            pieces = next(coming)
+            coming, place = iter(zip(window, made, strict=True)), 0
+            own, pieces = next(coming)
             for at, (query, clear) in enumerate(zip(queries, computed, strict=True)):
                 again = more or any(later.size == query.size for later in queries[at + 1 :])
                 ask = partial(self._answers, clear, task.answer, query.size, ahead=of is None and again)
                 with _naming([numbers[i] for i in query.places], of, task.noun):
                     found = self._retried(ask, query.size, retries)
                 answers |= {i: (answer, self.reports[-1]) for i, answer in zip(query.places, found, strict=True)}
+                came, whole = time.monotonic(), list[tuple[Any, Report]]()
                 while pieces and all(i in answers for i in range(place, place + len(pieces))):
-                    own = [answers.pop(i) for i in range(place, place + len(pieces))]
-                    self.report = own[-1][1]
-                    yield _joined(task, [answer for answer, _ in own], pieces, served)
-                    place, pieces = place + len(pieces), next(coming, [])
+                    parts = [answers.pop(i) for i in range(place, place + len(pieces))]
+                    asked = [piece for _, piece in places[place : place + len(pieces)]]
+                    joined = _joined(task, [answer for answer, _ in parts], asked, own, served)
+                    whole.append((joined, parts[-1][1]))
+                    place, (own, pieces) = place + len(pieces), next(coming, (own, []))
+                if not task.steady:
+                    self._wait(came, STEP)
+                for answer, self.report in whole:
+                    yield answer
             first += len(window)
 
     def _fitted(
@@ -318,7 +334,8 @@ class Session:
     @property
     def _served(self) -> Served:
         labels = self.program.labels
-        return Served(self._link.tokenizer, self.length, labels.get("normalized") == "yes", prompts_from(labels))
+        normalized, (task, settings) = labels.get("normalized") == "yes", settings_of(labels)
+        return Served(self._link.tokenizer, self.length, normalized, prompts_from(labels), task, settings)
 
     @property
     def prompts(self) -> Prompts:
@@ -353,10 +370,13 @@ class Session:
         values: Mapping[str, Any] | Error = _tried(lambda: link.program.clear_values(inputs, link.tables))
         return values
 
-    def _wait(self, began: float) -> None:
-        """Wait for the time at which the first message leaves, after work on values that began at ``began``."""
+    def _wait(self, began: float, least: float | None = None) -> None:
+        """Wait for the time at which the next message leaves, after work on values that began at ``began``.
+
+        least: seconds that the work takes in all, unless it needs more; the session's pace by default.
+        """
         if self._pace:
-            leaves = began + self._pace
+            leaves = began + (least or self._pace)
             while (left := leaves - time.monotonic()) < 0:
                 leaves += leaves - began
             time.sleep(left)
@@ -430,6 +450,47 @@ class Session:
         """
         return list(self.run(Embed(long, prompt), texts))
 
+    def classify(self, inputs: Sequence[Any], *, top_k: int | None = 1, long: str = REFUSE) -> list[Any]:
+        """Classify texts, pairs of texts, or images; return for each {"label", "score"}, the most likely one.
+
+        See ``secure.tasks.classify.Classify`` for what inputs may be and what ``top_k`` gives, and ``embed`` for
+        exceptions. The score is None where the server's owner reveals labels alone.
+        """
+        return list(self.run(Classify(long, top_k=top_k), inputs))
+
+    def tag(self, texts: Sequence[str], *, aggregation: str = SIMPLE, long: str = REFUSE) -> list[Any]:
+        """Find entities in texts; return a list of them for each text. See ``secure.tasks.tag.Tag``."""
+        return list(self.run(Tag(long, aggregation=aggregation), texts))
+
+    def answer(self, question: str | Sequence[str], context: str | Sequence[str], *, long: str = REFUSE) -> Any:
+        """Answer a question from a context: {"answer", "start", "end", "score"}; of several, a list of such.
+
+        question, context: texts, or as many of both. See ``secure.tasks.answer.Answering``.
+        """
+        if isinstance(question, str) and isinstance(context, str):
+            (found,) = self.run(Answering(long), [(question, context)])
+            return found
+        if isinstance(question, str) or isinstance(context, str) or len(question) != len(context):
+            raise InvalidInput("questions and contexts do not belong together", "give two texts, or as many of both")
+        return list(self.run(Answering(long), list(zip(question, context, strict=True))))
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        long: str = TRUNCATE,
+    ) -> list[dict[str, Any]]:
+        """Score documents by how well they answer a query; return {"corpus_id", "score"} of each, the best first.
+
+        These are the answers of ``sentence_transformers.CrossEncoder.rank``. top_k: so many of them alone.
+        return_documents: with the key "text" too. See ``secure.tasks.rerank.Rerank``.
+        """
+        scores = list(self.run(Rerank(long), [(query, document) for document in documents]))
+        return ranked(scores, documents if return_documents else None)[:top_k]
+
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
         self._closed.set()
@@ -480,6 +541,7 @@ def _joined(
     task: Task[Any, Answer],
     answers: Sequence[Answer | Error],
     pieces: Sequence[Mapping[str, Tensor] | Error],
+    given: Any,
     served: Served,
 ) -> Answer | Error:
     """Return the answer to an input from those of its pieces, or the first error among them."""
@@ -490,7 +552,7 @@ def _joined(
         assert not isinstance(piece, Error)  # its answer would be it
         whole.append(answer)
         usable.append(piece)
-    return _tried(lambda: task.joined(whole, usable, served))
+    return _tried(lambda: task.joined(whole, usable, given, served))
 
 
 def _tried(work: Callable[[], Found]) -> Found | Error:

@@ -3,4 +3,9 @@
 task         the base of all tasks
 embed        texts to vectors
 digits       images of digits to the digits
+headed       the base of tasks whose models have a head
+classify     texts and pairs to the names of their classes
+tag          texts to the entities in them
+answer       questions to a part of their context
+rerank       queries and documents to scores
 """

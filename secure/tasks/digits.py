@@ -27,6 +27,7 @@ class Digits(Task[Tensor, int]):
 
     name: ClassVar[str] = NAME
     noun: ClassVar[str] = "image"
+    stored: ClassVar[bool] = False
 
     def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
         """Train the model from scratch, which takes half a minute at most. Raises InvalidInput."""

@@ -94,7 +94,9 @@ class Embed(Task[str, Tensor]):
             return None
         return {name: value[:, :length] for name, value in inputs.items()}
 
-    def joined(self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], served: Served) -> Tensor:
+    def joined(
+        self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: str, served: Served
+    ) -> Tensor:
         if len(answers) == 1:
             return answers[0]
         tokens = torch.stack([piece["attention_mask"].sum() for piece in pieces]).to(answers[0].dtype)

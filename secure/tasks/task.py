@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, printable
 from secure.models.prompts import Prompts
+from secure.models.settings import NONE, TaskSettings
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 
@@ -28,13 +29,16 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 class Served:
     """The parts of a served model that a task may use: its tokenizer, if it takes text, and its padded length.
 
-    normalized: the model's answers are vectors of length 1. prompts: what clients may put before their texts.
+    normalized: the model's answers are vectors of length 1. prompts: what clients may put before their texts. task: the
+    name of the task that it was made for; "" if its Program names none. settings: those of that task.
     """
 
     tokenizer: TextTokenizer | None
     length: int
     normalized: bool = False
     prompts: Prompts = field(default_factory=Prompts)
+    task: str = ""
+    settings: TaskSettings = NONE
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,6 +89,8 @@ class Task(ABC, Generic[Given, Answer_co]):
 
     name: ClassVar[str]
     noun: ClassVar[str] = "input"  # for one of several inputs, in messages
+    stored: ClassVar[bool] = True  # its models are directories, or packages that hold one
+    steady: ClassVar[bool] = True  # ``joined`` takes the same time whatever the answers say
 
     def knows(self, model: str) -> bool:
         """True if only this task can load a model of this name. Directories and other names are text models."""
@@ -100,6 +106,14 @@ class Task(ABC, Generic[Given, Answer_co]):
     @abstractmethod
     def files(self, model: str) -> Iterable[Path]:
         """Return all files that ``load`` may read for a model; none if it follows from the name alone."""
+
+    def fits(self, served: Served) -> None:
+        """Raise InvalidInput if the served model was made for another task."""
+        if served.task not in ("", self.name):
+            raise InvalidInput(
+                f"this server's model is for the task {printable(served.task)[:40]!r}, not for {self.name!r}",
+                f"unseen {printable(served.task)[:40]}, or ask another server",
+            )
 
     def check(self, given: Sequence[Given], served: Served) -> None:
         """Raise InvalidInput if the served model does not fit the task, or ``given`` as a whole is no input."""
@@ -122,7 +136,9 @@ class Task(ABC, Generic[Given, Answer_co]):
         """
         return None
 
-    def joined(self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], served: Served) -> Answer_co:
+    def joined(
+        self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], given: Given, served: Served
+    ) -> Answer_co:
         """Make one answer of those of an input's pieces, which are as many and in the same order."""
         found: Answer_co
         (found,) = answers

@@ -1,0 +1,134 @@
+"""The commands ``unseen classify``, ``tag``, ``answer`` and ``rerank``: what models with a head are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parties.cli.asking import Asking, Question, TextsArgument, ask, in_words
+from parties.cli.options import Long, LongOption
+from secure.deployments.deployment import Deployment
+from secure.models.tokens import REFUSE, TRUNCATE
+from secure.tasks.answer import Answering
+from secure.tasks.classify import Classify
+from secure.tasks.rerank import Rerank, ranked
+from secure.tasks.tag import AGGREGATIONS, SIMPLE, Tag
+
+# Enums for typer's choices; their members come from the library.
+Aggregation = StrEnum("Aggregation", {a: a for a in AGGREGATIONS})  # type: ignore[misc]
+Cut = StrEnum("Cut", {how: how for how in (REFUSE, TRUNCATE)})  # type: ignore[misc]
+
+CutOption = Annotated[
+    Cut,
+    typer.Option(
+        "--long", help=f"What becomes of texts with more tokens than the served length: {REFUSE}, {TRUNCATE}."
+    ),
+]
+
+
+def classify(
+    deployment: Deployment,
+    asking: Asking,
+    texts: TextsArgument = None,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Show so many classes of each text, the likeliest first, if the server tells.")
+    ] = 1,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="TEXTS, or those of --input, are names of image files: PNG, JPEG, WEBP, BMP."),
+    ] = False,
+    long: CutOption = Cut[REFUSE],
+) -> None:
+    """Classify texts or images that the servers never see."""
+    task = Classify(str(long), top_k=top_k)
+    give: Callable[[str], Any] = Path if images else str
+    asked = Question("classify", task, in_words(deployment, _classes), give=give, long=str(long))
+    ask(asked, deployment, asking, texts)
+
+
+def _classes(found: Any) -> list[str]:
+    return [f"{each['label']}{_score(each)}" for each in (found if isinstance(found, list) else [found])]
+
+
+def _score(found: Any) -> str:
+    return "" if found["score"] is None else f"   {found['score']:.4f}"
+
+
+def tag(
+    deployment: Deployment,
+    asking: Asking,
+    texts: TextsArgument = None,
+    aggregation: Annotated[
+        Aggregation, typer.Option(help="simple: neighbouring tokens of one label together; none: each token alone.")
+    ] = Aggregation[SIMPLE],
+    long: LongOption = Long[REFUSE],
+) -> None:
+    """Find entities in texts that the servers never see."""
+    task = Tag(str(long), aggregation=str(aggregation))
+    ask(Question("tag", task, in_words(deployment, _entities), long=str(long)), deployment, asking, texts)
+
+
+def _entities(found: Sequence[Any]) -> list[str]:
+    lines = []
+    for each in found:
+        kind = each.get("entity_group", each.get("entity"))
+        lines.append(f"{each['start']:>5} to {each['end']:<5} {kind}   {each['word']!r}{_score(each)}")
+    return lines or ["no entity"]
+
+
+def answer(
+    deployment: Deployment,
+    asking: Asking,
+    question: Annotated[str, typer.Option(help="The question.")],
+    contexts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--context", help="A text that holds the answer; none: one a line from standard input, or those of --input."
+        ),
+    ] = None,
+    long: LongOption = Long[REFUSE],
+) -> None:
+    """Answer a question by a part of a context. The servers see neither."""
+    asked = Question(
+        "answer",
+        Answering(str(long)),
+        in_words(deployment, lambda found: [f"{found['answer']!r}{_score(found)}"]),
+        give=lambda context: (question, context),
+        also=question,
+        long=str(long),
+        texts="context",
+        given="--context",
+    )
+    ask(asked, deployment, asking, contexts)
+
+
+def rerank(
+    deployment: Deployment,
+    asking: Asking,
+    query: Annotated[str, typer.Argument(help="The query.")],
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(help="Documents; none: one a line from standard input, or those of --input."),
+    ] = None,
+    long: CutOption = Cut[TRUNCATE],
+) -> None:
+    """Sort documents by how well they answer a query. The servers see neither. A file has its scores in its order."""
+
+    def best_first(found: Sequence[Any]) -> list[int]:
+        return [each["corpus_id"] for each in ranked(found)]
+
+    asked = Question(
+        "rerank",
+        Rerank(str(long)),
+        in_words(deployment, lambda found: [f"{found:.4f}"], best_first),
+        give=lambda document: (query, document),
+        also=query,
+        long=str(long),
+        texts="document",
+        given="documents as arguments",
+    )
+    ask(asked, deployment, asking, documents)
