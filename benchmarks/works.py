@@ -315,8 +315,9 @@ def deit(name: str, approximations: str) -> Job:
         from transformers import ViTConfig, ViTForImageClassification
 
         torch.manual_seed(0)
-        shape: dict[str, Any] = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}
-        found: nn.Module = ViTForImageClassification(ViTConfig(image_size=side, initializer_range=0.072, **shape))
+        shape: dict[str, Any] = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+        shape |= {"image_size": side, "initializer_range": 0.072, "num_labels": 1000}
+        found: nn.Module = ViTForImageClassification(ViTConfig(**shape))
         return found.eval()
 
     def image(seed: int) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ INSTEAD = {
     "exp": "exponentials are supported within softmax, sigmoid, tanh and ELU; state-space models need others",
     "multinomial": "sample outside of the model",
 }
-"""What to do instead of operations that no rule translates, by name."""
+"""Hints for operations that no rule translates, by name: other ways to the same end."""
 
 
 @dataclass(frozen=True)
