@@ -84,10 +84,14 @@ def lower_sizes(
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of all of them.
 
     So the traces have the same primitives, and read the same weights. Arguments and exceptions are those of
-    ``lower_model``. Raises InvalidInput too if the module's graph depends on the size.
+    ``lower_model``. Raises InvalidInput too if the module's graph depends on the size, and for weights, or
+    values on a sample, that are NaN or infinite.
     """
     told(0, 0, "capturing the model")
     captured = [capture(model, size.example) for size in sizes]
+    for name, value in model.named_parameters():  # those that the graph reads; a buffer may hold a mask of infinities
+        if name in captured[0][1] and not bool(value.isfinite().all()):
+            raise InvalidInput(f"the weight {name!r} holds values that are NaN or infinite", "the model is damaged")
     if any([n.op for n in graph.nodes] != [n.op for n in captured[0][0].nodes] for graph, _ in captured):
         raise InvalidInput("the model computes in another way at another size", "compile it for each size on its own")
     made = [

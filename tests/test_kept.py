@@ -397,8 +397,11 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "sentences", replace(compilation, sentences=("One.",))
     yield "two sentences", replace(compilation, sentences=("One.", "Two."))
     yield "one of two", replace(compilation, sentences=("One.Two.",))
+    yield "dimensions", replace(compilation, dimensions=4)
+    yield "accepted cosine", replace(compilation, accept=0.5)
     assert {f.name for f in dataclasses.fields(Compilation)} == {
-        *("model", "deployment", "lengths", "sentences", "options", "batches")
+        *("model", "deployment", "lengths", "sentences", "options", "batches"),
+        *("dimensions", "accept"),
     }  # another one needs a line here
 
 
@@ -732,7 +735,7 @@ def test_every_stage_of_compiling_is_told(directory: Path, monkeypatch: pytest.M
     stages = list(dict.fromkeys(what for *_, what in told))
     assert stages == [
         *("loading the model", "capturing the model", "observing ranges", "lowering", "calibrating"),
-        *("emitting the Program", "encoding the weights"),
+        *("emitting the Program", "encoding the weights", "comparing the compiled model with the original"),
     ]
     for stage in ("observing ranges", "calibrating"):
         counts = [(done, total) for done, total, what in told if what == stage]

@@ -125,6 +125,11 @@ class Lowering:
             elif node.visibility == "shared":
                 with self._trace.within(node.path):
                     self._symbols[node.id] = self._lower(node)
+                if node.id in self.seen.broken:  # after what the operation itself says of its range
+                    raise InvalidInput(
+                        f"module {node.path!r}: {node.op} gives values that are NaN or infinite on a calibration input",
+                        "look at that input, or at the model in floating point",
+                    )
         named = dict(zip(self.graph.names, self.graph.outputs, strict=True))
         outputs = {name: self._symbols[output] for name, output in named.items() if output in self._symbols}
         if not outputs:

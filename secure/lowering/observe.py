@@ -10,7 +10,6 @@ from torch import Tensor
 
 from secure.capture.graph import MASKED, Graph, Node, run
 from secure.capture.operation import OPERATIONS
-from secure.errors import InvalidInput
 
 
 @dataclass
@@ -19,17 +18,20 @@ class Observed:
 
     measured: the smallest and the largest entry of the tensor that an operation observes (`Operation.observes`).
     magnitude: the largest absolute entry of a node's value. highest: its largest entry, if that is positive, else 0.
+    broken: the nodes whose values were NaN or infinite on an input.
     """
 
     measured: dict[int, tuple[float, float]] = field(default_factory=dict)
     magnitude: dict[int, float] = field(default_factory=dict)
     highest: dict[int, float] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
 
     @classmethod
     def united(cls, parts: Sequence[Observed]) -> Observed:
         """Return the ranges that hold those of all parts, which are of graphs with the same nodes."""
         whole = cls()
         for part in parts:
+            whole.broken |= part.broken
             for node, (low, high) in part.measured.items():
                 least, most = whole.measured.get(node, (low, high))
                 whole.measured[node] = min(least, low), max(most, high)
@@ -39,13 +41,7 @@ class Observed:
 
 
 def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
-    """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges.
-
-    Raises InvalidInput for parameters, and for values met, that are NaN or infinite: nothing could be said of a range.
-    """
-    for name in sorted(parameters):
-        if parameters[name].is_floating_point() and not bool(parameters[name].isfinite().all()):
-            raise InvalidInput(f"the weight {name!r} holds values that are NaN or infinite", "the model is damaged")
+    """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges."""
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
         if node.visibility == "shared" and OPERATIONS[node.op].measure is not None:
@@ -56,10 +52,7 @@ def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: M
         if value.is_floating_point() and value.numel():
             magnitude = float(value.abs().max())
             if node.visibility == "shared" and not math.isfinite(magnitude):
-                raise InvalidInput(
-                    f"module {node.path!r}: {node.op} gives values that are NaN or infinite on a calibration input",
-                    "look at that input, or at the model in floating point",
-                )
+                seen.broken.add(node.id)
             seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), magnitude)
             seen.highest[node.id] = max(seen.highest.get(node.id, 0.0), float(value.max()))
         for reader in readers.get(node.id, ()):
