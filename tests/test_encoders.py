@@ -24,7 +24,7 @@ from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.models import text as text_module
 from secure.models.calibration import REPEATED, SENTENCES
-from secure.models.pooling import POOLINGS, WEIGHTS, pool
+from secure.models.pooling import POOLINGS, pool
 from secure.models.prompts import Prompts, prompts_from, read_prompts
 from secure.models.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from secure.models.text import calibration_inputs, load_text_model, text_inputs
@@ -106,7 +106,7 @@ def test_poolings(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", [*WEIGHTS, "cls"])
+@pytest.mark.parametrize("name", POOLINGS)
 def test_poolings_are_captured(name: str, directory: Path) -> None:
     """All that follows from the mask is the client's."""
     model = SentenceEncoder(load_sentence_encoder(directory).encoder, pooling=(name, "cls"))
@@ -312,6 +312,9 @@ def test_only_the_encoder_of_t5_is_loaded(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = original.encoder(input_ids=ids).last_hidden_state.mean(1)
         torch.testing.assert_close(model(ids, torch.ones_like(ids)), expected)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    graph, parameters = capture(model, given)
+    torch.testing.assert_close(run(graph, given, parameters)[0], expected, atol=1e-5, rtol=1e-4)
 
 
 # prompts
