@@ -235,6 +235,10 @@ class Take(_Shaped):
         (axis,) = _axes((self.dim,), x)
         return (*x[:axis], windows.check_runs(self.runs, x[axis]), *x[axis + 1 :])
 
+    def memory(self) -> int:
+        """Return the bytes of the result and of the index, as large as it at most."""
+        return 16 * count(self.shape)
+
 
 @dataclass(frozen=True)
 class Windowed:
@@ -256,7 +260,12 @@ class Windowed:
         return Wire(self.shape, self.ring)
 
     def validate(self) -> None:
-        _ = self.window
+        if len(self.shape) != 2 + len(self.window.kernel):
+            raise ValueError(f"patches of the shape {self.shape} under a window of {len(self.kernel)} dimensions")
+
+    def memory(self) -> int:
+        """Return the bytes of the patches, and of what they are taken of with its padding."""
+        return 8 * (count(self.shape) + self.window.room(self.shape))
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         return self.window.shape(operands[0])

@@ -49,8 +49,19 @@ def check_runs(runs: Sequence[Run], size: int) -> int:
     return total
 
 
-@lru_cache(maxsize=256)
+CACHED = 1 << 16  # entries of an index that is kept for the next query, at most
+
+
 def _index(runs: tuple[Run, ...]) -> Tensor:
+    return _kept_index(runs) if sum(count for *_, count in runs) <= CACHED else _made_index(runs)
+
+
+@lru_cache(maxsize=256)
+def _kept_index(runs: tuple[Run, ...]) -> Tensor:
+    return _made_index(runs)
+
+
+def _made_index(runs: tuple[Run, ...]) -> Tensor:
     start, step, count = np.array(runs, dtype=np.int64).T
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     return torch.from_numpy(np.repeat(start, count) + np.repeat(step, count) * within)
@@ -91,7 +102,17 @@ class Window:
             if (room := size + 2 * padding - dilation * (kernel - 1)) < 1:
                 raise ValueError(f"a window of {kernel} entries does not fit into {size} and {padding} on each side")
             places.append(-(-room // stride))
+        if (padded := math.prod(x[:2]) * math.prod(n + 2 * p for n, p in zip(x[2:], self.padding, strict=True))) > (
+            MAXIMUM_ELEMENTS
+        ):
+            raise ValueError(f"{padded} elements with padding, more than {MAXIMUM_ELEMENTS}")
         return (x[0], *places, x[1] * math.prod(self.kernel))
+
+    def room(self, shape: Shape) -> int:
+        """Return the most elements that patches of this shape are taken of, padding included."""
+        sizes = zip(shape[1:-1], self.kernel, self.stride, self.dilation, strict=True)
+        channels = shape[-1] // math.prod(self.kernel)
+        return shape[0] * channels * math.prod(places * s + d * (k - 1) for places, k, s, d in sizes)
 
     def patches(self, x: Tensor) -> Tensor:
         """Return (batch, places in each dimension, channels * entries of the window) of (batch, channels, sizes)."""

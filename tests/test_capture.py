@@ -16,6 +16,7 @@ from secure.capture.capture import capture
 from secure.capture.clear_operations import CLEAR_OPERATIONS
 from secure.capture.graph import Graph, Node, run
 from secure.capture.operation import OPERATIONS
+from secure.cost.outline import outline
 from secure.errors import InvalidInput, UnsupportedOperation
 
 
@@ -581,3 +582,83 @@ def test_moves_of_what_the_client_knows_stay_in_the_clear() -> None:
 
     graph = check(Model(), {"x": torch.randn(4, 5)})
     assert not {"take", "amax"} & set(graph.counts())
+
+
+class Sums(nn.Module):
+    """A sum that no softmax reads, with summands as low as a mask's numbers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(4, 2)
+        self.register_buffer("low", torch.tensor([-60000.0, 3.0]))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.layer(x)
+        if self.how == "buffer":
+            return h + self.low
+        if self.how == "constant":
+            return h + torch.tensor([-20000.0, 1.0])
+        return h - y if self.how == "difference" else h + y
+
+
+@pytest.mark.parametrize("how", ["buffer", "constant", "difference", "sum"])
+def test_ordinary_summands_are_no_masks(how: str) -> None:
+    """They were cut off at the depth of a softmax: 100 and 20,000 both came out as about 32."""
+    torch.manual_seed(0)
+    samples = [
+        {"x": torch.randn(1, 4), "y": torch.tensor([[100.0, 20000.0]]) * (1 if how == "difference" else -1)}
+        for _ in range(4)
+    ]
+    model = Sums(how).eval()
+    compiled = secure.compile(model, samples[0], calibration=samples[1:])
+    answer = secure.insecure_in_process(compiled).query(samples[1])
+    with torch.no_grad():
+        torch.testing.assert_close(answer.float(), model(**samples[1]), atol=2e-2, rtol=0)
+
+
+class Several(nn.Module):
+    """One result of both parties, one of the client's and one of the server's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"mine": 2 * x, "both": self.layer(x), "theirs": self.layer.weight * 2}
+
+
+def test_results_of_one_party_are_left_out_and_named() -> None:
+    compiled = secure.compile(Several().eval(), {"x": torch.randn(1, 4)}, calibration=[{"x": torch.randn(1, 4)}])
+    assert list(compiled.program.output_shapes) == ["both"]
+    assert compiled.program.labels["left-out"] == "mine, theirs"
+
+
+class Token(nn.Module):
+    """A class token before the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layer = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.token, self.layer(x)], 1)
+
+
+def test_a_class_token_needs_no_weights_for_an_outline() -> None:
+    assert outline(Token().eval(), {"x": torch.randn(1, 3, 4)}).cost.rounds > 0
+
+
+def test_a_place_out_of_range_is_clamped() -> None:
+    class Row(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+        def forward(self, x: Tensor, i: Tensor) -> Tensor:
+            return (x @ self.weight)[0].index_select(0, i)
+
+    x = torch.randn(1, 3, 4)
+    graph, parameters = capture(Row().eval(), {"x": x, "i": torch.tensor([1])})
+    for i, row in ((7, 2), (-9, 0), (-1, 2)):
+        (found,) = run(graph, {"x": x, "i": torch.tensor([i])}, parameters)
+        torch.testing.assert_close(found[0], x[0, row])

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.windows import Window, check_runs, runs_of, take
+from protocols import local, windows
+from protocols.windows import CACHED, Window, check_runs, runs_of, take
 
 
 @given(st.lists(st.integers(-1, 9), min_size=1, max_size=40))
@@ -50,3 +51,22 @@ def test_patches_make_convolutions(kernel: int, stride: int, padding: int, dilat
     window = Window(*((v, v) for v in (kernel, stride, padding, dilation)))
     ours = (window.patches(x) @ w.reshape(5, -1).T).permute(0, 3, 1, 2)
     torch.testing.assert_close(ours, torch.conv2d(x, w, None, stride, padding, dilation))
+
+
+def test_padding_is_bounded_and_counted_before_it_is_made() -> None:
+    """A window of little output may be taken of anything, with its padding."""
+    wide = {"kernel": (1,) * 3, "stride": (4096,) * 3, "padding": (4096,) * 3, "dilation": (1,) * 3}
+    with pytest.raises(ValueError, match="with padding, more than"):
+        local.Patches((1, 3, 3, 3, 1), 32, **wide).shape_of([(1, 1, 1, 1, 1)], {})
+    flat = {"kernel": (1,) * 2, "stride": (4096,) * 2, "padding": (4096,) * 2, "dilation": (1,) * 2}
+    patches = local.Patches((1, 3, 3, 1), 32, **flat)
+    assert patches.shape_of([(1, 1, 1, 1)], {}) == (1, 3, 3, 1)
+    assert patches.memory() >= 8 * (1 + 2 * 4096) ** 2
+
+
+def test_large_indices_are_not_kept() -> None:
+    before = windows._kept_index.cache_info().currsize
+    runs = tuple((i, 1, CACHED // 4) for i in range(8))
+    assert take(torch.arange(CACHED), 0, runs).shape == (2 * CACHED,)
+    assert windows._kept_index.cache_info().currsize == before
+    assert local.Take((2 * CACHED,), 32, 0, runs).memory() >= 16 * 2 * CACHED

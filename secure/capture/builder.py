@@ -117,7 +117,7 @@ class Builder:
         self.takes_masks = False  # whether the target's result is read by softmax alone, which ignores masked entries
         self._known: dict[str, Node] = {}  # clear operations and constants already there
         self._huge: set[int] = set()  # clear nodes that may hold an "infinite" value
-        self._deep: set[int] = set()  # constants that are additive masks
+        self._deep: set[int] = set()  # public and server nodes that hold additive masks
 
     def add(
         self, op: str, inputs: Sequence[Node], attrs: dict[str, Any], shape: Sequence[int], kind: str, visibility: str
@@ -195,6 +195,8 @@ class Builder:
         visibility = result_visibility("clear", [node.visibility for node in nodes])
         result = evaluate_clear(attrs, [placeholder(node) for node in nodes], torch.float32)
         node = self.add("clear", nodes, attrs, result.shape, kind_of(result.dtype), visibility)
+        if self.takes_masks and any(operand.id in self._deep for operand in nodes):
+            self._deep.add(node.id)
         huge = any(isinstance(v, float) and abs(v) >= HUGE for v in (*args, *kwargs.values()))
         if huge or any(operand.id in self._huge for operand in nodes):
             self._huge.add(node.id)
@@ -299,14 +301,13 @@ class Builder:
         if not is_private((a, b)):
             return self.clear("aten.add.Tensor", a, b)
         a, b = self.finite(a), self.finite(b)
-        (rest, mask), (other, its) = self._without_mask(a), self._without_mask(b)
-        masks = [found for found in (mask, its) if found is not None]
-        if masks and (len(masks) > 1 or not (rest is None or other is None)):
-            rests = [found for found in (rest, other) if found is not None]
-            total = masks[0] if len(masks) == 1 else self.plus(*masks)
-            if not rests:
-                return total
-            return self.shared("add", rests[0] if len(rests) == 1 else self.plus(*rests), total)
+        if self.takes_masks:
+            (rest, mask), (other, its) = self._without_mask(a), self._without_mask(b)
+            masks, rests = ([v for v in found if v is not None] for found in ((mask, its), (rest, other)))
+            if masks and rests:
+                whole = rests[0] if len(rests) == 1 else self.plus(*rests)
+                total = masks[0] if len(masks) == 1 else self.plus(*masks)
+                return self.shared("add", whole, total, mask=True)
         if scalar_of(a) is not None:
             a, b = b, a
         number = scalar_of(b)
@@ -315,22 +316,20 @@ class Builder:
         return self.shared("add", a, b)
 
     def _without_mask(self, value: Value) -> tuple[Value | None, Value | None]:
-        """Split a summand into the rest and the additive mask in it; None for what is not there.
+        """Split a summand of scores into the rest and the additive mask in it; None for what is not there.
 
-        The client adds masks, or everybody knows them. Those of several sources then meet in the clear, and are added
-        last, to whole scores: that is where they are cut off at the depth that a softmax needs.
+        Masks of several sources then meet in the clear, and are added last, to whole scores: that is where they are cut
+        off at the depth that a softmax needs.
         """
         if self._is_mask(value):
             return None, value
-        if not isinstance(value, Node) or value.op != "add" or len(value.inputs) != 2:
-            return value, None
-        first, second = (self.nodes[i] for i in value.inputs)
-        if self._is_mask(first) == self._is_mask(second):
-            return value, None
-        return (second, first) if self._is_mask(first) else (first, second)
+        if isinstance(value, Node) and value.op == "add" and value.attrs.get("mask"):
+            rest, mask = (self.nodes[i] for i in value.inputs)
+            return rest, mask
+        return value, None
 
     def _is_mask(self, value: Value) -> bool:
-        """True if a summand is the client's, or holds the numbers of a mask that everybody knows."""
+        """True if a summand of scores is the client's, or holds numbers of a mask that everybody knows."""
         if isinstance(value, Node):
             return value.visibility == "client" or value.id in self._deep
         return isinstance(value, Tensor) and _is_deep(value)

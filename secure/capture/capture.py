@@ -322,5 +322,7 @@ def _is_mask_of(user: torch.fx.Node, node: torch.fx.Node) -> bool:
 
 
 def _is_of_masks(target: str) -> bool:
+    if target == "aten.argmax.default":
+        return True
     operation = RULES[target].operation if target in RULES else None
     return operation is not None and operation.takes_masks

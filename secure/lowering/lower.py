@@ -32,7 +32,8 @@ class Lowered:
 
     outputs: the results by name, in their order, without those that one party computes alone: what follows from the
     client's input it knows, and what follows from the server's weights is not for clients. clamps: the inputs that are
-    additive masks, each with the magnitude down to which its negative values are kept.
+    additive masks, each with the magnitude down to which its negative values are kept. left_out: names of the other
+    results.
     """
 
     trace: Trace
@@ -41,6 +42,7 @@ class Lowered:
     client_graph: Graph
     client_inputs: list[ClientInput]
     clamps: dict[str, float]
+    left_out: tuple[str, ...] = ()
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -138,6 +140,7 @@ class Lowering:
                 "model needs no protocol",
                 "compute it in the clear",
             )
+        left_out = tuple(name for name in named if name not in outputs)
         client_graph = _subgraph(self.graph, self._client_outputs)
         client_inputs = [spec for spec, _ in self._client_inputs.values()]
         for node in client_graph.nodes:
@@ -147,7 +150,7 @@ class Lowering:
             except InvalidProgram as error:
                 message = f"of its inputs alone a client does not compute this: {str(error).partition(chr(10))[0]}"
                 raise self.unsupported(node, message, "compute it before the model, as one of its inputs") from None
-        return Lowered(self._trace, outputs, self._weights, client_graph, client_inputs, self._clamps)
+        return Lowered(self._trace, outputs, self._weights, client_graph, client_inputs, self._clamps, left_out)
 
     def _evaluate(self, node: Node) -> Tensor:
         if node.op == "parameter":

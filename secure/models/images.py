@@ -77,6 +77,8 @@ def _pillow() -> Any:
 def _opened(given: Any) -> Any:
     """Return an image whose pixels are bounded, upright, in grey or colour."""
     library = _pillow()
+    from PIL import ImageOps
+
     if isinstance(given, library.Image):
         image = given
         _check_pixels(image)
@@ -87,6 +89,8 @@ def _opened(given: Any) -> Any:
             image = library.open(io.BytesIO(payload), formats=KINDS)
             _check_pixels(image)
             image.load()
+            upright: Any = ImageOps.exif_transpose(image)
+            return upright
         except InvalidInput:
             raise
         except OSError as error:
@@ -94,9 +98,7 @@ def _opened(given: Any) -> Any:
             raise InvalidInput(f"an image cannot be read: {reason}", f"a file of the kind {', '.join(KINDS)}") from None
         except (ValueError, SyntaxError, ArithmeticError, LookupError, MemoryError, library.DecompressionBombError):
             raise InvalidInput("an image file is damaged", f"a file of the kind {', '.join(KINDS)}") from None
-    from PIL import ImageOps
-
-    upright: Any = ImageOps.exif_transpose(image)
+    upright = ImageOps.exif_transpose(image)
     return upright
 
 

@@ -97,17 +97,23 @@ def encode(
             f"{held} tokens of the first text and {length - room} special ones leave no room in {length}",
             "shorten the first text, or serve a greater length",
         )
+    if long == SPLIT and count > room:  # before the pieces are made
+        _check_pieces(1 + -(-(len(last.ids) - free) // (free - stride)), length)
     if count > room:
         last.truncate(free, stride=stride if long == SPLIT else 0)
     parts = [last, *(last.overflowing if long == SPLIT and count > room else ())]
-    if len(parts) > PIECES:
-        raise InputTooLong(
-            f"the text has {len(parts)} pieces of {length} tokens, the limit is {PIECES}",
-            "divide it into several texts, or use a longer input length",
-        )
+    _check_pieces(len(parts), length)
     with library_errors():
         whole = [library.post_process(*([kept[0], part] if kept else [part, None])) for part in parts]
     return [_padded(each, tokenizer.pad_id, length) for each in whole]
+
+
+def _check_pieces(pieces: int, length: int) -> None:
+    if pieces > PIECES:
+        raise InputTooLong(
+            f"the text has {pieces} pieces of {length} tokens, the limit is {PIECES}",
+            "divide it into several texts, or use a longer input length",
+        )
 
 
 def _plain(tokenizer: TextTokenizer, text: str, length: int, long: str) -> Encoding:

@@ -81,6 +81,8 @@ class ImageSettings:
             raise InvalidInput(f"more than {MAXIMUM_PIXELS} pixels")
         if not self.crop and self.resize not in ((self.height, self.width), ()):
             raise InvalidInput("the size to which images are scaled is not that of the input")
+        if self.channels not in (1, 3):
+            raise InvalidInput(f"an image of {self.channels} channels: grey ones have 1, colours 3")
         if {len(self.mean), len(self.deviation)} != {self.channels} or not all(self.deviation):
             raise InvalidInput("mean and deviation are not those of the channels, or a deviation is zero")
 

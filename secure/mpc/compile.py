@@ -175,6 +175,8 @@ def finish(
     """Emit the circuit of a lowered model, and encode its weights as integers."""
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     named = {**labels, "ranges": "calibrated", **tables_label(tables)}
+    if lowered.left_out:
+        named["left-out"] = ", ".join(lowered.left_out)[:500]
     told(0, 0, "emitting the Program")
     program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits)
     told(0, 0, "encoding the weights")

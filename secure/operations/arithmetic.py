@@ -22,8 +22,8 @@ from secure.lowering.trace import Symbol, WeightRef
 
 
 @operation("add")
-def add(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -> Tensor:
-    """Compute x + y, or x + scalar."""
+def add(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None, mask: bool = False) -> Tensor:
+    """Compute x + y, or x + scalar. mask: y marks absent entries of scores x by large negative numbers."""
     return x + float(scalar) if scalar is not None else torch.add(x, _second(y))
 
 
@@ -44,9 +44,10 @@ def _(to: Lowering, node: Node) -> Symbol:
     if "scalar" in node.attrs:
         return to.symbol(node.inputs[0]) + float(node.attrs["scalar"])
     first, second = node.inputs
-    for mask, other in ((first, second), (second, first)):
-        if _is_deep(to, mask):
-            return _masked(to, mask, to.symbol(other), to.seen.magnitude[other] * to.margin)
+    for i in (first, second):
+        _check_range(to, i)
+    if node.attrs.get("mask") and not to.is_known(first) and _is_deep(to, second):
+        return _masked(to, second, to.symbol(first), to.seen.magnitude[first] * to.margin)
     left, right = to.operand(first), to.operand(second)
     if isinstance(left, WeightRef):
         assert isinstance(right, Symbol)
@@ -55,23 +56,22 @@ def _(to: Lowering, node: Node) -> Symbol:
 
 
 def _is_deep(to: Lowering, i: int) -> bool:
-    """True if a node is an additive mask: it reaches down to where a softmax ignores what it is added to.
-
-    The client adds it, or everybody knows it.
-    """
-    node = to.graph.nodes[i]
+    """True if a mask reaches down to where a softmax ignores what it is added to."""
     if to.is_known(i):
         known = to.known(i)
         return not known.is_meta and bool((known <= MASKED).any())
-    if node.visibility != "client":
-        return False
-    if not to.seen.magnitude.get(i, 0.0):
+    return to.seen.magnitude[i] >= -MASKED
+
+
+def _check_range(to: Lowering, i: int) -> None:
+    """Raise InvalidInput for a summand of the client's whose range is unknown."""
+    node = to.graph.nodes[i]
+    if node.visibility == "client" and not to.seen.magnitude.get(i, 0.0):
         raise InvalidInput(
             f"{node.path or 'model'}: what the client adds here was zero in every calibration input, so its range is "
             "unknown",
             "for an attention mask, add a padded input to the calibration",
         )
-    return to.seen.magnitude[i] >= -MASKED
 
 
 def _masked(to: Lowering, mask: int, scores: Symbol, most: float) -> Symbol:

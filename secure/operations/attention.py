@@ -57,7 +57,9 @@ def attention(
         attn_mask = torch.ones(shape_of(scores)[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
         boolean = attn_mask.dtype in (torch.bool, "bool")
+        outer, b.takes_masks = b.takes_masks, True  # the sum is the softmax's alone
         scores = b.plus(scores, additive(b, attn_mask) if boolean else attn_mask)
+        b.takes_masks = outer
     return b.call("aten.matmul.default", b.call("aten.softmax.int", scores, -1), value)
 
 

@@ -1,7 +1,8 @@
 """Convolutions and pooling. A convolution is the linear map of every patch under a moving window.
 
-The server gets what is convolved once, masked, and makes the patches of that itself (see ``protocols.windows``): a
-convolution costs the bytes of a linear layer of the same input and output, however large its window.
+The server gets what is convolved once, masked, and makes the patches of that itself (see ``protocols.windows``): online
+a convolution costs the bytes of a linear layer of the same input, however large its window. The dealt bytes are those
+of its output, but for a convolution of each channel alone, where they are those of its patches.
 """
 
 from __future__ import annotations

@@ -191,8 +191,12 @@ def _selected(b: Builder, x: Value, indices: Sequence[Value]) -> Value:
 
 
 def _one_hot(b: Builder, index: Value, size: int) -> Value:
-    """Return the one-hot rows of an index that one party knows; a negative one counts from the end."""
+    """Return the one-hot rows of an index that one party knows; a negative one counts from the end.
+
+    One out of range is clamped, as everywhere in the clear.
+    """
     assert not is_private(index)
+    index = b.clear("aten.clamp.default", index, -size, size - 1)
     wide = b.reshape(index, (*shape_of(index), 1))
     rows = [b.call("aten.eq.Tensor", wide, torch.arange(size) - shift) for shift in (0, size)]
     return b.plus(b.cast(rows[0], torch.float32), b.cast(rows[1], torch.float32))

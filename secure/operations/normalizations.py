@@ -52,7 +52,8 @@ def _brought_up(to: Lowering, node: Node, x: Symbol, high: float, part: float = 
 
     A normalization does not notice the factor. high: the largest mean square of a row. part: the mean square, as part
     of what calibration measures. The products from which x is computed get more fraction bits, so that even its
-    smallest row has SIGNIFICANT bits.
+    smallest row is held to SIGNIFICANT bits. Weights keep theirs: rows that are small because weights are below about
+    2^-5 lose precision there.
     """
     halves = math.floor(-math.log2(math.sqrt(high)))
     if halves < 1:
@@ -115,7 +116,8 @@ _NOTHING = 2.0**-40  # relative to a row's mean square: what rounding leaves of 
 def _counting(found: Tensor, counts: Tensor) -> Tensor:
     """Return the arguments of a root that count; all of them if none does.
 
-    A constant row, such as a padding token's zeros, does not: its root is multiplied by zero, whatever it is.
+    A constant row, such as a padding token's zeros, does not: its root, which the protocol bounds, is multiplied by
+    zero, or under shares by a unit in the last place.
     """
     return found[counts] if bool(counts.any()) else found
 
