@@ -65,6 +65,7 @@ HOW = {
     "bert": "one encoder layer on the client's hidden states, no mask; weights held by the server",
     "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table",
     "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
+    "argmax": "secret input; the place alone is revealed",
     "bert-large": "the same in the shape of BERT-large",
     "deit-tiny": "pixels of one image to logits, random weights, 197 tokens; nothing but the weights at the server",
     "polynomial-bert-base": "the same in polynomial form, its ranges and polynomials taken from random inputs",

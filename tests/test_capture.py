@@ -590,12 +590,14 @@ class Sums(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.layer = how, nn.Linear(4, 2)
+        self.low: Tensor
         self.register_buffer("low", torch.tensor([-60000.0, 3.0]))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.layer(x)
+        h: Tensor = self.layer(x)
+        low: Tensor = self.low
         if self.how == "buffer":
-            return h + self.low
+            return h + low
         if self.how == "constant":
             return h + torch.tensor([-20000.0, 1.0])
         return h - y if self.how == "difference" else h + y

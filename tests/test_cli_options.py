@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -310,6 +311,8 @@ def given(parameter: Any) -> list[str]:
     default = parameter.default
     number = isinstance(default, (int, float)) and parameter.name not in VALUES
     value = str(default + 1) if number else VALUES.get(parameter.name, "something-else")
+    if isinstance(default, Enum) and default.value == value:
+        value = next(str(other.value) for other in type(default) if other is not default)
     return [parameter.opts[0], value] if parameter.opts[0].startswith("-") else [value]
 
 

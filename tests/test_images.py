@@ -288,9 +288,9 @@ def test_the_command_takes_names_of_files(
     compiled = secure_build(secure_task("label"), directory, [], secure.TwoParty())
     monkeypatch.setattr(deployments, "connect", lambda *_, **__: secure.insecure_in_process(compiled))
     name = str(_file(tmp_path, saved(picture(30, 20))))
-    ended = run("classify", "--images", name, "--json")
+    ended = run("classify", "--image-files", name, "--json")
     assert ended.code == 0, ended.err
     (row,) = json.loads(ended.out)
     assert row["text"] == name
     assert row["answer"]["label"] in LABELS
-    in_words(run("classify", name), "takes images, not texts", "--images")
+    in_words(run("classify", name), "takes images, not texts", "--image-files")

@@ -399,9 +399,11 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "one of two", replace(compilation, sentences=("One.Two.",))
     yield "dimensions", replace(compilation, dimensions=4)
     yield "accepted cosine", replace(compilation, accept=0.5)
+    yield "task", replace(compilation, task="classify")
+    yield "revealed", replace(compilation, task="classify", reveal="logits")
     assert {f.name for f in dataclasses.fields(Compilation)} == {
         *("model", "deployment", "lengths", "sentences", "options", "batches"),
-        *("dimensions", "accept"),
+        *("dimensions", "accept", "task", "reveal"),
     }  # another one needs a line here
 
 
@@ -416,7 +418,7 @@ def test_the_key_holds_everything_that_a_user_may_choose(directory: Path, monkey
     found = dataclasses.replace(found, deployment=dataclasses.replace(secure.TwoParty(), server="a:1"))
     assert left_out(found) == ["two-party"]  # where a client finds the server changes no model
     everything = Compilation.depends_on
-    for planted in ("options", "lengths", "sentences", "compiled_as", "batches"):
+    for planted in ("options", "lengths", "sentences", "compiled_as", "batches", "dimensions", "task", "reveal"):
         with monkeypatch.context() as patch:
             patch.setattr(
                 Compilation,
@@ -435,7 +437,7 @@ def test_the_key_holds_the_models_files(tmp_path: Path, directory: Path) -> None
     keys = [key()]
     for path in sorted(p for p in model.rglob("*") if p.is_file()):
         content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        path.write_bytes(content + b"\n")  # JSON still, as the task is read from one
         keys.append(key())
         path.write_bytes(content)
     (model / "below").mkdir()

@@ -246,6 +246,7 @@ def test_a_client_needs_no_model_code() -> None:
         "__future__",
         "base64",
         "collections.abc",
+        "contextlib",
         "dataclasses",
         "hashlib",
         "json",

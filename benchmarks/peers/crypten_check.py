@@ -34,6 +34,7 @@ from benchmarks.peers import crypten_import
 from benchmarks.peers.works import free_ports
 from benchmarks.sentences import sentences
 from protocols.fixedpoint import FixedPoint
+from protocols.windows import take
 from secure.frontend import lower_model
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.primitives import Primitive
@@ -134,6 +135,22 @@ def part(x: Secret, a: Mapping[str, Any]) -> Secret:
     return x[(slice(None),) * a["dim"] + (slice(a["start"], a["stop"], a["step"]),)]
 
 
+def taken(c: Any, x: Secret, a: Mapping[str, Any]) -> Secret:
+    runs = [(int(start), int(step), int(count)) for start, step, count in a["runs"]]
+    index = take(torch.arange(1, x.size(a["dim"]) + 1), 0, tuple(runs))  # 0: zero
+    kept = x.index_select(a["dim"], (index - 1).clamp(min=0))
+    return kept * (index > 0).long().reshape([-1 if i == a["dim"] else 1 for i in range(kept.dim())])
+
+
+def absent(name: str) -> Callable[..., Secret]:
+    """CrypTen has no such step, or another one."""
+
+    def refuse(*_: Any) -> Secret:
+        raise NotImplementedError(f"no counterpart of {name!r}")
+
+    return refuse
+
+
 EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "add": lambda c, p, w, x, y: x + y,
     "sub": lambda c, p, w, x, y: x - y,
@@ -157,6 +174,8 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "power": lambda c, p, w, x: power(x, p.attrs),
     "maximum": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "bounded": lambda c, p, w, x: x,
+    "take": lambda c, p, w, x: taken(c, x, p.attrs),
+    **{name: absent(name) for name in ("patches", "real", "top_indices", "top_values")},
 }
 
 

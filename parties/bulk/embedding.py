@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,13 @@ def formats_of(embedder: Embedder) -> Formats:
 
 
 def how(task: Task[Any, Any], also: str = "") -> str:
-    """Return, as a word, all of a task that decides what rows hold; ``also``: a text that all inputs have in common."""
-    options = {name: value for name, value in asdict(task).items() if name != "reveal"}  # type: ignore[call-overload]
-    others = [f"{name}={value}" for name, value in options.items() if name != "long"]
+    """Return, as a word, all of a task that decides what rows hold; ``also``: a text that all inputs have in common.
+
+    Options that have their defaults are left out.
+    """
+    known = {each.name: each.default for each in fields(task)}  # type: ignore[arg-type]
+    options = {name: getattr(task, name) for name in known if name not in ("reveal", "dimensions")}
+    others = [f"{name} {str(value)[:99]}" for name, value in options.items() if name != "long" and value != known[name]]
     return " ".join([str(options["long"]), *others, *([hashlib.sha256(also.encode()).hexdigest()] if also else [])])
 
 

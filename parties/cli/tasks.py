@@ -37,15 +37,17 @@ def classify(
     top_k: Annotated[
         int, typer.Option(min=1, help="Show so many classes of each text, the likeliest first, if the server tells.")
     ] = 1,
-    images: Annotated[
+    image_files: Annotated[
         bool,
-        typer.Option("--images", help="TEXTS, or those of --input, are names of image files: PNG, JPEG, WEBP, BMP."),
+        typer.Option(
+            "--image-files", help="TEXTS, or those of --input, are names of image files: PNG, JPEG, WEBP, BMP."
+        ),
     ] = False,
     long: CutOption = Cut[REFUSE],
 ) -> None:
     """Classify texts or images that the servers never see."""
     task = Classify(str(long), top_k=top_k)
-    give: Callable[[str], Any] = Path if images else str
+    give: Callable[[str], Any] = Path if image_files else str
     asked = Question("classify", task, in_words(deployment, _classes), give=give, long=str(long))
     ask(asked, deployment, asking, texts)
 

@@ -231,7 +231,9 @@ class Builder:
         if isinstance(value, Tensor) and value.is_floating_point() and bool((value <= -HUGE).any()):
             return value.clamp_min(MASKED)
         if isinstance(value, Node) and value.id in self._huge:
-            return self.clear("aten.clamp_min.default", value, MASKED)
+            bounded: Node = self.clear("aten.clamp_min.default", value, MASKED)
+            self._deep.add(bounded.id)
+            return bounded
         return value
 
     def call(self, target: str, *args: Value, **kwargs: Value) -> Value:

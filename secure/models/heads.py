@@ -70,9 +70,12 @@ def task_named(model: str) -> str:
     A model of one class, whose score says how well two texts fit, is a reranker.
     """
     directory = Path(model)
-    if not (directory / "config.json").is_file() or _embeds(directory):
+    try:
+        if _embeds(directory):
+            return ""
+        settings = read_json(directory / "config.json")
+    except InvalidInput:  # whoever loads the model says so
         return ""
-    settings = read_json(directory / "config.json")
     name = str((settings.get("architectures") or [""])[0])
     task = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), "")
     return RERANK if name.endswith("ForSequenceClassification") and _classes(settings) == 1 else task

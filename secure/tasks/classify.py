@@ -67,7 +67,7 @@ class Classify(Headed[Any, Classified]):
         if served.settings.image is None:
             super().check(given, served)
         elif isinstance(given, str | bytes) or not all(is_image(each) for each in given):
-            hint = "pathlib.Path of image files, their bytes, or PIL images; unseen classify --images"
+            hint = "pathlib.Path of image files, their bytes, or PIL images; unseen classify --image-files"
             raise InvalidInput("this server's model takes images, not texts", hint)
         if served.settings.reveal == LABEL and self.top_k != 1:
             raise InvalidInput("this server reveals one label a text, and nothing of other classes", "leave top_k out")
