@@ -256,11 +256,19 @@ def _part(index: int, exchange: Exchange) -> Part:
 def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> None:
     """Do the client's work before a query: masks of deliveries, shares of linear layers, kept in ``correlations``."""
     values: dict[int, Any] = {}
+    last = {
+        i: n for n, instruction in enumerate(circuit) if instruction.protocol.works_offline for i in instruction.inputs
+    }
     for index, instruction in enumerate(circuit):
         protocol = instruction.protocol
         if protocol.works_offline:
             operands = tuple(values[i] for i in instruction.inputs if i in values)
-            values[index] = correlations.prepare(index, protocol, operands, weights)
+            value = correlations.prepare(index, protocol, operands, weights)
+            for i in instruction.inputs:
+                if last[i] == index:
+                    values.pop(i, None)
+            if index in last:
+                values[index] = value
 
 
 def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, memoryview]]:

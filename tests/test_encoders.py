@@ -393,6 +393,8 @@ def test_the_default_prompt_goes_before_each_text(prompted: tuple[Path, Session]
         torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=0)
     with pytest.raises(InvalidInput, match="no prompt is called 'other'"):
         session.embed([TEXT], prompt="other")
+    with pytest.raises(secure.EmptyInput):  # a prompt alone is no text
+        session.embed([" "])
 
 
 def test_prompts_that_pooling_leaves_out_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secure.errors import InvalidInput
+from secure.errors import EmptyInput, InvalidInput
 from secure.models.text import held_out_inputs, load_text_model, model_files, text_inputs, text_samples
 from secure.models.tokens import LONG, REFUSE
 from secure.progress import Told, silent
@@ -82,6 +82,8 @@ class Embed(Task[str, Tensor]):
 
     def inputs(self, given: str, served: Served) -> Mapping[str, Tensor]:
         assert served.tokenizer is not None  # as ``check`` found
+        if not given.strip():  # with a prompt before it, it would have an answer
+            raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
         return text_inputs(served.tokenizer, served.prompts.text(self.prompt) + given, served.length, self.long)
 
     def pieces(self, given: str, served: Served) -> Sequence[Mapping[str, Tensor]]:
