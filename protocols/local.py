@@ -235,9 +235,9 @@ class Take(_Shaped):
         (axis,) = _axes((self.dim,), x)
         return (*x[:axis], windows.check_runs(self.runs, x[axis]), *x[axis + 1 :])
 
-    def memory(self) -> int:
-        """Return the bytes of the result and of the index, as large as it at most."""
-        return 16 * count(self.shape)
+    def scratch(self) -> int:
+        """Return the bytes of the index, of as many entries as the result at most."""
+        return 8 * count(self.shape)
 
 
 @dataclass(frozen=True)
@@ -263,9 +263,9 @@ class Windowed:
         if len(self.shape) != 2 + len(self.window.kernel):
             raise ValueError(f"patches of the shape {self.shape} under a window of {len(self.kernel)} dimensions")
 
-    def memory(self) -> int:
-        """Return the bytes of the patches, and of what they are taken of with its padding."""
-        return 8 * (count(self.shape) + self.window.room(self.shape))
+    def scratch(self) -> int:
+        """Return the bytes of what the patches are taken of, with its padding."""
+        return 8 * self.window.room(self.shape)
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         return self.window.shape(operands[0])

@@ -271,6 +271,10 @@ class Protocol(ABC):
         size = count(self.out.shape) * (1 if self.out.planes else 8)
         return 2 * size if self._opens else size
 
+    def scratch(self) -> int:
+        """Return the bytes that it takes while it runs, beyond its operands, its draws and its result."""
+        return 0
+
     def products(self, weights: Mapping[str, Shape], operands: Sequence[Shape]) -> int:
         """Count the multiply-accumulates of both parties in matrix products; elementwise products are not counted.
 

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols import local, windows
+from protocols import two_party as tp
+from protocols.circuit import Instruction
 from protocols.windows import CACHED, Window, check_runs, runs_of, take
+from secure.mpc.budget import load_of
 
 
 @given(st.lists(st.integers(-1, 9), min_size=1, max_size=40))
@@ -61,7 +64,7 @@ def test_padding_is_bounded_and_counted_before_it_is_made() -> None:
     flat = {"kernel": (1,) * 2, "stride": (4096,) * 2, "padding": (4096,) * 2, "dilation": (1,) * 2}
     patches = local.Patches((1, 3, 3, 1), 32, **flat)
     assert patches.shape_of([(1, 1, 1, 1)], {}) == (1, 3, 3, 1)
-    assert patches.memory() >= 8 * (1 + 2 * 4096) ** 2
+    assert patches.scratch() >= 8 * (1 + 2 * 4096) ** 2
 
 
 def test_large_indices_are_not_kept() -> None:
@@ -69,4 +72,14 @@ def test_large_indices_are_not_kept() -> None:
     runs = tuple((i, 1, CACHED // 4) for i in range(8))
     assert take(torch.arange(CACHED), 0, runs).shape == (2 * CACHED,)
     assert windows._kept_index.cache_info().currsize == before
-    assert local.Take((2 * CACHED,), 32, 0, runs).memory() >= 16 * 2 * CACHED
+    assert local.Take((2 * CACHED,), 32, 0, runs).scratch() >= 8 * 2 * CACHED
+
+
+def test_a_budget_counts_what_a_window_is_taken_of() -> None:
+    """A Program of little output that pads without end takes too much, before anything is made."""
+    flat = {"kernel": (1,) * 2, "stride": (4096,) * 2, "padding": (4096,) * 2, "dilation": (1,) * 2}
+    circuit = [
+        Instruction(tp.Input((1, 1, 1, 1), 32, "x", 0, -1.0, 1.0)),
+        Instruction(local.Patches((1, 3, 3, 1), 32, **flat), (0,)),
+    ]
+    assert load_of(circuit, {}).memory >= 8 * (1 + 2 * 4096) ** 2

@@ -90,7 +90,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
         if (use := p.weight_use) and use.multiplied:
             packed[use.name, use.ring] = math.prod(weight_shapes[use.name])
         own = sum(math.prod(d.shape) * (1 if d.wire.planes else WORD) for d in p.draws)
-        work = own + p.memory() + sum(o.memory() for o in operands)
+        work = own + p.memory() + p.scratch() + sum(o.memory() for o in operands)
         live = max(live, held + COPIES * work)
         held += p.memory() if index in last else 0
         held -= sum(circuit[i].protocol.memory() for i in set(instruction.inputs) if last[i] == index)
