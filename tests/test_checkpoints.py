@@ -66,7 +66,7 @@ def prefixed(prefix: str) -> Callable[[Weights], Weights]:
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "0.auto_model.", "model.", "module.bert."]
 )
 def test_prefixes_of_wrapped_models_are_taken_off_and_said(tmp_path: Path, prefix: str, pickled: bool) -> None:
-    """A1: transformers would initialize all weights at random."""
+    """Transformers would initialize all weights at random."""
     original, heard = saved(tmp_path, prefixed(prefix), pickled=pickled), list[str]()
     model = load_checkpoint(tmp_path, told=heard.append)
     torch.testing.assert_close(hidden(model), hidden(original), atol=1e-6, rtol=0)
@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[Callable[[Weights], Weights], str]] = {
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_checkpoints_of_another_model_are_refused_by_name(tmp_path: Path, change: str, pickled: bool) -> None:
-    """A2, B9: each would give another model, or none that computes."""
+    """Each would give another model, or none that computes."""
     changed, message = CHANGES[change]
     saved(tmp_path, changed, pickled=pickled)
     with pytest.raises(InvalidInput, match=rf"(?s){message}.*hint: "):
@@ -198,7 +198,7 @@ def test_old_position_ids_are_no_weights(tmp_path: Path) -> None:
 
 
 def test_adapters_are_refused(tmp_path: Path) -> None:
-    """A3: beside the model's weights an adapter would be ignored."""
+    """Beside the model's weights an adapter would be ignored."""
     saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(InvalidInput, match=r"holds an adapter.*\nhint: .*merge_and_unload"):

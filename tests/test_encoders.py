@@ -186,7 +186,7 @@ def test_dimensions_are_the_first_numbers(directory: Path) -> None:
 
 
 def test_the_transformer_may_be_in_a_directory_of_its_own(tmp_path: Path) -> None:
-    """As versions of sentence-transformers before 2 wrote it; a byte order mark before modules.json (B10)."""
+    """As versions of sentence-transformers before 2 wrote it; a byte order mark before modules.json."""
     modules(tmp_path, ["Transformer", "Pooling"], transformer="0_Transformer")
     write_model(tmp_path / "0_Transformer")
     (tmp_path / "config.json").write_text('{"__version__": "0.3.6"}')
@@ -206,7 +206,7 @@ def test_the_transformer_may_be_in_a_directory_of_its_own(tmp_path: Path) -> Non
     ],
 )
 def test_models_for_another_task_are_told(kind: str, command: str, tmp_path: Path, directory: Path) -> None:
-    """A7: a classifier was served as a sentence encoder with mean pooling."""
+    """A classifier was served as a sentence encoder with mean pooling."""
     import transformers
 
     encoder: Any = load_sentence_encoder(directory).encoder
@@ -221,7 +221,7 @@ def test_models_for_another_task_are_told(kind: str, command: str, tmp_path: Pat
 
 
 def test_positions_behind_the_padding_are_not_counted(tmp_path: Path) -> None:
-    """B3: RoBERTa's table of 20 rows holds 18 positions."""
+    """RoBERTa's table of 20 rows holds 18 positions."""
     import transformers
 
     sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -280,7 +280,7 @@ def gemma() -> Any:
 @pytest.mark.parametrize("made", [modern_bert, qwen, gemma])
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
 def test_windows_and_causal_masks_are_the_models_own(made: Callable[[], Any], pooling: str) -> None:
-    """A13: at a length beyond the window, every token's state is that of the original model without any padding."""
+    """At a length beyond the window, every token's state is that of the original model without any padding."""
     encoder = made().eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -381,7 +381,7 @@ def prompted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Session]:
 
 
 def test_the_default_prompt_goes_before_each_text(prompted: tuple[Path, Session]) -> None:
-    """A4: the answers are those of the text with its prompt; a client may name another prompt, or none."""
+    """The answers are those of the text with its prompt; a client may name another prompt, or none."""
     directory, session = prompted
     model = load_text_model(str(directory))
     assert model.about[-1].startswith("prompts: query (")
@@ -409,7 +409,7 @@ def test_prompts_that_pooling_leaves_out_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [3, 5, 8, 12, 64, 300, 600])
 def test_calibration_covers_every_length(length: int, directory: Path) -> None:
-    """A18: beyond 428 tokens no sample was longer than a sentence."""
+    """Beyond 428 tokens no sample was longer than a sentence."""
     tokenizer = load_text_model(str(directory)).tokenizer
     found = calibration_inputs(tokenizer, length, SENTENCES)
     counts = [int(each["attention_mask"].sum()) for each in found]
@@ -426,7 +426,7 @@ def test_calibration_covers_every_length(length: int, directory: Path) -> None:
 
 
 def test_a_weight_or_a_calibration_value_that_is_no_number_is_named() -> None:
-    """A20, B9: plausible numbers came out, or a message that named nothing."""
+    """Plausible numbers came out, or a message that named nothing."""
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     x = torch.linspace(-1, 1, 8)[None]
@@ -468,7 +468,7 @@ def compilation(directory: Path, **options: Any) -> Compilation:
 
 
 def test_the_self_test_says_the_lowest_cosine(directory: Path) -> None:
-    """A11: of every length, and the line is the model's owner's."""
+    """Of every length, and the line is the model's owner's."""
     compiled = compilation(directory, lengths=(LENGTH, LENGTH - 2), batches=(2,)).run()
     assert "self-test: lowest cosine to the original 0.99" in compiled.about
     assert "on 3 texts" in compiled.about  # two at the greatest length, one at the other

@@ -14,7 +14,7 @@ from secure.errors import InvalidInput
 
 
 def test_every_line_has_an_answer() -> None:
-    """A21: blank lines were dropped, so that answers got out of step; a mark before the first text stayed in it."""
+    """Blank lines were dropped, so that answers got out of step; a mark before the first text stayed in it."""
     assert _lines(io.StringIO("\ufeffone\n two \r\nthree\n\n\n")) == ["one", " two ", "three"]
     assert _lines(io.StringIO("")) == []
     assert _lines(io.StringIO("\n")) == []

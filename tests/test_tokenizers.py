@@ -61,7 +61,7 @@ def theirs(directory: Path, text: str, lowered: bool = False) -> list[int]:
 def test_every_combination_of_lower_casing(
     document: bool, settings: bool | None, sentence: bool | None, tmp_path: Path
 ) -> None:
-    """A5: tokenizer.json, tokenizer_config.json and sentence_bert_config.json may each say it, or not."""
+    """Tokenizer.json, tokenizer_config.json and sentence_bert_config.json may each say it, or not."""
     word_pieces(tmp_path, document)
     kind = {"tokenizer_class": "BertTokenizer"}
     lower = {} if settings is None else {"do_lower_case": settings}
@@ -95,7 +95,7 @@ def test_sentence_transformers_agrees(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
 def test_a_missing_post_processor(kind: str, tmp_path: Path) -> None:
-    """A6: transformers gives some kinds their special tokens anyway; clients get the same."""
+    """Transformers gives some kinds their special tokens anyway; clients get the same."""
     word_pieces(tmp_path, lowercase=True, post_processor=False)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     tokenizer = load_tokenizer(tmp_path)
@@ -145,7 +145,7 @@ def test_a_sentencepiece_model_is_converted_or_refused_with_the_way_out(tmp_path
 
 @pytest.mark.parametrize("kind", ["RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"])
 def test_byte_level_tokenizers(kind: str, tmp_path: Path) -> None:
-    """A byte order mark and blanks are part of a text (A21)."""
+    """A byte order mark and blanks are part of a text."""
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
