@@ -61,7 +61,7 @@ def theirs(directory: Path, text: str, lowered: bool = False) -> list[int]:
 def test_every_combination_of_lower_casing(
     document: bool, settings: bool | None, sentence: bool | None, tmp_path: Path
 ) -> None:
-    """Tokenizer.json, tokenizer_config.json and sentence_bert_config.json may each say it, or not."""
+    """The files tokenizer.json, tokenizer_config.json and sentence_bert_config.json may each say it, or not."""
     word_pieces(tmp_path, document)
     kind = {"tokenizer_class": "BertTokenizer"}
     lower = {} if settings is None else {"do_lower_case": settings}
