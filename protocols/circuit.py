@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -394,13 +394,17 @@ def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs
 
 def total_cost(circuit: Circuit) -> CircuitCost:
     """Sum the bytes of all instructions, and count the rounds of the dataflow schedule, which ``execute`` takes."""
+    total = sum((instruction.protocol.cost() for instruction in circuit), CircuitCost())
+    return replace(total, rounds=rounds_of(circuit))
+
+
+def rounds_of(circuit: Circuit, needed: Collection[int] | None = None) -> int:
+    """Count the rounds of the dataflow schedule until the instructions ``needed`` have their results; None: all."""
     finished = [0] * len(circuit)
-    total = CircuitCost()
     for index, instruction in enumerate(circuit):
-        cost = instruction.protocol.cost()
-        total = total + cost
-        finished[index] = max((finished[i] for i in instruction.inputs), default=0) + cost.rounds
-    return replace(total, rounds=max(finished, default=0))
+        before = max((finished[i] for i in instruction.inputs), default=0)
+        finished[index] = before + instruction.protocol.cost().rounds
+    return max((finished[i] for i in (range(len(circuit)) if needed is None else needed)), default=0)
 
 
 class CircuitError(ValueError):

@@ -230,6 +230,30 @@ def looked_up(z: Tensor, table: Tensor, shift: int, size: int) -> Tensor:
     return bits.pack(table.gather(1, digit >> 3).to(torch.int64) >> (digit & 7))
 
 
+@compiled
+def _parities(plane: Array, size: int, start: int) -> np.uint64:
+    total = np.uint64(0)
+    for i in range(size):
+        word = np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        word ^= word >> np.uint64(31)
+        total ^= word * np.uint64((plane[i >> 3] >> (i & 7)) & 1)
+    return total
+
+
+def parities(plane: Tensor, size: int, start: int) -> Tensor:
+    """Return the XOR of the words of all set bits of a plane, of ``size`` bits, as 8 bytes.
+
+    Bit i has the 64-bit word number ``start`` + i of a fixed sequence that looks random (SplitMix64,
+    Steele et al. 2014).
+    """
+    if plane.is_meta:
+        return torch.empty(8, dtype=torch.uint8, device="meta")
+    total = np.array([_parities(_flat(plane), size, start)], "<u8")
+    return torch.from_numpy(total.view(np.uint8))
+
+
 @lru_cache(maxsize=64)
 def places(digits: int, blocks: int) -> tuple[Array, Array]:
     """Cut 0 .. digits - 1 into blocks, the first ones longer by one; return each number's place in its block.

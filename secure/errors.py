@@ -31,6 +31,8 @@ __all__ = [
     "InvalidProgram",
     "MissingPackage",
     "ModelNotFound",
+    "OutOfRange",
+    "OutOfRange",
     "PartiesDisagree",
     "PeerLost",
     "ProtocolError",
@@ -111,6 +113,12 @@ class RangeLost(Error, ValueError):
     """Training could not keep the arguments of a polynomial within their range."""
 
     code = "range-lost"
+
+
+class OutOfRange(Error, ValueError):
+    """A value of a query left the range for which the model was compiled, so that its answer would be wrong."""
+
+    code = "out-of-range"
 
 
 # between parties

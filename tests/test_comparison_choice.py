@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secure.mpc.nonlinear import cheapest_compare
+from secure.mpc.comparing import cheapest_compare
 from secure.mpc.prices import DEFAULT
 
 

@@ -15,6 +15,7 @@ from parties.cli.options import (
     ApproximationsOption,
     BatchesOption,
     CalibrationOption,
+    CheckedOption,
     DimensionsOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -50,6 +51,7 @@ def compile_model(
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
+    checked: CheckedOption = None,
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
@@ -68,6 +70,7 @@ def compile_model(
         fraction_bits=fraction_bits,
         network=network,
         answer_bits=answer_bits,
+        checked=checked,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
     check_new(directory)

@@ -22,7 +22,7 @@ from secure.tasks.embed import Embed
 
 FIXED = (
     *("length", "batch", "dimensions", "embedding", "gelu", "approximations"),
-    *("fraction_bits", "network", "answer_bits", "calibration", "task", "reveal"),
+    *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal"),
 )
 """Options of the command line that are fixed when a model is compiled."""
 
@@ -31,7 +31,7 @@ KeepOption = Annotated[bool, typer.Option(help="Keep the compiled model for the 
 
 def fixed_of(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the values of FIXED among a command's options; None for those that are not given."""
-    return {name: given[name] or None for name in FIXED}
+    return {name: given[name] if given[name] is False else given[name] or None for name in FIXED}
 
 
 def made(verb: str, compilation: Compilation, *, keep: bool) -> Compiled:

@@ -93,6 +93,13 @@ AnswerBitsOption = Annotated[
         "which is all.",
     ),
 ]
+CheckedOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--checked/--unchecked",
+        help="Notice values that leave their calibrated ranges, and answer with an error; checked by default.",
+    ),
+]
 NetworkOption = Annotated[
     str | None,
     typer.Option(
@@ -273,6 +280,7 @@ _COMPILED_BY = {
     "fraction_bits": "fixed_point",
     "network": "network",
     "answer_bits": "answer_bits",
+    "checked": "checked",
 }
 """Command-line parameters by the names of CompileOptions."""
 
@@ -300,6 +308,7 @@ def compile_options(
     fraction_bits: int | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool | None = None,
 ) -> CompileOptions:
     """Read the options about compiling; InvalidInput for one that means nothing in this deployment."""
     given = {
@@ -309,14 +318,15 @@ def compile_options(
         "fraction_bits": fraction_bits,
         "network": network,
         "answer_bits": answer_bits,
+        "checked": checked,
     }
     for name, value in given.items():
         if value is not None and _COMPILED_BY[name] not in deployment.takes:
             raise refused(name, deployment, [n for n, field in _COMPILED_BY.items() if field in deployment.takes])
     fixed = None if fraction_bits is None else FixedPoint(fraction_bits=fraction_bits)
-    counts = ("fraction_bits", "answer_bits")
-    plain = {name: str(value) for name, value in given.items() if value is not None and name not in counts}
-    return CompileOptions(**plain, fixed_point=fixed, answer_bits=answer_bits)
+    others = ("fraction_bits", "answer_bits", "checked")
+    plain = {name: str(value) for name, value in given.items() if value is not None and name not in others}
+    return CompileOptions(**plain, fixed_point=fixed, answer_bits=answer_bits, checked=checked)
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -326,6 +336,7 @@ DEFAULTS: Mapping[str, Any] = {
     "fraction_bits": FixedPoint().fraction_bits,
     "network": LOOPBACK,
     "answer_bits": FixedPoint().fraction_bits,
+    "checked": True,
 }
 """The values of options about compiling that were not given."""
 

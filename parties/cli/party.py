@@ -17,6 +17,7 @@ from parties.cli.options import (
     ApproximationsOption,
     BatchOption,
     CalibrationOption,
+    CheckedOption,
     DeadlineOption,
     DimensionsOption,
     DrainOption,
@@ -70,6 +71,7 @@ def share_model(
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
+    checked: CheckedOption = None,
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
@@ -86,6 +88,7 @@ def share_model(
         fraction_bits=fraction_bits,
         network=network,
         answer_bits=answer_bits,
+        checked=checked,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
     lengths, accept = (length,) if length else (), ACCEPT if accept_cosine is None else accept_cosine

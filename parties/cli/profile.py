@@ -13,6 +13,7 @@ from parties.cli.options import (
     MODEL,
     AnswerBitsOption,
     ApproximationsOption,
+    CheckedOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
@@ -50,6 +51,7 @@ def profile(
     ] = False,
     fraction_bits: FractionBitsOption = None,
     answer_bits: AnswerBitsOption = None,
+    checked: CheckedOption = None,
     network: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,6 +76,7 @@ def profile(
         approximations=approximations,
         fraction_bits=fraction_bits,
         answer_bits=answer_bits,
+        checked=checked,
     )
     said = {"network": network is not None, "depth": depth is not None, "polynomial": polynomial}
     for name, field in _PROFILED_BY.items():

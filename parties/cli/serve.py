@@ -23,6 +23,7 @@ from parties.cli.options import (
     BudgetMemoryOption,
     BudgetSecondsOption,
     CalibrationOption,
+    CheckedOption,
     DeadlineOption,
     DimensionsOption,
     DrainOption,
@@ -103,6 +104,7 @@ def serve(
     fraction_bits: FractionBitsOption = None,
     network: NetworkOption = None,
     answer_bits: AnswerBitsOption = None,
+    checked: CheckedOption = None,
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
@@ -152,6 +154,7 @@ def serve(
         fraction_bits=fraction_bits,
         network=network,
         answer_bits=answer_bits,
+        checked=checked,
     )
     for said, name in ((not keep, "--no-keep"), (accept_cosine is not None, "--accept-cosine")):
         if kept.keys() == set(models) and said:

@@ -14,10 +14,12 @@ tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 ranking       ranks within a row, and its first entries by rank
 rounding      exact division by a power of two, from one opening
+conditions    one number that tells whether all of many secret bits are one
 endpoints     the client's input, the revealed output
 """
 
 from protocols.two_party.comparison import Compare
+from protocols.two_party.conditions import Alarm, Unmet
 from protocols.two_party.digits import DigitIn, Histogram
 from protocols.two_party.endpoints import Input, Reveal
 from protocols.two_party.exponential import Exponential
@@ -33,6 +35,7 @@ from protocols.two_party.selection import Select
 from protocols.two_party.tabulated import Tabulated
 
 __all__ = [
+    "Alarm",
     "Compare",
     "Deliver",
     "DeliveredPatches",
@@ -59,4 +62,5 @@ __all__ = [
     "Reveal",
     "Select",
     "Tabulated",
+    "Unmet",
 ]

@@ -60,18 +60,20 @@ PLACES = 512
 """The most places of an element in a histogram: a vector of 512 bytes, dealt once or twice."""
 
 
-def _intervals(top: Tensor, size: int, below: int) -> Rows:
-    """Return, for every top(r) < size, the packed bits [(t - top(r)) mod size < below] for t = 0 .. size - 1."""
+def _intervals(top: Tensor, size: int, first: int, below: int) -> Rows:
+    """Return, for every top(r) < size, the packed bits [(t - top(r) - first) mod size < below] for t < size."""
     used, index = (np.arange(size), top) if len(top) > size else (top.numpy(), torch.arange(len(top)))
-    turned = np.lib.stride_tricks.sliding_window_view(np.tile(np.arange(size) < below, 2), size)
+    inside = np.roll(np.arange(size) < below, first)
+    turned = np.lib.stride_tricks.sliding_window_view(np.tile(inside, 2), size)
     return Rows(torch.from_numpy(np.packbits(turned[size - used], axis=1, bitorder="little")), index)
 
 
 @dataclass(frozen=True)
 class DigitIn(Protocol):
-    """Bits [j < count] of the coarse digit j, one plane of shape (1, ceil(n / 8)), for N = 2 .. 2^12 digits.
+    """Bits [j in first .. first + count - 1] of the coarse digit j, one plane of shape (1, ceil(n / 8)).
 
-    x in [0, 2^ring - 2^shift) as a residue, or any x if shift = 0: with ring = 8 and count = 1, whether a byte is zero.
+    Digits are counted modulo N, the number of digits, 2 .. 2^12. x in [0, 2^ring - 2^shift) as a residue, or any x if
+    shift = 0: with ring = 8 and count = 1, whether a byte is zero. For other x, j is 0 where it would be N.
     Rounds 0; offline ceil(N / 8) bytes an element to the server, from a stream of the same size at each party.
     Error: exact for shift = 0. Otherwise j is top(x) or top(x) + 1; it is the j of every other reader of the opening
     with the same ring and shift.
@@ -86,10 +88,13 @@ class DigitIn(Protocol):
     ring: Ring
     shift: Bits
     count: Whole
+    first: Whole = 0
 
     def validate(self) -> None:
         if not 1 <= self.ring - self.shift <= DIGIT_BITS or not 1 <= self.count < self._digits:
             raise ValueError(f"{self.count} of the digits above bit {self.shift} in a ring of {self.ring} bits")
+        if not self.first < self._digits:
+            raise ValueError(f"digits from {self.first} on, of {self._digits}")
 
     @property
     def _digits(self) -> int:
@@ -108,7 +113,7 @@ class DigitIn(Protocol):
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
-        return {"table": _intervals(self._top(r), self._digits, self.count)}, None
+        return {"table": _intervals(self._top(r), self._digits, self.first, self.count)}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         ((z, _),) = operands
@@ -117,7 +122,9 @@ class DigitIn(Protocol):
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
-        return bits.pack((self._top(x) < self.count).to(torch.int64)).reshape(self.out.shape)
+        return bits.pack((((self._top(x) - self.first) % self._digits) < self.count).to(torch.int64)).reshape(
+            self.out.shape
+        )
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=count(self.shape) * -(-self._digits // 8))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from protocols.circuit import rounds_of
 from protocols.protocol import CircuitCost
 from protocols.two_party import Input
 from secure.cost.count import Line, Profile, module, profile, total_seconds
@@ -81,6 +82,25 @@ def failure(program: Program) -> str:
     """Say in words how likely a query within its ranges goes wrong."""
     ranges = program.labels.get("ranges", "calibrated")
     return f"failure probability within the ranges ({ranges}): {program.failure_bound:g} (no step is probabilistic)"
+
+
+def checks_price(program: Program) -> str:
+    """Say in words what the checks of ranges cost; a warning if there are none."""
+    if program.watched is None:
+        return "unchecked: a value that leaves its range makes a wrong answer, and nobody notices"
+    needed = {output.instruction for output in program.outputs}
+    for index in reversed(range(len(program.circuit))):
+        if index in needed:
+            needed.update(program.circuit[index].inputs)
+    alone = tuple(i for n, i in enumerate(program.circuit) if n not in needed)
+    checks = sum((i.protocol.cost() for i in alone), CircuitCost())
+    rounds = program.cost.rounds - rounds_of(program.circuit, needed)
+    online, whole = checks.to_first + checks.to_second, program.cost.to_first + program.cost.to_second
+    dealt = f", {checks.dealt / program.cost.dealt:.1%} of the dealt ones" if program.cost.dealt else ""
+    return (
+        f"checked: a value that leaves its range is noticed, and the client told; {rounds} rounds and "
+        f"{online / whole:.1%} of the online bytes{dealt} are for that"
+    )
 
 
 def embedding_price(program: Program) -> str:

@@ -84,6 +84,7 @@ def outline(
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool = True,
     labels: Mapping[str, str] | None = None,
     prices: Prices = DEFAULT,
 ) -> Program:
@@ -95,7 +96,8 @@ def outline(
     check_answer_bits(answer_bits, fixed)
     lowered, ranges = lower_outline(model, example_inputs, reach=reach, embedding=embedding, functions=functions)
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
-    return emit_program(lowered, ranges, fixed, named, find_network(network or LOOPBACK), prices, answer_bits)
+    found = find_network(network or LOOPBACK)
+    return emit_program(lowered, ranges, fixed, named, found, prices, answer_bits, checked=checked)
 
 
 def is_shape(model: str) -> bool:
@@ -113,6 +115,7 @@ def outline_shape(
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool = True,
     recipe: Recipe | None = None,
     prices: Prices = DEFAULT,
     batch: int = 1,
@@ -149,6 +152,7 @@ def outline_shape(
         fixed_point=fixed_point,
         network=network,
         answer_bits=answer_bits,
+        checked=checked,
         labels=labels,
         prices=prices,
     )

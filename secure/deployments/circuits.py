@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from secure.cost.circuit_profile import Weightless, circuit_profile, failure
+from secure.cost.circuit_profile import Weightless, checks_price, circuit_profile, failure
 from secure.cost.demand import Holding, QueryDemand, circuit_demand
 from secure.cost.outline import SHAPES, is_shape, outline_shape
 from secure.cost.projection import Transport
@@ -142,7 +142,7 @@ class CircuitDeployment(Deployment):
         return (*own, *((choice.words,) if choice else ()))
 
     def remarks(self, program: Program) -> tuple[str, ...]:
-        return (failure(program),)
+        return (failure(program), checks_price(program))
 
     def reference(self, model: mpc.MpcModel, inputs: Mapping[str, Tensor]) -> Any:
         return plain_reference(model, inputs)

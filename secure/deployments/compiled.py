@@ -102,6 +102,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Capture a module, calibrate its ranges, and lower it for one deployment (by default ``TwoParty()``).
@@ -116,6 +117,8 @@ def compile(  # the verb that torch uses; always written secure.compile
     answer_bits: the fraction bits to which answers are rounded, exactly, before anybody sees them, which takes a round.
     By default embeddings of text models whose length is 1 have 8 to 12 by their width (``answer_bits_for``), and other
     answers those of activations, 16, which turn it off.
+    checked: notice values that leave their ranges, by default; an answer is then the error OutOfRange. ``unseen
+    profile`` says what it costs.
     Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value that no ring or modulus holds) and
     InvalidInput (an option that means nothing in this deployment).
     """
@@ -124,7 +127,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     samples = [example_inputs, *calibration]
     for sample in samples:
         check_inputs(sample)
-    options = CompileOptions(embedding, gelu, approximations, fixed_point, network, answer_bits)
+    options = CompileOptions(embedding, gelu, approximations, fixed_point, network, answer_bits, checked)
     return build(Loaded("", model, samples), deployment or TwoParty(), options, labels or {})
 
 
@@ -140,6 +143,7 @@ def compile_text_model(
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool | None = None,
     batch: int | Sequence[int] = 1,
     task: str = "",
     reveal: str = "",
@@ -154,7 +158,7 @@ def compile_text_model(
     offers them all, and a text takes the shortest that holds it. Other arguments and exceptions are those of
     ``secure.compile``. Raises ModelNotFound too.
     """
-    options = CompileOptions(embedding, gelu, approximations, fixed_point, network, answer_bits)
+    options = CompileOptions(embedding, gelu, approximations, fixed_point, network, answer_bits, checked)
     deployment = deployment or TwoParty()
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded

@@ -68,6 +68,7 @@ class CompileOptions:
     fixed_point: FixedPoint | None = None
     network: str | None = None
     answer_bits: int | None = None
+    checked: bool | None = None
 
     def __post_init__(self) -> None:
         """Raise InvalidInput for an unknown network, or for answers of no bits."""

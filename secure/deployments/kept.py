@@ -97,6 +97,7 @@ class _Facts(BaseModel):
     approximations: str | None
     network: str | None
     answer_bits: int | None = None
+    checked: bool | None = None
     fixed_point: dict[str, int] | None
     about: str
     made: str
@@ -180,7 +181,13 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compil
         deployment = find(facts.deployment).served(facts.compiled_as)
         fixed = None if facts.fixed_point is None else FixedPoint(**facts.fixed_point)
         options = CompileOptions(
-            facts.embedding, facts.gelu, facts.approximations, fixed, facts.network, facts.answer_bits
+            facts.embedding,
+            facts.gelu,
+            facts.approximations,
+            fixed,
+            facts.network,
+            facts.answer_bits,
+            facts.checked,
         )
         tensors = {name: _wide(value) for name, value in read_tensors(files[WEIGHTS], most=MAXIMUM_HEADER).items()}
         if (

@@ -11,7 +11,8 @@ from secure.errors import InvalidInput
 from secure.lowering.primitives import Operand, meaning, promise
 from secure.lowering.trace import Trace, evaluate
 
-ROOM = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
+ROUNDED = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
+ROOM = 8 / 7 * ROUNDED  # of a ring over the largest magnitude, so that digits tell what is beyond (secure.mpc.watch)
 _SIGNIFICANT = 14  # bits of a constant that is no short binary fraction
 
 

@@ -1,6 +1,8 @@
 """The compiler for secret sharing: from a trace to a Program, which two and three parties run.
 
 network      networks by name, and the seconds of waiting on them
+comparing    the cheapest comparison of an opened value
+watch        checks that values lie in their ranges
 prices       the worth of rounds and bytes, and the choice for a network
 share        a shared value: its place, ring and scale
 plan         the rings and openings that the readers of every value need

@@ -26,7 +26,7 @@ from secure.mpc.network import LOOPBACK, NetworkSpeed, find_network
 from secure.mpc.powers import tabulated_power
 from secure.mpc.prices import DEFAULT, Choice, Prices
 from secure.mpc.prices import choose as choose_prices
-from secure.mpc.program import Output, Program
+from secure.mpc.program import Output, Program, Watched
 from secure.progress import Told, counted, silent
 
 
@@ -71,6 +71,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool = True,
     labels: Mapping[str, str] | None = None,
     prices: Prices = DEFAULT,
     told: Told = silent,
@@ -85,6 +86,7 @@ def compile(  # the verb that torch uses; always written secure.compile
     approximations: "default" for ours, or "puma" for the published ones of that paper, its GeLU among them.
     network: where rounds and bytes shall be cheap, see ``find_network``; by default where parties are near.
     answer_bits: the fraction bits to which answers are rounded before they are revealed; None: they are not.
+    checked: values that leave their ranges are noticed (``watch``), and the client gets OutOfRange for an answer.
     prices: of rounds and bytes in the deployment that will run it. told: hears of progress.
     Raises UnsupportedOperation (naming module and operation), DoesNotFit (a value no ring can hold), and InvalidInput
     for ``answer_bits`` that are more than the fraction bits of activations.
@@ -98,6 +100,7 @@ def compile(  # the verb that torch uses; always written secure.compile
         fixed_point=fixed_point,
         network=network,
         answer_bits=answer_bits,
+        checked=checked,
         prices=prices,
         told=told,
     )
@@ -114,6 +117,7 @@ def compile_sizes(
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
     answer_bits: int | None = None,
+    checked: bool = True,
     prices: Prices = DEFAULT,
     told: Told = silent,
 ) -> list[MpcModel]:
@@ -143,7 +147,17 @@ def compile_sizes(
     ]
     named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
     return [
-        finish(each, Ranges.united(seen, each.trace), fixed, {**named, **labels}, found, prices, told, answer_bits)
+        finish(
+            each,
+            Ranges.united(seen, each.trace),
+            fixed,
+            {**named, **labels},
+            found,
+            prices,
+            told,
+            answer_bits,
+            checked=checked,
+        )
         for each, (_, labels) in zip(lowered, sizes, strict=True)
     ]
 
@@ -171,14 +185,19 @@ def finish(
     prices: Prices = DEFAULT,
     told: Told = silent,
     answer_bits: int | None = None,
+    *,
+    checked: bool = False,
 ) -> MpcModel:
     """Emit the circuit of a lowered model, and encode its weights as integers."""
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
+    for spec in lowered.client_inputs:
+        if spec.table:  # no calibration meets all rows
+            ranges.observe(_input(spec, lowered), tables[spec.table])
     named = {**labels, "ranges": "calibrated", **tables_label(tables)}
     if lowered.left_out:
         named["left-out"] = ", ".join(lowered.left_out)[:500]
     told(0, 0, "emitting the Program")
-    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits)
+    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits, checked=checked)
     told(0, 0, "encoding the weights")
     integers = {}
     for key in weight_keys(program):
@@ -200,14 +219,16 @@ def emit_program(
     network: NetworkSpeed | None = None,
     prices: Prices = DEFAULT,
     answer_bits: int | None = None,
+    *,
+    checked: bool = False,
 ) -> Program:
     """Emit the circuit of a lowered model as a Program. Only the shapes of its weights are read.
 
     network: the one for which rounds and bytes are chosen; the label "network" names it. prices: the deployment's.
-    answer_bits: the fraction bits of answers; the label "answer_bits" says them.
+    answer_bits: the fraction bits of answers; the label "answer_bits" says them. checked: with the checks of ranges.
     Raises InvalidProgram if others would refuse it: it is too large, or a name in it cannot be printed.
     """
-    return chosen_program(lowered, ranges, fixed, labels, network, prices, answer_bits)[0]
+    return chosen_program(lowered, ranges, fixed, labels, network, prices, answer_bits, checked=checked)[0]
 
 
 def chosen_program(
@@ -218,11 +239,13 @@ def chosen_program(
     network: NetworkSpeed | None,
     prices: Prices,
     answer_bits: int | None = None,
+    *,
+    checked: bool = False,
 ) -> tuple[Program, Choice | None]:
     """Emit a Program as ``emit_program`` does, and return the choice that was made for the network."""
     clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
     outputs = [symbol.id for symbol in lowered.outputs.values()]
-    at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps, answer_bits=answer_bits)
+    at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps, answer_bits=answer_bits, checked=checked)
     emitted, choice = choose_prices(network, at, prices) if network else (at(prices), None)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     program = Program(
@@ -238,6 +261,7 @@ def chosen_program(
             **({"network": network.key} if network else {}),
             **({"answer_bits": str(answer_bits)} if answer_bits is not None else {}),
         },
+        watched=Watched(*emitted.watched) if emitted.watched else None,
     )
     Program.from_bytes(program.encoded)  # as everybody does who receives it: what they refuse is refused here
     return program, choice
@@ -245,8 +269,13 @@ def chosen_program(
 
 def _clamp(spec: ClientInput, lowered: Lowered, ranges: Ranges) -> tuple[float, float]:
     """Return the range for which the ring of an input was chosen."""
-    index = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name)
+    index = _input(spec, lowered)
     reach = ranges.magnitude(index)
     if spec.name in lowered.clamps:
         return -lowered.clamps[spec.name], max(0.0, ranges.interval(index)[1])
     return -reach, reach
+
+
+def _input(spec: ClientInput, lowered: Lowered) -> int:
+    """Return the place of an input in the trace."""
+    return next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == spec.name)

@@ -106,11 +106,16 @@ RULES: dict[str, Emission] = {
 
 @dataclass(frozen=True)
 class Emitted:
-    """A circuit, the module path of each instruction, and for each output its Reveal and its scale in fraction bits."""
+    """A circuit, the module path of each instruction, and for each output its Reveal and its scale in fraction bits.
+
+    watched: the Reveal of what tells the client whether values left their ranges, and the parts of the model that it
+    tells apart; None if nothing does.
+    """
 
     circuit: tuple[Instruction, ...]
     paths: tuple[str, ...]
     outputs: tuple[tuple[int, int], ...]
+    watched: tuple[int, tuple[str, ...]] | None
 
 
 def emit(
@@ -121,16 +126,19 @@ def emit(
     clamps: Mapping[str, tuple[float, float]],
     prices: Prices = DEFAULT,
     answer_bits: int | None = None,
+    *,
+    checked: bool = False,
 ) -> Emitted:
     """Emit the circuit that reveals ``outputs`` (positions in the trace) to the client.
 
     ``clamps``: the range to which the client clamps each input, by name. ``prices``: of rounds and bytes.
-    ``answer_bits``: the fraction bits to which the outputs are rounded; None: they keep all of theirs.
+    ``answer_bits``: the fraction bits to which the outputs are rounded; None: they keep all of theirs. ``checked``: the
+    client learns, beside the outputs, in which parts of the model a value left its range (``watch``).
     Raises UnsupportedOperation (shares cannot compute a primitive; names the module) and DoesNotFit (no ring can hold
     a value).
     """
     rules = [_rule(p) for p in trace.primitives]
-    e = Emitter(Plan(trace, ranges, fixed, outputs, rules, prices), clamps)
+    e = Emitter(Plan(trace, ranges, fixed, outputs, rules, prices), clamps, checked=checked)
     for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
         e.path = p.path
         e.settle(i, rule.emit(e, i, p))
@@ -142,7 +150,8 @@ def emit(
             value = rounded(e, value, shape, answer_bits)
         index = e.emit(tp.Reveal(shape, value.ring), value.index)
         revealed.append((index, value.fraction))
-    return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed))
+    watched = e.watch.finish()
+    return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed), watched)
 
 
 def _rule(p: Primitive) -> Emission:

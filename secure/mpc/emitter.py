@@ -11,21 +11,24 @@ from protocols.protocol import Protocol
 from protocols.ring import WORD
 from secure.mpc.plan import Plan
 from secure.mpc.share import Share
+from secure.mpc.watch import Watch
 
 
 class Emitter:
     """A circuit in the making.
 
     ``emit`` appends a protocol, or finds an equal instruction that exists, and labels it with ``path``, the current
-    module. ``clamps``: the range to which the client clamps each input, by name.
+    module. ``clamps``: the range to which the client clamps each input, by name. ``checked``: emit the checks of
+    ranges (``watch``) too.
     """
 
-    def __init__(self, plan: Plan, clamps: Mapping[str, tuple[float, float]]) -> None:
+    def __init__(self, plan: Plan, clamps: Mapping[str, tuple[float, float]], *, checked: bool = False) -> None:
         self.plan, self.trace, self.clamps = plan, plan.trace, clamps
         self.fixed, self.ranges = plan.fixed, plan.ranges
         self.circuit: list[Instruction] = []
         self.paths: list[str] = []
         self.path = ""
+        self.watch = Watch(self, checked)
         self._known: dict[Instruction, int] = {}
         self._settled: dict[int, Share] = {}
         self._wide: dict[int, Share] = {}
@@ -48,6 +51,7 @@ class Emitter:
         self._settled[i] = value
         if value.ring < self.plan.base[i]:
             self._wide[i] = self.extend(value, shape, self.plan.extended(i))
+            self.watch.within(i)
 
     def get(self, i: int, ring: int) -> Share:
         """Return value i in a ring of at least ``ring`` bits."""
@@ -89,6 +93,7 @@ class Emitter:
     def lifted(self, i: int, drop: int, ring: int) -> int:
         """Return the only opening of value i without its lowest ``drop`` bits, lifted to a ring of ``ring`` bits."""
         lift = tp.Lift(self.trace.primitives[i].shape, self.plan.own(i), drop, ring)
+        self.watch.within(i)
         return self.emit(lift, self.opened(i))
 
     def delivered(self, i: int) -> int:

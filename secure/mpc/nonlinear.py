@@ -13,9 +13,9 @@ from protocols import local
 from protocols import two_party as tp
 from protocols.bits import plane_bytes
 from protocols.protocol import Shape, count
-from protocols.two_party.comparison import DIGITS
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
+from secure.mpc.comparing import cheapest_compare, spare
 from secure.mpc.emitter import Emitter
 from secure.mpc.pieces import NOTHING, Curve, Precision, Straight, choose, holding, is_linear
 from secure.mpc.plan import Need, Plan, opened
@@ -249,6 +249,7 @@ def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> dict[int, Share
 def _below(e: Emitter, x: int) -> int:
     """Emit stacked bits [x < t] for all knots t of x, from its only opening."""
     fraction, shape = e.plan.fraction[x], e.trace.primitives[x].shape
+    e.watch.within(x)
     thresholds = tuple(round(k * 2.0**fraction) for k in e.plan.knots[x])
     return compare(e, e.opened(x), shape, e.plan.compare_width(x), thresholds, e.plan.tolerance[x] * 2.0**fraction)
 
@@ -260,30 +261,8 @@ def compare(
 
     Low bits worth at most ``tolerance`` units are dropped where that makes the comparison cheaper.
     """
-    chosen = cheapest_compare(shape, width, thresholds, _spare(tolerance), e.plan.prices.dealt_for_online)
+    chosen = cheapest_compare(shape, width, thresholds, spare(tolerance), e.plan.prices.dealt_for_online)
     return e.emit(chosen, at)
-
-
-def _spare(tolerance: float) -> int:
-    """Return the low bits that are worth at most ``tolerance`` units."""
-    return max(0, math.floor(math.log2(max(tolerance, 1.0))))
-
-
-def cheapest_compare(
-    shape: tuple[int, ...], width: int, thresholds: tuple[int, ...], spare: int, dealt_for_online: int
-) -> tp.Compare:
-    """Return the comparison with the fewest rounds, then the fewest bytes, that drops at most ``spare`` low bits.
-
-    A dealt byte counts for 1/dealt_for_online of an online one. Of equally cheap ones it returns the most exact.
-    """
-
-    def price(compare: tp.Compare) -> tuple[int, int, int]:
-        cost = compare.cost()
-        online = cost.to_first + cost.to_second
-        return cost.rounds, dealt_for_online * online + cost.dealt, compare.drop
-
-    drops = range(min(spare, width - 2) + 1)
-    return min((tp.Compare(shape, width, drop, thresholds, digit) for drop in drops for digit in DIGITS), key=price)
 
 
 def _indicators(e: Emitter, bits: int, rows: list[int], runs: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> int:
@@ -308,6 +287,7 @@ def emit_maximum(e: Emitter, i: int, p: Primitive) -> Share:
     (x,) = p.inputs
     ring, fraction = e.plan.own(x) + 1, e.plan.fraction[x]
     value, shape = e.get(x, ring), e.trace.primitives[x].shape
+    e.watch.within(x)
     levels = max(1, math.ceil(math.log2(shape[-1])))
     tolerance = p.attrs["tolerance"] / levels * 2.0**fraction
     current = value.index
@@ -342,6 +322,6 @@ def larger_halves(e: Emitter, x: int, shape: Shape, ring: int, tolerance: float)
 def price_of_halves(shape: Shape, ring: int, tolerance: float, prices: Prices) -> float:
     """Return the price of ``larger_halves``, in online bytes."""
     sub = (*shape[:-1], shape[-1] // 2)
-    chosen = cheapest_compare(sub, ring, (0,), _spare(tolerance), prices.dealt_for_online)
+    chosen = cheapest_compare(sub, ring, (0,), spare(tolerance), prices.dealt_for_online)
     used = (tp.Open(sub, ring), chosen, tp.OpenBits(sub, 1), tp.Select(sub, ring, (1,), (0,)))
     return sum(prices.of(protocol.cost()) for protocol in used)

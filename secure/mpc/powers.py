@@ -38,8 +38,8 @@ from protocols.two_party.digits import DIGIT_BITS
 from protocols.two_party.tabulated import PUBLIC, ROWS, smallest
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
+from secure.mpc.comparing import cheapest_compare
 from secure.mpc.emitter import Emitter
-from secure.mpc.nonlinear import cheapest_compare
 from secure.mpc.plan import Need, Plan
 from secure.mpc.prices import Prices
 from secure.mpc.share import Share
@@ -248,6 +248,7 @@ def needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
 
 def emit(e: Emitter, i: int, p: Primitive) -> Share:
     (x,), plan, bands = p.inputs, e.plan, _bands(e.plan, p)
+    e.watch.between(x, p.attrs["low"], p.attrs["high"])
     drop = plan.fraction[x] - bands.fraction
     value = e.truncate(e.get(x, bands.opened + drop), p.shape, drop)
     at = e.emit(tp.Open(p.shape, bands.opened), value.index)

@@ -28,7 +28,7 @@ from protocols.protocol import CircuitCost, Protocol
 from protocols.two_party import Input, Reveal
 from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
-from secure.errors import InvalidProgram
+from secure.errors import InvalidProgram, OutOfRange
 from secure.lowering.client_inputs import (
     MAXIMUM_INPUTS,
     ClientInput,
@@ -40,9 +40,10 @@ from secure.lowering.client_inputs import (
     encode_input,
 )
 
-VERSION = 3
+VERSION = 4
 MAXIMUM_INSTRUCTIONS = 1 << 14  # a decoder of 32 layers has 10,000
 MAXIMUM_OUTPUTS = 1 << 10
+MAXIMUM_PLACES = 1 << 8
 MAXIMUM_WEIGHTS = 1 << 12
 
 
@@ -61,6 +62,27 @@ class Output:
         return ring.decode(revealed, bits, self.fraction)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """The Reveal of the numbers that tell whether values were in range, one for each of ``places``, in order.
+
+    A number is zero if all values of this part of the model were, and else uniform.
+    """
+
+    instruction: int
+    places: tuple[str, ...]
+
+    def check(self, revealed: Tensor) -> None:
+        """Raise OutOfRange, with the names of the parts, unless all numbers are zero."""
+        wrong = [place for place, number in zip(self.places, revealed.tolist(), strict=True) if number]
+        if wrong:
+            others = f" and {len(wrong) - 1} other parts of the model" if len(wrong) > 1 else ""
+            raise OutOfRange(
+                f"a value left its range in {wrong[0]}{others}, so there is no answer that could be trusted",
+                "ask the model's owner to calibrate on inputs like this one",
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A circuit and all that its parties must agree on; public to all of them.
@@ -77,11 +99,13 @@ class Program:
     client_inputs: tuple[ClientInput, ...]
     weight_shapes: Mapping[str, tuple[int, ...]]  # of the weights that products read
     labels: Mapping[str, str]  # for people: model, embedding, approximations
+    watched: Watched | None = None
 
     @property
     def revealed(self) -> tuple[int, ...]:
-        """The Reveal instruction of each output."""
-        return tuple(output.instruction for output in self.outputs)
+        """The Reveal instruction of each output, and the one that tells whether values were in range, if there is."""
+        told = (self.watched.instruction,) if self.watched else ()
+        return (*(output.instruction for output in self.outputs), *told)
 
     @property
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -118,8 +142,32 @@ class Program:
         check_query(self.client_graph, inputs)
 
     def clear_values(self, inputs: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the client's graph in the clear: all that depends on values, and every error. Raises InvalidInput."""
-        return clear_values(self.client_graph, self.client_inputs, inputs)
+        """Run the client's graph in the clear: all that depends on values, and every error before a query.
+
+        Raises InvalidInput, and OutOfRange if values are checked.
+        """
+        values = clear_values(self.client_graph, self.client_inputs, inputs)
+        if self.watched:
+            self._check_clamps(values)
+        return values
+
+    def _check_clamps(self, values: Mapping[str, Tensor]) -> None:
+        """Raise OutOfRange for numbers that the caller gave and that would be clamped, but for a mask's lowest ones.
+
+        As in ``check_ids``, what a graph from somebody else makes of the caller's numbers decides nothing.
+        """
+        graph, clamps = self.client_graph, {p.name: p for i in self.circuit if isinstance(p := i.protocol, Input)}
+        for spec in self.client_inputs:
+            node, value = graph.nodes[graph.outputs[spec.output]], values[spec.name]
+            if spec.encoding != "plain" or node.op != "input" or not value.numel():
+                continue
+            low, high = clamps[spec.name].low, clamps[spec.name].high
+            worst = float(value.abs().max() if low == -high else value.max())
+            if worst > high:
+                raise OutOfRange(
+                    f"an input of shape {spec.shape} reaches {worst:.4g}, the model was calibrated up to {high:.4g}",
+                    "ask the model's owner to calibrate on inputs like this one",
+                )
 
     def dummy_values(self) -> dict[str, Tensor]:
         """Return zeros in place of ``clear_values``."""
@@ -141,10 +189,14 @@ class Program:
         return self.encode(self.clear_values(inputs, tables), tables)
 
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Decode the revealed integers, one tensor per output, by the names of the model's outputs.
+        """Decode the revealed integers, one tensor for each of ``revealed``, by the names of the model's outputs.
 
-        Results are float64, and int64 where their scale has no fraction bits: positions that an arg-max found.
+        Results are float64, and int64 where their scale has no fraction bits: positions that an arg-max found. Raises
+        OutOfRange if a value left its range.
         """
+        if self.watched:
+            *results, told = results
+            self.watched.check(told)
         return {
             o.name: o.decode(result, self.circuit[o.instruction].protocol.out.bits)
             for o, result in zip(self.outputs, results, strict=True)
@@ -170,6 +222,7 @@ class Program:
             ],
             "paths": paths,
             "outputs": [list(dataclasses.astuple(output)) for output in self.outputs],
+            "watched": list(dataclasses.astuple(self.watched)) if self.watched else None,
             "fixed": self.fixed.as_dict(),
             "client_graph": self.client_graph.to_json(),
             "client_inputs": [dataclasses.asdict(c) for c in self.client_inputs],
@@ -212,6 +265,7 @@ class Program:
                 client_inputs=d.client_inputs,
                 weight_shapes=d.weight_shapes,
                 labels=d.labels,
+                watched=Watched(*d.watched) if d.watched else None,
             )
             _check(program)
             _ = program.digest  # encodes, which fails for numbers that JSON cannot write
@@ -220,6 +274,9 @@ class Program:
         except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise InvalidProgram(f"not a valid Program: {what_is_wrong(error)}") from None
         return program
+
+
+Places = Annotated[tuple[Name, ...], FailFast(), Field(min_length=1, max_length=MAXIMUM_PLACES)]
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -235,6 +292,9 @@ class _ProgramForm:
     ]  # kind, fields, inputs, path
     paths: Annotated[list[Name], FailFast(), Field(max_length=MAXIMUM_INSTRUCTIONS)]
     outputs: Annotated[list[tuple[Name, Whole, Bits]], FailFast()]
+    watched: (
+        tuple[Whole, Annotated[tuple[Name, ...], FailFast(), Field(min_length=1, max_length=MAXIMUM_PLACES)]] | None
+    )
     fixed: dict[str, Whole]
     client_graph: str
     client_inputs: Annotated[tuple[ClientInput, ...], FailFast(), Field(max_length=MAXIMUM_INPUTS)]
@@ -280,7 +340,7 @@ def _check(program: Program) -> None:
         if (use := p.weight_use) and use.multiplied and use.name not in program.weight_shapes:
             raise InvalidProgram(f"instruction {index} reads the weight {use.name!r}, whose shape is not given")
     reveals = {index for index, i in enumerate(program.circuit) if isinstance(i.protocol, Reveal)}
-    if set(program.revealed) != reveals or not reveals:
+    if set(program.revealed) != reveals or not program.outputs:
         raise InvalidProgram("the outputs are not what the circuit reveals")
     decoded = sum(math.prod(program.circuit[i].protocol.out.shape) for i in program.revealed)  # one may stand twice
     if len(program.outputs) > MAXIMUM_OUTPUTS or decoded > MAXIMUM_ELEMENTS:
@@ -297,6 +357,11 @@ def _check(program: Program) -> None:
     for output in program.outputs:
         if not 0 <= output.fraction <= ring.WORD:
             raise InvalidProgram(f"the output {output.name!r} has {output.fraction} fraction bits")
+    if (watched := program.watched) is not None:
+        if watched.instruction in {output.instruction for output in program.outputs}:
+            raise InvalidProgram("an output stands where checks of ranges are revealed")
+        if program.circuit[watched.instruction].protocol.out.shape != (len(watched.places),):
+            raise InvalidProgram(f"{len(watched.places)} parts of the model have another number of checks")
     names = {i.protocol.name for i in program.circuit if isinstance(i.protocol, Input)}
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")

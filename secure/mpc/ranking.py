@@ -20,8 +20,8 @@ from protocols.two_party.comparison import DIGITS
 from protocols.two_party.ranking import MOST_RANKED, pairs_of
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
+from secure.mpc.comparing import cheapest_compare
 from secure.mpc.emitter import Emitter
-from secure.mpc.nonlinear import cheapest_compare
 from secure.mpc.plan import Need, Plan
 from secure.mpc.prices import Prices
 from secure.mpc.share import Share
@@ -82,6 +82,7 @@ def _emit(e: Emitter, p: Primitive, bits: int, *, positions: bool) -> int:
     (*_, entries), kept = e.trace.primitives[x].shape, p.shape[-1]
     dropped = _dropped(e.plan, x, p.attrs["tolerance"])
     value = e.truncate(e.get(x, e.plan.own(x) + 1), e.trace.primitives[x].shape, dropped)
+    e.watch.within(x)
     task = _Task(count(p.shape[:-1]), kept, e.plan.own(x) + 1 - dropped, bits)
     values = e.emit(local.Reshape((task.rows, entries), task.width), value.index)
     ring = bits if positions else task.width

@@ -21,6 +21,7 @@ from protocols.ring import WORD
 from protocols.two_party.digits import DIGIT_BITS, ROW
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
+from secure.lowering.ranges import ROUNDED
 from secure.mpc.emitter import Emitter
 from secure.mpc.nonlinear import larger_halves, price_of_halves
 from secure.mpc.plan import Need, Plan
@@ -175,6 +176,7 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     for _ in range(w.halves):
         scores, rows = larger_halves(e, scores, rows, w.wide, w.tolerance)
     at = e.emit(tp.Open(rows, w.ring), scores)
+    _watch(e, x, at, rows, w)
     *telling, histogram = _counters(rows, w)
     operands: tuple[int, ...] = (at,)
     if telling:
@@ -192,6 +194,22 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     lost = round(LOSS * 2**SCORE_FRACTION) if w.halves else 0
     moved = e.emit(local.AddConstant(shape, w.ring, w.start + lost), total)
     return Share(e.emit(local.Reshape(p.shape, w.ring), moved), w.ring, SCORE_FRACTION)
+
+
+def _watch(e: Emitter, x: int, at: int, rows: Shape, w: _Window) -> None:
+    """Check that no score is above the window, where nothing counts it, or below all that the ring has room for.
+
+    A row that lies below the window as a whole shows in the sum of its exponentials, which the reciprocal checks.
+    """
+    low, _ = e.plan.ranges.span(x)
+    lowest = math.floor(low * ROUNDED * 2**SCORE_FRACTION) - w.start
+    for coarser in range(w.coarser, -1, -1):
+        shift = w.shift + coarser
+        below = w.bins if not coarser else w.below if coarser == w.coarser else -(-(w.bins - 1) // (1 << coarser)) + 1
+        first = min(0, lowest >> shift)
+        if below - first < 1 << (w.ring - shift):
+            e.watch.digits(at, rows, w.ring, shift, first, below - first)
+            return
 
 
 def _filled(e: Emitter, counts: int, shape: Shape, most: int, ring: int, unit: int) -> int:

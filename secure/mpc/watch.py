@@ -1,0 +1,143 @@
+"""Emission of checks: whether each value of a query lies where its ring, its table or its window holds it.
+
+A value that outgrows its ring wraps, and whatever reads it as a number is wrong. Arithmetic modulo 2^k goes on
+regardless, so a value needs a check only where something reads it as a number: where it is extended or lifted, where it
+is compared, and where a table or a window takes it. There
+
+- ``within`` asks for the coarse digit of the value in its own ring (``two_party.digits``). A ring has a spare bit, so
+  half of its digits must not occur. If the value is opened anyway, a check takes no message and no round, and 1 to 16
+  dealt bytes an element. Otherwise its top bits are opened, at less than a byte an element each way.
+- ``between`` compares with both ends of a range, for the arguments of roots and reciprocals: one number a row.
+
+A check never fails for a value within its calibrated range, margin included. It surely fails for a value from its
+limit on, where the result may begin to be wrong, up to the point where the ring begins anew with numbers that look
+right: at 3.5 times the limit or more for ``within``. A value beyond that is noticed with a probability of about a half,
+as if it were random, and usually others are noticed beside it.
+
+The bits of all checks of one part of the model become one number for the client (``two_party.conditions``), which is
+revealed with the answer: zero if all is well. The server learns nothing, and the client learns for each part of the
+model whether a value left its range, and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from protocols import local
+from protocols import two_party as tp
+from protocols.bits import plane_bytes
+from protocols.protocol import Shape, count
+from protocols.ring import WORD
+from protocols.two_party.conditions import PARITIES
+from secure.errors import DoesNotFit
+from secure.lowering.ranges import ROUNDED
+from secure.mpc.comparing import cheapest_compare
+
+if TYPE_CHECKING:
+    from secure.mpc.emitter import Emitter
+
+FEWEST, MOST = 3, 8  # bits of a digit
+PLACES = 64  # the most parts of a model that are told apart
+ELSEWHERE = "(elsewhere)"
+_NOISE = 4  # units by which fixed point may miss the argument of a constant row's root
+_SPARE = 3  # bits: a range's ends may be missed by an eighth of its smallest number
+
+
+def place_of(path: str) -> str:
+    """Return the part of a model that a module belongs to: up to the first number in its path, or two names of it."""
+    parts = path.split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[: number + 1]) or "(model)"
+
+
+@dataclass
+class Watch:
+    """The checks of a circuit in the making, by the part of the model. on: False to make none."""
+
+    e: Emitter
+    on: bool
+    _planes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # a plane of bits, and how many
+    _within: set[int] = field(default_factory=set)
+
+    def within(self, i: int) -> None:
+        """Check that value i of the trace lies within its own ring, less the spare bit."""
+        if not self.on or i in self._within or self.e.trace.primitives[i].op == "exp_below":
+            return  # an exponential is at most 1, as no score is above its row's bound: that is checked
+        self._within.add(i)
+        e, shape, k = self.e, self.e.trace.primitives[i].shape, self.e.plan.own(i)
+        bits, n = self._digit(i)
+        number, first = 2 * n + 1, -n % (1 << bits)
+        e.path, before = e.trace.primitives[i].path, e.path
+        if e.plan.opened[i] >= k:
+            found = e.emit(tp.DigitIn(shape, k, k - bits, number, first), e.opened(i))
+        else:
+            top = e.truncate(e.get(i, k), shape, k - bits)
+            found = e.emit(tp.DigitIn(shape, bits, 0, number, first), e.emit(tp.Open(shape, bits), top.index))
+        self._keep(found, count(shape))
+        e.path = before
+
+    def _digit(self, i: int) -> tuple[int, int]:
+        """Return the bits of a digit, and the digits on either side of zero in which value i may lie.
+
+        What is chosen shows of the calibrated range in which part of an octave it ends.
+        """
+        plan = self.e.plan
+        k, unit = plan.own(i), 2.0 ** plan.fraction[i]
+        reach, limit = plan.ranges.magnitude(i) * ROUNDED * unit, min(2.0 ** (k - 2), plan.compared_below(i) * unit)
+        for bits in range(min(FEWEST, k), min(MOST, k) + 1):
+            width = 2.0 ** (k - bits)
+            n = int(limit / width) - 1
+            if n * width >= (reach if bits < k else math.floor(reach)):
+                return bits, n
+        raise DoesNotFit(f"{self.e.trace.primitives[i].where}: a value of {reach:.3g} units, checked below {limit:.3g}")
+
+    def between(self, i: int, low: float, high: float) -> None:
+        """Check that value i lies in [low, high], or is what is left of a constant row: the number added before a root.
+
+        For values of which there is one a row, as every one of them is compared.
+        """
+        if not self.on:
+            return
+        e, p, k = self.e, self.e.trace.primitives[i], self.e.plan.own(i)
+        unit = 2.0 ** e.plan.fraction[i]
+        least, most = math.floor(low / ROUNDED * unit), math.ceil(high * ROUNDED * unit) + 1
+        spare = max(0, least.bit_length() - 1 - _SPARE)
+        ends = [least - (1 << spare), min(most + (1 << spare), 1 << (k - 2))]
+        nothing = math.ceil(p.attrs["value"] * unit) + _NOISE + (1 << spare) if p.op == "offset" else 0
+        if 0 < nothing < ends[0]:
+            ends.insert(0, nothing)
+        opened = e.opened(i) if e.plan.opened[i] >= k else e.emit(tp.Open(p.shape, k), e.get(i, k).index)
+        compare = cheapest_compare(p.shape, k, tuple(ends), spare, e.plan.prices.dealt_for_online)
+        # one of [x < least] and [x < most], and not both; below ``nothing`` it is all three
+        every = local.Indicators(plane_bytes(count(p.shape)), (tuple(range(len(ends))),), (False,))
+        self._keep(e.emit(every, e.emit(compare, opened)), count(p.shape))
+
+    def digits(self, opening: int, shape: Shape, ring: int, shift: int, first: int, number: int) -> None:
+        """Check that the digit of ``shift`` bits of an opened value is one of ``number`` from ``first`` on."""
+        if self.on:
+            inside = tp.DigitIn(shape, ring, shift, number, first % (1 << (ring - shift)))
+            self._keep(self.e.emit(inside, opening), count(shape))
+
+    def _keep(self, plane: int, size: int) -> None:
+        place = place_of(self.e.path)
+        if place not in self._planes and len(self._planes) >= PLACES:
+            place = ELSEWHERE
+        self._planes.setdefault(place, []).append((plane, size))
+
+    def finish(self) -> tuple[int, tuple[str, ...]] | None:
+        """Emit what becomes of all checks, and its Reveal; return that with the parts of the model that it names.
+
+        None if there are no checks.
+        """
+        if not self._planes:
+            return None
+        e, alarms = self.e, []
+        for place, planes in self._planes.items():
+            e.path = place
+            unmet = e.emit(tp.Unmet(tuple(size for _, size in planes)), *(plane for plane, _ in planes))
+            alarms.append(e.emit(tp.Alarm(), e.emit(tp.OpenBits((PARITIES,), 1), unmet)))
+        e.path, shape = "", (len(alarms),)
+        joined = alarms[0] if len(alarms) == 1 else e.emit(local.Concat(shape, WORD, 0), *alarms)
+        return e.emit(tp.Reveal(shape, WORD), joined), tuple(self._planes)
