@@ -32,7 +32,6 @@ __all__ = [
     "MissingPackage",
     "ModelNotFound",
     "OutOfRange",
-    "OutOfRange",
     "PartiesDisagree",
     "PeerLost",
     "ProtocolError",
