@@ -188,7 +188,9 @@ def comparison(pattern: MpcModel, mask: Tensor) -> MpcModel:
     ]
     circuit = tuple(Instruction(protocol, inputs) for protocol, inputs in steps)
     outputs = (Output("output", len(circuit) - 1, 0),)
-    made = dataclasses.replace(program, circuit=circuit, paths=("",) * len(circuit), outputs=outputs, weight_shapes={})
+    made = dataclasses.replace(
+        program, circuit=circuit, paths=("",) * len(circuit), outputs=outputs, weight_shapes={}, watched=None
+    )
     integers = {"mask": ring.encode(mask, COMPARED_FRACTION)}
     return MpcModel(secure.Program.from_bytes(made.encoded), integers, {})  # decoding checks it
 

@@ -2,7 +2,7 @@
 
 Each function has two forms: one pass over memory in compiled code, and whole-tensor torch operations for other devices,
 with which tests compare the first. Both give the same integers, so two parties may use different forms. Only
-``stored``, ``loaded`` and ``store_difference`` have one form: bytes on the wire lie in the CPU's memory.
+``stored``, ``loaded``, ``store_difference`` and ``parities`` have one form: packed bytes lie in the CPU's memory.
 """
 
 from __future__ import annotations

@@ -122,10 +122,11 @@ def document(*instructions: list[Any], weights: dict[str, list[int]] | None = No
         ["reveal", {"shape": [width], "ring": 32}, [0], 0],
     ]
     return {
-        "version": 3,
+        "version": 4,
         "instructions": circuit,
         "paths": [""],
         "outputs": [["y", len(circuit) - 1, 0]],
+        "watched": None,
         "fixed": {"fraction_bits": 16, "weight_fraction_bits": 14, "margin_bits": 1},
         "client_graph": identity("x", width).to_json(),
         "client_inputs": [{"name": "x", "output": 0, "encoding": "plain", "size": 0, "shape": [width], "table": ""}],

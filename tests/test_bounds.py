@@ -92,7 +92,7 @@ def alone(kind: str) -> dict[str, Any]:
     kept = [[k, fields, [place[i] for i in inputs], path] for k, fields, inputs, path in (circuit[n] for n in order)]
     reveal = ["reveal", {"shape": source[1]["shape"], "ring": source[1]["ring"]}, [0], 0]
     d["instructions"] = [*kept, reveal]
-    d["outputs"] = [["y", len(kept), 0]]
+    d["outputs"], d["watched"] = [["y", len(kept), 0]], None
     read = {i[1]["weight"] for i in kept if i[0] == "linear"}
     d["weight_shapes"] = {name: shape for name, shape in d["weight_shapes"].items() if name in read}
     return d  # type: ignore[no-any-return]

@@ -731,17 +731,53 @@ def tops(x: Integers, ring: int, shift: int) -> Integers:
 def digit_in(s: Setup) -> Check:
     ring, shape = s.number("ring", 1, 64), s.shape()
     shift = s.number("shift", max(0, ring - 9), ring - 1)
-    last = (1 << (ring - shift)) - 1
-    count, high = s.number("count", 1, last), (last << shift) - 1 if shift else last
-    near = tuple(d << shift for d in (count - 1, count))
-    a, x = s.opened(shape, s.number("opened", ring, 64), 0, high, near)
-    s.add(tp.DigitIn(shape, ring, shift, count), a)
+    digits = 1 << (ring - shift)
+    count, first = s.number("count", 1, digits - 1), s.draw(st.sampled_from([0, digits // 2, digits - 1]), "first")
+    near = tuple((d % digits) << shift for d in (first - 1, first, first + count - 1, first + count))
+    a, x = s.opened(shape, s.number("opened", ring, 64), 0, (1 << ring) - 1, near)
+    s.add(tp.DigitIn(shape, ring, shift, count, first), a)
 
     def check(server: Any, client: Any) -> None:
         (found,) = plane_bits(combine(server, client), shape)
-        top = tops(x, ring, shift)
-        assert (found[top >= count] == 0).all()
-        assert (found[top + bool(shift) < count] == 1).all()
+        here, after = ((tops(x, ring, shift) + k - first) % digits < count for k in (0, bool(shift)))
+        assert (found[~here & ~after] == 0).all()
+        assert (found[here & after] == 1).all()
+
+    return check
+
+
+@case(tp.Unmet)
+def unmet(s: Setup) -> Check:
+    """Parities are zero where every bit is one; padding does not count."""
+    sizes = tuple(s.number("bits", 1, 40) for _ in range(s.number("planes", 1, 3)))
+    planes, zeros = [], 0
+    for size in sizes:
+        index, x = s.planes(1, size)
+        name = next(reversed(s.inputs))
+        kept = s.draw(st.sampled_from([[], [0], [size - 1], list(range(size))]), "zeros")
+        bit = torch.ones(size, dtype=torch.int64)
+        bit[kept] = 0
+        used = bits.pack(torch.ones(size, dtype=torch.int64))
+        s.inputs[name] = (x & ~used) | bits.pack(bit)[None]
+        planes.append(index)
+        zeros += len(kept)
+    s.add(tp.Unmet(sizes), *planes)
+
+    def check(server: Any, client: Any) -> None:
+        assert bool(combine(server, client).any()) == bool(zeros)
+
+    return check
+
+
+@case(tp.Alarm)
+def alarm(s: Setup) -> Check:
+    a, b = s.opened_planes((64,), 1)
+    if s.draw(st.booleans(), "silent"):
+        b.zero_()
+    s.add(tp.Alarm(), a)
+
+    def check(server: Any, client: Any) -> None:
+        assert bool((server + client).any()) == bool(b.any())
 
     return check
 

@@ -367,6 +367,7 @@ OTHER: dict[str, Any] = {
     "fixed_point": FixedPoint(margin_bits=2),
     "network": "wan",
     "answer_bits": 9,
+    "checked": False,
 }
 """Other values of all options of compiling."""
 

@@ -27,7 +27,16 @@ from protocols.protocol import CLIENT
 from protocols.steps import pack_frame
 from protocols.two_party import Input, Linear, Open, Reveal
 from protocols.weights import ServerWeights
-from secure import Compiled, FixedPoint, InvalidInput, InvalidProgram, Program, insecure_in_process, plain_reference
+from secure import (
+    Compiled,
+    FixedPoint,
+    InvalidInput,
+    InvalidProgram,
+    OutOfRange,
+    Program,
+    insecure_in_process,
+    plain_reference,
+)
 from secure.models.sentence_encoder import SentenceEncoder
 from secure.mpc import program as program_module
 from tests.helpers import key
@@ -236,8 +245,8 @@ def remove(key: str) -> Callable[[Any], None]:
 
 
 TAMPERED: dict[str, Callable[[Any], Any]] = {
-    "version": change("version", 2),
-    "version text": change("version", "3"),
+    "version": change("version", 3),
+    "version text": change("version", "4"),
     "no version": remove("version"),
     "no circuit": remove("instructions"),
     "no paths": remove("paths"),
@@ -368,7 +377,7 @@ def test_programs_whose_parts_do_not_fit_are_refused(how: str) -> None:
         Program.from_bytes(tampered(MISFITS[how]))
 
 
-@pytest.mark.parametrize("encoded", [b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{", b'{"version": 3}'])
+@pytest.mark.parametrize("encoded", [b"", b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{", b'{"version": 4}'])
 def test_what_is_no_program_is_refused(encoded: bytes) -> None:
     with pytest.raises(InvalidProgram):
         Program.from_bytes(encoded)
@@ -496,7 +505,7 @@ def test_outputs_of_one_large_reveal_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_versions_are_named() -> None:
-    with pytest.raises(InvalidProgram, match=r"has version 2, this is 3\nhint: upgrade"):
+    with pytest.raises(InvalidProgram, match=r"has version 3, this is 4\nhint: upgrade"):
         Program.from_bytes(tampered(TAMPERED["version"]))
 
 
@@ -584,10 +593,12 @@ def test_calibration_without_padding_is_refused() -> None:
 def test_inputs_are_clamped_to_what_their_ring_holds() -> None:
     program = classifier()[1].program
     (protocol,) = (i.protocol for i in program.circuit if isinstance(i.protocol, Input))
-    values = program.client_values({"x": torch.full((4, 6), 1e6)}, {})
+    with pytest.raises(OutOfRange, match="reaches 1e\\+06, the model was calibrated up to"):
+        program.client_values({"x": torch.full((4, 6), 1e6)}, {})
+    values = dataclasses.replace(program, watched=None).client_values({"x": torch.full((4, 6), 1e6)}, {})
     (encoded,) = values.values()
     assert largest(ring.decode(encoded, protocol.ring, protocol.fraction)) == pytest.approx(protocol.high)
-    assert [type(program.circuit[i].protocol) for i in program.revealed] == [Reveal]
+    assert [type(program.circuit[i].protocol) for i in program.revealed] == [Reveal, Reveal]
 
 
 @pytest.mark.slow

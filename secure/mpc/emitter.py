@@ -79,7 +79,9 @@ class Emitter:
     def opened(self, i: int) -> int:
         """Return the only opening of value i, as wide as its widest reader needs."""
         ring = self.plan.opened[i]
-        return self.emit(tp.Open(self.trace.primitives[i].shape, ring), self.get(i, ring).index)
+        index = self.emit(tp.Open(self.trace.primitives[i].shape, ring), self.get(i, ring).index)
+        self.watch.within(i)
+        return index
 
     def opened_or_lifted(self, i: int, ring: int) -> tuple[int, int]:
         """Return value i modulo 2^ring, as its opening if that is as wide and else lifted; and its bits that are exact.
@@ -93,7 +95,6 @@ class Emitter:
     def lifted(self, i: int, drop: int, ring: int) -> int:
         """Return the only opening of value i without its lowest ``drop`` bits, lifted to a ring of ``ring`` bits."""
         lift = tp.Lift(self.trace.primitives[i].shape, self.plan.own(i), drop, ring)
-        self.watch.within(i)
         return self.emit(lift, self.opened(i))
 
     def delivered(self, i: int) -> int:

@@ -249,7 +249,6 @@ def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> dict[int, Share
 def _below(e: Emitter, x: int) -> int:
     """Emit stacked bits [x < t] for all knots t of x, from its only opening."""
     fraction, shape = e.plan.fraction[x], e.trace.primitives[x].shape
-    e.watch.within(x)
     thresholds = tuple(round(k * 2.0**fraction) for k in e.plan.knots[x])
     return compare(e, e.opened(x), shape, e.plan.compare_width(x), thresholds, e.plan.tolerance[x] * 2.0**fraction)
 

@@ -173,7 +173,8 @@ class Plan:
     def compare_width(self, x: int) -> int:
         """Return the bits, sign included, of x - t for every knot t of any function of x, plus the tolerance."""
         knots, tolerance = self.knots.get(x, ()), self.tolerance.get(x, 0.0)
-        reach = self.ranges.magnitude(x) * ROOM + max((abs(k) for k in knots), default=0.0) + tolerance
+        reach = max(self.ranges.magnitude(x) * ROOM, 2.0 ** (self.ranges.bits(x) - 1))
+        reach += max((abs(k) for k in knots), default=0.0) + tolerance
         return int(reach * 2.0 ** self.fraction[x] + 1).bit_length() + 1
 
     def compared_below(self, x: int) -> float:

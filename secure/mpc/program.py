@@ -45,6 +45,7 @@ MAXIMUM_INSTRUCTIONS = 1 << 14  # a decoder of 32 layers has 10,000
 MAXIMUM_OUTPUTS = 1 << 10
 MAXIMUM_PLACES = 1 << 8
 MAXIMUM_WEIGHTS = 1 << 12
+CALIBRATE = "ask the model's owner to calibrate on inputs like this one"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Output:
     name: str
     instruction: int
     fraction: int
+
+    def check(self, revealed: Tensor, bits: int) -> None:
+        """Raise OutOfRange for a number that takes the spare bit of its ring. Positions have no spare bit."""
+        if self.fraction and revealed.numel() and int(ring.signed(revealed, bits).abs().max()) >> (bits - 2):
+            raise OutOfRange(f"the answer left its range in {self.name}, so it could not be trusted", CALIBRATE)
 
     def decode(self, revealed: Tensor, bits: int) -> Tensor:
         """Decode residues of a ring of ``bits`` bits: float64, or int64 without fraction bits."""
@@ -76,10 +82,10 @@ class Watched:
         """Raise OutOfRange, with the names of the parts, unless all numbers are zero."""
         wrong = [place for place, number in zip(self.places, revealed.tolist(), strict=True) if number]
         if wrong:
-            others = f" and {len(wrong) - 1} other parts of the model" if len(wrong) > 1 else ""
+            more = len(wrong) - 1
+            others = f" and {more} more {'parts' if more > 1 else 'part'} of the model" if more else ""
             raise OutOfRange(
-                f"a value left its range in {wrong[0]}{others}, so there is no answer that could be trusted",
-                "ask the model's owner to calibrate on inputs like this one",
+                f"a value left its range in {wrong[0]}{others}, so there is no answer that could be trusted", CALIBRATE
             )
 
 
@@ -166,7 +172,7 @@ class Program:
             if worst > high:
                 raise OutOfRange(
                     f"an input of shape {spec.shape} reaches {worst:.4g}, the model was calibrated up to {high:.4g}",
-                    "ask the model's owner to calibrate on inputs like this one",
+                    CALIBRATE,
                 )
 
     def dummy_values(self) -> dict[str, Tensor]:
@@ -197,10 +203,11 @@ class Program:
         if self.watched:
             *results, told = results
             self.watched.check(told)
-        return {
-            o.name: o.decode(result, self.circuit[o.instruction].protocol.out.bits)
-            for o, result in zip(self.outputs, results, strict=True)
-        }
+        rings = [self.circuit[output.instruction].protocol.out.bits for output in self.outputs]
+        if self.watched:
+            for o, result, bits in zip(self.outputs, results, rings, strict=True):
+                o.check(result, bits)
+        return {o.name: o.decode(result, bits) for o, result, bits in zip(self.outputs, results, rings, strict=True)}
 
     # encoding
 
@@ -342,7 +349,8 @@ def _check(program: Program) -> None:
     reveals = {index for index, i in enumerate(program.circuit) if isinstance(i.protocol, Reveal)}
     if set(program.revealed) != reveals or not program.outputs:
         raise InvalidProgram("the outputs are not what the circuit reveals")
-    decoded = sum(math.prod(program.circuit[i].protocol.out.shape) for i in program.revealed)  # one may stand twice
+    shown = [output.instruction for output in program.outputs]
+    decoded = sum(math.prod(program.circuit[i].protocol.out.shape) for i in shown)  # one may stand twice
     if len(program.outputs) > MAXIMUM_OUTPUTS or decoded > MAXIMUM_ELEMENTS:
         raise InvalidProgram(
             f"{len(program.outputs)} outputs of {decoded} elements, clients decode {MAXIMUM_OUTPUTS} of "

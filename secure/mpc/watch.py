@@ -2,7 +2,8 @@
 
 A value that outgrows its ring wraps, and whatever reads it as a number is wrong. Arithmetic modulo 2^k goes on
 regardless, so a value needs a check only where something reads it as a number: where it is extended or lifted, where it
-is compared, and where a table or a window takes it. There
+is compared, where a table or a window takes it, and where the client reads the answer. What is opened is checked too,
+as that is cheap and near the cause.
 
 - ``within`` asks for the coarse digit of the value in its own ring (``two_party.digits``). A ring has a spare bit, so
   half of its digits must not occur. If the value is opened anyway, a check takes no message and no round, and 1 to 16
@@ -22,27 +23,39 @@ model whether a value left its range, and no more.
 from __future__ import annotations
 
 import math
+import typing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from protocols import local
 from protocols import two_party as tp
 from protocols.bits import plane_bytes
-from protocols.protocol import Shape, count
+from protocols.protocol import Protocol, Shape, count
 from protocols.ring import WORD
 from protocols.two_party.conditions import PARITIES
 from secure.errors import DoesNotFit
 from secure.lowering.ranges import ROUNDED
+from secure.lowering.trace import Trace
 from secure.mpc.comparing import cheapest_compare
-
-if TYPE_CHECKING:
-    from secure.mpc.emitter import Emitter
+from secure.mpc.plan import Plan
+from secure.mpc.share import Share
 
 FEWEST, MOST = 3, 8  # bits of a digit
 PLACES = 64  # the most parts of a model that are told apart
 ELSEWHERE = "(elsewhere)"
 _NOISE = 4  # units by which fixed point may miss the argument of a constant row's root
-_SPARE = 3  # bits: a range's ends may be missed by an eighth of its smallest number
+
+
+class Emits(typing.Protocol):
+    """The part of ``Emitter`` with which checks are emitted."""
+
+    plan: Plan
+    trace: Trace
+    path: str
+
+    def emit(self, protocol: Protocol, *inputs: int) -> int: ...
+    def get(self, i: int, ring: int) -> Share: ...
+    def opened(self, i: int) -> int: ...
+    def truncate(self, value: Share, shape: Shape, shift: int) -> Share: ...
 
 
 def place_of(path: str) -> str:
@@ -56,7 +69,7 @@ def place_of(path: str) -> str:
 class Watch:
     """The checks of a circuit in the making, by the part of the model. on: False to make none."""
 
-    e: Emitter
+    e: Emits
     on: bool
     _planes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # a plane of bits, and how many
     _within: set[int] = field(default_factory=set)
@@ -102,14 +115,12 @@ class Watch:
             return
         e, p, k = self.e, self.e.trace.primitives[i], self.e.plan.own(i)
         unit = 2.0 ** e.plan.fraction[i]
-        least, most = math.floor(low / ROUNDED * unit), math.ceil(high * ROUNDED * unit) + 1
-        spare = max(0, least.bit_length() - 1 - _SPARE)
-        ends = [least - (1 << spare), min(most + (1 << spare), 1 << (k - 2))]
-        nothing = math.ceil(p.attrs["value"] * unit) + _NOISE + (1 << spare) if p.op == "offset" else 0
+        ends = [math.floor(low / ROUNDED * unit), min(math.ceil(high * ROUNDED * unit) + 1, 1 << (k - 2))]
+        nothing = math.ceil(p.attrs["value"] * unit) + _NOISE if p.op == "offset" else 0
         if 0 < nothing < ends[0]:
             ends.insert(0, nothing)
         opened = e.opened(i) if e.plan.opened[i] >= k else e.emit(tp.Open(p.shape, k), e.get(i, k).index)
-        compare = cheapest_compare(p.shape, k, tuple(ends), spare, e.plan.prices.dealt_for_online)
+        compare = cheapest_compare(p.shape, k, tuple(ends), 0, e.plan.prices.dealt_for_online)
         # one of [x < least] and [x < most], and not both; below ``nothing`` it is all three
         every = local.Indicators(plane_bytes(count(p.shape)), (tuple(range(len(ends))),), (False,))
         self._keep(e.emit(every, e.emit(compare, opened)), count(p.shape))
