@@ -9,6 +9,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# a file's tests share what they compile, so that they stay in one process
+TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 PROTO_OUT ?= .
 DOCS_OUT ?= site
 
@@ -35,10 +37,10 @@ demo: $(STAMP) ## Run the demonstration
 	$(BIN)/unseen demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Run every test, slow ones too
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow
-	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not slow' $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

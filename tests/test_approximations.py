@@ -325,17 +325,17 @@ def test_sums_of_terms_are_in_the_range_of_their_reciprocal(length: int, fractio
     "scores", [[[0.0, 1.0], [400.0, 0.0]], [[0.0, -5000.0]]], ids=["rows far apart", "a score far below"]
 )
 def test_softmax_refuses_scores_too_far_apart(scores: list[list[float]]) -> None:
-    with pytest.raises(DoesNotFit, match=r"scores of a softmax reach from .* differ by 492, .* differ by 8192\nhint: "):
+    with pytest.raises(DoesNotFit, match=r"scores of a softmax reach from .* differ by 500, .* differ by 8192\nhint: "):
         run_function(softmax, torch.tensor(scores))
 
 
 @pytest.mark.parametrize("top", [-30.0, -6.5, 0.0, 5.0, 40.0])
 @pytest.mark.parametrize("prices", PRICES, ids=["dealt bytes cheap", "dealt bytes dear"])
 def test_softmax_beyond_its_calibration(top: float, prices: Prices) -> None:
-    """Row maxima up to twice those of calibration are right, and so are those up to 8 beyond, on both sides."""
+    """Row maxima up to twice those of calibration are right, and so are those up to 4 beyond, on both sides."""
     seen = torch.tensor([[top, top - 60.0, top - 1.0], [top - 2.0, top - 3.0, top - 60.0]], dtype=torch.float64)
     highest, lowest = (2 * top if top > 0 else top / 2), (2 * (top - 2) if top < 2 else (top - 2) / 2)
-    for maximum_ in (highest, highest + 7.9, lowest, lowest - 7.9):
+    for maximum_ in (highest, highest + 3.9, lowest, lowest - 3.9):
         x = torch.tensor([[maximum_, maximum_ - 0.5, maximum_ - 20.0]], dtype=torch.float64).expand(2, 3)
         if float(x.abs().max()) <= 2 * float(seen.abs().max()):  # the range of the scores themselves
             run = run_function(softmax, x.contiguous(), calibration=[[seen]], prices=prices)
@@ -553,8 +553,8 @@ def test_rings_have_room_above_what_was_seen(margin: int, seen: float) -> None:
     x = trace.input("x", (1,))
     ranges = Ranges.calibrate(trace, [{"x": torch.tensor([-seen], dtype=torch.float64)}], {}, margin)
     top = 2.0 ** ranges.bits(x.id)
-    assert ranges.magnitude(x.id) * (1 + 2**-6) < top
-    assert top == 1 or ranges.magnitude(x.id) * (1 + 2**-6) >= top / 2  # and not a bit more
+    assert ranges.magnitude(x.id) * 1.16 < top
+    assert top == 1 or ranges.magnitude(x.id) * 1.161 >= top / 2  # and not a bit more
 
 
 def test_an_exponential_at_the_finest_scale() -> None:

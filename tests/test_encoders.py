@@ -17,11 +17,11 @@ import secure
 from secure.capture.capture import capture
 from secure.capture.graph import run
 from secure.deployments.compilation import Compilation
-from secure.deployments.compiled import build
+from secure.deployments.compiled import build, plain_reference
 from secure.deployments.deployment import CompileOptions
 from secure.deployments.self_test import self_test
 from secure.deployments.two_party import TwoParty
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, OutOfRange
 from secure.models import text as text_module
 from secure.models.calibration import REPEATED, SENTENCES
 from secure.models.pooling import POOLINGS, pool
@@ -500,6 +500,33 @@ def test_other_answers_are_refused_whatever_they_are(value: float, directory: Pa
     with pytest.raises(InvalidInput, match="gives other answers"):
         self_test(compiled, Loaded(module=Other(loaded.module, value), **fields))
     assert self_test(compiled, Loaded("", loaded.module, loaded.samples)) is compiled  # nothing to test on
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_inputs_that_leave_their_ranges_are_told_or_refused(
+    left: int, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two is a line for the owner, who knows what the texts of clients are like; both are a refusal."""
+    compiled, asked = (
+        build(loaded := Embed().load(str(directory), LENGTH, sentences()), TwoParty(), CompileOptions(), {}),
+        [],
+    )
+
+    def answered(*given: Any) -> Any:
+        asked.append(given)
+        if len(asked) <= left:
+            raise OutOfRange("a value left its range in encoder.layer.0, so there is no answer that could be trusted")
+        return plain_reference(*given)
+
+    monkeypatch.setattr("secure.deployments.self_test.plain_reference", answered)
+    if left == 2:
+        with pytest.raises(
+            InvalidInput, match="2 inputs left the ranges of calibration: a value left its range in enc"
+        ):
+            self_test(compiled, loaded)
+    else:
+        about = self_test(compiled, loaded).about
+        assert "1 inputs left the ranges of calibration: a value left its range in encoder.layer.0; for such" in about
 
 
 def test_the_key_of_a_compilation_covers_what_is_new(directory: Path) -> None:

@@ -250,7 +250,7 @@ def test_every_form_is_swapped_in(trained: Encoder) -> None:
 
 def test_a_polynomial_program_compares_nothing_and_agrees(trained: Encoder) -> None:
     samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(40)]  # what it was trained on
-    compiled = secure.compile(trained, samples[0], calibration=samples[1:])
+    compiled = secure.compile(trained, samples[0], calibration=samples[1:], checked=False)
     kinds = {instruction.protocol.kind for instruction in compiled.program.circuit}
     assert not kinds & COMPARING
     exact = secure.compile(Encoder(encoder()), samples[0], calibration=samples[1:])
@@ -277,7 +277,7 @@ def test_corrections_cost_no_rounds_under_secret_sharing() -> None:
         freeze_untrained(student, partial(run_all, student, samples))
         steps = [f.found["steps"] for _, f in forms(student) if "steps" in f.found]
         assert any(steps) == (error < 0.5)
-        compiled = secure.compile(student, samples[0], calibration=samples[1:])
+        compiled = secure.compile(student, samples[0], calibration=samples[1:], checked=False)
         kinds = [i.protocol.kind for i in compiled.program.circuit]
         tables.append(kinds.count("tabulated") - sum(map(bool, steps)))
         assert not set(kinds) & COMPARING
@@ -296,7 +296,7 @@ def test_mpcformers_2quad_too() -> None:
     student = polynomial_encoder(recipe)
     trainer(student, recipe=recipe).run()
     samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(20)]
-    compiled = secure.compile(student, samples[0], calibration=samples[1:])
+    compiled = secure.compile(student, samples[0], calibration=samples[1:], checked=False)
     assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
     answer = secure.insecure_in_process(compiled).query(samples[3])
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_higher_powers_and_none_of_the_shift(power: int) -> None:
     student = polynomial_encoder(recipe)
     trainer(student, recipe=recipe).run()
     samples = [{k: v[i : i + 1] for k, v in batch(64).items()} for i in range(20)]
-    compiled = secure.compile(student, samples[0], calibration=samples[1:])
+    compiled = secure.compile(student, samples[0], calibration=samples[1:], checked=False)
     answer = secure.insecure_in_process(compiled).query(samples[3])
     with torch.no_grad():
         assert float(F.cosine_similarity(answer.float(), student(**samples[3])).min()) > 0.9998
@@ -410,7 +410,7 @@ def test_a_range_that_calibration_leaves_is_refused(trained: Encoder) -> None:
     norm.found["high"] = norm.found["low"] * 1.001
     try:
         with pytest.raises(ValueError, match=rf"{path}.*made for") as caught:
-            secure.compile(trained, samples[0], calibration=samples[1:])
+            secure.compile(trained, samples[0], calibration=samples[1:], checked=False)
         assert "hint:" in str(caught.value)
     finally:
         norm.found = before
@@ -500,7 +500,7 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     assert "Spearman" in result.output
     trained, tokenizer = load_sentence_encoder(output), load_tokenizer(output)
     inputs = [text_inputs(tokenizer, line, LENGTH) for line in sentences(40)]
-    compiled = secure.compile(trained, inputs[0], calibration=inputs[1:], embedding="client-table")
+    compiled = secure.compile(trained, inputs[0], calibration=inputs[1:], embedding="client-table", checked=False)
     assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
     report = ["accuracy", str(output), "--original", str(model), "--length", str(LENGTH), "--texts", str(text)]
     shown = CliRunner().invoke(app(), [*report, "--protocol", "3"])
@@ -587,7 +587,7 @@ def test_the_digits_model_is_polynomial_too() -> None:
     model, _ = train_digits(epochs=24)
     images, _ = load_digits().train
     samples = [{"images": image[None]} for image in images[:60]]
-    compiled = secure.compile(model, samples[0], calibration=samples[1:])
+    compiled = secure.compile(model, samples[0], calibration=samples[1:], checked=False)
     assert not {i.protocol.kind for i in compiled.program.circuit} & COMPARING
     query = secure.insecure_in_process(compiled)
     with torch.no_grad():

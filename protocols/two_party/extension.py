@@ -10,7 +10,7 @@ w = a + b - ab costs one product of private bits:
    2^(K-k)).
 Seen by a party: one bit an element under the peer's one-time mask; by the server also its correction of alpha beta,
 masked by the client's share.
-If x is out of range (|x| >= 2^(k-2)), the result is off by a multiple of 2^k, and nobody notices.
+If x is out of range (|x| >= 2^(k-2)), the result may be off by 2^k, and it is out of range too.
 """
 
 from __future__ import annotations

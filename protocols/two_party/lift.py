@@ -15,7 +15,7 @@ The lowest ``drop`` bits can be dropped: x is then read as (z' >> drop) - (rho >
 lose less than a unit, so the result is off from x / 2^drop by less than one unit, either way; k - drop bits agree.
 
 Seen by the server: its corrections, masked by the client's shares. No message is sent.
-If x is out of range (|x| >= 2^(k-2)), the result is off by a multiple of 2^k, and nobody notices.
+If x is out of range (|x| >= 2^(k-2)), the result is off by a multiple of 2^k, which checks of x notice.
 """
 
 from __future__ import annotations

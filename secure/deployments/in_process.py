@@ -154,10 +154,12 @@ class ThreePartiesInProcess(_InProcess):
 
 
 def plain_reference(model: MpcModel, inputs: Mapping[str, Tensor]) -> Any:
-    """INSECURE: run the Program in plain fixed-point arithmetic, for comparison."""
+    """INSECURE: run the Program in plain fixed-point arithmetic, for comparison. Raises OutOfRange as clients do."""
     program = model.program
     values = program.client_values(inputs, model.client_tables)
-    return only(program.decode(reference(program.circuit, program.revealed, model.server_weights, values)))
+    results = reference(program.circuit, program.revealed, model.server_weights, values)
+    program.check_results(results)
+    return only(program.decode(results))
 
 
 def _coins(pairs: Mapping[frozenset[int], Key], party: int) -> Coins:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secure.deployments.compiled import Compiled, plain_reference
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, OutOfRange
 from secure.tasks.task import Loaded, stacked
 
 ACCEPT = 0.999
@@ -23,11 +23,12 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: float = ACCEPT) -> Com
     It runs on inputs that calibrated nothing, one at the full length of each size and the others at the greatest, with
     the deployment's own plain arithmetic. The compiled model comes back with a line about the lowest cosine. Models
     without such inputs, and deployments without such arithmetic, come back as they are. Raises InvalidInput below
-    ``accept``, and for answers that are not finite.
+    ``accept``, for answers that are not finite, and if half of the inputs leave the ranges of calibration; of fewer,
+    the line tells.
     """
     if loaded.held_out is None:
         return compiled
-    lowest, tested = 1.0, 0
+    lowest, tested, left = 1.0, 0, list[OutOfRange]()
     smallest = min(int(size.program.labels.get("batch", 1)) for size in compiled.sizes)
     for size in compiled.sizes:
         length, batch = (int(size.program.labels.get(name, least)) for name, least in (("length", 0), ("batch", 1)))
@@ -40,6 +41,9 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: float = ACCEPT) -> Com
                 found = plain_reference(size, inputs)
             except InvalidInput:
                 continue  # no plain arithmetic, or an input that clients refuse, which is no wrong answer
+            except OutOfRange as error:
+                left.append(error)
+                continue
             lowest, tested = min(lowest, _cosine(found, loaded.module, inputs)), tested + len(chosen)
             if not lowest >= accept:
                 raise InvalidInput(
@@ -48,10 +52,15 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: float = ACCEPT) -> Com
                     "more fraction bits (--fraction-bits), or texts of your own in --calibration; "
                     "--accept-cosine lowers the bar",
                 )
+    said = f"{len(left)} inputs left the ranges of calibration: {str(left[0]).partition(',')[0]}" if left else ""
+    if len(left) > tested:
+        raise InvalidInput(
+            f"the self-test: {said}", "texts of your own in --calibration, or inputs like those of clients"
+        )
     if not tested:
         return compiled
     line = f"self-test: lowest cosine to the original {lowest:.7f}, on {tested} texts, one at the full length of each"
-    about = "; ".join(filter(None, (compiled.about, line)))
+    about = "; ".join(filter(None, (compiled.about, line, said and f"{said}; for such, clients get an error")))
     return replace(compiled, about=about, others=tuple(replace(other, about=about) for other in compiled.others))
 
 

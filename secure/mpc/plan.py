@@ -10,7 +10,7 @@ from protocols.fixedpoint import FixedPoint
 from protocols.ring import WORD
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
-from secure.lowering.ranges import ROOM, Ranges
+from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
 from secure.mpc.prices import Prices
 
@@ -171,15 +171,7 @@ class Plan:
         self.tolerance[x] = min(self.tolerance.get(x, math.inf), tolerance)
 
     def compare_width(self, x: int) -> int:
-        """Return the bits, sign included, of x - t for every knot t of any function of x, plus the tolerance."""
+        """Return the bits, with a sign, of x - t for all x that its ring holds and every knot t of a function of x."""
         knots, tolerance = self.knots.get(x, ()), self.tolerance.get(x, 0.0)
-        reach = max(self.ranges.magnitude(x) * ROOM, 2.0 ** (self.ranges.bits(x) - 1))
-        reach += max((abs(k) for k in knots), default=0.0) + tolerance
+        reach = 2.0 ** self.ranges.bits(x) + max((abs(k) for k in knots), default=0.0) + tolerance
         return int(reach * 2.0 ** self.fraction[x] + 1).bit_length() + 1
-
-    def compared_below(self, x: int) -> float:
-        """Return the magnitude from which on a comparison of value x with a knot may be wrong; inf without knots."""
-        if x not in self.knots:
-            return math.inf
-        knot = max((abs(k) for k in self.knots[x]), default=0.0)
-        return 2.0 ** (self.compare_width(x) - 1 - self.fraction[x]) - knot - self.tolerance[x]

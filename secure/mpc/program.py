@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any
@@ -171,7 +171,7 @@ class Program:
             worst = float(value.abs().max() if low == -high else value.max())
             if worst > high:
                 raise OutOfRange(
-                    f"an input of shape {spec.shape} reaches {worst:.4g}, the model was calibrated up to {high:.4g}",
+                    f"an input of shape {spec.shape} has numbers beyond {high:.4g}, up to which it was calibrated",
                     CALIBRATE,
                 )
 
@@ -197,17 +197,21 @@ class Program:
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
         """Decode the revealed integers, one tensor for each of ``revealed``, by the names of the model's outputs.
 
-        Results are float64, and int64 where their scale has no fraction bits: positions that an arg-max found. Raises
-        OutOfRange if a value left its range.
+        Results are float64, and int64 where their scale has no fraction bits: positions that an arg-max found.
         """
+        return {o.name: o.decode(result, bits) for o, result, bits in self._shown(results)}
+
+    def check_results(self, results: Sequence[Tensor]) -> None:
+        """Raise OutOfRange if a value left its range, so that what ``decode`` gives is not to be trusted."""
         if self.watched:
-            *results, told = results
-            self.watched.check(told)
-        rings = [self.circuit[output.instruction].protocol.out.bits for output in self.outputs]
-        if self.watched:
-            for o, result, bits in zip(self.outputs, results, rings, strict=True):
+            self.watched.check(results[-1])
+            for o, result, bits in self._shown(results):
                 o.check(result, bits)
-        return {o.name: o.decode(result, bits) for o, result, bits in zip(self.outputs, results, rings, strict=True)}
+
+    def _shown(self, results: Sequence[Tensor]) -> Iterator[tuple[Output, Tensor, int]]:
+        """Yield each output with its residues and the bits of their ring."""
+        for o, result in zip(self.outputs, results, strict=self.watched is None):
+            yield o, result, self.circuit[o.instruction].protocol.out.bits
 
     # encoding
 

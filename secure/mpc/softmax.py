@@ -32,7 +32,7 @@ SCORE_FRACTION = 13
 INTERVAL = 16  # of the exponential, in units of the exponent
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
 MOST_BINS = 256  # of a histogram
-ROOM = 8.0  # by how much a row's maximum may lie beyond all that are expected
+ROOM = 4.0  # by how much a row's maximum may lie beyond all that are expected
 LOSS = 2.0**-6  # by how much the larger of two scores may be missed, in all levels together; LOWEST has room for it
 _EXPONENT = SCORE_FRACTION + int(math.log2(INTERVAL))  # the bits of an interval
 
@@ -81,6 +81,8 @@ def _window(plan: Plan, bound: int) -> _Window:
     most = math.ceil((min(highest + ROOM, high) + 2**-SCORE_FRACTION) / width)
     bins, start = most - least + 1, least * width  # a digit may be one too high, and has a bin then
     reach = max(high, most * width) + slack - min(low, start) + INTERVAL + 1
+    # room for scores of three times the largest, so that none that is too large looks like a small one
+    reach = max(reach, 3 * max(high, most * width) - min(low, start) + width)
     ring = math.ceil(math.log2(reach)) + SCORE_FRACTION
     if bins > MOST_BINS or ring - shift > DIGIT_BITS or _rows(plan.trace.primitives[x].shape)[-2] > ROW:
         raise DoesNotFit(
@@ -90,8 +92,9 @@ def _window(plan: Plan, bound: int) -> _Window:
             f"{2.0 ** (shift + DIGIT_BITS - SCORE_FRACTION):g}\n"
             "hint: narrower calibration inputs; masks of the client's are clamped, others count as scores"
         )
-    _, *way = min(ways(1 << (ring - shift), bins))
-    window = _Window(ring, shift, bins, round(start * 2**SCORE_FRACTION), *way)
+    _, coarser, below, blocks = min(ways(1 << (ring - shift), bins))
+    counted = below << coarser if blocks > 1 else bins  # every bin of the digits that count
+    window = _Window(ring, shift, counted, round(start * 2**SCORE_FRACTION), coarser, below, blocks)
     rows = _rows(plan.trace.primitives[x].shape)
     halved = (replace(window, halves=n) for n in range(rows[-1].bit_length()))
     return min(halved, key=lambda each: _price(rows, each, plan.prices))
@@ -126,9 +129,11 @@ def ways(digits: int, bins: int) -> Iterable[tuple[int, int, int, int]]:
     coarser = 0
     while digits >> coarser > 1:
         below = -(-(bins - 1) // (1 << coarser)) + 1
-        blocks = min(ENTRIES, digits // max(below << coarser, bins - 1 + (1 << coarser)))
-        if blocks > 1 and below < digits >> coarser:
-            yield 2 * -(-digits // blocks) + -(-(digits >> coarser) // 8), coarser, below, blocks
+        counted = below << coarser
+        blocks = min(ENTRIES, digits // (counted - 1 + (1 << coarser)))
+        if blocks > 1 and below < digits >> coarser and counted <= MOST_BINS:
+            tables = 2 * -(-(digits >> coarser) // 8)  # one tells what counts, another one checks it
+            yield 2 * -(-digits // blocks) + tables, coarser, below, blocks
         coarser += 1
 
 
@@ -173,10 +178,10 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
     (x,) = p.inputs
     w = _window(e.plan, i)
     scores, rows = _in_rows(e, x, w), _rows(e.trace.primitives[x].shape)
+    _watch(e, x, e.emit(tp.Open(rows, w.ring), scores), rows, w)  # which the exponential opens anyway
     for _ in range(w.halves):
         scores, rows = larger_halves(e, scores, rows, w.wide, w.tolerance)
     at = e.emit(tp.Open(rows, w.ring), scores)
-    _watch(e, x, at, rows, w)
     *telling, histogram = _counters(rows, w)
     operands: tuple[int, ...] = (at,)
     if telling:
@@ -197,19 +202,14 @@ def emit_bound(e: Emitter, i: int, p: Primitive) -> Share:
 
 
 def _watch(e: Emitter, x: int, at: int, rows: Shape, w: _Window) -> None:
-    """Check that no score is above the window, where nothing counts it, or below all that the ring has room for.
+    """Check that every score, opened as ``at``, is one that the histogram counts, or lies below the window.
 
-    A row that lies below the window as a whole shows in the sum of its exponentials, which the reciprocal checks.
+    A row that lies below the window as a whole shows in the sum of its exponentials: its reciprocal checks it.
     """
     low, _ = e.plan.ranges.span(x)
-    lowest = math.floor(low * ROUNDED * 2**SCORE_FRACTION) - w.start
-    for coarser in range(w.coarser, -1, -1):
-        shift = w.shift + coarser
-        below = w.bins if not coarser else w.below if coarser == w.coarser else -(-(w.bins - 1) // (1 << coarser)) + 1
-        first = min(0, lowest >> shift)
-        if below - first < 1 << (w.ring - shift):
-            e.watch.digits(at, rows, w.ring, shift, first, below - first)
-            return
+    shift = w.shift + w.coarser
+    first = min(0, (math.floor(low * ROUNDED * 2**SCORE_FRACTION) - w.start) >> shift)
+    e.watch.digits(at, rows, w.ring, shift, first, -(-w.bins >> w.coarser) - first)
 
 
 def _filled(e: Emitter, counts: int, shape: Shape, most: int, ring: int, unit: int) -> int:

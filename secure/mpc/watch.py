@@ -6,14 +6,13 @@ is compared, where a table or a window takes it, and where the client reads the 
 as that is cheap and near the cause.
 
 - ``within`` asks for the coarse digit of the value in its own ring (``two_party.digits``). A ring has a spare bit, so
-  half of its digits must not occur. If the value is opened anyway, a check takes no message and no round, and 1 to 16
-  dealt bytes an element. Otherwise its top bits are opened, at less than a byte an element each way.
+  half of its digits must not occur. If the value is opened anyway, a check takes no message and no round, and 1 to 4
+  dealt bytes an element. Otherwise its top bits are opened, at 3 to 5 bits an element each way.
 - ``between`` compares with both ends of a range, for the arguments of roots and reciprocals: one number a row.
 
 A check never fails for a value within its calibrated range, margin included. It surely fails for a value from its
-limit on, where the result may begin to be wrong, up to the point where the ring begins anew with numbers that look
-right: at 3.5 times the limit or more for ``within``. A value beyond that is noticed with a probability of about a half,
-as if it were random, and usually others are noticed beside it.
+limit on, where the result may begin to be wrong, up to 3 times the limit, where the ring begins anew with numbers that
+look right. Of values beyond that about half are noticed, as if they were random; usually many leave theirs at once.
 
 The bits of all checks of one part of the model become one number for the client (``two_party.conditions``), which is
 revealed with the answer: zero if all is well. The server learns nothing, and the client learns for each part of the
@@ -32,14 +31,14 @@ from protocols.bits import plane_bytes
 from protocols.protocol import Protocol, Shape, count
 from protocols.ring import WORD
 from protocols.two_party.conditions import PARITIES
-from secure.errors import DoesNotFit
 from secure.lowering.ranges import ROUNDED
 from secure.lowering.trace import Trace
 from secure.mpc.comparing import cheapest_compare
 from secure.mpc.plan import Plan
 from secure.mpc.share import Share
 
-FEWEST, MOST = 3, 8  # bits of a digit
+FEWEST, MOST = 3, 5  # bits of a digit
+_SAME = ("bounded", "reshape", "expand", "permute", "slice", "take")
 PLACES = 64  # the most parts of a model that are told apart
 ELSEWHERE = "(elsewhere)"
 _NOISE = 4  # units by which fixed point may miss the argument of a constant row's root
@@ -65,6 +64,21 @@ def place_of(path: str) -> str:
     return ".".join(parts[: number + 1]) or "(model)"
 
 
+def _digit(plan: Plan, i: int) -> tuple[int, int]:
+    """Return the bits of a digit, and the digits on either side of zero in which value i may lie.
+
+    A ring has room for an eighth more than a range needs, so that 5 bits always do. What is chosen shows in which part
+    of an octave the calibrated range ends: its lower half, the next quarter, or above.
+    """
+    k = plan.own(i)
+    reach = plan.ranges.magnitude(i) * ROUNDED * 2.0 ** plan.fraction[i]
+    for bits in range(min(FEWEST, k), min(MOST, k) + 1):
+        n = (1 << (bits - 2)) - 1
+        if n << (k - bits) >= (reach if bits < k else math.floor(reach)):
+            return bits, n
+    raise AssertionError(f"a ring of {k} bits for {reach:g} units")
+
+
 @dataclass
 class Watch:
     """The checks of a circuit in the making, by the part of the model. on: False to make none."""
@@ -76,35 +90,36 @@ class Watch:
 
     def within(self, i: int) -> None:
         """Check that value i of the trace lies within its own ring, less the spare bit."""
-        if not self.on or i in self._within or self.e.trace.primitives[i].op == "exp_below":
-            return  # an exponential is at most 1, as no score is above its row's bound: that is checked
-        self._within.add(i)
+        if not self.on or i in self._within or self._follows(i):
+            return
         e, shape, k = self.e, self.e.trace.primitives[i].shape, self.e.plan.own(i)
-        bits, n = self._digit(i)
-        number, first = 2 * n + 1, -n % (1 << bits)
         e.path, before = e.trace.primitives[i].path, e.path
         if e.plan.opened[i] >= k:
-            found = e.emit(tp.DigitIn(shape, k, k - bits, number, first), e.opened(i))
+            self._within.add(i)  # opening it would check it again
+            self._inside(i, e.opened(i))
         else:
+            bits, _ = _digit(e.plan, i)
             top = e.truncate(e.get(i, k), shape, k - bits)
-            found = e.emit(tp.DigitIn(shape, bits, 0, number, first), e.emit(tp.Open(shape, bits), top.index))
-        self._keep(found, count(shape))
+            self._inside(i, e.emit(tp.Open(shape, bits), top.index), k - bits)
         e.path = before
 
-    def _digit(self, i: int) -> tuple[int, int]:
-        """Return the bits of a digit, and the digits on either side of zero in which value i may lie.
+    def _follows(self, i: int) -> bool:
+        """Tell whether a value is in its range if what it is computed from is, which is checked.
 
-        What is chosen shows of the calibrated range in which part of an octave it ends.
+        An exponential is at most 1, as no score is above its row's bound. A root is in its range if its argument is;
+        that of a constant row is not, and multiplied by nothing.
         """
-        plan = self.e.plan
-        k, unit = plan.own(i), 2.0 ** plan.fraction[i]
-        reach, limit = plan.ranges.magnitude(i) * ROUNDED * unit, min(2.0 ** (k - 2), plan.compared_below(i) * unit)
-        for bits in range(min(FEWEST, k), min(MOST, k) + 1):
-            width = 2.0 ** (k - bits)
-            n = int(limit / width) - 1
-            if n * width >= (reach if bits < k else math.floor(reach)):
-                return bits, n
-        raise DoesNotFit(f"{self.e.trace.primitives[i].where}: a value of {reach:.3g} units, checked below {limit:.3g}")
+        while (p := self.e.trace.primitives[i]).op in _SAME:
+            (i,) = p.inputs
+        return p.op in ("exp_below", "inverse_power", "power")
+
+    def _inside(self, i: int, opening: int, dropped: int = 0) -> None:
+        """Check the top digit of value i in its own ring, by an opening without its lowest ``dropped`` bits."""
+        self._within.add(i)
+        shape, ring = self.e.trace.primitives[i].shape, self.e.plan.own(i) - dropped
+        bits, n = _digit(self.e.plan, i)
+        inside = tp.DigitIn(shape, ring, ring - bits, 2 * n + 1, -n % (1 << bits))
+        self._keep(self.e.emit(inside, opening), count(shape))
 
     def between(self, i: int, low: float, high: float) -> None:
         """Check that value i lies in [low, high], or is what is left of a constant row: the number added before a root.
@@ -120,6 +135,8 @@ class Watch:
         if 0 < nothing < ends[0]:
             ends.insert(0, nothing)
         opened = e.opened(i) if e.plan.opened[i] >= k else e.emit(tp.Open(p.shape, k), e.get(i, k).index)
+        if i not in self._within:  # the comparison alone would take numbers beyond half of the ring for others
+            self._inside(i, opened)
         compare = cheapest_compare(p.shape, k, tuple(ends), 0, e.plan.prices.dealt_for_online)
         # one of [x < least] and [x < most], and not both; below ``nothing`` it is all three
         every = local.Indicators(plane_bytes(count(p.shape)), (tuple(range(len(ends))),), (False,))

@@ -95,6 +95,9 @@ class ClientProgram(Protocol):
     def decode(self, results: Sequence[Any]) -> dict[str, Tensor]:
         """Decode results into float64 tensors, by the names of the model's outputs."""
 
+    def check_results(self, results: Sequence[Any]) -> None:
+        """Raise OutOfRange if the results themselves say that they are not to be trusted."""
+
 
 def only(outputs: Mapping[str, Tensor]) -> Any:
     """Return a model's answer: the tensor itself if there is one output, else a dict of all outputs by name."""
