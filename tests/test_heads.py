@@ -12,6 +12,7 @@ import torch
 
 import secure
 from secure.deployments.compiled import Compiled
+from secure.models import pairs
 from secure.models.heads import best_span, span_at, task_named
 from secure.session.session import STEP, Session
 from secure.tasks import headed
@@ -376,6 +377,38 @@ def test_the_time_of_making_answers_is_rounded(made: Made, monkeypatch: pytest.M
         session.tag(TEXTS[:3])
     assert len(slept) == 1 + 3  # before the first query, and after each
     assert all(0 <= seconds <= STEP for seconds in slept[1:])
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_a_text_is_divided_once_and_before_the_first_query(
+    task: str, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second time would lie between queries, and last longer for some texts than for others."""
+    events, divide, ask = list[str](), pairs.guarded, Session._answers
+
+    def divided(tokenizer: Any, text: str, *more: Any) -> Any:
+        events.append(text)
+        return divide(tokenizer, text, *more)
+
+    def asking(*arguments: Any, **named: Any) -> Any:
+        events.append("a query")
+        return ask(*arguments, **named)
+
+    monkeypatch.setattr(pairs, "guarded", divided)
+    monkeypatch.setattr(Session, "_answers", asking)
+    with asked(made(task)) as session:
+        if task == "answer":
+            session.answer(*map(list, zip(*PAIRS, strict=True)))
+        elif task == "rerank":
+            session.rerank(WORDS[5], TEXTS)
+        else:
+            ASKED[task](session)
+        queries = len(session.reports)
+    texts = {
+        "answer": [text for pair in PAIRS for text in pair],
+        "rerank": [text for each in TEXTS for text in (WORDS[5], each)],
+    }.get(task, TEXTS[:1])
+    assert events == [*texts, *["a query"] * queries]
 
 
 def test_ciphertexts_refuse_in_words(heads: Callable[[str], Path]) -> None:

@@ -22,6 +22,23 @@ from secure.tasks.embed import LENGTH
 from secure.tasks.task import Answer_co, Given, Loaded, Served, Task
 
 
+class Piece(dict[str, Tensor]):
+    """The arguments of one place, with the tokens of which they are made.
+
+    Answers are put together from these: if a text were divided again between queries, the time of that would show.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], encoded: Encoded) -> None:
+        super().__init__(inputs)
+        self.encoded = encoded
+
+
+def tokens_of(piece: Mapping[str, Tensor]) -> Encoded:
+    """Return the tokens of a piece that ``Headed.pieces`` made."""
+    assert isinstance(piece, Piece)
+    return piece.encoded
+
+
 @dataclass(frozen=True)
 class Headed(Task[Given, Answer_co]):
     """A task of models with a head.
@@ -92,7 +109,8 @@ class Headed(Task[Given, Answer_co]):
         return encode(served.tokenizer, first, second, served.length, self.long)
 
     def pieces(self, given: Given, served: Served) -> Sequence[Mapping[str, Tensor]]:
-        return [each.inputs(segments=served.settings.segments) for each in self.encoded(given, served)]
+        segments = served.settings.segments
+        return [Piece(each.inputs(segments=segments), each) for each in self.encoded(given, served)]
 
     def inputs(self, given: Given, served: Served) -> Mapping[str, Tensor]:
         return self.pieces(given, served)[0]
@@ -100,7 +118,7 @@ class Headed(Task[Given, Answer_co]):
     def fitted(self, inputs: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor] | None:
         if inputs["attention_mask"][:, length:].any():
             return None
-        return {name: value[:, :length] for name, value in inputs.items()}
+        return Piece({name: value[:, :length] for name, value in inputs.items()}, tokens_of(inputs))
 
     def answer(self, result: Any) -> Any:
         return result[0]
