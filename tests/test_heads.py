@@ -16,6 +16,7 @@ from secure.models import pairs
 from secure.models.heads import best_span, span_at, task_named
 from secure.session.session import STEP, Session
 from secure.tasks import headed
+from secure.tasks.tag import Tag
 from tests.heads import LABELS, write_head
 from tests.tiny import WORDS, sentences
 
@@ -377,6 +378,22 @@ def test_the_time_of_making_answers_is_rounded(made: Made, monkeypatch: pytest.M
         session.tag(TEXTS[:3])
     assert len(slept) == 1 + 3  # before the first query, and after each
     assert all(0 <= seconds <= STEP for seconds in slept[1:])
+
+
+def test_the_time_of_taking_answers_is_rounded_too(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is longer to write if more entities are in it; the next query leaves after a whole number of steps."""
+    clock, steps = [100.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        steps.append(clock[0])
+
+    with secure.insecure_in_process(made("tag", "label"), pace=0.5) as session:
+        monkeypatch.setattr("secure.session.session.time.sleep", sleep)
+        monkeypatch.setattr("secure.session.session.time.monotonic", lambda: clock[0])
+        for number, _ in enumerate(session.stream(Tag(), TEXTS[:3])):
+            clock[0] += [0.001, 1.7 * STEP, 0.4 * STEP][number]  # what writing the row takes
+    assert steps == pytest.approx([100.5, 100.5 + STEP, 100.5 + 3 * STEP, 100.5 + 4 * STEP])
 
 
 @pytest.mark.parametrize("task", LABELS)
