@@ -36,6 +36,7 @@ from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
+from secure.models.prompts import Prompts
 from secure.models.tokens import SPLIT
 from secure.progress import Told
 from secure.session.link import Report
@@ -107,7 +108,7 @@ class Question:
     query. answer: what an answer is called. vectors: answers are vectors. long: what becomes of long texts. more:
     options that need --input, by their names, and apart: those that exclude it; None and False stand for one that is
     not given. texts: what a text is called, and given: how texts are given.
-    about: makes a line about the served model, or "".
+    about: makes a line about the served model's prompts, or "".
     """
 
     verb: str
@@ -122,7 +123,7 @@ class Question:
     apart: Mapping[str, object] | None = None
     texts: str = "text"
     given: str = "texts as arguments"
-    about: Callable[[Session], str] = lambda _: ""
+    about: Callable[[Prompts], str] = lambda _: ""
 
     @property
     def formats(self) -> Formats:
@@ -207,6 +208,12 @@ def _say_lengths(verb: str, lengths: Sequence[int]) -> None:
         say(f"unseen {verb}: the server sees to which length each text is padded: {known} tokens")
 
 
+def _say_prompts(question: Question, prompts: Prompts) -> None:
+    """Say what goes before each text, if the command knows prompts and the model has any."""
+    if said := question.about(prompts):
+        say(f"unseen {question.verb}: {said}")
+
+
 def _texts(
     question: Question,
     connect: Callable[[Told], Session],
@@ -226,8 +233,7 @@ def _texts(
         told(0, 0, "connecting")
         session = stack.enter_context(connect(told))
         _say_lengths(verb, lengths_of(session))
-        if said := question.about(session):
-            say(f"unseen {verb}: {said}")
+        _say_prompts(question, session.prompts)
         found, taken = list[Any](), list[Report]()
         try:
             told(0, len(given), "asking")
@@ -288,6 +294,7 @@ def _file(question: Question, opening: Opening, texts: TextFile, output: Path, r
             told(0, 0, "connecting")
             embedder = stack.enter_context(opening(told))
         _say_lengths(verb, embedder.lengths)
+        _say_prompts(question, embedder.prompts)
         rows = stack.enter_context(rows_of(embedder, task, texts, output, overwrite=overwrite, also=question.also))
         begun, start = rows.rows, time.monotonic()
         if begun:
