@@ -12,7 +12,7 @@ import torch
 
 import secure
 from secure.deployments.compiled import Compiled
-from secure.models import pairs
+from secure.models import pairs, tokens
 from secure.models.heads import best_span, span_at, task_named
 from secure.session.session import STEP, Session
 from secure.tasks import headed
@@ -401,7 +401,7 @@ def test_a_text_is_divided_once_and_before_the_first_query(
     task: str, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second time would lie between queries, and last longer for some texts than for others."""
-    events, divide, ask = list[str](), pairs.guarded, Session._answers
+    events, divide, ask = list[str](), tokens.guarded, Session._answers
 
     def divided(tokenizer: Any, text: str, *more: Any) -> Any:
         events.append(text)

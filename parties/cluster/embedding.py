@@ -36,8 +36,7 @@ AHEAD = 256  # answers that a worker keeps until they are taken
 Answer = tuple[str, bytes]
 """An answer as it crosses the cluster: "" and float64 bytes, or the code of an error and its text."""
 Facts = tuple[int, int, str, str, tuple[int, ...], tuple[tuple[str, str], ...]]
-"""Facts of what is served: numbers of an embedding, inputs of a query, Program's digest, weights' name, lengths, prompts
-(as labels)."""
+"""Facts of what is served: numbers of an answer, inputs of a query, Program, weights, lengths, labels of prompts."""
 
 
 class EmbeddingWorker:
