@@ -99,6 +99,7 @@ def test_classes_are_those_of_the_pipeline(
         near(ours, theirs)
         assert {each["score"] is None for each in ours} == {reveal == "label"}
         near(session.classify([PAIRS[0]]), theirs[len(TEXTS) : len(TEXTS) + 1])  # as a pair
+        near(session.classify([{"text": TEXTS[0]}, {"text": TEXTS[0], "text_pair": None}]), [theirs[0]] * 2)
         if reveal == "label":
             with pytest.raises(secure.InvalidInput, match="reveals one label a text"):
                 session.classify(TEXTS, top_k=2)
@@ -346,7 +347,9 @@ def test_tasks_that_a_model_is_not_made_for(heads: Callable[[str], Path], direct
 
 def test_wrong_types_are_refused(made: Made) -> None:
     with asked(made("classify")) as session:
-        for given in ("a text", [1], [Path("a")], [("a", "b", "c")], [{"text": 1}], [{"pair": "a"}]):
+        wrong: list[Any] = ["a text", [1], [Path("a")], [("a", "b", "c")], [{"text": 1}], [{"pair": "a"}]]
+        wrong += [{"text": "a", "text_pair": "b"}, [{"text": "a", "pair": "b"}], [{"text": None, "text_pair": "b"}]]
+        for given in wrong:
             with pytest.raises(secure.InvalidInput, match="classify takes texts"):
                 session.classify(given)
         with pytest.raises(secure.InvalidInput, match="at least 1"):

@@ -14,8 +14,7 @@ from secure.models.heads import ANSWER, ANSWER_TOKENS, span_at
 from secure.models.pairs import NEITHER, SECOND, Encoded, encode
 from secure.models.settings import SPAN
 from secure.models.tokens import LONG, SPLIT
-from secure.tasks.headed import Headed, Piece, tokens_of
-from secure.tasks.rerank import Pair, is_pair
+from secure.tasks.headed import Headed, Pair, Piece, is_pair, tokens_of
 from secure.tasks.task import Served
 
 STRIDE = 128  # tokens by which pieces of a context overlap, at most

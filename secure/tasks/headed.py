@@ -21,6 +21,13 @@ from secure.progress import Told, silent
 from secure.tasks.embed import LENGTH
 from secure.tasks.task import Answer_co, Given, Loaded, Served, Task
 
+Pair = tuple[str, str]
+
+
+def is_pair(given: Any) -> bool:
+    """Tell whether an input is a pair of texts."""
+    return isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(text, str) for text in given)
+
 
 class Piece(dict[str, Tensor]):
     """The arguments of one place, with the tokens of which they are made.
@@ -87,7 +94,7 @@ class Headed(Task[Given, Answer_co]):
             raise InvalidInput(f"this server's model is not for the task {self.name!r}", "ask another server")
 
     def check(self, given: Sequence[Given], served: Served) -> None:
-        if isinstance(given, str) or not all(self.takes(each) for each in given):
+        if isinstance(given, str | Mapping) or not all(self.takes(each) for each in given):
             raise InvalidInput(f"{self.name} takes {self.wanted}", "give a list of them")
         if served.tokenizer is None:
             raise InvalidInput("this server's model takes no text", "ask another server")
