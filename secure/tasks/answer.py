@@ -14,7 +14,7 @@ from secure.models.heads import ANSWER, ANSWER_TOKENS, span_at
 from secure.models.pairs import NEITHER, SECOND, Encoded, encode
 from secure.models.settings import SPAN
 from secure.models.tokens import LONG, SPLIT
-from secure.tasks.headed import Headed, Pair, Piece, is_pair, tokens_of
+from secure.tasks.headed import Headed, Pair, Tokenized, is_pair, tokens_of
 from secure.tasks.task import Served
 
 STRIDE = 128  # tokens by which pieces of a context overlap, at most
@@ -61,7 +61,7 @@ class Answering(Headed[Pair, dict[str, Any]]):
         found = super().pieces(given, served)
         if served.settings.reveal != SPAN:
             return found
-        return [Piece({**each, "context": _context(tokens_of(each))}, tokens_of(each)) for each in found]
+        return [Tokenized({**each, "context": _context(tokens_of(each))}, tokens_of(each)) for each in found]
 
     def joined(
         self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: Pair, served: Served

@@ -29,7 +29,7 @@ def is_pair(given: Any) -> bool:
     return isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(text, str) for text in given)
 
 
-class Piece(dict[str, Tensor]):
+class Tokenized(dict[str, Tensor]):
     """The arguments of one place, with the tokens of which they are made.
 
     Answers are put together from these: if a text were divided again between queries, the time of that would show.
@@ -42,7 +42,7 @@ class Piece(dict[str, Tensor]):
 
 def tokens_of(piece: Mapping[str, Tensor]) -> Encoded:
     """Return the tokens of a piece that ``Headed.pieces`` made."""
-    assert isinstance(piece, Piece)
+    assert isinstance(piece, Tokenized)
     return piece.encoded
 
 
@@ -117,7 +117,7 @@ class Headed(Task[Given, Answer_co]):
 
     def pieces(self, given: Given, served: Served) -> Sequence[Mapping[str, Tensor]]:
         segments = served.settings.segments
-        return [Piece(each.inputs(segments=segments), each) for each in self.encoded(given, served)]
+        return [Tokenized(each.inputs(segments=segments), each) for each in self.encoded(given, served)]
 
     def inputs(self, given: Given, served: Served) -> Mapping[str, Tensor]:
         return self.pieces(given, served)[0]
@@ -125,7 +125,7 @@ class Headed(Task[Given, Answer_co]):
     def fitted(self, inputs: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor] | None:
         if inputs["attention_mask"][:, length:].any():
             return None
-        return Piece({name: value[:, :length] for name, value in inputs.items()}, tokens_of(inputs))
+        return Tokenized({name: value[:, :length] for name, value in inputs.items()}, tokens_of(inputs))
 
     def answer(self, result: Any) -> Any:
         return result[0]
