@@ -404,6 +404,7 @@ def test_a_text_is_divided_once_and_before_the_first_query(
     task: str, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second time would lie between queries, and last longer for some texts than for others."""
+    compiled = made(task)  # which divides texts for calibration
     events, divide, ask = list[str](), tokens.guarded, Session._answers
 
     def divided(tokenizer: Any, text: str, *more: Any) -> Any:
@@ -416,7 +417,7 @@ def test_a_text_is_divided_once_and_before_the_first_query(
 
     monkeypatch.setattr(pairs, "guarded", divided)
     monkeypatch.setattr(Session, "_answers", asking)
-    with asked(made(task)) as session:
+    with asked(compiled) as session:
         if task == "answer":
             session.answer(*map(list, zip(*PAIRS, strict=True)))
         elif task == "rerank":
