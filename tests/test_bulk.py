@@ -48,7 +48,7 @@ from secure.tasks.task import Loaded, Served
 from tests.test_batches import compiled_for
 from tests.test_cli import COMMAND, ROOT, Run, in_words, run
 from tests.test_session import TinyText
-from tests.tiny import LENGTH, TEXT, WORDS, sentences, word_tokenizer
+from tests.tiny import LENGTH, TEXT, WORDS, sentences, word_tokenizer, write_model
 from tests.tiny import Served as Hosted
 
 __all__ = ["run"]  # the fixture
@@ -185,6 +185,26 @@ def test_how_far_in_words() -> None:
         "120 min",
         "2 h 2 min",
     ]
+
+
+def test_a_prompt_is_said_before_the_texts_of_a_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "model").mkdir()
+    directory, prompts = write_model(tmp_path / "model"), {"query": f"{WORDS[40]}: ", "document": f"{WORDS[50]}\n"}
+    settings = {"prompts": prompts, "default_prompt_name": "query"}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    made = secure.compile_text_model(str(directory), LENGTH, calibration=sentences(), embedding="client-table")
+    monkeypatch.setattr(deployments, "connect", lambda *_, **__: secure.insecure_in_process(made))
+    (tmp_path / "texts.txt").write_text(f"{WORDS[7]}\n")
+    command = ["embed", "--input", str(tmp_path / "texts.txt"), "--overwrite", "--output", str(tmp_path / "out.jsonl")]
+    for options, said in (
+        ([], f'"{WORDS[40]}: " goes before each text'),
+        (["--prompt", "document"], f'"{WORDS[50]}\\n" goes before each text'),
+        (["--prompt", ""], "none is used"),
+    ):
+        ended = run(*command, *options)
+        assert ended.code == 0, ended.err
+        assert f"unseen embed: of the model's prompts (query, document) {said}" in ended.err
 
 
 @pytest.mark.parametrize("terminal", [True, False])

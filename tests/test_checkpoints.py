@@ -253,9 +253,9 @@ def test_directories_without_weights_say_what_is_there(tmp_path: Path) -> None:
     bert().config.save_pretrained(tmp_path)
     with pytest.raises(ModelNotFound, match=r"has no weights: none of model\.safetensors"):
         load_checkpoint(tmp_path)
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "model.onnx").write_bytes(b"x")
-    with pytest.raises(ModelNotFound, match=r"there is model\.onnx\nhint: "):
+    (tmp_path / "flax").mkdir()
+    (tmp_path / "flax" / "flax_model.msgpack").write_bytes(b"x")
+    with pytest.raises(ModelNotFound, match=r"there is flax_model\.msgpack\nhint: "):
         load_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(InvalidInput, match=r"cannot be loaded: SafetensorError: "):

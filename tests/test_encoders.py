@@ -28,10 +28,11 @@ from secure.models.pooling import POOLINGS, pool
 from secure.models.prompts import Prompts, prompts_from, read_prompts
 from secure.models.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from secure.models.text import calibration_inputs, load_text_model, text_inputs
+from secure.models.tokens import TextTokenizer
 from secure.session.session import Session
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded, Served
-from tests.tiny import LENGTH, TEXT, WORDS, sentences, write_model
+from tests.tiny import LENGTH, TEXT, WORDS, sentences, word_tokenizer, write_model
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
@@ -395,6 +396,20 @@ def test_the_default_prompt_goes_before_each_text(prompted: tuple[Path, Session]
         session.embed([TEXT], prompt="other")
     with pytest.raises(secure.EmptyInput):  # a prompt alone is no text
         session.embed([" "])
+
+
+@pytest.mark.parametrize("prompt", [None, "document", ""])
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\x00\ufffd"])
+def test_a_text_without_tokens_is_empty_whatever_goes_before_it(text: str, prompt: str | None) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = word_tokenizer()
+    tokenizer.normalizer = normalizers.BertNormalizer()  # which leaves out what cannot be seen
+    served = Served(TextTokenizer(tokenizer, 0), LENGTH, prompts=Prompts(PROMPTS, "query"))
+    with pytest.raises(secure.EmptyInput, match="the text is empty: it has no tokens"):
+        Embed(prompt=prompt).inputs(text, served)
+    ids = Embed(prompt=prompt).inputs(text + WORDS[7], served)["input_ids"]
+    assert tokenizer.token_to_id(WORDS[7]) in ids
 
 
 def test_prompts_that_pooling_leaves_out_are_refused(tmp_path: Path) -> None:

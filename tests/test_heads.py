@@ -12,9 +12,11 @@ import torch
 
 import secure
 from secure.deployments.compiled import Compiled
+from secure.models import pairs, tokens
 from secure.models.heads import best_span, span_at, task_named
 from secure.session.session import STEP, Session
 from secure.tasks import headed
+from secure.tasks.tag import Tag
 from tests.heads import LABELS, write_head
 from tests.tiny import WORDS, sentences
 
@@ -97,6 +99,7 @@ def test_classes_are_those_of_the_pipeline(
         near(ours, theirs)
         assert {each["score"] is None for each in ours} == {reveal == "label"}
         near(session.classify([PAIRS[0]]), theirs[len(TEXTS) : len(TEXTS) + 1])  # as a pair
+        near(session.classify([{"text": TEXTS[0]}, {"text": TEXTS[0], "text_pair": None}]), [theirs[0]] * 2)
         if reveal == "label":
             with pytest.raises(secure.InvalidInput, match="reveals one label a text"):
                 session.classify(TEXTS, top_k=2)
@@ -344,7 +347,9 @@ def test_tasks_that_a_model_is_not_made_for(heads: Callable[[str], Path], direct
 
 def test_wrong_types_are_refused(made: Made) -> None:
     with asked(made("classify")) as session:
-        for given in ("a text", [1], [Path("a")], [("a", "b", "c")], [{"text": 1}], [{"pair": "a"}]):
+        wrong: list[Any] = ["a text", [1], [Path("a")], [("a", "b", "c")], [{"text": 1}], [{"pair": "a"}]]
+        wrong += [{"text": "a", "text_pair": "b"}, [{"text": "a", "pair": "b"}], [{"text": None, "text_pair": "b"}]]
+        for given in wrong:
             with pytest.raises(secure.InvalidInput, match="classify takes texts"):
                 session.classify(given)
         with pytest.raises(secure.InvalidInput, match="at least 1"):
@@ -376,6 +381,55 @@ def test_the_time_of_making_answers_is_rounded(made: Made, monkeypatch: pytest.M
         session.tag(TEXTS[:3])
     assert len(slept) == 1 + 3  # before the first query, and after each
     assert all(0 <= seconds <= STEP for seconds in slept[1:])
+
+
+def test_the_time_of_taking_answers_is_rounded_too(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is longer to write if more entities are in it; the next query leaves after a whole number of steps."""
+    clock, steps = [100.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        steps.append(clock[0])
+
+    with secure.insecure_in_process(made("tag", "label"), pace=0.5) as session:
+        monkeypatch.setattr("secure.session.session.time.sleep", sleep)
+        monkeypatch.setattr("secure.session.session.time.monotonic", lambda: clock[0])
+        for number, _ in enumerate(session.stream(Tag(), TEXTS[:3])):
+            clock[0] += [0.001, 1.7 * STEP, 0.4 * STEP][number]  # what writing the row takes
+    assert steps == pytest.approx([100.5, 100.5 + STEP, 100.5 + 3 * STEP, 100.5 + 4 * STEP])
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_a_text_is_divided_once_and_before_the_first_query(
+    task: str, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second time would lie between queries, and last longer for some texts than for others."""
+    compiled = made(task)  # which divides texts for calibration
+    events, divide, ask = list[str](), tokens.guarded, Session._answers
+
+    def divided(tokenizer: Any, text: str, *more: Any) -> Any:
+        events.append(text)
+        return divide(tokenizer, text, *more)
+
+    def asking(*arguments: Any, **named: Any) -> Any:
+        events.append("a query")
+        return ask(*arguments, **named)
+
+    monkeypatch.setattr(pairs, "guarded", divided)
+    monkeypatch.setattr(Session, "_answers", asking)
+    with asked(compiled) as session:
+        if task == "answer":
+            session.answer(*map(list, zip(*PAIRS, strict=True)))
+        elif task == "rerank":
+            session.rerank(WORDS[5], TEXTS)
+        else:
+            ASKED[task](session)
+        queries = len(session.reports)
+    texts = {
+        "answer": [text for pair in PAIRS for text in pair],
+        "rerank": [text for each in TEXTS for text in (WORDS[5], each)],
+    }.get(task, TEXTS[:1])
+    assert events == [*texts, *["a query"] * queries]
 
 
 def test_ciphertexts_refuse_in_words(heads: Callable[[str], Path]) -> None:

@@ -251,7 +251,7 @@ class FakeWorker(EmbeddingWorker):
             yield coded(InputTooLong(f"{text}: too long") if text.startswith("bad") else answer_of(text))
 
 
-FACTS = (3, 2, "digest", "name", (8,))
+FACTS = (3, 2, "digest", "name", (8,), (("prompt:a", '"x: "'),))
 CONNECTION = Connection(secure.TwoParty(), None, False, {"deadline": 5.0, "token": "secret token"})
 
 
@@ -369,9 +369,9 @@ def test_a_worker_embeds(model: Ready, directory: Path, monkeypatch: pytest.Monk
         worker = EmbeddingWorker()
         with pytest.raises(RuntimeError, match="not connected"):
             next(worker.embed({}, ["x"], 1, 0))
-        width, batch, program, name, lengths = worker.connect(connection.encoded)  # type: ignore[misc]
+        width, batch, program, name, lengths, prompts = worker.connect(connection.encoded)  # type: ignore[misc]
         assert (batch, program, name) == (1, model.program.digest, model.weights_digest)
-        assert lengths == (LENGTH,)
+        assert (lengths, prompts) == ((LENGTH,), ())
         texts = [*sentences(2), "a " * 300]
         one, two, long = map(decoded, worker.embed({"long": "refuse"}, texts, 1, 0))
         assert isinstance(long, InvalidInput)

@@ -217,6 +217,53 @@ def test_standard_input(
     in_words(run("rerank", QUERY), "no document", "one a line on standard input")
 
 
+# pairs
+
+
+def test_pairs_as_arguments_and_lines(
+    run: Run, connected: Callable[[str], list[secure.Session]], made: Made, tmp_path: Path
+) -> None:
+    """Each text is two, and the answers are those of the session's pairs, which differ from those of single texts."""
+    opened = connected("classify")
+    pairs = [(QUERY, text[:24]) for text in TEXTS]
+    with secure.insecure_in_process(made("classify")) as session:
+        expected = session.classify(pairs)
+        assert expected != session.classify([f"{one} {other}" for one, other in pairs])
+    texts = ["\t".join(pair) for pair in pairs]
+    ended = run("classify", "--pair", *texts, "--json")
+    assert ended.code == 0, ended.err
+    assert [row["answer"] for row in json.loads(ended.out)] == expected
+    source, output = tmp_path / "pairs.txt", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{text}\n" for text in [*texts, "", "\t"]))
+    command = ["classify", "--input", str(source), "--output", str(output)]
+    ended = run(*command, "--pair")
+    assert ended.code == 1, ended.err  # two have no answer
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row.get("answer") for row in rows] == [*expected, None, None]
+    assert all(row["error"].startswith("the text is empty") for row in rows[-2:])
+    asked = len(opened)
+    for text, tabs in ((QUERY, 0), (f"{QUERY}\t{QUERY}\t{QUERY}", 2)):
+        source.write_text(f"{texts[0]}\n{text}\n")
+        for ended in (run(*command, "--pair", "--overwrite"), run("classify", "--pair", texts[0], text)):
+            in_words(ended, f"text 2: {tabs} tabs in a text", "TEXT<tab>TEXT")
+    in_words(
+        run("classify", "--pair", "--image-files", "a.png"), "--pair and --image-files exclude each other", "leave"
+    )
+    assert len(opened) == asked, "a mistake in a line shows before anything is sent"
+
+
+def test_a_file_of_pairs_is_no_file_of_texts(
+    run: Run, connected: Callable[[str], list[secure.Session]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected("classify")
+    source, output = tmp_path / "texts.txt", tmp_path / "out.jsonl"
+    source.write_text(f"{QUERY}\t{TEXTS[0][:24]}\n")
+    monkeypatch.setattr("parties.bulk.unfinished.UnfinishedRows.finish", lambda _: None)
+    assert run("classify", "--pair", "--input", str(source), "--output", str(output)).code == 0
+    ended = run("classify", "--input", str(source), "--output", str(output))
+    in_words(ended, "was begun with another long", "--overwrite")
+
+
 # the owner's side
 
 

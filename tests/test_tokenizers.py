@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from secure.errors import InvalidInput, ModelNotFound
+from secure.errors import InvalidInput, MissingPackage, ModelNotFound
 from secure.models import served_tokenizer
-from secure.models.served_tokenizer import FILES, load_served_tokenizer, load_tokenizer
+from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.served_tokenizer import FILES, PROBES, load_served_tokenizer, load_tokenizer
 from secure.models.text import load_text_model
 from secure.models.tokenizer_document import SPLITS, read_tokenizer
 from secure.models.tokens import tokenize
@@ -116,31 +118,72 @@ def test_a_vocabulary_alone_is_converted(tmp_path: Path) -> None:
     assert tokenizer.pad_id == 0
 
 
-def sentence_pieces(path: Path) -> None:
-    """A sentencepiece model of the Unigram kind, as bytes of its format."""
-    model = pytest.importorskip("transformers.utils.sentencepiece_model_pb2_new").ModelProto()
-    for piece, score, kind in (
-        ("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3),
-        ("▁the", -1.0, 1), ("▁dog", -2.0, 1), ("s", -3.0, 1), ("▁", -4.0, 1), ("d", -5.0, 1), ("o", -5.0, 1),
-        ("g", -5.0, 1),
-    ):  # fmt: skip
-        model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.model_type = 1
-    model.trainer_spec.unk_id = 0
-    model.normalizer_spec.name = "identity"
-    path.write_bytes(model.SerializeToString())
+SENTENCEPIECE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "xlm-roberta": ("XLMRobertaTokenizer", "sentencepiece.bpe.model", {}),
+    "t5": ("T5Tokenizer", "spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+    "albert": (
+        "AlbertTokenizer",
+        "spiece.model",
+        {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1, "user_defined_symbols": ["[CLS]", "[SEP]", "[MASK]"]},
+    ),
+}
+"""Kinds of models whose tokenizer is a sentencepiece model: its class, its file, and how one is trained."""
 
 
-def test_a_sentencepiece_model_is_converted_or_refused_with_the_way_out(tmp_path: Path) -> None:
-    sentence_pieces(tmp_path / "sentencepiece.bpe.model")
-    (tmp_path / "config.json").write_text('{"model_type": "xlm-roberta"}')
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
-    if importlib.util.find_spec("sentencepiece") is None:
-        with pytest.raises(InvalidInput, match=r"cannot be loaded.*\nhint: convert it where it loads"):
-            load_tokenizer(tmp_path)
-        return
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.tokenizer.encode("the dogs").ids == theirs(tmp_path, "the dogs")
+def sentencepiece_directory(directory: Path, kind: str) -> Path:
+    """Train a model of the Unigram kind on a few sentences; write it as such models are published."""
+    library: Any = pytest.importorskip("sentencepiece")
+    name, file, options = SENTENCEPIECE[kind]
+    written, sentences = io.BytesIO(), iter([*SENTENCES, *HELD_OUT] * 3)
+    library.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=written,
+        vocab_size=150,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    (directory / file).write_bytes(written.getvalue())
+    (directory / "config.json").write_text(json.dumps({"model_type": kind}))
+    settings = {"tokenizer_class": name, **({"extra_ids": 4} if kind == "t5" else {})}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_sentencepiece_models_give_the_tokens_of_their_own_library(kind: str, tmp_path: Path) -> None:
+    import sentencepiece
+
+    directory = sentencepiece_directory(tmp_path, kind)
+    library: Any = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE[kind][1]))
+    served, document = load_served_tokenizer(directory)
+    read, _ = read_tokenizer(document)
+    # a text that names special tokens is no matter of the library; ALBERT's lower-cases and takes accents off before it
+    texts = [text for text in (*PROBES, *SENTENCES, *HELD_OUT) if "<s>" not in text]
+    if kind == "albert":
+        texts = [text.lower() for text in texts if text.isascii()]
+    assert sum(len(text) > 20 for text in texts) > 25
+    for text in texts:
+        assert read.encode(text, add_special_tokens=False).tokens == library.encode(text, out_type=str), text
+        assert read.encode(text).ids == served.tokenizer.encode(text).ids == theirs(directory, text), text
+    around = {"xlm-roberta": ("<s>", "</s>"), "t5": (None, "</s>"), "albert": ("[CLS]", "[SEP]")}[kind]
+    first, *_, last = read.encode(texts[-1]).tokens
+    assert last == around[1]
+    assert around[0] in (first, None)
+    assert served.pad_id == read.token_to_id("<pad>")
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_without_the_library_a_sentencepiece_model_is_refused_with_the_way_out(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, file, _ = SENTENCEPIECE[kind]
+    (tmp_path / file).write_bytes(b"a model")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    monkeypatch.setattr(served_tokenizer, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackage, match=rf"{file} is a sentencepiece model.*\nhint: pip install 'unseen\[sent"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"])

@@ -16,6 +16,7 @@ from parties.bulk.rows import ANSWERS, FORMATS
 from parties.bulk.texts import TextFile
 from parties.bulk.unfinished import Formats, UnfinishedRows, unfinished
 from secure.errors import Error, InvalidInput
+from secure.models.prompts import Prompts
 from secure.session.session import Session
 from secure.tasks.task import Task
 
@@ -33,14 +34,15 @@ class Embedder:
     """The place where the texts of a run are asked: one session, or several.
 
     width: the numbers of an answer; 0 if it is no vector. program, model: the digest of the served Program, and the
-    name of its weights. lengths: those to which texts are padded, which the server sees. stream: answers texts in
-    order, see ``Session.stream``.
+    name of its weights. lengths: those to which texts are padded, which the server sees. prompts: those of the model.
+    stream: answers texts in order, see ``Session.stream``.
     """
 
     width: int
     program: str
     model: str
     lengths: tuple[int, ...]
+    prompts: Prompts
     stream: Callable[..., Iterator[Tensor | Error]]
 
 
@@ -50,7 +52,7 @@ def embedder_of(session: Session, task: Task[Any, Any] | None = None) -> Embedde
     Raises InvalidInput where answers should be vectors and are none.
     """
     width, lengths = vector_width(session) if task is None else 0, lengths_of(session)
-    return Embedder(width, session.program.digest, session.link.model, lengths, session.stream)
+    return Embedder(width, session.program.digest, session.link.model, lengths, session.prompts, session.stream)
 
 
 def lengths_of(session: Session) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ from parties.services import hosting
 from parties.tls.choice import network_of
 from parties.traces.measured import Measurements
 from secure.deployments.deployment import Deployment
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, about
+from secure.models.prompts import Prompts
 from secure.models.tokens import SPLIT
 from secure.progress import Told
 from secure.session.link import Report
@@ -104,10 +105,10 @@ class Question:
     """A command's own part: the task, what it asks, and how answers are shown.
 
     verb: the command. give: makes the task's input of a text. also: a text that all inputs have in common, such as a
-    query. answer: what an answer is called. vectors: answers are vectors. long: what becomes of long texts. more:
-    options that need --input, by their names, and apart: those that exclude it; None and False stand for one that is
-    not given. texts: what a text is called, and given: how texts are given.
-    about: makes a line about the served model, or "".
+    query, or that says how they are given. answer: what an answer is called. vectors: answers are vectors. long: what
+    becomes of long texts. more: options that need --input, by their names, and apart: those that exclude it; None and
+    False stand for one that is not given. texts: what a text is called, and given: how texts are given.
+    about: makes a line about the served model's prompts, or "".
     """
 
     verb: str
@@ -122,7 +123,7 @@ class Question:
     apart: Mapping[str, object] | None = None
     texts: str = "text"
     given: str = "texts as arguments"
-    about: Callable[[Session], str] = lambda _: ""
+    about: Callable[[Prompts], str] = lambda _: ""
 
     @property
     def formats(self) -> Formats:
@@ -200,11 +201,26 @@ def ask(
     _file(question, opened, TextFile(asking.input, asking.field), asking.output, retries, asking.overwrite)
 
 
+def _inputs(question: Question, texts: Iterable[str]) -> Iterator[Any]:
+    """Yield the task's inputs of texts; an error says which of them it is about."""
+    for number, text in enumerate(texts, 1):
+        try:
+            yield question.give(text)
+        except InvalidInput as error:
+            raise about(f"{question.texts} {number}", error) from None
+
+
 def _say_lengths(verb: str, lengths: Sequence[int]) -> None:
     """Say what the server sees of a text where it offers several lengths."""
     if len(lengths) > 1:
         known = ", ".join(map(str, lengths))
         say(f"unseen {verb}: the server sees to which length each text is padded: {known} tokens")
+
+
+def _say_prompts(question: Question, prompts: Prompts) -> None:
+    """Say what goes before each text, if the command knows prompts and the model has any."""
+    if said := question.about(prompts):
+        say(f"unseen {question.verb}: {said}")
 
 
 def _texts(
@@ -220,18 +236,18 @@ def _texts(
     given = texts or ([] if sys.stdin.isatty() else _lines(sys.stdin))
     if not given:
         raise InvalidInput(f"no {question.texts}", f"give {question.given}, or one a line on standard input")
+    inputs = list(_inputs(question, given))
     measured = Measurements(trace) if trace else None  # a mistake in it shows before anything is sent
     with ExitStack() as stack, ExitStack() as shown:
         told = shown.enter_context(progress(verb))
         told(0, 0, "connecting")
         session = stack.enter_context(connect(told))
         _say_lengths(verb, lengths_of(session))
-        if said := question.about(session):
-            say(f"unseen {verb}: {said}")
+        _say_prompts(question, session.prompts)
         found, taken = list[Any](), list[Report]()
         try:
             told(0, len(given), "asking")
-            for answer in session.run(task, [question.give(text) for text in given]):
+            for answer in session.run(task, inputs):
                 report = session.report
                 assert report is not None  # the text has an answer
                 if measured and (not taken or taken[-1] is not report):
@@ -282,12 +298,14 @@ def _file(question: Question, opening: Opening, texts: TextFile, output: Path, r
     """Write the answers to the texts of a file into another, row by row. Ends with code 1 if a text has no answer."""
     verb, task = question.verb, question.task
     check_output(output, overwrite=overwrite, formats=question.formats)
-    total = sum(1 for _ in texts) if texts.again else None  # which finds a mistake in any line before anything is sent
+    # which finds a mistake in any line before anything is sent
+    total = sum(1 for _ in _inputs(question, texts)) if texts.again else None
     with ExitStack() as stack:
         with progress(verb) as told:
             told(0, 0, "connecting")
             embedder = stack.enter_context(opening(told))
         _say_lengths(verb, embedder.lengths)
+        _say_prompts(question, embedder.prompts)
         rows = stack.enter_context(rows_of(embedder, task, texts, output, overwrite=overwrite, also=question.also))
         begun, start = rows.rows, time.monotonic()
         if begun:

@@ -25,6 +25,7 @@ from parties.cluster.joined import Cluster
 from parties.reports import answers
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput, printable
+from secure.models.prompts import Prompts
 from secure.models.text import model_directory
 from secure.models.tokens import REFUSE
 from secure.progress import Told
@@ -79,7 +80,7 @@ def embed(
         "embed",
         task,
         show,
-        about=lambda session: _prompt(session, task),
+        about=lambda prompts: _prompt(prompts, task),
         answer="embedding",
         vectors=True,
         long=str(long),
@@ -89,9 +90,9 @@ def embed(
     ask(question, deployment, asking, texts, None if ray is None else several)
 
 
-def _prompt(session: Session, task: Embed) -> str:
+def _prompt(prompts: Prompts, task: Embed) -> str:
     """Say which prompt goes before each text, where the model has any."""
-    if not (prompts := session.prompts):
+    if not prompts:
         return ""
     text = prompts.text(task.prompt)
     said = f"{printable(json.dumps(text, ensure_ascii=False))} goes before each text" if text else "none is used"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ import typer
 from parties.cli.asking import Asking, Question, TextsArgument, ask, in_words
 from parties.cli.options import Long, LongOption
 from secure.deployments.deployment import Deployment
+from secure.errors import InvalidInput
 from secure.models.tokens import REFUSE, TRUNCATE
 from secure.tasks.answer import Answering
 from secure.tasks.classify import Classify
@@ -43,13 +44,35 @@ def classify(
             "--image-files", help="TEXTS, or those of --input, are names of image files: PNG, JPEG, WEBP, BMP."
         ),
     ] = False,
+    pair: Annotated[
+        bool,
+        typer.Option("--pair", help="Each text is two, with a tab between them, such as a premise and a hypothesis."),
+    ] = False,
     long: CutOption = Cut[REFUSE],
 ) -> None:
-    """Classify texts or images that the servers never see."""
-    task = Classify(str(long), top_k=top_k)
-    give: Callable[[str], Any] = Path if image_files else str
-    asked = Question("classify", task, in_words(deployment, _classes), give=give, long=str(long))
+    """Classify texts, pairs of texts, or images that the servers never see."""
+    if pair and image_files:
+        raise InvalidInput("--pair and --image-files exclude each other", "leave one of them out")
+    asked = Question(
+        "classify",
+        Classify(str(long), top_k=top_k),
+        in_words(deployment, _classes),
+        give=Path if image_files else pair_of if pair else str,
+        also="--pair" if pair else "",
+        long=str(long),
+    )
     ask(asked, deployment, asking, texts)
+
+
+def pair_of(text: str) -> tuple[str, str]:
+    """Return the two texts on both sides of a tab. A blank text is two empty ones, which have no answer.
+
+    Raises InvalidInput for a text with no tab, or with several.
+    """
+    if (tabs := text.count("\t")) != 1 and text.strip():
+        raise InvalidInput(f"{tabs} tabs in a text, where --pair wants one between two texts", "TEXT<tab>TEXT")
+    first, _, second = text.partition("\t")
+    return first, second
 
 
 def _classes(found: Any) -> list[str]:

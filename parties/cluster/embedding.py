@@ -23,6 +23,7 @@ from parties.cluster.joined import Cluster, same_versions
 from parties.services.hosting import settle
 from protocols import warm
 from secure.errors import Error, HandshakeError, PeerLost, from_code
+from secure.models.prompts import prompts_from
 from secure.session.session import Session
 from secure.tasks.embed import Embed
 from secure.version import __version__
@@ -34,8 +35,8 @@ AHEAD = 256  # answers that a worker keeps until they are taken
 
 Answer = tuple[str, bytes]
 """An answer as it crosses the cluster: "" and float64 bytes, or the code of an error and its text."""
-Facts = tuple[int, int, str, str, tuple[int, ...]]
-"""Facts of what is served: numbers of an embedding, inputs of a query, Program's digest, weights' name, lengths."""
+Facts = tuple[int, int, str, str, tuple[int, ...], tuple[tuple[str, str], ...]]
+"""Facts of what is served: numbers of an answer, inputs of a query, Program, weights, lengths, labels of prompts."""
 
 
 class EmbeddingWorker:
@@ -57,7 +58,8 @@ class EmbeddingWorker:
         except Error as error:
             return coded(error)
         embedder = embedder_of(self._session)
-        return embedder.width, self._session.batch, embedder.program, embedder.model, embedder.lengths
+        prompts = tuple(embedder.prompts.labels().items())
+        return embedder.width, self._session.batch, embedder.program, embedder.model, embedder.lengths, prompts
 
     def embed(self, options: dict[str, Any], texts: list[str], first: int, retries: int) -> Iterator[Answer]:
         """Yield each text's answer. If an error ends the session, it comes last, behind an answer of the code ENDED."""
@@ -115,8 +117,8 @@ class Workers:
     @property
     def embedder(self) -> Embedder:
         """The place where texts are asked, for ``rows_of`` and ``embedded``."""
-        width, _, program, model, lengths = self._facts
-        return Embedder(width, program, model, lengths, self.stream)
+        width, _, program, model, lengths, prompts = self._facts
+        return Embedder(width, program, model, lengths, prompts_from(dict(prompts)), self.stream)
 
     def _connected(self, *actors: Any) -> Facts:
         """Connect workers; return the facts on which all of them agree."""

@@ -3,6 +3,7 @@
 tokens              text to token ids
 tokenizer_document  the tokenizers that clients run: checks, loading, digest
 checkpoints         the weights of a model directory, all of them or none
+onnx_weights        weights of an ONNX graph, and the graph against the model of them
 calibration         public sentences that set ranges, and others that test a model
 pooling             one vector from the hidden states of a text's tokens
 prompts             what clients put before their texts

@@ -19,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secure.errors import InvalidInput, MissingPackage, ModelNotFound, printable
+from secure.errors import Error, InvalidInput, MissingPackage, ModelNotFound, printable
+from secure.models.onnx_weights import ONNX, check_graph, read_onnx
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *ONNX,
+)
 """The names of weights in a directory; the first that is there counts, as in transformers."""
 
 WRAPPERS = ("module.", "_orig_mod.", "0.auto_model.", "auto_model.", "model.")
@@ -75,6 +79,9 @@ def load_checkpoint(
     _check_names(directory, model, info, dtypes, optional, told)
     _check_finite(directory, model.state_dict())
     loaded: nn.Module = model.eval()
+    if (path := weight_files(directory)[0]).suffix == ".onnx":
+        check_graph(path, loaded)
+        told(f"{directory.name}: the weights are those of {path.name}, with whose graph the model agrees")
     return loaded
 
 
@@ -167,7 +174,7 @@ def _check_files(directory: Path) -> None:
 def _read(directory: Path, reading: Callable[[], Any]) -> Any:
     try:
         return reading()
-    except InvalidInput:
+    except Error:
         raise
     except ImportError as error:
         raise MissingPackage(f"{directory} cannot be loaded: {(str(error).splitlines() or [''])[0][:300]}") from None
@@ -196,6 +203,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     if path.suffix == ".safetensors":
         return load_file(path)
+    if path.suffix == ".onnx":
+        return read_onnx(path)
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except Exception as error:
@@ -225,11 +234,15 @@ def _load(factory: Any, directory: Path, prefix: str = "") -> tuple[Any, Mapping
     from transformers import AutoConfig
 
     given: dict[str, Any] = {"local_files_only": True}
-    if prefix:
+    graph = weight_files(directory)[0].suffix == ".onnx"
+    if prefix or graph:
         given["config"] = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         given["state_dict"] = {name.removeprefix(prefix): value for name, value in _weights(directory)}
+    if graph and hasattr(factory, "from_config"):  # of several classes, the one that the configuration names
+        with torch.device("meta"):
+            factory = type(factory.from_config(given["config"]))
     model, info = factory.from_pretrained(
-        None if prefix else str(directory),
+        None if prefix or graph else str(directory),
         trust_remote_code=False,
         weights_only=True,
         dtype=torch.float32,

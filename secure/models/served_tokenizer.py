@@ -7,7 +7,8 @@ is what it made of them. Before it is served, both divide probe texts; a differe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def load_served_tokenizer(directory: str | Path, rows: int | None = None) -> tup
         )
     for path in there:
         check_pointer(path)
+    _check_converts(there)
     original = _original(directory)
     lowered = bool(read_json(directory / "sentence_bert_config.json").get("do_lower_case", False))
     if lowered:
@@ -79,6 +81,16 @@ def load_served_tokenizer(directory: str | Path, rows: int | None = None) -> tup
     served = TextTokenizer(tokenizer, _pad_id(original, directory))
     _check_same(directory, tokenizer, original, [*PROBES, *SENTENCES, *HELD_OUT])
     return served, document
+
+
+def _check_converts(there: Collection[Path]) -> None:
+    """Refuse a sentencepiece model alone where the library that reads it is missing; transformers names another."""
+    models, others = [path for path in there if path.suffix == ".model"], {path.name for path in there}
+    if models and not others & {"tokenizer.json", "vocab.txt", "vocab.json"} and find_spec("sentencepiece") is None:
+        raise MissingPackage(
+            f"{models[0]} is a sentencepiece model, and sentencepiece is not installed\n"
+            f"hint: pip install 'unseen[sentencepiece]'; or {_WAY_OUT}"
+        )
 
 
 def _original(directory: Path) -> Any:

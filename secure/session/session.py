@@ -18,7 +18,8 @@ A model may be served for several padded lengths. Then an input goes to the shor
 which that is, so about how long the input is; what cannot be used goes to the longest. As the server's tokenizer counts
 the tokens, it decides about that length too. With ``fixed_length`` all inputs go to the longest, and nothing shows.
 
-The code of whoever takes the answers of ``run`` or ``stream`` one by one runs between queries, and its time shows.
+The code of whoever takes the answers of ``run`` or ``stream`` one by one runs between queries, and its time shows. Of
+tasks whose answers take longer to make for some texts than for others, it shows in steps of STEP, with their making.
 After an input that cannot be used, ``run`` gives no answers to take; so who needs long for an answer should ask for a
 list, as ``embed`` does.
 
@@ -67,7 +68,10 @@ PACE = 0.1
 """Seconds from a call to its first message. The work before it takes 0.2 ms a text for MiniLM at 128 tokens."""
 
 STEP = 0.01
-"""Seconds in which a client makes answers of what a query gave, where that takes longer for some than for others."""
+"""Seconds in which a client makes answers of what a query gave, where that takes longer for some than for others.
+
+Whoever takes the answers, and writes them, does so within these seconds; more of them are a multiple of it.
+"""
 
 WINDOW = 256
 """Inputs of a stream that are read, and computed on in the clear, before their queries."""
@@ -316,10 +320,10 @@ class Session:
                     joined = _joined(task, [answer for answer, _ in parts], asked, own, served)
                     whole.append((joined, parts[-1][1]))
                     place, (own, pieces) = place + len(pieces), next(coming, (own, []))
-                if not task.steady:
-                    self._wait(came, STEP)
                 for answer, self.report in whole:
                     yield answer
+                if not task.steady:  # nor is what was done with the answers, such as writing rows
+                    self._wait(came, STEP)
             first += len(window)
 
     def _fitted(

@@ -14,8 +14,7 @@ from secure.models.heads import ANSWER, ANSWER_TOKENS, span_at
 from secure.models.pairs import NEITHER, SECOND, Encoded, encode
 from secure.models.settings import SPAN
 from secure.models.tokens import LONG, SPLIT
-from secure.tasks.headed import Headed
-from secure.tasks.rerank import Pair, is_pair
+from secure.tasks.headed import Headed, Pair, Tokenized, is_pair, tokens_of
 from secure.tasks.task import Served
 
 STRIDE = 128  # tokens by which pieces of a context overlap, at most
@@ -59,18 +58,17 @@ class Answering(Headed[Pair, dict[str, Any]]):
         return encode(served.tokenizer, question, context, served.length, self.long, stride=stride, only_second=True)
 
     def pieces(self, given: Pair, served: Served) -> Sequence[Mapping[str, Tensor]]:
-        found = list[Mapping[str, Tensor]]()
-        for each in self.encoded(given, served):
-            inputs = each.inputs(segments=served.settings.segments)
-            context = torch.tensor([[int(which == SECOND) for which in each.texts]])
-            found.append({**inputs, "context": context} if served.settings.reveal == SPAN else inputs)
-        return found
+        found = super().pieces(given, served)
+        if served.settings.reveal != SPAN:
+            return found
+        return [Tokenized({**each, "context": _context(tokens_of(each))}, tokens_of(each)) for each in found]
 
     def joined(
         self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: Pair, served: Served
     ) -> dict[str, Any]:
         best: dict[str, Any] | None = None
-        for found, encoded, piece in zip(answers, self.encoded(given, served), pieces, strict=True):
+        for found, piece in zip(answers, pieces, strict=True):
+            encoded = tokens_of(piece)
             length = piece["input_ids"].shape[-1]  # of several that are served, the one that was taken
             if served.settings.reveal == SPAN:
                 (first, last), score = span_at(round(float(found)), length), None
@@ -83,6 +81,11 @@ class Answering(Headed[Pair, dict[str, Any]]):
                 best = {"score": score, "start": start, "end": end, "answer": given[1][start:end]}
         assert best is not None  # there is a piece
         return best
+
+
+def _context(encoded: Encoded) -> Tensor:
+    """Return 1 for each token of the context, int64 of shape (1, length)."""
+    return torch.tensor([[int(which == SECOND) for which in encoded.texts]])
 
 
 def _search(found: Tensor, encoded: Encoded) -> tuple[int, int, float]:

@@ -15,7 +15,7 @@ from secure.models.heads import CLASSIFY
 from secure.models.images import image_inputs, is_image, load_image_head, sees_images
 from secure.models.settings import LABEL, LOGITS, SIGMOID, SOFTMAX, TaskSettings
 from secure.progress import Told, silent
-from secure.tasks.headed import Headed
+from secure.tasks.headed import Headed, is_pair
 from secure.tasks.task import Loaded, Served
 
 Classified = Any
@@ -26,7 +26,8 @@ Classified = Any
 class Classify(Headed[Any, Classified]):
     """The task that maps a text, or a pair of texts, to the name of its class.
 
-    An input is a text, a pair (text, text), or {"text": ..., "text_pair": ...}; of a model of images, the ``Path`` of
+    An input is a text, a pair (text, text), or {"text": ..., "text_pair": ...}, where the pair may be None or left
+    out, as the pipeline takes them; of a model of images, the ``Path`` of
     an image file, its bytes, or a ``PIL.Image.Image``. top_k: 1 gives the most likely class of
     each input, {"label": its name, "score": its probability}, as transformers' pipeline does; another number a list of
     so many, the most likely first; None a list of all. Where the server's owner reveals labels alone, there is no score
@@ -47,10 +48,9 @@ class Classify(Headed[Any, Classified]):
             raise InvalidInput(f"the {self.top_k} most likely classes", "at least 1, or None for all")
 
     def takes(self, given: Any) -> bool:
-        texts = [given.get("text"), given.get("text_pair", "")] if isinstance(given, Mapping) else given
-        if isinstance(texts, str):
-            return True
-        return isinstance(texts, list | tuple) and len(texts) == 2 and all(isinstance(text, str) for text in texts)
+        if isinstance(given, Mapping):
+            return given.keys() <= {"text", "text_pair"} and all(isinstance(each, str) for each in self._texts(given))
+        return isinstance(given, str) or is_pair(given)
 
     def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
         """Load a classifier of texts, or of images; ``sentences`` of the latter are names of image files."""
@@ -80,8 +80,14 @@ class Classify(Headed[Any, Classified]):
         if isinstance(given, str):
             return given, None
         if isinstance(given, Mapping):
-            return given["text"], given.get("text_pair")
+            first, *second = self._texts(given)
+            return first, second[0] if second else None
         return given[0], given[1]
+
+    @staticmethod
+    def _texts(given: Mapping[str, Any]) -> list[Any]:
+        second = given.get("text_pair")
+        return [given.get("text"), *([] if second is None else [second])]
 
     def joined(
         self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: Any, served: Served

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secure.errors import EmptyInput, InvalidInput
 from secure.models.text import held_out_inputs, load_text_model, model_files, text_inputs, text_samples
-from secure.models.tokens import LONG, REFUSE
+from secure.models.tokens import LONG, REFUSE, TRUNCATE
 from secure.progress import Told, silent
 from secure.tasks.task import Loaded, Served, Task
 
@@ -82,9 +82,11 @@ class Embed(Task[str, Tensor]):
 
     def inputs(self, given: str, served: Served) -> Mapping[str, Tensor]:
         assert served.tokenizer is not None  # as ``check`` found
-        if not given.strip():  # with a prompt before it, it would have an answer
+        if not given.strip():
             raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
-        return text_inputs(served.tokenizer, served.prompts.text(self.prompt) + given, served.length, self.long)
+        if prompt := served.prompts.text(self.prompt):  # with it, a text without tokens would have an answer
+            text_inputs(served.tokenizer, given, served.length, TRUNCATE)
+        return text_inputs(served.tokenizer, prompt + given, served.length, self.long)
 
     def pieces(self, given: str, served: Served) -> Sequence[Mapping[str, Tensor]]:
         found = self.inputs(given, served)

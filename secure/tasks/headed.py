@@ -21,6 +21,30 @@ from secure.progress import Told, silent
 from secure.tasks.embed import LENGTH
 from secure.tasks.task import Answer_co, Given, Loaded, Served, Task
 
+Pair = tuple[str, str]
+
+
+def is_pair(given: Any) -> bool:
+    """Tell whether an input is a pair of texts."""
+    return isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(text, str) for text in given)
+
+
+class Tokenized(dict[str, Tensor]):
+    """The arguments of one place, with the tokens of which they are made.
+
+    Answers are put together from these: if a text were divided again between queries, the time of that would show.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], encoded: Encoded) -> None:
+        super().__init__(inputs)
+        self.encoded = encoded
+
+
+def tokens_of(piece: Mapping[str, Tensor]) -> Encoded:
+    """Return the tokens of a piece that ``Headed.pieces`` made."""
+    assert isinstance(piece, Tokenized)
+    return piece.encoded
+
 
 @dataclass(frozen=True)
 class Headed(Task[Given, Answer_co]):
@@ -70,7 +94,7 @@ class Headed(Task[Given, Answer_co]):
             raise InvalidInput(f"this server's model is not for the task {self.name!r}", "ask another server")
 
     def check(self, given: Sequence[Given], served: Served) -> None:
-        if isinstance(given, str) or not all(self.takes(each) for each in given):
+        if isinstance(given, str | Mapping) or not all(self.takes(each) for each in given):
             raise InvalidInput(f"{self.name} takes {self.wanted}", "give a list of them")
         if served.tokenizer is None:
             raise InvalidInput("this server's model takes no text", "ask another server")
@@ -92,7 +116,8 @@ class Headed(Task[Given, Answer_co]):
         return encode(served.tokenizer, first, second, served.length, self.long)
 
     def pieces(self, given: Given, served: Served) -> Sequence[Mapping[str, Tensor]]:
-        return [each.inputs(segments=served.settings.segments) for each in self.encoded(given, served)]
+        segments = served.settings.segments
+        return [Tokenized(each.inputs(segments=segments), each) for each in self.encoded(given, served)]
 
     def inputs(self, given: Given, served: Served) -> Mapping[str, Tensor]:
         return self.pieces(given, served)[0]
@@ -100,7 +125,7 @@ class Headed(Task[Given, Answer_co]):
     def fitted(self, inputs: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor] | None:
         if inputs["attention_mask"][:, length:].any():
             return None
-        return {name: value[:, :length] for name, value in inputs.items()}
+        return Tokenized({name: value[:, :length] for name, value in inputs.items()}, tokens_of(inputs))
 
     def answer(self, result: Any) -> Any:
         return result[0]

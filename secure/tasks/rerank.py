@@ -11,15 +11,8 @@ from torch import Tensor
 from secure.models.heads import RERANK
 from secure.models.tokens import TRUNCATE
 from secure.tasks.classify import scores_of
-from secure.tasks.headed import Headed
+from secure.tasks.headed import Headed, Pair, is_pair
 from secure.tasks.task import Served
-
-Pair = tuple[str, str]
-
-
-def is_pair(given: Any) -> bool:
-    """Tell whether an input is a pair of texts."""
-    return isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(text, str) for text in given)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from secure.models.pairs import FIRST
 from secure.models.settings import LABEL
 from secure.models.tokens import LONG
 from secure.tasks.classify import label_of, scores_of
-from secure.tasks.headed import Headed
+from secure.tasks.headed import Headed, tokens_of
 from secure.tasks.task import Served
 
 SIMPLE, NONE = AGGREGATIONS = ("simple", "none")
@@ -54,7 +54,7 @@ class Tag(Headed[str, list[Entity]]):
         self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: str, served: Served
     ) -> list[Entity]:
         tokens = list[Entity]()
-        for found, encoded in zip(answers, self.encoded(given, served), strict=True):
+        for found, encoded in zip(answers, map(tokens_of, pieces), strict=True):
             for i, (label, score) in enumerate(_labelled(found, served)):
                 if encoded.texts[i] == FIRST:
                     start, end = encoded.offsets[i]

@@ -139,7 +139,11 @@ class Task(ABC, Generic[Given, Answer_co]):
     def joined(
         self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], given: Given, served: Served
     ) -> Answer_co:
-        """Make one answer of those of an input's pieces, which are as many and in the same order."""
+        """Make one answer of those of an input's pieces, which are as many and in the same order.
+
+        pieces: what ``pieces`` returned, or ``fitted`` made of it. This runs between queries, so that its time shows:
+        what of the work depends on the input alone belongs to ``pieces``.
+        """
         found: Answer_co
         (found,) = answers
         return found
