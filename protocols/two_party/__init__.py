@@ -14,6 +14,7 @@ tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 ranking       ranks within a row, and its first entries by rank
 rounding      exact division by a power of two, from one opening
+noise         Gumbel noise that nobody knows, for samples from a softmax
 endpoints     the client's input, the revealed output
 """
 
@@ -24,6 +25,7 @@ from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
+from protocols.two_party.noise import Gumbel, ScaledGumbel
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
 from protocols.two_party.product import Product
@@ -39,6 +41,7 @@ __all__ = [
     "DigitIn",
     "Exponential",
     "Extend",
+    "Gumbel",
     "Histogram",
     "Input",
     "Lift",
@@ -57,6 +60,7 @@ __all__ = [
     "Quotient",
     "Ranks",
     "Reveal",
+    "ScaledGumbel",
     "Select",
     "Tabulated",
 ]
