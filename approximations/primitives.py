@@ -86,6 +86,16 @@ def top_values(x: Value, count: int, tolerance: float) -> Value:
     return x.gather(-1, by_size(x, count)) if isinstance(x, Tensor) else x.top_values(count, tolerance)
 
 
+def perturbed(x: Value, temperature: float, by: Value | None = None) -> Value:
+    """Return x plus ``temperature``, or the secret ``by``, times independent Gumbel(0, 1) noise in the shape of x.
+
+    Nobody knows the noise under the protocol. by: expands to the shape of x; ``temperature`` is not used then.
+    """
+    if isinstance(x, Tensor):
+        return x - (temperature if by is None else by) * torch.empty_like(x).exponential_().log()
+    return x.perturbed(temperature, by)
+
+
 def by_size(x: Tensor, count: int) -> Tensor:
     """Return the positions of the ``count`` largest entries, of equal ones the first ones."""
     return x.sort(stable=True, dim=-1, descending=True).indices[..., :count]

@@ -73,6 +73,7 @@ from secure.errors import (
 )
 from secure.mpc.budget import Budget
 from secure.mpc.program import Program
+from secure.operations.sampling import sample
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 from secure.session.link import Report
@@ -150,6 +151,7 @@ __all__ = [
     "plan",
     "polynomialize",
     "profile",
+    "sample",
     "save_compiled",
     "serve",
     "share_model",

@@ -26,6 +26,7 @@ from protocols.circuit import check as check_circuit
 from protocols.protocol import CircuitCost, Opening, Protocol, Shape
 from protocols.three_party import Translated
 from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
+from protocols.two_party.noise import HIGHEST, LOWEST
 from protocols.two_party.tabulated import ACCURACY, ROWS, WIDEST, smallest
 from protocols.two_party.tabulated import PUBLIC as TABLE_BITS
 from protocols.weights import ServerWeights
@@ -891,6 +892,44 @@ def placed_positions(s: Setup) -> Check:
     s.add(tp.PlacedPositions(shape, ring, digit, count, first), at)
     position = first + np.arange(shape[-2] * shape[-1]).astype(object).reshape(shape[-2:])
     return exactly(summed(has, position), ring)
+
+
+def small(s: Setup, ring: int, factor: int = 1) -> int:
+    """Fraction bits with which noise times a factor fits a ring."""
+    return s.number("fraction", 0, ring - 7 - factor.bit_length())
+
+
+@case(tp.Gumbel)
+def gumbel(s: Setup) -> Check:
+    """Within the range of the noise; test_sampling.py has its values and its distribution."""
+    ring, shape = s.number("ring", 10, 64), s.shape()
+    temperature = s.draw(st.sampled_from([0.125, 0.7, 1.0, 3.0]), "temperature")
+    fraction = small(s, ring, 3)
+    s.add(tp.Gumbel(shape, ring, fraction, s.number("number", 0, 9), temperature))
+
+    def check(server: Any, client: Any) -> None:
+        result = integers(combine(server, client), ring, signed=True)
+        for noise in result.reshape(-1):
+            assert LOWEST * temperature * 2**fraction - 0.51 <= noise <= HIGHEST * temperature * 2**fraction + 0.51
+
+    return check
+
+
+@case(tp.ScaledGumbel)
+def scaled_gumbel(s: Setup) -> Check:
+    ring, shape = s.number("ring", 16, 64), s.shape()
+    fraction = small(s, ring, 100)
+    a, t = s.opened(s.draw(st.sampled_from([shape, (*shape[:-1], 1), (1,)]), "of"), ring, -100, 100)
+    s.add(tp.ScaledGumbel(shape, ring, fraction, s.number("number", 0, 9)), a)
+
+    def check(server: Any, client: Any) -> None:
+        result = integers(combine(server, client), ring, signed=True)
+        for scaled, factor in zip(result.reshape(-1), np.broadcast_to(t, shape).reshape(-1), strict=True):
+            noise, rest = divmod(scaled, factor) if factor else (0, scaled)
+            assert rest == 0
+            assert LOWEST * 2**fraction - 0.51 <= noise <= HIGHEST * 2**fraction + 0.51
+
+    return check
 
 
 # the suite

@@ -82,6 +82,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "reshape": lambda x, w, v, ids: x.flatten(1),
     "rms_norm": lambda x, w, v, ids: F.rms_norm(x, (4,), v, 1e-5),
     "rsqrt": lambda x, w, v, ids: torch.rsqrt(x),
+    "sampled": lambda x, w, v, ids: secure.sample(x, 1e-7),
     "silu": lambda x, w, v, ids: F.silu(x),
     "slice": lambda x, w, v, ids: x[:, 1:3],
     "softmax": lambda x, w, v, ids: x.softmax(-1),
@@ -117,7 +118,7 @@ def error_of(function: Callable[..., Tensor]) -> float:
 
 ARITHMETIC = {
     *("input", "linear", "matmul", "mul", "mul_weight", "add", "add_weight", "sub", "offset", "scale", "sum"),
-    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "bounded", "power", "real"),
+    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "perturbed", "bounded", "power", "real"),
 }
 COMPARISONS = {
     "piecewise",

@@ -222,6 +222,7 @@ def test_every_record_is_of_a_primitive() -> None:
         "row_bound",
         "inverse_power",
         "power",
+        "perturbed",
         "real",
         "top_indices",
         "top_values",

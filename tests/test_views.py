@@ -147,6 +147,8 @@ def scenes() -> Iterator[tuple[str, Scene]]:
     yield "placed_positions-16", Scene(tp.PlacedPositions(groups, 16, 3, 8, 5), 16, 0, 7)
     clipped = tp.Exponential(shape, 24, 20, 16, 40, 16)
     yield "exponential-24", Scene(clipped, 24, 0, (1 << 24) - (1 << 20) - 1, bits=1)
+    yield "gumbel-37", Scene(tp.Gumbel(shape, 37, 16, 0, 0.7), 37, 0, 0)
+    yield "scaled_gumbel-64", Scene(tp.ScaledGumbel(shape, 64, 16, 0), 64, -(1 << 40), 1 << 40)
     yield "compare-2-thresholds-64", Scene(tp.Compare(shape, 64, 0, (0, 1)), 64, -(2**62), 2**62)
 
 
@@ -175,7 +177,7 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
         operands.append(add(shared_bits("b", planes, octets(rng, planes))))
         if protocol.kind != "open_bits":
             operands.append(add(tp.OpenBits((N,), scene.bits), operands.pop()))
-    if protocol.kind != "open_bits":
+    if protocol.kind not in ("open_bits", "gumbel"):
         for name in ("x", "y") if scene.second else ("x",):
             inputs[name] = torch.full(shape, value, dtype=torch.int64)
             index = add(shared(name, shape, ring, words(rng, shape)))
@@ -378,6 +380,9 @@ BROKEN = {
         ("quotient-20", "table"),
         ("placed-64", "masked"),
         ("placed_positions-16", "units"),
+        ("gumbel-37", "noise"),
+        ("scaled_gumbel-64", "noise"),
+        ("scaled_gumbel-64", "masked"),
     )
 }
 

@@ -175,7 +175,7 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "maximum": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "bounded": lambda c, p, w, x: x,
     "take": lambda c, p, w, x: taken(c, x, p.attrs),
-    **{name: absent(name) for name in ("patches", "real", "top_indices", "top_values")},
+    **{name: absent(name) for name in ("patches", "perturbed", "real", "top_indices", "top_values")},
 }
 
 

@@ -15,6 +15,7 @@ digits        bits and histograms of an opened secret's coarse digit, for the ma
 ranking       ranks within a row, and its first entries by rank
 rounding      exact division by a power of two, from one opening
 conditions    one number that tells whether all of many secret bits are one
+noise         Gumbel noise that nobody knows, for samples from a softmax
 endpoints     the client's input, the revealed output
 """
 
@@ -26,6 +27,7 @@ from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
+from protocols.two_party.noise import Gumbel, ScaledGumbel
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
 from protocols.two_party.polynomial import Polynomial, Powers
 from protocols.two_party.product import Product
@@ -42,6 +44,7 @@ __all__ = [
     "DigitIn",
     "Exponential",
     "Extend",
+    "Gumbel",
     "Histogram",
     "Input",
     "Lift",
@@ -60,6 +63,7 @@ __all__ = [
     "Quotient",
     "Ranks",
     "Reveal",
+    "ScaledGumbel",
     "Select",
     "Tabulated",
     "Unmet",

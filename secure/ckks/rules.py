@@ -18,7 +18,7 @@ from scipy import sparse
 from protocols.windows import Window, take
 from secure.ckks.linear_maps import Affine, Array, summed
 from secure.errors import UnsupportedOperation
-from secure.lowering.primitives import Primitive
+from secure.lowering.primitives import Primitive, meaning
 
 Function = Callable[[Array], Array]
 
@@ -49,6 +49,11 @@ class CiphertextRule:
 def linear(p: Primitive, operands: Sequence[Affine], weight: Array | None) -> Affine:
     """Apply a primitive to linear values. Raises UnsupportedOperation if it is not linear."""
     rule = RULES.get(p.op)
+    if meaning(p).drawn:
+        raise UnsupportedOperation(
+            f"{p.where}: with ciphertexts nothing is sampled: nobody can deal noise, and nothing is compared",
+            "serve it two-party or three-party",
+        )
     if rule is None or rule.linear is None:
         raise UnsupportedOperation(
             f"{p.path or 'model'}: '{p.op}' is not a polynomial, and ciphertexts have no comparison",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from approximations.powers import power, power_error
-from approximations.primitives import exp_below, inverse_power, piecewise, top_indices, top_values
+from approximations.primitives import exp_below, inverse_power, perturbed, piecewise, top_indices, top_values
+from protocols.two_party.noise import HIGHEST, LOWEST
 from protocols.windows import Window, take
 from secure.errors import UnsupportedOperation
 
@@ -62,6 +63,7 @@ class Meaning:
     multiplies: True if its interval grows with the number of layers, as a product's does. In a model in polynomial form
     such results are assumed to stay within reach.
     promised: gives the range that the caller of the primitive knows, whatever calibration shows.
+    drawn: True if its value is drawn at random. Its range is that of ``assume`` for what its operands were seen to be.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Meaning:
     assume: Assume
     multiplies: bool = False
     promised: Callable[[Primitive], Interval] | None = None
+    drawn: bool = False
 
 
 def meaning(p: Primitive) -> Meaning:
@@ -149,6 +152,12 @@ def _power_range(p: Primitive) -> Interval:
     return ends[0] * (1 - error), ends[1] * (1 + error)
 
 
+def _of_perturbed(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    most = p.attrs["temperature"] if len(x) == 1 else max(abs(x[1].low), abs(x[1].high))
+    least = 0.0 if len(x) == 1 else min(0.0, x[1].low)  # a secret temperature may be below zero
+    return x[0].low + min(most * LOWEST, least * HIGHEST), x[0].high + most * HIGHEST
+
+
 # values
 
 
@@ -200,6 +209,12 @@ PRIMITIVES: dict[str, Meaning] = {
             lambda p, w, x: top_indices(x[0], p.shape[-1], 0.0),
             lambda p, x, reach: (0.0, float(x[0].shape[-1])),
             promised=lambda p: (0.0, float(p.attrs["among"])),
+        ),
+        Meaning(
+            "perturbed",
+            lambda p, w, x: perturbed(x[0], p.attrs["temperature"], *x[1:]),
+            _of_perturbed,
+            drawn=True,
         ),
         Meaning("real", lambda p, w, x: x[0], _kept),
         Meaning("top_values", lambda p, w, x: top_values(x[0], p.shape[-1], 0.0), _kept),

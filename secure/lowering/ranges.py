@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from secure.errors import InvalidInput
-from secure.lowering.primitives import Operand, meaning, promise
+from secure.lowering.primitives import Operand, Primitive, meaning, promise
 from secure.lowering.trace import Trace, evaluate
 
 ROUNDED = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
@@ -45,9 +45,16 @@ class Ranges:
         self._reach = {p.inputs[0]: max(map(abs, promise(p))) for p in trace.primitives if p.op == "bounded"}
 
     def observe(self, index: int, value: Tensor) -> None:
-        """Widen the range of one primitive so that it holds ``value``."""
-        self._low[index] = min(self._low[index], float(value.min()))
-        self._high[index] = max(self._high[index], float(value.max()))
+        """Widen the range of one primitive so that it holds ``value``, or all that might have been drawn instead."""
+        p = self._trace.primitives[index]
+        low, high = float(value.min()), float(value.max())
+        if (known := meaning(p)).drawn:
+            low, high = known.assume(p, self._operands(p), math.inf)
+        self._low[index] = min(self._low[index], low)
+        self._high[index] = max(self._high[index], high)
+
+    def _operands(self, p: Primitive) -> list[Operand]:
+        return [Operand(self._low[i], self._high[i], self._trace.primitives[i].shape) for i in p.inputs]
 
     @classmethod
     def calibrate(
@@ -82,8 +89,7 @@ class Ranges:
         ranges = cls(trace, 0)
         for index, p in enumerate(trace.primitives):
             known = meaning(p)
-            operands = [Operand(ranges._low[i], ranges._high[i], trace.primitives[i].shape) for i in p.inputs]
-            low, high = known.assume(p, operands, reach)
+            low, high = known.assume(p, ranges._operands(p), reach)
             if polynomial and known.multiplies:
                 low, high = max(low, -reach), min(high, reach)
             ranges._low[index], ranges._high[index] = low, high

@@ -216,6 +216,11 @@ class Symbol:
         """Compute e^(x - bound) for x <= bound, which is broadcast. ``extra``: more fraction bits in the result."""
         return self.trace.record("exp_below", (self, bound), self.shape, extra=extra)
 
+    def perturbed(self, temperature: float, by: Symbol | None) -> Symbol:
+        """Add Gumbel noise that nobody knows, times ``temperature`` or the secret ``by``."""
+        inputs = (self,) if by is None else (self, by)
+        return self.trace.record("perturbed", inputs, self.shape, temperature=temperature)
+
     def top_indices(self, count: int, tolerance: float) -> Symbol:
         """Find the ``count`` largest of the last dimension, as whole numbers: see ``primitives.top_indices``."""
         shape = (*self.shape[:-1], count)

@@ -11,6 +11,7 @@ arithmetic   inputs, products, sums, shapes
 nonlinear    piecewise polynomials, comparisons, maxima
 pieces       their curved pieces: lines taken from them, fraction bits, rings
 powers       inverse powers, by dealt tables
+noise        values plus noise that nobody knows, for samples
 ranking      the largest entries of rows, and where they stand
 rounding     answers of few fraction bits
 softmax      bounds of rows, and exponentials below them

@@ -11,6 +11,7 @@ convolutions        convolutions and pooling
 attention           softmax, masks and attention
 activations         functions of one value
 choices             arg-max, and the k largest
+sampling            samples from a softmax
 normalizations      norms and inverse roots
 polynomial_forms    polynomials and powers of models in polynomial form
 """
@@ -25,5 +26,6 @@ from secure.operations import (  # noqa: F401  (they register)
     moves,
     normalizations,
     polynomial_forms,
+    sampling,
     shapes,
 )
