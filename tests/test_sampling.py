@@ -314,8 +314,8 @@ def test_a_program_does_not_depend_on_what_calibration_drew() -> None:
 def test_an_index_is_all_that_is_revealed() -> None:
     inputs = {"x": SCORES[None]}
     compiled = secure.compile(sampler(ENTRIES), inputs, calibration=[inputs])
-    reveals = [i.protocol for i in compiled.program.circuit if isinstance(i.protocol, tp.Reveal)]
-    assert [p.shape for p in reveals] == [(1,)]
+    shown = [output.instruction for output in compiled.program.outputs]
+    assert [compiled.program.circuit[i].protocol.out.shape for i in shown] == [(1,)]
 
 
 @pytest.mark.parametrize(("entries", "rounds"), [(2, 3), (1000, 8), (50_000, 12)])

@@ -81,8 +81,8 @@ def _window(plan: Plan, bound: int) -> _Window:
     most = math.ceil((min(highest + ROOM, high) + 2**-SCORE_FRACTION) / width)
     bins, start = most - least + 1, least * width  # a digit may be one too high, and has a bin then
     reach = max(high, most * width) + slack - min(low, start) + INTERVAL + 1
-    # room for scores of three times the largest, so that none that is too large looks like a small one
-    reach = max(reach, 3 * max(high, most * width) - min(low, start) + width)
+    # room for scores of three times the window's end, so that none that is too large looks like a small one
+    reach = max(reach, 3 * most * width - min(low, start) + width)
     ring = math.ceil(math.log2(reach)) + SCORE_FRACTION
     if bins > MOST_BINS or ring - shift > DIGIT_BITS or _rows(plan.trace.primitives[x].shape)[-2] > ROW:
         raise DoesNotFit(
