@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protocols import bits, wire
 from protocols.prg import Bytes, Key, Stream
-from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
+from protocols.protocol import CLIENT, DEALER, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
 
 
@@ -192,7 +192,7 @@ def execute(
 
     Every instruction that is ready runs until it must exchange; then all exchanges become one round. The order depends
     on the circuit alone, so both parties merge the same messages. inputs: by name, the client's integers, or this
-    party's shares of them if the client is none of the parties.
+    party's shares of them if the client is none of the parties; and the openings that earlier queries kept.
     """
     values, told = _Values(circuit, outputs), observer or Observer()
     missing = [len(set(i.inputs)) for i in circuit]
@@ -271,16 +271,28 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> N
                 values[index] = value
 
 
-def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, memoryview]]:
+def deal(
+    circuit: Circuit,
+    server: Key,
+    client: Key,
+    weights: Weights,
+    given: Mapping[str, Tensor] | None = None,
+    keeping: dict[str, Tensor] | None = None,
+) -> Iterator[tuple[int, memoryview]]:
     """Yield the dealer's corrections of one query as (instruction, bytes), in order.
 
     server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
-    to the server.
+    to the server. given: the masks of openings that earlier queries kept, by name. keeping: gets those of this query.
     """
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
-        payload, mask = deal_one(index, instruction.protocol, masks.take(instruction.inputs), server, client, weights)
+        protocol, operands = instruction.protocol, masks.take(instruction.inputs)
+        if (name := protocol.input_of(DEALER)) is not None:
+            operands = ((given or {})[name],)
+        payload, mask = deal_one(index, protocol, operands, server, client, weights)
         masks.put(index, mask)
+        if protocol.keeps and keeping is not None:
+            keeping[protocol.keeps] = mask
         if payload is not None:
             yield index, payload
 

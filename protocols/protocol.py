@@ -13,6 +13,7 @@ Nothing here moves a byte. Values at run time are torch tensors or small tuples 
 - an *opening*: ``Opening(z, r)``: both parties know z = x + r, and r is this party's share of the mask;
 - a *lifted opening*: the same over the integers, for a wider ring (see ``two_party.lift``);
 - a *delivery*: the tensor x - r at the server and r at the client, who alone knows r;
+- *public*: an int64 tensor that both parties know;
 - *bits*: packed planes, this party's XOR share; and a *bit opening* ``Opening(c, beta)``, the same with XOR.
 """
 
@@ -33,6 +34,7 @@ from protocols.kernels import Array
 from protocols.wire import Wire
 
 SERVER, CLIENT = 0, 1
+DEALER = 2
 PARTY_NAMES = ("server", "client")
 
 Shape = fields.Shape
@@ -220,8 +222,13 @@ class Protocol(ABC):
         """True if it has an ``offline`` part, which the client runs before a query."""
         return type(self).offline is not Protocol.offline
 
+    @property
+    def keeps(self) -> str:
+        """The name under which its result is kept for later queries; "" if it is not."""
+        return ""
+
     def input_of(self, party: int) -> str | None:
-        """Return the name of the input that this party must have; None if this protocol is no input."""
+        """Return the name of the input that this party, or the dealer, must have; None if this protocol is no input."""
         return None
 
     def validate(self) -> None:  # noqa: B027 - most protocols have nothing to check

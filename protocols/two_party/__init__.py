@@ -13,15 +13,17 @@ exponential   e^-x of an opened secret
 tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 ranking       ranks within a row, and its first entries by rank
+keeping       openings that later queries read: the keys and values of a decoder
 rounding      exact division by a power of two, from one opening
 endpoints     the client's input, the revealed output
 """
 
 from protocols.two_party.comparison import Compare
 from protocols.two_party.digits import DigitIn, Histogram
-from protocols.two_party.endpoints import Input, Reveal
+from protocols.two_party.endpoints import Input, Publish, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
+from protocols.two_party.keeping import Keep, Kept, OpenedConcat, OpenedExpand, OpenedPermute, OpenedReshape
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
@@ -41,19 +43,26 @@ __all__ = [
     "Extend",
     "Histogram",
     "Input",
+    "Keep",
+    "Kept",
     "Lift",
     "LiftedPowers",
     "LiftedProduct",
     "Linear",
     "Open",
     "OpenBits",
+    "OpenedConcat",
+    "OpenedExpand",
     "OpenedPairs",
+    "OpenedPermute",
+    "OpenedReshape",
     "OpenedSum",
     "Placed",
     "PlacedPositions",
     "Polynomial",
     "Powers",
     "Product",
+    "Publish",
     "Quotient",
     "Ranks",
     "Reveal",

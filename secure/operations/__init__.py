@@ -11,6 +11,7 @@ convolutions        convolutions and pooling
 attention           softmax, masks and attention
 activations         functions of one value
 choices             arg-max, and the k largest
+generation          keys and values that later steps read
 normalizations      norms and inverse roots
 polynomial_forms    polynomials and powers of models in polynomial form
 """
@@ -21,6 +22,7 @@ from secure.operations import (  # noqa: F401  (they register)
     attention,
     choices,
     convolutions,
+    generation,
     linear,
     moves,
     normalizations,
