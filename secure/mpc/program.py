@@ -89,6 +89,11 @@ class Program:
         return {output.name: tuple(self.circuit[output.instruction].protocol.out.shape) for output in self.outputs}
 
     @cached_property
+    def keeps(self) -> dict[str, int]:
+        """The instructions whose openings are kept for later queries, by name; {} if queries are independent."""
+        return {p.keeps: index for index, i in enumerate(self.circuit) if (p := i.protocol).keeps}
+
+    @cached_property
     def weight_rings(self) -> dict[str, int]:
         """The widest ring in which each weight is multiplied; the client's masked weights D must have it."""
         rings: dict[str, int] = {}
