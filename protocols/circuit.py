@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protocols import bits, wire
 from protocols.prg import Bytes, Key, Stream
-from protocols.protocol import CLIENT, DEALER, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
+from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
 
 
@@ -287,8 +287,8 @@ def deal(
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
         protocol, operands = instruction.protocol, masks.take(instruction.inputs)
-        if (name := protocol.input_of(DEALER)) is not None:
-            operands = ((given or {})[name],)
+        if protocol.recalls:
+            operands = ((given or {})[protocol.recalls],)
         payload, mask = deal_one(index, protocol, operands, server, client, weights)
         masks.put(index, mask)
         if protocol.keeps and keeping is not None:

@@ -34,7 +34,6 @@ from protocols.kernels import Array
 from protocols.wire import Wire
 
 SERVER, CLIENT = 0, 1
-DEALER = 2
 PARTY_NAMES = ("server", "client")
 
 Shape = fields.Shape
@@ -223,12 +222,17 @@ class Protocol(ABC):
         return type(self).offline is not Protocol.offline
 
     @property
+    def recalls(self) -> str:
+        """The name of the opening of earlier queries that it reads, of which the dealer has the mask; "" if it does not."""
+        return ""
+
+    @property
     def keeps(self) -> str:
         """The name under which its result is kept for later queries; "" if it is not."""
         return ""
 
     def input_of(self, party: int) -> str | None:
-        """Return the name of the input that this party, or the dealer, must have; None if this protocol is no input."""
+        """Return the name of the input that this party must have; None if this protocol is no input."""
         return None
 
     def validate(self) -> None:  # noqa: B027 - most protocols have nothing to check

@@ -23,7 +23,16 @@ from protocols.two_party.digits import DigitIn, Histogram
 from protocols.two_party.endpoints import Input, Publish, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
-from protocols.two_party.keeping import Keep, Kept, OpenedConcat, OpenedExpand, OpenedPermute, OpenedReshape
+from protocols.two_party.keeping import (
+    Keep,
+    Kept,
+    KeptRows,
+    OpenedConcat,
+    OpenedExpand,
+    OpenedPermute,
+    OpenedReshape,
+    keepers,
+)
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
@@ -45,6 +54,7 @@ __all__ = [
     "Input",
     "Keep",
     "Kept",
+    "KeptRows",
     "Lift",
     "LiftedPowers",
     "LiftedProduct",
@@ -68,4 +78,5 @@ __all__ = [
     "Reveal",
     "Select",
     "Tabulated",
+    "keepers",
 ]

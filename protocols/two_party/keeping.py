@@ -75,6 +75,10 @@ class Kept(Protocol):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
 
+    @property
+    def recalls(self) -> str:
+        return self.name
+
     def input_of(self, party: int) -> str | None:
         return self.name
 
@@ -138,6 +142,11 @@ class OpenedPermute(_Moved, local.Permute):
 
     kind: ClassVar[str] = "opened_permute"
     reads: ClassVar[tuple[str, ...]] = ("opening",)
+
+
+def keepers(circuit: Sequence[Any]) -> dict[str, int]:
+    """Return the instructions of a circuit whose openings are kept for later queries, by name."""
+    return {name: index for index, i in enumerate(circuit) if (name := i.protocol.keeps)}
 
 
 class KeptRows:

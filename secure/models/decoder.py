@@ -8,7 +8,7 @@ look their positions up get the text's own ones, from the client.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,11 +118,8 @@ def vocabulary(model: nn.Module) -> int:
     return int(found.get_input_embeddings().weight.shape[0])
 
 
-def calibration(
-    texts: Sequence[Sequence[int]], length: int, *, pad: int = 0, places: bool = True
-) -> list[Mapping[str, Tensor]]:
-    """Make inputs of texts that set the ranges: all of ``length`` tokens, and one of them padded.
-
-    Longer texts are cut. Without padding in any of them, what a mask adds would be unknown.
-    """
-    return [prompt_inputs(list(text)[:length], length, pad=pad, places=places) for text in texts]
+def most_positions(model: nn.Module) -> int | None:
+    """Return the most tokens that a model can attend to; None if its configuration names no number."""
+    configuration: Any = getattr(model, "config", None)
+    named = [getattr(configuration, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((number for number in named if isinstance(number, int)), default=None)
