@@ -223,7 +223,7 @@ class Protocol(ABC):
 
     @property
     def recalls(self) -> str:
-        """The name of the opening of earlier queries that it reads, of which the dealer has the mask; "" if it does not."""
+        """The name of the opening of earlier queries that it reads, whose mask the dealer has; "" if it reads none."""
         return ""
 
     @property

@@ -85,8 +85,8 @@ def lower_sizes(
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of all of them.
 
     So the traces have the same primitives, and read the same weights. public: the positions of tokens are no secret.
-    Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends on the size, and for weights, or
-    values on a sample, that are NaN or infinite.
+    Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
+    on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
     told(0, 0, "capturing the model")
     captured = [capture(model, size.example) for size in sizes]

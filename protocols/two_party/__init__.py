@@ -25,7 +25,7 @@ from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
 from protocols.two_party.keeping import (
     Keep,
-    Kept,
+    Recall,
     KeptRows,
     OpenedConcat,
     OpenedExpand,
@@ -53,7 +53,6 @@ __all__ = [
     "Histogram",
     "Input",
     "Keep",
-    "Kept",
     "KeptRows",
     "Lift",
     "LiftedPowers",
@@ -75,6 +74,7 @@ __all__ = [
     "Publish",
     "Quotient",
     "Ranks",
+    "Recall",
     "Reveal",
     "Select",
     "Tabulated",

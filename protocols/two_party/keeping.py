@@ -1,7 +1,7 @@
 """Openings that outlive their query: a decoder's keys and values are opened once and read by every later step.
 
-A tensor x that a product reads is opened as z = x + r anyway (``opening``). ``Keep`` lets both parties keep that opening
-after the query, z and their share of r, and the dealer r. ``Kept`` reads openings of earlier queries, row by row behind
+A tensor x that a product reads is opened as z = x + r anyway (``opening``). ``Keep`` lets both parties keep that
+opening after the query, z and their share of r, and the dealer r. ``Recall`` reads openings of earlier queries, row by row behind
 one another, and ``OpenedConcat`` puts this query's behind them. So a step of a decoder opens one new row, however many
 rows the product reads, and the dealer gives shares of R_q R^T for the masks R of all rows.
 
@@ -22,7 +22,7 @@ import torch
 
 from protocols import local
 from protocols.fields import Name, Ring, Shape
-from protocols.protocol import SERVER, Material, Opening, Protocol, Step, Weights
+from protocols.protocol import SERVER, Local, Material, Opening, Protocol, Step, Weights
 from protocols.wire import Wire
 
 
@@ -58,13 +58,13 @@ class Keep(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept(Protocol):
+class Recall(Protocol):
     """The opening of ``name`` from earlier queries. All parties and the dealer have it: z and r, or r alone.
 
     Rounds 0; nothing is sent or dealt.
     """
 
-    kind: ClassVar[str] = "kept"
+    kind: ClassVar[str] = "recall"
     reads: ClassVar[tuple[str, ...]] = ()
     gives: ClassVar[str] = "opening"
     shape: Shape
@@ -99,7 +99,7 @@ class Kept(Protocol):
         return x
 
 
-class _Moved(local.Local):
+class _Moved(Local):
     """The base of moves of openings: each party moves the entries of z and of its share of r, the dealer those of r."""
 
     gives: ClassVar[str] = "opening"
@@ -150,7 +150,7 @@ def keepers(circuit: Sequence[Any]) -> dict[str, int]:
 
 
 class KeptRows:
-    """What one party keeps of openings between the queries of one conversation: rows of each by name.
+    """The rows of openings that one party keeps between the queries of one conversation, by name.
 
     A party keeps openings, the dealer their masks. Rows are put behind those that are there, and never changed: a row
     comes of one ``Open`` with its mask, and nothing takes the mask out. ``capacity``: the most rows.
@@ -164,10 +164,10 @@ class KeptRows:
         return f"KeptRows({self.filled} of {self.capacity})"
 
     def given(self, circuit: Sequence[Any]) -> dict[str, Any]:
-        """Return what the ``Kept`` of a circuit read, by name: all rows, and zeros behind them up to its shape."""
+        """Return what the ``Recall`` of a circuit read, by name: all rows, and zeros behind them up to its shape."""
         found: dict[str, Any] = {}
         for p in (i.protocol for i in circuit):
-            if isinstance(p, Kept):
+            if isinstance(p, Recall):
                 parts = self._rows[p.name]
                 padding = p.shape[-2] - parts[0].shape[-2]
                 filled = [torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in parts]
@@ -190,7 +190,7 @@ class KeptRows:
         self.filled += size
 
     def branch(self) -> KeptRows:
-        """Return a copy that goes on by itself: what is opened in it has masks of its own, what is there is the same."""
+        """Return a copy that goes on by itself: what is there is the same, what is opened later has other masks."""
         other = KeptRows(self.capacity)
         other.filled, other._rows = self.filled, dict(self._rows)
         return other

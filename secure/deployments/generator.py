@@ -154,7 +154,7 @@ def _check_model(model: nn.Module, capacity: int) -> None:
 
 def _check_texts(texts: Sequence[Sequence[int]], known: int) -> None:
     for text in texts:
-        if not len(text) or not all(isinstance(token, int) and 0 <= token < known for token in text):
+        if not text or not all(0 <= token < known for token in text):
             raise InvalidInput(
                 "a text to calibrate with is not a list of token ids", f"integers from 0 to {known - 1}, one at least"
             )

@@ -31,7 +31,7 @@ from secure.session.link import Link, Report, only
 
 
 class Conversation:
-    """What the two computing parties and the dealer keep between the queries of one conversation."""
+    """The rows that the computing parties and the dealer keep between the queries of one conversation."""
 
     def __init__(self, capacity: int) -> None:
         self.first, self.second, self.dealer = (KeptRows(capacity) for _ in range(3))

@@ -83,7 +83,8 @@ class Lowering:
     """One pass over a graph, in order. An operation's lowering gets this object and its node, and returns a symbol.
 
     compares: True if the model compares values; if False, no approximation may compare either.
-    functions: the approximations chosen by name. public: positions of tokens are no secret. margin: the factor of room over calibrated ranges.
+    functions: the approximations chosen by name. public: positions of tokens are no secret. margin: the factor of room
+    over calibrated ranges.
 
     An operation leaves notes for the operations that read its result:
 
@@ -240,8 +241,9 @@ class Lowering:
                 spec = replace(spec, table=table.name)
             if reach < math.inf:
                 self._clamps[name] = reach
-            self._client_inputs[key] = spec, self._trace.input(
-                name, shape, integer=encoding == "one-hot", public=encoding == "public"
+            self._client_inputs[key] = (
+                spec,
+                self._trace.input(name, shape, integer=encoding == "one-hot", public=encoding == "public"),
             )
         return self._client_inputs[key][1]
 

@@ -1,4 +1,4 @@
-"""Decoders as they generate text: one module for the prompt and for each later token, and the inputs that a client makes.
+"""Decoders as they generate text: one module for the prompt and each later token, and the inputs that a client makes.
 
 The padded prompt has *bucket* tokens, and stands at the end of its bucket: what pads it comes first, and no token
 attends to it. So the place of every later token is public, while the prompt's own length stays with the client, in the
@@ -85,9 +85,7 @@ def prompt_inputs(prompt: Sequence[int], bucket: int, *, pad: int = 0, places: b
     return {TOKENS: ids, POSITIONS: _positions(torch.arange(bucket), start, places), MASK: _additive(seen)}
 
 
-def step_inputs(
-    token: int, start: int, filled: int, capacity: int, *, places: bool = True
-) -> dict[str, Tensor]:
+def step_inputs(token: int, start: int, filled: int, capacity: int, *, places: bool = True) -> dict[str, Tensor]:
     """Make a decoder's inputs of the next token.
 
     start: the place of the text's first token. filled: the rows that are kept so far, of ``capacity``.

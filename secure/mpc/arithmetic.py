@@ -200,7 +200,7 @@ def emit_keep(e: Emitter, i: int, p: Primitive) -> Share:
     shape = e.trace.primitives[x].shape
     found = e.emit(tp.Keep(shape, ring, name), e.emit(tp.Open(shape, ring), e.get(x, ring).index))
     if rows:
-        earlier = e.emit(tp.Kept((*shape[:-2], rows, shape[-1]), ring, name))
+        earlier = e.emit(tp.Recall((*shape[:-2], rows, shape[-1]), ring, name))
         found = e.emit(tp.OpenedConcat(p.shape, ring, len(p.shape) - 2), earlier, found)
     return Share(found, ring, e.plan.fraction[i])
 
@@ -233,7 +233,11 @@ def emit_local(e: Emitter, i: int, p: Primitive, make: Local) -> Share:
     return Share(e.emit(make(p, ring, fraction), *(v.index for v in operands)), ring, fraction)
 
 
-_OF_OPENINGS = {"reshape": tp.OpenedReshape, "expand": tp.OpenedExpand, "permute": tp.OpenedPermute}
+_OF_OPENINGS: dict[str, Callable[..., Protocol]] = {
+    "reshape": tp.OpenedReshape,
+    "expand": tp.OpenedExpand,
+    "permute": tp.OpenedPermute,
+}
 
 
 def _emit_opened(e: Emitter, p: Primitive) -> Share:

@@ -25,7 +25,7 @@ from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fields import MAXIMUM_ELEMENTS, Bits, Name, Operands, Shape, Whole
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
-from protocols.two_party import Input, Kept, Reveal, keepers
+from protocols.two_party import Input, Recall, Reveal, keepers
 from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
 from secure.errors import InvalidProgram
@@ -96,7 +96,7 @@ class Program:
     @property
     def rows(self) -> int:
         """The rows of earlier queries that it reads; 0 if it reads none."""
-        return next((i.protocol.shape[-2] for i in self.circuit if isinstance(i.protocol, Kept)), 0)
+        return next((i.protocol.shape[-2] for i in self.circuit if isinstance(i.protocol, Recall)), 0)
 
     @property
     def publishes(self) -> bool:
@@ -321,7 +321,7 @@ def _check(program: Program) -> None:
 
 def _check_kept(program: Program) -> None:
     """Check that what a Program reads of earlier queries are as many rows each, and that it keeps rows of each."""
-    kept = [i.protocol for i in program.circuit if isinstance(i.protocol, Kept)]
+    kept = [i.protocol for i in program.circuit if isinstance(i.protocol, Recall)]
     if any(len(p.shape) < 2 or p.shape[-2] != kept[0].shape[-2] for p in kept):
         raise InvalidProgram("what it reads of earlier queries has not as many rows each")
     named = [p.keeps for i in program.circuit if (p := i.protocol).keeps]

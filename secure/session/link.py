@@ -135,9 +135,7 @@ class Link(ABC):
         """
         raise InvalidInput(f"{self.deployment} does not generate text yet", "use secure.insecure_in_process")
 
-    def go_on(
-        self, conversation: Any, values: Mapping[str, Any], number: int
-    ) -> tuple[Sequence[Any], Report]:
+    def go_on(self, conversation: Any, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
         """Run the session's query ``number`` as the next one of a conversation; otherwise as ``ask`` does.
 
         The conversation may have begun on another link, to another Program of the same model.

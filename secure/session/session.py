@@ -496,9 +496,7 @@ class Session:
         scores = list(self.run(Rerank(long), [(query, document) for document in documents]))
         return ranked(scores, documents if return_documents else None)[:top_k]
 
-    def generate(
-        self, prompt: Sequence[int], max_new_tokens: int, *, stop: Collection[int] = ()
-    ) -> Iterator[int]:
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop: Collection[int] = ()) -> Iterator[int]:
         """Let the model continue a prompt, greedily; yield each new token as soon as it is there.
 
         prompt: token ids, up to the greatest length of a prompt. stop: tokens after which nothing more is written; the
