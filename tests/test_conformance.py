@@ -1009,7 +1009,7 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
         for circuit, output in ((setup.circuit, size - 1), (made.circuit, last)):
             (plain,) = reference(circuit, [output], ServerWeights(setup.weights), setup.inputs)
             if isinstance(plain, Tensor) and isinstance(mine, Tensor):
-                result = combine(mine, theirs)
+                result = mine if protocol.gives == "public" else combine(mine, theirs)
                 if out.planes:
                     assert torch.equal(result, plain) or kind == "indicators"  # whose padding is junk
                 else:

@@ -25,12 +25,12 @@ from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
 from protocols.two_party.keeping import (
     Keep,
-    Recall,
     KeptRows,
     OpenedConcat,
     OpenedExpand,
     OpenedPermute,
     OpenedReshape,
+    Recall,
     keepers,
 )
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct

@@ -1,9 +1,9 @@
 """Openings that outlive their query: a decoder's keys and values are opened once and read by every later step.
 
 A tensor x that a product reads is opened as z = x + r anyway (``opening``). ``Keep`` lets both parties keep that
-opening after the query, z and their share of r, and the dealer r. ``Recall`` reads openings of earlier queries, row by row behind
-one another, and ``OpenedConcat`` puts this query's behind them. So a step of a decoder opens one new row, however many
-rows the product reads, and the dealer gives shares of R_q R^T for the masks R of all rows.
+opening after the query, z and their share of r, and the dealer r. ``Recall`` reads openings of earlier queries, row by
+row behind one another, and ``OpenedConcat`` puts this query's behind them. So a step of a decoder opens one new row,
+however many rows the product reads, and the dealer gives shares of R_q R^T for the masks R of all rows.
 
 Nothing new is seen. z is uniform because r is uniform and masks this one opening: it is never drawn, added or sent
 again. What is kept is the pair of z and r, so that no second value can be opened under r. A product of a kept opening

@@ -88,9 +88,10 @@ def compile_generator(
     _check_model(found, capacity)
     places = not looks_positions_up(found)
     texts = list(calibration) or written(found, capacity, told)
-    _check_texts(texts, vocabulary(found))
+    known = vocabulary(found)
+    _check_texts(texts, known)
     samples = _samples(texts, capacity, places=places)
-    labels = {TASK: GENERATE, "capacity": str(capacity), **({"model": name} if name else {})}
+    labels = {TASK: GENERATE, "capacity": str(capacity), "vocabulary": str(known), **({"model": name} if name else {})}
     sizes: list[tuple[Size, Mapping[str, str] | None]] = [(Size(samples[0], samples), None)]
     for bucket in buckets:
         example = prompt_inputs([0] * bucket, bucket, places=places)

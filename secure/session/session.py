@@ -515,7 +515,7 @@ class Session:
         began = time.monotonic()
         with self._open():
             link = self._once_free(partial(self._links.of, sizes.prompt))
-            program, conversation = link.program, link.converse(int(link.program.labels["capacity"]))
+            program, conversation = link.program, link.converse(sizes.capacity)
             start, places = sizes.prompt.length - len(prompt), program.publishes
             fits = [0] if sizes.error else prompt
             values = self._clear_values(prompt_inputs(fits, sizes.prompt.length, places=places), link)
