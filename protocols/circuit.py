@@ -283,11 +283,14 @@ def deal(
 
     server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
     to the server. given: the masks of openings that earlier queries kept, by name. keeping: gets those of this query.
+    Raises FrameError if one is missing.
     """
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
         protocol, operands = instruction.protocol, masks.take(instruction.inputs)
         if protocol.recalls:
+            if protocol.recalls not in (given or {}):
+                raise wire.FrameError(f"no earlier query kept {protocol.recalls!r}, which instruction {index} reads")
             operands = ((given or {})[protocol.recalls],)
         payload, mask = deal_one(index, protocol, operands, server, client, weights)
         masks.put(index, mask)

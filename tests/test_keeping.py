@@ -16,7 +16,7 @@ from protocols.protocol import CLIENT, SERVER, Opening
 from protocols.steps import PairTraffic, run_pair
 from protocols.two_party import KeptRows, keepers
 from protocols.weights import DealerWeights, ServerWeights
-from protocols.wire import decode
+from protocols.wire import FrameError, decode
 from tests.helpers import combine, integers, key, shared, words
 from tests.uniformity import View, difference, leaks, suspicious
 
@@ -186,6 +186,11 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         kept.append({"keys": row, "values": row})
     with pytest.raises(ValueError, match="more than"):
         kept.append({"keys": row})
+    for name, rows in (("keys", 1), ("others", 3)):
+        with pytest.raises(ValueError, match="2 rows are kept"):
+            kept.given([Instruction(tp.Recall((1, rows, WIDTH), RING, name))])
+    with pytest.raises(FrameError, match="no earlier query kept 'keys', which instruction 5 reads"):
+        dict(deal(step(), key(), key(), DealerWeights(key(), {})))
     recall = tp.Recall((1, 3, WIDTH), RING, "keys")
     with pytest.raises(ValueError, match=r"has shape \(1, 2, 4\), not \(1, 3, 4\)"):
         next(recall.run(CLIENT, {}, (row,), NONE))

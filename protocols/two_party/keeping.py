@@ -164,12 +164,16 @@ class KeptRows:
         return f"KeptRows({self.filled} of {self.capacity})"
 
     def given(self, circuit: Sequence[Any]) -> dict[str, Any]:
-        """Return what the ``Recall`` of a circuit read, by name: all rows, and zeros behind them up to its shape."""
+        """Return what the ``Recall`` of a circuit read, by name: all rows, and zeros behind them up to its shape.
+
+        Raises ValueError for a name under which nothing is kept, and for more rows than it reads.
+        """
         found: dict[str, Any] = {}
         for p in (i.protocol for i in circuit):
             if isinstance(p, Recall):
-                parts = self._rows[p.name]
-                padding = p.shape[-2] - parts[0].shape[-2]
+                if p.name not in self._rows or p.shape[-2] < self.filled:
+                    raise ValueError(f"{self.filled} rows are kept, {p.shape[-2]} of {p.name!r} are to be read")
+                parts, padding = self._rows[p.name], p.shape[-2] - self.filled
                 filled = [torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in parts]
                 found[p.name] = Opening(*filled) if len(filled) > 1 else filled[0]
         return found

@@ -320,10 +320,9 @@ def _check(program: Program) -> None:
 
 
 def _check_kept(program: Program) -> None:
-    """Check that what a Program reads of earlier queries are as many rows each, and that it keeps rows of each."""
+    """Check that what a Program reads of earlier queries are as many rows each, and that it keeps each name once."""
     kept = [i.protocol for i in program.circuit if isinstance(i.protocol, Recall)]
     if any(len(p.shape) < 2 or p.shape[-2] != kept[0].shape[-2] for p in kept):
         raise InvalidProgram("what it reads of earlier queries has not as many rows each")
-    named = [p.keeps for i in program.circuit if (p := i.protocol).keeps]
-    if len(named) != len(program.keeps) or not {p.name for p in kept} <= set(named):
-        raise InvalidProgram("what it keeps for later queries has the same name twice, or is not what it reads")
+    if sum(bool(i.protocol.keeps) for i in program.circuit) != len(program.keeps):
+        raise InvalidProgram("what it keeps for later queries has the same name twice")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from secure.errors import InputTooLong, InvalidInput, InvalidProgram
@@ -29,7 +29,7 @@ class Writing:
     error: InvalidInput | None = None
 
 
-def writing(offers: Sequence[Offer], labels: dict[str, str], prompt: Sequence[int], count: int) -> Writing:
+def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence[int], count: int) -> Writing:
     """Choose the sizes for a prompt, and for ``count`` tokens that are written.
 
     What is wrong with the prompt itself is returned, and its query takes place; a prompt that is too long takes the
@@ -67,6 +67,12 @@ def writing(offers: Sequence[Offer], labels: dict[str, str], prompt: Sequence[in
 def _number(text: str) -> int:
     """Read a label that is a number of tokens; 0 if it is none."""
     return int(text) if re.fullmatch("[1-9][0-9]{0,6}", text) else 0
+
+
+def refuse_generator(labels: Mapping[str, str]) -> None:
+    """Raise InvalidInput for a model that generates text: no service keeps openings between queries yet."""
+    if labels.get(TASK) == GENERATE:
+        raise InvalidInput("models that generate text run in one process so far", "secure.insecure_in_process")
 
 
 def token_ids(prompt: object) -> list[int]:
