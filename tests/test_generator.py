@@ -81,6 +81,34 @@ def test_twenty_tokens_are_those_of_floating_point(name: str, deployment: str) -
     assert len({token for text in found.values() for token in text}) > 5, "the model says too little to tell"
 
 
+SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+SIZES |= {
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi", "GPTNeoX", "Cohere"])
+def test_other_families(family: str) -> None:
+    grouped = {} if family == "GPTNeoX" else {"num_key_value_heads": 2}
+    own = {"head_dim": 8} if family == "Qwen3" else {"sliding_window": None} if family == "Mistral" else {}
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**SIZES, **grouped, **own)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    made = secure.compile_generator(model, prompt=4, capacity=16)
+    with secure.insecure_in_process(made) as session:
+        assert list(session.generate([5, 7, 9], 8)) == continued(model, [5, 7, 9], 8)
+
+
 def test_two_texts_grow_side_by_side() -> None:
     with secure.insecure_in_process(compiled("llama")) as session:
         both = [session.generate(prompt, 6) for prompt in PROMPTS[:2]]

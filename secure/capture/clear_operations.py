@@ -99,7 +99,9 @@ CLIENT_TARGETS = frozenset(
 )  # fmt: skip
 """The operations that a client evaluates for somebody else: a part of the whitelist. Its masks and ids need few."""
 
-OF_POSITIONS = CLIENT_TARGETS | {str(operation) for operation in (aten.cos.default, aten.sin.default)}
+OF_POSITIONS = CLIENT_TARGETS | {
+    str(operation) for operation in (aten.cos.default, aten.repeat_interleave.self_int, aten.sin.default)
+}
 """Those that a client evaluates on positions of tokens, which are no secret: their time may depend on values."""
 
 LARGEST_POWER = 4
