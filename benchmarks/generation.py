@@ -5,7 +5,7 @@
 
 DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer. A token that
 differs ends the comparison of its text: what follows has another past. ``gap``: by how much the best score of the
-float model exceeds the second best at the closest token. --costs: counts a step at several capacities, and runs nothing.
+float model exceeds the second best at the closest token. --costs: counts a step at several capacities, without running.
 """
 
 from __future__ import annotations
