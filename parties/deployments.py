@@ -35,6 +35,7 @@ from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
 from secure.mpc.budget import Budget
 from secure.progress import Told, silent
+from secure.session.generation import refuse_generator
 from secure.session.link import Link
 from secure.session.session import PACE, Session, check_options
 
@@ -178,6 +179,8 @@ def serve(
     if isinstance(held, Compiled):
         held = [held]
     if isinstance(held, list | tuple):
+        for each in held:
+            refuse_generator(each.program.labels)
         deployment = _together(held)
     if deployment is None:
         raise InvalidInput("serve does not know which deployment", "give deployment=secure.TwoParty(), or another")

@@ -192,7 +192,7 @@ def execute(
 
     Every instruction that is ready runs until it must exchange; then all exchanges become one round. The order depends
     on the circuit alone, so both parties merge the same messages. inputs: by name, the client's integers, or this
-    party's shares of them if the client is none of the parties.
+    party's shares of them if the client is none of the parties; and the openings that earlier queries kept.
     """
     values, told = _Values(circuit, outputs), observer or Observer()
     missing = [len(set(i.inputs)) for i in circuit]
@@ -271,16 +271,31 @@ def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> N
                 values[index] = value
 
 
-def deal(circuit: Circuit, server: Key, client: Key, weights: Weights) -> Iterator[tuple[int, memoryview]]:
+def deal(
+    circuit: Circuit,
+    server: Key,
+    client: Key,
+    weights: Weights,
+    given: Mapping[str, Tensor] | None = None,
+    keeping: dict[str, Tensor] | None = None,
+) -> Iterator[tuple[int, memoryview]]:
     """Yield the dealer's corrections of one query as (instruction, bytes), in order.
 
     server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
-    to the server.
+    to the server. given: the masks of openings that earlier queries kept, by name. keeping: gets those of this query.
+    Raises FrameError if one is missing.
     """
     masks = _Values(circuit, ())
     for index, instruction in enumerate(circuit):
-        payload, mask = deal_one(index, instruction.protocol, masks.take(instruction.inputs), server, client, weights)
+        protocol, operands = instruction.protocol, masks.take(instruction.inputs)
+        if protocol.recalls:
+            if protocol.recalls not in (given or {}):
+                raise wire.FrameError(f"no earlier query kept {protocol.recalls!r}, which instruction {index} reads")
+            operands = ((given or {})[protocol.recalls],)
+        payload, mask = deal_one(index, protocol, operands, server, client, weights)
         masks.put(index, mask)
+        if protocol.keeps and keeping is not None:
+            keeping[protocol.keeps] = mask
         if payload is not None:
             yield index, payload
 

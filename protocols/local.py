@@ -96,6 +96,21 @@ class MulConstant(_Shaped):
 
 
 @dataclass(frozen=True)
+class MulPublic(_Shaped):
+    """[x] * c, broadcast, for a tensor of integers c that all parties know at run time (``two_party.Publish``)."""
+
+    kind: ClassVar[str] = "mul_public"
+    reads: ClassVar[tuple[str, ...]] = ("share", "public")
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        x, c = operands
+        return x * c
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return broadcast(*operands)
+
+
+@dataclass(frozen=True)
 class AddWeight(_Shaped):
     """[x] + w for a weight w (a bias, position embeddings).
 

@@ -13,6 +13,7 @@ Nothing here moves a byte. Values at run time are torch tensors or small tuples 
 - an *opening*: ``Opening(z, r)``: both parties know z = x + r, and r is this party's share of the mask;
 - a *lifted opening*: the same over the integers, for a wider ring (see ``two_party.lift``);
 - a *delivery*: the tensor x - r at the server and r at the client, who alone knows r;
+- *public*: an int64 tensor that both parties know;
 - *bits*: packed planes, this party's XOR share; and a *bit opening* ``Opening(c, beta)``, the same with XOR.
 """
 
@@ -219,6 +220,16 @@ class Protocol(ABC):
     def works_offline(self) -> bool:
         """True if it has an ``offline`` part, which the client runs before a query."""
         return type(self).offline is not Protocol.offline
+
+    @property
+    def recalls(self) -> str:
+        """The name of the opening of earlier queries that it reads, whose mask the dealer has; "" if it reads none."""
+        return ""
+
+    @property
+    def keeps(self) -> str:
+        """The name under which its result is kept for later queries; "" if it is not."""
+        return ""
 
     def input_of(self, party: int) -> str | None:
         """Return the name of the input that this party must have; None if this protocol is no input."""

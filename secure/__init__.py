@@ -36,6 +36,7 @@ from secure.deployments.ckks import Ckks
 from secure.deployments.compare import compare
 from secure.deployments.compiled import Compiled, compile, compile_text_model, insecure_in_process, plain_reference
 from secure.deployments.deployment import Deployment
+from secure.deployments.generator import compile_generator
 from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
@@ -143,6 +144,7 @@ __all__ = [
     "__version__",
     "compare",
     "compile",
+    "compile_generator",
     "compile_text_model",
     "connect",
     "insecure_in_process",

@@ -80,12 +80,13 @@ def lower_sizes(
     functions: Functions,
     weight: Callable[[str, Tensor], Tensor] = exact,
     told: Told = silent,
+    public: bool = False,
 ) -> list[Lowered]:
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of all of them.
 
-    So the traces have the same primitives, and read the same weights. Arguments and exceptions are those of
-    ``lower_model``. Raises InvalidInput too if the module's graph depends on the size, and for weights, or
-    values on a sample, that are NaN or infinite.
+    So the traces have the same primitives, and read the same weights. public: the positions of tokens are no secret.
+    Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
+    on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
     told(0, 0, "capturing the model")
     captured = [capture(model, size.example) for size in sizes]
@@ -106,7 +107,9 @@ def lower_sizes(
         ]
     )
     told(0, 0, "lowering")
-    return [lower(graph, parameters, seen, margin_bits, embedding, functions) for graph, parameters in made]
+    return [
+        lower(graph, parameters, seen, margin_bits, embedding, functions, public=public) for graph, parameters in made
+    ]
 
 
 def lower_outline(

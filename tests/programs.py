@@ -84,6 +84,7 @@ def every_protocol() -> bytes:
     shape, bits = (d["instructions"][share][1][k] for k in ("shape", "ring"))
     opening = next(n for n, i in enumerate(d["instructions"]) if i[0] == "open")
     opened = {k: d["instructions"][opening][1][k] for k in ("shape", "ring")}
+    doubled = [2 * opened["shape"][0], *opened["shape"][1:]]
     more = {
         "digit_in": ["digit_in", {**opened, "shift": opened["ring"] - 5, "count": 9}, [opening], 0],
         "histogram": ["histogram", {**opened, "shift": opened["ring"] - 5, "bins": 32}, [opening], 0],
@@ -95,6 +96,13 @@ def every_protocol() -> bytes:
         "placed_positions": ["placed_positions", {**opened, "digit": 4, "count": 2, "first": 0}, [opening], 0],
         "gumbel": ["gumbel", {"shape": shape, "ring": bits, "fraction": 3, "number": 0, "temperature": 0.5}, [], 0],
         "scaled_gumbel": ["scaled_gumbel", {**opened, "fraction": 3, "number": 1}, [opening], 0],
+        "keep": ["keep", {**opened, "name": "k"}, [opening], 0],
+        "recall": ["recall", {**opened, "name": "k"}, [], 0],
+        "opened_concat": ["opened_concat", {**opened, "shape": doubled, "dim": 0}, [opening, opening], 0],
+        "opened_expand": ["opened_expand", {**opened, "shape": [2, *opened["shape"]]}, [opening], 0],
+        "opened_permute": ["opened_permute", {**opened, "dims": list(range(len(doubled)))}, [opening], 0],
+        "opened_reshape": ["opened_reshape", {**opened, "shape": [1, *opened["shape"]]}, [opening], 0],
+        "publish": ["publish", {"ring": bits, "shape": shape}, [share], 0],
         "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
         "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
@@ -107,6 +115,8 @@ def every_protocol() -> bytes:
         "mul_constant": ["mul_constant", {"constant": 5, "ring": bits, "shape": shape}, [share], 0],
     }
     d["instructions"] += [more[kind] for kind in more if kind not in have]
+    published = next(n for n, i in enumerate(d["instructions"]) if i[0] == "publish")
+    d["instructions"].append(["mul_public", {"ring": bits, "shape": shape}, [share, published], 0])
     wanted = {kind for kind, p in Protocol.registry.items() if p.in_programs and p.__module__.startswith("protocols.")}
     assert {i[0] for i in d["instructions"]} == wanted
     return json.dumps(d, sort_keys=True, separators=(",", ":")).encode()

@@ -29,6 +29,7 @@ from secure.lowering.observe import Observed, assume, observe
 from secure.lowering.primitives import PRIMITIVES, Primitive
 from secure.lowering.trace import Symbol, evaluate
 from secure.operations.activations import approximate_softplus
+from secure.operations.generation import keep_operation, last_row_operation
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
 from tests.helpers import run_function
 
@@ -64,7 +65,9 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "erf": lambda x, w, v, ids: torch.erf(x),
     "expand": lambda x, w, v, ids: x[:, :1].expand(2, 3, 4),
     "gelu": lambda x, w, v, ids: F.gelu(x),
+    "keep": lambda x, w, v, ids: x @ keep_operation(x, "keys", 0).mT,
     "l2_normalize": lambda x, w, v, ids: F.normalize(x, dim=-1),
+    "last_row": lambda x, w, v, ids: last_row_operation(x),
     "largest": lambda x, w, v, ids: x.topk(2).values,
     "largest_at": lambda x, w, v, ids: x.argmax(-1),
     "layer_norm": lambda x, w, v, ids: F.layer_norm(x, (4,), v, v),
@@ -117,7 +120,21 @@ def error_of(function: Callable[..., Tensor]) -> float:
 
 
 ARITHMETIC = {
-    *("input", "linear", "matmul", "mul", "mul_weight", "add", "add_weight", "sub", "offset", "scale", "sum"),
+    *(
+        "input",
+        "linear",
+        "matmul",
+        "mul",
+        "mul_public",
+        "mul_weight",
+        "keep",
+        "add",
+        "add_weight",
+        "sub",
+        "offset",
+        "scale",
+        "sum",
+    ),
     *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "perturbed", "bounded", "power", "real"),
 }
 COMPARISONS = {

@@ -221,9 +221,11 @@ def test_every_record_is_of_a_primitive() -> None:
         "maximum",
         "row_bound",
         "inverse_power",
+        "keep",
+        "mul_public",
         "power",
         "perturbed",
         "real",
         "top_indices",
         "top_values",
-    }  # the packers', comparisons, and tables
+    }  # the packers', comparisons, tables, and what queries of text share

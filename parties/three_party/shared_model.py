@@ -45,6 +45,7 @@ from secure.deployments.three_party import ThreeParty
 from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
 from secure.models.tokens import TextTokenizer
 from secure.mpc.program import Program
+from secure.session.generation import refuse_generator
 from secure.version import WIRE_VERSION
 
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
@@ -120,6 +121,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     compiled: a model compiled with ``deployment=secure.ThreeParty()``; raises InvalidInput for another deployment.
     Returns the three directories, each for its party alone.
     """
+    refuse_generator(compiled.program.labels)
     deployment = compiled.deployment
     if not isinstance(deployment, ThreeParty):
         raise InvalidInput(

@@ -13,6 +13,7 @@ exponential   e^-x of an opened secret
 tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 ranking       ranks within a row, and its first entries by rank
+keeping       openings that later queries read: the keys and values of a decoder
 rounding      exact division by a power of two, from one opening
 conditions    one number that tells whether all of many secret bits are one
 noise         Gumbel noise that nobody knows, for samples from a softmax
@@ -22,9 +23,19 @@ endpoints     the client's input, the revealed output
 from protocols.two_party.comparison import Compare
 from protocols.two_party.conditions import Alarm, Unmet
 from protocols.two_party.digits import DigitIn, Histogram
-from protocols.two_party.endpoints import Input, Reveal
+from protocols.two_party.endpoints import Input, Publish, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
+from protocols.two_party.keeping import (
+    Keep,
+    KeptRows,
+    OpenedConcat,
+    OpenedExpand,
+    OpenedPermute,
+    OpenedReshape,
+    Recall,
+    keepers,
+)
 from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.noise import Gumbel, ScaledGumbel
@@ -47,24 +58,33 @@ __all__ = [
     "Gumbel",
     "Histogram",
     "Input",
+    "Keep",
+    "KeptRows",
     "Lift",
     "LiftedPowers",
     "LiftedProduct",
     "Linear",
     "Open",
     "OpenBits",
+    "OpenedConcat",
+    "OpenedExpand",
     "OpenedPairs",
+    "OpenedPermute",
+    "OpenedReshape",
     "OpenedSum",
     "Placed",
     "PlacedPositions",
     "Polynomial",
     "Powers",
     "Product",
+    "Publish",
     "Quotient",
     "Ranks",
+    "Recall",
     "Reveal",
     "ScaledGumbel",
     "Select",
     "Tabulated",
     "Unmet",
+    "keepers",
 ]

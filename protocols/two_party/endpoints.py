@@ -1,5 +1,6 @@
 """Input and output: the client's private input enters, and the output is revealed to the client alone.
 
+``Publish``: an input that is no secret, such as the position of a token, is sent as it is, and multiplies for nothing.
 ``Input``: the client's share is the input itself and the server's share is zero, so it costs no message; the first
 opening masks it. ``Reveal``: the server sends its share of the output. The client learns the output, including the
 noise of truncations, comparisons and tables before it, which depends on shares and masks and is not fresh randomness
@@ -27,6 +28,7 @@ from protocols.protocol import (
     Weights,
     bytes_of,
     receive_one,
+    swap,
 )
 from protocols.wire import Wire
 
@@ -79,6 +81,41 @@ class Input(Protocol):
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
+
+
+@dataclass(frozen=True)
+class Publish(Protocol):
+    """Make x, of ``ring`` bits with its sign, known to both parties: it is not masked, and must be no secret.
+
+    Clients accept it for nothing but what follows from positions alone (see ``secure.lowering.client_inputs``).
+    Rounds 1; ring / 8 bytes an element each way.
+    """
+
+    kind: ClassVar[str] = "publish"
+    elementwise: ClassVar[bool] = True
+    gives: ClassVar[str] = "public"
+    shape: Shape
+    ring: Ring
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, ring.WORD)
+
+    @property
+    def _sent(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        (x,) = operands
+        (theirs,) = yield swap(x, self._sent)
+        return ring.signed(x + theirs, self.ring)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return ring.signed(operands[0], self.ring)
+
+    def cost(self) -> CircuitCost:
+        size = bytes_of(self.shape, self.ring)
+        return CircuitCost(1, size, size)
 
 
 @dataclass(frozen=True)

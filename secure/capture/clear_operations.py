@@ -99,6 +99,11 @@ CLIENT_TARGETS = frozenset(
 )  # fmt: skip
 """The operations that a client evaluates for somebody else: a part of the whitelist. Its masks and ids need few."""
 
+OF_POSITIONS = CLIENT_TARGETS | {
+    str(operation) for operation in (aten.cos.default, aten.repeat_interleave.self_int, aten.sin.default)
+}
+"""Those that a client evaluates on positions of tokens, which are no secret: their time may depend on values."""
+
 LARGEST_POWER = 4
 ARGUMENTS = 1 << 10  # the most entries of a list among the arguments
 
@@ -126,12 +131,15 @@ _TOTAL: Mapping[str, Callable[..., Any]] = {
 """The total forms of operations that torch refuses for some values: indices out of range are clamped."""
 
 
-def check_client_operation(attrs: Mapping[str, Any]) -> None:
-    """Check the attributes of a clear node that a client is to evaluate for somebody else. Raises InvalidProgram."""
+def check_client_operation(attrs: Mapping[str, Any], *, secret: bool = True) -> None:
+    """Check the attributes of a clear node that a client is to evaluate for somebody else. Raises InvalidProgram.
+
+    secret: its operands are not positions of tokens alone.
+    """
     if set(attrs) != {"target", "args", "kwargs"} or not isinstance(attrs["args"], list):
         raise InvalidProgram(f"a clear operation has target, args and kwargs, not {', '.join(sorted(attrs))[:200]}")
     target, args, kwargs = attrs["target"], attrs["args"], attrs["kwargs"]
-    if not isinstance(target, str) or target not in CLIENT_TARGETS:
+    if not isinstance(target, str) or target not in (CLIENT_TARGETS if secret else OF_POSITIONS):
         raise InvalidProgram(
             f"{str(target)[:80]!r} is not among the operations that clients evaluate",
             "both parties need the same version; a graph from elsewhere is refused",

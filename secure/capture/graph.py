@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 import torch
@@ -36,6 +37,9 @@ MAXIMUM_NODES = 1 << 12
 
 CLIENT_OPERATIONS = ("input", "constant", "clear")
 """The kinds of nodes that a client evaluates for somebody else's Program."""
+
+POSITIONS = "position_ids"
+"""The input of a decoder that may be no secret: the positions of tokens, if all parties know them."""
 
 MASKED = -1.0e4
 """The value of an additive attention mask at masked positions. It is finite, so that fixed point can hold it."""
@@ -77,6 +81,19 @@ class Graph:
     def inputs(self) -> dict[str, Node]:
         """The inputs by name."""
         return {str(node.attrs["name"]): node for node in self.nodes if node.op == "input"}
+
+    @cached_property
+    def of_positions(self) -> frozenset[int]:
+        """The nodes that follow from the input POSITIONS, from no other input and from nothing else that varies."""
+        found, varies = set[int](), set[int]()
+        for node in self.nodes:
+            if node.op == "input" and node.attrs.get("name") == POSITIONS:
+                found.add(node.id)
+            elif node.op in ("input", "parameter") or varies.intersection(node.inputs):
+                varies.add(node.id)
+            elif found.intersection(node.inputs):
+                found.add(node.id)
+        return frozenset(found)
 
     @property
     def parameters(self) -> dict[str, Node]:
@@ -127,7 +144,7 @@ class Graph:
                 if node.op not in CLIENT_OPERATIONS:
                     raise InvalidProgram(f"clients evaluate {', '.join(CLIENT_OPERATIONS)} nodes alone")
                 if node.op == "clear":
-                    check_client_operation(node.attrs)
+                    check_client_operation(node.attrs, secret=node.id not in self.of_positions)
             except InvalidProgram as error:
                 raise InvalidProgram(f"invalid graph: node {node.id} ({node.op!r}): {error}") from None
 

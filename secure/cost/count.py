@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from protocols.circuit import Circuit, Correlations, MetaWeights, Observer, Part, execute
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Protocol
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Opening, Protocol
 from protocols.steps import Done, advance
 from secure.cost.runnable import Runnable
 from secure.mpc.network import NetworkSpeed
@@ -130,8 +131,10 @@ class _NoData(Correlations):
         protocol = self._circuit[index].protocol
         return protocol.input_of(CLIENT) is not None or (self._client and protocol.finished_offline)
 
-    def finished(self, index: int) -> Tensor:
-        return torch.empty(self._circuit[index].protocol.out.shape, dtype=torch.int64, device="meta")
+    def finished(self, index: int) -> Any:
+        p = self._circuit[index].protocol
+        value = torch.empty(p.out.shape, dtype=torch.int64, device="meta")
+        return Opening(value, value) if p.gives == "opening" else value
 
     def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
         return {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}

@@ -7,6 +7,7 @@ two_party    a server and a dealer
 three_party  three servers that share a model
 ckks         one server, on ciphertexts
 compiled     ``secure.compile``
+generator    ``secure.compile_generator``
 kept         a compiled model as files
 compilation  everything that a compiled model depends on, and a key over it
 self_test    a compiled model's answers against the original's

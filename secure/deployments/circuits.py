@@ -70,11 +70,16 @@ class CircuitDeployment(Deployment):
     def build_sizes(
         self,
         model: nn.Module,
-        sizes: Sequence[tuple[Size, Mapping[str, str]]],
+        sizes: Sequence[tuple[Size, Mapping[str, str] | None]],
         options: CompileOptions,
         told: Told = silent,
+        *,
+        public_positions: bool = False,
     ) -> Sequence[mpc.MpcModel]:
-        return mpc.compile_sizes(model, sizes, prices=self.prices, told=told, **options.given)
+        """Compile a module for several sizes, see ``secure.mpc.compile.compile_sizes``."""
+        return mpc.compile_sizes(
+            model, sizes, public_positions=public_positions, prices=self.prices, told=told, **options.given
+        )
 
     def keep(self, model: mpc.MpcModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return kept.keep(model)

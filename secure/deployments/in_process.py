@@ -7,12 +7,13 @@ The links here run the real protocols, frames included, in one memory. A ``Sessi
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from protocols.circuit import Correlations, deal, execute, prepare, reference
+from protocols.circuit import Circuit, Correlations, deal, execute, prepare, reference
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER, CircuitCost
 from protocols.steps import PairTraffic, run_pair
@@ -20,6 +21,7 @@ from protocols.three_party import Translated
 from protocols.three_party.endpoints import Coins, seeded_share
 from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
 from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
+from protocols.two_party import KeptRows, keepers
 from protocols.weights import ClientWeights, DealerWeights
 from secure.cost.runnable import Deployed
 from secure.cost.traffic import links
@@ -28,12 +30,42 @@ from secure.mpc.compile import MpcModel
 from secure.session.link import Link, Report, only
 
 
+class Conversation:
+    """The rows that the computing parties and the dealer keep between the queries of one conversation."""
+
+    def __init__(self, capacity: int) -> None:
+        self.first, self.second, self.dealer = (KeptRows(capacity) for _ in range(3))
+
+    def goes_on(
+        self, circuit: Circuit, first: Sequence[Any], second: Sequence[Any], masks: Mapping[str, Tensor]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Keep what both parties and the dealer keep of a query, and return the parties' results alone."""
+        names = list(keepers(circuit))
+        end = len(first) - len(names)
+        if names:
+            self.first.append(dict(zip(names, first[end:], strict=True)))
+            self.second.append(dict(zip(names, second[end:], strict=True)))
+            self.dealer.append(masks)
+        return first[:end], second[:end]
+
+
 class _InProcess(Link):
     """The base of both links: the model's own tables and tokenizer, and traffic named by the deployment's roles."""
 
     def __init__(self, model: MpcModel, tokenizer: TextTokenizer | None, deployment: str, running: Deployed) -> None:
         self.program, self.tables, self.tokenizer = model.program, model.client_tables, tokenizer
         self.deployment, self._running = deployment, running
+
+    def converse(self, capacity: int) -> Conversation:
+        return Conversation(capacity)
+
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
+        return self.go_on(self.converse(0), values, number)
+
+    @abstractmethod
+    def go_on(
+        self, conversation: Conversation, values: Mapping[str, Any], number: int
+    ) -> tuple[Sequence[Tensor], Report]: ...
 
     def close(self) -> None:
         pass
@@ -61,20 +93,25 @@ class TwoPartiesInProcess(_InProcess):
         self._server = model.server_weights
         self._client = ClientWeights(dict(self._server.masked(self._dealer, model.program.weight_rings)))
 
-    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
-        circuit, outputs = self._running.circuit, self._running.revealed
-        server_key, client_key = _key(), _key()
+    def go_on(
+        self, conversation: Conversation, values: Mapping[str, Any], number: int
+    ) -> tuple[Sequence[Tensor], Report]:
+        circuit, kept = self._running.circuit, conversation
+        server_key, client_key, masks = _key(), _key(), dict[str, Tensor]()
         start = time.perf_counter()
-        corrections = dict(deal(circuit, server_key, client_key, self._dealer))
+        corrections = dict(deal(circuit, server_key, client_key, self._dealer, kept.dealer.given(circuit), masks))
         dealt = time.perf_counter()
         client_correlations = Correlations(CLIENT, client_key)
         prepare(circuit, client_correlations, self._client)
         ready, traffic = time.perf_counter(), PairTraffic()
-        _, results = run_pair(
-            execute(circuit, outputs, SERVER, Correlations(SERVER, server_key, corrections), self._server),
-            execute(circuit, outputs, CLIENT, client_correlations, self._client, values),
+        correlations, given = Correlations(SERVER, server_key, corrections), {**values, **kept.second.given(circuit)}
+        outputs = (*self._running.revealed, *keepers(circuit).values())
+        theirs, results = run_pair(
+            execute(circuit, outputs, SERVER, correlations, self._server, kept.first.given(circuit)),
+            execute(circuit, outputs, CLIENT, client_correlations, self._client, given),
             traffic,
         )
+        results = kept.goes_on(circuit, theirs, results, masks)[1]
         times = (dealt - start, ready - dealt, time.perf_counter() - ready)
         return results, self._report(traffic, sum(map(len, corrections.values())), times, number)
 
@@ -110,11 +147,13 @@ class ThreePartiesInProcess(_InProcess):
             Party2Weights(zero, two, shapes),
         ]
 
-    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
-        circuit, outputs = self.translated.circuit, self.translated.outputs
-        streams, split = (_key(), _key()), _key()
+    def go_on(
+        self, conversation: Conversation, values: Mapping[str, Any], number: int
+    ) -> tuple[Sequence[Tensor], Report]:
+        circuit, kept = self.translated.circuit, conversation
+        streams, split, masks = (_key(), _key()), _key(), dict[str, Tensor]()
         start = time.perf_counter()
-        supplied = dict(deal(circuit, *streams, self._weights[PARTY_2]))
+        supplied = dict(deal(circuit, *streams, self._weights[PARTY_2], kept.dealer.given(circuit), masks))
         dealt = time.perf_counter()
         shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, (index, protocol) in self.translated.inputs.items():
@@ -135,6 +174,7 @@ class ThreePartiesInProcess(_InProcess):
         # bytes that party 2 sends party 0 within the query
         rows_of_two = sum(p.cost().brought for _, p in self.translated.from_keys.values())
         traffic = PairTraffic()
+        outputs = (*self.translated.outputs, *keepers(circuit).values())
         zero, one = (
             execute(
                 circuit,
@@ -142,11 +182,11 @@ class ThreePartiesInProcess(_InProcess):
                 party,
                 Correlations(party, streams[party], supply),
                 self._weights[party],
-                shares[party],
+                {**shares[party], **own.given(circuit)},
             )
-            for party, supply in ((0, supplied), (1, None))
+            for party, supply, own in ((0, supplied, kept.first), (1, None, kept.second))
         )
-        a, b = run_pair(zero, one, traffic)
+        a, b = kept.goes_on(circuit, *run_pair(zero, one, traffic), masks)
         times = (dealt - start, 0.0, time.perf_counter() - dealt)
         report = self._report(traffic, sum(map(len, supplied.values())), times, number, rows_of_two)
         # (parties of a deployment add a zero share before they send these to a client)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from protocols.fields import MAXIMUM_ELEMENTS, Name, Shape, Text, Whole
 from secure.capture.documents import read_tensors, what_is_wrong
-from secure.capture.graph import Graph, check_given, run
+from secure.capture.graph import POSITIONS, Graph, check_given, run
 from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
@@ -51,18 +51,22 @@ class ClientInput:
 
     name: Name
     output: Whole
-    encoding: Name  # "plain", "one-hot" or "client-table"
+    encoding: Name  # one of ENCODINGS
     size: Whole  # rows of the token table (one-hot, client-table), else 0
     shape: Shape  # of the encoded input
     table: Name = ""  # the weight that the client holds (client-table)
 
 
-ENCODINGS = ("plain", "one-hot", "client-table")
+ENCODINGS = ("plain", "one-hot", "client-table", "public")
+
+_AS_IT_IS = ("plain", "public")
 
 
 def clear_value(spec: ClientInput, value: Tensor) -> Tensor:
     """Return an output of the client's graph as ``encode_input`` takes it: float64, or integers that are looked up."""
-    return value.to(torch.float64) if spec.encoding == "plain" else value  # subnormal float32 would be slower to encode
+    return (
+        value.to(torch.float64) if spec.encoding in _AS_IT_IS else value
+    )  # subnormal float32 would be slower to encode
 
 
 def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
@@ -71,7 +75,7 @@ def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor])
     Nothing here depends on values but the result: the work follows from shapes, and nothing is raised. An id outside
     the table gives a row of zeros (one-hot), or the table's first or last row.
     """
-    if spec.encoding == "plain":
+    if spec.encoding in _AS_IT_IS:
         return value
     if spec.encoding == "one-hot":
         return (value.unsqueeze(-1) == torch.arange(spec.size, device=value.device)).to(torch.float64)
@@ -85,7 +89,7 @@ def check_ids(graph: Graph, specs: Sequence[ClientInput], values: Mapping[str, T
     """
     for spec in specs:
         value, given = values[spec.name], graph.nodes[graph.outputs[spec.output]].op == "input"
-        if spec.encoding == "plain" or not given or not value.numel():
+        if spec.encoding in _AS_IT_IS or not given or not value.numel():
             continue
         if not 0 <= int(value.min()) <= int(value.max()) < spec.size:
             raise InvalidInput(
@@ -152,12 +156,14 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
     for c in inputs:
         if not 0 <= c.output < len(graph.outputs) or c.encoding not in ENCODINGS:
             raise InvalidProgram("an input is not made from an output of the client's graph in a known way")
-        looked_up, node = c.encoding != "plain", graph.nodes[graph.outputs[c.output]]
+        looked_up, node = c.encoding not in _AS_IT_IS, graph.nodes[graph.outputs[c.output]]
         if c.size < 0 or (c.size > 0) != looked_up or (c.encoding == "client-table") != bool(c.table):
             raise InvalidProgram(f"the input {c.name!r} looks up {c.size} rows of the table {c.table!r}")
         width = c.size if c.encoding == "one-hot" else c.shape[-1] if c.shape else 0
         if c.shape != ((*node.shape, width) if looked_up else node.shape) or min((*c.shape, 1)) < 0:
             raise InvalidProgram(f"the input {c.name!r} has the shape {c.shape}, it is made from {node.shape}")
+        if c.encoding == "public" and graph.outputs[c.output] not in graph.of_positions:
+            raise InvalidProgram(f"the input {c.name!r} would make more public than {POSITIONS}")
         if max(math.prod(c.shape), c.size * width) > MAXIMUM_ELEMENTS or (looked_up and node.dtype != "int"):
             raise InvalidProgram(
                 f"the input {c.name!r} has the impossible size {c.shape}, or is not made from integers"
@@ -206,7 +212,7 @@ def dummy_values(graph: Graph, specs: Sequence[ClientInput]) -> dict[str, Tensor
     """Return zeros in place of ``clear_values``, for a query whose own values cannot be computed."""
     out = {}
     for spec in specs:
-        kind = torch.float64 if spec.encoding == "plain" else torch.int64
+        kind = torch.float64 if spec.encoding in _AS_IT_IS else torch.int64
         out[spec.name] = torch.zeros(graph.nodes[graph.outputs[spec.output]].shape, dtype=kind)
     return out
 

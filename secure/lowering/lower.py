@@ -67,21 +67,24 @@ def lower(
     margin_bits: int,
     embedding: str,
     functions: Functions,
+    *,
+    public: bool = False,
 ) -> Lowered:
-    """Trace the graph through the approximations. ``parameters`` are float64.
+    """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
         raise InvalidInput(f"unknown embedding {embedding!r}", f"one of {', '.join(EMBEDDINGS)}")
-    return Lowering(graph, parameters, seen, margin_bits, embedding, functions).run()
+    return Lowering(graph, parameters, seen, margin_bits, embedding, functions, public=public).run()
 
 
 class Lowering:
     """One pass over a graph, in order. An operation's lowering gets this object and its node, and returns a symbol.
 
     compares: True if the model compares values; if False, no approximation may compare either.
-    functions: the approximations chosen by name. margin: the factor of room over calibrated ranges.
+    functions: the approximations chosen by name. public: positions of tokens are no secret. margin: the factor of room
+    over calibrated ranges.
 
     An operation leaves notes for the operations that read its result:
 
@@ -98,9 +101,11 @@ class Lowering:
         margin_bits: int,
         embedding: str,
         functions: Functions,
+        *,
+        public: bool = False,
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
-        self.embedding, self.functions = embedding, functions
+        self.embedding, self.functions, self.public = embedding, functions, public
         operations = [OPERATIONS[node.op] for node in graph.nodes if node.visibility == "shared"]
         self.compares = any(o.compares for o in operations) or not any(o.polynomial for o in operations)
         self.units: dict[int, Symbol] = {}
@@ -146,7 +151,7 @@ class Lowering:
         for node in client_graph.nodes:
             try:
                 if node.op == "clear":
-                    check_client_operation(node.attrs)
+                    check_client_operation(node.attrs, secret=node.id not in client_graph.of_positions)
             except InvalidProgram as error:
                 message = f"of its inputs alone a client does not compute this: {str(error).partition(chr(10))[0]}"
                 raise self.unsupported(node, message, "compute it before the model, as one of its inputs") from None
@@ -187,6 +192,10 @@ class Lowering:
         """Return a node of any visibility as an operand: a WeightRef if the server knows it, else a symbol."""
         return self.weight(i) if i in self._known else self.symbol(i)
 
+    def is_public(self, i: int) -> bool:
+        """True if a client's node follows from the positions of tokens alone, and those are no secret."""
+        return self.public and self.graph.nodes[i].visibility == "client" and i in self.graph.of_positions
+
     def is_known(self, i: int) -> bool:
         """True if the server knows a node, or everybody does."""
         return i in self._known
@@ -213,7 +222,8 @@ class Lowering:
     ) -> Symbol:
         """Return the input of the circuit that the client makes from node ``i`` of its graph.
 
-        The node enters as it is ("plain"), as "one-hot" rows, or as rows of a table ("client-table"). reach: clamps an
+        The node enters as it is ("plain"; "public": not even masked), as "one-hot" rows, or as rows of a table
+        ("client-table"). reach: clamps an
         additive mask from below at -reach; each reach makes an input of its own.
         """
         key = (i, encoding, f"{reach:g}" if table is None else table.name)
@@ -231,7 +241,10 @@ class Lowering:
                 spec = replace(spec, table=table.name)
             if reach < math.inf:
                 self._clamps[name] = reach
-            self._client_inputs[key] = spec, self._trace.input(name, shape, integer=encoding == "one-hot")
+            self._client_inputs[key] = (
+                spec,
+                self._trace.input(name, shape, integer=encoding == "one-hot", public=encoding == "public"),
+            )
         return self._client_inputs[key][1]
 
     # the surroundings of a node

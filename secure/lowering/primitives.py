@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from approximations.powers import power, power_error
@@ -183,6 +184,8 @@ PRIMITIVES: dict[str, Meaning] = {
         Meaning("offset", lambda p, w, x: x[0] + p.attrs["value"], _shifted),
         Meaning("scale", lambda p, w, x: x[0] * p.attrs["value"], _scaled),
         Meaning("mul", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
+        Meaning("mul_public", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
+        Meaning("keep", lambda p, w, x: F.pad(x[0], (0, 0, p.attrs["rows"], 0)), _with_zero),
         Meaning("matmul", lambda p, w, x: x[0] @ x[1], _within_reach),
         Meaning("linear", lambda p, w, x: x[0] @ w[p.attrs["weight"]], _within_reach),
         Meaning("mul_weight", lambda p, w, x: x[0] * w[p.attrs["weight"]], _kept, multiplies=True),

@@ -52,12 +52,15 @@ class Trace:
         self.primitives.append(p)
         return Symbol(self, len(self.primitives) - 1)
 
-    def input(self, name: str, shape: Shape, *, integer: bool = False) -> Symbol:
-        """Record a client's input. ``integer``: it holds whole numbers, which need no fraction bits (one-hot rows)."""
-        return self.record("input", (), shape, name=name, integer=integer)
+    def input(self, name: str, shape: Shape, *, integer: bool = False, public: bool = False) -> Symbol:
+        """Record a client's input.
+
+        integer: it holds whole numbers, which need no fraction bits (one-hot rows). public: it is no secret.
+        """
+        return self.record("input", (), shape, name=name, integer=integer, **({"public": True} if public else {}))
 
 
-_REFINED = frozenset({"input", "linear", "matmul", "mul", "mul_weight", "piecewise"})
+_REFINED = frozenset({"input", "linear", "matmul", "mul", "mul_public", "mul_weight", "piecewise"})
 """Primitives whose results may have more fraction bits than usual."""
 
 _PASSING = frozenset(
@@ -150,6 +153,15 @@ class Symbol:
     def precise_product(self, other: Symbol, extra_bits: int) -> Symbol:
         """Multiply, with ``extra_bits`` more fraction bits in the result."""
         return self._two("mul", other, extra=extra_bits)
+
+    def times_public(self, other: Symbol) -> Symbol:
+        """Multiply by an input that is no secret, elementwise."""
+        return self._two("mul_public", other)
+
+    def keep(self, name: str, rows: int) -> Symbol:
+        """Keep the value as an opening for later queries; the result has ``rows`` rows of earlier ones before it."""
+        shape = (*self.shape[:-2], rows + self.shape[-2], self.shape[-1])
+        return self.trace.record("keep", (self,), shape, name=name, rows=rows)
 
     def sum(self, dim: int | Sequence[int], keepdim: bool = False) -> Symbol:
         dims = tuple(sorted(d % len(self.shape) for d in ([dim] if isinstance(dim, int) else dim)))

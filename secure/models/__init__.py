@@ -12,6 +12,7 @@ sentence_encoder    sentence encoders in sentence-transformers' format
 served_tokenizer    the tokenizer that clients run, made from a directory's as transformers loads it
 digits              a small vision transformer in polynomial form
 text                text models: directories, tokenizers, inputs, calibration
+decoder             decoders as they generate text, and their inputs
 pairs               texts and pairs of texts, with the place of every token
 heads               models with a head: classifiers, taggers, answerers, rerankers
 images              images to a model's inputs, and image classifiers

@@ -25,7 +25,10 @@ def input_reach(plan: Plan, i: int, p: Primitive) -> int:
 def emit_input(e: Emitter, i: int, p: Primitive) -> Share:
     plan, name = e.plan, p.attrs["name"]
     f, ring = plan.fraction[i], max(plan.own(i), plan.base[i], min(WORD, plan.wish[i]))
-    return Share(e.emit(tp.Input(p.shape, ring, name, f, *e.clamps[name])), ring, f)
+    index = e.emit(tp.Input(p.shape, ring, name, f, *e.clamps[name]))
+    if p.attrs.get("public"):
+        index = e.emit(tp.Publish(p.shape, ring), index)
+    return Share(index, ring, f)
 
 
 # products with weights: the operand is delivered to the server
@@ -74,7 +77,7 @@ def _scales(plan: Plan, p: Primitive) -> int:
 def _dropped(plan: Plan, p: Primitive) -> tuple[int, int]:
     """Return the fraction bits that are dropped of each operand of a matrix product before it is opened."""
     right = plan.fraction[p.inputs[1]]
-    return 0, max(0, right - p.attrs.get("kept", right))
+    return 0, 0 if p.inputs[1] in plan.kept else max(0, right - p.attrs.get("kept", right))
 
 
 def _matrix_scale(plan: Plan, p: Primitive) -> int:
@@ -87,7 +90,7 @@ def _matrix_ring(plan: Plan, i: int, p: Primitive) -> int:
 
     Raises DoesNotFit if an operand has more bits before it is rounded than a word.
     """
-    scale, most = _matrix_scale(plan, p), WORD - max(_dropped(plan, p))
+    scale, most = _matrix_scale(plan, p), min(WORD - max(_dropped(plan, p)), plan.most(p.inputs))
     elements = sum(count(plan.trace.primitives[x].shape) for x in p.inputs)
     if (least := plan.fitting(i, scale)) > most:
         raise DoesNotFit(
@@ -99,7 +102,8 @@ def _matrix_ring(plan: Plan, i: int, p: Primitive) -> int:
 
 def matrix_reach(plan: Plan, i: int, p: Primitive) -> int:
     scale = _matrix_scale(plan, p)
-    return plan.widest(p.inputs, scale - plan.fraction[i], plan.fitting(i, scale))
+    reach = plan.widest(p.inputs, scale - plan.fraction[i], plan.fitting(i, scale))
+    return min(reach, plan.most(p.inputs) - scale + plan.fraction[i])
 
 
 def matrix_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
@@ -148,6 +152,59 @@ def emit_product(e: Emitter, i: int, p: Primitive) -> Share:
     return Share(index, ring, _scales(e.plan, p))
 
 
+# products with numbers that all parties know: each party multiplies its share
+
+
+def _public_ring(plan: Plan, i: int, p: Primitive) -> int:
+    """Return the ring of the product before truncation: as wide as the readers like, as far as that costs nothing."""
+    (x, _), scale = p.inputs, _scales(plan, p)
+    narrowest = plan.fitting(i, scale)
+    return max(narrowest, min(plan.want(i) + scale - plan.fraction[i], plan.reach[x]))
+
+
+def public_reach(plan: Plan, i: int, p: Primitive) -> int:
+    scale = _scales(plan, p)
+    return plan.widest(p.inputs[:1], scale - plan.fraction[i], plan.fitting(i, scale))
+
+
+def public_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    ring = _public_ring(plan, i, p)
+    return Need(ring, ring), Need(plan.own(p.inputs[1]), 0)
+
+
+def emit_public(e: Emitter, i: int, p: Primitive) -> Share:
+    ring, (x, c) = _public_ring(e.plan, i, p), p.inputs
+    protocol = local.MulPublic(p.shape, ring)
+    return Share(e.emit(protocol, e.get(x, ring).index, e.get(c, 0).index), ring, _scales(e.plan, p))
+
+
+# openings that later queries read
+
+
+def keep_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    ring = _kept_ring(plan, i)
+    return (Need(ring, ring),)
+
+
+def _kept_ring(plan: Plan, i: int) -> int:
+    name = plan.kept[i]
+    found = plan.kept_rings.get(name, plan.opened[i])
+    if found < plan.opened[i]:
+        raise AssertionError(f"{name} is kept in a ring of {found} bits, read in one of {plan.opened[i]}")
+    return found
+
+
+def emit_keep(e: Emitter, i: int, p: Primitive) -> Share:
+    """Emit the opening of the new rows, behind those of earlier queries if there are any."""
+    ring, (x,), name, rows = _kept_ring(e.plan, i), p.inputs, e.plan.kept[i], p.attrs["rows"]
+    shape = e.trace.primitives[x].shape
+    found = e.emit(tp.Keep(shape, ring, name), e.emit(tp.Open(shape, ring), e.get(x, ring).index))
+    if rows:
+        earlier = e.emit(tp.Recall((*shape[:-2], rows, shape[-1]), ring, name))
+        found = e.emit(tp.OpenedConcat(p.shape, ring, len(p.shape) - 2), earlier, found)
+    return Share(found, ring, e.plan.fraction[i])
+
+
 # operations that each party computes on its own share
 
 
@@ -158,7 +215,10 @@ def local_reach(plan: Plan, i: int, p: Primitive) -> int:
 def local_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     for x in p.inputs:
         lift = plan.fraction[i] - plan.fraction[x]
-        yield Need(plan.own(i) - lift, plan.want(i) - lift)
+        if i in plan.kept:
+            yield Need(0, 0, opened=plan.opened[i])
+        else:
+            yield Need(plan.own(i) - lift, plan.want(i) - lift)
 
 
 Local = Callable[[Primitive, int, int], Protocol]  # takes a primitive, and the ring and scale of its operands
@@ -166,9 +226,25 @@ Local = Callable[[Primitive, int, int], Protocol]  # takes a primitive, and the 
 
 def emit_local(e: Emitter, i: int, p: Primitive, make: Local) -> Share:
     """Emit a protocol without messages: operands at one scale, the result in the narrowest of their rings."""
+    if i in e.plan.kept:
+        return _emit_opened(e, p)
     operands = _at_one_scale(e, i, p)
     ring, fraction = min(v.ring for v in operands), e.plan.fraction[i]
     return Share(e.emit(make(p, ring, fraction), *(v.index for v in operands)), ring, fraction)
+
+
+_OF_OPENINGS: dict[str, Callable[..., Protocol]] = {
+    "reshape": tp.OpenedReshape,
+    "expand": tp.OpenedExpand,
+    "permute": tp.OpenedPermute,
+}
+
+
+def _emit_opened(e: Emitter, p: Primitive) -> Share:
+    """Emit a move of an opening that is kept."""
+    value = e.get(p.inputs[0], 0)
+    index = e.emit(_OF_OPENINGS[p.op](p.shape, value.ring, **p.attrs), value.index)
+    return Share(index, value.ring, value.fraction)
 
 
 def patches_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:

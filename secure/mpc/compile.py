@@ -14,6 +14,7 @@ from approximations import APPROXIMATIONS, Functions, choose
 from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols.fixedpoint import FixedPoint
+from protocols.two_party import Keep
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes
@@ -109,7 +110,7 @@ def compile(  # the verb that torch uses; always written secure.compile
 
 def compile_sizes(
     model: nn.Module,
-    sizes: Sequence[tuple[Size, Mapping[str, str]]],
+    sizes: Sequence[tuple[Size, Mapping[str, str] | None]],
     *,
     embedding: str = "one-hot",
     gelu: str = GELU_FORMS[0],
@@ -118,13 +119,16 @@ def compile_sizes(
     network: str | None = None,
     answer_bits: int | None = None,
     checked: bool = True,
+    public_positions: bool = False,
     prices: Prices = DEFAULT,
     told: Told = silent,
 ) -> list[MpcModel]:
     """Compile a module for several sizes, such as lengths and batches, each with labels of its own.
 
     Ranges are those of all samples together, so that a weight that products read has the same integers in every
-    Program: one masked copy D serves them all. Other arguments and exceptions are those of ``compile``.
+    Program: one masked copy D serves them all. A size without labels (None) gives ranges, and no Program. What queries
+    keep has one ring in all Programs. public_positions: the positions of tokens are no secret.
+    Other arguments and exceptions are those of ``compile``.
     """
     fixed = fixed_point or FixedPoint()
     check_answer_bits(answer_bits, fixed)
@@ -136,6 +140,7 @@ def compile_sizes(
         embedding=embedding,
         functions=functions,
         told=told,
+        public=public_positions,
     )
     samples = counted(
         [(each, sample) for each, (size, _) in zip(lowered, sizes, strict=True) for sample in size.samples],
@@ -146,20 +151,34 @@ def compile_sizes(
         Ranges.calibrate(each.trace, [each.inputs(sample)], each.weights, fixed.margin_bits) for each, sample in samples
     ]
     named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
-    return [
-        finish(
-            each,
-            Ranges.united(seen, each.trace),
-            fixed,
-            {**named, **labels},
-            found,
-            prices,
-            told,
-            answer_bits,
-            checked=checked,
-        )
+    wanted = [
+        (each, Ranges.united(seen, each.trace), {**named, **labels})
         for each, (_, labels) in zip(lowered, sizes, strict=True)
+        if labels is not None
     ]
+    kept = _kept_rings([(each, ranges) for each, ranges, _ in wanted], fixed, prices)
+    return [
+        finish(each, ranges, fixed, labels, found, prices, told, answer_bits, kept, checked=checked)
+        for each, ranges, labels in wanted
+    ]
+
+
+def _kept_rings(made: Sequence[tuple[Lowered, Ranges]], fixed: FixedPoint, prices: Prices) -> dict[str, int]:
+    """Return the rings of openings that queries keep, by name: as wide as the widest product of any Program needs."""
+    rings: dict[str, int] = {}
+    for lowered, ranges in made:
+        if any(p.op == "keep" for p in lowered.trace.primitives):
+            emitted = emit(lowered.trace, ranges, fixed, *_ends(lowered, ranges), prices)
+            for keep in (i.protocol for i in emitted.circuit):
+                if isinstance(keep, Keep):
+                    rings[keep.name] = max(keep.ring, rings.get(keep.name, 0))
+    return rings
+
+
+def _ends(lowered: Lowered, ranges: Ranges) -> tuple[list[int], dict[str, tuple[float, float]]]:
+    """Return the places of the outputs in the trace, and the range to which the client clamps each input."""
+    clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
+    return [symbol.id for symbol in lowered.outputs.values()], clamps
 
 
 def check_answer_bits(bits: int | None, fixed: FixedPoint) -> None:
@@ -185,6 +204,7 @@ def finish(
     prices: Prices = DEFAULT,
     told: Told = silent,
     answer_bits: int | None = None,
+    kept: Mapping[str, int] | None = None,
     *,
     checked: bool = False,
 ) -> MpcModel:
@@ -197,7 +217,7 @@ def finish(
     if lowered.left_out:
         named["left-out"] = ", ".join(lowered.left_out)[:500]
     told(0, 0, "emitting the Program")
-    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits, checked=checked)
+    program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits, kept, checked=checked)
     told(0, 0, "encoding the weights")
     integers = {}
     for key in weight_keys(program):
@@ -239,13 +259,16 @@ def chosen_program(
     network: NetworkSpeed | None,
     prices: Prices,
     answer_bits: int | None = None,
+    kept: Mapping[str, int] | None = None,
     *,
     checked: bool = False,
 ) -> tuple[Program, Choice | None]:
-    """Emit a Program as ``emit_program`` does, and return the choice that was made for the network."""
-    clamps = {c.name: _clamp(c, lowered, ranges) for c in lowered.client_inputs}
-    outputs = [symbol.id for symbol in lowered.outputs.values()]
-    at = partial(emit, lowered.trace, ranges, fixed, outputs, clamps, answer_bits=answer_bits, checked=checked)
+    """Emit a Program as ``emit_program`` does, and return the choice that was made for the network.
+
+    kept: the rings of openings that queries keep, by name.
+    """
+    ends = _ends(lowered, ranges)
+    at = partial(emit, lowered.trace, ranges, fixed, *ends, answer_bits=answer_bits, kept=kept, checked=checked)
     emitted, choice = choose_prices(network, at, prices) if network else (at(prices), None)
     read = {use.name for i in emitted.circuit if (use := i.protocol.weight_use) and use.multiplied}
     program = Program(

@@ -69,6 +69,8 @@ RULES: dict[str, Emission] = {
     "input": Emission(nothing, arithmetic.input_reach, emit=arithmetic.emit_input),
     "linear": _weighted(diagonal=False),
     "mul_weight": _weighted(diagonal=True),
+    "mul_public": Emission(arithmetic.public_needs, arithmetic.public_reach, emit=arithmetic.emit_public),
+    "keep": Emission(arithmetic.keep_needs, arithmetic.local_reach, keeps_scale=True, emit=arithmetic.emit_keep),
     "mul": Emission(arithmetic.product_needs, arithmetic.product_reach, emit=arithmetic.emit_product),
     "matmul": Emission(arithmetic.matrix_needs, arithmetic.matrix_reach, emit=arithmetic.emit_matrix),
     "add": _local(lambda p, ring, fraction: local.Add(p.shape, ring)),
@@ -127,19 +129,21 @@ def emit(
     clamps: Mapping[str, tuple[float, float]],
     prices: Prices = DEFAULT,
     answer_bits: int | None = None,
+    kept: Mapping[str, int] | None = None,
     *,
     checked: bool = False,
 ) -> Emitted:
     """Emit the circuit that reveals ``outputs`` (positions in the trace) to the client.
 
     ``clamps``: the range to which the client clamps each input, by name. ``prices``: of rounds and bytes.
-    ``answer_bits``: the fraction bits to which the outputs are rounded; None: they keep all of theirs. ``checked``: the
-    client learns, beside the outputs, in which parts of the model a value left its range (``watch``).
+    ``answer_bits``: the fraction bits to which the outputs are rounded; None: they keep all of theirs. ``kept``: the
+    rings of openings that queries keep, see ``Plan``. ``checked``: the client learns, beside the outputs, in which
+    parts of the model a value left its range (``watch``).
     Raises UnsupportedOperation (shares cannot compute a primitive; names the module) and DoesNotFit (no ring can hold
     a value).
     """
     rules = [_rule(p) for p in trace.primitives]
-    e = Emitter(Plan(trace, ranges, fixed, outputs, rules, prices), clamps, checked=checked)
+    e = Emitter(Plan(trace, ranges, fixed, outputs, rules, prices, kept), clamps, checked=checked)
     for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
         e.path = p.path
         e.settle(i, rule.emit(e, i, p))

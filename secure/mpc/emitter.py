@@ -78,6 +78,8 @@ class Emitter:
 
     def opened(self, i: int) -> int:
         """Return the only opening of value i, as wide as its widest reader needs."""
+        if i in self.plan.kept:
+            return self._settled[i].index
         ring = self.plan.opened[i]
         index = self.emit(tp.Open(self.trace.primitives[i].shape, ring), self.get(i, ring).index)
         self.watch.within(i)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from protocols.fixedpoint import FixedPoint
 from protocols.ring import WORD
-from secure.errors import DoesNotFit
+from secure.errors import DoesNotFit, UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
@@ -68,8 +68,35 @@ class Planning:
     note: Callable[[Plan, Primitive], None] | None = None
 
 
+_MOVES = ("reshape", "expand", "permute")
+"""Moves of an opening that is kept."""
+
+
+def _kept(trace: Trace) -> dict[int, str]:
+    """Return the values that are no shares but openings that queries keep, and moves of these: their names, by place.
+
+    Raises UnsupportedOperation for one that something else reads than moves and matrix products.
+    """
+    found: dict[int, str] = {}
+    for i, p in enumerate(trace.primitives):
+        if p.op == "keep":
+            found[i] = str(p.attrs["name"])
+        elif kept := [x for x in p.inputs if x in found]:
+            if p.op in _MOVES:
+                found[i] = found[kept[0]]
+            elif p.op != "matmul":
+                raise UnsupportedOperation(
+                    f"{p.where}: '{p.op}' of keys or values that are kept", "matrix products read them"
+                )
+    return found
+
+
 class Plan:
-    """The scale (fraction bits) and the rings of every value of a trace. ``rules``: one per primitive, in order."""
+    """The scale (fraction bits) and the rings of every value of a trace. ``rules``: one per primitive, in order.
+
+    kept: the rings of openings that queries keep, by name, as all Programs that share them have them; by default those
+    that this trace needs. ``self.kept``: the values that are such openings, by place.
+    """
 
     def __init__(
         self,
@@ -79,9 +106,12 @@ class Plan:
         outputs: Sequence[int],
         rules: Sequence[Planning],
         prices: Prices,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         self.trace, self.ranges, self.fixed, self.prices = trace, ranges, fixed, prices
         n = len(trace.primitives)
+        self.kept_rings = dict(kept or {})
+        self.kept = _kept(trace)
         self.fraction = [fixed.fraction_bits] * n
         self.base, self.wish, self.reach = [0] * n, [0] * n, [0] * n
         self.opened, self.lifted, self.delivered = [0] * n, [0] * n, [0] * n
@@ -107,6 +137,8 @@ class Plan:
             return most
         if rule.scale is not None:
             return rule.scale
+        if p.attrs.get("public"):
+            return self.fixed.weight_fraction_bits
         f = 0 if p.attrs.get("integer") else self.fixed.fraction_bits
         return f + int(p.attrs.get("extra", 0))
 
@@ -157,6 +189,10 @@ class Plan:
             if narrowest <= ring <= most and reached and cheaper:
                 return ring
         return narrowest
+
+    def most(self, operands: Sequence[int]) -> int:
+        """Return the widest ring that a matrix product of these may have: that of an opening that is kept."""
+        return min((self.kept_rings.get(self.kept[x], WORD) for x in operands if x in self.kept), default=WORD)
 
     def widest(self, operands: Sequence[int], excess: int, narrowest: int) -> int:
         """Return the reach of a value that is computed from ``operands`` and truncated by ``excess`` bits."""

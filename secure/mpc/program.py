@@ -25,7 +25,7 @@ from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fields import MAXIMUM_ELEMENTS, Bits, Name, Operands, Shape, Whole
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
-from protocols.two_party import Input, Reveal
+from protocols.two_party import Input, Recall, Reveal, keepers
 from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
 from secure.errors import InvalidProgram, OutOfRange
@@ -117,6 +117,21 @@ class Program:
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of the model's outputs, by name."""
         return {output.name: tuple(self.circuit[output.instruction].protocol.out.shape) for output in self.outputs}
+
+    @cached_property
+    def keeps(self) -> dict[str, int]:
+        """The instructions whose openings are kept for later queries, by name; {} if queries are independent."""
+        return keepers(self.circuit)
+
+    @property
+    def rows(self) -> int:
+        """The rows of earlier queries that it reads; 0 if it reads none."""
+        return next((i.protocol.shape[-2] for i in self.circuit if isinstance(i.protocol, Recall)), 0)
+
+    @property
+    def publishes(self) -> bool:
+        """True if the client shows all parties the positions of its tokens."""
+        return any(spec.encoding == "public" for spec in self.client_inputs)
 
     @cached_property
     def weight_rings(self) -> dict[str, int]:
@@ -366,6 +381,7 @@ def _check(program: Program) -> None:
         if not all(size > 0 for size in shape) or math.prod(shape) > MAXIMUM_ELEMENTS:
             raise InvalidProgram(f"the weight {name!r} has the impossible shape {shape}")
     check(program.circuit, program.weight_shapes)
+    _check_kept(program)
     for output in program.outputs:
         if not 0 <= output.fraction <= ring.WORD:
             raise InvalidProgram(f"the output {output.name!r} has {output.fraction} fraction bits")
@@ -378,3 +394,12 @@ def _check(program: Program) -> None:
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")
     check_client_part(program.client_graph, program.client_inputs, program.labels)
+
+
+def _check_kept(program: Program) -> None:
+    """Check that what a Program reads of earlier queries are as many rows each, and that it keeps each name once."""
+    kept = [i.protocol for i in program.circuit if isinstance(i.protocol, Recall)]
+    if any(len(p.shape) < 2 or p.shape[-2] != kept[0].shape[-2] for p in kept):
+        raise InvalidProgram("what it reads of earlier queries has not as many rows each")
+    if sum(bool(i.protocol.keeps) for i in program.circuit) != len(program.keeps):
+        raise InvalidProgram("what it keeps for later queries has the same name twice")

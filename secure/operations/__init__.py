@@ -11,6 +11,7 @@ convolutions        convolutions and pooling
 attention           softmax, masks and attention
 activations         functions of one value
 choices             arg-max, and the k largest
+generation          keys and values that later steps read
 sampling            samples from a softmax
 normalizations      norms and inverse roots
 polynomial_forms    polynomials and powers of models in polynomial form
@@ -22,6 +23,7 @@ from secure.operations import (  # noqa: F401  (they register)
     attention,
     choices,
     convolutions,
+    generation,
     linear,
     moves,
     normalizations,

@@ -199,6 +199,9 @@ def _(to: Lowering, node: Node) -> Symbol:
     if "scalar" in node.attrs:
         x = to.symbol(node.inputs[0])
         return x if node.id in to.absorbed else x * float(node.attrs["scalar"])
+    for i, other in (node.inputs, node.inputs[::-1]):
+        if to.is_public(i):
+            return to.symbol(other).times_public(to.client_input(i, "public"))
     left, right = (to.operand(i) for i in node.inputs)
     if isinstance(left, WeightRef):
         assert isinstance(right, Symbol)

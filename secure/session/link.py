@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
+from secure.errors import InvalidInput
 from secure.models.tokens import TextTokenizer
 
 MAXIMUM_LENGTHS = 8
@@ -129,6 +130,20 @@ class Link(ABC):
 
     def prepare(self) -> None:  # noqa: B027 - not every deployment has an offline phase
         """Run the offline phase of one query ahead of it; do nothing if the deployment has no such phase."""
+
+    def converse(self, capacity: int) -> Any:
+        """Begin a conversation: queries of which later ones read what earlier ones kept, up to ``capacity`` rows.
+
+        What it returns is handed to ``go_on``. Raises InvalidInput if the deployment keeps nothing between queries.
+        """
+        raise InvalidInput(f"{self.deployment} does not generate text yet", "use secure.insecure_in_process")
+
+    def go_on(self, conversation: Any, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
+        """Run the session's query ``number`` as the next one of a conversation; otherwise as ``ask`` does.
+
+        The conversation may have begun on another link, to another Program of the same model.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:

@@ -33,7 +33,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,9 +47,12 @@ from torch import Tensor
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
+from secure.lowering.client_inputs import TASK
+from secure.models.decoder import prompt_inputs, step_inputs
 from secure.models.prompts import Prompts, prompts_from
 from secure.models.settings import settings_of
 from secure.models.tokens import REFUSE, TRUNCATE
+from secure.session.generation import GENERATE, Writing, token_ids, writing
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
@@ -201,6 +204,8 @@ class Session:
         or a number outside its range), the query runs on zeros first.
         """
         self.program.check_inputs(inputs)
+        if self.program.labels.get(TASK) == GENERATE:
+            raise InvalidInput("this session's model generates text", "use generate")
         with self._open():
             began, values = time.monotonic(), self._clear_values(inputs, self._link)
             if isinstance(values, Error):
@@ -496,6 +501,57 @@ class Session:
         """
         scores = list(self.run(Rerank(long), [(query, document) for document in documents]))
         return ranked(scores, documents if return_documents else None)[:top_k]
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop: Collection[int] = ()) -> Iterator[int]:
+        """Let the model continue a prompt, greedily; yield each new token as soon as it is there.
+
+        prompt: token ids, up to the greatest length of a prompt. stop: tokens after which nothing more is written; the
+        last one that is yielded is one of them then. What is yielded before a failure of a party counts; the text
+        cannot go on after it, as what the parties keep of it is lost with them.
+
+        A prompt that is too long, or has a token outside the vocabulary, costs what any other prompt costs before it
+        raises InputTooLong or InvalidInput. More tokens than there is room for raise InvalidInput at once.
+        The servers see to which length the prompt was padded, the number of tokens, and when each was asked for.
+        """
+        ids = token_ids(prompt)
+        found = writing(self._links.offers, self.program.labels, ids, max_new_tokens)
+        return self._written(found, ids, max_new_tokens, frozenset(stop))
+
+    def _written(self, sizes: Writing, prompt: list[int], count: int, stop: frozenset[int]) -> Iterator[int]:
+        began = time.monotonic()
+        with self._open():
+            link = self._once_free(partial(self._links.of, sizes.prompt))
+            program, conversation = link.program, link.converse(sizes.capacity)
+            start, places = sizes.prompt.length - len(prompt), program.publishes
+            fits = [0] if sizes.error else prompt
+            values = self._clear_values(prompt_inputs(fits, sizes.prompt.length, places=places), link)
+            failed = sizes.error or (values if isinstance(values, Error) else None)
+            self._wait(began)
+            token = self._next(link, conversation, program.dummy_values() if failed else values, sizes.prompt)
+        if failed is not None:
+            raise failed
+        yield token
+        for filled in range(sizes.prompt.length, sizes.prompt.length + count - 1):
+            if token in stop:
+                return
+            with self._open():
+                link = self._once_free(partial(self._links.of, sizes.step))
+                inputs = step_inputs(token, start, filled, link.program.rows, places=places)
+                values = self._clear_values(inputs, link)
+                if isinstance(values, Error):  # of a token that the servers gave
+                    raise values
+                token = self._next(link, conversation, values, sizes.step)
+            yield token
+
+    def _next(self, link: Link, conversation: Any, values: Any, size: Offer) -> int:
+        """Run one query of a conversation, and return the token that it reveals."""
+        encoded = link.program.encode(values, link.tables)
+        number, self._asked = self._asked, self._asked + 1
+        results, report = link.go_on(conversation, encoded, number)
+        self._last, self.report = link, replace(report, length=size.length)
+        self.reports.append(self.report)
+        del self.reports[:-REPORTS]
+        return int(only(link.program.decode(results)))
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""

@@ -1,0 +1,106 @@
+"""A decoder's text against floating point, token by token; rounds, bytes and seconds of a step, in process.
+
+    python -m benchmarks.generation DIRECTORY [--text "Once upon a time" ...] [--tokens 100] [--capacity 128]
+        [--prompt 16] [--deployment two-party] [--network lan] [--costs]
+
+DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer. A token that
+differs ends the comparison of its text: what follows has another past. ``gap``: by how much the best score of the
+float model exceeds the second best at the closest token. --costs: counts a step at several capacities, without running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import secure
+from benchmarks.common import machine
+from secure.cost.traffic import OFFLINE, ONLINE
+from secure.deployments.deployment import find
+from secure.deployments.generator import written
+from secure.models.checkpoints import load_checkpoint
+
+TEXTS = ("Once upon a time", "Lily and Tom", "The dog was", "One day, a little girl", "There was a big red ball")
+CAPACITIES = (32, 128, 512, 1024)
+
+
+def expected(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """The tokens that float64 chooses, each from the whole text, and the smallest gap between the best two scores."""
+    found: Any = model.double()
+    ids, gap = list(prompt), float("inf")
+    with torch.no_grad():
+        for _ in range(count):
+            best = found(torch.tensor([ids])).logits[0, -1].topk(2)
+            gap = min(gap, float(best.values[0] - best.values[1]))
+            ids.append(int(best.indices[0]))
+    model.float()
+    return ids[len(prompt) :], gap
+
+
+def compared(session: secure.Session, model: nn.Module, tokenizer: Any, text: str, count: int) -> dict[str, Any]:
+    """Write ``count`` tokens and compare them; median costs are those of steps."""
+    prompt = tokenizer(text)["input_ids"]
+    began = time.perf_counter()
+    found = list(session.generate(prompt, count))
+    seconds, steps = time.perf_counter() - began, session.reports[1 - count :]
+    wanted, gap = expected(model, prompt, count)
+    same = next((i for i, (x, y) in enumerate(zip(found, wanted, strict=True)) if x != y), count)
+    return {
+        "text": text,
+        "tokens": len(prompt),
+        "same": f"{same} of {count}",
+        "gap": round(gap, 5),
+        "s a token": round(seconds / count, 4),
+        "online s": round(statistics.median(r.online_seconds for r in steps), 4),
+        "dealing s": round(statistics.median(r.dealer_seconds for r in steps), 4),
+        "written": tokenizer.decode(found),
+    }
+
+
+def step_cost(compiled: secure.Compiled) -> dict[str, Any]:
+    cost = compiled.sizes[-1].cost
+    online, dealt = (cost.bytes(phase=phase) for phase in (ONLINE, OFFLINE))
+    return {"rounds": cost.rounds, "online bytes": online, "dealt bytes": dealt}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--text", nargs="+", default=list(TEXTS))
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--capacity", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--deployment", default="two-party")
+    parser.add_argument("--network")
+    parser.add_argument("--costs", action="store_true")
+    o = parser.parse_args()
+    model = load_checkpoint(o.directory, "AutoModelForCausalLM")
+    given = {"prompt": o.prompt, "deployment": find(o.deployment)(), "network": o.network}
+    report: dict[str, Any] = machine("benchmarks.generation")
+    if o.costs:
+        most = getattr(model.config, "max_position_embeddings", max(CAPACITIES) + 1) - 1
+        for capacity in sorted({min(c, most) for c in CAPACITIES}):
+            texts = written(model, capacity)[:2]
+            compiled = secure.compile_generator(model, capacity=capacity, calibration=texts, **given)
+            report.setdefault("steps", []).append({"capacity": capacity, **step_cost(compiled)})
+        print(json.dumps(report, indent=2))
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(o.directory)
+    compiled = secure.compile_generator(model, capacity=o.capacity, **given)
+    report["step"] = step_cost(compiled)
+    with secure.insecure_in_process(compiled) as session:
+        report["texts"] = [compared(session, model, tokenizer, text, o.tokens) for text in o.text]
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Openings that outlive their query: a decoder's keys and values are opened once and read by every later step.
+
+A tensor x that a product reads is opened as z = x + r anyway (``opening``). ``Keep`` lets both parties keep that
+opening after the query, z and their share of r, and the dealer r. ``Recall`` reads openings of earlier queries, row by
+row behind one another, and ``OpenedConcat`` puts this query's behind them. So a step of a decoder opens one new row,
+however many rows the product reads, and the dealer gives shares of R_q R^T for the masks R of all rows.
+
+Nothing new is seen. z is uniform because r is uniform and masks this one opening: it is never drawn, added or sent
+again. What is kept is the pair of z and r, so that no second value can be opened under r. A product of a kept opening
+with a fresh one reveals nothing: it is local, and its correction, a product of two masks, is hidden by the client's
+share of it, which is drawn anew in every query. The mask of the other operand is fresh in every query too.
+Rows that are not there yet are zeros under the mask zero, which everybody knows: products with them are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from protocols import local
+from protocols.fields import Name, Ring, Shape
+from protocols.protocol import SERVER, Local, Material, Opening, Protocol, Step, Weights
+from protocols.wire import Wire
+
+
+@dataclass(frozen=True)
+class Keep(Protocol):
+    """The opening that it reads, which is kept under ``name`` for later queries. Rounds 0; nothing is sent or dealt."""
+
+    kind: ClassVar[str] = "keep"
+    elementwise: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    gives: ClassVar[str] = "opening"
+    shape: Shape
+    ring: Ring
+    name: Name
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def keeps(self) -> str:
+        return self.name
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, operands[0]
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        return operands[0]
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return operands[0]
+
+
+@dataclass(frozen=True)
+class Recall(Protocol):
+    """The opening of ``name`` from earlier queries. All parties and the dealer have it: z and r, or r alone.
+
+    Rounds 0; nothing is sent or dealt.
+    """
+
+    kind: ClassVar[str] = "recall"
+    reads: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[str] = "opening"
+    shape: Shape
+    ring: Ring
+    name: Name
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def recalls(self) -> str:
+        return self.name
+
+    def input_of(self, party: int) -> str | None:
+        return self.name
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, self._checked(operands[0])
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        ((z, r),) = operands
+        return Opening(self._checked(z), self._checked(r))
+        yield
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return self._checked(operands[0])
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"what is kept as {self.name!r} has shape {tuple(x.shape)}, not {self.shape}")
+        return x
+
+
+class _Moved(Local):
+    """The base of moves of openings: each party moves the entries of z and of its share of r, the dealer those of r."""
+
+    gives: ClassVar[str] = "opening"
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {}, self.apply(SERVER, operands, weights)
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        return Opening(*(self.apply(party, part, weights) for part in zip(*operands, strict=True)))
+        yield
+
+
+@dataclass(frozen=True)
+class OpenedConcat(_Moved, local.Concat):
+    """The opening of tensors one behind another along ``dim``, from openings of them. Rounds 0; nothing is sent."""
+
+    kind: ClassVar[str] = "opened_concat"
+    reads: ClassVar[tuple[str, ...]] = ("opening", "...")
+
+
+@dataclass(frozen=True)
+class OpenedReshape(_Moved, local.Reshape):
+    """The opening of x in another shape, from an opening of x. Rounds 0; nothing is sent."""
+
+    kind: ClassVar[str] = "opened_reshape"
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+
+
+@dataclass(frozen=True)
+class OpenedExpand(_Moved, local.Expand):
+    """The opening of x repeated, from an opening of x: heads that share keys read one opening. Nothing is sent."""
+
+    kind: ClassVar[str] = "opened_expand"
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+
+
+@dataclass(frozen=True)
+class OpenedPermute(_Moved, local.Permute):
+    """The opening of x with its dimensions in another order, from an opening of x. Rounds 0; nothing is sent."""
+
+    kind: ClassVar[str] = "opened_permute"
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+
+
+def keepers(circuit: Sequence[Any]) -> dict[str, int]:
+    """Return the instructions of a circuit whose openings are kept for later queries, by name."""
+    return {name: index for index, i in enumerate(circuit) if (name := i.protocol.keeps)}
+
+
+class KeptRows:
+    """The rows of openings that one party keeps between the queries of one conversation, by name.
+
+    A party keeps openings, the dealer their masks. Rows are put behind those that are there, and never changed: a row
+    comes of one ``Open`` with its mask, and nothing takes the mask out. ``capacity``: the most rows.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.filled = capacity, 0
+        self._rows: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"KeptRows({self.filled} of {self.capacity})"
+
+    def given(self, circuit: Sequence[Any]) -> dict[str, Any]:
+        """Return what the ``Recall`` of a circuit read, by name: all rows, and zeros behind them up to its shape.
+
+        Raises ValueError for a name under which nothing is kept, and for more rows than it reads.
+        """
+        found: dict[str, Any] = {}
+        for p in (i.protocol for i in circuit):
+            if isinstance(p, Recall):
+                if p.name not in self._rows or p.shape[-2] < self.filled:
+                    raise ValueError(f"{self.filled} rows are kept, {p.shape[-2]} of {p.name!r} are to be read")
+                parts, padding = self._rows[p.name], p.shape[-2] - self.filled
+                filled = [torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in parts]
+                found[p.name] = Opening(*filled) if len(filled) > 1 else filled[0]
+        return found
+
+    def append(self, rows: Mapping[str, Any]) -> None:
+        """Put the rows of one query, as its ``Keep`` gave them, behind the others. Raises ValueError if they are many.
+
+        rows: by name; a party's are openings, the dealer's are masks.
+        """
+        sizes = {(x.value if isinstance(x, Opening) else x).shape[-2] for x in rows.values()}
+        (size,) = sizes
+        if self.filled + size > self.capacity or (self._rows and set(rows) != set(self._rows)):
+            raise ValueError(f"{size} rows more than {self.filled}, {self.capacity} fit")
+        for name, new in rows.items():
+            parts = tuple(new) if isinstance(new, Opening) else (new,)
+            old = self._rows.get(name)
+            self._rows[name] = tuple(torch.cat(pair, -2) for pair in zip(old, parts, strict=True)) if old else parts
+        self.filled += size
+
+    def branch(self) -> KeptRows:
+        """Return a copy that goes on by itself: what is there is the same, what is opened later has other masks."""
+        other = KeptRows(self.capacity)
+        other.filled, other._rows = self.filled, dict(self._rows)
+        return other

@@ -1,0 +1,123 @@
+"""Decoders as they generate text: one module for the prompt and each later token, and the inputs that a client makes.
+
+The padded prompt has *bucket* tokens, and stands at the end of its bucket: what pads it comes first, and no token
+attends to it. So the place of every later token is public, while the prompt's own length stays with the client, in the
+mask that it adds to scores. Rotary positions are places: scores depend on differences of places alone. Models that
+look their positions up get the text's own ones, from the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secure.capture.graph import MASKED, POSITIONS
+from secure.errors import InputTooLong, InvalidInput
+from secure.operations.generation import keep_operation, last_row_operation
+
+TOKENS, MASK = "input_ids", "attention_mask"
+
+
+class _Rows:
+    """A cache as layers of ``transformers`` call it: it gives the rows of earlier queries, and keeps the new ones."""
+
+    is_compileable = False
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keep_operation(keys, f"{layer}.keys", self._rows), keep_operation(values, f"{layer}.values", self._rows)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._rows
+
+
+class Decoder(nn.Module):
+    """A causal language model of ``transformers`` that returns the token which it finds most likely next.
+
+    Its inputs: ``input_ids`` and ``position_ids`` (1, n), and ``attention_mask`` (1, 1, n, rows + n), which is added to
+    scores. The first ``rows`` rows of keys are those of earlier queries. Returns (1, 1) integers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        model: Any = self.model
+        rows = attention_mask.shape[-1] - input_ids.shape[-1]
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, given: (last_row_operation(given[0]), *given[1:]))
+        try:
+            found = model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=_Rows(rows),
+                use_cache=False,
+            )
+        finally:
+            hook.remove()
+        chosen: Tensor = found.logits.argmax(-1)
+        return chosen
+
+
+def prompt_inputs(prompt: Sequence[int], bucket: int, *, pad: int = 0, places: bool = True) -> dict[str, Tensor]:
+    """Make a decoder's inputs of a prompt, padded at its beginning to ``bucket`` tokens.
+
+    places: positions are the places in the bucket; else those in the prompt. Raises InputTooLong, and InvalidInput for
+    an empty prompt.
+    """
+    length = len(prompt)
+    if not length:
+        raise InvalidInput("the prompt has no token", "begin with the token of the text's beginning")
+    if length > bucket:
+        raise InputTooLong(f"the prompt has {length} tokens, at most {bucket} fit", "shorten it")
+    start = bucket - length
+    rows, columns = torch.arange(bucket)[:, None], torch.arange(bucket)[None]
+    # what pads attends to what is before it, for a row of scores without any entry has no maximum
+    seen = (columns <= rows) & ((columns >= start) | (rows < start))
+    ids = torch.tensor([[pad] * start + list(prompt)])
+    return {TOKENS: ids, POSITIONS: _positions(torch.arange(bucket), start, places), MASK: _additive(seen)}
+
+
+def step_inputs(token: int, start: int, filled: int, capacity: int, *, places: bool = True) -> dict[str, Tensor]:
+    """Make a decoder's inputs of the next token.
+
+    start: the place of the text's first token. filled: the rows that are kept so far, of ``capacity``.
+    """
+    columns = torch.arange(capacity + 1)[None]
+    seen = ((columns >= start) & (columns < filled)) | (columns == capacity)
+    position = _positions(torch.tensor([filled]), start, places)
+    return {TOKENS: torch.tensor([[token]]), POSITIONS: position, MASK: _additive(seen)}
+
+
+def _positions(places: Tensor, start: int, public: bool) -> Tensor:
+    return (places if public else (places - start).clamp(min=0))[None]
+
+
+def _additive(seen: Tensor) -> Tensor:
+    return torch.where(seen, 0.0, MASKED)[None, None]
+
+
+def looks_positions_up(model: nn.Module) -> bool:
+    """True if a model has a table of positions, so that the text's own positions matter, not differences of places."""
+    configuration: Any = getattr(model, "config", None)
+    return not (getattr(configuration, "rope_parameters", None) or getattr(configuration, "rope_theta", None))
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Return the number of tokens that a model knows."""
+    found: Any = model
+    return int(found.get_input_embeddings().weight.shape[0])
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """Return the most tokens that a model can attend to; None if its configuration names no number."""
+    configuration: Any = getattr(model, "config", None)
+    named = [getattr(configuration, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((number for number in named if isinstance(number, int)), default=None)

@@ -1,0 +1,73 @@
+"""Operations of decoders that generate text: keys and values that later steps read, and the last token of a text.
+
+``torch.export`` keeps both whole. ``rows`` is the number of earlier rows that a step reads; a prefill has none. So the
+graphs of a prefill and of a step have the same operations, and the ranges of one are those of the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secure.capture.builder import Builder, Value
+from secure.capture.graph import Node
+from secure.capture.operation import operation
+from secure.lowering.lower import Lowering
+from secure.lowering.trace import Symbol
+
+
+@torch.library.custom_op("unseen::keep", mutates_args=())
+def keep_operation(x: Tensor, name: str, rows: int) -> Tensor:
+    """Put ``rows`` rows of zeros before those of x, in place of the rows that earlier queries kept as ``name``."""
+    return F.pad(x, (0, 0, rows, 0)) if rows else x.clone()
+
+
+@keep_operation.register_fake
+def _(x: Tensor, name: str, rows: int) -> Tensor:
+    return x.new_empty((*x.shape[:-2], rows + x.shape[-2], x.shape[-1]))
+
+
+@torch.library.custom_op("unseen::last_row", mutates_args=())
+def last_row_operation(x: Tensor) -> Tensor:
+    """Take the last row, as (..., 1, width)."""
+    return x[..., -1:, :].clone()
+
+
+@last_row_operation.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-2], 1, x.shape[-1]))
+
+
+@operation("keep")
+def keep(x: Tensor, /, *, name: str, rows: int) -> Tensor:
+    """Put the rows of earlier queries, here zeros, before those of x, which are kept for later ones."""
+    return F.pad(x, (0, 0, rows, 0))
+
+
+@keep.aten("keep.default", namespace="unseen", structural=True)
+def _(b: Builder, x: Value, name: str, rows: int) -> Value:
+    return b.shared("keep", x, name=name, rows=rows)
+
+
+@keep.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    return to.symbol(node.inputs[0]).keep(str(node.attrs["name"]), int(node.attrs["rows"]))
+
+
+@operation("last_row", moves=True)
+def last_row(x: Tensor, /) -> Tensor:
+    """Take the last row of each matrix."""
+    return x[..., -1:, :]
+
+
+@last_row.aten("last_row.default", namespace="unseen", structural=True)
+def _(b: Builder, x: Value) -> Value:
+    return b.shared("last_row", x)
+
+
+@last_row.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x = to.symbol(node.inputs[0])
+    rank = len(x.shape)
+    return x.slice(rank - 2, x.shape[-2] - 1, x.shape[-2])
