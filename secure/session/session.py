@@ -551,6 +551,7 @@ class Session:
         self._last, self.report = link, replace(report, length=size.length)
         self.reports.append(self.report)
         del self.reports[:-REPORTS]
+        link.program.check_results(results)
         return int(only(link.program.decode(results)))
 
     def close(self) -> None:
