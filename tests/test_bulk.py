@@ -40,6 +40,7 @@ from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions
 from secure.errors import EmptyInput, Error, InputTooLong, InvalidInput, PeerLost
 from secure.models import tokens
+from secure.models.prompts import prompts_from
 from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
 from secure.models.tokens import LONG, PIECES, TextTokenizer, tokenize
@@ -619,6 +620,7 @@ class FakeSession:
 
     program = SimpleNamespace(digest="d" * 64, output_shapes={"y": (2, WIDTH)})
     link = SimpleNamespace(model="m")
+    prompts = prompts_from({})
     sizes = ()
     window = 4
 

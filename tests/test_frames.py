@@ -134,9 +134,19 @@ def test_a_consumer_that_does_not_take_the_next_message_is_guarded() -> None:
     watch.stop()
 
 
+OTHERS = set[threading.Thread]()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Note the threads that other tests of this process left."""
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
+
+
 def wait_for_watchdogs() -> None:
     end = time.monotonic() + 5
-    while any(t.name == "unseen-watchdog" for t in threading.enumerate()):
+    while any(t.name == "unseen-watchdog" for t in {*threading.enumerate()} - OTHERS):
         assert time.monotonic() < end, "a watchdog's thread goes on"
         time.sleep(0.01)
 

@@ -454,7 +454,7 @@ def at(server: Served, dealer: Served) -> list[str]:
 def test_embed_writes_traces_and_a_table(run: Run, server: Served, dealer: Served, tmp_path: Path) -> None:
     directory = tmp_path / "new" / "traces"
     ended = run("embed", TEXT, WORDS[1], *at(server, dealer), "--trace", str(directory))
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err.replace("unseen embed: asking ...\n", "")) == (0, "")  # which a busy machine sees
     first, second = sorted(directory.iterdir())
     for query, path in enumerate((first, second)):
         assert read(path).head.query == query
@@ -557,7 +557,7 @@ def test_timeline_merges(run: Run, queries: Queries, tmp_path: Path) -> None:
     client, server = map(str, pair(queries))
     both = tmp_path / "both.json"
     ended = run("timeline", client, server, "--output", str(both))
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err.replace("unseen embed: asking ...\n", "")) == (0, "")  # which a busy machine sees
     assert f"equal bytes in every round: {both}" in ended.out
     assert {e["ph"] for e in document(both)["traceEvents"]} == {"M", "X", "s", "f"}
     ended = run("timeline", client, server, "--output", str(tmp_path / "nowhere" / "both.json"))
@@ -581,7 +581,7 @@ def test_a_failed_query_leaves_the_traces_before_it(
     monkeypatch.setattr(TwoPartyLink, "ask", failing)
     ended = run("embed", TEXT, TEXT, *at(server, dealer), "--trace", str(tmp_path / "traces"))
     assert ended.code == 1
-    assert ended.err.strip() == "unseen: error: text 2 of 2: it broke"
+    assert ended.err.strip().endswith("unseen: error: text 2 of 2: it broke")
     assert "embedding (32 numbers)" in ended.out
     assert len(list((tmp_path / "traces").iterdir())) == 1
 

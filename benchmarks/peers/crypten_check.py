@@ -175,7 +175,10 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "maximum": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "bounded": lambda c, p, w, x: x,
     "take": lambda c, p, w, x: taken(c, x, p.attrs),
-    **{name: absent(name) for name in ("patches", "perturbed", "real", "top_indices", "top_values")},
+    **{
+        name: absent(name)
+        for name in ("keep", "mul_public", "patches", "perturbed", "real", "top_indices", "top_values")
+    },
 }
 
 

@@ -225,7 +225,7 @@ class Program:
 
     def _shown(self, results: Sequence[Tensor]) -> Iterator[tuple[Output, Tensor, int]]:
         """Yield each output with its residues and the bits of their ring."""
-        for o, result in zip(self.outputs, results, strict=self.watched is None):
+        for o, result in zip(self.outputs, results[: len(results) - bool(self.watched)], strict=True):
             yield o, result, self.circuit[o.instruction].protocol.out.bits
 
     # encoding
