@@ -158,6 +158,18 @@ def export_weights(file: Path) -> Path:
 # both
 
 
+def kept(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results with those of other works that the file holds; a work that is not of this run says its date."""
+    if not RESULTS.is_file():
+        return results
+    before = json.loads(RESULTS.read_text())
+    ours = {name: {"date": before["machine"]["date"], **row} for name, row in before["ours"].items()}
+    peers = dict(before["peers"])
+    for peer, report in results["peers"].items():
+        peers[peer] = {**report, "work": {**peers.get(peer, {}).get("work", {}), **report["work"]}}
+    return {**results, "ours": {**ours, **results["ours"]}, "peers": peers}
+
+
 def run(names: list[str], runs: int, peers: list[Peer], weights: Path | None, write: bool) -> dict[str, Any]:
     """Measure, and keep what there is after every work."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -175,7 +187,7 @@ def run(names: list[str], runs: int, peers: list[Peer], weights: Path | None, wr
             add_peers(results, peers, same, runs, weights)
         if write:
             RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            RESULTS.write_text(json.dumps(kept(results), indent=2) + "\n")
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,16 @@ def test_a_modulus_without_room_for_the_flooding_is_refused() -> None:
     with pytest.raises(ValueError, match="take a larger modulus"):
         replace(narrow, hiding=61).flood(1536)
     assert narrow.flood(1536) + 2 <= narrow.modulus - narrow.ring
+
+
+def test_results_of_other_works_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results(date: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        return {"machine": {"date": date}, "ours": ours, "peers": {"peer": {"version": date, "work": theirs}}}
+
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "suite.json")
+    first = results("monday", {"a": {"rounds": 1}, "b": {"rounds": 2}}, {"a": {"s": 1}})
+    assert suite.kept(first) == first
+    suite.RESULTS.write_text(json.dumps(first))
+    found = suite.kept(results("friday", {"b": {"rounds": 3}}, {"b": {"s": 2}}))
+    assert found["ours"] == {"a": {"date": "monday", "rounds": 1}, "b": {"rounds": 3}}
+    assert found["peers"] == {"peer": {"version": "friday", "work": {"a": {"s": 1}, "b": {"s": 2}}}}
