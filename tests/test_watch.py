@@ -166,6 +166,57 @@ def test_constant_rows_are_no_alarm() -> None:
         process.query({"input": samples[1]["input"] * torch.tensor([[1.0], [0.01]])})
 
 
+@pytest.mark.parametrize("width", [48, 384])
+def test_the_root_of_a_constant_row_is_no_alarm(width: int) -> None:
+    """It is an entry of a table that means nothing, so that a check of it would fail by chance: asked twenty times."""
+    model = nn.LayerNorm(width).eval().requires_grad_(False)
+    samples = [{"input": torch.randn(2, width, generator=torch.Generator().manual_seed(s))} for s in range(12)]
+    samples[0]["input"][1] = 0
+    process = secure.insecure_in_process(secure.compile(model, samples[0], calibration=samples[1:]))
+    for given in (samples[0], {"input": torch.zeros(2, width)}):
+        for _ in range(20):
+            assert float((process.query(given) - model(**given)).abs().max()) < 5e-3
+
+
+def test_norms_of_rows_that_grow_though_their_entries_do_not() -> None:
+    """Calibrated on rows of one large entry, asked with flat ones: up to three times the limit all are noticed."""
+    model = Grown(lambda x: F.normalize(x, dim=-1)).eval().requires_grad_(False)
+    spiky = [{"x": (torch.eye(WIDTH)[i % WIDTH :][:1].expand(4, WIDTH) @ model.first.weight)[None]} for i in range(16)]
+    process = secure.insecure_in_process(unclamped(secure.compile(model, spiky[0], calibration=spiky[1:])))
+    flat, noticed = (torch.ones(4, WIDTH) / WIDTH**0.5 @ model.first.weight)[None], 0
+    for size in np.sqrt(np.linspace(0.6, 11.5, 40)):  # squares to 2.9 times the limit of 4
+        given = {"x": flat * float(size)}
+        try:
+            assert float((process.query(given) - model(**given)).abs().max()) < 1e-2, size
+        except OutOfRange:
+            noticed += 1
+    assert noticed > 20
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=["two-party", "three-party"])
+@pytest.mark.parametrize("top", [4.0, 10.0, 13.3])
+def test_scores_beyond_the_window_are_noticed(top: float, deployment: secure.Deployment) -> None:
+    """A large score among others: what passes is counted, and what is too large does not look small."""
+    model = Grown(lambda x: F.softmax(x, -1)).eval().requires_grad_(False)
+
+    def given(largest: float, seed: int) -> dict[str, Tensor]:
+        scores = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1) - top
+        scores[:, seed % WIDTH] = largest
+        return {"x": (scores @ model.first.weight)[None]}
+
+    made = secure.compile(
+        model, given(top, 0), calibration=[given(top, s) for s in range(1, 20)], deployment=deployment
+    )
+    process, noticed = secure.insecure_in_process(unclamped(made)), 0
+    for step, largest in enumerate(np.linspace(top, 5.5 * top, 50)):
+        x = given(float(largest), step)
+        try:
+            assert float((process.query(x) - model(**x)).abs().max()) < 5e-3, largest
+        except OutOfRange:
+            noticed += 1
+    assert noticed > 15
+
+
 def test_an_unchecked_model_says_so_and_is_cheaper() -> None:
     torch.manual_seed(0)
     model = Grown(F.gelu).eval().requires_grad_(False)

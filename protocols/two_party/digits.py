@@ -122,9 +122,8 @@ class DigitIn(Protocol):
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
-        return bits.pack((((self._top(x) - self.first) % self._digits) < self.count).to(torch.int64)).reshape(
-            self.out.shape
-        )
+        inside = (self._top(x) - self.first) % self._digits < self.count
+        return bits.pack(inside.to(torch.int64)).reshape(self.out.shape)
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=count(self.shape) * -(-self._digits // 8))

@@ -23,8 +23,8 @@ bound of its derivatives is at hand, so ``smallest`` measures the error of each 
 The T_j must be the *same integers* at both parties: their shares are uniform, so a difference of one unit would make
 the sum random. Hence they come from integer arithmetic alone. The coefficients are the dealer's, who may use floats.
 Seen by the server: its corrections of the coefficients, masked by the client's shares. Nothing is sent otherwise, and
-both parties know z from the opening. A value outside of [low, high] gives a wrong result, which checks
-of x notice.
+both parties know z from the opening. A value outside of [low, high] gives a wrong result, which checks of x
+notice.
 """
 
 from __future__ import annotations

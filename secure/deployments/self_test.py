@@ -23,8 +23,8 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: float = ACCEPT) -> Com
     It runs on inputs that calibrated nothing, one at the full length of each size and the others at the greatest, with
     the deployment's own plain arithmetic. The compiled model comes back with a line about the lowest cosine. Models
     without such inputs, and deployments without such arithmetic, come back as they are. Raises InvalidInput below
-    ``accept``, for answers that are not finite, and if half of the inputs leave the ranges of calibration; of fewer,
-    the line tells.
+    ``accept``, for answers that are not finite, and if more inputs leave the ranges of calibration than do not; of
+    fewer, the line tells.
     """
     if loaded.held_out is None:
         return compiled
@@ -42,7 +42,7 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: float = ACCEPT) -> Com
             except InvalidInput:
                 continue  # no plain arithmetic, or an input that clients refuse, which is no wrong answer
             except OutOfRange as error:
-                left.append(error)
+                left += [error] * len(chosen)
                 continue
             lowest, tested = min(lowest, _cosine(found, loaded.module, inputs)), tested + len(chosen)
             if not lowest >= accept:
@@ -52,7 +52,11 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: float = ACCEPT) -> Com
                     "more fraction bits (--fraction-bits), or texts of your own in --calibration; "
                     "--accept-cosine lowers the bar",
                 )
-    said = f"{len(left)} inputs left the ranges of calibration: {str(left[0]).partition(',')[0]}" if left else ""
+    said = (
+        f"{len(left)} of {len(left) + tested} inputs left the ranges of calibration: {str(left[0]).partition(',')[0]}"
+        if left
+        else ""
+    )
     if len(left) > tested:
         raise InvalidInput(
             f"the self-test: {said}", "texts of your own in --calibration, or inputs like those of clients"

@@ -64,9 +64,8 @@ _AS_IT_IS = ("plain", "public")
 
 def clear_value(spec: ClientInput, value: Tensor) -> Tensor:
     """Return an output of the client's graph as ``encode_input`` takes it: float64, or integers that are looked up."""
-    return (
-        value.to(torch.float64) if spec.encoding in _AS_IT_IS else value
-    )  # subnormal float32 would be slower to encode
+    # subnormal float32 would be slower to encode
+    return value.to(torch.float64) if spec.encoding in _AS_IT_IS else value
 
 
 def encode_input(spec: ClientInput, value: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

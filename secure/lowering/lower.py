@@ -223,8 +223,7 @@ class Lowering:
         """Return the input of the circuit that the client makes from node ``i`` of its graph.
 
         The node enters as it is ("plain"; "public": not even masked), as "one-hot" rows, or as rows of a table
-        ("client-table"). reach: clamps an
-        additive mask from below at -reach; each reach makes an input of its own.
+        ("client-table"). reach: clamps an additive mask from below at -reach; each reach makes an input of its own.
         """
         key = (i, encoding, f"{reach:g}" if table is None else table.name)
         if key not in self._client_inputs:

@@ -318,9 +318,7 @@ class _ProgramForm:
     ]  # kind, fields, inputs, path
     paths: Annotated[list[Name], FailFast(), Field(max_length=MAXIMUM_INSTRUCTIONS)]
     outputs: Annotated[list[tuple[Name, Whole, Bits]], FailFast()]
-    watched: (
-        tuple[Whole, Annotated[tuple[Name, ...], FailFast(), Field(min_length=1, max_length=MAXIMUM_PLACES)]] | None
-    )
+    watched: tuple[Whole, Places] | None
     fixed: dict[str, Whole]
     client_graph: str
     client_inputs: Annotated[tuple[ClientInput, ...], FailFast(), Field(max_length=MAXIMUM_INPUTS)]

@@ -92,9 +92,19 @@ def _window(plan: Plan, bound: int) -> _Window:
             f"{2.0 ** (shift + DIGIT_BITS - SCORE_FRACTION):g}\n"
             "hint: narrower calibration inputs; masks of the client's are clamped, others count as scores"
         )
-    _, coarser, below, blocks = min(ways(1 << (ring - shift), bins))
-    counted = below << coarser if blocks > 1 else bins  # every bin of the digits that count
-    window = _Window(ring, shift, counted, round(start * 2**SCORE_FRACTION), coarser, below, blocks)
+    found = []
+    for _, coarser, below, blocks in sorted(ways(1 << (ring - shift), bins)):
+        counted = below << coarser if blocks > 1 else bins  # every bin of the digits that count
+        window = _Window(ring, shift, counted, round(start * 2**SCORE_FRACTION), coarser, below, blocks)
+        _, number = _passing(low, window)
+        if number < 1 << (ring - shift - coarser):  # or nothing would tell the largest scores from the smallest
+            found.append(window)
+    if not found:
+        raise DoesNotFit(
+            f"{p.where}: the scores of a softmax reach from {low:.4g} to {high:.4g}, the largest of a row from "
+            f"{lowest:.4g} to {highest:.4g}, and no digits tell them apart\nhint: narrower calibration inputs"
+        )
+    window = found[0]
     rows = _rows(plan.trace.primitives[x].shape)
     halved = (replace(window, halves=n) for n in range(rows[-1].bit_length()))
     return min(halved, key=lambda each: _price(rows, each, plan.prices))
@@ -206,10 +216,13 @@ def _watch(e: Emitter, x: int, at: int, rows: Shape, w: _Window) -> None:
 
     A row that lies below the window as a whole shows in the sum of its exponentials: its reciprocal checks it.
     """
-    low, _ = e.plan.ranges.span(x)
-    shift = w.shift + w.coarser
-    first = min(0, (math.floor(low * ROUNDED * 2**SCORE_FRACTION) - w.start) >> shift)
-    e.watch.digits(at, rows, w.ring, shift, first, -(-w.bins >> w.coarser) - first)
+    e.watch.digits(at, rows, w.ring, w.shift + w.coarser, *_passing(e.plan.ranges.span(x)[0], w))
+
+
+def _passing(low: float, w: _Window) -> tuple[int, int]:
+    """Return the first coarse digit of scores down to ``low``, and how many digits there are up to the last bin."""
+    first = min(0, (math.floor(low * ROUNDED * 2**SCORE_FRACTION) - w.start) >> (w.shift + w.coarser))
+    return first, (w.bins >> w.coarser) - first
 
 
 def _filled(e: Emitter, counts: int, shape: Shape, most: int, ring: int, unit: int) -> int:

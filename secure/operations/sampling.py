@@ -29,8 +29,8 @@ def sample(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
 
     temperature: a number is a public part of the Program, zero for the arg-max itself. A tensor, which expands to the
     shape of the result, is the client's input, or computed of inputs, and as secret: the client may choose another one
-    in every query, and only it knows which. Give calibration inputs with the greatest that clients may choose: a client
-    cuts greater ones to the range of the Program, as it does with every input.
+    in every query, and only it knows which. Give calibration inputs with the greatest that clients may choose: greater
+    ones are OutOfRange, or cut to the range of a Program that is unchecked, as every input is.
 
     Raises InvalidInput for a number below zero or not finite.
     """

@@ -33,8 +33,7 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
     """Choose the sizes for a prompt, and for ``count`` tokens that are written.
 
     What is wrong with the prompt itself is returned, and its query takes place; a prompt that is too long takes the
-    greatest size. Raises InvalidInput for a model that generates no text, and for more
-    tokens than there is room for.
+    greatest size. Raises InvalidInput for a model that generates no text, and for more tokens than there is room for.
     """
     if labels.get(TASK) != GENERATE:
         raise InvalidInput("this session's model generates no text", "compile a decoder with secure.compile_generator")

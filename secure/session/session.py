@@ -528,8 +528,10 @@ class Session:
             failed = sizes.error or (values if isinstance(values, Error) else None)
             self._wait(began)
             token = self._next(link, conversation, program.dummy_values() if failed else values, sizes.prompt)
-        if failed is not None:
+        if failed is not None:  # what the checks say of zeros is no matter
             raise failed
+        if isinstance(token, Error):
+            raise token
         yield token
         for filled in range(sizes.prompt.length, sizes.prompt.length + count - 1):
             if token in stop:
@@ -541,18 +543,22 @@ class Session:
                 if isinstance(values, Error):  # of a token that the servers gave
                     raise values
                 token = self._next(link, conversation, values, sizes.step)
+            if isinstance(token, Error):
+                raise token
             yield token
 
-    def _next(self, link: Link, conversation: Any, values: Any, size: Offer) -> int:
-        """Run one query of a conversation, and return the token that it reveals."""
+    def _next(self, link: Link, conversation: Any, values: Any, size: Offer) -> int | Error:
+        """Run one query of a conversation; return the token that it reveals, or why it is not to be trusted."""
         encoded = link.program.encode(values, link.tables)
         number, self._asked = self._asked, self._asked + 1
         results, report = link.go_on(conversation, encoded, number)
         self._last, self.report = link, replace(report, length=size.length)
         self.reports.append(self.report)
         del self.reports[:-REPORTS]
-        link.program.check_results(results)
-        return int(only(link.program.decode(results)))
+        wrong, decoded = (_tried(partial(each, results)) for each in (link.program.check_results, link.program.decode))
+        if isinstance(wrong, Error) or isinstance(decoded, Error):
+            return wrong or decoded
+        return int(only(decoded))
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
