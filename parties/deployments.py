@@ -33,9 +33,9 @@ from protocols import warm
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment, Role
 from secure.errors import InvalidInput
+from secure.lowering.client_inputs import GENERATE, TASK
 from secure.mpc.budget import Budget
 from secure.progress import Told, silent
-from secure.session.generation import refuse_generator
 from secure.session.link import Link
 from secure.session.session import PACE, Session, check_options
 
@@ -145,6 +145,8 @@ def connect(
     link = found.connect(deployment, options)
 
     def open(digest: str) -> Link:
+        if link.program.labels.get(TASK) == GENERATE:  # a text goes through several Programs, in one session
+            return link.beside(digest)
         return found.connect(deployment, replace(options, program_digest=digest, model=link.model, told=None))
 
     offers = () if program_digest else link.offers
@@ -179,8 +181,6 @@ def serve(
     if isinstance(held, Compiled):
         held = [held]
     if isinstance(held, list | tuple):
-        for each in held:
-            refuse_generator(each.program.labels)
         deployment = _together(held)
     if deployment is None:
         raise InvalidInput("serve does not know which deployment", "give deployment=secure.TwoParty(), or another")

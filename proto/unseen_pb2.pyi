@@ -200,14 +200,26 @@ class JoinReply(_message.Message):
     def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class DealRequest(_message.Message):
-    __slots__ = ("session", "query", "proof")
+    __slots__ = ("session", "query", "proof", "place")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     query: int
     proof: bytes
-    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    place: Place
+    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("program_digest", "first", "rows")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    first: int
+    rows: int
+    def __init__(self, program_digest: _Optional[str] = ..., first: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class StockRequest(_message.Message):
     __slots__ = ("program_digest", "weights_digest", "sealed", "proof")
@@ -292,10 +304,12 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., program_digest: _Optional[str] = ..., fixed_point: _Optional[str] = ..., weights_digest: _Optional[str] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class Prepare(_message.Message):
-    __slots__ = ("query",)
+    __slots__ = ("query", "place")
     QUERY_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     query: int
-    def __init__(self, query: _Optional[int] = ...) -> None: ...
+    place: Place
+    def __init__(self, query: _Optional[int] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
 
 class Query(_message.Message):
     __slots__ = ("query",)

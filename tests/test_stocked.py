@@ -632,9 +632,9 @@ def test_a_server_without_a_store_assigns_nothing(
 
     real = server_module._Session._prepare
 
-    def lying(self: Any, query: int, whole: bool) -> Iterator[pb.ServerMessage]:
+    def lying(self: Any, query: int, *about: Any, **options: Any) -> Iterator[pb.ServerMessage]:
         yield pb.ServerMessage(assigned=pb.Assigned(query=query))
-        yield from real(self, query, whole)
+        yield from real(self, query, *about, **options)
 
     monkeypatch.setattr(server_module._Session, "_prepare", lying)
     wrong = pytest.raises(ProtocolError, match="'assigned' where 'prepared' was expected")

@@ -44,7 +44,7 @@ class Grant:
 class PreparedMemory:
     """A budget of ``total`` bytes, of which a caller with a name gets at most the part 1 / PART.
 
-    what, hint: the kind of bytes, and what gives a server more of them, for messages.
+    what, hint: the kind of bytes, and what gives a server more of them, for messages. who: whose they are.
 
     The order is that of need: first who has the least queries in memory already, then who has waited longest. A session
     that was told to come back keeps its time of waiting, but nobody waits for it while it is away. One whose client
@@ -54,8 +54,8 @@ class PreparedMemory:
     queries that one may prepare bounds each.
     """
 
-    def __init__(self, total: int, what: str = "memory", hint: str = "--memory") -> None:
-        self.total, self._what, self._hint = total, what, hint
+    def __init__(self, total: int, what: str = "memory", hint: str = "--memory", who: str = "the server") -> None:
+        self.total, self._what, self._hint, self._who = total, what, hint, who
         self._free, self._numbers = threading.Condition(), count()
         self._grants: list[Grant] = []
         self._came: dict[Seat, int] = {}  # when sessions that wait, or were told to come back, asked first
@@ -145,7 +145,7 @@ class PreparedMemory:
     def _busy(self, size: int) -> Busy:
         after = min(max(self._kept, SOON), LATE)
         return Busy(
-            f"the server has no {self._what} for another query at this moment ({size / GB:.3g} GB; "
+            f"{self._who} has no {self._what} for another query at this moment ({size / GB:.3g} GB; "
             f"{self.used / GB:.3g} of {self.total / GB:.3g} GB are taken)",
             f"ask again later; the server's owner may give it more: {self._hint}",
             after=after,

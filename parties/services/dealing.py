@@ -10,8 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from protocols.circuit import deal
 from protocols.prg import Key
+from protocols.two_party import KeptRows
 from protocols.weights import DealerWeights
 from secure.mpc.program import Program
 
@@ -33,9 +36,16 @@ class DealtModel:
         shapes = program.weight_shapes
         return cls(program, mask, beside.weights.beside(shapes) if beside else DealerWeights(mask, shapes))
 
-    def corrections(self, server: Key, client: Key) -> Iterator[memoryview]:
-        """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``."""
-        return (payload for _, payload in deal(self.program.circuit, server, client, self.weights))
+    def corrections(self, server: Key, client: Key, kept: KeptRows | None = None) -> Iterator[memoryview]:
+        """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``.
+
+        kept: the masks of what earlier queries kept, to which those of this one are added at the end.
+        """
+        given, masks = kept.given(self.program.circuit) if kept else {}, dict[str, Tensor]()
+        for _, payload in deal(self.program.circuit, server, client, self.weights, given, masks):
+            yield payload
+        if kept is not None:
+            kept.append(masks)
 
 
 class Dealing(ABC):

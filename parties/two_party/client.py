@@ -24,8 +24,9 @@ from parties.net.calls import failed, named_refusal, refusal
 from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
-from parties.served.described import ConnectOptions, ask_description, read_description
+from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
+from parties.two_party.conversations import Conversation, Conversations, Place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from proto import unseen_pb2 as pb
@@ -39,7 +40,7 @@ from secure.cost.timeline import Recorder, Timeline
 from secure.cost.traffic import OFFLINE, Traffic, links
 from secure.deployments.two_party import CLIENT as CLIENT_ROLE
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
-from secure.errors import Busy, DealerError, PeerLost, ProtocolError, QueryError
+from secure.errors import Busy, DealerError, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.program import Program
 from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
@@ -62,9 +63,38 @@ def _weights(program: Program, payload: bytes | None) -> ClientWeights:
     return _HELD.setdefault((hashlib.sha256(payload or b"").digest(), *sorted(shapes.items())), ClientWeights(tensors))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a query computes. rows: those that it reads of a conversation, which the query ``first`` began.
+
+    0 rows: it begins one itself. None: it stands for itself.
+    """
+
+    program: Program
+    rows: int | None = None
+    first: int = 0
+
+    def place(self, query: int) -> Place | None:
+        """Return the place of the query of this number."""
+        if self.rows is None:
+            return None
+        return Place(self.program.digest, self.first if self.rows else query, self.rows)
+
+    def same(self, other: _Wanted) -> bool:
+        return self.place(0) == other.place(0) and self.program.digest == other.program.digest
+
+
+@dataclass(eq=False)
+class _Text:
+    """A conversation of this client, which has a number once its first query has one."""
+
+    conversation: Conversation | None = None
+
+
 @dataclass(frozen=True, repr=False)  # holds masks
 class _Ready:
     query: int
+    wanted: _Wanted
     correlations: Correlations
     seconds: float
     client_seconds: float
@@ -80,6 +110,7 @@ class _Coming:
     """
 
     query: int
+    wanted: _Wanted
     own: Key
     key: Future[Key]
     start: float
@@ -95,6 +126,7 @@ class TwoPartyLink(Link):
         self._deadline, self._next_query, self._ready = options.deadline, 0, list[_Ready]()
         self._coming: _Coming | None = None  # a query that is prepared while another runs
         self._stored = False  # the server has a store
+        self._conversations, self._options, self._with = Conversations(), options, deployment
         self._beside = ThreadPoolExecutor(1, "beside")
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._open = stack
@@ -223,36 +255,53 @@ class TwoPartyLink(Link):
         Raises QueryError if MAXIMUM_PREPARED queries are prepared already; PeerLost, ProtocolError; Busy, after which
         it can be called again.
         """
+        self._prepare(self.program)
+
+    def _prepare(self, program: Program) -> None:
+        """Prepare a query of this link's Program, or the first of a text with one of a link beside."""
         if self.ready >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
+        wanted = _Wanted(program, 0 if program.keeps else None)
         with self._in_session():
+            self._leave(wanted)
             if self._coming is None or self._coming.asked:
                 self._come()
-                self._begin()
+                self._begin(wanted)
             self._come()
 
-    def _begin(self) -> None:
+    def _leave(self, wanted: _Wanted) -> None:
+        """Leave a query that a busy server put off, if another one is wanted now."""
+        if (coming := self._coming) is not None and not coming.asked and not coming.wanted.same(wanted):
+            coming.key.cancel()
+            self._coming = None
+
+    def _begin(self, wanted: _Wanted) -> None:
         """Ask for the next query's corrections, and compute this side's share of layers in a thread beside.
 
         A query for which a busy server had no room is asked for again instead. A server without a store has it dealt
         under this session's key, so the thread begins at once.
         """
         if self._coming is not None:
-            self._send(prepare=pb.Prepare(query=self._coming.query))
+            self._ask_for(self._coming.query, self._coming.wanted)
             self._coming = replace(self._coming, asked=True)
             return
         number, self._next_query = self._next_query, self._next_query + 1
-        own, key, start = self._keys.key(number), Future[Key](), time.perf_counter()
-        self._send(prepare=pb.Prepare(query=number))
+        own, key = self._keys.key(number, *wanted.place(number) or ()), Future[Key]()
+        start = time.perf_counter()
+        self._ask_for(number, wanted)
         if not self._stored:
             key.set_result(own)
 
         def work() -> tuple[Correlations, float]:
             correlations, began = Correlations(CLIENT, key.result()), time.perf_counter()
-            prepare(self.program.circuit, correlations, self._weights)
+            prepare(wanted.program.circuit, correlations, self._weights)
             return correlations, time.perf_counter() - began
 
-        self._coming = _Coming(number, own, key, start, self._beside.submit(work))
+        self._coming = _Coming(number, wanted, own, key, start, self._beside.submit(work))
+
+    def _ask_for(self, number: int, wanted: _Wanted) -> None:
+        place = wanted.place(number)
+        self._send(prepare=pb.Prepare(query=number, place=place and place.message()))
 
     def _assigned(self, coming: _Coming, message: pb.Assigned) -> None:
         """Take up the key under which a query is dealt: this session's, or that of an entry, which the dealer sealed.
@@ -273,7 +322,7 @@ class TwoPartyLink(Link):
         if self._coming is None:
             return
         if not self._coming.asked:
-            self._begin()
+            self._begin(self._coming.wanted)
         coming = self._coming
         number = coming.query
         if not coming.key.done():
@@ -283,18 +332,40 @@ class TwoPartyLink(Link):
         if answer.query != number:
             raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
         seconds, self._coming = time.perf_counter() - coming.start, None
-        self._ready.append(_Ready(number, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize()))
+        self._ready.append(
+            _Ready(number, coming.wanted, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize())
+        )
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
+        wanted = _Wanted(self.program)
+        return self._ask(wanted, values, wanted if ahead else None)
+
+    def _ask(
+        self,
+        wanted: _Wanted,
+        values: Mapping[str, Any],
+        following: _Wanted | None,
+        text: _Text | None = None,
+    ) -> tuple[Sequence[Tensor], Report]:
+        """Run a query. following: the next one, which is prepared meanwhile. text: that in which the query stands."""
+        program = wanted.program
         with self._in_session():
-            self._have_one()
+            self._have_one(wanted)
             ready = self._ready.pop(0)  # taken before the first message: a failed query never uses it again
+            place, conversation = wanted.place(ready.query), None
+            if text is not None and place is not None:
+                if text.conversation is None:
+                    text.conversation = self._conversations.begin(ready.query, program)
+                conversation = text.conversation
+                values = {**values, **conversation.at(place).given(program.circuit)}
             start = time.perf_counter()
             self._send(query=pb.Query(query=ready.query))
-            if ahead and not self._ready:
-                self._begin()
+            if following is not None and not self._ready:
+                self._begin(replace(following, first=conversation.first) if conversation else following)
             result, timeline = self._run(ready, values)
             self._expect("finished", "the end of the query")
+            if conversation is not None:
+                result = conversation.keep(program, result)
             online = time.perf_counter() - start
         self.timeline, cost = timeline, timeline.cost
         computed = ready.client_seconds + timeline.total.compute + timeline.total.wire
@@ -303,17 +374,23 @@ class TwoPartyLink(Link):
         report = Report(cost.rounds, moved, online, ready.seconds, computed, ready.dealer_seconds, ready.query)
         return result, report
 
-    def _have_one(self) -> None:
-        """Wait until a query is prepared, and for the answer to one that was asked for. Raises Busy."""
+    def _have_one(self, wanted: _Wanted) -> None:
+        """Wait until the query that is wanted is prepared, and for the answer to one that was asked for. Raises Busy.
+
+        Queries before it that were prepared for something else are left: their numbers are burnt with it.
+        """
         if self._coming is not None and self._coming.asked:
             try:
                 self._come()
             except Busy:
                 if not self._ready or not self._goes_on:
                     raise
+        self._leave(wanted)
+        while self._ready and not self._ready[0].wanted.same(wanted):
+            self._ready.pop(0)
         if not self._ready:
             if self._coming is None:
-                self._begin()
+                self._begin(wanted)
             self._come()
 
     @property
@@ -351,10 +428,10 @@ class TwoPartyLink(Link):
         self._call.cancel()
 
     def _run(self, ready: _Ready, values: Mapping[str, Tensor]) -> tuple[Sequence[Tensor], Timeline]:
-        program, recorder = self.program, Recorder("client")
+        program, recorder = ready.wanted.program, Recorder("client")
         step = execute(
             program.circuit,
-            program.revealed,
+            program.revealed if ready.wanted.rows is None else (*program.revealed, *program.keeps.values()),
             CLIENT,
             ready.correlations,
             self._weights,
@@ -364,7 +441,8 @@ class TwoPartyLink(Link):
 
         def receive(size: int) -> bytes:
             path = program.paths[recorder.waiting] or "the model's input"
-            return self._receive(size, path, len(recorder.timeline.rounds) + 1) if size else b""
+            which = f"round {len(recorder.timeline.rounds) + 1} of {program.cost.rounds}"
+            return self._receive(size, path, which) if size else b""
 
         recorder.start()
         frames = Framed(step, receive, recorder)
@@ -374,12 +452,10 @@ class TwoPartyLink(Link):
         recorder.stop()
         return frames.result, recorder.timeline
 
-    def _receive(self, size: int, path: str, rounds: int) -> bytes:
+    def _receive(self, size: int, path: str, which: str) -> bytes:
         reader = FrameReader(size)
         while True:
-            frame = self._expect(
-                "frame", f"its message of module '{path}' (round {rounds} of {self.program.cost.rounds})"
-            )
+            frame = self._expect("frame", f"its message of module '{path}' ({which})")
             try:
                 payload = reader.add(frame)
             except ValueError as error:
@@ -389,6 +465,61 @@ class TwoPartyLink(Link):
 
     def close(self) -> None:
         self._open.close()
+
+    # conversations
+
+    def converse(self, capacity: int) -> _Text:
+        return _Text()
+
+    def go_on(
+        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+    ) -> tuple[Sequence[Tensor], Report]:
+        return self._go_on(self.program, conversation, values, ahead)
+
+    def _go_on(
+        self, program: Program, text: _Text, values: Mapping[str, Any], ahead: Link | None
+    ) -> tuple[Sequence[Tensor], Report]:
+        rows, first = 0, 0
+        if (conversation := text.conversation) is not None:
+            rows, first = conversation.kept.filled, conversation.first
+            self._conversations.find(Place(program.digest, first, rows))
+        following = None if ahead is None else _Wanted(ahead.program, rows + program.kept_rows)
+        return self._ask(_Wanted(program, rows, first), values, following, text)
+
+    def beside(self, program_digest: str) -> Link:
+        options = replace(self._options, program_digest=program_digest, model=self.model, told=None)
+        description = ask_description(self._server, self._with, SERVER, options)
+        return _Beside(self, read_description(self._server, description, SERVER, options.budget.decode, options))
+
+
+class _Beside(Link):
+    """A link to another Program of the same model, whose queries run in the session of ``main``."""
+
+    def __init__(self, main: TwoPartyLink, found: Described[Program]) -> None:
+        if dict(found.program.weight_shapes) != dict(main.program.weight_shapes):
+            raise HandshakeError("the server's Programs of one model have other weights", "ask the server's owner")
+        self._main, self.deployment, self.model = main, main.deployment, main.model
+        self.program, self.once, self.offers = found.program, found.once, found.offers
+        self.tables, self.tokenizer = found.tables, found.tokenizer
+
+    def prepare(self) -> None:
+        self._main._prepare(self.program)
+
+    def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
+        raise QueryError("queries of this Program stand in conversations", "ask it to generate text")
+
+    def converse(self, capacity: int) -> _Text:
+        return self._main.converse(capacity)
+
+    def go_on(
+        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+    ) -> tuple[Sequence[Tensor], Report]:
+        found = self._main._go_on(self.program, conversation, values, ahead)
+        self.timeline = self._main.timeline
+        return found
+
+    def close(self) -> None:
+        pass
 
 
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)

@@ -17,10 +17,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import grpc
 
+from parties.limits.memory import PreparedMemory, memory_budget
 from parties.limits.quotas import PREPARATIONS, Spend, unlimited
 from parties.limits.seats import Seat, Seats
 from parties.limits.waiting import Places
@@ -32,6 +34,7 @@ from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.store.entries import ENTRY_BYTES, Store
 from parties.store.memory import MemoryStore
 from parties.two_party.assigned import MODEL_ENTRIES, ClientKeys
+from parties.two_party.conversations import Conversations, Place, check_place, require_no_place
 from parties.two_party.keys import (
     SESSION_BYTES,
     Ratchet,
@@ -94,6 +97,11 @@ class _DealtSession:
     client: Ratchet = field(repr=False)
     server: Ratchet | None = field(default=None, repr=False)
     proving: bytes = field(default=b"", repr=False)
+    conversations: Conversations = field(default_factory=Conversations, repr=False)
+    conversing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+
+_Keys = tuple[Key, Key]
 
 
 class DealerService(DealerServicer):
@@ -135,6 +143,8 @@ class DealerService(DealerServicer):
         self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         self._asked_at = -QUIET
         self.deals = Places(MAXIMUM_DEALS, CALLER_DEALS, "the dealer", "queries being dealt")
+        room = memory_budget(None)
+        self.kept = PreparedMemory(room, "memory for kept masks", "give its machine more", "the dealer")
         self.entries = ClientKeys(store or MemoryStore(), MAXIMUM_MODELS * MODEL_ENTRIES)
 
     def sweep(self) -> None:
@@ -279,6 +289,7 @@ class DealerService(DealerServicer):
             session.model.sessions -= 1
             if not session.model.sessions:
                 session.model.seat.rest(LEASE)
+        self.kept.leave(session.seat)
         self.sessions.give_back(session.seat)
         session.client.erase()
         if session.server is not None:
@@ -292,27 +303,58 @@ class DealerService(DealerServicer):
             with answering(context, log):
                 give_back = self.deals.take(caller(context))
                 try:
-                    yield from watch.sending(self._deal(request.session, request.query, request.proof))
+                    yield from watch.sending(self._deal(request))
                 finally:
                     give_back()
         finally:
             watch.stop()
 
-    def _deal(self, token: bytes, query: int, proof: bytes) -> Iterator[bytes]:
-        session = self._session(token)
-        if not hmac.compare_digest(deal_proof(_joined(session), token, query), proof):
+    def _deal(self, request: pb.DealRequest) -> Iterator[bytes]:
+        session, query, place = self._session(request.session), request.query, Place.of(request)
+        if not hmac.compare_digest(deal_proof(_joined(session), request.session, query, *place or ()), request.proof):
             raise QueryError("only the server that joined the session gets its corrections")
-        assert session.server is not None
         session.seat.work()
         self._asked_at = time.monotonic()
         try:
-            self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
-            server, client = session.server.key(query), session.client.key(query)
             start = time.perf_counter()
-            yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
+            if place is None:
+                require_no_place(session.model.program)
+                server, client = self._burn(session, query)
+                yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
+            else:
+                yield from to_chunks(self._conversed(session, query, place))
             log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
         finally:
             session.seat.rest(UNUSED)
+
+    def _burn(self, session: _DealtSession, query: int, *place: str | int) -> _Keys:
+        """Burn a query's number, and return the keys of server and client. Raises QueryError, QuotaError."""
+        assert session.server is not None
+        self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
+        return session.server.key(query, *place), session.client.key(query, *place)
+
+    def _conversed(self, session: _DealtSession, query: int, place: Place) -> Iterator[memoryview]:
+        """Yield the corrections of a query of a conversation, and keep the masks of its rows.
+
+        Nothing else of the query is kept: from the masks of rows nobody computes another mask.
+        """
+        with self._lock:
+            model = self._models.get((place.program_digest, session.model.weights_digest))
+        if model is None:
+            raise QueryError("a conversation needs another Program, which the dealer does not know", "connect again")
+        check_place(place, query, model.program)
+        if not session.conversing.acquire(blocking=False):
+            raise QueryError("the dealer deals one query of a session's conversations at a time")
+        try:
+            if place.begins:
+                grant = self.kept.take(session.seat, model.program.kept_bytes)
+                found = session.conversations.begin(place.first, model.program, partial(self.kept.give_back, grant))
+            else:
+                found = session.conversations.find(place)
+            kept = found.at(place)
+            yield from model.dealt.corrections(*self._burn(session, query, *place), kept)
+        finally:
+            session.conversing.release()
 
     # entries: queries that are dealt before a client comes
 

@@ -15,6 +15,7 @@ from parties.net.frames import chunk_data
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.served.files import state_directory
+from parties.two_party.conversations import Place
 from parties.two_party.keys import (
     assign_proof,
     close_proof,
@@ -143,12 +144,13 @@ class DealerPeer:
             proof = stub.Join(request, timeout=self._answering).proof
         self._check(proof, answer_proof(server_seed, sealed, session), "joining the client's session")
 
-    def deal(self, session: bytes, query: int, proving: bytes) -> Any:
+    def deal(self, session: bytes, query: int, proving: bytes, place: Place | None = None) -> Any:
         """Return the call that brings the corrections of a query; use it inside ``asking``.
 
-        proving: the session's ``proving_key``.
+        proving: the session's ``proving_key``. place: that of the query in a conversation, if it stands in one.
         """
-        request = pb.DealRequest(session=session, query=query, proof=deal_proof(proving, session, query))
+        proof = deal_proof(proving, session, query, *place or ())
+        request = pb.DealRequest(session=session, query=query, proof=proof, place=place and place.message())
         call = self._peer.channel.unary_stream(_DEAL, pb.DealRequest.SerializeToString, chunk_data)
         return call(request, timeout=DEALING)
 

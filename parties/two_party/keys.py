@@ -36,9 +36,9 @@ def session_label(session: bytes) -> str:
     return hashlib.sha256(session).hexdigest()[:16]
 
 
-def query_key(seed: bytes, party: str, session: bytes, program_digest: str, query: int) -> Key:
-    """Return the AES key of one party's streams in one query."""
-    return Key(derive_key(seed, "query", party, session.hex(), program_digest, query))
+def query_key(seed: bytes, party: str, session: bytes, program_digest: str, query: int, *place: str | int) -> Key:
+    """Return the AES key of one party's streams in one query. place: that in a conversation, if it stands in one."""
+    return Key(derive_key(seed, "query", party, session.hex(), program_digest, query, *place))
 
 
 def mask_key(seed: bytes, weights_digest: str) -> Key:
@@ -76,14 +76,17 @@ def proving_key(server_seed: bytes) -> bytes:
     return derive_key(server_seed, "deal")
 
 
-def deal_proof(key: bytes, session: bytes, query: int) -> bytes:
-    """Make the proof that the sender is the server that joined: nobody else may get the corrections."""
-    return hmac.digest(key, session + query.to_bytes(8, "big"), "sha256")
+def deal_proof(key: bytes, session: bytes, query: int, *place: str | int) -> bytes:
+    """Make the proof that the sender is the server that joined: nobody else may get the corrections.
+
+    place: that of the query in a conversation, if it stands in one.
+    """
+    return hmac.digest(key, transcript("deal", session, query, *place), "sha256")
 
 
 def close_proof(key: bytes, session: bytes) -> bytes:
     """Make the proof that the sender is the server that joined: nobody else may end the session."""
-    return hmac.digest(key, session + b"close", "sha256")
+    return hmac.digest(key, transcript("close", session), "sha256")
 
 
 # entries: queries that are dealt before a client comes
@@ -169,8 +172,12 @@ class Ratchet:
         self._burnt, self._next = Burnt(), 0
         self._lock = threading.Lock()
 
-    def key(self, query: int) -> Key:
-        """Burn a number and return its key. Numbers only go up, by MAXIMUM_SKIP + 1 at most. Raises QueryError."""
+    def key(self, query: int, *place: str | int) -> Key:
+        """Burn a number and return its key. Numbers only go up, by MAXIMUM_SKIP + 1 at most. Raises QueryError.
+
+        place: that of the query in a conversation, if it stands in one. Parties that do not agree about it, or about
+        the Program that the query computes, get keys of which no two belong together.
+        """
         with self._lock:
             if query > self._next + MAXIMUM_SKIP and query < MAXIMUM_QUERY:
                 raise QueryError(
@@ -181,7 +188,7 @@ class Ratchet:
             self._burnt.burn(query)
             while self._next < query:
                 self._step()
-            key = query_key(bytes(self._seed), *self._names, query)
+            key = query_key(bytes(self._seed), *self._names, query, *place)
             self._step()
             return key
 

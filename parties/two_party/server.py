@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import grpc
@@ -34,6 +36,7 @@ from parties.net.watchdog import Watchdog
 from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
+from parties.two_party.conversations import Conversation, Conversations, Place, check_place, require_no_place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
@@ -47,6 +50,8 @@ from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import CLIENT, TwoParty
 from secure.errors import Busy, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.mpc.budget import PARTS
+from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
@@ -131,7 +136,7 @@ class InferenceService(InferenceServicer):
         """Send a Program and the sealed mask seed to the dealer. Raises DealerError."""
         dealers_store = self.dealer.register(model.program, model.mask_seed)
         self._registered[model.program.digest, model.weights_digest] = model
-        if self.stocked is not None:
+        if self.stocked is not None and not model.program.keeps:  # masks of rows are kept for one conversation
             self.stocked.serve(model, dealers_store)
 
     def offer(self, program_digest: str, weights_digest: str) -> None:
@@ -169,6 +174,16 @@ class InferenceService(InferenceServicer):
             session.close()
 
 
+@dataclass(frozen=True, eq=False, repr=False)  # holds masks
+class _Prepared:
+    """A query whose correlations are there. conversation: that in which it stands, at ``place``."""
+
+    model: MaskedModel
+    correlations: Correlations
+    place: Place | None = None
+    conversation: Conversation | None = None
+
+
 class _Session:
     """One client's session on its stream."""
 
@@ -178,7 +193,8 @@ class _Session:
         self._service, self._requests = service, requests
         self._caller, self._context = caller(context), context
         self._who = str(self._caller)
-        self._prepared: dict[int, Correlations] = {}
+        self._prepared: dict[int, _Prepared] = {}
+        self._conversations = Conversations()
         self._grants: dict[int, list[tuple[PreparedMemory, Grant]]] = {}  # of what is prepared, and the query that runs
         self._burnt = Burnt()
         self._keys: Ratchet | None = None
@@ -195,6 +211,7 @@ class _Session:
         """End the session: forget its keys, have the dealer forget it, and give its place back."""
         self.watch.stop()
         self._prepared.clear()
+        self._conversations.clear()
         if self._seat is not None:
             for budget in (self._service.memory, self._service.disk):
                 budget.leave(self._seat)
@@ -238,7 +255,7 @@ class _Session:
             kind = message.WhichOneof("content")
             if kind == "prepare":
                 self._doing = f"preparing query {message.prepare.query}"
-                yield from self._admitted(message.prepare.query)
+                yield from self._admitted(message.prepare.query, Place.of(message.prepare))
             elif kind == "query":
                 self._doing = f"query {message.query.query}"
                 try:
@@ -296,7 +313,7 @@ class _Session:
             raise HandshakeError("the session does not begin with a handshake")
         hello = message.hello
         self._model = self._service.meant(hello.program_digest, hello.weights_digest)
-        program = self._program = self._model.program
+        program = self._model.program
         fixed = json.dumps(program.fixed.as_dict(), sort_keys=True)
         for what, theirs, ours in (
             ("version", str(hello.version), str(WIRE_VERSION)),
@@ -315,17 +332,19 @@ class _Session:
         self._id, self._proving = session, proving_key(seed)
         self._keys = Ratchet(seed, "server", session, program.digest)
 
-    def _admitted(self, query: int) -> Iterator[pb.ServerMessage]:
+    def _admitted(self, query: int, place: Place | None) -> Iterator[pb.ServerMessage]:
         """Prepare a query when there is memory for it, else say that the server is busy.
 
         In the latter case nothing has happened to the number: it is burnt neither here nor at the dealer.
         """
         assert self._seat is not None
+        model = self._beside(query, place)
         grants = list[tuple[PreparedMemory, Grant]]()
-        memory, spooled = self._service.memory, spooled_of(self._program)
-        wanted = [(memory, memory_of(self._program)), (self._service.disk, spooled)]
+        memory, spooled = self._service.memory, spooled_of(model.program)
+        kept = PARTS * model.program.kept_bytes if place is not None and place.begins else 0
+        wanted = [(memory, memory_of(model.program)), (self._service.disk, spooled), (memory, kept)]
         if spooled and (grant := memory.take_spare(self._seat, spooled)) is not None:
-            grants, wanted, spooled = [(memory, grant)], [], 0
+            grants, wanted, spooled = [(memory, grant)], [(memory, kept)], 0
         try:
             for budget, size in wanted:
                 if size:
@@ -336,11 +355,38 @@ class _Session:
             log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0])
             yield pb.ServerMessage(failure=failure(error, goes_on=True))
             return
+        conversation: Conversation | None = None
+        if place is not None:
+            self._make_room()
+            if place.begins:
+                end = partial(memory.give_back, grants.pop()[1])
+                conversation = self._conversations.begin(query, model.program, end)
+            else:
+                conversation = self._conversations.find(place)
         self._grants[query] = grants
-        yield from self._prepare(query, whole=not spooled)
+        yield from self._prepare(query, model, place, conversation, whole=not spooled)
 
-    def _admitted_beside(self, query: int) -> None:
-        for message in self._admitted(query):
+    def _beside(self, query: int, place: Place | None) -> MaskedModel:
+        """Return the model that a query computes. Raises QueryError if it cannot stand at its place."""
+        if place is None:
+            require_no_place(self._model.program)
+            return self._model
+        found = self._service.models.get((place.program_digest, self._model.weights_digest))
+        if found is None:
+            raise QueryError("a conversation goes on with another model", "connect again")
+        check_place(place, query, found.program)
+        return found
+
+    def _make_room(self) -> None:
+        """Drop the prepared queries that a conversation has left behind: whoever writes texts prepares steps ahead."""
+        while len(self._prepared) >= MAXIMUM_PREPARED:
+            dropped = min(self._prepared)
+            del self._prepared[dropped]
+            for budget, grant in self._grants.pop(dropped, ()):
+                budget.give_back(grant)
+
+    def _admitted_beside(self, query: int, place: Place | None) -> None:
+        for message in self._admitted(query, place):
             self._said.append(message)
 
     def _news(self, *kinds: str) -> Iterator[pb.ServerMessage]:
@@ -354,7 +400,9 @@ class _Session:
             for budget, grant in self._grants.pop(number):
                 budget.give_back(grant)
 
-    def _prepare(self, query: int, whole: bool) -> Iterator[pb.ServerMessage]:
+    def _prepare(
+        self, query: int, model: MaskedModel, place: Place | None, conversation: Conversation | None, whole: bool
+    ) -> Iterator[pb.ServerMessage]:
         """Take a query from the store, or fetch its corrections from the dealer; the dealer burns the number in either
         case, so that it gets correlations only once.
 
@@ -364,24 +412,26 @@ class _Session:
         if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         assert self._keys is not None
-        start, size = time.perf_counter(), self._program.cost.dealt
+        program, start = model.program, time.perf_counter()
         self._service.spend(self._caller, PREPARATIONS, 1)  # also those that the client then drops
-        key, stocked = self._keys.key(query), self._service.stocked
-        assignment = stocked.assign(self._model, self._id, query, self._proving) if stocked is not None else None
+        key, stocked, assignment = self._keys.key(query, *place or ()), self._service.stocked, None
+        if stocked is not None and place is None:
+            assignment = stocked.assign(model, self._id, query, self._proving)
         if stocked is not None:
             said = assignment.said if assignment is not None else pb.Assigned(query=query)
             yield pb.ServerMessage(assigned=said)
         if assignment is not None:
-            self._prepared[query] = assignment.correlations(self._program.circuit, whole)
+            correlations = assignment.correlations(program.circuit, whole)
         else:
-            self._prepared[query] = receive(self._program.circuit, key, size, self._dealt(query), whole)
+            correlations = receive(program.circuit, key, program.cost.dealt, self._dealt(query, place), whole)
+        self._prepared[query] = _Prepared(model, correlations, place, conversation)
         seconds = time.perf_counter() - start
-        yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=size, seconds=seconds))
+        yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=program.cost.dealt, seconds=seconds))
 
-    def _dealt(self, query: int) -> Iterator[bytes]:
+    def _dealt(self, query: int, place: Place | None) -> Iterator[bytes]:
         """Yield the corrections of a query as they come from the dealer. Raises DealerError."""
         with self._service.dealer.asking(f"sending the corrections of query {query}"):
-            self._dealing = call = self._service.dealer.deal(self._id, query, self._proving)
+            self._dealing = call = self._service.dealer.deal(self._id, query, self._proving, place)
             try:
                 if not self._context.is_active():
                     call.cancel()
@@ -392,12 +442,18 @@ class _Session:
     def _query(self, query: int) -> Iterator[pb.ServerMessage]:
         self._service.spend(self._caller, QUERIES, 1)
         self._burnt.burn(query)  # before anything else: whatever happens from now on, this number is used
-        correlations = self._prepared.pop(query, None)
+        ready = self._prepared.pop(query, None)
         self._prepared = {number: kept for number, kept in self._prepared.items() if number > query}  # burnt too
-        if correlations is None:
+        if ready is None:
             raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
-        program, recorder = self._program, Recorder("server")
-        step = execute(program.circuit, program.revealed, SERVER, correlations, self._model.weights, observer=recorder)
+        program, recorder = ready.model.program, Recorder("server")
+        given = dict[str, Any]()
+        if ready.conversation is not None:
+            assert ready.place is not None
+            given = ready.conversation.at(ready.place).given(program.circuit)
+        outputs = (*program.revealed, *program.keeps.values()) if ready.conversation is not None else program.revealed
+        weights = ready.model.weights
+        step = execute(program.circuit, outputs, SERVER, ready.correlations, weights, given, recorder)
 
         def where() -> str:
             return program.paths[recorder.waiting] or "the model's input"
@@ -414,26 +470,29 @@ class _Session:
 
             recorder.start()
             turn.begin()
-            for payload in Framed(step, receive, recorder):
+            frames = Framed(step, receive, recorder)
+            for payload in frames:
                 turn.end()  # before anything is sent: nobody keeps a turn while it waits for a client
                 self._doing = f"query {query}, module '{where()}'"
                 yield from self._news("assigned")
                 for frame in to_frames(payload) if payload else ():
                     yield pb.ServerMessage(frame=frame)
             recorder.stop()
+        if ready.conversation is not None:
+            ready.conversation.keep(program, frames.result)
         log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
         self._doing = BETWEEN  # a client that leaves as soon as it has its answer leaves between queries
         try:
             yield pb.ServerMessage(finished=pb.Finished(query=query))
         finally:  # after the last message, so that the client does not wait for it; also if the client leaves then
-            self._keep(recorder.timeline, query)
+            self._keep(recorder.timeline, program, query)
 
-    def _keep(self, timeline: Timeline, query: int) -> None:
+    def _keep(self, timeline: Timeline, program: Program, query: int) -> None:
         """Write the trace. If that fails, only the server's log says so: the client has its answer."""
         if self._service.traces is None:
             return
         try:
-            path = self._service.traces.write(timeline, self._program, query, session_label(self._id))
+            path = self._service.traces.write(timeline, program, query, session_label(self._id))
         except Error as error:
             log.error("query %d left no trace: %s", query, str(error).replace("\n", "; "))
         else:
@@ -446,7 +505,9 @@ class _Session:
             if message is None:
                 raise PeerLost(f"the client ended the stream before its message of module '{path}'")
             if message.WhichOneof("content") == "prepare" and self._coming is None:
-                self._coming = self._service.beside.submit(self._admitted_beside, message.prepare.query)
+                self._coming = self._service.beside.submit(
+                    self._admitted_beside, message.prepare.query, Place.of(message.prepare)
+                )
                 continue
             if message.WhichOneof("content") != "frame":
                 raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")

@@ -23,7 +23,7 @@ from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.lowering.client_inputs import TASK
+from secure.lowering.client_inputs import GENERATE, MOST_ROWS, TASK
 from secure.models.checkpoints import load_checkpoint, quiet_transformers
 from secure.models.decoder import (
     Decoder,
@@ -35,7 +35,6 @@ from secure.models.decoder import (
 )
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
-from secure.session.generation import GENERATE
 from secure.session.link import MAXIMUM_LENGTHS
 
 TEXTS = 8
@@ -91,7 +90,7 @@ def compile_generator(
     known = vocabulary(found)
     _check_texts(texts, known)
     samples = _samples(texts, capacity, places=places)
-    labels = {TASK: GENERATE, "capacity": str(capacity), "vocabulary": str(known), **({"model": name} if name else {})}
+    labels = {TASK: GENERATE, MOST_ROWS: str(capacity), "vocabulary": str(known), **({"model": name} if name else {})}
     sizes: list[tuple[Size, Mapping[str, str] | None]] = [(Size(samples[0], samples), None)]
     for bucket in buckets:
         example = prompt_inputs([0] * bucket, bucket, places=places)

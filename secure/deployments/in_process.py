@@ -64,7 +64,7 @@ class _InProcess(Link):
 
     @abstractmethod
     def go_on(
-        self, conversation: Conversation, values: Mapping[str, Any], number: int
+        self, conversation: Conversation, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
     ) -> tuple[Sequence[Tensor], Report]: ...
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class TwoPartiesInProcess(_InProcess):
         self._client = ClientWeights(dict(self._server.masked(self._dealer, model.program.weight_rings)))
 
     def go_on(
-        self, conversation: Conversation, values: Mapping[str, Any], number: int
+        self, conversation: Conversation, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
     ) -> tuple[Sequence[Tensor], Report]:
         circuit, kept = self._running.circuit, conversation
         server_key, client_key, masks = _key(), _key(), dict[str, Tensor]()
@@ -148,7 +148,7 @@ class ThreePartiesInProcess(_InProcess):
         ]
 
     def go_on(
-        self, conversation: Conversation, values: Mapping[str, Any], number: int
+        self, conversation: Conversation, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
     ) -> tuple[Sequence[Tensor], Report]:
         circuit, kept = self.translated.circuit, conversation
         streams, split, masks = (_key(), _key()), _key(), dict[str, Tensor]()

@@ -30,6 +30,8 @@ MAXIMUM_WORK = 1 << 26
 """The most elements that all nodes of a client's graph have together: tenths of a second of a client's time."""
 
 TASK, SETTINGS = "task", "settings"  # labels of a Program: the task that it was made for, and what that needs
+GENERATE = "generate"  # the task of Programs that write text, whose queries read what earlier ones kept
+MOST_ROWS = "capacity"  # a label of such Programs: the most rows that a conversation keeps
 MAXIMUM_SETTINGS = 1 << 20  # characters of the label SETTINGS; every other label has as many as a name
 
 

@@ -18,6 +18,7 @@ from secure.mpc.program import Program
 
 GB = 1e9
 WORD = 8  # bytes of a ring element in memory
+PARTS = 2  # tensors that a party keeps of an opening for later queries: z, and its share of r
 PACKED = 32  # bytes that the packed form of a weight takes, once for each ring: four limbs at most
 COPIES = 4  # of its operands, draws and result that one instruction holds while it runs
 BYTE_SECONDS = 0.5e-9  # to draw, combine and encode one byte
@@ -66,8 +67,9 @@ class Budget:
     def admit(self, program: Program) -> Program:
         """Return the Program. Raises InvalidProgram, with both figures, if it would take more than this budget."""
         load = load_of(program.circuit, program.weight_shapes)
+        memory = load.memory + PARTS * program.kept_bytes
         for needed, most, unit, option in (
-            (load.memory / GB, self.memory / GB, "GB of memory", "memory"),
+            (memory / GB, self.memory / GB, "GB of memory", "memory"),
             (load.seconds, self.seconds, "s of arithmetic", "seconds"),
         ):
             if needed > most:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,7 +31,10 @@ from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
 from secure.errors import InvalidProgram, OutOfRange
 from secure.lowering.client_inputs import (
+    GENERATE,
     MAXIMUM_INPUTS,
+    MOST_ROWS,
+    TASK,
     ClientInput,
     Labels,
     check_client_part,
@@ -127,6 +131,22 @@ class Program:
     def rows(self) -> int:
         """The rows of earlier queries that it reads; 0 if it reads none."""
         return next((i.protocol.shape[-2] for i in self.circuit if isinstance(i.protocol, Recall)), 0)
+
+    @property
+    def kept_rows(self) -> int:
+        """The rows that it keeps for later queries; 0 if it keeps none."""
+        return next((self.circuit[i].protocol.out.shape[-2] for i in self.keeps.values()), 0)
+
+    @property
+    def capacity(self) -> int:
+        """The most rows that a conversation keeps of which this Program is a part; 0 if queries are independent."""
+        return int(self.labels.get(MOST_ROWS, "0")) if self.keeps else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of memory that all rows of a conversation take, as one tensor of words each."""
+        shapes = (self.circuit[i].protocol.out.shape for i in self.keeps.values())
+        return sum(ring.WORD // 8 * math.prod(shape) // shape[-2] * self.capacity for shape in shapes)
 
     @property
     def publishes(self) -> bool:
@@ -401,3 +421,12 @@ def _check_kept(program: Program) -> None:
         raise InvalidProgram("what it reads of earlier queries has not as many rows each")
     if sum(bool(i.protocol.keeps) for i in program.circuit) != len(program.keeps):
         raise InvalidProgram("what it keeps for later queries has the same name twice")
+    shapes = [program.circuit[i].protocol.out.shape for i in program.keeps.values()]
+    if any(len(shape) < 2 or not shape[-2] or shape[-2] != shapes[0][-2] for shape in shapes):
+        raise InvalidProgram("what it keeps for later queries has not as many rows each")
+    if not shapes and not kept:
+        return
+    if program.labels.get(TASK) != GENERATE or not re.fullmatch("[1-9][0-9]{0,6}", program.labels.get(MOST_ROWS, "")):
+        raise InvalidProgram("it keeps what it computes for later queries, and does not say that it generates text")
+    if not shapes or max(program.rows, program.kept_rows) > program.capacity:
+        raise InvalidProgram(f"it reads {program.rows} rows of earlier queries, where {program.capacity} are kept")

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from secure.errors import InputTooLong, InvalidInput, InvalidProgram
-from secure.lowering.client_inputs import TASK
+from secure.lowering.client_inputs import GENERATE, MOST_ROWS, TASK
 from secure.session.link import Offer
-
-GENERATE = "generate"
-"""The task that a decoder's Programs name."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
         raise InvalidInput("the prompt has no token", "begin with the token that begins a text")
     lengths = sorted((o for o in offers if o.length > 1), key=lambda offer: offer.length)
     step = next((o for o in offers if o.length == 1), None)
-    capacity, vocabulary = (_number(labels.get(name, "")) for name in ("capacity", "vocabulary"))
+    capacity, vocabulary = (_number(labels.get(name, "")) for name in (MOST_ROWS, "vocabulary"))
     if step is None or not lengths or not capacity or not vocabulary:
         raise InvalidProgram("the server offers no Programs for a prompt and a step")
     found = next((o for o in lengths if o.length >= len(prompt)), lengths[-1])

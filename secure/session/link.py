@@ -138,12 +138,22 @@ class Link(ABC):
         """
         raise InvalidInput(f"{self.deployment} does not generate text yet", "use secure.insecure_in_process")
 
-    def go_on(self, conversation: Any, values: Mapping[str, Any], number: int) -> tuple[Sequence[Any], Report]:
+    def go_on(
+        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+    ) -> tuple[Sequence[Any], Report]:
         """Run the session's query ``number`` as the next one of a conversation; otherwise as ``ask`` does.
 
-        The conversation may have begun on another link, to another Program of the same model.
+        The conversation may have begun on another link, to another Program of the same model. ahead: the link of the
+        query that goes on with it, which may be prepared while this one runs.
         """
         raise NotImplementedError
+
+    def beside(self, program_digest: str) -> Link:
+        """Open a link to another Program of the same model, whose queries go on with conversations of this one.
+
+        Raises what opening a link raises.
+        """
+        raise InvalidInput(f"{self.deployment} does not generate text yet", "use secure.insecure_in_process")
 
     @abstractmethod
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:

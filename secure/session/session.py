@@ -47,12 +47,12 @@ from torch import Tensor
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
-from secure.lowering.client_inputs import TASK
+from secure.lowering.client_inputs import GENERATE, TASK
 from secure.models.decoder import prompt_inputs, step_inputs
 from secure.models.prompts import Prompts, prompts_from
 from secure.models.settings import settings_of
 from secure.models.tokens import REFUSE, TRUNCATE
-from secure.session.generation import GENERATE, Writing, token_ids, writing
+from secure.session.generation import Writing, token_ids, writing
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
@@ -518,22 +518,24 @@ class Session:
         return self._written(found, ids, max_new_tokens, frozenset(stop))
 
     def _written(self, sizes: Writing, prompt: list[int], count: int, stop: frozenset[int]) -> Iterator[int]:
-        began = time.monotonic()
         with self._open():
             link = self._once_free(partial(self._links.of, sizes.prompt))
+            step = self._once_free(partial(self._links.of, sizes.step)) if count > 1 else None
+            began = time.monotonic()
             program, conversation = link.program, link.converse(sizes.capacity)
             start, places = sizes.prompt.length - len(prompt), program.publishes
             fits = [0] if sizes.error else prompt
             values = self._clear_values(prompt_inputs(fits, sizes.prompt.length, places=places), link)
             failed = sizes.error or (values if isinstance(values, Error) else None)
             self._wait(began)
-            token = self._next(link, conversation, program.dummy_values() if failed else values, sizes.prompt)
+            token = self._next(link, conversation, program.dummy_values() if failed else values, sizes.prompt, step)
         if failed is not None:  # what the checks say of zeros is no matter
             raise failed
         if isinstance(token, Error):
             raise token
         yield token
-        for filled in range(sizes.prompt.length, sizes.prompt.length + count - 1):
+        last = sizes.prompt.length + count - 2
+        for filled in range(sizes.prompt.length, last + 1):
             if token in stop:
                 return
             with self._open():
@@ -542,16 +544,19 @@ class Session:
                 values = self._clear_values(inputs, link)
                 if isinstance(values, Error):  # of a token that the servers gave
                     raise values
-                token = self._next(link, conversation, values, sizes.step)
+                token = self._next(link, conversation, values, sizes.step, link if filled < last else None)
             if isinstance(token, Error):
                 raise token
             yield token
 
-    def _next(self, link: Link, conversation: Any, values: Any, size: Offer) -> int | Error:
-        """Run one query of a conversation; return the token that it reveals, or why it is not to be trusted."""
+    def _next(self, link: Link, conversation: Any, values: Any, size: Offer, ahead: Link | None) -> int | Error:
+        """Run one query of a conversation; return the token that it reveals, or why it is not to be trusted.
+
+        ahead: the link of the query after it, if there may be one.
+        """
         encoded = link.program.encode(values, link.tables)
         number, self._asked = self._asked, self._asked + 1
-        results, report = link.go_on(conversation, encoded, number)
+        results, report = link.go_on(conversation, encoded, number, ahead=ahead)
         self._last, self.report = link, replace(report, length=size.length)
         self.reports.append(self.report)
         del self.reports[:-REPORTS]

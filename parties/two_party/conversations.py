@@ -1,0 +1,117 @@
+"""Conversations: queries of one session of which later ones read what earlier ones kept.
+
+Client, server and dealer each keep the rows of a session's conversations by themselves. What a query reads is said by
+its place, from which all three derive its keys: if they do not agree about it, no two of their masks belong together,
+and the answer is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from proto import unseen_pb2 as pb
+from protocols.two_party import KeptRows
+from secure.errors import QueryError
+from secure.mpc.program import Program
+
+MAXIMUM_CONVERSATIONS = 4  # of one session at a time; the one that has rested the longest gives way
+
+
+class Place(NamedTuple):
+    """The place of a query in a conversation, see ``proto``: part of what its keys are derived from."""
+
+    program_digest: str
+    first: int
+    rows: int
+
+    @classmethod
+    def of(cls, message: pb.Prepare | pb.DealRequest) -> Place | None:
+        """Return the place that a message names; None for a query that stands for itself."""
+        if not message.HasField("place"):
+            return None
+        return cls(message.place.program_digest, message.place.first, message.place.rows)
+
+    def message(self) -> pb.Place:
+        return pb.Place(program_digest=self.program_digest, first=self.first, rows=self.rows)
+
+    @property
+    def begins(self) -> bool:
+        """True if it is the first of its conversation."""
+        return not self.rows
+
+
+@dataclass(eq=False)
+class Conversation:
+    """One party's rows of a conversation. first: the number of the query that began it. end: called when it goes."""
+
+    first: int
+    kept: KeptRows
+    end: Callable[[], None]
+
+    def at(self, place: Place) -> KeptRows:
+        """Return the rows that a query at a place reads; those behind them are gone. Raises QueryError if it cannot."""
+        if place.rows > self.kept.filled:
+            raise QueryError(f"{self.kept.filled} rows are kept, {place.rows} are to be read", "begin the text again")
+        self.kept.forget(place.rows)
+        return self.kept
+
+    def keep(self, program: Program, results: Sequence[Any]) -> Sequence[Any]:
+        """Keep what a query opened for later ones: the last of its results. Return the others."""
+        end = len(results) - len(program.keeps)
+        self.kept.append(dict(zip(program.keeps, results[end:], strict=True)))
+        return results[:end]
+
+
+class Conversations:
+    """The conversations of one session at one party, MAXIMUM_CONVERSATIONS at most. No two threads use it at a time."""
+
+    def __init__(self) -> None:
+        self._all: dict[int, Conversation] = {}  # the one that was used last is the last
+
+    def begin(self, first: int, program: Program, end: Callable[[], None] = lambda: None) -> Conversation:
+        """Begin a conversation with the query ``first``. end: called when it gives way, or the session ends."""
+        if first in self._all:
+            raise QueryError(f"the conversation {first} was begun before")
+        while len(self._all) >= MAXIMUM_CONVERSATIONS:
+            self._all.pop(next(iter(self._all))).end()
+        self._all[first] = found = Conversation(first, KeptRows(program.capacity), end)
+        return found
+
+    def find(self, place: Place) -> Conversation:
+        """Return the conversation of a place. Raises QueryError if it has ended."""
+        found = self._all.pop(place.first, None)
+        if found is None:
+            raise QueryError(
+                f"the text that query {place.first} began has ended: a session keeps {MAXIMUM_CONVERSATIONS} of them",
+                "begin it again",
+            )
+        self._all[place.first] = found
+        return found
+
+    def clear(self) -> None:
+        """End them all."""
+        while self._all:
+            self._all.popitem()[1].end()
+
+
+def require_no_place(program: Program) -> None:
+    """Raise QueryError for a Program whose queries stand in conversations."""
+    if program.keeps:
+        raise QueryError("queries of this Program stand in conversations", "ask it to generate text")
+
+
+def check_place(place: Place, query: int, program: Program) -> None:
+    """Raise QueryError unless a query can have this place, and its Program the rows."""
+    if not program.keeps or place.begins == bool(program.rows):
+        raise QueryError("this Program cannot have that place in a conversation")
+    if place.begins and place.first != query:
+        raise QueryError(f"query {query} begins a conversation that is named {place.first}")
+    if not place.begins and place.first >= query:
+        raise QueryError(f"query {query} goes on with a conversation that is named {place.first}")
+    if place.rows > program.rows or place.rows + program.kept_rows > program.capacity:
+        raise QueryError(
+            f"{place.rows} rows before {program.kept_rows} new ones, where {program.capacity} fit at most",
+            "begin a text anew",
+        )
