@@ -33,21 +33,30 @@ class Parties:
     def branch(self) -> Parties:
         return Parties(self.server.branch(), self.client.branch(), self.dealer.branch())
 
-    def ask(self, circuit: list[Instruction], inputs: dict[str, Tensor]) -> tuple[Tensor, list[View]]:
-        """Run a circuit; return its last result, and everything that the parties see."""
+    def ask(
+        self, circuit: list[Instruction], inputs: dict[str, Tensor], rows: int | None = None
+    ) -> tuple[Tensor, list[View]]:
+        """Run a circuit; return its last result, and everything that the parties see. rows: those that it reads."""
         keys, masks, traffic = (key(), key()), dict[str, Tensor](), PairTraffic(frames_to_first=[], frames_to_second=[])
-        dealt = dict(deal(circuit, *keys, DealerWeights(key(), {}), self.dealer.given(circuit), masks))
+        dealt = dict(deal(circuit, *keys, DealerWeights(key(), {}), self.dealer.given(circuit, rows), masks))
         outputs = [len(circuit) - 1, *keepers(circuit).values()]
         ours, theirs = run_pair(
-            execute(circuit, outputs, SERVER, Correlations(SERVER, keys[0], dealt), NONE, self.server.given(circuit)),
             execute(
-                circuit, outputs, CLIENT, Correlations(CLIENT, keys[1]), NONE, {**inputs, **self.client.given(circuit)}
+                circuit, outputs, SERVER, Correlations(SERVER, keys[0], dealt), NONE, self.server.given(circuit, rows)
+            ),
+            execute(
+                circuit,
+                outputs,
+                CLIENT,
+                Correlations(CLIENT, keys[1]),
+                NONE,
+                {**inputs, **self.client.given(circuit, rows)},
             ),
             traffic,
         )
         for kept, found in ((self.server, ours), (self.client, theirs)):
-            kept.append(dict(zip(keepers(circuit), found[1:], strict=True)))
-        self.dealer.append(masks)
+            kept.append(dict(zip(keepers(circuit), found[1:], strict=True)), rows)
+        self.dealer.append(masks, rows)
         return combine(ours[0], theirs[0]), list(views(circuit, traffic, dealt))
 
 
@@ -134,6 +143,40 @@ def test_branches_go_on_by_themselves() -> None:
     assert parties.server.filled == other.server.filled == 4
 
 
+def test_a_text_goes_on_from_an_earlier_row() -> None:
+    """What stood behind is forgotten: it is zero for those who read on, and the next row stands in its place."""
+    parties, first = Parties(), numbers(3, 0)
+    parties.ask(prompt(3), first)
+    keys = first["k"]
+    for rows, seed in ((1, 1), (1, 2), (2, 3)):
+        now = numbers(1, seed)
+        found, _ = parties.ask(step(), now, rows)
+        absent, keys = torch.zeros(1, CAPACITY - rows, WIDTH, dtype=torch.int64), keys[:, :rows]
+        assert (integers(found, RING) == product(now["q"], torch.cat([keys, absent, now["k"]], 1))).all()
+        assert parties.client.filled == rows + 1
+        keys = torch.cat([keys, now["k"]], 1)
+    for each in (parties.server, parties.client, parties.dealer):
+        for rows in (-1, 4):
+            with pytest.raises(ValueError, match=f"{rows} rows of 3 that are kept"):
+                each.given(step(), rows)
+
+
+def test_rows_are_put_in_place() -> None:
+    """A new row moves no other, a query reads them where they are, and rows of a branch are not its origin's."""
+    kept, x = KeptRows(4), torch.ones(1, 1, WIDTH, dtype=torch.int64)
+    kept.append({"keys": x})
+    recall = [Instruction(tp.Recall((1, 4, WIDTH), RING, "keys"))]
+    before = kept.given(recall)["keys"]
+    other = kept.branch()
+    kept.append({"keys": 2 * x})
+    assert kept.given(recall)["keys"].data_ptr() == before.data_ptr()
+    assert kept.given(recall)["keys"][0, :, 0].tolist() == [1, 2, 0, 0]
+    assert other.given(recall)["keys"][0, :, 0].tolist() == [1, 0, 0, 0]
+    kept.append({"keys": 3 * x}, after=0)
+    assert kept.filled == 1
+    assert kept.given(recall)["keys"][0, :, 0].tolist() == [3, 0, 0, 0]
+
+
 def test_views_are_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two extreme secrets alike, and of both runs together; the same kept rows are read by all queries."""
     monkeypatch.setattr("tests.test_keeping.WIDTH", 1 << 15)
@@ -181,6 +224,9 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     kept = KeptRows(3)
     row = Opening(torch.zeros(1, 2, WIDTH), torch.zeros(1, 2, WIDTH))
     kept.append({"keys": row, "values": row})
+    other = Opening(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3))
+    with pytest.raises(ValueError, match="a row of 'values' has another shape"):
+        kept.append({"keys": Opening(*(x[:, :1] for x in row)), "values": other})
     assert repr(kept) == "KeptRows(2 of 3)"
     with pytest.raises(ValueError, match="2 rows more than 2, 3 fit"):
         kept.append({"keys": row, "values": row})

@@ -152,8 +152,12 @@ def keepers(circuit: Sequence[Any]) -> dict[str, int]:
 class KeptRows:
     """The rows of openings that one party keeps between the queries of one conversation, by name.
 
-    A party keeps openings, the dealer their masks. Rows are put behind those that are there, and never changed: a row
-    comes of one ``Open`` with its mask, and nothing takes the mask out. ``capacity``: the most rows.
+    A party keeps openings, the dealer their masks. A row comes of one ``Open`` with its mask, and nothing takes the
+    mask out. ``capacity``: the most rows. Memory for all of them is taken with the first, 8 bytes a number and twice
+    that for an opening, so that a new row moves no other.
+
+    A query may read fewer rows than are kept, and go on from there: the rows behind are forgotten, with their masks.
+    All parties and the dealer must name the same number, or the query's result is random.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -163,35 +167,43 @@ class KeptRows:
     def __repr__(self) -> str:
         return f"KeptRows({self.filled} of {self.capacity})"
 
-    def given(self, circuit: Sequence[Any]) -> dict[str, Any]:
-        """Return what the ``Recall`` of a circuit read, by name: all rows, and zeros behind them up to its shape.
+    def given(self, circuit: Sequence[Any], rows: int | None = None) -> dict[str, Any]:
+        """Return what the ``Recall`` of a circuit read, by name: the first ``rows``, and zeros behind them.
 
-        Raises ValueError for a name under which nothing is kept, and for more rows than it reads.
+        rows: all that are kept by default. What is returned is valid until rows are appended. Raises ValueError for a
+        name under which nothing is kept, for more rows than are kept, and for more than the circuit reads.
         """
-        found: dict[str, Any] = {}
+        count, found = self._known(rows), dict[str, Any]()
         for p in (i.protocol for i in circuit):
             if isinstance(p, Recall):
-                if p.name not in self._rows or p.shape[-2] < self.filled:
-                    raise ValueError(f"{self.filled} rows are kept, {p.shape[-2]} of {p.name!r} are to be read")
-                parts, padding = self._rows[p.name], p.shape[-2] - self.filled
-                filled = [torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in parts]
-                found[p.name] = Opening(*filled) if len(filled) > 1 else filled[0]
+                if p.name not in self._rows or p.shape[-2] < count:
+                    raise ValueError(f"{count} rows are kept, {p.shape[-2]} of {p.name!r} are to be read")
+                parts = [self._read(x, count, p.shape[-2]) for x in self._rows[p.name]]
+                found[p.name] = Opening(*parts) if len(parts) > 1 else parts[0]
         return found
 
-    def append(self, rows: Mapping[str, Any]) -> None:
-        """Put the rows of one query, as its ``Keep`` gave them, behind the others. Raises ValueError if they are many.
+    def append(self, rows: Mapping[str, Any], after: int | None = None) -> None:
+        """Put the rows of one query, as its ``Keep`` gave them, behind the first ``after`` ones: those that it read.
 
-        rows: by name; a party's are openings, the dealer's are masks.
+        rows: by name; a party's are openings, the dealer's are masks. after: all that are kept by default; others are
+        forgotten. Raises ValueError if they are too many, or have other names or shapes than those that are there.
         """
-        sizes = {(x.value if isinstance(x, Opening) else x).shape[-2] for x in rows.values()}
+        start, new = self._known(after), {n: tuple(x) if isinstance(x, Opening) else (x,) for n, x in rows.items()}
+        sizes = {part.shape[-2] for parts in new.values() for part in parts}
         (size,) = sizes
-        if self.filled + size > self.capacity or (self._rows and set(rows) != set(self._rows)):
-            raise ValueError(f"{size} rows more than {self.filled}, {self.capacity} fit")
-        for name, new in rows.items():
-            parts = tuple(new) if isinstance(new, Opening) else (new,)
-            old = self._rows.get(name)
-            self._rows[name] = tuple(torch.cat(pair, -2) for pair in zip(old, parts, strict=True)) if old else parts
-        self.filled += size
+        stop = start + size
+        if stop > self.capacity or (self._rows and set(new) != set(self._rows)):
+            raise ValueError(f"{size} rows more than {start}, {self.capacity} fit")
+        kept = self._rows or {name: tuple(map(self._empty, parts)) for name, parts in new.items()}
+        for name, parts in new.items():
+            for whole, part in zip(kept[name], parts, strict=True):
+                if (*whole.shape[:-2], size, whole.shape[-1]) != tuple(part.shape):
+                    raise ValueError(f"a row of {name!r} has another shape than those that are kept")
+        for name, parts in new.items():
+            for whole, part in zip(kept[name], parts, strict=True):
+                whole[..., start:stop, :] = part
+                whole[..., stop : self.filled, :] = 0
+        self._rows, self.filled = kept, stop
 
     def forget(self, rows: int) -> None:
         """Keep the first ``rows`` rows alone. Raises ValueError if there are fewer."""
@@ -203,5 +215,22 @@ class KeptRows:
     def branch(self) -> KeptRows:
         """Return a copy that goes on by itself: what is there is the same, what is opened later has other masks."""
         other = KeptRows(self.capacity)
-        other.filled, other._rows = self.filled, dict(self._rows)
+        other.filled, other._rows = self.filled, {n: tuple(x.clone() for x in kept) for n, kept in self._rows.items()}
         return other
+
+    def _known(self, rows: int | None) -> int:
+        """Return how many rows are meant. Raises ValueError unless so many are kept."""
+        if rows is None:
+            return self.filled
+        if not 0 <= rows <= self.filled:
+            raise ValueError(f"{rows} rows of {self.filled} that are kept")
+        return rows
+
+    def _read(self, whole: torch.Tensor, rows: int, shown: int) -> torch.Tensor:
+        """Return the first ``rows`` of a tensor and zeros behind them, without a copy if nothing is to be hidden."""
+        if shown <= self.capacity and rows == self.filled:
+            return whole[..., :shown, :]
+        return torch.nn.functional.pad(whole[..., :rows, :], (0, 0, 0, shown - rows))
+
+    def _empty(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.new_zeros((*rows.shape[:-2], self.capacity, rows.shape[-1]))
