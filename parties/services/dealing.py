@@ -36,16 +36,20 @@ class DealtModel:
         shapes = program.weight_shapes
         return cls(program, mask, beside.weights.beside(shapes) if beside else DealerWeights(mask, shapes))
 
-    def corrections(self, server: Key, client: Key, kept: KeptRows | None = None) -> Iterator[memoryview]:
+    def corrections(
+        self, server: Key, client: Key, kept: KeptRows | None = None, rows: int = 0
+    ) -> Iterator[memoryview]:
         """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``.
 
-        kept: the masks of what earlier queries kept, to which those of this one are added at the end.
+        kept: the masks of what earlier queries kept, of which the first ``rows`` are read; those of this query are put
+        behind these at the end.
         """
-        given, masks = kept.given(self.program.circuit) if kept else {}, dict[str, Tensor]()
+        given = kept.given(self.program.circuit, rows) if kept is not None else {}
+        masks = dict[str, Tensor]()
         for _, payload in deal(self.program.circuit, server, client, self.weights, given, masks):
             yield payload
         if kept is not None:
-            kept.append(masks)
+            kept.append(masks, rows)
 
 
 class Dealing(ABC):

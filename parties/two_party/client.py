@@ -357,15 +357,15 @@ class TwoPartyLink(Link):
                 if text.conversation is None:
                     text.conversation = self._conversations.begin(ready.query, program)
                 conversation = text.conversation
-                values = {**values, **conversation.at(place).given(program.circuit)}
+                values = {**values, **conversation.given(place, program)}
             start = time.perf_counter()
             self._send(query=pb.Query(query=ready.query))
             if following is not None and not self._ready:
                 self._begin(replace(following, first=conversation.first) if conversation else following)
             result, timeline = self._run(ready, values)
             self._expect("finished", "the end of the query")
-            if conversation is not None:
-                result = conversation.keep(program, result)
+            if conversation is not None and place is not None:
+                result = conversation.keep(place, program, result)
             online = time.perf_counter() - start
         self.timeline, cost = timeline, timeline.cost
         computed = ready.client_seconds + timeline.total.compute + timeline.total.wire

@@ -51,16 +51,19 @@ class Conversation:
     end: Callable[[], None]
 
     def at(self, place: Place) -> KeptRows:
-        """Return the rows that a query at a place reads; those behind them are gone. Raises QueryError if it cannot."""
+        """Return what is kept, if it has the rows that a query at a place reads. Raises QueryError."""
         if place.rows > self.kept.filled:
             raise QueryError(f"{self.kept.filled} rows are kept, {place.rows} are to be read", "begin the text again")
-        self.kept.forget(place.rows)
         return self.kept
 
-    def keep(self, program: Program, results: Sequence[Any]) -> Sequence[Any]:
-        """Keep what a query opened for later ones: the last of its results. Return the others."""
+    def given(self, place: Place, program: Program) -> dict[str, Any]:
+        """Return the openings that a query at a place reads, by name. Raises QueryError if they are not there."""
+        return self.at(place).given(program.circuit, place.rows)
+
+    def keep(self, place: Place, program: Program, results: Sequence[Any]) -> Sequence[Any]:
+        """Keep a query's last results, the openings, behind the rows that it read. Return the others."""
         end = len(results) - len(program.keeps)
-        self.kept.append(dict(zip(program.keeps, results[end:], strict=True)))
+        self.kept.append(dict(zip(program.keeps, results[end:], strict=True)), place.rows)
         return results[:end]
 
 

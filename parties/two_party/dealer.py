@@ -352,7 +352,7 @@ class DealerService(DealerServicer):
             else:
                 found = session.conversations.find(place)
             kept = found.at(place)
-            yield from model.dealt.corrections(*self._burn(session, query, *place), kept)
+            yield from model.dealt.corrections(*self._burn(session, query, *place), kept, place.rows)
         finally:
             session.conversing.release()
 

@@ -448,9 +448,8 @@ class _Session:
             raise QueryError(f"query {query} was not prepared", "prepare it first; connect again to go on")
         program, recorder = ready.model.program, Recorder("server")
         given = dict[str, Any]()
-        if ready.conversation is not None:
-            assert ready.place is not None
-            given = ready.conversation.at(ready.place).given(program.circuit)
+        if ready.conversation is not None and ready.place is not None:
+            given = ready.conversation.given(ready.place, program)
         outputs = (*program.revealed, *program.keeps.values()) if ready.conversation is not None else program.revealed
         weights = ready.model.weights
         step = execute(program.circuit, outputs, SERVER, ready.correlations, weights, given, recorder)
@@ -478,8 +477,8 @@ class _Session:
                 for frame in to_frames(payload) if payload else ():
                     yield pb.ServerMessage(frame=frame)
             recorder.stop()
-        if ready.conversation is not None:
-            ready.conversation.keep(program, frames.result)
+        if ready.conversation is not None and ready.place is not None:
+            ready.conversation.keep(ready.place, program, frames.result)
         log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
         self._doing = BETWEEN  # a client that leaves as soon as it has its answer leaves between queries
         try:

@@ -205,13 +205,6 @@ class KeptRows:
                 whole[..., stop : self.filled, :] = 0
         self._rows, self.filled = kept, stop
 
-    def forget(self, rows: int) -> None:
-        """Keep the first ``rows`` rows alone. Raises ValueError if there are fewer."""
-        if rows > self.filled:
-            raise ValueError(f"{self.filled} rows are kept, {rows} are to be read")
-        self._rows = {name: tuple(x[..., :rows, :] for x in parts) for name, parts in self._rows.items()}
-        self.filled = rows
-
     def branch(self) -> KeptRows:
         """Return a copy that goes on by itself: what is there is the same, what is opened later has other masks."""
         other = KeptRows(self.capacity)
