@@ -394,7 +394,7 @@ print(int(peak.split()[1]) * 1024 - before, bound)
         command = [sys.executable, "-c", code, kernel]
         ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
         taken, bound = map(float, ran.stdout.split())
-        assert 8 * 4096 * 8192 <= taken <= bound
+        assert 0.99 * 8 * 4096 * 8192 <= taken <= bound
 
 
 # the client's graph

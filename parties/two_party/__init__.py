@@ -1,5 +1,6 @@
 """The two-party deployment: client, server and dealer.
 
+conversations the places of queries in texts, and what each party keeps of them
 keys         query keys, the ratchet of a session's seed, and proofs
 sealing      seeds that are sealed to the dealer's key, and that key
 dealer       the dealer's service

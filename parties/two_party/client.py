@@ -26,7 +26,7 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
-from parties.two_party.conversations import Conversation, Conversations, Place
+from parties.two_party.conversations import HeldConversation, Conversations, Place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from proto import unseen_pb2 as pb
@@ -65,7 +65,7 @@ def _weights(program: Program, payload: bytes | None) -> ClientWeights:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a query computes. rows: those that it reads of a conversation, which the query ``first`` began.
+    """The Program that a query computes. rows: those that it reads of a conversation, which the query ``first`` began.
 
     0 rows: it begins one itself. None: it stands for itself.
     """
@@ -88,7 +88,7 @@ class _Wanted:
 class _Text:
     """A conversation of this client, which has a number once its first query has one."""
 
-    conversation: Conversation | None = None
+    conversation: HeldConversation | None = None
 
 
 @dataclass(frozen=True, repr=False)  # holds masks

@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 @dataclass(eq=False)
-class Conversation:
+class HeldConversation:
     """One party's rows of a conversation. first: the number of the query that began it. end: called when it goes."""
 
     first: int
@@ -71,18 +71,18 @@ class Conversations:
     """The conversations of one session at one party, MAXIMUM_CONVERSATIONS at most. No two threads use it at a time."""
 
     def __init__(self) -> None:
-        self._all: dict[int, Conversation] = {}  # the one that was used last is the last
+        self._all: dict[int, HeldConversation] = {}  # the one that was used last is the last
 
-    def begin(self, first: int, program: Program, end: Callable[[], None] = lambda: None) -> Conversation:
+    def begin(self, first: int, program: Program, end: Callable[[], None] = lambda: None) -> HeldConversation:
         """Begin a conversation with the query ``first``. end: called when it gives way, or the session ends."""
         if first in self._all:
             raise QueryError(f"the conversation {first} was begun before")
         while len(self._all) >= MAXIMUM_CONVERSATIONS:
             self._all.pop(next(iter(self._all))).end()
-        self._all[first] = found = Conversation(first, KeptRows(program.capacity), end)
+        self._all[first] = found = HeldConversation(first, KeptRows(program.capacity), end)
         return found
 
-    def find(self, place: Place) -> Conversation:
+    def find(self, place: Place) -> HeldConversation:
         """Return the conversation of a place. Raises QueryError if it has ended."""
         found = self._all.pop(place.first, None)
         if found is None:

@@ -36,7 +36,7 @@ from parties.net.watchdog import Watchdog
 from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
-from parties.two_party.conversations import Conversation, Conversations, Place, check_place, require_no_place
+from parties.two_party.conversations import HeldConversation, Conversations, Place, check_place, require_no_place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
@@ -175,13 +175,13 @@ class InferenceService(InferenceServicer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # holds masks
-class _Prepared:
+class _PreparedQuery:
     """A query whose correlations are there. conversation: that in which it stands, at ``place``."""
 
     model: MaskedModel
     correlations: Correlations
     place: Place | None = None
-    conversation: Conversation | None = None
+    conversation: HeldConversation | None = None
 
 
 class _Session:
@@ -193,7 +193,7 @@ class _Session:
         self._service, self._requests = service, requests
         self._caller, self._context = caller(context), context
         self._who = str(self._caller)
-        self._prepared: dict[int, _Prepared] = {}
+        self._prepared: dict[int, _PreparedQuery] = {}
         self._conversations = Conversations()
         self._grants: dict[int, list[tuple[PreparedMemory, Grant]]] = {}  # of what is prepared, and the query that runs
         self._burnt = Burnt()
@@ -355,7 +355,7 @@ class _Session:
             log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0])
             yield pb.ServerMessage(failure=failure(error, goes_on=True))
             return
-        conversation: Conversation | None = None
+        conversation: HeldConversation | None = None
         if place is not None:
             self._make_room()
             if place.begins:
@@ -401,7 +401,7 @@ class _Session:
                 budget.give_back(grant)
 
     def _prepare(
-        self, query: int, model: MaskedModel, place: Place | None, conversation: Conversation | None, whole: bool
+        self, query: int, model: MaskedModel, place: Place | None, conversation: HeldConversation | None, whole: bool
     ) -> Iterator[pb.ServerMessage]:
         """Take a query from the store, or fetch its corrections from the dealer; the dealer burns the number in either
         case, so that it gets correlations only once.
@@ -424,7 +424,7 @@ class _Session:
             correlations = assignment.correlations(program.circuit, whole)
         else:
             correlations = receive(program.circuit, key, program.cost.dealt, self._dealt(query, place), whole)
-        self._prepared[query] = _Prepared(model, correlations, place, conversation)
+        self._prepared[query] = _PreparedQuery(model, correlations, place, conversation)
         seconds = time.perf_counter() - start
         yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=program.cost.dealt, seconds=seconds))
 

@@ -140,7 +140,7 @@ class Program:
     @property
     def capacity(self) -> int:
         """The most rows that a conversation keeps of which this Program is a part; 0 if queries are independent."""
-        return int(self.labels.get(MOST_ROWS, "0")) if self.keeps else 0
+        return int(self.labels.get(MOST_ROWS, "0")) if self.keeps or self.rows else 0
 
     @property
     def kept_bytes(self) -> int:
@@ -428,5 +428,5 @@ def _check_kept(program: Program) -> None:
         return
     if program.labels.get(TASK) != GENERATE or not re.fullmatch("[1-9][0-9]{0,6}", program.labels.get(MOST_ROWS, "")):
         raise InvalidProgram("it keeps what it computes for later queries, and does not say that it generates text")
-    if not shapes or max(program.rows, program.kept_rows) > program.capacity:
+    if max(program.rows, program.kept_rows) > program.capacity:
         raise InvalidProgram(f"it reads {program.rows} rows of earlier queries, where {program.capacity} are kept")

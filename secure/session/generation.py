@@ -68,7 +68,7 @@ def _number(text: str) -> int:
 def refuse_generator(labels: Mapping[str, str]) -> None:
     """Raise InvalidInput for a model that generates text: no service keeps openings between queries yet."""
     if labels.get(TASK) == GENERATE:
-        raise InvalidInput("models that generate text run in one process so far", "secure.insecure_in_process")
+        raise InvalidInput("three parties write text in one process so far", "deploy with two: secure.TwoParty()")
 
 
 def token_ids(prompt: object) -> list[int]:
