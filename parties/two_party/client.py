@@ -26,7 +26,7 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
-from parties.two_party.conversations import HeldConversation, Conversations, Place
+from parties.two_party.conversations import Conversations, HeldConversation, Place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from proto import unseen_pb2 as pb

@@ -36,7 +36,7 @@ from parties.net.watchdog import Watchdog
 from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
-from parties.two_party.conversations import HeldConversation, Conversations, Place, check_place, require_no_place
+from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place, require_no_place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
