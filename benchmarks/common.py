@@ -93,9 +93,9 @@ class Service:
             self._log.close()
 
 
-def dealer() -> Service:
+def dealer(*options: str) -> Service:
     """``unseen dealer`` on a free port of loopback, one thread."""
-    return Service("parties.cli", "dealer", "--listen", "127.0.0.1:0", "--threads", "1", "--announce")
+    return Service("parties.cli", "dealer", "--listen", "127.0.0.1:0", "--threads", "1", "--announce", *options)
 
 
 def run(command: list[str]) -> tuple[bytes, float]:

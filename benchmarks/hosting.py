@@ -24,6 +24,7 @@ from protocols import kernels
 from protocols.protocol import CircuitCost
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
+from secure.mpc.budget import GB, Budget
 from secure.session.link import Report
 
 DEADLINE = 600.0  # seconds; the offline phase of a large model is one long wait
@@ -39,12 +40,12 @@ def serve(name: str, dealer: str, state: Path) -> None:
     service.wait_announced(lambda: print(json.dumps(said), flush=True))
 
 
-def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int) -> None:
+def ask(server: str, dealer: str, inputs: Path, answer: Path, runs: int, budget: Budget) -> None:
     hosting.settle()
     with np.load(inputs) as archive:
         given = {name: torch.from_numpy(archive[name]) for name in archive.files}
     deployment = secure.TwoParty(server=server, dealer=dealer)
-    with secure.connect(deployment, cache=False, deadline=DEADLINE) as session:
+    with secure.connect(deployment, cache=False, deadline=DEADLINE, budget=budget) as session:
         for _ in range(1 + runs):
             result = session.query(given)
         reports, predicted = session.reports, session.program.cost
@@ -87,6 +88,7 @@ def main() -> None:
     of_client.add_argument("--inputs", type=Path, required=True)
     of_client.add_argument("--answer", type=Path, required=True)
     of_client.add_argument("--runs", type=int, required=True)
+    of_client.add_argument("--budget-memory", type=float, metavar="GB", default=Budget().memory / GB)
     for role in (of_server, of_client):
         role.add_argument("--dealer", required=True)
     o = parser.parse_args()
@@ -95,7 +97,7 @@ def main() -> None:
     if o.role == "serve":
         serve(o.name, o.dealer, o.state)
     else:
-        ask(o.server, o.dealer, o.inputs, o.answer, o.runs)
+        ask(o.server, o.dealer, o.inputs, o.answer, o.runs, Budget(memory=o.budget_memory * GB))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, table, works
+from secure.mpc.budget import GB
 
 RESULTS = common.RESULTS / "suite.json"
 PACKAGES = ("torch", "numpy", "numba", "grpcio", "transformers")
@@ -57,12 +58,14 @@ def measure(name: str, runs: int) -> dict[str, Any]:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
         inputs, answer = Path(directory) / "inputs.npz", Path(directory) / "answer.npy"
         np.savez(inputs, **{n: x.numpy() for n, x in job.inputs.items()})  # type: ignore[arg-type]  # as in export_minilm
-        dealer = common.dealer()
+        budget = ["--budget-memory", f"{job.budget.memory / GB:g}"]
+        dealer = common.dealer(*budget)
         stack.callback(dealer.stop)
         server = common.Service("benchmarks.hosting", "serve", name, "--dealer", dealer.address, "--state", directory)
         stack.callback(server.stop)
         command = [sys.executable, "-m", "benchmarks.hosting", "ask", "--server", server.address]
         command += ["--dealer", dealer.address, "--inputs", str(inputs), "--answer", str(answer), "--runs", str(runs)]
+        command += budget
         try:
             output, _ = common.run(command)
         except common.ChildFailed as error:

@@ -91,7 +91,10 @@ def measure(name: str, runs: int, approximations: str = "default") -> dict[str, 
             with (
                 parties(where, int(mode == "ahead")) as running,
                 secure.connect(
-                    ThreeParty(parties=tuple(p.address for p in running)), cache=False, deadline=DEADLINE
+                    ThreeParty(parties=tuple(p.address for p in running)),
+                    cache=False,
+                    deadline=DEADLINE,
+                    budget=job.budget,
                 ) as session,
             ):
                 first = time.perf_counter()

@@ -8,9 +8,14 @@ it; the operation follows; the result is revealed to the client, which is one me
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +38,8 @@ from secure.lowering.lower import Lowered
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace, WeightRef
 from secure.models.text import PACKAGED, model_directory, text_inputs
+from secure.models.tokens import TRUNCATE, read_json
+from secure.mpc.budget import GB, Budget
 from secure.mpc.compile import MpcModel, finish
 from secure.mpc.prices import Prices
 from secure.mpc.program import Output
@@ -50,6 +57,8 @@ WORKS = (*MATMULS, *COUNTERPARTS, *(name for name in peers.WORKS if name not in 
 
 COMPARED_FRACTION = 58  # |x| < 16, so that the compared integers fill the ring of 64 bits
 TRAINED = 0.036  # 1 / sqrt(768): random weights of the size that training leaves, not of BERT's initialization (0.02)
+BUDGET = Budget()
+LARGE_BUDGET = Budget(memory=16 * GB)  # BERT-large's Program may take 13.7 GB, by the bounds that a budget knows
 CALIBRATION = 3  # other inputs from the same distribution that set the ranges
 
 HOW = {
@@ -63,7 +72,8 @@ HOW = {
     "reciprocal": "input of the client, from 1/16 to 64",
     "rsqrt": "input of the client, from 1/16 to 64",
     "bert": "one encoder layer on the client's hidden states, no mask; weights held by the server",
-    "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table",
+    "minilm": "token ids to normalized embedding, as `unseen embed`; the client holds the token table; beyond the "
+    "packaged model's 256 tokens a copy of it, whose table of positions has 512",
     "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
     "argmax": "secret input; the place alone is revealed",
     "bert-large": "the same in the shape of BERT-large",
@@ -74,12 +84,16 @@ HOW = {
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """``build`` compiles for a deployment, by default the default one, and takes long; so may ``expected``."""
+    """``build`` compiles for a deployment, by default the default one, and takes long; so may ``expected``.
+
+    budget: what dealer and client let its Program take.
+    """
 
     name: str
     inputs: dict[str, Tensor]  # the client's
     build: Callable[..., secure.Compiled]
     expected: Callable[[], Tensor]
+    budget: Budget = BUDGET
 
     @property
     def kind(self) -> str:
@@ -250,18 +264,35 @@ def operation(name: str, approximations: str) -> Job:
     return Job(name, inputs(actual), build, lambda: torch.from_numpy(np.asarray(work.expected[0], np.float64)))
 
 
+@contextmanager
+def packaged(length: int) -> Iterator[str]:
+    """The packaged model for texts of a length: by its name, or a copy of it that says a longer limit than its own."""
+    directory, limits = model_directory(PACKAGED), "sentence_bert_config.json"
+    if length <= (said := read_json(directory / limits))["max_seq_length"]:
+        yield PACKAGED
+        return
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / PACKAGED
+        shutil.copytree(directory, copy)
+        (copy / limits).write_text(json.dumps({**said, "max_seq_length": length}))
+        yield str(copy)
+
+
 def minilm(name: str, approximations: str) -> Job:
-    """The main job, on the sentence that the peers get."""
+    """The main job, on the sentence that the peers get; at lengths that are ours alone, on sentences that fill it."""
     from benchmarks.peers.export_minilm import fitting
+    from benchmarks.sentences import sentences
     from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
 
     length, directory = int(name.split()[1]), model_directory(PACKAGED)
     tokenizer = load_tokenizer(directory)
-    inputs = text_inputs(tokenizer, fitting(tokenizer, length), length)
+    text = fitting(tokenizer, length) if counterpart(name) else " ".join(sentences())
+    inputs = text_inputs(tokenizer, text, length, TRUNCATE)
 
     def build(deployment: CircuitDeployment | None = None) -> secure.Compiled:
         chosen: dict[str, Any] = {"approximations": approximations, "deployment": deployment}
-        return secure.compile_text_model(PACKAGED, length, embedding="client-table", **chosen)
+        with packaged(length) as model:
+            return secure.compile_text_model(model, length, embedding="client-table", **chosen)
 
     def expected() -> Tensor:
         with torch.no_grad():
@@ -277,7 +308,8 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 def bert(name: str, approximations: str) -> Job:
     """BERT-base or BERT-large of random weights, the same in every process."""
     length, polynomial = int(name.split()[1]), name.startswith("polynomial")
-    sizes = LARGE if name.startswith("bert-large") else {}
+    large = name.startswith("bert-large")
+    sizes = LARGE if large else {}
 
     def model() -> nn.Module:
         from transformers import BertConfig, BertModel
@@ -307,7 +339,7 @@ def bert(name: str, approximations: str) -> Job:
             out: Tensor = model().double()(**ids(0))
         return out
 
-    return Job(name, ids(0), build, expected)
+    return Job(name, ids(0), build, expected, LARGE_BUDGET if large else BUDGET)
 
 
 def deit(name: str, approximations: str) -> Job:
