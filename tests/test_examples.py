@@ -82,6 +82,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_examples_are_short_and_all_of_them_run() -> None:
     found = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
     assert set(found) == {*EXAMPLES, *SERVED}
+    assert len(found) == 9, "README says how many"
     for path in found.values():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= EXAMPLE_LINES, path
 
