@@ -239,6 +239,7 @@ VALUES: dict[str, str] = {
     "answer_bits": "9",
     "accuracy": "0.5",
     "accept_cosine": "0.5",
+    "accept_error": "0.5",
     "trace": "{tmp}/traces",
     "output": "{tmp}/written",
     "embedding": "client-table",

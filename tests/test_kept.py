@@ -32,6 +32,7 @@ from secure.ckks.compile import encrypt
 from secure.deployments import compilation, kept
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CompileOptions, Deployment, deployments, variants
+from secure.deployments.self_test import Accept
 from secure.errors import CompiledError, InvalidInput
 from secure.models.text import text_inputs
 from secure.tasks.embed import Embed
@@ -399,7 +400,8 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "two sentences", replace(compilation, sentences=("One.", "Two."))
     yield "one of two", replace(compilation, sentences=("One.Two.",))
     yield "dimensions", replace(compilation, dimensions=4)
-    yield "accepted cosine", replace(compilation, accept=0.5)
+    yield "accepted cosine", replace(compilation, accept=Accept(cosine=0.5))
+    yield "accepted error", replace(compilation, accept=Accept(error=0.5))
     yield "task", replace(compilation, task="classify")
     yield "revealed", replace(compilation, task="classify", reveal="logits")
     assert {f.name for f in dataclasses.fields(Compilation)} == {

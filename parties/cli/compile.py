@@ -10,7 +10,8 @@ import typer
 from parties.cli.compiled import tell
 from parties.cli.console import say, stages, use_threads
 from parties.cli.options import (
-    AcceptOption,
+    AcceptCosineOption,
+    AcceptErrorOption,
     AnswerBitsOption,
     ApproximationsOption,
     BatchesOption,
@@ -34,7 +35,7 @@ from parties.served.compiled_files import check_new, save_compiled
 from secure.cost.traffic import mb
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
-from secure.deployments.self_test import ACCEPT
+from secure.deployments.self_test import Accept
 from secure.errors import InvalidInput
 
 
@@ -55,7 +56,8 @@ def compile_model(
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
-    accept_cosine: AcceptOption = None,
+    accept_cosine: AcceptCosineOption = None,
+    accept_error: AcceptErrorOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
     """Compile a model once, into a directory that `unseen serve DIRECTORY` serves within seconds."""
@@ -85,7 +87,7 @@ def compile_model(
             options,
             batches,
             dimensions=dimensions or 0,
-            accept=ACCEPT if accept_cosine is None else accept_cosine,
+            accept=Accept(accept_cosine, accept_error),
             **chosen(task, reveal),
         )
         compiled = compilation.run(told)

@@ -22,7 +22,6 @@ from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
-from secure.deployments.self_test import ACCEPT
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.heads import REVEALED
@@ -32,6 +31,7 @@ from secure.models.tokens import LONG, REFUSE, SPLIT, TRUNCATE
 from secure.mpc.budget import GB, Budget
 from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.session.session import PACE
+from secure.tasks.closeness import Cosine, ScoreError
 from secure.tasks.embed import LENGTH
 
 # Enums for typer's choices; their members come from the library.
@@ -127,14 +127,24 @@ DimensionsOption = Annotated[
     int | None,
     typer.Option(min=1, help="The first numbers of an embedding that are its answer (Matryoshka); all by default."),
 ]
-AcceptOption = Annotated[
+AcceptCosineOption = Annotated[
     float | None,
     typer.Option(
         "--accept-cosine",
         min=0.0,
         max=1.0,
-        help="The lowest cosine of compiled answers to the original model's at which it is accepted, on public texts; "
-        f"{ACCEPT:g} by default.",
+        help="The lowest cosine of a compiled model's embeddings to the original's at which it is accepted, on public "
+        f"texts; {Cosine.default:g} by default.",
+    ),
+]
+AcceptErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--accept-error",
+        min=0.0,
+        max=1.0,
+        help="Of a model with a head, the largest error of its scores at which it is accepted, in parts of the spread "
+        f"of the original model's, on public inputs; {ScoreError.default:g} by default.",
     ),
 ]
 PromptOption = Annotated[

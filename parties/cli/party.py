@@ -11,7 +11,8 @@ from parties import deployments
 from parties.cli.compiled import made
 from parties.cli.console import get_ready, say, stages, use_threads
 from parties.cli.options import (
-    AcceptOption,
+    AcceptCosineOption,
+    AcceptErrorOption,
     AnnounceOption,
     AnswerBitsOption,
     ApproximationsOption,
@@ -53,7 +54,7 @@ from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
-from secure.deployments.self_test import ACCEPT
+from secure.deployments.self_test import Accept
 from secure.deployments.three_party import ADDRESSES, PARTIES, ThreeParty
 from secure.models.text import PACKAGED
 
@@ -75,7 +76,8 @@ def share_model(
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
-    accept_cosine: AcceptOption = None,
+    accept_cosine: AcceptCosineOption = None,
+    accept_error: AcceptErrorOption = None,
     threads: ThreadsOption = 0,
 ) -> None:
     """Share a model among three parties: one directory for each, to be given to it and to nobody else."""
@@ -91,7 +93,7 @@ def share_model(
         checked=checked,
     )
     sentences = read_texts(calibration, "--calibration", "sentence") if calibration else []
-    lengths, accept = (length,) if length else (), ACCEPT if accept_cosine is None else accept_cosine
+    lengths = (length,) if length else ()
     compilation = Compilation(
         model,
         deployment,
@@ -100,7 +102,7 @@ def share_model(
         options,
         (batch or 1,),
         dimensions=dimensions or 0,
-        accept=accept,
+        accept=Accept(accept_cosine, accept_error),
         **chosen(task, reveal),
     )
     compiled = made("share-model", compilation, keep=False)

@@ -15,7 +15,8 @@ from parties.cli.config import is_said
 from parties.cli.console import announce, get_ready, say, stages
 from parties.cli.core_log import CoreLog
 from parties.cli.options import (
-    AcceptOption,
+    AcceptCosineOption,
+    AcceptErrorOption,
     AnnounceOption,
     AnswerBitsOption,
     ApproximationsOption,
@@ -78,7 +79,7 @@ from parties.traces.trace_file import TraceDirectory
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled, task_of
 from secure.deployments.deployment import Deployment
-from secure.deployments.self_test import ACCEPT
+from secure.deployments.self_test import Accept
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED, model_directory
@@ -108,7 +109,8 @@ def serve(
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
-    accept_cosine: AcceptOption = None,
+    accept_cosine: AcceptCosineOption = None,
+    accept_error: AcceptErrorOption = None,
     keep: KeepOption = True,
     state: Annotated[
         Path | None, typer.Option(help="Where secrets that outlive the process are kept: mask seeds, clients' keys.")
@@ -156,7 +158,8 @@ def serve(
         answer_bits=answer_bits,
         checked=checked,
     )
-    for said, name in ((not keep, "--no-keep"), (accept_cosine is not None, "--accept-cosine")):
+    only_compiling = {"--no-keep": not keep, "--accept-cosine": accept_cosine is not None}
+    for name, said in {**only_compiling, "--accept-error": accept_error is not None}.items():
         if kept.keys() == set(models) and said:
             raise InvalidInput(f"{name} means nothing for models that are compiled", "leave it out")
     given = host_options(
@@ -226,7 +229,7 @@ def serve(
                 options,
                 batches,
                 dimensions=dimensions or 0,
-                accept=ACCEPT if accept_cosine is None else accept_cosine,
+                accept=Accept(accept_cosine, accept_error),
                 **chosen(task, reveal),
             )
             held.append(made("serve", compilation, keep=keep))

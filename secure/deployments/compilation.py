@@ -18,7 +18,7 @@ from typing import Any
 from secure.deployments.compiled import Compiled, build, check_sizes, task_of
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.kept import FORMAT
-from secure.deployments.self_test import ACCEPT, self_test
+from secure.deployments.self_test import Accept, self_test
 from secure.progress import Told, silent
 from secure.tasks.task import Task
 from secure.version import WIRE_VERSION, __version__
@@ -36,8 +36,8 @@ class Compilation:
 
     lengths: the padded lengths in tokens; none stands for the task's default. sentences: they add to the calibration.
     batches: the inputs of one query; every pair of a length and a batch is compiled. dimensions: the first numbers of
-    an embedding that are its answer; 0 for all. accept: the lowest cosine between answers of the compiled model and of
-    the original at which it is accepted, see ``self_test``. task, reveal: see ``task_of``.
+    an embedding that are its answer; 0 for all. accept: how close answers of the compiled model must be to the
+    original's, see ``self_test``. task, reveal: see ``task_of``.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Compilation:
     options: CompileOptions = field(default_factory=CompileOptions)
     batches: tuple[int, ...] = (1,)
     dimensions: int = 0
-    accept: float = ACCEPT
+    accept: Accept = Accept()  # noqa: RUF009  # it is frozen
     task: str = ""
     reveal: str = ""
 
@@ -63,6 +63,7 @@ class Compilation:
         """
         check_sizes(self.deployment, self.lengths, self.batches)  # before anything takes long
         loaded = self.loader.load(self.model, max(self.lengths, default=0), self.sentences, told)
+        self.accept.of(loaded.closeness)  # likewise
         compiled = build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
         told(0, 0, "comparing the compiled model with the original")
         return self_test(compiled, loaded, self.accept)
@@ -88,7 +89,7 @@ class Compilation:
             "options": asdict(self.options),
             "batches": list(self.batches),
             "dimensions": self.dimensions,
-            "accept": self.accept,
+            "accept": asdict(self.accept),
         }
 
     @property

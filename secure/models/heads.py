@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from secure.capture.graph import MASKED
 from secure.errors import InvalidInput
+from secure.models.calibration import HELD_OUT
 from secure.models.checkpoints import load_checkpoint
 from secure.models.pairs import encode, pair_samples
 from secure.models.served_tokenizer import load_served_tokenizer
@@ -126,6 +127,18 @@ class HeadModel:
             found = [{**each, "context": each["attention_mask"]} for each in found]
         return found
 
+    def held_out(self, task: str, length: int) -> list[dict[str, Tensor]]:
+        """Make inputs of one padded length from public sentences that calibrate nothing, the first of full length."""
+        whole, (question, short, sentence) = " ".join(HELD_OUT * (length // 64 + 1)), HELD_OUT[1:4]
+        alone = [(whole, None), (sentence, None), (short, None)] if task in (CLASSIFY, TAG) else []
+        pairs = [(question, whole), (question, sentence)] if task != TAG else []
+        made = [encode(self.tokenizer, *each, length, TRUNCATE)[0] for each in (*alone, *pairs)]
+        return [
+            each.inputs(segments=self.settings.segments)
+            | ({"context": each.second} if self.settings.reveal == SPAN else {})
+            for each in made
+        ]
+
 
 def load_head(model: str, task: str, reveal: str = "") -> HeadModel:
     """Load a text model with a head for one task, and its tokenizer, from a directory.
@@ -209,9 +222,19 @@ class _Revealing(nn.Module):
         self.model, self.settings = model, settings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        return revealed(self._logits(input_ids, attention_mask, token_type_ids), self.settings)
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
-        return revealed(logits, self.settings)
+        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
+        return found
+
+    def scored(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits, and which of them count: of a tagger those of tokens, not of padding."""
+        logits = self._logits(input_ids, attention_mask, token_type_ids)
+        return logits, attention_mask[..., None] if logits.dim() == 3 else torch.ones_like(logits)
 
 
 def revealed(logits: Tensor, settings: TaskSettings) -> Tensor:
@@ -241,23 +264,46 @@ class _Answering(nn.Module):
         token_type_ids: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Tensor:
-        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
-        start, end = found.start_logits, found.end_logits
+        start, end = self._logits(input_ids, attention_mask, token_type_ids)
         if context is None:
             return torch.stack([start, end], 1)
         outside = (1.0 - context.to(start.dtype)) * MASKED
         return best_span(start + outside, end + outside)
 
+    def _logits(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
+        return found.start_logits, found.end_logits
+
+    def scored(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits and which of them are no padding's; with a context those of spans, and which lie in it."""
+        start, end = self._logits(input_ids, attention_mask, token_type_ids)
+        if context is None:
+            return torch.stack([start, end], 1), attention_mask[:, None]
+        return span_sums(start, end), span_sums(context, context) == 2
+
 
 def best_span(start: Tensor, end: Tensor) -> Tensor:
-    """Return the index of the span of the greatest sum of a start and an end, both (batch, length); see ``span_at``.
+    """Return the index of the span of the greatest sum of a start and an end, both (batch, length); see ``span_at``."""
+    return span_sums(start, end).argmax(-1)
+
+
+def span_sums(start: Tensor, end: Tensor) -> Tensor:
+    """Return the sums of a start and an end, both (batch, length), of every span: (batch, spans).
 
     The spans of one token come first, in order, then those of two, and so on up to ANSWER_TOKENS.
     """
     length = start.shape[-1]
     sums = [start[:, : length - more] + end[:, more:] for more in range(min(ANSWER_TOKENS, length))]
-    return torch.cat(sums, -1).argmax(-1)
+    return torch.cat(sums, -1)
 
 
 def span_at(index: int, length: int) -> tuple[int, int]:

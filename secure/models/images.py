@@ -229,6 +229,22 @@ def synthetic(settings: ImageSettings) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": normalized(image, settings)[None]}
 
 
+def natural(settings: ImageSettings) -> Iterator[dict[str, Tensor]]:
+    """Make inputs that are like photographs, and no calibration inputs: random, of few details and many large shapes.
+
+    As in photographs, amplitudes fall with the frequency, and channels are much alike. Each takes the whole range of
+    pixels; the last two have little contrast, a dark and a bright one.
+    """
+    generator = torch.Generator().manual_seed(1)
+    c, h, w = settings.channels, settings.height, settings.width
+    frequency = torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)).clamp(min=1 / max(h, w))
+    for low, high in ((0, 255), (0, 255), (0, 255), (0, 90), (180, 255)):
+        grey, colour = torch.randn(1, h, w, generator=generator), torch.randn(c, h, w, generator=generator)
+        image = torch.fft.irfft2(torch.fft.rfft2(grey + colour / 4) / frequency, s=(h, w))
+        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+        yield {"pixel_values": normalized(low + (high - low) * image, settings)[None]}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageModel:
     """A loaded image classifier. about: a line about how it was loaded, or ""."""
@@ -243,6 +259,11 @@ class ImageModel:
         assert self.settings.image is not None  # as it is loaded
         own = [image_inputs(Path(file), self.settings.image) for file in files]
         return [*synthetic(self.settings.image), *own]
+
+    def held_out(self) -> list[dict[str, Tensor]]:
+        """Make inputs that calibrate nothing: ``natural`` ones."""
+        assert self.settings.image is not None  # as it is loaded
+        return list(natural(self.settings.image))
 
 
 def sees_images(model: str) -> bool:
@@ -276,4 +297,8 @@ class _Seeing(nn.Module):
         self.model, self.settings = model, settings
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return revealed(self.model(pixel_values=pixel_values).logits, self.settings)
+        return revealed(self.scored(pixel_values)[0], self.settings)
+
+    def scored(self, pixel_values: Tensor) -> tuple[Tensor, None]:
+        """Return the logits, which all count."""
+        return self.model(pixel_values=pixel_values).logits, None

@@ -55,6 +55,11 @@ class Encoded:
         found = {"input_ids": self.ids[None], "attention_mask": self.mask[None]}
         return found | ({"token_type_ids": self.segments[None]} if segments else {})
 
+    @property
+    def second(self) -> Tensor:
+        """1 for each token of the second text, int64 of shape (1, length)."""
+        return torch.tensor([[int(which == SECOND) for which in self.texts]])
+
 
 def encode(
     tokenizer: TextTokenizer,

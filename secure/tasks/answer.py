@@ -61,7 +61,7 @@ class Answering(Headed[Pair, dict[str, Any]]):
         found = super().pieces(given, served)
         if served.settings.reveal != SPAN:
             return found
-        return [Tokenized({**each, "context": _context(tokens_of(each))}, tokens_of(each)) for each in found]
+        return [Tokenized({**each, "context": tokens_of(each).second}, tokens_of(each)) for each in found]
 
     def joined(
         self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: Pair, served: Served
@@ -81,11 +81,6 @@ class Answering(Headed[Pair, dict[str, Any]]):
                 best = {"score": score, "start": start, "end": end, "answer": given[1][start:end]}
         assert best is not None  # there is a piece
         return best
-
-
-def _context(encoded: Encoded) -> Tensor:
-    """Return 1 for each token of the context, int64 of shape (1, length)."""
-    return torch.tensor([[int(which == SECOND) for which in encoded.texts]])
 
 
 def _search(found: Tensor, encoded: Encoded) -> tuple[int, int, float]:

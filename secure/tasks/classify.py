@@ -15,6 +15,7 @@ from secure.models.heads import CLASSIFY
 from secure.models.images import image_inputs, is_image, load_image_head, sees_images
 from secure.models.settings import LABEL, LOGITS, SIGMOID, SOFTMAX, TaskSettings
 from secure.progress import Told, silent
+from secure.tasks.closeness import ScoreError
 from secure.tasks.headed import Headed, is_pair
 from secure.tasks.task import Loaded, Served
 
@@ -61,7 +62,15 @@ class Classify(Headed[Any, Classified]):
         told(0, 0, "loading the model")
         found = load_image_head(model, self.name, self.reveal)
         samples, labels = found.samples(sentences), {TASK: self.name, SETTINGS: found.settings.encoded}
-        return Loaded(found.name, found.module, samples, about=found.about, labels=labels)
+        return Loaded(
+            found.name,
+            found.module,
+            samples,
+            about=found.about,
+            labels=labels,
+            held_out=lambda _: found.held_out(),
+            closeness=ScoreError(found.settings),
+        )
 
     def check(self, given: Sequence[Any], served: Served) -> None:
         if served.settings.image is None:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from secure.errors import InvalidInput
 from secure.models.digits import EPOCHS, DigitsModel, load_digits, train_digits
+from secure.models.settings import NONE
 from secure.polynomial.forms import freeze_untrained
 from secure.progress import Told, silent
+from secure.tasks.closeness import ScoreError
 from secure.tasks.task import Loaded, Served, Task
 
 CALIBRATION = 400  # training images from which ranges are taken
+HELD_OUT = 8  # test images on which a compiled model is compared with the original
 NAME = "digits"
 
 
@@ -66,8 +69,10 @@ def layers_of(model: str) -> int:
 
 def prepared(model: DigitsModel) -> Loaded:
     """Return a digits model with its calibration images, one per query."""
-    samples = [{"images": image[None]} for image in load_digits().train[0][:CALIBRATION]]
-    return Loaded(NAME, model, samples)
+    data = load_digits()
+    taken = data.train[0][:CALIBRATION], data.test[0][:HELD_OUT]
+    samples, others = ([{"images": image[None]} for image in images] for images in taken)
+    return Loaded(NAME, model, samples, held_out=lambda _: others, closeness=ScoreError(NONE))
 
 
 def untrained(layers: int) -> DigitsModel:

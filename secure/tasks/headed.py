@@ -18,6 +18,7 @@ from secure.models.pairs import Encoded, encode
 from secure.models.text import model_files
 from secure.models.tokens import REFUSE, TRUNCATE
 from secure.progress import Told, silent
+from secure.tasks.closeness import ScoreError
 from secure.tasks.embed import LENGTH
 from secure.tasks.task import Answer_co, Given, Loaded, Served, Task
 
@@ -83,6 +84,8 @@ class Headed(Task[Given, Answer_co]):
             found.about,
             samples_at=lambda other: found.samples(self.name, other, given),
             labels={TASK: self.name, SETTINGS: found.settings.encoded},
+            held_out=lambda other: found.held_out(self.name, other),
+            closeness=ScoreError(found.settings),
         )
 
     def files(self, model: str) -> Iterable[Path]:

@@ -20,6 +20,7 @@ from secure.models.prompts import Prompts
 from secure.models.settings import NONE, TaskSettings
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
+from secure.tasks.closeness import COSINE, Closeness
 
 Given = TypeVar("Given")
 Answer_co = TypeVar("Answer_co", covariant=True)
@@ -48,7 +49,7 @@ class Loaded:
     about: a line for the model's owner, or "". normalized: the model's answers are vectors of length 1. samples_at:
     makes calibration inputs of another length; None if the model has only one. labels: more labels of its Programs.
     held_out: makes inputs of a length that are no calibration inputs, on which a compiled model is compared with the
-    module; None if there are none.
+    module, the first as long as the model takes; None if there are none. closeness: by what they are compared.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Loaded:
     samples_at: Callable[[int], Sequence[Mapping[str, Tensor]]] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     held_out: Callable[[int], Sequence[Mapping[str, Tensor]]] | None = None
+    closeness: Closeness = COSINE
 
     def at(self, length: int) -> Self:
         """Return the same model for another length. Raises InvalidInput if it has only one, or does not take this."""
