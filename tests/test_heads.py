@@ -14,9 +14,12 @@ import secure
 from secure.deployments.compiled import Compiled
 from secure.models import pairs, tokens
 from secure.models.heads import best_span, span_at, task_named
+from secure.polynomial.recipe import Recipe
 from secure.session.session import STEP, Session
 from secure.tasks import headed
 from secure.tasks.tag import Tag
+from secure.training.distil import distil
+from secure.training.trainer import Settings
 from tests.heads import LABELS, write_head
 from tests.tiny import WORDS, sentences
 
@@ -343,6 +346,19 @@ def test_tasks_that_a_model_is_not_made_for(heads: Callable[[str], Path], direct
         secure.compile_text_model(str(directory), LENGTH, reveal="label")
     with pytest.raises(secure.InvalidInput, match="reveals no span"):
         secure.compile_text_model(str(heads("tag")), LENGTH, reveal="span")
+
+
+@pytest.mark.parametrize("task", ["classify", "answer"])
+def test_a_head_on_a_polynomial_form_is_refused(task: str, tmp_path: Path) -> None:
+    """Computed with exact functions, weights that were trained for polynomials would give wrong answers in silence."""
+    found = write_head(tmp_path / "m", task)
+    with pytest.raises(secure.InvalidInput, match=f"for the task {task}: sentence encoders alone are trained"):
+        distil(found, TEXTS, Recipe(), Settings(), tmp_path / "other")
+    (found / "polynomial.json").write_text(Recipe().model_dump_json())
+    with pytest.raises(
+        secure.InvalidInput, match=r"m is in polynomial form \(polynomial\.json\), which models with a head"
+    ):
+        secure.compile_text_model(str(found), LENGTH)
 
 
 def test_wrong_types_are_refused(made: Made) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -274,6 +275,13 @@ def secure_build(task: Any, directory: Path, own: list[str], deployment: secure.
 def test_a_model_of_images_takes_no_length(directory: Path) -> None:
     with pytest.raises(secure.InvalidInput, match="no length"):
         secure.compile_text_model(str(directory), 16)
+
+
+def test_images_in_polynomial_form_are_refused(directory: Path, tmp_path: Path) -> None:
+    found = shutil.copytree(directory, tmp_path / "m")
+    (found / "polynomial.json").write_text("{}")
+    with pytest.raises(secure.InvalidInput, match="in polynomial form"):
+        secure_task("label").load(str(found), 0)
 
 
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:

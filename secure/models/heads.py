@@ -29,6 +29,7 @@ from secure.errors import InvalidInput
 from secure.models.calibration import HELD_OUT
 from secure.models.checkpoints import load_checkpoint
 from secure.models.pairs import encode, pair_samples
+from secure.models.sentence_encoder import RECIPE
 from secure.models.served_tokenizer import load_served_tokenizer
 from secure.models.settings import (
     IDENTITY,
@@ -144,10 +145,12 @@ def load_head(model: str, task: str, reveal: str = "") -> HeadModel:
     """Load a text model with a head for one task, and its tokenizer, from a directory.
 
     reveal: one of REVEALED; "" stands for the task's default, or for logits where nothing less can be revealed.
-    Raises ModelNotFound, MissingPackage, and InvalidInput for a model of another task or a form that it does not have.
+    Raises ModelNotFound, MissingPackage, and InvalidInput for a model of another task, a form that it does not have,
+    and one in polynomial form.
     """
     directory = model_directory(model)
     kind = next(ending for ending, of in ENDINGS.items() if of == (CLASSIFY if task == RERANK else task))
+    check_exact(directory)
     heard = list[str]()
     loaded: Any = load_checkpoint(directory, f"AutoModel{kind}", told=heard.append)
     config = loaded.config
@@ -175,6 +178,16 @@ def load_head(model: str, task: str, reveal: str = "") -> HeadModel:
         settings,
         "; ".join(heard),
     )
+
+
+def check_exact(directory: Path) -> None:
+    """Raise InvalidInput for a model in polynomial form, whose answers by exact functions would be wrong."""
+    if (directory / RECIPE).is_file():
+        raise InvalidInput(
+            f"{directory} is in polynomial form ({RECIPE}), which models with a head do not have so far",
+            "train the head on the original model and serve that, by two or three parties; polynomial form is for "
+            "sentence encoders",
+        )
 
 
 def activation_of(config: Any, task: str) -> str:

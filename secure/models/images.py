@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secure.errors import InvalidInput, MissingPackage, ModelNotFound
 from secure.models.checkpoints import load_checkpoint
-from secure.models.heads import REVEALED, activation_of, revealed
+from secure.models.heads import REVEALED, activation_of, check_exact, revealed
 from secure.models.settings import MAXIMUM_PIXELS, ImageSettings, TaskSettings
 from secure.models.text import model_directory
 from secure.models.tokens import read_json
@@ -278,6 +278,7 @@ def load_image_head(model: str, task: str, reveal: str = "") -> ImageModel:
     Raises ModelNotFound, MissingPackage and InvalidInput.
     """
     directory, heard = model_directory(model), list[str]()
+    check_exact(directory)
     loaded: Any = load_checkpoint(directory, f"AutoModel{ENDING}", told=heard.append)
     config = loaded.config
     if (reveal := reveal or REVEALED[task][0]) not in REVEALED[task]:

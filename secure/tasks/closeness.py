@@ -86,7 +86,7 @@ class ScoreError(Closeness):
     settings: TaskSettings
 
     name: ClassVar[str] = "error"
-    default: ClassVar[float] = 0.01
+    default: ClassVar[float] = 0.05
     moves: ClassVar[str] = "raises the bar"
 
     def judge(self, module: nn.Module, answered: Sequence[Answered], accept: float) -> Judged:
@@ -101,11 +101,12 @@ class ScoreError(Closeness):
         worst, length = max((float(each.max()), one.length) for each, one in zip(errors, answered, strict=True))
         spread = max(float(torch.cat(seen).max() - torch.cat(seen).min()), 1.0 if proper else accept)
         error = worst / spread
+        parts = f"{error:.2g} of their spread ({spread:.3g})"
         if not chosen:
-            return Judged(error <= accept, f"largest error of scores {error:.2g} of their spread, {spread:.3g}", length)
+            return Judged(error <= accept, f"largest error of scores {parts}", length)
         every = torch.cat(errors)
         words = f"{int((every == 0).sum())} of {len(every)} {self.settings.reveal}s are the original's"
-        said = f", others would be with scores wrong by {error:.2g} of their spread, {spread:.3g}" if error else ""
+        said = f", others would be with scores wrong by {parts}" if error else ""
         return Judged(error <= accept, words + said, length)
 
     def _scored(self, module: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

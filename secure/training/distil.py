@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.errors import InvalidInput
+from secure.models.heads import task_named
 from secure.models.sentence_encoder import (
     RECIPE,
     SentenceEncoder,
@@ -168,6 +169,11 @@ def distil(
         raise InvalidInput(f"{output} is the original model's directory\nhint: give another one")
     if (directory / RECIPE).is_file():
         raise InvalidInput(f"{directory} is in polynomial form already\nhint: give the original model")
+    if task := task_named(str(directory)):
+        raise InvalidInput(
+            f"{directory} is a model for the task {task}: sentence encoders alone are trained into polynomial form",
+            "serve it as it is, by two or three parties",
+        )
     tokenizer = load_tokenizer(directory)
     teacher, student = load_sentence_encoder(directory), load_sentence_encoder(directory)
     if teacher.pooling not in ("mean", "cls") or len(teacher.then):
