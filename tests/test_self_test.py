@@ -35,7 +35,7 @@ from secure.models.settings import (
     ImageSettings,
     TaskSettings,
 )
-from secure.tasks.closeness import COSINE, Answered, Cosine, Judged, ScoreError
+from secure.tasks.closeness import COSINE, Compared, Cosine, Judged, ScoreError
 from secure.tasks.digits import prepared, untrained
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded
@@ -197,7 +197,7 @@ def judged(
             return scores, counted
 
     settings = TaskSettings(reveal, activation=activation)
-    return ScoreError(settings).judge(Original(), [Answered({"x": torch.zeros(1)}, found)], accept)
+    return ScoreError(settings).judge(Original(), [Compared({"x": torch.zeros(1)}, found)], accept)
 
 
 def test_scores_are_measured_by_their_spread() -> None:
@@ -289,7 +289,7 @@ def test_a_label_of_scores_that_are_near_is_accepted(values: list[float], moved:
 
 def test_cosines_are_told_with_their_length() -> None:
     module, x = nn.Identity(), torch.tensor([[3.0, 4.0]])
-    answered = [Answered({"input": x}, found, length) for found, length in ((x, 8), (x.flip(-1), 12))]
+    answered = [Compared({"input": x}, found, length) for found, length in ((x, 8), (x.flip(-1), 12))]
     assert Cosine().judge(module, answered, 0.9) == Judged(True, "lowest cosine to the original 0.9600000", 12)
     assert not COSINE.judge(module, answered, 0.97).accepted
 

@@ -9,7 +9,7 @@ from typing import Any
 from secure.deployments.compiled import Compiled, plain_reference
 from secure.deployments.deployment import Deployment
 from secure.errors import Error, InvalidInput, OutOfRange
-from secure.tasks.closeness import Answered, Closeness
+from secure.tasks.closeness import Closeness, Compared
 from secure.tasks.task import Loaded, stacked
 
 
@@ -59,7 +59,7 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: Accept | None = None) 
     if type(compiled.deployment).reference is Deployment.reference:
         return _with(compiled, f"self-test: not run ({compiled.deployment.name} has no plain arithmetic)")
     held_out = loaded.held_out or (lambda _: ())
-    answered, tested, refused = list[Answered](), 0, list[Error]()
+    answered, tested, refused = list[Compared](), 0, list[Error]()
     smallest = min(int(size.program.labels.get("batch", 1)) for size in compiled.sizes)
     for size in compiled.sizes:
         length, batch = (int(size.program.labels.get(name, least)) for name, least in (("length", 0), ("batch", 1)))
@@ -69,7 +69,7 @@ def self_test(compiled: Compiled, loaded: Loaded, accept: Accept | None = None) 
         for chosen in (given[i : i + batch] for i in range(0, len(given), batch)):
             filled = stacked([*chosen, *[chosen[0]] * (batch - len(chosen))])
             try:
-                answered.append(Answered(stacked(chosen), _first(plain_reference(size, filled), len(chosen)), length))
+                answered.append(Compared(stacked(chosen), _first(plain_reference(size, filled), len(chosen)), length))
                 tested += len(chosen)
             except (InvalidInput, OutOfRange) as error:  # as clients would get it
                 refused += [error] * len(chosen)

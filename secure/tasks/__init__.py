@@ -1,6 +1,7 @@
 """Tasks that a model serves. A task loads a model, makes its inputs, and reads its answer.
 
 task         the base of all tasks
+closeness    how close answers are to the original model's
 embed        texts to vectors
 digits       images of digits to the digits
 headed       the base of tasks whose models have a head

@@ -1,4 +1,4 @@
-"""How close the answers of a compiled model come to those of the module from which it was made.
+"""The closeness of a compiled model's answers to those of the module from which it was made.
 
 The self-test judges by it. What is compared follows from the answers: directions of vectors by their cosine; scores,
 and labels and spans that are chosen by scores, by the error of these.
@@ -19,7 +19,7 @@ from secure.models.settings import IDENTITY, LABEL, PROBABILITIES, SIGMOID, SPAN
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Answered:
+class Compared:
     """Inputs of one padded length, a row each, and what a compiled model made of them. length: 0 if there is none."""
 
     inputs: Mapping[str, Tensor]
@@ -47,7 +47,7 @@ class Closeness(ABC):
     moves: ClassVar[str]
 
     @abstractmethod
-    def judge(self, module: nn.Module, answered: Sequence[Answered], accept: float) -> Judged:
+    def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
         """Compare answers, of which there is at least one, with those of the module. NaN is never accepted."""
 
 
@@ -58,7 +58,7 @@ class Cosine(Closeness):
     default: ClassVar[float] = 0.999
     moves: ClassVar[str] = "lowers the bar"
 
-    def judge(self, module: nn.Module, answered: Sequence[Answered], accept: float) -> Judged:
+    def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
         with torch.no_grad():
             lowest, length = min((_cosine(each.found, module(**each.inputs)), each.length) for each in answered)
         return Judged(lowest >= accept, f"lowest cosine to the original {lowest:.7f}", length)
@@ -89,7 +89,7 @@ class ScoreError(Closeness):
     default: ClassVar[float] = 0.05
     moves: ClassVar[str] = "raises the bar"
 
-    def judge(self, module: nn.Module, answered: Sequence[Answered], accept: float) -> Judged:
+    def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
         chosen, proper = self.settings.reveal in (LABEL, SPAN), self.settings.activation != IDENTITY
         errors, seen = list[Tensor](), list[Tensor]()
         for each in answered:
