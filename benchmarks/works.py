@@ -76,6 +76,7 @@ HOW = {
     "packaged model's 256 tokens a copy of it, whose table of positions has 512",
     "bert-base": "token ids to mean of the hidden states, random weights; the client holds the token table",
     "argmax": "secret input; the place alone is revealed",
+    "head": "a classifier's first token to its label: dense, tanh, linear, arg-max; weights held by the server",
     "bert-large": "the same in the shape of BERT-large",
     "deit-tiny": "pixels of one image to logits, random weights, 197 tokens; nothing but the weights at the server",
     "polynomial-bert-base": "the same in polynomial form, its ranges and polynomials taken from random inputs",
@@ -157,6 +158,21 @@ class Layer(nn.Module):
         return x.reshape(x.shape[0], self.heads, -1).transpose(0, 1)
 
 
+class Head(nn.Module):
+    """The head of a classifier: dense, tanh, linear, and the place of the larger score."""
+
+    def __init__(self, arrays: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        parts = [nn.Linear(*arrays[name].shape) for name in ("dense", "out")]
+        for name, part in zip(("dense", "out"), parts, strict=True):
+            part.load_state_dict({"weight": arrays[name].t().contiguous(), "bias": arrays[f"{name}.bias"]})
+        self.dense, self.out = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.out(torch.tanh(self.dense(x)))
+        return scores.argmax(-1)
+
+
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": nn.functional.gelu,
     "softmax": lambda x: torch.softmax(x, -1),
@@ -165,6 +181,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "reciprocal": torch.rsqrt,  # for its shapes alone, see ``reciprocals``
     "rsqrt": torch.rsqrt,
     "product": torch.matmul,
+    "argmax": lambda x: x.argmax(-1),
 }
 
 
@@ -177,6 +194,8 @@ def module(work: peers.Work, kind: str, masks: Mapping[str, Tensor]) -> nn.Modul
         linear: Any = nn.Linear(arrays["y"].shape[0], arrays["y"].shape[1], bias=False)
         linear.load_state_dict({"weight": arrays["y"].t().contiguous()})
         return linear  # type: ignore[no-any-return]
+    if kind == "head":
+        return Head(arrays)
     if kind == "layernorm":
         norm = nn.LayerNorm(len(arrays["weight"]), eps=1e-12)
         norm.load_state_dict({"weight": arrays["weight"], "bias": arrays["bias"]})

@@ -81,7 +81,12 @@ def function(work: Work, gelu: str) -> Function:
         "softmax": lambda a: (a["x"].softmax(-1),),
         "argmax": lambda a: (a["x"].argmax(dim=-1, one_hot=False),),
         "layernorm": lambda a: (layer_norm(a["x"], a["weight"], a["bias"]),),
+        "head": lambda a: (head(a).argmax(dim=-1, one_hot=False),),
     }[work.kind]
+
+
+def head(a: dict[str, Any]) -> Any:
+    return (a["x"].matmul(a["dense"]) + a["dense.bias"]).tanh().matmul(a["out"]) + a["out.bias"]
 
 
 def chosen_gelu(name: str, option: str) -> str:

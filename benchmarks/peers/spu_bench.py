@@ -98,6 +98,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "softmax": lambda a: softmax(a["x"]),
     "argmax": lambda a: jnp.argmax(a["x"], -1),
     "layernorm": lambda a: layer_norm(a["x"], a["weight"], a["bias"]),
+    "head": lambda a: jnp.argmax(jnp.tanh(a["x"] @ a["dense"] + a["dense.bias"]) @ a["out"] + a["out.bias"], -1),
 }
 
 

@@ -30,7 +30,7 @@ PRIMITIVES = (
     "rsqrt 393216",
 )
 TRANSFORMERS = ("bert layer", "minilm 32", "minilm 128")
-CHOICES = ("argmax 1x2", "argmax 1x1000", "argmax 1x50000")
+CHOICES = ("argmax 1x2", "argmax 1x1000", "argmax 1x50000", "head 1x384")
 USUAL = (*PRIMITIVES, *TRANSFORMERS)
 WORKS = (*USUAL, *CHOICES)
 
@@ -165,7 +165,17 @@ def make(name: str, weights: Path | None = None) -> Work:
         x = np.round(x * 1024) / np.float32(1024)
     d = x.astype(np.float64)
     arrays, owned = {"x": x}, ("x",)
-    if kind == "matmul":
+    if kind == "head":  # of a classifier with two labels: dense, tanh, linear, and the place of the larger score
+        arrays |= {
+            "dense": normal(shape[1], shape[1], scale=1 / math.sqrt(shape[1])),
+            "dense.bias": normal(shape[1], scale=0.05),
+            "out": normal(shape[1], 2, scale=1 / math.sqrt(shape[1])),
+            "out.bias": normal(2, scale=0.05),
+        }
+        w = {name: value.astype(np.float64) for name, value in arrays.items()}
+        scores = np.tanh(d @ w["dense"] + w["dense.bias"]) @ w["out"] + w["out.bias"]
+        expected = np.asarray(scores.argmax(-1), dtype=np.float64)
+    elif kind == "matmul":
         arrays["y"] = normal(*(int(n) for n in rest[1].split("x")), scale=1 / math.sqrt(shape[1]))
         expected = d @ arrays["y"].astype(np.float64)
     elif kind == "multiply":
@@ -214,7 +224,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     """What both benchmarks accept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work", nargs="+", metavar="NAME", default=list(USUAL), choices=WORKS, help="default: all but argmax"
+        "--work", nargs="+", metavar="NAME", default=list(USUAL), choices=WORKS, help="default: all but argmax and head"
     )
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs after the warm-up (default 3)")
     parser.add_argument(
