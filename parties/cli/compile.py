@@ -15,6 +15,7 @@ from parties.cli.options import (
     ApproximationsOption,
     BatchesOption,
     CalibrationOption,
+    CapacityOption,
     CheckedOption,
     DimensionsOption,
     EmbeddingOption,
@@ -43,6 +44,7 @@ def compile_model(
     model: ModelArgument,
     directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
     length: LengthsOption = None,
+    capacity: CapacityOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -85,6 +87,7 @@ def compile_model(
             options,
             batches,
             dimensions=dimensions or 0,
+            capacity=capacity or 0,
             accept=ACCEPT if accept_cosine is None else accept_cosine,
             **chosen(task, reveal),
         )

@@ -23,6 +23,7 @@ from parties.cli.options import (
     BudgetMemoryOption,
     BudgetSecondsOption,
     CalibrationOption,
+    CapacityOption,
     CheckedOption,
     DeadlineOption,
     DimensionsOption,
@@ -96,6 +97,7 @@ def serve(
     listen: ListenOption = "127.0.0.1:50051",
     also: AlsoOption = None,
     length: LengthsOption = None,
+    capacity: CapacityOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -226,6 +228,7 @@ def serve(
                 options,
                 batches,
                 dimensions=dimensions or 0,
+                capacity=capacity or 0,
                 accept=ACCEPT if accept_cosine is None else accept_cosine,
                 **chosen(task, reveal),
             )

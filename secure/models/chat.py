@@ -69,6 +69,8 @@ def rendered(settings: WritingSettings, messages: Sequence[Mapping[str, str]]) -
         "packages": [str(Path(part).parent.parent) for part in parts],
         "variables": {
             "messages": list(messages),
+            "tools": None,
+            "documents": None,
             "add_generation_prompt": True,
             "bos_token": settings.bos,
             "eos_token": settings.eos,

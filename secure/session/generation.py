@@ -55,7 +55,10 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
     step = next((o for o in offers if o.length == 1), None)
     capacity, vocabulary = (_number(labels.get(name, "")) for name in (MOST_ROWS, "vocabulary"))
     if step is None or not lengths or not capacity or not vocabulary:
-        raise InvalidProgram("the server offers no Programs for a prompt and a step")
+        raise InvalidProgram(
+            "this session has no Programs for a prompt and a step\nhint: connect without --program-digest "
+            "(program_digest), or ask the server's owner"
+        )
     found = next((o for o in lengths if o.length >= len(prompt)), lengths[-1])
     room = capacity - found.length + 1
     if count > room:

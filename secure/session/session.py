@@ -167,6 +167,11 @@ class Session:
         """The sizes that queries of this session may have, in the order of length and batch."""
         return tuple(sorted(self._links.offers, key=lambda offer: (offer.length, offer.batch)))
 
+    def program_of(self, size: Offer) -> Any:
+        """Return the Program of one of ``sizes``, and connect to its server if need be. Raises what connecting does."""
+        with self._open():
+            return self._once_free(partial(self._links.of, size)).program
+
     @property
     def once(self) -> tuple[Traffic, ...]:
         """The traffic that happened once for this session: files of the model, and keys."""
