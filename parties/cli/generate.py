@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from parties.cli.asking import Connecting, connection_of
-from parties.cli.console import ERR, OUT, in_time, progress, say, write
+from parties.cli.console import ERR, OUT, progress, say, write
 from parties.reports.who_learns import who_learns
 from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb, total
 from secure.deployments.circuits import CircuitDeployment
@@ -21,7 +21,7 @@ from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.chat import CONTENT, ROLE
 from secure.mpc.network import NETWORKS, NetworkSpeed, find_apart
-from secure.session.generation import STOP, Generation
+from secure.session.generation import STOP, Generation, room
 from secure.session.link import Report
 from secure.session.session import Session
 from secure.tasks.generate import Generate
@@ -39,7 +39,13 @@ def generate(
     input: Annotated[
         str | None, typer.Option(metavar="FILE", help="A file that holds the prompt; -: standard input.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = TOKENS,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"The most tokens to write; {TOKENS} by default, or fewer where the server has no room for so many.",
+        ),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. May be given several times.")
     ] = None,
@@ -75,8 +81,10 @@ def generate(
         told = shown.enter_context(progress(VERB))
         told(0, 0, "connecting")
         session = stack.enter_context(connection.open(told))
+        Generate().fits(session.served)
+        count = max_new_tokens or min(TOKENS, room(session.sizes, session.program.labels))
         writing = session.generate(
-            given, max_new_tokens, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length
+            given, count, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length
         )
         for line in prices(deployment, session, asked):
             say(f"unseen {VERB}: {line}")
@@ -90,7 +98,7 @@ def generate(
                 if not connecting.as_json:
                     write(_on_terminal(piece) if OUT.is_terminal else piece)
                 if hide_length and writing.finish_reason == STOP:
-                    say(f"unseen {VERB}: the text has ended; steps go on up to {max_new_tokens}, to hide that")
+                    say(f"unseen {VERB}: the text has ended; steps go on up to {count}, to hide that")
         for line in summary(writing, session.reports, time.monotonic() - began, first):
             say(f"unseen {VERB}: {line}")
         if not connecting.as_json:
@@ -129,9 +137,13 @@ def prices(deployment: Deployment, session: Session, network: NetworkSpeed | Non
         online, dealt = (total(cost.traffic, phase=phase) for phase in (ONLINE, OFFLINE))
         what = f"a prompt of up to {size.length} tokens" if size.length > 1 else "each token after it"
         seconds = f", {network.seconds(running):.2f} s of waiting on {network.name}" if network else ""
-        yield f"{what}: {cost.rounds} rounds, {mb(online)} online, {mb(dealt)} dealt before{seconds}"
+        yield f"{what}: {cost.rounds} rounds, {_size(online)} online, {_size(dealt)} dealt before{seconds}"
     if len(prompts) > 1:
         yield f"the servers see to which length the prompt is padded: {', '.join(map(str, prompts))} tokens"
+
+
+def _size(count: int) -> str:
+    return mb(count) if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def summary(writing: Generation, taken: Sequence[Report], seconds: float, first: float) -> Iterator[str]:
@@ -139,7 +151,7 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     count, steps = len(writing.ids), len(taken)
     ended = "at its end or at a stop" if writing.finish_reason == STOP else "after --max-new-tokens"
     rate = f", {(steps - 1) / (seconds - first):.3g} a second after the prompt" if steps > 1 < seconds / first else ""
-    yield f"{count} tokens in {in_time(seconds)}, the first after {in_time(first)}{rate}; ended {ended}"
+    yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
     for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
         if said := in_words([each for report in taken for each in report.traffic], phase):
             yield f"{name}: {said}"

@@ -61,17 +61,17 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
         )
     found = next((o for o in lengths if o.length >= len(prompt)), lengths[-1])
     room = capacity - found.length + 1
-    if count > room:
-        raise InvalidInput(
-            f"{count} new tokens after a prompt that is padded to {found.length}",
-            f"{room} at most; compile with a greater capacity",
-        )
     error: InvalidInput | None = None
     if len(prompt) > found.length:
         error = InputTooLong(f"the prompt has {len(prompt)} tokens, at most {found.length} fit", "shorten it")
     elif not all(0 <= token < vocabulary for token in prompt):
         error = InvalidInput(
             f"a token id is outside 0..{vocabulary - 1}", "use the tokenizer that belongs to the model"
+        )
+    if count > room:
+        raise error or InvalidInput(
+            f"{count} new tokens after a prompt that is padded to {found.length}",
+            f"{room} at most; compile with a greater capacity",
         )
     return Writing(found, step, capacity, error)
 
@@ -90,7 +90,8 @@ def refuse_generator(labels: Mapping[str, str]) -> None:
 def sizes_for(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence[int] | Error, count: int) -> Writing:
     """Choose the sizes as ``writing`` does, for a prompt that a tokenizer made: all that is wrong with it is returned.
 
-    Raises InvalidInput for more tokens than there is room for after any prompt.
+    Then the greatest size is taken after which there is room. Raises InvalidInput for more tokens than there is room
+    for after any prompt.
     """
     shortest = writing(offers, labels, [0], count)
     try:
@@ -98,8 +99,14 @@ def sizes_for(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequen
             raise prompt
         return writing(offers, labels, prompt, count)
     except Error as error:
-        longest = max(offers, key=lambda offer: offer.length)
-        return Writing(longest, shortest.step, shortest.capacity, error)
+        roomy = [offer for offer in offers if offer.length + count - 1 <= shortest.capacity]
+        return Writing(max(roomy, key=lambda offer: offer.length), shortest.step, shortest.capacity, error)
+
+
+def room(offers: Sequence[Offer], labels: Mapping[str, str]) -> int:
+    """Return the number of tokens for which there is room after any prompt. Raises InvalidProgram if there is none."""
+    found = writing(offers, labels, [0], 1)
+    return max(1, found.capacity - max(offer.length for offer in offers) + 1)
 
 
 @dataclass(frozen=True)

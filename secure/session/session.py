@@ -236,7 +236,7 @@ class Session:
 
         Only a failure of a party ends a run at once.
         """
-        served = self._served
+        served = self.served
         task.fits(served)
         task.check(given, served)
         return self._run(task, served, given)
@@ -275,7 +275,7 @@ class Session:
         """
         if retries < 0 or window < 1:
             raise InvalidInput(f"{retries} retries, a window of {window} inputs", "0 retries or more, a window of 1")
-        served = self._served
+        served = self.served
         task.fits(served)
         whole = -(-window // self.batch) * self.batch  # inputs of a window
 
@@ -349,7 +349,8 @@ class Session:
         return self.length, piece
 
     @property
-    def _served(self) -> Served:
+    def served(self) -> Served:
+        """The parts of the served model that tasks use."""
         labels = self.program.labels
         normalized, (task, settings) = labels.get("normalized") == "yes", settings_of(labels)
         return Served(self._link.tokenizer, self.length, normalized, prompts_from(labels), task, settings)
@@ -534,7 +535,7 @@ class Session:
         InvalidInput at once.
         The servers see to which length the prompt was padded, the number of tokens, and when each was asked for.
         """
-        Generate().fits(self._served)
+        Generate().fits(self.served)
         labels = self.program.labels
         asked = wanted(prompt, stop, labels, self._link.tokenizer, ignore_end=ignore_end)
         # what is wrong with numbers shows at once; what a server's tokenizer says of a text does not
