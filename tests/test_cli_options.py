@@ -176,6 +176,7 @@ FIRST: dict[str, list[str]] = {
     "tag": ["A text."],
     "answer": ["--question", "Who?", "--context", "A text."],
     "rerank": ["A query.", "A text."],
+    "generate": ["A text."],
     "serve": ["--listen", FREE],
     "compile": ["a-model", "{tmp}/compiled"],
     "dealer": ["--listen", FREE],
@@ -197,6 +198,8 @@ WITH: dict[tuple[str, str], list[str]] = {
     ("demo", "images"): ["--digits"],
     **{("demo", name): ["--model", "m"] for name in ("texts", "length", "embedding", "refresh", "precision")},
     ("party", "party_0"): ["--id", "1"],
+    ("generate", "system"): ["--chat"],
+    ("generate", "input"): [],
     **{(name, "reveal"): ["--task", "classify"] for name in ("serve", "compile", "share-model")},
 }
 """What else is said where an option is tried."""
@@ -270,6 +273,8 @@ VALUES: dict[str, str] = {
             "retries",
             "batch",
             "workers",
+            "capacity",
+            "max_new_tokens",
             "ray_workers",
             "dimensions",
         ),

@@ -83,11 +83,11 @@ def generate(
         session = stack.enter_context(connection.open(told))
         Generate().fits(session.served)
         count = max_new_tokens or min(TOKENS, room(session.sizes, session.program.labels))
-        writing = session.generate(
-            given, count, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length
-        )
+        writing = session.generate(given, count, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length)
         for line in prices(deployment, session, asked):
             say(f"unseen {VERB}: {line}")
+        if hide_length:
+            say(f"unseen {VERB}: {count} steps are taken, whatever the text is")
         told(0, 0, "the prompt")
         began, first = time.monotonic(), 0.0
         with _kept(writing, session, text, as_json=connecting.as_json):
@@ -97,8 +97,6 @@ def generate(
                     first = time.monotonic() - began
                 if not connecting.as_json:
                     write(_on_terminal(piece) if OUT.is_terminal else piece)
-                if hide_length and writing.finish_reason == STOP:
-                    say(f"unseen {VERB}: the text has ended; steps go on up to {count}, to hide that")
         for line in summary(writing, session.reports, time.monotonic() - began, first):
             say(f"unseen {VERB}: {line}")
         if not connecting.as_json:
@@ -151,6 +149,7 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     count, steps = len(writing.ids), len(taken)
     ended = "at its end or at a stop" if writing.finish_reason == STOP else "after --max-new-tokens"
     rate = f", {(steps - 1) / (seconds - first):.3g} a second after the prompt" if steps > 1 < seconds / first else ""
+    ended += f", which {steps - count} more steps hid" if steps > count else ""
     yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
     for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
         if said := in_words([each for report in taken for each in report.traffic], phase):

@@ -94,7 +94,7 @@ def compile_generator(
 
 def sizes_of_generator(lengths: Sequence[int], capacity: int) -> tuple[tuple[int, ...], int]:
     """Return lengths of prompts and a capacity, where none of them and 0 stand for the defaults."""
-    lengths = tuple(lengths) or (PROMPT,)
+    lengths = tuple(lengths) or (min(PROMPT, max(2, capacity // 2)) if capacity else PROMPT,)
     return lengths, capacity or max(CAPACITY, *(2 * length for length in lengths))
 
 
