@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from secure.models.causal import load_causal
 from secure.models.chat import rendered
 from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.settings import MAXIMUM_TEMPLATE, TOKEN, TaskSettings, WritingSettings, settings_of
+from secure.models.tokenizer_document import read_tokenizer
 from secure.models.tokens import TextTokenizer
 from tests.writers import BEGIN, END, TEMPLATE, made_tokenizer, scripted, tokenizer_of, write_writer
 
@@ -417,3 +419,23 @@ def test_a_compiled_directory_writes_as_transformers_does(directory: Path) -> No
             )
         with pytest.raises(InvalidInput, match="is for the task 'generate', not for 'embed'"):
             session.embed(["a"])
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"type": "Strip", "content": " ", "start": 0, "stop": 1}, "1 at the end"),
+        ({"type": "Strip", "content": " ", "start": 99, "stop": 0}, "strips 99 characters"),
+        ({"type": "Replace", "pattern": {"String": "a"}, "content": "bb"}, "not for one character"),
+        ({"type": "Replace", "pattern": {"Regex": "a"}, "content": "b"}, "not for one character"),
+        ({"type": "Fuse", "more": 1}, "has the field 'more'"),
+    ],
+)
+def test_decoders_that_clients_do_not_run(decoder: dict[str, Any], message: str) -> None:
+    document = json.loads(made_tokenizer("bytes").to_str())
+    for part in (decoder, {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, decoder]}):
+        with pytest.raises(InvalidInput, match=message):
+            read_tokenizer(json.dumps({**document, "decoder": part}).encode())
+    # an encoder's decoder of another kind is not run, and does not matter
+    made, _ = read_tokenizer(json.dumps({**document, "decoder": {"type": "WordPiece", "x": 1}}).encode())
+    assert made.decoder is None

@@ -21,7 +21,7 @@ from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.chat import CONTENT, ROLE
 from secure.mpc.network import NETWORKS, NetworkSpeed, find_apart
-from secure.session.generation import STOP, Generation, room
+from secure.session.generation import STOP, Generation
 from secure.session.link import Report
 from secure.session.session import Session
 from secure.tasks.generate import Generate
@@ -82,7 +82,7 @@ def generate(
         told(0, 0, "connecting")
         session = stack.enter_context(connection.open(told))
         Generate().fits(session.served)
-        count = max_new_tokens or min(TOKENS, room(session.sizes, session.program.labels))
+        count = max_new_tokens or min(TOKENS, session.room)
         writing = session.generate(given, count, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length)
         for line in prices(deployment, session, asked):
             say(f"unseen {VERB}: {line}")

@@ -21,7 +21,7 @@ def main() -> int:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
+    class Unmarked(Extension):
         """{% generation %} ... {% endgeneration %}, which marks answers for training, and changes no text."""
 
         tags = {"generation"}  # noqa: RUF012 - as in Jinja's base class
@@ -35,7 +35,8 @@ def main() -> int:
         pass
 
     def refuse(message: object) -> None:
-        raise Refused(str(message))
+        refused = Refused(str(message))
+        raise refused
 
     def in_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **other: object) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=bool(other.get("sort_keys")))
@@ -48,7 +49,7 @@ def main() -> int:
     ):
         resource.setrlimit(kind, (most, most))
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Unmarked, loopcontrols]
     )
     environment.filters["tojson"] = in_json
     environment.globals["raise_exception"] = refuse

@@ -111,7 +111,7 @@ def room(offers: Sequence[Offer], labels: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a session: a prompt, and what ends the text after it. ``wanted`` checks it.
+    """A text that is asked for: its prompt, and what ends it. ``wanted`` makes one.
 
     prompt: token ids, a text, or chat messages. tokens, strings: those that end the text. ends: the tokens that end
     texts of the model, if they count.

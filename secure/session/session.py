@@ -52,7 +52,7 @@ from secure.models.decoder import prompt_inputs, step_inputs
 from secure.models.prompts import Prompts, prompts_from
 from secure.models.settings import settings_of
 from secure.models.tokens import REFUSE, TRUNCATE
-from secure.session.generation import Generation, Prepared, Wanted, sizes_for, wanted, writing
+from secure.session.generation import Generation, Prepared, Wanted, room, sizes_for, wanted, writing
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
@@ -166,6 +166,11 @@ class Session:
     def sizes(self) -> tuple[Offer, ...]:
         """The sizes that queries of this session may have, in the order of length and batch."""
         return tuple(sorted(self._links.offers, key=lambda offer: (offer.length, offer.batch)))
+
+    @property
+    def room(self) -> int:
+        """The tokens that can be written after any prompt. Raises InvalidProgram for a model that writes no text."""
+        return room(self._links.offers, self.program.labels)
 
     def program_of(self, size: Offer) -> Any:
         """Return the Program of one of ``sizes``, and connect to its server if need be. Raises what connecting does."""
