@@ -439,3 +439,10 @@ def test_decoders_that_clients_do_not_run(decoder: dict[str, Any], message: str)
     # an encoder's decoder of another kind is not run, and does not matter
     made, _ = read_tokenizer(json.dumps({**document, "decoder": {"type": "WordPiece", "x": 1}}).encode())
     assert made.decoder is None
+
+
+def test_a_causal_model_is_no_encoder_unless_asked_for(directory: Path) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"generates text\nhint: secure\.compile_generator compiles it; task='embed'"
+    ):
+        secure.compile_text_model(str(directory), 16)

@@ -167,7 +167,7 @@ def compile_text_model(
     check_sizes(deployment, lengths, batches)
     loader = task_of(model, task, reveal)
     if loader.name == GENERATE:
-        raise InvalidInput(f"{model} generates text", "compile it with secure.compile_generator")
+        raise InvalidInput(f"{model} generates text", "secure.compile_generator compiles it; task='embed' embeds by it")
     found = loader.load(model, max(lengths), calibration)
     return build(found, deployment, options, {}, lengths, batches)
 
