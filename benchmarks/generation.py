@@ -48,7 +48,7 @@ def compared(session: secure.Session, model: nn.Module, tokenizer: Any, text: st
     """Write ``count`` tokens and compare them; median costs are those of steps."""
     prompt = tokenizer(text)["input_ids"]
     began = time.perf_counter()
-    found = list(session.generate(prompt, count))
+    found = list(session.generate(prompt, count, ignore_end=True))
     seconds, steps = time.perf_counter() - began, session.reports[1 - count :]
     wanted, gap = expected(model, prompt, count)
     same = next((i for i, (x, y) in enumerate(zip(found, wanted, strict=True)) if x != y), count)

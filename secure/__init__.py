@@ -77,6 +77,7 @@ from secure.mpc.program import Program
 from secure.operations.sampling import sample
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
+from secure.session.generation import Generation
 from secure.session.link import Report
 from secure.session.session import Session
 from secure.version import __version__
@@ -108,6 +109,7 @@ __all__ = [
     "Error",
     "FixedPoint",
     "FixedPointError",
+    "Generation",
     "GoingAway",
     "HandshakeError",
     "InputTooLong",

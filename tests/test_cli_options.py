@@ -28,6 +28,7 @@ from parties.cli import (
     console,
     demo,
     embed,
+    generate,
     main,
     output,
     party,
@@ -55,6 +56,7 @@ from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NETWORKS
 from secure.progress import Told, silent
 from secure.session.link import Link, Report
+from secure.tasks.task import Served
 from secure.training.fidelity import Fidelity
 from tests.test_cli import Run, run
 from tests.tiny import word_tokenizer
@@ -84,6 +86,15 @@ class Calls:
         return called
 
 
+class Written(list[str]):
+    """A text of one piece."""
+
+    ids, text, finish_reason = (5,), "a", "stop"
+
+    def __init__(self) -> None:
+        super().__init__(["a"])
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """Commands end where the library begins: nothing is loaded, compiled, hosted, asked or trained."""
@@ -101,6 +112,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     asked = found.note("run", lambda *_: iter([torch.zeros(2)]))
     report = Report(1, (), 0.0, 0.0, 0.0, 0.0, 0)
     session = SimpleNamespace(run=asked, report=report, program=None, sizes=(), prompts=Prompts())
+    session.served, session.room = Served(None, 8, task="generate"), 64
+    session.link, session.reports = SimpleNamespace(tables={}), [report]
+    session.generate = found.note("generate", Written())
 
     @contextmanager
     def connected(*_: Any, **__: Any) -> Iterator[Any]:
@@ -131,6 +145,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     for module in (embed, compare, train, accuracy):
         put(module, "model_directory", Path)
     put(party, "write_shares", lambda *_: [])
+    put(generate, "prices", ["a price"])
     put(asking, "Measurements", SimpleNamespace(add=found.note("add"), show=found.note("show"), check=lambda: None))
     put(answers, "report")
     for name in ("as_json", "report_answers", "answers_as_json"):
@@ -176,6 +191,7 @@ FIRST: dict[str, list[str]] = {
     "tag": ["A text."],
     "answer": ["--question", "Who?", "--context", "A text."],
     "rerank": ["A query.", "A text."],
+    "generate": ["A text."],
     "serve": ["--listen", FREE],
     "compile": ["a-model", "{tmp}/compiled"],
     "dealer": ["--listen", FREE],
@@ -197,6 +213,8 @@ WITH: dict[tuple[str, str], list[str]] = {
     ("demo", "images"): ["--digits"],
     **{("demo", name): ["--model", "m"] for name in ("texts", "length", "embedding", "refresh", "precision")},
     ("party", "party_0"): ["--id", "1"],
+    ("generate", "system"): ["--chat"],
+    ("generate", "input"): [],
     **{(name, "reveal"): ["--task", "classify"] for name in ("serve", "compile", "share-model")},
 }
 """What else is said where an option is tried."""
@@ -213,6 +231,7 @@ POSITIONS = {
     ("token", "name"): 2,
     ("rerank", "query"): 1,
     ("rerank", "documents"): 2,
+    ("generate", "prompt"): 1,
 }
 """Arguments that a command needs anyway, by their places in its line."""
 
@@ -271,6 +290,8 @@ VALUES: dict[str, str] = {
             "retries",
             "batch",
             "workers",
+            "capacity",
+            "max_new_tokens",
             "ray_workers",
             "dimensions",
         ),

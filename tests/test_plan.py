@@ -510,7 +510,7 @@ def test_mistakes_are_found_before_anything_is_compiled(
     def never(*_: Any, **__: Any) -> Callable[..., Any]:
         pytest.fail("compiled")
 
-    monkeypatch.setattr(planning, "build", never)
+    monkeypatch.setattr(planning, "made_of", never)
     for each in registry.deployments():
         monkeypatch.setattr(each, "outline", never)
     ended = run("plan", "bert-base", *GIVEN, *arguments)

@@ -20,6 +20,7 @@ serve        ``unseen serve`` and ``unseen dealer``
 party        ``unseen share-model`` and ``unseen party``
 asking       what commands that ask a served model have in common
 embed        ``unseen embed``
+generate     ``unseen generate``
 tasks        ``unseen classify``, ``tag``, ``answer`` and ``rerank``
 certs        ``unseen certs``
 demo         ``unseen demo``

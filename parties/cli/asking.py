@@ -50,8 +50,33 @@ TextsArgument = Annotated[
 
 
 @dataclass(frozen=True)
-class Asking:
-    """The options of a command that asks a served model, by their names on the command line."""
+class Connecting:
+    """The options of a command that connects to a served model, by their names on the command line."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
+    program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model that is meant, if the server offers several.")
+    ] = None
+    fixed_length: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-length",
+            help="Pad all texts to the greatest length. Else the server sees to which of its lengths each was padded.",
+        ),
+    ] = False
+    cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True
+    deadline: DeadlineOption = None
+    pace: PaceOption = None
+    threads: ThreadsOption = 1
+    tls: TlsOption = None
+    insecure: InsecureOption = False
+    token_file: TokenFileOption = None
+
+
+@dataclass(frozen=True)
+class Asking(Connecting):
+    """The options of a command that asks a served model about texts."""
 
     input: Annotated[
         str | None,
@@ -78,26 +103,23 @@ class Asking:
             min=0, help=f"Times that a query of --input is repeated if a party is lost; {RETRIES} by default."
         ),
     ] = None
-    as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
-    program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model that is meant, if the server offers several.")
-    ] = None
-    fixed_length: Annotated[
-        bool,
-        typer.Option(
-            "--fixed-length",
-            help="Pad all texts to the greatest length. Else the server sees to which of its lengths each was padded.",
-        ),
-    ] = False
-    cache: Annotated[bool, typer.Option(help="Keep the once-per-model files.")] = True
     trace: TraceOption = None
-    deadline: DeadlineOption = None
-    pace: PaceOption = None
-    threads: ThreadsOption = 1
-    tls: TlsOption = None
-    insecure: InsecureOption = False
-    token_file: TokenFileOption = None
+
+
+def connection_of(verb: str, deployment: Deployment, given: Connecting, *, fixed_length: bool = False) -> Connection:
+    """Get this process ready, and return the connection that the options say. fixed_length: whatever they say."""
+    get_ready(given.threads)
+    hosting.settle()
+    timed = {"deadline": given.deadline, "pace": given.pace}
+    options: dict[str, Any] = {name: value for name, value in timed.items() if value is not None}
+    for line in network_of(CLIENT, directory=given.tls, insecure=given.insecure).about():
+        if "warning" in line:
+            say(f"unseen {verb}: {line}")
+    options |= {"cache": given.cache, "program_digest": given.program_digest}
+    fixed_length = fixed_length or given.fixed_length
+    options |= {"model": given.model, "fixed_length": fixed_length, "token": given_token(given.token_file)}
+    options["threads"] = given.threads or os.cpu_count() or 1
+    return Connection(deployment, given.tls, given.insecure, options)
 
 
 @dataclass(frozen=True)
@@ -159,7 +181,7 @@ def ask(
 
     Raises InvalidInput for options that exclude one another, and whatever asking raises.
     """
-    verb, fixed_length = question.verb, asking.fixed_length
+    verb, fixed_length = question.verb, False
     along: dict[str, object] = {"--output": asking.output, "--field": asking.field, "--retries": asking.retries}
     along |= {**(question.more or {}), "--overwrite": asking.overwrite or None}
     apart: dict[str, object] = {
@@ -181,17 +203,7 @@ def ask(
         fixed_length = True  # a trace belongs to one Program
         if question.long == SPLIT:
             raise InvalidInput(f"--trace and --long {SPLIT} exclude each other", "leave one of them out")
-    get_ready(asking.threads)
-    hosting.settle()
-    timed = {"deadline": asking.deadline, "pace": asking.pace}
-    options: dict[str, Any] = {name: value for name, value in timed.items() if value is not None}
-    for line in network_of(CLIENT, directory=asking.tls, insecure=asking.insecure).about():
-        if "warning" in line:
-            say(f"unseen {verb}: {line}")
-    options |= {"cache": asking.cache, "program_digest": asking.program_digest}
-    options |= {"model": asking.model, "fixed_length": fixed_length, "token": given_token(asking.token_file)}
-    options["threads"] = asking.threads or os.cpu_count() or 1
-    connection = Connection(deployment, asking.tls, asking.insecure, options)
+    connection = connection_of(verb, deployment, asking, fixed_length=fixed_length)
     if asking.input is None:
         _texts(question, connection.open, texts, asking.trace, as_json=asking.as_json)
         return

@@ -36,7 +36,9 @@ from secure.deployments.compare import (
     waiting,
 )
 from secure.errors import InvalidInput, printable
+from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.heads import task_named
 from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer
@@ -108,6 +110,8 @@ def compare(
     )
     held_out = (read_texts(texts, "--texts", "text") if texts else HELD_OUT)[:count]
     directory = model_directory(model)
+    if task_named(model) == GENERATE:
+        raise InvalidInput(f"{model} writes text, and answers are compared by their cosine", "unseen profile counts it")
     use_threads(threads)
     outcomes: list[Outcome] = []
     try:

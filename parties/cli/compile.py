@@ -16,6 +16,7 @@ from parties.cli.options import (
     ApproximationsOption,
     BatchesOption,
     CalibrationOption,
+    CapacityOption,
     CheckedOption,
     DimensionsOption,
     EmbeddingOption,
@@ -44,6 +45,7 @@ def compile_model(
     model: ModelArgument,
     directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
     length: LengthsOption = None,
+    capacity: CapacityOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -87,6 +89,7 @@ def compile_model(
             options,
             batches,
             dimensions=dimensions or 0,
+            capacity=capacity or 0,
             accept=Accept(accept_cosine, accept_error),
             **chosen(task, reveal),
         )

@@ -17,11 +17,12 @@ from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
+from secure.lowering.client_inputs import GENERATE, MOST_ROWS
 from secure.models.settings import settings_of
 from secure.tasks.embed import Embed
 
 FIXED = (
-    *("length", "batch", "dimensions", "embedding", "gelu", "approximations"),
+    *("length", "capacity", "batch", "dimensions", "embedding", "gelu", "approximations"),
     *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal"),
 )
 """Options of the command line that are fixed when a model is compiled."""
@@ -90,9 +91,13 @@ def tell(verb: str, model: str, compiled: Compiled) -> None:
     if task:
         said = f"{len(settings.labels)} labels, which clients see; " if settings.labels else ""
         say(f"unseen {verb}: {model} is for the task {task}: {said}each answer reveals the {settings.reveal}")
+    writes = task == GENERATE
     for size in compiled.sizes:
         length = size.program.labels.get("length")
-        cost, tokens = size.cost, f", {length} tokens" if length else ""
+        tokens = (
+            "" if not length else ", each token after the prompt" if writes and length == "1" else f", {length} tokens"
+        )
+        cost = size.cost
         tokens += f", {batch} a query" if (batch := size.program.labels.get("batch")) else ""
         offline = in_words(cost.traffic, OFFLINE)
         say(
@@ -156,8 +161,9 @@ def _known(compiled: Compiled, name: str) -> Any:
         return task or Embed.name if name == "task" else settings.reveal if task else None
     if name in ("length", "batch"):
         least = {"batch": 1}.get(name, 0)
-        return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0})
-    if name == "dimensions":
+        steps = {1} if name == "length" else set[int]()  # those of a model that writes text
+        return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0} - steps)
+    if name in ("dimensions", MOST_ROWS):
         return int(compiled.program.labels.get(name, 0)) or None
     if name == "fraction_bits":
         return options.fixed_point.fraction_bits if options.fixed_point else DEFAULTS[name]

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 import secure
 from parties.cli.accuracy import accuracy
-from parties.cli.asking import Asking
+from parties.cli.asking import Asking, Connecting
 from parties.cli.certs import certs
 from parties.cli.check import check
 from parties.cli.compare import compare
@@ -20,6 +20,7 @@ from parties.cli.config import CommandSettings, ConfigOption, can_show, configur
 from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
 from parties.cli.embed import embed
+from parties.cli.generate import generate
 from parties.cli.options import for_deployments, spread
 from parties.cli.party import party, share_model
 from parties.cli.plan import plan
@@ -74,6 +75,7 @@ def app() -> typer.Typer:
         "demo": for_deployments(demo, COMPILE),
         "check": check,
         **{command.__name__: for_deployments(spread(command, Asking), CONNECT) for command in ASKING},
+        "generate": for_deployments(spread(generate, Connecting), CONNECT),
         "serve": for_deployments(serve, COMPILE, SERVE),
         "compile": for_deployments(compile_model, COMPILE),
         "dealer": dealer,

@@ -218,7 +218,7 @@ def _tokens(given: Mapping[str, Any]) -> More:
 
 
 PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {
-    **{verb: partial(_for_client, verb) for verb in ("embed", "classify", "tag", "answer", "rerank")},
+    **{verb: partial(_for_client, verb) for verb in ("embed", "classify", "tag", "answer", "rerank", "generate")},
     "serve": _for_serve,
     "dealer": _for_dealer,
     "party": _for_party,

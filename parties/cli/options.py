@@ -22,6 +22,7 @@ from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
+from secure.deployments.generator import CAPACITY, PROMPT
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.heads import REVEALED
@@ -60,6 +61,15 @@ LengthsOption = Annotated[
         min=3,
         help=f"Padded length of texts in tokens; public. {LENGTH} by default. Given several times, a text takes the "
         "shortest that holds it, which the parties see.",
+    ),
+]
+CapacityOption = Annotated[
+    int | None,
+    typer.Option(
+        "--capacity",
+        min=2,
+        help="Of a model that writes text: the most tokens of the padded prompt and what is written; public. "
+        f"{CAPACITY} by default, or twice the longest prompt. --length is that of prompts then, {PROMPT} by default.",
     ),
 ]
 BatchesOption = Annotated[
@@ -120,7 +130,7 @@ RevealOption = Annotated[
     typer.Option(
         "--reveal",
         help="What clients learn of a model with a head: the label (of an answerer, the span) alone, the least and the "
-        "default; probabilities; or the model's logits.",
+        "default; probabilities; or the model's logits. A model that writes text reveals its tokens.",
     ),
 ]
 DimensionsOption = Annotated[

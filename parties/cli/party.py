@@ -18,6 +18,7 @@ from parties.cli.options import (
     ApproximationsOption,
     BatchOption,
     CalibrationOption,
+    CapacityOption,
     CheckedOption,
     DeadlineOption,
     DimensionsOption,
@@ -64,6 +65,7 @@ def share_model(
     model: ModelArgument = PACKAGED,
     output: Annotated[Path, typer.Option(help="Where party-0, party-1 and party-2 are written.")] = Path("shares"),
     length: LengthOption = None,
+    capacity: CapacityOption = None,
     batch: BatchOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -102,6 +104,7 @@ def share_model(
         options,
         (batch or 1,),
         dimensions=dimensions or 0,
+        capacity=capacity or 0,
         accept=Accept(accept_cosine, accept_error),
         **chosen(task, reveal),
     )

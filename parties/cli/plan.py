@@ -21,6 +21,7 @@ from parties.cli.options import (
     LengthOption,
     compile_options,
 )
+from parties.cli.profile import made_of
 from parties.reports.capacity import capacity_lines, capacity_tables
 from parties.services.hosting import settle
 from parties.services.measure import measure_transport
@@ -28,7 +29,6 @@ from secure.cost.demand import QueryDemand
 from secure.cost.outline import SHAPES
 from secure.cost.plan import PriceList, Workload
 from secure.cost.plan import plan as planned
-from secure.deployments.compiled import build, task_of
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import InvalidInput
 from secure.models.text import PACKAGED
@@ -142,8 +142,7 @@ def demanded(
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, batch=batch)
     if made is None:
-        loaded = task_of(model).load(model, length or 0, (), told)
-        made = build(loaded, deployment, options, {}, (), (batch,), told).model
+        made = made_of(deployment, model, length, options, told, batch=batch)
     told(0, 0, "timing kernels and messages on this machine")
     return deployment.demand(made, network, measure_transport)
 

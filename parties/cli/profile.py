@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from parties.cli.options import (
     MODEL,
     AnswerBitsOption,
     ApproximationsOption,
+    CapacityOption,
     CheckedOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -28,9 +29,11 @@ from parties.services.hosting import settle
 from parties.services.measure import measure_transport
 from secure.cost.outline import SHAPES
 from secure.cost.report import ProfileReport
-from secure.deployments.compiled import build, task_of
+from secure.deployments.compilation import Compilation
+from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions, Deployment, ProfileOptions
 from secure.errors import InvalidInput
+from secure.lowering.client_inputs import GENERATE
 from secure.models.text import PACKAGED
 from secure.mpc.network import LOOPBACK, NETWORKS, find_network
 from secure.progress import Told
@@ -43,6 +46,7 @@ def profile(
     deployment: Deployment,
     model: Annotated[str, typer.Argument(help=KNOWN)] = PACKAGED,
     length: LengthOption = None,
+    capacity: CapacityOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -68,7 +72,10 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     output: OutputOption = None,
 ) -> None:
-    """Say what a query will cost before anything runs: rounds, bytes, memory, and seconds on given networks."""
+    """Say what a query will cost before anything runs: rounds, bytes, memory, and seconds on given networks.
+
+    Of a model that writes text it is one token, or with --length the prompt.
+    """
     options = compile_options(
         deployment,
         embedding=embedding,
@@ -96,7 +103,7 @@ def profile(
     measuring = measure_transport if time else None
     wanted = ProfileOptions(networks, depth, measuring)
     with stages("profile") as told:
-        found = profiled(deployment, model, length, options, polynomial, wanted, told)
+        found = profiled(deployment, model, length, capacity, options, polynomial, wanted, told)
     if chosen == "table":
         for table in profile_tables(found):
             OUT.print(table)
@@ -113,6 +120,7 @@ def profiled(
     deployment: Deployment,
     model: str,
     length: int | None,
+    capacity: int | None,
     options: CompileOptions,
     polynomial: bool,
     wanted: ProfileOptions,
@@ -122,9 +130,32 @@ def profiled(
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, polynomial=polynomial)
     if made is None:
-        made = build(task_of(model).load(model, length or 0, (), told), deployment, options, {}, told=told).model
+        made = made_of(deployment, model, length, options, told, capacity=capacity)
+    elif capacity is not None:
+        raise InvalidInput(f"--capacity means nothing for {model}", "it is for models that write text")
     told(0, 0, "timing kernels and messages on this machine" if wanted.transport else "counting")
     return deployment.profile(made, wanted)
+
+
+def made_of(
+    deployment: Deployment,
+    model: str,
+    length: int | None,
+    options: CompileOptions,
+    told: Told,
+    *,
+    batch: int = 1,
+    capacity: int | None = None,
+) -> Any:
+    """Load and compile a model for one size; one that writes text for a step, or for a prompt of ``length`` tokens."""
+    lengths = (length,) if length else ()
+    compilation = Compilation(model, deployment, lengths, (), options, (batch,), capacity=capacity or 0)
+    if compilation.loader.name == GENERATE:
+        sizes = {int(size.program.labels["length"]): size for size in compilation.run(told).sizes}
+        return sizes[length or 1].model
+    compilation.check()
+    loaded = compilation.loader.load(model, length or 0, (), told)
+    return build(loaded, deployment, options, {}, (), (batch,), told).model
 
 
 def _rendered(form: str, found: ProfileReport) -> str:

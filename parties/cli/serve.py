@@ -24,6 +24,7 @@ from parties.cli.options import (
     BudgetMemoryOption,
     BudgetSecondsOption,
     CalibrationOption,
+    CapacityOption,
     CheckedOption,
     DeadlineOption,
     DimensionsOption,
@@ -97,6 +98,7 @@ def serve(
     listen: ListenOption = "127.0.0.1:50051",
     also: AlsoOption = None,
     length: LengthsOption = None,
+    capacity: CapacityOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -229,6 +231,7 @@ def serve(
                 options,
                 batches,
                 dimensions=dimensions or 0,
+                capacity=capacity or 0,
                 accept=Accept(accept_cosine, accept_error),
                 **chosen(task, reveal),
             )

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,16 +17,19 @@ from typing import Any
 
 from secure.deployments.compiled import Compiled, build, check_sizes, task_of
 from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.generator import build_generator, check_generator, sizes_of_generator, written
 from secure.deployments.kept import FORMAT
 from secure.deployments.self_test import Accept, self_test
+from secure.errors import InvalidInput
+from secure.lowering.client_inputs import GENERATE
 from secure.progress import Told, silent
-from secure.tasks.task import Task
+from secure.tasks.task import Loader
 from secure.version import WIRE_VERSION, __version__
 
 SOURCES = ("approximations", "protocols", "secure")
 """The packages of this project whose code decides what a model is compiled to."""
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy", "scipy", "scikit-learn")
 """Packages of others of which the same is true."""
 
 
@@ -37,7 +40,8 @@ class Compilation:
     lengths: the padded lengths in tokens; none stands for the task's default. sentences: they add to the calibration.
     batches: the inputs of one query; every pair of a length and a batch is compiled. dimensions: the first numbers of
     an embedding that are its answer; 0 for all. accept: how close answers of the compiled model must be to the
-    original's, see ``self_test``. task, reveal: see ``task_of``.
+    original's, see ``self_test``. task, reveal: see ``task_of``. capacity: of a model that writes text, the most tokens
+    of the padded prompt and what is written; 0 for the default.
     """
 
     model: str
@@ -50,9 +54,10 @@ class Compilation:
     accept: Accept = Accept()  # noqa: RUF009  # it is frozen
     task: str = ""
     reveal: str = ""
+    capacity: int = 0
 
     @property
-    def loader(self) -> Task[Any, Any]:
+    def loader(self) -> Loader:
         """The task that loads the model."""
         return task_of(self.model, self.task, self.reveal, dimensions=self.dimensions)
 
@@ -61,12 +66,32 @@ class Compilation:
 
         Raises InvalidInput if its answers are not those of the original.
         """
-        check_sizes(self.deployment, self.lengths, self.batches)  # before anything takes long
+        self.check()  # before anything takes long
+        if self.loader.name == GENERATE:
+            loaded = self.loader.load(self.model, 0, (), told)
+            lengths, capacity = sizes_of_generator(self.lengths, self.capacity)
+            texts: Sequence[Sequence[int] | str] = ()
+            if self.sentences:
+                texts = [*written(loaded.module, capacity, told), *self.sentences]
+            return build_generator(loaded, self.deployment, self.options, lengths, capacity, texts, told)
         loaded = self.loader.load(self.model, max(self.lengths, default=0), self.sentences, told)
         self.accept.of(loaded.closeness)  # likewise
         compiled = build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
         told(0, 0, "comparing the compiled model with the original")
         return self_test(compiled, loaded, self.accept)
+
+    def check(self) -> None:
+        """Raise InvalidInput for sizes that cannot be compiled, and for options that mean nothing for the model."""
+        if self.loader.name != GENERATE:
+            if self.capacity:
+                raise InvalidInput(f"--capacity means nothing for {self.model}", "it is for models that write text")
+            check_sizes(self.deployment, self.lengths, self.batches)
+            return
+        if self.batches != (1,):
+            raise InvalidInput(f"--batch means nothing for {self.model}", "a text is written alone")
+        if self.accept != Accept():
+            raise InvalidInput(f"--accept-cosine and --accept-error mean nothing for {self.model}", "it writes tokens")
+        check_generator(self.deployment, self.options, *sizes_of_generator(self.lengths, self.capacity))
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
@@ -90,6 +115,7 @@ class Compilation:
             "batches": list(self.batches),
             "dimensions": self.dimensions,
             "accept": asdict(self.accept),
+            "capacity": self.capacity,
         }
 
     @property

@@ -20,7 +20,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.lowering.client_inputs import MAXIMUM_BATCH, check_inputs
+from secure.lowering.client_inputs import GENERATE, MAXIMUM_BATCH, check_inputs
 from secure.models.heads import task_named
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
@@ -32,9 +32,10 @@ from secure.tasks.answer import Answering
 from secure.tasks.classify import Classify
 from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
+from secure.tasks.generate import Generate
 from secure.tasks.rerank import Rerank
 from secure.tasks.tag import Tag
-from secure.tasks.task import Loaded, Task
+from secure.tasks.task import Loaded, Loader
 
 Sample = Mapping[str, Tensor]
 
@@ -164,7 +165,10 @@ def compile_text_model(
     deployment.check(options, tokens=True)  # before the model is loaded
     lengths, batches = _several(length), _several(batch)
     check_sizes(deployment, lengths, batches)
-    found = task_of(model, task, reveal).load(model, max(lengths), calibration)
+    loader = task_of(model, task, reveal)
+    if loader.name == GENERATE:
+        raise InvalidInput(f"{model} generates text", "secure.compile_generator compiles it; task='embed' embeds by it")
+    found = loader.load(model, max(lengths), calibration)
     return build(found, deployment, options, {}, lengths, batches)
 
 
@@ -259,15 +263,15 @@ def _require(deployment: object) -> None:
         raise InvalidInput(f"the deployment is {deployment!r}", "give a value such as secure.TwoParty()")
 
 
-def task_of(model: str, task: str = "", reveal: str = "", *, dimensions: int = 0) -> Task[Any, Any]:
-    """Return the task that loads a model of this name or directory.
+def task_of(model: str, task: str = "", reveal: str = "", *, dimensions: int = 0) -> Loader:
+    """Return what loads a model of this name or directory.
 
     task: its name; "" stands for what the model itself says. reveal: what it shall reveal, of a model with a head; ""
     stands for the task's default. dimensions: see ``Embed``. Raises InvalidInput for a task that there is not, and for
     ``reveal`` or ``dimensions`` where they mean nothing.
     """
-    plain: tuple[Task[Any, Any], ...] = (Digits(), Embed(dimensions=dimensions))
-    heads = {kind.name: kind for kind in (Classify, Tag, Answering, Rerank)}
+    plain: tuple[Loader, ...] = (Digits(), Embed(dimensions=dimensions))
+    heads: dict[str, Callable[..., Loader]] = {kind.name: kind for kind in (Classify, Tag, Answering, Rerank, Generate)}
     named = task or next((each.name for each in plain if each.knows(model)), "") or task_named(model) or Embed.name
     if dimensions and named != Embed.name:
         raise InvalidInput(f"--dimensions {dimensions}: {model} gives no vectors", "leave it out")

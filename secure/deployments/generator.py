@@ -10,7 +10,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.lowering.client_inputs import GENERATE, MOST_ROWS, TASK
-from secure.models.checkpoints import load_checkpoint, quiet_transformers
+from secure.lowering.client_inputs import GENERATE, MOST_ROWS, SETTINGS, TASK
+from secure.models.causal import ends_of
+from secure.models.checkpoints import quiet_transformers
 from secure.models.decoder import (
     Decoder,
     looks_positions_up,
@@ -33,9 +33,13 @@ from secure.models.decoder import (
     step_inputs,
     vocabulary,
 )
+from secure.models.settings import TOKEN, TaskSettings, WritingSettings
+from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 from secure.session.link import MAXIMUM_LENGTHS
+from secure.tasks.generate import Generate
+from secure.tasks.task import Loaded
 
 TEXTS = 8
 """Texts that a decoder writes itself, to calibrate with, if none are given."""
@@ -48,59 +52,106 @@ def compile_generator(
     *,
     prompt: int | Sequence[int] = PROMPT,
     capacity: int = CAPACITY,
-    calibration: Sequence[Sequence[int]] = (),
+    calibration: Sequence[Sequence[int] | str] = (),
     deployment: Deployment | None = None,
     embedding: str | None = None,
     gelu: str | None = None,
     approximations: str | None = None,
     fixed_point: FixedPoint | None = None,
     network: str | None = None,
+    checked: bool | None = None,
     tokenizer: TextTokenizer | None = None,
     tokenizer_json: bytes = b"",
     told: Told = silent,
 ) -> Compiled:
     """Compile a causal language model of ``transformers`` so that a session's ``generate`` writes text with it.
 
-    model: the model, or the directory in which ``save_pretrained`` wrote it. prompt: the tokens to which prompts are
-    padded; of several lengths a prompt takes the shortest that holds it, and the parties see which. capacity: the most
-    tokens of the padded prompt and what is written together. calibration: token ids of texts, as long as the capacity
-    if they can be, which set the ranges; by default the model writes TEXTS texts itself, by sampling.
+    model: the model, or the directory in which ``save_pretrained`` wrote it, with its tokenizer: then clients give
+    texts, and messages if it has a chat template. prompt: the tokens to which prompts are padded; of several lengths a
+    prompt takes the shortest that holds it, and the parties see which. capacity: the most tokens of the padded prompt
+    and what is written together. calibration: texts, as token ids or (of a directory) as they are, as long as the
+    capacity if they can be, which set the ranges; by default the model writes TEXTS texts itself, by sampling.
     Other arguments are those of ``secure.compile``.
 
     The Programs compute the token that the model finds most likely next. The client learns it, and nobody else; nobody
-    learns a score. Raises InvalidInput for a model that is no decoder, or has no room for so many tokens; and what
-    ``secure.compile`` raises.
+    learns a score. Raises InvalidInput for a model that is no decoder, or has no room for so many tokens; for a
+    directory without a tokenizer or with one that clients do not run; and what ``secure.compile`` raises.
     """
-    deployment = deployment or TwoParty()
+    lengths = (prompt,) if isinstance(prompt, int) else tuple(prompt)
+    deployment, options = (
+        deployment or TwoParty(),
+        CompileOptions(embedding, gelu, approximations, fixed_point, network, checked=checked),
+    )
+    check_generator(deployment, options, lengths, capacity)  # before the model is loaded
+    if isinstance(model, str):
+        loaded = Generate().load(model, told=told)
+    else:
+        settings = TaskSettings(TOKEN, writing=WritingSettings(ends_of(model) if _writes(model) else ()))
+        labels = {TASK: GENERATE, SETTINGS: settings.encoded}
+        loaded = Loaded("", model, [], tokenizer, tokenizer_json, labels=labels)
+    return build_generator(loaded, deployment, options, lengths, capacity, calibration, told)
+
+
+def sizes_of_generator(lengths: Sequence[int], capacity: int) -> tuple[tuple[int, ...], int]:
+    """Return lengths of prompts and a capacity, where none of them and 0 stand for the defaults."""
+    lengths = tuple(lengths) or (min(PROMPT, max(2, capacity // 2)) if capacity else PROMPT,)
+    return lengths, capacity or max(CAPACITY, *(2 * length for length in lengths))
+
+
+def check_generator(deployment: Deployment, options: CompileOptions, lengths: Sequence[int], capacity: int) -> None:
+    """Raise InvalidInput for a deployment, options, lengths of prompts or a capacity that no generator can have."""
     if not isinstance(deployment, CircuitDeployment):
         raise InvalidInput(f"{deployment.name} does not generate text", "deploy by secret sharing: TwoParty()")
-    options = CompileOptions(embedding, gelu, approximations, fixed_point, network)
+    if options.answer_bits is not None:
+        raise InvalidInput("answer_bits mean nothing for a model that generates text", "its answers are tokens")
     deployment.check(options, tokens=True)
-    buckets = sorted({prompt} if isinstance(prompt, int) else {*prompt}, reverse=True)
-    _check_sizes(buckets, capacity)
-    if isinstance(model, str):
-        told(0, 0, "loading the model")
-        found = load_checkpoint(Path(model), "AutoModelForCausalLM")
-        name = Path(model).name
-    else:
-        found, name = model, ""
-    _check_model(found, capacity)
-    places = not looks_positions_up(found)
-    texts = list(calibration) or written(found, capacity, told)
-    known = vocabulary(found)
+    _check_sizes(sorted({*lengths}), capacity)
+
+
+def build_generator(
+    loaded: Loaded,
+    deployment: Deployment,
+    options: CompileOptions,
+    lengths: Sequence[int],
+    capacity: int,
+    calibration: Sequence[Sequence[int] | str] = (),
+    told: Told = silent,
+) -> Compiled:
+    """Compile a model that ``Generate`` has loaded; see ``compile_generator``."""
+    check_generator(deployment, options, lengths, capacity)
+    assert isinstance(deployment, CircuitDeployment)  # as was just checked
+    buckets, model = sorted({*lengths}, reverse=True), loaded.module
+    _check_model(model, capacity)
+    places = not looks_positions_up(model)
+    texts = _token_ids(calibration, loaded.tokenizer) or written(model, capacity, told)
+    known = vocabulary(model)
     _check_texts(texts, known)
     samples = _samples(texts, capacity, places=places)
-    labels = {TASK: GENERATE, MOST_ROWS: str(capacity), "vocabulary": str(known), **({"model": name} if name else {})}
+    labels = {**loaded.labels, MOST_ROWS: str(capacity), "vocabulary": str(known)}
+    labels |= {"model": loaded.name} if loaded.name else {}
+    if (found := loaded.tokenizer) is not None and loaded.tokenizer_json:
+        labels[TOKENIZER] = tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)
     sizes: list[tuple[Size, Mapping[str, str] | None]] = [(Size(samples[0], samples), None)]
     for bucket in buckets:
         example = prompt_inputs([0] * bucket, bucket, places=places)
         sizes.append((Size(example, []), {**labels, "length": str(bucket)}))
     example = step_inputs(0, 0, 0, capacity, places=places)
     sizes.append((Size(example, []), {**labels, "length": "1"}))
-    made = deployment.build_sizes(Decoder(found), sizes, options, told, public_positions=places)
+    made = deployment.build_sizes(Decoder(model), sizes, options, told, public_positions=places)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    first, *others = [Compiled(deployment, each, tokenizer, tokenizer_json, options, "", now) for each in made]
+    about = loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now
+    first, *others = [Compiled(deployment, each, *about) for each in made]
     return replace(first, others=tuple(others))
+
+
+def _token_ids(texts: Sequence[Sequence[int] | str], tokenizer: TextTokenizer | None) -> list[Sequence[int]]:
+    """Return texts to calibrate with as token ids."""
+    if tokenizer is None and any(isinstance(text, str) for text in texts):
+        raise InvalidInput("texts to calibrate with, and no tokenizer", "give token ids")
+    return [
+        tokenizer.tokenizer.encode(text).ids if isinstance(text, str) and tokenizer is not None else text  # type: ignore[misc]
+        for text in texts
+    ]
 
 
 def written(model: nn.Module, length: int, told: Told = silent, count: int = TEXTS) -> list[list[int]]:
@@ -141,8 +192,12 @@ def _check_sizes(buckets: Sequence[int], capacity: int) -> None:
         raise InvalidInput(f"a capacity of {capacity} tokens for prompts of {max(buckets)}", "at least as many")
 
 
+def _writes(model: object) -> bool:
+    return all(callable(getattr(model, name, None)) for name in ("generate", "get_output_embeddings"))
+
+
 def _check_model(model: nn.Module, capacity: int) -> None:
-    if not callable(getattr(model, "generate", None)) or not callable(getattr(model, "get_output_embeddings", None)):
+    if not _writes(model):
         raise InvalidInput(
             f"{type(model).__name__} generates no text", "a class of transformers such as LlamaForCausalLM does"
         )

@@ -13,6 +13,10 @@ served_tokenizer    the tokenizer that clients run, made from a directory's as t
 digits              a small vision transformer in polynomial form
 text                text models: directories, tokenizers, inputs, calibration
 decoder             decoders as they generate text, and their inputs
+causal              models that write text: directories, chat templates, where texts end
+chat                chat templates: from messages to the text that a model continues
+chat_process        the process that renders one of them, within bounds
+detokenizer         from tokens to text as they come, and the strings that stop it
 pairs               texts and pairs of texts, with the place of every token
 heads               models with a head: classifiers, taggers, answerers, rerankers
 images              images to a model's inputs, and image classifiers

@@ -5,6 +5,7 @@ What the client gets of a model is its owner's choice, and part of the Program:
 - "label": the most likely class (of a tagger, of each token; of a classifier of several labels, whether each holds).
   The arg-max is computed under the protocol, so that the client learns an index and nothing else.
 - "span": the same for a question answerer: the first and last token of the best answer, as one index.
+- "token": the same for a model that writes text: its next token.
 - "probabilities": softmax or sigmoid, computed under the protocol. A client that had the logits would learn more than
   their softmax says: all logits together may be shifted without a change of it.
 - "logits": what the model itself gives. It tells most, and costs least.
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from secure.capture.graph import MASKED
 from secure.errors import InvalidInput
+from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT
 from secure.models.checkpoints import load_checkpoint
 from secure.models.pairs import encode, pair_samples
@@ -39,6 +41,7 @@ from secure.models.settings import (
     SIGMOID,
     SOFTMAX,
     SPAN,
+    TOKEN,
     TaskSettings,
 )
 from secure.models.text import model_directory
@@ -51,6 +54,8 @@ ENDINGS: Mapping[str, str] = {
     "ForTokenClassification": TAG,
     "ForQuestionAnswering": ANSWER,
     "ForImageClassification": CLASSIFY,
+    "ForCausalLM": GENERATE,
+    "LMHeadModel": GENERATE,
 }
 """The tasks of models, by how the names of their classes end (``architectures`` of config.json)."""
 
@@ -59,6 +64,7 @@ REVEALED: Mapping[str, tuple[str, ...]] = {
     TAG: (LABEL, PROBABILITIES, LOGITS),
     ANSWER: (SPAN, LOGITS),
     RERANK: (LOGITS,),
+    GENERATE: (TOKEN,),
 }
 """The forms of an answer that each task has; the first is the default, which tells least."""
 

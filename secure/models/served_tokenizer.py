@@ -51,7 +51,13 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
 
 
 def load_served_tokenizer(directory: str | Path, rows: int | None = None) -> tuple[TextTokenizer, bytes]:
-    """Return the tokenizer of a model's directory, and the document that clients get.
+    """Return the tokenizer of a model's directory, and the document that clients get; see ``load_tokenizers``."""
+    served, document, _ = load_tokenizers(directory, rows)
+    return served, document
+
+
+def load_tokenizers(directory: str | Path, rows: int | None = None) -> tuple[TextTokenizer, bytes, Any]:
+    """Return the tokenizer of a model's directory, the document that clients get, and the tokenizer of transformers.
 
     rows: of the model's table of tokens, which all ids must be below. Lower-casing that sentence-transformers adds
     becomes a part of the document. Raises MissingPackage, ModelNotFound if there is no tokenizer, and InvalidInput for
@@ -80,7 +86,7 @@ def load_served_tokenizer(directory: str | Path, rows: int | None = None) -> tup
         _check_rows(directory, tokenizer, rows)
     served = TextTokenizer(tokenizer, _pad_id(original, directory))
     _check_same(directory, tokenizer, original, [*PROBES, *SENTENCES, *HELD_OUT])
-    return served, document
+    return served, document, original
 
 
 def _check_converts(there: Collection[Path]) -> None:

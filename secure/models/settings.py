@@ -19,7 +19,7 @@ from secure.capture.documents import read_document, what_is_wrong
 from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.client_inputs import MAXIMUM_SETTINGS, SETTINGS, TASK
 
-LABEL, SPAN, PROBABILITIES, LOGITS = REVEALS = ("label", "span", "probabilities", "logits")
+LABEL, SPAN, TOKEN, PROBABILITIES, LOGITS = REVEALS = ("label", "span", "token", "probabilities", "logits")
 """The forms of an answer. See ``secure.models.heads`` for what the client learns by each."""
 
 SOFTMAX, SIGMOID, IDENTITY = ACTIVATIONS = ("softmax", "sigmoid", "identity")
@@ -31,6 +31,9 @@ MAXIMUM_SIDE = 1 << 12  # pixels
 MAXIMUM_PIXELS = 1 << 22  # of an image as the model takes it, and of the one that it is cut from
 RESAMPLINGS = 6  # filters of Pillow, which numbers them from 0
 CHANNELS = 4
+MAXIMUM_ENDS = 64  # tokens that end a text; Llama 3 has three
+MAXIMUM_TEMPLATE = 1 << 16  # characters of a chat template; those of models with tools have some ten thousand
+MAXIMUM_MARK = 512  # characters of the token that begins or ends a text
 
 
 def _known(*choices: str) -> AfterValidator:
@@ -87,13 +90,32 @@ class ImageSettings:
             raise InvalidInput("mean and deviation are not those of the channels, or a deviation is zero")
 
 
+Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 30)]
+Mark = Annotated[str, Field(strict=True, max_length=MAXIMUM_MARK)]
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class WritingSettings:
+    """The settings of a model that writes text.
+
+    ends: the tokens that end a text. template: the chat template, in Jinja; "" if there is none. bos, eos: the tokens
+    that begin and end a text, as templates write them.
+    """
+
+    ends: Annotated[tuple[Token, ...], FailFast(), Field(max_length=MAXIMUM_ENDS)] = ()
+    template: Annotated[str, Field(strict=True, max_length=MAXIMUM_TEMPLATE)] = ""
+    bos: Mark = ""
+    eos: Mark = ""
+
+
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class TaskSettings:
     """The settings of a task. reveal: one of REVEALS, what the Program gives the client. labels: names of the classes.
 
     activation: makes scores of logits. segments: the model takes token_type_ids. image: how images become inputs; None
-    for text.
+    for text. writing: of a model that writes text.
     """
 
     reveal: Annotated[str, _known(*REVEALS)] = LOGITS
@@ -101,6 +123,7 @@ class TaskSettings:
     activation: Annotated[str, _known(*ACTIVATIONS)] = SOFTMAX
     segments: Flag = False
     image: ImageSettings | None = None
+    writing: WritingSettings | None = None
 
     @property
     def encoded(self) -> str:
@@ -110,7 +133,7 @@ class TaskSettings:
         try:
             _read(text)
         except InvalidProgram as error:
-            raise InvalidInput(f"clients would refuse this model: {error}", "see id2label of its config.json") from None
+            raise InvalidInput(f"clients would refuse this model: {error}", "see its config.json") from None
         return text
 
 

@@ -79,6 +79,16 @@ POST_PROCESSORS: Mapping[str, Fields] = {
     "Sequence": frozenset({"processors"}),
     "TemplateProcessing": frozenset({"single", "pair", "special_tokens"}),
 }
+DECODERS: Mapping[str, Fields] = {
+    "ByteFallback": _NONE,
+    "ByteLevel": frozenset({"add_prefix_space", "trim_offsets", "use_regex"}),
+    "Fuse": _NONE,
+    "Metaspace": frozenset({"replacement", "prepend_scheme", "split", "add_prefix_space", "str_rep"}),
+    "Replace": frozenset({"pattern", "content"}),
+    "Sequence": frozenset({"decoders"}),
+    "Strip": frozenset({"content", "start", "stop"}),
+}
+"""Parts that make a text of tokens. What they make of the first tokens is the beginning of what they make of all."""
 MODELS: Mapping[str, Fields] = {
     "BPE": frozenset(
         {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}
@@ -158,7 +168,7 @@ def _checked(document: Mapping[str, Any]) -> dict[str, Any]:
         "normalizer": _part("normalizer", document.get("normalizer"), NORMALIZERS, _normalizer),
         "pre_tokenizer": _part("pre_tokenizer", document.get("pre_tokenizer"), PRE_TOKENIZERS, _pre_tokenizer),
         "post_processor": _part("post_processor", document.get("post_processor"), POST_PROCESSORS, _post_processor),
-        "decoder": None,
+        "decoder": _known_decoder(document.get("decoder")),
         "model": _model(document["model"]),
     }
 
@@ -265,6 +275,29 @@ def _post_processor(kind: str, part: Mapping[str, Any]) -> None:
             "the template of pairs of the tokenizer holds a text twice",
             f"each text once, and at most {MAXIMUM_ADDED} special tokens around them",
         )
+
+
+def _known_decoder(part: Any) -> Any:
+    """Check a decoder; None for one of another kind, which only a model that writes text would need."""
+    parts = part.get("decoders", []) if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
+    if part is None or not all(isinstance(each, dict) and each.get("type") in DECODERS for each in parts):
+        return None
+    return _part("decoder", part, DECODERS, _decoder)
+
+
+def _decoder(kind: str, part: Mapping[str, Any]) -> None:
+    if kind == "Strip":
+        _length("what a decoder strips", part["content"], 1)
+        if part["stop"] != 0 or not 0 <= part["start"] <= MAXIMUM_AFFIX:
+            raise InvalidInput(
+                f"a decoder strips {part['start']} characters at the beginning and {part['stop']} at the end",
+                f"{MAXIMUM_AFFIX} at most, and none",
+            )
+    elif kind == "Replace":
+        match list(part["pattern"].items()):
+            case [("String", str(text))] if len(text) == 1 and len(part["content"]) <= 1:
+                return
+        raise InvalidInput("a Replace of the tokenizer's decoder is not for one character", "replace single ones")
 
 
 def _model(model: Any) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def tokenize(tokenizer: TextTokenizer, text: str, length: int, long: str = REFUS
     return ids, mask
 
 
-def checked_text(text: str, length: int, long: str) -> str:
-    """Return a text, or as much of it as is read before it is truncated.
+def checked_text(text: str, length: int, long: str, *, hint: str = LONGER) -> str:
+    """Return a text, or as much of it as is read before it is truncated. hint: what to do about one that is too long.
 
     Raises InputTooLong and InvalidInput as ``tokenize`` does.
     """
@@ -107,7 +107,7 @@ def checked_text(text: str, length: int, long: str) -> str:
     if len(text) > most:
         raise InputTooLong(
             f"the text has {len(text)} characters, the limit is {most}",
-            LONGER if long == REFUSE else "divide it into several texts",
+            hint if long == REFUSE else "divide it into several texts",
         )
     try:
         text.encode("utf-8")

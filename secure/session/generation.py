@@ -1,15 +1,30 @@
-"""The sizes of a decoder's Programs: which one a prompt takes, and whether what shall be written fits."""
+"""A text as it is written: the sizes of a decoder's Programs that it takes, its tokens, and its text.
+
+Whatever a server's tokenizer and chat template make of a prompt shows neither in messages nor in their times: see
+``secure.session.session``. So mistakes that they find are kept, and raised after the query of the prompt took place.
+"""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from secure.errors import InputTooLong, InvalidInput, InvalidProgram
+from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.lowering.client_inputs import GENERATE, MOST_ROWS, TASK
+from secure.models.chat import check_messages, rendered
+from secure.models.detokenizer import Detokenizer, StopStrings
+from secure.models.settings import WritingSettings, settings_of
+from secure.models.tokens import REFUSE, TextTokenizer, checked_text, guarded, library_errors
 from secure.session.link import Offer
+
+STOP, LENGTH = "stop", "length"
+"""The reasons why a text ends: a token or a string that ends it, or the number of tokens that was asked for."""
+
+GO_ON = "hint: what was written is kept (ids, text); to go on, ask again with all of it behind the prompt"
 
 
 @dataclass(frozen=True)
@@ -23,17 +38,15 @@ class Writing:
     prompt: Offer
     step: Offer
     capacity: int
-    error: InvalidInput | None = None
+    error: Error | None = None
 
 
 def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence[int], count: int) -> Writing:
     """Choose the sizes for a prompt, and for ``count`` tokens that are written.
 
     What is wrong with the prompt itself is returned, and its query takes place; a prompt that is too long takes the
-    greatest size. Raises InvalidInput for a model that generates no text, and for more tokens than there is room for.
+    greatest size. Raises InvalidInput for an empty prompt, and for more tokens than there is room for.
     """
-    if labels.get(TASK) != GENERATE:
-        raise InvalidInput("this session's model generates no text", "compile a decoder with secure.compile_generator")
     if count < 1:
         raise InvalidInput(f"{count} new tokens", "1 or more")
     if not len(prompt):
@@ -42,20 +55,23 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
     step = next((o for o in offers if o.length == 1), None)
     capacity, vocabulary = (_number(labels.get(name, "")) for name in (MOST_ROWS, "vocabulary"))
     if step is None or not lengths or not capacity or not vocabulary:
-        raise InvalidProgram("the server offers no Programs for a prompt and a step")
+        raise InvalidProgram(
+            "this session has no Programs for a prompt and a step\nhint: connect without --program-digest "
+            "(program_digest), or ask the server's owner"
+        )
     found = next((o for o in lengths if o.length >= len(prompt)), lengths[-1])
     room = capacity - found.length + 1
-    if count > room:
-        raise InvalidInput(
-            f"{count} new tokens after a prompt that is padded to {found.length}",
-            f"{room} at most; compile with a greater capacity",
-        )
     error: InvalidInput | None = None
     if len(prompt) > found.length:
         error = InputTooLong(f"the prompt has {len(prompt)} tokens, at most {found.length} fit", "shorten it")
     elif not all(0 <= token < vocabulary for token in prompt):
         error = InvalidInput(
             f"a token id is outside 0..{vocabulary - 1}", "use the tokenizer that belongs to the model"
+        )
+    if count > room:
+        raise error or InvalidInput(
+            f"{count} new tokens after a prompt that is padded to {found.length}",
+            f"{room} at most; compile with a greater capacity",
         )
     return Writing(found, step, capacity, error)
 
@@ -71,13 +87,237 @@ def refuse_generator(labels: Mapping[str, str]) -> None:
         raise InvalidInput("three parties write text in one process so far", "deploy with two: secure.TwoParty()")
 
 
+def sizes_for(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence[int] | Error, count: int) -> Writing:
+    """Choose the sizes as ``writing`` does, for a prompt that a tokenizer made: all that is wrong with it is returned.
+
+    Then the greatest size is taken after which there is room. Raises InvalidInput for more tokens than there is room
+    for after any prompt.
+    """
+    shortest = writing(offers, labels, [0], count)
+    try:
+        if isinstance(prompt, Error):
+            raise prompt
+        return writing(offers, labels, prompt, count)
+    except Error as error:
+        roomy = [offer for offer in offers if offer.length + count - 1 <= shortest.capacity]
+        return Writing(max(roomy, key=lambda offer: offer.length), shortest.step, shortest.capacity, error)
+
+
+def room(offers: Sequence[Offer], labels: Mapping[str, str]) -> int:
+    """Return the number of tokens for which there is room after any prompt. Raises InvalidProgram if there is none."""
+    found = writing(offers, labels, [0], 1)
+    return max(1, found.capacity - max(offer.length for offer in offers) + 1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A text that is asked for: its prompt, and what ends it. ``wanted`` makes one.
+
+    prompt: token ids, a text, or chat messages. tokens, strings: those that end the text. ends: the tokens that end
+    texts of the model, if they count.
+    """
+
+    prompt: Sequence[int] | str | list[dict[str, str]]
+    tokens: frozenset[int]
+    strings: tuple[str, ...]
+    ends: frozenset[int]
+    tokenizer: TextTokenizer | None
+    settings: WritingSettings
+
+    @property
+    def in_text(self) -> bool:
+        """True if the prompt is a text or messages, so that the answer is one too."""
+        return isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], dict))
+
+    def ids(self, length: int) -> list[int]:
+        """Return the tokens of the prompt. length: the most that are taken.
+
+        Raises what the tokenizer and the template of the server have against it: InvalidInput, InputTooLong.
+        """
+        if not self.in_text:
+            return list(self.prompt)  # type: ignore[arg-type]
+        assert self.tokenizer is not None  # as ``wanted`` found
+        special, text = True, self.prompt
+        if not isinstance(text, str):
+            special, text = False, rendered(self.settings, text)  # type: ignore[arg-type]
+        encode = self.tokenizer.tokenizer.encode
+        found = guarded(
+            self.tokenizer,
+            checked_text(text, length, REFUSE, hint="shorten it"),
+            lambda ready: [encode(ready, add_special_tokens=special)],
+        )
+        return list(found[0].ids)
+
+    def stops(self) -> tuple[frozenset[int], tuple[str, ...]]:
+        """Return the tokens and the strings that end the text. A string that is a special token counts as that.
+
+        Raises InvalidInput for a string that the model cannot write.
+        """
+        tokens, strings = {*self.tokens, *self.ends}, list[str]()
+        for stop in self.strings:
+            assert self.tokenizer is not None  # as ``wanted`` found
+            if (id := _special(self.tokenizer, stop)) is not None:
+                tokens.add(id)
+            elif _unknown(self.tokenizer, stop):
+                raise InvalidInput(
+                    f"the model never writes the stop string {stop[:40]!r}", "its tokenizer knows it not"
+                )
+            else:
+                strings.append(stop)
+        return frozenset(tokens), tuple(strings)
+
+
+def wanted(
+    prompt: object,
+    stop: object,
+    labels: Mapping[str, str],
+    tokenizer: TextTokenizer | None,
+    *,
+    ignore_end: bool,
+) -> Wanted:
+    """Check what is asked by its Python types alone. Raises InvalidInput."""
+    settings = settings_of(labels)[1].writing or WritingSettings()
+    tokens, strings = _stops(stop)
+    found: Any = prompt
+    if not isinstance(prompt, str):
+        messages = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+        found = check_messages(prompt) if messages else token_ids(prompt)
+    made = Wanted(found, tokens, strings, frozenset(() if ignore_end else settings.ends), tokenizer, settings)
+    if (made.in_text or strings) and tokenizer is None:
+        raise InvalidInput("this session's model has no tokenizer", "give token ids, and token ids to stop at")
+    return made
+
+
+def _stops(stop: object) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return the tokens and the strings of what was given as ``stop``: one string, or a collection of both."""
+    hint = 'a string, or a list of strings and token ids, such as ["\\n\\n"]'
+    if not isinstance(stop, str | Collection) or isinstance(stop, bytes | Mapping):
+        raise InvalidInput(f"stop is a {type(stop).__name__}", hint)
+    given = [stop] if isinstance(stop, str) else list(stop)
+    if "" in given:
+        raise InvalidInput("a stop string is empty: every text would end before it begins", "leave it out")
+    if wrong := next((each for each in given if isinstance(each, bool) or not isinstance(each, str | int)), None):
+        raise InvalidInput(f"stop holds a {type(wrong).__name__}", hint)
+    tokens = frozenset(each for each in given if isinstance(each, int))
+    return tokens, tuple(each for each in given if isinstance(each, str))
+
+
+def _special(tokenizer: TextTokenizer, text: str) -> int | None:
+    with library_errors():
+        added = tokenizer.tokenizer.get_added_tokens_decoder()
+    return next((id for id, token in added.items() if token.special and token.content == text), None)
+
+
+def _unknown(tokenizer: TextTokenizer, text: str) -> bool:
+    """True if a tokenizer has no tokens for all of a text."""
+    known = checked_text(text, len(text), REFUSE)
+    found = guarded(tokenizer, known, lambda ready: [tokenizer.tokenizer.encode(ready, add_special_tokens=False)])
+    name = getattr(tokenizer.tokenizer.model, "unk_token", None)
+    unknown = None if name is None else tokenizer.tokenizer.token_to_id(name)
+    return not found[0].ids or unknown in found[0].ids
+
+
+class Prepared:
+    """A prompt as token ids, or why there are none, and the text that is made of the tokens behind it.
+
+    It takes tokens one by one, and says when the text has ended.
+    """
+
+    def __init__(self, asked: Wanted, length: int) -> None:
+        self.ids: list[int] | Error
+        self._tokens, strings = asked.tokens | asked.ends, tuple[str, ...]()
+        self._text: Detokenizer | None = None
+        try:
+            self.ids = asked.ids(length)
+            self._tokens, strings = asked.stops()
+            made = asked.tokenizer
+            if made is not None and (asked.in_text or strings or made.tokenizer.decoder is not None):
+                self._text = Detokenizer(made, self.ids)
+        except Error as error:
+            self.ids = error
+        self._held = StopStrings(strings)
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Return the text that became certain with a token, and whether the text has ended."""
+        if token in self._tokens:
+            return self._held.add(self._text.end() if self._text else "") + self._held.end(), True
+        piece = self._held.add(self._text.add(token) if self._text else "")
+        return piece, self._held.found
+
+    def end(self) -> tuple[str, bool]:
+        """Return the text that was held back, and whether it ends at a string, when no token follows."""
+        piece = self._held.add(self._text.end() if self._text else "")
+        return piece + self._held.end(), self._held.found
+
+
+class Generation(Iterator[Any]):
+    """A text that is being written: iterate over it, and each piece comes as soon as it is there.
+
+    The pieces are texts that can be printed one behind the other if the prompt is a text or messages, and token ids if
+    it is a list of them. ids: the tokens so far, the one that ended the text among them. text: the text so far, without
+    that token, and up to a string that stopped it; "" where the model has no tokenizer that makes texts.
+    finish_reason: None while more may come, then "stop" or "length".
+
+    What came before a failure stays in ``ids`` and ``text``. The text cannot go on after it, as what the parties keep
+    of it is lost with them; a new one can begin with all of it as its prompt.
+    """
+
+    def __init__(self, steps: Callable[[Generation], Iterator[None]], *, in_text: bool) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._in_text, self._steps, self._pieces = in_text, steps(self), deque[Any]()
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Any:
+        while not self._pieces:
+            try:
+                next(self._steps)
+            except StopIteration:
+                if not self._pieces:
+                    raise
+            except (PeerLost, DealerError) as error:
+                if not self.ids:
+                    raise
+                raise type(error)(f"after {len(self.ids)} tokens: {error}\n{GO_ON}") from None
+        return self._pieces.popleft()
+
+    def complete(self) -> Generation:
+        """Wait for the whole text, and return this."""
+        for _ in self:
+            pass
+        return self
+
+    def take(self, token: int, prepared: Prepared) -> bool:
+        """Take one more token, for the session alone; return True if the text has ended with it."""
+        self.ids.append(token)
+        piece, over = prepared.add(token)
+        self._give(piece, STOP if over else None)
+        if not self._in_text:
+            self._pieces.append(token)
+        return over
+
+    def end(self, prepared: Prepared) -> None:
+        """Take what was held back, for the session alone, as no token follows."""
+        piece, stopped = prepared.end()
+        self._give(piece, STOP if stopped else LENGTH)
+
+    def _give(self, piece: str, reason: str | None) -> None:
+        self.text += piece
+        self.finish_reason = reason
+        if piece and self._in_text:
+            self._pieces.append(piece)
+
+
 def token_ids(prompt: object) -> list[int]:
     """Return a prompt as a list of integers. Raises InvalidInput for anything else than a sequence of them."""
     try:
-        if isinstance(prompt, str | bytes):
+        if isinstance(prompt, bytes):
             raise TypeError
         return [operator.index(token) for token in prompt]  # type: ignore[attr-defined]
     except TypeError:
         raise InvalidInput(
-            f"the prompt is a {type(prompt).__name__}", "give token ids, as the model's tokenizer makes them"
+            f"the prompt is a {type(prompt).__name__}", "give a text, chat messages, or token ids"
         ) from None

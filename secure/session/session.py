@@ -52,13 +52,14 @@ from secure.models.decoder import prompt_inputs, step_inputs
 from secure.models.prompts import Prompts, prompts_from
 from secure.models.settings import settings_of
 from secure.models.tokens import REFUSE, TRUNCATE
-from secure.session.generation import Writing, token_ids, writing
+from secure.session.generation import Generation, Prepared, Wanted, room, sizes_for, wanted, writing
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
 from secure.tasks.answer import Answering
 from secure.tasks.classify import Classify
 from secure.tasks.embed import Embed
+from secure.tasks.generate import Generate
 from secure.tasks.rerank import Rerank, ranked
 from secure.tasks.tag import SIMPLE, Tag
 from secure.tasks.task import Served, Task, stacked
@@ -130,7 +131,9 @@ class Session:
         self._threads, self._pace, self._lock = threads, pace, threading.RLock()
         self._links = Links(link, open, offers)
         if fixed_length:
-            self._links.offers = tuple(offer for offer in self._links.offers if offer.length == self.length)
+            steps = {1} if self.program.labels.get(TASK) == GENERATE else set[int]()
+            kept = {self.length} | steps
+            self._links.offers = tuple(offer for offer in self._links.offers if offer.length in kept)
         self._asked, self._closed, self._last = 0, threading.Event(), link
         self.reports: list[Report] = []
         self.report: Report | None = None
@@ -163,6 +166,16 @@ class Session:
     def sizes(self) -> tuple[Offer, ...]:
         """The sizes that queries of this session may have, in the order of length and batch."""
         return tuple(sorted(self._links.offers, key=lambda offer: (offer.length, offer.batch)))
+
+    @property
+    def room(self) -> int:
+        """The tokens that can be written after any prompt. Raises InvalidProgram for a model that writes no text."""
+        return room(self._links.offers, self.program.labels)
+
+    def program_of(self, size: Offer) -> Any:
+        """Return the Program of one of ``sizes``, and connect to its server if need be. Raises what connecting does."""
+        with self._open():
+            return self._once_free(partial(self._links.of, size)).program
 
     @property
     def once(self) -> tuple[Traffic, ...]:
@@ -228,7 +241,7 @@ class Session:
 
         Only a failure of a party ends a run at once.
         """
-        served = self._served
+        served = self.served
         task.fits(served)
         task.check(given, served)
         return self._run(task, served, given)
@@ -267,7 +280,7 @@ class Session:
         """
         if retries < 0 or window < 1:
             raise InvalidInput(f"{retries} retries, a window of {window} inputs", "0 retries or more, a window of 1")
-        served = self._served
+        served = self.served
         task.fits(served)
         whole = -(-window // self.batch) * self.batch  # inputs of a window
 
@@ -341,7 +354,8 @@ class Session:
         return self.length, piece
 
     @property
-    def _served(self) -> Served:
+    def served(self) -> Served:
+        """The parts of the served model that tasks use."""
         labels = self.program.labels
         normalized, (task, settings) = labels.get("normalized") == "yes", settings_of(labels)
         return Served(self._link.tokenizer, self.length, normalized, prompts_from(labels), task, settings)
@@ -502,52 +516,96 @@ class Session:
         scores = list(self.run(Rerank(long), [(query, document) for document in documents]))
         return ranked(scores, documents if return_documents else None)[:top_k]
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop: Collection[int] = ()) -> Iterator[int]:
-        """Let the model continue a prompt, greedily; yield each new token as soon as it is there.
+    def generate(
+        self,
+        prompt: Sequence[int] | str | Sequence[Mapping[str, str]],
+        max_new_tokens: int,
+        *,
+        stop: str | Collection[int | str] = (),
+        ignore_end: bool = False,
+        hide_length: bool = False,
+    ) -> Generation:
+        """Let the model continue a prompt, greedily; return its text, which is written as one iterates over it.
 
-        prompt: token ids, up to the greatest length of a prompt. stop: tokens after which nothing more is written; the
-        last one that is yielded is one of them then. What is yielded before a failure of a party counts; the text
-        cannot go on after it, as what the parties keep of it is lost with them.
+        prompt: a text; chat messages, such as [{"role": "user", "content": "Hello"}], for a model with a chat template;
+        or token ids. It may have up to the greatest length of a prompt in tokens. stop: strings before which the text
+        ends, and tokens with which it does. So it does with the tokens that end texts of this model, unless
+        ``ignore_end``. hide_length: queries go on after that, on zeros, so that the servers see ``max_new_tokens`` of
+        them whatever the text is. They run while one iterates to the end.
 
-        A prompt that is too long, or has a token outside the vocabulary, costs what any other prompt costs before it
-        raises InputTooLong or InvalidInput. More tokens than there is room for raise InvalidInput at once.
+        What is given before a failure of a party counts; the text cannot go on after it, as what the parties keep of it
+        is lost with them. A prompt that is too long, has a token outside the vocabulary, or that the tokenizer or the
+        template does not take, and a stop string that the model never writes, cost what any other prompt costs before
+        InputTooLong or InvalidInput is raised. An empty stop string, and more tokens than there is room for, raise
+        InvalidInput at once.
         The servers see to which length the prompt was padded, the number of tokens, and when each was asked for.
         """
-        ids = token_ids(prompt)
-        found = writing(self._links.offers, self.program.labels, ids, max_new_tokens)
-        return self._written(found, ids, max_new_tokens, frozenset(stop))
+        Generate().fits(self.served)
+        labels = self.program.labels
+        asked = wanted(prompt, stop, labels, self._link.tokenizer, ignore_end=ignore_end)
+        # what is wrong with numbers shows at once; what a server's tokenizer says of a text does not
+        writing(self._links.offers, labels, [0] if asked.in_text else asked.ids(self.length), max_new_tokens)
+        steps = partial(self._written, asked, count=max_new_tokens, hidden=hide_length)
+        return Generation(steps, in_text=asked.in_text)
 
-    def _written(self, sizes: Writing, prompt: list[int], count: int, stop: frozenset[int]) -> Iterator[int]:
+    def _written(self, asked: Wanted, text: Generation, *, count: int, hidden: bool) -> Iterator[None]:
+        """Run the queries of a text, which takes their tokens; yield whenever it has more of them."""
+        began = time.monotonic()
         with self._open():
-            link = self._once_free(partial(self._links.of, sizes.prompt))
-            step = self._once_free(partial(self._links.of, sizes.step)) if count > 1 else None
-            began = time.monotonic()
-            program, conversation = link.program, link.converse(sizes.capacity)
-            start, places = sizes.prompt.length - len(prompt), program.publishes
-            fits = [0] if sizes.error else prompt
-            values = self._clear_values(prompt_inputs(fits, sizes.prompt.length, places=places), link)
-            failed = sizes.error or (values if isinstance(values, Error) else None)
+            prepared = Prepared(asked, self.length)
+            sizes = sizes_for(self._links.offers, self.program.labels, prepared.ids, count)
+            used = [sizes.prompt, *([sizes.step] if count > 1 else [])]
+            if any(self._links.missing(size) for size in used):
+                self._wait(began)
+                for size in used:
+                    self._once_free(partial(self._links.of, size))
+                began = time.monotonic()
+            link, ahead = self._links.of(sizes.prompt), self._links.of(sizes.step) if count > 1 else None
+            conversation, bucket, places = link.converse(sizes.capacity), sizes.prompt.length, link.program.publishes
+            prompt = [0] if sizes.error or isinstance(prepared.ids, Error) else prepared.ids
+            inputs = [prompt_inputs(ids, bucket, places=places) for ids in (prompt, [0])]
+            values, failed = self._usable(link, *inputs)
+            failed = sizes.error or failed
             self._wait(began)
-            token = self._next(link, conversation, program.dummy_values() if failed else values, sizes.prompt, step)
-        if failed is not None:  # what the checks say of zeros is no matter
-            raise failed
-        if isinstance(token, Error):
-            raise token
-        yield token
-        last = sizes.prompt.length + count - 2
-        for filled in range(sizes.prompt.length, last + 1):
-            if token in stop:
-                return
+            token = self._next(link, conversation, values, sizes.prompt, ahead)
+        start, last, over = bucket - len(prompt), bucket + count - 1, False
+        for filled in range(bucket, last + 1):
+            came, had = time.monotonic(), len(text.ids)
+            if not (over or failed):
+                found = token if isinstance(token, Error) else _tried(partial(text.take, token, prepared))
+                over, failed = (False, found) if isinstance(found, Error) else (found, None)
+            if failed is not None and not hidden:
+                raise failed
+            if len(text.ids) > had:
+                yield
+            if (over and not hidden) or filled == last:
+                break
+            self._wait(came, STEP)  # whether it took a token or not
             with self._open():
                 link = self._once_free(partial(self._links.of, sizes.step))
-                inputs = step_inputs(token, start, filled, link.program.rows, places=places)
-                values = self._clear_values(inputs, link)
-                if isinstance(values, Error):  # of a token that the servers gave
-                    raise values
-                token = self._next(link, conversation, values, sizes.step, link if filled < last else None)
-            if isinstance(token, Error):
-                raise token
-            yield token
+                known = token if not (over or failed or isinstance(token, Error)) else 0
+                rows = link.program.rows
+                inputs = [step_inputs(each, start, filled, rows, places=places) for each in (known, 0)]
+                values, wrong = self._usable(link, *inputs)
+                failed = failed or wrong
+                token = self._next(link, conversation, values, sizes.step, link if filled < last - 1 else None)
+        if failed is not None:
+            raise failed
+        if not over:
+            text.end(prepared)
+
+    def _usable(
+        self, link: Link, inputs: Mapping[str, Tensor], other: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Any], Error | None]:
+        """Return the clear values of inputs, or of others and the reason if these have none.
+
+        Both are made from the same positions, which the parties see. Raises that reason if the others have none too,
+        whatever the inputs are.
+        """
+        values, others = (self._clear_values(each, link) for each in (inputs, other))
+        if isinstance(others, Error):
+            raise others
+        return (others, values) if isinstance(values, Error) else (values, None)
 
     def _next(self, link: Link, conversation: Any, values: Any, size: Offer, ahead: Link | None) -> int | Error:
         """Run one query of a conversation; return the token that it reveals, or why it is not to be trusted.

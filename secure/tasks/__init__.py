@@ -9,4 +9,5 @@ classify     texts and pairs to the names of their classes
 tag          texts to the entities in them
 answer       questions to a part of their context
 rerank       queries and documents to scores
+generate     texts to what a model writes after them
 """

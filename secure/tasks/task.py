@@ -86,13 +86,11 @@ def stacked(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
 
 
-class Task(ABC, Generic[Given, Answer_co]):
-    """A task that a session can run. Its options are all its state. ``name`` is its name in commands and messages."""
+class Loader(ABC):
+    """The base of what loads models. ``name`` is the name of its task in commands and messages."""
 
     name: ClassVar[str]
-    noun: ClassVar[str] = "input"  # for one of several inputs, in messages
     stored: ClassVar[bool] = True  # its models are directories, or packages that hold one
-    steady: ClassVar[bool] = True  # ``joined`` takes the same time whatever the answers say
 
     def knows(self, model: str) -> bool:
         """True if only this task can load a model of this name. Directories and other names are text models."""
@@ -116,6 +114,13 @@ class Task(ABC, Generic[Given, Answer_co]):
                 f"this server's model is for the task {printable(served.task)[:40]!r}, not for {self.name!r}",
                 f"unseen {printable(served.task)[:40]}, or ask another server",
             )
+
+
+class Task(Loader, Generic[Given, Answer_co]):
+    """A task that a session can run. Its options are all its state."""
+
+    noun: ClassVar[str] = "input"  # for one of several inputs, in messages
+    steady: ClassVar[bool] = True  # ``joined`` takes the same time whatever the answers say
 
     def check(self, given: Sequence[Given], served: Served) -> None:
         """Raise InvalidInput if the served model does not fit the task, or ``given`` as a whole is no input."""

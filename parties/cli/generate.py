@@ -1,0 +1,178 @@
+"""The command ``unseen generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parties.cli.asking import Connecting, connection_of
+from parties.cli.console import ERR, OUT, progress, say, write
+from parties.reports.who_learns import who_learns
+from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb, total
+from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.deployment import Deployment
+from secure.errors import InvalidInput
+from secure.models.chat import CONTENT, ROLE
+from secure.mpc.network import NETWORKS, NetworkSpeed, find_apart
+from secure.session.generation import STOP, Generation
+from secure.session.link import Report
+from secure.session.session import Session
+from secure.tasks.generate import Generate
+
+VERB = Generate.name
+TOKENS = 64
+
+
+def generate(
+    deployment: Deployment,
+    connecting: Connecting,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; none: standard input, which other users cannot see.")
+    ] = None,
+    input: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file that holds the prompt; -: standard input.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"The most tokens to write; {TOKENS} by default, or fewer where the server has no room for so many.",
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. May be given several times.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, which the model's chat template makes a text of.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: the message of the system.")] = None,
+    ignore_end: Annotated[
+        bool, typer.Option("--ignore-end", help="Go on where the model ends its text, up to --max-new-tokens.")
+    ] = False,
+    hide_length: Annotated[
+        bool,
+        typer.Option("--hide-length", help="Take --max-new-tokens steps whatever the text is, so that none shows."),
+    ] = False,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The network for which the price list names seconds: {', '.join(n.key for n in NETWORKS)}, or "
+            "MBPS,ROUND_TRIP_MS."
+        ),
+    ] = None,
+) -> None:
+    """Continue a text that the servers never see, and print what comes as it comes."""
+    if system is not None and not chat:
+        raise InvalidInput("--system means nothing without --chat", "give both, or neither")
+    asked = find_apart(network) if network is not None else None
+    text = _prompt(prompt, input)
+    given: Any = text
+    if chat:
+        given = [*([{ROLE: "system", CONTENT: system}] if system is not None else []), {ROLE: "user", CONTENT: text}]
+    connection = connection_of(VERB, deployment, connecting)
+    with ExitStack() as stack, ExitStack() as shown:
+        told = shown.enter_context(progress(VERB))
+        told(0, 0, "connecting")
+        session = stack.enter_context(connection.open(told))
+        Generate().fits(session.served)
+        count = max_new_tokens or min(TOKENS, session.room)
+        writing = session.generate(given, count, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length)
+        for line in prices(deployment, session, asked):
+            say(f"unseen {VERB}: {line}")
+        if hide_length:
+            say(f"unseen {VERB}: {count} steps are taken, whatever the text is")
+        told(0, 0, "the prompt")
+        began, first = time.monotonic(), 0.0
+        with _kept(writing, session, text, as_json=connecting.as_json):
+            for piece in writing:
+                if not first:
+                    shown.close()  # the progress, before anything is printed
+                    first = time.monotonic() - began
+                if not connecting.as_json:
+                    write(_on_terminal(piece) if OUT.is_terminal else piece)
+        for line in summary(writing, session.reports, time.monotonic() - began, first):
+            say(f"unseen {VERB}: {line}")
+        if not connecting.as_json:
+            ERR.print(who_learns(deployment, token_table=bool(session.link.tables)))
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    """Return the prompt: the argument, a file, or standard input, without the newline at its end."""
+    if prompt is not None and file is not None:
+        raise InvalidInput("--input and a prompt as an argument exclude each other", "leave one of them out")
+    if prompt is not None:
+        return prompt
+    if file is None and sys.stdin.isatty():
+        raise InvalidInput("no prompt", "give it as an argument, by --input, or on standard input")
+    try:
+        text = sys.stdin.read() if file in (None, "-") else Path(str(file)).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidInput(f"--input: {file} cannot be read: {reason}", "a text file that holds the prompt") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _on_terminal(text: str) -> str:
+    """Return a text without what a terminal would obey: a server chooses the tokens that it may be made of."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def prices(deployment: Deployment, session: Session, network: NetworkSpeed | None) -> Iterator[str]:
+    """Say what a prompt and each token after it take, by the Programs' own costs."""
+    if not isinstance(deployment, CircuitDeployment):
+        return
+    prompts = [size.length for size in session.sizes if size.length > 1]
+    for size in (session.sizes[-1], session.sizes[0]):
+        program = session.program_of(size)
+        cost, running = deployment.price(program), deployment.deployed(program).cost
+        online, dealt = (total(cost.traffic, phase=phase) for phase in (ONLINE, OFFLINE))
+        what = f"a prompt of up to {size.length} tokens" if size.length > 1 else "each token after it"
+        seconds = f", {network.seconds(running):.2f} s of waiting on {network.name}" if network else ""
+        yield f"{what}: {cost.rounds} rounds, {_size(online)} online, {_size(dealt)} dealt before{seconds}"
+    if len(prompts) > 1:
+        yield f"the servers see to which length the prompt is padded: {', '.join(map(str, prompts))} tokens"
+
+
+def _size(count: int) -> str:
+    return mb(count) if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def summary(writing: Generation, taken: Sequence[Report], seconds: float, first: float) -> Iterator[str]:
+    """Say how a text ended, what it took, and what showed of it."""
+    count, steps = len(writing.ids), len(taken)
+    ended = "at its end or at a stop" if writing.finish_reason == STOP else "after --max-new-tokens"
+    rate = f", {(steps - 1) / (seconds - first):.3g} a second after the prompt" if steps > 1 < seconds / first else ""
+    ended += f", which {steps - count} more steps hid" if steps > count else ""
+    yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
+    for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
+        if said := in_words([each for report in taken for each in report.traffic], phase):
+            yield f"{name}: {said}"
+    yield f"the servers saw a prompt of up to {taken[0].length} tokens, {steps} steps, and when each was"
+
+
+@contextmanager
+def _kept(writing: Generation, session: Session, prompt: str, *, as_json: bool) -> Iterator[None]:
+    """End what is printed well: as JSON all at once, and after a failure with a word on how to go on."""
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        if as_json and (whole or writing.ids):
+            found: dict[str, Any] = {"prompt": prompt, "text": writing.text, "ids": writing.ids}
+            found |= {"finish_reason": writing.finish_reason, "queries": [r.as_dict() for r in session.reports]}
+            write(json.dumps(found) + "\n")
+        elif writing.text:
+            write("\n")
+        if writing.ids and not whole:
+            say(
+                f"unseen {VERB}: {len(writing.ids)} tokens were written, and are kept; the text cannot go on, as what "
+                "the parties kept of it is lost: ask again, with all of it behind the prompt"
+            )
