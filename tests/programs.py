@@ -103,7 +103,6 @@ def every_protocol() -> bytes:
         "opened_expand": ["opened_expand", {**opened, "shape": [2, *opened["shape"]]}, [opening], 0],
         "opened_permute": ["opened_permute", {**opened, "dims": list(range(len(doubled)))}, [opening], 0],
         "opened_reshape": ["opened_reshape", {**opened, "shape": [1, *opened["shape"]]}, [opening], 0],
-        "publish": ["publish", {"ring": bits, "shape": shape}, [share], 0],
         "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
         "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
@@ -115,6 +114,16 @@ def every_protocol() -> bytes:
         "add_constant": ["add_constant", {"constant": 5, "ring": bits, "shape": shape}, [share], 0],
         "mul_constant": ["mul_constant", {"constant": 5, "ring": bits, "shape": shape}, [share], 0],
     }
+    graph = json.loads(d["client_graph"])
+    place = {"attrs": {"name": "position_ids"}, "dtype": "int", "inputs": [], "op": "input", "path": ""}
+    graph["nodes"].append({**place, "id": len(graph["nodes"]), "shape": shape, "visibility": "client"})
+    graph["outputs"].append(len(graph["nodes"]) - 1)
+    d["client_graph"] = json.dumps(graph)
+    public = {"encoding": "public", "name": "places", "output": len(graph["outputs"]) - 1, "size": 0, "table": ""}
+    d["client_inputs"].append({**public, "shape": shape})
+    numbers = {"fraction": 0, "high": 8.0, "low": 0.0, "name": "places", "ring": bits, "shape": shape}
+    d["instructions"].append(["input", numbers, [], 0])
+    more["publish"] = ["publish", {"ring": bits, "shape": shape}, [len(d["instructions"]) - 1], 0]
     d["instructions"] += [more[kind] for kind in more if kind not in have]
     published = next(n for n, i in enumerate(d["instructions"]) if i[0] == "publish")
     d["instructions"].append(["mul_public", {"ring": bits, "shape": shape}, [share, published], 0])

@@ -25,7 +25,9 @@ from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.server import InferenceService
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
+from protocols.circuit import Instruction
 from protocols.prg import Key
+from protocols.two_party import Input, Publish
 from secure.deployments.two_party import SERVER
 from secure.errors import Busy, DealerError, InvalidProgram, PeerLost, QueryError
 from secure.mpc.budget import Budget
@@ -158,6 +160,29 @@ def test_a_server_that_is_lost_ends_the_text(masked: list[MaskedModel], dealer: 
     assert found == expected(PROMPTS[0], 2)
 
 
+def test_what_is_prepared_ends_the_same_text_everywhere(server: Served, dealer: Served) -> None:
+    """A prompt that is prepared is a text: client, server and dealer count it when its number is drawn."""
+    with dial(server, dealer) as session:
+        texts = [session.generate(PROMPTS[0], 4) for _ in range(MAXIMUM_CONVERSATIONS)]
+        for text in texts:
+            next(iter(text))
+        session.prepare(SHORT)
+        with pytest.raises(QueryError, match="has ended"):
+            next(iter(texts[0]))
+        for text in texts[1:]:
+            assert list(text)[-1] == expected(PROMPTS[0], 4)[-1]
+
+
+def test_positions_are_counted_in_one_way(server: Served, dealer: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a step's positions would show the length of the prompt."""
+    real = Program.publishes.fget  # type: ignore[attr-defined]
+    with dial(server, dealer) as session:
+        monkeypatch.setattr(Program, "publishes", property(lambda self: real(self) and not self.rows))
+        with pytest.raises(InvalidProgram, match="count positions differently"):
+            next(iter(session.generate(PROMPTS[0], 4)))
+        assert not session.reports
+
+
 def test_every_token_counts_for_the_quotas(masked: list[MaskedModel], dealer: Served) -> None:
     counted: list[tuple[str, int]] = []
     spend = lambda who, what, count: counted.append((what, count))  # noqa: E731
@@ -204,6 +229,45 @@ def test_the_dealers_memory_is_bounded_and_given_back(masked: list[MaskedModel])
                 next(session.generate(PROMPTS[0], 2))
         with dial(served, dealer) as session:
             assert list(session.generate(PROMPTS[0], 2)) == expected(PROMPTS[0], 2)
+
+
+def test_what_a_dealer_refuses_holds_no_memory(masked: list[MaskedModel]) -> None:
+    service = DealerService(KEY)
+    with dealing(service) as dealer, serving(masked, dealer) as served:
+        with dial(served, dealer) as session:
+            list(session.generate(PROMPTS[0], 2))
+        wait_until(lambda: not service.kept.used, "the session has ended")
+        raw = joined(served, dealer, masked)
+        begin = Place(program(SHORT).digest, 0, 0)
+        dealt(raw, 0, begin)
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError):
+                dealt(raw, 0, begin)
+        assert service.kept.used == program(SHORT).kept_bytes
+
+
+def shown(program: Program) -> list[Program]:
+    """The Program with a Publish that it should not have: of each of its inputs, and of what follows from them."""
+    found = []
+    public = {c.name for c in program.client_inputs if c.encoding == "public"}
+    for index, instruction in enumerate(program.circuit):
+        p = instruction.protocol
+        if p.gives == "share" and not (isinstance(p, Input) and p.name in public):
+            more = Instruction(Publish(p.out.shape, p.out.bits), (index,))
+            found.append(
+                replace(program, circuit=(*program.circuit, more), paths=(*program.paths, program.paths[index]))
+            )
+    return found
+
+
+@pytest.mark.parametrize("length", [STEP, SHORT])
+def test_a_program_makes_public_what_is_public(length: int) -> None:
+    """A server that adds a Publish to its Program would read its clients' tokens."""
+    evil = shown(program(length))
+    assert len(evil) > 20
+    for each in evil[:4] + evil[4::10]:
+        with pytest.raises(InvalidProgram, match="would make more public than position_ids"):
+            Program.from_bytes(each.encoded)
 
 
 def test_a_budget_counts_the_rows(masked: list[MaskedModel]) -> None:

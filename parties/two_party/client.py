@@ -26,7 +26,7 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
-from parties.two_party.conversations import Conversations, HeldConversation, Place
+from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from proto import unseen_pb2 as pb
@@ -286,7 +286,13 @@ class TwoPartyLink(Link):
             self._coming = replace(self._coming, asked=True)
             return
         number, self._next_query = self._next_query, self._next_query + 1
-        own, key = self._keys.key(number, *wanted.place(number) or ()), Future[Key]()
+        if (place := wanted.place(number)) is not None:  # in the order in which the server hears of it
+            check_place(place, number, wanted.program)
+            if place.begins:
+                self._conversations.begin(number, wanted.program)
+            else:
+                self._conversations.find(place)
+        own, key = self._keys.key(number, *place or ()), Future[Key]()
         start = time.perf_counter()
         self._ask_for(number, wanted)
         if not self._stored:
@@ -355,7 +361,7 @@ class TwoPartyLink(Link):
             place, conversation = wanted.place(ready.query), None
             if text is not None and place is not None:
                 if text.conversation is None:
-                    text.conversation = self._conversations.begin(ready.query, program)
+                    text.conversation = self._conversations.require(ready.query)
                 conversation = text.conversation
                 values = {**values, **conversation.given(place, program)}
             start = time.perf_counter()
@@ -482,7 +488,7 @@ class TwoPartyLink(Link):
         rows, first = 0, 0
         if (conversation := text.conversation) is not None:
             rows, first = conversation.kept.filled, conversation.first
-            self._conversations.find(Place(program.digest, first, rows))
+            self._conversations.require(first)  # before the session is at stake
         following = None if ahead is None else _Wanted(ahead.program, rows + program.kept_rows)
         return self._ask(_Wanted(program, rows, first), values, following, text)
 
@@ -514,9 +520,10 @@ class _Beside(Link):
     def go_on(
         self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
     ) -> tuple[Sequence[Tensor], Report]:
-        found = self._main._go_on(self.program, conversation, values, ahead)
-        self.timeline = self._main.timeline
-        return found
+        try:
+            return self._main._go_on(self.program, conversation, values, ahead)
+        finally:
+            self.timeline, self.ended = self._main.timeline, self._main.ended
 
     def close(self) -> None:
         pass

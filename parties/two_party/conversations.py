@@ -58,12 +58,18 @@ class HeldConversation:
 
     def given(self, place: Place, program: Program) -> dict[str, Any]:
         """Return the openings that a query at a place reads, by name. Raises QueryError if they are not there."""
-        return self.at(place).given(program.circuit, place.rows)
+        try:
+            return self.at(place).given(program.circuit, place.rows)
+        except ValueError as error:  # Programs that do not belong together
+            raise QueryError(f"a Program reads what the one before did not keep: {error}") from None
 
     def keep(self, place: Place, program: Program, results: Sequence[Any]) -> Sequence[Any]:
         """Keep a query's last results, the openings, behind the rows that it read. Return the others."""
         end = len(results) - len(program.keeps)
-        self.kept.append(dict(zip(program.keeps, results[end:], strict=True)), place.rows)
+        try:
+            self.kept.append(dict(zip(program.keeps, results[end:], strict=True)), place.rows)
+        except ValueError as error:
+            raise QueryError(f"a Program keeps what the one before did not: {error}") from None
         return results[:end]
 
 
@@ -77,21 +83,34 @@ class Conversations:
         """Begin a conversation with the query ``first``. end: called when it gives way, or the session ends."""
         if first in self._all:
             raise QueryError(f"the conversation {first} was begun before")
-        while len(self._all) >= MAXIMUM_CONVERSATIONS:
-            self._all.pop(next(iter(self._all))).end()
+        self.make_room()
         self._all[first] = found = HeldConversation(first, KeptRows(program.capacity), end)
         return found
 
-    def find(self, place: Place) -> HeldConversation:
-        """Return the conversation of a place. Raises QueryError if it has ended."""
-        found = self._all.pop(place.first, None)
-        if found is None:
+    def make_room(self) -> None:
+        """End the conversation that has rested the longest, if there are as many as there may be."""
+        while len(self._all) >= MAXIMUM_CONVERSATIONS:
+            self._all.pop(next(iter(self._all))).end()
+
+    def require(self, first: int) -> HeldConversation:
+        """Return the conversation that a query began. Raises QueryError if it has ended."""
+        if (found := self._all.get(first)) is None:
             raise QueryError(
-                f"the text that query {place.first} began has ended: a session keeps {MAXIMUM_CONVERSATIONS} of them",
+                f"the text that query {first} began has ended: a session keeps {MAXIMUM_CONVERSATIONS} of them",
                 "begin it again",
             )
-        self._all[place.first] = found
         return found
+
+    def find(self, place: Place) -> HeldConversation:
+        """Return the conversation of a place, which does not rest now. Raises QueryError if it has ended."""
+        found = self.require(place.first)
+        self._all[place.first] = self._all.pop(place.first)
+        return found
+
+    def end(self, first: int) -> None:
+        """End a conversation; harmless if it has ended."""
+        if (found := self._all.pop(first, None)) is not None:
+            found.end()
 
     def clear(self) -> None:
         """End them all."""

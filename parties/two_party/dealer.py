@@ -347,12 +347,15 @@ class DealerService(DealerServicer):
             raise QueryError("the dealer deals one query of a session's conversations at a time")
         try:
             if place.begins:
+                keys = self._burn(session, query, *place)  # before memory is taken: what is refused holds none
+                session.conversations.make_room()
                 grant = self.kept.take(session.seat, model.program.kept_bytes)
                 found = session.conversations.begin(place.first, model.program, partial(self.kept.give_back, grant))
             else:
                 found = session.conversations.find(place)
-            kept = found.at(place)
-            yield from model.dealt.corrections(*self._burn(session, query, *place), kept, place.rows)
+                found.at(place)
+                keys = self._burn(session, query, *place)
+            yield from model.dealt.corrections(*keys, found.kept, place.rows)
         finally:
             session.conversing.release()
 

@@ -48,6 +48,8 @@ from proto.unseen_pb2_grpc import (
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
+from secure.mpc.budget import PARTS
+from secure.mpc.program import Program
 from secure.session.link import Link
 
 STORE = ("store", "store_key")  # what both roles take to keep entries on a disk
@@ -197,11 +199,16 @@ def _memory(options: HostOptions) -> int:
     return memory_budget(options.memory) // options.workers
 
 
+def _needed(program: Program) -> int:
+    """Return the bytes of memory that one prepared query needs, and the rows of the text in which it stands."""
+    return memory_of(program) + PARTS * program.kept_bytes
+
+
 def _made(held: Sequence[Compiled], options: HostOptions) -> _Made:
     """Mask models. Raises InvalidInput if one query is more than the memory for prepared queries."""
     sizes = [size for compiled in held for size in compiled.sizes]
     for budget, need, named in (
-        (memory_budget(options.memory), memory_of, ()),
+        (memory_budget(options.memory), _needed, ()),
         (disk_budget(), spooled_of, DISK),
     ):
         require_room(budget, max(need(size.program) for size in sizes), *named, workers=options.workers)

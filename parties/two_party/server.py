@@ -343,6 +343,8 @@ class _Session:
         memory, spooled = self._service.memory, spooled_of(model.program)
         kept = PARTS * model.program.kept_bytes if place is not None and place.begins else 0
         wanted = [(memory, memory_of(model.program)), (self._service.disk, spooled), (memory, kept)]
+        if kept:
+            self._conversations.make_room()  # the memory of the oldest goes to the new one
         if spooled and (grant := memory.take_spare(self._seat, spooled)) is not None:
             grants, wanted, spooled = [(memory, grant)], [(memory, kept)], 0
         try:

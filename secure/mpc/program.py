@@ -26,9 +26,9 @@ from protocols.circuit import Circuit, Instruction, check, total_cost
 from protocols.fields import MAXIMUM_ELEMENTS, Bits, Name, Operands, Shape, Whole
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
-from protocols.two_party import Input, Recall, Reveal, keepers
+from protocols.two_party import Input, Publish, Recall, Reveal, keepers
 from secure.capture.documents import read_document, what_is_wrong
-from secure.capture.graph import Graph
+from secure.capture.graph import POSITIONS, Graph
 from secure.errors import InvalidProgram, OutOfRange
 from secure.lowering.client_inputs import (
     GENERATE,
@@ -412,6 +412,12 @@ def _check(program: Program) -> None:
     if names != {c.name for c in program.client_inputs}:
         raise InvalidProgram("the circuit's inputs are not those that the client makes")
     check_client_part(program.client_graph, program.client_inputs, program.labels)
+    public = {c.name for c in program.client_inputs if c.encoding == "public"}
+    for index, instruction in enumerate(program.circuit):
+        if isinstance(instruction.protocol, Publish):  # it alone sends what it reads as it is
+            source = program.circuit[instruction.inputs[0]].protocol
+            if not isinstance(source, Input) or source.name not in public:
+                raise InvalidProgram(f"instruction {index} would make more public than {POSITIONS}")
 
 
 def _check_kept(program: Program) -> None:

@@ -562,6 +562,8 @@ class Session:
                 began = time.monotonic()
             link, ahead = self._links.of(sizes.prompt), self._links.of(sizes.step) if count > 1 else None
             conversation, bucket, places = link.converse(sizes.capacity), sizes.prompt.length, link.program.publishes
+            if ahead is not None and ahead.program.publishes != places:
+                raise InvalidProgram("the server's Programs for a prompt and for a step count positions differently")
             prompt = [0] if sizes.error or isinstance(prepared.ids, Error) else prepared.ids
             inputs = [prompt_inputs(ids, bucket, places=places) for ids in (prompt, [0])]
             values, failed = self._usable(link, *inputs)
@@ -580,7 +582,6 @@ class Session:
                 yield
             if (over and not hidden) or filled == last:
                 break
-            self._wait(came, STEP)  # whether it took a token or not
             with self._open():
                 link = self._once_free(partial(self._links.of, sizes.step))
                 known = token if not (over or failed or isinstance(token, Error)) else 0
@@ -588,6 +589,7 @@ class Session:
                 inputs = [step_inputs(each, start, filled, rows, places=places) for each in (known, 0)]
                 values, wrong = self._usable(link, *inputs)
                 failed = failed or wrong
+                self._wait(came, STEP)  # whatever the token, the graph and the text's end took
                 token = self._next(link, conversation, values, sizes.step, link if filled < last - 1 else None)
         if failed is not None:
             raise failed
@@ -614,14 +616,15 @@ class Session:
         """
         encoded = link.program.encode(values, link.tables)
         number, self._asked = self._asked, self._asked + 1
-        results, report = link.go_on(conversation, encoded, number, ahead=ahead)
+        ask = partial(link.go_on, conversation, encoded, number, ahead=ahead)
+        results, report = self._once_free(ask, link)
         self._last, self.report = link, replace(report, length=size.length)
         self.reports.append(self.report)
         del self.reports[:-REPORTS]
         wrong, decoded = (_tried(partial(each, results)) for each in (link.program.check_results, link.program.decode))
         if isinstance(wrong, Error) or isinstance(decoded, Error):
             return wrong or decoded
-        return int(only(decoded))
+        return _tried(lambda: int(only(decoded)))
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
