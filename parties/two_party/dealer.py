@@ -4,7 +4,7 @@ It learns Programs (public), the weight-mask seed of every registered model, the
 session, and both keys of every query that it deals ahead. Together with either party's messages these would show
 everything, so the dealer must not collude with either party. Seeds come sealed to its key. It forgets a query's seeds
 when it has dealt the query, a session when that ends, and a mask when no server renews it. Of a query that it deals
-ahead it keeps the client's key until that is assigned.
+ahead it keeps the client's key until that is assigned, and of a text the masks of its rows until its session ends.
 """
 
 from __future__ import annotations
