@@ -404,9 +404,10 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "accepted error", replace(compilation, accept=Accept(error=0.5))
     yield "task", replace(compilation, task="classify")
     yield "revealed", replace(compilation, task="classify", reveal="logits")
+    yield "capacity", replace(compilation, capacity=64)
     assert {f.name for f in dataclasses.fields(Compilation)} == {
         *("model", "deployment", "lengths", "sentences", "options", "batches"),
-        *("dimensions", "accept", "task", "reveal"),
+        *("dimensions", "accept", "task", "reveal", "capacity"),
     }  # another one needs a line here
 
 
