@@ -11,9 +11,9 @@ from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.shared_model import PartyShare, SharedProgram
 from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, Observer, Part, execute
+from protocols.protocol import Weights
 from protocols.steps import Framed
 from protocols.two_party import keepers
-from protocols.weights import Weights
 from secure.errors import PeerLost, ProtocolError
 
 NextMessage = Callable[[str], pb.PeerMessage]  # returns the peer's next message; its argument says what it should be
