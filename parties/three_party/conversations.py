@@ -95,12 +95,15 @@ class Conversation:
     ended: bool = False
     since: float = field(default_factory=time.monotonic)
     coming: Any = None
-    _queries: list[tuple[int, bytes]] = field(default_factory=list)  # rows after each, and its number
+    _queries: list[tuple[int, bytes]] = field(default_factory=list)  # the first row of each, and its number
 
-    def history(self, rows: int, *following: bytes) -> bytes:
-        """Return SHA-256 over the numbers of the queries that kept the first rows, and of some that follow."""
-        numbers = [number for (_, number), start in self._begun() if start < rows]
-        return hashlib.sha256(b"".join([*numbers, *following])).digest()
+    def history(self, rows: int, following: bytes = b"") -> bytes:
+        """Return SHA-256 over the numbers of the queries that kept the first ``rows``, each with its first row.
+
+        following: the number of a query that keeps the next ones.
+        """
+        queries = [each for each in self._queries if each[0] < rows] + ([(rows, following)] if following else [])
+        return hashlib.sha256(b"".join(start.to_bytes(8, "big") + number for start, number in queries)).digest()
 
     def given(self, wanted: Wanted, program: Program) -> dict[str, Any]:
         """Return what a query reads, by name. Raises QueryError if it has ended."""
@@ -114,14 +117,7 @@ class Conversation:
         if self.ended:
             raise _unknown("it", "it gave its place to others")
         self.kept.append(rows, wanted.rows)
-        self._queries = [each for each, start in self._begun() if start < wanted.rows]
-        self._queries.append((self.kept.filled, number))
-
-    def _begun(self) -> Iterator[tuple[tuple[int, bytes], int]]:
-        start = 0
-        for each in self._queries:
-            yield each, start
-            start = each[0]
+        self._queries = [each for each in self._queries if each[0] < wanted.rows] + [(wanted.rows, number)]
 
 
 def _unknown(who: str, why: str = "it has ended, or the party was started anew") -> QueryError:
@@ -221,6 +217,11 @@ class Conversations:
         conversation.since = time.monotonic()
         conversation.seat.rest(SPARE)
         conversation.at_work = False
+
+    def drop_coming(self) -> None:
+        """Forget what party 2 was asked for ahead: it no longer holds the seeds that belong to it."""
+        for each in list(self._all.values()):
+            each.coming = None
 
     def end(self, conversation: Conversation) -> None:
         """End a conversation; harmless if it has ended."""

@@ -212,6 +212,8 @@ class Party0Service(PartyService):
     def lost(self) -> None:
         for stock in self._stocks.values():
             stock.drop()
+        if self.conversations is not None:
+            self.conversations.drop_coming()
 
     def greeted(self, hello: pb.PeerHello) -> tuple[Asked, PairKey]:
         """Check party 1's greeting, and take up the query that it names; the key is that of the query.
