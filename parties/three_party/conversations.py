@@ -109,18 +109,18 @@ class Conversation:
         """Return what a query reads, by name. Raises QueryError if it has ended."""
         kept = self.kept
         if self.ended:
-            raise _unknown("it", "it gave its place to others")
+            raise unknown("it", "it gave its place to others")
         return kept.given(program.circuit, wanted.rows)
 
     def keep(self, wanted: Wanted, number: bytes, rows: Mapping[str, Any]) -> None:
         """Keep the rows of the query ``number`` behind those that it read. Raises QueryError if it has ended."""
         if self.ended:
-            raise _unknown("it", "it gave its place to others")
+            raise unknown("it", "it gave its place to others")
         self.kept.append(rows, wanted.rows)
         self._queries = [each for each in self._queries if each[0] < wanted.rows] + [(wanted.rows, number)]
 
 
-def _unknown(who: str, why: str = "it has ended, or the party was started anew") -> QueryError:
+def unknown(who: str, why: str = "it has ended, or the party was started anew") -> QueryError:
     return QueryError(f"{who} keeps nothing of this text: {why}", AGAIN)
 
 
@@ -167,7 +167,7 @@ class Conversations:
         with self._lock:
             found = self._all.get(wanted.conversation)
             if found is None or not hmac.compare_digest(found.owner, owner):  # nobody learns that others' exist
-                raise _unknown(self._who)
+                raise unknown(self._who)
             if found.at_work:
                 raise QueryError("a query of this text is under way", "ask for one token after the other")
             filled = found.kept.filled
@@ -205,7 +205,7 @@ class Conversations:
             return
         try:
             if conversation.key not in (None, key):
-                raise _unknown(self._who, "a party was started anew, or lost its connection")
+                raise unknown(self._who, "a party was started anew, or lost its connection")
             conversation.key = key
             yield
         except BaseException:

@@ -65,12 +65,6 @@ def _number(text: str) -> int:
     return int(text) if re.fullmatch("[1-9][0-9]{0,6}", text) else 0
 
 
-def refuse_generator(labels: Mapping[str, str]) -> None:
-    """Raise InvalidInput for a model that generates text: no service keeps openings between queries yet."""
-    if labels.get(TASK) == GENERATE:
-        raise InvalidInput("three parties write text in one process so far", "deploy with two: secure.TwoParty()")
-
-
 def token_ids(prompt: object) -> list[int]:
     """Return a prompt as a list of integers. Raises InvalidInput for anything else than a sequence of them."""
     try:
