@@ -470,18 +470,34 @@ class CkksReply(_message.Message):
     def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., refresh: _Optional[int] = ..., result: _Optional[int] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class AskStart(_message.Message):
-    __slots__ = ("version", "model", "session", "seed", "deadline")
+    __slots__ = ("version", "model", "session", "seed", "deadline", "wanted", "owner", "following")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWING_FIELD_NUMBER: _ClassVar[int]
     version: int
     model: str
     session: bytes
     seed: bytes
     deadline: float
-    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., deadline: _Optional[float] = ...) -> None: ...
+    wanted: Wanted
+    owner: bytes
+    following: str
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., deadline: _Optional[float] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., owner: _Optional[bytes] = ..., following: _Optional[str] = ...) -> None: ...
+
+class Wanted(_message.Message):
+    __slots__ = ("program_digest", "conversation", "rows")
+    PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONVERSATION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    program_digest: str
+    conversation: bytes
+    rows: int
+    def __init__(self, program_digest: _Optional[str] = ..., conversation: _Optional[bytes] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class AskPart(_message.Message):
     __slots__ = ("start", "frame")
@@ -572,16 +588,20 @@ class AgreeMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[AgreeHello, _Mapping]] = ..., answer: _Optional[_Union[AgreeAnswer, _Mapping]] = ..., confirm: _Optional[bytes] = ..., done: _Optional[_Union[AgreeDone, _Mapping]] = ...) -> None: ...
 
 class PeerHello(_message.Message):
-    __slots__ = ("version", "model", "session", "proof")
+    __slots__ = ("version", "model", "session", "proof", "wanted", "history")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     version: int
     model: str
     session: bytes
     proof: bytes
-    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    wanted: Wanted
+    history: bytes
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., session: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., history: _Optional[bytes] = ...) -> None: ...
 
 class PeerWelcome(_message.Message):
     __slots__ = ("supply",)
@@ -604,14 +624,18 @@ class PeerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., welcome: _Optional[_Union[PeerWelcome, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., tag: _Optional[bytes] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class SupplyRequest(_message.Message):
-    __slots__ = ("model", "supply", "proof")
+    __slots__ = ("model", "supply", "proof", "wanted", "history")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SUPPLY_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     model: str
     supply: bytes
     proof: bytes
-    def __init__(self, model: _Optional[str] = ..., supply: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    wanted: Wanted
+    history: bytes
+    def __init__(self, model: _Optional[str] = ..., supply: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., history: _Optional[bytes] = ...) -> None: ...
 
 class SupplyPart(_message.Message):
     __slots__ = ("seed", "data", "tag")

@@ -268,12 +268,6 @@ def test_texts_to_calibrate_with_are_the_same_at_every_call() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_three_parties_share_none_yet(tmp_path: Path) -> None:
-    pytest.importorskip("grpc")
-    with pytest.raises(InvalidInput, match="in one process so far"):
-        secure.share_model(compiled("gpt2", "three"), tmp_path)
-
-
 def test_what_is_kept_on_disk_writes_the_same(tmp_path: Path) -> None:
     secure.save_compiled(compiled("llama"), tmp_path / "kept")
     with secure.insecure_in_process(secure.load_compiled(tmp_path / "kept")) as session:

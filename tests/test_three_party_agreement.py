@@ -21,6 +21,7 @@ pytest.importorskip("tokenizers")
 from parties.net.caller import Caller
 from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee
+from parties.three_party.conversations import Wanted
 from parties.three_party.pair_keys import PairKey, PairSeed
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_2 import Party2Service
@@ -82,17 +83,17 @@ def test_who_kept_all_seeds_of_the_owner_makes_no_proof(three: Three) -> None:
     """Before, the proof of a Seed request followed from the owner's seed alone."""
     two, number = three.parties[2].service, bytes(range(1, 17))
     zero = three.parties[0].service.key(2)
-    model = two.share.manifest.model
+    model, about = two.share.manifest.model, Wanted(two.share.program.digest).about()
     stub = PartyStub(three.parties[2].peer().channel)
-    supply = pb.SupplyRequest(model=model, supply=number, proof=zero.proof("supply", number))
+    supply = pb.SupplyRequest(model=model, supply=number, proof=zero.proof("supply", number, about))
     list(stub.Supply(supply))
     known = seed_of(three, 1, 2)
     guesses = [known, PairKey(known._seed, known.pair), known.agreed(bytes(32), bytes(32)), known.agreed(b"", b"")]
     for guess in guesses:
         with pytest.raises(grpc.RpcError, match="does not show the key that parties 1 and 2 agreed on"):
-            stub.Seed(pb.SupplyRequest(model=model, supply=number, proof=guess.proof("seed", number)))
+            stub.Seed(pb.SupplyRequest(model=model, supply=number, proof=guess.proof("seed", number, about)))
     reply = stub.Seed(
-        pb.SupplyRequest(model=model, supply=number, proof=three.parties[1].service.key(2).proof("seed", number))
+        pb.SupplyRequest(model=model, supply=number, proof=three.parties[1].service.key(2).proof("seed", number, about))
     )
     assert len(reply.seed) == 32  # party 1 still gets it
 

@@ -23,15 +23,15 @@ import secure
 from parties.net.frames import to_frames
 from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
-from parties.three_party.asked import Asked, Progress
+from parties.three_party.asked import Asked
 from parties.three_party.client import ThreePartyLink
+from parties.three_party.conversations import Wanted
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, TABLE, WEIGHTS, load_share, share_model
-from parties.three_party.supply import Arriving
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
@@ -446,8 +446,7 @@ def test_party_2_that_falls_silent_holds_nothing_of_party_0(shares: dict[str, Pa
     with running(shares["client-table"], {2: Silent}, deadline=1.0) as three:
         service = three.parties[0].service
         assert isinstance(service, Party0Service)
-        arriving = service.take(Progress())
-        assert isinstance(arriving, Arriving)
+        arriving = service._supply(service.share.sizes[0], Wanted(service.share.program.digest))
         wait_until(lambda: arriving.failed, "party 0 gives up", 5)
         with pytest.raises(PeerLost, match="party 2 sent nothing for 1 s"):
             arriving.finish()
@@ -477,9 +476,9 @@ class StuckZero(Blocking, Party0Service):
 
 
 class StuckOne(Blocking, Party1Service):
-    def for_client(self, shares: Any, key: PairKey, number: bytes) -> bytes:
+    def for_client(self, *about: Any) -> bytes:
         self.block()
-        return super().for_client(shares, key, number)
+        return super().for_client(*about)
 
 
 class NeverOne(Blocking, Party1Service):
@@ -586,7 +585,7 @@ def test_a_client_that_does_not_read(shares: dict[str, Path], monkeypatch: pytes
 
 def test_an_internal_error_of_party_2_ends_the_query(shares: dict[str, Path]) -> None:
     class Failing(Party2Service):
-        def looked_up(self, keys: Any, coins: Any) -> Any:
+        def looked_up(self, *about: Any) -> Any:
             raise ZeroDivisionError
 
     with running(shares["one-hot"], {2: Failing}) as three, three.dial() as connection:
@@ -667,7 +666,7 @@ def ask(party: Party) -> Any:
         seed=bytes(32),
         deadline=20.0,
     )
-    sent = bytes(sum(service.asked_sizes()))
+    sent = bytes(sum(service.asked_sizes(service.share.sizes[0])))
     frames = to_frames(sent) if sent else ()
     return stub(party).Ask(iter([pb.AskPart(start=start), *(pb.AskPart(frame=frame) for frame in frames)]))
 
@@ -679,9 +678,12 @@ def free(party: Party) -> int:
 
 def test_corrections_are_for_party_0_alone(three: Three) -> None:
     share, number = three.parties[2].service.share, bytes(16)
-    proofs = [b"", bytes(32), PairKey(bytes(32), (2, 0)).proof("supply", number)]
-    proofs += [seed.proof(purpose, number) for seed in share.pair_seeds.values() for purpose in ("supply", "seed")]
-    proofs += [three.parties[2].service.key(1).proof("supply", number)]
+    about = Wanted(share.program.digest).about()
+    proofs = [b"", bytes(32), PairKey(bytes(32), (2, 0)).proof("supply", number, about)]
+    proofs += [
+        seed.proof(purpose, number, about) for seed in share.pair_seeds.values() for purpose in ("supply", "seed")
+    ]
+    proofs += [three.parties[2].service.key(1).proof("supply", number, about)]
     for proof in proofs:
         request = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=proof)
         with pytest.raises(grpc.RpcError, match="does not show the key that parties 2 and 0 agreed on"):
@@ -692,9 +694,10 @@ def test_corrections_are_for_party_0_alone(three: Three) -> None:
 
 def test_numbers_and_seeds_serve_once(three: Three) -> None:
     share, number = three.parties[2].service.share, bytes(range(16))
+    about = Wanted(share.program.digest).about()
     zero, one = (three.parties[party].service.key(2) for party in range(2))
-    supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number))
-    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number))
+    supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number, about))
+    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number, about))
     first = list(stub(three.parties[2]).Supply(supply))
     assert [part.WhichOneof("content") for part in first[:2]] == ["seed", "data"]
     with pytest.raises(grpc.RpcError, match="was used before"):
@@ -712,9 +715,10 @@ def test_a_supply_that_is_asked_for_again_has_a_tag_under_another_key(
     Nothing is dealt under a number that was used.
     """
     share, number, made = three.parties[2].service.share, bytes(range(2, 18)), list[bytes]()
+    about = Wanted(share.program.digest).about()
     zero, one = (three.parties[party].service.key(2) for party in range(2))
-    supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number))
-    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number))
+    supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number, about))
+    seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number, about))
     start = Seal.__init__
 
     def noting(self: Seal, key: bytes) -> None:
@@ -740,7 +744,7 @@ def test_party_0_computes_with_party_1_alone(three: Three) -> None:
 def test_party_1_needs_its_seed(three: Three) -> None:
     share = three.parties[1].service.share
     start = pb.AskStart(version=WIRE_VERSION, model=share.manifest.model, session=bytes(16), seed=b"short")
-    keys = pb.Frame(data=bytes(sum(three.parties[1].service.key_sizes())), last=True)
+    keys = pb.Frame(data=bytes(sum(three.parties[1].service.key_sizes(share.sizes[0]))), last=True)
     (reply,) = stub(three.parties[1]).Ask(iter([pb.AskPart(start=start), pb.AskPart(frame=keys)]))
     assert reply.failure.code == ProtocolError.code
     assert "a seed has 32 bytes" in reply.failure.message

@@ -183,7 +183,7 @@ def forged(table: Path, tmp_path: Path) -> Path:
     manifest = json.loads((copy / MANIFEST).read_text())
     honest = load_share(table / "party-0")
     name = public_name(
-        honest.program.digest, {TOKEN_TABLE: hashlib.sha256(payload).hexdigest()}, manifest["compiled_as"]
+        [honest.program.digest], {TOKEN_TABLE: hashlib.sha256(payload).hexdigest()}, manifest["compiled_as"]
     )
     manifest["model"] = name + honest.manifest.model[64:]
     _write(copy / MANIFEST, json.dumps(manifest).encode())

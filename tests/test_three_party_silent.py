@@ -104,7 +104,7 @@ def test_a_silent_query_is_sent_away_in_time(shares: Path, monkeypatch: pytest.M
 
 
 def test_a_query_of_the_wrong_size_is_refused_at_once(three: Three) -> None:
-    size = sum(three.parties[0].service.asked_sizes())
+    size = sum(three.parties[0].service.asked_sizes(three.parties[0].service.share.sizes[0]))
     frames = [bytes(size - 1), bytes(size + 1), b"", bytes(PART)]
     for frame in frames:
         with ExitStack() as stack:

@@ -68,9 +68,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The numbers that party 2 deals."""
     dealt, real = list[bytes](), Party2Service._supply
 
-    def noted(self: Any, number: bytes, key: Any) -> Iterator[Any]:
+    def noted(self: Any, number: bytes, *about: Any) -> Iterator[Any]:
         dealt.append(number)
-        return real(self, number, key)
+        return real(self, number, *about)
 
     monkeypatch.setattr(Party2Service, "_supply", noted)
     return dealt
@@ -135,8 +135,8 @@ class Wrong(Party2Service):
 
     how = ""
 
-    def _supply(self, number: bytes, key: Any) -> Iterator[Any]:
-        found = super()._supply(number, key)
+    def _supply(self, number: bytes, *about: Any) -> Iterator[Any]:
+        found = super()._supply(number, *about)
         parts = [pb.SupplyPart.FromString(part) if isinstance(part, bytes) else part for part in found]
         if self.how == "altered":
             parts[1].data = bytes([parts[1].data[0] ^ 1]) + parts[1].data[1:]

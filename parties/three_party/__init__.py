@@ -3,6 +3,7 @@
 pair_keys      the seeds and keys of a pair of parties: proofs, and tags over bytes that both hold
 agreement      two parties agree on their key
 shared_model   a model's three shares on disk
+conversations  what one party keeps between queries of a text
 asked          a client's query at one party
 supply         corrections that arrive while they are used; a stock of them
 sealed_rounds  one party's rounds as frames, authenticated by tags

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from parties.net.calls import failed
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions, ask_description, read_description
+from parties.three_party.conversations import AGAIN, NAME_BYTES, OWNER_BYTES, Wanted
 from parties.three_party.party import SESSION_BYTES
 from parties.three_party.party_1 import input_key
 from parties.three_party.shared_model import public_name
@@ -34,7 +35,7 @@ from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
-from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError
+from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, QueryError
 from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
 
@@ -53,8 +54,18 @@ class Times:
     waited: float
 
 
+@dataclass(eq=False, repr=False)
+class _Text:
+    """A conversation of this client: its name, what it shows parties 0 and 1 to go on, and the rows that they keep."""
+
+    name: bytes = field(default_factory=lambda: secrets.token_bytes(NAME_BYTES))
+    owner: tuple[bytes, ...] = field(default_factory=lambda: tuple(secrets.token_bytes(OWNER_BYTES) for _ in range(2)))
+    rows: int = 0
+    ended: bool = False
+
+
 class ThreePartyLink(Link):
-    """Queries to three parties. Queries are independent: one that fails does not end the link.
+    """Queries to three parties. One that fails does not end the link, but the conversation in which it stands.
 
     served: the deployment for which the parties' model was compiled, public weights or not. times: those of the last
     query.
@@ -70,6 +81,7 @@ class ThreePartyLink(Link):
                 f"parties: {len(deployment.parties)} addresses", "those of parties 0, 1 and 2, in this order"
             )
         self.deployment, self._deadline = deployment.name, options.deadline
+        self._with, self._options = deployment, options
         self.times = Times(0.0, 0.0)
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
             self._peers = list[Peer]()
@@ -92,7 +104,7 @@ class ThreePartyLink(Link):
                     "give them the shares of one run of: unseen share-model",
                 )
         read = read_description(self._peers[0], first, PARTIES[0], options.budget.decode, options)
-        self.program, self.once, self.model = read.program, read.once, read.model
+        self.program, self.once, self.model, self.offers = read.program, read.once, read.model, read.offers
         self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer
         try:
@@ -107,18 +119,52 @@ class ThreePartyLink(Link):
             )
 
     def _check_name(self, found: pb.Description) -> None:
-        """Raise HandshakeError unless the model's name is that of the Program and table that came."""
+        """Raise HandshakeError unless the model's name is that of the Programs and table that came."""
         files = {file.name: file.sha256 for file in found.files}
-        name = public_name(self.program.digest, files, found.compiled_as)
-        if not hmac.compare_digest(name.encode(), found.model[: len(name)].encode()):
+        digests = [offer.program_digest for offer in self.offers]
+        name = public_name(digests, files, found.compiled_as)
+        if self.program.digest not in digests or not hmac.compare_digest(
+            name.encode(), found.model[: len(name)].encode()
+        ):
             raise HandshakeError(
                 f"{self._peers[0]} gives another Program or token table than the model's name says",
                 "ask the model's owner which party changed its share",
             )
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
+        if self.program.keeps:
+            raise QueryError("queries of this Program stand in conversations", "ask it to generate text")
+        return self._ask(values, number, Wanted(self.program.digest))
+
+    def converse(self, capacity: int) -> _Text:
+        return _Text()
+
+    def go_on(
+        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+    ) -> tuple[Sequence[Tensor], Report]:
+        text: _Text = conversation
+        if text.ended:
+            raise QueryError("a query of this text has failed", AGAIN)
+        text.ended = True  # unless this one succeeds
+        wanted = Wanted(self.program.digest, text.name, text.rows)
+        found = self._ask(values, number, wanted, text.owner, ahead.program.digest if ahead is not None else "")
+        text.rows, text.ended = text.rows + self.program.kept_rows, False
+        return found
+
+    def beside(self, program_digest: str) -> Link:
+        options = replace(self._options, program_digest=program_digest, model=self.model, told=None)
+        return ThreePartyLink(self._with, options)
+
+    def _ask(
+        self,
+        values: Mapping[str, Any],
+        number: int,
+        wanted: Wanted,
+        owner: Sequence[bytes] = (b"", b""),
+        following: str = "",
+    ) -> tuple[Sequence[Tensor], Report]:
         start = time.perf_counter()
-        messages = self._messages(values)
+        messages = self._messages(values, wanted, owner, following)
         sharing = time.perf_counter() - start
         asking = _Asking(self._peers, messages, self._deadline)
         first, second, *_ = answers = asking.run()
@@ -136,7 +182,9 @@ class ThreePartyLink(Link):
         computed = sharing + end - came
         return results, Report(first.rounds, moved, end - start, first.dealing, computed, first.dealing, number)
 
-    def _messages(self, values: Mapping[str, Tensor]) -> list[list[pb.AskPart]]:
+    def _messages(
+        self, values: Mapping[str, Tensor], wanted: Wanted, owner: Sequence[bytes], following: str
+    ) -> list[list[pb.AskPart]]:
         """Make the messages to each party; party 2 gets none unless rows are looked up in a shared table."""
         session, seed = secrets.token_bytes(SESSION_BYTES), fresh_seed()
         key, payload = input_key(seed, session), bytearray()
@@ -147,9 +195,16 @@ class ThreePartyLink(Link):
             for party, keys in enumerate(p.keys(values[p.source].argmax(-1))):
                 given[party] += keys
         out = []
-        for role, own, frame in zip(PARTIES, (b"", seed, b""), given, strict=True):
+        for role, own, shown, frame in zip(PARTIES, (b"", seed, b""), (*owner, b""), given, strict=True):
             begin = pb.AskStart(
-                version=WIRE_VERSION, model=self.model, session=session, seed=own, deadline=self._deadline
+                version=WIRE_VERSION,
+                model=self.model,
+                session=session,
+                seed=own,
+                deadline=self._deadline,
+                wanted=wanted.message(),
+                owner=shown,
+                following=following if role == PARTIES[0] else "",
             )
             frames = to_frames(bytes(frame)) if frame else ()
             if role != PARTIES[2] or frame:

@@ -22,7 +22,7 @@ from parties.three_party.party import STREAMS, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
-from parties.three_party.shared_model import PartyShare, load_share
+from parties.three_party.shared_model import PartyShare, SharedProgram, load_share
 from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer_to_server
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
@@ -70,10 +70,9 @@ class ThreePartyHosted:
 def parts_of(service: PartyService) -> Parts:
     """Return the parts of a party's service, with the public description of its model."""
     share = service.share
-    offered = Publication(
-        share.deployment, share.program, share.manifest.model, share.files, share.tokenizer, share.tokenizer_json
-    )
-    published = Published(share.role, [offered], deadline=service.deadline, log=service.log)
+    model, text = share.manifest.model, (share.tokenizer, share.tokenizer_json)
+    offered = [Publication(share.deployment, size.program, model, share.files, *text) for size in share.sizes]
+    published = Published(share.role, offered, deadline=service.deadline, log=service.log)
 
     def add(server: grpc.Server) -> None:
         add_ModelServicer_to_server(published, server)
@@ -81,8 +80,17 @@ def parts_of(service: PartyService) -> Parts:
 
     permissions = {**published.permissions, **service.permissions}
     standing = frozenset(permit("Party", Agree=()))
-    about, digest = [_about(share)], share.program.digest
-    return Parts([add], permissions, service.close, about, STREAMS, digest, standing=standing)
+    about, digests = [_about(share, size) for size in share.sizes], [size.program.digest for size in share.sizes]
+    return Parts(
+        [add],
+        permissions,
+        service.close,
+        about,
+        STREAMS,
+        digests[0],
+        knows=frozenset(digests).__contains__,
+        standing=standing,
+    )
 
 
 def _share(role: str, held: Any, deployment: Deployment) -> PartyShare:
@@ -108,6 +116,10 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
         if role in peers
     ]
     deadline, directory = options.deadline, options.store
+    if directory and all(size.program.keeps for size in share.sizes):
+        for each in called:
+            each.close()
+        raise InvalidInput("a model that generates text keeps nothing ready in a store", "leave --store out")
     if share.party == 0:
         store = FileStore(directory, read_store_key(options.store_key)) if directory else None
         return Party0Service(
@@ -119,14 +131,16 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
     return Party2Service(share, deadline=deadline, store=seeds)
 
 
-def _about(share: PartyShare) -> str:
-    """Describe the cost of a query between the parties in one line."""
-    cost, held = share.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
+def _about(share: PartyShare, size: SharedProgram) -> str:
+    """Describe the cost of a query of one Program between the parties in one line."""
+    cost, held = size.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
     if share.deployment.trusted_clients:
         held += ", trusted clients: what they send is not checked"
     between = (cost.to_second + cost.to_first) / 1e6
     rows = f", {cost.brought / 1e6:,.1f} MB of rows within it" if cost.brought else ""
+    length = size.program.labels.get("length", "")
+    which = f" of {length} tokens" if len(share.sizes) > 1 and length else ""
     return (
-        f"{held}; a query takes {cost.rounds} rounds, {between:,.1f} MB between parties 0 and 1, "
-        f"{cost.dealt / 1e6:,.1f} MB from party 2 to party 0 ahead{rows}; Program {share.program.digest}"
+        f"{held}; a query{which} takes {cost.rounds} rounds, {between:,.1f} MB between parties 0 and 1, "
+        f"{cost.dealt / 1e6:,.1f} MB from party 2 to party 0 ahead{rows}; Program {size.program.digest}"
     )

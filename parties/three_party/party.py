@@ -9,21 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 from torch import Tensor
 
 from parties.limits.waiting import FIRST, Clock, Places, WaitingRoom, patience
-from parties.net.caller import Permissions, caller
+from parties.net.caller import Caller, Permissions, caller
 from parties.net.calls import answering, failure, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked
+from parties.three_party.conversations import OWNER_BYTES, Conversations, Wanted, kept_of
 from parties.three_party.pair_keys import PairKey
-from parties.three_party.shared_model import PartyShare
+from parties.three_party.shared_model import PartyShare, SharedProgram
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
 from protocols import wire
@@ -32,7 +33,9 @@ from protocols.three_party.endpoints import Coins
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
-from secure.errors import Error, HandshakeError, PeerLost, ProtocolError
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.mpc.budget import PARTS
+from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
 SESSION_BYTES = 16
@@ -48,6 +51,8 @@ class PartyService(PartyServicer, ABC):
 
     A query comes by ``Ask``. The call of another party, or at party 1 the query's own thread, computes on it: it finds
     the query by its session, and leaves the answer in it.
+
+    conversations: what this party keeps between queries of Programs that need it; None if it serves none.
     """
 
     permissions: ClassVar[Permissions]  # the roles that may call each of its methods
@@ -60,7 +65,10 @@ class PartyService(PartyServicer, ABC):
         self._peers = peers
         self._places = Places(MAXIMUM_QUERIES, QUERIES_OF_ONE, share.role, "queries")
         self._asking, self._greeting = WaitingRoom(WAITING), WaitingRoom(WAITING)
-        self._joining = min(deadline, FIRST + patience(sum(self.asked_sizes())))
+        self._sizes = {size.program.digest: size for size in share.sizes}
+        keeping = any(size.program.keeps for size in share.sizes)
+        self.conversations = Conversations(share.role, self.log) if keeping else None
+        self._joining = min(deadline, FIRST + patience(max(sum(self.asked_sizes(size)) for size in share.sizes)))
         self._asked: dict[bytes, Asked] = {}
         self._came = threading.Condition()
         self._of_callers = KeyOfCaller(share, self.called_by, self.log, self.store_name())
@@ -73,14 +81,20 @@ class PartyService(PartyServicer, ABC):
             threading.Thread(target=each.try_now, name="unseen-agree", daemon=True).start()
 
     def close(self) -> None:
-        """End the agreements and close the channels to the other parties."""
+        """End the agreements and conversations, and close the channels to the other parties."""
+        if self.conversations is not None:
+            self.conversations.close()
         for number, peer in self._peers.items():
             self._of_callees[number].close()
             peer.close()
 
     def _pack(self) -> None:
         """Compile look-ups and pack weights at the start, so that the first query does not wait for it."""
-        weights, circuit = self.share.weights, self.share.circuit
+        for size in self.share.sizes:
+            self._pack_for(size)
+
+    def _pack_for(self, size: SharedProgram) -> None:
+        weights, circuit = self.share.weights, size.circuit
         if circuit.lookups:
             warm_up()
         for _, p in circuit.lookups.values():
@@ -109,6 +123,8 @@ class PartyService(PartyServicer, ABC):
                 with self._asking.place(context):
                     asked = self._read_ask(requests, watch)
                 place.callback(self._places.take(caller(context)))
+                self.converse(asked, caller(context))
+                place.callback(self._leave, asked)
                 context.add_callback(asked.leave)
                 with self._kept(asked):
                     self.begin(asked, place)
@@ -121,8 +137,66 @@ class PartyService(PartyServicer, ABC):
             yield pb.AskReply(failure=pb.Failure(code=Error.code, message="internal error\nhint: see its log"))
 
     @abstractmethod
-    def asked_sizes(self) -> list[int]:
-        """Return the sizes of the byte strings that a client sends to this party, in order."""
+    def asked_sizes(self, size: SharedProgram) -> list[int]:
+        """Return the sizes of the byte strings that a client of this Program sends to this party, in order."""
+
+    def converse(self, asked: Asked, who: Caller) -> None:
+        """Begin or find the conversation in which a query stands, if it stands in one. Raises QueryError, Busy."""
+        wanted, program = asked.wanted, asked.size.program
+        if self.conversations is None or not wanted.conversation:
+            return
+        if len(asked.owner) != OWNER_BYTES:
+            raise QueryError(f"who owns a conversation shows {OWNER_BYTES} bytes, not {len(asked.owner)}")
+        size = self.kept_bytes(program)
+        asked.conversation = self.conversations.open(wanted, program, size, who.name, asked.owner)
+        asked.history = asked.conversation.history(wanted.rows)
+
+    def kept_bytes(self, program: Program) -> int:
+        """Return the bytes of memory that a conversation takes at this party, at most."""
+        return PARTS * program.kept_bytes
+
+    def end(self, asked: Asked) -> None:
+        """End the conversation of a query that failed, if it stands in one; harmless if it has ended."""
+        if self.conversations is not None and asked.conversation is not None:
+            self.conversations.end(asked.conversation)
+
+    def _leave(self, asked: Asked) -> None:
+        """End the conversation of a query that no computation has taken up."""
+        if not asked.joined:
+            self.end(asked)
+
+    def size(self, wanted: Wanted) -> SharedProgram:
+        """Return the Program of a query. Raises QueryError if this party has none such, or not at this place."""
+        found = self._sizes.get(wanted.program_digest)
+        if found is None:
+            raise QueryError(f"{self.share.role} has no Program {wanted.program_digest[:12]!r}", "connect again")
+        wanted.check(found.program)
+        return found
+
+    def wanted(self, message: pb.Wanted) -> Wanted:
+        """Return what a message names."""
+        return Wanted.of(message, self.share.program.digest)
+
+    @contextmanager
+    def conversing(self, asked: Asked, key: PairKey) -> Iterator[None]:
+        """Compute a query in its conversation, which ends if the query fails. key: that of parties 0 and 1."""
+        if self.conversations is None:
+            yield
+            return
+        with self.conversations.using(asked.conversation, key):
+            yield
+
+    def given(self, asked: Asked) -> dict[str, Any]:
+        """Return what a query reads of earlier ones, by name."""
+        text = asked.conversation
+        return text.given(asked.wanted, asked.size.program) if text is not None and asked.wanted.rows else {}
+
+    def keep(self, asked: Asked, number: bytes, results: Sequence[Any]) -> Sequence[Tensor]:
+        """Keep what later queries read of this one, at its end, and return the shares of its outputs."""
+        shares, rows = kept_of(asked.size.program, results)
+        if asked.conversation is not None:
+            asked.conversation.keep(asked.wanted, number, rows)
+        return shares
 
     def begin(self, asked: Asked, place: ExitStack) -> None:
         """Start to compute, if this party does not wait for another's call; the default does nothing.
@@ -136,12 +210,15 @@ class PartyService(PartyServicer, ABC):
         The start comes within FIRST seconds, all of it within ``patience`` of its size, and no part after more than the
         deadline. Raises HandshakeError, ProtocolError, PeerLost.
         """
-        sizes = self.asked_sizes()
-        clock = Clock(patience(sum(sizes)))
-        first = _next(requests, watch, clock.left(min(FIRST, self.deadline)))
+        first = _next(requests, watch, min(FIRST, self.deadline))
         if first is None or first.WhichOneof("content") != "start":
             raise ProtocolError("a query does not begin with its start")
-        self.agree("the client", first.start.version, first.start.model, first.start.session)
+        start = first.start
+        self.agree("the client", start.version, start.model, start.session)
+        wanted = self.wanted(start.wanted)
+        size = self.size(wanted)
+        sizes = self.asked_sizes(size)
+        clock = Clock(patience(sum(sizes)))
         reader, payload = FrameReader(sum(sizes)), None if sum(sizes) else b""
         while payload is None:
             part = _next(requests, watch, clock.left(self.deadline))
@@ -152,7 +229,7 @@ class PartyService(PartyServicer, ABC):
             except ValueError as error:
                 raise ProtocolError(f"the client sent {error}") from None
         parts = [payload[a:b] for a, b in pairwise(accumulate(sizes, initial=0))]
-        asked = Asked(first.start.session, first.start.seed, parts, first.start.deadline)
+        asked = Asked(start.session, start.seed, parts, start.deadline, wanted, size, start.owner, start.following)
         asked.progress.waits_for = self.joined_by
         return asked
 
@@ -184,28 +261,28 @@ class PartyService(PartyServicer, ABC):
             asked.joined, asked.progress.waits_for = True, ""
         return asked
 
-    def key_sizes(self) -> list[int]:
+    def key_sizes(self, size: SharedProgram) -> list[int]:
         """Return the bytes of the keys that this party gets for each look-up."""
-        found = [p for _, p in self.share.circuit.lookups.values()]
+        found = [p for _, p in size.circuit.lookups.values()]
         return [p.key_bytes for p in found if self.share.party != PARTY_2 or not p.public]
 
-    def looked_up(self, keys: Sequence[bytes], coins: Coins) -> dict[str, Tensor]:
+    def looked_up(self, size: SharedProgram, keys: Sequence[bytes], coins: Coins) -> dict[str, Tensor]:
         """Return this party's additive shares of the rows that a client looks up, and of its keys' sketches, by name.
 
-        coins: keys of this query that this party has in common with each other party.
+        size: the Program of the query. coins: keys of this query that this party has in common with each other party.
         """
         out: dict[str, Tensor] = {}
-        for (index, p), own in zip(self.share.circuit.lookups.values(), keys, strict=True):
+        for (index, p), own in zip(size.circuit.lookups.values(), keys, strict=True):
             out |= p.shares(self.share.party, own, self.share.weights, coins, index)
         return out
 
-    def for_client(self, shares: Sequence[Tensor], key: PairKey, number: bytes) -> bytes:
+    def for_client(self, size: SharedProgram, shares: Sequence[Tensor], key: PairKey, number: bytes) -> bytes:
         """Encode the outputs' shares of party 0 or 1, one after the other, each masked by a zero share of its own.
 
-        key: that of parties 0 and 1 in this query.
+        size: the Program of the query. key: that of parties 0 and 1 in this query.
         """
         payload, sign = bytearray(), 1 - 2 * self.share.party
-        for output, (own, form) in enumerate(zip(shares, self.share.circuit.results, strict=True)):
+        for output, (own, form) in enumerate(zip(shares, size.circuit.results, strict=True)):
             payload += wire.encode(own + sign * key.zero_share(number, output, form.shape), form)
         return bytes(payload)
 

@@ -5,18 +5,21 @@ The handler of party 1's stream drives the rounds itself; the client's call wait
 
 from __future__ import annotations
 
+import hmac
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from torch import Tensor
 
 from parties.limits.waiting import FIRST
-from parties.net.caller import permit
+from parties.net.caller import Caller, permit
 from parties.net.calls import failed, failure, unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
@@ -25,11 +28,12 @@ from parties.store.entries import Store, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
 from parties.three_party.asked import Asked, Progress
+from parties.three_party.conversations import AGAIN, Conversation, Wanted
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.party_2 import query_key, sketch_key, supply_seal
 from parties.three_party.sealed_rounds import Rounds
-from parties.three_party.shared_model import PartyShare
+from parties.three_party.shared_model import PartyShare, SharedProgram
 from parties.three_party.supply import NUMBER_BYTES, Arriving, Stock, StoredSupply, checked, silent
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
@@ -38,7 +42,8 @@ from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES
 from protocols.three_party.endpoints import Coins
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, StoreError
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError, StoreError
+from secure.mpc.program import Program
 
 _, PEER, PARTY_2 = PARTIES
 
@@ -64,11 +69,21 @@ class Party0Service(PartyService):
         store: Store | None = None,
         most: int = 0,
     ) -> None:
-        self._party_2, self._stock = party_2, Stock(self._supply, ahead)
-        self._store, self._label = store, ""
+        self._party_2, self._ahead = party_2, ahead
+        alone = [size for size in share.sizes if not size.program.keeps]  # what is dealt before anybody asks
+        self._stocks = {
+            size.program.digest: Stock(partial(self._supply, size, Wanted(size.program.digest)), ahead)
+            for size in alone
+        }
+        self._alone = alone
+        self._store, self._labels = store, dict[str, str]()
         self._filler = Filler(store, most, logging.getLogger("unseen.party-0")) if store is not None else None
         super().__init__(share, {2: party_2}, deadline=deadline)
-        self._stock.refill()
+        self._refill()
+
+    def _refill(self) -> None:
+        for stock in self._stocks.values():
+            stock.refill()
 
     def close(self) -> None:
         if self._filler is not None and self._store is not None:
@@ -80,22 +95,32 @@ class Party0Service(PartyService):
         """Fill the store with entries whose other halves party 2 keeps; those that another store kept are dropped."""
         if self._store is None or self._filler is None or number != 2:
             return
-        own, label = self._store, label_of("supplied", self.share.manifest.model, store)
-        size = self.share.circuit.cost.dealt
+        for size in self._alone:
+            digest, dealt = size.program.digest, size.circuit.cost.dealt
+            self._labels[digest] = label = label_of("supplied", self.share.manifest.model, digest, store)
+            make, what = partial(self._put, self._store, label, size), f"party 2's corrections of {digest[:12]}"
+            self._filler.serve(Shelf(what, label, sealed_size(SEED_BYTES, dealt), make))
 
-        def make() -> None:
-            with self._supplying(fresh := secrets.token_bytes(NUMBER_BYTES)) as (parts, sealing):
-                seed, corrections = checked(parts, sealing)
-                own.put(label, fresh, seed, size, corrections)
-
-        self._label = label
-        self._filler.serve(Shelf("party 2's corrections", label, sealed_size(SEED_BYTES, size), make))
+    def _put(self, store: Store, label: str, size: SharedProgram) -> None:
+        """Put one query into the store."""
+        number, wanted = secrets.token_bytes(NUMBER_BYTES), Wanted(size.program.digest)
+        with self._supplying(number, wanted, b"") as (parts, sealing):
+            seed, corrections = checked(parts, sealing)
+            store.put(label, number, seed, size.circuit.cost.dealt, corrections)
 
     @contextmanager
-    def _supplying(self, number: bytes) -> Iterator[tuple[Iterator[pb.SupplyPart], Callable[[bytes], Seal]]]:
+    def _supplying(
+        self, number: bytes, wanted: Wanted, history: bytes
+    ) -> Iterator[tuple[Iterator[pb.SupplyPart], Callable[[bytes], Seal]]]:
         """Yield what party 2 sends for a query's number, and how its tag begins. Raises PeerLost, HandshakeError."""
         key = self.key(2)
-        request = pb.SupplyRequest(model=self.share.manifest.model, supply=number, proof=key.proof("supply", number))
+        request = pb.SupplyRequest(
+            model=self.share.manifest.model,
+            supply=number,
+            proof=key.proof("supply", number, wanted.about(history)),
+            wanted=wanted.message(),
+            history=history,
+        )
         call = PartyStub(self._party_2.channel).Supply(request)
         watch = Watchdog(self.deadline, call.cancel)
         try:
@@ -107,13 +132,13 @@ class Party0Service(PartyService):
             watch.stop()
             call.cancel()  # does nothing if everything came
 
-    def _supply(self) -> Arriving:
+    def _supply(self, size: SharedProgram, wanted: Wanted, history: bytes = b"") -> Arriving:
         """Ask party 2 for one query's corrections; a thread receives them meanwhile."""
-        arriving = Arriving(self.share.circuit.circuit, self.deadline)
+        arriving = Arriving(size.circuit.circuit, self.deadline)
 
         def take() -> None:
             try:
-                with self._supplying(arriving.number) as (parts, sealing):
+                with self._supplying(arriving.number, wanted, history) as (parts, sealing):
                     arriving.receive(parts, sealing)
             except Error as error:
                 arriving.fail(error)
@@ -123,15 +148,24 @@ class Party0Service(PartyService):
 
     # the client
 
-    def asked_sizes(self) -> list[int]:
-        return [*(p.out.size for _, p in self.share.circuit.inputs.values()), *self.key_sizes()]
+    def asked_sizes(self, size: SharedProgram) -> list[int]:
+        return [*(p.out.size for _, p in size.circuit.inputs.values()), *self.key_sizes(size)]
+
+    def converse(self, asked: Asked, who: Caller) -> None:
+        if asked.following:
+            self.size(_following(asked))
+        super().converse(asked, who)
+
+    def kept_bytes(self, program: Program) -> int:
+        dealt = [size.circuit.cost.dealt for size in self.share.sizes if size.program.rows and self._ahead]
+        return super().kept_bytes(program) + max(dealt, default=0)
 
     def inputs(self, asked: Asked, number: bytes, coins: Coins) -> tuple[dict[str, Tensor], int]:
         """Return this party's shares of a query's inputs and looked-up rows, and the bytes that party 2 sent.
 
         coins: see ``looked_up``.
         """
-        forms = {name: p.out for name, (_, p) in self.share.circuit.inputs.items()}
+        forms = {name: p.out for name, (_, p) in asked.size.circuit.inputs.items()}
         shared, keys = asked.parts[: len(forms)], asked.parts[len(forms) :]
         found = {name: wire.decode(part, form) for (name, form), part in zip(forms.items(), shared, strict=True)}
         rows, size = self._look_up(asked, keys, number, coins)
@@ -140,9 +174,9 @@ class Party0Service(PartyService):
     def _look_up(
         self, asked: Asked, keys: Sequence[bytes], number: bytes, coins: Coins
     ) -> tuple[dict[str, Tensor], int]:
-        shared = {name: p for name, (_, p) in self.share.circuit.from_keys.items() if not p.public}
+        shared = {name: p for name, (_, p) in asked.size.circuit.from_keys.items() if not p.public}
         if not shared:
-            return self.looked_up(keys, coins), 0
+            return self.looked_up(asked.size, keys, coins), 0
         key = self.key(2)
         request = pb.ContributeRequest(
             model=self.share.manifest.model,
@@ -152,7 +186,7 @@ class Party0Service(PartyService):
         )
         stub = PartyStub(self._party_2.channel)
         coming = stub.Contribute.future(request, timeout=self.deadline)  # runs while this party looks up
-        rows = self.looked_up(keys, coins)
+        rows = self.looked_up(asked.size, keys, coins)
         with asked.progress.waiting(PARTY_2), self._party_2.calling("looking up rows"):
             contribution = coming.result()
         seal = key.seal("contribution", number)
@@ -173,10 +207,13 @@ class Party0Service(PartyService):
                 yield from run.watch.sending(run.messages(self._greeting.place(context)))
         finally:
             run.close()
-            self._stock.refill()
+            self._refill()
 
     def lost(self) -> None:
-        self._stock.drop()
+        for stock in self._stocks.values():
+            stock.drop()
+        if self.conversations is not None:
+            self.conversations.drop_coming()
 
     def greeted(self, hello: pb.PeerHello) -> tuple[Asked, PairKey]:
         """Check party 1's greeting, and take up the query that it names; the key is that of the query.
@@ -185,17 +222,54 @@ class Party0Service(PartyService):
         """
         self.agree(PEER, hello.version, hello.model, hello.session)
         key = self.key(1)
-        key.require(hello.proof, "compute", hello.session)
+        wanted = self.wanted(hello.wanted)
+        key.require(hello.proof, "compute", hello.session, wanted.about(hello.history))
         return self.join(hello.session), key
 
-    def take(self, progress: Progress) -> Arriving | StoredSupply:
-        """Take the corrections of one query; ``progress`` hears of waits for party 2."""
-        supply = self._from_store() or self._stock.take()
-        supply.progress = progress
+    def agreed(self, asked: Asked, hello: pb.PeerHello) -> None:
+        """Raise QueryError unless party 1 computes the same query of the same conversation."""
+        if self.wanted(hello.wanted) != asked.wanted:
+            raise QueryError("the client wants another query of party 1 than of party 0", "ask again")
+        if not hmac.compare_digest(hello.history, asked.history):
+            raise QueryError(f"{PEER} keeps other rows of this text than party 0", AGAIN)
+
+    def take(self, asked: Asked) -> Arriving | StoredSupply:
+        """Take the corrections of a query, whose progress hears of waits for party 2."""
+        digest = asked.wanted.program_digest
+        supply = (
+            self._in_conversation(asked, asked.conversation)
+            if asked.conversation is not None
+            else self._from_store(asked.size) or self._stocks[digest].take()
+        )
+        supply.progress = asked.progress
         return supply
 
-    def _from_store(self) -> StoredSupply | None:
-        """Take a query from the store; None if it has none whose other half party 2 keeps.
+    def _in_conversation(self, asked: Asked, conversation: Conversation) -> Arriving:
+        """Take what was asked of party 2 ahead if it is for this query, and ask for the one that follows.
+
+        Party 2 deals one query of a conversation at a time, and each reads the masks of those before.
+        """
+        coming, conversation.coming = conversation.coming, None
+        about = asked.wanted.about(asked.history)
+        if coming is not None and coming.about == about and not coming.supply.failed:
+            supply: Arriving = coming.supply
+        else:
+            if coming is not None:
+                with suppress(Error):
+                    coming.supply.finish()
+            supply = self._supply(asked.size, asked.wanted, asked.history)
+        if asked.following and self._ahead:
+            wanted, history = _following(asked), conversation.history(asked.wanted.rows, supply.number)
+
+            def follow() -> None:
+                made = self._supply(self.size(wanted), wanted, history)
+                conversation.coming = _Coming(wanted.about(history), made)
+
+            supply.then(follow)
+        return supply
+
+    def _from_store(self, size: SharedProgram) -> StoredSupply | None:
+        """Take a query of this Program from the store; None if it has none whose other half party 2 keeps.
 
         It is burnt before party 1 hears its number, and party 2 burns party 1's seed when it gives that out.
         """
@@ -203,12 +277,27 @@ class Party0Service(PartyService):
             return None
         try:
             self.key(2)  # party 2 is there, and has said which store it has
-            taken = self._store.take(self._label) if self._label else None
+            label = self._labels.get(size.program.digest)
+            taken = self._store.take(label) if label else None
         except (StoreError, PeerLost, HandshakeError) as error:
             self.log.warning("the store is not used: %s", str(error).replace("\n", "; "))
             return None
         self._filler.wake()
-        return None if taken is None else StoredSupply(self.share.circuit.circuit, taken)
+        return None if taken is None else StoredSupply(size.circuit.circuit, taken)
+
+
+@dataclass(frozen=True, repr=False)
+class _Coming:
+    """Corrections that party 2 deals for the query that goes on with a conversation. about: of what is wanted."""
+
+    about: bytes
+    supply: Arriving
+
+
+def _following(asked: Asked) -> Wanted:
+    """Return what the query after this one computes."""
+    wanted = asked.wanted
+    return Wanted(asked.following, wanted.conversation, wanted.rows + asked.size.program.kept_rows)
 
 
 class _Computation:
@@ -270,15 +359,22 @@ class _Computation:
         asked, key = service.greeted(hello.hello)
         self._asked = asked
         self._progress = asked.progress
-        supply = service.take(asked.progress)
+        with service.conversing(asked, key):
+            service.agreed(asked, hello.hello)
+            answer = yield from self._answered(asked, key)
+        service.log.info("a query answered in %.2f s", answer.seconds)
+        asked.finish(answer)
+
+    def _answered(self, asked: Asked, key: PairKey) -> Generator[pb.PeerMessage, None, pb.Answer]:
+        service, supply = self._service, self._service.take(asked)
         seed = supply.seed()  # once it is here, party 2 knows the supply's number, so party 1 may use it
         yield pb.PeerMessage(welcome=pb.PeerWelcome(supply=supply.number))
-        rounds = Rounds.of(service.share, key, supply.number)
+        rounds = Rounds.of(service.share, asked.size, key, supply.number)
         correlations = Correlations(0, query_key(seed, 0, supply.number), supply)
         start = time.perf_counter()
         coins = {1: key.sketch_key(supply.number), 2: sketch_key(seed, supply.number)}
         inputs, rows = service.inputs(asked, supply.number, coins)
-        running = rounds.run(correlations, inputs, self._next, PEER)
+        running = rounds.run(correlations, inputs | service.given(asked), self._next, PEER)
         for payload in running:
             for frame in to_frames(payload) if payload else ():
                 yield pb.PeerMessage(frame=frame)
@@ -286,8 +382,10 @@ class _Computation:
         yield pb.PeerMessage(tag=rounds.sent_seal.tag())
         rounds.compare(self._next("its tag"), PEER)
         supply.finish()
-        answer = pb.Answer(
-            share=service.for_client(running.result, key, supply.number),
+        return pb.Answer(
+            share=service.for_client(
+                asked.size, service.keep(asked, supply.number, running.result), key, supply.number
+            ),
             seconds=seconds,
             waited=supply.waited,
             rounds=rounds.count,
@@ -296,5 +394,3 @@ class _Computation:
             dealing=supply.dealing,
             rows=rows,
         )
-        service.log.info("a query answered in %.2f s", seconds)
-        asked.finish(answer)

@@ -16,11 +16,12 @@ from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked
+from parties.three_party.conversations import Wanted
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
 from parties.three_party.party_2 import check_seed, query_key, sketch_key
 from parties.three_party.sealed_rounds import Rounds
-from parties.three_party.shared_model import PartyShare
+from parties.three_party.shared_model import PartyShare, SharedProgram
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from protocols.circuit import Correlations
@@ -49,8 +50,8 @@ class Party1Service(PartyService):
         super().__init__(share, {0: party_0, 2: party_2}, deadline=deadline)
         self.party_0, self._party_2 = party_0, party_2
 
-    def asked_sizes(self) -> list[int]:
-        return self.key_sizes()
+    def asked_sizes(self, size: SharedProgram) -> list[int]:
+        return self.key_sizes(size)
 
     def begin(self, asked: Asked, place: ExitStack) -> None:
         if len(asked.seed) != SEED_BYTES:
@@ -67,17 +68,25 @@ class Party1Service(PartyService):
             try:
                 asked.finish(call.run())
             except Error as error:
+                self.end(asked)
                 asked.fail(error)
                 call.fail(error)
             except Exception as error:
                 unexpected(error, self.log)
+                self.end(asked)
                 asked.fail(Error("party 1 has an internal error", "see its log"))
 
     def seed(self, asked: Asked, number: bytes) -> bytes:
         """Get this party's seed of a query from party 2, which gives it only once."""
         with asked.progress.waiting(PARTY_2):
-            key = self.key(2)
-            request = pb.SupplyRequest(model=self.share.manifest.model, supply=number, proof=key.proof("seed", number))
+            key, wanted, history = self.key(2), asked.wanted, asked.history
+            request = pb.SupplyRequest(
+                model=self.share.manifest.model,
+                supply=number,
+                proof=key.proof("seed", number, wanted.about(history)),
+                wanted=wanted.message(),
+                history=history,
+            )
             stub = PartyStub(self._party_2.channel)
             with self._party_2.calling("giving party 1 its seed"):
                 return check_seed(key, stub.Seed(request, timeout=self.deadline), number)
@@ -116,11 +125,21 @@ class _Call:
         return message
 
     def run(self) -> pb.Answer:
-        share, session = self._service.share, self._asked.session
-        with self._asked.progress.waiting(PEER):
+        asked = self._asked
+        with asked.progress.waiting(PEER):
             key = self._service.key(0)
-        proof = key.proof("compute", session)
-        hello = pb.PeerHello(version=WIRE_VERSION, model=share.manifest.model, session=session, proof=proof)
+        with self._service.conversing(asked, key):
+            return self._answered(key, asked.session, asked.wanted, asked.history)
+
+    def _answered(self, key: PairKey, session: bytes, wanted: Wanted, history: bytes) -> pb.Answer:
+        hello = pb.PeerHello(
+            version=WIRE_VERSION,
+            model=self._service.share.manifest.model,
+            session=session,
+            proof=key.proof("compute", session, wanted.about(history)),
+            wanted=wanted.message(),
+            history=history,
+        )
         self._outbox.put(pb.PeerMessage(hello=hello))
         welcome = self._next("its greeting")
         if welcome.WhichOneof("content") != "welcome":
@@ -140,18 +159,18 @@ class _Call:
                 pass
 
     def _compute(self, key: PairKey, number: bytes) -> pb.Answer:
-        service, share, asked = self._service, self._service.share, self._asked
+        service, asked, size = self._service, self._asked, self._asked.size
         shared = input_key(asked.seed, asked.session)
         inputs: dict[str, Tensor] = {
-            name: seeded_share(shared, index, p.shape) for name, (index, p) in share.circuit.inputs.items()
+            name: seeded_share(shared, index, p.shape) for name, (index, p) in size.circuit.inputs.items()
         }
         seed, begun = service.seed(asked, number), time.perf_counter()
         own, coins = query_key(seed, 1, number), {0: key.sketch_key(number), 2: sketch_key(seed, number)}
-        for name, rows in service.looked_up(asked.parts, coins).items():
-            index, p = share.circuit.from_keys[name]
+        for name, rows in service.looked_up(size, asked.parts, coins).items():
+            index, p = size.circuit.from_keys[name]
             inputs[name] = rows + p.zero_share(own, index)
-        correlations, rounds = Correlations(1, own), Rounds.of(share, key, number)
-        running = rounds.run(correlations, inputs, self._next, PEER)
+        correlations, rounds = Correlations(1, own), Rounds.of(service.share, size, key, number)
+        running = rounds.run(correlations, inputs | service.given(asked), self._next, PEER)
         for payload in running:
             for frame in to_frames(payload) if payload else ():
                 self._outbox.put(pb.PeerMessage(frame=frame))
@@ -159,5 +178,5 @@ class _Call:
         self._outbox.put(pb.PeerMessage(tag=rounds.sent_seal.tag()))
         rounds.compare(self._next("its tag"), PEER)
         self._end()
-        encoded = service.for_client(running.result, key, number)
+        encoded = service.for_client(size, service.keep(asked, number, running.result), key, number)
         return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent_bytes)

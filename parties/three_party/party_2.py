@@ -6,21 +6,26 @@ messages these would show everything; the assumption that at most one party is c
 
 from __future__ import annotations
 
+import hmac
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import grpc
+from torch import Tensor
 
-from parties.net.caller import permit
+from parties.net.caller import Caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
 from parties.store.memory import MemoryStore
+from parties.three_party.asked import Asked
+from parties.three_party.conversations import AGAIN, Wanted
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
-from parties.three_party.shared_model import PartyShare
+from parties.three_party.shared_model import PartyShare, SharedProgram
 from parties.three_party.supply import NUMBER_BYTES
 from proto import unseen_pb2 as pb
 from protocols import wire
@@ -28,6 +33,7 @@ from protocols.circuit import deal
 from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
+from secure.mpc.program import Program
 
 MAXIMUM_SEEDS = MOST_ENTRIES + 1024  # seeds of party 1 that wait for it: those of party 0's store, and of its memory
 SEEDS_KEPT = KEPT + 86400.0  # seconds that they wait; party 0 keeps its own halves for less
@@ -83,45 +89,71 @@ class Party2Service(PartyService):
         super().close()
         self._store.close()
 
-    def asked_sizes(self) -> list[int]:
-        return self.key_sizes()
+    def asked_sizes(self, size: SharedProgram) -> list[int]:
+        return self.key_sizes(size)
 
-    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> tuple[bytes, PairKey]:
-        """Return a request's number, and the key that its proof was made with."""
+    def converse(self, asked: Asked, who: Caller) -> None:
+        """Do nothing: what this party keeps belongs to what it deals, not to the keys that a client sends it."""
+
+    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> tuple[bytes, Wanted, PairKey]:
+        """Return a request's number, what the query computes, and the key that its proof was made with."""
         if request.model != self.share.manifest.model:
             raise HandshakeError(
                 f"party {party} has another model than party 2", "give all three the shares of one run of share-model"
             )
         if len(request.supply) != NUMBER_BYTES:
             raise ProtocolError(f"a query's number has {NUMBER_BYTES} bytes, not {len(request.supply)}")
-        key = self.key(party)
-        key.require(request.proof, purpose, request.supply)
-        return request.supply, key
+        key, wanted = self.key(party), self.wanted(request.wanted)
+        key.require(request.proof, purpose, request.supply, wanted.about(request.history))
+        return request.supply, wanted, key
 
     def Supply(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> Iterator[pb.SupplyPart | bytes]:
         watch = Watchdog(self.deadline, context.cancel)
         try:
             with answering(context, self.log):
-                number, key = self._check(request, 0, "supply")
-                yield from watch.sending(self._supply(number, key))
+                number, wanted, key = self._check(request, 0, "supply")
+                yield from watch.sending(self._supply(number, key, wanted, request.history))
         finally:
             watch.stop()
 
-    def _supply(self, number: bytes, key: PairKey) -> Iterator[pb.SupplyPart | bytes]:
-        zero, one = fresh_seed(), fresh_seed()
+    def _supply(self, number: bytes, key: PairKey, wanted: Wanted, history: bytes) -> Iterator[pb.SupplyPart | bytes]:
+        size, zero, one = self.size(wanted), fresh_seed(), fresh_seed()
         self._store.sweep(before=time.time() - SEEDS_KEPT)
-        for label, kept in ((self._seeds, one), *([(self._looking, zero + one)] if self.key_sizes() else [])):
+        waiting = [(self._seeds, one + wanted.about(history))]
+        if self.key_sizes(size):
+            waiting.append((self._looking, zero + one + wanted.about()))
+        for label, kept in waiting:
             if self._store.level(label).entries >= MAXIMUM_SEEDS:
                 self._store.take(label)  # the oldest
             self._store.put(label, number, kept)
         seal = supply_seal(key, number, zero)
-        yield pb.SupplyPart(seed=zero)
-        start = time.perf_counter()
         keys = (query_key(zero, 0, number), query_key(one, 1, number))
-        corrections = deal(self.share.circuit.circuit, *keys, self.share.weights)
-        yield from to_chunks(_sealed(seal, corrections), pb.SupplyPart.DATA_FIELD_NUMBER)
-        yield pb.SupplyPart(tag=seal.tag())
+        with self._keeping(number, key, size.program, wanted, history) as (given, masks):
+            yield pb.SupplyPart(seed=zero)
+            start = time.perf_counter()
+            corrections = deal(size.circuit.circuit, *keys, self.share.weights, given, masks)
+            yield from to_chunks(_sealed(seal, corrections), pb.SupplyPart.DATA_FIELD_NUMBER)
+        yield pb.SupplyPart(tag=seal.tag())  # the masks are kept by now: party 0 may ask for the next query
         self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
+
+    @contextmanager
+    def _keeping(
+        self, number: bytes, key: PairKey, program: Program, wanted: Wanted, history: bytes
+    ) -> Iterator[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
+        """Yield the masks of what a query reads, and where to put those that are kept of it for later queries.
+
+        Nothing else of the query is kept: from the masks of rows nobody computes another mask.
+        """
+        masks = dict[str, Tensor]()
+        if self.conversations is None or not wanted.conversation:
+            yield {}, masks
+            return
+        conversation = self.conversations.open(wanted, program, program.kept_bytes)
+        with self.conversations.using(conversation, key):
+            if not hmac.compare_digest(history, conversation.history(wanted.rows)):
+                raise QueryError("party 0 keeps other rows of this text than party 2", AGAIN)
+            yield conversation.given(wanted, program) if wanted.rows else {}, masks
+            conversation.keep(wanted, number, masks)
 
     def Contribute(self, request: pb.ContributeRequest, context: grpc.ServicerContext) -> pb.Contribution:
         with answering(context, self.log):
@@ -135,11 +167,13 @@ class Party2Service(PartyService):
             try:
                 if seeds is None:
                     raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
-                zero, one = seeds.head[:SEED_BYTES], seeds.head[SEED_BYTES:]
+                zero, one, about = (seeds.head[at : at + SEED_BYTES] for at in range(0, 3 * SEED_BYTES, SEED_BYTES))
+                if not hmac.compare_digest(about, asked.wanted.about()):
+                    raise QueryError("the client wants another query of party 2 than of party 0", "ask again")
                 own, rows = query_key(one, 1, request.supply), bytearray()
                 coins = {party: sketch_key(seed, request.supply) for party, seed in enumerate((zero, one))}
-                for name, value in self.looked_up(asked.parts, coins).items():
-                    index, p = self.share.circuit.from_keys[name]
+                for name, value in self.looked_up(asked.size, asked.parts, coins).items():
+                    index, p = asked.size.circuit.from_keys[name]
                     rows += wire.encode(value - p.zero_share(own, index), p.out)
                 seal = key.seal("contribution", request.supply)
                 seal.update(bytes(rows))
@@ -154,11 +188,13 @@ class Party2Service(PartyService):
 
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):
-            number, key = self._check(request, 1, "seed")
+            number, wanted, key = self._check(request, 1, "seed")
             found = self._store.take(self._seeds, number)
             if found is None:
                 raise QueryError("no such query was dealt, or its seed was given before", "ask again")
-            seed = found.head
+            seed, about = found.head[:SEED_BYTES], found.head[SEED_BYTES:]
+            if not hmac.compare_digest(about, wanted.about(request.history)):
+                raise QueryError("party 1 wants another query than was dealt, or reads other rows", "ask again")
             return pb.SeedReply(seed=seed, tag=key.proof("seed given", number, seed))
 
 

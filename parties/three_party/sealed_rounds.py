@@ -8,10 +8,12 @@ from typing import Any
 
 from parties.net.frames import FrameReader
 from parties.three_party.pair_keys import PairKey, Seal
-from parties.three_party.shared_model import PartyShare
+from parties.three_party.shared_model import PartyShare, SharedProgram
 from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, Observer, Part, execute
+from protocols.protocol import Weights
 from protocols.steps import Framed
+from protocols.two_party import keepers
 from secure.errors import PeerLost, ProtocolError
 
 NextMessage = Callable[[str], pb.PeerMessage]  # returns the peer's next message; its argument says what it should be
@@ -19,9 +21,11 @@ NextMessage = Callable[[str], pb.PeerMessage]  # returns the peer's next message
 
 @dataclass
 class Rounds(Observer):
-    """One query's rounds between parties 0 and 1, as this party sees them."""
+    """One query's rounds between parties 0 and 1, as ``party`` sees them. size: the Program that it computes."""
 
-    share: PartyShare
+    party: int
+    size: SharedProgram
+    weights: Weights
     sent_seal: Seal
     received_seal: Seal
     count: int = 0
@@ -29,27 +33,28 @@ class Rounds(Observer):
     _waiting: int = field(default=0, repr=False)
 
     @classmethod
-    def of(cls, share: PartyShare, key: PairKey, number: bytes) -> Rounds:
+    def of(cls, share: PartyShare, size: SharedProgram, key: PairKey, number: bytes) -> Rounds:
         """Start the rounds of a query. number: the query's number, which party 0 has drawn afresh."""
         mine, theirs = (key.seal(f"frames of party {p}", number) for p in (share.party, 1 - share.party))
-        return cls(share, mine, theirs)
+        return cls(share.party, size, share.weights, mine, theirs)
 
     def exchanging(self, parts: Sequence[Part]) -> None:
         self._waiting = parts[0].index
 
     def where(self) -> str:
         """Name the module whose round is under way."""
-        circuit = self.share.circuit
-        path = self.share.program.paths[circuit.origin[self._waiting]] or "the model's input"
+        circuit = self.size.circuit
+        path = self.size.program.paths[circuit.origin[self._waiting]] or "the model's input"
         return f"module '{path}' (round {self.count} of {circuit.cost.rounds})"
 
     def run(self, correlations: Correlations, inputs: dict[str, Any], following: NextMessage, peer: str) -> Framed[Any]:
-        """Run this party's part, as frames to send; the result is its shares of the outputs.
+        """Run this party's part, as frames to send; the result is its shares of the outputs, and the openings to keep.
 
         following: returns the peer's messages, from which the peer's frames are read.
         """
-        circuit, outputs = self.share.circuit.circuit, self.share.circuit.outputs
-        step = execute(circuit, outputs, self.share.party, correlations, self.share.weights, inputs, self)
+        circuit = self.size.circuit.circuit
+        outputs = (*self.size.circuit.outputs, *keepers(circuit).values())
+        step = execute(circuit, outputs, self.party, correlations, self.weights, inputs, self)
         return Framed(step, lambda size: self._read(size, following, peer), self)
 
     def sent(self, payload: bytes) -> None:

@@ -1,7 +1,7 @@
 """A model shared among three parties: its owner writes three directories once, one for each party.
 
     manifest.json           public facts, and the digests of the files beside it
-    program.json            the Program
+    program.json            the Program; program-1.json and so on for its other sizes, which read the same weights
     weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself if it is public
     salt                    32 random bytes that keep the model's name from telling weights (parties 0 and 1)
     seeds                   those of this party's two pairs, 32 bytes each; only the file's owner may read it
@@ -9,7 +9,7 @@
 
 W_0 and W_2 are expanded from the seeds of pairs (2, 0) and (1, 2), so party 2 stores no weights at all.
 
-A model's name has two halves of 64 hexadecimal digits. The first is SHA-256 over everything public: the Program (whose
+A model's name has two halves of 64 hexadecimal digits. The first is SHA-256 over everything public: the Programs (whose
 labels name the tokenizer by its digest), the token table, options. Clients and all parties compute it from what they
 hold, so no party can give a client another tokenizer, or another table, than the others hold. The second is
 HMAC-SHA-256 of the file of weights under the salt. Nobody can compute it without the salt, so the name confirms no
@@ -22,7 +22,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,13 +45,14 @@ from secure.deployments.three_party import ThreeParty
 from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
 from secure.models.tokens import TextTokenizer
 from secure.mpc.program import Program
-from secure.session.generation import refuse_generator
+from secure.session.link import MAXIMUM_LENGTHS
 from secure.version import WIRE_VERSION
 
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
 SALT, TOKENIZER, TABLE = "salt", "tokenizer.json", "token-table.safetensors"
 SALT_BYTES = 32
-FILES = {PROGRAM, WEIGHTS, SALT, TOKENIZER, TABLE}  # those that a manifest may name
+PROGRAMS = (PROGRAM, *(f"program-{number}.json" for number in range(1, MAXIMUM_LENGTHS)))
+FILES = {*PROGRAMS, WEIGHTS, SALT, TOKENIZER, TABLE}  # those that a manifest may name
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
 
 
@@ -79,18 +80,38 @@ class Manifest(BaseModel):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class SharedProgram:
+    """A Program of a shared model, and its circuit for three servers."""
+
+    program: Program
+    circuit: Translated
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PartyShare:
-    """One party's share of a model. pair_seeds: by the other party of the pair. files: those for clients, by name."""
+    """One party's share of a model. pair_seeds: by the other party of the pair. files: those for clients, by name.
+
+    sizes: its Programs, all of which read the same weights; most models have one.
+    """
 
     manifest: Manifest
     deployment: ThreeParty
-    program: Program
-    circuit: Translated
+    sizes: Sequence[SharedProgram]
     weights: AnyWeights
     pair_seeds: Mapping[int, PairSeed]
     tokenizer: TextTokenizer | None
     tokenizer_json: bytes
     files: Mapping[str, bytes]
+
+    @property
+    def program(self) -> Program:
+        """The first Program."""
+        return self.sizes[0].program
+
+    @property
+    def circuit(self) -> Translated:
+        """The circuit of the first Program."""
+        return self.sizes[0].circuit
 
     @property
     def party(self) -> int:
@@ -101,12 +122,12 @@ class PartyShare:
         return ROLES[self.party]
 
 
-def public_name(program: str, files: Mapping[str, str], compiled_as: Mapping[str, str]) -> str:
+def public_name(programs: Sequence[str], files: Mapping[str, str], compiled_as: Mapping[str, str]) -> str:
     """Return the first half of a model's name: SHA-256 over all that clients are given, in hexadecimal digits.
 
-    program: the Program's digest, which covers the tokenizer. files: SHA-256 of the files for clients.
+    programs: the Programs' digests, which cover the tokenizer. files: SHA-256 of the files for clients.
     """
-    facts = ["unseen shared model", program, dict(files), dict(compiled_as)]
+    facts = ["unseen shared model", ",".join(programs), dict(files), dict(compiled_as)]
     return _sha256(json.dumps(facts, sort_keys=True).encode())
 
 
@@ -118,25 +139,28 @@ def _secret_name(salt: bytes, weights: bytes) -> str:
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     """Write party-0, party-1 and party-2 under ``directory``, with fresh seeds: two runs never share a mask.
 
-    compiled: a model compiled with ``deployment=secure.ThreeParty()``; raises InvalidInput for another deployment.
-    Returns the three directories, each for its party alone.
+    compiled: a model compiled with ``deployment=secure.ThreeParty()``; raises InvalidInput for another deployment, and
+    for a model of several sizes that do not read the same weights. Returns the three directories, each for its party
+    alone.
     """
-    refuse_generator(compiled.program.labels)
     deployment = compiled.deployment
     if not isinstance(deployment, ThreeParty):
         raise InvalidInput(
             f"this model was compiled for {deployment.name}, which shares none among parties",
             "compile it with deployment=secure.ThreeParty()",
         )
-    program, integers = compiled.program, compiled.model.integers
-    rings = deployment.translated(program).weight_rings
+    programs, integers = [size.program for size in compiled.sizes], compiled.model.integers
+    if len(programs) > len(PROGRAMS):
+        raise InvalidInput(f"a model of {len(programs)} sizes", f"{len(PROGRAMS)} are shared at most")
+    rings = _rings([deployment.translated(program) for program in programs])
+    _require_same_weights(compiled, rings)
     seeds = [fresh_seed() for _ in PAIRS]
     keys = [PairSeed(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
     held: Iterable[tuple[str, Tensor]] = ((name, integers[name]) for name in rings)
     if not deployment.public_weights:
         held = masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings)
     weights = pack_masked(held, rings)
-    common = {PROGRAM: program.encoded}
+    common = {file: program.encoded for file, program in zip(PROGRAMS, programs, strict=False)}
     if compiled.tokenizer_json:
         common[TOKENIZER] = compiled.tokenizer_json
     if compiled.client_tables:
@@ -144,7 +168,8 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     tokenizer, salt = compiled.tokenizer, secrets.token_bytes(SALT_BYTES)
     pad_id, lowercase = (tokenizer.pad_id, tokenizer.lowercase) if tokenizer else (0, False)
     table = {TOKEN_TABLE: _sha256(common[TABLE])} if TABLE in common else {}
-    name = public_name(program.digest, table, deployment.compiled_as()) + _secret_name(salt, weights)
+    digests = [program.digest for program in programs]
+    name = public_name(digests, table, deployment.compiled_as()) + _secret_name(salt, weights)
     out = []
     for party in range(PARTIES):
         where = Path(directory) / f"party-{party}"
@@ -172,6 +197,30 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     return out
 
 
+def _rings(circuits: Iterable[Translated]) -> dict[str, int]:
+    """Return the widest ring in which any of a model's circuits reads each weight, by the weight's name."""
+    rings = dict[str, int]()
+    for name, bits in (item for circuit in circuits for item in circuit.weight_rings.items()):
+        rings[name] = max(bits, rings.get(name, 0))
+    return rings
+
+
+def _require_same_weights(compiled: Compiled, rings: Mapping[str, int]) -> None:
+    """Raise InvalidInput unless all sizes have the same integers: one mask never covers two different weights."""
+    first, tables = compiled.model.integers, compiled.client_tables
+    for size in compiled.others:
+        here, theirs = size.model.integers, size.client_tables
+        if (
+            any(name not in here or name not in first or not first[name].equal(here[name]) for name in rings)
+            or tables.keys() != theirs.keys()
+            or any(not table.equal(theirs[name]) for name, table in tables.items())
+        ):
+            raise InvalidInput(
+                "the sizes of this model have different weights, and are not shared together",
+                "compile and share each on its own",
+            )
+
+
 def load_share(directory: str | Path) -> PartyShare:
     """Read and check one party's share; raises ShareError."""
     directory = Path(directory)
@@ -197,24 +246,23 @@ def load_share(directory: str | Path) -> PartyShare:
     keys = {sum(pair) - manifest.party: PairSeed(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
     try:
         deployment = ThreeParty.served(manifest.compiled_as)
-        program = Program.from_bytes(parts[PROGRAM])
-        translated = deployment.translated(program)
+        programs = [Program.from_bytes(parts[name]) for name in PROGRAMS if name in parts]
+        sizes = [SharedProgram(program, deployment.translated(program)) for program in programs]
     except (InvalidInput, InvalidProgram) as error:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
-    if dict(translated.weight_rings) != manifest.rings:
-        raise ShareError(f"{directory}: its weights are not those that the Program reads", "share the model anew")
+    if _rings(size.circuit for size in sizes) != manifest.rings:
+        raise ShareError(f"{directory}: its weights are not those that its Programs read", "share the model anew")
     text = parts.get(TOKENIZER, b"")
     files = {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {}
-    _check_model(manifest, program, files, parts, directory)
+    _check_model(manifest, programs, files, parts, directory)
     try:
-        tokenizer = received_tokenizer(text, manifest.pad_id, manifest.lowercase, program.labels)
+        tokenizer = received_tokenizer(text, manifest.pad_id, manifest.lowercase, programs[0].labels)
     except HandshakeError as error:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
     return PartyShare(
         manifest,
         deployment,
-        program,
-        translated,
+        sizes,
         _weights(manifest, parts.get(WEIGHTS), keys, public=deployment.public_weights),
         keys,
         tokenizer,
@@ -235,14 +283,14 @@ def _check_names(manifest: Manifest, directory: Path) -> None:
 
 def _check_model(
     manifest: Manifest,
-    program: Program,
+    programs: Sequence[Program],
     files: Mapping[str, bytes],
     parts: Mapping[str, bytes],
     directory: Path,
 ) -> None:
     """Raise ShareError unless the model's name is that of this share's files; party 2 cannot check its second half."""
     digests = {name: _sha256(payload) for name, payload in files.items()}
-    name = public_name(program.digest, digests, manifest.compiled_as)
+    name = public_name([program.digest for program in programs], digests, manifest.compiled_as)
     if manifest.party == PARTY_2:
         name += manifest.model[len(name) :]
     else:

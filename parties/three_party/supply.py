@@ -46,6 +46,7 @@ class Arriving:
         self._news = threading.Condition()
         self.waited = self.dealing = 0.0
         self.progress = Progress()
+        self._then: Callable[[], object] = lambda: None
 
     _error: Error | None
     _seal: Seal  # once the seed is here
@@ -81,6 +82,7 @@ class Arriving:
                 self._news.notify_all()
         elif kind == "tag" and self._seed and self._filled == self.size and not self._whole:
             self._seal.check(part.tag, "the corrections of party 2")
+            self._then()
             with self._news:
                 self._whole = True
                 self._news.notify_all()
@@ -91,6 +93,14 @@ class Arriving:
         with self._news:
             self._error = error
             self._news.notify_all()
+
+    def then(self, action: Callable[[], object]) -> None:
+        """Call ``action`` once all have come, before anybody who waits for the end hears of it."""
+        with self._news:
+            if not self._whole:
+                self._then = action
+                return
+        action()
 
     @property
     def failed(self) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
-from secure.lowering.client_inputs import GENERATE, MOST_ROWS, TASK
+from secure.lowering.client_inputs import MOST_ROWS
 from secure.models.chat import check_messages, rendered
 from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.settings import WritingSettings, settings_of
@@ -79,12 +79,6 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
 def _number(text: str) -> int:
     """Read a label that is a number of tokens; 0 if it is none."""
     return int(text) if re.fullmatch("[1-9][0-9]{0,6}", text) else 0
-
-
-def refuse_generator(labels: Mapping[str, str]) -> None:
-    """Raise InvalidInput for a model that generates text: no service keeps openings between queries yet."""
-    if labels.get(TASK) == GENERATE:
-        raise InvalidInput("three parties write text in one process so far", "deploy with two: secure.TwoParty()")
 
 
 def sizes_for(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence[int] | Error, count: int) -> Writing:
