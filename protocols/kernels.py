@@ -394,10 +394,12 @@ def select(
 
 
 @compiled
-def _exponential(z: Array, bit: Array, powers: Array, coarse: Array, fine: Array, shift: int, excess: int) -> Array:
+def _exponential(
+    z: Array, bit: Array, powers: Array, coarse: Array, fine: Array, shift: int, excess: int, places: int
+) -> Array:
     out = np.empty(z.size, np.int64)
     chosen = np.zeros(BLOCK, np.int64)
-    mask, low_bits = (np.int64(1) << shift) - 1, 0
+    mask, low_bits, count = (np.int64(1) << shift) - 1, 0, np.int64(1) << places
     while (1 << low_bits) < fine.size:
         low_bits += 1
     for start in range(0, z.size, BLOCK):
@@ -407,32 +409,39 @@ def _exponential(z: Array, bit: Array, powers: Array, coarse: Array, fine: Array
         for i in range(here.size):
             t = (mask + 1) - (here[i] & mask)
             factor = (coarse[t >> low_bits] * fine[t & (fine.size - 1)] + (np.int64(1) << (excess - 1))) >> excess
-            row = (2 & chosen[i]) | ((here[i] >> shift) & 1)
+            row = (count & chosen[i]) | ((here[i] >> shift) & (count - 1))
             out[start + i] = factor * powers[row, start + i]
     return out
 
 
 def exponential(
-    z: Tensor, bit: Tensor | None, powers: Tensor, coarse: Tensor, fine: Tensor, shift: int, excess: int
+    z: Tensor,
+    bit: Tensor | None,
+    powers: Tensor,
+    coarse: Tensor,
+    fine: Tensor,
+    shift: int,
+    excess: int,
+    places: int = 1,
 ) -> Tensor:
-    """Return e^t times powers[2 c + d]: t = 2^shift - the low bits of z, d the bit above them, c the element's bit.
+    """Return e^t times powers[n c + d]: t = 2^shift - the low bits of z, d the ``places`` bits above them, c its bit.
 
-    powers: (2 or 4, *shape); bit: a packed plane, or None for c = 0. coarse, fine: the tables whose products, without
-    their ``excess`` lowest bits, give e^t (see ``two_party.exponential``). Arithmetic modulo 2^64.
+    powers: (n or 2 n, *shape) with n = 2^places; bit: a packed plane, or None for c = 0. coarse, fine: the tables whose
+    products, without their ``excess`` lowest bits, give e^t (see ``two_party.exponential``). Arithmetic modulo 2^64.
     """
     if z.is_meta:
         return torch.empty(z.shape, dtype=torch.int64, device="meta")
     if _fast(z):
         plane = np.empty(0, np.uint8) if bit is None else bit.numpy()
         rows = powers.reshape(powers.shape[0], -1).numpy()
-        flat = _exponential(_flat(z), plane, rows, coarse.numpy(), fine.numpy(), shift, excess)
+        flat = _exponential(_flat(z), plane, rows, coarse.numpy(), fine.numpy(), shift, excess, places)
         return torch.from_numpy(flat).reshape(z.shape)
     t = (1 << shift) - (z & ring.low_mask(shift))
     low_bits = fine.numel().bit_length() - 1
     tables = coarse.to(z.device)[ring.right(t, low_bits)] * fine.to(z.device)[t & ring.low_mask(low_bits)]
-    row = ring.right(z, shift) & 1
+    row = ring.right(z, shift) & ((1 << places) - 1)
     if bit is not None:
-        row = row + 2 * bits.unpack(bit, tuple(z.shape))
+        row = row + (bits.unpack(bit, tuple(z.shape)) << places)
     return ring.right(tables + (1 << (excess - 1)), excess) * powers.gather(0, row.unsqueeze(0))[0]
 
 

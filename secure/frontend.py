@@ -6,7 +6,7 @@ lowering replaces every operation by its approximation. The second half depends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 import secure.operations  # noqa: F401  (the operations register)
 from approximations import Functions
 from secure.capture.capture import capture
+from secure.capture.graph import Graph
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput
 from secure.lowering.lower import Lowered, Sample, lower
-from secure.lowering.observe import Observed, assume, observe
+from secure.lowering.observe import Observed, assume, look_at
 from secure.lowering.ranges import Ranges
+from secure.lowering.rows import Rows, every, later
 from secure.progress import Told, counted, silent
 
 
@@ -65,10 +67,25 @@ class Size:
     """A size at which a model is compiled.
 
     example: fixes all shapes. samples: inputs of these shapes that set ranges; none if those of other sizes do.
+    group: sizes of one group have ranges in common. firsts: for each sample the first row that sets ranges, if not all
+    of them do; rows are told by the group's first size without samples, which computes one.
     """
 
     example: Sample
     samples: Sequence[Sample]
+    group: str = ""
+    firsts: Sequence[int] = ()
+
+    def each(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[Sample, Rows]]:
+        """Yield each sample with the choice of its rows. shapes: of the group's first size without samples."""
+        for number, sample in enumerate(self.samples):
+            yield sample, later(self.firsts[number], shapes) if self.firsts else every
+
+
+def of_group(sizes: Sequence[Size], group: str) -> tuple[list[int], int]:
+    """Return the places of a group's sizes, and of the one that tells rows."""
+    places = [n for n, size in enumerate(sizes) if size.group == group]
+    return places, next((n for n in places if not sizes[n].samples), places[0])
 
 
 def lower_sizes(
@@ -82,34 +99,50 @@ def lower_sizes(
     told: Told = silent,
     public: bool = False,
 ) -> list[Lowered]:
-    """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of all of them.
+    """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of their group.
 
-    So the traces have the same primitives, and read the same weights. public: the positions of tokens are no secret.
+    So the traces of a group have the same primitives, and all read the same weights. public: the positions of tokens
+    are no secret.
     Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
     on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
     told(0, 0, "capturing the model")
-    captured = [capture(model, size.example) for size in sizes]
+    each = {id(size.example): size.example for size in sizes}  # groups of sizes may have one example
+    graphs = {key: capture(model, example) for key, example in each.items()}
+    captured = [graphs[id(size.example)] for size in sizes]
     for name, value in model.named_parameters():  # those that the graph reads; a buffer may hold a mask of infinities
         if name in captured[0][1] and not bool(value.isfinite().all()):
             raise InvalidInput(f"the weight {name!r} holds values that are NaN or infinite", "the model is damaged")
     if any([n.op for n in graph.nodes] != [n.op for n in captured[0][0].nodes] for graph, _ in captured):
         raise InvalidInput("the model computes in another way at another size", "compile it for each size on its own")
-    made = [
-        (graph, {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()})
-        for graph, parameters in captured
-    ]
-    samples = [(*each, sample) for each, size in zip(made, sizes, strict=True) for sample in size.samples]
-    seen = Observed.united(
-        [
-            observe(graph, [sample], parameters)
-            for graph, parameters, sample in counted(samples, told, "observing ranges")
-        ]
-    )
+    weighted = {
+        key: (graph, {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()})
+        for key, (graph, parameters) in graphs.items()
+    }
+    made = [weighted[id(size.example)] for size in sizes]
+    seen = _observed(sizes, made, told)
     told(0, 0, "lowering")
     return [
-        lower(graph, parameters, seen, margin_bits, embedding, functions, public=public) for graph, parameters in made
+        lower(graph, parameters, seen[size.group], margin_bits, embedding, functions, public=public)
+        for (graph, parameters), size in zip(made, sizes, strict=True)
     ]
+
+
+def _observed(
+    sizes: Sequence[Size], made: Sequence[tuple[Graph, Mapping[str, Tensor]]], told: Told
+) -> dict[str, Observed]:
+    """Return the ranges of each group of sizes. A sample that several groups have is run once."""
+    seen = {size.group: Observed() for size in sizes}
+    runs = dict[int, tuple[int, Sample, list[tuple[Observed, Rows]]]]()
+    for group, found in seen.items():
+        places, single = of_group(sizes, group)
+        shapes = [node.shape for node in made[single][0].nodes]
+        for n in places:
+            for sample, rows in sizes[n].each(shapes):
+                runs.setdefault(id(sample), (n, sample, []))[2].append((found, rows))
+    for n, sample, wanted in counted(list(runs.values()), told, "observing ranges"):
+        look_at(made[n][0], sample, made[n][1], wanted)
+    return seen
 
 
 def lower_outline(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import secure
+from benchmarks.generation import growth, step_cost
 from protocols.two_party import Open, Publish, Recall
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.generator import written
@@ -23,7 +24,11 @@ transformers = pytest.importorskip("transformers")
 
 VOCABULARY, CAPACITY, BUCKETS = 60, 28, (8, 4)
 PROMPTS = ([5, 7, 9], [1, 2, 3, 4, 5, 6, 7, 8], [59])
-DEPLOYMENTS: dict[str, CircuitDeployment] = {"two": secure.TwoParty(), "three": secure.ThreeParty()}
+DEPLOYMENTS: dict[str, CircuitDeployment] = {
+    "two": secure.TwoParty(),
+    "three": secure.ThreeParty(),
+    "three-public": secure.ThreeParty(public_weights=True),
+}
 
 
 def llama(**other: Any) -> Any:
@@ -70,7 +75,7 @@ def continued(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+@pytest.mark.parametrize("deployment", [*DEPLOYMENTS])
 def test_twenty_tokens_are_those_of_floating_point(name: str, deployment: str) -> None:
     with secure.insecure_in_process(compiled(name, deployment)) as session:
         found = {}
@@ -107,6 +112,58 @@ def test_other_families(family: str) -> None:
     made = secure.compile_generator(model, prompt=4, capacity=16)
     with secure.insecure_in_process(made) as session:
         assert list(session.generate([5, 7, 9], 8, ignore_end=True)) == continued(model, [5, 7, 9], 8)
+
+
+@cache
+def sampling() -> secure.Compiled:
+    return secure.compile_generator(decoder("llama"), prompt=4, capacity=6, temperature=8.0)
+
+
+def probabilities(prompt: list[int], temperature: float) -> Tensor:
+    model = decoder("llama").double()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(torch.tensor([prompt])).logits[0, -1]
+    finally:
+        model.float()
+    return torch.softmax(logits / temperature, -1)
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    """First ones and, given those, second ones: of a prompt and of a step."""
+    prompt, count, temperature = [5, 7, 9], 150, 8.0
+    with secure.insecure_in_process(sampling()) as session:
+        found = [tuple(session.generate(prompt, 2, temperature=temperature)) for _ in range(count)]
+    first = probabilities(prompt, temperature)
+    second = {token: probabilities([*prompt, token], temperature) for token, _ in found}
+    # the logarithm of the probability of what was drawn has this mean and this variance
+    likely = [first, *second.values()]
+    drawn, mean, variance = [], [], []
+    for a, b in found:
+        for p, token in ((first, a), (second[a], b)):
+            drawn.append(float(p[token].log()))
+            mean.append(float((p * p.log()).sum()))
+            variance.append(float((p * p.log() ** 2).sum()) - mean[-1] ** 2)
+    assert max(float(p.max()) for p in likely) < 0.9, "the model is too sure to tell"
+    assert len(set(found)) > 20
+    assert abs(sum(drawn) - sum(mean)) < 5 * sum(variance) ** 0.5
+    seen = torch.bincount(torch.tensor([a for a, _ in found]), minlength=VOCABULARY)
+    expected = first * count
+    chi = float(((seen - expected) ** 2 / expected.clamp(min=1e-9))[expected > 5].sum())
+    assert chi < 5 * max(1, int((expected > 5).sum()))
+
+
+def test_at_temperature_zero_it_is_the_most_likely_token() -> None:
+    with secure.insecure_in_process(sampling()) as session:
+        assert list(session.generate([5, 7, 9], 3)) == continued(decoder("llama"), [5, 7, 9], 3)
+        for wrong in (-1.0, 8.5, float("nan")):
+            with pytest.raises(InvalidInput, match="0 to 8"):
+                session.generate([5, 7, 9], 3, temperature=wrong)
+    with (
+        secure.insecure_in_process(compiled("llama")) as session,
+        pytest.raises(InvalidInput, match="writes the most likely tokens"),
+    ):
+        session.generate([5, 7, 9], 3, temperature=0.5)
 
 
 def test_two_texts_grow_side_by_side() -> None:
@@ -148,6 +205,28 @@ def test_a_step_opens_its_own_rows_alone(name: str) -> None:
     assert all(each == rings[0] for each in rings)
     recalled = [i.protocol for i in step.circuit if isinstance(i.protocol, Recall)]
     assert {p.name: p.ring for p in recalled} == rings[0]
+
+
+def test_bytes_grow_with_the_rows_as_they_are_predicted() -> None:
+    made = secure.compile_generator(decoder("llama"), prompt=8, capacity=60)
+    costs = {c.sizes[-1].program.rows: step_cost(c)["online bytes"] for c in (compiled("llama"), made)}
+    less, more = costs.pop(CAPACITY), costs.pop(60)
+    for program in (programs("llama")[1], made.sizes[-1].program):
+        assert less + (60 - CAPACITY) * growth(program) == pytest.approx(more, rel=0.1)
+        assert more - (60 - CAPACITY) * growth(program) == pytest.approx(less, rel=0.1)
+
+
+def test_a_step_is_spared_the_ranges_of_a_first_token() -> None:
+    """Its activations may be thousands of times larger than others, which would take wide rings and more rounds."""
+    torch.manual_seed(3)
+    model = llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 3000.0  # the token that begins every text
+    made = secure.compile_generator(model.eval(), prompt=4, capacity=8)
+    prompt, step = made.sizes[0].cost.rounds, made.sizes[-1].cost.rounds
+    assert step < prompt
+    with secure.insecure_in_process(made) as session:
+        assert list(session.generate([1, 7, 9], 4)) == continued(model, [1, 7, 9], 4)
 
 
 def test_positions_are_shown_where_places_do() -> None:
@@ -247,6 +326,7 @@ def test_generators_answer_no_single_queries_and_others_generate_nothing() -> No
         ({"prompt": (8, 16), "capacity": 12}, "capacity of 12 tokens for prompts of 16"),
         ({"capacity": 64}, "63 places at most"),
         ({"calibration": [[60]]}, "integers from 0 to 59"),
+        ({"temperature": 0}, "a temperature of 0 at most"),
         ({"deployment": secure.Ckks()}, "ckks does not generate text"),
     ],
 )

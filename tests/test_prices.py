@@ -20,7 +20,9 @@ from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.compare import Variant, compare
 from secure.deployments.deployment import CompileOptions, Deployment
+from secure.deployments.in_process import plain_reference
 from secure.errors import InvalidInput
+from secure.mpc.compile import compile as mpc_compile
 from secure.mpc.network import LOOPBACK, NETWORKS, NetworkSpeed, find_network
 from secure.mpc.prices import DEALT_FOR_ONLINE, DEFAULT, TRIED, Choice, Prices, choose, projected
 from tests.helpers import run_function
@@ -312,3 +314,37 @@ def test_bands_that_a_word_ends_have_one_ring(weight_bits: int, scale: float, de
     for sample in samples:
         found = secure.plain_reference(compiled, sample)
         torch.testing.assert_close(found, model(**sample).double().detach(), atol=5e-3, rtol=0)
+
+
+# tables that spare rounds where values are few
+
+
+class Root(nn.Module):
+    """A norm without a mean, of rows whose squares differ by a factor of 14."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16, bias=False)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3)
+
+
+@pytest.mark.parametrize(("rows", "spared"), [(1, 1), (64, 0)])
+def test_few_values_have_wider_tables(rows: int, spared: int) -> None:
+    x = torch.randn((rows, 16), generator=torch.Generator().manual_seed(0))
+    samples = [{"x": x * scale} for scale in (0.8, 1.0, 3.0)]
+    without, made = (
+        mpc_compile(
+            Root(), samples[0], calibration=samples[1:], prices=replace(DEFAULT, table_bytes=size), checked=False
+        )
+        for size in (0, DEFAULT.table_bytes)
+    )
+    fewer, more = total_cost(made.program.circuit), total_cost(without.program.circuit)
+    assert more.rounds - fewer.rounds == spared
+    assert (fewer.dealt > more.dealt) == bool(spared)
+    assert fewer.dealt <= more.dealt + DEFAULT.table_bytes
+    for sample in samples:
+        assert plain_reference(made, sample).sub(Root().double()(sample["x"].double())).abs().max() < 2e-3

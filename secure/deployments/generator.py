@@ -1,12 +1,14 @@
 """``secure.compile_generator``, which compiles a decoder to generate text: Programs for its prompt and for each token.
 
-All Programs have the same ranges and weights, and keep keys and values in the same rings. So they are one model in
-several sizes, as the lengths of a text model are; that of a step has the length 1.
+All Programs have the same weights, and keep keys and values in the same rings. So they are one model in several sizes,
+as the lengths of a text model are; that of a step has the length 1, and ranges of its own, of all tokens but a text's
+first one.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,7 +28,9 @@ from secure.lowering.client_inputs import GENERATE, MOST_ROWS, SETTINGS, TASK
 from secure.models.causal import ends_of
 from secure.models.checkpoints import quiet_transformers
 from secure.models.decoder import (
+    TEMPERATURE,
     Decoder,
+    at_temperature,
     looks_positions_up,
     most_positions,
     prompt_inputs,
@@ -46,6 +50,9 @@ TEXTS = 8
 
 PROMPT, CAPACITY = 32, 256
 
+STEP = "step"
+"""The group of sizes whose ranges are those of later tokens."""
+
 
 def compile_generator(
     model: nn.Module | str,
@@ -53,6 +60,7 @@ def compile_generator(
     prompt: int | Sequence[int] = PROMPT,
     capacity: int = CAPACITY,
     calibration: Sequence[Sequence[int] | str] = (),
+    temperature: float | None = None,
     deployment: Deployment | None = None,
     embedding: str | None = None,
     gelu: str | None = None,
@@ -71,11 +79,13 @@ def compile_generator(
     prompt takes the shortest that holds it, and the parties see which. capacity: the most tokens of the padded prompt
     and what is written together. calibration: texts, as token ids or (of a directory) as they are, as long as the
     capacity if they can be, which set the ranges; by default the model writes TEXTS texts itself, by sampling.
-    Other arguments are those of ``secure.compile``.
+    temperature: the greatest that clients may choose, each for itself and in secret, so that tokens are samples; by
+    default the Programs take none. Other arguments are those of ``secure.compile``.
 
-    The Programs compute the token that the model finds most likely next. The client learns it, and nobody else; nobody
-    learns a score. Raises InvalidInput for a model that is no decoder, or has no room for so many tokens; for a
-    directory without a tokenizer or with one that clients do not run; and what ``secure.compile`` raises.
+    The Programs compute the token that the model finds most likely next, or a sample (``secure.sample``). The client
+    learns it, and nobody else; nobody learns a score. Raises InvalidInput for a model that is no decoder, or has no
+    room for so many tokens; for a directory without a tokenizer or with one that clients do not run; and what
+    ``secure.compile`` raises.
     """
     lengths = (prompt,) if isinstance(prompt, int) else tuple(prompt)
     deployment, options = (
@@ -89,7 +99,7 @@ def compile_generator(
         settings = TaskSettings(TOKEN, writing=WritingSettings(ends_of(model) if _writes(model) else ()))
         labels = {TASK: GENERATE, SETTINGS: settings.encoded}
         loaded = Loaded("", model, [], tokenizer, tokenizer_json, labels=labels)
-    return build_generator(loaded, deployment, options, lengths, capacity, calibration, told)
+    return build_generator(loaded, deployment, options, lengths, capacity, calibration, told, temperature=temperature)
 
 
 def sizes_of_generator(lengths: Sequence[int], capacity: int) -> tuple[tuple[int, ...], int]:
@@ -116,9 +126,13 @@ def build_generator(
     capacity: int,
     calibration: Sequence[Sequence[int] | str] = (),
     told: Told = silent,
+    *,
+    temperature: float | None = None,
 ) -> Compiled:
     """Compile a model that ``Generate`` has loaded; see ``compile_generator``."""
     check_generator(deployment, options, lengths, capacity)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise InvalidInput(f"a temperature of {temperature} at most", "a number above zero, or None for no samples")
     assert isinstance(deployment, CircuitDeployment)  # as was just checked
     buckets, model = sorted({*lengths}, reverse=True), loaded.module
     _check_model(model, capacity)
@@ -126,17 +140,21 @@ def build_generator(
     texts = _token_ids(calibration, loaded.tokenizer) or written(model, capacity, told)
     known = vocabulary(model)
     _check_texts(texts, known)
-    samples = _samples(texts, capacity, places=places)
+    samples, firsts = _samples(texts, capacity, places=places)
+    samples = [at_temperature(each, temperature) for each in samples]
     labels = {**loaded.labels, MOST_ROWS: str(capacity), "vocabulary": str(known)}
     labels |= {"model": loaded.name} if loaded.name else {}
+    labels |= {} if temperature is None else {TEMPERATURE: repr(float(temperature))}
     if (found := loaded.tokenizer) is not None and loaded.tokenizer_json:
         labels[TOKENIZER] = tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)
     sizes: list[tuple[Size, Mapping[str, str] | None]] = [(Size(samples[0], samples), None)]
     for bucket in buckets:
-        example = prompt_inputs([0] * bucket, bucket, places=places)
+        example = at_temperature(prompt_inputs([0] * bucket, bucket, places=places), temperature)
         sizes.append((Size(example, []), {**labels, "length": str(bucket)}))
-    example = step_inputs(0, 0, 0, capacity, places=places)
-    sizes.append((Size(example, []), {**labels, "length": "1"}))
+    # a step never computes a text's first token, whose activations may be far larger than all others
+    sizes.append((Size(samples[0], samples, STEP, firsts), None))
+    example = at_temperature(step_inputs(0, 0, 0, capacity, places=places), temperature)
+    sizes.append((Size(example, [], STEP), {**labels, "length": "1"}))
     made = deployment.build_sizes(Decoder(model), sizes, options, told, public_positions=places)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     about = loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now
@@ -176,11 +194,16 @@ def written(model: nn.Module, length: int, told: Told = silent, count: int = TEX
     return texts
 
 
-def _samples(texts: Sequence[Sequence[int]], length: int, *, places: bool) -> list[dict[str, torch.Tensor]]:
-    """Make the inputs of texts that set the ranges. One text enters twice, cut to the half, so that one is padded."""
+def _samples(
+    texts: Sequence[Sequence[int]], length: int, *, places: bool
+) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """Make the inputs of texts that set the ranges, and tell in which row the second token of each stands.
+
+    One text enters twice, cut to the half, so that one is padded.
+    """
     cut = [list(text)[:length] for text in texts]
     cut.append(cut[0][: max(1, length // 2)])
-    return [prompt_inputs(text, length, places=places) for text in cut]
+    return [prompt_inputs(text, length, places=places) for text in cut], [length - len(text) + 1 for text in cut]
 
 
 def _check_sizes(buckets: Sequence[int], capacity: int) -> None:

@@ -165,7 +165,8 @@ def check_client_part(graph: Graph, inputs: Sequence[ClientInput], labels: Mappi
             raise InvalidProgram(f"the input {c.name!r} has the shape {c.shape}, it is made from {node.shape}")
         if c.encoding == "public" and graph.outputs[c.output] not in graph.of_positions:
             raise InvalidProgram(f"the input {c.name!r} would make more public than {POSITIONS}")
-        if max(math.prod(c.shape), c.size * width) > MAXIMUM_ELEMENTS or (looked_up and node.dtype != "int"):
+        held = c.size * width if c.table else 0  # elements of the table that the client holds; one-hot rows need none
+        if max(math.prod(c.shape), held) > MAXIMUM_ELEMENTS or (looked_up and node.dtype != "int"):
             raise InvalidProgram(
                 f"the input {c.name!r} has the impossible size {c.shape}, or is not made from integers"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secure.capture.graph import MASKED, Graph, Node, run
 from secure.capture.operation import OPERATIONS
+from secure.lowering.rows import Rows, every
 
 
 @dataclass
@@ -26,45 +27,50 @@ class Observed:
     highest: dict[int, float] = field(default_factory=dict)
     broken: set[int] = field(default_factory=set)
 
-    @classmethod
-    def united(cls, parts: Sequence[Observed]) -> Observed:
-        """Return the ranges that hold those of all parts, which are of graphs with the same nodes."""
-        whole = cls()
-        for part in parts:
-            whole.broken |= part.broken
-            for node, (low, high) in part.measured.items():
-                least, most = whole.measured.get(node, (low, high))
-                whole.measured[node] = min(least, low), max(most, high)
-            for ours, theirs in ((whole.magnitude, part.magnitude), (whole.highest, part.highest)):
-                ours.update({node: max(value, ours.get(node, value)) for node, value in theirs.items()})
-        return whole
+    def look(self, node: Node, value: Tensor, readers: Iterable[Node]) -> None:
+        """Widen the ranges by a node's value. readers: the operations that observe it."""
+        if node.op == "parameter" and node.id in self.magnitude:
+            return  # the same for every input
+        if value.is_floating_point() and value.numel():
+            least, most = (float(each) for each in value.aminmax())
+            magnitude = max(-least, most)
+            if node.visibility == "shared" and not math.isfinite(magnitude):
+                self.broken.add(node.id)
+            self.magnitude[node.id] = max(self.magnitude.get(node.id, 0.0), magnitude)
+            self.highest[node.id] = max(self.highest.get(node.id, 0.0), most)
+        for reader in readers:
+            measure = OPERATIONS[reader.op].measure
+            assert measure is not None
+            measured = measure(value, **reader.attrs)
+            low, high = self.measured.get(reader.id, (math.inf, -math.inf))
+            self.measured[reader.id] = (min(low, float(measured.min())), max(high, float(measured.max())))
 
 
 def observe(graph: Graph, samples: Iterable[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Observed:
     """Run the graph on the calibration inputs, in float64 if the parameters are, and keep the ranges."""
+    seen = Observed()
+    for sample in samples:
+        look_at(graph, sample, parameters, [(seen, every)])
+    return seen
+
+
+def look_at(
+    graph: Graph,
+    sample: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    found: Sequence[tuple[Observed, Rows]],
+) -> None:
+    """Run the graph on one input, and widen several ranges, each by the part of every value that counts for it."""
     readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
         if node.visibility == "shared" and OPERATIONS[node.op].measure is not None:
             readers.setdefault(node.inputs[0], []).append(node)
-    seen = Observed()
 
     def look(node: Node, value: Tensor) -> None:
-        if value.is_floating_point() and value.numel():
-            magnitude = float(value.abs().max())
-            if node.visibility == "shared" and not math.isfinite(magnitude):
-                seen.broken.add(node.id)
-            seen.magnitude[node.id] = max(seen.magnitude.get(node.id, 0.0), magnitude)
-            seen.highest[node.id] = max(seen.highest.get(node.id, 0.0), float(value.max()))
-        for reader in readers.get(node.id, ()):
-            measure = OPERATIONS[reader.op].measure
-            assert measure is not None
-            measured = measure(value, **reader.attrs)
-            low, high = seen.measured.get(reader.id, (math.inf, -math.inf))
-            seen.measured[reader.id] = (min(low, float(measured.min())), max(high, float(measured.max())))
+        for seen, rows in found:
+            seen.look(node, rows(node.id, value), readers.get(node.id, ()))
 
-    for sample in samples:
-        run(graph, sample, parameters, look)
-    return seen
+    run(graph, sample, parameters, look)
 
 
 def assume(graph: Graph, reach: float) -> Observed:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secure.errors import InvalidInput
 from secure.lowering.primitives import Operand, Primitive, meaning, promise
+from secure.lowering.rows import Rows, every
 from secure.lowering.trace import Trace, evaluate
 
 ROUNDED = 1 + 2**-6  # over the largest magnitude: rounded weights and truncations may push a value past it
@@ -58,12 +59,20 @@ class Ranges:
 
     @classmethod
     def calibrate(
-        cls, trace: Trace, samples: Iterable[Mapping[str, Tensor]], weights: Mapping[str, Tensor], margin_bits: int
+        cls,
+        trace: Trace,
+        samples: Iterable[Mapping[str, Tensor]],
+        weights: Mapping[str, Tensor],
+        margin_bits: int,
+        rows: Rows = every,
     ) -> Ranges:
-        """Evaluate the trace in floating point on every sample. Raises InvalidInput if there is no sample."""
+        """Evaluate the trace in floating point on every sample. rows: chooses the part of each value that counts.
+
+        Raises InvalidInput if there is no sample.
+        """
         ranges = cls(trace, margin_bits)
         for sample in samples:
-            evaluate(trace, sample, weights, ranges.observe)
+            evaluate(trace, sample, weights, lambda i, value: ranges.observe(i, rows(i, value)))
         if math.inf in ranges._low:
             raise InvalidInput("calibration needs at least one input")
         return ranges

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from secure.capture.graph import MASKED, POSITIONS
 from secure.errors import InputTooLong, InvalidInput
 from secure.operations.generation import keep_operation, last_row_operation
+from secure.operations.sampling import sample
 
-TOKENS, MASK = "input_ids", "attention_mask"
+TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
 
 
 class _Rows:
@@ -37,17 +38,20 @@ class _Rows:
 
 
 class Decoder(nn.Module):
-    """A causal language model of ``transformers`` that returns the token which it finds most likely next.
+    """A causal language model of ``transformers`` that returns the token which it finds most likely next, or a sample.
 
     Its inputs: ``input_ids`` and ``position_ids`` (1, n), and ``attention_mask`` (1, 1, n, rows + n), which is added to
-    scores. The first ``rows`` rows of keys are those of earlier queries. Returns (1, 1) integers.
+    scores. The first ``rows`` rows of keys are those of earlier queries. With ``temperature`` (1,) it draws the token
+    with the probabilities softmax(scores / temperature). Returns (1, 1) integers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, temperature: Tensor | None = None
+    ) -> Tensor:
         model: Any = self.model
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
         head = model.get_output_embeddings()
@@ -62,8 +66,8 @@ class Decoder(nn.Module):
             )
         finally:
             hook.remove()
-        chosen: Tensor = found.logits.argmax(-1)
-        return chosen
+        logits: Tensor = found.logits
+        return logits.argmax(-1) if temperature is None else sample(logits, temperature)
 
 
 def prompt_inputs(prompt: Sequence[int], bucket: int, *, pad: int = 0, places: bool = True) -> dict[str, Tensor]:
@@ -94,6 +98,11 @@ def step_inputs(token: int, start: int, filled: int, capacity: int, *, places: b
     seen = ((columns >= start) & (columns < filled)) | (columns == capacity)
     position = _positions(torch.tensor([filled]), start, places)
     return {TOKENS: torch.tensor([[token]]), POSITIONS: position, MASK: _additive(seen)}
+
+
+def at_temperature(inputs: dict[str, Tensor], temperature: float | None) -> dict[str, Tensor]:
+    """Return a decoder's inputs with the temperature at which the token is drawn; None: it takes none."""
+    return inputs if temperature is None else {**inputs, TEMPERATURE: torch.tensor([temperature])}
 
 
 def _positions(places: Tensor, start: int, public: bool) -> Tensor:

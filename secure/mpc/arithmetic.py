@@ -121,45 +121,66 @@ def emit_matrix(e: Emitter, i: int, p: Primitive) -> Share:
     return Share(e.emit(tp.Product(p.shape, ring, True), *openings), ring, _matrix_scale(e.plan, p))
 
 
+def _square_dropped(plan: Plan, i: int, p: Primitive) -> int:
+    """Return the fraction bits that a square drops of its operand, so that its result fits a word: 0 for most.
+
+    Activations of a text's first token may be 10,000 times those of all others. Their squares need a word, and have
+    significant bits to spare.
+    """
+    scale, (x, y) = _scales(plan, p), p.inputs
+    return max(0, -(-(plan.ranges.bits(i) + scale + 2 - WORD) // 2)) if x == y else 0
+
+
+def _product_scale(plan: Plan, i: int, p: Primitive) -> int:
+    """Return the fraction bits of an elementwise product before truncation."""
+    return _scales(plan, p) - 2 * _square_dropped(plan, i, p)
+
+
 def _product_ring(plan: Plan, i: int, p: Primitive) -> int:
     """Return the ring of the product before truncation: as wide as the readers like, as that costs no message."""
-    scale = _scales(plan, p)
+    scale = _product_scale(plan, i, p)
     return max(plan.fitting(i, scale), min(WORD, plan.want(i) + scale - plan.fraction[i]))
 
 
 def product_reach(plan: Plan, i: int, p: Primitive) -> int:
-    return WORD - _scales(plan, p) + plan.fraction[i]
+    return WORD - _product_scale(plan, i, p) + plan.fraction[i]
 
 
 def product_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    ring = _product_ring(plan, i, p)
+    ring, drop = _product_ring(plan, i, p), _square_dropped(plan, i, p)
     for x in p.inputs:
-        own = min(ring, plan.own(x))
-        yield Need(own, own, opened=own, lifted=ring)
+        own = plan.own(x) if drop else min(ring, plan.own(x))
+        yield Need(own, own, opened=own, lifted=0 if drop else ring)
 
 
 def emit_product(e: Emitter, i: int, p: Primitive) -> Share:
     """Emit an elementwise product. Operands are lifted unless a reader of theirs opens them in a ring as wide."""
-    ring, (x, y) = _product_ring(e.plan, i, p), p.inputs
+    ring, (x, y), scale = _product_ring(e.plan, i, p), p.inputs, _product_scale(e.plan, i, p)
+    if drop := _square_dropped(e.plan, i, p):
+        return _square(e, p, e.lifted(x, drop, ring), ring, e.plan.own(x) - drop, scale)
     (a, agreed_a), (b, agreed_b) = (e.opened_or_lifted(x, ring) for x in p.inputs)
     if agreed_a >= ring and agreed_b >= ring:
         index = e.emit(tp.Product(p.shape, ring), a, b)
     elif x == y:
-        powers = e.emit(tp.LiftedPowers(p.shape, ring, agreed_a, 2), a)
-        index = e.emit(tp.Polynomial(p.shape, ring, 0, (0, 0, 1)), powers)
+        return _square(e, p, a, ring, agreed_a, scale)
     else:
         index = e.emit(tp.LiftedProduct(p.shape, ring, agreed_a, agreed_b), a, b)
-    return Share(index, ring, _scales(e.plan, p))
+    return Share(index, ring, scale)
+
+
+def _square(e: Emitter, p: Primitive, lifted: int, ring: int, agreed: int, scale: int) -> Share:
+    powers = e.emit(tp.LiftedPowers(p.shape, ring, agreed, 2), lifted)
+    return Share(e.emit(tp.Polynomial(p.shape, ring, 0, (0, 0, 1)), powers), ring, scale)
 
 
 # products with numbers that all parties know: each party multiplies its share
 
 
-def _public_ring(plan: Plan, i: int, p: Primitive) -> int:
-    """Return the ring of the product before truncation: as wide as the readers like, as far as that costs nothing."""
-    (x, _), scale = p.inputs, _scales(plan, p)
+def _public_rings(plan: Plan, i: int, p: Primitive) -> tuple[int, int]:
+    """Return the narrowest ring of the product before truncation, and the one that its readers like."""
+    scale = _scales(plan, p)
     narrowest = plan.fitting(i, scale)
-    return max(narrowest, min(plan.want(i) + scale - plan.fraction[i], plan.reach[x]))
+    return narrowest, max(narrowest, min(WORD, plan.want(i) + scale - plan.fraction[i]))
 
 
 def public_reach(plan: Plan, i: int, p: Primitive) -> int:
@@ -168,12 +189,16 @@ def public_reach(plan: Plan, i: int, p: Primitive) -> int:
 
 
 def public_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    ring = _public_ring(plan, i, p)
-    return Need(ring, ring), Need(plan.own(p.inputs[1]), 0)
+    """Return the needs: if x must be extended for the product, then as far as spares the product an extension too."""
+    narrowest, wide = _public_rings(plan, i, p)
+    x, c = p.inputs
+    return Need(max(narrowest, min(wide, plan.reach[x])), wide), Need(plan.own(c), 0)
 
 
 def emit_public(e: Emitter, i: int, p: Primitive) -> Share:
-    ring, (x, c) = _public_ring(e.plan, i, p), p.inputs
+    x, c = p.inputs
+    narrowest, wide = _public_rings(e.plan, i, p)
+    ring = max(narrowest, min(wide, e.widest(x)))
     protocol = local.MulPublic(p.shape, ring)
     return Share(e.emit(protocol, e.get(x, ring).index, e.get(c, 0).index), ring, _scales(e.plan, p))
 

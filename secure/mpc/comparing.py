@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from protocols import two_party as tp
 from protocols.protocol import Shape
@@ -14,6 +15,7 @@ def spare(tolerance: float) -> int:
     return max(0, math.floor(math.log2(max(tolerance, 1.0))))
 
 
+@lru_cache(maxsize=4096)  # a plan asks for the same ones many times
 def cheapest_compare(
     shape: Shape, width: int, thresholds: tuple[int, ...], dropped: int, dealt_for_online: int
 ) -> tp.Compare:

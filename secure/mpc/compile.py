@@ -17,7 +17,7 @@ from protocols.fixedpoint import FixedPoint
 from protocols.two_party import Keep
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
-from secure.frontend import Size, lower_sizes
+from secure.frontend import Size, lower_sizes, of_group
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.ranges import Ranges
@@ -125,9 +125,9 @@ def compile_sizes(
 ) -> list[MpcModel]:
     """Compile a module for several sizes, such as lengths and batches, each with labels of its own.
 
-    Ranges are those of all samples together, so that a weight that products read has the same integers in every
-    Program: one masked copy D serves them all. A size without labels (None) gives ranges, and no Program. What queries
-    keep has one ring in all Programs. public_positions: the positions of tokens are no secret.
+    Ranges are those of all samples of a group together. A weight that products read has the same integers in every
+    Program, whatever the ranges: one masked copy D serves them all. A size without labels (None) gives ranges, and no
+    Program. What queries keep has one ring in all Programs. public_positions: the positions of tokens are no secret.
     Other arguments and exceptions are those of ``compile``.
     """
     fixed = fixed_point or FixedPoint()
@@ -142,18 +142,19 @@ def compile_sizes(
         told=told,
         public=public_positions,
     )
-    samples = counted(
-        [(each, sample) for each, (size, _) in zip(lowered, sizes, strict=True) for sample in size.samples],
-        told,
-        "calibrating",
-    )
-    seen = [  # one sample at a time: one-hot rows are large
-        Ranges.calibrate(each.trace, [each.inputs(sample)], each.weights, fixed.margin_bits) for each, sample in samples
-    ]
+    seen = dict[str, list[Ranges]]()
+    for group in dict.fromkeys(size.group for size, _ in sizes):
+        places, single = of_group([size for size, _ in sizes], group)
+        shapes = [p.shape for p in lowered[single].trace.primitives]
+        samples = [(lowered[n], *each) for n in places for each in sizes[n][0].each(shapes)]
+        seen[group] = [  # one sample at a time: one-hot rows are large
+            Ranges.calibrate(each.trace, [each.inputs(sample)], each.weights, fixed.margin_bits, rows)
+            for each, sample, rows in counted(samples, told, "calibrating")
+        ]
     named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
     wanted = [
-        (each, Ranges.united(seen, each.trace), {**named, **labels})
-        for each, (_, labels) in zip(lowered, sizes, strict=True)
+        (each, Ranges.united(seen[size.group], each.trace), {**named, **labels})
+        for each, (size, labels) in zip(lowered, sizes, strict=True)
         if labels is not None
     ]
     kept = _kept_rings([(each, ranges) for each, ranges, _ in wanted], fixed, prices)

@@ -230,7 +230,9 @@ def _bands(plan: Plan, p: Primitive) -> _Bands:
         band = whole(f.root, low, high, f.start, f.centre, f.steps)
         ways = [] if band is None else [_Bands(fraction, band.ring, (band,))]
     else:
-        found = [divided(f.root, low, high, plan.prices.coefficients, compared=compared) for compared in (False, True)]
+        few = plan.prices.table_bytes // (COEFFICIENT * elements_of(p.shape))
+        few = max(plan.prices.coefficients, min(ROWS, few))
+        found = [divided(f.root, low, high, few, compared=compared) for compared in (False, True)]
         ways = [_Bands(fraction, *way, len(way[1]) > 1 and n == 1) for n, way in enumerate(found) if way is not None]
     if not ways:
         raise DoesNotFit(

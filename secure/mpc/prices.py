@@ -25,11 +25,15 @@ class Prices:
 
     round_bytes: the online bytes that are worth a round. coefficients: the most coefficients of a dealt table that is
     one value's alone and spares the rounds that choose among smaller ones; each takes 8 dealt bytes at most.
-    dealt_for_online: the dealt bytes that are worth one online byte: 1 where they are sent within the query too.
+    table_bytes: the dealt bytes of tables, of all values of an operation together, for which they may spare a round:
+    near parties take as long to make them as for one, and so operations of few values, as in a decoder's step, have
+    wider tables. dealt_for_online: the dealt bytes that are worth one online byte: 1 where they are sent within the
+    query too.
     """
 
     round_bytes: int = 400_000
     coefficients: int = 512
+    table_bytes: int = 400_000
     dealt_for_online: int = DEALT_FOR_ONLINE
 
     @property

@@ -18,7 +18,7 @@ from protocols import two_party as tp
 from protocols.fields import ENTRIES
 from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.ring import WORD
-from protocols.two_party.digits import DIGIT_BITS, ROW
+from protocols.two_party.digits import DIGIT_BITS, PLACES, ROW
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import ROUNDED
@@ -31,6 +31,11 @@ from secure.mpc.share import Share
 SCORE_FRACTION = 13
 INTERVAL = 16  # of the exponential, in units of the exponent
 MASK_FRACTION, PUBLIC_FRACTION = 40, 16  # scales of the exponential's two factors
+NARROW, NARROW_PLACES = 4, 2  # narrower intervals, of which 2^2 count: up to e^-12
+NARROW_MASKS = (
+    22,
+    28,
+)  # the fewest fraction bits of the factor that is dealt for them, for an error of 7e-6, and the most
 MOST_BINS = 256  # of a histogram
 ROOM = 4.0  # by how much a row's maximum may lie beyond all that are expected
 LOSS = 2.0**-6  # by how much the larger of two scores may be missed, in all levels together; LOWEST has room for it
@@ -97,16 +102,18 @@ def _window(plan: Plan, bound: int) -> _Window:
         counted = below << coarser if blocks > 1 else bins  # every bin of the digits that count
         window = _Window(ring, shift, counted, round(start * 2**SCORE_FRACTION), coarser, below, blocks)
         _, number = _passing(low, window)
-        if number < 1 << (ring - shift - coarser):  # or nothing would tell the largest scores from the smallest
+        told = number < 1 << (ring - shift - coarser)  # or nothing would tell the largest scores from the smallest
+        if told and -(-(1 << (ring - shift)) // blocks) <= PLACES:
             found.append(window)
     if not found:
         raise DoesNotFit(
             f"{p.where}: the scores of a softmax reach from {low:.4g} to {high:.4g}, the largest of a row from "
             f"{lowest:.4g} to {highest:.4g}, and no digits tell them apart\nhint: narrower calibration inputs"
         )
-    window = found[0]
     rows = _rows(plan.trace.primitives[x].shape)
-    halved = (replace(window, halves=n) for n in range(rows[-1].bit_length()))
+    dealt = [_dealt(rows, window) for window in found]
+    may = [window for window, bytes_ in zip(found, dealt, strict=True) if bytes_ <= dealt[0] + plan.prices.table_bytes]
+    halved = (replace(window, halves=n) for window in may for n in range(rows[-1].bit_length()))
     return min(halved, key=lambda each: _price(rows, each, plan.prices))
 
 
@@ -119,6 +126,11 @@ def _price(rows: Shape, window: _Window, prices: Prices) -> float:
     counted = [protocol.cost() for protocol in (tp.Open(rows, window.ring), *_counters(rows, window))]
     spared = CircuitCost() if window.halves else counted[0]  # the exponential opens all scores anyway
     return total + sum(map(prices.of, counted)) - prices.of(spared)
+
+
+def _dealt(rows: Shape, window: _Window) -> int:
+    """Return the dealt bytes of counting."""
+    return sum(protocol.cost().dealt for protocol in _counters(rows, window))
 
 
 def _counters(rows: Shape, w: _Window) -> tuple[Protocol, ...]:
@@ -243,12 +255,29 @@ def emit_exponential(e: Emitter, i: int, p: Primitive) -> Share:
     opened = e.emit(tp.Open(rows, w.ring), _in_rows(e, scores, w))
     below = e.emit(tp.OpenedSum(rows, w.ring, (False, True), -w.start), at, opened)
     operands: tuple[int, ...] = (below,)
-    if w.ring > _EXPONENT + 1:
-        near = e.emit(tp.DigitIn(rows, w.ring, _EXPONENT, 2), below)
+    power = _power(e.plan, i, rows, w.ring)
+    if w.ring > power.shift + power.places:
+        near = e.emit(tp.DigitIn(rows, w.ring, power.shift, 1 << power.places), below)
         operands = (e.emit(tp.OpenBits(rows, 1), near), below)
-    power = tp.Exponential(rows, w.ring, _EXPONENT, SCORE_FRACTION, MASK_FRACTION, PUBLIC_FRACTION)
     whole = (*p.shape[:-1], rows[-2] * rows[-1])
     index = e.emit(local.Reshape(whole, WORD), e.emit(power, *operands))
     if whole != p.shape:
         index = e.emit(local.Slice(p.shape, WORD, len(whole) - 1, 0, p.shape[-1], 1), index)
-    return Share(index, WORD, MASK_FRACTION + PUBLIC_FRACTION)
+    return Share(index, WORD, power.mask_fraction + PUBLIC_FRACTION)
+
+
+def _power(plan: Plan, i: int, rows: Shape, ring: int) -> tp.Exponential:
+    """Choose the intervals of an exponential: narrow ones if that spares an extension, and few bytes more are dealt.
+
+    Their factors have fewer fraction bits, which are truncated: as many as leave the ring that readers need.
+    """
+    usual = tp.Exponential(rows, ring, _EXPONENT, SCORE_FRACTION, MASK_FRACTION, PUBLIC_FRACTION)
+    mask = WORD + plan.fraction[i] - plan.base[i] - PUBLIC_FRACTION
+    if not NARROW_MASKS[0] <= mask < MASK_FRACTION:  # it needs no extension, or one anyway
+        return usual
+    shift = SCORE_FRACTION + int(math.log2(NARROW))
+    if ring < shift + NARROW_PLACES:
+        return usual
+    form = shift, SCORE_FRACTION, min(mask, NARROW_MASKS[1]), PUBLIC_FRACTION, NARROW_PLACES
+    narrow = tp.Exponential(rows, ring, *form)
+    return narrow if narrow.cost().dealt - usual.cost().dealt <= plan.prices.table_bytes else usual

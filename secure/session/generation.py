@@ -16,6 +16,7 @@ from typing import Any
 from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.lowering.client_inputs import MOST_ROWS
 from secure.models.chat import check_messages, rendered
+from secure.models.decoder import TEMPERATURE
 from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.settings import WritingSettings, settings_of
 from secure.models.tokens import REFUSE, TextTokenizer, checked_text, guarded, library_errors
@@ -74,6 +75,21 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
             f"{room} at most; compile with a greater capacity",
         )
     return Writing(found, step, capacity, error)
+
+
+def temperature_for(labels: Mapping[str, str], wanted: float) -> float | None:
+    """Return the temperature for the Programs' inputs; None: they take none. Raises InvalidInput for another one."""
+    if (written := labels.get(TEMPERATURE)) is None:
+        if wanted:
+            raise InvalidInput(
+                f"a temperature of {wanted}",
+                "this model writes the most likely tokens; its owner compiles it with a temperature for samples",
+            )
+        return None
+    most = float(written) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", written) else 0.0
+    if not 0 <= wanted <= most:
+        raise InvalidInput(f"a temperature of {wanted}", f"0 to {most:g}, for which this model is compiled")
+    return wanted
 
 
 def _number(text: str) -> int:

@@ -48,11 +48,11 @@ from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
 from secure.lowering.client_inputs import GENERATE, TASK
-from secure.models.decoder import prompt_inputs, step_inputs
+from secure.models.decoder import at_temperature, prompt_inputs, step_inputs
 from secure.models.prompts import Prompts, prompts_from
 from secure.models.settings import settings_of
 from secure.models.tokens import REFUSE, TRUNCATE
-from secure.session.generation import Generation, Prepared, Wanted, room, sizes_for, wanted, writing
+from secure.session.generation import Generation, Prepared, Wanted, room, sizes_for, temperature_for, wanted, writing
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
@@ -524,14 +524,17 @@ class Session:
         stop: str | Collection[int | str] = (),
         ignore_end: bool = False,
         hide_length: bool = False,
+        temperature: float = 0.0,
     ) -> Generation:
-        """Let the model continue a prompt, greedily; return its text, which is written as one iterates over it.
+        """Let the model continue a prompt; return its text, which is written as one iterates over it.
 
         prompt: a text; chat messages, such as [{"role": "user", "content": "Hello"}], for a model with a chat template;
         or token ids. It may have up to the greatest length of a prompt in tokens. stop: strings before which the text
         ends, and tokens with which it does. So it does with the tokens that end texts of this model, unless
         ``ignore_end``. hide_length: queries go on after that, on zeros, so that the servers see ``max_new_tokens`` of
-        them whatever the text is. They run while one iterates to the end.
+        them whatever the text is. They run while one iterates to the end. temperature: 0 takes the most likely tokens;
+        more draws them, if the model was compiled for that, and nobody else learns at which temperature. The noise is
+        new in every query, and no seed repeats it.
 
         What is given before a failure of a party counts; the text cannot go on after it, as what the parties keep of it
         is lost with them. A prompt that is too long, has a token outside the vocabulary, or that the tokenizer or the
@@ -545,10 +548,19 @@ class Session:
         asked = wanted(prompt, stop, labels, self._link.tokenizer, ignore_end=ignore_end)
         # what is wrong with numbers shows at once; what a server's tokenizer says of a text does not
         writing(self._links.offers, labels, [0] if asked.in_text else asked.ids(self.length), max_new_tokens)
-        steps = partial(self._written, asked, count=max_new_tokens, hidden=hide_length)
+        heat = partial(at_temperature, temperature=temperature_for(labels, temperature))
+        steps = partial(self._written, asked, count=max_new_tokens, hidden=hide_length, heat=heat)
         return Generation(steps, in_text=asked.in_text)
 
-    def _written(self, asked: Wanted, text: Generation, *, count: int, hidden: bool) -> Iterator[None]:
+    def _written(
+        self,
+        asked: Wanted,
+        text: Generation,
+        *,
+        count: int,
+        hidden: bool,
+        heat: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ) -> Iterator[None]:
         """Run the queries of a text, which takes their tokens; yield whenever it has more of them."""
         began = time.monotonic()
         with self._open():
@@ -565,7 +577,7 @@ class Session:
             if ahead is not None and ahead.program.publishes != places:
                 raise InvalidProgram("the server's Programs for a prompt and for a step count positions differently")
             prompt = [0] if sizes.error or isinstance(prepared.ids, Error) else prepared.ids
-            inputs = [prompt_inputs(ids, bucket, places=places) for ids in (prompt, [0])]
+            inputs = [heat(prompt_inputs(ids, bucket, places=places)) for ids in (prompt, [0])]
             values, failed = self._usable(link, *inputs)
             failed = sizes.error or failed
             self._wait(began)
@@ -586,7 +598,7 @@ class Session:
                 link = self._once_free(partial(self._links.of, sizes.step))
                 known = token if not (over or failed or isinstance(token, Error)) else 0
                 rows = link.program.rows
-                inputs = [step_inputs(each, start, filled, rows, places=places) for each in (known, 0)]
+                inputs = [heat(step_inputs(each, start, filled, rows, places=places)) for each in (known, 0)]
                 values, wrong = self._usable(link, *inputs)
                 failed = failed or wrong
                 self._wait(came, STEP)  # whatever the token, the graph and the text's end took
