@@ -267,6 +267,7 @@ VALUES: dict[str, str] = {
     "aggregation": "none",
     "task": "tag",
     "reveal": "logits",
+    "temperature": "0.5",
     "top_k": "2",
     "approximations": "puma",
     "form": "json",

@@ -206,8 +206,8 @@ def test_other_commands_know_models_that_write_text(run: Run, directory: Path, t
     in_words(run("compile", str(directory), new, "--batch", "2"), "--batch means nothing", "a text is written alone")
     in_words(
         run("compile", str(directory), new, "--accept-cosine", "0.9"),
-        "--accept-cosine and --accept-error mean nothing",
-        "tokens",
+        "--accept-cosine 0.9 means nothing",
+        "--accept-error",
     )
     in_words(run("compile", str(directory), new, "--answer-bits", "9"), "answer_bits mean nothing", "tokens")
     in_words(run("compile", str(directory), new, "--reveal", "logits"), "reveals no logits", "token")

@@ -15,6 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import secure
+from secure.deployments.compilation import Compilation
+from secure.deployments.deployment import CompileOptions
+from secure.deployments.generator import build_generator, held_out_texts
+from secure.deployments.self_test import self_test
+from secure.deployments.two_party import TwoParty
 from secure.errors import InputTooLong, InvalidInput, PeerLost
 from secure.models import chat
 from secure.models.causal import load_causal
@@ -23,6 +28,7 @@ from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.settings import MAXIMUM_TEMPLATE, TOKEN, TaskSettings, WritingSettings, settings_of
 from secure.models.tokenizer_document import read_tokenizer
 from secure.models.tokens import TextTokenizer
+from secure.tasks.generate import Generate
 from tests.writers import BEGIN, END, TEMPLATE, made_tokenizer, scripted, tokenizer_of, write_writer
 
 pytest.importorskip("tokenizers")
@@ -446,3 +452,18 @@ def test_a_causal_model_is_no_encoder_unless_asked_for(directory: Path) -> None:
         InvalidInput, match=r"generates text\nhint: secure\.compile_generator compiles it; task='embed'"
     ):
         secure.compile_text_model(str(directory), 16)
+
+
+def test_a_model_that_writes_other_tokens_is_refused(tmp_path: Path) -> None:
+    """The self-test compares the token after texts that calibrated nothing, at a temperature of 0 if it has one."""
+    directory = write_writer(tmp_path / "tiny")
+    for temperature in (None, 1.0):
+        compilation = Compilation(str(directory), TwoParty(), (8,), capacity=16, temperature=temperature)
+        assert "self-test: 3 of 3 tokens are the original's, on 3 inputs" in compilation.run().about
+    loaded = Generate().load(str(directory))
+    compiled = build_generator(loaded, TwoParty(), CompileOptions(), (8,), 16)
+    with torch.no_grad():
+        head: Any = loaded.module.get_parameter("lm_head.weight")
+        head.neg_()
+    with pytest.raises(InvalidInput, match=r"gives other answers .* of 3 tokens are the original's"):
+        self_test(compiled, held_out_texts(loaded, None))

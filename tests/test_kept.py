@@ -405,9 +405,10 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "task", replace(compilation, task="classify")
     yield "revealed", replace(compilation, task="classify", reveal="logits")
     yield "capacity", replace(compilation, capacity=64)
+    yield "temperature", replace(compilation, temperature=2.0)
     assert {f.name for f in dataclasses.fields(Compilation)} == {
         *("model", "deployment", "lengths", "sentences", "options", "batches"),
-        *("dimensions", "accept", "task", "reveal", "capacity"),
+        *("dimensions", "accept", "task", "reveal", "capacity", "temperature"),
     }  # another one needs a line here
 
 

@@ -27,6 +27,7 @@ from parties.cli.options import (
     NetworkOption,
     RevealOption,
     TaskOption,
+    TemperatureOption,
     ThreadsOption,
     chosen,
     compile_options,
@@ -46,6 +47,7 @@ def compile_model(
     directory: Annotated[Path, typer.Argument(help="A new directory, which will hold the secret weights.")],
     length: LengthsOption = None,
     capacity: CapacityOption = None,
+    temperature: TemperatureOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -90,6 +92,7 @@ def compile_model(
             batches,
             dimensions=dimensions or 0,
             capacity=capacity or 0,
+            temperature=temperature,
             accept=Accept(accept_cosine, accept_error),
             **chosen(task, reveal),
         )

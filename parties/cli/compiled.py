@@ -18,11 +18,12 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
 from secure.lowering.client_inputs import GENERATE, MOST_ROWS
+from secure.models.decoder import TEMPERATURE
 from secure.models.settings import settings_of
 from secure.tasks.embed import Embed
 
 FIXED = (
-    *("length", "capacity", "batch", "dimensions", "embedding", "gelu", "approximations"),
+    *("length", "capacity", TEMPERATURE, "batch", "dimensions", "embedding", "gelu", "approximations"),
     *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal"),
 )
 """Options of the command line that are fixed when a model is compiled."""
@@ -163,6 +164,8 @@ def _known(compiled: Compiled, name: str) -> Any:
         least = {"batch": 1}.get(name, 0)
         steps = {1} if name == "length" else set[int]()  # those of a model that writes text
         return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0} - steps)
+    if name == TEMPERATURE:
+        return float(compiled.program.labels.get(name, 0)) or None
     if name in ("dimensions", MOST_ROWS):
         return int(compiled.program.labels.get(name, 0)) or None
     if name == "fraction_bits":

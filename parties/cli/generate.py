@@ -60,6 +60,13 @@ def generate(
         bool,
         typer.Option("--hide-length", help="Take --max-new-tokens steps whatever the text is, so that none shows."),
     ] = False,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Draw tokens at this temperature, if the server takes one; 0: the most likely ones. It is secret.",
+        ),
+    ] = 0.0,
     network: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +90,14 @@ def generate(
         session = stack.enter_context(connection.open(told))
         Generate().fits(session.served)
         count = max_new_tokens or min(TOKENS, session.room)
-        writing = session.generate(given, count, stop=stop or (), ignore_end=ignore_end, hide_length=hide_length)
+        writing = session.generate(
+            given,
+            count,
+            stop=stop or (),
+            ignore_end=ignore_end,
+            hide_length=hide_length,
+            temperature=temperature,
+        )
         for line in prices(deployment, session, asked):
             say(f"unseen {VERB}: {line}")
         if hide_length:

@@ -72,6 +72,14 @@ CapacityOption = Annotated[
         f"{CAPACITY} by default, or twice the longest prompt. --length is that of prompts then, {PROMPT} by default.",
     ),
 ]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        help="Of a model that writes text: the greatest temperature that clients may choose, each in secret, so that "
+        "tokens are samples; by default they are the most likely ones.",
+    ),
+]
 BatchesOption = Annotated[
     list[int] | None,
     typer.Option(

@@ -36,6 +36,7 @@ from parties.cli.options import (
     StoreKeyOption,
     StoreOption,
     TaskOption,
+    TemperatureOption,
     ThreadsOption,
     TlsOption,
     TokensOption,
@@ -66,6 +67,7 @@ def share_model(
     output: Annotated[Path, typer.Option(help="Where party-0, party-1 and party-2 are written.")] = Path("shares"),
     length: LengthOption = None,
     capacity: CapacityOption = None,
+    temperature: TemperatureOption = None,
     batch: BatchOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -105,6 +107,7 @@ def share_model(
         (batch or 1,),
         dimensions=dimensions or 0,
         capacity=capacity or 0,
+        temperature=temperature,
         accept=Accept(accept_cosine, accept_error),
         **chosen(task, reveal),
     )

@@ -19,6 +19,7 @@ from parties.cli.options import (
     FractionBitsOption,
     GeluOption,
     LengthOption,
+    TemperatureOption,
     ThreadsOption,
     compile_options,
     refused,
@@ -27,7 +28,7 @@ from parties.cli.output import TABLE, FormatOption, OutputOption, checked_output
 from parties.reports.tables import profile_tables
 from parties.services.hosting import settle
 from parties.services.measure import measure_transport
-from secure.cost.outline import SHAPES
+from secure.cost.outline import SHAPES, is_shape
 from secure.cost.report import ProfileReport
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import build
@@ -47,6 +48,7 @@ def profile(
     model: Annotated[str, typer.Argument(help=KNOWN)] = PACKAGED,
     length: LengthOption = None,
     capacity: CapacityOption = None,
+    temperature: TemperatureOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -103,7 +105,7 @@ def profile(
     measuring = measure_transport if time else None
     wanted = ProfileOptions(networks, depth, measuring)
     with stages("profile") as told:
-        found = profiled(deployment, model, length, capacity, options, polynomial, wanted, told)
+        found = profiled(deployment, model, length, capacity, options, polynomial, wanted, told, temperature)
     if chosen == "table":
         for table in profile_tables(found):
             OUT.print(table)
@@ -125,14 +127,16 @@ def profiled(
     polynomial: bool,
     wanted: ProfileOptions,
     told: Told,
+    temperature: float | None = None,
 ) -> ProfileReport:
     """The profile of a shape without weights, or of a model that is loaded and compiled for it."""
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, polynomial=polynomial)
     if made is None:
-        made = made_of(deployment, model, length, options, told, capacity=capacity)
-    elif capacity is not None:
-        raise InvalidInput(f"--capacity means nothing for {model}", "it is for models that write text")
+        made = made_of(deployment, model, length, options, told, capacity=capacity, temperature=temperature)
+    for name, given in (("--capacity", capacity), ("--temperature", temperature)):
+        if given is not None and is_shape(model):
+            raise InvalidInput(f"{name} means nothing for {model}", "it is for models that write text")
     told(0, 0, "timing kernels and messages on this machine" if wanted.transport else "counting")
     return deployment.profile(made, wanted)
 
@@ -146,10 +150,13 @@ def made_of(
     *,
     batch: int = 1,
     capacity: int | None = None,
+    temperature: float | None = None,
 ) -> Any:
     """Load and compile a model for one size; one that writes text for a step, or for a prompt of ``length`` tokens."""
     lengths = (length,) if length else ()
-    compilation = Compilation(model, deployment, lengths, (), options, (batch,), capacity=capacity or 0)
+    compilation = Compilation(
+        model, deployment, lengths, (), options, (batch,), capacity=capacity or 0, temperature=temperature
+    )
     if compilation.loader.name == GENERATE:
         sizes = {int(size.program.labels["length"]): size for size in compilation.run(told).sizes}
         return sizes[length or 1].model

@@ -47,6 +47,7 @@ from parties.cli.options import (
     StoreKeyOption,
     StoreOption,
     TaskOption,
+    TemperatureOption,
     ThreadsOption,
     TlsOption,
     TokensOption,
@@ -99,6 +100,7 @@ def serve(
     also: AlsoOption = None,
     length: LengthsOption = None,
     capacity: CapacityOption = None,
+    temperature: TemperatureOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -232,6 +234,7 @@ def serve(
                 batches,
                 dimensions=dimensions or 0,
                 capacity=capacity or 0,
+                temperature=temperature,
                 accept=Accept(accept_cosine, accept_error),
                 **chosen(task, reveal),
             )

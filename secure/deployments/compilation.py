@@ -17,7 +17,14 @@ from typing import Any
 
 from secure.deployments.compiled import Compiled, build, check_sizes, task_of
 from secure.deployments.deployment import CompileOptions, Deployment
-from secure.deployments.generator import build_generator, check_generator, sizes_of_generator, written
+from secure.deployments.generator import (
+    TOKENS,
+    build_generator,
+    check_generator,
+    held_out_texts,
+    sizes_of_generator,
+    written,
+)
 from secure.deployments.kept import FORMAT
 from secure.deployments.self_test import Accept, self_test
 from secure.errors import InvalidInput
@@ -42,6 +49,7 @@ class Compilation:
     an embedding that are its answer; 0 for all. accept: how close answers of the compiled model must be to the
     original's, see ``self_test``. task, reveal: see ``task_of``. capacity: of a model that writes text, the most tokens
     of the padded prompt and what is written; 0 for the default.
+    temperature: of such a model, the greatest that clients may choose; None for the most likely tokens alone.
     """
 
     model: str
@@ -55,6 +63,7 @@ class Compilation:
     task: str = ""
     reveal: str = ""
     capacity: int = 0
+    temperature: float | None = None
 
     @property
     def loader(self) -> Loader:
@@ -73,7 +82,11 @@ class Compilation:
             texts: Sequence[Sequence[int] | str] = ()
             if self.sentences:
                 texts = [*written(loaded.module, capacity, told), *self.sentences]
-            return build_generator(loaded, self.deployment, self.options, lengths, capacity, texts, told)
+            made = build_generator(
+                loaded, self.deployment, self.options, lengths, capacity, texts, told, temperature=self.temperature
+            )
+            told(0, 0, "comparing the compiled model with the original")
+            return self_test(made, held_out_texts(loaded, self.temperature, told), self.accept)
         loaded = self.loader.load(self.model, max(self.lengths, default=0), self.sentences, told)
         self.accept.of(loaded.closeness)  # likewise
         compiled = build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
@@ -83,15 +96,16 @@ class Compilation:
     def check(self) -> None:
         """Raise InvalidInput for sizes that cannot be compiled, and for options that mean nothing for the model."""
         if self.loader.name != GENERATE:
-            if self.capacity:
-                raise InvalidInput(f"--capacity means nothing for {self.model}", "it is for models that write text")
+            for name, given in (("--capacity", self.capacity), ("--temperature", self.temperature)):
+                if given:
+                    raise InvalidInput(f"{name} means nothing for {self.model}", "it is for models that write text")
             check_sizes(self.deployment, self.lengths, self.batches)
             return
         if self.batches != (1,):
             raise InvalidInput(f"--batch means nothing for {self.model}", "a text is written alone")
-        if self.accept != Accept():
-            raise InvalidInput(f"--accept-cosine and --accept-error mean nothing for {self.model}", "it writes tokens")
-        check_generator(self.deployment, self.options, *sizes_of_generator(self.lengths, self.capacity))
+        self.accept.of(TOKENS)
+        sizes = sizes_of_generator(self.lengths, self.capacity)
+        check_generator(self.deployment, self.options, *sizes, self.temperature)
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
@@ -116,6 +130,7 @@ class Compilation:
             "dimensions": self.dimensions,
             "accept": asdict(self.accept),
             "capacity": self.capacity,
+            "temperature": self.temperature,
         }
 
     @property

@@ -42,6 +42,7 @@ from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 from secure.session.link import MAXIMUM_LENGTHS
+from secure.tasks.closeness import ScoreError
 from secure.tasks.generate import Generate
 from secure.tasks.task import Loaded
 
@@ -49,6 +50,9 @@ TEXTS = 8
 """Texts that a decoder writes itself, to calibrate with, if none are given."""
 
 PROMPT, CAPACITY = 32, 256
+
+TOKENS = ScoreError(TaskSettings(TOKEN))
+"""The measure by which tokens are compared."""
 
 STEP = "step"
 """The group of sizes whose ranges are those of later tokens."""
@@ -92,7 +96,7 @@ def compile_generator(
         deployment or TwoParty(),
         CompileOptions(embedding, gelu, approximations, fixed_point, network, checked=checked),
     )
-    check_generator(deployment, options, lengths, capacity)  # before the model is loaded
+    check_generator(deployment, options, lengths, capacity, temperature)  # before the model is loaded
     if isinstance(model, str):
         loaded = Generate().load(model, told=told)
     else:
@@ -108,8 +112,16 @@ def sizes_of_generator(lengths: Sequence[int], capacity: int) -> tuple[tuple[int
     return lengths, capacity or max(CAPACITY, *(2 * length for length in lengths))
 
 
-def check_generator(deployment: Deployment, options: CompileOptions, lengths: Sequence[int], capacity: int) -> None:
-    """Raise InvalidInput for a deployment, options, lengths of prompts or a capacity that no generator can have."""
+def check_generator(
+    deployment: Deployment,
+    options: CompileOptions,
+    lengths: Sequence[int],
+    capacity: int,
+    temperature: float | None = None,
+) -> None:
+    """Raise InvalidInput for a deployment, options, sizes or a greatest temperature that no generator can have."""
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise InvalidInput(f"a temperature of {temperature} at most", "a number above zero, or None for no samples")
     if not isinstance(deployment, CircuitDeployment):
         raise InvalidInput(f"{deployment.name} does not generate text", "deploy by secret sharing: TwoParty()")
     if options.answer_bits is not None:
@@ -130,9 +142,7 @@ def build_generator(
     temperature: float | None = None,
 ) -> Compiled:
     """Compile a model that ``Generate`` has loaded; see ``compile_generator``."""
-    check_generator(deployment, options, lengths, capacity)
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise InvalidInput(f"a temperature of {temperature} at most", "a number above zero, or None for no samples")
+    check_generator(deployment, options, lengths, capacity, temperature)
     assert isinstance(deployment, CircuitDeployment)  # as was just checked
     buckets, model = sorted({*lengths}, reverse=True), loaded.module
     _check_model(model, capacity)
@@ -162,6 +172,26 @@ def build_generator(
     return replace(first, others=tuple(others))
 
 
+def held_out_texts(loaded: Loaded, temperature: float | None = None, told: Told = silent) -> Loaded:
+    """Return a model that ``Generate`` has loaded with what the self-test of its prompts' Programs needs.
+
+    Texts that the model writes, other than those that calibrate it, are held out: as much of one as a prompt takes, and
+    the beginnings of two. What is compared is the token after each; where the Programs draw it, it is the one that a
+    temperature of 0 gives.
+    """
+    model = loaded.module
+
+    def held_out(length: int) -> list[dict[str, torch.Tensor]]:
+        if length == 1:  # a step reads what a prompt keeps
+            return []
+        texts = written(model, length, told, 3, seed=1)
+        cut = [text[: max(1, length // part)] for text, part in zip(texts, (1, 2, 4), strict=True)]
+        inputs = [prompt_inputs(text, length, places=not looks_positions_up(model)) for text in cut]
+        return [at_temperature(each, None if temperature is None else 0.0) for each in inputs]
+
+    return replace(loaded, module=Decoder(model), held_out=held_out, closeness=TOKENS)
+
+
 def _token_ids(texts: Sequence[Sequence[int] | str], tokenizer: TextTokenizer | None) -> list[Sequence[int]]:
     """Return texts to calibrate with as token ids."""
     if tokenizer is None and any(isinstance(text, str) for text in texts):
@@ -172,15 +202,15 @@ def _token_ids(texts: Sequence[Sequence[int] | str], tokenizer: TextTokenizer | 
     ]
 
 
-def written(model: nn.Module, length: int, told: Told = silent, count: int = TEXTS) -> list[list[int]]:
+def written(model: nn.Module, length: int, told: Told = silent, count: int = TEXTS, seed: int = 0) -> list[list[int]]:
     """Let a model write texts of ``length`` tokens by sampling, the same at every call; return their token ids."""
-    told(0, 0, f"writing {count} texts to calibrate with")
+    told(0, 0, f"writing {count} texts to calibrate or test with")
     writer: Any = copy.copy(model)
     begin = getattr(writer.config, "bos_token_id", None)
     begin = begin if isinstance(begin, int) and 0 <= begin < vocabulary(model) else 0
     ids = torch.full((count, 1), begin)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         found = writer.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -52,6 +52,13 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, temperature: Tensor | None = None
     ) -> Tensor:
+        logits, _ = self.scored(input_ids, position_ids, attention_mask)
+        return logits.argmax(-1) if temperature is None else sample(logits, temperature)
+
+    def scored(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, temperature: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Return the scores of the next token, (1, 1, vocabulary), all of which count; they have no temperature."""
         model: Any = self.model
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
         head = model.get_output_embeddings()
@@ -66,8 +73,7 @@ class Decoder(nn.Module):
             )
         finally:
             hook.remove()
-        logits: Tensor = found.logits
-        return logits.argmax(-1) if temperature is None else sample(logits, temperature)
+        return found.logits, None
 
 
 def prompt_inputs(prompt: Sequence[int], bucket: int, *, pad: int = 0, places: bool = True) -> dict[str, Tensor]:

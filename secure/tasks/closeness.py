@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secure.models.heads import revealed
-from secure.models.settings import IDENTITY, LABEL, PROBABILITIES, SIGMOID, SPAN, TaskSettings
+from secure.models.settings import IDENTITY, LABEL, PROBABILITIES, SIGMOID, SPAN, TOKEN, TaskSettings
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,7 +75,7 @@ class ScoreError(Closeness):
     softmax or sigmoid makes probabilities of scores, it counts as 1 at least, elsewhere as the error that is accepted:
     a model that says nearly the same of everything is not held to the last digits.
 
-    Of a label or a span it is the least error of scores that explains the choice: half the distance, among the
+    Of a label, a span or a token it is the least error of scores that explains the choice: half the distance, among the
     original's scores, of the original's choice from the one that was made. So it is 0 for the same choice, and small
     where two are as good as equal. It is infinite for what the original never chooses.
 
@@ -90,7 +90,7 @@ class ScoreError(Closeness):
     moves: ClassVar[str] = "raises the bar"
 
     def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
-        chosen, proper = self.settings.reveal in (LABEL, SPAN), self.settings.activation != IDENTITY
+        chosen, proper = self.settings.reveal in (LABEL, SPAN, TOKEN), self.settings.activation != IDENTITY
         errors, seen = list[Tensor](), list[Tensor]()
         for each in answered:
             scores, counted = self._scored(module, each.inputs)
