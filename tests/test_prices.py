@@ -100,7 +100,7 @@ def test_a_dear_round_gives_fewer_rounds_and_a_dear_byte_fewer_bytes(near: secur
     assert costs[0].rounds <= costs[1].rounds <= costs[2].rounds
     assert costs[0].rounds < costs[2].rounds
     worth = [max(cost.to_first, cost.to_second) + cost.dealt / DEALT_FOR_ONLINE for cost in costs]
-    assert worth[0] > worth[1] > worth[2]
+    assert worth[0] >= worth[1] > worth[2]
 
 
 @pytest.mark.parametrize("network", ["lan", "slow-wan", "0.1,0.001", "5000,10000"])
@@ -220,10 +220,10 @@ def test_ckks_has_no_rounds_to_choose() -> None:
 
 
 def test_the_choice_is_said_with_its_price_and_the_default_s(near: secure.Compiled) -> None:
-    made = compiled("slow-wan")
+    made = compiled("0.1,0.001")
     (words,) = made.deployment.choices(made.model)
     cost, default = (each.cost for each in (made, near))
-    assert words.startswith(f"for WAN, 100 Mbps, 80 ms: {cost.rounds} rounds, ")
+    assert words.startswith(f"for 0.1 Mbps, 0.001 ms: {cost.rounds} rounds, ")
     assert f"; the default choice: {default.rounds} rounds, " in words
     assert words.count(" MB online, ") == words.count(" MB dealt, ") == words.count(" s of waiting") == 2
     assert near.deployment.choices(near.model) == ()

@@ -5,5 +5,6 @@ trace           symbolic values that record primitives
 ranges          the range of every traced value
 client_inputs   how a client makes the inputs of a circuit
 observe         the ranges that approximations ask for
+rows            the part of a value that sets ranges
 lower           running a graph through the approximations
 """

@@ -52,6 +52,7 @@ DEFAULT = Prices()
 TRIED: Mapping[str, tuple[int, ...]] = {
     "round_bytes": (0, 100_000, 4_000_000),
     "coefficients": (0, 4096),
+    "table_bytes": (0,),
 }
 """The prices that ``choose`` tries, by their names, beside the default ones."""
 
