@@ -123,14 +123,16 @@ def _price(rows: Shape, window: _Window, prices: Prices) -> float:
     for _ in range(window.halves):
         total += price_of_halves(rows, window.wide, window.tolerance, prices)
         rows = (*rows[:-1], -(-rows[-1] // 2))
-    counted = [protocol.cost() for protocol in (tp.Open(rows, window.ring), *_counters(rows, window))]
+    counted = [
+        protocol.cost() for protocol in (tp.Open(rows, window.ring), *_counters(rows, window), *_checks(rows, window))
+    ]
     spared = CircuitCost() if window.halves else counted[0]  # the exponential opens all scores anyway
     return total + sum(map(prices.of, counted)) - prices.of(spared)
 
 
 def _dealt(rows: Shape, window: _Window) -> int:
-    """Return the dealt bytes of counting."""
-    return sum(protocol.cost().dealt for protocol in _counters(rows, window))
+    """Return the dealt bytes of counting, and of checking what counts."""
+    return sum(protocol.cost().dealt for protocol in (*_counters(rows, window), *_checks(rows, window)))
 
 
 def _counters(rows: Shape, w: _Window) -> tuple[Protocol, ...]:
@@ -139,6 +141,11 @@ def _counters(rows: Shape, w: _Window) -> tuple[Protocol, ...]:
     if w.blocks == 1:
         return (histogram,)
     return tp.DigitIn(rows, w.ring, w.shift + w.coarser, w.below), tp.OpenBits(rows, 1), histogram
+
+
+def _checks(rows: Shape, w: _Window) -> tuple[Protocol, ...]:
+    """Return what checks the digits that tell which scores count: another table of each."""
+    return (tp.DigitIn(rows, w.ring, w.shift + w.coarser, w.below),) if w.blocks > 1 else ()
 
 
 def ways(digits: int, bins: int) -> Iterable[tuple[int, int, int, int]]:
