@@ -496,11 +496,11 @@ def test_the_most_that_is_allowed() -> None:
 
 def test_outputs_of_one_large_reveal_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     d = document()
-    monkeypatch.setattr(program_module, "MAXIMUM_ELEMENTS", 2000)  # every output has 4 times 5
-    outputs_of_one_reveal(d, 100)
+    monkeypatch.setattr(program_module, "MAXIMUM_ELEMENTS", 20_000)  # every output has 4 times 5
+    outputs_of_one_reveal(d, 1000)
     Program.from_bytes(json.dumps(d).encode())
-    outputs_of_one_reveal(d, 101)
-    with pytest.raises(InvalidProgram, match="101 outputs of 2020 elements, clients decode 1024 of 2000 at most"):
+    outputs_of_one_reveal(d, 1001)
+    with pytest.raises(InvalidProgram, match="1001 outputs of 20020 elements, clients decode 1024 of 20000 at most"):
         Program.from_bytes(json.dumps(d).encode())
 
 

@@ -21,7 +21,7 @@ pytest.importorskip("tokenizers")
 from parties.net.caller import Caller
 from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee
-from parties.three_party.conversations import Wanted
+from parties.three_party.conversations import WantedProgram
 from parties.three_party.pair_keys import PairKey, PairSeed
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_2 import Party2Service
@@ -83,7 +83,7 @@ def test_who_kept_all_seeds_of_the_owner_makes_no_proof(three: Three) -> None:
     """Before, the proof of a Seed request followed from the owner's seed alone."""
     two, number = three.parties[2].service, bytes(range(1, 17))
     zero = three.parties[0].service.key(2)
-    model, about = two.share.manifest.model, Wanted(two.share.program.digest).about()
+    model, about = two.share.manifest.model, WantedProgram(two.share.program.digest).about()
     stub = PartyStub(three.parties[2].peer().channel)
     supply = pb.SupplyRequest(model=model, supply=number, proof=zero.proof("supply", number, about))
     list(stub.Supply(supply))

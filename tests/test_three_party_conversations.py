@@ -22,8 +22,8 @@ import secure
 from parties.limits.memory import PreparedMemory
 from parties.served.described import ask_description
 from parties.three_party import conversations as module
-from parties.three_party.client import ThreePartyLink, _Text
-from parties.three_party.conversations import MAXIMUM_CONVERSATIONS, OF_ONE, Conversations, Wanted
+from parties.three_party.client import ThreePartyLink, _PartyText
+from parties.three_party.conversations import MAXIMUM_CONVERSATIONS, OF_ONE, PartyConversations, WantedProgram
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_2 import Party2Service
@@ -82,7 +82,7 @@ def kept(three: Three) -> list[int]:
     return [len(conversations(three, party)) for party in range(3)]
 
 
-def conversations(three: Three, party: int) -> Conversations:
+def conversations(three: Three, party: int) -> PartyConversations:
     found = three.parties[party].service.conversations
     assert found is not None
     return found
@@ -108,9 +108,9 @@ def test_tokens_are_those_of_floating_point(shares: dict[str, Path], name: str, 
 
 
 def test_a_step_is_dealt_while_another_runs(shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    dealt, real = list[Wanted](), Party2Service._supply
+    dealt, real = list[WantedProgram](), Party2Service._supply
 
-    def noted(self: Any, number: bytes, key: Any, wanted: Wanted, *about: Any) -> Any:
+    def noted(self: Any, number: bytes, key: Any, wanted: WantedProgram, *about: Any) -> Any:
         dealt.append(wanted)
         return real(self, number, key, wanted, *about)
 
@@ -235,7 +235,7 @@ def zeros(link: ThreePartyLink) -> Mapping[str, Any]:
     return link.program.encode(link.program.dummy_values(), link.tables)  # type: ignore[no-any-return]
 
 
-def conversation(session: Session) -> _Text:
+def conversation(session: Session) -> _PartyText:
     """A text of which the prompt has been read."""
     link = links(session)[SHORT]
     text = link.converse(CAPACITY)
@@ -244,7 +244,7 @@ def conversation(session: Session) -> _Text:
 
 
 def asked(link: ThreePartyLink, owner: Sequence[bytes], **place: Any) -> Any:
-    wanted = Wanted(link.program.digest)._replace(**place)
+    wanted = WantedProgram(link.program.digest)._replace(**place)
     return link._ask(zeros(link), 0, wanted, owner)
 
 
@@ -302,11 +302,11 @@ def test_a_text_belongs_to_who_began_it(three: Three) -> None:
 
 
 def test_a_text_belongs_to_the_name_in_a_certificate() -> None:
-    table, program = Conversations("it", LOG, PreparedMemory(1000)), step()
-    made = table.open(Wanted("", bytes(16)), program, 1, "ann", bytes(32))
+    table, program = PartyConversations("it", LOG, PreparedMemory(1000)), step()
+    made = table.open(WantedProgram("", bytes(16)), program, 1, "ann", bytes(32))
     table._rest(made)
     with pytest.raises(QueryError, match="keeps nothing"):
-        table.open(Wanted("", bytes(16), 1), program, 1, "bob", bytes(32))
+        table.open(WantedProgram("", bytes(16), 1), program, 1, "bob", bytes(32))
     table.close()
 
 
@@ -337,7 +337,7 @@ def test_its_program_answers_nothing_outside_a_text(three: Three) -> None:
 def test_what_follows_must_fit(three: Three) -> None:
     with three.dial() as session:
         link = links(session)[SHORT]
-        wanted = Wanted(link.program.digest, secrets.token_bytes(16))
+        wanted = WantedProgram(link.program.digest, secrets.token_bytes(16))
         for following in ("f" * 64, link.program.digest):
             with pytest.raises(QueryError, match=r"has no Program|cannot have that place"):
                 link._ask(zeros(link), 0, wanted, (bytes(32), bytes(32)), following)
@@ -350,8 +350,8 @@ def step() -> Program:
     return compiled("llama", "three").sizes[-1].program  # type: ignore[no-any-return]
 
 
-def named(number: int) -> Wanted:
-    return Wanted("", number.to_bytes(16, "big"))
+def named(number: int) -> WantedProgram:
+    return WantedProgram("", number.to_bytes(16, "big"))
 
 
 def test_memory_is_bounded(shares: dict[str, Path]) -> None:
@@ -368,7 +368,7 @@ def test_memory_is_bounded(shares: dict[str, Path]) -> None:
 
 
 def test_who_rests_longest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    table, program = Conversations("it", LOG, PreparedMemory(3)), step()
+    table, program = PartyConversations("it", LOG, PreparedMemory(3)), step()
     made = [table.open(named(number), program, 1) for number in range(3)]
     monkeypatch.setattr("parties.limits.memory.WAIT", 0.2)
     with pytest.raises(Busy):
@@ -394,7 +394,7 @@ def test_who_rests_longest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_places_are_bounded() -> None:
-    table, program = Conversations("it", LOG, PreparedMemory(1000)), step()
+    table, program = PartyConversations("it", LOG, PreparedMemory(1000)), step()
     for number in range(OF_ONE):
         table.open(named(number), program, 1, "ann")
     with pytest.raises(Busy, match="of this caller"):
@@ -407,7 +407,7 @@ def test_places_are_bounded() -> None:
 
 
 def test_queries_of_one_text_run_one_after_the_other() -> None:
-    table, program = Conversations("it", LOG, PreparedMemory(1000)), step()
+    table, program = PartyConversations("it", LOG, PreparedMemory(1000)), step()
     made = table.open(named(1), program, 1)
     key = PairKey(bytes(32), (0, 1))
     made.keep(named(1), b"a" * 16, {"keys": Opening(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))})
@@ -424,7 +424,7 @@ def test_queries_of_one_text_run_one_after_the_other() -> None:
 
 
 def test_a_history_names_the_queries_whose_rows_are_read() -> None:
-    table, row = Conversations("it", LOG, PreparedMemory(1000)), torch.zeros(1, 1, 3)
+    table, row = PartyConversations("it", LOG, PreparedMemory(1000)), torch.zeros(1, 1, 3)
     made, other = (table.open(named(number), step(), 1) for number in range(2))
 
     def keep(where: Any, rows: int, number: bytes, count: int = 1) -> None:

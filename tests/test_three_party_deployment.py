@@ -25,7 +25,7 @@ from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
 from parties.three_party.asked import Asked
 from parties.three_party.client import ThreePartyLink
-from parties.three_party.conversations import Wanted
+from parties.three_party.conversations import WantedProgram
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, PartyService
 from parties.three_party.party_0 import Party0Service
@@ -446,7 +446,7 @@ def test_party_2_that_falls_silent_holds_nothing_of_party_0(shares: dict[str, Pa
     with running(shares["client-table"], {2: Silent}, deadline=1.0) as three:
         service = three.parties[0].service
         assert isinstance(service, Party0Service)
-        arriving = service._supply(service.share.sizes[0], Wanted(service.share.program.digest))
+        arriving = service._supply(service.share.sizes[0], WantedProgram(service.share.program.digest))
         wait_until(lambda: arriving.failed, "party 0 gives up", 5)
         with pytest.raises(PeerLost, match="party 2 sent nothing for 1 s"):
             arriving.finish()
@@ -678,7 +678,7 @@ def free(party: Party) -> int:
 
 def test_corrections_are_for_party_0_alone(three: Three) -> None:
     share, number = three.parties[2].service.share, bytes(16)
-    about = Wanted(share.program.digest).about()
+    about = WantedProgram(share.program.digest).about()
     proofs = [b"", bytes(32), PairKey(bytes(32), (2, 0)).proof("supply", number, about)]
     proofs += [
         seed.proof(purpose, number, about) for seed in share.pair_seeds.values() for purpose in ("supply", "seed")
@@ -694,7 +694,7 @@ def test_corrections_are_for_party_0_alone(three: Three) -> None:
 
 def test_numbers_and_seeds_serve_once(three: Three) -> None:
     share, number = three.parties[2].service.share, bytes(range(16))
-    about = Wanted(share.program.digest).about()
+    about = WantedProgram(share.program.digest).about()
     zero, one = (three.parties[party].service.key(2) for party in range(2))
     supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number, about))
     seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number, about))
@@ -715,7 +715,7 @@ def test_a_supply_that_is_asked_for_again_has_a_tag_under_another_key(
     Nothing is dealt under a number that was used.
     """
     share, number, made = three.parties[2].service.share, bytes(range(2, 18)), list[bytes]()
-    about = Wanted(share.program.digest).about()
+    about = WantedProgram(share.program.digest).about()
     zero, one = (three.parties[party].service.key(2) for party in range(2))
     supply = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=zero.proof("supply", number, about))
     seed = pb.SupplyRequest(model=share.manifest.model, supply=number, proof=one.proof("seed", number, about))

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from parties.three_party.conversations import Conversation, Wanted
+from parties.three_party.conversations import PartyConversation, WantedProgram
 from parties.three_party.shared_model import SharedProgram
 from proto import unseen_pb2 as pb
 from secure.errors import Error, PeerLost
@@ -37,19 +37,19 @@ class Asked:
     """One query. parts: the byte strings that came with it. joined: True if a computation has taken it up.
 
     size: the Program that it computes. conversation: that in which it stands, if it stands in one, and which this party
-    keeps; history: see ``Conversation.history``. owner: what the client shows to go on with it. following: the digest
-    of the Program of the query after it, or "".
+    keeps; history: see ``PartyConversation.history``. owner: what the client shows to go on with it. following: the
+    digest of the Program of the query after it, or "".
     """
 
     session: bytes = field(repr=False)
     seed: bytes = field(repr=False)
     parts: list[bytes] = field(repr=False)
     deadline: float  # the client's, in seconds
-    wanted: Wanted
+    wanted: WantedProgram
     size: SharedProgram
     owner: bytes = field(default=b"", repr=False)
     following: str = ""
-    conversation: Conversation | None = None
+    conversation: PartyConversation | None = None
     history: bytes = b""
     progress: Progress = field(default_factory=Progress)
     joined: bool = False

@@ -23,7 +23,7 @@ from parties.net.calls import failed
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.served.described import ConnectOptions, ask_description, read_description
-from parties.three_party.conversations import AGAIN, NAME_BYTES, OWNER_BYTES, Wanted
+from parties.three_party.conversations import AGAIN, NAME_BYTES, OWNER_BYTES, WantedProgram
 from parties.three_party.party import SESSION_BYTES
 from parties.three_party.party_1 import input_key
 from parties.three_party.shared_model import public_name
@@ -55,7 +55,7 @@ class Times:
 
 
 @dataclass(eq=False, repr=False)
-class _Text:
+class _PartyText:
     """A conversation of this client: its name, what it shows parties 0 and 1 to go on, and the rows that they keep."""
 
     name: bytes = field(default_factory=lambda: secrets.token_bytes(NAME_BYTES))
@@ -134,19 +134,19 @@ class ThreePartyLink(Link):
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         if self.program.keeps:
             raise QueryError("queries of this Program stand in conversations", "ask it to generate text")
-        return self._ask(values, number, Wanted(self.program.digest))
+        return self._ask(values, number, WantedProgram(self.program.digest))
 
-    def converse(self, capacity: int) -> _Text:
-        return _Text()
+    def converse(self, capacity: int) -> _PartyText:
+        return _PartyText()
 
     def go_on(
         self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
     ) -> tuple[Sequence[Tensor], Report]:
-        text: _Text = conversation
+        text: _PartyText = conversation
         if text.ended:
             raise QueryError("a query of this text has failed", AGAIN)
         text.ended = True  # unless this one succeeds
-        wanted = Wanted(self.program.digest, text.name, text.rows)
+        wanted = WantedProgram(self.program.digest, text.name, text.rows)
         found = self._ask(values, number, wanted, text.owner, ahead.program.digest if ahead is not None else "")
         text.rows, text.ended = text.rows + self.program.kept_rows, False
         return found
@@ -159,7 +159,7 @@ class ThreePartyLink(Link):
         self,
         values: Mapping[str, Any],
         number: int,
-        wanted: Wanted,
+        wanted: WantedProgram,
         owner: Sequence[bytes] = (b"", b""),
         following: str = "",
     ) -> tuple[Sequence[Tensor], Report]:
@@ -183,7 +183,7 @@ class ThreePartyLink(Link):
         return results, Report(first.rounds, moved, end - start, first.dealing, computed, first.dealing, number)
 
     def _messages(
-        self, values: Mapping[str, Tensor], wanted: Wanted, owner: Sequence[bytes], following: str
+        self, values: Mapping[str, Tensor], wanted: WantedProgram, owner: Sequence[bytes], following: str
     ) -> list[list[pb.AskPart]]:
         """Make the messages to each party; party 2 gets none unless rows are looked up in a shared table."""
         session, seed = secrets.token_bytes(SESSION_BYTES), fresh_seed()

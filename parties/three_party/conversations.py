@@ -1,4 +1,4 @@
-"""Conversations at one of three parties: queries of which later ones read what earlier ones kept.
+"""PartyConversations at one of three parties: queries of which later ones read what earlier ones kept.
 
 Parties 0 and 1 keep the openings of rows, party 2 their masks. What a query reads is said by its place: the name of
 the conversation, and how many of its rows. Before anything is dealt or computed, each pair compares the place, and the
@@ -37,15 +37,15 @@ SWEEPING = 30.0  # seconds after which conversations that rest too long are look
 AGAIN = "begin the text again"
 
 
-class Wanted(NamedTuple):
-    """What a query computes, see ``proto``. conversation: b"" for a query that stands for itself."""
+class WantedProgram(NamedTuple):
+    """The Program that a query computes, and its place, see ``proto``. conversation: b"" if it stands for itself."""
 
     program_digest: str
     conversation: bytes = b""
     rows: int = 0
 
     @classmethod
-    def of(cls, message: pb.Wanted, first: str) -> Wanted:
+    def of(cls, message: pb.Wanted, first: str) -> WantedProgram:
         """Return what a message names. first: the Program that is meant if it names none."""
         return cls(message.program_digest or first, message.conversation, message.rows)
 
@@ -79,7 +79,7 @@ class Wanted(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class Conversation:
+class PartyConversation:
     """One party's rows of a conversation. owner: who may go on with it.
 
     key: that which the pair that computes its queries had agreed on at the first of them. at_work: a query of it is
@@ -105,14 +105,14 @@ class Conversation:
         queries = [each for each in self._queries if each[0] < rows] + ([(rows, following)] if following else [])
         return hashlib.sha256(b"".join(start.to_bytes(8, "big") + number for start, number in queries)).digest()
 
-    def given(self, wanted: Wanted, program: Program) -> dict[str, Any]:
+    def given(self, wanted: WantedProgram, program: Program) -> dict[str, Any]:
         """Return what a query reads, by name. Raises QueryError if it has ended."""
         kept = self.kept
         if self.ended:
             raise unknown("it", "it gave its place to others")
         return kept.given(program.circuit, wanted.rows)
 
-    def keep(self, wanted: Wanted, number: bytes, rows: Mapping[str, Any]) -> None:
+    def keep(self, wanted: WantedProgram, number: bytes, rows: Mapping[str, Any]) -> None:
         """Keep the rows of the query ``number`` behind those that it read. Raises QueryError if it has ended."""
         if self.ended:
             raise unknown("it", "it gave its place to others")
@@ -124,7 +124,7 @@ def unknown(who: str, why: str = "it has ended, or the party was started anew") 
     return QueryError(f"{who} keeps nothing of this text: {why}", AGAIN)
 
 
-class Conversations:
+class PartyConversations:
     """All conversations at one party. memory: the budget of what is kept.
 
     A conversation takes one of MAXIMUM_CONVERSATIONS places, and its memory, with its first query. It ends when one of
@@ -137,7 +137,7 @@ class Conversations:
             memory or PreparedMemory(memory_budget(None), "memory for kept rows", "give its machine more", who),
         )
         self._seats = Seats(who, "conversations", MAXIMUM_CONVERSATIONS, OF_ONE)
-        self._all: dict[bytes, Conversation] = {}
+        self._all: dict[bytes, PartyConversation] = {}
         self._lock = threading.Lock()
         self._sweeping = Repeating(SWEEPING, self.sweep, log)
 
@@ -155,7 +155,9 @@ class Conversations:
             if not each.at_work and time.monotonic() - each.since > IDLE:
                 self.end(each)
 
-    def open(self, wanted: Wanted, program: Program, size: int, caller: str = "", shown: bytes = b"") -> Conversation:
+    def open(
+        self, wanted: WantedProgram, program: Program, size: int, caller: str = "", shown: bytes = b""
+    ) -> PartyConversation:
         """Begin or find the conversation of a query, which is at work from now on, until ``rest`` or ``end``.
 
         wanted: it was checked. size: the bytes that all its rows take here. caller: the name of whose it is; shown: the
@@ -178,11 +180,11 @@ class Conversations:
         self.end(found)
         raise QueryError(f"{self._who} keeps {filled} rows, {wanted.rows} are to be read", AGAIN)
 
-    def _begin(self, name: bytes, program: Program, size: int, caller: str, owner: bytes) -> Conversation:
+    def _begin(self, name: bytes, program: Program, size: int, caller: str, owner: bytes) -> PartyConversation:
         if name in self._all:
             raise QueryError("a text of this name was begun before", "take a fresh one")
         seat = self._seats.take(caller, partial(self._end_named, name))
-        made = Conversation(name, owner, KeptRows(program.capacity), seat)
+        made = PartyConversation(name, owner, KeptRows(program.capacity), seat)
         try:
             self.memory.take(seat, size)
             with self._lock:
@@ -195,7 +197,7 @@ class Conversations:
         return made
 
     @contextmanager
-    def using(self, conversation: Conversation | None, key: PairKey) -> Iterator[None]:
+    def using(self, conversation: PartyConversation | None, key: PairKey) -> Iterator[None]:
         """Use a conversation that was opened for its query, if it has one; if the query fails, the conversation ends.
 
         key: that of the pair which computes the query. Raises QueryError if another was agreed on meanwhile.
@@ -213,7 +215,7 @@ class Conversations:
             raise
         self._rest(conversation)
 
-    def _rest(self, conversation: Conversation) -> None:
+    def _rest(self, conversation: PartyConversation) -> None:
         conversation.since = time.monotonic()
         conversation.seat.rest(SPARE)
         conversation.at_work = False
@@ -223,7 +225,7 @@ class Conversations:
         for each in list(self._all.values()):
             each.coming = None
 
-    def end(self, conversation: Conversation) -> None:
+    def end(self, conversation: PartyConversation) -> None:
         """End a conversation; harmless if it has ended."""
         with self._lock:
             if self._all.get(conversation.name) is conversation:

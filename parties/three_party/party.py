@@ -22,7 +22,7 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked
-from parties.three_party.conversations import OWNER_BYTES, Conversations, Wanted, kept_of
+from parties.three_party.conversations import OWNER_BYTES, PartyConversations, WantedProgram, kept_of
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.shared_model import PartyShare, SharedProgram
 from proto import unseen_pb2 as pb
@@ -67,7 +67,7 @@ class PartyService(PartyServicer, ABC):
         self._asking, self._greeting = WaitingRoom(WAITING), WaitingRoom(WAITING)
         self._sizes = {size.program.digest: size for size in share.sizes}
         keeping = any(size.program.keeps for size in share.sizes)
-        self.conversations = Conversations(share.role, self.log) if keeping else None
+        self.conversations = PartyConversations(share.role, self.log) if keeping else None
         self._joining = min(deadline, FIRST + patience(max(sum(self.asked_sizes(size)) for size in share.sizes)))
         self._asked: dict[bytes, Asked] = {}
         self._came = threading.Condition()
@@ -165,7 +165,7 @@ class PartyService(PartyServicer, ABC):
         if not asked.joined:
             self.end(asked)
 
-    def size(self, wanted: Wanted) -> SharedProgram:
+    def size(self, wanted: WantedProgram) -> SharedProgram:
         """Return the Program of a query. Raises QueryError if this party has none such, or not at this place."""
         found = self._sizes.get(wanted.program_digest)
         if found is None:
@@ -173,9 +173,9 @@ class PartyService(PartyServicer, ABC):
         wanted.check(found.program)
         return found
 
-    def wanted(self, message: pb.Wanted) -> Wanted:
+    def wanted(self, message: pb.Wanted) -> WantedProgram:
         """Return what a message names."""
-        return Wanted.of(message, self.share.program.digest)
+        return WantedProgram.of(message, self.share.program.digest)
 
     @contextmanager
     def conversing(self, asked: Asked, key: PairKey) -> Iterator[None]:

@@ -28,7 +28,7 @@ from parties.store.entries import Store, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
 from parties.three_party.asked import Asked, Progress
-from parties.three_party.conversations import AGAIN, Conversation, Wanted
+from parties.three_party.conversations import AGAIN, PartyConversation, WantedProgram
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.party_2 import query_key, sketch_key, supply_seal
@@ -72,7 +72,7 @@ class Party0Service(PartyService):
         self._party_2, self._ahead = party_2, ahead
         alone = [size for size in share.sizes if not size.program.keeps]  # what is dealt before anybody asks
         self._stocks = {
-            size.program.digest: Stock(partial(self._supply, size, Wanted(size.program.digest)), ahead)
+            size.program.digest: Stock(partial(self._supply, size, WantedProgram(size.program.digest)), ahead)
             for size in alone
         }
         self._alone = alone
@@ -103,14 +103,14 @@ class Party0Service(PartyService):
 
     def _put(self, store: Store, label: str, size: SharedProgram) -> None:
         """Put one query into the store."""
-        number, wanted = secrets.token_bytes(NUMBER_BYTES), Wanted(size.program.digest)
+        number, wanted = secrets.token_bytes(NUMBER_BYTES), WantedProgram(size.program.digest)
         with self._supplying(number, wanted, b"") as (parts, sealing):
             seed, corrections = checked(parts, sealing)
             store.put(label, number, seed, size.circuit.cost.dealt, corrections)
 
     @contextmanager
     def _supplying(
-        self, number: bytes, wanted: Wanted, history: bytes
+        self, number: bytes, wanted: WantedProgram, history: bytes
     ) -> Iterator[tuple[Iterator[pb.SupplyPart], Callable[[bytes], Seal]]]:
         """Yield what party 2 sends for a query's number, and how its tag begins. Raises PeerLost, HandshakeError."""
         key = self.key(2)
@@ -132,7 +132,7 @@ class Party0Service(PartyService):
             watch.stop()
             call.cancel()  # does nothing if everything came
 
-    def _supply(self, size: SharedProgram, wanted: Wanted, history: bytes = b"") -> Arriving:
+    def _supply(self, size: SharedProgram, wanted: WantedProgram, history: bytes = b"") -> Arriving:
         """Ask party 2 for one query's corrections; a thread receives them meanwhile."""
         arriving = Arriving(size.circuit.circuit, self.deadline)
 
@@ -244,7 +244,7 @@ class Party0Service(PartyService):
         supply.progress = asked.progress
         return supply
 
-    def _in_conversation(self, asked: Asked, conversation: Conversation) -> Arriving:
+    def _in_conversation(self, asked: Asked, conversation: PartyConversation) -> Arriving:
         """Take what was asked of party 2 ahead if it is for this query, and ask for the one that follows.
 
         Party 2 deals one query of a conversation at a time, and each reads the masks of those before.
@@ -263,7 +263,7 @@ class Party0Service(PartyService):
 
             def follow() -> None:
                 made = self._supply(self.size(wanted), wanted, history)
-                conversation.coming = _Coming(wanted.about(history), made)
+                conversation.coming = _ComingQuery(wanted.about(history), made)
 
             supply.then(follow)
         return supply
@@ -287,17 +287,17 @@ class Party0Service(PartyService):
 
 
 @dataclass(frozen=True, repr=False)
-class _Coming:
+class _ComingQuery:
     """Corrections that party 2 deals for the query that goes on with a conversation. about: of what is wanted."""
 
     about: bytes
     supply: Arriving
 
 
-def _following(asked: Asked) -> Wanted:
+def _following(asked: Asked) -> WantedProgram:
     """Return what the query after this one computes."""
     wanted = asked.wanted
-    return Wanted(asked.following, wanted.conversation, wanted.rows + asked.size.program.kept_rows)
+    return WantedProgram(asked.following, wanted.conversation, wanted.rows + asked.size.program.kept_rows)
 
 
 class _Computation:

@@ -16,7 +16,7 @@ from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.three_party.asked import Asked
-from parties.three_party.conversations import Wanted
+from parties.three_party.conversations import WantedProgram
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.party import PartyService
 from parties.three_party.party_2 import check_seed, query_key, sketch_key
@@ -131,7 +131,7 @@ class _Call:
         with self._service.conversing(asked, key):
             return self._answered(key, asked.session, asked.wanted, asked.history)
 
-    def _answered(self, key: PairKey, session: bytes, wanted: Wanted, history: bytes) -> pb.Answer:
+    def _answered(self, key: PairKey, session: bytes, wanted: WantedProgram, history: bytes) -> pb.Answer:
         hello = pb.PeerHello(
             version=WIRE_VERSION,
             model=self._service.share.manifest.model,

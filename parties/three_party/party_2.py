@@ -22,7 +22,7 @@ from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
 from parties.store.memory import MemoryStore
 from parties.three_party.asked import Asked
-from parties.three_party.conversations import AGAIN, Wanted
+from parties.three_party.conversations import AGAIN, WantedProgram
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.shared_model import PartyShare, SharedProgram
@@ -95,7 +95,7 @@ class Party2Service(PartyService):
     def converse(self, asked: Asked, who: Caller) -> None:
         """Do nothing: what this party keeps belongs to what it deals, not to the keys that a client sends it."""
 
-    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> tuple[bytes, Wanted, PairKey]:
+    def _check(self, request: pb.SupplyRequest, party: int, purpose: str) -> tuple[bytes, WantedProgram, PairKey]:
         """Return a request's number, what the query computes, and the key that its proof was made with."""
         if request.model != self.share.manifest.model:
             raise HandshakeError(
@@ -116,7 +116,9 @@ class Party2Service(PartyService):
         finally:
             watch.stop()
 
-    def _supply(self, number: bytes, key: PairKey, wanted: Wanted, history: bytes) -> Iterator[pb.SupplyPart | bytes]:
+    def _supply(
+        self, number: bytes, key: PairKey, wanted: WantedProgram, history: bytes
+    ) -> Iterator[pb.SupplyPart | bytes]:
         size, zero, one = self.size(wanted), fresh_seed(), fresh_seed()
         self._store.sweep(before=time.time() - SEEDS_KEPT)
         waiting = [(self._seeds, one + wanted.about(history))]
@@ -138,7 +140,7 @@ class Party2Service(PartyService):
 
     @contextmanager
     def _keeping(
-        self, number: bytes, key: PairKey, program: Program, wanted: Wanted, history: bytes
+        self, number: bytes, key: PairKey, program: Program, wanted: WantedProgram, history: bytes
     ) -> Iterator[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
         """Yield the masks of what a query reads, and where to put those that are kept of it for later queries.
 

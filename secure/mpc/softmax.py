@@ -36,6 +36,7 @@ NARROW_MASKS = (
     22,
     28,
 )  # the fewest fraction bits of the factor that is dealt for them, for an error of 7e-6, and the most
+LOST = 2.0**-11  # the most by which what lies beyond the narrower intervals may add to a row's sum of 1 or more
 MOST_BINS = 256  # of a histogram
 ROOM = 4.0  # by how much a row's maximum may lie beyond all that are expected
 LOSS = 2.0**-6  # by how much the larger of two scores may be missed, in all levels together; LOWEST has room for it
@@ -284,6 +285,8 @@ def _power(plan: Plan, i: int, rows: Shape, ring: int) -> tp.Exponential:
         return usual
     shift = SCORE_FRACTION + int(math.log2(NARROW))
     if ring < shift + NARROW_PLACES:
+        return usual
+    if rows[-2] * rows[-1] * math.exp(-NARROW * (2**NARROW_PLACES - 1)) > LOST:
         return usual
     form = shift, SCORE_FRACTION, min(mask, NARROW_MASKS[1]), PUBLIC_FRACTION, NARROW_PLACES
     narrow = tp.Exponential(rows, ring, *form)
