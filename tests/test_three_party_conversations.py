@@ -41,6 +41,7 @@ from secure.errors import (
     ShareError,
 )
 from secure.mpc.program import Program
+from secure.session import session as session_module
 from secure.session.session import Session
 from tests.test_generator import BUCKETS, CAPACITY, PROMPTS, compiled, continued, decoder
 from tests.three_parties import Three, running
@@ -354,7 +355,8 @@ def named(number: int) -> WantedProgram:
     return WantedProgram("", number.to_bytes(16, "big"))
 
 
-def test_memory_is_bounded(shares: dict[str, Path]) -> None:
+def test_memory_is_bounded(shares: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "BUSY", 0.1)
     with running(shares["llama"]) as three, three.dial() as session:
         size = 2 * step().kept_bytes
         conversations(three, 1).memory = PreparedMemory(size, who="party 1")

@@ -35,7 +35,7 @@ from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
-from secure.errors import Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, QueryError
+from secure.errors import Busy, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, QueryError
 from secure.session.link import Link, Report
 from secure.version import WIRE_VERSION
 
@@ -147,7 +147,13 @@ class ThreePartyLink(Link):
             raise QueryError("a query of this text has failed", AGAIN)
         text.ended = True  # unless this one succeeds
         wanted = WantedProgram(self.program.digest, text.name, text.rows)
-        found = self._ask(values, number, wanted, text.owner, ahead.program.digest if ahead is not None else "")
+        try:
+            found = self._ask(values, number, wanted, text.owner, ahead.program.digest if ahead is not None else "")
+        except Busy:
+            if not text.rows:  # one party may have begun it: it can be begun again by another name
+                fresh = _PartyText()
+                text.name, text.owner, text.ended = fresh.name, fresh.owner, False
+            raise
         text.rows, text.ended = text.rows + self.program.kept_rows, False
         return found
 
