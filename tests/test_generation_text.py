@@ -263,6 +263,8 @@ def test_the_name_of_a_special_token_stops() -> None:
         ({"prompt": "a", "stop": ""}, "stop string is empty"),
         ({"prompt": "a", "stop": ["b", ""]}, "stop string is empty"),
         ({"prompt": "a", "stop": [1.5]}, "stop holds a float"),
+        ({"prompt": "a", "stop": [None]}, "stop holds a NoneType"),
+        ({"prompt": "a", "stop": ["b", False]}, "stop holds a bool"),
         ({"prompt": "a", "stop": 5}, "stop is a int"),
         ({"prompt": b"a"}, "the prompt is a bytes"),
         ({"prompt": [{"role": "user"}]}, "message 1 has not the keys role and content"),

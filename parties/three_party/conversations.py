@@ -1,4 +1,4 @@
-"""PartyConversations at one of three parties: queries of which later ones read what earlier ones kept.
+"""Conversations at one of three parties: queries of which later ones read what earlier ones kept.
 
 Parties 0 and 1 keep the openings of rows, party 2 their masks. What a query reads is said by its place: the name of
 the conversation, and how many of its rows. Before anything is dealt or computed, each pair compares the place, and the

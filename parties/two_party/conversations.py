@@ -107,11 +107,6 @@ class Conversations:
         self._all[place.first] = self._all.pop(place.first)
         return found
 
-    def end(self, first: int) -> None:
-        """End a conversation; harmless if it has ended."""
-        if (found := self._all.pop(first, None)) is not None:
-            found.end()
-
     def clear(self) -> None:
         """End them all."""
         while self._all:

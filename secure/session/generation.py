@@ -206,8 +206,8 @@ def _stops(stop: object) -> tuple[frozenset[int], tuple[str, ...]]:
     given = [stop] if isinstance(stop, str) else list(stop)
     if "" in given:
         raise InvalidInput("a stop string is empty: every text would end before it begins", "leave it out")
-    if wrong := next((each for each in given if isinstance(each, bool) or not isinstance(each, str | int)), None):
-        raise InvalidInput(f"stop holds a {type(wrong).__name__}", hint)
+    if wrong := [each for each in given if isinstance(each, bool) or not isinstance(each, str | int)]:
+        raise InvalidInput(f"stop holds a {type(wrong[0]).__name__}", hint)
     tokens = frozenset(each for each in given if isinstance(each, int))
     return tokens, tuple(each for each in given if isinstance(each, str))
 
