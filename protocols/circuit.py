@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import heapq
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from protocols import bits, wire
-from protocols.prg import Bytes, Key, Stream
+from protocols.prg import SHORT, Bytes, Key, Stream, as_words
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
 
@@ -94,23 +95,17 @@ class Correlations:
 
         Raises FrameError if its corrections have another size than its draws.
         """
-        draws = protocol.draws
-        if not draws:
+        if not protocol.draws:
             return {}
         if index in self._drawn:
             return self._drawn.pop(index)
         if index in self._taken:
             raise CorrelationReused(f"the correlation of instruction {index} ({protocol.kind}) was already used")
         self._taken.add(index)
-        stream = self._key.stream(index)
-        corrected = self._party == SERVER
-        masks, derived = _parted(draws)
-        material = {d.name: draw(d, stream) for d in masks if _holds(d, self._party)}
-        if corrected:
-            material |= _split(self._corrections.pop(index, b""), derived)
-        else:
-            material |= {d.name: draw(d, stream) for d in derived}
-        return material
+        held = [d for d in protocol.masks if _holds(d, self._party)]
+        if self._party != SERVER:
+            return drawn((*held, *protocol.derived), self._key.stream(index))
+        return drawn(held, self._key.stream(index)) | _split(self._corrections.pop(index, b""), protocol)
 
     def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
         """Client, before the query: draw an instruction's material, and compute and keep what needs no input."""
@@ -130,25 +125,28 @@ class Correlations:
         return self._finished.pop(index)
 
 
-def draw(spec: Draw, stream: Stream) -> Tensor:
-    return stream.planes(spec.shape) if spec.wire.planes else stream.words(spec.shape)
+def drawn(draws: Sequence[Draw], stream: Stream) -> dict[str, Tensor]:
+    """Read shares from a stream, one after the other; small ones at once, and they lie in one piece of memory."""
+    size = sum(d.drawn_bytes for d in draws)
+    if size > SHORT:
+        return {d.name: stream.planes(d.shape) if d.wire.planes else stream.words(d.shape) for d in draws}
+    read, at, out = stream.read(size), 0, dict[str, Tensor]()
+    for d in draws:
+        taken = read[at : at + d.drawn_bytes]
+        out[d.name] = torch.from_numpy((taken if d.wire.planes else as_words(taken)).reshape(d.shape))
+        at += d.drawn_bytes
+    return out
 
 
 def _holds(spec: Draw, party: int) -> bool:
     return spec.holder is None or spec.holder == party
 
 
-def _parted(draws: Sequence[Draw]) -> tuple[list[Draw], list[Draw]]:
-    """Return the masks, and what is derived from them, in the order in which a party draws them from its stream."""
-    return [d for d in draws if not d.derived], [d for d in draws if d.derived]
-
-
-def _split(payload: bytes | memoryview, draws: Sequence[Draw]) -> dict[str, Tensor]:
-    expected = sum(d.wire.size for d in draws)
-    if len(payload) != expected:
-        raise wire.FrameError(f"a correction has {expected} bytes here, got {len(payload)}")
+def _split(payload: bytes | memoryview, protocol: Protocol) -> dict[str, Tensor]:
+    if len(payload) != protocol.dealt_bytes:
+        raise wire.FrameError(f"a correction has {protocol.dealt_bytes} bytes here, got {len(payload)}")
     view, start, out = memoryview(payload), 0, {}
-    for d in draws:
+    for d in protocol.derived:
         out[d.name] = wire.decode(view[start : start + d.wire.size], d.wire)
         start += d.wire.size
     return out
@@ -196,17 +194,14 @@ def execute(
     """
     values, told = _Values(circuit, outputs), observer or Observer()
     missing = [len(set(i.inputs)) for i in circuit]
-    readers: list[list[int]] = [[] for _ in circuit]
-    for index, instruction in enumerate(circuit):
-        for i in set(instruction.inputs):
-            readers[i].append(index)
+    readers, places = _readers(circuit)
     ready = [i for i, m in enumerate(missing) if m == 0]
     waiting: list[tuple[int, Step[Any], Exchange]] = []
 
     def finish(index: int, value: Any) -> None:
         values.put(index, value)
         told.finished(index)
-        for reader in readers[index]:
+        for reader in readers[places[index] : places[index + 1]]:
             missing[reader] -= 1
             if not missing[reader]:
                 heapq.heappush(ready, reader)
@@ -247,6 +242,13 @@ def execute(
             told.computing(index)
             resume(index, step, received)
     return list(values.take(outputs))
+
+
+def _readers(circuit: Circuit) -> tuple[list[int], list[int]]:
+    """Return the instructions that read each result, all in one list, and the place where those of each begin."""
+    size = len(circuit)  # (read, reader) as one number: thousands of small objects would wake the collector
+    pairs = sorted(i * size + index for index, instruction in enumerate(circuit) for i in set(instruction.inputs))
+    return [pair % size for pair in pairs], [bisect_left(pairs, i * size) for i in range(size + 1)]
 
 
 def _part(index: int, exchange: Exchange) -> Part:
@@ -307,21 +309,23 @@ def deal_one(
 
     operands: the masks of what it reads.
     """
-    draws = protocol.draws
-    if not draws:
+    if not protocol.draws:
         return None, protocol.deal({}, operands, weights)[1]
-    streams = (server.stream(index), client.stream(index))
-    drawn, derived = _parted(draws)
+    others = client.stream(index)
+    of_server, of_client = (
+        drawn([d for d in protocol.masks if _holds(d, party)], stream)
+        for party, stream in ((SERVER, server.stream(index)), (CLIENT, others))
+    )
     plain: dict[str, Tensor] = {}
-    for d in drawn:
-        shares = [draw(d, streams[p]) for p in (SERVER, CLIENT) if _holds(d, p)]
+    for d in protocol.masks:
+        shares = [held[d.name] for held in (of_server, of_client) if d.name in held]
         plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
     totals, mask = protocol.deal(plain, operands, weights)
-    if not derived:
+    if not protocol.derived:
         return None, mask
     payload, at = np.empty(protocol.dealt_bytes, np.uint8), 0
-    for d in derived:
-        _correct(d, totals[d.name], streams[CLIENT], payload[at : at + d.wire.size])
+    for d in protocol.derived:
+        _correct(d, totals[d.name], others, payload[at : at + d.wire.size])
         at += d.wire.size
     return payload.data, mask
 
@@ -339,10 +343,11 @@ def _correct(spec: Draw, total: Tensor | Rows, client: Stream, out: Bytes) -> No
         spec.remove(here, share, out, at)
 
 
-def _blocks(spec: Draw, total: Tensor | Rows) -> Iterator[tuple[int, Any]]:
-    """Yield the elements of a total in blocks, with the place of each in the whole."""
+def _blocks(spec: Draw, total: Tensor | Rows) -> Iterable[tuple[int, Any]]:
+    """Return the elements of a total in blocks, with the place of each in the whole."""
     shape: tuple[int, ...]
     declared: tuple[int, ...]
+    blocks: Iterable[tuple[int, Any]]
     if isinstance(total, Rows):
         table, row, size = total.table.numpy(), total.row.numpy(), total.table.shape[1]
         dtype = total.table.dtype
@@ -350,12 +355,12 @@ def _blocks(spec: Draw, total: Tensor | Rows) -> Iterator[tuple[int, Any]]:
         shape, declared = (len(row) * size,), (count(spec.shape),)
         blocks = ((at * size, rows.take(row[at : at + step]).view(table.dtype)) for at in range(0, len(row), step))
     else:
-        values, shape, declared = total.contiguous().numpy().reshape(-1), tuple(total.shape), spec.shape
+        values, shape, declared = total.numpy().reshape(-1), tuple(total.shape), spec.shape
         dtype = total.dtype
-        blocks = ((at, values[at : at + _BLOCK]) for at in range(0, len(values), _BLOCK))
+        blocks = [(at, values[at : at + _BLOCK]) for at in range(0, len(values), _BLOCK)]
     if shape != declared or dtype != spec.wire.dtype:
         raise wire.FrameError(f"a correction of shape {shape}, {dtype}, where one of shape {declared} is dealt")
-    yield from blocks
+    return blocks
 
 
 def correction_places(circuit: Circuit) -> dict[int, slice]:

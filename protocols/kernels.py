@@ -35,7 +35,7 @@ def _fast(x: Tensor) -> bool:
 
 
 def _flat(x: Tensor) -> Array:
-    return x.reshape(-1).numpy()
+    return x.numpy().reshape(-1)  # numpy's call costs a tenth of torch's
 
 
 # packed bits: a block of elements at a time, first one flag a byte, then eight flags a byte; only such loops vectorize
@@ -96,7 +96,7 @@ def opened(mine: Tensor, theirs: Tensor, bits: int) -> Tensor:
     if _fast(mine):
         flat = _flat(mine)
         _opened(flat, _flat(theirs), ring.low_mask(bits))
-        return torch.from_numpy(flat).reshape(mine.shape)
+        return torch.from_numpy(flat.reshape(mine.shape))
     return ring.reduce(mine + theirs, bits)
 
 
@@ -435,7 +435,7 @@ def exponential(
         plane = np.empty(0, np.uint8) if bit is None else bit.numpy()
         rows = powers.reshape(powers.shape[0], -1).numpy()
         flat = _exponential(_flat(z), plane, rows, coarse.numpy(), fine.numpy(), shift, excess, places)
-        return torch.from_numpy(flat).reshape(z.shape)
+        return torch.from_numpy(flat.reshape(z.shape))
     t = (1 << shift) - (z & ring.low_mask(shift))
     low_bits = fine.numel().bit_length() - 1
     tables = coarse.to(z.device)[ring.right(t, low_bits)] * fine.to(z.device)[t & ring.low_mask(low_bits)]
@@ -473,7 +473,7 @@ def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: in
     offset = 0 if client else 1 << (width - 2)
     if _fast(x):
         flat = _extended(_flat(x), _flat(mine), _flat(theirs), _flat(product), offset, width, client)
-        return torch.from_numpy(flat).reshape(x.shape)
+        return torch.from_numpy(flat.reshape(x.shape))
     value = ring.reduce(x + offset, width)
     top, shape = ring.top_bit(value, width), tuple(x.shape)
     own, other = bits.unpack(mine, shape), bits.unpack(theirs, shape)
@@ -504,7 +504,7 @@ def lifted(z: Tensor, width: int, drop: int) -> tuple[Tensor, Tensor]:
     offset, shift = 1 << (width - 2), 1 << (width - 2 - drop)
     if _fast(z):
         value, lower = _lifted(_flat(z), offset, width, drop, ring.low_mask(width - drop), shift)
-        return torch.from_numpy(value).reshape(z.shape), torch.from_numpy(lower).reshape(z.shape)
+        return torch.from_numpy(value.reshape(z.shape)), torch.from_numpy(lower.reshape(z.shape))
     moved = z + offset
     whole = ring.right(moved, drop) & ring.low_mask(width - drop)
     return whole - shift, (ring.top_bit(moved, width) - 1).to(torch.int8)
@@ -521,7 +521,8 @@ def _chosen(upper: Array, difference: Array, lower: Array, shift: int) -> Array:
 def chosen(upper: Tensor, difference: Tensor, lower: Tensor, shift: int) -> Tensor:
     """Return upper - 2^shift difference where ``lower`` is -1, and upper where it is 0; modulo 2^64."""
     if _fast(upper):
-        return torch.from_numpy(_chosen(_flat(upper), _flat(difference), _flat(lower), shift)).reshape(upper.shape)
+        flat = _chosen(_flat(upper), _flat(difference), _flat(lower), shift)
+        return torch.from_numpy(flat.reshape(upper.shape))
     return upper - ring.left(difference & lower.to(torch.int64), shift)
 
 
@@ -540,7 +541,7 @@ def dropped(x: Tensor, offset: int, shift: int, bits: int) -> Tensor:
     """Return floor((x + offset) / 2^shift), with x + offset read as its representative in [0, 2^bits)."""
     if _fast(x) and shift:
         flat = _dropped(_flat(x), ring.wrap(offset), shift, ring.low_mask(bits - shift))
-        return torch.from_numpy(flat).reshape(x.shape)
+        return torch.from_numpy(flat.reshape(x.shape))
     return ring.drop_low(x + ring.wrap(offset), shift, bits)
 
 
@@ -574,7 +575,7 @@ def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients:
     if _fast(z) and 1 <= degree <= 3:
         r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # powers above the degree meet zeros
         flat = _cubic(_flat(z), r, r2, r3, ring.wrap(centre), table.numpy(), first == 0)
-        return torch.from_numpy(flat).reshape(z.shape)
+        return torch.from_numpy(flat.reshape(z.shape))
     v, total = z - ring.wrap(centre), torch.zeros_like(z)
     for k in range(first, degree + 1):
         inner = torch.zeros_like(z)
@@ -791,7 +792,7 @@ def from_rows(z: Tensor, rows: Tensor, width: int, shift: int, precision: int, p
     """
     if _fast(z):
         flat = _from_rows(_flat(z), rows.numpy(), width, shift, precision, precision - public)
-        return torch.from_numpy(flat).reshape(z.shape)
+        return torch.from_numpy(flat.reshape(z.shape))
     flat = ring.reduce(z.reshape(-1), width)
     row = rows[torch.arange(len(flat), device=z.device), ring.right(flat, shift)]
     basis = chebyshev(flat & ring.low_mask(shift), shift, row.shape[-1] - 1, precision, public)

@@ -8,12 +8,13 @@ number before anything is drawn.
 
 import math
 import secrets
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
@@ -22,7 +23,11 @@ SEED_BYTES = 32
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
+BLOCK = 16
+SHORT = 1 << 14  # bytes: what is shorter is read faster from one cipher of the key than from a new one of the stream
+
 _ZEROS = np.zeros(1 << 20, dtype=np.uint8)
+_POSITIONS = np.arange(SHORT // BLOCK + 1, dtype=np.uint64)
 
 
 def fresh_seed() -> bytes:
@@ -60,37 +65,85 @@ class Key:
     """An AES key whose repr never shows it."""
 
     value: bytes
+    _ciphers: "_Ciphers" = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ciphers", _Ciphers(self.value))
 
     def __repr__(self) -> str:
         return "Key(...)"
 
     def stream(self, index: int) -> "Stream":
         """The stream of instruction ``index``; read it once."""
-        return Stream(self, index)
+        return Stream(self._ciphers, index)
+
+
+class _Ciphers:
+    """AES under one key: of counter blocks, from a cipher that all streams share, or in counter mode."""
+
+    def __init__(self, key: bytes) -> None:
+        self._algorithm = algorithms.AES(key)
+        self._blocks: CipherContext | None = None
+        self._lock = threading.Lock()  # a cipher works for one thread at a time
+
+    def blocks(self, index: int, first: int, number: int) -> Bytes:
+        """Return few blocks of a stream, of SHORT bytes and a block at most."""
+        counters = np.empty((number, 2), ">u8")
+        counters[:, 0], counters[:, 1] = index, _POSITIONS[:number]
+        if first:
+            counters[:, 1] += np.uint64(first)
+        out = np.empty(BLOCK * (number + 1), np.uint8)  # the library wants room for one block more
+        with self._lock:
+            if self._blocks is None:
+                self._blocks = Cipher(self._algorithm, modes.ECB()).encryptor()
+            self._blocks.update_into(counters.data.cast("B"), out.data)
+        return out[: BLOCK * number]
+
+    def counting(self, index: int, first: int) -> CipherContext:
+        """Return the cipher of a stream in counter mode, from a block on."""
+        counter = index.to_bytes(8, "big") + first.to_bytes(8, "big")
+        return Cipher(self._algorithm, modes.CTR(counter)).encryptor()
 
 
 class Stream:
     """The bytes of one named stream, read from front to back."""
 
-    def __init__(self, key: Key, index: int) -> None:
-        counter = index.to_bytes(8, "big") + bytes(8)
-        self._encryptor = Cipher(algorithms.AES(key.value), modes.CTR(counter)).encryptor()
+    def __init__(self, ciphers: _Ciphers, index: int) -> None:
+        self._ciphers, self._index = ciphers, index
+        self._at = 0
+        self._encryptor: CipherContext | None = None  # stands at _at; None until much is read
 
     def read(self, size: int) -> Bytes:
-        out = np.empty(size, dtype=np.uint8)
-        self.fill(out)
-        return out
+        """Return the next bytes."""
+        if size > SHORT or self._encryptor is not None:
+            out = np.empty(size, dtype=np.uint8)
+            self.fill(out)
+            return out
+        if not size:
+            return np.empty(0, dtype=np.uint8)
+        (first, inside), end = divmod(self._at, BLOCK), self._at + size
+        self._at = end
+        return self._ciphers.blocks(self._index, first, -(-end // BLOCK) - first)[inside : inside + size]
 
     def fill(self, out: Bytes) -> None:
         """Overwrite ``out`` with the next bytes."""
+        if self._encryptor is None:
+            first, inside = divmod(self._at, BLOCK)
+            self._encryptor = self._ciphers.counting(self._index, first)
+            self._encryptor.update(bytes(inside))
         for start in range(0, len(out), len(_ZEROS)):
             part = out[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)].data, part.data)
 
     def words(self, shape: tuple[int, ...]) -> Tensor:
         """Read uniform int64 elements of ``shape``: 8 bytes of the stream each, whatever the ring."""
-        return torch.from_numpy(self.read(8 * math.prod(shape)).view(np.int64)).reshape(shape)
+        return torch.from_numpy(as_words(self.read(8 * math.prod(shape))).reshape(shape))
 
     def planes(self, shape: tuple[int, ...]) -> Tensor:
         """Read uniform bytes of ``shape``."""
-        return torch.from_numpy(self.read(math.prod(shape))).reshape(shape)
+        return torch.from_numpy(self.read(math.prod(shape)).reshape(shape))
+
+
+def as_words(taken: Bytes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return bytes of a stream as int64, of which compiled code and torch want the first at a multiple of 8."""
+    return (taken if taken.ctypes.data % 8 == 0 else taken.copy()).view(np.int64)

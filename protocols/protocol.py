@@ -23,6 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -97,7 +98,12 @@ class Draw:
     derived: bool = False
     holder: int | None = None  # the one party that holds this mask; None: both hold a share
 
-    @property
+    @cached_property
+    def drawn_bytes(self) -> int:
+        """Bytes of a stream that a share takes."""
+        return count(self.shape) * (1 if self.wire.planes else ring.WORD // 8)
+
+    @cached_property
     def wire(self) -> Wire:
         return Wire(self.shape, 8, planes=True) if self.planes or self.octets else Wire(self.shape, self.bits)
 
@@ -182,6 +188,11 @@ class Protocol(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("out", "draws"):  # an instance is frozen, and asked in every query
+            if isinstance(found := cls.__dict__.get(name), property) and found.fget is not None:
+                kept = cached_property(found.fget)
+                kept.__set_name__(cls, name)
+                setattr(cls, name, kept)
         if "kind" in cls.__dict__:
             Protocol.registry[cls.kind] = cls
 
@@ -211,10 +222,20 @@ class Protocol(ABC):
             return None
         return WeightUse(getattr(self, self.weight_field), self.out.bits, self.multiplies)
 
-    @property
+    @cached_property
+    def masks(self) -> tuple[Draw, ...]:
+        """The draws that are no more than drawn; a party reads them from its stream before those that are derived."""
+        return tuple(d for d in self.draws if not d.derived)
+
+    @cached_property
+    def derived(self) -> tuple[Draw, ...]:
+        """The draws that the dealer derives from masks."""
+        return tuple(d for d in self.draws if d.derived)
+
+    @cached_property
     def dealt_bytes(self) -> int:
         """Bytes of the corrections that the dealer sends to the first party for one use."""
-        return sum(d.wire.size for d in self.draws if d.derived)
+        return sum(d.wire.size for d in self.derived)
 
     @property
     def works_offline(self) -> bool:

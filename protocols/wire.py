@@ -10,6 +10,7 @@ come; those of tensors of packed bits are sent as they are, and every reader ign
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Wire:
     bits: int = 8
     planes: bool = False
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes on the wire."""
         n = math.prod(self.shape)
@@ -50,7 +51,7 @@ def encode(x: Tensor, wire: Wire) -> memoryview:
     """
     if tuple(x.shape) != wire.shape:
         raise FrameError(f"a tensor of shape {tuple(x.shape)} where one of shape {wire.shape} is to be sent")
-    values = x.contiguous().numpy().reshape(-1)
+    values = x.numpy().reshape(-1)
     if not wire.planes:
         values = kernels.stored(values, wire.bits)
     return values.view(np.uint8).data
@@ -65,5 +66,5 @@ def decode(buffer: bytes | memoryview, wire: Wire) -> Tensor:
         raise FrameError(f"a tensor of shape {wire.shape} takes {wire.size} bytes, got {len(buffer)}")
     stored = np.frombuffer(buffer, dtype=np.uint8)
     if wire.planes:
-        return torch.from_numpy(stored if stored.flags.writeable else stored.copy()).reshape(wire.shape)
-    return torch.from_numpy(kernels.loaded(stored, math.prod(wire.shape), wire.bits)).reshape(wire.shape)
+        return torch.from_numpy((stored if stored.flags.writeable else stored.copy()).reshape(wire.shape))
+    return torch.from_numpy(kernels.loaded(stored, math.prod(wire.shape), wire.bits).reshape(wire.shape))

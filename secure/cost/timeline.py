@@ -80,8 +80,14 @@ class Timeline:
 
     @property
     def total(self) -> Usage:
-        (usage,) = self.by(lambda _: "").values() or (Usage(),)
-        return usage
+        waiting = sum(r.received_at - r.sent_at for r in self.rounds)
+        return Usage(
+            sum(w.seconds for w in self.work),
+            sum(r.stop - r.start for r in self.rounds) - waiting,
+            waiting,
+            sum(part.sent for r in self.rounds for part in r.parts),
+            sum(part.received for r in self.rounds for part in r.parts),
+        )
 
     @property
     def cost(self) -> CircuitCost:
@@ -94,7 +100,7 @@ class Timeline:
         """Sum usage by any property of an instruction; a round's time is divided equally among its instructions."""
         out: dict[str, Usage] = {}
         for work in self.work:
-            out.setdefault(key(work.index), Usage()).add(Usage(compute=work.seconds))
+            out.setdefault(key(work.index), Usage()).compute += work.seconds
         for r in self.rounds:
             packing = (r.sent_at - r.start) + (r.stop - r.received_at)
             for part in r.parts:
