@@ -1,0 +1,75 @@
+"""Streams are AES in counter mode, whatever the sizes in which they are read, and by how many threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocols.circuit import drawn
+from protocols.prg import SHORT, Key, fresh_seed
+from protocols.protocol import Draw
+
+SIZES = st.lists(st.one_of(st.integers(0, 70), st.integers(SHORT - 40, SHORT + 40), st.just(3 * SHORT)), max_size=8)
+INDICES = st.one_of(st.integers(0, 9), st.integers(2**63, 2**64 - 1))
+
+
+def key() -> Key:
+    return Key(fresh_seed()[:16])
+
+
+def counting(named: Key, index: int, size: int) -> bytes:
+    """The bytes of a stream by the library's own counter mode."""
+    cipher = Cipher(algorithms.AES(named.value), modes.CTR(index.to_bytes(8, "big") + bytes(8))).encryptor()
+    return cipher.update(bytes(size))
+
+
+@given(SIZES, INDICES)
+def test_reads_of_any_sizes_are_the_bytes_of_counter_mode(sizes: list[int], index: int) -> None:
+    named = key()
+    stream = named.stream(index)
+    assert b"".join(bytes(stream.read(size)) for size in sizes) == counting(named, index, sum(sizes))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([1, 3, 8, 200, SHORT // 8 + 1])), max_size=5))
+def test_draws_read_together_are_those_read_one_by_one(kinds: list[tuple[bool, int]]) -> None:
+    named = key()
+    draws = [Draw(f"d{i}", (size,), planes=planes) for i, (planes, size) in enumerate(kinds)]
+    found, stream = drawn(draws, named.stream(4)), named.stream(4)
+    for spec in draws:
+        wanted = stream.planes(spec.shape) if spec.planes else stream.words(spec.shape)
+        assert found[spec.name].dtype == wanted.dtype
+        assert found[spec.name].equal(wanted)
+        assert found[spec.name].data_ptr() % 8 == 0 or spec.planes
+
+
+def test_a_share_may_be_overwritten_without_a_trace_in_another() -> None:
+    named = key()
+    draws = [Draw("a", (5,)), Draw("b", (5,))]
+    found = drawn(draws, named.stream(0))
+    found["a"].add_(1)
+    assert found["b"].equal(drawn(draws, named.stream(0))["b"])
+
+
+def test_threads_read_streams_of_one_key_at_a_time() -> None:
+    named = key()
+
+    def read(index: int) -> bytes:
+        return b"".join(bytes(named.stream(index).read(48)) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, range(16)))
+    assert found == [counting(named, index, 48) * 200 for index in range(16)]
+
+
+def test_words_fill_their_shape() -> None:
+    stream = key().stream(1)
+    stream.planes((3,))
+    words = stream.words((2, 5))
+    assert words.shape == (2, 5)
+    assert words.dtype == torch.int64
+    assert np.unique(words.numpy()).size == 10
