@@ -1,11 +1,14 @@
 """A decoder's text against floating point, token by token; rounds, bytes and seconds of a step, in process.
 
     python -m benchmarks.generation DIRECTORY [--text "Once upon a time" ...] [--tokens 100] [--capacity 128]
-        [--prompt 16] [--deployment two-party] [--network lan] [--costs]
+        [--prompt 16] [--deployment two-party] [--network lan] [--costs [--write]]
+    python -m benchmarks.generation gpt2 --costs --write
 
-DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer. A token that
-differs ends the comparison of its text: what follows has another past. ``gap``: by how much the best score of the
-float model exceeds the second best at the closest token. --costs: counts a step at several capacities, without running.
+DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer; gpt2: random
+weights in the shape of GPT-2 base. A token that differs ends the comparison of its text: what follows has another past.
+``gap``: by how much the best score of the float model exceeds the second best at the closest token. --costs: counts a
+step at several capacities, without running, beside what ``growth`` predicts from the one before. --write: keep them in
+benchmarks/results/steps.json, of which ``benchmarks.pictures`` draws a picture.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import nn
 
 import secure
-from benchmarks.common import machine
+from benchmarks.common import RESULTS, machine
 from protocols.two_party import Open
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.deployment import find
@@ -32,6 +35,7 @@ from secure.mpc.program import Program
 
 TEXTS = ("Once upon a time", "Lily and Tom", "The dog was", "One day, a little girl", "There was a big red ball")
 CAPACITIES = (32, 128, 512, 1024)
+SHAPE = "gpt2"
 
 
 def expected(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int], float]:
@@ -87,6 +91,29 @@ def growth(program: Program) -> float:
     return opened
 
 
+def gpt2() -> nn.Module:
+    """Random weights in the shape of GPT-2 base."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval()
+
+
+def steps(model: nn.Module, capacities: list[int], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cost of a step at several capacities, and what is predicted from the next smaller one."""
+    found = list[dict[str, Any]]()
+    for capacity in capacities:
+        compiled = secure.compile_generator(model, capacity=capacity, calibration=written(model, capacity)[:2], **given)
+        row = {"capacity": capacity, **step_cost(compiled), "bytes a row": round(growth(compiled.sizes[-1].program), 1)}
+        if found:
+            last = found[-1]
+            row["predicted online bytes"] = round(
+                last["online bytes"] + last["bytes a row"] * (capacity - last["capacity"])
+            )
+        found.append(row)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
@@ -97,18 +124,20 @@ def main() -> None:
     parser.add_argument("--deployment", default="two-party")
     parser.add_argument("--network")
     parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--write", action="store_true")
     o = parser.parse_args()
-    model = load_checkpoint(o.directory, "AutoModelForCausalLM")
+    model = gpt2() if str(o.directory) == SHAPE else load_checkpoint(o.directory, "AutoModelForCausalLM")
     given = {"prompt": o.prompt, "deployment": find(o.deployment)(), "network": o.network}
     report: dict[str, Any] = machine("benchmarks.generation")
     if o.costs:
         most = getattr(model.config, "max_position_embeddings", max(CAPACITIES) + 1) - 1
-        for capacity in sorted({min(c, most) for c in CAPACITIES}):
-            texts = written(model, capacity)[:2]
-            compiled = secure.compile_generator(model, capacity=capacity, calibration=texts, **given)
-            grown = {"bytes a row": round(growth(compiled.sizes[-1].program), 1)}
-            report.setdefault("steps", []).append({"capacity": capacity, **step_cost(compiled), **grown})
+        report["steps"] = steps(model, sorted({min(c, most) for c in CAPACITIES}), given)
         print(json.dumps(report, indent=2))
+        if o.write:
+            file = RESULTS / "steps.json"
+            kept = json.loads(file.read_text()) if file.exists() else {}
+            kept[o.directory.name] = report
+            file.write_text(json.dumps(kept, indent=2) + "\n")
         return
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Pictures of the approximations and their errors for ``docs/approximations.md``.
+"""Pictures of the approximations and their errors for ``docs/approximations.md``, and of a step's costs.
 
 pip install matplotlib
 python -m benchmarks.pictures
@@ -6,6 +6,7 @@ python -m benchmarks.pictures
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,6 +21,7 @@ from approximations import gelu, power_scores, reciprocal, sigmoid, silu, tanh
 from approximations.activations import GELU_FORMS
 from approximations.fits import least_squares
 from approximations.powers import power
+from benchmarks.common import RESULTS
 from protocols import kernels, ring
 from protocols.ring import WORD
 from protocols.two_party.tabulated import _PRECISION, PUBLIC, Tabulated
@@ -93,15 +95,16 @@ def tables(root: int, low: float, high: float, x: Tensor) -> Tensor:
     return out
 
 
-def sheet(name: str, titles: list[str], draw: Callable[[Any], None]) -> None:
-    """Two rows of three panels as one SVG file, the same bytes every time."""
+def sheet(name: str, titles: list[str], draw: Callable[[Any], None], rows: int = 2) -> None:
+    """Rows of panels, a title each column, as one SVG file, the same bytes every time."""
     import matplotlib as mpl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "unseen"
     from matplotlib import pyplot  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 5.2), layout="constrained", sharex="col")
+    size = (3.7 * len(titles), 2.6 * rows)
+    figure, axes = pyplot.subplots(rows, len(titles), figsize=size, layout="constrained", sharex="col", squeeze=False)
     draw(axes)
     for column, title in enumerate(titles):
         axes[0, column].set_title(title, fontsize=10)
@@ -145,10 +148,34 @@ def inverses(axes: Any) -> None:
         axes[0, column].set_yscale("log")
 
 
+def steps(axes: Any) -> None:
+    """Costs of a step by the rows that it reads, from benchmarks/results/steps.json."""
+    for name, report in json.loads((RESULTS / "steps.json").read_text()).items():
+        found = report["steps"]
+        capacities = [step["capacity"] for step in found]
+        for panel, (what, unit) in zip(
+            axes[0], (("online bytes", 1e6), ("dealt bytes", 1e6), ("rounds", 1)), strict=True
+        ):
+            panel.plot(
+                capacities, [step[what] / unit for step in found], marker="o", linewidth=1, label=f"{name}, counted"
+            )
+        first = found[0]
+        predicted = [first["online bytes"] + first["bytes a row"] * (c - first["capacity"]) for c in capacities]
+        axes[0, 0].plot(
+            capacities, [b / 1e6 for b in predicted], linestyle=":", color="black", label="predicted from the first"
+        )
+    for panel in axes[0]:
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("rows")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+
+
 def main() -> None:
     where = "GeLU, least squares where MiniLM's arguments lie"
     sheet("activations", ["GeLU, with comparisons", where, "SiLU"], activations)
     sheet("exponentials", ["tanh", "sigmoid", "e^x in attention: powers with a shift"], exponentials)
+    sheet("steps", ["online MB of a step", "dealt MB of a step", "rounds of a step"], steps, rows=1)
     sheet("inverses", ["1/x, exact path", "1/x, polynomials for [0.1, 10]", "1/sqrt(x) on [0.1, 10]"], inverses)
 
 

@@ -23,18 +23,13 @@ from typing import Any
 
 import secure
 from benchmarks.common import RESULTS, Service, dealer, machine
+from benchmarks.generation import SHAPE, gpt2
 from secure.cost.traffic import OFFLINE, ONLINE
-
-SHAPES = {"gpt2": "the shape of GPT-2 base, random weights"}
 
 
 def made(shape: str, prompt: int, directory: Path) -> Path:
     """Compile a model of random weights."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    compiled = secure.compile_generator(GPT2LMHeadModel(GPT2Config()).eval(), prompt=prompt, capacity=prompt + 32)
+    compiled = secure.compile_generator(gpt2(), prompt=prompt, capacity=prompt + 32)
     secure.save_compiled(compiled, directory / shape)
     return directory / shape
 
@@ -103,7 +98,7 @@ def measured(directory: Path, prompt: int, tokens: int, texts: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compiled", type=Path, nargs="?")
-    parser.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--shape", choices=[SHAPE])
     parser.add_argument("--name")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=30)

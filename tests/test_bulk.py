@@ -896,7 +896,7 @@ def test_programs_know_the_shapes_of_their_outputs(kind: Any, directory: Path) -
 def test_the_command_killed_again_and_again(
     suffix: str, server: Hosted, dealer: Hosted, directory: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL at any moment, six times; the server sees no more queries than texts, and those in flight."""
+    """SIGKILL at any moment, four times; the server sees no more queries than texts, and those in flight."""
     texts = sentences(60)
     source, output = tmp_path / "texts.txt", tmp_path / f"out{suffix}"
     source.write_text("".join(f"{text}\n" for text in texts))
@@ -904,7 +904,7 @@ def test_the_command_killed_again_and_again(
     arguments += ["--output", str(output), "--pace", "0"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     part, generator, sizes = beside(output)[0], random.Random(7), list[int]()
-    for _ in range(6):
+    for _ in range(4):
         child = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         before = part.stat().st_size if part.exists() else 0
         while child.poll() is None and (not part.exists() or part.stat().st_size <= before):
@@ -914,7 +914,7 @@ def test_the_command_killed_again_and_again(
         child.wait()
         sizes.append(part.stat().st_size)
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) > 3
+    assert len(set(sizes)) > 2
     ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "this run goes on at text" in ended.stderr

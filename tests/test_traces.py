@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -622,5 +623,9 @@ def test_the_demo_merges(tmp_path: Path) -> None:
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
         party for party in ("both", "client", "server") for _ in range(2)
     ]
+    assert "Traceback" not in ended.stdout + ended.stderr
+    cosines = [float(c) for c in re.findall(r"cosine to the plaintext model\s+([\d.]+)", ended.stdout)]
+    assert len(cosines) == 2
+    assert min(cosines) >= 0.9999
     assert ended.stdout.count("equal bytes in every round") == 2
     assert "equal the prediction" in ended.stdout
