@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from secure.capture.graph import Graph
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput
 from secure.lowering.lower import Lowered, Sample, lower
+from secure.lowering.made import Made, Room, unchanged
 from secure.lowering.observe import Observed, assume, look_at
 from secure.lowering.ranges import Ranges
 from secure.lowering.rows import Rows, every, later
@@ -115,17 +117,23 @@ def lower_sizes(
             raise InvalidInput(f"the weight {name!r} holds values that are NaN or infinite", "the model is damaged")
     if any([n.op for n in graph.nodes] != [n.op for n in captured[0][0].nodes] for graph, _ in captured):
         raise InvalidInput("the model computes in another way at another size", "compile it for each size on its own")
+    room = Room()
     weighted = {
-        key: (graph, {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()})
+        key: (graph, Made(room, {name: _recipe(name, value, weight) for name, value in parameters.items()}))
         for key, (graph, parameters) in graphs.items()
     }
     made = [weighted[id(size.example)] for size in sizes]
     seen = _observed(sizes, made, told)
     told(0, 0, "lowering")
     return [
-        lower(graph, parameters, seen[size.group], margin_bits, embedding, functions, public=public)
+        lower(graph, parameters, seen[size.group], margin_bits, embedding, functions, public=public, room=room)
         for (graph, parameters), size in zip(made, sizes, strict=True)
     ]
+
+
+def _recipe(name: str, value: Tensor, weight: Callable[[str, Tensor], Tensor]) -> Callable[[], Tensor]:
+    """Return what makes the tensor that stands for a parameter."""
+    return unchanged(name, value.detach(), partial(weight, name) if value.is_floating_point() else lambda same: same)
 
 
 def _observed(
@@ -158,6 +166,6 @@ def lower_outline(
         name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
         for name, v in parameters.items()
     }
-    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions)
+    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta")
     polynomial = any(OPERATIONS[node.op].polynomial for node in graph.nodes if node.visibility == "shared")
     return lowered, Ranges.assume(lowered.trace, reach, polynomial=polynomial)

@@ -14,12 +14,14 @@ from approximations import APPROXIMATIONS, Functions, choose
 from approximations.activations import GELU_FORMS
 from protocols import ring
 from protocols.fixedpoint import FixedPoint
+from protocols.narrow import blocks, narrowed
 from protocols.two_party import Keep
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes, of_group
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
+from secure.lowering.made import Made
 from secure.lowering.ranges import Ranges
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
@@ -35,7 +37,8 @@ from secure.progress import Told, counted, silent
 class MpcModel:
     """A Program, the server's weights as integers, and the token tables that the owner lets clients hold.
 
-    The Program is public; ``integers`` are the server's secret. choice: for the network that was named.
+    The Program is public; ``integers`` are the server's secret, in the narrowest type that holds each tensor. Those of
+    a large model may be made, or read from a mapped file, at each reading. choice: for the network that was named.
     """
 
     program: Program
@@ -55,9 +58,10 @@ class MpcModel:
         """
         total = hashlib.sha256()
         for name in sorted(self.integers):
-            value = self.integers[name].contiguous()
+            value = self.integers[name]
             total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # lengths keep fields apart
-            total.update(value.numpy().tobytes())
+            for _, part in blocks(value.reshape(-1)):
+                total.update(part.numpy().tobytes())
         return total.hexdigest()
 
 
@@ -220,11 +224,19 @@ def finish(
     told(0, 0, "emitting the Program")
     program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits, kept, checked=checked)
     told(0, 0, "encoding the weights")
-    integers = {}
-    for key in weight_keys(program):
-        name, fraction = split_weight_key(key)
-        integers[key] = ring.encode(lowered.weights[name], fraction)
-    return MpcModel(program, integers, tables, choice)
+    integers = Made[str](recipes={key: partial(_encoded, lowered.weights, key) for key in weight_keys(program)})
+    return MpcModel(program, integers.filled(), tables, choice)
+
+
+def _encoded(weights: Mapping[str, Tensor], key: str) -> Tensor:
+    """Return a weight as integers in the narrowest type that holds them. It is encoded a block at a time."""
+    name, fraction = split_weight_key(key)
+    value = weights[name]
+    if value.dim() < 2:
+        return narrowed(ring.encode(value, fraction))
+    parts = [narrowed(ring.encode(part, fraction)) for _, part in blocks(value)]
+    widest = max((part.dtype for part in parts), key=lambda kind: kind.itemsize, default=torch.int8)
+    return torch.cat([part.to(widest) for part in parts]) if parts else narrowed(ring.encode(value, fraction))
 
 
 def weight_keys(program: Program) -> list[str]:
@@ -279,7 +291,7 @@ def chosen_program(
         fixed=fixed,
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
-        weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
+        weight_shapes={key: lowered.shape(split_weight_key(key)[0]) for key in sorted(read)},
         labels={
             **labels,
             **({"network": network.key} if network else {}),
