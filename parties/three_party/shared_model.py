@@ -181,8 +181,8 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     first = places[0] / WEIGHTS
     store(first, lambda file: write_tensors(file, written, held))
     _link(first, places[1] / WEIGHTS)
-    with first.open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    with first.open("rb") as content:
+        weights = hashlib.file_digest(content, "sha256").hexdigest()
     common = {file: program.encoded for file, program in zip(PROGRAMS, programs, strict=False)}
     if compiled.tokenizer_json:
         common[TOKENIZER] = compiled.tokenizer_json
