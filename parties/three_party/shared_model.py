@@ -51,7 +51,8 @@ from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
 from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
 from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
-from secure.capture.tensor_files import map_file, map_tensors, mapped_header, write_tensors
+from secure.capture.documents import header_size
+from secure.capture.tensor_files import map_file, map_tensors, write_tensors
 from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
@@ -351,7 +352,7 @@ def _weights(manifest: Manifest, payload: Any, keys: Mapping[int, PairSeed], *, 
         held = unpack_masked(bytes(payload), manifest.rings, manifest.shapes)
         return SharedWeights(party, keys[PARTY_2].weights_key(), held)
     try:
-        found = map_tensors(payload, most=mapped_header(manifest.rings))
+        found = map_tensors(payload, most=header_size(manifest.rings))
     except InvalidInput as error:
         raise ShareError(f"{WEIGHTS}: {error}", "share the model anew") from None
     integers = {*NARROW, torch.int64}

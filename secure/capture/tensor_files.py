@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from secure.capture.documents import HEADER, header_size
+from secure.capture.documents import header_size
 from secure.errors import InvalidInput
 
 _NAMES = {
@@ -41,7 +41,7 @@ def write_tensors(file: IO[bytes], names: Collection[str], tensors: Iterable[tup
     names: those of all tensors, which bound the header that is left room for. Tensors whose bytes would put the next
     one at an odd place come last, the widest first.
     """
-    room = -(-header_size(names) // _ALIGNED) * _ALIGNED
+    room = header_size(names) // _ALIGNED * _ALIGNED
     file.write(bytes(8 + room))
     header, last, at = dict[str, object](), list[tuple[str, Tensor]](), 0
 
@@ -117,8 +117,3 @@ def _tensor(content: mmap.mmap | bytes, kind: torch.dtype, shape: tuple[int, ...
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch has no tensors that cannot be written to
         return torch.frombuffer(content, dtype=kind, count=count, offset=at).reshape(shape)
-
-
-def mapped_header(names: Iterable[str]) -> int:
-    """Return the most bytes of the header that ``write_tensors`` leaves room for."""
-    return header_size(names) + HEADER
