@@ -29,6 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import secure
@@ -41,6 +42,7 @@ from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 RESULTS = common.RESULTS / "large.json"
 SHARD = 1 << 30  # bytes of one file of weights
 TEXT_SEED, WEIGHT_SEED = 7, 11
+_PART = 1 << 20  # weights that are drawn at a time
 SPREAD = 0.02  # standard deviation of a trained model's matrices, about
 DEADLINE = 600.0
 POLL = 0.2  # seconds between two looks at the processes' memory
@@ -87,13 +89,13 @@ def tensors(o: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
 def write_checkpoint(o: argparse.Namespace, directory: Path) -> None:
     """Write the configuration and the weights, a tensor at a time.
 
-    Matrices are normal with the spread of a trained model; those that add to the residual stream are divided by
+    Matrices are uniform with the spread of a trained model; those that add to the residual stream are divided by
     sqrt(2 layers), as GPT-2 initializes them, so that activations keep their size through the layers. Norms are one.
     """
     from secure.capture.tensor_files import write_tensors
 
     directory.mkdir(parents=True, exist_ok=True)
-    generator, shards, size = torch.Generator().manual_seed(WEIGHT_SEED), list[dict[str, tuple[int, ...]]]([{}]), 0
+    generator, shards, size = np.random.default_rng(WEIGHT_SEED), list[dict[str, tuple[int, ...]]]([{}]), 0
     for name, shape in tensors(o):
         more = 2 * math.prod(shape)
         if size + more > SHARD and shards[-1]:
@@ -105,10 +107,14 @@ def write_checkpoint(o: argparse.Namespace, directory: Path) -> None:
     def made(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.float16)
-        spread = 1.0 if "embed" in name else SPREAD
+        spread = SPREAD
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             spread /= math.sqrt(2 * o.layers)
-        return torch.randn(shape, generator=generator).mul_(spread).to(torch.float16)
+        out, width = np.empty(math.prod(shape), np.float16), spread * math.sqrt(3) / (1 << 15)
+        for start in range(0, out.size, _PART):  # uniform ones are cheap, and have the same spread
+            part = out[start : start + _PART]
+            part[:] = np.frombuffer(generator.bytes(2 * part.size), np.int16) * np.float32(width)
+        return torch.from_numpy(out).reshape(shape)
 
     places = dict[str, str]()
     for number, shard in enumerate(shards, 1):
@@ -259,6 +265,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"add the figures to {RESULTS.name}")
     parser.add_argument("--stage", choices=("checkpoint", "share", "expected"), help=argparse.SUPPRESS)
     o = parser.parse_args()
+    hosting.settle()
     model, shares = o.directory / "checkpoint", o.directory / "shares"
     if o.stage == "checkpoint":
         write_checkpoint(o, model)
@@ -269,7 +276,6 @@ def main() -> None:
     if o.stage == "expected":
         print(json.dumps({"token": expected(o, model)}))
         return
-    hosting.settle()
     row: dict[str, Any] = {"weights": sum(math.prod(shape) for _, shape in tensors(o)), "load": os.getloadavg()[0]}
     try:
         if not (model / "config.json").is_file():

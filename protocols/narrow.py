@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from protocols import ring
 from protocols.kernels import Array, compiled
 
 NARROW = (torch.int8, torch.int16, torch.int32)
 BLOCK = 1 << 20  # elements that are widened at a time, of 8 MB
 ROWS = 16  # the most for which the loop here is the fastest: it reads a matrix once, but multiplies in 64 bits
+_TILE = 64  # rows and columns that are encoded at a time
 _WIDE = 512  # columns of a pass, so that the results of all rows stay in the innermost caches
 
 
@@ -40,6 +43,11 @@ def narrowed(value: Tensor) -> Tensor:
 def widened(value: Tensor) -> Tensor:
     """Return integers as int64; other numbers as they are."""
     return value.to(torch.int64) if is_narrow(value) else value
+
+
+def is_finite(value: Tensor) -> bool:
+    """True unless floating-point numbers have a NaN or an infinity among them; no tensor of their size is made."""
+    return not value.numel() or all(bool(end.isfinite()) for end in torch.aminmax(value))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -77,6 +85,34 @@ def _add_product(x: Array, matrix: Array, out: Array) -> None:
             for r in range(x.shape[0]):
                 for j in range(column, end):
                     out[r, j] += x[r, k] * matrix[k, j]
+
+
+@compiled
+def _encode(x: Array, scale: float, out: Array) -> tuple[float, float]:
+    low, high = 0.0, 0.0
+    rows, columns = x.shape
+    for i in range(0, rows, _TILE):  # in tiles, as x may be a transposed view
+        for j in range(0, columns, _TILE):
+            for a in range(i, min(i + _TILE, rows)):
+                for b in range(j, min(j + _TILE, columns)):
+                    value = np.rint(x[a, b] * scale)
+                    low, high = min(low, value), max(high, value)
+                    out[a, b] = np.int64(value)
+    return low, high
+
+
+def encode(x: Tensor, fraction: int) -> Tensor:
+    """Return round(x * 2^fraction) in the narrowest type that holds it, for finite float64 that fit 64 bits.
+
+    A matrix whose integers have at most 32 bits is encoded without copies of it in 64 bits.
+    """
+    if x.dim() == 2 and x.dtype == torch.float64 and x.device.type == "cpu":
+        for kind in (torch.int16, torch.int32):  # most have 16 bits
+            out, known = torch.empty(tuple(x.shape), dtype=kind), torch.iinfo(kind)
+            low, high = _encode(x.numpy(), 2.0**fraction, out.numpy())
+            if known.min <= low and high <= known.max:
+                return out.to(torch.int8) if low >= -128 and high <= 127 else out
+    return narrowed(ring.encode(x, fraction))
 
 
 def product_of_rows(x: Tensor, matrix: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from parties.served.files import (
     unpack_masked,
 )
 from parties.three_party.pair_keys import PairSeed
-from protocols.narrow import NARROW, same
+from protocols.narrow import NARROW
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
 from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
@@ -57,6 +57,7 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
 from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
+from secure.lowering.made import alike
 from secure.models.tokens import TextTokenizer
 from secure.mpc.program import Program
 from secure.session.link import MAXIMUM_LENGTHS
@@ -251,7 +252,7 @@ def _require_same_weights(compiled: Compiled, rings: Mapping[str, int]) -> None:
     for size in compiled.others:
         here, theirs = size.model.integers, size.client_tables
         if (
-            any(name not in here or name not in first or not same(first[name], here[name]) for name in rings)
+            any(name not in here or name not in first or not alike(first, here, name) for name in rings)
             or tables.keys() != theirs.keys()
             or any(not table.equal(theirs[name]) for name, table in tables.items())
         ):

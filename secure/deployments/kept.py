@@ -28,12 +28,12 @@ from torch import Tensor
 
 from protocols.fields import Name
 from protocols.fixedpoint import FixedPoint
-from protocols.narrow import same
 from secure.capture.documents import read_tensors, what_is_wrong
 from secure.capture.tensor_files import map_tensors, write_tensors
 from secure.deployments.compiled import MAXIMUM_SIZES, Compiled
 from secure.deployments.deployment import CompileOptions, find
 from secure.errors import CompiledError, Error, InvalidInput, printable
+from secure.lowering.made import alike
 from secure.models.tokenizer_document import TOKENIZER as LABEL
 from secure.models.tokenizer_document import read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
@@ -127,7 +127,7 @@ def to_files(compiled: Compiled) -> dict[str, bytes | Writing]:
         names = {}
         for name in tensors:
             place = name
-            while place in stored and not same(stored[place][0][stored[place][1]], tensors[name]):
+            while place in stored and (stored[place][1] != name or not alike(stored[place][0], tensors, name)):
                 place = f"{number}:{place}"
             names[name] = place
             stored.setdefault(place, (tensors, name))

@@ -7,7 +7,7 @@ own graph. The lowering of each operation is defined beside the operation (`secu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -34,6 +34,7 @@ class Lowered:
     """A model as a trace, the weights that it names (float64), and the recipe by which the client makes its inputs.
 
     weights: those of a large model are made at each reading, see ``Made``. shapes: theirs, without making them.
+    common: weights that are the same at all sizes of the model, as they follow from parameters alone.
     outputs: the results by name, in their order, without those that one party computes alone: what follows from the
     client's input it knows, and what follows from the server's weights is not for clients. clamps: the inputs that are
     additive masks, each with the magnitude down to which its negative values are kept. left_out: names of the other
@@ -47,6 +48,7 @@ class Lowered:
     client_inputs: list[ClientInput]
     clamps: dict[str, float]
     left_out: tuple[str, ...] = ()
+    common: frozenset[str] = frozenset()
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     def shape(self, name: str) -> Shape:
@@ -80,16 +82,18 @@ def lower(
     public: bool = False,
     device: str = "cpu",
     room: Room | None = None,
+    fixed: Collection[str] = (),
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
+    fixed: parameters that are the same at all sizes of the model.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
         raise InvalidInput(f"unknown embedding {embedding!r}", f"one of {', '.join(EMBEDDINGS)}")
     return Lowering(
-        graph, parameters, seen, margin_bits, embedding, functions, public=public, device=device, room=room
+        graph, parameters, seen, margin_bits, embedding, functions, public=public, device=device, room=room, fixed=fixed
     ).run()
 
 
@@ -119,6 +123,7 @@ class Lowering:
         public: bool = False,
         device: str = "cpu",
         room: Room | None = None,
+        fixed: Collection[str] = (),
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
         self.embedding, self.functions, self.public = embedding, functions, public
@@ -132,6 +137,7 @@ class Lowering:
         self._readers = graph.consumers()
         self._trace = Trace()
         self._symbols: dict[int, Symbol] = {}  # by shared node
+        self._fixed, self._common = fixed, set[str]()
         room = room or Room()
         self._known = Made[int](room)  # by node of the server's or public
         self._weights = Made[str](room)
@@ -181,6 +187,7 @@ class Lowering:
             client_inputs,
             self._clamps,
             left_out,
+            frozenset(self._common),
             self._shapes,
         )
 
@@ -235,12 +242,17 @@ class Lowering:
         return self._known[i]
 
     def weight(
-        self, i: int, suffix: str = "", value: Tensor | Callable[[], Tensor] | None = None, shape: Shape = ()
+        self,
+        i: int,
+        suffix: str = "",
+        value: Tensor | Callable[[], Tensor] | None = None,
+        shape: Shape = (),
+        of: Sequence[int] = (),
     ) -> WeightRef:
         """Name a weight of the trace: a node that the server knows, or a ``value`` that it computes from that node.
 
         ``suffix`` tells the names of such values from that of the node. A value that may be large is a function, which
-        makes a tensor of this ``shape`` at each reading.
+        makes a tensor of this ``shape`` at each reading. ``of``: all nodes from which it follows.
         """
         node = self.graph.nodes[i]
         name = (node.attrs["name"] if node.op == "parameter" else f"%{i}") + suffix
@@ -251,6 +263,9 @@ class Lowering:
         if name not in self._weights:
             self._weights.add(name, recipe)
         self._shapes[name] = shape
+        sources = [self.graph.nodes[n] for n in (of if value is not None else (i,))]
+        if sources and all(n.op == "parameter" and n.attrs["name"] in self._fixed for n in sources):
+            self._common.add(name)
         return WeightRef(name, shape)
 
     def client_input(

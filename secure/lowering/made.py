@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from protocols.narrow import same
 from secure.errors import InvalidInput
 
 KEPT = 2 << 30
@@ -69,6 +70,32 @@ class Made(Mapping[Key, Tensor], Generic[Key]):
                 break
             del value
         return self
+
+
+class Chosen(Mapping[str, Tensor]):
+    """Some of the tensors of several mappings. places: for each name the one that has it, under the same name."""
+
+    def __init__(self, places: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+
+def alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
+    """True if two mappings have the same tensor, which is not made to see that where both have it from one place."""
+    if isinstance(a, Chosen) and isinstance(b, Chosen) and a.places[name] is b.places[name]:
+        return True
+    return same(a[name], b[name])
 
 
 def unchanged(name: str, value: Tensor, make: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:

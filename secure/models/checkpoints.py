@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from protocols.narrow import is_finite
 from secure.capture.tensor_files import map_file, map_tensors
 from secure.errors import Error, InvalidInput, MissingPackage, ModelNotFound, printable
 from secure.models.hollow import hollow
@@ -363,7 +364,7 @@ def _check_names(
 
 def _check_finite(directory: Path, weights: Mapping[str, Tensor]) -> None:
     for name, value in weights.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not is_finite(value):
             count = int((~value.isfinite()).sum())
             raise InvalidInput(
                 f"{directory} has {count} values in {name} that are NaN or infinite", "the checkpoint is damaged"

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from approximations import APPROXIMATIONS, Functions, choose
 from approximations.activations import GELU_FORMS
-from protocols import ring
 from protocols.fixedpoint import FixedPoint
-from protocols.narrow import blocks, narrowed
+from protocols.narrow import blocks, encode
 from protocols.two_party import Keep
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes, of_group
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
-from secure.lowering.made import Made
+from secure.lowering.made import Chosen, Made
 from secure.lowering.ranges import Ranges
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.emit import emit
@@ -162,8 +161,9 @@ def compile_sizes(
         if labels is not None
     ]
     kept = _kept_rings([(each, ranges) for each, ranges, _ in wanted], fixed, prices)
+    pool = Made[str]()
     return [
-        finish(each, ranges, fixed, labels, found, prices, told, answer_bits, kept, checked=checked)
+        finish(each, ranges, fixed, labels, found, prices, told, answer_bits, kept, checked=checked, pool=pool)
         for each, ranges, labels in wanted
     ]
 
@@ -212,8 +212,12 @@ def finish(
     kept: Mapping[str, int] | None = None,
     *,
     checked: bool = False,
+    pool: Made[str] | None = None,
 ) -> MpcModel:
-    """Emit the circuit of a lowered model, and encode its weights as integers."""
+    """Emit the circuit of a lowered model, and encode its weights as integers.
+
+    pool: has those that are the same at all sizes of the model.
+    """
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     for spec in lowered.client_inputs:
         if spec.table:  # no calibration meets all rows
@@ -224,19 +228,21 @@ def finish(
     told(0, 0, "emitting the Program")
     program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits, kept, checked=checked)
     told(0, 0, "encoding the weights")
-    integers = Made[str](recipes={key: partial(_encoded, lowered.weights, key) for key in weight_keys(program)})
-    return MpcModel(program, integers.filled(), tables, choice)
+    own, pool = Made[str](), Made[str]() if pool is None else pool
+    places = dict[str, Mapping[str, Tensor]]()
+    for key in weight_keys(program):
+        places[key] = into = pool if split_weight_key(key)[0] in lowered.common else own
+        if key not in into:
+            into.add(key, partial(_encoded, lowered.weights, key))
+    own.filled()
+    pool.filled()
+    return MpcModel(program, Chosen(places), tables, choice)
 
 
 def _encoded(weights: Mapping[str, Tensor], key: str) -> Tensor:
-    """Return a weight as integers in the narrowest type that holds them. It is encoded a block at a time."""
+    """Return a weight as integers in the narrowest type that holds them."""
     name, fraction = split_weight_key(key)
-    value = weights[name]
-    if value.dim() < 2:
-        return narrowed(ring.encode(value, fraction))
-    parts = [narrowed(ring.encode(part, fraction)) for _, part in blocks(value)]
-    widest = max((part.dtype for part in parts), key=lambda kind: kind.itemsize, default=torch.int8)
-    return torch.cat([part.to(widest) for part in parts]) if parts else narrowed(ring.encode(value, fraction))
+    return encode(weights[name], fraction)
 
 
 def weight_keys(program: Program) -> list[str]:
