@@ -42,6 +42,7 @@ from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 RESULTS = common.RESULTS / "large.json"
 SHARD = 1 << 30  # bytes of one file of weights
 TEXT_SEED, WEIGHT_SEED = 7, 11
+_OUTLIER = 1000
 _PART = 1 << 20  # weights that are drawn at a time
 SPREAD = 0.02  # standard deviation of a trained model's matrices, about
 DEADLINE = 600.0
@@ -114,6 +115,7 @@ def write_checkpoint(o: argparse.Namespace, directory: Path) -> None:
         for start in range(0, out.size, _PART):  # uniform ones are cheap, and have the same spread
             part = out[start : start + _PART]
             part[:] = np.frombuffer(generator.bytes(2 * part.size), np.int16) * np.float32(width)
+            part[::_OUTLIER] *= 8  # as trained ones have, which decide how many bits a matrix takes
         return torch.from_numpy(out).reshape(shape)
 
     places = dict[str, str]()

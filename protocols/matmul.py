@@ -82,8 +82,8 @@ def _narrow(a: Tensor, b: Tensor, ring_bits: int) -> Tensor:
     """Return a @ b modulo 2^ring for a narrow matrix b, of which no wide copy is made."""
     if a.is_meta or b.is_meta:
         return torch.empty((*a.shape[:-1], b.shape[-1]), dtype=torch.int64, device="meta")
-    rows = a.reshape(-1, a.shape[-1])
-    if len(rows) <= narrow.ROWS or not rows.shape[1]:
+    rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
+    if len(rows) <= narrow.ROWS:
         product = narrow.product_of_rows(rows, b)
     elif native() and ring_bits <= madd52.BITS and _fits(rows, b) and madd52.available():
         product = madd52.matmul(rows, b)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import mmap
 import os
 import secrets
@@ -36,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from parties.limits.memory import memory_said
 from parties.net.secret_files import read_secret
 from parties.served.files import (
     TOKEN_TABLE,
@@ -53,12 +55,15 @@ from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
 from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
 from secure.capture.documents import header_size
 from secure.capture.tensor_files import map_file, map_tensors, write_tensors
+from secure.cost.demand import KEPT as NARROWEST
+from secure.cost.demand import PROCESS
 from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
 from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
 from secure.lowering.made import alike
 from secure.models.tokens import TextTokenizer
+from secure.mpc.budget import WORD, load_of
 from secure.mpc.program import Program
 from secure.session.link import MAXIMUM_LENGTHS
 from secure.version import WIRE_VERSION
@@ -66,6 +71,7 @@ from secure.version import WIRE_VERSION
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
 SALT, TOKENIZER, TABLE = "salt", "tokenizer.json", "token-table.safetensors"
 SALT_BYTES = 32
+SUMMANDS = 3  # of shared weights at parties 0 and 1: W_1, and two stacked for products
 PROGRAMS = (PROGRAM, *(f"program-{number}.json" for number in range(1, MAXIMUM_LENGTHS)))
 FILES = {*PROGRAMS, WEIGHTS, SALT, TOKENIZER, TABLE}  # those that a manifest may name
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
@@ -131,6 +137,11 @@ class PartyShare:
     @property
     def party(self) -> int:
         return self.manifest.party
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """About the most bytes that this party takes: of its own for one query, and of weights that it maps."""
+        return _memory(self.manifest, self.sizes, public=self.deployment.public_weights)
 
     @property
     def role(self) -> str:
@@ -294,6 +305,10 @@ def load_share(directory: str | Path) -> PartyShare:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
     if _rings(size.circuit for size in sizes) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that its Programs read", "share the model anew")
+    own, mapped = _memory(manifest, sizes, public=deployment.public_weights)
+    memory_said(
+        own, mapped, ROLES[manifest.party], "fewer tokens (--length, --capacity), or a machine with more memory"
+    )
     text = parts.get(TOKENIZER, b"")
     files = {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {}
     _check_model(manifest, programs, files, parts.get(SALT, b""), digests.get(WEIGHTS, ""), directory)
@@ -311,6 +326,18 @@ def load_share(directory: str | Path) -> PartyShare:
         text,
         files,
     )
+
+
+def _memory(manifest: Manifest, sizes: Sequence[SharedProgram], *, public: bool) -> tuple[int, int]:
+    """Return the bytes of ``PartyShare.memory``: corrections and values, and shared weights in words."""
+    elements = sum(math.prod(shape) for shape in manifest.shapes.values())
+    queries = [
+        load_of(size.circuit.circuit, size.program.weight_shapes, weights=False).memory + size.circuit.cost.dealt
+        for size in sizes
+    ]
+    copies = 0 if public else 1 if manifest.party == PARTY_2 else SUMMANDS
+    mapped = NARROWEST * elements if public and manifest.party != PARTY_2 else 0
+    return PROCESS + max(queries) + WORD * copies * elements, mapped
 
 
 def _check_names(manifest: Manifest, directory: Path) -> None:

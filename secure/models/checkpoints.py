@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from protocols.narrow import is_finite
 from secure.capture.tensor_files import map_file, map_tensors
 from secure.errors import Error, InvalidInput, MissingPackage, ModelNotFound, printable
+from secure.lowering.made import KEPT
 from secure.models.hollow import hollow
 from secure.models.onnx_weights import ONNX, check_graph, read_onnx
 
@@ -37,6 +39,7 @@ WRAPPERS = ("module.", "_orig_mod.", "0.auto_model.", "auto_model.", "model.")
 SAFE, GENERATION = ".safetensors", "generation_config.json"
 MAPPED = 1 << 29  # bytes of weights that are read into memory; more are mapped
 MAXIMUM_HEADER = 1 << 26  # bytes of the header of one mapped file
+PARTS, FLOATS = 2, 4  # of KEPT, floats and integers; of the largest weight, copies in float64 at one moment
 OTHER_FORMATS = (".onnx", ".gguf", ".h5", ".msgpack", ".pt")
 LFS = b"version https://git-lfs"  # begins a file that stands for another one, which was not downloaded
 NAMED = 8  # names in a message
@@ -267,8 +270,24 @@ def _load(factory: Any, directory: Path, prefix: str = "") -> tuple[Any, Mapping
 
 
 def _is_large(directory: Path) -> bool:
-    files = weight_files(directory)
-    return all(path.suffix == SAFE for path in files) and sum(path.stat().st_size for path in files) > MAPPED
+    return large_bytes(directory)[1] > 0
+
+
+def large_bytes(directory: Path) -> tuple[int, int]:
+    """Return about the most bytes of memory that compiling a mapped checkpoint takes, and the bytes that are mapped.
+
+    Both are 0 if the checkpoint is none, as its weights are too few or in files of another kind.
+    """
+    from safetensors import safe_open
+
+    files, largest = weight_files(directory), 0
+    mapped = sum(path.stat().st_size for path in files)
+    if mapped <= MAPPED or any(path.suffix != SAFE for path in files):
+        return 0, 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            largest = max([largest, *(math.prod(file.get_slice(n).get_shape()) for n in file.keys())])  # noqa: SIM118
+    return PARTS * KEPT + FLOATS * 8 * largest, mapped
 
 
 def _mapped(factory: Any, directory: Path) -> tuple[Any, Mapping[str, Any]]:
