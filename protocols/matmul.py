@@ -44,7 +44,7 @@ class Matrix:
         self._value: Tensor | limbs.Packed
         held_narrow = narrow.is_narrow(value)
         if value.is_meta or native() or (held_narrow and value.numel() > _MOST_PACKED):
-            self._value = value.contiguous()
+            self._value = value if held_narrow and narrow.in_place(value) else value.contiguous()
             return
         value, signed = narrow.widened(value), signed or held_narrow
         if signed:
@@ -85,12 +85,12 @@ def _narrow(a: Tensor, b: Tensor, ring_bits: int) -> Tensor:
     rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
     if len(rows) <= narrow.ROWS:
         product = narrow.product_of_rows(rows, b)
-    elif native() and ring_bits <= madd52.BITS and _fits(rows, b) and madd52.available():
+    elif b.is_contiguous() and native() and ring_bits <= madd52.BITS and _fits(rows, b) and madd52.available():
         product = madd52.matmul(rows, b)
     else:
         product = torch.zeros(len(rows), b.shape[-1], dtype=torch.int64)
         for here, part in narrow.blocks(b):
-            left = rows[:, here]
+            left, part = rows[:, here], part.contiguous()
             product += left.contiguous() @ part if native() else limbs.matmul(left, part, ring_bits, b_bits=_bits(b))
     return ring.reduce(product, ring_bits).reshape(*a.shape[:-1], b.shape[-1])
 

@@ -115,6 +115,34 @@ def encode(x: Tensor, fraction: int) -> Tensor:
     return narrowed(ring.encode(x, fraction))
 
 
+@compiled
+def _add_dots(x: Array, turned: Array, out: Array) -> None:
+    columns, inner = turned.shape
+    fours = columns - columns % 4
+    for j in range(0, fours, 4):  # four columns at a time: one read of x for four products
+        a, b, c, d = turned[j], turned[j + 1], turned[j + 2], turned[j + 3]
+        for r in range(x.shape[0]):
+            row, p, q, s, t = x[r], np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+            for k in range(inner):
+                p += row[k] * a[k]
+                q += row[k] * b[k]
+                s += row[k] * c[k]
+                t += row[k] * d[k]
+            out[r, j] += p
+            out[r, j + 1] += q
+            out[r, j + 2] += s
+            out[r, j + 3] += t
+    for j in range(fours, columns):
+        for r in range(x.shape[0]):
+            for k in range(inner):
+                out[r, j] += x[r, k] * turned[j, k]
+
+
+def in_place(matrix: Tensor) -> bool:
+    """True if products read a matrix where it lies: its rows, or its columns, are one behind another."""
+    return matrix.is_contiguous() or matrix.T.is_contiguous()
+
+
 def product_of_rows(x: Tensor, matrix: Tensor) -> Tensor:
     """Return x @ matrix modulo 2^64, for int64 (rows, n) and narrow (n, columns), both on the CPU; few rows are fast.
 
@@ -123,5 +151,8 @@ def product_of_rows(x: Tensor, matrix: Tensor) -> Tensor:
     if x.dim() != 2 or matrix.dim() != 2 or x.shape[1] != matrix.shape[0] or x.dtype != torch.int64:
         raise ValueError(f"no product of {x.dtype} {tuple(x.shape)} and {matrix.dtype} {tuple(matrix.shape)}")
     out = torch.zeros(x.shape[0], matrix.shape[1], dtype=torch.int64)
-    _add_product(x.contiguous().numpy(), matrix.contiguous().numpy(), out.numpy())
+    if not matrix.is_contiguous() and in_place(matrix):
+        _add_dots(x.contiguous().numpy(), matrix.T.numpy(), out.numpy())
+    else:
+        _add_product(x.contiguous().numpy(), matrix.contiguous().numpy(), out.numpy())
     return out

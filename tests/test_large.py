@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -20,7 +22,6 @@ from torch import Tensor
 
 import secure
 from parties.limits import memory
-from parties.three_party import shared_model
 from parties.three_party.shared_model import WEIGHTS, load_share, share_model
 from protocols import madd52, matmul, narrow, ring
 from protocols.matmul import Matrix
@@ -28,11 +29,13 @@ from protocols.narrow import NARROW, encode, is_finite, narrowed, product_of_row
 from protocols.three_party.weights import PublicWeights
 from protocols.weights import ServerWeights
 from secure.capture.tensor_files import map_file, map_tensors, write_tensors
+from secure.deployments import kept
 from secure.errors import InvalidInput, ShareError
 from secure.lowering import made as made_module
 from secure.lowering.made import Chosen, Made, Room, alike, unchanged
 from secure.models import checkpoints
 from secure.models.checkpoints import large_bytes, load_checkpoint
+from secure.mpc.arithmetic import tied
 from secure.mpc.budget import load_of
 from tests.test_generator import PROMPTS, continued, decoder
 from tests.three_parties import running
@@ -77,10 +80,20 @@ def test_products_read_narrow_matrices(
         assert Matrix(w, bits, signed=True).times(x[0]).equal(expected[0])
 
 
-def test_a_matrix_that_is_no_block_of_memory() -> None:
-    w = weights(60, 50).T
-    x = words(5, 50)
-    assert Matrix(w, 64, signed=True).times(x).equal((x[:, :, None] * w.to(torch.int64)).sum(1))
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_transposed_matrices_are_read_where_they_lie(rows: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(matmul, "native", lambda: False)
+        monkeypatch.setattr(matmul, "_MOST_PACKED", 0)
+    x = words(rows, 50)
+    for w in (weights(61, 50).T, weights(61, 100)[:, ::2].T):  # the second one is copied
+        held, expected = Matrix(w, 50, signed=True), (x[:, :, None] * w.to(torch.int64)).sum(1)
+        assert held.times(x).equal(ring.reduce(expected, 50))
+    assert isinstance(held._value, Tensor)
+    lies = Matrix(weights(61, 50).T, 50, signed=True)._value
+    assert isinstance(lies, Tensor)
+    assert not lies.is_contiguous()
 
 
 def test_a_narrow_matrix_is_not_copied() -> None:
@@ -249,32 +262,39 @@ def test_a_weight_that_changes_meanwhile_is_noticed() -> None:
         recipe()
 
 
-def build() -> secure.Compiled:
-    texts = [[1, 5, 9, 2, 7, 3, 4, 8]]
-    return secure.compile_generator(
-        decoder("llama"), prompt=SHORT, capacity=CAPACITY, calibration=texts, deployment=PUBLIC
-    )
+def test_a_model_without_room_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    inputs = {"input": torch.randn(3, 8)}
+    one = secure.compile(model, inputs)
+    monkeypatch.setattr(made_module, "KEPT", 0)
+    other = secure.compile(model, inputs)
+    assert one.program.digest == other.program.digest
+    assert one.model.weights_digest == other.model.weights_digest
+    assert all(same(value, other.model.integers[name]) for name, value in one.model.integers.items())
+    assert all(value.dtype in NARROW for value in one.model.integers.values())
+    with secure.insecure_in_process(other) as session:
+        torch.testing.assert_close(session.query(inputs), model(**inputs).double(), atol=2e-3, rtol=0)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(InvalidInput, match="was changed after the model was compiled"):
+        _ = other.model.weights_digest
 
 
 @cache
-def held() -> secure.Compiled:
-    return build()
+def rounded(name: str) -> Any:
+    """A decoder whose weights are those of float16, in float32."""
+    return copy.deepcopy(decoder(name)).half().float()
 
 
-def test_a_model_without_room_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(made_module, "KEPT", 0)
-    streamed = build()
-    for one, other in zip(held().sizes, streamed.sizes, strict=True):
-        assert one.program.digest == other.program.digest
-        assert one.model.weights_digest == other.model.weights_digest
-        assert all(same(value, other.model.integers[name]) for name, value in one.model.integers.items())
-        assert all(value.dtype in NARROW for value in one.model.integers.values())
-    secure.save_compiled(streamed, tmp_path / "kept")
-    loaded = secure.load_compiled(tmp_path / "kept")
-    assert loaded.model.weights_digest == held().model.weights_digest
-    assert [size.program.digest for size in loaded.sizes] == [size.program.digest for size in held().sizes]
-    with secure.insecure_in_process(loaded) as session:
-        assert list(session.generate(PROMPTS[0], 2, ignore_end=True)) == continued(decoder("llama"), PROMPTS[0], 2)
+@cache
+def held(name: str = "llama") -> secure.Compiled:
+    return build(rounded(name))
+
+
+def build(model: torch.nn.Module) -> secure.Compiled:
+    texts = [[1, 5, 9, 2, 7, 3, 4, 8]]
+    return secure.compile_generator(model, prompt=SHORT, capacity=CAPACITY, calibration=texts, deployment=PUBLIC)
 
 
 # checkpoints
@@ -283,8 +303,7 @@ def test_a_model_without_room_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("checkpoint")
-    decoder("llama").half().save_pretrained(where, max_shard_size="20KB")
-    decoder("llama").float()
+    copy.deepcopy(rounded("llama")).half().save_pretrained(where, max_shard_size="20KB")
     return where
 
 
@@ -306,13 +325,9 @@ def test_large_checkpoints_are_mapped(directory: Path) -> None:
     own, taken = large_bytes(directory)
     assert own > 0
     assert taken == sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    texts = [[1, 5, 9, 2, 7, 3, 4, 8]]
-    one, other = (
-        secure.compile_generator(model, prompt=SHORT, capacity=CAPACITY, calibration=texts, deployment=PUBLIC)
-        for model in (found, whole)
-    )
-    assert one.program.digest == other.program.digest
-    assert one.model.weights_digest == other.model.weights_digest
+    one = build(found)
+    assert [size.program.digest for size in one.sizes] == [size.program.digest for size in held().sizes]
+    assert one.model.weights_digest == held().model.weights_digest
     assert all(parameter.dtype == torch.float16 for parameter in found.parameters())  # as before
 
 
@@ -364,14 +379,34 @@ def test_parties_of_public_weights_map_one_file(shares: Path) -> None:
     elements = sum(value.numel() for value in held().model.integers.values())
     assert files[0].stat().st_size < 2.2 * elements + 8192
     with running(shares) as three, three.dial() as session:
-        assert list(session.generate(PROMPTS[0], 2, ignore_end=True)) == continued(decoder("llama"), PROMPTS[0], 2)
+        assert list(session.generate(PROMPTS[0], 2, ignore_end=True)) == continued(rounded("llama"), PROMPTS[0], 2)
+
+
+def test_a_tied_table_and_head_are_there_once(tmp_path: Path) -> None:
+    compiled = held("gpt2")
+    (head, table), *more = tied(compiled.program.weight_shapes).items()
+    assert not more
+    assert head.startswith("model.transformer.wte.weight.T@")
+    integers = compiled.model.integers
+    assert integers[head].data_ptr() == integers[table].data_ptr()
+    share_model(compiled, tmp_path)
+    with (tmp_path / "party-0" / WEIGHTS).open("rb") as file:
+        assert map_tensors(map_file(file), most=1 << 20).keys() == {*integers} - {head}
+    with running(tmp_path) as three, three.dial() as session:
+        assert list(session.generate(PROMPTS[0], 2, ignore_end=True)) == continued(rounded("gpt2"), PROMPTS[0], 2)
+    secure.save_compiled(compiled, tmp_path / "kept")
+    with (tmp_path / "kept" / kept.WEIGHTS).open("rb") as file:
+        assert map_tensors(map_file(file), most=1 << 20).keys() == {*integers} - {head}
+    loaded = secure.load_compiled(tmp_path / "kept")
+    assert all(same(value, loaded.model.integers[name]) for name, value in integers.items())
+    assert loaded.model.weights_digest == compiled.model.weights_digest
 
 
 def test_a_file_system_without_links(shares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(1, "not permitted")
 
-    monkeypatch.setattr(shared_model.os, "link", refused)
+    monkeypatch.setattr(os, "link", refused)
     share_model(held(), tmp_path)
     one, other = (tmp_path / f"party-{party}" / WEIGHTS for party in range(2))
     assert not one.samefile(other)

@@ -63,6 +63,7 @@ from secure.deployments.three_party import ThreeParty
 from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
 from secure.lowering.made import alike
 from secure.models.tokens import TextTokenizer
+from secure.mpc.arithmetic import tied
 from secure.mpc.budget import WORD, load_of
 from secure.mpc.program import Program
 from secure.session.link import MAXIMUM_LENGTHS
@@ -182,8 +183,9 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     _require_same_weights(compiled, rings)
     seeds = [fresh_seed() for _ in PAIRS]
     keys = [PairSeed(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
-    shapes, written = dict[str, tuple[int, ...]](), list(rings)
-    held = _noted(((name, integers[name]) for name in rings), shapes)
+    shapes, turned = dict[str, tuple[int, ...]](), tied(compiled.program.weight_shapes)
+    written = [name for name in rings if turned.get(name) not in rings]
+    held = _noted(((name, integers[name]) for name in written), shapes)
     if not deployment.public_weights:
         written = [packed_name(name, rings) for name in rings]
         held = _noted(masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings), shapes)
@@ -196,6 +198,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     _link(first, places[1] / WEIGHTS)
     with first.open("rb") as content:
         weights = hashlib.file_digest(content, "sha256").hexdigest()
+    shapes |= {name: shapes[turned[name]][::-1] for name in rings if name not in shapes}
     common = {file: program.encoded for file, program in zip(PROGRAMS, programs, strict=False)}
     if compiled.tokenizer_json:
         common[TOKENIZER] = compiled.tokenizer_json
@@ -383,6 +386,9 @@ def _weights(manifest: Manifest, payload: Any, keys: Mapping[int, PairSeed], *, 
         found = map_tensors(payload, most=header_size(manifest.rings))
     except InvalidInput as error:
         raise ShareError(f"{WEIGHTS}: {error}", "share the model anew") from None
+    for name, other in tied(manifest.shapes).items():
+        if name not in found and other in found:
+            found[name] = found[other].T
     integers = {*NARROW, torch.int64}
     if found.keys() != manifest.rings.keys() or any(
         value.dtype not in integers or tuple(value.shape) != manifest.shapes[name] for name, value in found.items()

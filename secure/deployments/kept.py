@@ -37,6 +37,7 @@ from secure.lowering.made import alike
 from secure.models.tokenizer_document import TOKENIZER as LABEL
 from secure.models.tokenizer_document import read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
+from secure.mpc.arithmetic import tied
 from secure.version import __version__
 
 FORMAT = 2
@@ -52,6 +53,7 @@ MAXIMUM_HEADER = 1 << 22  # bytes of the header of a file of tensors
 MAXIMUM_FILE = 1 << 38  # bytes of one file
 AGAIN = "compile it again: unseen compile MODEL DIRECTORY"
 
+TRANSPOSE = "^T"  # behind the name of a tensor in the file: the transposed one, of a tied table and head
 Writing = Callable[[IO[bytes]], None]
 """A function that writes a file."""
 
@@ -124,8 +126,11 @@ def to_files(compiled: Compiled) -> dict[str, bytes | Writing]:
         if parts is None:
             raise InvalidInput(f"{deployment.name} keeps no compiled models", "compile the model where it is served")
         own, tensors = parts
-        names = {}
-        for name in tensors:
+        names, turned = dict[str, str](), tied(getattr(size.program, "weight_shapes", {}))
+        for name in sorted(tensors, key=turned.__contains__):
+            if (other := turned.get(name, "")) in names:
+                names[name] = names[other] + TRANSPOSE
+                continue
             place = name
             while place in stored and (stored[place][1] != name or not alike(stored[place][0], tensors, name)):
                 place = f"{number}:{place}"
@@ -211,13 +216,13 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes], weights: 
         if (
             not facts.sizes
             or {*PROGRAMS[: len(facts.sizes)]} != {*PROGRAMS} & {*manifest.files}
-            or {*tensors} != {name for size in facts.sizes for name in size.tensors.values()}
+            or {*tensors} != {name.removesuffix(TRANSPOSE) for size in facts.sizes for name in size.tensors.values()}
         ):
             raise InvalidInput("a size has no Program or no weights, or they have no size")
         tables = read_tensors(files[TABLES], most=MAXIMUM_HEADER) if TABLES in files else {}
         models = list[Any]()
         for program, size in zip(PROGRAMS, facts.sizes, strict=False):
-            held = {name: tensors[stored] for name, stored in size.tensors.items()}
+            held = {name: _held(tensors, stored) for name, stored in size.tensors.items()}
             models.append(deployment.restore(files[program], tables, size.own, held))
         tokenizer = _tokenizer(files.get(TOKENIZER, b""), facts, models)
     except (Error, ValidationError, ValueError, LookupError, TypeError) as error:
@@ -226,6 +231,11 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes], weights: 
     about = tokenizer, files.get(TOKENIZER, b""), options, printable(facts.about), printable(facts.made)
     first, *others = [Compiled(deployment, model, *about) for model in models]
     return replace(first, others=tuple(others))
+
+
+def _held(tensors: Mapping[str, Tensor], stored: str) -> Tensor:
+    value = tensors[stored.removesuffix(TRANSPOSE)]
+    return value.T if stored.endswith(TRANSPOSE) else value
 
 
 def _tokenizer(text: bytes, facts: _Facts, models: Sequence[Any]) -> TextTokenizer | None:

@@ -20,9 +20,9 @@ from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes, of_group
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
-from secure.lowering.made import Chosen, Made
+from secure.lowering.made import Chosen, Made, Room
 from secure.lowering.ranges import Ranges
-from secure.mpc.arithmetic import split_weight_key
+from secure.mpc.arithmetic import split_weight_key, tied
 from secure.mpc.emit import emit
 from secure.mpc.network import LOOPBACK, NetworkSpeed, find_network
 from secure.mpc.powers import tabulated_power
@@ -230,7 +230,12 @@ def finish(
     told(0, 0, "encoding the weights")
     own, pool = Made[str](), Made[str]() if pool is None else pool
     places = dict[str, Mapping[str, Tensor]]()
+    same = tied(program.weight_shapes)
     for key in weight_keys(program):
+        if key in same:  # the same numbers, which are there once
+            places[key] = turned = Made[str](Room(0))
+            turned.add(key, partial(_turned, places, same[key]))
+            continue
         places[key] = into = pool if split_weight_key(key)[0] in lowered.common else own
         if key not in into:
             into.add(key, partial(_encoded, lowered.weights, key))
@@ -243,6 +248,10 @@ def _encoded(weights: Mapping[str, Tensor], key: str) -> Tensor:
     """Return a weight as integers in the narrowest type that holds them."""
     name, fraction = split_weight_key(key)
     return encode(weights[name], fraction)
+
+
+def _turned(places: Mapping[str, Mapping[str, Tensor]], key: str) -> Tensor:
+    return places[key][key].T
 
 
 def weight_keys(program: Program) -> list[str]:
