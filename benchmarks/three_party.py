@@ -51,13 +51,13 @@ def share(name: str, directory: Path, approximations: str) -> None:
 
 
 @contextmanager
-def parties(directory: Path, ahead: int) -> Iterator[list[common.Service]]:
-    """Three ``unseen party`` processes, one thread each."""
+def parties(directory: Path, ahead: int, threads: int = 1) -> Iterator[list[common.Service]]:
+    """Three ``unseen party`` processes, one thread each by default."""
     with ExitStack() as stack:
 
         def party(number: int, *options: str) -> common.Service:
             command = ["party", "--id", str(number), "--share", str(directory / f"party-{number}"), *options]
-            command += ["--listen", "127.0.0.1:0", "--threads", "1", "--announce", "--deadline", str(DEADLINE)]
+            command += ["--listen", "127.0.0.1:0", "--threads", str(threads), "--announce", "--deadline", str(DEADLINE)]
             made = common.Service("parties.cli", *command)
             stack.callback(made.stop)
             return made

@@ -13,7 +13,8 @@ fields       the types of protocols' fields, with their bounds
 windows      entries taken in runs, and patches under a moving window
 fixedpoint   the fixed-point encoding of real numbers
 limbs        exact matrix products through float64
-madd52       the same by an instruction for 52-bit integers
+narrow       integers in the narrowest type that holds them, and products that read them so
+madd52       exact matrix products by an instruction for 52-bit integers
 matmul       the fastest of these kernels and torch's own
 warm         all that is compiled, before a query waits for it
 prg          AES-CTR streams, keys

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from protocols.kernels import Array, compiled
+from protocols.narrow import NARROW
 
 BITS = 52  # of the widest ring
 _ROWS, _VECTORS, _LANES = 8, 3, 8  # of a tile: 24 of the 32 registers hold it
@@ -42,10 +43,17 @@ def available() -> bool:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, batched like ``torch.matmul``, of which the low BITS bits are right; the others are junk.
 
-    a, b: int64 of two dimensions or more, on the CPU; only their low BITS bits count. Raises ValueError for any other,
-    and for shapes that do not fit: compiled code reads memory without a look at its bounds.
+    a, b: int64 of two dimensions or more, on the CPU; only their low BITS bits count. b may be narrow: its panels are
+    widened. Raises ValueError for any other, and for shapes that do not fit: compiled code reads memory without a look
+    at its bounds.
     """
-    if not a.dtype == b.dtype == torch.int64 or a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+    if (
+        a.dtype != torch.int64
+        or b.dtype not in (*NARROW, torch.int64)
+        or a.dim() < 2
+        or b.dim() < 2
+        or a.shape[-1] != b.shape[-2]
+    ):
         raise ValueError(f"no product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
     if b.dim() == 2:
         out = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.int64)

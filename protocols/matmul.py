@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from protocols import limbs, madd52, ring
+from protocols import limbs, madd52, narrow, ring
 
 
 @cache
@@ -27,29 +27,41 @@ def warm_up() -> None:
     if native() and madd52.available():
         one = torch.zeros(1, 1, dtype=torch.int64)
         madd52.matmul(one, one)
+        madd52.matmul(one, one.to(torch.int16))
+    narrow.product_of_rows(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int16))
 
 
 class Matrix:
     """The right-hand side of many products, kept in the form that the kernel needs.
 
     value: (n, p) residues modulo 2^ring_bits or, with ``signed``, true integers, whose few bits make products cheaper.
+    Narrow integers (``protocols.narrow``) are true ones. They are kept as they are, in a mapped file perhaps, where a
+    kernel reads them so, and if they are too many to be packed.
     """
 
     def __init__(self, value: Tensor, ring_bits: int, *, signed: bool) -> None:
         self._ring, self._shape = ring_bits, tuple(value.shape)
         self._value: Tensor | limbs.Packed
-        if value.is_meta or native():
-            self._value = value.contiguous()
-        elif signed:
+        held_narrow = narrow.is_narrow(value)
+        if value.is_meta or native() or (held_narrow and value.numel() > _MOST_PACKED):
+            self._value = value if held_narrow and narrow.in_place(value) else value.contiguous()
+            return
+        value, signed = narrow.widened(value), signed or held_narrow
+        if signed:
             largest = int(value.abs().max()) if value.numel() else 0
             self._value = limbs.pack(value, largest.bit_length() + 1, signed=True, ring=ring_bits)
         else:
             self._value = limbs.pack(value, ring_bits, signed=False, ring=ring_bits)
 
+    @property
+    def packed(self) -> bool:
+        """True if it is another form of the value, which takes memory of its own."""
+        return not isinstance(self._value, Tensor)
+
     def times(self, x: Tensor) -> Tensor:
         """Return x @ self modulo 2^ring, for residues x of shape (..., n)."""
         if isinstance(self._value, Tensor):
-            return matmul(x, self._value, self._ring)
+            return (_narrow if narrow.is_narrow(self._value) else matmul)(x, self._value, self._ring)
         if x.is_meta:
             return x.new_empty((*x.shape[:-1], self._shape[-1]))
         if x.dim() == 1:
@@ -66,6 +78,27 @@ def matmul(a: Tensor, b: Tensor, ring_bits: int) -> Tensor:
     return limbs.matmul(a, b, ring_bits)
 
 
+def _narrow(a: Tensor, b: Tensor, ring_bits: int) -> Tensor:
+    """Return a @ b modulo 2^ring for a narrow matrix b, of which no wide copy is made."""
+    if a.is_meta or b.is_meta:
+        return torch.empty((*a.shape[:-1], b.shape[-1]), dtype=torch.int64, device="meta")
+    rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
+    if len(rows) <= narrow.ROWS:
+        product = narrow.product_of_rows(rows, b)
+    elif b.is_contiguous() and native() and ring_bits <= madd52.BITS and _fits(rows, b) and madd52.available():
+        product = madd52.matmul(rows, b)
+    else:
+        product = torch.zeros(len(rows), b.shape[-1], dtype=torch.int64)
+        for here, part in narrow.blocks(b):
+            left, part = rows[:, here], part.contiguous()
+            product += left.contiguous() @ part if native() else limbs.matmul(left, part, ring_bits, b_bits=_bits(b))
+    return ring.reduce(product, ring_bits).reshape(*a.shape[:-1], b.shape[-1])
+
+
+def _bits(b: Tensor) -> int:
+    return torch.iinfo(b.dtype).bits
+
+
 def _fits(a: Tensor, b: Tensor) -> bool:
     """True for matrices on the CPU that are large enough for ``madd52`` to be the faster one."""
     if a.dim() < 2 or b.dim() < 2 or not a.device.type == b.device.type == "cpu":
@@ -75,3 +108,4 @@ def _fits(a: Tensor, b: Tensor) -> bool:
 
 
 _LEAST_ROWS, _LEAST_INNER = 8, 64
+_MOST_PACKED = 1 << 22  # elements of a narrow matrix that is packed: in limbs they take 8 bytes each, or more

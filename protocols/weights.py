@@ -14,28 +14,35 @@ from torch import Tensor
 
 from protocols import ring
 from protocols.matmul import Matrix
+from protocols.narrow import widened
 from protocols.prg import Key
 from protocols.protocol import Weights
 
 
 class _Held(Weights):
-    """Integer tensors by name, each packed for matrix products once per ring."""
+    """Integer tensors by name, each packed for matrix products once per ring.
+
+    tensors: a mapping that gives the same ones whenever it is asked, such as one of a mapped file. Narrow ones are kept
+    so (``protocols.narrow``).
+    """
 
     signed = False
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = tensors
         self._packed: dict[tuple[str, int], Matrix] = {}  # of all Programs that share these weights
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        return x * self._tensors[name] if diagonal else self.packed(name, ring_bits).times(x)
+        return x * widened(self._tensors[name]) if diagonal else self.packed(name, ring_bits).times(x)
 
     def packed(self, name: str, ring_bits: int) -> Matrix:
-        """Return a tensor packed for products in a ring; it is packed at the first call."""
+        """Return a tensor in the form for products in a ring; what is packed is packed at the first call."""
         key = (name, ring_bits)
-        if key not in self._packed:
-            self._packed[key] = Matrix(self._tensors[name], ring_bits, signed=self.signed)
-        return self._packed[key]
+        if (found := self._packed.get(key)) is None:
+            found = Matrix(self._tensors[name], ring_bits, signed=self.signed)
+            if found.packed:  # others are no more than what they are made of
+                self._packed[key] = found
+        return found
 
 
 class ServerWeights(_Held):
@@ -44,7 +51,7 @@ class ServerWeights(_Held):
     signed = True
 
     def summand(self, name: str) -> Tensor | None:
-        return self._tensors[name]
+        return widened(self._tensors[name])
 
     def beside(self, tensors: Mapping[str, Tensor]) -> ServerWeights:
         """Return the weights of another Program, which multiplies by the same ones: packed matrices are shared."""
@@ -55,7 +62,7 @@ class ServerWeights(_Held):
     def masked(self, mask: DealerWeights, rings: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, D = W - B) for every weight in ``rings``, reduced to its bits there; clients get these."""
         for name, bits in rings.items():
-            yield name, ring.reduce(self._tensors[name] - mask.mask(name), bits)
+            yield name, ring.reduce(widened(self._tensors[name]) - mask.mask(name), bits)
 
 
 class ClientWeights(_Held):
@@ -66,7 +73,8 @@ class DealerWeights(_Held):
     """The dealer's mask B, expanded on first use from the seed's key and the weights' shapes."""
 
     def __init__(self, key: Key, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        super().__init__({})
+        self._expanded: dict[str, Tensor] = {}
+        super().__init__(self._expanded)
         self._key, self._shapes = key, dict(shapes)
 
     def beside(self, shapes: Mapping[str, tuple[int, ...]]) -> DealerWeights:
@@ -77,7 +85,8 @@ class DealerWeights(_Held):
         if wrong := sorted(name for name, shape in shapes.items() if self._shapes.get(name, shape) != shape):
             raise ValueError(f"the weight {wrong[0]!r} has the shape {shapes[wrong[0]]}, not {self._shapes[wrong[0]]}")
         other = DealerWeights(self._key, shapes)
-        other._tensors, other._packed = self._tensors, self._packed
+        other._tensors = other._expanded = self._expanded
+        other._packed = self._packed
         return other
 
     def mask(self, name: str) -> Tensor:
@@ -89,6 +98,6 @@ class DealerWeights(_Held):
         return self._key.stream(number).words(self._shapes[name])
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        if name not in self._tensors:
-            self._tensors[name] = self.mask(name)
+        if name not in self._expanded:
+            self._expanded[name] = self.mask(name)
         return super().multiply(x, name, ring_bits, diagonal=diagonal)

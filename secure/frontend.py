@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import secure.operations  # noqa: F401  (the operations register)
 from approximations import Functions
+from protocols.narrow import is_finite
 from secure.capture.capture import capture
 from secure.capture.graph import Graph
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput
 from secure.lowering.lower import Lowered, Sample, lower
+from secure.lowering.made import Made, Room, unchanged
 from secure.lowering.observe import Observed, assume, look_at
 from secure.lowering.ranges import Ranges
 from secure.lowering.rows import Rows, every, later
@@ -27,7 +30,8 @@ from secure.progress import Told, counted, silent
 
 def exact(name: str, weight: Tensor) -> Tensor:
     """Return the weight itself, in float64."""
-    return weight.to(torch.float64)
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return (weight.to(torch.float32) if half else weight).to(torch.float64)  # twice is five times as fast as once
 
 
 def lower_model(
@@ -111,21 +115,46 @@ def lower_sizes(
     graphs = {key: capture(model, example) for key, example in each.items()}
     captured = [graphs[id(size.example)] for size in sizes]
     for name, value in model.named_parameters():  # those that the graph reads; a buffer may hold a mask of infinities
-        if name in captured[0][1] and not bool(value.isfinite().all()):
+        if name in captured[0][1] and not is_finite(value):
             raise InvalidInput(f"the weight {name!r} holds values that are NaN or infinite", "the model is damaged")
     if any([n.op for n in graph.nodes] != [n.op for n in captured[0][0].nodes] for graph, _ in captured):
         raise InvalidInput("the model computes in another way at another size", "compile it for each size on its own")
+    room = Room()
     weighted = {
-        key: (graph, {k: weight(k, v.detach()) if v.is_floating_point() else v for k, v in parameters.items()})
+        key: (graph, Made(room, {name: _recipe(name, value, weight) for name, value in parameters.items()}))
         for key, (graph, parameters) in graphs.items()
     }
     made = [weighted[id(size.example)] for size in sizes]
     seen = _observed(sizes, made, told)
     told(0, 0, "lowering")
+    fixed = _fixed([parameters for _, parameters in graphs.values()])
     return [
-        lower(graph, parameters, seen[size.group], margin_bits, embedding, functions, public=public)
+        lower(
+            graph,
+            parameters,
+            seen[size.group],
+            margin_bits,
+            embedding,
+            functions,
+            public=public,
+            room=room,
+            fixed=fixed,
+        )
         for (graph, parameters), size in zip(made, sizes, strict=True)
     ]
+
+
+def _fixed(parameters: Sequence[Mapping[str, Tensor]]) -> frozenset[str]:
+    """Return the names that mean the same tensor, by its place in memory, at all sizes that have them."""
+    places = dict[str, set[tuple[object, ...]]]()
+    for name, value in (item for each in parameters for item in each.items()):
+        places.setdefault(name, set()).add((value.data_ptr(), value.dtype, value.shape, value.stride()))
+    return frozenset(name for name, found in places.items() if len(found) == 1)
+
+
+def _recipe(name: str, value: Tensor, weight: Callable[[str, Tensor], Tensor]) -> Callable[[], Tensor]:
+    """Return what makes the tensor that stands for a parameter."""
+    return unchanged(name, value.detach(), partial(weight, name) if value.is_floating_point() else lambda same: same)
 
 
 def _observed(
@@ -158,6 +187,6 @@ def lower_outline(
         name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
         for name, v in parameters.items()
     }
-    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions)
+    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta")
     polynomial = any(OPERATIONS[node.op].polynomial for node in graph.nodes if node.visibility == "shared")
     return lowered, Ranges.assume(lowered.trace, reach, polynomial=polynomial)

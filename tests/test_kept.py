@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -127,7 +128,8 @@ def test_files_are_secret_and_whole(tmp_path: Path) -> None:
 
 def test_integers_take_no_more_than_they_need(tmp_path: Path) -> None:
     compiled = small("two-party")
-    held = load(kept.to_files(compiled)[kept.WEIGHTS])
+    secure.save_compiled(compiled, tmp_path / "kept")
+    held = load((tmp_path / "kept" / kept.WEIGHTS).read_bytes())
     for name, value in compiled.model.integers.items():
         known = torch.iinfo(held[name].dtype)
         assert known.min <= int(value.min()) <= int(value.max()) <= known.max
@@ -202,7 +204,7 @@ def rewritten(place: Path, change: Callable[[dict[str, bytes]], None]) -> None:
     """Change files and let the manifest name what is there: a directory that was made wrong, not damaged."""
     files = {path.name: path.read_bytes() for path in place.iterdir() if path.name != kept.MANIFEST}
     change(files)
-    named = {n: kept.KeptFile(size=len(f), sha256=kept._sha256(f)) for n, f in files.items()}
+    named = {n: kept.KeptFile(size=len(f), sha256=hashlib.sha256(f).hexdigest()) for n, f in files.items()}
     manifest = kept.CompiledManifest(format=kept.FORMAT, unseen=secure.__version__, files=named)
     files[kept.MANIFEST] = manifest.model_dump_json().encode()
     for name, payload in files.items():
@@ -502,7 +504,8 @@ KEYS = [f"{n:064x}" for n in range(9)]
 
 @pytest.fixture
 def cached(tmp_path: Path) -> CompiledCache:
-    size = kept.read_manifest(kept.to_files(small("two-party"))[kept.MANIFEST]).size
+    secure.save_compiled(small("two-party"), tmp_path / "one")
+    size = kept.read_manifest((tmp_path / "one" / kept.MANIFEST).read_bytes()).size
     return CompiledCache(tmp_path / "cache" / "compiled", most=int(3.9 * size))
 
 

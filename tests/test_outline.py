@@ -9,7 +9,8 @@ from torch import nn
 
 import secure
 from secure.cost.count import profile
-from secure.cost.outline import SHAPES, hollow, is_shape, outline, outline_shape
+from secure.cost.outline import SHAPES, is_shape, outline, outline_shape
+from secure.models.hollow import hollow
 
 SMALL = {
     "model_type": "bert",

@@ -11,17 +11,21 @@ import typer
 
 from parties.cli.console import say, stages
 from parties.cli.options import DEFAULTS, dashed
+from parties.limits.memory import memory_said
 from parties.served.compiled_files import CompiledCache, load_compiled
+from secure.cost.demand import PROCESS
 from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
 from secure.lowering.client_inputs import GENERATE, MOST_ROWS
+from secure.models.checkpoints import large_bytes
 from secure.models.decoder import TEMPERATURE
 from secure.models.settings import settings_of
 from secure.tasks.embed import Embed
 
+CONFIG = "config.json"  # of a model's directory
 FIXED = (
     *("length", "capacity", TEMPERATURE, "batch", "dimensions", "embedding", "gelu", "approximations"),
     *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal"),
@@ -45,6 +49,9 @@ def made(verb: str, compilation: Compilation, *, keep: bool) -> Compiled:
         say(f"unseen {verb}: {model}, compiled on {compiled.made}, from {cache.directory}")
     else:
         say(f"unseen {verb}: compiling {model} for {compilation.deployment.name} ...")
+        own, mapped = large_bytes(Path(model)) if (Path(model) / CONFIG).is_file() else (0, 0)
+        if mapped:
+            say(f"unseen {verb}: {memory_said(PROCESS + own, mapped, 'compiling', 'a machine with more memory')}")
         with stages(verb) as told:
             compiled = compilation.run(told)
             changed = keep and compilation.key() != key

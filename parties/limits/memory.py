@@ -175,6 +175,28 @@ def require_room(
         )
 
 
+def memory_said(own: int, mapped: int, what: str, hint: str) -> str:
+    """Say what memory something takes before it begins: bytes of its own, and of files that it maps.
+
+    Mapped files lie in the system's cache, once for all processes of a machine, and give way to what needs it more.
+    Raises InvalidInput if this machine has not so much to spare.
+    """
+    free = available_memory()
+    if 0 < free < own:
+        raise InvalidInput(
+            f"{what} takes about {own / GB:.3g} GB of memory, and this machine has {free / GB:.3g} GB to spare", hint
+        )
+    said = f"{what} takes about {own / GB:.3g} GB of memory"
+    if not mapped:
+        return said
+    said += f" and {mapped / GB:.3g} GB of mapped weights, which the processes of a machine share"
+    if 0 < free < own + mapped:
+        said += (
+            f"; {max(0, free - own) / GB:.3g} GB of them fit in memory, and the rest is read from the disk each time"
+        )
+    return said
+
+
 def available_memory() -> int:
     """Return the bytes that this process may still take: those of the machine, or of its container if that has fewer.
 

@@ -8,12 +8,15 @@ checked.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
+from secure.capture.tensor_files import map_file
 from secure.errors import InvalidInput
 
 MOST = 1 << 20  # bytes of a file that holds a key or a seed
@@ -27,6 +30,12 @@ def read_secret(path: Path, *, most: int = MOST) -> bytes:
     there.
     """
     return _read(path, 0o077, most)
+
+
+def map_secret(path: Path) -> mmap.mmap | bytes:
+    """Map a file that only this user may read or write. Raises like ``read_secret``, but for its size."""
+    with _opened(path, 0o077) as file:
+        return map_file(file)
 
 
 def read_trusted(path: Path, *, most: int = MOST) -> bytes:
@@ -93,6 +102,15 @@ def check_private(directory: Path) -> None:
 
 
 def _read(path: Path, closed: int, most: int) -> bytes:
+    with _opened(path, closed) as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise InvalidInput(f"{path} has more than {most} bytes", "give another file")
+    return content
+
+
+@contextmanager
+def _opened(path: Path, closed: int) -> Iterator[IO[bytes]]:
     try:
         file = open(path, "rb", opener=_open)  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -112,10 +130,7 @@ def _read(path: Path, closed: int, most: int) -> bytes:
                 done = "read or write" if closed & 0o044 else "write"
                 raise InvalidInput(f"others may {done} {path} (mode {mode:04o})", f"chmod {mode & ~closed:o} {path}")
         check_directory(path.parent)
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise InvalidInput(f"{path} has more than {most} bytes", "give another file")
-    return content
+        yield file
 
 
 def _open(path: str, flags: int) -> int:

@@ -6,19 +6,33 @@ when all of it is on the disk: whoever reads it finds all or nothing, whenever t
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parties.net.secret_files import check_private, read_secret
+from parties.net.secret_files import check_private, map_secret, read_secret
 from parties.served.files import cache_directory, store
 from secure.deployments.compiled import Compiled
-from secure.deployments.kept import MANIFEST, MAXIMUM_MANIFEST, from_files, read_manifest, to_files
+from secure.deployments.kept import (
+    MANIFEST,
+    MAXIMUM_MANIFEST,
+    WEIGHTS,
+    KeptFile,
+    Writing,
+    at_least,
+    from_files,
+    manifest_of,
+    read_manifest,
+    to_files,
+)
 from secure.errors import CompiledError, InvalidInput
 
 MAXIMUM_KEPT = 4 << 30  # bytes of all compiled models in a cache
@@ -36,21 +50,33 @@ def save_compiled(compiled: Compiled, directory: str | Path) -> None:
     It holds the owner's secret weights: the directory has the mode 0700, and its files 0600. Raises InvalidInput if
     there is something at its place other than an empty directory, or if models of the deployment cannot be kept.
     """
-    _write(to_files(compiled), Path(directory))
-
-
-def _write(files: dict[str, bytes], directory: Path) -> None:
+    directory, files = Path(directory), to_files(compiled)
     check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".part-"))
+    with _written(files, directory.parent) as (part, _):
+        _place(part, directory)
+
+
+@contextmanager
+def _written(files: Mapping[str, bytes | Writing], parent: Path) -> Iterator[tuple[Path, int]]:
+    """Write files and their manifest to a directory beside their place; yield it, and the bytes of all of them."""
+    part, named = Path(tempfile.mkdtemp(dir=parent, prefix=".part-")), dict[str, KeptFile]()
     try:
         for name, payload in files.items():
             store(part / name, payload)
-        _flush(part)
-        part.rename(directory)
-        _flush(directory.parent)
+            with (part / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                named[name] = KeptFile(size=file.tell(), sha256=digest)
+        store(part / MANIFEST, manifest_of(named))
+        yield part, sum(file.stat().st_size for file in part.iterdir())
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _place(part: Path, directory: Path) -> None:
+    _flush(part)
+    part.rename(directory)
+    _flush(directory.parent)
 
 
 def check_new(directory: Path) -> None:
@@ -78,12 +104,14 @@ def load_compiled(directory: str | Path) -> Compiled:
     """Read and check a compiled model.
 
     The directory and its files must be this user's own and closed to others, as ``ssh`` asks of its keys, and no links.
-    No more is read than the manifest says, which is compared with the size of each file first. ``from_files`` says what
-    is checked then. Raises InvalidInput for files that others may have read or put there, CompiledError for a directory
-    that is damaged, mixed up or of another version.
+    The weights are mapped: while they are used, their file must stay as it is. No more is read than the manifest says,
+    which is compared with the size of each file first. ``from_files`` says what is checked then. Raises InvalidInput
+    for files that others may have read or put there, CompiledError for a directory that is damaged, mixed up or of
+    another version.
     """
     directory = Path(directory)
     files = dict[str, bytes]()
+    weights: bytes | mmap.mmap = b""
     try:
         check_private(directory)
         manifest = read_manifest(read_secret(directory / MANIFEST, most=MAXIMUM_MANIFEST))
@@ -93,8 +121,11 @@ def load_compiled(directory: str | Path) -> Compiled:
                 raise CompiledError(
                     f"{name} is damaged: it has {size} bytes, {MANIFEST} says {known.size}", "compile the model again"
                 )
-            files[name] = read_secret(path, most=known.size)
-        return from_files(manifest, files)
+            if name == WEIGHTS:
+                weights = map_secret(path)
+            else:
+                files[name] = read_secret(path, most=known.size)
+        return from_files(manifest, files, weights)
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise CompiledError(f"{directory}: {missing} is missing", "compile the model again") from None
@@ -142,25 +173,27 @@ class CompiledCache:
             files = to_files(compiled)
         except InvalidInput:
             return None
-        size = sum(map(len, files.values()))
+        if at_least(compiled) > self.most:
+            return None
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self.directory.mkdir(exist_ok=True, mode=0o700)
         check_private(self.directory)
-        if not self._make_room(size):
-            return None
-        try:
-            _write(files, self.place(key))
-        except (InvalidInput, OSError):
-            if not self.place(key).is_dir():  # else another server wrote the same at the same moment
-                raise
+        with _written(files, self.directory) as (part, size):
+            if not self._make_room(size, part):
+                return None
+            try:
+                _place(part, self.place(key))
+            except OSError:
+                if not self.place(key).is_dir():  # else another server wrote the same at the same moment
+                    raise
         return size
 
     def forget(self, key: str) -> None:
         """Remove the model with this key, if it is there."""
         _remove(self.place(key))
 
-    def _make_room(self, size: int) -> bool:
-        """Remove models until a new one of ``size`` bytes fits; False if none so large ever fits.
+    def _make_room(self, size: int, new: Path) -> bool:
+        """Remove models until the ``new`` one of ``size`` bytes fits; False if none so large ever fits.
 
         What a killed process left unfinished counts like others.
         """
@@ -169,7 +202,7 @@ class CompiledCache:
         found = list[tuple[Path, int, int]]()
         for path in self.directory.iterdir():
             with suppress(FileNotFoundError):  # another server made room at the same moment
-                if _ENTRY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                if path != new and _ENTRY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                     total = sum(file.lstat().st_size for file in path.iterdir())
                     found.append((path, path.stat().st_mtime_ns, total))
         used = sum(total for *_, total in found)

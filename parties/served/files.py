@@ -14,9 +14,10 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save
@@ -39,11 +40,19 @@ _CACHED = re.compile(r"[0-9a-f]{64}\.safetensors|\.part-.*")  # no other file in
 
 def pack_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> bytes:
     """Encode masked weights D as a file. rings: bits of each weight, which stand behind its name there."""
-    packed = {}
+    return save(dict(packed_masked(masked, rings)))
+
+
+def packed_masked(masked: Iterable[tuple[str, Tensor]], rings: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of such a file as they are made, with their names in it."""
     for name, value in masked:
         raw = wire.encode(value, Wire(tuple(value.shape), rings[name]))
-        packed[f"{name}/{rings[name]}"] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    return save(packed)
+        yield packed_name(name, rings), torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def packed_name(name: str, rings: Mapping[str, int]) -> str:
+    """Return the name of a weight in such a file."""
+    return f"{name}/{rings[name]}"
 
 
 def unpack_masked(
@@ -212,9 +221,10 @@ def _make_room(cache: Path, size: int) -> bool:
     return True
 
 
-def store(path: Path, payload: bytes, *, replace: bool = True) -> None:
+def store(path: Path, payload: bytes | Callable[[IO[bytes]], None], *, replace: bool = True) -> None:
     """Write a file that only its owner may read, whole or not at all: it is written beside ``path``, then renamed.
 
+    payload: its content, or what writes it.
     With ``replace`` False, raises FileExistsError if the file exists. Anything that is no ordinary file (a device, a
     link) is never replaced: raises OSError.
     """
@@ -222,7 +232,10 @@ def store(path: Path, payload: bytes, *, replace: bool = True) -> None:
         raise FileExistsError(errno.EEXIST, "it is no ordinary file")
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as part:
         try:
-            part.write(payload)
+            if callable(payload):
+                payload(part.file)
+            else:
+                part.write(payload)
             part.flush()
             os.fsync(part.fileno())
             if replace:

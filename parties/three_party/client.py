@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -103,7 +104,8 @@ class ThreePartyLink(Link):
                     f"the parties serve different models: {role} has another {differing[0]} than {PARTIES[0]}",
                     "give them the shares of one run of: unseen share-model",
                 )
-        read = read_description(self._peers[0], first, PARTIES[0], options.budget.decode, options)
+        admitted = partial(options.budget.decode, weights=False)
+        read = read_description(self._peers[0], first, PARTIES[0], admitted, options)
         self.program, self.once, self.model, self.offers = read.program, read.once, read.model, read.offers
         self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from parties.limits.memory import memory_said
 from parties.net.caller import permit
 from parties.net.network import Network
 from parties.net.peer import Peer
@@ -81,6 +82,7 @@ def parts_of(service: PartyService) -> Parts:
     permissions = {**published.permissions, **service.permissions}
     standing = frozenset(permit("Party", Agree=()))
     about, digests = [_about(share, size) for size in share.sizes], [size.program.digest for size in share.sizes]
+    about.append(memory_said(*share.memory, share.role, "a machine with more memory"))
     return Parts(
         [add],
         permissions,

@@ -29,7 +29,7 @@ from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyServicer
 from protocols import wire
 from protocols.three_party import SharedLinear
-from protocols.three_party.endpoints import Coins
+from protocols.three_party.endpoints import Coins, LookedUp
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
@@ -95,9 +95,10 @@ class PartyService(PartyServicer, ABC):
 
     def _pack_for(self, size: SharedProgram) -> None:
         weights, circuit = self.share.weights, size.circuit
-        if circuit.lookups:
+        lookups = self._lookups(size)
+        if lookups:
             warm_up()
-        for _, p in circuit.lookups.values():
+        for p in lookups:
             weights.tables(p.table, p.ring)
         if isinstance(weights, SharedWeights):
             for instruction in circuit.circuit:
@@ -263,8 +264,12 @@ class PartyService(PartyServicer, ABC):
 
     def key_sizes(self, size: SharedProgram) -> list[int]:
         """Return the bytes of the keys that this party gets for each look-up."""
+        return [p.key_bytes for p in self._lookups(size)]
+
+    def _lookups(self, size: SharedProgram) -> list[LookedUp]:
+        """List the look-ups in which this party takes part: all but party 2's in tables that are public."""
         found = [p for _, p in size.circuit.lookups.values()]
-        return [p.key_bytes for p in found if self.share.party != PARTY_2 or not p.public]
+        return [p for p in found if self.share.party != PARTY_2 or not p.public]
 
     def looked_up(self, size: SharedProgram, keys: Sequence[bytes], coins: Coins) -> dict[str, Tensor]:
         """Return this party's additive shares of the rows that a client looks up, and of its keys' sketches, by name.

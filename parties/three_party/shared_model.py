@@ -2,7 +2,8 @@
 
     manifest.json           public facts, and the digests of the files beside it
     program.json            the Program; program-1.json and so on for its other sizes, which read the same weights
-    weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself if it is public
+    weights.safetensors     W_1 = W - W_0 - W_2, packed to its rings (parties 0 and 1), or W itself if it is public:
+                            one file of narrow integers, which both map, so that a machine holds it once
     salt                    32 random bytes that keep the model's name from telling weights (parties 0 and 1)
     seeds                   those of this party's two pairs, 32 bytes each; only the file's owner may read it
     tokenizer.json, token-table.safetensors    if the model has them
@@ -21,29 +22,49 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
+import mmap
+import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from parties.limits.memory import memory_said
 from parties.net.secret_files import read_secret
-from parties.served.files import TOKEN_TABLE, pack_masked, received_tokenizer, store, unpack_masked
+from parties.served.files import (
+    TOKEN_TABLE,
+    packed_masked,
+    packed_name,
+    received_tokenizer,
+    store,
+    unpack_masked,
+)
 from parties.three_party.pair_keys import PairSeed
-from protocols import ring
+from protocols.narrow import NARROW
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
 from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
 from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
+from secure.capture.documents import header_size
+from secure.capture.tensor_files import map_file, map_tensors, write_tensors
+from secure.cost.demand import KEPT as NARROWEST
+from secure.cost.demand import PROCESS
 from secure.deployments.compiled import Compiled
 from secure.deployments.three_party import PARTIES as ROLES
 from secure.deployments.three_party import ThreeParty
 from secure.errors import HandshakeError, InvalidInput, InvalidProgram, ShareError
+from secure.lowering.made import alike
 from secure.models.tokens import TextTokenizer
+from secure.mpc.arithmetic import tied
+from secure.mpc.budget import WORD, load_of
 from secure.mpc.program import Program
 from secure.session.link import MAXIMUM_LENGTHS
 from secure.version import WIRE_VERSION
@@ -51,6 +72,7 @@ from secure.version import WIRE_VERSION
 MANIFEST, PROGRAM, WEIGHTS, SEEDS = "manifest.json", "program.json", "weights.safetensors", "seeds"
 SALT, TOKENIZER, TABLE = "salt", "tokenizer.json", "token-table.safetensors"
 SALT_BYTES = 32
+SUMMANDS = 3  # of shared weights at parties 0 and 1: W_1, and two stacked for products
 PROGRAMS = (PROGRAM, *(f"program-{number}.json" for number in range(1, MAXIMUM_LENGTHS)))
 FILES = {*PROGRAMS, WEIGHTS, SALT, TOKENIZER, TABLE}  # those that a manifest may name
 PAIRS = HOLDERS  # (2, 0), (0, 1), (1, 2): pair j holds summand j
@@ -118,6 +140,11 @@ class PartyShare:
         return self.manifest.party
 
     @property
+    def memory(self) -> tuple[int, int]:
+        """About the most bytes that this party takes: of its own for one query, and of weights that it maps."""
+        return _memory(self.manifest, self.sizes, public=self.deployment.public_weights)
+
+    @property
     def role(self) -> str:
         return ROLES[self.party]
 
@@ -131,9 +158,9 @@ def public_name(programs: Sequence[str], files: Mapping[str, str], compiled_as: 
     return _sha256(json.dumps(facts, sort_keys=True).encode())
 
 
-def _secret_name(salt: bytes, weights: bytes) -> str:
-    """Return the second half of a model's name."""
-    return hmac.digest(salt, b"weights/" + hashlib.sha256(weights).digest(), "sha256").hex()
+def _secret_name(salt: bytes, weights: str) -> str:
+    """Return the second half of a model's name. weights: SHA-256 of their file."""
+    return hmac.digest(salt, b"weights/" + bytes.fromhex(weights), "sha256").hex()
 
 
 def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
@@ -156,10 +183,22 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     _require_same_weights(compiled, rings)
     seeds = [fresh_seed() for _ in PAIRS]
     keys = [PairSeed(seed, pair) for seed, pair in zip(seeds, PAIRS, strict=True)]
-    held: Iterable[tuple[str, Tensor]] = ((name, integers[name]) for name in rings)
+    shapes, turned = dict[str, tuple[int, ...]](), tied(compiled.program.weight_shapes)
+    written = [name for name in rings if turned.get(name) not in rings]
+    held = _noted(((name, integers[name]) for name in written), shapes)
     if not deployment.public_weights:
-        held = masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings)
-    weights = pack_masked(held, rings)
+        written = [packed_name(name, rings) for name in rings]
+        held = _noted(masked(integers, keys[0].weights_key(), keys[2].weights_key(), rings), shapes)
+        held = packed_masked(held, rings)
+    places = [Path(directory) / f"party-{party}" for party in range(PARTIES)]
+    for where in places:
+        where.mkdir(parents=True, exist_ok=True, mode=0o700)
+    first = places[0] / WEIGHTS
+    store(first, lambda file: write_tensors(file, written, held))
+    _link(first, places[1] / WEIGHTS)
+    with first.open("rb") as content:
+        weights = hashlib.file_digest(content, "sha256").hexdigest()
+    shapes |= {name: shapes[turned[name]][::-1] for name in rings if name not in shapes}
     common = {file: program.encoded for file, program in zip(PROGRAMS, programs, strict=False)}
     if compiled.tokenizer_json:
         common[TOKENIZER] = compiled.tokenizer_json
@@ -171,20 +210,19 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     digests = [program.digest for program in programs]
     name = public_name(digests, table, deployment.compiled_as()) + _secret_name(salt, weights)
     out = []
-    for party in range(PARTIES):
-        where = Path(directory) / f"party-{party}"
-        where.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for party, where in enumerate(places):
         parts = dict(common)
         if party != PARTY_2:
-            parts[WEIGHTS], parts[SALT] = weights, salt
+            parts[SALT] = salt
+        digested = {n: _sha256(payload) for n, payload in parts.items()}
         manifest = Manifest(
             version=WIRE_VERSION,
             party=party,  # type: ignore[arg-type]
             model=name,
             compiled_as=deployment.compiled_as(),
             rings=dict(rings),
-            shapes={n: tuple(integers[n].shape) for n in rings},
-            files={n: _sha256(payload) for n, payload in parts.items()},
+            shapes=shapes,
+            files=digested if party == PARTY_2 else digested | {WEIGHTS: weights},
             pad_id=pad_id,
             lowercase=lowercase,
         )
@@ -195,6 +233,23 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
         store(where / MANIFEST, manifest.model_dump_json(indent=2).encode())
         out.append(where)
     return out
+
+
+def _noted(tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors as they are made, and note their shapes."""
+    for name, value in tensors:
+        shapes[name] = tuple(value.shape)
+        yield name, value
+
+
+def _link(file: Path, place: Path) -> None:
+    """Give a file another name, so that a machine that has both holds its content once, or copy it."""
+    place.unlink(missing_ok=True)
+    try:
+        os.link(file, place)
+    except OSError:  # a file system without links
+        with file.open("rb") as content:
+            store(place, lambda copy: shutil.copyfileobj(content, copy))
 
 
 def _rings(circuits: Iterable[Translated]) -> dict[str, int]:
@@ -211,7 +266,7 @@ def _require_same_weights(compiled: Compiled, rings: Mapping[str, int]) -> None:
     for size in compiled.others:
         here, theirs = size.model.integers, size.client_tables
         if (
-            any(name not in here or name not in first or not first[name].equal(here[name]) for name in rings)
+            any(name not in here or name not in first or not alike(first, here, name) for name in rings)
             or tables.keys() != theirs.keys()
             or any(not table.equal(theirs[name]) for name, table in tables.items())
         ):
@@ -227,7 +282,7 @@ def load_share(directory: str | Path) -> PartyShare:
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
         _check_names(manifest, directory)
-        parts = {name: (directory / name).read_bytes() for name in manifest.files}
+        parts: dict[str, Any] = {name: _content(directory / name) for name in manifest.files}
         parts[SEEDS] = read_secret(directory / SEEDS)
     except InvalidInput as error:
         raise ShareError(str(error)) from None
@@ -236,8 +291,9 @@ def load_share(directory: str | Path) -> PartyShare:
         raise ShareError(f"no share of a model in {directory}: {reason}", "write it with: unseen share-model") from None
     if manifest.version != WIRE_VERSION:
         raise ShareError(f"{directory}: version {manifest.version}, this is {WIRE_VERSION}", "share the model anew")
+    digests = {name: _sha256(parts[name]) for name in manifest.files}
     for name, digest in manifest.files.items():
-        if not hmac.compare_digest(_sha256(parts[name]).encode(), digest.encode()):
+        if not hmac.compare_digest(digests[name].encode(), digest.encode()):
             raise ShareError(f"{directory / name} is damaged: its digest is not the manifest's", "share the model anew")
     pairs = [pair for pair in PAIRS if manifest.party in pair]
     if len(parts[SEEDS]) != len(pairs) * SEED_BYTES:
@@ -252,9 +308,13 @@ def load_share(directory: str | Path) -> PartyShare:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
     if _rings(size.circuit for size in sizes) != manifest.rings:
         raise ShareError(f"{directory}: its weights are not those that its Programs read", "share the model anew")
+    own, mapped = _memory(manifest, sizes, public=deployment.public_weights)
+    memory_said(
+        own, mapped, ROLES[manifest.party], "fewer tokens (--length, --capacity), or a machine with more memory"
+    )
     text = parts.get(TOKENIZER, b"")
     files = {TOKEN_TABLE: parts[TABLE]} if TABLE in parts else {}
-    _check_model(manifest, programs, files, parts, directory)
+    _check_model(manifest, programs, files, parts.get(SALT, b""), digests.get(WEIGHTS, ""), directory)
     try:
         tokenizer = received_tokenizer(text, manifest.pad_id, manifest.lowercase, programs[0].labels)
     except HandshakeError as error:
@@ -271,6 +331,18 @@ def load_share(directory: str | Path) -> PartyShare:
     )
 
 
+def _memory(manifest: Manifest, sizes: Sequence[SharedProgram], *, public: bool) -> tuple[int, int]:
+    """Return the bytes of ``PartyShare.memory``: corrections and values, and shared weights in words."""
+    elements = sum(math.prod(shape) for shape in manifest.shapes.values())
+    queries = [
+        load_of(size.circuit.circuit, size.program.weight_shapes, weights=False).memory + size.circuit.cost.dealt
+        for size in sizes
+    ]
+    copies = 0 if public else 1 if manifest.party == PARTY_2 else SUMMANDS
+    mapped = NARROWEST * elements if public and manifest.party != PARTY_2 else 0
+    return PROCESS + max(queries) + WORD * copies * elements, mapped
+
+
 def _check_names(manifest: Manifest, directory: Path) -> None:
     """Raise ShareError unless the manifest names the files of a share and no others; names become paths."""
     needed = {PROGRAM} if manifest.party == PARTY_2 else {PROGRAM, WEIGHTS, SALT}
@@ -285,33 +357,51 @@ def _check_model(
     manifest: Manifest,
     programs: Sequence[Program],
     files: Mapping[str, bytes],
-    parts: Mapping[str, bytes],
+    salt: bytes,
+    weights: str,
     directory: Path,
 ) -> None:
-    """Raise ShareError unless the model's name is that of this share's files; party 2 cannot check its second half."""
+    """Raise ShareError unless the model's name is that of this share's files; party 2 cannot check its second half.
+
+    weights: SHA-256 of their file.
+    """
     digests = {name: _sha256(payload) for name, payload in files.items()}
     name = public_name([program.digest for program in programs], digests, manifest.compiled_as)
     if manifest.party == PARTY_2:
         name += manifest.model[len(name) :]
     else:
-        name += _secret_name(parts[SALT], parts[WEIGHTS])
+        name += _secret_name(salt, weights)
     if not hmac.compare_digest(name.encode(), manifest.model.encode()):
         raise ShareError(f"{directory}: the model's name is not that of its files", "share the model anew")
 
 
-def _weights(manifest: Manifest, payload: bytes | None, keys: Mapping[int, PairSeed], *, public: bool) -> AnyWeights:
+def _weights(manifest: Manifest, payload: Any, keys: Mapping[int, PairSeed], *, public: bool) -> AnyWeights:
     party = manifest.party
     if party == PARTY_2:
         return Party2Weights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)
-    held = unpack_masked(payload, manifest.rings, manifest.shapes)
-    if public:
-        return PublicWeights(party, _signed(held, manifest.rings))
-    return SharedWeights(party, keys[PARTY_2].weights_key(), held)
+    if not public:
+        held = unpack_masked(bytes(payload), manifest.rings, manifest.shapes)
+        return SharedWeights(party, keys[PARTY_2].weights_key(), held)
+    try:
+        found = map_tensors(payload, most=header_size(manifest.rings))
+    except InvalidInput as error:
+        raise ShareError(f"{WEIGHTS}: {error}", "share the model anew") from None
+    for name, other in tied(manifest.shapes).items():
+        if name not in found and other in found:
+            found[name] = found[other].T
+    integers = {*NARROW, torch.int64}
+    if found.keys() != manifest.rings.keys() or any(
+        value.dtype not in integers or tuple(value.shape) != manifest.shapes[name] for name, value in found.items()
+    ):
+        raise ShareError(f"{WEIGHTS}: its weights are not those that its Programs read", "share the model anew")
+    return PublicWeights(party, found)
 
 
-def _signed(held: Mapping[str, Tensor], rings: Mapping[str, int]) -> dict[str, Tensor]:
-    return {name: ring.signed(value, rings[name]) for name, value in held.items()}
+def _content(path: Path) -> bytes | mmap.mmap:
+    """Return the content of a file; that of the weights is mapped."""
+    with path.open("rb") as file:
+        return map_file(file) if path.name == WEIGHTS else file.read()
 
 
-def _sha256(payload: bytes) -> str:
+def _sha256(payload: bytes | mmap.mmap) -> str:
     return hashlib.sha256(payload).hexdigest()

@@ -17,6 +17,7 @@ from parties.two_party.keys import mask_key, model_name
 from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.errors import Error
+from secure.lowering.made import alike
 from secure.mpc.compile import MpcModel
 from secure.mpc.program import Program
 
@@ -67,7 +68,7 @@ def _same_weights(ours: MpcModel, theirs: MpcModel) -> bool:
     shapes, tables = ours.program.weight_shapes, ours.client_tables
     return (
         shapes == theirs.program.weight_shapes
-        and all(ours.integers[name].equal(theirs.integers[name]) for name in shapes)
+        and all(alike(ours.integers, theirs.integers, name) for name in shapes)
         and tables.keys() == theirs.client_tables.keys()
         and all(table.equal(theirs.client_tables[name]) for name, table in tables.items())
     )

@@ -66,9 +66,11 @@ def capture(
     apart = {
         name: value.clone() for name, value in example_inputs.items()
     }  # torch.export takes one tensor for one input
-    program = _export(model, apart)
+    with _float32(model) as halves:
+        program = _export(model, apart)
     translator = _Translator(program, frozenset(public))
-    return translator.graph(), translator.parameters
+    graph = translator.graph()
+    return graph, {name: halves.get(value.data_ptr(), value) for name, value in translator.parameters.items()}
 
 
 @contextlib.contextmanager
@@ -80,6 +82,32 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _float32(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Let parameters of half precision be in float32 while a model is traced, so that its graph is that of float32.
+
+    What stands for them takes no memory. Yields the parameters, by the addresses of what stands for them.
+    """
+    halves, places = dict[int, Tensor](), list[tuple[dict[str, Any], str, nn.Parameter]]()
+    stands = dict[int, nn.Parameter]()  # by identity: tied parameters stay tied
+    for module in model.modules():
+        table: dict[str, Any] = module._parameters
+        for name, value in table.items():
+            if value is not None and value.dtype in (torch.float16, torch.bfloat16):
+                if id(value) not in stands:
+                    zeros = torch.zeros(1).expand(value.shape)
+                    stands[id(value)] = nn.Parameter(zeros, requires_grad=False)
+                    halves[zeros.data_ptr()] = value.detach()
+                places.append((table, name, value))
+    try:
+        for table, name, value in places:
+            table[name] = stands[id(value)]
+        yield halves
+    finally:
+        for table, name, value in places:
+            table[name] = value
 
 
 @contextlib.contextmanager

@@ -276,27 +276,39 @@ def run(
     """Evaluate a graph in the clear and return its outputs. This is the reference, not a private inference.
 
     It runs on one machine that sees everything, in float64 if a parameter is float64, else in float32. ``observe`` is
-    called with every node and its value. Raises InvalidInput for an input or parameter that is missing or of another
-    type.
+    called with every node and its value, with a parameter's whenever it is read: where it is needed, as it may be large
+    and made anew. Raises InvalidInput for an input or parameter that is missing or of another type.
     """
-    precise = any(parameters[name].dtype == torch.float64 for name in graph.parameters if name in parameters)
+    named = sorted(graph.parameters.items(), key=lambda each: math.prod(each[1].shape))  # small ones: they may be made
+    precise = any(parameters[name].dtype == torch.float64 for name, _ in named if name in parameters)
     float_dtype = torch.float64 if precise else torch.float32
     last = {operand: node.id for node in graph.nodes for operand in node.inputs}
     last |= {output: len(graph.nodes) for output in graph.outputs}
     values: dict[int, Tensor] = {}
+
+    def value_of(i: int) -> Tensor:
+        if graph.nodes[i].op != "parameter":
+            return values[i]
+        value = _given(graph.nodes[i], parameters, float_dtype)
+        if observe is not None:
+            observe(graph.nodes[i], value)
+        return value
+
     with torch.no_grad():
         for node in graph.nodes:
-            if node.op in ("input", "parameter"):
-                value = _given(node, inputs if node.op == "input" else parameters, float_dtype)
+            if node.op == "parameter":
+                continue
+            if node.op == "input":
+                value = _given(node, inputs, float_dtype)
             else:
-                value = evaluate(node, [values[i] for i in node.inputs], float_dtype)
+                value = evaluate(node, [value_of(i) for i in node.inputs], float_dtype)
             values[node.id] = value
             if observe is not None:
                 observe(node, value)
             for operand in {*node.inputs, node.id}:
                 if last.get(operand, node.id) <= node.id:
-                    del values[operand]
-    return [values[output] for output in graph.outputs]
+                    values.pop(operand, None)
+        return [value_of(output) for output in graph.outputs]
 
 
 def check_given(graph: Graph, inputs: Mapping[str, Tensor]) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from protocols.circuit import Circuit, Correlations, Instruction, execute, prepare
 from protocols.errors import ClientDeviates
 from protocols.matmul import Matrix
+from protocols.narrow import narrowed
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Draw, Local, Material, Protocol, Step, Weights
 from protocols.steps import Framed
@@ -146,7 +147,8 @@ class _MadeUp(ServerWeights):
     """Random weights of the right shapes, one for all weights of the same shape; weights that are added are zero."""
 
     def __init__(self, program: Runnable) -> None:
-        super().__init__({})
+        self._held: dict[str, Tensor] = {}
+        super().__init__(self._held)
         self._shapes = program.weight_shapes
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
@@ -155,9 +157,9 @@ class _MadeUp(ServerWeights):
 
     def _made(self, name: str) -> Tensor:
         shape, high = self._shapes[name], 1 << (_SIGNED_BITS - 1)
-        if (alike := str(shape)) not in self._tensors:
-            self._tensors[alike] = torch.randint(-high, high, shape)
-        return self._tensors[alike]
+        if (alike := str(shape)) not in self._held:
+            self._held[alike] = narrowed(torch.randint(-high, high, shape))
+        return self._held[alike]
 
     def opened_product(self, value: Tensor, mask: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
         if diagonal:

@@ -7,20 +7,19 @@ result is for counting costs and nothing else: rings, and so bytes, may differ b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 
 from approximations import APPROXIMATIONS
 from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from secure.errors import InvalidInput, MissingPackage
 from secure.frontend import lower_outline
+from secure.models.hollow import hollow
 from secure.mpc.compile import check_answer_bits, chosen, emit_program
 from secure.mpc.network import LOOPBACK, find_network
 from secure.mpc.prices import DEFAULT, Prices
@@ -30,7 +29,6 @@ from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 
 REACH = 32.0
-_LARGE = 1 << 16  # elements; tensors with fewer are allocated, so that small buffers have their real values
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "bert-base": {"model_type": "bert"},
@@ -44,33 +42,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-7b": {"model_type": "llama"},
 }
 """Well-known shapes as Hugging Face configurations; other settings have the library's defaults."""
-
-
-class _LargeOnMeta(TorchFunctionMode):
-    """A mode in which large tensors that a module makes for itself get no memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
-            planned = func(*args, **{**kwargs, "device": "meta"})
-            if planned.numel() > _LARGE:
-                return planned
-        return func(*args, **kwargs)
-
-
-def hollow(make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a module by ``make`` with parameters that take no memory: zeros that all share one element."""
-    with _LargeOnMeta():
-        model = make()
-    replaced: dict[int, Tensor] = {}  # by identity: tied parameters stay tied
-    for module in model.modules():
-        for table in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
-            for name, value in table.items():
-                if isinstance(value, nn.Parameter) or (value is not None and value.is_meta):
-                    zeros = torch.zeros(1, dtype=value.dtype).expand(value.shape)
-                    kept = nn.Parameter(zeros, requires_grad=False) if isinstance(value, nn.Parameter) else zeros
-                    table[name] = replaced.setdefault(id(value), kept)
-    return model.eval()
 
 
 def outline(

@@ -81,7 +81,7 @@ class CircuitDeployment(Deployment):
             model, sizes, public_positions=public_positions, prices=self.prices, told=told, **options.given
         )
 
-    def keep(self, model: mpc.MpcModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def keep(self, model: mpc.MpcModel) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         return kept.keep(model)
 
     def restore(

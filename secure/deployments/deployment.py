@@ -153,7 +153,7 @@ class Deployment(ABC):
         ((size, labels),) = sizes
         return [self.build(model, size.samples, options, labels, told)]
 
-    def keep(self, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def keep(self, model: Any) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
         """Return a model from ``build`` as JSON values and tensors, for files; all of it but Program and token tables.
 
         Both are secret. None, as here: its models cannot be kept.

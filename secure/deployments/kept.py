@@ -7,7 +7,8 @@
     tables.safetensors     the token tables that clients may hold, if there are any
     tokenizer.json         if the model takes text
 
-All but Program, tables and tokenizer are as secret as the model. Nothing in them runs: no pickle, no code.
+All but Program, tables and tokenizer are as secret as the model. Nothing in them runs: no pickle, no code. Weights are
+written one after another, and mapped where they are read, so that a model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping, Sequence
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
@@ -27,12 +29,15 @@ from torch import Tensor
 from protocols.fields import Name
 from protocols.fixedpoint import FixedPoint
 from secure.capture.documents import read_tensors, what_is_wrong
+from secure.capture.tensor_files import map_tensors, write_tensors
 from secure.deployments.compiled import MAXIMUM_SIZES, Compiled
 from secure.deployments.deployment import CompileOptions, find
 from secure.errors import CompiledError, Error, InvalidInput, printable
+from secure.lowering.made import alike
 from secure.models.tokenizer_document import TOKENIZER as LABEL
 from secure.models.tokenizer_document import read_tokenizer, tokenizer_digest
 from secure.models.tokens import TextTokenizer
+from secure.mpc.arithmetic import tied
 from secure.version import __version__
 
 FORMAT = 2
@@ -43,11 +48,14 @@ FACTS, PROGRAM, WEIGHTS, TABLES, TOKENIZER = (
 )
 PROGRAMS = (PROGRAM, *(f"program-{n}.json" for n in range(1, MAXIMUM_SIZES)))
 NEEDED, KNOWN = {FACTS, PROGRAM, WEIGHTS}, {FACTS, *PROGRAMS, WEIGHTS, TABLES, TOKENIZER}
-NARROW = (torch.int8, torch.int16, torch.int32)  # types in which integers are written that they hold
 MAXIMUM_MANIFEST = 1 << 14  # bytes
 MAXIMUM_HEADER = 1 << 22  # bytes of the header of a file of tensors
-MAXIMUM_FILE = 1 << 34  # bytes of one file
+MAXIMUM_FILE = 1 << 38  # bytes of one file
 AGAIN = "compile it again: unseen compile MODEL DIRECTORY"
+
+TRANSPOSE = "^T"  # behind the name of a tensor in the file: the transposed one, of a tied table and head
+Writing = Callable[[IO[bytes]], None]
+"""A function that writes a file."""
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -106,27 +114,33 @@ class _Facts(BaseModel):
     sizes: Annotated[list[_Size], Field(max_length=MAXIMUM_SIZES)]
 
 
-def to_files(compiled: Compiled) -> dict[str, bytes]:
-    """Return the files of a compiled model by name, the manifest last. What its sizes have in common is there once.
+def to_files(compiled: Compiled) -> dict[str, bytes | Writing]:
+    """Return the files of a compiled model by name, but for the manifest: their content, or what writes it.
 
-    Raises InvalidInput if models of its deployment cannot be kept.
+    What its sizes have in common is there once. Raises InvalidInput if models of its deployment cannot be kept.
     """
     deployment, tokenizer = compiled.deployment, compiled.tokenizer
-    sizes, written, stored = list[_Size](), dict[str, Tensor](), dict[str, Tensor]()
+    sizes, stored = list[_Size](), dict[str, tuple[Mapping[str, Tensor], str]]()
     for number, size in enumerate(compiled.sizes):
         parts = deployment.keep(size.model)
         if parts is None:
             raise InvalidInput(f"{deployment.name} keeps no compiled models", "compile the model where it is served")
         own, tensors = parts
-        names = {}
-        for name, value in tensors.items():
+        names, turned = dict[str, str](), tied(getattr(size.program, "weight_shapes", {}))
+        for name in sorted(tensors, key=turned.__contains__):
+            if (other := turned.get(name, "")) in names:
+                names[name] = names[other] + TRANSPOSE
+                continue
             place = name
-            while place in stored and not stored[place].equal(value):
+            while place in stored and (stored[place][1] != name or not alike(stored[place][0], tensors, name)):
                 place = f"{number}:{place}"
             names[name] = place
-            if place not in stored:
-                stored[place], written[place] = value, _narrow(value).contiguous()
+            stored.setdefault(place, (tensors, name))
         sizes.append(_Size.model_construct(own=own, tensors=names))
+
+    def write(file: IO[bytes]) -> None:
+        write_tensors(file, stored, ((place, held[name]) for place, (held, name) in stored.items()))
+
     facts = _Facts(
         deployment=deployment.name,
         compiled_as=deployment.compiled_as(),
@@ -138,15 +152,23 @@ def to_files(compiled: Compiled) -> dict[str, bytes]:
         sizes=[],
     )
     said = facts.model_dump() | {"sizes": [{"own": size.own, "tensors": size.tensors} for size in sizes]}
-    files = {FACTS: json.dumps(said, allow_nan=False).encode(), WEIGHTS: save(written)}
+    files: dict[str, bytes | Writing] = {FACTS: json.dumps(said, allow_nan=False).encode(), WEIGHTS: write}
     files |= {name: bytes(size.program.encoded) for name, size in zip(PROGRAMS, compiled.sizes, strict=False)}
     if compiled.client_tables:
         files[TABLES] = save({name: table.contiguous() for name, table in compiled.client_tables.items()})
     if compiled.tokenizer_json:
         files[TOKENIZER] = compiled.tokenizer_json
-    named = {name: KeptFile(size=len(payload), sha256=_sha256(payload)) for name, payload in files.items()}
-    manifest = CompiledManifest(format=FORMAT, unseen=__version__, files=named)
-    return {**files, MANIFEST: manifest.model_dump_json(indent=1).encode()}
+    return files
+
+
+def at_least(compiled: Compiled) -> int:
+    """Return a number of bytes that the files of a compiled model have at least: one for each weight of a product."""
+    return sum(math.prod(shape) for shape in getattr(compiled.program, "weight_shapes", {}).values())
+
+
+def manifest_of(files: Mapping[str, KeptFile]) -> bytes:
+    """Return the manifest of files that are written."""
+    return CompiledManifest(format=FORMAT, unseen=__version__, files=dict(files)).model_dump_json(indent=1).encode()
 
 
 def read_manifest(payload: bytes) -> CompiledManifest:
@@ -166,15 +188,16 @@ def read_manifest(payload: bytes) -> CompiledManifest:
     return manifest
 
 
-def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compiled:
-    """Return the compiled model of the files that a manifest names.
+def from_files(manifest: CompiledManifest, files: Mapping[str, bytes], weights: bytes | mmap.mmap) -> Compiled:
+    """Return the compiled model of the files that a manifest names. weights: the content of WEIGHTS, mapped perhaps.
 
     Size and SHA-256 of each are compared with the manifest before it is read. Then the Program is decoded and checked
     as one that may come from anyone; the weights must have the names, types and shapes that it reads; the token tables
     and the tokenizer must be those that its labels name by their digests. Raises CompiledError.
     """
     for name, known in manifest.files.items():
-        if len(files[name]) != known.size or not hmac.compare_digest(_sha256(files[name]), known.sha256):
+        content = weights if name == WEIGHTS else files[name]
+        if len(content) != known.size or not hmac.compare_digest(hashlib.sha256(content).hexdigest(), known.sha256):
             raise CompiledError(f"{name} is damaged: it is not the file that {MANIFEST} names", AGAIN)
     try:
         facts = _Facts.model_validate_json(files[FACTS])
@@ -189,17 +212,17 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compil
             facts.answer_bits,
             facts.checked,
         )
-        tensors = {name: _wide(value) for name, value in read_tensors(files[WEIGHTS], most=MAXIMUM_HEADER).items()}
+        tensors = map_tensors(weights, most=MAXIMUM_HEADER)
         if (
             not facts.sizes
-            or {*PROGRAMS[: len(facts.sizes)]} != {*PROGRAMS} & {*files}
-            or {*tensors} != {name for size in facts.sizes for name in size.tensors.values()}
+            or {*PROGRAMS[: len(facts.sizes)]} != {*PROGRAMS} & {*manifest.files}
+            or {*tensors} != {name.removesuffix(TRANSPOSE) for size in facts.sizes for name in size.tensors.values()}
         ):
             raise InvalidInput("a size has no Program or no weights, or they have no size")
         tables = read_tensors(files[TABLES], most=MAXIMUM_HEADER) if TABLES in files else {}
         models = list[Any]()
         for program, size in zip(PROGRAMS, facts.sizes, strict=False):
-            held = {name: tensors[stored] for name, stored in size.tensors.items()}
+            held = {name: _held(tensors, stored) for name, stored in size.tensors.items()}
             models.append(deployment.restore(files[program], tables, size.own, held))
         tokenizer = _tokenizer(files.get(TOKENIZER, b""), facts, models)
     except (Error, ValidationError, ValueError, LookupError, TypeError) as error:
@@ -210,17 +233,9 @@ def from_files(manifest: CompiledManifest, files: Mapping[str, bytes]) -> Compil
     return replace(first, others=tuple(others))
 
 
-def _narrow(value: Tensor) -> Tensor:
-    """Return integers in the narrowest type that holds them; other numbers as they are."""
-    for kind in NARROW if value.dtype == torch.int64 else ():
-        known = torch.iinfo(kind)
-        if not value.numel() or known.min <= int(value.min()) <= int(value.max()) <= known.max:
-            return value.to(kind)
-    return value
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.int64) if value.dtype in NARROW else value
+def _held(tensors: Mapping[str, Tensor], stored: str) -> Tensor:
+    value = tensors[stored.removesuffix(TRANSPOSE)]
+    return value.T if stored.endswith(TRANSPOSE) else value
 
 
 def _tokenizer(text: bytes, facts: _Facts, models: Sequence[Any]) -> TextTokenizer | None:
@@ -229,7 +244,3 @@ def _tokenizer(text: bytes, facts: _Facts, models: Sequence[Any]) -> TextTokeniz
         if not hmac.compare_digest(found.encode(), model.program.labels.get(LABEL, "").encode()):
             raise InvalidInput("the tokenizer is not the one of the Program")
     return TextTokenizer(read_tokenizer(text)[0], facts.pad_id, facts.lowercase) if text else None
-
-
-def _sha256(payload: bytes) -> str:
-    return hashlib.sha256(payload).hexdigest()

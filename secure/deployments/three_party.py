@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from protocols.three_party import Translated, translate
-from secure.cost.demand import Holding, weight_bytes
+from secure.cost.demand import Holding, kept_bytes, weight_bytes
 from secure.cost.runnable import Deployed
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import (
@@ -103,6 +103,9 @@ class ThreeParty(CircuitDeployment):
         return Deployed(found.circuit, found.outputs, paths, program.weight_shapes, PARTIES[:2], PARTIES[2])
 
     def holdings(self, program: Program) -> Mapping[str, Holding]:
+        if self.public_weights:  # one file of narrow integers, mapped
+            files = kept_bytes(program)
+            return dict.fromkeys(PARTIES[:2], Holding(files, files))
         # parties 0 and 1: W_1, and two summands stacked for products
         share, both = Holding(weight_bytes(program, 3), weight_bytes(program)), PARTIES[:2]
         return {**dict.fromkeys(both, share), PARTIES[2]: Holding(weight_bytes(program))}

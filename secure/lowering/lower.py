@@ -7,8 +7,9 @@ own graph. The lowering of each operation is defined beside the operation (`secu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from secure.capture.graph import Graph, Node, evaluate
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, InvalidProgram, UnsupportedOperation
 from secure.lowering.client_inputs import EMBEDDINGS, ClientInput, clear_values, encode_input
+from secure.lowering.made import Made, Room
 from secure.lowering.observe import Observed
+from secure.lowering.primitives import Shape
 from secure.lowering.trace import Symbol, Trace, WeightRef
 
 Sample = Mapping[str, Tensor]
@@ -30,6 +33,8 @@ Sample = Mapping[str, Tensor]
 class Lowered:
     """A model as a trace, the weights that it names (float64), and the recipe by which the client makes its inputs.
 
+    weights: those of a large model are made at each reading, see ``Made``. shapes: theirs, without making them.
+    common: weights that are the same at all sizes of the model, as they follow from parameters alone.
     outputs: the results by name, in their order, without those that one party computes alone: what follows from the
     client's input it knows, and what follows from the server's weights is not for clients. clamps: the inputs that are
     additive masks, each with the magnitude down to which its negative values are kept. left_out: names of the other
@@ -38,11 +43,17 @@ class Lowered:
 
     trace: Trace
     outputs: dict[str, Symbol]
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     client_graph: Graph
     client_inputs: list[ClientInput]
     clamps: dict[str, float]
     left_out: tuple[str, ...] = ()
+    common: frozenset[str] = frozenset()
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    def shape(self, name: str) -> Shape:
+        """Return the shape of a weight."""
+        return self.shapes[name] if name in self.shapes else tuple(self.weights[name].shape)
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -69,14 +80,21 @@ def lower(
     functions: Functions,
     *,
     public: bool = False,
+    device: str = "cpu",
+    room: Room | None = None,
+    fixed: Collection[str] = (),
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
+    device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
+    fixed: parameters that are the same at all sizes of the model.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
         raise InvalidInput(f"unknown embedding {embedding!r}", f"one of {', '.join(EMBEDDINGS)}")
-    return Lowering(graph, parameters, seen, margin_bits, embedding, functions, public=public).run()
+    return Lowering(
+        graph, parameters, seen, margin_bits, embedding, functions, public=public, device=device, room=room, fixed=fixed
+    ).run()
 
 
 class Lowering:
@@ -103,6 +121,9 @@ class Lowering:
         functions: Functions,
         *,
         public: bool = False,
+        device: str = "cpu",
+        room: Room | None = None,
+        fixed: Collection[str] = (),
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
         self.embedding, self.functions, self.public = embedding, functions, public
@@ -112,12 +133,15 @@ class Lowering:
         self.scores: dict[int, Symbol] = {}
         self.absorbed: set[int] = set()
         self._parameters = parameters
-        self._device = next((v.device for v in parameters.values()), torch.device("cpu"))  # "meta": shapes alone
+        self.device = torch.device(device)  # "meta": shapes alone
         self._readers = graph.consumers()
         self._trace = Trace()
         self._symbols: dict[int, Symbol] = {}  # by shared node
-        self._known: dict[int, Tensor] = {}  # by node of the server's or public
-        self._weights: dict[str, Tensor] = {}
+        self._fixed, self._common = fixed, set[str]()
+        room = room or Room()
+        self._known = Made[int](room)  # by node of the server's or public
+        self._weights = Made[str](room)
+        self._shapes: dict[str, Shape] = {}
         self._client_outputs: list[int] = []
         self._client_inputs: dict[
             tuple[int, str, str], tuple[ClientInput, Symbol]
@@ -128,7 +152,7 @@ class Lowering:
         """Lower the whole graph."""
         for node in self.graph.nodes:
             if node.visibility in ("public", "server"):
-                self._known[node.id] = self._evaluate(node)
+                self._known.add(node.id, partial(self._evaluate, node))
             elif node.visibility == "shared":
                 with self._trace.within(node.path):
                     self._symbols[node.id] = self._lower(node)
@@ -155,12 +179,22 @@ class Lowering:
             except InvalidProgram as error:
                 message = f"of its inputs alone a client does not compute this: {str(error).partition(chr(10))[0]}"
                 raise self.unsupported(node, message, "compute it before the model, as one of its inputs") from None
-        return Lowered(self._trace, outputs, self._weights, client_graph, client_inputs, self._clamps, left_out)
+        return Lowered(
+            self._trace,
+            outputs,
+            self._weights,
+            client_graph,
+            client_inputs,
+            self._clamps,
+            left_out,
+            frozenset(self._common),
+            self._shapes,
+        )
 
     def _evaluate(self, node: Node) -> Tensor:
         if node.op == "parameter":
             return self._parameters[node.attrs["name"]]
-        with torch.device(self._device):
+        with torch.device(self.device):
             return evaluate(node, [self._known[i] for i in node.inputs], torch.float64)
 
     def _lower(self, node: Node) -> Symbol:
@@ -201,21 +235,38 @@ class Lowering:
         return i in self._known
 
     def known(self, i: int) -> Tensor:
-        """Return the value of a node that the server knows, in float64; on device "meta" if there are no weights."""
+        """Return the value of a node that the server knows, in float64; on device "meta" if there are no weights.
+
+        It may be large, and made anew: what needs it for a weight reads it when that is made.
+        """
         return self._known[i]
 
-    def weight(self, i: int, suffix: str = "", value: Tensor | None = None) -> WeightRef:
+    def weight(
+        self,
+        i: int,
+        suffix: str = "",
+        value: Tensor | Callable[[], Tensor] | None = None,
+        shape: Shape = (),
+        of: Sequence[int] = (),
+    ) -> WeightRef:
         """Name a weight of the trace: a node that the server knows, or a ``value`` that it computes from that node.
 
-        ``suffix`` tells the names of such values from that of the node.
+        ``suffix`` tells the names of such values from that of the node. A value that may be large is a function, which
+        makes a tensor of this ``shape`` at each reading. ``of``: all nodes from which it follows.
         """
         node = self.graph.nodes[i]
         name = (node.attrs["name"] if node.op == "parameter" else f"%{i}") + suffix
-        found = (self._known[i] if value is None else value).to(torch.float64)
-        if name in self._weights and self._weights[name].device.type != "meta" and not self._weights[name].equal(found):
+        recipe = partial(_float64, partial(self.known, i) if value is None else value)
+        shape = node.shape if value is None else tuple(value.shape) if isinstance(value, Tensor) else shape
+        if name in self._weights and self.device.type != "meta" and not self._weights[name].equal(recipe()):
             raise AssertionError(f"two weights of the name {name}")
-        self._weights[name] = found
-        return WeightRef(name, tuple(found.shape))
+        if name not in self._weights:
+            self._weights.add(name, recipe)
+        self._shapes[name] = shape
+        sources = [self.graph.nodes[n] for n in (of if value is not None else (i,))]
+        if sources and all(n.op == "parameter" and n.attrs["name"] in self._fixed for n in sources):
+            self._common.add(name)
+        return WeightRef(name, shape)
 
     def client_input(
         self, i: int, encoding: str = "plain", table: WeightRef | None = None, reach: float = math.inf
@@ -280,6 +331,10 @@ class Lowering:
         weight = self.weight(node.inputs[1]) if len(node.inputs) > 1 else 1.0
         bias = self.weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
         return unit * weight + bias
+
+
+def _float64(value: Tensor | Callable[[], Tensor]) -> Tensor:
+    return (value if isinstance(value, Tensor) else value()).to(torch.float64)
 
 
 def _subgraph(graph: Graph, outputs: Sequence[int]) -> Graph:

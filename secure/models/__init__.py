@@ -2,6 +2,7 @@
 
 tokens              text to token ids
 tokenizer_document  the tokenizers that clients run: checks, loading, digest
+hollow              models whose parameters take no memory
 checkpoints         the weights of a model directory, all of them or none
 onnx_weights        weights of an ONNX graph, and the graph against the model of them
 calibration         public sentences that set ranges, and others that test a model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import warnings
 import zipfile
@@ -19,7 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from protocols.narrow import is_finite
+from secure.capture.tensor_files import map_file, map_tensors
 from secure.errors import Error, InvalidInput, MissingPackage, ModelNotFound, printable
+from secure.lowering.made import KEPT
+from secure.models.hollow import hollow
 from secure.models.onnx_weights import ONNX, check_graph, read_onnx
 
 WEIGHTS = (
@@ -31,6 +36,10 @@ WEIGHTS = (
 WRAPPERS = ("module.", "_orig_mod.", "0.auto_model.", "auto_model.", "model.")
 """Prefixes of all names in a checkpoint that was saved from a wrapped model."""
 
+SAFE, GENERATION = ".safetensors", "generation_config.json"
+MAPPED = 1 << 29  # bytes of weights that are read into memory; more are mapped
+MAXIMUM_HEADER = 1 << 26  # bytes of the header of one mapped file
+PARTS, FLOATS = 2, 4  # of KEPT, floats and integers; of the largest weight, copies in float64 at one moment
 OTHER_FORMATS = (".onnx", ".gguf", ".h5", ".msgpack", ".pt")
 LFS = b"version https://git-lfs"  # begins a file that stands for another one, which was not downloaded
 NAMED = 8  # names in a message
@@ -49,6 +58,8 @@ def load_checkpoint(
 ) -> nn.Module:
     """Load ``transformers.<kind>`` from a directory, in float32, in evaluation mode, with its own attention.
 
+    Safetensors of more than MAPPED bytes are mapped and stay in their own precision: parameters are views of the files,
+    which must stay as they are, and take no memory of the process.
     The weights are those of ``WEIGHTS``, in any precision and number of files; pickled ones are read with
     ``weights_only``, and no code of the directory runs. Prefixes of a wrapped model are taken off all names.
     optional: prefixes of names that the checkpoint may lack, because the caller does not read what they compute. Heads
@@ -68,7 +79,12 @@ def load_checkpoint(
         factory = getattr(transformers, kind)
         dtypes = _read(directory, lambda: _dtypes(directory))
         _check_dtypes(directory, dtypes)
-        model, info = _read(directory, lambda: _load(factory, directory))
+        model: Any = None
+        info: Any = None
+        if _is_large(directory):
+            model, info = _read(directory, lambda: _mapped(factory, directory))
+        if info is None or _differs(info, optional):  # transformers knows more names
+            model, info = _read(directory, lambda: _load(factory, directory))
         concrete = type(model)
         for prefix in _wrappers(dtypes) if _differs(info, optional) else ():
             unwrapped, other = _read(directory, lambda: _load(concrete, directory, prefix))  # noqa: B023 - called here
@@ -253,6 +269,55 @@ def _load(factory: Any, directory: Path, prefix: str = "") -> tuple[Any, Mapping
     return model, info
 
 
+def _is_large(directory: Path) -> bool:
+    return large_bytes(directory)[1] > 0
+
+
+def large_bytes(directory: Path) -> tuple[int, int]:
+    """Return about the most bytes of memory that compiling a mapped checkpoint takes, and the bytes that are mapped.
+
+    Both are 0 if the checkpoint is none, as its weights are too few or in files of another kind.
+    """
+    from safetensors import safe_open
+
+    files, largest = weight_files(directory), 0
+    mapped = sum(path.stat().st_size for path in files)
+    if mapped <= MAPPED or any(path.suffix != SAFE for path in files):
+        return 0, 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            largest = max([largest, *(math.prod(file.get_slice(n).get_shape()) for n in file.keys())])  # noqa: SIM118
+    return PARTS * KEPT + FLOATS * 8 * largest, mapped
+
+
+def _mapped(factory: Any, directory: Path) -> tuple[Any, Mapping[str, Any]]:
+    """Make a model whose parameters are those of mapped files; return it with what ``_load`` tells about names."""
+    from transformers import AutoConfig, GenerationConfig
+
+    local: dict[str, Any] = {"local_files_only": True}
+    configuration = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, **local)
+    model: Any = hollow(lambda: factory.from_config(configuration, trust_remote_code=False, dtype=torch.float32))
+    if (directory / GENERATION).is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(str(directory), **local)
+    found = dict[str, Tensor]()
+    for path in weight_files(directory):
+        with path.open("rb") as file:
+            found |= map_tensors(map_file(file), most=MAXIMUM_HEADER)
+    known = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = [(name, tuple(v.shape), known[name]) for name, v in found.items() if known.get(name, v.shape) != v.shape]
+    given = {name: value for name, value in found.items() if known.get(name) == tuple(value.shape)}
+    model.load_state_dict(given, assign=True, strict=False)
+    model.tie_weights()
+    held = {value.data_ptr() for value in given.values()}
+    missing = [name for name, value in model.state_dict().items() if value.data_ptr() not in held]
+    return model, {
+        "missing_keys": [name for name in missing if name not in found],
+        "unexpected_keys": [name for name in found if name not in known],
+        "mismatched_keys": shapes,
+        "error_msgs": [],
+    }
+
+
 def _weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     for path in weight_files(directory):
         yield from read_weights(path).items()
@@ -318,7 +383,7 @@ def _check_names(
 
 def _check_finite(directory: Path, weights: Mapping[str, Tensor]) -> None:
     for name, value in weights.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not is_finite(value):
             count = int((~value.isfinite()).sum())
             raise InvalidInput(
                 f"{directory} has {count} values in {name} that are NaN or infinite", "the checkpoint is damaged"

@@ -60,6 +60,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, None]:
         """Return the scores of the next token, (1, 1, vocabulary), all of which count; they have no temperature."""
         model: Any = self.model
+        attention_mask = attention_mask.to(model.dtype)  # of a mapped checkpoint, its own
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
         head = model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (last_row_operation(given[0]), *given[1:]))

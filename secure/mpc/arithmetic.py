@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.protocol import Protocol, count
+from protocols.protocol import Protocol, Shape, count
 from protocols.ring import WORD
 from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
@@ -14,6 +14,8 @@ from secure.lowering.ranges import dyadic
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.share import Share
+
+TURNED = ".T"  # behind the name of a weight: its transpose, see the lowering of linear layers
 
 # inputs
 
@@ -338,3 +340,17 @@ def split_weight_key(key: str) -> tuple[str, int]:
     """Split a key of `weight_key` into the weight's name and its fraction bits."""
     name, _, fraction = key.rpartition("@")
     return name, int(fraction)
+
+
+def tied(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Return the keys of matrices that are the transposes of others, each with that of the other one.
+
+    They are the head of a model whose tokens are looked up in the same matrix: see the names of linear layers.
+    """
+    found = dict[str, str]()
+    for key, shape in shapes.items():
+        name, fraction = split_weight_key(key)
+        other = weight_key(name.removesuffix(TURNED), fraction)
+        if name.endswith(TURNED) and len(shape) == 2 and shapes.get(other) == shape[::-1]:
+            found[key] = other
+    return found

@@ -60,13 +60,16 @@ class Budget:
             if not 0 < value < math.inf:
                 raise InvalidInput(f"a budget of {value!r} as its {name}", "give a positive number")
 
-    def decode(self, encoded: bytes) -> Program:
+    def decode(self, encoded: bytes, *, weights: bool = True) -> Program:
         """Decode, check and admit a Program that may come from anyone. Raises InvalidProgram."""
-        return self.admit(Program.from_bytes(encoded))
+        return self.admit(Program.from_bytes(encoded), weights=weights)
 
-    def admit(self, program: Program) -> Program:
-        """Return the Program. Raises InvalidProgram, with both figures, if it would take more than this budget."""
-        load = load_of(program.circuit, program.weight_shapes)
+    def admit(self, program: Program, *, weights: bool = True) -> Program:
+        """Return the Program. Raises InvalidProgram, with both figures, if it would take more than this budget.
+
+        weights: False at who neither holds masks of weights nor multiplies by them, such as a client of three parties.
+        """
+        load = load_of(program.circuit, program.weight_shapes, weights=weights)
         memory = load.memory + PARTS * program.kept_bytes
         for needed, most, unit, option in (
             (memory / GB, self.memory / GB, "GB of memory", "memory"),
@@ -82,14 +85,17 @@ class Budget:
         return program
 
 
-def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
-    """Return the load of a checked circuit. It takes time in proportion to the number of instructions."""
+def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape], *, weights: bool = True) -> Load:
+    """Return the load of a checked circuit. It takes time in proportion to the number of instructions.
+
+    weights: see ``Budget.admit``.
+    """
     packed: dict[tuple[str, int], int] = {}
     last = {operand: index for index, instruction in enumerate(circuit) for operand in instruction.inputs}
     held = live = products = drawn = touched = of_bytes = fitted = 0
     for index, instruction in enumerate(circuit):
         p, operands = instruction.protocol, [circuit[i].protocol for i in instruction.inputs]
-        if (use := p.weight_use) and use.multiplied:
+        if weights and (use := p.weight_use) and use.multiplied:
             packed[use.name, use.ring] = math.prod(weight_shapes[use.name])
         own = sum(math.prod(d.shape) * (1 if d.wire.planes else WORD) for d in p.draws)
         work = own + p.memory() + p.scratch() + sum(o.memory() for o in operands)
@@ -99,14 +105,14 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape]) -> Load:
         drawn, touched = drawn + own, touched + work
         of_bytes += sum(d.wire.size for d in p.draws if d.wire.planes and d.derived)
         fitted += p.fitted()
-        products += p.products(weight_shapes, [o.out.shape for o in operands])
-    weights = sum(math.prod(weight_shapes[name]) for name in {name for name, _ in packed})
+        products += 0 if p.weight_use and not weights else p.products(weight_shapes, [o.out.shape for o in operands])
+    held_weights = sum(math.prod(weight_shapes[name]) for name in {name for name, _ in packed})
     return Load(
-        weights=weights,
+        weights=held_weights,
         dealt=sum(i.protocol.dealt_bytes for i in circuit),
         drawn=drawn,
         products=products,
-        memory=WORD * weights + PACKED * sum(packed.values()) + live,
+        memory=WORD * held_weights + PACKED * sum(packed.values()) + live,
         seconds=touched * BYTE_SECONDS
         + of_bytes * PACKED_SECONDS
         + fitted * FITTED_SECONDS

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from approximations import APPROXIMATIONS, Functions, choose
 from approximations.activations import GELU_FORMS
-from protocols import ring
 from protocols.fixedpoint import FixedPoint
+from protocols.narrow import blocks, encode
 from protocols.two_party import Keep
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes, of_group
 from secure.lowering.client_inputs import ClientInput, tables_label
 from secure.lowering.lower import Lowered, Sample
+from secure.lowering.made import Chosen, Made, Room
 from secure.lowering.ranges import Ranges
-from secure.mpc.arithmetic import split_weight_key
+from secure.mpc.arithmetic import split_weight_key, tied
 from secure.mpc.emit import emit
 from secure.mpc.network import LOOPBACK, NetworkSpeed, find_network
 from secure.mpc.powers import tabulated_power
@@ -35,7 +36,8 @@ from secure.progress import Told, counted, silent
 class MpcModel:
     """A Program, the server's weights as integers, and the token tables that the owner lets clients hold.
 
-    The Program is public; ``integers`` are the server's secret. choice: for the network that was named.
+    The Program is public; ``integers`` are the server's secret, in the narrowest type that holds each tensor. Those of
+    a large model may be made, or read from a mapped file, at each reading. choice: for the network that was named.
     """
 
     program: Program
@@ -55,9 +57,10 @@ class MpcModel:
         """
         total = hashlib.sha256()
         for name in sorted(self.integers):
-            value = self.integers[name].contiguous()
+            value = self.integers[name]
             total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # lengths keep fields apart
-            total.update(value.numpy().tobytes())
+            for _, part in blocks(value.reshape(-1)):
+                total.update(part.numpy().tobytes())
         return total.hexdigest()
 
 
@@ -158,8 +161,9 @@ def compile_sizes(
         if labels is not None
     ]
     kept = _kept_rings([(each, ranges) for each, ranges, _ in wanted], fixed, prices)
+    pool = Made[str]()
     return [
-        finish(each, ranges, fixed, labels, found, prices, told, answer_bits, kept, checked=checked)
+        finish(each, ranges, fixed, labels, found, prices, told, answer_bits, kept, checked=checked, pool=pool)
         for each, ranges, labels in wanted
     ]
 
@@ -208,8 +212,12 @@ def finish(
     kept: Mapping[str, int] | None = None,
     *,
     checked: bool = False,
+    pool: Made[str] | None = None,
 ) -> MpcModel:
-    """Emit the circuit of a lowered model, and encode its weights as integers."""
+    """Emit the circuit of a lowered model, and encode its weights as integers.
+
+    pool: has those that are the same at all sizes of the model.
+    """
     tables = {name: table.to(torch.float32) for name, table in lowered.tables.items()}
     for spec in lowered.client_inputs:
         if spec.table:  # no calibration meets all rows
@@ -220,11 +228,30 @@ def finish(
     told(0, 0, "emitting the Program")
     program, choice = chosen_program(lowered, ranges, fixed, named, network, prices, answer_bits, kept, checked=checked)
     told(0, 0, "encoding the weights")
-    integers = {}
+    own, pool = Made[str](), Made[str]() if pool is None else pool
+    places = dict[str, Mapping[str, Tensor]]()
+    same = tied(program.weight_shapes)
     for key in weight_keys(program):
-        name, fraction = split_weight_key(key)
-        integers[key] = ring.encode(lowered.weights[name], fraction)
-    return MpcModel(program, integers, tables, choice)
+        if key in same:  # the same numbers, which are there once
+            places[key] = turned = Made[str](Room(0))
+            turned.add(key, partial(_turned, places, same[key]))
+            continue
+        places[key] = into = pool if split_weight_key(key)[0] in lowered.common else own
+        if key not in into:
+            into.add(key, partial(_encoded, lowered.weights, key))
+    own.filled()
+    pool.filled()
+    return MpcModel(program, Chosen(places), tables, choice)
+
+
+def _encoded(weights: Mapping[str, Tensor], key: str) -> Tensor:
+    """Return a weight as integers in the narrowest type that holds them."""
+    name, fraction = split_weight_key(key)
+    return encode(weights[name], fraction)
+
+
+def _turned(places: Mapping[str, Mapping[str, Tensor]], key: str) -> Tensor:
+    return places[key][key].T
 
 
 def weight_keys(program: Program) -> list[str]:
@@ -279,7 +306,7 @@ def chosen_program(
         fixed=fixed,
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
-        weight_shapes={key: tuple(lowered.weights[split_weight_key(key)[0]].shape) for key in sorted(read)},
+        weight_shapes={key: lowered.shape(split_weight_key(key)[0]) for key in sorted(read)},
         labels={
             **labels,
             **({"network": network.key} if network else {}),

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from protocols.narrow import NARROW
 from protocols.protocol import broadcast
 from secure.errors import InvalidInput
 from secure.mpc.compile import MpcModel, weight_keys
@@ -19,10 +20,10 @@ from secure.mpc.program import Program
 _CHOICE = TypeAdapter(Choice | None)
 
 
-def keep(model: MpcModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def keep(model: MpcModel) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """Return the facts and the tensors of a model: all of it but its Program and the token tables."""
     choice = dataclasses.asdict(model.choice) if model.choice else None
-    return {"choice": choice}, dict(model.integers)
+    return {"choice": choice}, model.integers
 
 
 def restore(
@@ -36,7 +37,7 @@ def restore(
     if set(held) != set(names):
         raise InvalidInput("the weights are not those that the Program reads")
     for name, value in held.items():
-        if value.dtype != torch.int64:
+        if value.dtype not in (*NARROW, torch.int64):
             raise InvalidInput(f"the weight {name!r} is no integers")
         if name in program.weight_shapes and tuple(value.shape) != program.weight_shapes[name]:
             raise InvalidInput(f"the weight {name!r} has the shape {tuple(value.shape)}")

@@ -36,24 +36,37 @@ def layer(b: Builder, x: Value, weight: Value, bias: Value = None) -> Value:
 @linear.lower
 def _(to: Lowering, node: Node) -> Symbol:
     """Fold the weight and bias of a preceding normalization, and a factor that follows, into the layer's own."""
-    source, factor = node.inputs[0], _following_factor(to, node)
+    (source, matrix, *others), factor = node.inputs, _following_factor(to, node)
     suffix = f"*{factor:.17g}" if factor != 1.0 else ""
-    weight, *bias = (to.known(i) if factor == 1.0 else to.known(i) * factor for i in node.inputs[1:])
+    scale, shift, of = None, None, node.inputs[1:]
     if source in to.units:
         # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
         # two rounds
         x, suffix = to.units[source], f"{suffix}*%{source}"
         scale, shift = to.affine(to.graph.nodes[source])
-        bias = [sum(bias, weight @ shift)] if shift is not None else bias
-        weight = weight * scale if scale is not None else weight
+        of = (*of, *to.graph.nodes[source].inputs[1:])
     else:
         x = to.symbol(source)
-    out = x.linear(to.weight(node.inputs[1], ".T" + suffix, weight.T))
-    if not bias:
+
+    def scaled(i: int) -> Tensor:
+        return to.known(i) if factor == 1.0 else to.known(i) * factor
+
+    def weight() -> Tensor:
+        found = scaled(matrix)
+        return (found * scale if scale is not None else found).T
+
+    def bias() -> Tensor:
+        added = [scaled(i) for i in others]
+        return added[0] if shift is None else sum(added, scaled(matrix) @ shift)
+
+    rows, columns = to.graph.nodes[matrix].shape
+    shape = (rows,) if shift is not None else to.graph.nodes[others[0]].shape if others else ()
+    out = x.linear(to.weight(matrix, ".T" + suffix, weight, (columns, rows), of))
+    if not others and shift is None:
         return out
-    key = node.inputs[2] if len(node.inputs) > 2 and source not in to.units else node.inputs[1]
+    key = others[0] if others and source not in to.units else matrix
     # a folded bias depends on the weight and takes the weight's name, as layers with other weights may share the bias
-    return out + to.weight(key, (".bias" if key == node.inputs[1] else "") + suffix, bias[0])
+    return out + to.weight(key, (".bias" if key == matrix else "") + suffix, bias, shape, of)
 
 
 def _following_factor(to: Lowering, node: Node) -> float:

@@ -180,14 +180,13 @@ def _(to: Lowering, node: Node) -> Symbol:
     joined = concatenate(symbols, dim) if len(symbols) > 1 else symbols[0]
     if not any(known):
         return joined
-    device = next(to.known(i).device for i, there in zip(node.inputs, known, strict=True) if there)
     runs, pieces, at = [], [], 0
     for (i, shape), there in zip(parts, known, strict=True):
         width = shape[dim]
         runs.append((-1, 0, width) if there else (at, 1, width))
         at += 0 if there else width
         pieces.append(
-            to.known(i).to(torch.float64) if there else torch.zeros(shape, dtype=torch.float64, device=device)
+            to.known(i).to(torch.float64) if there else torch.zeros(shape, dtype=torch.float64, device=to.device)
         )
     last = max(i for i, there in zip(node.inputs, known, strict=True) if there)
     return joined.take(dim, runs) + to.weight(last, f".in%{node.id}", torch.cat(pieces, dim))
