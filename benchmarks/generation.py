@@ -96,7 +96,8 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config()).eval()
+    model: nn.Module = GPT2LMHeadModel(GPT2Config())
+    return model.eval()
 
 
 def steps(model: nn.Module, capacities: list[int], given: dict[str, Any]) -> list[dict[str, Any]]:

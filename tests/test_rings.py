@@ -110,6 +110,21 @@ def test_matrix_products_by_either_kernel(native: bool, seed: int, k: int, signe
     assert (integers(direct, k) == expected).all()
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 9), st.integers(60, 130), st.integers(60, 130), st.integers(1, 64), st.booleans(), st.booleans())
+def test_products_of_few_rows_by_one_large_matrix(rows: int, n: int, p: int, k: int, turned: bool, flat: bool) -> None:
+    rng = np.random.default_rng(rows + 10 * n + 10000 * p)
+    x, w = (
+        words(rng, (n,) if flat and rows == 1 else (1, rows, n)),
+        words(rng, (p, n)).T if turned else words(rng, (n, p)),
+    )
+    expected = ring.reduce((x[..., :, None] * w).sum(-2), k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "native", lambda: True)
+        assert matmul.matmul(x, w, k).equal(expected)
+        assert matmul.Matrix(w, k, signed=False).times(x).equal(expected)
+
+
 # bits
 
 
