@@ -29,7 +29,7 @@ from secure.lowering.observe import Observed, assume, observe
 from secure.lowering.primitives import PRIMITIVES, Primitive
 from secure.lowering.trace import Symbol, evaluate
 from secure.operations.activations import approximate_softplus
-from secure.operations.generation import keep_operation, last_row_operation
+from secure.operations.generation import keep_operation, last_rows_operation
 from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
 from tests.helpers import run_function
 
@@ -67,7 +67,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda x, w, v, ids: F.gelu(x),
     "keep": lambda x, w, v, ids: x @ keep_operation(x, "keys", 0).mT,
     "l2_normalize": lambda x, w, v, ids: F.normalize(x, dim=-1),
-    "last_row": lambda x, w, v, ids: last_row_operation(x),
+    "last_rows": lambda x, w, v, ids: last_rows_operation(x, 1),
     "largest": lambda x, w, v, ids: x.topk(2).values,
     "largest_at": lambda x, w, v, ids: x.argmax(-1),
     "layer_norm": lambda x, w, v, ids: F.layer_norm(x, (4,), v, v),

@@ -142,21 +142,28 @@ class ThreePartyLink(Link):
         return _PartyText()
 
     def go_on(
-        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Any,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         text: _PartyText = conversation
         if text.ended:
             raise QueryError("a query of this text has failed", AGAIN)
         text.ended = True  # unless this one succeeds
-        wanted = WantedProgram(self.program.digest, text.name, text.rows)
+        read = text.rows if rows is None else rows
+        wanted = WantedProgram(self.program.digest, text.name, read)
         try:
             found = self._ask(values, number, wanted, text.owner, ahead.program.digest if ahead is not None else "")
         except Busy:
-            if not text.rows:  # one party may have begun it: it can be begun again by another name
+            if not read:  # one party may have begun it: it can be begun again by another name
                 fresh = _PartyText()
                 text.name, text.owner, text.ended = fresh.name, fresh.owner, False
             raise
-        text.rows, text.ended = text.rows + self.program.kept_rows, False
+        text.rows, text.ended = read + self.program.kept_rows, False
         return found
 
     def beside(self, program_digest: str) -> Link:

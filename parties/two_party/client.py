@@ -478,19 +478,25 @@ class TwoPartyLink(Link):
         return _Text()
 
     def go_on(
-        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Any,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
-        return self._go_on(self.program, conversation, values, ahead)
+        return self._go_on(self.program, conversation, values, rows, ahead)
 
     def _go_on(
-        self, program: Program, text: _Text, values: Mapping[str, Any], ahead: Link | None
+        self, program: Program, text: _Text, values: Mapping[str, Any], rows: int | None, ahead: Link | None
     ) -> tuple[Sequence[Tensor], Report]:
-        rows, first = 0, 0
+        read, first = rows or 0, 0
         if (conversation := text.conversation) is not None:
-            rows, first = conversation.kept.filled, conversation.first
+            read, first = conversation.kept.filled if rows is None else rows, conversation.first
             self._conversations.require(first)  # before the session is at stake
-        following = None if ahead is None else _Wanted(ahead.program, rows + program.kept_rows)
-        return self._ask(_Wanted(program, rows, first), values, following, text)
+        following = None if ahead is None else _Wanted(ahead.program, read + program.kept_rows)
+        return self._ask(_Wanted(program, read, first), values, following, text)
 
     def beside(self, program_digest: str) -> Link:
         options = replace(self._options, program_digest=program_digest, model=self.model, told=None)
@@ -518,10 +524,16 @@ class _Beside(Link):
         return self._main.converse(capacity)
 
     def go_on(
-        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Any,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         try:
-            return self._main._go_on(self.program, conversation, values, ahead)
+            return self._main._go_on(self.program, conversation, values, rows, ahead)
         finally:
             self.timeline, self.ended = self._main.timeline, self._main.ended
 

@@ -50,6 +50,7 @@ class Compilation:
     original's, see ``self_test``. task, reveal: see ``task_of``. capacity: of a model that writes text, the most tokens
     of the padded prompt and what is written; 0 for the default.
     temperature: of such a model, the greatest that clients may choose; None for the most likely tokens alone.
+    draft_length: of such a model, the tokens of a pass; 0 for none.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Compilation:
     reveal: str = ""
     capacity: int = 0
     temperature: float | None = None
+    draft_length: int = 0
 
     @property
     def loader(self) -> Loader:
@@ -83,10 +85,19 @@ class Compilation:
             if self.sentences:
                 texts = [*written(loaded.module, capacity, told), *self.sentences]
             made = build_generator(
-                loaded, self.deployment, self.options, lengths, capacity, texts, told, temperature=self.temperature
+                loaded,
+                self.deployment,
+                self.options,
+                lengths,
+                capacity,
+                texts,
+                told,
+                temperature=self.temperature,
+                draft_length=self.draft_length,
             )
             told(0, 0, "comparing the compiled model with the original")
-            return self_test(made, held_out_texts(loaded, self.temperature, told), self.accept)
+            tested = held_out_texts(loaded, self.temperature, told, draft_length=self.draft_length)
+            return self_test(made, tested, self.accept)
         loaded = self.loader.load(self.model, max(self.lengths, default=0), self.sentences, told)
         self.accept.of(loaded.closeness)  # likewise
         compiled = build(loaded, self.deployment, self.options, {}, self.lengths, self.batches, told)
@@ -96,7 +107,11 @@ class Compilation:
     def check(self) -> None:
         """Raise InvalidInput for sizes that cannot be compiled, and for options that mean nothing for the model."""
         if self.loader.name != GENERATE:
-            for name, given in (("--capacity", self.capacity), ("--temperature", self.temperature)):
+            for name, given in (
+                ("--capacity", self.capacity),
+                ("--temperature", self.temperature),
+                ("--draft-length", self.draft_length),
+            ):
                 if given:
                     raise InvalidInput(f"{name} means nothing for {self.model}", "it is for models that write text")
             check_sizes(self.deployment, self.lengths, self.batches)
@@ -105,7 +120,7 @@ class Compilation:
             raise InvalidInput(f"--batch means nothing for {self.model}", "a text is written alone")
         self.accept.of(TOKENS)
         sizes = sizes_of_generator(self.lengths, self.capacity)
-        check_generator(self.deployment, self.options, *sizes, self.temperature)
+        check_generator(self.deployment, self.options, *sizes, self.temperature, self.draft_length)
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the compiled model depends on, as JSON values; files by their SHA-256.
@@ -131,6 +146,7 @@ class Compilation:
             "accept": asdict(self.accept),
             "capacity": self.capacity,
             "temperature": self.temperature,
+            "draft_length": self.draft_length,
         }
 
     @property

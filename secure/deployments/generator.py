@@ -1,5 +1,7 @@
 """``secure.compile_generator``, which compiles a decoder to generate text: Programs for its prompt and for each token.
 
+With a draft length there is one more, a pass: it reads what a step reads, and takes several tokens at once.
+
 All Programs have the same weights, and keep keys and values in the same rings. So they are one model in several sizes,
 as the lengths of a text model are; that of a step has the length 1, and ranges of its own, of all tokens but a text's
 first one.
@@ -28,6 +30,7 @@ from secure.lowering.client_inputs import GENERATE, MOST_ROWS, SETTINGS, TASK
 from secure.models.causal import ends_of
 from secure.models.checkpoints import quiet_transformers
 from secure.models.decoder import (
+    DRAFT_LENGTH,
     TEMPERATURE,
     Decoder,
     at_temperature,
@@ -51,6 +54,9 @@ TEXTS = 8
 
 PROMPT, CAPACITY = 32, 256
 
+MOST_DRAFTED = 16
+"""The most tokens of a pass."""
+
 TOKENS = ScoreError(TaskSettings(TOKEN))
 """The measure by which tokens are compared."""
 
@@ -65,6 +71,7 @@ def compile_generator(
     capacity: int = CAPACITY,
     calibration: Sequence[Sequence[int] | str] = (),
     temperature: float | None = None,
+    draft_length: int = 0,
     deployment: Deployment | None = None,
     embedding: str | None = None,
     gelu: str | None = None,
@@ -84,7 +91,8 @@ def compile_generator(
     and what is written together. calibration: texts, as token ids or (of a directory) as they are, as long as the
     capacity if they can be, which set the ranges; by default the model writes TEXTS texts itself, by sampling.
     temperature: the greatest that clients may choose, each for itself and in secret, so that tokens are samples; by
-    default the Programs take none. Other arguments are those of ``secure.compile``.
+    default the Programs take none. draft_length: compile a pass over so many tokens too, the last one and those that a
+    client's draft guesses; 0 for none. Other arguments are those of ``secure.compile``.
 
     The Programs compute the token that the model finds most likely next, or a sample (``secure.sample``). The client
     learns it, and nobody else; nobody learns a score. Raises InvalidInput for a model that is no decoder, or has no
@@ -96,14 +104,15 @@ def compile_generator(
         deployment or TwoParty(),
         CompileOptions(embedding, gelu, approximations, fixed_point, network, checked=checked),
     )
-    check_generator(deployment, options, lengths, capacity, temperature)  # before the model is loaded
+    check_generator(deployment, options, lengths, capacity, temperature, draft_length)  # before the model is loaded
     if isinstance(model, str):
         loaded = Generate().load(model, told=told)
     else:
         settings = TaskSettings(TOKEN, writing=WritingSettings(ends_of(model) if _writes(model) else ()))
         labels = {TASK: GENERATE, SETTINGS: settings.encoded}
         loaded = Loaded("", model, [], tokenizer, tokenizer_json, labels=labels)
-    return build_generator(loaded, deployment, options, lengths, capacity, calibration, told, temperature=temperature)
+    given = loaded, deployment, options, lengths, capacity, calibration, told
+    return build_generator(*given, temperature=temperature, draft_length=draft_length)
 
 
 def sizes_of_generator(lengths: Sequence[int], capacity: int) -> tuple[tuple[int, ...], int]:
@@ -118,6 +127,7 @@ def check_generator(
     lengths: Sequence[int],
     capacity: int,
     temperature: float | None = None,
+    draft_length: int = 0,
 ) -> None:
     """Raise InvalidInput for a deployment, options, sizes or a greatest temperature that no generator can have."""
     if temperature is not None and not 0 < temperature < math.inf:
@@ -127,7 +137,7 @@ def check_generator(
     if options.answer_bits is not None:
         raise InvalidInput("answer_bits mean nothing for a model that generates text", "its answers are tokens")
     deployment.check(options, tokens=True)
-    _check_sizes(sorted({*lengths}), capacity)
+    _check_sizes(sorted({*lengths}), capacity, draft_length)
 
 
 def build_generator(
@@ -140,9 +150,10 @@ def build_generator(
     told: Told = silent,
     *,
     temperature: float | None = None,
+    draft_length: int = 0,
 ) -> Compiled:
     """Compile a model that ``Generate`` has loaded; see ``compile_generator``."""
-    check_generator(deployment, options, lengths, capacity, temperature)
+    check_generator(deployment, options, lengths, capacity, temperature, draft_length)
     assert isinstance(deployment, CircuitDeployment)  # as was just checked
     buckets, model = sorted({*lengths}, reverse=True), loaded.module
     _check_model(model, capacity)
@@ -155,6 +166,7 @@ def build_generator(
     labels = {**loaded.labels, MOST_ROWS: str(capacity), "vocabulary": str(known)}
     labels |= {"model": loaded.name} if loaded.name else {}
     labels |= {} if temperature is None else {TEMPERATURE: repr(float(temperature))}
+    labels |= {DRAFT_LENGTH: str(draft_length)} if draft_length else {}
     if (found := loaded.tokenizer) is not None and loaded.tokenizer_json:
         labels[TOKENIZER] = tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)
     sizes: list[tuple[Size, Mapping[str, str] | None]] = [(Size(samples[0], samples), None)]
@@ -163,8 +175,10 @@ def build_generator(
         sizes.append((Size(example, []), {**labels, "length": str(bucket)}))
     # a step never computes a text's first token, whose activations may be far larger than all others
     sizes.append((Size(samples[0], samples, STEP, firsts), None))
-    example = at_temperature(step_inputs(0, 0, 0, capacity, places=places), temperature)
-    sizes.append((Size(example, [], STEP), {**labels, "length": "1"}))
+    for count, rows in ((1, capacity), (draft_length, capacity - draft_length)):
+        if count:
+            example = at_temperature(step_inputs([0] * count, 0, 0, rows, places=places), temperature)
+            sizes.append((Size(example, [], STEP), {**labels, "length": str(count)}))
     made = deployment.build_sizes(Decoder(model), sizes, options, told, public_positions=places)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     about = loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now
@@ -172,7 +186,9 @@ def build_generator(
     return replace(first, others=tuple(others))
 
 
-def held_out_texts(loaded: Loaded, temperature: float | None = None, told: Told = silent) -> Loaded:
+def held_out_texts(
+    loaded: Loaded, temperature: float | None = None, told: Told = silent, *, draft_length: int = 0
+) -> Loaded:
     """Return a model that ``Generate`` has loaded with what the self-test of its prompts' Programs needs.
 
     Texts that the model writes, other than those that calibrate it, are held out: as much of one as a prompt takes, and
@@ -182,7 +198,7 @@ def held_out_texts(loaded: Loaded, temperature: float | None = None, told: Told 
     model = loaded.module
 
     def held_out(length: int) -> list[dict[str, torch.Tensor]]:
-        if length == 1:  # a step reads what a prompt keeps
+        if length in (1, draft_length):  # they read what a prompt keeps
             return []
         texts = written(model, length, told, 3, seed=1)
         cut = [text[: max(1, length // part)] for text, part in zip(texts, (1, 2, 4), strict=True)]
@@ -236,13 +252,19 @@ def _samples(
     return [prompt_inputs(text, length, places=places) for text in cut], [length - len(text) + 1 for text in cut]
 
 
-def _check_sizes(buckets: Sequence[int], capacity: int) -> None:
-    if not buckets or len(buckets) >= MAXIMUM_LENGTHS:
-        raise InvalidInput(f"{len(buckets)} lengths of prompts", f"1 to {MAXIMUM_LENGTHS - 1}")
+def _check_sizes(buckets: Sequence[int], capacity: int, draft_length: int) -> None:
+    most = MAXIMUM_LENGTHS - 1 - (draft_length > 0)
+    if not 1 <= len(buckets) <= most:
+        raise InvalidInput(f"{len(buckets)} lengths of prompts", f"1 to {most}")
     if min(buckets) < 2:
         raise InvalidInput(f"prompts of {min(buckets)} tokens", "2 or more; shorter ones are padded")
     if capacity < max(buckets):
         raise InvalidInput(f"a capacity of {capacity} tokens for prompts of {max(buckets)}", "at least as many")
+    if draft_length and not 2 <= draft_length <= min(MOST_DRAFTED, min(buckets) - 1):  # Programs are told by lengths
+        raise InvalidInput(
+            f"a draft length of {draft_length} beside prompts of {min(buckets)} tokens",
+            f"2 to {MOST_DRAFTED}, and fewer than the shortest prompts are padded to",
+        )
 
 
 def _writes(model: object) -> bool:

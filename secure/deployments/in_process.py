@@ -37,15 +37,23 @@ class Conversation:
         self.first, self.second, self.dealer = (KeptRows(capacity) for _ in range(3))
 
     def goes_on(
-        self, circuit: Circuit, first: Sequence[Any], second: Sequence[Any], masks: Mapping[str, Tensor]
+        self,
+        circuit: Circuit,
+        first: Sequence[Any],
+        second: Sequence[Any],
+        masks: Mapping[str, Tensor],
+        rows: int | None,
     ) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Keep what both parties and the dealer keep of a query, and return the parties' results alone."""
+        """Keep what both parties and the dealer keep of a query, and return the parties' results alone.
+
+        rows: those that the query read, behind which its own are kept; None for all.
+        """
         names = list(keepers(circuit))
         end = len(first) - len(names)
         if names:
-            self.first.append(dict(zip(names, first[end:], strict=True)))
-            self.second.append(dict(zip(names, second[end:], strict=True)))
-            self.dealer.append(masks)
+            self.first.append(dict(zip(names, first[end:], strict=True)), rows)
+            self.second.append(dict(zip(names, second[end:], strict=True)), rows)
+            self.dealer.append(masks, rows)
         return first[:end], second[:end]
 
 
@@ -64,7 +72,13 @@ class _InProcess(Link):
 
     @abstractmethod
     def go_on(
-        self, conversation: Conversation, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Conversation,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Tensor], Report]: ...
 
     def close(self) -> None:
@@ -94,24 +108,33 @@ class TwoPartiesInProcess(_InProcess):
         self._client = ClientWeights(dict(self._server.masked(self._dealer, model.program.weight_rings)))
 
     def go_on(
-        self, conversation: Conversation, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Conversation,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         circuit, kept = self._running.circuit, conversation
         server_key, client_key, masks = _key(), _key(), dict[str, Tensor]()
         start = time.perf_counter()
-        corrections = dict(deal(circuit, server_key, client_key, self._dealer, kept.dealer.given(circuit), masks))
+        corrections = dict(deal(circuit, server_key, client_key, self._dealer, kept.dealer.given(circuit, rows), masks))
         dealt = time.perf_counter()
         client_correlations = Correlations(CLIENT, client_key)
         prepare(circuit, client_correlations, self._client)
         ready, traffic = time.perf_counter(), PairTraffic()
-        correlations, given = Correlations(SERVER, server_key, corrections), {**values, **kept.second.given(circuit)}
+        correlations, given = (
+            Correlations(SERVER, server_key, corrections),
+            {**values, **kept.second.given(circuit, rows)},
+        )
         outputs = (*self._running.revealed, *keepers(circuit).values())
         theirs, results = run_pair(
-            execute(circuit, outputs, SERVER, correlations, self._server, kept.first.given(circuit)),
+            execute(circuit, outputs, SERVER, correlations, self._server, kept.first.given(circuit, rows)),
             execute(circuit, outputs, CLIENT, client_correlations, self._client, given),
             traffic,
         )
-        results = kept.goes_on(circuit, theirs, results, masks)[1]
+        results = kept.goes_on(circuit, theirs, results, masks, rows)[1]
         times = (dealt - start, ready - dealt, time.perf_counter() - ready)
         return results, self._report(traffic, sum(map(len, corrections.values())), times, number)
 
@@ -148,12 +171,18 @@ class ThreePartiesInProcess(_InProcess):
         ]
 
     def go_on(
-        self, conversation: Conversation, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Conversation,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         circuit, kept = self.translated.circuit, conversation
         streams, split, masks = (_key(), _key()), _key(), dict[str, Tensor]()
         start = time.perf_counter()
-        supplied = dict(deal(circuit, *streams, self._weights[PARTY_2], kept.dealer.given(circuit), masks))
+        supplied = dict(deal(circuit, *streams, self._weights[PARTY_2], kept.dealer.given(circuit, rows), masks))
         dealt = time.perf_counter()
         shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, (index, protocol) in self.translated.inputs.items():
@@ -182,11 +211,11 @@ class ThreePartiesInProcess(_InProcess):
                 party,
                 Correlations(party, streams[party], supply),
                 self._weights[party],
-                {**shares[party], **own.given(circuit)},
+                {**shares[party], **own.given(circuit, rows)},
             )
             for party, supply, own in ((0, supplied, kept.first), (1, None, kept.second))
         )
-        a, b = kept.goes_on(circuit, *run_pair(zero, one, traffic), masks)
+        a, b = kept.goes_on(circuit, *run_pair(zero, one, traffic), masks, rows)
         times = (dealt - start, 0.0, time.perf_counter() - dealt)
         report = self._report(traffic, sum(map(len, supplied.values())), times, number, rows_of_two)
         # (parties of a deployment add a zero share before they send these to a client)

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from secure.capture.graph import MASKED, POSITIONS
 from secure.errors import InputTooLong, InvalidInput
-from secure.operations.generation import keep_operation, last_row_operation
+from secure.operations.generation import keep_operation, last_rows_operation
 from secure.operations.sampling import sample
 
 TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
+
+DRAFT_LENGTH = "draft_length"
+"""The label of Programs that write text by which they have a pass over so many tokens, the last one and drafts."""
 
 
 class _Rows:
@@ -42,7 +45,8 @@ class Decoder(nn.Module):
 
     Its inputs: ``input_ids`` and ``position_ids`` (1, n), and ``attention_mask`` (1, 1, n, rows + n), which is added to
     scores. The first ``rows`` rows of keys are those of earlier queries. With ``temperature`` (1,) it draws the token
-    with the probabilities softmax(scores / temperature). Returns (1, 1) integers.
+    with the probabilities softmax(scores / temperature). Returns integers: (1, 1), the token after a prompt; if there
+    are earlier rows (1, n), the token after each of those that are given, from the text up to it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,12 +62,12 @@ class Decoder(nn.Module):
     def scored(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, temperature: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Return the scores of the next token, (1, 1, vocabulary), all of which count; they have no temperature."""
+        """Return the scores of these tokens, (1, 1 or n, vocabulary), all of which count; they have no temperature."""
         model: Any = self.model
         attention_mask = attention_mask.to(model.dtype)  # of a mapped checkpoint, its own
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
-        head = model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, given: (last_row_operation(given[0]), *given[1:]))
+        count, head = input_ids.shape[-1] if rows else 1, model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, given: (last_rows_operation(given[0], count), *given[1:]))
         try:
             found = model(
                 input_ids=input_ids,
@@ -96,15 +100,16 @@ def prompt_inputs(prompt: Sequence[int], bucket: int, *, pad: int = 0, places: b
     return {TOKENS: ids, POSITIONS: _positions(torch.arange(bucket), start, places), MASK: _additive(seen)}
 
 
-def step_inputs(token: int, start: int, filled: int, capacity: int, *, places: bool = True) -> dict[str, Tensor]:
-    """Make a decoder's inputs of the next token.
+def step_inputs(tokens: Sequence[int], start: int, filled: int, rows: int, *, places: bool = True) -> dict[str, Tensor]:
+    """Make a decoder's inputs of the next tokens, each of which attends to those before it.
 
-    start: the place of the text's first token. filled: the rows that are kept so far, of ``capacity``.
+    start: the place of the text's first token. filled: the rows that are kept so far, of the ``rows`` that are read.
     """
-    columns = torch.arange(capacity + 1)[None]
-    seen = ((columns >= start) & (columns < filled)) | (columns == capacity)
-    position = _positions(torch.tensor([filled]), start, places)
-    return {TOKENS: torch.tensor([[token]]), POSITIONS: position, MASK: _additive(seen)}
+    count = len(tokens)
+    own, columns = torch.arange(count)[:, None], torch.arange(rows + count)[None]
+    seen = ((columns >= start) & (columns < filled)) | ((columns >= rows) & (columns <= rows + own))
+    positions = _positions(torch.arange(filled, filled + count), start, places)
+    return {TOKENS: torch.tensor([list(tokens)]), POSITIONS: positions, MASK: _additive(seen)}
 
 
 def at_temperature(inputs: dict[str, Tensor], temperature: float | None) -> dict[str, Tensor]:

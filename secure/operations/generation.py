@@ -1,4 +1,4 @@
-"""Operations of decoders that generate text: keys and values that later steps read, and the last token of a text.
+"""Operations of decoders that generate text: keys and values that later steps read, and the last tokens of a text.
 
 ``torch.export`` keeps both whole. ``rows`` is the number of earlier rows that a step reads; a prefill has none. So the
 graphs of a prefill and of a step have the same operations, and the ranges of one are those of the other.
@@ -28,15 +28,15 @@ def _(x: Tensor, name: str, rows: int) -> Tensor:
     return x.new_empty((*x.shape[:-2], rows + x.shape[-2], x.shape[-1]))
 
 
-@torch.library.custom_op("unseen::last_row", mutates_args=())
-def last_row_operation(x: Tensor) -> Tensor:
-    """Take the last row, as (..., 1, width)."""
-    return x[..., -1:, :].clone()
+@torch.library.custom_op("unseen::last_rows", mutates_args=())
+def last_rows_operation(x: Tensor, count: int) -> Tensor:
+    """Take the last ``count`` rows, as (..., count, width)."""
+    return x[..., -count:, :].clone()
 
 
-@last_row_operation.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-2], 1, x.shape[-1]))
+@last_rows_operation.register_fake
+def _(x: Tensor, count: int) -> Tensor:
+    return x.new_empty((*x.shape[:-2], count, x.shape[-1]))
 
 
 @operation("keep")
@@ -55,19 +55,19 @@ def _(to: Lowering, node: Node) -> Symbol:
     return to.symbol(node.inputs[0]).keep(str(node.attrs["name"]), int(node.attrs["rows"]))
 
 
-@operation("last_row", moves=True)
-def last_row(x: Tensor, /) -> Tensor:
-    """Take the last row of each matrix."""
-    return x[..., -1:, :]
+@operation("last_rows", moves=True)
+def last_rows(x: Tensor, /, *, count: int) -> Tensor:
+    """Take the last ``count`` rows of each matrix."""
+    return x[..., -count:, :]
 
 
-@last_row.aten("last_row.default", namespace="unseen", structural=True)
-def _(b: Builder, x: Value) -> Value:
-    return b.shared("last_row", x)
+@last_rows.aten("last_rows.default", namespace="unseen", structural=True)
+def _(b: Builder, x: Value, count: int) -> Value:
+    return b.shared("last_rows", x, count=count)
 
 
-@last_row.lower
+@last_rows.lower
 def _(to: Lowering, node: Node) -> Symbol:
     x = to.symbol(node.inputs[0])
     rank = len(x.shape)
-    return x.slice(rank - 2, x.shape[-2] - 1, x.shape[-2])
+    return x.slice(rank - 2, x.shape[-2] - int(node.attrs["count"]), x.shape[-2])

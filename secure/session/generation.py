@@ -10,14 +10,15 @@ import operator
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.lowering.client_inputs import MOST_ROWS
 from secure.models.chat import check_messages, rendered
-from secure.models.decoder import TEMPERATURE
+from secure.models.decoder import DRAFT_LENGTH, TEMPERATURE
 from secure.models.detokenizer import Detokenizer, StopStrings
+from secure.models.draft import Draft, load_draft
 from secure.models.settings import WritingSettings, settings_of
 from secure.models.tokens import REFUSE, TextTokenizer, checked_text, guarded, library_errors
 from secure.session.link import Offer
@@ -29,17 +30,59 @@ GO_ON = "hint: what was written is kept (ids, text); to go on, ask again with al
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model that writes text: of its prompts, the shortest first, of one more token, and of a pass.
+
+    verify: the pass over a token and drafts of those behind it; None if the model has none. capacity: the rows that a
+    conversation takes. vocabulary: the tokens that the model knows.
+    """
+
+    prompts: tuple[Offer, ...]
+    step: Offer
+    verify: Offer | None
+    capacity: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, offers: Sequence[Offer], labels: Mapping[str, str]) -> Sizes:
+        """Tell the sizes by the labels of any of the Programs. Raises InvalidProgram if they are not all there."""
+        capacity, known, drafted = (_number(labels.get(name, "")) for name in (MOST_ROWS, "vocabulary", DRAFT_LENGTH))
+        by_length = {offer.length: offer for offer in sorted(offers, key=lambda offer: offer.length)}
+        step, verify = by_length.pop(1, None), by_length.pop(drafted, None) if drafted > 1 else None
+        prompts = tuple(offer for length, offer in by_length.items() if length)
+        if step is None or not prompts or not capacity or not known:
+            raise InvalidProgram(
+                "this session has no Programs for a prompt and a step\nhint: connect without --program-digest "
+                "(program_digest), or ask the server's owner"
+            )
+        return cls(prompts, step, verify, capacity, known)
+
+
+@dataclass(frozen=True)
 class Writing:
     """The sizes that a text takes.
 
-    prompt, step: those of its prompt and of every later token. capacity: the rows that its conversation takes. error:
-    the reason why the prompt cannot be used, if any.
+    prompt, step, verify: those of its prompt, of every later token, and of a pass over drafts, if there is one.
+    capacity: the rows that its conversation takes. error: the reason why the prompt cannot be used, if any. drafted:
+    the rows up to which there are drafts; None: all.
     """
 
     prompt: Offer
     step: Offer
+    verify: Offer | None
     capacity: int
     error: Error | None = None
+    drafted: int | None = None
+
+    def after(self, filled: int, count: int) -> Offer:
+        """Return the size of the query that reads ``filled`` rows, when ``count`` tokens are still to be written.
+
+        It follows from what all parties see.
+        """
+        most = self.capacity if self.drafted is None else min(self.capacity, self.drafted)
+        if self.verify is None or count < 2 or filled + self.verify.length > most:
+            return self.step
+        return self.verify
 
 
 def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence[int], count: int) -> Writing:
@@ -52,29 +95,22 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
         raise InvalidInput(f"{count} new tokens", "1 or more")
     if not len(prompt):
         raise InvalidInput("the prompt has no token", "begin with the token that begins a text")
-    lengths = sorted((o for o in offers if o.length > 1), key=lambda offer: offer.length)
-    step = next((o for o in offers if o.length == 1), None)
-    capacity, vocabulary = (_number(labels.get(name, "")) for name in (MOST_ROWS, "vocabulary"))
-    if step is None or not lengths or not capacity or not vocabulary:
-        raise InvalidProgram(
-            "this session has no Programs for a prompt and a step\nhint: connect without --program-digest "
-            "(program_digest), or ask the server's owner"
-        )
-    found = next((o for o in lengths if o.length >= len(prompt)), lengths[-1])
-    room = capacity - found.length + 1
+    sizes = Sizes.of(offers, labels)
+    found = next((o for o in sizes.prompts if o.length >= len(prompt)), sizes.prompts[-1])
+    room = sizes.capacity - found.length + 1
     error: InvalidInput | None = None
     if len(prompt) > found.length:
         error = InputTooLong(f"the prompt has {len(prompt)} tokens, at most {found.length} fit", "shorten it")
-    elif not all(0 <= token < vocabulary for token in prompt):
+    elif not all(0 <= token < sizes.vocabulary for token in prompt):
         error = InvalidInput(
-            f"a token id is outside 0..{vocabulary - 1}", "use the tokenizer that belongs to the model"
+            f"a token id is outside 0..{sizes.vocabulary - 1}", "use the tokenizer that belongs to the model"
         )
     if count > room:
         raise error or InvalidInput(
             f"{count} new tokens after a prompt that is padded to {found.length}",
             f"{room} at most; compile with a greater capacity",
         )
-    return Writing(found, step, capacity, error)
+    return Writing(found, sizes.step, sizes.verify, sizes.capacity, error)
 
 
 def temperature_for(labels: Mapping[str, str], wanted: float) -> float | None:
@@ -90,6 +126,37 @@ def temperature_for(labels: Mapping[str, str], wanted: float) -> float | None:
     if not 0 <= wanted <= most:
         raise InvalidInput(f"a temperature of {wanted}", f"0 to {most:g}, for which this model is compiled")
     return wanted
+
+
+def steps_of(labels: Mapping[str, str]) -> set[int]:
+    """Return the lengths of the sizes that are no prompts: of one more token, and of a pass."""
+    return {1, _number(labels.get(DRAFT_LENGTH, "")) or 1}
+
+
+def drafting(
+    given: object, offers: Sequence[Offer], labels: Mapping[str, str], tokenizer: TextTokenizer | None, *, hidden: bool
+) -> Draft | None:
+    """Return the draft for a text; None if none is given. hidden: the length of the text shall not show.
+
+    Raises InvalidInput for one that the Programs, or hiding, do not allow, and what ``load_draft`` raises.
+    """
+    if given is None:
+        return None
+    if hidden:
+        raise InvalidInput(
+            "with a draft a text shows how fast it grows, so its length cannot be hidden",
+            "--hide-length (hide_length) or --draft (draft), not both: hidden, a text takes as many passes as tokens",
+        )
+    sizes = Sizes.of(offers, labels)
+    if sizes.verify is None:
+        raise InvalidInput(
+            "this model has no Program that checks drafts",
+            "leave the draft out; the model's owner compiles with --draft-length (draft_length)",
+        )
+    draft, least = load_draft(given, tokenizer, sizes.vocabulary), sizes.prompts[0].length + sizes.verify.length
+    if draft.rows is not None and draft.rows < least:
+        raise InvalidInput(f"the draft takes texts of {draft.rows} tokens", f"{least} or more")
+    return draft
 
 
 def _number(text: str) -> int:
@@ -109,14 +176,14 @@ def sizes_for(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequen
             raise prompt
         return writing(offers, labels, prompt, count)
     except Error as error:
-        roomy = [offer for offer in offers if offer.length + count - 1 <= shortest.capacity]
-        return Writing(max(roomy, key=lambda offer: offer.length), shortest.step, shortest.capacity, error)
+        roomy = [offer for offer in Sizes.of(offers, labels).prompts if offer.length + count - 1 <= shortest.capacity]
+        return replace(shortest, prompt=roomy[-1], error=error)
 
 
 def room(offers: Sequence[Offer], labels: Mapping[str, str]) -> int:
     """Return the number of tokens for which there is room after any prompt. Raises InvalidProgram if there is none."""
-    found = writing(offers, labels, [0], 1)
-    return max(1, found.capacity - max(offer.length for offer in offers) + 1)
+    sizes = Sizes.of(offers, labels)
+    return max(1, sizes.capacity - sizes.prompts[-1].length + 1)
 
 
 @dataclass(frozen=True)
@@ -266,7 +333,8 @@ class Generation(Iterator[Any]):
     The pieces are texts that can be printed one behind the other if the prompt is a text or messages, and token ids if
     it is a list of them. ids: the tokens so far, the one that ended the text among them. text: the text so far, without
     that token, and up to a string that stopped it; "" where the model has no tokenizer that makes texts.
-    finish_reason: None while more may come, then "stop" or "length".
+    finish_reason: None while more may come, then "stop" or "length". drafted, agreed: the tokens of a draft that passes
+    checked so far, and those of them that the model chose too.
 
     What came before a failure stays in ``ids`` and ``text``. The text cannot go on after it, as what the parties keep
     of it is lost with them; a new one can begin with all of it as its prompt.
@@ -276,6 +344,7 @@ class Generation(Iterator[Any]):
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
+        self.drafted = self.agreed = 0
         self._in_text, self._steps, self._pieces = in_text, steps(self), deque[Any]()
 
     def __iter__(self) -> Generation:
@@ -300,14 +369,26 @@ class Generation(Iterator[Any]):
             pass
         return self
 
-    def take(self, token: int, prepared: Prepared) -> bool:
-        """Take one more token, for the session alone; return True if the text has ended with it."""
-        self.ids.append(token)
-        piece, over = prepared.add(token)
-        self._give(piece, STOP if over else None)
-        if not self._in_text:
-            self._pieces.append(token)
-        return over
+    def take(self, tokens: Sequence[int], prepared: Prepared) -> bool:
+        """Take more tokens, for the session alone; return True if the text has ended with one of them."""
+        for token in tokens:
+            self.ids.append(token)
+            piece, over = prepared.add(token)
+            self._give(piece, STOP if over else None)
+            if not self._in_text:
+                self._pieces.append(token)
+            if over:
+                return True
+        return False
+
+    def checked(self, guesses: Sequence[int], chosen: Sequence[int]) -> list[int]:
+        """Return those of the model's choices that go on with the text, for the session alone, and count.
+
+        chosen: what the model chooses behind the text, and behind each of the guesses if those before it are right.
+        """
+        agreed = next((at for at, (a, b) in enumerate(zip(guesses, chosen, strict=False)) if a != b), len(guesses))
+        self.drafted, self.agreed = self.drafted + len(guesses), self.agreed + agreed
+        return list(chosen[: agreed + 1])
 
     def end(self, prepared: Prepared) -> None:
         """Take what was held back, for the session alone, as no token follows."""

@@ -139,12 +139,19 @@ class Link(ABC):
         raise InvalidInput(f"{self.deployment} does not generate text yet", "use secure.insecure_in_process")
 
     def go_on(
-        self, conversation: Any, values: Mapping[str, Any], number: int, *, ahead: Link | None = None
+        self,
+        conversation: Any,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Link | None = None,
     ) -> tuple[Sequence[Any], Report]:
         """Run the session's query ``number`` as the next one of a conversation; otherwise as ``ask`` does.
 
-        The conversation may have begun on another link, to another Program of the same model. ahead: the link of the
-        query that goes on with it, which may be prepared while this one runs.
+        The conversation may have begun on another link, to another Program of the same model. rows: those that it
+        reads; the parties see it, and forget those behind; None for all that are kept. ahead: the link of the query
+        that goes on behind all rows of this one, which may be prepared while this one runs.
         """
         raise NotImplementedError
 

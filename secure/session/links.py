@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from secure.errors import HandshakeError, PeerLost
-from secure.lowering.client_inputs import SETTINGS, TABLES, TASK
+from secure.lowering.client_inputs import GENERATE, SETTINGS, TABLES, TASK
 from secure.models.tokenizer_document import TOKENIZER
 from secure.session.link import ClientProgram, Link, Offer
 
@@ -98,5 +98,6 @@ class Links:
 
 
 def _widths(program: ClientProgram) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a Program's outputs without the batch, by name."""
-    return {name: tuple(shape[1:]) for name, shape in program.output_shapes.items()}
+    """Return the shapes of a Program's outputs without the batch, by name; of tokens it is no matter how many come."""
+    first = 2 if program.labels.get(TASK) == GENERATE else 1
+    return {name: tuple(shape[first:]) for name, shape in program.output_shapes.items()}

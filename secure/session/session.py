@@ -38,21 +38,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
-from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, PeerLost, about
+from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, OutOfRange, PeerLost, about
 from secure.lowering.client_inputs import GENERATE, TASK
 from secure.models.decoder import at_temperature, prompt_inputs, step_inputs
+from secure.models.draft import Draft
 from secure.models.prompts import Prompts, prompts_from
 from secure.models.settings import settings_of
 from secure.models.tokens import REFUSE, TRUNCATE
-from secure.session.generation import Generation, Prepared, Wanted, room, sizes_for, temperature_for, wanted, writing
+from secure.session.generation import (
+    Generation,
+    Prepared,
+    Wanted,
+    drafting,
+    room,
+    sizes_for,
+    steps_of,
+    temperature_for,
+    wanted,
+    writing,
+)
 from secure.session.link import Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
@@ -131,8 +144,8 @@ class Session:
         self._threads, self._pace, self._lock = threads, pace, threading.RLock()
         self._links = Links(link, open, offers)
         if fixed_length:
-            steps = {1} if self.program.labels.get(TASK) == GENERATE else set[int]()
-            kept = {self.length} | steps
+            labels = self.program.labels
+            kept = {self.length} | (steps_of(labels) if labels.get(TASK) == GENERATE else set[int]())
             self._links.offers = tuple(offer for offer in self._links.offers if offer.length in kept)
         self._asked, self._closed, self._last = 0, threading.Event(), link
         self.reports: list[Report] = []
@@ -525,6 +538,7 @@ class Session:
         ignore_end: bool = False,
         hide_length: bool = False,
         temperature: float = 0.0,
+        draft: nn.Module | str | Path | None = None,
     ) -> Generation:
         """Let the model continue a prompt; return its text, which is written as one iterates over it.
 
@@ -535,6 +549,11 @@ class Session:
         them whatever the text is. They run while one iterates to the end. temperature: 0 takes the most likely tokens;
         more draws them, if the model was compiled for that, and nobody else learns at which temperature. The noise is
         new in every query, and no seed repeats it.
+        draft: a small public model with the same tokens, the directory of one or a model as its class makes it, which
+        runs here and guesses what comes next. One query then checks several tokens, and gives those on which the served
+        model agrees and one more; the text is the one that it writes anyway, or a sample with the same probabilities.
+        The servers see how many agree each time, which says much about the text, and the client learns what the model
+        would choose behind guesses that are wrong. It needs a model with a draft length, and excludes ``hide_length``.
 
         What is given before a failure of a party counts; the text cannot go on after it, as what the parties keep of it
         is lost with them. A prompt that is too long, has a token outside the vocabulary, or that the tokenizer or the
@@ -549,7 +568,8 @@ class Session:
         # what is wrong with numbers shows at once; what a server's tokenizer says of a text does not
         writing(self._links.offers, labels, [0] if asked.in_text else asked.ids(self.length), max_new_tokens)
         heat = partial(at_temperature, temperature=temperature_for(labels, temperature))
-        steps = partial(self._written, asked, count=max_new_tokens, hidden=hide_length, heat=heat)
+        guesses = drafting(draft, self._links.offers, labels, self._link.tokenizer, hidden=hide_length)
+        steps = partial(self._written, asked, count=max_new_tokens, hidden=hide_length, heat=heat, draft=guesses)
         return Generation(steps, in_text=asked.in_text)
 
     def _written(
@@ -560,33 +580,42 @@ class Session:
         count: int,
         hidden: bool,
         heat: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        draft: Draft | None,
     ) -> Iterator[None]:
         """Run the queries of a text, which takes their tokens; yield whenever it has more of them."""
         began = time.monotonic()
         with self._open():
             prepared = Prepared(asked, self.length)
             sizes = sizes_for(self._links.offers, self.program.labels, prepared.ids, count)
-            used = [sizes.prompt, *([sizes.step] if count > 1 else [])]
+            bucket, last = sizes.prompt.length, sizes.prompt.length + count - 1
+            if draft is None or draft.rows is not None:
+                sizes = replace(sizes, drafted=0 if draft is None else draft.rows or 0)
+            used = [sizes.prompt, *({sizes.step, sizes.after(bucket, count - 1)} if count > 1 else ())]
             if any(self._links.missing(size) for size in used):
                 self._wait(began)
                 for size in used:
                     self._once_free(partial(self._links.of, size))
                 began = time.monotonic()
-            link, ahead = self._links.of(sizes.prompt), self._links.of(sizes.step) if count > 1 else None
-            conversation, bucket, places = link.converse(sizes.capacity), sizes.prompt.length, link.program.publishes
-            if ahead is not None and ahead.program.publishes != places:
+            link = self._links.of(sizes.prompt)
+            conversation, places = link.converse(sizes.capacity), link.program.publishes
+            if any(self._links.of(size).program.publishes != places for size in used):
                 raise InvalidProgram("the server's Programs for a prompt and for a step count positions differently")
             prompt = [0] if sizes.error or isinstance(prepared.ids, Error) else prepared.ids
             inputs = [heat(prompt_inputs(ids, bucket, places=places)) for ids in (prompt, [0])]
             values, failed = self._usable(link, *inputs)
             failed = sizes.error or failed
+            guessing = None if draft is None else draft.begin(prompt)
             self._wait(began)
-            token = self._next(link, conversation, values, sizes.prompt, ahead)
-        start, last, over = bucket - len(prompt), bucket + count - 1, False
-        for filled in range(bucket, last + 1):
+
+            def following(filled: int) -> Link | None:
+                return self._links.of(sizes.after(filled, last - filled)) if filled < last else None
+
+            new = self._next(link, conversation, values, sizes.prompt, 1, 0, following(bucket))
+        start, filled, over, alone, sure = bucket - len(prompt), bucket, False, False, 0
+        while True:
             came, had = time.monotonic(), len(text.ids)
             if not (over or failed):
-                found = token if isinstance(token, Error) else _tried(partial(text.take, token, prepared))
+                found = new if isinstance(new, Error) else _tried(partial(text.take, new, prepared))
                 over, failed = (False, found) if isinstance(found, Error) else (found, None)
             if failed is not None and not hidden:
                 raise failed
@@ -595,14 +624,29 @@ class Session:
             if (over and not hidden) or filled == last:
                 break
             with self._open():
-                link = self._once_free(partial(self._links.of, sizes.step))
-                known = token if not (over or failed or isinstance(token, Error)) else 0
+                size = sizes.step if alone else sizes.after(filled, last - filled)
+                link = self._once_free(partial(self._links.of, size))
+                width, guesses, tokens = size.length, list[int](), [0] * size.length
+                if not (over or failed):
+                    if guessing is not None and width > 1:
+                        guesses = guessing.guess([*prompt, *text.ids], width - 1)
+                    tokens = [text.ids[-1], *guesses]
                 rows = link.program.rows
-                inputs = [heat(step_inputs(each, start, filled, rows, places=places)) for each in (known, 0)]
+                inputs = [heat(step_inputs(each, start, filled, rows, places=places)) for each in (tokens, [0] * width)]
                 values, wrong = self._usable(link, *inputs)
                 failed = failed or wrong
-                self._wait(came, STEP)  # whatever the token, the graph and the text's end took
-                token = self._next(link, conversation, values, sizes.step, link if filled < last - 1 else None)
+                self._wait(came, STEP)  # whatever the token, the graph, the guesses and the text's end took
+                # which rows the query behind a pass reads is known beforehand if all agree
+                ahead = following(filled + width) if not guesses or sure > 0 else None
+                new = self._next(link, conversation, values, size, width, filled, ahead)
+            alone = bool(guesses) and isinstance(new, OutOfRange)
+            if alone:
+                new = []  # a guess may have left the ranges; a step tells whether the text has
+            elif not isinstance(new, Error):
+                new = text.checked(guesses, new)
+                sure += (1 if len(new) == width else -1) if guesses else 0
+                new = new[: last - filled]
+            filled += 1 if isinstance(new, Error) else len(new)
         if failed is not None:
             raise failed
         if not over:
@@ -621,14 +665,17 @@ class Session:
             raise others
         return (others, values) if isinstance(values, Error) else (values, None)
 
-    def _next(self, link: Link, conversation: Any, values: Any, size: Offer, ahead: Link | None) -> int | Error:
-        """Run one query of a conversation; return the token that it reveals, or why it is not to be trusted.
+    def _next(
+        self, link: Link, conversation: Any, values: Any, size: Offer, count: int, rows: int, ahead: Link | None
+    ) -> list[int] | Error:
+        """Run one query of a conversation; return the tokens that it reveals, or why they are not to be trusted.
 
-        ahead: the link of the query after it, if there may be one.
+        count: of the tokens. rows: those that the query reads. ahead: the link of the query after it, if there may be
+        one.
         """
         encoded = link.program.encode(values, link.tables)
         number, self._asked = self._asked, self._asked + 1
-        ask = partial(link.go_on, conversation, encoded, number, ahead=ahead)
+        ask = partial(link.go_on, conversation, encoded, number, rows=rows, ahead=ahead)
         results, report = self._once_free(ask, link)
         self._last, self.report = link, replace(report, length=size.length)
         self.reports.append(self.report)
@@ -636,7 +683,14 @@ class Session:
         wrong, decoded = (_tried(partial(each, results)) for each in (link.program.check_results, link.program.decode))
         if isinstance(wrong, Error) or isinstance(decoded, Error):
             return wrong or decoded
-        return _tried(lambda: int(only(decoded)))
+
+        def tokens() -> list[int]:
+            found = [int(token) for token in only(decoded).flatten()]
+            if len(found) != count:
+                raise InvalidProgram(f"the server's Program gives {len(found)} tokens, not {count}")
+            return found
+
+        return _tried(tokens)
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""
