@@ -104,7 +104,7 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     def connect_to(script: list[Any], **given: Any) -> list[Any]:
         session, asked = scripted(script, tokenizer_of("bytes"), **given)
         monkeypatch.setattr(deployments, "connect", lambda *_, **__: session)
-        monkeypatch.setattr(generate, "prices", lambda *_: [])
+        monkeypatch.setattr(generate, "prices", lambda *_, **__: [])
         return asked
 
     return connect_to

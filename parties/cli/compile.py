@@ -19,6 +19,7 @@ from parties.cli.options import (
     CapacityOption,
     CheckedOption,
     DimensionsOption,
+    DraftLengthOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
@@ -48,6 +49,7 @@ def compile_model(
     length: LengthsOption = None,
     capacity: CapacityOption = None,
     temperature: TemperatureOption = None,
+    draft_length: DraftLengthOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -93,6 +95,7 @@ def compile_model(
             dimensions=dimensions or 0,
             capacity=capacity or 0,
             temperature=temperature,
+            draft_length=draft_length or 0,
             accept=Accept(accept_cosine, accept_error),
             **chosen(task, reveal),
         )

@@ -21,13 +21,13 @@ from secure.deployments.deployment import CompileOptions, Deployment
 from secure.errors import CompiledError, Error, InvalidInput
 from secure.lowering.client_inputs import GENERATE, MOST_ROWS
 from secure.models.checkpoints import large_bytes
-from secure.models.decoder import TEMPERATURE
+from secure.models.decoder import DRAFT_LENGTH, TEMPERATURE
 from secure.models.settings import settings_of
 from secure.tasks.embed import Embed
 
 CONFIG = "config.json"  # of a model's directory
 FIXED = (
-    *("length", "capacity", TEMPERATURE, "batch", "dimensions", "embedding", "gelu", "approximations"),
+    *("length", "capacity", TEMPERATURE, DRAFT_LENGTH, "batch", "dimensions", "embedding", "gelu", "approximations"),
     *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal"),
 )
 """Options of the command line that are fixed when a model is compiled."""
@@ -102,9 +102,11 @@ def tell(verb: str, model: str, compiled: Compiled) -> None:
     writes = task == GENERATE
     for size in compiled.sizes:
         length = size.program.labels.get("length")
-        tokens = (
-            "" if not length else ", each token after the prompt" if writes and length == "1" else f", {length} tokens"
-        )
+        tokens = f", {length} tokens" if length else ""
+        if writes and length == "1":
+            tokens = ", each token after the prompt"
+        elif writes and length == size.program.labels.get(DRAFT_LENGTH):
+            tokens = f", a pass over {length} tokens and drafts"
         cost = size.cost
         tokens += f", {batch} a query" if (batch := size.program.labels.get("batch")) else ""
         offline = in_words(cost.traffic, OFFLINE)
@@ -169,11 +171,11 @@ def _known(compiled: Compiled, name: str) -> Any:
         return task or Embed.name if name == "task" else settings.reveal if task else None
     if name in ("length", "batch"):
         least = {"batch": 1}.get(name, 0)
-        steps = {1} if name == "length" else set[int]()  # those of a model that writes text
+        steps = {1, _known(compiled, DRAFT_LENGTH)} if name == "length" else set[int]()  # of a model that writes text
         return sorted({int(size.program.labels.get(name, least)) for size in compiled.sizes} - {0} - steps)
     if name == TEMPERATURE:
         return float(compiled.program.labels.get(name, 0)) or None
-    if name in ("dimensions", MOST_ROWS):
+    if name in ("dimensions", MOST_ROWS, DRAFT_LENGTH):
         return int(compiled.program.labels.get(name, 0)) or None
     if name == "fraction_bits":
         return options.fixed_point.fraction_bits if options.fixed_point else DEFAULTS[name]

@@ -15,13 +15,14 @@ import typer
 from parties.cli.asking import Connecting, connection_of
 from parties.cli.console import ERR, OUT, progress, say, write
 from parties.reports.who_learns import who_learns
+from secure.cost import passes
 from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb, total
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.chat import CONTENT, ROLE
 from secure.mpc.network import NETWORKS, NetworkSpeed, find_apart
-from secure.session.generation import STOP, Generation
+from secure.session.generation import STOP, Generation, Sizes
 from secure.session.link import Report
 from secure.session.session import Session
 from secure.tasks.generate import Generate
@@ -67,6 +68,14 @@ def generate(
             help="Draw tokens at this temperature, if the server takes one; 0: the most likely ones. It is secret.",
         ),
     ] = 0.0,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="A small public model with the same tokens, which guesses here what comes; one pass checks several "
+            "guesses. The servers see how many agree.",
+        ),
+    ] = None,
     network: Annotated[
         str | None,
         typer.Option(
@@ -97,8 +106,9 @@ def generate(
             ignore_end=ignore_end,
             hide_length=hide_length,
             temperature=temperature,
+            draft=draft,
         )
-        for line in prices(deployment, session, asked):
+        for line in prices(deployment, session, asked, drafted=draft is not None):
             say(f"unseen {VERB}: {line}")
         if hide_length:
             say(f"unseen {VERB}: {count} steps are taken, whatever the text is")
@@ -138,20 +148,31 @@ def _on_terminal(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
-def prices(deployment: Deployment, session: Session, network: NetworkSpeed | None) -> Iterator[str]:
-    """Say what a prompt and each token after it take, by the Programs' own costs."""
+def prices(
+    deployment: Deployment, session: Session, network: NetworkSpeed | None, *, drafted: bool = False
+) -> Iterator[str]:
+    """Say what a prompt and each token after it take, by the Programs' own costs, and with drafts a pass over them."""
     if not isinstance(deployment, CircuitDeployment):
         return
-    prompts = [size.length for size in session.sizes if size.length > 1]
-    for size in (session.sizes[-1], session.sizes[0]):
+    sizes = Sizes.of(session.sizes, session.program.labels)
+    wanted = [(f"a prompt of up to {sizes.prompts[-1].length} tokens", sizes.prompts[-1])]
+    wanted.append(("each token after it", sizes.step))
+    if drafted and sizes.verify is not None:
+        count = sizes.verify.length
+        wanted.append((f"a pass over the last of these and {count - 1} guesses of the draft", sizes.verify))
+    for what, size in wanted:
         program = session.program_of(size)
         cost, running = deployment.price(program), deployment.deployed(program).cost
         online, dealt = (total(cost.traffic, phase=phase) for phase in (ONLINE, OFFLINE))
-        what = f"a prompt of up to {size.length} tokens" if size.length > 1 else "each token after it"
         seconds = f", {network.seconds(running):.2f} s of waiting on {network.name}" if network else ""
         yield f"{what}: {cost.rounds} rounds, {_size(online)} online, {_size(dealt)} dealt before{seconds}"
-    if len(prompts) > 1:
-        yield f"the servers see to which length the prompt is padded: {', '.join(map(str, prompts))} tokens"
+        if length := passes.length_of(program):
+            waiting = {f"waiting on {network.name}": network.seconds(running)} if network else {}
+            yield from passes.in_words(length, cost.rounds, online, waiting)
+            yield "the servers see how many guesses agree in each pass, which says much about the text"
+    if len(sizes.prompts) > 1:
+        lengths = ", ".join(str(size.length) for size in sizes.prompts)
+        yield f"the servers see to which length the prompt is padded: {lengths} tokens"
 
 
 def _size(count: int) -> str:
@@ -165,6 +186,9 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     rate = f", {(steps - 1) / (seconds - first):.3g} a second after the prompt" if steps > 1 < seconds / first else ""
     ended += f", which {steps - count} more steps hid" if steps > count else ""
     yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
+    if writing.drafted:
+        share = f"{writing.agreed} of {writing.drafted} guesses of the draft agreed ({writing.agreed / writing.drafted:.0%})"
+        yield f"{share}; the servers saw how many did in each pass"
     for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
         if said := in_words([each for report in taken for each in report.traffic], phase):
             yield f"{name}: {said}"
@@ -182,6 +206,7 @@ def _kept(writing: Generation, session: Session, prompt: str, *, as_json: bool) 
         if as_json and (whole or writing.ids):
             found: dict[str, Any] = {"prompt": prompt, "text": writing.text, "ids": writing.ids}
             found |= {"finish_reason": writing.finish_reason, "queries": [r.as_dict() for r in session.reports]}
+            found |= {"drafted": writing.drafted, "agreed": writing.agreed} if writing.drafted else {}
             write(json.dumps(found) + "\n")
         elif writing.text:
             write("\n")

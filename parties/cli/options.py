@@ -22,7 +22,7 @@ from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
-from secure.deployments.generator import CAPACITY, PROMPT
+from secure.deployments.generator import CAPACITY, MOST_DRAFTED, PROMPT
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
 from secure.models.heads import REVEALED
@@ -78,6 +78,16 @@ TemperatureOption = Annotated[
         "--temperature",
         help="Of a model that writes text: the greatest temperature that clients may choose, each in secret, so that "
         "tokens are samples; by default they are the most likely ones.",
+    ),
+]
+DraftLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--draft-length",
+        min=2,
+        max=MOST_DRAFTED,
+        help="Of a model that writes text: the tokens that one pass checks, the last one and guesses of a client's "
+        "draft, as a Program more; none by default.",
     ),
 ]
 BatchesOption = Annotated[

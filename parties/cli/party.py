@@ -22,6 +22,7 @@ from parties.cli.options import (
     CheckedOption,
     DeadlineOption,
     DimensionsOption,
+    DraftLengthOption,
     DrainOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -68,6 +69,7 @@ def share_model(
     length: LengthOption = None,
     capacity: CapacityOption = None,
     temperature: TemperatureOption = None,
+    draft_length: DraftLengthOption = None,
     batch: BatchOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -108,6 +110,7 @@ def share_model(
         dimensions=dimensions or 0,
         capacity=capacity or 0,
         temperature=temperature,
+        draft_length=draft_length or 0,
         accept=Accept(accept_cosine, accept_error),
         **chosen(task, reveal),
     )

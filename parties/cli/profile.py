@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,7 @@ from parties.cli.options import (
     ApproximationsOption,
     CapacityOption,
     CheckedOption,
+    DraftLengthOption,
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
@@ -22,6 +25,7 @@ from parties.cli.options import (
     TemperatureOption,
     ThreadsOption,
     compile_options,
+    dashed,
     refused,
 )
 from parties.cli.output import TABLE, FormatOption, OutputOption, checked_output, write_report
@@ -49,6 +53,7 @@ def profile(
     length: LengthOption = None,
     capacity: CapacityOption = None,
     temperature: TemperatureOption = None,
+    draft_length: DraftLengthOption = None,
     embedding: EmbeddingOption = None,
     gelu: GeluOption = None,
     approximations: ApproximationsOption = None,
@@ -76,7 +81,7 @@ def profile(
 ) -> None:
     """Say what a query will cost before anything runs: rounds, bytes, memory, and seconds on given networks.
 
-    Of a model that writes text it is one token, or with --length the prompt.
+    Of a model that writes text it is one token, with --draft-length a pass, or with --length the prompt.
     """
     options = compile_options(
         deployment,
@@ -87,6 +92,8 @@ def profile(
         answer_bits=answer_bits,
         checked=checked,
     )
+    if length is not None and draft_length is not None:
+        raise InvalidInput("--length is of a prompt, and --draft-length of a pass", "leave one of them out")
     said = {"network": network is not None, "depth": depth is not None, "polynomial": polynomial}
     for name, field in _PROFILED_BY.items():
         if said[name] and field not in deployment.profiled_by:
@@ -105,7 +112,8 @@ def profile(
     measuring = measure_transport if time else None
     wanted = ProfileOptions(networks, depth, measuring)
     with stages("profile") as told:
-        found = profiled(deployment, model, length, capacity, options, polynomial, wanted, told, temperature)
+        given = {"capacity": capacity, "temperature": temperature, "draft_length": draft_length}
+        found = profiled(deployment, model, length, options, polynomial, wanted, told, given)
     if chosen == "table":
         for table in profile_tables(found):
             OUT.print(table)
@@ -122,21 +130,23 @@ def profiled(
     deployment: Deployment,
     model: str,
     length: int | None,
-    capacity: int | None,
     options: CompileOptions,
     polynomial: bool,
     wanted: ProfileOptions,
     told: Told,
-    temperature: float | None = None,
+    writing: Mapping[str, Any],
 ) -> ProfileReport:
-    """The profile of a shape without weights, or of a model that is loaded and compiled for it."""
+    """The profile of a shape without weights, or of a model that is loaded and compiled for it.
+
+    writing: options of ``Compilation`` that are for models that write text; None for those that are not given.
+    """
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, polynomial=polynomial)
     if made is None:
-        made = made_of(deployment, model, length, options, told, capacity=capacity, temperature=temperature)
-    for name, given in (("--capacity", capacity), ("--temperature", temperature)):
+        made = made_of(deployment, model, length, options, told, writing=writing)
+    for name, given in writing.items():
         if given is not None and is_shape(model):
-            raise InvalidInput(f"{name} means nothing for {model}", "it is for models that write text")
+            raise InvalidInput(f"{dashed(name)} means nothing for {model}", "it is for models that write text")
     told(0, 0, "timing kernels and messages on this machine" if wanted.transport else "counting")
     return deployment.profile(made, wanted)
 
@@ -149,17 +159,19 @@ def made_of(
     told: Told,
     *,
     batch: int = 1,
-    capacity: int | None = None,
-    temperature: float | None = None,
+    writing: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Load and compile a model for one size; one that writes text for a step, or for a prompt of ``length`` tokens."""
+    """Load and compile a model for one size.
+
+    One that writes text is compiled for a step, with a draft length for a pass, and with ``length`` for a prompt of so
+    many tokens. writing: see ``profiled``.
+    """
     lengths = (length,) if length else ()
-    compilation = Compilation(
-        model, deployment, lengths, (), options, (batch,), capacity=capacity or 0, temperature=temperature
-    )
+    own = {name: value for name, value in writing.items() if value is not None}
+    compilation = Compilation(model, deployment, lengths, (), options, (batch,), **own)
     if compilation.loader.name == GENERATE:
         sizes = {int(size.program.labels["length"]): size for size in compilation.run(told).sizes}
-        return sizes[length or 1].model
+        return sizes[length or compilation.draft_length or 1].model
     compilation.check()
     loaded = compilation.loader.load(model, length or 0, (), told)
     return build(loaded, deployment, options, {}, (), (batch,), told).model

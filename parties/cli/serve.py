@@ -28,6 +28,7 @@ from parties.cli.options import (
     CheckedOption,
     DeadlineOption,
     DimensionsOption,
+    DraftLengthOption,
     DrainOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -101,6 +102,7 @@ def serve(
     length: LengthsOption = None,
     capacity: CapacityOption = None,
     temperature: TemperatureOption = None,
+    draft_length: DraftLengthOption = None,
     batch: BatchesOption = None,
     dimensions: DimensionsOption = None,
     embedding: EmbeddingOption = None,
@@ -235,6 +237,7 @@ def serve(
                 dimensions=dimensions or 0,
                 capacity=capacity or 0,
                 temperature=temperature,
+                draft_length=draft_length or 0,
                 accept=Accept(accept_cosine, accept_error),
                 **chosen(task, reveal),
             )

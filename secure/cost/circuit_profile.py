@@ -9,13 +9,14 @@ from typing import Any
 from protocols.circuit import rounds_of
 from protocols.protocol import CircuitCost
 from protocols.two_party import Input
+from secure.cost import passes
 from secure.cost.count import Line, Profile, module, profile, total_seconds
 from secure.cost.kernel_times import measure
 from secure.cost.projection import Projection, Transport, project
 from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.runnable import Deployed
 from secure.cost.timeline import Timeline, Usage
-from secure.cost.traffic import Cost, in_words, links, mb, traffic_json
+from secure.cost.traffic import ONLINE, Cost, in_words, links, mb, traffic_json
 from secure.mpc.network import NetworkSpeed
 from secure.mpc.program import Program
 
@@ -75,6 +76,10 @@ def circuit_profile(
         tables.append(_projection_table(rows, running))
     else:
         lines += [f"waiting for the network, without computation: {s:6.2f} s on {name}" for name, s in waiting.items()]
+    if length := passes.length_of(program):
+        seconds = {row["name"]: row["seconds"] for row in rows} or {f"waiting on {n}": s for n, s in waiting.items()}
+        lines += passes.in_words(length, cost.rounds, cost.bytes(phase=ONLINE), seconds)
+        document["tokens"] = {f"{each:g}": round(passes.tokens_of(length, each), 4) for each in passes.AGREEMENTS}
     return ProfileReport(cost, document, tables, lines)
 
 
