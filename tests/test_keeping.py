@@ -195,6 +195,29 @@ def test_views_are_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
         assert suspicious(difference(x, y), width) is None, view
 
 
+def test_rows_that_are_written_anew_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was a wrong guess is given up, and another opened in its place: together they tell nothing either."""
+    monkeypatch.setattr("tests.test_keeping.WIDTH", 1 << 15)
+    parties, seen = Parties(), list[View]()
+    inputs = {name: torch.full((1, 2, WIDTH), 5) for name in ("q", "k")}
+    parties.ask(prompt(2), inputs)
+    for rows in (2, 3, 2):  # one of two is right, then none
+        _, found = parties.ask(step(2), inputs, rows)
+        seen += [(f"{name} {len(seen)}", x.reshape(-1), width) for name, x, width in found if "opening" in name]
+    assert not leaks(seen)
+    for party in ("server", "client"):
+        first, *others = [x for name, x, _ in seen if name.startswith(party)][
+            1::2
+        ]  # of the keys, whose row 3 is common
+        for other in others:
+            assert suspicious(difference(first, other), RING) is None
+    masks = parties.dealer.given(step(2), 4)["keys"]
+    parties.ask(step(2), inputs, 3)
+    again = parties.dealer.given(step(2), 5)["keys"]
+    assert torch.equal(masks[:, :3], again[:, :3])
+    assert not (masks[:, 3] == again[:, 3]).any()
+
+
 def test_corrections_are_uniform() -> None:
     """Of products of one kept opening with many others: the client's shares that mask them are new each time."""
     many = 1 << 12

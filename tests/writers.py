@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from secure.cost.traffic import ONLINE, Traffic
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, OutOfRange
 from secure.lowering.client_inputs import GENERATE, MOST_ROWS, SETTINGS, TASK
+from secure.models.decoder import DRAFT_LENGTH
 from secure.models.settings import TOKEN, TaskSettings, WritingSettings
 from secure.models.tokenizer_document import read_tokenizer
 from secure.models.tokens import TextTokenizer
@@ -113,6 +114,7 @@ class _Program:
         self.labels = {**labels, "length": str(length)}
         self.digest, self.refuses = f"digest {length}", refuses
         self.output_shapes = {"token": (1, 1)}
+        self.rows -= length - 1 if length == int(labels.get(DRAFT_LENGTH, 0)) else 0
 
     def clear_values(self, inputs: Mapping[str, Any], tables: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.refuses & {*inputs["input_ids"].flatten().tolist()}:
@@ -131,7 +133,10 @@ class _Program:
 
 
 class ScriptLink(Link):
-    """A link whose answers are the tokens of a script; an exception in it is raised. asked: inputs of each query."""
+    """A link whose answers are the tokens of a script, or of a pass a list of them, or what it returns for the inputs.
+
+    An exception in it is raised, but for OutOfRange, which is the result. asked: inputs of each query.
+    """
 
     deployment = "script"
 
@@ -145,10 +150,14 @@ class ScriptLink(Link):
         self, conversation: Any, values: Mapping[str, Any], number: int, **_: Any
     ) -> tuple[Sequence[Any], Report]:
         self._state.asked.append({name: value.clone() for name, value in values.items()})
-        token = self._state.script[len(self._state.asked) - 1] if self._state.script else 0
-        if isinstance(token, BaseException):
+        script = self._state.script
+        token = script(values) if callable(script) else script[len(self._state.asked) - 1] if script else 0
+        if isinstance(token, BaseException) and not isinstance(token, OutOfRange):
             raise token
-        return [torch.tensor([[token]])], Report(1, (Traffic("a", "b", 1, ONLINE),), 0.1, 0.0, 0.0, 0.0, number)
+        result = (
+            token if isinstance(token, OutOfRange) else torch.tensor([token if isinstance(token, list) else [token]])
+        )
+        return [result], Report(1, (Traffic("a", "b", 1, ONLINE),), 0.1, 0.0, 0.0, 0.0, number)
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Any], Report]:
         raise AssertionError("a text is written by conversations")
@@ -158,7 +167,7 @@ class ScriptLink(Link):
 
 
 def scripted(
-    script: Sequence[int | BaseException],
+    script: Sequence[int | list[int] | BaseException] | Callable[[Mapping[str, Any]], list[int]],
     tokenizer: TextTokenizer | None = None,
     *,
     template: str = TEMPLATE,
@@ -167,14 +176,16 @@ def scripted(
     refuses: Sequence[int] = (),
     pace: float = 0.0,
     capacity: int = 40,
+    draft_length: int = 0,
 ) -> tuple[Session, list[Mapping[str, Any]]]:
     """A session whose model says what the script says, and the inputs of the queries that it was asked."""
     vocabulary = tokenizer.tokenizer.get_vocab_size() if tokenizer else 60
     settings = TaskSettings(TOKEN, writing=WritingSettings(tuple(ends), template, BEGIN, END))
     labels = {TASK: GENERATE, SETTINGS: settings.encoded, MOST_ROWS: str(capacity), "vocabulary": str(vocabulary)}
-    state = SimpleNamespace(script=list(script), asked=[])
+    labels |= {DRAFT_LENGTH: str(draft_length)} if draft_length else {}
+    state = SimpleNamespace(script=script if callable(script) else list(script), asked=[])
     links = {}
-    for length in (*lengths, 1):
+    for length in (*lengths, 1, *([draft_length] if draft_length else [])):
         program = _Program(length, labels, frozenset(refuses))
         links[program.digest] = ScriptLink(program, tokenizer, state)
     offers = [Offer.of(link.program) for link in links.values()]

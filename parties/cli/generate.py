@@ -187,8 +187,8 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     ended += f", which {steps - count} more steps hid" if steps > count else ""
     yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
     if writing.drafted:
-        share = f"{writing.agreed} of {writing.drafted} guesses of the draft agreed ({writing.agreed / writing.drafted:.0%})"
-        yield f"{share}; the servers saw how many did in each pass"
+        share = f"{writing.agreed} of {writing.drafted} guesses of the draft agreed"
+        yield f"{share} ({writing.agreed / writing.drafted:.0%}); the servers saw how many in each pass"
     for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
         if said := in_words([each for report in taken for each in report.traffic], phase):
             yield f"{name}: {said}"
