@@ -35,7 +35,7 @@ def llama(**other: Any) -> Any:
     """Two query heads share each key and value head."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 64}
     sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, **other))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | other, bos_token_id=1, eos_token_id=2))
 
 
 def gpt2() -> Any:
