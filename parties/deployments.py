@@ -36,7 +36,7 @@ from secure.errors import InvalidInput
 from secure.lowering.client_inputs import GENERATE, TASK
 from secure.mpc.budget import Budget
 from secure.progress import Told, silent
-from secure.session.link import Link
+from secure.session.link import Link, digest_of_all
 from secure.session.session import PACE, Session, check_options
 
 
@@ -114,8 +114,8 @@ def connect(
     in ~/.config/unseen/tls/client, and if there are none, unencrypted on this machine alone. deadline: seconds to wait
     for any one message before PeerLost. cache: a directory for once-per-model files; True: the user's own directory;
     False: keep none. program_digest: refuse a service with another Program; of one that offers several sizes, none but
-    this is used. model: the name of the model that is meant, where a service offers several. fixed_length: use the
-    greatest length alone, so that a service that offers several does not see how long texts are. budget: refuse a
+    this is used, or all of them if it is ``Compiled.programs_digest``, as a text needs. model: the name of the model
+    that is meant, where a service offers several. fixed_length: use the greatest length alone, so that a service that offers several does not see how long texts are. budget: refuse a
     Program that may take more memory or time on this machine; by default ``Budget()``. threads: threads of this client
     while it computes. pace: seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc
     keep memory that queries free, in one arena for all threads of the process, which saves a client about a tenth of
@@ -149,7 +149,8 @@ def connect(
             return link.beside(digest)
         return found.connect(deployment, replace(options, program_digest=digest, model=link.model, told=None))
 
-    offers = () if program_digest else link.offers
+    whole = digest_of_all(offer.program_digest for offer in link.offers)
+    offers = link.offers if program_digest in (None, whole) else ()
     return Session(link, threads=threads, pace=pace, open=open, offers=offers, fixed_length=fixed_length)
 
 

@@ -54,7 +54,10 @@ class Connecting:
     """The options of a command that connects to a served model, by their names on the command line."""
 
     as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
-    program_digest: Annotated[str | None, typer.Option(help="Refuse a server with another Program.")] = None
+    program_digest: Annotated[
+        str | None,
+        typer.Option(help="Refuse a server with another Program, or with other Programs for all sizes together."),
+    ] = None
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model that is meant, if the server offers several.")
     ] = None

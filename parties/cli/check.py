@@ -222,21 +222,25 @@ def _program(needs: Needs, network: Network, answered: Mapping[str, Answered], p
     """Compare the Programs of all peers with one another and with the one that is expected; ask those that deal it."""
     expected, whose = needs.program(), "this side"
     for name, digest in programs.items():
-        if expected is not None and digest != expected:
+        if expected is not None and digest != expected and not _knows(needs, network, name, expected):
             raise InvalidInput(
                 f"{who(name)} has {digest}, {whose} {expected}",
                 "ask the owners which Program is right, and start all of them with it",
             )
         expected, whose = digest, who(name)
     for name in answered.keys() - programs.keys():
-        peer = Peer(who(name), needs.peers[name], network, role=name, start=starts(needs.deployment, name))
-        try:
-            known = ask_status(peer, expected or "").known
-        finally:
-            peer.close()
-        if expected and not known:
+        if expected and not _knows(needs, network, name, expected):
             raise InvalidInput(
                 f"{who(name)} does not know the Program {expected}",
                 f"start the {needs.deployment.serves} with this {name}'s address, and give this side the same one",
             )
     return f"{expected}, the same everywhere" if expected else "not known before the server answers"
+
+
+def _knows(needs: Needs, network: Network, name: str, digest: str) -> bool:
+    """Tell whether a peer serves or deals a Program, or all those of which a digest is."""
+    peer = Peer(who(name), needs.peers[name], network, role=name, start=starts(needs.deployment, name))
+    try:
+        return ask_status(peer, digest).known
+    finally:
+        peer.close()

@@ -114,6 +114,8 @@ def tell(verb: str, model: str, compiled: Compiled) -> None:
             f"unseen {verb}: {model}{tokens}: {cost.rounds} rounds, {in_words(cost.traffic, ONLINE)}; "
             f"{f'offline {offline}; ' if offline else ''}Program {size.program.digest}"
         )
+    if len(compiled.sizes) > 1:
+        say(f"unseen {verb}: {model}, all {len(compiled.sizes)} Programs together: {compiled.programs_digest}")
     deployment = compiled.deployment
     for line in (*deployment.choices(compiled.model), *deployment.remarks(compiled.program)):
         say(f"unseen {verb}: {line}")

@@ -23,7 +23,7 @@ from secure.models.settings import settings_of
 from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
 from secure.progress import Told
-from secure.session.link import MAXIMUM_LENGTHS, Offer
+from secure.session.link import MAXIMUM_LENGTHS, Offer, digest_of_all
 from secure.version import WIRE_VERSION
 
 MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each
@@ -37,10 +37,10 @@ class ConnectOptions:
 
     network: the protection of channels. deadline: seconds to wait for any one message before PeerLost. cache: a
     directory for once-per-model files; None: keep none. program_digest: refuse a service whose Program has another
-    digest; of a service that offers several, this one is meant. model: refuse a service of other weights, by the name
-    that ``Link.model`` had. name: the name of the model that is meant; None if the service offers only one. budget:
-    refuse a Program that may take more on this machine. told: called with progress while something takes long. Raises
-    InvalidInput for a deadline that is none.
+    digest; of a service that offers several, this one is meant, or all of them if it is ``digest_of_all``. model:
+    refuse a service of other weights, by the name that ``Link.model`` had. name: the name of the model that is meant;
+    None if the service offers only one. budget: refuse a Program that may take more on this machine. told: called with
+    progress while something takes long. Raises InvalidInput for a deadline that is none.
     """
 
     network: Network = field(default_factory=Plaintext)
@@ -157,13 +157,14 @@ def read_description(
         settings_of(program.labels)  # checks them
     except InvalidProgram as error:
         raise ProtocolError(f"the Program of {peer.who}: {error}") from None
-    pinned = options.program_digest
-    if pinned is not None and pinned != program.digest:
+    offers = _offers(found, program.labels.get("model", ""))
+    pinned, whole = options.program_digest, digest_of_all(offer.program_digest for offer in offers)
+    if pinned is not None and pinned not in (program.digest, whole):
+        both = f"{program.digest!r}" if whole == program.digest else f"{whole!r} for all its Programs together"
         raise HandshakeError(
-            f"Program digest: {peer.who} has {program.digest!r}, this client expects {pinned!r}",
+            f"Program digest: {peer.who} has {both}, this client expects {pinned!r}",
             "ask the server's owner which Program it serves",
         )
-
     if options.model is not None and options.model != found.model:
         raise HandshakeError(
             f"{peer.who} serves other weights than it did when this client connected",
@@ -188,7 +189,6 @@ def read_description(
     tables = unpack_tables(payloads.get(TOKEN_TABLE), shapes, program.labels)
     tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase, program.labels)
     once = tuple(Traffic(role, "client", f.size, ONCE) for f in found.files if f.sha256 in downloaded)
-    offers = _offers(found, program.labels.get("model", ""))
     return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once, offers)
 
 

@@ -28,7 +28,7 @@ from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
-from secure.session.link import Link
+from secure.session.link import Link, digest_of_all
 
 SEEDS_FILE = "seeds.sqlite"  # in the directory of party 2's store
 
@@ -82,6 +82,9 @@ def parts_of(service: PartyService) -> Parts:
     permissions = {**published.permissions, **service.permissions}
     standing = frozenset(permit("Party", Agree=()))
     about, digests = [_about(share, size) for size in share.sizes], [size.program.digest for size in share.sizes]
+    whole = digest_of_all(digests)
+    if len(digests) > 1:
+        about.append(f"all {len(digests)} Programs together: {whole}")
     about.append(memory_said(*share.memory, share.role, "a machine with more memory"))
     return Parts(
         [add],
@@ -90,7 +93,7 @@ def parts_of(service: PartyService) -> Parts:
         about,
         STREAMS,
         digests[0],
-        knows=frozenset(digests).__contains__,
+        knows=frozenset({*digests, whole}).__contains__,
         standing=standing,
     )
 

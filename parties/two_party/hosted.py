@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
-from secure.session.link import Link
+from secure.session.link import Link, digest_of_all
 
 STORE = ("store", "store_key")  # what both roles take to keep entries on a disk
 ENTRIES = "entries.sqlite"  # in the directory of the dealer's store
@@ -181,7 +181,7 @@ class TwoPartyHosted:
             about,
             STREAMS,
             program=models[0].program.digest,
-            knows={model.program.digest for model in models}.__contains__,
+            knows=_digests(models).__contains__,
             drain=service.drain,
         )
 
@@ -192,6 +192,15 @@ class _Made:
 
     models: Sequence[MaskedModel]
     offered: Sequence[Publication]
+
+
+def _digests(models: Iterable[MaskedModel]) -> set[str]:
+    """Return the digests of Programs, and those of all Programs of one model together."""
+    found = dict[tuple[str, str], list[str]]()
+    for model in models:
+        name = model.weights_digest, model.program.labels.get("model", "")
+        found.setdefault(name, []).append(model.program.digest)
+    return {digest for digests in found.values() for digest in (*digests, digest_of_all(digests))}
 
 
 def _memory(options: HostOptions) -> int:

@@ -26,7 +26,7 @@ from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
 from secure.progress import Told, silent
-from secure.session.link import MAXIMUM_LENGTHS, Link, Offer
+from secure.session.link import MAXIMUM_LENGTHS, Link, Offer, digest_of_all
 from secure.session.session import Session
 from secure.tasks.answer import Answering
 from secure.tasks.classify import Classify
@@ -78,6 +78,11 @@ class Compiled:
     def program(self) -> Any:
         """The Program, on which all parties agree before they compute. It is public and holds no weights."""
         return self.model.program
+
+    @property
+    def programs_digest(self) -> str:
+        """One digest of the Programs of all sizes, which clients can pin."""
+        return digest_of_all(size.program.digest for size in self.sizes)
 
     @property
     def client_tables(self) -> Mapping[str, Tensor]:

@@ -46,14 +46,15 @@ class Sizes:
     @classmethod
     def of(cls, offers: Sequence[Offer], labels: Mapping[str, str]) -> Sizes:
         """Tell the sizes by the labels of any of the Programs. Raises InvalidProgram if they are not all there."""
-        capacity, known, drafted = (_number(labels.get(name, "")) for name in (MOST_ROWS, "vocabulary", DRAFT_LENGTH))
+        said = (labels.get(name, "") for name in (MOST_ROWS, "vocabulary", DRAFT_LENGTH))
+        capacity, known, drafted = map(_number, said)
         by_length = {offer.length: offer for offer in sorted(offers, key=lambda offer: offer.length)}
         step, verify = by_length.pop(1, None), by_length.pop(drafted, None) if drafted > 1 else None
         prompts = tuple(offer for length, offer in by_length.items() if length)
         if step is None or not prompts or not capacity or not known:
             raise InvalidProgram(
-                "this session has no Programs for a prompt and a step\nhint: connect without --program-digest "
-                "(program_digest), or ask the server's owner"
+                "this session has no Programs for a prompt and a step\nhint: --program-digest (program_digest) with the "
+                "digest of all the model's Programs together, which the server says when it starts"
             )
         return cls(prompts, step, verify, capacity, known)
 

@@ -5,8 +5,9 @@ Those that use sockets are in ``parties``.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,12 @@ class Offer:
     def of(cls, program: ClientProgram) -> Offer:
         """Return the size of a Program, as its labels say."""
         return cls(int(program.labels.get("length", 0)), int(program.labels.get("batch", 1)), program.digest)
+
+
+def digest_of_all(digests: Iterable[str]) -> str:
+    """Return one digest of several Programs, in any order: SHA-256 over theirs. That of a single Program is its own."""
+    found = sorted({*digests})
+    return found[0] if len(found) == 1 else hashlib.sha256("\n".join(["programs", *found]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
