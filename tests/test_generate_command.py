@@ -82,6 +82,15 @@ def test_a_chat_by_services(run: Run, served: list[str], compiled: secure.Compil
     assert (ended.code, ended.out) == (0, f"{expected.text}\n"), ended.err
 
 
+def test_pinned_programs(run: Run, served: list[str], compiled: secure.Compiled) -> None:
+    write = ["generate", "the cat sat", "--max-new-tokens", "2", *served]
+    assert run(*write, "--program-digest", compiled.programs_digest).code == 0
+    in_words(
+        run(*write, "--program-digest", compiled.program.digest), "no Programs for a prompt and a step", "pin all the"
+    )
+    in_words(run(*write, "--program-digest", "0" * 64), "for all its Programs together, this client expects", "ask")
+
+
 def test_mistakes_by_services(run: Run, served: list[str]) -> None:
     ended = run("generate", "the cat sat on the mat and then " * 9, *served)
     assert (ended.code, ended.out) == (1, "")

@@ -25,7 +25,7 @@ from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import CompileOptions
 from secure.errors import HandshakeError, InputTooLong, InvalidInput, PeerLost, ProtocolError
-from secure.session.link import MAXIMUM_LENGTHS, Link, Offer
+from secure.session.link import MAXIMUM_LENGTHS, Link, Offer, digest_of_all
 from secure.session.queries import planned
 from secure.tasks.embed import Embed
 from tests.tiny import LENGTH, TEXT, WORDS, dealing, expected, sentences, write_model
@@ -119,6 +119,21 @@ def test_a_pinned_program_is_the_only_one(address: Any, directory: Path, compile
             session.embed([TEXTS[1]])
     with pytest.raises(HandshakeError, match="Program digest"), connect(address, directory, program_digest="0" * 64):
         pass
+
+
+def test_all_programs_can_be_pinned_together(address: Any, directory: Path, compiled: secure.Compiled) -> None:
+    with connect(address, directory, program_digest=compiled.programs_digest) as session:
+        assert len(session.sizes) == len(compiled.sizes)
+        right(directory, TEXTS[0], session.embed([TEXTS[0]])[0])
+    digests = [size.program.digest for size in compiled.sizes]
+    assert digest_of_all(digests) == digest_of_all([*reversed(digests), digests[0]]) == compiled.programs_digest
+    assert digest_of_all(digests[:1]) == digests[0]
+    others = {digest_of_all(digests[:count]) for count in range(1, len(digests) + 1)}
+    assert len(others) == len(digests)
+    for other in others - {compiled.programs_digest, digests[0]}:
+        refused = pytest.raises(HandshakeError, match="for all its Programs together, this client expects")
+        with refused, connect(address, directory, program_digest=other):
+            pass
 
 
 def test_what_cannot_be_used_goes_to_the_greatest_length(address: Any, directory: Path) -> None:

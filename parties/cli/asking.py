@@ -56,7 +56,7 @@ class Connecting:
     as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
     program_digest: Annotated[
         str | None,
-        typer.Option(help="Refuse a server with another Program, or with other Programs for all sizes together."),
+        typer.Option(help="Refuse a server with another Program; a digest of all its Programs together pins them all."),
     ] = None
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model that is meant, if the server offers several.")
