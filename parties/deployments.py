@@ -117,11 +117,11 @@ def connect(
     this is used, or all of them if it is ``Compiled.programs_digest``, as a text needs. model: the name of the model
     that is meant, where a service offers several. fixed_length: use the greatest length alone, so that a service that
     offers several does not see how long texts are. budget: refuse a Program that may take more memory or time on this
-    machine; by default ``Budget()``. threads: threads of this client while it computes. pace: seconds from a call to its first message, see ``secure.Session``. keep_memory: let glibc
-    keep memory that queries free, in one arena for all threads of the process, which saves a client about a tenth of
-    its processor time. token: what the service's owner gave, if it asks for one; it crosses TLS or loopback only. told:
-    called with (done, total, what is being done) while something takes long. Raises EndpointError, TlsError,
-    HandshakeError, PeerLost, DownloadError, InvalidInput.
+    machine; by default ``Budget()``. threads: threads of this client while it computes. pace: seconds from a call to
+    its first message, see ``secure.Session``. keep_memory: let glibc keep memory that queries free, in one arena for
+    all threads of the process, which saves a client about a tenth of its processor time. token: what the service's
+    owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is being done)
+    while something takes long. Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
         raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')

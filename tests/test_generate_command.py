@@ -85,10 +85,9 @@ def test_a_chat_by_services(run: Run, served: list[str], compiled: secure.Compil
 def test_pinned_programs(run: Run, served: list[str], compiled: secure.Compiled) -> None:
     write = ["generate", "the cat sat", "--max-new-tokens", "2", *served]
     assert run(*write, "--program-digest", compiled.programs_digest).code == 0
-    in_words(
-        run(*write, "--program-digest", compiled.program.digest), "no Programs for a prompt and a step", "pin all the"
-    )
-    in_words(run(*write, "--program-digest", "0" * 64), "for all its Programs together, this client expects", "ask")
+    one, others = compiled.program.digest, "0" * 64
+    in_words(run(*write, "--program-digest", one), "no Programs for a prompt and a step", "pin all the model's")
+    in_words(run(*write, "--program-digest", others), "for all its Programs together, this client expects", "ask")
 
 
 def test_mistakes_by_services(run: Run, served: list[str]) -> None:

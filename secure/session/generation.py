@@ -53,8 +53,8 @@ class Sizes:
         prompts = tuple(offer for length, offer in by_length.items() if length)
         if step is None or not prompts or not capacity or not known:
             raise InvalidProgram(
-                "this session has no Programs for a prompt and a step\nhint: if one is pinned, pin all the model's Programs "
-                "by their digest together, which its owner is told: --program-digest (program_digest)"
+                "this session has no Programs for a prompt and a step\n"
+                "hint: if one Program is pinned (--program-digest), pin all the model's by their digest together"
             )
         return cls(prompts, step, verify, capacity, known)
 
