@@ -1,14 +1,16 @@
 """A decoder's text against floating point, token by token; rounds, bytes and seconds of a step, in process.
 
     python -m benchmarks.generation DIRECTORY [--text "Once upon a time" ...] [--tokens 100] [--capacity 128]
-        [--prompt 16] [--deployment two-party] [--network lan] [--costs [--write]]
+        [--prompt 16] [--deployment two-party] [--network lan] [--draft-length 4 [--draft DIRECTORY]]
+        [--costs [--write]]
     python -m benchmarks.generation gpt2 --costs --write
 
 DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer; gpt2: random
 weights in the shape of GPT-2 base. A token that differs ends the comparison of its text: what follows has another past.
 ``gap``: by how much the best score of the float model exceeds the second best at the closest token. --costs: counts a
 step at several capacities, without running, beside what ``growth`` predicts from the one before. --write: keep them in
-benchmarks/results/steps.json, of which ``benchmarks.pictures`` draws a picture.
+benchmarks/results/steps.json, of which ``benchmarks.pictures`` draws a picture. --draft-length: with
+passes over so many tokens, whose guesses are those of --draft, or of the model itself.
 """
 
 from __future__ import annotations
@@ -51,12 +53,14 @@ def expected(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int]
     return ids[len(prompt) :], gap
 
 
-def compared(session: secure.Session, model: nn.Module, tokenizer: Any, text: str, count: int) -> dict[str, Any]:
-    """Write ``count`` tokens and compare them; median costs are those of steps."""
-    prompt = tokenizer(text)["input_ids"]
+def compared(
+    session: secure.Session, model: nn.Module, tokenizer: Any, text: str, count: int, draft: nn.Module | None = None
+) -> dict[str, Any]:
+    """Write ``count`` tokens and compare them; median costs are those of steps, or with a draft mostly of passes."""
+    prompt, before = tokenizer(text)["input_ids"], len(session.reports)
     began = time.perf_counter()
-    found = list(session.generate(prompt, count, ignore_end=True))
-    seconds, steps = time.perf_counter() - began, session.reports[1 - count :]
+    written = session.generate(prompt, count, ignore_end=True, draft=draft).complete()
+    found, seconds, steps = written.ids, time.perf_counter() - began, session.reports[before + 1 :]
     wanted, gap = expected(model, prompt, count)
     same = next((i for i, (x, y) in enumerate(zip(found, wanted, strict=True)) if x != y), count)
     return {
@@ -64,6 +68,10 @@ def compared(session: secure.Session, model: nn.Module, tokenizer: Any, text: st
         "tokens": len(prompt),
         "same": f"{same} of {count}",
         "gap": round(gap, 5),
+        "agreed": f"{written.agreed} of {written.drafted}",
+        "rounds a token": round(sum(r.rounds for r in steps) / (count - 1), 1),
+        "online kB a token": round(sum(r.bytes(phase=ONLINE) for r in steps) / (count - 1) / 1e3, 1),
+        "dealt kB a token": round(sum(r.bytes(phase=OFFLINE) for r in steps) / (count - 1) / 1e3, 1),
         "s a token": round(seconds / count, 4),
         "online s": round(statistics.median(r.online_seconds for r in steps), 4),
         "dealing s": round(statistics.median(r.dealer_seconds for r in steps), 4),
@@ -71,8 +79,9 @@ def compared(session: secure.Session, model: nn.Module, tokenizer: Any, text: st
     }
 
 
-def step_cost(compiled: secure.Compiled) -> dict[str, Any]:
-    cost = compiled.sizes[-1].cost
+def step_cost(compiled: secure.Compiled, length: int = 1) -> dict[str, Any]:
+    """Count a step, or the Program of another length, such as a pass."""
+    cost = next(size.cost for size in compiled.sizes if size.program.labels["length"] == str(length))
     online, dealt = (cost.bytes(phase=phase) for phase in (ONLINE, OFFLINE))
     return {"rounds": cost.rounds, "online bytes": online, "dealt bytes": dealt}
 
@@ -105,7 +114,10 @@ def steps(model: nn.Module, capacities: list[int], given: dict[str, Any]) -> lis
     found = list[dict[str, Any]]()
     for capacity in capacities:
         compiled = secure.compile_generator(model, capacity=capacity, calibration=written(model, capacity)[:2], **given)
-        row = {"capacity": capacity, **step_cost(compiled), "bytes a row": round(growth(compiled.sizes[-1].program), 1)}
+        step = next(size.program for size in compiled.sizes if size.program.kept_rows == 1)
+        row = {"capacity": capacity, **step_cost(compiled), "bytes a row": round(growth(step), 1)}
+        if given["draft_length"]:
+            row["pass"] = step_cost(compiled, given["draft_length"])
         if found:
             last = found[-1]
             row["predicted online bytes"] = round(
@@ -124,11 +136,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--deployment", default="two-party")
     parser.add_argument("--network")
+    parser.add_argument("--draft-length", type=int, default=0)
+    parser.add_argument("--draft", type=Path)
     parser.add_argument("--costs", action="store_true")
     parser.add_argument("--write", action="store_true")
     o = parser.parse_args()
     model = gpt2() if str(o.directory) == SHAPE else load_checkpoint(o.directory, "AutoModelForCausalLM")
     given = {"prompt": o.prompt, "deployment": find(o.deployment)(), "network": o.network}
+    given |= {"draft_length": o.draft_length}
     report: dict[str, Any] = machine("benchmarks.generation")
     if o.costs:
         most = getattr(model.config, "max_position_embeddings", max(CAPACITIES) + 1) - 1
@@ -144,9 +159,12 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(o.directory)
     compiled = secure.compile_generator(model, capacity=o.capacity, **given)
-    report["step"] = step_cost(compiled)
+    report["step"], draft = step_cost(compiled), None
+    if o.draft_length:
+        report["pass"] = step_cost(compiled, o.draft_length)
+        draft = load_checkpoint(o.draft, "AutoModelForCausalLM") if o.draft else model
     with secure.insecure_in_process(compiled) as session:
-        report["texts"] = [compared(session, model, tokenizer, text, o.tokens) for text in o.text]
+        report["texts"] = [compared(session, model, tokenizer, text, o.tokens, draft) for text in o.text]
     print(json.dumps(report, indent=2))
 
 
