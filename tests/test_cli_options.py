@@ -89,7 +89,7 @@ class Calls:
 class Written(list[str]):
     """A text of one piece."""
 
-    ids, text, finish_reason = (5,), "a", "stop"
+    ids, text, finish_reason, drafted = (5,), "a", "stop", 0
 
     def __init__(self) -> None:
         super().__init__(["a"])
@@ -268,6 +268,7 @@ VALUES: dict[str, str] = {
     "task": "tag",
     "reveal": "logits",
     "temperature": "0.5",
+    "draft": "{tmp}",
     "top_k": "2",
     "approximations": "puma",
     "form": "json",
@@ -292,6 +293,7 @@ VALUES: dict[str, str] = {
             "batch",
             "workers",
             "capacity",
+            "draft_length",
             "max_new_tokens",
             "ray_workers",
             "dimensions",

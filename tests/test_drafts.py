@@ -98,8 +98,8 @@ def test_a_draft_changes_no_token(kind: type[Deployment]) -> None:
 @pytest.mark.parametrize("kind", [secure.TwoParty, secure.ThreeParty])
 def test_guesses_that_are_right_now_and_then(kind: type[Deployment], mistaken: None) -> None:
     with secure.insecure_in_process(compiled(kind)) as session:
-        text = session.generate(TEXTS[1], 20, ignore_end=True, draft=decoder()).complete()
-    assert text.ids == expected(TEXTS[1], 20)
+        text = session.generate(TEXTS[1], 16, ignore_end=True, draft=decoder()).complete()
+    assert text.ids == expected(TEXTS[1], 16)
     assert 0 < text.agreed < text.drafted
 
 
@@ -119,9 +119,9 @@ def test_by_services(mistaken: None, tmp_path: Path) -> None:
             secure.TwoParty(server=server.address, dealer=dealer.address, dealer_key=key), cache=False, pace=0.0
         ) as session,
     ):
-        for draft in (decoder(), None, decoder(4)):
-            text = session.generate(TEXTS[0], 18, ignore_end=True, draft=draft).complete()
-            assert text.ids == expected(TEXTS[0], 18)
+        for draft in (decoder(), decoder(4)):
+            text = session.generate(TEXTS[0], 15, ignore_end=True, draft=draft).complete()
+            assert text.ids == expected(TEXTS[0], 15)
         cost, reports = program(LENGTH).cost, [r for r in session.reports if r.length == LENGTH]
         assert all(r.bytes(phase="online") == cost.to_first + cost.to_second for r in reports)
         assert len({report.query for report in session.reports}) == len(session.reports)
@@ -138,8 +138,8 @@ def test_by_three_parties(mistaken: None, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Party2Service, "_supply", noted)
     share_model(compiled(secure.ThreeParty), tmp_path / "shares")
     with running(tmp_path / "shares", ahead=1) as three, three.dial() as session:
-        text = session.generate(TEXTS[0], 18, ignore_end=True, draft=decoder()).complete()
-        assert text.ids == expected(TEXTS[0], 18)
+        text = session.generate(TEXTS[0], 15, ignore_end=True, draft=decoder()).complete()
+        assert text.ids == expected(TEXTS[0], 15)
         assert dealt != sorted(dealt), "rows are read again from an earlier one"
         assert len(dealt) > len(session.reports), "something was dealt and left"
 

@@ -31,7 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(directory: Path) -> secure.Compiled:
-    return secure.compile_generator(str(directory), prompt=(16, 32), capacity=48)
+    return secure.compile_generator(str(directory), prompt=(16, 32), capacity=48, draft_length=3)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,27 @@ def test_a_chat_by_services(run: Run, served: list[str], compiled: secure.Compil
     chat = ["generate", "the cat", "--chat", "--system", "a", "--max-new-tokens", "3", "--ignore-end"]
     ended = run(*chat, *served)
     assert (ended.code, ended.out) == (0, f"{expected.text}\n"), ended.err
+
+
+def test_a_draft_by_services(run: Run, served: list[str], compiled: secure.Compiled, directory: Path) -> None:
+    write = ["generate", "the cat sat", "--max-new-tokens", "6", "--ignore-end", *served]
+    plain, ended = run(*write), run(*write, "--draft", str(directory), "--network", "wan")
+    assert (plain.code, ended.code, ended.out) == (0, 0, plain.out), ended.err
+    for said in (
+        "a pass over the last of these and 2 guesses of the draft: ",
+        "a pass gives 1 to 3 tokens; if 0%, 50%, 80%, 100% of the guesses agree, a token takes ",
+        "waiting on WAN, 400 Mbps, 10 ms, for the same shares: ",
+        "the servers see how many guesses agree in each pass, which says much about the text",
+        "4 of 4 guesses of the draft agreed (100%); the servers saw how many in each pass",
+    ):
+        assert said in ended.err
+    assert "guess" not in plain.err
+    found = json.loads(run(*write, "--draft", str(directory), "--json").out)
+    assert (found["drafted"], found["agreed"]) == (4, 4)
+    assert [query["length"] for query in found["queries"]] == [16, 3, 3]
+    refused = run(*write, "--draft", str(directory), "--hide-length")
+    in_words(refused, "so its length cannot be hidden", "as many passes as tokens")
+    in_words(run(*write, "--draft", "nowhere"), "the draft: no model at 'nowhere'", "save_pretrained")
 
 
 def test_pinned_programs(run: Run, served: list[str], compiled: secure.Compiled) -> None:
@@ -194,21 +215,27 @@ def test_a_model_without_a_template(run: Run, connected: Callable[..., list[Any]
 
 
 def test_other_commands_know_models_that_write_text(run: Run, directory: Path, tmp_path: Path) -> None:
-    sizes = ["--length", "8", "--length", "4", "--capacity", "16"]
+    sizes = ["--length", "8", "--length", "4", "--capacity", "16", "--draft-length", "3"]
     ended = run("compile", str(directory), str(tmp_path / "kept"), *sizes)
     assert ended.code == 0, ended.err
     assert "is for the task generate: each answer reveals the token" in ended.err
     assert "each token after the prompt: " in ended.err
+    assert "a pass over 3 tokens and drafts: " in ended.err
     compiled = secure.load_compiled(tmp_path / "kept")
-    assert [size.program.labels["length"] for size in compiled.sizes] == ["8", "4", "1"]
+    assert [size.program.labels["length"] for size in compiled.sizes] == ["8", "4", "1", "3"]
+    assert f"all 4 Programs together: {compiled.programs_digest}" in ended.err
     with secure.insecure_in_process(compiled) as session:
         assert len(session.generate("a", 2, ignore_end=True).complete().ids) == 2
     serve = ["serve", str(tmp_path / "kept"), "--listen", "127.0.0.1:0", "--dealer", "127.0.0.1:1"]
     in_words(run(*serve, "--capacity", "20"), "--capacity 20: .* was compiled with 16", "leave --capacity out")
-    for more in ([], ["--length", "8"]):
+    in_words(run(*serve, "--draft-length", "4"), "--draft-length 4: .* was compiled with 3", "leave --draft-length out")
+    for more in ([], ["--length", "8"], ["--draft-length", "3"]):
         ended = run("profile", str(directory), "--capacity", "16", "--no-time", "--json", *more)
         assert ended.code == 0, ended.err
         assert '"rounds"' in ended.out
+        assert ("tokens" in json.loads(ended.out)) == ("--draft-length" in more)
+    both = run("profile", str(directory), "--length", "8", "--draft-length", "3")
+    in_words(both, "--length is of a prompt, and --draft-length of a pass", "leave one of them out")
     in_words(run("compare", str(directory)), "writes text, and answers are compared by their cosine", "profile")
     new = str(tmp_path / "other")
     in_words(run("compile", str(directory), new, "--batch", "2"), "--batch means nothing", "a text is written alone")
@@ -221,3 +248,4 @@ def test_other_commands_know_models_that_write_text(run: Run, directory: Path, t
     in_words(run("compile", str(directory), new, "--reveal", "logits"), "reveals no logits", "token")
     in_words(run("compile", str(directory), new, "--length", "64", "--capacity", "9"), "a capacity of 9", "as many")
     in_words(run("compile", "digits", new, "--capacity", "9"), "--capacity means nothing for digits", "write text")
+    in_words(run("compile", "digits", new, "--draft-length", "4"), "--draft-length means nothing", "write text")

@@ -408,9 +408,10 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "revealed", replace(compilation, task="classify", reveal="logits")
     yield "capacity", replace(compilation, capacity=64)
     yield "temperature", replace(compilation, temperature=2.0)
+    yield "draft length", replace(compilation, draft_length=4)
     assert {f.name for f in dataclasses.fields(Compilation)} == {
         *("model", "deployment", "lengths", "sentences", "options", "batches"),
-        *("dimensions", "accept", "task", "reveal", "capacity", "temperature"),
+        *("dimensions", "accept", "task", "reveal", "capacity", "temperature", "draft_length"),
     }  # another one needs a line here
 
 
