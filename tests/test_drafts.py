@@ -372,10 +372,11 @@ def test_drafts_that_mean_nothing() -> None:
         with pytest.raises(InvalidInput, match="the draft takes texts of 8 tokens\nhint: 9 or more"):
             session.generate([5], 3, draft=short)
         assert not session.reports
-    session, asked = scripted([5])
-    with pytest.raises(InvalidInput, match="has no Program that checks drafts"):
-        session.generate([5], 3, draft=decoder())
-    assert not asked
+    for length in (0, 17):
+        session, asked = scripted([5], draft_length=length, lengths=(24,))
+        with pytest.raises(InvalidInput, match="has no Program that checks drafts"):
+            session.generate([5], 3, draft=decoder())
+        assert not asked
 
 
 @pytest.mark.parametrize(

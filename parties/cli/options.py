@@ -22,9 +22,10 @@ from parties.services.hosting import STORE_GB
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
-from secure.deployments.generator import CAPACITY, MOST_DRAFTED, PROMPT
+from secure.deployments.generator import CAPACITY, PROMPT
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import EMBEDDINGS, MAXIMUM_BATCH
+from secure.models.decoder import MOST_DRAFTED
 from secure.models.heads import REVEALED
 from secure.models.settings import REVEALS
 from secure.models.text import PACKAGED

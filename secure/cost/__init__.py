@@ -11,5 +11,6 @@ traffic           bytes by link; costs
 report            the form of a profile, the same for every deployment
 circuit_profile   the profile of a circuit
 demand            what one query takes of each role
+passes            the price of a token where one query checks several of them
 plan              what a number of clients takes of each role, and what that costs
 """

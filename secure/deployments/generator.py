@@ -31,6 +31,7 @@ from secure.models.causal import ends_of
 from secure.models.checkpoints import quiet_transformers
 from secure.models.decoder import (
     DRAFT_LENGTH,
+    MOST_DRAFTED,
     TEMPERATURE,
     Decoder,
     at_temperature,
@@ -53,9 +54,6 @@ TEXTS = 8
 """Texts that a decoder writes itself, to calibrate with, if none are given."""
 
 PROMPT, CAPACITY = 32, 256
-
-MOST_DRAFTED = 16
-"""The most tokens of a pass."""
 
 TOKENS = ScoreError(TaskSettings(TOKEN))
 """The measure by which tokens are compared."""

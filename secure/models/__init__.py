@@ -15,6 +15,7 @@ digits              a small vision transformer in polynomial form
 text                text models: directories, tokenizers, inputs, calibration
 decoder             decoders as they generate text, and their inputs
 causal              models that write text: directories, chat templates, where texts end
+draft               a small model that guesses how a text goes on
 chat                chat templates: from messages to the text that a model continues
 chat_process        the process that renders one of them, within bounds
 detokenizer         from tokens to text as they come, and the strings that stop it

@@ -24,6 +24,9 @@ TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
 DRAFT_LENGTH = "draft_length"
 """The label of Programs that write text by which they have a pass over so many tokens, the last one and drafts."""
 
+MOST_DRAFTED = 16
+"""The most tokens of a pass."""
+
 
 class _Rows:
     """A cache as layers of ``transformers`` call it: it gives the rows of earlier queries, and keeps the new ones."""

@@ -16,7 +16,7 @@ from typing import Any
 from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.lowering.client_inputs import MOST_ROWS
 from secure.models.chat import check_messages, rendered
-from secure.models.decoder import DRAFT_LENGTH, TEMPERATURE
+from secure.models.decoder import DRAFT_LENGTH, MOST_DRAFTED, TEMPERATURE
 from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.draft import Draft, load_draft
 from secure.models.settings import WritingSettings, settings_of
@@ -50,6 +50,7 @@ class Sizes:
         capacity, known, drafted = map(_number, said)
         by_length = {offer.length: offer for offer in sorted(offers, key=lambda offer: offer.length)}
         step, verify = by_length.pop(1, None), by_length.pop(drafted, None) if drafted > 1 else None
+        verify = verify if drafted <= MOST_DRAFTED else None  # a client guesses so many tokens for it
         prompts = tuple(offer for length, offer in by_length.items() if length)
         if step is None or not prompts or not capacity or not known:
             raise InvalidProgram(
