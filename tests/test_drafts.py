@@ -282,6 +282,16 @@ def test_a_guess_that_leaves_the_ranges_is_asked_for_again() -> None:
     assert inputs == [([3, 9, 9, 9], 8), ([3], 8), ([4, 9, 9, 9], 9), ([5, 9, 9, 9], 10), ([5], 10)]
 
 
+def test_a_guess_on_which_the_servers_graph_fails() -> None:
+    session, asked = scripted([3, [0, 0, 0, 0], 4, 5], draft_length=LENGTH, lengths=(8,), refuses=[9])
+    with pytest.MonkeyPatch.context() as patch, session:
+        draft = SimpleNamespace(rows=None, begin=lambda _: SimpleNamespace(guess=lambda _, count: [9] * count))
+        patch.setattr(generation, "load_draft", lambda *_: draft)
+        assert session.generate([1, 2], 3, draft="any").complete().ids == [3, 4, 5]
+    inputs = [(each["input_ids"][0].tolist(), int(each["position_ids"][0, 0])) for each in asked[1:]]
+    assert inputs == [([0, 0, 0, 0], 8), ([3], 8), ([4], 9)], "zeros take the place of what cannot be computed"
+
+
 def test_passes_end_where_the_rows_or_the_draft_do() -> None:
     for rows, capacity, passes in ((None, 16, 2), (13, 40, 1), (12, 40, 1), (None, 40, 2)):
         script: Any = lambda values: [0] * values["input_ids"].shape[1] if values["input_ids"].shape[1] < 8 else [0]  # noqa: E731

@@ -634,14 +634,14 @@ class Session:
                 rows = link.program.rows
                 inputs = [heat(step_inputs(each, start, filled, rows, places=places)) for each in (tokens, [0] * width)]
                 values, wrong = self._usable(link, *inputs)
-                failed = failed or wrong
+                failed = failed or (None if guesses else wrong)
                 self._wait(came, STEP)  # whatever the token, the graph, the guesses and the text's end took
                 # which rows the query behind a pass reads is known beforehand if all agree
                 ahead = following(filled + width) if not guesses or sure > 0 else None
                 new = self._next(link, conversation, values, size, width, filled, ahead)
-            alone = bool(guesses) and isinstance(new, OutOfRange)
+            alone = bool(guesses) and (wrong is not None or isinstance(new, OutOfRange))
             if alone:
-                new = []  # a guess may have left the ranges; a step tells whether the text has
+                new = []  # a guess may be to blame; a step tells whether the text is
             elif not isinstance(new, Error):
                 new = text.checked(guesses, new)
                 sure += (1 if len(new) == width else -1) if guesses else 0
