@@ -220,14 +220,15 @@ def _owner(name: str, found: Answered) -> str:
 
 def _program(needs: Needs, network: Network, answered: Mapping[str, Answered], programs: Mapping[str, str]) -> str:
     """Compare the Programs of all peers with one another and with the one that is expected; ask those that deal it."""
-    expected, whose = needs.program(), "this side"
+    expected, whose, pinned = needs.program(), "this side", True
     for name, digest in programs.items():
-        if expected is not None and digest != expected and not _knows(needs, network, name, expected):
+        known = pinned and expected is not None and expected != digest and _knows(needs, network, name, expected)
+        if expected not in (None, digest) and not known:  # a pin may be of another Program, or of all together
             raise InvalidInput(
                 f"{who(name)} has {digest}, {whose} {expected}",
                 "ask the owners which Program is right, and start all of them with it",
             )
-        expected, whose = digest, who(name)
+        expected, whose, pinned = digest, who(name), False
     for name in answered.keys() - programs.keys():
         if expected and not _knows(needs, network, name, expected):
             raise InvalidInput(
