@@ -144,7 +144,9 @@ def test_the_public_functions(shares: dict[str, Path]) -> None:
             peers={PARTIES[0]: zero.address, PARTIES[2]: two.address},
         ) as one,
     ):
-        assert [f"a query of {length} tokens takes" in line for length, line in zip((4, 1), zero.about, strict=True)]
+        *sizes, together = zero.about
+        assert all(f"a query of {n} tokens takes" in line for n, line in zip((4, 1), sizes, strict=True))
+        assert together == f"all 2 Programs together: {public().programs_digest}"
         addresses = secure.ThreeParty(parties=(zero.address, one.address, two.address))
         with secure.connect(addresses, cache=False) as session:
             assert list(session.generate(PROMPT, 3)) == expected("llama", PROMPT, 3)
