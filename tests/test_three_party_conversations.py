@@ -144,7 +144,7 @@ def test_the_public_functions(shares: dict[str, Path]) -> None:
             peers={PARTIES[0]: zero.address, PARTIES[2]: two.address},
         ) as one,
     ):
-        *sizes, together = zero.about
+        *sizes, together, _memory = zero.about
         assert all(f"a query of {n} tokens takes" in line for n, line in zip((4, 1), sizes, strict=True))
         assert together == f"all 2 Programs together: {public().programs_digest}"
         addresses = secure.ThreeParty(parties=(zero.address, one.address, two.address))
