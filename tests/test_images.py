@@ -103,6 +103,10 @@ def test_what_a_processor_does_beside_is_refused(tmp_path: Path) -> None:
         ({"image_std": [0, 0, 0]}, "a deviation is zero"),
         ({"image_mean": [0.5]}, "not those of the channels"),
         ({"do_resize": False}, "no size of the model's input"),
+        ({"size": None}, "a size that is not supported"),
+        ({"do_center_crop": True}, "a size that is not supported"),
+        ({"image_processor_type": "LevitImageProcessorFast"}, "scales or cuts in a way of its own"),
+        ({"feature_extractor_type": "PerceiverFeatureExtractor"}, "scales or cuts in a way of its own"),
     ):
         path.write_text(json.dumps({**whole, **wrong}))
         with pytest.raises(secure.InvalidInput, match=message):
@@ -257,6 +261,15 @@ def test_classes_are_those_of_the_model(
         assert len(session.reports) == sent
         with pytest.raises(secure.InvalidInput, match="not for 'embed'"):
             session.embed(["a text"])
+
+
+def test_a_number_that_is_no_class_is_revealed_as_it_is(directory: Path, tmp_path: Path) -> None:
+    found = shutil.copytree(directory, tmp_path / "m")
+    config = json.loads((found / "config.json").read_text())
+    (found / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    assert images.load_image_head(str(found), "classify").settings.reveal == "logits"
+    with pytest.raises(secure.InvalidInput, match="reveals no label"):
+        images.load_image_head(str(found), "classify", "label")
 
 
 def secure_task(reveal: str) -> Any:
