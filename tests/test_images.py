@@ -179,6 +179,10 @@ def test_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_a_damaged_file_says_so() -> None:
     whole = saved(picture(40, 40))
+    with pytest.raises(secure.InvalidInput, match="ends too early"):
+        image_inputs(whole[: len(whole) // 2], PLAIN)
+    with pytest.raises(secure.InvalidInput, match="it is none"):
+        image_inputs(b"no image", PLAIN)
     generator = np.random.default_rng(0)
     for _ in range(200):
         payload = bytearray(whole[: int(generator.integers(10, len(whole)))] + whole[-12:])
@@ -288,6 +292,8 @@ def secure_build(task: Any, directory: Path, own: list[str], deployment: secure.
 def test_a_model_of_images_takes_no_length(directory: Path) -> None:
     with pytest.raises(secure.InvalidInput, match="no length"):
         secure.compile_text_model(str(directory), 16)
+    with secure.insecure_in_process(secure.compile_text_model(str(directory))) as session:
+        assert session.classify([picture(30, 20)])[0]["label"] in LABELS
 
 
 def test_images_in_polynomial_form_are_refused(directory: Path, tmp_path: Path) -> None:

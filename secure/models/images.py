@@ -97,7 +97,8 @@ def _opened(given: Any) -> Any:
         except InvalidInput:
             raise
         except OSError as error:
-            reason = error.strerror or "it is none"
+            unknown = isinstance(error, library.UnidentifiedImageError)
+            reason = error.strerror or ("it is none" if unknown else "it is damaged, or ends too early")
             raise InvalidInput(f"an image cannot be read: {reason}", f"a file of the kind {', '.join(KINDS)}") from None
         except (ValueError, SyntaxError, ArithmeticError, LookupError, MemoryError, library.DecompressionBombError):
             raise InvalidInput("an image file is damaged", f"a file of the kind {', '.join(KINDS)}") from None
