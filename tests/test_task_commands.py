@@ -17,6 +17,7 @@ from torch import nn
 import secure
 from parties import deployments
 from parties.bulk.unfinished import beside
+from parties.cli import tasks as commands
 from parties.two_party.masked_model import mask_model
 from secure.lowering.client_inputs import SETTINGS, TASK
 from tests.dealer_key import KEY
@@ -139,6 +140,11 @@ FILES = {
     "answer": ["answer", "--question", QUERY],
     "rerank": ["rerank", QUERY],
 }
+
+
+def test_an_answer_of_no_label_is_a_line() -> None:
+    assert commands._classes([]) == ["no label"]
+    assert commands._classes({"label": "good", "score": None}) == ["good"]
 
 
 @pytest.mark.parametrize("task", LABELS)
