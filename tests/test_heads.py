@@ -17,6 +17,7 @@ from secure.models.heads import best_span, span_at, task_named
 from secure.polynomial.recipe import Recipe
 from secure.session.session import STEP, Session
 from secure.tasks import headed
+from secure.tasks.classify import Classify
 from secure.tasks.tag import Tag
 from secure.training.distil import distil
 from secure.training.trainer import Settings
@@ -292,6 +293,12 @@ def test_scores_are_those_of_the_cross_encoder(deployment: str, made: Made, head
         assert [each["corpus_id"] for each in session.rerank(query, documents, top_k=2)] == [
             each["corpus_id"] for each in ours[:2]
         ]
+        with pytest.raises(secure.InvalidInput, match="one text in place of documents"):
+            session.rerank(query, documents[0])
+        with pytest.raises(secure.InvalidInput, match="the 0 best documents"):
+            session.rerank(query, documents, top_k=0)
+        with pytest.raises(secure.EmptyInput, match="the first text is empty"):
+            session.rerank("", documents)
 
 
 def test_a_reranker_reveals_its_score_alone(made: Made) -> None:
@@ -324,6 +331,11 @@ def test_another_task_is_refused_before_anything_is_sent(task: str, made: Made) 
                 ASKED[other](session)
         assert session.reports == []
         ASKED[task](session)
+
+
+def test_a_model_of_few_positions_gets_all_of_them_by_default(heads: Callable[[str], Path]) -> None:
+    loaded = Classify().load(str(heads("classify")))
+    assert loaded.length == 16
 
 
 def test_an_encoder_answers_no_other_task(directory: Path) -> None:

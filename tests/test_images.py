@@ -103,6 +103,10 @@ def test_what_a_processor_does_beside_is_refused(tmp_path: Path) -> None:
         ({"image_std": [0, 0, 0]}, "a deviation is zero"),
         ({"image_mean": [0.5]}, "not those of the channels"),
         ({"do_resize": False}, "no size of the model's input"),
+        ({"size": None}, "a size that is not supported"),
+        ({"do_center_crop": True}, "a size that is not supported"),
+        ({"image_processor_type": "LevitImageProcessorFast"}, "scales or cuts in a way of its own"),
+        ({"feature_extractor_type": "PerceiverFeatureExtractor"}, "scales or cuts in a way of its own"),
     ):
         path.write_text(json.dumps({**whole, **wrong}))
         with pytest.raises(secure.InvalidInput, match=message):
@@ -175,6 +179,10 @@ def test_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_a_damaged_file_says_so() -> None:
     whole = saved(picture(40, 40))
+    with pytest.raises(secure.InvalidInput, match="ends too early"):
+        image_inputs(whole[: len(whole) // 2], PLAIN)
+    with pytest.raises(secure.InvalidInput, match="it is none"):
+        image_inputs(b"no image", PLAIN)
     generator = np.random.default_rng(0)
     for _ in range(200):
         payload = bytearray(whole[: int(generator.integers(10, len(whole)))] + whole[-12:])
@@ -259,6 +267,15 @@ def test_classes_are_those_of_the_model(
             session.embed(["a text"])
 
 
+def test_a_number_that_is_no_class_is_revealed_as_it_is(directory: Path, tmp_path: Path) -> None:
+    found = shutil.copytree(directory, tmp_path / "m")
+    config = json.loads((found / "config.json").read_text())
+    (found / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    assert images.load_image_head(str(found), "classify").settings.reveal == "logits"
+    with pytest.raises(secure.InvalidInput, match="reveals no label"):
+        images.load_image_head(str(found), "classify", "label")
+
+
 def secure_task(reveal: str) -> Any:
     from secure.tasks.classify import Classify
 
@@ -275,6 +292,8 @@ def secure_build(task: Any, directory: Path, own: list[str], deployment: secure.
 def test_a_model_of_images_takes_no_length(directory: Path) -> None:
     with pytest.raises(secure.InvalidInput, match="no length"):
         secure.compile_text_model(str(directory), 16)
+    with secure.insecure_in_process(secure.compile_text_model(str(directory))) as session:
+        assert session.classify([picture(30, 20)])[0]["label"] in LABELS
 
 
 def test_images_in_polynomial_form_are_refused(directory: Path, tmp_path: Path) -> None:

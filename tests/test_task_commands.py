@@ -17,6 +17,7 @@ from torch import nn
 import secure
 from parties import deployments
 from parties.bulk.unfinished import beside
+from parties.cli import tasks as commands
 from parties.two_party.masked_model import mask_model
 from secure.lowering.client_inputs import SETTINGS, TASK
 from tests.dealer_key import KEY
@@ -141,6 +142,11 @@ FILES = {
 }
 
 
+def test_an_answer_of_no_label_is_a_line() -> None:
+    assert commands._classes([]) == ["no label"]
+    assert commands._classes({"label": "good", "score": None}) == ["good"]
+
+
 @pytest.mark.parametrize("task", LABELS)
 def test_a_file_of_texts(
     task: str, run: Run, connected: Callable[[str], list[secure.Session]], made: Made, tmp_path: Path
@@ -155,7 +161,8 @@ def test_a_file_of_texts(
     assert "1 of them have no answer" in ended.err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2]
-    assert rows[1]["error"].startswith("the text is empty")
+    which = "second text" if task in ("answer", "rerank") else "text"
+    assert rows[1]["error"].startswith(f"the {which} is empty")
     with secure.insecure_in_process(made(task)) as session:
         asked: Callable[[str], Any] = {
             "classify": lambda text: session.classify([text])[0],

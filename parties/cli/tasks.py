@@ -76,7 +76,8 @@ def pair_of(text: str) -> tuple[str, str]:
 
 
 def _classes(found: Any) -> list[str]:
-    return [f"{each['label']}{_score(each)}" for each in (found if isinstance(found, list) else [found])]
+    lines = [f"{each['label']}{_score(each)}" for each in (found if isinstance(found, list) else [found])]
+    return lines or ["no label"]  # of several that may hold
 
 
 def _score(found: Any) -> str:

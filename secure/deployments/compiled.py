@@ -139,7 +139,7 @@ def compile(  # the verb that torch uses; always written secure.compile
 
 def compile_text_model(
     model: str,
-    length: int | Sequence[int],
+    length: int | Sequence[int] | None = None,
     *,
     deployment: Deployment | None = None,
     calibration: Sequence[str] = (),
@@ -154,8 +154,9 @@ def compile_text_model(
     task: str = "",
     reveal: str = "",
 ) -> Compiled:
-    """Load a text model with its tokenizer, and compile it for texts of up to ``length`` tokens.
+    """Load a text model with its tokenizer, and compile it for texts of up to ``length`` tokens; or one of images.
 
+    length: 128 by default, or all that the model takes if that is less; none of a model of images.
     model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package. task:
     "embed", "classify", "tag", "answer" or "rerank"; by default what the class of the model says. reveal: what clients
     get of a model with a head, see ``secure.models.heads``; the least by default.
@@ -168,12 +169,12 @@ def compile_text_model(
     deployment = deployment or TwoParty()
     _require(deployment)
     deployment.check(options, tokens=True)  # before the model is loaded
-    lengths, batches = _several(length), _several(batch)
+    lengths, batches = () if length is None else _several(length), _several(batch)
     check_sizes(deployment, lengths, batches)
     loader = task_of(model, task, reveal)
     if loader.name == GENERATE:
         raise InvalidInput(f"{model} generates text", "secure.compile_generator compiles it; task='embed' embeds by it")
-    found = loader.load(model, max(lengths), calibration)
+    found = loader.load(model, max(lengths, default=0), calibration)
     return build(found, deployment, options, {}, lengths, batches)
 
 

@@ -164,10 +164,7 @@ def load_head(model: str, task: str, reveal: str = "") -> HeadModel:
     if (task == RERANK) != (classes == 1) and task in (RERANK, TAG):
         raise InvalidInput(f"{model} has {classes} classes, which does not fit the task {task}", "see --task")
     activation = activation_of(config, task)
-    least = LOGITS if activation == IDENTITY else REVEALED[task][0]
-    if (reveal := reveal or least) not in REVEALED[task] or (activation == IDENTITY and reveal != LOGITS):
-        known = REVEALED[task] if activation != IDENTITY else (LOGITS,)
-        raise InvalidInput(f"the task {task} of this model reveals no {reveal}", f"one of {', '.join(known)}")
+    reveal = chosen(reveal, task, activation)
     tokenizer, tokenizer_json = load_served_tokenizer(directory)
     pairs = task != TAG
     segments = pairs and int(getattr(config, "type_vocab_size", 0) or 0) > 1
@@ -184,6 +181,17 @@ def load_head(model: str, task: str, reveal: str = "") -> HeadModel:
         settings,
         "; ".join(heard),
     )
+
+
+def chosen(reveal: str, task: str, activation: str) -> str:
+    """Return what a model reveals: ``reveal``, or for "" the least. Numbers that are no classes' have logits alone.
+
+    Raises InvalidInput for a form that the model does not have.
+    """
+    known = (LOGITS,) if activation == IDENTITY else REVEALED[task]
+    if (reveal := reveal or known[0]) not in known:
+        raise InvalidInput(f"the task {task} of this model reveals no {reveal}", f"one of {', '.join(known)}")
+    return reveal
 
 
 def check_exact(directory: Path) -> None:

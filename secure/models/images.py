@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secure.errors import InvalidInput, MissingPackage, ModelNotFound
 from secure.models.checkpoints import load_checkpoint
-from secure.models.heads import REVEALED, activation_of, check_exact, revealed
+from secure.models.heads import activation_of, check_exact, chosen, revealed
 from secure.models.settings import MAXIMUM_PIXELS, ImageSettings, TaskSettings
 from secure.models.text import model_directory
 from secure.models.tokens import read_json
@@ -37,6 +37,9 @@ _KNOWN = frozenset(
     }
 )
 """The settings of image processors that are read, or change nothing."""
+
+_OWN_GEOMETRY = ("Levit", "Perceiver")
+"""The beginnings of names of image processors that scale or cut otherwise than their settings say."""
 
 _STANDARD = (0.5, 0.5, 0.5)
 
@@ -94,7 +97,8 @@ def _opened(given: Any) -> Any:
         except InvalidInput:
             raise
         except OSError as error:
-            reason = error.strerror or "it is none"
+            unknown = isinstance(error, library.UnidentifiedImageError)
+            reason = error.strerror or ("it is none" if unknown else "it is damaged, or ends too early")
             raise InvalidInput(f"an image cannot be read: {reason}", f"a file of the kind {', '.join(KINDS)}") from None
         except (ValueError, SyntaxError, ArithmeticError, LookupError, MemoryError, library.DecompressionBombError):
             raise InvalidInput("an image file is damaged", f"a file of the kind {', '.join(KINDS)}") from None
@@ -163,9 +167,12 @@ def read_processor(directory: Path, channels: int) -> ImageSettings:
         raise ModelNotFound(f"{directory} has no {path.name}\nhint: save_pretrained of the image processor writes it")
     if unknown := sorted(name for name, value in said.items() if name not in _KNOWN and value not in (None, False)):
         raise InvalidInput(f"{path} has the setting {unknown[0]!r}, which is not supported", "scale, cut, normalize")
-    resize = _size(said["size"], path) if said.get("do_resize", True) else ()
+    kind = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "")
+    if kind.startswith(_OWN_GEOMETRY):
+        raise InvalidInput(f"{path} is of {kind}, which scales or cuts in a way of its own", "a ViTImageProcessor")
+    resize = _size(said.get("size"), path) if said.get("do_resize", True) else ()
     crop = bool(said.get("do_center_crop", False))
-    cut = _size(said["crop_size"], path) if crop else resize
+    cut = _size(said.get("crop_size"), path) if crop else resize
     normalizes = bool(said.get("do_normalize", True))
     if len(cut) == 1:
         cut = (*cut, *cut)
@@ -282,11 +289,11 @@ def load_image_head(model: str, task: str, reveal: str = "") -> ImageModel:
     check_exact(directory)
     loaded: Any = load_checkpoint(directory, f"AutoModel{ENDING}", told=heard.append)
     config = loaded.config
-    if (reveal := reveal or REVEALED[task][0]) not in REVEALED[task]:
-        raise InvalidInput(f"the task {task} reveals no {reveal}", f"one of {', '.join(REVEALED[task])}")
+    activation = activation_of(config, task)
+    reveal = chosen(reveal, task, activation)
     image = read_processor(directory, int(getattr(config, "num_channels", 3)))
     labels = tuple(str(config.id2label[i]) for i in range(int(config.num_labels)))
-    settings = TaskSettings(reveal, labels, activation_of(config, task), image=image)
+    settings = TaskSettings(reveal, labels, activation, image=image)
     _ = settings.encoded  # which clients would refuse
     return ImageModel(directory.name, _Seeing(loaded, settings).eval(), settings, "; ".join(heard))
 

@@ -81,8 +81,9 @@ def encode(
     Raises EmptyInput for a text without tokens of its own, InputTooLong, and InvalidInput as ``tokens.tokenize`` does.
     """
     plain = [_plain(tokenizer, text, length, long) for text in (first, second) if text is not None]
-    if not all(len(each.ids) for each in plain):
-        raise EmptyInput("the text is empty: it has no tokens\nhint: give at least one word")
+    for each, which in zip(plain, ("first ", "second ") if second is not None else ("",), strict=True):
+        if not each.ids:
+            raise EmptyInput(f"the {which}text is empty: it has no tokens\nhint: give at least one word")
     library = tokenizer.tokenizer
     room = length - library.num_special_tokens_to_add(is_pair=second is not None)
     count = sum(len(each.ids) for each in plain)

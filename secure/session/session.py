@@ -524,8 +524,13 @@ class Session:
         """Score documents by how well they answer a query; return {"corpus_id", "score"} of each, the best first.
 
         These are the answers of ``sentence_transformers.CrossEncoder.rank``. top_k: so many of them alone.
-        return_documents: with the key "text" too. See ``secure.tasks.rerank.Rerank``.
+        return_documents: with the key "text" too. See ``secure.tasks.rerank.Rerank``. Raises InvalidInput for a text in
+        place of a list of documents, and for a ``top_k`` below 1.
         """
+        if isinstance(documents, str):
+            raise InvalidInput("one text in place of documents", "give a list of them")
+        if top_k is not None and top_k < 1:
+            raise InvalidInput(f"the {top_k} best documents", "at least 1, or None for all")
         scores = list(self.run(Rerank(long), [(query, document) for document in documents]))
         return ranked(scores, documents if return_documents else None)[:top_k]
 

@@ -72,7 +72,8 @@ class Headed(Task[Given, Answer_co]):
 
     def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
         told(0, 0, "loading the model")
-        found, length = load_head(model, self.name, self.reveal), length or LENGTH
+        found = load_head(model, self.name, self.reveal)
+        length = length or min(LENGTH, found.maximum_length)
         given = [*SENTENCES, *sentences]
         return Loaded(
             found.name,
