@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +81,7 @@ def proxy(
     at = Endpoint.parse(listen, what="--listen")
     check_stays(at, beyond_loopback=unencrypted_beyond_loopback)  # a mistake in it shows before anything is sent
     hosting.log_to_stderr(verbose)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     key, fresh = own_token(api_key_file)
     connection = connection_of(VERB, deployment, connecting)
     metrics = Metrics()

@@ -297,6 +297,9 @@ class Proxy:
             if not begun:
                 raise
             yield answers.event(answers.failure(error)[1])
+        except Exception as error:  # whose text may hold a value
+            log.error("a stream failed: %s", type(error).__name__)
+            yield answers.event(answers.status_error(500))
 
     def _fits(self, task: Loader) -> None:
         task.fits(self.served)

@@ -97,7 +97,7 @@ class StreamOptions(BaseModel):
 
 
 class WritingBody(Body):
-    """The parameters of a text. ignore_eos, hide_length: see ``Session.generate``. seed: of the likeliest text alone."""
+    """The parameters of a text. ignore_eos, hide_length: see ``Session.generate``. seed: of the likeliest text."""
 
     max_tokens: Count | None = None
     stop: str | list[str] = []

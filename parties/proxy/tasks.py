@@ -78,12 +78,12 @@ def text_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
     tokenizer may happen to be words of this one.
     """
     size = tokenizer.tokenizer.get_vocab_size(with_added_tokens=True)
-    found = list[list[int]]()
     if all(0 <= token < size for token in ids):
         with library_errors():
-            text = tokenizer.tokenizer.decode(list(ids), skip_special_tokens=True)
-            given = text.lower() if tokenizer.lowercase else text
-            found = [tokenizer.tokenizer.encode(given, add_special_tokens=special).ids for special in (False, True)]
-    if list(ids) not in found:
-        raise InvalidInput(OTHER_TOKENS, "give texts; in LangChain: check_embedding_ctx_length=False")
-    return text
+            first, last = tokenizer.around
+            for inner, special in ((list(ids), False), (list(ids[first : len(ids) - last]), True)):
+                text = tokenizer.tokenizer.decode(inner, skip_special_tokens=False)
+                given = text.lower() if tokenizer.lowercase else text
+                if tokenizer.tokenizer.encode(given, add_special_tokens=special).ids == list(ids):
+                    return text
+    raise InvalidInput(OTHER_TOKENS, "give texts; in LangChain: check_embedding_ctx_length=False")
