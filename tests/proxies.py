@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import secure
 from parties.limits.tokens import Token
 from parties.net.endpoints import Endpoint
-from parties.proxy.workers import Workers
+from parties.proxy.workers import SessionWorkers
 
 
 class Reply(NamedTuple):
@@ -20,13 +20,13 @@ class Reply(NamedTuple):
     headers: dict[str, str]
 
 
-class Served(NamedTuple):
+class ServedProxy(NamedTuple):
     """A proxy that runs, and what its answers are compared with."""
 
     address: str
     token: str
     model: str
-    workers: Workers
+    workers: SessionWorkers
     session: secure.Session
     compiled: secure.Compiled
 
@@ -49,7 +49,9 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def running(compiled: secure.Compiled, *, sessions: int = 1, connect: Any = None, **options: Any) -> Iterator[Served]:
+def running(
+    compiled: secure.Compiled, *, sessions: int = 1, connect: Any = None, **options: Any
+) -> Iterator[ServedProxy]:
     """A proxy in front of sessions in this process, or of those that ``connect`` opens."""
     from parties.proxy.app import Proxy
     from parties.proxy.hosted import HttpService
@@ -60,10 +62,10 @@ def running(compiled: secure.Compiled, *, sessions: int = 1, connect: Any = None
     def opened() -> secure.Session:
         return secure.insecure_in_process(compiled)
 
-    workers = Workers(connect or opened, sessions=sessions, heard=metrics.query)
+    workers = SessionWorkers(connect or opened, sessions=sessions, heard=metrics.query)
     try:
         proxy = Proxy(workers, metrics, token, **options)
         with HttpService(proxy.app(), Endpoint("127.0.0.1", 0)) as service, opened() as session:
-            yield Served(service.address, token.text, proxy.model, workers, session, compiled)
+            yield ServedProxy(service.address, token.text, proxy.model, workers, session, compiled)
     finally:
         workers.close()

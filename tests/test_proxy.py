@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,24 @@ import secure
 from parties.cli.proxy import own_token
 from parties.net.endpoints import Endpoint
 from parties.proxy import answers, bodies, workers
-from parties.proxy.bodies import ABOUT, NEUTRAL, ChatBody, CompletionsBody, EmbeddingsBody, Refused, read_body
-from parties.proxy.workers import Workers
+from parties.proxy.bodies import (
+    ABOUT,
+    NEUTRAL,
+    ChatBody,
+    CompletionsBody,
+    EmbeddingsBody,
+    RequestRefused,
+    read_body,
+    refused,
+)
+from parties.proxy.tasks import Counted
+from parties.proxy.workers import SessionWorkers
 from parties.services.hosting import child
 from secure.errors import Busy, DealerError, InvalidInput, OutOfRange, PeerLost, QuotaError
+from secure.models.settings import TaskSettings
+from secure.tasks.task import Served
 from tests.heads import LABELS, write_head
-from tests.proxies import Served, running
+from tests.proxies import ServedProxy, running
 from tests.tiny import WORDS, write_model
 from tests.writers import write_writer
 
@@ -55,13 +68,13 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> secure.Compiled:
 
 
 @pytest.fixture(scope="module")
-def embeds(embedder: secure.Compiled) -> Iterator[Served]:
+def embeds(embedder: secure.Compiled) -> Iterator[ServedProxy]:
     with running(embedder) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def writes(writer: secure.Compiled) -> Iterator[Served]:
+def writes(writer: secure.Compiled) -> Iterator[ServedProxy]:
     with running(writer) as served:
         yield served
 
@@ -84,7 +97,7 @@ def said(reply: Any, status: int, *words: str) -> dict[str, Any]:
 # embeddings
 
 
-def test_embeddings(embeds: Served) -> None:
+def test_embeddings(embeds: ServedProxy) -> None:
     own = torch.stack(embeds.session.embed(TEXTS))
     reply = embeds.ask("/v1/embeddings", {"input": TEXTS})
     assert torch.allclose(vectors(reply), own, atol=2e-3)
@@ -99,7 +112,7 @@ def test_embeddings(embeds: Served) -> None:
     assert np.allclose(found, own[:2].numpy(), atol=2e-3)
 
 
-def test_long_texts(embeds: Served) -> None:
+def test_long_texts(embeds: ServedProxy) -> None:
     error = said(embeds.ask("/v1/embeddings", {"input": [TEXTS[0], LONG, "  "]}), 400, "input 2 of 3", "22 tokens")
     assert (error["type"], error["code"]) == ("invalid_request_error", "input")
     said(embeds.ask("/v1/embeddings", {"input": ["", TEXTS[0]]}), 400, "input 1 of 2: the text is empty")
@@ -109,7 +122,7 @@ def test_long_texts(embeds: Served) -> None:
     said(embeds.ask("/v1/embeddings", {"input": TEXTS[0], "prompt_name": "query"}), 400, "no prompt is called 'query'")
 
 
-def test_requests_at_once_share_queries(embeds: Served) -> None:
+def test_requests_at_once_share_queries(embeds: ServedProxy) -> None:
     own = torch.stack(embeds.session.embed(TEXTS))
 
     def queries() -> float:
@@ -125,7 +138,7 @@ def test_requests_at_once_share_queries(embeds: Served) -> None:
     assert queries() - before < len(TEXTS)
 
 
-def test_token_arrays(embedder: secure.Compiled, embeds: Served) -> None:
+def test_token_arrays(embedder: secure.Compiled, embeds: ServedProxy) -> None:
     tokenizer = embeds.session.served.tokenizer
     assert tokenizer is not None
     ids = [tokenizer.tokenizer.encode(text).ids for text in TEXTS[:3]]
@@ -139,7 +152,7 @@ def test_token_arrays(embedder: secure.Compiled, embeds: Served) -> None:
             said(served.ask("/v1/embeddings", {"input": wrong}), 400, "not those that this model's tokenizer makes")
 
 
-def test_dimensions(embedder: secure.Compiled, embeds: Served) -> None:
+def test_dimensions(embedder: secure.Compiled, embeds: ServedProxy) -> None:
     own = torch.stack(embeds.session.embed(TEXTS[:2]))
     assert vectors(embeds.ask("/v1/embeddings", {"input": TEXTS[:2], "dimensions": 32})).shape == (2, 32)
     error = said(embeds.ask("/v1/embeddings", {"input": TEXTS[0], "dimensions": 8}), 400, "gives 32 numbers")
@@ -156,7 +169,7 @@ def test_dimensions(embedder: secure.Compiled, embeds: Served) -> None:
 # texts
 
 
-def test_chat_and_completions(writes: Served) -> None:
+def test_chat_and_completions(writes: ServedProxy) -> None:
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": PROMPT}]
     own = writes.session.generate(messages, 5, ignore_end=True).complete()
     given = {"messages": messages, "max_tokens": 5, "ignore_eos": True}
@@ -180,7 +193,7 @@ def test_chat_and_completions(writes: Served) -> None:
     assert cut.body["choices"][0]["finish_reason"] == "stop"
 
 
-def events(served: Served, path: str, body: dict[str, Any]) -> list[Any]:
+def events(served: ServedProxy, path: str, body: dict[str, Any]) -> list[Any]:
     reply = served.ask(path, {**body, "stream": True})
     assert reply.status == 200, reply.body
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -189,7 +202,7 @@ def events(served: Served, path: str, body: dict[str, Any]) -> list[Any]:
     return [json.loads(each) for each in found]
 
 
-def test_streams(writes: Served) -> None:
+def test_streams(writes: ServedProxy) -> None:
     given = {"messages": [{"role": "user", "content": PROMPT}], "max_completion_tokens": 4, "ignore_eos": True}
     whole = writes.ask("/v1/chat/completions", given).body
     *found, end, usage = events(writes, "/v1/chat/completions", {**given, "stream_options": {"include_usage": True}})
@@ -205,7 +218,7 @@ def test_streams(writes: Served) -> None:
     assert {each["object"] for each in two} == {"text_completion"}
 
 
-def test_what_a_text_cannot_have(writes: Served) -> None:
+def test_what_a_text_cannot_have(writes: ServedProxy) -> None:
     chat = {"messages": [{"role": "user", "content": PROMPT}]}
     said(writes.ask("/v1/chat/completions", {**chat, "temperature": 0.5}), 400, "a temperature of 0.5")
     said(writes.ask("/v1/chat/completions", {**chat, "max_tokens": 1000}), 400, "1000 new tokens")
@@ -219,7 +232,7 @@ def test_what_a_text_cannot_have(writes: Served) -> None:
         assert reply.body["choices"][0]["text"] == own.text
 
 
-def running_ids(served: Served) -> Any:
+def running_ids(served: ServedProxy) -> Any:
     return running(served.compiled, token_ids=True)
 
 
@@ -295,9 +308,9 @@ def test_rerank(tmp_path: Path) -> None:
         said(served.ask("/v1/classify", {"input": "a"}), 400, "for the task 'rerank'")
 
 
-@pytest.mark.parametrize("reveal", ["label", "probabilities"])
-def test_classify(tmp_path: Path, reveal: str) -> None:
-    with running(secure.compile_text_model(str(write_head(tmp_path / "m", "classify")), 8, reveal=reveal)) as served:
+def test_classify(tmp_path: Path) -> None:
+    compiled = secure.compile_text_model(str(write_head(tmp_path / "m", "classify")), 8, reveal="probabilities")
+    with running(compiled) as served:
         given = [*TEXTS[:3], [WORDS[0], WORDS[1]]]
         reply = served.ask("/v1/classify", {"input": given[:3]})
         pair = served.ask("/v1/classify", {"input": given[3:]})
@@ -307,16 +320,24 @@ def test_classify(tmp_path: Path, reveal: str) -> None:
         assert [each["label"] for each in data] == [each["label"] for each in own]
         for each, answer in zip(data, own, strict=True):
             assert each["num_classes"] == 3
-            if reveal == "label":
-                assert each["probs"] is None
-            else:
-                assert abs(each["probs"][LABELS["classify"].index(each["label"])] - answer["score"]) < 5e-3
+            assert abs(each["probs"][LABELS["classify"].index(each["label"])] - answer["score"]) < 5e-3
 
 
-def test_tasks_without_an_endpoint_are_refused(tmp_path: Path) -> None:
-    compiled = secure.compile_text_model(str(write_head(tmp_path / "m", "tag")), 8)
-    with pytest.raises(InvalidInput, match="no endpoint for the task 'tag'"), running(compiled):
-        pass
+def test_classes_without_scores() -> None:
+    settings = TaskSettings(reveal="label", labels=("a", "b"))
+    (one,) = answers.classes([Counted({"label": "b", "score": None}, 3)], "m", settings)["data"]
+    assert one == {"index": 0, "label": "b", "probs": None, "num_classes": 2}
+    several = [Counted([{"label": "a", "score": None}, {"label": "b", "score": None}], 3), Counted([], 2)]
+    found = answers.classes(several, "m", settings)
+    assert [(each["label"], each["labels"]) for each in found["data"]] == [(None, ["a", "b"]), (None, [])]
+    assert found["usage"]["total_tokens"] == 5
+
+
+def test_tasks_without_an_endpoint_are_refused() -> None:
+    for task, word in (("tag", "no endpoint for the task 'tag'"), ("", "takes no text")):
+        session: Any = SimpleNamespace(served=Served(None, 0, task=task), length=0)
+        with pytest.raises(InvalidInput, match=word):
+            app.check_servable(session)
 
 
 # parameters
@@ -334,10 +355,10 @@ def test_parameters_that_cannot_be_honoured(name: str) -> None:
     for value in (2, 0.5, True, "a secret", {"type": "json_object"}, [{"a": 1}]):
         if value in NEUTRAL[name] and type(value) in {type(each) for each in NEUTRAL[name]}:
             continue
-        with pytest.raises(Refused, match=f"{name} cannot be honoured") as refused:
+        with pytest.raises(RequestRefused, match=f"{name} cannot be honoured") as found:
             read_body(CompletionsBody, body(prompt="a", **{name: value}))
-        assert refused.value.param == name
-        assert "a secret" not in str(refused.value)
+        assert found.value.param == name
+        assert "a secret" not in str(found.value)
 
 
 def test_parameters_about_the_caller_change_nothing() -> None:
@@ -373,7 +394,7 @@ def test_parameters_about_the_caller_change_nothing() -> None:
     ],
 )
 def test_bodies_that_are_refused(kind: type[bodies.Body], given: dict[str, Any], word: str) -> None:
-    with pytest.raises(Refused, match=word):
+    with pytest.raises(RequestRefused, match=word):
         read_body(kind, body(**given))
 
 
@@ -381,11 +402,11 @@ def test_bodies_that_are_refused(kind: type[bodies.Body], given: dict[str, Any],
     "raw", [b"", b"{", b"[1]", b'"a"', b"\xff", b"[" * 100_000, b'{"model": 1' + b"0" * 5000 + b"}"]
 )
 def test_bodies_that_are_no_objects(raw: bytes) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         read_body(EmbeddingsBody, raw)
 
 
-def test_a_lone_surrogate_is_refused_in_words(embeds: Served) -> None:
+def test_a_lone_surrogate_is_refused_in_words(embeds: ServedProxy) -> None:
     raw = b'{"model": "%s", "input": "\\ud800"}' % embeds.model.encode()
     said(embeds.ask("/v1/embeddings", raw=raw), 400, "half a surrogate pair")
 
@@ -393,7 +414,7 @@ def test_a_lone_surrogate_is_refused_in_words(embeds: Served) -> None:
 # who may ask, and how much
 
 
-def test_the_token(embeds: Served) -> None:
+def test_the_token(embeds: ServedProxy) -> None:
     for token in ("", "x", embeds.token[:-1], embeds.token + "x", "unseen_" + "a" * 43):
         for path, given in (("/v1/models", None), ("/metrics", None), ("/v1/embeddings", {"input": "a"})):
             error = said(embeds.ask(path, given, token=token), 401, "asks for its token")
@@ -408,7 +429,7 @@ def test_the_token(embeds: Served) -> None:
     connection.close()
 
 
-def test_models(embeds: Served) -> None:
+def test_models(embeds: ServedProxy) -> None:
     reply = embeds.ask("/v1/models")
     assert [each["id"] for each in reply.body["data"]] == [embeds.model]
     assert embeds.ask(f"/v1/models/{embeds.model}").body == reply.body["data"][0]
@@ -418,7 +439,7 @@ def test_models(embeds: Served) -> None:
     said(embeds.ask("/v1/embeddings"), 405)
 
 
-def test_bounds(embeds: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds(embeds: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "MOST_BODY", 1000)
     said(embeds.ask("/v1/embeddings", {"input": "a" * 1000}), 413, "more than 1000 bytes")
     monkeypatch.setattr(app, "MOST_BODY", 1 << 24)
@@ -430,7 +451,7 @@ def test_bounds(embeds: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     said(embeds.ask("/v1/models"), 503, "are being answered")
 
 
-def test_a_body_that_does_not_come(embeds: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_come(embeds: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
     connection = http.client.HTTPConnection(embeds.address, timeout=30)
     connection.putrequest("POST", "/v1/embeddings")
@@ -449,7 +470,7 @@ def test_a_body_that_does_not_come(embeds: Served, monkeypatch: pytest.MonkeyPat
         (QuotaError("a"), 429),
         (PeerLost("a"), 502),
         (Busy("a", after=7), 503),
-        (Refused(InvalidInput("a", "b"), status=413, param="p"), 413),
+        (refused(InvalidInput("a", "b"), status=413, param="p"), 413),
     ],
 )
 def test_errors_have_openais_form(error: Any, status: int) -> None:
@@ -555,7 +576,7 @@ def test_the_next_query_is_prepared_while_nobody_asks(embedder: secure.Compiled)
                 prepared.set()
 
     session = Preparing(secure.insecure_in_process(embedder))
-    made = Workers(lambda: session, ahead=2)  # type: ignore[arg-type,return-value]
+    made = SessionWorkers(lambda: session, ahead=2)  # type: ignore[arg-type,return-value]
     assert prepared.wait(10)
     time.sleep(0.05)
     assert session.made == 2
@@ -567,7 +588,9 @@ def test_the_next_query_is_prepared_while_nobody_asks(embedder: secure.Compiled)
 # what it says, and where
 
 
-def test_nothing_of_a_request_is_logged(embeds: Served, writes: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_of_a_request_is_logged(
+    embeds: ServedProxy, writes: ServedProxy, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     embeds.ask("/v1/embeddings", {"input": [TEXTS[4], LONG]})
     writes.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 2, "n": 3})
@@ -588,7 +611,7 @@ def test_it_stays_on_this_machine(host: str) -> None:
     assert hosted.check_stays(Endpoint(host, 0), beyond_loopback=True) == (host,)
 
 
-def test_a_port_in_use(embeds: Served) -> None:
+def test_a_port_in_use(embeds: ServedProxy) -> None:
     with pytest.raises(secure.EndpointError, match="in use"):
         hosted.HttpService(None, Endpoint.parse(embeds.address, what="it"))
 

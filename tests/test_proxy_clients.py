@@ -13,7 +13,7 @@ import torch
 
 import secure
 from tests.heads import write_head
-from tests.proxies import Served, running
+from tests.proxies import ServedProxy, running
 from tests.tiny import WORDS, write_model
 from tests.writers import write_writer
 
@@ -32,31 +32,31 @@ def _collected() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def embeds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def embeds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProxy]:
     directory = write_model(tmp_path_factory.mktemp("models") / "tiny")
     with running(secure.compile_text_model(str(directory), 8, batch=4)) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def writes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def writes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProxy]:
     directory = write_writer(tmp_path_factory.mktemp("writer") / "tiny")
     with running(secure.compile_generator(str(directory), prompt=(16, 32), capacity=64)) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def expected(embeds: Served) -> torch.Tensor:
+def expected(embeds: ServedProxy) -> torch.Tensor:
     return torch.stack(embeds.session.embed(TEXTS))
 
 
 @pytest.fixture(scope="module")
-def written(writes: Served) -> str:
+def written(writes: ServedProxy) -> str:
     return str(writes.session.generate(PROMPT, COUNT, ignore_end=True).complete().text)
 
 
 @pytest.fixture(scope="module")
-def said(writes: Served) -> str:
+def said(writes: ServedProxy) -> str:
     messages = [{"role": "user", "content": PROMPT}]
     return str(writes.session.generate(messages, COUNT, ignore_end=True).complete().text)
 
@@ -69,18 +69,18 @@ def close(found: Any, expected: torch.Tensor) -> bool:
 
 
 @pytest.fixture
-def openai(embeds: Served) -> Any:
+def openai(embeds: ServedProxy) -> Any:
     module = pytest.importorskip("openai")
     return module.OpenAI(base_url=embeds.url, api_key=embeds.token)
 
 
 @pytest.fixture
-def writer(writes: Served) -> Any:
+def writer(writes: ServedProxy) -> Any:
     module = pytest.importorskip("openai")
     return module.OpenAI(base_url=writes.url, api_key=writes.token)
 
 
-def test_openai_embeds(openai: Any, embeds: Served, expected: torch.Tensor) -> None:
+def test_openai_embeds(openai: Any, embeds: ServedProxy, expected: torch.Tensor) -> None:
     for given in ({}, {"encoding_format": "float"}, {"user": "me"}):
         found = openai.embeddings.create(model=embeds.model, input=TEXTS, **given)
         assert close([each.embedding for each in found.data], expected)
@@ -89,7 +89,7 @@ def test_openai_embeds(openai: Any, embeds: Served, expected: torch.Tensor) -> N
     assert openai.models.retrieve(embeds.model).id == embeds.model
 
 
-def test_openai_asks_at_once(embeds: Served, expected: torch.Tensor) -> None:
+def test_openai_asks_at_once(embeds: ServedProxy, expected: torch.Tensor) -> None:
     module = pytest.importorskip("openai")
 
     async def all_of_them() -> list[Any]:
@@ -99,7 +99,7 @@ def test_openai_asks_at_once(embeds: Served, expected: torch.Tensor) -> None:
     assert close([found.data[0].embedding for found in asyncio.run(all_of_them())], expected)
 
 
-def test_openai_is_refused_in_words(openai: Any, embeds: Served) -> None:
+def test_openai_is_refused_in_words(openai: Any, embeds: ServedProxy) -> None:
     module = pytest.importorskip("openai")
     with pytest.raises(module.BadRequestError, match="input 2 of 2: the text has 10 tokens") as refused:
         openai.embeddings.create(model=embeds.model, input=["zqba", " ".join(WORDS[:8])])
@@ -110,7 +110,7 @@ def test_openai_is_refused_in_words(openai: Any, embeds: Served) -> None:
         openai.embeddings.create(model="text-embedding-3-small", input="zqba")
 
 
-def test_openai_chats(writer: Any, writes: Served, said: str) -> None:
+def test_openai_chats(writer: Any, writes: ServedProxy, said: str) -> None:
     given: dict[str, Any] = {
         "model": writes.model,
         "messages": [{"role": "user", "content": PROMPT}],
@@ -126,7 +126,7 @@ def test_openai_chats(writer: Any, writes: Served, said: str) -> None:
     assert pieces[-1].usage.total_tokens == whole.usage.total_tokens
 
 
-def test_openai_completes(writer: Any, writes: Served, written: str) -> None:
+def test_openai_completes(writer: Any, writes: ServedProxy, written: str) -> None:
     given = {"model": writes.model, "prompt": PROMPT, "max_tokens": COUNT, "extra_body": {"ignore_eos": True}}
     assert writer.completions.create(**given).choices[0].text == written
     assert "".join(each.choices[0].text for each in writer.completions.create(stream=True, **given)) == written
@@ -135,7 +135,7 @@ def test_openai_completes(writer: Any, writes: Served, written: str) -> None:
 # LangChain
 
 
-def test_langchain_embeds(embeds: Served, expected: torch.Tensor) -> None:
+def test_langchain_embeds(embeds: ServedProxy, expected: torch.Tensor) -> None:
     module = pytest.importorskip("langchain_openai")
     given = {"base_url": embeds.url, "api_key": embeds.token, "model": embeds.model}
     client = module.OpenAIEmbeddings(check_embedding_ctx_length=False, **given)
@@ -144,7 +144,7 @@ def test_langchain_embeds(embeds: Served, expected: torch.Tensor) -> None:
     assert close(asyncio.run(client.aembed_query(TEXTS[1])), expected[1])
 
 
-def test_langchain_chats(writes: Served, said: str) -> None:
+def test_langchain_chats(writes: ServedProxy, said: str) -> None:
     module = pytest.importorskip("langchain_openai")
     chat = module.ChatOpenAI(
         base_url=writes.url,
@@ -161,7 +161,7 @@ def test_langchain_chats(writes: Served, said: str) -> None:
 # LlamaIndex
 
 
-def test_llama_index_embeds(embeds: Served, expected: torch.Tensor) -> None:
+def test_llama_index_embeds(embeds: ServedProxy, expected: torch.Tensor) -> None:
     module = pytest.importorskip("llama_index.embeddings.openai_like")
     client = module.OpenAILikeEmbedding(model_name=embeds.model, api_base=embeds.url, api_key=embeds.token)
     assert close(client.get_text_embedding_batch(TEXTS), expected)
@@ -169,7 +169,7 @@ def test_llama_index_embeds(embeds: Served, expected: torch.Tensor) -> None:
     assert close(asyncio.run(client.aget_text_embedding(TEXTS[1])), expected[1])
 
 
-def test_llama_index_writes(writes: Served, said: str, written: str) -> None:
+def test_llama_index_writes(writes: ServedProxy, said: str, written: str) -> None:
     module = pytest.importorskip("llama_index.llms.openai_like")
     types = pytest.importorskip("llama_index.core.llms")
     given = {"model": writes.model, "api_base": writes.url, "api_key": writes.token, "temperature": 0}
@@ -190,8 +190,8 @@ def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pytest.importorskip("litellm")
 
 
-def test_litellm(litellm: Any, embeds: Served, writes: Served, expected: torch.Tensor, said: str) -> None:
-    given = {"model": f"openai/{embeds.model}", "api_base": embeds.url, "api_key": embeds.token}
+def test_litellm(litellm: Any, embeds: ServedProxy, writes: ServedProxy, expected: torch.Tensor, said: str) -> None:
+    given: dict[str, Any] = {"model": f"openai/{embeds.model}", "api_base": embeds.url, "api_key": embeds.token}
     found = litellm.embedding(input=TEXTS, **given)
     assert close([each["embedding"] for each in found.data], expected)
     given = {"model": f"openai/{writes.model}", "api_base": writes.url, "api_key": writes.token, "max_tokens": COUNT}

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from parties.bulk.connection import Connection
 from parties.cli import console
 from parties.cli.asking import Connecting, connection_of
 from parties.cli.console import progress, say, write
@@ -17,6 +18,8 @@ from parties.cli.options import AnnounceOption, ListenOption, VerboseOption
 from parties.limits.tokens import Token
 from parties.net.endpoints import Endpoint
 from parties.net.secret_files import read_secret
+from parties.proxy.hosted import HttpService, check_stays
+from parties.proxy.workers import SessionWorkers
 from parties.services import hosting
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput, MissingPackage, about
@@ -71,35 +74,65 @@ def proxy(
     verbose: VerboseOption = False,
 ) -> None:
     """Answer on this machine as OpenAI's endpoints do, by a served model that sees nothing of it."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise MissingPackage(f"{missing[0]} is not installed", "pip install 'unseen[proxy]'")
-    from parties.proxy.app import Proxy
-    from parties.proxy.hosted import HttpService, check_stays
-    from parties.proxy.metrics import Metrics
-    from parties.proxy.workers import Workers
-
     at = Endpoint.parse(listen, what="--listen")
     check_stays(at, beyond_loopback=unencrypted_beyond_loopback)  # a mistake in it shows before anything is sent
     hosting.log_to_stderr(verbose)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     key, fresh = own_token(api_key_file)
-    connection = connection_of(VERB, deployment, connecting)
+    answer_at(
+        at,
+        connection_of(VERB, deployment, connecting),
+        key,
+        shown=f"a new API key is in {api_key_file}" if fresh and api_key_file is not None else None,
+        printed=api_key_file is None,
+        sessions=sessions,
+        ahead=ahead,
+        token_ids=token_ids,
+        matryoshka=matryoshka,
+        beyond_loopback=unencrypted_beyond_loopback,
+        announced=announce,
+    )
+
+
+def answer_at(
+    at: Endpoint,
+    connection: Connection,
+    key: Token,
+    *,
+    shown: str | None,
+    printed: bool,
+    sessions: int,
+    ahead: int,
+    token_ids: bool,
+    matryoshka: bool,
+    beyond_loopback: bool,
+    announced: bool,
+) -> None:
+    """Connect, and answer at an address until a signal ends it.
+
+    shown: a line about the key. printed: the key is printed, once. Raises MissingPackage.
+    """
+    if missing := next((name for name in PACKAGES if find_spec(name) is None), None):
+        raise MissingPackage(f"{missing} is not installed", "pip install 'unseen[proxy]'")
+    from parties.proxy.app import Proxy
+    from parties.proxy.metrics import Metrics
+
     metrics = Metrics()
     with progress(VERB) as told:
         told(0, 0, "connecting")
-        workers = Workers(connection.open, sessions=sessions, ahead=ahead, heard=metrics.query)
+        workers = SessionWorkers(connection.open, sessions=sessions, ahead=ahead, heard=metrics.query)
     try:
         made = Proxy(workers, metrics, key, token_ids=token_ids, matryoshka=matryoshka)
-        with HttpService(made.app(), at, beyond_loopback=unencrypted_beyond_loopback) as service:
+        with HttpService(made.app(), at, beyond_loopback=beyond_loopback) as service:
 
             def tell() -> None:
                 say(f"unseen {VERB}: {made.model} for {made.endpoint}: base URL http://{service.address}/v1")
-                if fresh and api_key_file is not None:
-                    say(f"unseen {VERB}: a new API key is in {api_key_file}")
-                elif fresh:
+                if shown is not None:
+                    say(f"unseen {VERB}: {shown}")
+                if printed:
                     say(f"unseen {VERB}: the API key of this run, which is shown once:")
                     write(f"{key.text}\n")
-                if announce:
+                if announced:
                     console.announce(service.address)
 
             service.wait_announced(tell)

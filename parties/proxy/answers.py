@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from parties.proxy.bodies import Refused
+from parties.proxy.bodies import RequestRefused
 from parties.proxy.tasks import Counted
 from parties.proxy.writing import Ended
 from secure.errors import Busy, Error, InvalidInput, OutOfRange, QuotaError, about
@@ -39,9 +39,9 @@ def now() -> int:
 # errors
 
 
-def failure(error: Error | Refused) -> tuple[int, Document, dict[str, str]]:
+def failure(error: Error | RequestRefused) -> tuple[int, Document, dict[str, str]]:
     """Return the status, the body and the headers of an error."""
-    if isinstance(error, Refused):
+    if isinstance(error, RequestRefused):
         document = _error(str(error.error), INVALID, error.param, error.code or error.error.code)
         return error.status, document, NO_RETRY
     if isinstance(error, Busy):

@@ -29,15 +29,16 @@ from parties.proxy.bodies import (
     ClassifyBody,
     CompletionsBody,
     EmbeddingsBody,
-    Refused,
+    RequestRefused,
     RerankBody,
     WritingBody,
     each_input,
     read_body,
+    refused,
 )
 from parties.proxy.metrics import Metrics, Outcome
 from parties.proxy.tasks import Classification, Counted, Embedding, Reranking
-from parties.proxy.workers import Workers
+from parties.proxy.workers import SessionWorkers
 from parties.proxy.writing import Ended, WrittenText
 from secure.errors import Busy, Error, InvalidInput, TokenError
 from secure.lowering.client_inputs import GENERATE
@@ -85,7 +86,13 @@ class Proxy:
     """
 
     def __init__(
-        self, workers: Workers, metrics: Metrics, token: Token, *, token_ids: bool = False, matryoshka: bool = False
+        self,
+        workers: SessionWorkers,
+        metrics: Metrics,
+        token: Token,
+        *,
+        token_ids: bool = False,
+        matryoshka: bool = False,
     ) -> None:
         session = workers.session
         check_servable(session)
@@ -151,7 +158,7 @@ class Proxy:
                 response = await answered()
             finally:
                 self._running -= 1
-        except (Error, Refused) as error:
+        except (Error, RequestRefused) as error:
             status, document, headers = answers.failure(error)
             response = JSONResponse(document, status, headers)
         except ClientDisconnect:
@@ -163,13 +170,13 @@ class Proxy:
         return response
 
     def _admit(self, request: Request) -> None:
-        """Raise Refused unless the request shows the token. The comparison takes the same time for all."""
+        """Raise RequestRefused unless the request shows the token. The comparison takes the same time for all."""
         said = request.headers.getlist("authorization")
         scheme, _, text = said[0].partition(" ") if len(said) == 1 else ("", "", "")
         digest = hashlib.sha256(text.strip().encode()).hexdigest()
         if not (hmac.compare_digest(digest, self._digest) and scheme.lower() == "bearer"):
             wrong = TokenError("this proxy asks for its token", "give it as the API key of your client")
-            raise Refused(wrong, status=401, code="invalid_api_key")
+            raise refused(wrong, status=401, code="invalid_api_key")
 
     def _answered(
         self, request: Request, kind: type[Kind], answer: Callable[[Kind], Awaitable[Response]]
@@ -178,7 +185,7 @@ class Proxy:
             body = read_body(kind, await _read(request))
             if body.model != self.model:
                 wrong = InvalidInput(f"{kind.named}: this proxy has no such model", f"it has {self.model!r}")
-                raise Refused(wrong, status=404, param="model", code="model_not_found")
+                raise refused(wrong, status=404, param="model", code="model_not_found")
             return await _until_gone(request, answer(body))
 
         return answered
@@ -186,15 +193,16 @@ class Proxy:
     async def _ask(self, task: Task[Any, Any], inputs: list[Any], noun: str) -> list[Counted]:
         task.fits(self.served)
         task.check(inputs, self.served)
-        return answers.counted(await asyncio.wrap_future(self._workers.ask(task, inputs)), noun)
+        found: list[Any] = await asyncio.wrap_future(self._workers.ask(task, inputs))
+        return answers.counted(found, noun)
 
     def _check_tokens(self, inputs: list[Any], param: str) -> None:
         if not self._token_ids and not all(isinstance(each, str) for each in inputs):
-            refused = InvalidInput(
+            arrays = InvalidInput(
                 f"{param}: this proxy takes no arrays of tokens, as clients often send those of another tokenizer",
                 "give texts (in LangChain: check_embedding_ctx_length=False), or start it with --token-ids",
             )
-            raise Refused(refused, param=param)
+            raise refused(arrays, param=param)
 
     # tasks
 
@@ -203,7 +211,7 @@ class Proxy:
         self._check_tokens(inputs := body.inputs, "input")
         if body.dimensions is not None and (body.dimensions > self.width or not self._may_shorten(body.dimensions)):
             hint = f"leave it out, or give {self.width}; --matryoshka is for models that were trained to be cut"
-            raise Refused(InvalidInput(f"dimensions: this model gives {self.width} numbers", hint), param="dimensions")
+            raise refused(InvalidInput(f"dimensions: this model gives {self.width} numbers", hint), param="dimensions")
         found = await self._ask(Embedding(body.long, body.prompt_name), inputs, "input")
         document = answers.embeddings(
             found,
@@ -309,7 +317,7 @@ class Proxy:
     def _one_model(self, request: Request) -> Response:
         if request.path_params["name"] != self.model:
             missing = InvalidInput("this proxy has no such model", f"it has {self.model!r}")
-            raise Refused(missing, status=404, param="model", code="model_not_found")
+            raise refused(missing, status=404, param="model", code="model_not_found")
         return JSONResponse(answers.model(self.model, self._created))
 
     def _numbers(self, request: Request) -> Response:
@@ -328,7 +336,7 @@ NO_CACHE = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 async def _read(request: Request) -> bytes:
-    """Read a body of a bounded size in a bounded time. Raises Refused."""
+    """Read a body of a bounded size in a bounded time. Raises RequestRefused."""
     read = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -336,9 +344,9 @@ async def _read(request: Request) -> bytes:
                 read += chunk
                 if len(read) > MOST_BODY:
                     large = InvalidInput(f"the body has more than {MOST_BODY} bytes", "ask in smaller parts")
-                    raise Refused(large, status=413)
+                    raise refused(large, status=413)
     except TimeoutError:
-        raise Refused(InvalidInput(f"the body did not come within {BODY_SECONDS:g} s"), status=408) from None
+        raise refused(InvalidInput(f"the body did not come within {BODY_SECONDS:g} s"), status=408) from None
     return bytes(read)
 
 

@@ -45,12 +45,17 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Parameters that cannot be honoured, with the values that ask for what happens anyway."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not answered. error: why, in words; param: the parameter that it is about, if it is one."""
 
-    def __init__(self, error: Error, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(self, error: Error, *, status: int, param: str | None, code: str | None) -> None:
         super().__init__(str(error))
         self.error, self.status, self.param, self.code = error, status, param, code
+
+
+def refused(error: Error, *, status: int = 400, param: str | None = None, code: str | None = None) -> RequestRefused:
+    """Return the exception for a request that is not answered."""
+    return RequestRefused(error, status=status, param=param, code=code)
 
 
 class Body(BaseModel):
@@ -109,12 +114,12 @@ class WritingBody(Body):
     hide_length: bool = False
 
     def check(self) -> None:
-        """Raise Refused for parameters that contradict one another."""
+        """Raise RequestRefused for parameters that contradict one another."""
         if self.seed is not None and self.temperature > 0:
             no_seed = InvalidInput("no seed repeats a text at a temperature", "leave seed out, or temperature")
-            raise Refused(no_seed, param="seed")
+            raise refused(no_seed, param="seed")
         if "stream_options" in self.model_fields_set and not self.stream:
-            raise Refused(InvalidInput("stream_options mean nothing without stream"), param="stream_options")
+            raise refused(InvalidInput("stream_options mean nothing without stream"), param="stream_options")
 
 
 class CompletionsBody(WritingBody):
@@ -125,7 +130,7 @@ class CompletionsBody(WritingBody):
     prompt: str | Texts | Tokens | TokenLists
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a message's content: text alone."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
@@ -140,7 +145,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
     role: str
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -161,7 +166,7 @@ class ChatBody(WritingBody):
         super().check()
         if None not in (self.max_tokens, self.max_completion_tokens):
             both = InvalidInput("max_tokens and max_completion_tokens mean the same", "give one of them")
-            raise Refused(both, param="max_tokens")
+            raise refused(both, param="max_tokens")
 
 
 class Document(BaseModel):
@@ -209,21 +214,21 @@ def each_input(given: str | list[str] | list[int] | list[list[int]]) -> list[str
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
-        return [tuple(given)]  # type: ignore[arg-type]
-    return [each if isinstance(each, str) else tuple(each) for each in given]  # type: ignore[arg-type]
+        return [tuple(given)]
+    return [each if isinstance(each, str) else tuple(each) for each in given]
 
 
 Kind = TypeVar("Kind", bound=Body)
 
 
 def read_body(kind: type[Kind], raw: bytes) -> Kind:
-    """Read a request's body. Parameters that are null count as not given. Raises Refused."""
+    """Read a request's body. Parameters that are null count as not given. Raises RequestRefused."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
-        raise Refused(InvalidInput("the body is no JSON", "an object of parameters")) from None
+        raise refused(InvalidInput("the body is no JSON", "an object of parameters")) from None
     if not isinstance(document, dict):
-        raise Refused(InvalidInput("the body is no JSON object", "an object of parameters"))
+        raise refused(InvalidInput("the body is no JSON object", "an object of parameters"))
     given = {name: value for name, value in document.items() if value is not None}
     for name in [name for name in given if name not in kind.model_fields]:
         if name in ABOUT:
@@ -231,19 +236,19 @@ def read_body(kind: type[Kind], raw: bytes) -> Kind:
         elif name not in NEUTRAL:
             known = ", ".join(sorted(kind.model_fields))
             unknown = InvalidInput(f"{kind.named}: no parameter {printable(name)[:40]!r} is known", f"one of {known}")
-            raise Refused(unknown, param=printable(name)[:40])
+            raise refused(unknown, param=printable(name)[:40])
         elif any(type(given[name]) is type(value) and given[name] == value for value in _alike(NEUTRAL[name])):
             del given[name]
         else:
             neutral = " or ".join(json.dumps(value) for value in NEUTRAL[name])
             cannot = InvalidInput(f"{kind.named}: {name} cannot be honoured", f"leave it out, or give {neutral}")
-            raise Refused(cannot, param=name)
+            raise refused(cannot, param=name)
     try:
         found = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = printable(str(first["loc"][0] if first["loc"] else ""))[:40]
-        raise Refused(
+        raise refused(
             InvalidInput(f"{kind.named}: {where}: {first['msg']}", "see docs/endpoint.md"), param=where
         ) from None
     if isinstance(found, WritingBody):

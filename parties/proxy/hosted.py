@@ -9,8 +9,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import uvicorn
-
 from parties.net.endpoints import Endpoint, is_loopback
 from parties.services.hosting import IN_USE, STOPPING
 from parties.services.signals import Signals
@@ -36,6 +34,8 @@ class HttpService:
     """A running HTTP service of an application, as a context manager. address: host:port, with its real port."""
 
     def __init__(self, app: Any, at: Endpoint, *, beyond_loopback: bool = False) -> None:
+        import uvicorn  # which few users of this package have
+
         self._sockets = _bound(at, check_stays(at, beyond_loopback=beyond_loopback))
         self.address = str(Endpoint(at.host, self._sockets[0].getsockname()[1]))
         config = uvicorn.Config(

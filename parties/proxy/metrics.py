@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -26,7 +27,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        own: dict[str, Any] = {"registry": self.registry}
         self._requests = Counter("unseen_proxy_requests", "Requests.", ["endpoint", "status"], **own)
         self._seconds = Histogram(
             "unseen_proxy_request_seconds", "Seconds of requests.", ["endpoint"], buckets=SECONDS, **own

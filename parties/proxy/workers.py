@@ -68,7 +68,7 @@ Opening = Callable[[], Session]
 Heard = Callable[[Report], None]
 
 
-class Workers:
+class SessionWorkers:
     """The workers. open: connects. sessions: their number. ahead: queries that each prepares while nothing waits.
 
     heard: called with the report of each query. The first sessions are opened here, so this raises what ``open`` does.
@@ -77,10 +77,10 @@ class Workers:
     def __init__(self, open: Opening, *, sessions: int = 1, ahead: int = 1, heard: Heard = lambda _: None) -> None:
         self._open, self._ahead, self._heard = open, ahead, heard
         self._jobs, self._changed, self._closed = deque[Asked | Text](), threading.Condition(), False
-        self._held = list[_Worker]()
+        self._held = list[_SessionWorker]()
         try:
             for number in range(sessions):
-                self._held.append(_Worker(self, open(), number))
+                self._held.append(_SessionWorker(self, open(), number))
         except BaseException:
             self.close()
             raise
@@ -149,14 +149,12 @@ class Workers:
             idle = not self._jobs
             if idle and not self._closed:
                 self._changed.wait(rest())
+            if idle and batch > 1:
+                self._changed.wait_for(lambda: self._closed or not 0 < self._inputs() < batch, GATHER)
             if self._closed:
                 return None
-            if not self._jobs:
+            if not self._jobs:  # nothing came, or another worker took it
                 return []
-            if idle and batch > 1 and isinstance(self._jobs[0], Asked):
-                self._changed.wait_for(lambda: self._closed or self._inputs() >= batch, GATHER)
-                if self._closed or not self._jobs:  # which another worker took
-                    return None if self._closed else []
             first = self._jobs.popleft()
             taken, inputs = [first], first.size
             if isinstance(first, Asked):
@@ -171,10 +169,10 @@ class Workers:
         return sum(job.size for job in self._jobs)
 
 
-class _Worker:
+class _SessionWorker:
     """One session, and the thread that asks it."""
 
-    def __init__(self, workers: Workers, session: Session, number: int) -> None:
+    def __init__(self, workers: SessionWorkers, session: Session, number: int) -> None:
         self._all, self.session = workers, session
         self._digest = session.program.digest
         self._seen: Report | None = None

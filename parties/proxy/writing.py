@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ class WrittenText:
         if not future.cancelled() and (error := future.exception()) is not None:
             self._put(error)
 
-    async def pieces(self) -> AsyncIterator[str | Ended]:
+    async def pieces(self) -> AsyncGenerator[str | Ended, None]:
         """Yield pieces of text, and the end. Raises what the session raises. Whoever leaves ends the text."""
         try:
             while True:
