@@ -36,7 +36,7 @@ from parties.proxy.bodies import (
     read_body,
     refused,
 )
-from parties.proxy.metrics import Metrics, Outcome
+from parties.proxy.metrics import HttpOutcome, Metrics
 from parties.proxy.tasks import Classification, Counted, Embedding, Reranking
 from parties.proxy.workers import SessionWorkers
 from parties.proxy.writing import Ended, WrittenText
@@ -146,7 +146,7 @@ class Proxy:
             return await self._guarded(request, outcome, answered)
 
     async def _guarded(
-        self, request: Request, outcome: Outcome, answered: Callable[[], Awaitable[Response]]
+        self, request: Request, outcome: HttpOutcome, answered: Callable[[], Awaitable[Response]]
     ) -> Response:
         """Answer a request that shows the token; errors in OpenAI's form."""
         try:

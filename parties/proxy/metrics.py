@@ -16,7 +16,7 @@ SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 
 
 @dataclass
-class Outcome:
+class HttpOutcome:
     """The HTTP status of a request; 499 until it has one, for callers who leave."""
 
     status: int = 499
@@ -43,9 +43,9 @@ class Metrics:
         self.sessions = Gauge("unseen_proxy_sessions", "Sessions that can be asked.", **own)
 
     @contextmanager
-    def request(self, endpoint: str) -> Iterator[Outcome]:
+    def request(self, endpoint: str) -> Iterator[HttpOutcome]:
         """Count a request; its status is that of the outcome at the end."""
-        began, outcome = time.monotonic(), Outcome()
+        began, outcome = time.monotonic(), HttpOutcome()
         self._running.inc()
         try:
             yield outcome

@@ -34,7 +34,7 @@ log = logging.getLogger("unseen.proxy")
 
 
 @dataclass(eq=False, repr=False)
-class Asked:
+class Inquiry:
     """A request for the answers to some inputs. answers: those that have come."""
 
     task: Task[Any, Any]
@@ -76,7 +76,7 @@ class SessionWorkers:
 
     def __init__(self, open: Opening, *, sessions: int = 1, ahead: int = 1, heard: Heard = lambda _: None) -> None:
         self._open, self._ahead, self._heard = open, ahead, heard
-        self._jobs, self._changed, self._closed = deque[Asked | Text](), threading.Condition(), False
+        self._jobs, self._changed, self._closed = deque[Inquiry | Text](), threading.Condition(), False
         self._held = list[_SessionWorker]()
         try:
             for number in range(sessions):
@@ -93,7 +93,7 @@ class SessionWorkers:
 
         The future raises what ends a query for all of its inputs.
         """
-        asked = Asked(task, inputs)
+        asked = Inquiry(task, inputs)
         self._put(asked)
         return asked.future
 
@@ -131,7 +131,7 @@ class SessionWorkers:
         for each in self._held:
             each.end()
 
-    def _put(self, job: Asked | Text) -> None:
+    def _put(self, job: Inquiry | Text) -> None:
         with self._changed:
             if self._closed:
                 raise PeerLost("the proxy is being stopped", "ask again later")
@@ -140,7 +140,7 @@ class SessionWorkers:
             self._jobs.append(job)
             self._changed.notify_all()
 
-    def _next(self, batch: int, rest: Callable[[], float | None]) -> list[Asked | Text] | None:
+    def _next(self, batch: int, rest: Callable[[], float | None]) -> list[Inquiry | Text] | None:
         """Return what a worker does next; [] where it may prepare a query, and None at the end.
 
         rest: seconds after which it wants to prepare one; None: it does not.
@@ -157,8 +157,8 @@ class SessionWorkers:
                 return []
             first = self._jobs.popleft()
             taken, inputs = [first], first.size
-            if isinstance(first, Asked):
-                for job in [job for job in self._jobs if isinstance(job, Asked) and job.task == first.task]:
+            if isinstance(first, Inquiry):
+                for job in [job for job in self._jobs if isinstance(job, Inquiry) and job.task == first.task]:
                     if inputs + job.size <= WINDOW:
                         self._jobs.remove(job)
                         taken.append(job)
@@ -202,12 +202,12 @@ class _SessionWorker:
                     for job in jobs:
                         _fail(job, error)
 
-    def _work(self, jobs: Sequence[Asked | Text]) -> None:
+    def _work(self, jobs: Sequence[Inquiry | Text]) -> None:
         self._open()
-        if not isinstance(first := jobs[0], Asked):
+        if not isinstance(first := jobs[0], Inquiry):
             self._write(first)
             return
-        asked = [job for job in jobs if isinstance(job, Asked)]
+        asked = [job for job in jobs if isinstance(job, Inquiry)]
         inputs = [each for job in asked for each in job.inputs]
         owners = [job for job in asked for _ in job.inputs]
         for job, answer in zip(owners, self.session.stream(first.task, inputs), strict=True):
@@ -280,7 +280,7 @@ class _SessionWorker:
             self._all._heard(report)
 
 
-def _fail(job: Asked | Text, error: BaseException) -> None:
+def _fail(job: Inquiry | Text, error: BaseException) -> None:
     """Set the error of a request that has no answer yet."""
     with suppress(Exception):  # it has one, or the caller has left
         if not job.future.done():
