@@ -45,11 +45,9 @@ class ChatUnseen(BaseChatModel):
     hide_length: bool = False
 
     @classmethod
-    def connect(
-        cls, deployment: Any, *, max_tokens: int | None = None, temperature: float = 0.0, **options: Any
-    ) -> Any:
+    def connect(cls, deployment: Any, *, max_tokens: int | None = None, **options: Any) -> ChatUnseen:
         """Connect, and return a chat model."""
-        return cls(session=Opened(deployment, **options).session, max_tokens=max_tokens, temperature=temperature)
+        return cls(session=Opened(deployment, **options).session, max_tokens=max_tokens)
 
     @property
     def _llm_type(self) -> str:

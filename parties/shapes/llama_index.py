@@ -58,11 +58,9 @@ class UnseenLLM(CustomLLM):  # type: ignore[misc]
     temperature: float = 0.0
 
     @classmethod
-    def connect(
-        cls, deployment: Any, *, max_tokens: int | None = None, temperature: float = 0.0, **options: Any
-    ) -> Any:
+    def connect(cls, deployment: Any, *, max_tokens: int | None = None, **options: Any) -> UnseenLLM:
         """Connect, and return a language model."""
-        return cls(session=Opened(deployment, **options).session, max_tokens=max_tokens, temperature=temperature)
+        return cls(session=Opened(deployment, **options).session, max_tokens=max_tokens)
 
     @property
     def metadata(self) -> LLMMetadata:
