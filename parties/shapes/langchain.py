@@ -71,7 +71,7 @@ class ChatUnseen(BaseChatModel):
     ) -> ChatResult:
         text = self._text(messages, stop, given).complete()
         about = {"finish_reason": text.finish_reason}
-        return ChatResult(generations=[ChatGeneration(AIMessage(text.text, response_metadata=about))])
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(text.text, response_metadata=about))])
 
     def _stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **given: Any
