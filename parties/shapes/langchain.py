@@ -59,7 +59,7 @@ class ChatUnseen(BaseChatModel):
         session: Session = self.session
         Generate().fits(session.served)
         return session.generate(
-            convert_to_openai_messages(messages),  # type: ignore[arg-type]
+            convert_to_openai_messages(messages),
             self.max_tokens or session.room,
             stop=stop or (),
             temperature=self.temperature,
