@@ -585,6 +585,32 @@ def test_the_next_query_is_prepared_while_nobody_asks(embedder: secure.Compiled)
         made.ask(None, [1])  # type: ignore[arg-type]
 
 
+def test_services_prepare_the_next_query(embedder: secure.Compiled, writer: secure.Compiled, tmp_path: Path) -> None:
+    def ready(served: ServedProxy, count: int) -> bool:
+        until = time.monotonic() + 20
+        while served.workers.ready < count and time.monotonic() < until:
+            time.sleep(0.05)
+        return served.workers.ready == count
+
+    asked = ("/v1/embeddings", {"input": TEXTS[0]}), ("/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
+    for compiled, (path, given) in zip((embedder, writer), asked, strict=True):
+        state = tmp_path / path.rpartition("/")[2]
+        with (
+            secure.serve(role="dealer", deployment=secure.TwoParty()) as dealer,
+            secure.serve(compiled, role="server", peers={"dealer": dealer.address}, state=state) as server,
+        ):
+            deployment = secure.TwoParty(server=server.address, dealer=dealer.address)
+
+            def connect(deployment: secure.TwoParty = deployment) -> secure.Session:
+                return secure.connect(deployment, cache=False)
+
+            with running(compiled, connect=connect) as served:
+                for _ in range(2):
+                    assert ready(served, 1)
+                    reply = served.ask(path, {**given, "ignore_eos": True} if "prompt" in given else given)
+                    assert reply.status == 200, reply.body
+
+
 # what it says, and where
 
 

@@ -137,7 +137,12 @@ def test_in_a_running_event_loop(model: Any, embedder: secure.Session) -> None:
 
 def test_they_connect_as_secure_connect_does(embedder: secure.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     given, closed = list[Any](), list[int]()
-    monkeypatch.setattr("parties.deployments.connect", lambda *a, **o: given.append((a, o)) or embedder)
+
+    def connect(*arguments: Any, **options: Any) -> secure.Session:
+        given.append((arguments, options))
+        return embedder
+
+    monkeypatch.setattr("parties.deployments.connect", connect)
     monkeypatch.setattr(type(embedder), "close", lambda self: closed.append(1))
     deployment = secure.TwoParty(server="a:1", dealer="b:1")
     with secure.SentenceTransformer(deployment, network=secure.Plaintext(), pace=0):
