@@ -592,7 +592,10 @@ def test_services_prepare_the_next_query(embedder: secure.Compiled, writer: secu
             time.sleep(0.05)
         return served.workers.ready == count
 
-    asked = ("/v1/embeddings", {"input": TEXTS[0]}), ("/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/embeddings", {"input": TEXTS[0]}),
+        ("/v1/completions", {"prompt": PROMPT, "max_tokens": 3, "ignore_eos": True}),
+    ]
     for compiled, (path, given) in zip((embedder, writer), asked, strict=True):
         state = tmp_path / path.rpartition("/")[2]
         with (
@@ -607,7 +610,7 @@ def test_services_prepare_the_next_query(embedder: secure.Compiled, writer: secu
             with running(compiled, connect=connect) as served:
                 for _ in range(2):
                     assert ready(served, 1)
-                    reply = served.ask(path, {**given, "ignore_eos": True} if "prompt" in given else given)
+                    reply = served.ask(path, given)
                     assert reply.status == 200, reply.body
 
 
