@@ -16,6 +16,8 @@ deployments  all deployments by name: serve and connect
 bulk/        texts of a file, and their embeddings in another
 reports/     the output of commands
 cluster/     work on the machines of a Ray cluster
+shapes/      sessions in the shapes of libraries that people know
+proxy/       an endpoint in OpenAI's form on the client's machine
 cli/         the command ``unseen``
 """
 

@@ -87,6 +87,8 @@ if TYPE_CHECKING:
 
     from parties.net.network import Network, Plaintext
     from parties.services.hosting import Service
+    from parties.shapes.pipelines import Pipeline
+    from parties.shapes.sentence_transformer import SentenceTransformer
     from parties.tls.tls import Tls
 
 __all__ = [
@@ -121,6 +123,7 @@ __all__ = [
     "OutOfRange",
     "PartiesDisagree",
     "PeerLost",
+    "Pipeline",
     "Plaintext",
     "PriceList",
     "ProfileReport",
@@ -131,6 +134,7 @@ __all__ = [
     "RangeLost",
     "Recipe",
     "Report",
+    "SentenceTransformer",
     "Service",
     "Session",
     "ShareError",
@@ -151,6 +155,7 @@ __all__ = [
     "connect",
     "insecure_in_process",
     "load_compiled",
+    "pipeline",
     "plain_reference",
     "plan",
     "polynomialize",
@@ -170,6 +175,16 @@ def connect(deployment: Deployment, **options: Any) -> Session:
     from parties.deployments import connect
 
     return connect(deployment, **options)
+
+
+def pipeline(task: str, deployment: Deployment | Session, **options: Any) -> Pipeline:
+    """Connect to the servers of a model, which is then called like ``transformers.pipeline(task)``.
+
+    See ``parties.shapes.pipelines.pipeline``; the options are those of ``connect``.
+    """
+    from parties.shapes.pipelines import pipeline
+
+    return pipeline(task, deployment, **options)
 
 
 def serve(held: Any = None, **options: Any) -> Service:
@@ -254,6 +269,14 @@ def __getattr__(name: str) -> Any:
         from parties.tls.tls import Tls
 
         return Tls
+    if name == "SentenceTransformer":
+        from parties.shapes.sentence_transformer import SentenceTransformer
+
+        return SentenceTransformer
+    if name == "Pipeline":
+        from parties.shapes.pipelines import Pipeline
+
+        return Pipeline
     if name == "Service":
         from parties.services.hosting import Service
 

@@ -37,7 +37,8 @@ WINGS = {
     ),
     "parties": (
         *(("net",), ("tls", "limits"), ("services",), ("served",), ("traces",), ("store",)),
-        *(("two_party", "three_party", "ckks"), ("deployments",), ("bulk", "reports"), ("cluster",), ("cli",)),
+        *(("two_party", "three_party", "ckks"), ("deployments",), ("bulk", "reports")),
+        *(("cluster", "proxy", "shapes"), ("cli",)),
     ),
 }
 LONG = 400  # lines at which an author is asked whether a module is still one idea

@@ -34,6 +34,7 @@ from parties.cli import (
     party,
     plan,
     profile,
+    proxy,
     serve,
     timeline,
     train,
@@ -146,6 +147,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         put(module, "model_directory", Path)
     put(party, "write_shares", lambda *_: [])
     put(generate, "prices", ["a price"])
+    put(proxy, "answer_at")
     put(asking, "Measurements", SimpleNamespace(add=found.note("add"), show=found.note("show"), check=lambda: None))
     put(answers, "report")
     for name in ("as_json", "report_answers", "answers_as_json"):
@@ -237,6 +239,7 @@ POSITIONS = {
 
 VALUES: dict[str, str] = {
     "tokens": "{tmp}/others",
+    "api_key_file": "{tmp}/key",
     "listen": "127.0.0.1:7",
     "dealer": "127.0.0.1:7",
     "server": "127.0.0.1:7",

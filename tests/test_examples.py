@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import secure
 import tests.test_conformance as conformance
-from examples import bulk, embed
+from examples import bulk, embed, shapes
 from parties.cli.main import app
 from parties.reports.who_learns import written
 from protocols.protocol import Protocol
@@ -38,7 +38,7 @@ EXAMPLES = {  # and a piece of what each prints
     "own_module": "the private answer differs by",
     "three_parties": "weights public",
 }
-SERVED = {"embed", "bulk"}  # need a server
+SERVED = {"embed", "bulk", "shapes"}  # need a server
 README_LINES, EXAMPLE_LINES, FIRST_SCREEN = 150, 40, 25
 
 needs_minilm = pytest.mark.skipif(
@@ -82,7 +82,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_examples_are_short_and_all_of_them_run() -> None:
     found = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
     assert set(found) == {*EXAMPLES, *SERVED}
-    assert len(found) == 9, "README says how many"
+    assert len(found) == 10, "README says how many"
     for path in found.values():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= EXAMPLE_LINES, path
 
@@ -100,6 +100,8 @@ def test_examples_with_a_server(
     ):
         embed.main(server.address, dealer.address)
         assert "rounds" in capsys.readouterr().out
+        shapes.main(server.address, dealer.address)
+        assert "The treaty ended the war." in capsys.readouterr().out
         bulk.main(["a\n", "\n", "a " * 40], server.address, dealer.address)
     out, err = capsys.readouterr()
     assert out.count("\n") == 2

@@ -21,6 +21,7 @@ party        ``unseen share-model`` and ``unseen party``
 asking       what commands that ask a served model have in common
 embed        ``unseen embed``
 generate     ``unseen generate``
+proxy        ``unseen proxy``
 tasks        ``unseen classify``, ``tag``, ``answer`` and ``rerank``
 certs        ``unseen certs``
 demo         ``unseen demo``

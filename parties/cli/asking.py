@@ -53,7 +53,6 @@ TextsArgument = Annotated[
 class Connecting:
     """The options of a command that connects to a served model, by their names on the command line."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
     program_digest: Annotated[
         str | None,
         typer.Option(help="Refuse a server with another Program; a digest of all its Programs together pins them all."),
@@ -78,7 +77,14 @@ class Connecting:
 
 
 @dataclass(frozen=True)
-class Asking(Connecting):
+class Printing(Connecting):
+    """The options of a command that prints answers."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
+
+
+@dataclass(frozen=True)
+class Asking(Printing):
     """The options of a command that asks a served model about texts."""
 
     input: Annotated[

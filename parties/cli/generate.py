@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parties.cli.asking import Connecting, connection_of
+from parties.cli.asking import Printing, connection_of
 from parties.cli.console import ERR, OUT, progress, say, write
 from parties.reports.who_learns import who_learns
 from secure.cost import passes
@@ -33,7 +33,7 @@ TOKENS = 64
 
 def generate(
     deployment: Deployment,
-    connecting: Connecting,
+    connecting: Printing,
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; none: standard input, which other users cannot see.")
     ] = None,

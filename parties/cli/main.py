@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 import secure
 from parties.cli.accuracy import accuracy
-from parties.cli.asking import Asking, Connecting
+from parties.cli.asking import Asking, Connecting, Printing
 from parties.cli.certs import certs
 from parties.cli.check import check
 from parties.cli.compare import compare
@@ -25,6 +25,7 @@ from parties.cli.options import for_deployments, spread
 from parties.cli.party import party, share_model
 from parties.cli.plan import plan
 from parties.cli.profile import profile
+from parties.cli.proxy import proxy
 from parties.cli.serve import dealer, serve
 from parties.cli.tasks import answer, classify, rerank, tag
 from parties.cli.timeline import timeline
@@ -75,7 +76,8 @@ def app() -> typer.Typer:
         "demo": for_deployments(demo, COMPILE),
         "check": check,
         **{command.__name__: for_deployments(spread(command, Asking), CONNECT) for command in ASKING},
-        "generate": for_deployments(spread(generate, Connecting), CONNECT),
+        "generate": for_deployments(spread(generate, Printing), CONNECT),
+        "proxy": for_deployments(spread(proxy, Connecting), CONNECT),
         "serve": for_deployments(serve, COMPILE, SERVE),
         "compile": for_deployments(compile_model, COMPILE),
         "dealer": dealer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from parties.cli.party import addresses_of
 from parties.cli.token import given_token
 from parties.limits.memory import GB, available_memory
 from parties.limits.tokens import Token, Tokens, WithToken
+from parties.net.endpoints import Endpoint, is_loopback
 from parties.net.network import Network
 from parties.net.peer import Peer
+from parties.proxy.hosted import check_stays
 from parties.served.compiled_files import is_compiled, load_compiled
 from parties.served.described import ConnectOptions, ask_description
 from parties.served.files import cache_directory, state_directory
@@ -115,6 +117,18 @@ def _offered(given: Mapping[str, Any], deployment: Deployment, network: Callable
         return f"offered for {', '.join(map(str, sorted(sizes)))} tokens" if sizes else "offered"
 
     return () if given["model"] is None else ((f"the model {given['model']}", asked),)
+
+
+def _for_proxy(given: Mapping[str, Any]) -> Needs:
+    found, at = _for_client("proxy", given), given["listen"]
+
+    def stays() -> str:
+        addresses = check_stays(
+            Endpoint.parse(at, what="--listen"), beyond_loopback=given["unencrypted_beyond_loopback"]
+        )
+        return "stays on this machine" if is_loopback(addresses) else "reached by other machines, unencrypted"
+
+    return replace(found, more=(*found.more, (f"the address {at}", stays)))
 
 
 def _for_serve(given: Mapping[str, Any]) -> Needs:
@@ -219,6 +233,7 @@ def _tokens(given: Mapping[str, Any]) -> More:
 
 PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {
     **{verb: partial(_for_client, verb) for verb in ("embed", "classify", "tag", "answer", "rerank", "generate")},
+    "proxy": _for_proxy,
     "serve": _for_serve,
     "dealer": _for_dealer,
     "party": _for_party,

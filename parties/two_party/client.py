@@ -245,8 +245,17 @@ class TwoPartyLink(Link):
 
     @property
     def ready(self) -> int:
-        """The number of queries that are prepared and not yet used."""
-        return len(self._ready) + (self._coming is not None and self._coming.asked)
+        """The number of queries of this link's Program that are prepared and not yet used."""
+        return self._ready_of(self.program)
+
+    def _ready_of(self, program: Program) -> int:
+        return sum(wanted.program.digest == program.digest for wanted in self._prepared)
+
+    @property
+    def _prepared(self) -> list[_Wanted]:
+        """The queries that are prepared and not yet used, those of links beside among them."""
+        coming = [self._coming.wanted] if self._coming is not None and self._coming.asked else []
+        return [*(ready.wanted for ready in self._ready), *coming]
 
     def prepare(self) -> None:
         """Prepare one query: the server takes corrections from its store or gets them from the dealer, and the client
@@ -259,7 +268,7 @@ class TwoPartyLink(Link):
 
     def _prepare(self, program: Program) -> None:
         """Prepare a query of this link's Program, or the first of a text with one of a link beside."""
-        if self.ready >= MAXIMUM_PREPARED:
+        if len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         wanted = _Wanted(program, 0 if program.keeps else None)
         with self._in_session():
@@ -513,6 +522,10 @@ class _Beside(Link):
         self._main, self.deployment, self.model = main, main.deployment, main.model
         self.program, self.once, self.offers = found.program, found.once, found.offers
         self.tables, self.tokenizer = found.tables, found.tokenizer
+
+    @property
+    def ready(self) -> int:
+        return self._main._ready_of(self.program)
 
     def prepare(self) -> None:
         self._main._prepare(self.program)

@@ -335,8 +335,9 @@ class Generation(Iterator[Any]):
     The pieces are texts that can be printed one behind the other if the prompt is a text or messages, and token ids if
     it is a list of them. ids: the tokens so far, the one that ended the text among them. text: the text so far, without
     that token, and up to a string that stopped it; "" where the model has no tokenizer that makes texts.
-    finish_reason: None while more may come, then "stop" or "length". drafted, agreed: the tokens of a draft that passes
-    checked so far, and those of them that the model chose too.
+    finish_reason: None while more may come, then "stop" or "length". prompt_tokens: the tokens of the prompt, 0 until
+    the text has begun. drafted, agreed: the tokens of a draft that passes checked so far, and those of them that the
+    model chose too.
 
     What came before a failure stays in ``ids`` and ``text``. The text cannot go on after it, as what the parties keep
     of it is lost with them; a new one can begin with all of it as its prompt.
@@ -345,6 +346,7 @@ class Generation(Iterator[Any]):
     def __init__(self, steps: Callable[[Generation], Iterator[None]], *, in_text: bool) -> None:
         self.ids: list[int] = []
         self.text = ""
+        self.prompt_tokens = 0
         self.finish_reason: str | None = None
         self.drafted = self.agreed = 0
         self._in_text, self._steps, self._pieces = in_text, steps(self), deque[Any]()

@@ -215,12 +215,21 @@ class Session:
 
         length: the query is for an input of so many tokens; None stands for the greatest length.
         """
+        size = self._size_for(length)
+        with self._open():
+            link = self._once_free(partial(self._links.of, size))
+            self._once_free(link.prepare, link)
+
+    def ready_for(self, length: int | None = None) -> int:
+        """Return how many queries that ``prepare`` made for this length are not yet used."""
+        size = self._size_for(length)
+        return 0 if self._links.missing(size) else self._links.of(size).ready
+
+    def _size_for(self, length: int | None) -> Offer:
         holding = [offer for offer in self.sizes if length is None or offer.length >= length]
         if not holding or (length is not None and length < 1):
             raise InvalidInput(f"no query has {length} tokens", f"1 to {self.length}")
-        with self._open():
-            link = self._once_free(partial(self._links.of, self._links.size if length is None else holding[0]))
-            self._once_free(link.prepare, link)
+        return self._links.size if length is None else holding[0]
 
     def query(self, inputs: Mapping[str, Tensor]) -> Any:
         """Run the model on its own keyword arguments; return a float64 tensor, or a dict by name if it has several.
@@ -591,6 +600,7 @@ class Session:
         began = time.monotonic()
         with self._open():
             prepared = Prepared(asked, self.length)
+            text.prompt_tokens = 0 if isinstance(prepared.ids, Error) else len(prepared.ids)
             sizes = sizes_for(self._links.offers, self.program.labels, prepared.ids, count)
             bucket, last = sizes.prompt.length, sizes.prompt.length + count - 1
             if draft is None or draft.rows is not None:
