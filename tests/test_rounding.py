@@ -107,6 +107,18 @@ def test_ciphertexts_take_none() -> None:
         secure.Ckks().check(CompileOptions(answer_bits=8))
 
 
+def test_whole_numbers_are_not_rounded() -> None:
+    class Largest(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(-1)
+
+    example, largest = {"x": torch.arange(6.0)[None]}, Largest(6, 5)
+    secure.compile(largest, example)
+    with pytest.raises(InvalidInput, match="this model's are whole numbers.*") as refused:
+        secure.compile(largest, example, answer_bits=4)
+    assert "leave answer_bits" in refused.value.hint
+
+
 def test_the_program_says_so_and_files_keep_it(tmp_path: Path) -> None:
     compiled = secure.compile(Shifted().eval(), samples()[0], answer_bits=9)
     assert compiled.program.labels["answer_bits"] == "9"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FIRST, SECOND = 0, 1
 """The texts of a pair; NEITHER is a special token's or padding."""
 NEITHER = -1
+SHORTER = "shorten one of them, or serve a greater length"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +90,7 @@ def encode(
     count = sum(len(each.ids) for each in plain)
     if count > room and long == REFUSE:
         said = f"the {'texts have' if second is not None else 'text has'} {count + length - room} tokens"
-        raise InputTooLong(f"{said} (special tokens included), the limit is {length}", LONGER)
+        raise InputTooLong(f"{said} (special tokens included), the limit is {length}", LONGER if second is None else SHORTER)
     *kept, last = plain
     held = sum(len(each.ids) for each in kept)
     if count > room and long == TRUNCATE and kept and not only_second:

@@ -25,7 +25,7 @@ from protocols import two_party as tp
 from protocols.circuit import Instruction
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Protocol
-from secure.errors import UnsupportedOperation
+from secure.errors import InvalidInput, UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
@@ -155,6 +155,11 @@ def emit(
             value = rounded(e, value, shape, answer_bits)
         index = e.emit(tp.Reveal(shape, value.ring), value.index)
         revealed.append((index, value.fraction))
+    if answer_bits is not None and not any(e.get(i, 0).fraction for i in outputs):
+        raise InvalidInput(
+            f"answers of {answer_bits} fraction bits: this model's are whole numbers, such as labels or places",
+            "leave answer_bits (--answer-bits) out, or reveal numbers",
+        )
     watched = e.watch.finish()
     return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed), watched)
 
