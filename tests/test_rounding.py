@@ -114,9 +114,8 @@ def test_whole_numbers_are_not_rounded() -> None:
 
     example, largest = {"x": torch.arange(6.0)[None]}, Largest(6, 5)
     secure.compile(largest, example)
-    with pytest.raises(InvalidInput, match="this model's are whole numbers.*") as refused:
+    with pytest.raises(InvalidInput, match=r"this model's are whole numbers.*\nhint: leave answer_bits"):
         secure.compile(largest, example, answer_bits=4)
-    assert "leave answer_bits" in refused.value.hint
 
 
 def test_the_program_says_so_and_files_keep_it(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def encode(
     count = sum(len(each.ids) for each in plain)
     if count > room and long == REFUSE:
         said = f"the {'texts have' if second is not None else 'text has'} {count + length - room} tokens"
-        raise InputTooLong(f"{said} (special tokens included), the limit is {length}", LONGER if second is None else SHORTER)
+        hint = LONGER if second is None else SHORTER
+        raise InputTooLong(f"{said} (special tokens included), the limit is {length}", hint)
     *kept, last = plain
     held = sum(len(each.ids) for each in kept)
     if count > room and long == TRUNCATE and kept and not only_second:
