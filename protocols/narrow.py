@@ -144,11 +144,12 @@ def in_place(matrix: Tensor) -> bool:
 
 
 def product_of_rows(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return x @ matrix modulo 2^64, for int64 (rows, n) and narrow (n, columns), both on the CPU; few rows are fast.
+    """Return x @ matrix modulo 2^64, for int64 (rows, n) and integers (n, columns), on the CPU; few rows are fast.
 
     Raises ValueError for shapes that do not fit: compiled code reads memory without a look at its bounds.
     """
-    if x.dim() != 2 or matrix.dim() != 2 or x.shape[1] != matrix.shape[0] or x.dtype != torch.int64:
+    fits = x.dim() == matrix.dim() == 2 and x.shape[1] == matrix.shape[0]
+    if not fits or x.dtype != torch.int64 or matrix.dtype not in (*NARROW, torch.int64):
         raise ValueError(f"no product of {x.dtype} {tuple(x.shape)} and {matrix.dtype} {tuple(matrix.shape)}")
     out = torch.zeros(x.shape[0], matrix.shape[1], dtype=torch.int64)
     if not matrix.is_contiguous() and in_place(matrix):

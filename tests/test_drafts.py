@@ -296,10 +296,27 @@ def test_passes_end_where_the_rows_or_the_draft_do() -> None:
         script: Any = lambda values: [0] * values["input_ids"].shape[1] if values["input_ids"].shape[1] < 8 else [0]  # noqa: E731
         session, asked = scripted(script, draft_length=LENGTH, lengths=(8,), capacity=capacity)
         with pytest.MonkeyPatch.context() as patch, session:
-            draft = SimpleNamespace(rows=rows, begin=lambda _: SimpleNamespace(guess=lambda _, count: [0] * count))
+            guessing, begun = SimpleNamespace(guess=lambda _, count: [0] * count), list[Any]()
+            draft = SimpleNamespace(rows=rows, begin=lambda prompt, g=guessing, b=begun: b.append(prompt) or g)
             patch.setattr(generation, "load_draft", lambda *_, draft=draft: draft)
             assert len(session.generate([1, 2], 9, draft="any").complete().ids) == 9
+        assert bool(begun) == bool(passes)  # a draft that no pass fits in reads no prompt either
         assert sum(each["input_ids"].shape[1] == LENGTH for each in asked) == passes
+
+
+def test_a_draft_that_is_too_small_for_the_bucket_reads_no_prompt() -> None:
+    """It fits with the shorter prompts. Else a prompt of too many tokens would fail before anything is asked."""
+    session, asked = scripted(
+        lambda values: [0] * (values["input_ids"].shape[1] == LENGTH) * LENGTH or [0],
+        draft_length=LENGTH,
+        lengths=(8, 16),
+        capacity=40,
+    )
+    draft = SimpleNamespace(rows=13, begin=lambda _: pytest.fail("the draft began"))
+    with pytest.MonkeyPatch.context() as patch, session:
+        patch.setattr(generation, "load_draft", lambda *_: draft)
+        assert len(session.generate([1] * 10, 9, draft="any").complete().ids) == 9
+    assert not [each for each in asked if each["input_ids"].shape[1] == LENGTH]
 
 
 def test_a_program_that_gives_another_number_of_tokens() -> None:

@@ -39,7 +39,7 @@ from secure.errors import (
     ProtocolError,
     QueryError,
 )
-from secure.session.link import Report
+from secure.session.link import Report, digest_of_all
 from secure.version import WIRE_VERSION
 from tests.tiny import (
     LENGTH,
@@ -376,6 +376,23 @@ def test_a_description_that_does_not_hold(
     monkeypatch.setattr(client_module, "PATIENCE", 0.2)
     with serving(model, dealer.address, describing=lying(change)) as server, pytest.raises(kind, match=message):
         call(server.address, dealer.address, cache=tmp_path)
+
+
+@pytest.mark.parametrize("listed", [["1" * 64], ["1" * 64, "2" * 64]])
+def test_a_server_that_lists_the_pinned_programs_and_sends_another(
+    listed: list[str], model: Ready, dealer: Served
+) -> None:
+    def change(description: pb.Description) -> None:
+        name = model.compiled.program.labels.get("model", "")
+        del description.offers[:]
+        for length, digest in enumerate(listed):
+            description.offers.add(model=name, weights=description.model, length=length, batch=1, program_digest=digest)
+
+    with (
+        serving(model, dealer.address, describing=lying(change)) as server,
+        pytest.raises(HandshakeError, match="Program digest: the server has"),
+    ):
+        dial(server, dealer, program_digest=digest_of_all(listed))
 
 
 def test_a_pinned_program(server: Served, dealer: Served, model: Ready) -> None:

@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -28,6 +29,7 @@ from parties.proxy.bodies import (
     ABOUT,
     NEUTRAL,
     ChatBody,
+    ClassifyBody,
     CompletionsBody,
     EmbeddingsBody,
     RequestRefused,
@@ -42,7 +44,7 @@ from secure.models.settings import TaskSettings
 from secure.tasks.task import Served
 from tests.heads import LABELS, write_head
 from tests.proxies import ServedProxy, running
-from tests.tiny import WORDS, write_model
+from tests.tiny import WORDS, wait_until, write_model
 from tests.writers import write_writer
 
 for module in ("transformers", "tokenizers", "jinja2"):
@@ -381,6 +383,8 @@ def test_parameters_about_the_caller_change_nothing() -> None:
         (EmbeddingsBody, {"input": "a", "long": "cut"}, "long: "),
         (CompletionsBody, {"prompt": "a", "max_tokens": "3"}, "max_tokens: "),
         (CompletionsBody, {"prompt": "a", "temperature": -1}, "temperature: "),
+        (CompletionsBody, {"prompt": "a", "stop": ["a"] * 17}, "stop"),
+        (ClassifyBody, {"input": [["a", "b"]] * 2049}, "input"),
         (CompletionsBody, {"prompt": "a", "seed": 1, "temperature": 0.5}, "no seed repeats"),
         (CompletionsBody, {"prompt": "a", "stream_options": {"include_usage": True}}, "nothing without stream"),
         (ChatBody, {"messages": []}, "messages: "),
@@ -449,6 +453,28 @@ def test_bounds(embeds: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(reply.headers["retry-after"]) >= 1
     monkeypatch.setattr(app, "MOST_REQUESTS", 0)
     said(embeds.ask("/v1/models"), 503, "are being answered")
+
+
+def test_a_stream_is_a_request_until_it_ends(writes: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": writes.model, "prompt": "a", "stream": True, "max_tokens": 4}
+    connection = http.client.HTTPConnection(writes.address, timeout=60)
+    headers = {"authorization": f"Bearer {writes.token}", "content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
+    answer = connection.getresponse()
+    answer.read(1)
+    monkeypatch.setattr(app, "MOST_REQUESTS", 1)
+    said(writes.ask("/v1/models"), 503, "are being answered")
+    answer.read()
+    connection.close()
+    wait_until(lambda: writes.ask("/v1/models").status == 200, "the stream's end")
+
+
+def test_a_connection_that_asks_nothing_ends(embeds: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted, "FIRST", 0.2)
+    host, port = embeds.address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n")
+        assert connection.recv(100) == b""
 
 
 def test_a_body_that_does_not_come(embeds: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,20 @@ def test_a_damaged_share_is_refused(shares: dict[str, Path], tmp_path: Path, par
         load_share(damaged(shares, tmp_path, party, file))
 
 
+def test_shared_weights_are_files_of_their_own(shares: dict[str, Path]) -> None:
+    one, other = (shares["one-hot"] / f"party-{party}" / WEIGHTS for party in range(2))
+    assert not one.samefile(other)
+
+
+def test_weights_that_others_may_change_are_not_mapped(shares: dict[str, Path], tmp_path: Path) -> None:
+    copied = tmp_path / "party-0"
+    shutil.copytree(shares["public"] / "party-0", copied)
+    load_share(copied)
+    (copied / WEIGHTS).chmod(0o660)
+    with pytest.raises(ShareError, match="others may read or write .*chmod"):
+        load_share(copied)
+
+
 def test_a_missing_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShareError, match="hint: write it with: unseen share-model"):
         load_share(tmp_path)

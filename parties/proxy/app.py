@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from parties.bulk.embedding import vector_width
 from parties.limits.tokens import Token
@@ -156,8 +157,13 @@ class Proxy:
             self._running += 1
             try:
                 response = await answered()
-            finally:
-                self._running -= 1
+            except BaseException:
+                self._ended()
+                raise
+            if isinstance(response, _Streamed):
+                response.ended = self._ended
+            else:
+                self._ended()
         except (Error, RequestRefused) as error:
             status, document, headers = answers.failure(error)
             response = JSONResponse(document, status, headers)
@@ -168,6 +174,9 @@ class Proxy:
             response = JSONResponse(answers.status_error(500), 500)
         outcome.status = response.status_code
         return response
+
+    def _ended(self) -> None:
+        self._running -= 1
 
     def _admit(self, request: Request) -> None:
         """Raise RequestRefused unless the request shows the token. The comparison takes the same time for all."""
@@ -265,7 +274,7 @@ class Proxy:
             return JSONResponse(form.whole(whole, ends))
         events = self._events(form, texts, usage=body.stream_options.include_usage)
         first = await anext(events)  # an error before it has a status of its own
-        return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=NO_CACHE)
+        return _Streamed(_after(first, events), media_type="text/event-stream", headers=NO_CACHE)
 
     def _text(self, body: WritingBody, prompt: Any, count: int) -> WrittenText:
         def begin(session: Session) -> Any:
@@ -369,6 +378,18 @@ async def _gone(request: Request) -> None:
     """Return when the caller has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class _Streamed(StreamingResponse):
+    """A stream of events. ended: called when it has ended, in whatever way."""
+
+    ended: Callable[[], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.ended()
 
 
 async def _after(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -15,6 +15,7 @@ from secure.errors import Error, InvalidInput, printable
 from secure.models.tokens import REFUSE, TRUNCATE
 
 MOST_INPUTS = 2048
+MOST_STOPS = 16
 """Inputs of a request, as OpenAI bounds them."""
 
 ABOUT = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
@@ -71,7 +72,8 @@ Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
-Pairs = Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Pairs = Annotated[list[Pair], Field(min_length=1, max_length=MOST_INPUTS)]
 Long = Literal["refuse", "truncate", "split"]
 Cut = Literal["refuse", "truncate"]
 
@@ -105,7 +107,7 @@ class WritingBody(Body):
     """The parameters of a text. ignore_eos, hide_length: see ``Session.generate``. seed: of the likeliest text."""
 
     max_tokens: Count | None = None
-    stop: str | list[str] = []
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float = Field(default=0.0, ge=0)

@@ -17,6 +17,8 @@ from secure.errors import EndpointError
 STARTING = 30.0  # seconds
 ENDING = 5.0  # seconds that requests get to end
 BACKLOG = 256
+MOST_CONNECTIONS = 320
+FIRST = 10.0  # seconds within which a connection brings its first request
 
 
 def check_stays(at: Endpoint, *, beyond_loopback: bool) -> tuple[str, ...]:
@@ -28,6 +30,22 @@ def check_stays(at: Endpoint, *, beyond_loopback: bool) -> tuple[str, ...]:
             "listen on 127.0.0.1, or give --unencrypted-beyond-loopback where nobody else can read the network",
         )
     return addresses
+
+
+def _first_in_time() -> type[Any]:
+    """uvicorn's HTTP over h11, which closes a connection that brings no request within FIRST seconds."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class FirstInTime(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(FIRST, self._close_unasked)
+
+        def _close_unasked(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.close()
+
+    return FirstInTime
 
 
 class HttpService:
@@ -44,7 +62,8 @@ class HttpService:
             access_log=False,
             lifespan="off",
             loop="asyncio",
-            http="h11",
+            http=_first_in_time(),
+            limit_concurrency=MOST_CONNECTIONS,
             ws="none",
             server_header=False,
             proxy_headers=False,

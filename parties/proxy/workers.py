@@ -238,7 +238,7 @@ class _SessionWorker:
         """Connect again if the session has ended. Raises what connecting raises, HandshakeError for another Program."""
         if not self.session.link.ended or self._all._closed:
             return
-        log.info("the session has ended (%s); connecting again", self.session.link.ended)
+        log.info("the session has ended; connecting again")
         session = self._all._open()
         if session.program.digest != self._digest:
             session.close()

@@ -159,7 +159,9 @@ def read_description(
         raise ProtocolError(f"the Program of {peer.who}: {error}") from None
     offers = _offers(found, program.labels.get("model", ""))
     pinned, whole = options.program_digest, digest_of_all(offer.program_digest for offer in offers)
-    if pinned is not None and pinned not in (program.digest, whole):
+    # the list is the server's word alone, so a digest of all counts only for a Program that the list names
+    listed = program.digest in {offer.program_digest for offer in offers}
+    if pinned is not None and pinned != program.digest and not (listed and pinned == whole):
         both = f"{program.digest!r}" if whole == program.digest else f"{whole!r} for all its Programs together"
         raise HandshakeError(
             f"Program digest: {peer.who} has {both}, this client expects {pinned!r}",

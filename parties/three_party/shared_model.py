@@ -38,7 +38,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from parties.limits.memory import memory_said
-from parties.net.secret_files import read_secret
+from parties.net.secret_files import map_secret, read_secret
 from parties.served.files import (
     TOKEN_TABLE,
     packed_masked,
@@ -54,7 +54,7 @@ from protocols.three_party import Translated
 from protocols.three_party.sharing import HOLDERS, PARTIES, PARTY_2
 from protocols.three_party.weights import Party2Weights, PublicWeights, SharedWeights, masked
 from secure.capture.documents import header_size
-from secure.capture.tensor_files import map_file, map_tensors, write_tensors
+from secure.capture.tensor_files import map_tensors, write_tensors
 from secure.cost.demand import KEPT as NARROWEST
 from secure.cost.demand import PROCESS
 from secure.deployments.compiled import Compiled
@@ -195,7 +195,7 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
     first = places[0] / WEIGHTS
     store(first, lambda file: write_tensors(file, written, held))
-    _link(first, places[1] / WEIGHTS)
+    (_link if deployment.public_weights else _copy)(first, places[1] / WEIGHTS)
     with first.open("rb") as content:
         weights = hashlib.file_digest(content, "sha256").hexdigest()
     shapes |= {name: shapes[turned[name]][::-1] for name in rings if name not in shapes}
@@ -248,8 +248,12 @@ def _link(file: Path, place: Path) -> None:
     try:
         os.link(file, place)
     except OSError:  # a file system without links
-        with file.open("rb") as content:
-            store(place, lambda copy: shutil.copyfileobj(content, copy))
+        _copy(file, place)
+
+
+def _copy(file: Path, place: Path) -> None:
+    with file.open("rb") as content:
+        store(place, lambda copy: shutil.copyfileobj(content, copy))
 
 
 def _rings(circuits: Iterable[Translated]) -> dict[str, int]:
@@ -282,7 +286,12 @@ def load_share(directory: str | Path) -> PartyShare:
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
         _check_names(manifest, directory)
-        parts: dict[str, Any] = {name: _content(directory / name) for name in manifest.files}
+        deployment = ThreeParty.served(manifest.compiled_as)
+        mapped_files = {WEIGHTS} if deployment.public_weights else set[str]()  # others are read once, then checked
+        parts: dict[str, Any] = {
+            name: map_secret(directory / name) if name in mapped_files else (directory / name).read_bytes()
+            for name in manifest.files
+        }
         parts[SEEDS] = read_secret(directory / SEEDS)
     except InvalidInput as error:
         raise ShareError(str(error)) from None
@@ -301,7 +310,6 @@ def load_share(directory: str | Path) -> PartyShare:
     seeds = (parts[SEEDS][i * SEED_BYTES : (i + 1) * SEED_BYTES] for i in range(len(pairs)))
     keys = {sum(pair) - manifest.party: PairSeed(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)}
     try:
-        deployment = ThreeParty.served(manifest.compiled_as)
         programs = [Program.from_bytes(parts[name]) for name in PROGRAMS if name in parts]
         sizes = [SharedProgram(program, deployment.translated(program)) for program in programs]
     except (InvalidInput, InvalidProgram) as error:
@@ -380,7 +388,7 @@ def _weights(manifest: Manifest, payload: Any, keys: Mapping[int, PairSeed], *, 
     if party == PARTY_2:
         return Party2Weights(keys[0].weights_key(), keys[1].weights_key(), manifest.shapes)
     if not public:
-        held = unpack_masked(bytes(payload), manifest.rings, manifest.shapes)
+        held = unpack_masked(payload, manifest.rings, manifest.shapes)
         return SharedWeights(party, keys[PARTY_2].weights_key(), held)
     try:
         found = map_tensors(payload, most=header_size(manifest.rings))
@@ -395,12 +403,6 @@ def _weights(manifest: Manifest, payload: Any, keys: Mapping[int, PairSeed], *, 
     ):
         raise ShareError(f"{WEIGHTS}: its weights are not those that its Programs read", "share the model anew")
     return PublicWeights(party, found)
-
-
-def _content(path: Path) -> bytes | mmap.mmap:
-    """Return the content of a file; that of the weights is mapped."""
-    with path.open("rb") as file:
-        return map_file(file) if path.name == WEIGHTS else file.read()
 
 
 def _sha256(payload: bytes | mmap.mmap) -> str:

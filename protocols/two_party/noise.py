@@ -95,8 +95,12 @@ class _Noise(Protocol):
         return Wire(self.shape, self.ring)
 
     @property
-    def draws(self) -> tuple[Draw, ...]:
+    def own_draws(self) -> tuple[Draw, ...]:
         return (Draw("words", self.shape), Draw("noise", self.shape, self.ring, derived=True))
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return self.own_draws
 
     def fitted(self) -> int:
         """Count two logarithms an entry."""
@@ -147,7 +151,7 @@ class ScaledGumbel(_Noise):
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        return (*super().draws, Draw("masked", self.shape, self.ring, derived=True))
+        return (*self.own_draws, Draw("masked", self.shape, self.ring, derived=True))
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         return expanded(operands[0], self.shape)

@@ -31,6 +31,7 @@ _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
+_MOST_DIMENSIONS = 64
 _TYPES = {name: kind for kind, name in _NAMES.items()}
 _ALIGNED = 8  # bytes: where a tensor of any type may begin
 
@@ -107,6 +108,8 @@ def _place(about: dict[str, object]) -> tuple[torch.dtype, tuple[int, ...], int,
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError
     if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        raise ValueError
+    if len(shape) > _MOST_DIMENSIONS or any(number >= 1 << 62 for number in shape):  # torch counts in 64 bits
         raise ValueError
     return _TYPES[str(about["dtype"])], tuple(shape), offsets[0], offsets[1]
 

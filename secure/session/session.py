@@ -619,7 +619,8 @@ class Session:
             inputs = [heat(prompt_inputs(ids, bucket, places=places)) for ids in (prompt, [0])]
             values, failed = self._usable(link, *inputs)
             failed = sizes.error or failed
-            guessing = None if draft is None else draft.begin(prompt)
+            drafts = count > 1 and sizes.after(bucket, count - 1) == sizes.verify  # else no pass fits in the draft
+            guessing = draft.begin(prompt) if draft is not None and drafts else None
             self._wait(began)
 
             def following(filled: int) -> Link | None:
