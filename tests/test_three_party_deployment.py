@@ -173,7 +173,7 @@ def test_weights_that_others_may_change_are_not_mapped(shares: dict[str, Path], 
     shutil.copytree(shares["public"] / "party-0", copied)
     load_share(copied)
     (copied / WEIGHTS).chmod(0o660)
-    with pytest.raises(ShareError, match="others may read or write .*chmod"):
+    with pytest.raises(ShareError, match="others may read or write"):
         load_share(copied)
 
 
