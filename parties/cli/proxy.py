@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +16,10 @@ from parties.cli.console import progress, say, write
 from parties.cli.options import AnnounceOption, ListenOption, VerboseOption
 from parties.limits.tokens import Token
 from parties.net.endpoints import Endpoint
-from parties.net.secret_files import read_secret
+from parties.net.secret_files import check_directory, read_secret
 from parties.proxy.hosted import HttpService, check_stays
 from parties.proxy.workers import SessionWorkers
+from parties.served.files import store
 from parties.services import hosting
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput, MissingPackage, about
@@ -157,8 +157,10 @@ def own_token(file: Path | None) -> tuple[Token, bool]:
         raise InvalidInput(f"--api-key-file: {file} cannot be read", "a file with one token") from None
     fresh = Token.fresh()
     try:
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
-            made.write(f"{fresh.text}\n")
+        check_directory(file.parent)
+        store(file, f"{fresh.text}\n".encode(), replace=False)
+    except InvalidInput as error:
+        raise about("--api-key-file", error) from None
     except OSError as error:
         raise InvalidInput(f"--api-key-file: {file} cannot be made: {error.strerror}", "a file of your own") from None
     return fresh, True
