@@ -74,7 +74,7 @@ class Key:
         return "Key(...)"
 
     def stream(self, index: int) -> "Stream":
-        """The stream of instruction ``index``; read it once."""
+        """The stream of instruction ``index``; read it once. Raises OverflowError for an index of more than 64 bits."""
         return Stream(self._ciphers, index)
 
 
@@ -109,6 +109,7 @@ class Stream:
     """The bytes of one named stream, read from front to back."""
 
     def __init__(self, ciphers: _Ciphers, index: int) -> None:
+        index.to_bytes(8, "big")  # raises: another index would have the blocks of a smaller one
         self._ciphers, self._index = ciphers, index
         self._at = 0
         self._encryptor: CipherContext | None = None  # stands at _at; None until much is read

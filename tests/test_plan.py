@@ -341,7 +341,8 @@ def test_the_demand_of_every_deployment_on_circuits(name: str) -> None:
     assert first.stored == running.cost.dealt
     assert all((r.online or 0) > 0 for r in (first, second))
     assert (dealer.offline or 0) > 1e-9 * running.cost.dealt
-    assert min(r.held for r in (first, second, dealer)) > 0
+    assert min(r.held for r in (first, second)) > 0
+    assert (dealer.held > 0) != getattr(deployment, "public_weights", False)  # there is no mask of weights then
     found = plan(demand, Workload(10, 1000))
     assert found.latency is not None
     assert found.latency > demand.waiting

@@ -247,7 +247,7 @@ def test_pairs_as_arguments_and_lines(
     assert ended.code == 1, ended.err  # two have no answer
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row.get("answer") for row in rows] == [*expected, None, None]
-    assert all(row["error"].startswith("the text is empty") for row in rows[-2:])
+    assert [row["error"].partition(":")[0] for row in rows[-2:]] == 2 * ["the first text is empty"]
     asked = len(opened)
     for text, tabs in ((QUERY, 0), (f"{QUERY}\t{QUERY}\t{QUERY}", 2)):
         source.write_text(f"{texts[0]}\n{text}\n")

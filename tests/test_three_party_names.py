@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import json
 import queue
 import shutil
@@ -17,11 +18,12 @@ pytest.importorskip("tokenizers")
 
 import secure
 from parties.served.described import ask_description
-from parties.served.files import TOKEN_TABLE, pack_masked
+from parties.served.files import TOKEN_TABLE
 from parties.three_party import client
 from parties.three_party.shared_model import MANIFEST, SALT, TABLE, TOKENIZER, WEIGHTS, load_share, public_name
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
+from secure.capture.tensor_files import write_tensors
 from secure.deployments.three_party import ThreeParty
 from secure.errors import DownloadError, HandshakeError, ShareError
 from secure.version import WIRE_VERSION
@@ -52,7 +54,9 @@ def test_a_name_confirms_no_guess_of_public_weights(directory: Path, public: Pat
         str(directory), LENGTH, deployment=deployment, embedding="one-hot", calibration=sentences()
     )
     rings, integers = deployment.translated(program).weight_rings, guess.model.integers
-    weights = pack_masked(((n, integers[n]) for n in rings), rings)
+    file = io.BytesIO()
+    write_tensors(file, list(rings), ((n, integers[n]) for n in rings))
+    weights = file.getvalue()
     assert weights == (public / "party-0" / WEIGHTS).read_bytes()  # the guess is right
     digest = hashlib.sha256(weights).hexdigest()
     assert hashlib.sha256("/".join([program.digest, digest, "True"]).encode()).hexdigest() not in name
