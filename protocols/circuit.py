@@ -102,10 +102,11 @@ class Correlations:
         if index in self._taken:
             raise CorrelationReused(f"the correlation of instruction {index} ({protocol.kind}) was already used")
         self._taken.add(index)
-        held = [d for d in protocol.masks if _holds(d, self._party)]
-        if self._party != SERVER:
-            return drawn((*held, *protocol.derived), self._key.stream(index))
-        return drawn(held, self._key.stream(index)) | _split(self._corrections.pop(index, b""), protocol)
+        held, corrected = [d for d in protocol.masks if _holds(d, self._party)], self._party == SERVER
+        taken = held if corrected else [*held, *protocol.derived]
+        shares = drawn(taken, self._key.stream(index))
+        material = {d.name: share for d, share in zip(taken, shares, strict=True)}
+        return material | _split(self._corrections.pop(index, b""), protocol) if corrected else material
 
     def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
         """Client, before the query: draw an instruction's material, and compute and keep what needs no input."""
@@ -125,17 +126,17 @@ class Correlations:
         return self._finished.pop(index)
 
 
-def drawn(draws: Sequence[Draw], stream: Stream) -> dict[str, Tensor]:
-    """Read shares from a stream, one after the other; small ones at once, and they lie in one piece of memory."""
+def drawn(draws: Sequence[Draw], stream: Stream) -> Iterator[Tensor]:
+    """Yield shares as they are read from a stream; small ones are read at once, and lie in one piece of memory."""
     size = sum(d.drawn_bytes for d in draws)
     if size > SHORT:
-        return {d.name: stream.planes(d.shape) if d.wire.planes else stream.words(d.shape) for d in draws}
-    read, at, out = stream.read(size), 0, dict[str, Tensor]()
+        yield from (stream.planes(d.shape) if d.wire.planes else stream.words(d.shape) for d in draws)
+        return
+    read, at = stream.read(size), 0
     for d in draws:
         taken = read[at : at + d.drawn_bytes]
-        out[d.name] = torch.from_numpy((taken if d.wire.planes else as_words(taken)).reshape(d.shape))
+        yield torch.from_numpy((taken if d.wire.planes else as_words(taken)).reshape(d.shape))
         at += d.drawn_bytes
-    return out
 
 
 def _holds(spec: Draw, party: int) -> bool:
@@ -312,13 +313,13 @@ def deal_one(
     if not protocol.draws:
         return None, protocol.deal({}, operands, weights)[1]
     others = client.stream(index)
-    of_server, of_client = (
-        drawn([d for d in protocol.masks if _holds(d, party)], stream)
+    coming = {
+        party: drawn([d for d in protocol.masks if _holds(d, party)], stream)
         for party, stream in ((SERVER, server.stream(index)), (CLIENT, others))
-    )
+    }
     plain: dict[str, Tensor] = {}
-    for d in protocol.masks:
-        shares = [held[d.name] for held in (of_server, of_client) if d.name in held]
+    for d in protocol.masks:  # one after the other: of large ones no more than two shares are in memory
+        shares = [next(coming[party]) for party in (SERVER, CLIENT) if _holds(d, party)]
         plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
     totals, mask = protocol.deal(plain, operands, weights)
     if not protocol.derived:

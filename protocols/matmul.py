@@ -37,7 +37,8 @@ class Matrix:
 
     value: (n, p) residues modulo 2^ring_bits or, with ``signed``, true integers, whose few bits make products cheaper.
     Narrow integers (``protocols.narrow``) are true ones. They are kept as they are, in a mapped file perhaps, where a
-    kernel reads them so, and if they are too many to be packed.
+    kernel reads them so, and if they are too many to be packed. packed: it is held in another form, or another order,
+    which takes memory of its own.
     """
 
     def __init__(self, value: Tensor, ring_bits: int, *, signed: bool) -> None:
@@ -46,18 +47,15 @@ class Matrix:
         held_narrow = narrow.is_narrow(value)
         if value.is_meta or native() or (held_narrow and value.numel() > _MOST_PACKED):
             self._value = value if held_narrow and narrow.in_place(value) else value.contiguous()
+            self.packed = self._value is not value
             return
+        self.packed = True
         value, signed = narrow.widened(value), signed or held_narrow
         if signed:
             largest = int(value.abs().max()) if value.numel() else 0
             self._value = limbs.pack(value, largest.bit_length() + 1, signed=True, ring=ring_bits)
         else:
             self._value = limbs.pack(value, ring_bits, signed=False, ring=ring_bits)
-
-    @property
-    def packed(self) -> bool:
-        """True if it is another form of the value, which takes memory of its own."""
-        return not isinstance(self._value, Tensor)
 
     def times(self, x: Tensor) -> Tensor:
         """Return x @ self modulo 2^ring, for residues x of shape (..., n)."""

@@ -147,4 +147,5 @@ class Stream:
 
 def as_words(taken: Bytes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return bytes of a stream as int64, of which compiled code and torch want the first at a multiple of 8."""
-    return (taken if taken.ctypes.data % 8 == 0 else taken.copy()).view(np.int64)
+    words = taken.view(np.int64)
+    return words if words.flags.aligned else words.copy()

@@ -39,20 +39,20 @@ def test_reads_of_any_sizes_are_the_bytes_of_counter_mode(sizes: list[int], inde
 def test_draws_read_together_are_those_read_one_by_one(kinds: list[tuple[bool, int]]) -> None:
     named = key()
     draws = [Draw(f"d{i}", (size,), planes=planes) for i, (planes, size) in enumerate(kinds)]
-    found, stream = drawn(draws, named.stream(4)), named.stream(4)
-    for spec in draws:
+    found, stream = list(drawn(draws, named.stream(4))), named.stream(4)
+    for spec, share in zip(draws, found, strict=True):
         wanted = stream.planes(spec.shape) if spec.planes else stream.words(spec.shape)
-        assert found[spec.name].dtype == wanted.dtype
-        assert found[spec.name].equal(wanted)
-        assert found[spec.name].data_ptr() % 8 == 0 or spec.planes
+        assert share.dtype == wanted.dtype
+        assert share.equal(wanted)
+        assert share.data_ptr() % 8 == 0 or spec.planes
 
 
 def test_a_share_may_be_overwritten_without_a_trace_in_another() -> None:
     named = key()
     draws = [Draw("a", (5,)), Draw("b", (5,))]
-    found = drawn(draws, named.stream(0))
-    found["a"].add_(1)
-    assert found["b"].equal(drawn(draws, named.stream(0))["b"])
+    first, second = drawn(draws, named.stream(0))
+    first.add_(1)
+    assert second.equal([*drawn(draws, named.stream(0))][1])
 
 
 def test_threads_read_streams_of_one_key_at_a_time() -> None:

@@ -162,7 +162,8 @@ def read_description(
     # the list is the server's word alone, so a digest of all counts only for a Program that the list names
     listed = program.digest in {offer.program_digest for offer in offers}
     if pinned is not None and pinned != program.digest and not (listed and pinned == whole):
-        both = f"{program.digest!r}" if whole == program.digest else f"{whole!r} for all its Programs together"
+        together = listed and whole != program.digest
+        both = f"{whole!r} for all its Programs together" if together else f"{program.digest!r}"
         raise HandshakeError(
             f"Program digest: {peer.who} has {both}, this client expects {pinned!r}",
             "ask the server's owner which Program it serves",
