@@ -95,6 +95,7 @@ def every_protocol() -> bytes:
         "ranks": ["ranks", {"ring": bits, "shape": [*shape[:-1], 4]}, [share], 0],
         "placed": ["placed", {**opened, "digit": 4, "count": 2}, [opening, opening], 0],
         "placed_positions": ["placed_positions", {**opened, "digit": 4, "count": 2, "first": 0}, [opening], 0],
+        "units": ["units", {**opened, "digit": 4, "entries": 9}, [opening], 0],
         "gumbel": ["gumbel", {"shape": shape, "ring": bits, "fraction": 3, "number": 0, "temperature": 0.5}, [], 0],
         "scaled_gumbel": ["scaled_gumbel", {**opened, "fraction": 3, "number": 1}, [opening], 0],
         "keep": ["keep", {**opened, "name": "k"}, [opening], 0],

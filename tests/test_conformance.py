@@ -960,6 +960,16 @@ def placed_positions(s: Setup) -> Check:
     return exactly(summed(has, position), ring)
 
 
+@case(tp.Units)
+def units(s: Setup) -> Check:
+    """A position beyond the entries gives zeros."""
+    digit = s.number("digit", 1, 6)
+    ring, entries, shape = s.number("ring", 1, 64), s.number("entries", 1, 1 << digit), s.shape()
+    a, x = s.opened(shape, s.number("opened", digit, 64), 0, (1 << digit) - 1)
+    s.add(tp.Units(shape, ring, digit, entries), a)
+    return exactly(np.stack([(x == j).astype(object) for j in range(entries)], -1), ring)
+
+
 def small(s: Setup, ring: int, factor: int = 1) -> int:
     """Fraction bits with which noise times a factor fits a ring."""
     return s.number("fraction", 0, ring - 7 - factor.bit_length())

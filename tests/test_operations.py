@@ -66,6 +66,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "expand": lambda x, w, v, ids: x[:, :1].expand(2, 3, 4),
     "gelu": lambda x, w, v, ids: F.gelu(x),
     "keep": lambda x, w, v, ids: x @ keep_operation(x, "keys", 0).mT,
+    "looked_up": lambda x, w, v, ids: F.embedding(x.topk(2).indices, w),
     "l2_normalize": lambda x, w, v, ids: F.normalize(x, dim=-1),
     "last_rows": lambda x, w, v, ids: last_rows_operation(x, 1),
     "largest": lambda x, w, v, ids: x.topk(2).values,
@@ -135,7 +136,7 @@ ARITHMETIC = {
         "scale",
         "sum",
     ),
-    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "perturbed", "bounded", "power", "real"),
+    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "perturbed", "bounded", "power", "real", "units"),
 }
 COMPARISONS = {
     "piecewise",
@@ -176,7 +177,7 @@ def check_says_whether_it_compares(name: str, function: Callable[..., Tensor]) -
     assert found == OPERATIONS[name].compares, f"{name!r} {'compares' if found else 'does not compare'}"
 
 
-@pytest.mark.parametrize("name", sorted({*ALONE} - {"real"}))  # which reads what an arg-max compared
+@pytest.mark.parametrize("name", sorted({*ALONE} - {"real", "looked_up"}))  # which read what an arg-max compared
 def test_an_operation_says_whether_it_compares(name: str) -> None:
     check_says_whether_it_compares(name, ALONE[name])
 

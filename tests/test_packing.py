@@ -228,4 +228,5 @@ def test_every_record_is_of_a_primitive() -> None:
         "real",
         "top_indices",
         "top_values",
+        "units",
     }  # the packers', comparisons, tables, and what queries of text share

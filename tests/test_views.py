@@ -145,6 +145,7 @@ def scenes() -> Iterator[tuple[str, Scene]]:
     yield "placed-13", Scene(tp.Placed(groups, 13, 3, 2), 13, 0, (1 << 13) - 1, second=True)
     yield "placed-64", Scene(tp.Placed(groups, 64, 5, 1), 64, 0, (1 << 63) - 1, second=True)
     yield "placed_positions-16", Scene(tp.PlacedPositions(groups, 16, 3, 8, 5), 16, 0, 7)
+    yield "units-16", Scene(tp.Units((N,), 16, 4, 16), 16, 0, 15)
     clipped = tp.Exponential(shape, 24, 20, 16, 40, 16)
     yield "exponential-24", Scene(clipped, 24, 0, (1 << 24) - (1 << 20) - 1, bits=1)
     yield "gumbel-37", Scene(tp.Gumbel(shape, 37, 16, 0, 0.7), 37, 0, 0)
@@ -381,6 +382,7 @@ BROKEN = {
         ("quotient-20", "table"),
         ("placed-64", "masked"),
         ("placed_positions-16", "units"),
+        ("units-16", "units"),
         ("gumbel-37", "noise"),
         ("scaled_gumbel-64", "noise"),
         ("scaled_gumbel-64", "masked"),

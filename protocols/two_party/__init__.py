@@ -14,6 +14,7 @@ tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 ranking       ranks within a row, and its first entries by rank
 keeping       openings that later queries read: the keys and values of a decoder
+units         unit vectors of secret positions, by which tables are looked up
 rounding      exact division by a power of two, from one opening
 conditions    one number that tells whether all of many secret bits are one
 noise         Gumbel noise that nobody knows, for samples from a softmax
@@ -46,6 +47,7 @@ from protocols.two_party.ranking import OpenedPairs, Placed, PlacedPositions, Ra
 from protocols.two_party.rounding import Quotient
 from protocols.two_party.selection import Select
 from protocols.two_party.tabulated import Tabulated
+from protocols.two_party.units import Units
 
 __all__ = [
     "Alarm",
@@ -85,6 +87,7 @@ __all__ = [
     "ScaledGumbel",
     "Select",
     "Tabulated",
+    "Units",
     "Unmet",
     "keepers",
 ]

@@ -219,6 +219,12 @@ PRIMITIVES: dict[str, Meaning] = {
             _of_perturbed,
             drawn=True,
         ),
+        Meaning(
+            "units",
+            lambda p, w, x: F.one_hot(x[0].long(), p.shape[-1]).to(x[0].dtype),
+            lambda p, x, reach: (0.0, 1.0),
+            promised=lambda p: (0.0, 1.0),
+        ),
         Meaning("real", lambda p, w, x: x[0], _kept),
         Meaning("top_values", lambda p, w, x: top_values(x[0], p.shape[-1], 0.0), _kept),
         Meaning(

@@ -242,6 +242,10 @@ class Symbol:
         """Take the ``count`` largest of the last dimension."""
         return self.trace.record("top_values", (self,), (*self.shape[:-1], count), tolerance=tolerance)
 
+    def units(self, entries: int) -> Symbol:
+        """Make a unit vector of ``entries`` whole numbers of each position, a whole number below ``entries``."""
+        return self.trace.record("units", (self,), (*self.shape, entries), integer=True)
+
     def real(self) -> Symbol:
         """Give whole numbers, such as those of ``top_indices``, the usual fraction bits."""
         return self._same("real")

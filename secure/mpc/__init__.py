@@ -13,6 +13,7 @@ pieces       their curved pieces: lines taken from them, fraction bits, rings
 powers       inverse powers, by dealt tables
 noise        values plus noise that nobody knows, for samples
 ranking      the largest entries of rows, and where they stand
+lookup       unit vectors of secret positions
 rounding     answers of few fraction bits
 softmax      bounds of rows, and exponentials below them
 emit         the record of every primitive; from a trace to a circuit

@@ -29,7 +29,7 @@ from secure.errors import InvalidInput, UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
-from secure.mpc import arithmetic, noise, nonlinear, powers, ranking, softmax
+from secure.mpc import arithmetic, lookup, noise, nonlinear, powers, ranking, softmax
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Plan, Planning, nothing
 from secure.mpc.prices import DEFAULT, Prices
@@ -101,6 +101,7 @@ RULES: dict[str, Emission] = {
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
     "top_indices": Emission(ranking.needs, emit=ranking.emit_indices),
     "perturbed": Emission(noise.needs, noise.reach, keeps_scale=True, emit=noise.emit),
+    "units": Emission(lookup.needs, lookup.reach, emit=lookup.emit),
     "real": Emission(arithmetic.local_needs, arithmetic.local_reach, emit=arithmetic.emit_same),
     "top_values": Emission(ranking.needs, keeps_scale=True, emit=ranking.emit_values),
 }

@@ -165,9 +165,11 @@ def embedding(ids: Tensor, table: Tensor, /) -> Tensor:
 
 @embedding.aten("embedding.default")
 def _(b: Builder, table: Value, ids: Value, *_: Any) -> Value:
-    """Translate a look-up of the client's ids in a table that the server knows."""
+    """Translate a look-up in a table that the server knows: of the client's ids, or of positions that nobody knows."""
+    if isinstance(ids, Node) and ids.visibility == "shared" and ids.dtype == "int" and _known(table):
+        return b.shared("looked_up", ids, table)
     if not isinstance(ids, Node) or ids.visibility != "client":
-        b.unsupported("the ids of an embedding are an input of the client, its table a parameter")
+        b.unsupported("the ids of an embedding are an input of the client or an arg-max, its table a parameter")
     return b.shared("embedding", ids, table)
 
 
@@ -177,3 +179,19 @@ def _(to: Lowering, node: Node) -> Symbol:
     ids, table = node.inputs[0], to.weight(node.inputs[1])
     rows = to.client_input(ids, to.embedding, table)
     return rows.linear(table) if to.embedding == "one-hot" else rows
+
+
+@operation("looked_up", takes_integers=True)
+def looked_up(ids: Tensor, table: Tensor, /) -> Tensor:
+    """Look up the rows of a table at positions that an arg-max or a top-k found, which nobody learns."""
+    return F.embedding(ids, table)
+
+
+@looked_up.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    """Multiply the table with the unit vectors of the positions. Every row may be found: the ranges hold all of them."""
+    ids, table = node.inputs[0], to.weight(node.inputs[1])
+    known = to.known(node.inputs[1])
+    most = 1.0 if known.is_meta else max(float(known.abs().max()), 2.0**-16)
+    reach = 2.0 ** math.ceil(math.log2(most))  # a power of two tells no entry
+    return to.symbol(ids).units(table.shape[0]).linear(table).bounded(-reach, reach)
