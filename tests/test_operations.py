@@ -136,7 +136,8 @@ ARITHMETIC = {
         "scale",
         "sum",
     ),
-    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "perturbed", "bounded", "power", "real", "units"),
+    *("reshape", "expand", "permute", "slice", "cat", "take", "patches", "perturbed", "bounded", "power"),
+    *("real", "units"),
 }
 COMPARISONS = {
     "piecewise",

@@ -21,6 +21,7 @@ from parties.cli.console import OUT, say_error
 from parties.cli.demo import demo
 from parties.cli.embed import embed
 from parties.cli.generate import generate
+from parties.cli.index import index
 from parties.cli.options import for_deployments, spread
 from parties.cli.party import party, share_model
 from parties.cli.plan import plan
@@ -79,6 +80,7 @@ def app() -> typer.Typer:
         "generate": for_deployments(spread(generate, Printing), CONNECT),
         "proxy": for_deployments(spread(proxy, Connecting), CONNECT),
         "serve": for_deployments(serve, COMPILE, SERVE),
+        "index": index,
         "compile": for_deployments(compile_model, COMPILE),
         "dealer": dealer,
         "share-model": for_deployments(share_model, COMPILE, only=ThreeParty),

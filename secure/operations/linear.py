@@ -189,7 +189,7 @@ def looked_up(ids: Tensor, table: Tensor, /) -> Tensor:
 
 @looked_up.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """Multiply the table with the unit vectors of the positions. Every row may be found: the ranges hold all of them."""
+    """Multiply the table with unit vectors of the positions. Any row may be found, so the ranges hold all of them."""
     ids, table = node.inputs[0], to.weight(node.inputs[1])
     known = to.known(node.inputs[1])
     most = 1.0 if known.is_meta else max(float(known.abs().max()), 2.0**-16)
