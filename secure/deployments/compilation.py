@@ -29,6 +29,7 @@ from secure.deployments.kept import FORMAT
 from secure.deployments.self_test import Accept, self_test
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import GENERATE
+from secure.models.index import MANIFEST
 from secure.progress import Told, silent
 from secure.tasks.task import Loader
 from secure.version import WIRE_VERSION, __version__
@@ -50,7 +51,7 @@ class Compilation:
     original's, see ``self_test``. task, reveal: see ``task_of``. capacity: of a model that writes text, the most tokens
     of the padded prompt and what is written; 0 for the default.
     temperature: of such a model, the greatest that clients may choose; None for the most likely tokens alone.
-    draft_length: of such a model, the tokens of a pass; 0 for none.
+    draft_length: of such a model, the tokens of a pass; 0 for none. index, top: see ``task_of``.
     """
 
     model: str
@@ -66,11 +67,14 @@ class Compilation:
     capacity: int = 0
     temperature: float | None = None
     draft_length: int = 0
+    index: str = ""
+    top: int = 0
 
     @property
     def loader(self) -> Loader:
         """The task that loads the model."""
-        return task_of(self.model, self.task, self.reveal, dimensions=self.dimensions)
+        found = {"dimensions": self.dimensions, "index": self.index, "top": self.top}
+        return task_of(self.model, self.task, self.reveal, **found)  # type: ignore[arg-type]
 
     def run(self, told: Told = silent) -> Compiled:
         """Load the model, or train it, compile it, and test it; ``told`` hears of progress.
@@ -147,6 +151,8 @@ class Compilation:
             "capacity": self.capacity,
             "temperature": self.temperature,
             "draft_length": self.draft_length,
+            "index": _file_digest(Path(self.index) / MANIFEST) if self.index else "",
+            "top": self.top,
         }
 
     @property

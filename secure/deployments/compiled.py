@@ -21,7 +21,7 @@ from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
 from secure.lowering.client_inputs import GENERATE, MAXIMUM_BATCH, check_inputs
-from secure.models.heads import task_named
+from secure.models.heads import SEARCH, task_named
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
@@ -34,8 +34,9 @@ from secure.tasks.digits import Digits
 from secure.tasks.embed import Embed
 from secure.tasks.generate import Generate
 from secure.tasks.rerank import Rerank
+from secure.tasks.search import Search
 from secure.tasks.tag import Tag
-from secure.tasks.task import Loaded, Loader
+from secure.tasks.task import EXACT, Loaded, Loader
 
 Sample = Mapping[str, Tensor]
 
@@ -153,13 +154,16 @@ def compile_text_model(
     batch: int | Sequence[int] = 1,
     task: str = "",
     reveal: str = "",
+    index: str = "",
+    top: int = 0,
 ) -> Compiled:
     """Load a text model with its tokenizer, and compile it for texts of up to ``length`` tokens; or one of images.
 
     length: 128 by default, or all that the model takes if that is less; none of a model of images.
     model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package. task:
     "embed", "classify", "tag", "answer" or "rerank"; by default what the class of the model says. reveal: what clients
-    get of a model with a head, see ``secure.models.heads``; the least by default.
+    get of a model with a head, see ``secure.models.heads``; the least by default. index: the directory of an index of
+    documents, which makes a search of the model; top: the passages that it finds, 10 by default.
     calibration: sentences of your own that widen the ranges. batch: the texts of one query, which take the rounds of
     one; a session fills up what a list leaves empty. Of several lengths and batches, every pair is compiled: one server
     offers them all, and a text takes the shortest that holds it. Other arguments and exceptions are those of
@@ -171,7 +175,7 @@ def compile_text_model(
     deployment.check(options, tokens=True)  # before the model is loaded
     lengths, batches = () if length is None else _several(length), _several(batch)
     check_sizes(deployment, lengths, batches)
-    loader = task_of(model, task, reveal)
+    loader = task_of(model, task, reveal, index=index, top=top)
     if loader.name == GENERATE:
         raise InvalidInput(f"{model} generates text", "secure.compile_generator compiles it; task='embed' embeds by it")
     found = loader.load(model, max(lengths, default=0), calibration)
@@ -213,6 +217,8 @@ def build(
     deployment.check(options, tokens=loaded.tokenizer is not None)
     check_sizes(deployment, lengths, batches)
     chosen = [(n, batch) for n in sorted({*lengths} or {loaded.length}, reverse=True) for batch in sorted({*batches})]
+    if loaded.exact:
+        _check_exact(options)
     options = _rounding(options, loaded, deployment)
     named = {"model": loaded.name} if loaded.name else {}
     named |= {"normalized": "yes"} if loaded.normalized else {}
@@ -245,6 +251,18 @@ def _rounding(options: CompileOptions, loaded: Loaded, deployment: Deployment) -
     return replace(options, answer_bits=bits) if bits < every else options
 
 
+def _check_exact(options: CompileOptions) -> None:
+    """Raise InvalidInput for options that would round what must be exact."""
+    fixed = options.fixed_point or FixedPoint()
+    if options.answer_bits is not None:
+        raise InvalidInput(f"answers of {options.answer_bits} bits: those of this task are exact", "leave it out")
+    if min(fixed.fraction_bits, fixed.weight_fraction_bits) < EXACT:
+        raise InvalidInput(
+            f"{fixed.fraction_bits} fraction bits, and {fixed.weight_fraction_bits} of weights, where answers are exact",
+            f"{EXACT} or more (--fraction-bits)",
+        )
+
+
 def answer_bits_for(width: int) -> int:
     """Return the default fraction bits of vectors of ``width`` numbers and length 1.
 
@@ -269,13 +287,22 @@ def _require(deployment: object) -> None:
         raise InvalidInput(f"the deployment is {deployment!r}", "give a value such as secure.TwoParty()")
 
 
-def task_of(model: str, task: str = "", reveal: str = "", *, dimensions: int = 0) -> Loader:
+def task_of(
+    model: str, task: str = "", reveal: str = "", *, dimensions: int = 0, index: str = "", top: int = 0
+) -> Loader:
     """Return what loads a model of this name or directory.
 
-    task: its name; "" stands for what the model itself says. reveal: what it shall reveal, of a model with a head; ""
-    stands for the task's default. dimensions: see ``Embed``. Raises InvalidInput for a task that there is not, and for
-    ``reveal`` or ``dimensions`` where they mean nothing.
+    task: its name; "" stands for what the model itself says, and with an index for a search. reveal: what it shall
+    reveal, of a model with a head and of a search; "" stands for the task's default. dimensions: see ``Embed``. index,
+    top: the directory of an index, and how many passages are found in it; see ``Search``. Raises InvalidInput for a
+    task that there is not, and for what means nothing to it.
     """
+    if index:
+        if task not in ("", SEARCH) or dimensions:
+            raise InvalidInput("an index is for the task search, of whole embeddings", "leave --task, --dimensions out")
+        return Search(index=index, found=top, reveal=reveal)
+    if task == SEARCH or top:
+        raise InvalidInput("a search without an index", "--index DIRECTORY, which unseen index makes")
     plain: tuple[Loader, ...] = (Digits(), Embed(dimensions=dimensions))
     heads: dict[str, Callable[..., Loader]] = {kind.name: kind for kind in (Classify, Tag, Answering, Rerank, Generate)}
     named = task or next((each.name for each in plain if each.knows(model)), "") or task_named(model) or Embed.name

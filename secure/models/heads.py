@@ -9,6 +9,8 @@ What the client gets of a model is its owner's choice, and part of the Program:
 - "probabilities": softmax or sigmoid, computed under the protocol. A client that had the logits would learn more than
   their softmax says: all logits together may be shifted without a change of it.
 - "logits": what the model itself gives. It tells most, and costs least.
+- "ids", "passages": of a search, which passages of the index were found, without or with their texts; "ids-scores" and
+  "passages-scores" add how well each fits.
 
 A reranker's score is its one logit. The function that makes it a probability is applied by the client: it can be
 undone, so that nothing would be hidden, and in fixed point it would make ties of the most relevant documents.
@@ -35,8 +37,12 @@ from secure.models.sentence_encoder import RECIPE
 from secure.models.served_tokenizer import load_served_tokenizer
 from secure.models.settings import (
     IDENTITY,
+    IDS,
+    IDS_SCORES,
     LABEL,
     LOGITS,
+    PASSAGES,
+    PASSAGES_SCORES,
     PROBABILITIES,
     SIGMOID,
     SOFTMAX,
@@ -47,7 +53,7 @@ from secure.models.settings import (
 from secure.models.text import model_directory
 from secure.models.tokens import TRUNCATE, TextTokenizer, read_json
 
-CLASSIFY, TAG, ANSWER, RERANK = "classify", "tag", "answer", "rerank"
+CLASSIFY, TAG, ANSWER, RERANK, SEARCH = "classify", "tag", "answer", "rerank", "search"
 
 ENDINGS: Mapping[str, str] = {
     "ForSequenceClassification": CLASSIFY,
@@ -65,6 +71,7 @@ REVEALED: Mapping[str, tuple[str, ...]] = {
     ANSWER: (SPAN, LOGITS),
     RERANK: (LOGITS,),
     GENERATE: (TOKEN,),
+    SEARCH: (IDS, PASSAGES, IDS_SCORES, PASSAGES_SCORES),
 }
 """The forms of an answer that each task has; the first is the default, which tells least."""
 

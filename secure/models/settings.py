@@ -19,8 +19,14 @@ from secure.capture.documents import read_document, what_is_wrong
 from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.client_inputs import MAXIMUM_SETTINGS, SETTINGS, TASK
 
-LABEL, SPAN, TOKEN, PROBABILITIES, LOGITS = REVEALS = ("label", "span", "token", "probabilities", "logits")
+LABEL, SPAN, TOKEN, PROBABILITIES, LOGITS, IDS, PASSAGES, IDS_SCORES, PASSAGES_SCORES = REVEALS = (
+    *("label", "span", "token", "probabilities", "logits"),
+    *("ids", "passages", "ids-scores", "passages-scores"),
+)
 """The forms of an answer. See ``secure.models.heads`` for what the client learns by each."""
+
+SCORED = (IDS_SCORES, PASSAGES_SCORES)
+"""Those of a search by which clients learn scores."""
 
 SOFTMAX, SIGMOID, IDENTITY = ACTIVATIONS = ("softmax", "sigmoid", "identity")
 """The functions that make scores of a model's logits."""
@@ -33,6 +39,7 @@ RESAMPLINGS = 6  # filters of Pillow, which numbers them from 0
 CHANNELS = 4
 MAXIMUM_ENDS = 64  # tokens that end a text; Llama 3 has three
 MAXIMUM_TEMPLATE = 1 << 16  # characters of a chat template; those of models with tools have some ten thousand
+MAXIMUM_TOP = 1 << 12  # passages that a search finds
 MAXIMUM_MARK = 512  # characters of the token that begins or ends a text
 
 
@@ -115,7 +122,7 @@ class TaskSettings:
     """The settings of a task. reveal: one of REVEALS, what the Program gives the client. labels: names of the classes.
 
     activation: makes scores of logits. segments: the model takes token_type_ids. image: how images become inputs; None
-    for text. writing: of a model that writes text.
+    for text. writing: of a model that writes text. top: of a search, the passages that are found; else 0.
     """
 
     reveal: Annotated[str, _known(*REVEALS)] = LOGITS
@@ -124,6 +131,7 @@ class TaskSettings:
     segments: Flag = False
     image: ImageSettings | None = None
     writing: WritingSettings | None = None
+    top: Annotated[int, Field(strict=True, ge=0, le=MAXIMUM_TOP)] = 0
 
     @property
     def encoded(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -189,9 +190,38 @@ def looked_up(ids: Tensor, table: Tensor, /) -> Tensor:
 
 @looked_up.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """Multiply the table with unit vectors of the positions. Any row may be found, so the ranges hold all of them."""
-    ids, table = node.inputs[0], to.weight(node.inputs[1])
-    known = to.known(node.inputs[1])
+    """Multiply the table with unit vectors of the positions. Any row may be found, so the ranges hold all of them.
+
+    A table that parameters make up, one below the other, is looked up part by part, so that each is a weight.
+    """
+    ids, table = node.inputs
+    found = to.symbol(ids).units(to.graph.nodes[table].shape[0])
+    parts, start = list[Symbol](), 0
+    for part in _stacked(to, table):
+        stop = start + to.graph.nodes[part].shape[0]
+        rows = found.slice(len(found.shape) - 1, start, stop).linear(to.weight(part))
+        parts.append(rows.bounded(*_reach(to, table)))
+        start = stop
+    total = parts[0]
+    for each in parts[1:]:
+        total = (total + each).bounded(*_reach(to, table))
+    return total
+
+
+def _stacked(to: Lowering, table: int) -> Sequence[int]:
+    """Return the parameters that make up a table, one below the other, or the table itself."""
+    node = to.graph.nodes[table]
+    if node.op != "clear" or node.attrs["target"] != "aten.cat.default" or node.attrs["kwargs"]:
+        return [table]
+    listed, *dim = node.attrs["args"]
+    parts = [to.graph.nodes[i] for i in node.inputs]
+    below = dim in ([], [0]) and len(listed) == len(parts) and all(part.op == "parameter" for part in parts)
+    return node.inputs if below else [table]
+
+
+def _reach(to: Lowering, table: int) -> tuple[float, float]:
+    """Return a range that holds every entry of a table: up to a power of two, which tells no entry."""
+    known = to.known(table)
     most = 1.0 if known.is_meta else max(float(known.abs().max()), 2.0**-16)
-    reach = 2.0 ** math.ceil(math.log2(most))  # a power of two tells no entry
-    return to.symbol(ids).units(table.shape[0]).linear(table).bounded(-reach, reach)
+    reach = 2.0 ** math.ceil(math.log2(most))
+    return -reach, reach

@@ -74,6 +74,7 @@ from secure.tasks.classify import Classify
 from secure.tasks.embed import Embed
 from secure.tasks.generate import Generate
 from secure.tasks.rerank import Rerank, ranked
+from secure.tasks.search import Search
 from secure.tasks.tag import SIMPLE, Tag
 from secure.tasks.task import Served, Task, stacked
 
@@ -542,6 +543,23 @@ class Session:
             raise InvalidInput(f"the {top_k} best documents", "at least 1, or None for all")
         scores = list(self.run(Rerank(long), [(query, document) for document in documents]))
         return ranked(scores, documents if return_documents else None)[:top_k]
+
+    def search(
+        self,
+        questions: Sequence[str],
+        top: int | None = None,
+        *,
+        passages: bool = False,
+        long: str = REFUSE,
+        prompt: str | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Find the passages of the server's index that answer each question best, the best first.
+
+        Each is {"id", "passage", "start", "end", "score"}, and "text" where the owner serves passages. The servers
+        learn neither the question nor what was found. See ``secure.tasks.search.Search`` for all parameters, and
+        ``embed`` for exceptions.
+        """
+        return list(self.run(Search(top, passages, long, prompt), questions))
 
     def generate(
         self,

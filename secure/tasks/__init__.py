@@ -9,5 +9,6 @@ classify     texts and pairs to the names of their classes
 tag          texts to the entities in them
 answer       questions to a part of their context
 rerank       queries and documents to scores
+search       questions to the passages of an index
 generate     texts to what a model writes after them
 """

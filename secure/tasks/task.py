@@ -22,6 +22,9 @@ from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 from secure.tasks.closeness import COSINE, Closeness
 
+EXACT = 14
+"""Fraction bits of what a model gives exactly, such as the bytes of a text."""
+
 Given = TypeVar("Given")
 Answer_co = TypeVar("Answer_co", covariant=True)
 
@@ -49,7 +52,8 @@ class Loaded:
     about: a line for the model's owner, or "". normalized: the model's answers are vectors of length 1. samples_at:
     makes calibration inputs of another length; None if the model has only one. labels: more labels of its Programs.
     held_out: makes inputs of a length that are no calibration inputs, on which a compiled model is compared with the
-    module, the first as long as the model takes; None if there are none. closeness: by what they are compared.
+    module, the first as long as the model takes; None if there are none. closeness: by what they are compared. exact:
+    its answers hold numbers of EXACT fraction bits that must not be rounded.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Loaded:
     labels: Mapping[str, str] = field(default_factory=dict)
     held_out: Callable[[int], Sequence[Mapping[str, Tensor]]] | None = None
     closeness: Closeness = COSINE
+    exact: bool = False
 
     def at(self, length: int) -> Self:
         """Return the same model for another length. Raises InvalidInput if it has only one, or does not take this."""

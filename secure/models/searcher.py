@@ -1,0 +1,111 @@
+"""The model of a private search: an encoder, scores against an index, the best of them, and what is said of these.
+
+What the client learns of a passage stands in a *record*: the JSON list [id, number, start, end], and behind it the text
+if the owner serves that, in UTF-8, padded with spaces to the width of all records. Two bytes are one number of the
+table of records, (u - 2^15) / 2^14, which 14 fraction bits hold exactly. The protocol looks the table up at positions
+that nobody learns, so that the client gets the records of what was found, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secure.errors import InvalidInput, printable
+from secure.models.index import COSINE, MOST_PASSAGES, Index
+from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage
+from secure.models.sentence_encoder import SentenceEncoder
+
+FRACTION_BITS = 14
+"""The fraction bits that hold a record exactly; see ``secure.tasks.task.EXACT``."""
+
+STEP = 64
+"""Records are padded to a multiple of so many bytes: the width, which is public, tells no more of the longest."""
+
+_MIDDLE, _SCALE = 1 << 15, 1 << FRACTION_BITS
+
+
+class Searcher(nn.Module):
+    """The module that maps a question's tokens to the records of the ``top`` best passages, the best first.
+
+    The result is (batch, top, width / 2) numbers of records; with ``scores`` {"records": that, "scores": (batch, top)}.
+    Of equal scores the first row comes first. Each segment of the index is a weight of its own, and so is the part of
+    the table of records that belongs to it.
+    """
+
+    def __init__(self, encoder: SentenceEncoder, index: Index, *, top: int, texts: bool, scores: bool) -> None:
+        super().__init__()
+        self.encoder, self.top, self.with_scores = encoder, top, scores
+        self.normalize = index.similarity == COSINE and not encoder.normalized
+        table, sizes = records_of(index.passages, texts=texts), list(index.segments)
+        self.rows = nn.ParameterList(_parts(index.embeddings, sizes))
+        self.records = nn.ParameterList(_parts(table, sizes))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        best = self.scored(input_ids, attention_mask).topk(self.top)
+        records = F.embedding(best.indices, torch.cat(list(self.records)))
+        return {"records": records, "scores": best.values} if self.with_scores else records
+
+    def scored(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the score of every row of the index, (batch, rows)."""
+        x = self.encoder(input_ids, attention_mask)
+        x = F.normalize(x, dim=-1) if self.normalize else x
+        return torch.cat([F.linear(x, rows) for rows in self.rows], -1)
+
+
+def _parts(whole: Tensor, sizes: Sequence[int]) -> list[nn.Parameter]:
+    return [nn.Parameter(part.contiguous(), requires_grad=False) for part in whole.split(list(sizes))]
+
+
+def records_of(passages: Sequence[Passage], *, texts: bool) -> Tensor:
+    """Return the table of records, float32 (passages, width / 2). texts: the passages' texts are in it."""
+    said = [[p.id, p.number, p.start, p.end, *([p.text] if texts else [])] for p in passages]
+    encoded = [json.dumps(each, ensure_ascii=False, separators=(",", ":")).encode() for each in said]
+    width = -(-max(map(len, encoded)) // STEP) * STEP
+    whole = np.frombuffer(b"".join(each.ljust(width) for each in encoded), dtype="<u2").reshape(len(encoded), -1)
+    return torch.from_numpy((whole.astype(np.float32) - _MIDDLE) / _SCALE)
+
+
+def read_record(numbers: Tensor) -> dict[str, Any]:
+    """Read a record, (width / 2) numbers: {"id", "passage", "start", "end"}, and "text" if it has one.
+
+    It comes from a server's Program. Raises InvalidInput for anything else than a record.
+    """
+    found = (numbers.to(torch.float64) * _SCALE).round() + _MIDDLE
+    if not bool(((found >= 0) & (found < 2 * _MIDDLE)).all()):
+        raise _wrong()
+    try:
+        said: Any = json.loads(found.to(torch.int32).numpy().astype("<u2").tobytes().decode())
+    except (ValueError, RecursionError):
+        raise _wrong() from None
+    if not isinstance(said, list) or len(said) not in (4, 5):
+        raise _wrong()
+    name, numbered, *text = said[0], said[1:4], *said[4:]
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or not 0 < len(name.encode("utf-8", "replace")) <= MAXIMUM_ID
+    ):
+        raise _wrong()
+    for number, most in zip(numbered, (MOST_PASSAGES, MAXIMUM_DOCUMENT, MAXIMUM_DOCUMENT), strict=True):
+        if type(number) is not int or not 0 <= number <= most:
+            raise _wrong()
+    if not all(isinstance(each, str) for each in text):
+        raise _wrong()
+    record = dict(zip(("id", "passage", "start", "end"), (name, *numbered), strict=True))
+    return record | ({"text": text[0]} if text else {})
+
+
+def shown(text: str) -> str:
+    """Return the text of a passage for a terminal: its lines, without what cannot be printed."""
+    return "\n".join(printable(line) for line in text.splitlines())
+
+
+def _wrong() -> InvalidInput:
+    return InvalidInput("the answer is no passage of an index", "ask the server's owner")

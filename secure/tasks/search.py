@@ -1,0 +1,228 @@
+"""The task of private search: questions to the passages of an index that answer them best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secure.errors import InvalidInput
+from secure.lowering.client_inputs import SETTINGS, TASK
+from secure.models.heads import REVEALED, SEARCH
+from secure.models.index import QUESTION, Index, prompt_for, read_index
+from secure.models.searcher import Searcher, read_record
+from secure.models.settings import IDENTITY, PASSAGES, PASSAGES_SCORES, SCORED, TaskSettings
+from secure.models.text import (
+    TextModel,
+    held_out_inputs,
+    load_text_model,
+    model_files,
+    text_inputs,
+    text_samples,
+)
+from secure.models.tokens import REFUSE, TRUNCATE
+from secure.progress import Told, silent
+from secure.tasks.closeness import Closeness, Compared, Judged
+from secure.tasks.embed import Embed
+from secure.tasks.task import Loaded, Served, Task
+
+TOP = 10
+"""The passages that an answer has by default."""
+
+MOST_TOP = 128
+"""The most of them: the protocol finds so many of a long row."""
+
+QUESTION_LENGTH = 32
+"""Tokens to which questions are padded by default. They are short, and a query costs in proportion."""
+
+CALIBRATED, TESTED = 8, 2  # passages that calibrate a search, and that test it
+
+Found = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Search(Task[str, Found]):
+    """The task that maps a question to the passages of the server's index that answer it best, the best first.
+
+    Each is {"id": of the document, "passage": its number there, "start", "end": its characters, "score"}, and "text"
+    where the server's owner serves passages. The score is the cosine of the passage's embedding and the question's, or
+    their product where the model says so; None where the owner does not reveal it.
+
+    top: so many of them, at most as many as the server finds; None for all that it finds. passages: refuse a server
+    that gives no texts. long: "refuse" or "truncate" a question that is too long. prompt: the name of the model's
+    prompt that goes before questions; by default "query" if there is one, else the model's own default.
+
+    Of a search that is loaded, index is its directory, ``found`` how many passages an answer has (0 for TOP, or all of
+    a smaller index), and reveal what clients learn: one of ``REVEALED[SEARCH]``, "" for the least.
+    """
+
+    name: ClassVar[str] = SEARCH
+    noun: ClassVar[str] = "question"
+    steady: ClassVar[bool] = False
+
+    top: int | None = None
+    passages: bool = False
+    long: str = REFUSE
+    prompt: str | None = None
+    index: str = ""
+    found: int = 0
+    reveal: str = ""
+
+    def __post_init__(self) -> None:
+        if self.long not in (REFUSE, TRUNCATE):
+            raise InvalidInput(f"long questions are not taken by {self.long!r}", f"{REFUSE} or {TRUNCATE}")
+        if self.top is not None and self.top < 1:
+            raise InvalidInput(f"the {self.top} best passages", "at least 1, or None for all that the server finds")
+
+    def load(self, model: str, length: int = 0, sentences: Sequence[str] = (), told: Told = silent) -> Loaded:
+        known = REVEALED[SEARCH]
+        if (reveal := self.reveal or known[0]) not in known:
+            raise InvalidInput(f"a search reveals no {reveal}", f"one of {', '.join(known)}")
+        if not self.index:
+            raise InvalidInput("a search without an index", "--index DIRECTORY, which unseen index makes")
+        told(0, 0, "reading the index")
+        index = read_index(Path(self.index), model)
+        rows = len(index.passages)
+        found = self.found or min(TOP, rows)
+        if not 1 <= found <= min(rows, MOST_TOP):
+            few = f"the index has {rows} passages" if rows < MOST_TOP else f"{MOST_TOP} at most are found"
+            raise InvalidInput(f"the {found} best passages: {few}", f"--top {min(rows, MOST_TOP)} at most")
+        told(0, 0, "loading the model")
+        text = load_text_model(model)
+        length = length or min(QUESTION_LENGTH, text.maximum_length)
+        settings = TaskSettings(reveal, activation=IDENTITY, top=found)
+        searcher = Searcher(
+            text.module,  # type: ignore[arg-type]  # as load_text_model makes it
+            index,
+            top=found,
+            texts=reveal in (PASSAGES, PASSAGES_SCORES),
+            scores=reveal in SCORED,
+        ).eval()
+        calibrating, testing = _chosen(index, CALIBRATED, TESTED)
+        about = f"index: {rows:,} passages of {len(index.names):,} documents, in {len(index.segments):,} segments"
+        return Loaded(
+            text.name,
+            searcher,
+            _samples(text, length, sentences, calibrating),
+            text.tokenizer,
+            text.tokenizer_json,
+            length,
+            about="; ".join((*text.about, about)),
+            samples_at=lambda other: _samples(text, other, sentences, calibrating),
+            labels={**text.prompts.labels(), TASK: SEARCH, SETTINGS: settings.encoded},
+            held_out=lambda other: [*held_out_inputs(text, other), *_inputs(text, other, testing)],
+            closeness=SameFound(searcher),
+            exact=True,
+        )
+
+    def files(self, model: str) -> Iterable[Path]:
+        return model_files(model)
+
+    def fits(self, served: Served) -> None:
+        super().fits(served)
+        if served.task != self.name:
+            raise InvalidInput("this server has no index to search", "ask another server: unseen serve --index")
+
+    def check(self, given: Sequence[str], served: Served) -> None:
+        if isinstance(given, str) or not all(isinstance(text, str) for text in given):
+            raise InvalidInput("search takes a list of questions", 'for example search(["What is it?"])')
+        if served.tokenizer is None:
+            raise InvalidInput("this server's model takes no text", "ask another server")
+        if self.top is not None and self.top > served.settings.top:
+            raise InvalidInput(
+                f"the {self.top} best passages: this server finds {served.settings.top}",
+                "fewer (--top), or leave it out",
+            )
+        if self.passages and served.settings.reveal not in (PASSAGES, PASSAGES_SCORES):
+            raise InvalidInput(
+                "this server reveals the ids of passages, and not their texts",
+                "leave --passages out; its owner may serve them with --reveal passages",
+            )
+        self._embed(served).check(given, served)
+
+    def _embed(self, served: Served) -> Embed:
+        """Return the task that makes the tokens of a question."""
+        if self.prompt is not None:
+            return Embed(self.long, self.prompt)
+        return Embed(self.long, next((name for name in QUESTION if name in served.prompts.texts), None))
+
+    def inputs(self, given: str, served: Served) -> Mapping[str, Tensor]:
+        return self._embed(served).inputs(given, served)
+
+    def fitted(self, inputs: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor] | None:
+        return Embed().fitted(inputs, length)
+
+    def answer(self, result: Any) -> Any:
+        records, scores = (result["records"], result["scores"]) if isinstance(result, Mapping) else (result, None)
+        return records[0], None if scores is None else scores[0]
+
+    def joined(
+        self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], given: str, served: Served
+    ) -> Found:
+        ((records, scores),) = answers
+        values = [None] * len(records) if scores is None else scores.tolist()
+        found = [{**read_record(each), "score": score} for each, score in zip(records, values, strict=True)]
+        return found[: self.top]
+
+
+def _chosen(index: Index, many: int, more: int) -> tuple[list[str], list[str]]:
+    """Return passages that calibrate, and others that test: spread over the index, or all of a small one."""
+    step = max(1, len(index.passages) // (many + more))
+    texts = [each.text for each in index.passages[::step]][: many + more]
+    return texts[:many], texts[many:]
+
+
+def _inputs(text: TextModel, length: int, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+    prompt = prompt_for(text.prompts, QUESTION)
+    return [text_inputs(text.tokenizer, prompt + each, length, TRUNCATE) for each in texts]
+
+
+def _samples(
+    text: TextModel, length: int, sentences: Sequence[str], passages: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """Make calibration inputs: those of texts, and passages of the index, whose scores are the greatest."""
+    return [*text_samples(text, length, sentences), *_inputs(text, length, passages)]
+
+
+@dataclass(frozen=True, eq=False)
+class SameFound(Closeness):
+    """The least error of scores that explains what was found, in parts of the spread of the original's scores.
+
+    At each rank it is half the distance, among the original's scores, of the passage that was found from the one that
+    belongs there. So it is 0 for the same passage, and small where two are as good as equal. It is infinite for what is
+    no record of the index. Scores that are revealed are judged by the records beside them.
+    """
+
+    searcher: Searcher
+    rows: dict[bytes, int] = field(default_factory=dict)
+
+    name: ClassVar[str] = "error"
+    default: ClassVar[float] = 0.05
+    moves: ClassVar[str] = "raises the bar"
+
+    def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
+        if not self.rows:
+            table = torch.cat(list(self.searcher.records))
+            self.rows.update({row.numpy().tobytes(): number for number, row in enumerate(table)})
+        worst, length, low, high, same, every = 0.0, 0, torch.inf, -torch.inf, 0, 0
+        for each in answered:
+            records = each.found["records"] if isinstance(each.found, Mapping) else each.found
+            with torch.no_grad():
+                scores = self.searcher.scored(**each.inputs)
+            best = scores.topk(records.shape[1])
+            low, high = min(low, float(scores.min())), max(high, float(scores.max()))
+            for row, found in enumerate(records.to(torch.float32)):
+                for rank, record in enumerate(found):
+                    at = self.rows.get(record.numpy().tobytes())
+                    wrong = torch.inf if at is None else abs(float(best.values[row, rank] - scores[row, at])) / 2
+                    same, every = same + (at == int(best.indices[row, rank])), every + 1
+                    if wrong > worst:
+                        worst, length = wrong, each.length
+        error = worst / max(high - low, accept)
+        said = f", others would be with scores wrong by {error:.2g} of their spread ({high - low:.3g})" if worst else ""
+        words = f"{same} of {every} passages are found at the original's rank{said}"
+        return Judged(error <= accept, words, length)
