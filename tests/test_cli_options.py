@@ -29,6 +29,7 @@ from parties.cli import (
     demo,
     embed,
     generate,
+    index,
     main,
     output,
     party,
@@ -52,6 +53,7 @@ from secure.deployments import deployment as registry
 from secure.deployments.compare import Outcome, variants
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CONNECT, ROWS, SERVE, CompileOptions, Deployment, Role, option
+from secure.models.index import Change
 from secure.models.prompts import Prompts
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NETWORKS
@@ -146,6 +148,12 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     for module in (embed, compare, train, accuracy):
         put(module, "model_directory", Path)
     put(party, "write_shares", lambda *_: [])
+    put(index, "load_text_model", SimpleNamespace(maximum_length=64))
+    put(index, "read_documents", [])
+    made_index = SimpleNamespace(names={}, passages=[], segments=[], length=8, overlap=2)
+    put(index, "build_index", (made_index, Change(0, 0, 0, 0, 0)))
+    put(index, "read_index", made_index)
+    put(index, "write_index")
     put(generate, "prices", ["a price"])
     put(proxy, "answer_at")
     put(asking, "Measurements", SimpleNamespace(add=found.note("add"), show=found.note("show"), check=lambda: None))
@@ -193,7 +201,9 @@ FIRST: dict[str, list[str]] = {
     "tag": ["A text."],
     "answer": ["--question", "Who?", "--context", "A text."],
     "rerank": ["A query.", "A text."],
+    "search": ["A question?"],
     "generate": ["A text."],
+    "index": ["{tmp}/documents", "--output", "{tmp}/index"],
     "serve": ["--listen", FREE],
     "compile": ["a-model", "{tmp}/compiled"],
     "dealer": ["--listen", FREE],
@@ -231,6 +241,7 @@ POSITIONS = {
     ("certs", "roles"): 2,
     ("token", "action"): 1,
     ("token", "name"): 2,
+    ("index", "documents"): 1,
     ("rerank", "query"): 1,
     ("rerank", "documents"): 2,
     ("generate", "prompt"): 1,
@@ -300,6 +311,8 @@ VALUES: dict[str, str] = {
             "max_new_tokens",
             "ray_workers",
             "dimensions",
+            "overlap",
+            "top",
         ),
         "4",
     ),

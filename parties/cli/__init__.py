@@ -22,7 +22,8 @@ asking       what commands that ask a served model have in common
 embed        ``unseen embed``
 generate     ``unseen generate``
 proxy        ``unseen proxy``
-tasks        ``unseen classify``, ``tag``, ``answer`` and ``rerank``
+tasks        ``unseen classify``, ``tag``, ``answer``, ``rerank`` and ``search``
+index        ``unseen index``
 certs        ``unseen certs``
 demo         ``unseen demo``
 main         the commands put together

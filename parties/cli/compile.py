@@ -23,6 +23,7 @@ from parties.cli.options import (
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
+    IndexOption,
     LengthsOption,
     ModelArgument,
     NetworkOption,
@@ -30,6 +31,7 @@ from parties.cli.options import (
     TaskOption,
     TemperatureOption,
     ThreadsOption,
+    TopOption,
     chosen,
     compile_options,
     read_texts,
@@ -62,6 +64,8 @@ def compile_model(
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
+    index: IndexOption = None,
+    top: TopOption = None,
     accept_cosine: AcceptCosineOption = None,
     accept_error: AcceptErrorOption = None,
     threads: ThreadsOption = 0,
@@ -97,7 +101,7 @@ def compile_model(
             temperature=temperature,
             draft_length=draft_length or 0,
             accept=Accept(accept_cosine, accept_error),
-            **chosen(task, reveal),
+            **chosen(task, reveal, index, top),
         )
         compiled = compilation.run(told)
         told(0, 0, "writing files")

@@ -28,7 +28,7 @@ from secure.tasks.embed import Embed
 CONFIG = "config.json"  # of a model's directory
 FIXED = (
     *("length", "capacity", TEMPERATURE, DRAFT_LENGTH, "batch", "dimensions", "embedding", "gelu", "approximations"),
-    *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal"),
+    *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal", "index", "top"),
 )
 """Options of the command line that are fixed when a model is compiled."""
 
@@ -156,7 +156,8 @@ def require_fixed(compiled: Compiled, directory: Path | str, fixed: Mapping[str,
         known = _known(compiled, name)
         given = sorted(set(value)) if isinstance(value, list) else value
         if given is not None and given != known:
-            said = "whose ranges are fixed" if name == "calibration" else f"which was compiled with {_words(known)}"
+            parts = {"calibration": "whose ranges are fixed", "index": "which has its own index, or none"}
+            said = parts.get(name) or f"which was compiled with {_words(known)}"
             hint = f"leave {dashed(name)} out, or compile it again"
             raise InvalidInput(f"{dashed(name)} {_words(given)}: {directory} holds a compiled model, {said}", hint)
 
@@ -171,6 +172,8 @@ def _known(compiled: Compiled, name: str) -> Any:
     if name in ("task", "reveal"):
         task, settings = settings_of(compiled.program.labels)
         return task or Embed.name if name == "task" else settings.reveal if task else None
+    if name == "top":
+        return settings_of(compiled.program.labels)[1].top or None
     if name in ("length", "batch"):
         least = {"batch": 1}.get(name, 0)
         steps = {1, _known(compiled, DRAFT_LENGTH)} if name == "length" else set[int]()  # of a model that writes text

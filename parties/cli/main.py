@@ -28,7 +28,7 @@ from parties.cli.plan import plan
 from parties.cli.profile import profile
 from parties.cli.proxy import proxy
 from parties.cli.serve import dealer, serve
-from parties.cli.tasks import answer, classify, rerank, tag
+from parties.cli.tasks import answer, classify, rerank, search, tag
 from parties.cli.timeline import timeline
 from parties.cli.token import token
 from parties.cli.train import train
@@ -36,7 +36,7 @@ from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
 from secure.errors import Error, InvalidInput
 
-ASKING: tuple[Callable[..., None], ...] = (embed, classify, tag, answer, rerank)
+ASKING: tuple[Callable[..., None], ...] = (embed, classify, tag, answer, rerank, search)
 """The commands that ask a served model."""
 
 CONTEXTS = {"check": {"allow_extra_args": True, "ignore_unknown_options": True}}

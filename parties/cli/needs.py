@@ -232,7 +232,10 @@ def _tokens(given: Mapping[str, Any]) -> More:
 
 
 PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {
-    **{verb: partial(_for_client, verb) for verb in ("embed", "classify", "tag", "answer", "rerank", "generate")},
+    **{
+        verb: partial(_for_client, verb)
+        for verb in ("embed", "classify", "tag", "answer", "rerank", "search", "generate")
+    },
     "proxy": _for_proxy,
     "serve": _for_serve,
     "dealer": _for_dealer,

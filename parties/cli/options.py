@@ -35,6 +35,7 @@ from secure.mpc.network import LOOPBACK, NETWORKS
 from secure.session.session import PACE
 from secure.tasks.closeness import Cosine, ScoreError
 from secure.tasks.embed import LENGTH
+from secure.tasks.search import MOST_TOP, TOP
 
 # Enums for typer's choices; their members come from the library.
 Embedding = StrEnum("Embedding", {e: e for e in EMBEDDINGS})  # type: ignore[misc]
@@ -149,12 +150,28 @@ RevealOption = Annotated[
     typer.Option(
         "--reveal",
         help="What clients learn of a model with a head: the label (of an answerer, the span) alone, the least and the "
-        "default; probabilities; or the model's logits. A model that writes text reveals its tokens.",
+        "default; probabilities; or the model's logits. A model that writes text reveals its tokens. Of a search: the "
+        "ids of the passages that are found, the default; the passages; or either with scores.",
     ),
 ]
 DimensionsOption = Annotated[
     int | None,
     typer.Option(min=1, help="The first numbers of an embedding that are its answer (Matryoshka); all by default."),
+]
+IndexOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--index",
+        metavar="DIRECTORY",
+        help="Serve a private search of this index, which `unseen index` made with the model: the server learns "
+        "neither questions nor what is found. What clients learn: --reveal.",
+    ),
+]
+TopOption = Annotated[
+    int | None,
+    typer.Option(
+        "--top", min=1, max=MOST_TOP, help=f"Passages of --index that an answer finds; public. {TOP} by default."
+    ),
 ]
 AcceptCosineOption = Annotated[
     float | None,
@@ -380,9 +397,9 @@ DEFAULTS: Mapping[str, Any] = {
 """The values of options about compiling that were not given."""
 
 
-def chosen(task: str | None, reveal: str | None) -> dict[str, Any]:
+def chosen(task: str | None, reveal: str | None, index: Path | None = None, top: int | None = None) -> dict[str, Any]:
     """Read the options about a model's task, as ``Compilation`` and ``task_of`` take them."""
-    return {"task": str(task or ""), "reveal": str(reveal or "")}
+    return {"task": str(task or ""), "reveal": str(reveal or ""), "index": str(index or ""), "top": top or 0}
 
 
 def along_with_ray(ray: str | None, workers: int | None, *, insecure: bool) -> None:

@@ -27,6 +27,7 @@ from parties.cli.options import (
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
+    IndexOption,
     InsecureOption,
     LengthOption,
     ModelArgument,
@@ -41,6 +42,7 @@ from parties.cli.options import (
     ThreadsOption,
     TlsOption,
     TokensOption,
+    TopOption,
     VerboseOption,
     chosen,
     compile_options,
@@ -82,6 +84,8 @@ def share_model(
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
+    index: IndexOption = None,
+    top: TopOption = None,
     accept_cosine: AcceptCosineOption = None,
     accept_error: AcceptErrorOption = None,
     threads: ThreadsOption = 0,
@@ -112,7 +116,7 @@ def share_model(
         temperature=temperature,
         draft_length=draft_length or 0,
         accept=Accept(accept_cosine, accept_error),
-        **chosen(task, reveal),
+        **chosen(task, reveal, index, top),
     )
     compiled = made("share-model", compilation, keep=False)
     with stages("share-model") as told:

@@ -33,6 +33,7 @@ from parties.cli.options import (
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
+    IndexOption,
     InsecureOption,
     LengthsOption,
     ListenOption,
@@ -52,6 +53,7 @@ from parties.cli.options import (
     ThreadsOption,
     TlsOption,
     TokensOption,
+    TopOption,
     TraceOption,
     VerboseOption,
     WorkersOption,
@@ -115,6 +117,8 @@ def serve(
     calibration: CalibrationOption = None,
     task: TaskOption = None,
     reveal: RevealOption = None,
+    index: IndexOption = None,
+    top: TopOption = None,
     accept_cosine: AcceptCosineOption = None,
     accept_error: AcceptErrorOption = None,
     keep: KeepOption = True,
@@ -164,6 +168,8 @@ def serve(
         answer_bits=answer_bits,
         checked=checked,
     )
+    if index is not None and also:
+        raise InvalidInput("--index and --also exclude each other", "an index is of one model; serve it by itself")
     only_compiling = {"--no-keep": not keep, "--accept-cosine": accept_cosine is not None}
     for name, said in {**only_compiling, "--accept-error": accept_error is not None}.items():
         if kept.keys() == set(models) and said:
@@ -205,7 +211,7 @@ def serve(
     if twice := next((each for each in models if models.count(each) > 1), None):
         raise InvalidInput(f"the model {twice} is given twice", "give --length and --batch several times instead")
     for each in models:
-        if each not in kept and task_of(each, **chosen(task, reveal)).stored:
+        if each not in kept and task_of(each, **chosen(task, reveal, index, top)).stored:
             model_directory(each)  # a mistake that can be seen before anything is loaded
 
     def check() -> None:
@@ -239,7 +245,7 @@ def serve(
                 temperature=temperature,
                 draft_length=draft_length or 0,
                 accept=Accept(accept_cosine, accept_error),
-                **chosen(task, reveal),
+                **chosen(task, reveal, index, top),
             )
             held.append(made("serve", compilation, keep=keep))
     if workers is not None and together:

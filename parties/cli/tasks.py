@@ -1,4 +1,4 @@
-"""The commands ``unseen classify``, ``tag``, ``answer`` and ``rerank``: what models with a head are asked."""
+"""The commands ``unseen classify``, ``tag``, ``answer``, ``rerank`` and ``search``: what served models are asked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from parties.cli.asking import Asking, Question, TextsArgument, ask, in_words
 from parties.cli.options import Long, LongOption
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
+from secure.models.searcher import shown
 from secure.models.tokens import REFUSE, TRUNCATE
 from secure.tasks.answer import Answering
 from secure.tasks.classify import Classify
 from secure.tasks.rerank import Rerank, ranked
+from secure.tasks.search import Search
 from secure.tasks.tag import AGGREGATIONS, SIMPLE, Tag
 
 # Enums for typer's choices; their members come from the library.
@@ -158,3 +160,42 @@ def rerank(
         given="documents as arguments",
     )
     ask(asked, deployment, asking, documents)
+
+
+def search(
+    deployment: Deployment,
+    asking: Asking,
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(help="Questions; none: one a line from standard input, which other users cannot see."),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Show so many passages, the best first; all that the server finds by default."),
+    ] = None,
+    passages: Annotated[
+        bool, typer.Option("--passages", help="Show the passages themselves, of a server whose owner serves them.")
+    ] = False,
+    long: CutOption = Cut[REFUSE],
+) -> None:
+    """Find passages in a server's index. The servers learn neither the question nor what was found."""
+
+    def words(found: Sequence[Any]) -> list[str]:
+        lines = list[str]()
+        for rank, each in enumerate(found, 1):
+            where = f"passage {each['passage']}, characters {each['start']} to {each['end']}"
+            lines.append(f"{rank:>3}  {each['id']}   {where}{_score(each)}")
+            if passages:
+                lines += [f"       {line}" for line in shown(each["text"]).split("\n")]
+        return lines
+
+    asked = Question(
+        "search",
+        Search(top, passages, str(long)),
+        in_words(deployment, words),
+        also=f"--top {top}" if top else "",
+        long=str(long),
+        texts="question",
+        given="questions as arguments",
+    )
+    ask(asked, deployment, asking, questions)

@@ -258,7 +258,7 @@ def _check_exact(options: CompileOptions) -> None:
         raise InvalidInput(f"answers of {options.answer_bits} bits: those of this task are exact", "leave it out")
     if min(fixed.fraction_bits, fixed.weight_fraction_bits) < EXACT:
         raise InvalidInput(
-            f"{fixed.fraction_bits} fraction bits, and {fixed.weight_fraction_bits} of weights, where answers are exact",
+            f"{fixed.fraction_bits} fraction bits, {fixed.weight_fraction_bits} of weights: the answers are exact",
             f"{EXACT} or more (--fraction-bits)",
         )
 

@@ -194,14 +194,15 @@ class SameFound(Closeness):
 
     At each rank it is half the distance, among the original's scores, of the passage that was found from the one that
     belongs there. So it is 0 for the same passage, and small where two are as good as equal. It is infinite for what is
-    no record of the index. Scores that are revealed are judged by the records beside them.
+    no record of the index, and for one that is found twice. Scores that are revealed are judged by the records beside
+    them.
     """
 
     searcher: Searcher
     rows: dict[bytes, int] = field(default_factory=dict)
 
     name: ClassVar[str] = "error"
-    default: ClassVar[float] = 0.05
+    default: ClassVar[float] = 0.005
     moves: ClassVar[str] = "raises the bar"
 
     def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
@@ -216,9 +217,12 @@ class SameFound(Closeness):
             best = scores.topk(records.shape[1])
             low, high = min(low, float(scores.min())), max(high, float(scores.max()))
             for row, found in enumerate(records.to(torch.float32)):
+                seen = set[int]()
                 for rank, record in enumerate(found):
                     at = self.rows.get(record.numpy().tobytes())
-                    wrong = torch.inf if at is None else abs(float(best.values[row, rank] - scores[row, at])) / 2
+                    none = at is None or at in seen
+                    wrong = torch.inf if none else abs(float(best.values[row, rank] - scores[row, at])) / 2
+                    seen |= set() if at is None else {at}
                     same, every = same + (at == int(best.indices[row, rank])), every + 1
                     if wrong > worst:
                         worst, length = wrong, each.length

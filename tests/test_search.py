@@ -1,0 +1,428 @@
+"""Private search: what is found, under every deployment that can; records, questions, ties, and the commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import secure
+from parties import deployments
+from parties.two_party.masked_model import mask_model
+from protocols import two_party as tp
+from protocols.circuit import Instruction, check
+from protocols.fixedpoint import FixedPoint
+from protocols.protocol import CircuitCost
+from secure.deployments.compilation import Compilation
+from secure.deployments.compiled import task_of
+from secure.deployments.self_test import self_test
+from secure.errors import InputTooLong, InvalidInput
+from secure.models import index as index_module
+from secure.models.index import Index, build_index, read_index, write_index
+from secure.models.passages import Document, Passage
+from secure.models.searcher import read_record, records_of, shown
+from secure.models.settings import settings_of
+from secure.models.text import load_text_model
+from secure.session.session import Session
+from secure.tasks.closeness import Compared
+from secure.tasks.search import SameFound, Search
+from tests.dealer_key import KEY
+from tests.test_cli import Run, in_words, run
+from tests.tiny import WORDS, Ready, Served, serving, write_model
+
+for module in ("transformers", "tokenizers"):
+    pytest.importorskip(module)
+
+__all__ = ["run"]  # the fixture
+
+LENGTH, TOP = 8, 4
+QUESTIONS = [" ".join(random.Random(i).choices(WORDS, k=4)) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An encoder with prompts of its own for questions and passages."""
+    directory = write_model(tmp_path_factory.mktemp("search") / "tiny")
+    prompts = {"query": f"{WORDS[0]} ", "passage": f"{WORDS[1]} "}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    return str(directory)
+
+
+def documents(count: int = 12) -> list[Document]:
+    return [Document(f"doc-é-{i}", " ".join(random.Random(100 + i).choices(WORDS, k=9))) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def index(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of several segments."""
+    where = tmp_path_factory.mktemp("index") / "index"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "SEGMENT", 10)
+        made, _ = build_index(model, load_text_model(model), documents(), length=LENGTH, overlap=1)
+    write_index(made, where)
+    assert len(made.segments) > 2
+    return where
+
+
+Made = Callable[..., secure.Compiled]
+
+
+@pytest.fixture(scope="module")
+def made(model: str, index: Path) -> Made:
+    @cache
+    def compiled(reveal: str = "", deployment: Any = None) -> secure.Compiled:
+        found = str(index)
+        return secure.compile_text_model(model, LENGTH, index=found, top=TOP, reveal=reveal, deployment=deployment)
+
+    return compiled
+
+
+def expected(model: str, index: Index, question: str, top: int = TOP) -> tuple[list[tuple[str, int]], list[float]]:
+    """The passages that the encoder finds in the clear, and their scores."""
+    text = load_text_model(model)
+    ids = torch.tensor([text.tokenizer.tokenizer.encode(text.prompts.texts["query"] + question).ids])
+    vector = F.normalize(text.module(ids, torch.ones_like(ids)), dim=-1)[0]
+    best = (index.embeddings @ vector).topk(top)
+    return [(index.passages[i].id, index.passages[i].number) for i in best.indices], best.values.tolist()
+
+
+def names(found: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(each["id"], each["passage"]) for each in found]
+
+
+# what is found
+
+
+@pytest.mark.parametrize("deployment", [secure.TwoParty(), secure.ThreeParty(), secure.ThreeParty(public_weights=True)])
+def test_the_best_passages_are_found(deployment: Any, made: Made, model: str, index: Path) -> None:
+    known = read_index(index)
+    with secure.insecure_in_process(made("passages-scores", deployment)) as session:
+        for question, found in zip(QUESTIONS, session.search(QUESTIONS), strict=True):
+            wanted, scores = expected(model, known, question)
+            assert names(found) == wanted
+            assert [each["score"] for each in found] == pytest.approx(scores, abs=2e-3)
+            texts = {(p.id, p.number): p for p in known.passages}
+            for each in found:
+                passage = texts[each["id"], each["passage"]]
+                assert (each["start"], each["end"], each["text"]) == (passage.start, passage.end, passage.text)
+
+
+@pytest.mark.parametrize("reveal", ["", "passages", "ids-scores"])
+def test_a_client_learns_what_the_owner_reveals(reveal: str, made: Made, model: str, index: Path) -> None:
+    compiled = made(reveal)
+    wanted, _ = expected(model, read_index(index), QUESTIONS[0])
+    with secure.insecure_in_process(compiled) as session:
+        (found,) = session.search(QUESTIONS[:1])
+    assert names(found) == wanted
+    assert {("text" in each, each["score"] is None) for each in found} == {
+        ("passages" in reveal, "score" not in reveal)
+    }
+    outputs = {"": 1, "passages": 1, "ids-scores": 2}[reveal]
+    assert len(compiled.program.output_shapes) == outputs, "nothing else is revealed"
+    assert settings_of(compiled.program.labels)[1].reveal == (reveal or "ids")
+
+
+def test_fewer_than_are_found(made: Made) -> None:
+    with secure.insecure_in_process(made()) as session:
+        (all_of,), (two,) = session.search(QUESTIONS[:1]), session.search(QUESTIONS[:1], 2)
+        assert two == all_of[:2]
+        with pytest.raises(InvalidInput, match="the 5 best passages: this server finds 4"):
+            session.search(QUESTIONS, 5)
+        with pytest.raises(InvalidInput, match="the 0 best passages"):
+            session.search(QUESTIONS, 0)
+        assert not session.reports[2:], "nothing was sent"
+
+
+def test_several_lengths_and_a_batch(made: Made, model: str, index: Path) -> None:
+    compiled = secure.compile_text_model(model, [LENGTH, 12], index=str(index), top=TOP, batch=2)
+    long = " ".join(WORDS[:8])
+    with secure.insecure_in_process(compiled) as session:
+        found = session.search([*QUESTIONS, long])
+        assert [report.length for report in session.reports] == [8, 8, 12]
+    for question, each in zip([*QUESTIONS, long], found, strict=True):
+        assert names(each) == expected(model, read_index(index), question)[0]
+
+
+def test_equal_passages_come_side_by_side(model: str, tmp_path: Path) -> None:
+    """In any order: each score is rounded by itself."""
+    same = [Document(f"d{i}", QUESTIONS[i % 2]) for i in range(8)]
+    made, _ = build_index(model, load_text_model(model), same, length=LENGTH, overlap=1)
+    write_index(made, tmp_path / "index")
+    with secure.insecure_in_process(secure.compile_text_model(model, LENGTH, index=str(tmp_path / "index"))) as session:
+        (found,) = session.search(QUESTIONS[1:2])
+    order = [each["id"] for each in found]
+    assert len(order) == 8, "top is all of a smaller index"
+    assert {*order[:4]} in ({f"d{i}" for i in range(0, 8, 2)}, {f"d{i}" for i in range(1, 8, 2)})
+
+
+def test_questions_that_are_none(made: Made) -> None:
+    with secure.insecure_in_process(made()) as session:
+        with pytest.raises(InputTooLong, match="the text has 10 tokens"):
+            session.search([" ".join(WORDS[:7])])
+        assert len(session.reports) == 1, "it costs what another question costs"
+        assert len(session.search([" ".join(WORDS[:30])], long="truncate")[0]) == TOP
+        for wrong in ("one text", [3]):
+            with pytest.raises(InvalidInput, match="search takes a list of questions"):
+                session.search(wrong)  # type: ignore[arg-type]
+        with pytest.raises(InvalidInput, match="no prompt is called 'x'"):
+            session.search(QUESTIONS, prompt="x")
+        with pytest.raises(InvalidInput, match="reveals the ids of passages, and not their texts"):
+            session.search(QUESTIONS, passages=True)
+        with pytest.raises(InvalidInput, match="not taken by 'split'"):
+            session.search(QUESTIONS, long="split")
+        with pytest.raises(InvalidInput, match="for the task 'search', not for 'embed'"):
+            session.embed(QUESTIONS)
+
+
+def test_a_server_without_an_index(model: str) -> None:
+    none = pytest.raises(InvalidInput, match="this server has no index to search")
+    with secure.insecure_in_process(secure.compile_text_model(model, LENGTH)) as session, none:
+        session.search(QUESTIONS)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more than there are": ({"top": 25}, "the 25 best passages: the index has 24 passages\nhint: --top 24 at most"),
+    "another task": ({"task": "embed"}, "an index is for the task search"),
+    "a form of another task": (
+        {"reveal": "label"},
+        "a search reveals no label\nhint: one of ids, passages, ids-scores",
+    ),
+    "rounded": ({"answer_bits": 9}, "answers of 9 bits: those of this task are exact"),
+    "few bits": ({"fixed_point": FixedPoint(12)}, "12 fraction bits, 14 of weights: the answers are exact"),
+    "no index": ({"index": ""}, "a search without an index"),
+    "no index here": ({"index": "/nowhere"}, "/nowhere holds no index"),
+    "ciphertexts": ({"deployment": secure.Ckks(), "embedding": "client-table"}, "ciphertexts have no compar"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_search(case: str, model: str, index: Path) -> None:
+    options, said = REFUSED[case]
+    with pytest.raises(secure.Error) as caught:
+        secure.compile_text_model(model, LENGTH, **{"index": str(index), "top": 3, **options})
+    assert said in str(caught.value)
+
+
+def test_a_long_row_is_not_sorted(model: str, tmp_path: Path) -> None:
+    many = [Document(f"d{i}", WORDS[i % 96]) for i in range(200)]
+    made, _ = build_index(model, load_text_model(model), many, length=LENGTH, overlap=1)
+    write_index(made, tmp_path)
+    with pytest.raises(InvalidInput, match="the 129 best passages: 128 at most are found"):
+        task_of(model, index=str(tmp_path), top=129).load(model, LENGTH)
+
+
+def test_an_index_is_part_of_a_compilation(model: str, index: Path, tmp_path: Path) -> None:
+    def key(**other: Any) -> str:
+        return Compilation(model, secure.TwoParty(), **other).key()
+
+    other, _ = build_index(model, load_text_model(model), documents(3), length=LENGTH, overlap=1)
+    write_index(other, tmp_path / "other")
+    found = [key(), key(index=str(index)), key(index=str(index), top=3), key(index=str(tmp_path / "other"))]
+    assert len(set(found)) == 4
+
+
+# records
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text(min_size=1, max_size=20).filter(str.isprintable), st.text(min_size=1, max_size=80)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_a_record_is_read_as_it_was_written(given: list[tuple[str, str]], texts: bool) -> None:
+    given = [(name, text) for name, text in given if not any(0xD800 <= ord(c) < 0xE000 for c in name + text)] or [
+        ("a", "b")
+    ]
+    passages = [Passage(name, i, 3, 3 + i, text) for i, (name, text) in enumerate(given)]
+    table = records_of(passages, texts=texts)
+    assert bool((table.abs() <= 2).all())
+    for passage, numbers in zip(passages, table, strict=True):
+        found = read_record(numbers.double())
+        own = {"id": passage.id, "passage": passage.number, "start": passage.start, "end": passage.end}
+        assert found == own | ({"text": passage.text} if texts else {})
+
+
+WRONG = [
+    b"",
+    b"[",
+    b"[1,2,3,4]",
+    b'["a",0,0]',
+    b'["a",0,0,0,1]',
+    b'["a",0,0,-1]',
+    b'["a",0,0,true]',
+    b'["a",0,0,1e3]',
+    b'["",0,0,0]',
+    b'["a\\u0007",0,0,0]',
+    b'["' + b"a" * 300 + b'",0,0,0]',
+    b'["a",2097153,0,0]',
+    b'{"a":1}',
+    b"\xff\xff",
+    b"[" * 4000,
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_no_record(wrong: bytes) -> None:
+    padded = torch.frombuffer(bytearray(wrong.ljust(-(-len(wrong) // 2) * 2 + 2)), dtype=torch.uint8).view(torch.uint16)
+    with pytest.raises(InvalidInput, match="the answer is no passage of an index"):
+        read_record((padded.double() - (1 << 15)) / (1 << 14))
+
+
+@pytest.mark.parametrize("number", [2.0, -2.1, torch.nan, torch.inf])
+def test_numbers_that_are_no_bytes(number: float) -> None:
+    with pytest.raises(InvalidInput, match="the answer is no passage of an index"):
+        read_record(torch.tensor([0.0, number], dtype=torch.float64))
+
+
+# looking up
+
+
+class LookUp(nn.Module):
+    def __init__(self, rows: int, parts: int) -> None:
+        super().__init__()
+        torch.manual_seed(rows)
+        table = torch.randint(-(1 << 15), 1 << 15, (rows, 3)) / (1 << 14)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.parts = nn.ParameterList(nn.Parameter(part) for part in table.chunk(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(
+            (x * self.scale).topk(2).indices, torch.cat(list(self.parts)) if len(self.parts) > 1 else self.parts[0]
+        )
+
+
+@pytest.mark.parametrize("rows", [2, 5, 16, 300])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_table_is_looked_up_exactly(rows: int, parts: int) -> None:
+    module = LookUp(rows, parts)
+    samples = [{"x": torch.randn(2, rows)} for _ in range(3)]
+    compiled = secure.compile(module, samples[0], calibration=samples[1:2])
+    with secure.insecure_in_process(compiled) as session:
+        for sample in samples:  # also rows that calibration did not find
+            assert torch.equal(session.query(sample), module(**sample).double())
+    assert compiled.program.weight_shapes.keys() == {"scale@14", *(f"parts.{i}@14" for i in range(parts))}
+
+
+def test_what_unit_vectors_cost() -> None:
+    assert tp.Units((2, 5), 18, 4, 9).cost() == CircuitCost(dealt=10 * 16 * 18 // 8)
+
+
+IMPOSSIBLE = {
+    "no entries": tp.Units((3,), 18, 4, 0),
+    "more entries than places": tp.Units((3,), 18, 4, 17),
+    "no bits": tp.Units((3,), 18, 0, 1),
+    "many bits": tp.Units((3,), 18, 25, 1),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_unit_vectors(case: str) -> None:
+    with pytest.raises(ValueError, match="unit vectors of"):
+        IMPOSSIBLE[case].validate()
+
+
+def test_positions_of_another_shape() -> None:
+    shared = Instruction(tp.Input((4,), 8, "x", 0, -9, 9), ())
+    with pytest.raises(ValueError, match="its operand has"):
+        check((shared, Instruction(tp.Open((4,), 8), (0,)), Instruction(tp.Units((2, 2), 18, 4, 9), (1,))), {})
+
+
+# the self-test
+
+
+def test_the_self_test_names_the_ranks(model: str, index: Path, made: Made) -> None:
+    loaded = Search(index=str(index), found=TOP).load(model, LENGTH)
+    tested = self_test(made(), loaded)
+    assert "passages are found at the original's rank" in tested.about
+
+
+@pytest.mark.parametrize("reveal", ["", "ids-scores"])
+def test_what_was_not_found_is_no_small_error(reveal: str, model: str, index: Path) -> None:
+    loaded = Search(index=str(index), found=TOP, reveal=reveal).load(model, LENGTH)
+    measure, inputs = loaded.closeness, dict(loaded.samples[0])
+    assert isinstance(measure, SameFound)
+    found = loaded.module(**inputs)
+
+    def judged(records: Tensor) -> Any:
+        wrong = {**found, "records": records} if reveal else records
+        return measure.judge(loaded.module, [Compared(inputs, wrong, LENGTH)], measure.default)
+
+    records = found["records"] if reveal else found
+    assert judged(records).words == f"{TOP} of {TOP} passages are found at the original's rank"
+    assert not judged(records[:, [0, 1, 1, 3]]).accepted
+    assert not judged(records.flip(1)).accepted
+    assert not judged(records + 0.25).accepted
+
+
+# the commands
+
+
+@contextmanager
+def hosted(compiled: secure.Compiled, dealer: Served, state: Path) -> Iterator[list[str]]:
+    with serving(Ready(compiled, mask_model(compiled.model, state)), dealer.address) as server:
+        yield [
+            *("--server", server.address, "--dealer", dealer.address, "--dealer-key", KEY.public.text),
+            *("--no-cache", "--pace", "0"),
+        ]
+
+
+def test_services_are_asked(made: Made, run: Run, dealer: Served, state: Path, model: str, index: Path) -> None:
+    wanted, _ = expected(model, read_index(index), QUESTIONS[0])
+    with hosted(made("passages-scores"), dealer, state) as options:
+        ended = run("search", QUESTIONS[0], *options, "--json")
+        assert ended.code == 0, ended.err
+        (row,) = json.loads(ended.out)
+        assert names(row["answer"]) == wanted
+        ended = run("search", QUESTIONS[0], *options, "--top", "2", "--passages")
+        said = [line.strip() for line in ended.out.splitlines()]
+        assert any(line.startswith(f"1  {wanted[0][0]}   passage {wanted[0][1]}, characters") for line in said)
+        assert row["answer"][1]["text"] in said
+        assert row["answer"][2]["text"] not in said
+        in_words(
+            run("search", QUESTIONS[0], *options, "--top", "9"), "the 9 best passages: this server finds 4", "--top"
+        )
+    with hosted(made(), dealer, state) as options:
+        in_words(
+            run("search", QUESTIONS[0], *options, "--passages"), "reveals the ids of passages", "--reveal passages"
+        )
+
+
+def test_a_file_of_questions(made: Made, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def connect(*_: Any, **__: Any) -> Session:
+        return secure.insecure_in_process(made())
+
+    monkeypatch.setattr(deployments, "connect", connect)
+    source, output = tmp_path / "questions.txt", tmp_path / "found.jsonl"
+    source.write_text("\n".join(QUESTIONS) + "\n")
+    ended = run("search", "--input", str(source), "--output", str(output), "--top", "2", "--pace", "0")
+    assert ended.code == 0, ended.err
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    with secure.insecure_in_process(made()) as session:
+        assert [names(row["answer"]) for row in rows] == [names(found) for found in session.search(QUESTIONS, 2)]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    in_words(run("search"), "no question", "questions as arguments")
+
+
+def test_a_passage_cannot_write_to_the_terminal() -> None:
+    assert "\x1b" not in shown("a\x1b[2Jb\nc")
+
+
+def test_options_that_exclude_one_another(run: Run, index: Path) -> None:
+    in_words(run("serve", "--index", str(index), "--also", "x"), "--index and --also exclude each other", "by itself")
+    in_words(run("serve", "m", "--top", "3", "--listen", "127.0.0.1:0"), "a search without an index", "--index")
