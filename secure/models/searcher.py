@@ -35,8 +35,8 @@ class Searcher(nn.Module):
     """The module that maps a question's tokens to the records of the ``top`` best passages, the best first.
 
     The result is (batch, top, width / 2) numbers of records; with ``scores`` {"records": that, "scores": (batch, top)}.
-    Scores that are closer than some units of 2^-16 come in any order, as each is rounded by itself. Each segment of the index is a weight of its own, and so is the part of
-    the table of records that belongs to it.
+    Scores that are closer than some units of 2^-16 come in any order, as each is rounded by itself. Each segment of the
+    index is a weight of its own, and so is the part of the table of records that belongs to it.
     """
 
     def __init__(self, encoder: SentenceEncoder, index: Index, *, top: int, texts: bool, scores: bool) -> None:
