@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import random
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,11 +24,14 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
-from parties.two_party.masked_model import mask_model
+from parties.served.files import MASKED_WEIGHTS, unpack_masked
+from parties.two_party.keys import mask_key
+from parties.two_party.masked_model import MaskedModel, by_file, mask_model
 from protocols import two_party as tp
 from protocols.circuit import Instruction, check
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost
+from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import task_of
 from secure.deployments.self_test import self_test
@@ -32,9 +39,10 @@ from secure.errors import InputTooLong, InvalidInput
 from secure.models import index as index_module
 from secure.models.index import Index, build_index, read_index, write_index
 from secure.models.passages import Document, Passage
-from secure.models.searcher import read_record, records_of, shown
+from secure.models.searcher import Searcher, read_record, records_of, shown
 from secure.models.settings import settings_of
 from secure.models.text import load_text_model
+from secure.mpc.program import part_of
 from secure.session.session import Session
 from secure.tasks.closeness import Compared
 from secure.tasks.search import SameFound, Search
@@ -368,6 +376,133 @@ def test_what_was_not_found_is_no_small_error(reveal: str, model: str, index: Pa
     assert not judged(records[:, [0, 1, 1, 3]]).accepted
     assert not judged(records.flip(1)).accepted
     assert not judged(records + 0.25).accepted
+
+
+# segments, and updates of an index
+
+
+@dataclasses.dataclass(frozen=True)
+class Updated:
+    """A search before and after an update of its index, which leaves all segments but the last as they are."""
+
+    before: secure.Compiled
+    after: secure.Compiled
+    kept: int
+
+
+@pytest.fixture(scope="module")
+def updated(model: str, index: Path, made: Made, tmp_path_factory: pytest.TempPathFactory) -> Updated:
+    where, text = tmp_path_factory.mktemp("updated") / "index", load_text_model(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "SEGMENT", 10)
+        more = [*documents(), Document("new", " ".join(WORDS[:5]))]
+        other, change = build_index(model, text, more, length=LENGTH, overlap=1, before=read_index(index))
+    write_index(other, where)
+    assert change.kept_segments == len(read_index(index).segments)
+    after = secure.compile_text_model(model, LENGTH, index=str(where), top=TOP, reveal="passages-scores")
+    return Updated(made("passages-scores"), after, len(read_index(index).segments) - 1)
+
+
+def opened(masked: MaskedModel) -> dict[str, Tensor]:
+    """W = D + B, modulo the rings of D, of what clients and dealer have."""
+    program, out = masked.program, dict[str, Tensor]()
+    mask = DealerWeights(mask_key(masked.mask_seed, masked.weights_digest), program.weight_shapes)
+    for name, part in by_file(program.weight_rings).items():
+        for weight, value in unpack_masked(masked.files[name], part, program.weight_shapes).items():
+            bits = program.weight_rings[weight]
+            out[weight] = (value + mask.mask(weight)).remainder(2**bits)
+    return out
+
+
+def test_an_update_leaves_what_clients_hold(updated: Updated, tmp_path: Path) -> None:
+    """The encoder's D and that of each segment without a change stay, byte by byte; a changed one has another mask."""
+    first, second = (mask_model(each.model, tmp_path) for each in (updated.before, updated.after))
+    same = [name for name in first.files if second.files.get(name) == first.files[name]]
+    assert MASKED_WEIGHTS in same
+    assert len(same) == 1 + updated.kept
+    assert len(second.files.keys() - first.files.keys()) == 1
+    for masked, compiled in ((first, updated.before), (second, updated.after)):
+        for weight, value in opened(masked).items():
+            bits = masked.program.weight_rings[weight]
+            assert torch.equal(value, compiled.model.integers[weight].long().remainder(2**bits)), weight
+    assert {part_of(name) for name in first.program.weight_shapes} == {
+        "",
+        *(n[-32:] for n in first.files if "-" in n[7:]),
+    }
+    assert first.program.digest != second.program.digest
+
+
+def test_a_client_fetches_new_segments_alone(updated: Updated, dealer: Served, state: Path, tmp_path: Path) -> None:
+    found = list[list[str]]()
+    for compiled in (updated.before, updated.after):
+        masked = mask_model(compiled.model, state)
+        with serving(Ready(compiled, masked), dealer.address) as server:
+            deployment = secure.TwoParty(server=server.address, dealer=dealer.address, dealer_key=KEY.public.text)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+                with secure.connect(deployment, network=secure.Plaintext(), pace=0.0) as session:
+                    found.append([str(traffic.bytes) for traffic in session.once])
+                    assert len(session.search([QUESTIONS[0]])[0]) == TOP
+    assert (len(found[0]), len(found[1])) == (2 + updated.kept, 1)
+
+
+def test_one_mask_never_covers_two_weights(updated: Updated, tmp_path: Path) -> None:
+    """Names are made of contents; if one comes with other integers all the same, everything gets another mask."""
+    model = updated.before.model
+    first = mask_model(model, tmp_path)
+    name = next(name for name in model.program.weight_shapes if part_of(name))
+    other = dataclasses.replace(model, integers={**model.integers, name: model.integers[name] + 1})
+    second = mask_model(other, tmp_path)
+    assert second.mask_seed != first.mask_seed
+    assert not any(second.files[file] == first.files[file] for file in first.files)
+    assert mask_model(other, tmp_path).files == second.files
+    assert mask_model(model, tmp_path).mask_seed not in (first.mask_seed, second.mask_seed)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1}'])
+def test_what_is_remembered_of_masks_is_damaged(content: bytes, updated: Updated, tmp_path: Path) -> None:
+    """Nobody knows then what was masked, so the mask is a new one."""
+    first = mask_model(updated.before.model, tmp_path)
+    (file,) = tmp_path.glob("*.apart.json")
+    assert file.stat().st_mode & 0o77 == 0
+    file.write_bytes(content)
+    assert mask_model(updated.before.model, tmp_path).mask_seed != first.mask_seed
+
+
+def test_a_mask_of_segments_is_renewed_with_the_others(updated: Updated, tmp_path: Path) -> None:
+    first = mask_model(updated.before.model, tmp_path, 90)
+    for file in tmp_path.iterdir():
+        os.utime(file, (time.time() - 91 * 86400,) * 2)
+    second = mask_model(updated.before.model, tmp_path, 90)
+    assert not any(second.files[file] == first.files[file] for file in first.files)
+    assert mask_model(updated.before.model, tmp_path, 90).files == second.files
+
+
+def test_two_indices_of_one_model_are_not_served_together(
+    updated: Updated, model: str, index: Path, tmp_path: Path
+) -> None:
+    """Whatever the model is called: they would have one mask and one name."""
+    copied = str(shutil.copytree(model, tmp_path / "copied"))
+    other = secure.compile_text_model(copied, LENGTH, index=str(index))
+    with pytest.raises(InvalidInput, match="two indices of one model"):
+        deployments.serve(
+            [updated.before, other],
+            role="server",
+            listen="127.0.0.1:0",
+            peers={"dealer": "127.0.0.1:9"},
+            network=secure.Plaintext(),
+            state=tmp_path,
+        )
+
+
+def test_names_of_segments_tell_nothing(index: Path, model: str) -> None:
+    """They are made under the index's own key, so that nobody can confirm a guess of the documents."""
+    known = read_index(index)
+    other = dataclasses.replace(known, key="0" * 64)
+    text = load_text_model(model)
+    names = [set(Searcher(text.module, each, top=1, texts=True, scores=False).rows) for each in (known, known, other)]  # type: ignore[arg-type]
+    assert names[0] == names[1]
+    assert not names[0] & names[2]
 
 
 # the commands

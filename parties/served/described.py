@@ -26,7 +26,7 @@ from secure.progress import Told
 from secure.session.link import MAXIMUM_LENGTHS, Offer, digest_of_all
 from secure.version import WIRE_VERSION
 
-MAXIMUM_NAMES, MAXIMUM_NAME = 64, 512  # in a description, and the characters of each
+MAXIMUM_NAMES, MAXIMUM_NAME = 320, 512  # in a description, and the characters of each
 MAXIMUM_OFFERS = 256
 DOWNLOADING = 600.0  # seconds that one file may take
 

@@ -25,10 +25,11 @@ from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
-from parties.served.files import MASKED_WEIGHTS, masked_size, unpack_masked
+from parties.served.files import masked_size, unpack_masked
 from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
+from parties.two_party.masked_model import by_file
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceStub
 from protocols.circuit import Correlations, execute, prepare
@@ -50,17 +51,20 @@ PATIENCE = 15.0  # seconds in which a server registers its model again with a de
 
 def _files(program: Program) -> dict[str, int]:
     """The most bytes of the files that the client needs, by name."""
-    return {MASKED_WEIGHTS: masked_size(program.weight_rings, program.weight_shapes)}
+    return {name: masked_size(part, program.weight_shapes) for name, part in by_file(program.weight_rings).items()}
 
 
 _HELD: WeakValueDictionary[tuple[object, ...], ClientWeights] = WeakValueDictionary()  # of all links of this process
 
 
-def _weights(program: Program, payload: bytes | None) -> ClientWeights:
-    """Return the masked weights of a file, which fit the Program. Links that hold the same file share them."""
+def _weights(program: Program, files: Mapping[str, bytes]) -> ClientWeights:
+    """Return the masked weights of files, which fit the Program. Links that hold the same files share them."""
     shapes = {name: tuple(program.weight_shapes[name]) for name in program.weight_rings}
-    tensors = unpack_masked(payload, program.weight_rings, shapes)
-    return _HELD.setdefault((hashlib.sha256(payload or b"").digest(), *sorted(shapes.items())), ClientWeights(tensors))
+    tensors, digests = dict[str, Tensor](), list[bytes]()
+    for name, part in by_file(program.weight_rings).items():
+        tensors |= unpack_masked(files.get(name), part, shapes)
+        digests.append(hashlib.sha256(files.get(name, b"")).digest())
+    return _HELD.setdefault((*digests, *sorted(shapes.items())), ClientWeights(tensors))
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class TwoPartyLink(Link):
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
         self.model, self.offers = found.model, found.offers
         self.tables, self.tokenizer = found.tables, found.tokenizer
-        self._weights = _weights(self.program, found.files.get(MASKED_WEIGHTS))
+        self._weights = _weights(self.program, found.files)
 
     def _open_session(self) -> None:
         program = self.program

@@ -48,6 +48,7 @@ from proto.unseen_pb2_grpc import (
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
+from secure.errors import InvalidInput
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
 from secure.session.link import Link, digest_of_all
@@ -223,6 +224,9 @@ def _made(held: Sequence[Compiled], options: HostOptions) -> _Made:
         require_room(budget, max(need(size.program) for size in sizes), *named, workers=options.workers)
     options.told(0, 0, "masking the weights")
     models = mask_models([size.model for size in sizes], options.state or state_directory(), options.rotate_mask)
+    names = {id(model.files): model.weights_digest for model in models}
+    if len(set(names.values())) < len(names):  # they have one mask, and differ in their parts
+        raise InvalidInput("two indices of one model", "serve each in a process of its own")
     offered = [
         Publication(size.deployment, size.program, m.weights_digest, m.files, size.tokenizer, size.tokenizer_json)
         for size, m in zip(sizes, models, strict=True)

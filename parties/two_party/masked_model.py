@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,9 +22,10 @@ from protocols.weights import DealerWeights, ServerWeights
 from secure.errors import Error
 from secure.lowering.made import alike
 from secure.mpc.compile import MpcModel
-from secure.mpc.program import Program
+from secure.mpc.program import Program, part_of
 
 DAY = 86400.0
+MOST_REMEMBERED = 1 << 24  # bytes of what is remembered of parts: some hundred thousand of them
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,9 +53,10 @@ def mask_model(compiled: MpcModel, state: Path, rotate: float | None = None) -> 
 def mask_models(compiled: Sequence[MpcModel], state: Path, rotate: float | None = None) -> list[MaskedModel]:
     """Make the masked weights D = W - B and the other files that clients fetch once.
 
-    Programs in whose products the same weights stand, integer by integer, share W, B, D and the name of D. Others get
-    their own: one mask never covers two different weights. state: the directory of the seeds. rotate: days after which
-    a seed is renewed, and B and D with it; None: never.
+    Parts of a model (``part_of``), such as the segments of an index, have a file each, and keep their D while others
+    change. Programs in whose products the same weights stand, integer by integer, share W, B, D and the name of D.
+    Others get their own: one mask never covers two different weights. state: the directory of the seeds. rotate: days
+    after which a seed is renewed, and B and D with it; None: never.
     """
     groups = list[list[MpcModel]]()
     for model in compiled:
@@ -76,24 +81,73 @@ def _same_weights(ours: MpcModel, theirs: MpcModel) -> bool:
 
 def _masked(group: Sequence[MpcModel], state: Path, rotate: float | None) -> Iterator[tuple[MpcModel, MaskedModel]]:
     """Mask the weights of Programs that share them."""
-    first = group[0]
-    digest = first.weights_digest
-    if len(group) > 1:
-        digest = hashlib.sha256("".join(sorted(model.weights_digest for model in group)).encode()).hexdigest()
-    root = load_root_seed(state, digest, rotate)
+    first, shapes = group[0], group[0].program.weight_shapes
+    digests = sorted(model.digest_of(name for name in model.integers if not part_of(name)) for model in group)
+    digest = digests[0] if len(group) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    apart = {name: first.digest_of([name]) for name in shapes if part_of(name)}
+    root = guarded_root_seed(state, digest, apart, rotate) if apart else load_root_seed(state, digest, rotate)
     # the weights' digest is among the names, so that a seed file that was copied never masks two sets of weights alike;
     # the dealer and the public name get it under the root alone: a plain digest would confirm a guess of the weights
     seed = derive_seed(root, "mask", digest)
-    name, shapes = model_name(seed), first.program.weight_shapes
+    name = model_name(seed)
     rings = {weight: max(model.program.weight_rings[weight] for model in group) for weight in shapes}
-    shared = ServerWeights(first.integers)
-    masked = shared.masked(DealerWeights(mask_key(seed, name), shapes), rings)
-    payloads = {MASKED_WEIGHTS: pack_masked(masked, rings)}
+    shared, mask = ServerWeights(first.integers), DealerWeights(mask_key(seed, name), shapes)
+    payloads = {file: pack_masked(shared.masked(mask, part), part) for file, part in by_file(rings).items()}
     if first.client_tables:
         payloads[TOKEN_TABLE] = save(dict(first.client_tables))
     held = {weight: first.integers[weight] for weight in shapes}
     for model in group:
         yield model, MaskedModel(model.program, shared.beside({**model.integers, **held}), name, seed, payloads)
+
+
+def by_file(rings: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Return the bits of the rings of weights by the file of masked weights in which each stands, then by name."""
+    files: dict[str, dict[str, int]] = {MASKED_WEIGHTS: {}}
+    for weight, bits in rings.items():
+        part = part_of(weight)
+        files.setdefault(f"{MASKED_WEIGHTS}-{part}" if part else MASKED_WEIGHTS, {})[weight] = bits
+    return files
+
+
+def guarded_root_seed(state: Path, digest: str, apart: Mapping[str, str], rotate: float | None = None) -> bytes:
+    """Load the root seed of a model with parts that change; see ``load_root_seed`` and ``part_of``.
+
+    The seed, and so the mask of a weight of some name, stays when parts come and go. The state directory remembers the
+    digest of every weight of a part that was ever masked under it. If a name has come with other integers, the seed is
+    renewed, so that one mask never covers two. apart: the digests of such weights, by name. Raises like
+    ``load_root_seed``.
+    """
+    seed = load_root_seed(state, digest, rotate)
+    path = state / f"weight-mask-{digest}.apart.json"
+    with suppress(FileExistsError):  # which read_secret checks
+        if not path.exists():
+            store(path, b"{}", replace=False)
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another server may start at the same moment
+        seed = load_root_seed(state, digest)
+        known = _known_parts(path)
+        if known is None or any(known.get(name, found) != found for name, found in apart.items()):
+            store(state / f"weight-mask-{digest}.seed", seed := fresh_seed())
+            known = {}
+        if apart.keys() - known.keys():
+            content = json.dumps({**known, **apart}, sort_keys=True).encode()
+            file.seek(0)
+            file.truncate()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    return seed
+
+
+def _known_parts(path: Path) -> dict[str, str] | None:
+    """Return the digests of weights that were masked; None if the file is damaged, or has grown too long."""
+    payload = read_secret(path, most=MOST_REMEMBERED)
+    try:
+        found = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(found, dict) and all(isinstance(each, str) for each in found.values())
+    return found if whole and len(payload) < MOST_REMEMBERED // 2 else None
 
 
 def load_root_seed(state: Path, weights_digest: str, rotate: float | None = None) -> bytes:

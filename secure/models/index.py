@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ SEGMENT = 4096
 """The most rows of a segment."""
 
 MOST_PASSAGES = 1 << 20
-MOST_SEGMENTS = 1 << 10
+MOST_SEGMENTS = 1 << 8
 EMBEDDED = 64  # passages that are embedded at once, of similar lengths
 COSINE, DOT = SIMILARITIES = ("cosine", "dot")
 QUESTION, PASSAGE = ("query",), ("document", "passage", "corpus")
@@ -75,6 +76,7 @@ class _Manifest(BaseModel):
     format: int
     model: Annotated[str, Field(max_length=512)]
     model_sha256: Sha256
+    key: Sha256
     length: Annotated[int, Field(ge=3, le=1 << 20)]
     overlap: Annotated[int, Field(ge=0, le=1 << 20)]
     prompt: Annotated[str, Field(max_length=1 << 12)]
@@ -105,7 +107,8 @@ _ROW = TypeAdapter(_Row)
 class Index:
     """Passages and their embeddings, row by row, in segments.
 
-    model, model_sha256: the name of the model, and a digest of its files. length, overlap: of passages, in tokens.
+    model, model_sha256: the name of the model, and a digest of its files. key: a secret of its own, under which its
+    segments are named; it stays when the index is updated. length, overlap: of passages, in tokens.
     prompt: the text before each passage when it was embedded. similarity: "cosine", or "dot" (as the model says).
     documents: for each row SHA-256 of the whole document's text. segments: the rows of each. embeddings: float32,
     (rows, width).
@@ -113,6 +116,7 @@ class Index:
 
     model: str
     model_sha256: str
+    key: str
     length: int
     overlap: int
     prompt: str
@@ -148,6 +152,7 @@ class Index:
             format=FORMAT,
             model=self.model,
             model_sha256=self.model_sha256,
+            key=self.key,
             length=self.length,
             overlap=self.overlap,
             prompt=self.prompt,
@@ -231,7 +236,7 @@ def build_index(
     sizes = _filled([len(segment) for segment in kept], len(fresh))
     if not sizes:
         raise InvalidInput("the documents have no text", "give files with words in them")
-    if len(rows) + len(fresh) > MOST_PASSAGES:
+    if len(rows) + len(fresh) > MOST_PASSAGES or len(sizes) > MOST_SEGMENTS:
         raise InvalidInput(f"more than {MOST_PASSAGES} passages", "make several indices")
     if before is None:
         passages, sources, whole = [p for p, _ in fresh], [d for _, d in fresh], vectors
@@ -239,7 +244,9 @@ def build_index(
         passages = [*(before.passages[i] for i in rows), *(p for p, _ in fresh)]
         sources = [*(before.documents[i] for i in rows), *(d for _, d in fresh)]
         whole = torch.cat([before.embeddings[rows], vectors.reshape(-1, before.embeddings.shape[1])])
-    made = Index(loaded.name, model_digest(model), length, overlap, prompt, similarity, passages, sources, sizes, whole)
+    key = secrets.token_hex(32) if before is None else before.key
+    digest = model_digest(model)
+    made = Index(loaded.name, digest, key, length, overlap, prompt, similarity, passages, sources, sizes, whole)
     changed = sum(name in old and old[name] != digest for name, digest in seen.items())
     added = sum(name not in old for name in seen)
     return made, Change(added, changed, len(old.keys() - seen.keys()), len(fresh), kept_segments)
@@ -367,6 +374,7 @@ def read_index(directory: Path, model: str | None = None) -> Index:
     return Index(
         found.model,
         found.model_sha256,
+        found.key,
         found.length,
         found.overlap,
         found.prompt,

@@ -8,6 +8,7 @@ that nobody learns, so that the client gets the records of what was found, and o
 
 from __future__ import annotations
 
+import hmac
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from secure.errors import InvalidInput, printable
 from secure.models.index import COSINE, MOST_PASSAGES, Index
 from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage
 from secure.models.sentence_encoder import SentenceEncoder
+from secure.version import __version__
 
 FRACTION_BITS = 14
 """The fraction bits that hold a record exactly; see ``secure.tasks.task.EXACT``."""
@@ -44,23 +46,37 @@ class Searcher(nn.Module):
         self.encoder, self.top, self.with_scores = encoder, top, scores
         self.normalize = index.similarity == COSINE and not encoder.normalized
         table, sizes = records_of(index.passages, texts=texts), list(index.segments)
-        self.rows = nn.ParameterList(_parts(index.embeddings, sizes))
-        self.records = nn.ParameterList(_parts(table, sizes))
+        parts = list(zip(index.embeddings.split(sizes), table.split(sizes), strict=True))
+        names = [f"apart_{_tag(index, *part)}" for part in parts]
+        self.rows = nn.ParameterDict({name: _fixed(rows) for name, (rows, _) in zip(names, parts, strict=True)})
+        self.records = nn.ParameterDict(
+            {name: _fixed(records) for name, (_, records) in zip(names, parts, strict=True)}
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         best = self.scored(input_ids, attention_mask).topk(self.top)
-        records = F.embedding(best.indices, torch.cat(list(self.records)))
+        records = F.embedding(best.indices, torch.cat(list(self.records.values())))
         return {"records": records, "scores": best.values} if self.with_scores else records
 
     def scored(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the score of every row of the index, (batch, rows)."""
         x = self.encoder(input_ids, attention_mask)
         x = F.normalize(x, dim=-1) if self.normalize else x
-        return torch.cat([F.linear(x, rows) for rows in self.rows], -1)
+        return torch.cat([F.linear(x, rows) for rows in self.rows.values()], -1)
 
 
-def _parts(whole: Tensor, sizes: Sequence[int]) -> list[nn.Parameter]:
-    return [nn.Parameter(part.contiguous(), requires_grad=False) for part in whole.split(list(sizes))]
+def _fixed(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.contiguous(), requires_grad=False)
+
+
+def _tag(index: Index, rows: Tensor, records: Tensor) -> str:
+    """Return a name of a segment's content, 32 hexadecimal digits: a MAC under the index's own key.
+
+    So another content has another name, and nobody else can confirm a guess of it. See ``secure.mpc.program.part_of``.
+    """
+    made_of = (__version__, index.model_sha256, index.similarity, tuple(rows.shape), tuple(records.shape))
+    content = b"".join(part.contiguous().numpy().tobytes() for part in (rows, records))
+    return hmac.digest(bytes.fromhex(index.key), f"{made_of}/".encode() + content, "sha256").hex()[:32]
 
 
 def records_of(passages: Sequence[Passage], *, texts: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -55,8 +55,12 @@ class MpcModel:
 
         Two servers with equal digests hold the same model at the same scales.
         """
+        return self.digest_of(self.integers)
+
+    def digest_of(self, names: Iterable[str]) -> str:
+        """Return SHA-256 over some of the integer weights, by name."""
         total = hashlib.sha256()
-        for name in sorted(self.integers):
+        for name in sorted(names):
             value = self.integers[name]
             total.update(f"{len(name)}:{name}:{tuple(value.shape)}:".encode())  # lengths keep fields apart
             for _, part in blocks(value.reshape(-1)):

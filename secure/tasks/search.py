@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,10 +171,12 @@ class Search(Task[str, Found]):
 
 
 def _chosen(index: Index, many: int, more: int) -> tuple[list[str], list[str]]:
-    """Return passages that calibrate, and others that test: spread over the index, or all of a small one."""
-    step = max(1, len(index.passages) // (many + more))
-    texts = [each.text for each in index.passages[::step]][: many + more]
-    return texts[:many], texts[many:]
+    """Return passages that calibrate, and others that test: those whose texts have the least digests.
+
+    So an update hardly ever chooses others, and leaves the ranges of the model as they are.
+    """
+    texts = sorted({each.text for each in index.passages}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return texts[:many], texts[many : many + more]
 
 
 def _inputs(text: TextModel, length: int, texts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -207,7 +210,7 @@ class SameFound(Closeness):
 
     def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
         if not self.rows:
-            table = torch.cat(list(self.searcher.records))
+            table = torch.cat(list(self.searcher.records.values()))
             self.rows.update({row.numpy().tobytes(): number for number, row in enumerate(table)})
         worst, length, low, high, same, every = 0.0, 0, torch.inf, -torch.inf, 0, 0
         for each in answered:
