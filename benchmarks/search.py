@@ -1,0 +1,255 @@
+"""Private search over the docstrings of installed packages: is the same found as in float, and what does it take?
+
+    python -m benchmarks.search INDEX --make [--passages 10000]     once: an index of text that every machine has
+    python -m benchmarks.search INDEX --questions 200 [--write]     all parties in one process: what is found
+    python -m benchmarks.search INDEX --queries 5 [--write]         over loopback: seconds, MB, rounds
+    python -m benchmarks.search INDEX --count 1000 100000 [--write] costs by counting, of made-up indices
+
+Documents are docstrings of the standard library and of installed packages, read from their sources. Questions are the
+first lines of other docstrings, which are not in the index. ``float`` is the same encoder and the same index in the
+clear, both in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import statistics
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import secure
+from benchmarks.common import RESULTS, Service, dealer, machine
+from secure.cost.demand import masked_bytes
+from secure.cost.traffic import OFFLINE, ONCE, ONLINE
+from secure.models.index import (
+    COSINE,
+    SEGMENT,
+    Index,
+    build_index,
+    is_index,
+    model_digest,
+    read_index,
+    write_index,
+)
+from secure.models.passages import Document, Passage, passages_of
+from secure.models.text import PACKAGED, TextModel, load_text_model, text_inputs
+from secure.models.tokens import TRUNCATE
+from secure.tasks.search import QUESTION_LENGTH, TOP
+
+LENGTH, OVERLAP = 128, 16
+LEAST = 120  # characters of a docstring that counts
+WIDTH = 384  # of MiniLM
+QUESTIONS = "questions.json"  # beside the index
+
+
+def sources() -> Iterator[Path]:
+    """The sources of the standard library, then those of installed packages."""
+    for kind in ("stdlib", "purelib"):
+        root = Path(sysconfig.get_paths()[kind])
+        for path in sorted(root.rglob("*.py")):
+            apart = {"test", "tests", "site-packages"} & set(path.relative_to(root).parts)
+            if not apart and path.stat().st_size < 1 << 20:
+                yield path
+
+
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """The names and docstrings in a source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= LEAST:
+                yield f"{path.parent.name}/{path.stem}:{getattr(node, 'name', '')}", text
+
+
+def texts(wanted: int, questions: int) -> tuple[list[Document], list[str]]:
+    """Documents for about so many passages, and questions: every 20th docstring gives one, and is no document."""
+    documents, asked, seen, size = list[Document](), list[str](), set[str](), 0
+    for path in sources():
+        for name, text in docstrings(path):
+            if text in seen:
+                continue
+            seen.add(text)
+            first = text.split("\n\n")[0].replace("\n", " ").strip()
+            if len(seen) % 20 == 0 and 30 < len(first) < 120:
+                asked.append(first)
+                continue
+            documents.append(Document(f"{name[:150]}#{len(documents)}", text))
+            size += 1 + len(text) // 380
+        if size >= 1.3 * wanted:
+            break
+    return documents, asked[:: max(1, len(asked) // questions)][:questions]
+
+
+def make(where: Path, passages: int, questions: int) -> None:
+    """Make an index of exactly so many passages."""
+    documents, asked = texts(passages, questions)
+    loaded = load_text_model(PACKAGED)
+    chosen, found = list[Document](), 0
+    for document in documents:
+        found += len(passages_of(document, loaded.tokenizer, LENGTH, OVERLAP))
+        if found > passages:
+            break
+        chosen.append(document)
+    index, _ = build_index(PACKAGED, loaded, chosen, length=LENGTH, overlap=OVERLAP)
+    write_index(index, where)
+    (where / QUESTIONS).write_text(json.dumps(asked))
+    print(f"{len(index.passages)} passages of {len(chosen)} docstrings, {len(asked)} questions in {where}")
+
+
+def plainly(text: TextModel, index: Index, questions: list[str]) -> Tensor:
+    """The scores of all rows in float, (questions, rows)."""
+    rows = []
+    with torch.no_grad():
+        for question in questions:
+            inputs = text_inputs(text.tokenizer, question, QUESTION_LENGTH, TRUNCATE)
+            rows.append(text.module(**inputs)[0])
+    return torch.stack(rows) @ index.embeddings.T
+
+
+def agreement(where: Path, count: int) -> dict[str, Any]:
+    """How often the same passages are found as in float."""
+    index, text = read_index(where, PACKAGED), load_text_model(PACKAGED)
+    questions = json.loads((where / QUESTIONS).read_text())[:count]
+    scores = plainly(text, index, questions)
+    rows = {(each.id, each.number): row for row, each in enumerate(index.passages)}
+    compiled = secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=str(where), reveal="ids-scores")
+    same, ordered, first, distances, errors = 0, 0, 0, list[float](), list[float]()
+    with secure.insecure_in_process(compiled, threads=os.cpu_count() or 1) as session:
+        for own, question in zip(scores, questions, strict=True):
+            (found,) = session.search([question], long=TRUNCATE)
+            chosen = [rows[each["id"], each["passage"]] for each in found]
+            best = own.topk(TOP)
+            same += {*chosen} == {*best.indices.tolist()}
+            ordered += chosen == best.indices.tolist()
+            first += chosen[0] == int(best.indices[0])
+            distances += [
+                float(best.values[-1] - own[row]) for row in chosen if float(own[row]) < float(best.values[-1])
+            ]
+            errors += [abs(each["score"] - float(own[row])) for each, row in zip(found, chosen, strict=True)]
+    return {
+        "passages": len(index.passages),
+        "questions": len(questions),
+        f"same top {TOP}": same,
+        "same order": ordered,
+        "same first": first,
+        "largest distance of a passage that float does not find": round(max(distances, default=0.0), 6),
+        "error of scores": {"median": round(statistics.median(errors), 6), "largest": round(max(errors), 6)},
+    }
+
+
+def over_loopback(where: Path, count: int, reveal: str) -> dict[str, Any]:
+    """Seconds, bytes and rounds of queries, with client, server and dealer as processes of their own."""
+    questions = json.loads((where / QUESTIONS).read_text())[: count + 1]
+    with tempfile.TemporaryDirectory() as space:
+        directory = Path(space) / "compiled"
+        secure.save_compiled(
+            secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=str(where), reveal=reveal), directory
+        )
+        dealing = dealer()
+        serving = Service(
+            "parties.cli", "serve", str(directory), "--listen", "127.0.0.1:0", "--dealer", dealing.address,
+            "--same-owner", "--announce", "--state", space,
+        )  # fmt: skip
+        try:
+            at = secure.TwoParty(server=serving.address, dealer=dealing.address)
+            with secure.connect(at, pace=0.0, cache=False) as session:
+                once = sum(traffic.bytes for traffic in session.once)
+                for question in questions:
+                    session.search([question], long=TRUNCATE)
+                reports = session.reports[1:]  # the first one warms up
+        finally:
+            serving.stop()
+            dealing.stop()
+
+    def median(name: str) -> float:
+        return round(float(statistics.median(getattr(report, name) for report in reports)), 3)
+
+    moved = {phase: reports[0].bytes(phase=phase) for phase in (ONLINE, OFFLINE)}
+    return {
+        "passages": len(read_index(where).passages),
+        "reveal": reveal,
+        "queries": len(reports),
+        "tokens": QUESTION_LENGTH,
+        "rounds": reports[0].rounds,
+        "online MB": round(moved[ONLINE] / 1e6, 2),
+        "offline MB": round(moved[OFFLINE] / 1e6, 2),
+        f"{ONCE} MB": round(once / 1e6, 1),
+        **{f"{phase} s": median(f"{phase}_seconds") for phase in ("online", "offline", "client", "dealer")},
+        "peak MB": {"server": round(serving.peak), "dealer": round(dealing.peak)},
+    }
+
+
+def made_up(rows: int) -> Index:
+    """An index of random rows, whose records are as wide as those of real passages."""
+    torch.manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(rows, WIDTH), dim=-1)
+    passages = [Passage(f"document {i:>9}", 0, 0, 500, "word " * 100) for i in range(rows)]
+    sizes = [SEGMENT] * (rows // SEGMENT) + [rows % SEGMENT] * (rows % SEGMENT > 0)
+    digest, documents = model_digest(PACKAGED), ["0" * 64] * rows
+    return Index("made-up", digest, "0" * 64, LENGTH, OVERLAP, "", COSINE, passages, documents, sizes, vectors)
+
+
+def parts(cost: Any) -> dict[str, Any]:
+    moved = {phase: sum(t.bytes for t in cost.traffic if t.phase == phase) for phase in (ONLINE, OFFLINE)}
+    return {"rounds": cost.rounds, **{f"{phase} MB": round(size / 1e6, 2) for phase, size in moved.items()}}
+
+
+def counted(rows: int, reveal: str) -> dict[str, Any]:
+    """The cost of a query by its Program, without running it, and that of the encoder alone."""
+    with tempfile.TemporaryDirectory() as space:
+        write_index(made_up(rows), Path(space))
+        compiled = secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=space, reveal=reveal)
+    alone = secure.compile_text_model(PACKAGED, QUESTION_LENGTH)
+    once = round(masked_bytes(compiled.program) / 1e6, 1)
+    return {"reveal": reveal, "query": parts(compiled.cost), "the encoder alone": parts(alone.cost), f"{ONCE} MB": once}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index", type=Path)
+    parser.add_argument("--make", action="store_true")
+    parser.add_argument("--passages", type=int, default=10_000)
+    parser.add_argument("--questions", type=int, default=0)
+    parser.add_argument("--queries", type=int, default=0)
+    parser.add_argument("--count", type=int, nargs="*", default=[])
+    parser.add_argument("--reveal", default="passages")
+    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/search.json")
+    o = parser.parse_args()
+    found: dict[str, Any] = {}
+    if o.make:
+        make(o.index, o.passages, o.questions or 200)
+        return
+    if (o.questions or o.queries) and not is_index(o.index):
+        parser.error("no index there: --make makes one")
+    if o.questions:
+        found["agreement"] = agreement(o.index, o.questions)
+    if o.queries:
+        found[f"loopback, {o.reveal}"] = over_loopback(o.index, o.queries, o.reveal)
+    for rows in o.count:
+        found[f"counted {rows}"] = counted(rows, o.reveal)
+    found = {name: {**machine("benchmarks.search"), **each} for name, each in found.items()}
+    print(json.dumps(found, indent=2))
+    if o.write:
+        file = RESULTS / "search.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(kept | found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
