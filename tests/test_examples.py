@@ -35,6 +35,7 @@ EXAMPLES = {  # and a piece of what each prints
     "errors": "at connecting: ",
     "in_process": "cosine to the plaintext 0.99999",
     "named_outputs": "value: ",
+    "search": "warranty.txt: Machines that break",
     "own_module": "the private answer differs by",
     "three_parties": "weights public",
 }
@@ -82,7 +83,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_examples_are_short_and_all_of_them_run() -> None:
     found = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
     assert set(found) == {*EXAMPLES, *SERVED}
-    assert len(found) == 10, "README says how many"
+    assert len(found) == 11, "README says how many"
     for path in found.values():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= EXAMPLE_LINES, path
 
