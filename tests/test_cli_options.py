@@ -135,6 +135,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.setattr(serve, "apart", lambda check: check())
     put(deployments, "connect", connected)
     put(serve, "model_directory")
+    put(serve, "check_index")
     put(compile, "save_compiled", lambda _, directory: directory.mkdir())
     put(Compilation, "run", lambda *_: compiled)
     put(Compilation, "key", "k")

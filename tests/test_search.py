@@ -561,6 +561,27 @@ def test_a_file_of_questions(
     in_words(run("search"), "no question", "questions as arguments")
 
 
+def test_a_compiled_search_keeps_its_index(made: Made, model: str, index: Path, run: Run, tmp_path: Path) -> None:
+    secure.save_compiled(made("ids-scores"), tmp_path / "compiled")
+    loaded = secure.load_compiled(tmp_path / "compiled")
+    with secure.insecure_in_process(loaded) as session:
+        check_found(session.search(QUESTIONS[:1])[0], model, read_index(index), QUESTIONS[0])
+    line = ["serve", str(tmp_path / "compiled"), "--listen", "127.0.0.1:0"]
+    in_words(
+        run(*line, "--index", str(index)), "holds a compiled model, which has its own index, or none", "leave --index"
+    )
+    in_words(run(*line, "--top", "3"), "which was compiled with 4", "leave --top out")
+    in_words(run(*line, "--reveal", "ids"), "which was compiled with ids-scores", "leave --reveal out")
+
+
+def test_serving_an_index_of_another_model(index: Path, run: Run, tmp_path: Path) -> None:
+    other = str(write_model(tmp_path / "other", 3))
+    line = ["serve", other, "--listen", "127.0.0.1:0", "--no-keep", "--same-owner"]
+    ended = run(*line, "--index", str(index))
+    assert ended.code == 1
+    assert "is an index of another model than" in ended.err
+
+
 def test_a_passage_cannot_write_to_the_terminal() -> None:
     assert "\x1b" not in shown("a\x1b[2Jb\nc")
 

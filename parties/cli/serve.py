@@ -87,6 +87,7 @@ from secure.deployments.deployment import Deployment
 from secure.deployments.self_test import Accept
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import InvalidInput
+from secure.models.index import check_index
 from secure.models.text import PACKAGED, model_directory
 
 AlsoOption = Annotated[
@@ -213,6 +214,8 @@ def serve(
     for each in models:
         if each not in kept and task_of(each, **chosen(task, reveal, index, top)).stored:
             model_directory(each)  # a mistake that can be seen before anything is loaded
+            if index is not None:
+                check_index(index, each)
 
     def check() -> None:
         hosting.check(at, endpoints, channels, what=f"the {role}", wait=wait or 0.0, shared=together)

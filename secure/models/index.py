@@ -342,10 +342,10 @@ def is_index(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
 
 
-def read_index(directory: Path, model: str | None = None) -> Index:
-    """Read an index, and check all of it. model: the model's directory, whose index it must be.
+def check_index(directory: Path, model: str | None = None) -> _Manifest:
+    """Read the manifest of an index alone. model: the model's directory, whose index it must be.
 
-    Raises InvalidInput for a directory without an index, one that is damaged, and one of another model.
+    Raises InvalidInput for a directory without an index, and for one of another model.
     """
     if not is_index(directory):
         raise InvalidInput(f"{directory} holds no index: there is no {MANIFEST}", AGAIN)
@@ -355,6 +355,12 @@ def read_index(directory: Path, model: str | None = None) -> Index:
             f"{directory} is an index of another model than {model}: of {found.model}, with other files",
             "an index serves the model that embedded it; " + AGAIN,
         )
+    return found
+
+
+def read_index(directory: Path, model: str | None = None) -> Index:
+    """Read an index, and check all of it. Raises like ``check_index``, and InvalidInput for one that is damaged."""
+    found = check_index(directory, model)
     rows = sum(found.segments)
     if rows > MOST_PASSAGES:
         raise InvalidInput(f"{directory} has {rows} passages, {MOST_PASSAGES} at most are read", AGAIN)
