@@ -22,6 +22,7 @@ from secure.errors import InvalidInput
 from secure.frontend import Size
 from secure.lowering.client_inputs import GENERATE, MAXIMUM_BATCH, check_inputs
 from secure.models.heads import SEARCH, task_named
+from secure.models.settings import EXACT
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import find_network
@@ -36,7 +37,7 @@ from secure.tasks.generate import Generate
 from secure.tasks.rerank import Rerank
 from secure.tasks.search import Search
 from secure.tasks.tag import Tag
-from secure.tasks.task import EXACT, Loaded, Loader
+from secure.tasks.task import Loaded, Loader
 
 Sample = Mapping[str, Tensor]
 

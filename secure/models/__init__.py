@@ -22,5 +22,8 @@ detokenizer         from tokens to text as they come, and the strings that stop 
 pairs               texts and pairs of texts, with the place of every token
 heads               models with a head: classifiers, taggers, answerers, rerankers
 images              images to a model's inputs, and image classifiers
+passages            documents from files, and their passages
+index               an index of passages and their embeddings, as files
+searcher            the model of a private search: scores, the best, and their records
 settings            what clients must know of a model with a head
 """

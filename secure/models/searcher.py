@@ -22,15 +22,13 @@ from secure.errors import InvalidInput, printable
 from secure.models.index import COSINE, MOST_PASSAGES, Index
 from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage
 from secure.models.sentence_encoder import SentenceEncoder
+from secure.models.settings import EXACT
 from secure.version import __version__
-
-FRACTION_BITS = 14
-"""The fraction bits that hold a record exactly; see ``secure.tasks.task.EXACT``."""
 
 STEP = 64
 """Records are padded to a multiple of so many bytes: the width, which is public, tells no more of the longest."""
 
-_MIDDLE, _SCALE = 1 << 15, 1 << FRACTION_BITS
+_MIDDLE, _SCALE = 1 << 15, 1 << EXACT
 
 
 class Searcher(nn.Module):

@@ -31,6 +31,9 @@ SCORED = (IDS_SCORES, PASSAGES_SCORES)
 SOFTMAX, SIGMOID, IDENTITY = ACTIVATIONS = ("softmax", "sigmoid", "identity")
 """The functions that make scores of a model's logits."""
 
+EXACT = 14
+"""Fraction bits of what a model gives exactly, such as the bytes of a text."""
+
 MAXIMUM_CLASSES = 1 << 15
 MAXIMUM_CLASS = 256  # characters of the name of a class
 MAXIMUM_SIDE = 1 << 12  # pixels

@@ -104,7 +104,8 @@ class Search(Task[str, Found]):
             scores=reveal in SCORED,
         ).eval()
         calibrating, testing = _chosen(index, CALIBRATED, TESTED)
-        about = f"index: {rows:,} passages of {len(index.names):,} documents, in {len(index.segments):,} segments"
+        parts = len(index.segments)
+        about = f"index: {rows:,} passages of {len(index.names):,} documents in {parts} segment{'s' * (parts > 1)}"
         return Loaded(
             text.name,
             searcher,

@@ -22,9 +22,6 @@ from secure.models.tokens import TextTokenizer
 from secure.progress import Told, silent
 from secure.tasks.closeness import COSINE, Closeness
 
-EXACT = 14
-"""Fraction bits of what a model gives exactly, such as the bytes of a text."""
-
 Given = TypeVar("Given")
 Answer_co = TypeVar("Answer_co", covariant=True)
 
@@ -53,7 +50,7 @@ class Loaded:
     makes calibration inputs of another length; None if the model has only one. labels: more labels of its Programs.
     held_out: makes inputs of a length that are no calibration inputs, on which a compiled model is compared with the
     module, the first as long as the model takes; None if there are none. closeness: by what they are compared. exact:
-    its answers hold numbers of EXACT fraction bits that must not be rounded.
+    its answers hold numbers of ``EXACT`` fraction bits that must not be rounded.
     """
 
     name: str
