@@ -41,7 +41,7 @@ from secure.models.index import (
     read_index,
     write_index,
 )
-from secure.models.passages import Document, Passage, passages_of
+from secure.models.passages import Passage, TextDocument, passages_of
 from secure.models.text import PACKAGED, TextModel, load_text_model, text_inputs
 from secure.models.tokens import TRUNCATE
 from secure.tasks.search import QUESTION_LENGTH, TOP
@@ -77,9 +77,9 @@ def docstrings(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path.parent.name}/{path.stem}:{getattr(node, 'name', '')}", text
 
 
-def texts(wanted: int, questions: int) -> tuple[list[Document], list[str]]:
+def texts(wanted: int, questions: int) -> tuple[list[TextDocument], list[str]]:
     """Documents for about so many passages, and questions: every 20th docstring gives one, and is no document."""
-    documents, asked, seen, size = list[Document](), list[str](), set[str](), 0
+    documents, asked, seen, size = list[TextDocument](), list[str](), set[str](), 0
     for path in sources():
         for name, text in docstrings(path):
             if text in seen:
@@ -89,7 +89,7 @@ def texts(wanted: int, questions: int) -> tuple[list[Document], list[str]]:
             if len(seen) % 20 == 0 and 30 < len(first) < 120:
                 asked.append(first)
                 continue
-            documents.append(Document(f"{name[:150]}#{len(documents)}", text))
+            documents.append(TextDocument(f"{name[:150]}#{len(documents)}", text))
             size += 1 + len(text) // 380
         if size >= 1.3 * wanted:
             break
@@ -100,7 +100,7 @@ def make(where: Path, passages: int, questions: int) -> None:
     """Make an index of exactly so many passages."""
     documents, asked = texts(passages, questions)
     loaded = load_text_model(PACKAGED)
-    chosen, found = list[Document](), 0
+    chosen, found = list[TextDocument](), 0
     for document in documents:
         found += len(passages_of(document, loaded.tokenizer, LENGTH, OVERLAP))
         if found > passages:

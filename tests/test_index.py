@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from secure.errors import InvalidInput
 from secure.models import index as index_module
 from secure.models.index import MANIFEST, Index, build_index, read_index, write_index
-from secure.models.passages import CHARACTERS, Document, passages_of, read_documents
+from secure.models.passages import CHARACTERS, TextDocument, passages_of, read_documents
 from secure.models.text import load_text_model
 from secure.models.tokens import TextTokenizer
 from tests.test_cli import Run, in_words, run
@@ -34,8 +34,8 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
-def documents(count: int, seed: int = 0) -> list[Document]:
-    return [Document(f"doc-{seed}-{i}", words(3 + 5 * (i % 4), seed * 1000 + i)) for i in range(count)]
+def documents(count: int, seed: int = 0) -> list[TextDocument]:
+    return [TextDocument(f"doc-{seed}-{i}", words(3 + 5 * (i % 4), seed * 1000 + i)) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(tmp_path_factory.mktemp("index") / "tiny"))
 
 
-def made(model: str, given: list[Document], before: Index | None = None) -> Index:
+def made(model: str, given: list[TextDocument], before: Index | None = None) -> Index:
     return build_index(model, load_text_model(model), given, length=LENGTH, overlap=OVERLAP, before=before)[0]
 
 
@@ -57,7 +57,7 @@ def made(model: str, given: list[Document], before: Index | None = None) -> Inde
     st.integers(0, 2),
 )
 def test_passages_hold_the_whole_document(text: str, length: int, overlap: int) -> None:
-    found = passages_of(Document("a", text), TOKENIZER, length, overlap)
+    found = passages_of(TextDocument("a", text), TOKENIZER, length, overlap)
     covered = 0
     for number, each in enumerate(found):
         assert (each.id, each.number, each.text) == ("a", number, text[each.start : each.end])
@@ -72,18 +72,18 @@ def test_passages_hold_the_whole_document(text: str, length: int, overlap: int) 
 
 def test_passages_end_with_paragraphs_and_sentences() -> None:
     text = f"{words(4, 1)}.\n\n{words(5, 2)}. {words(9, 3)}"
-    first, second, *_ = passages_of(Document("a", text), TOKENIZER, LENGTH, 0)
+    first, second, *_ = passages_of(TextDocument("a", text), TOKENIZER, LENGTH, 0)
     assert first.text == f"{words(4, 1)}."
     assert second.text == f"{words(5, 2)}."
 
 
 def test_an_overlap_that_leaves_no_room() -> None:
     with pytest.raises(InvalidInput, match="passages of 8 tokens that overlap by 6\nhint: less than 6"):
-        passages_of(Document("a", "b"), TOKENIZER, 8, 6)
+        passages_of(TextDocument("a", "b"), TOKENIZER, 8, 6)
 
 
 def test_a_long_document_takes_no_long_time() -> None:
-    assert len(passages_of(Document("a", words(60_000)), TOKENIZER, 128, 16)) > 400
+    assert len(passages_of(TextDocument("a", words(60_000)), TOKENIZER, 128, 16)) > 400
 
 
 # documents
@@ -226,7 +226,7 @@ def test_an_update_is_what_is_made_anew(model: str, monkeypatch: pytest.MonkeyPa
         gone, other = (generator.choice(sorted(collection)) for _ in range(2))
         del collection[gone]
         if other in collection:
-            collection[other] = Document(other, words(7, 100 + step))
+            collection[other] = TextDocument(other, words(7, 100 + step))
         collection |= {each.id: each for each in documents(2, step)}
         embedded.clear()
         before = index
@@ -246,7 +246,7 @@ def test_an_update_is_what_is_made_anew(model: str, monkeypatch: pytest.MonkeyPa
 
 def test_segments_that_are_nearly_empty_are_joined(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "SEGMENT", 4)
-    given = [Document(f"d{i}", words(3, i)) for i in range(40)]
+    given = [TextDocument(f"d{i}", words(3, i)) for i in range(40)]
     index = made(model, given)
     assert list(index.segments) == [4] * 10
     assert list(made(model, given[::4], index).segments) == [4, 4, 2]
@@ -255,7 +255,7 @@ def test_segments_that_are_nearly_empty_are_joined(model: str, monkeypatch: pyte
 def test_nothing_is_left(model: str) -> None:
     index = made(model, documents(2))
     with pytest.raises(InvalidInput, match="the documents have no text"):
-        made(model, [Document("a", "  \n ")], index)
+        made(model, [TextDocument("a", "  \n ")], index)
 
 
 # the command

@@ -38,7 +38,7 @@ from secure.deployments.self_test import self_test
 from secure.errors import InputTooLong, InvalidInput
 from secure.models import index as index_module
 from secure.models.index import Index, build_index, read_index, write_index
-from secure.models.passages import Document, Passage
+from secure.models.passages import Passage, TextDocument
 from secure.models.searcher import Searcher, read_record, records_of, shown
 from secure.models.settings import settings_of
 from secure.models.text import load_text_model
@@ -68,8 +68,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def documents(count: int = 12) -> list[Document]:
-    return [Document(f"doc-é-{i}", " ".join(random.Random(100 + i).choices(WORDS, k=9))) for i in range(count)]
+def documents(count: int = 12) -> list[TextDocument]:
+    return [TextDocument(f"doc-é-{i}", " ".join(random.Random(100 + i).choices(WORDS, k=9))) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_several_lengths_and_a_batch(made: Made, model: str, index: Path) -> Non
 
 def test_equal_passages_come_side_by_side(model: str, tmp_path: Path) -> None:
     """In any order: each score is rounded by itself."""
-    same = [Document(f"d{i}", QUESTIONS[i % 2]) for i in range(8)]
+    same = [TextDocument(f"d{i}", QUESTIONS[i % 2]) for i in range(8)]
     made, _ = build_index(model, load_text_model(model), same, length=LENGTH, overlap=1)
     write_index(made, tmp_path / "index")
     with secure.insecure_in_process(secure.compile_text_model(model, LENGTH, index=str(tmp_path / "index"))) as session:
@@ -231,7 +231,7 @@ def test_what_is_no_search(case: str, model: str, index: Path) -> None:
 
 
 def test_a_long_row_is_not_sorted(model: str, tmp_path: Path) -> None:
-    many = [Document(f"d{i}", WORDS[i % 96]) for i in range(200)]
+    many = [TextDocument(f"d{i}", WORDS[i % 96]) for i in range(200)]
     made, _ = build_index(model, load_text_model(model), many, length=LENGTH, overlap=1)
     write_index(made, tmp_path)
     with pytest.raises(InvalidInput, match="the 129 best passages: 128 at most are found"):
@@ -402,7 +402,7 @@ def updated(model: str, index: Path, made: Made, tmp_path_factory: pytest.TempPa
     where, text = tmp_path_factory.mktemp("updated") / "index", load_text_model(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "SEGMENT", 10)
-        more = [*documents(), Document("new", " ".join(WORDS[:5]))]
+        more = [*documents(), TextDocument("new", " ".join(WORDS[:5]))]
         other, change = build_index(model, text, more, length=LENGTH, overlap=1, before=read_index(index))
     write_index(other, where)
     assert change.kept_segments == len(read_index(index).segments)

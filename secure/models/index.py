@@ -37,7 +37,7 @@ from torch import Tensor
 
 from secure.capture.documents import read_document, read_tensors, what_is_wrong
 from secure.errors import InvalidInput, InvalidProgram
-from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Document, Passage, checked_name, passages_of
+from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage, TextDocument, checked_name, passages_of
 from secure.models.prompts import Prompts
 from secure.models.text import TextModel, model_directory, model_files
 from secure.models.tokens import TextTokenizer, read_json
@@ -205,7 +205,7 @@ def prompt_for(prompts: Prompts, names: Sequence[str]) -> str:
 def build_index(
     model: str,
     loaded: TextModel,
-    documents: Iterable[Document],
+    documents: Iterable[TextDocument],
     *,
     length: int,
     overlap: int,

@@ -30,7 +30,7 @@ _ENDS = (re.compile(r"\n\s*\n"), re.compile(r"[.!?:;。！？][\"')\]]*\s+|\n"),
 
 
 @dataclass(frozen=True)
-class Document:
+class TextDocument:
     """A document: its name, and its text."""
 
     id: str
@@ -53,7 +53,7 @@ class Passage:
     text: str
 
 
-def read_documents(path: Path) -> Iterator[Document]:
+def read_documents(path: Path) -> Iterator[TextDocument]:
     """Yield the documents of a file, or of all files of SUFFIXES in a directory and below it, in the order of names.
 
     A text or markdown file is one document, named by its path below the directory. A .jsonl file has one a line,
@@ -63,7 +63,7 @@ def read_documents(path: Path) -> Iterator[Document]:
     seen, files = set[str](), list(_files(path))
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        for document in _lines(file) if file.suffix.lower() in LINES else [Document(name, _text(file))]:
+        for document in _lines(file) if file.suffix.lower() in LINES else [TextDocument(name, _text(file))]:
             if document.id in seen:
                 raise InvalidInput(f"two documents are called {document.id!r}", f"the second is in {file}")
             seen.add(document.id)
@@ -97,7 +97,7 @@ def _text(file: Path) -> str:
         raise InvalidInput(f"{file} cannot be read: {error.strerror}", hint) from None
 
 
-def _lines(file: Path) -> Iterator[Document]:
+def _lines(file: Path) -> Iterator[TextDocument]:
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -117,10 +117,10 @@ def _lines(file: Path) -> Iterator[Document]:
             )
         if len(text) > MAXIMUM_DOCUMENT:
             raise InvalidInput(f"{file}, line {number}: more than {MAXIMUM_DOCUMENT} characters", "divide the document")
-        yield Document(name, text)
+        yield TextDocument(name, text)
 
 
-def checked_name(document: Document) -> Document:
+def checked_name(document: TextDocument) -> TextDocument:
     """Return a document whose name may stand in an index. Raises InvalidInput."""
     if not document.id.isprintable() or not 0 < len(document.id.encode("utf-8", "surrogateescape")) <= MAXIMUM_ID:
         shown = printable(document.id)[:80]
@@ -129,7 +129,7 @@ def checked_name(document: Document) -> Document:
 
 
 def passages_of(
-    document: Document, tokenizer: TextTokenizer, length: int, overlap: int, prompt: str = ""
+    document: TextDocument, tokenizer: TextTokenizer, length: int, overlap: int, prompt: str = ""
 ) -> list[Passage]:
     """Divide a document into passages of at most ``length`` tokens each, special ones and the prompt's included.
 

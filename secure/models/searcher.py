@@ -93,25 +93,25 @@ def read_record(numbers: Tensor) -> dict[str, Any]:
     """
     found = (numbers.to(torch.float64) * _SCALE).round() + _MIDDLE
     if not bool(((found >= 0) & (found < 2 * _MIDDLE)).all()):
-        raise _wrong()
+        raise no_record()
     try:
         said: Any = json.loads(found.to(torch.int32).numpy().astype("<u2").tobytes().decode())
     except (ValueError, RecursionError):
-        raise _wrong() from None
+        raise no_record() from None
     if not isinstance(said, list) or len(said) not in (4, 5):
-        raise _wrong()
+        raise no_record()
     name, numbered, *text = said[0], said[1:4], *said[4:]
     if (
         not isinstance(name, str)
         or not name.isprintable()
         or not 0 < len(name.encode("utf-8", "replace")) <= MAXIMUM_ID
     ):
-        raise _wrong()
+        raise no_record()
     for number, most in zip(numbered, (MOST_PASSAGES, MAXIMUM_DOCUMENT, MAXIMUM_DOCUMENT), strict=True):
         if type(number) is not int or not 0 <= number <= most:
-            raise _wrong()
+            raise no_record()
     if not all(isinstance(each, str) for each in text):
-        raise _wrong()
+        raise no_record()
     record = dict(zip(("id", "passage", "start", "end"), (name, *numbered), strict=True))
     return record | ({"text": text[0]} if text else {})
 
@@ -121,5 +121,5 @@ def shown(text: str) -> str:
     return "\n".join(printable(line) for line in text.splitlines())
 
 
-def _wrong() -> InvalidInput:
+def no_record() -> InvalidInput:
     return InvalidInput("the answer is no passage of an index", "ask the server's owner")
