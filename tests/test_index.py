@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -109,6 +110,8 @@ WRONG: dict[str, tuple[dict[str, bytes], str]] = {
     "no json": ({"a.jsonl": b"{"}, 'line 1: not JSON\nhint: {"id"'),
     "no text": ({"a.jsonl": b'{"id": "a", "text": 3}'}, "line 1: no id or no text"),
     "no name": ({"a.jsonl": b'{"id": "a\\u0000b", "text": ""}'}, "is no name of a document"),
+    "half a character": ({"a.jsonl": b'{"id": "a", "text": "x\\ud800"}'}, "line 1: half a surrogate pair"),
+    "half a name": ({"a.jsonl": b'{"id": "\\ud800", "text": "x"}'}, "is no name of a document"),
     "a long name": ({"a.jsonl": b'{"id": "' + b"a" * 201 + b'", "text": ""}'}, "is no name of a document"),
 }
 
@@ -209,6 +212,12 @@ def by_name(index: Index) -> dict[tuple[str, int], tuple[str, list[float]]]:
     return {(p.id, p.number): (p.text, v.tolist()) for p, v in zip(index.passages, index.embeddings, strict=True)}
 
 
+def segments(index: Index) -> list[tuple[tuple[str, int], ...]]:
+    """The passages of each segment."""
+    rows, ends = [(each.id, each.number) for each in index.passages], list(itertools.accumulate(index.segments))
+    return [tuple(rows[end - size : end]) for end, size in zip(ends, index.segments, strict=True)]
+
+
 def test_an_update_is_what_is_made_anew(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is added, changed and removed; only that is embedded, and segments without a change stay."""
     monkeypatch.setattr(index_module, "SEGMENT", 10)
@@ -242,6 +251,7 @@ def test_an_update_is_what_is_made_anew(model: str, monkeypatch: pytest.MonkeyPa
         assert sum(index.segments) == len(index.passages)
         assert max(index.segments) <= 10
         assert change.kept_segments >= len(before.segments) - 3
+        assert change.kept_segments == len({*segments(before)} & {*segments(index)})
 
 
 def test_segments_that_are_nearly_empty_are_joined(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import secrets
@@ -231,7 +232,7 @@ def build_index(
         if len(fresh) > MOST_PASSAGES:
             raise InvalidInput(f"more than {MOST_PASSAGES} passages", "make several indices")
     vectors = embed_passages(loaded, [prompt + each.text for each, _ in fresh], length, similarity, told)
-    kept, kept_segments = _kept(before, stay)
+    kept = _kept(before, stay)
     rows = [row for segment in kept for row in segment]
     sizes = _filled([len(segment) for segment in kept], len(fresh))
     if not sizes:
@@ -249,26 +250,24 @@ def build_index(
     made = Index(loaded.name, digest, key, length, overlap, prompt, similarity, passages, sources, sizes, whole)
     changed = sum(name in old and old[name] != digest for name, digest in seen.items())
     added = sum(name not in old for name in seen)
-    return made, Change(added, changed, len(old.keys() - seen.keys()), len(fresh), kept_segments)
+    return made, Change(added, changed, len(old.keys() - seen.keys()), len(fresh), _unchanged(before, kept, sizes))
 
 
-def _kept(before: Index | None, stay: set[str]) -> tuple[list[list[int]], int]:
-    """Return the rows that stay of each segment that keeps any, and how many segments keep all.
+def _kept(before: Index | None, stay: set[str]) -> list[list[int]]:
+    """Return the rows that stay of each segment that keeps any.
 
     If more than twice as many segments are left as the rows need, all of them are joined and divided again.
     """
-    found, at, whole = list[list[int]](), 0, 0
+    found, at = list[list[int]](), 0
     for size in before.segments if before is not None else ():
         assert before is not None
-        rows = [row for row in range(at, at + size) if before.passages[row].id in stay]
-        whole += len(rows) == size
-        if rows:
+        if rows := [row for row in range(at, at + size) if before.passages[row].id in stay]:
             found.append(rows)
         at += size
     rows = [row for segment in found for row in segment]
     if len(found) > 2 * (-(-len(rows) // SEGMENT)) + 1:
-        return [rows[i : i + SEGMENT] for i in range(0, len(rows), SEGMENT)], 0
-    return found, whole
+        return [rows[i : i + SEGMENT] for i in range(0, len(rows), SEGMENT)]
+    return found
 
 
 def _filled(sizes: Sequence[int], more: int) -> list[int]:
@@ -278,6 +277,15 @@ def _filled(sizes: Sequence[int], more: int) -> list[int]:
         taken = min(more, SEGMENT - found[-1])
         found[-1], more = found[-1] + taken, more - taken
     return [*found, *[SEGMENT] * (more // SEGMENT), *([more % SEGMENT] if more % SEGMENT else [])]
+
+
+def _unchanged(before: Index | None, kept: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
+    """Count the segments that have the rows of one before, and no others. sizes: those after the new rows."""
+    if before is None:
+        return 0
+    ends = itertools.accumulate(before.segments)
+    old = {tuple(range(end - size, end)) for end, size in zip(ends, before.segments, strict=True)}
+    return sum(len(rows) == size and tuple(rows) in old for rows, size in zip(kept, sizes, strict=False))
 
 
 def embed_passages(

@@ -109,12 +109,14 @@ def _lines(file: Path) -> Iterator[TextDocument]:
         name, text = (found.get(key) if isinstance(found, dict) else None for key in ("id", "text"))
         if not isinstance(name, str) or not isinstance(text, str):
             raise InvalidInput(f"{file}, line {number}: no id or no text", hint)
-        if not name or not name.isprintable() or len(name.encode()) > MAXIMUM_ID:
+        if not name or not name.isprintable() or len(name.encode()) > MAXIMUM_ID:  # surrogates cannot be printed
             shown = printable(name)[:80]
             raise InvalidInput(
                 f"{file}, line {number}: {shown!r} is no name of a document",
                 f"1 to {MAXIMUM_ID} bytes of printable text",
             )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidInput(f"{file}, line {number}: half a surrogate pair, which is no character", "write it again")
         if len(text) > MAXIMUM_DOCUMENT:
             raise InvalidInput(f"{file}, line {number}: more than {MAXIMUM_DOCUMENT} characters", "divide the document")
         yield TextDocument(name, text)
