@@ -146,28 +146,27 @@ def passages_of(
     text, most = document.text, CHARACTERS * length
     offsets = _offsets(tokenizer, text)
     ends = [[match.end() for match in kind.finditer(text)] for kind in _ENDS]
-    found, at = list[Passage](), 0  # the first token of the passage
-    while at < len(offsets):
+    found, at, new, covered = list[Passage](), 0, 0, 0  # the first token of the passage, and the first that is new
+    while new < len(offsets):
         begin = offsets[at][0]
         stop = next((i for i in range(at, min(at + room, len(offsets))) if offsets[i][1] > begin + most), at + room)
         stop = max(min(stop, len(offsets)), at + 1)
         end = offsets[stop - 1][1] if stop < len(offsets) else len(text)
         if stop < len(offsets):
             end = _best_end(ends, begin, end, offsets[stop][0])
-        end = min(end, begin + most)
-        piece = text[begin:end].rstrip()
+        piece = text[begin : min(end, begin + most)].rstrip()
         while len(_offsets(tokenizer, piece)) > room:  # tokens of a part may be others than the whole's
             piece = piece[: len(piece) * 7 // 8]
-        end = begin + len(piece)
+        if (end := begin + len(piece)) <= covered and at < new:
+            at = new  # it has no room for more than the overlap
+            continue
         if piece:
             found.append(Passage(document.id, len(found), begin, end, piece))
-        behind = next((i for i in range(at, len(offsets)) if offsets[i][0] >= end), len(offsets))
-        at = max(behind, at + 1)
-        if at < len(offsets) and overlap:
-            back = [
-                i for i in range(max(at - overlap, 0), at) if offsets[i][0] > begin and _begins(text, offsets[i][0])
-            ]
-            at = next(iter(back), at)
+        covered = max(end, covered)
+        new = next((i for i in range(max(at, new), len(offsets)) if offsets[i][0] >= end), len(offsets))
+        new = max(new, at + 1)
+        back = range(max(new - overlap, at + 1), new) if new < len(offsets) else ()
+        at = next((i for i in back if _begins(text, offsets[i][0])), new)
     return found
 
 
