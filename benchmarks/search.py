@@ -3,7 +3,7 @@
     python -m benchmarks.search INDEX --make [--passages 10000]     once: an index of text that every machine has
     python -m benchmarks.search INDEX --questions 200 [--write]     all parties in one process: what is found
     python -m benchmarks.search INDEX --queries 5 [--write]         over loopback: seconds, MB, rounds
-    python -m benchmarks.search INDEX --count 1000 100000 [--write] costs by counting, of made-up indices
+    python -m benchmarks.search INDEX --count 1000 100000 [--write] what it adds to the encoder, by counting
 
 Documents are docstrings of the standard library and of installed packages, read from their sources. Questions are the
 first lines of other docstrings, which are not in the index. ``float`` is the same encoder and the same index in the
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import secure
 from benchmarks.common import RESULTS, Service, dealer, machine
@@ -42,6 +42,8 @@ from secure.models.index import (
     write_index,
 )
 from secure.models.passages import Passage, TextDocument, passages_of
+from secure.models.searcher import Searcher
+from secure.models.settings import PASSAGES, SCORED
 from secure.models.text import PACKAGED, TextModel, load_text_model, text_inputs
 from secure.models.tokens import TRUNCATE
 from secure.tasks.search import QUESTION_LENGTH, TOP
@@ -205,19 +207,40 @@ def made_up(rows: int) -> Index:
     return Index("made-up", digest, "0" * 64, LENGTH, OVERLAP, "", COSINE, passages, documents, sizes, vectors)
 
 
-def parts(cost: Any) -> dict[str, Any]:
+class StandIn(nn.Module):
+    """An encoder of one layer, whose vectors have length 1: it costs next to nothing."""
+
+    normalized = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, WIDTH)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(self.layer(input_ids * attention_mask), dim=-1)
+
+
+def parts(cost: Any) -> dict[str, float]:
     moved = {phase: sum(t.bytes for t in cost.traffic if t.phase == phase) for phase in (ONLINE, OFFLINE)}
-    return {"rounds": cost.rounds, **{f"{phase} MB": round(size / 1e6, 2) for phase, size in moved.items()}}
+    return {"rounds": cost.rounds, **{f"{phase} MB": size / 1e6 for phase, size in moved.items()}}
 
 
 def counted(rows: int, reveal: str) -> dict[str, Any]:
-    """The cost of a query by its Program, without running it, and that of the encoder alone."""
-    with tempfile.TemporaryDirectory() as space:
-        write_index(made_up(rows), Path(space))
-        compiled = secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=space, reveal=reveal)
-    alone = secure.compile_text_model(PACKAGED, QUESTION_LENGTH)
-    once = round(masked_bytes(compiled.program) / 1e6, 1)
-    return {"reveal": reveal, "query": parts(compiled.cost), "the encoder alone": parts(alone.cost), f"{ONCE} MB": once}
+    """The rounds and bytes that a search adds to its encoder, by the Program, without running it."""
+    texts, scored = reveal.startswith(PASSAGES), reveal in SCORED
+    stand_in = StandIn().eval()
+    searcher = Searcher(stand_in, made_up(rows), top=TOP, texts=texts, scores=scored).eval()  # type: ignore[arg-type]
+    samples = [{"input_ids": torch.randn(1, 8), "attention_mask": torch.ones(1, 8)} for _ in range(2)]
+    whole, alone = (secure.compile(module, samples[0], calibration=samples[1:]) for module in (searcher, stand_in))
+    added = {name: each - parts(alone.cost)[name] for name, each in parts(whole.cost).items()}
+    once = (masked_bytes(whole.program) - masked_bytes(alone.program)) / 1e6
+    return {
+        "reveal": reveal,
+        "top": TOP,
+        "bytes of a record": 2 * next(iter(searcher.records.values())).shape[1],
+        **{name: round(each, 2) for name, each in {**added, f"{ONCE} MB": once}.items()},
+    }
 
 
 def main() -> None:
@@ -242,7 +265,7 @@ def main() -> None:
     if o.queries:
         found[f"loopback, {o.reveal}"] = over_loopback(o.index, o.queries, o.reveal)
     for rows in o.count:
-        found[f"counted {rows}"] = counted(rows, o.reveal)
+        found[f"counted {rows}, {o.reveal}"] = counted(rows, o.reveal)
     found = {name: {**machine("benchmarks.search"), **each} for name, each in found.items()}
     print(json.dumps(found, indent=2))
     if o.write:

@@ -257,7 +257,7 @@ def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "change",
     [{"model": "\x1b[2J"}, {"role": "x" * 600}, {"compiled_as": {"a\n": "b"}}, {"files": [pb.File(name="\x07")] * 2},
-     {"files": [pb.File(name="a")] * 100}],
+     {"files": [pb.File(name="a")] * 400}],
 )  # fmt: skip
 def test_names_of_a_description_are_short_and_printable(change: dict[str, Any]) -> None:
     from parties.served import described
