@@ -103,11 +103,13 @@ def make(where: Path, passages: int, questions: int) -> None:
     documents, asked = texts(passages, questions)
     loaded = load_text_model(PACKAGED)
     chosen, found = list[TextDocument](), 0
-    for document in documents:
-        found += len(passages_of(document, loaded.tokenizer, LENGTH, OVERLAP))
-        if found > passages:
+    for document in documents:  # those that still fit
+        more = len(passages_of(document, loaded.tokenizer, LENGTH, OVERLAP))
+        if found + more <= passages:
+            chosen.append(document)
+            found += more
+        if found == passages:
             break
-        chosen.append(document)
     index, _ = build_index(PACKAGED, loaded, chosen, length=LENGTH, overlap=OVERLAP)
     write_index(index, where)
     (where / QUESTIONS).write_text(json.dumps(asked))
@@ -121,7 +123,7 @@ def plainly(text: TextModel, index: Index, questions: list[str]) -> Tensor:
         for question in questions:
             inputs = text_inputs(text.tokenizer, question, QUESTION_LENGTH, TRUNCATE)
             rows.append(text.module(**inputs)[0])
-    return torch.stack(rows) @ index.embeddings.T
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1) @ index.embeddings.T
 
 
 def agreement(where: Path, count: int) -> dict[str, Any]:
