@@ -51,6 +51,7 @@ from secure.tasks.search import QUESTION_LENGTH, TOP
 LENGTH, OVERLAP = 128, 16
 LEAST = 120  # characters of a docstring that counts
 WIDTH = 384  # of MiniLM
+EQUAL = 1e-6  # by which scores of equal texts differ in float
 QUESTIONS = "questions.json"  # beside the index
 
 
@@ -133,13 +134,14 @@ def agreement(where: Path, count: int) -> dict[str, Any]:
     scores = plainly(text, index, questions)
     rows = {(each.id, each.number): row for row, each in enumerate(index.passages)}
     compiled = secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=str(where), reveal="ids-scores")
-    same, ordered, first, distances, errors = 0, 0, 0, list[float](), list[float]()
+    same, strictly, ordered, first, distances, errors = 0, 0, 0, 0, list[float](), list[float]()
     with secure.insecure_in_process(compiled, threads=os.cpu_count() or 1) as session:
         for own, question in zip(scores, questions, strict=True):
             (found,) = session.search([question], long=TRUNCATE)
             chosen = [rows[each["id"], each["passage"]] for each in found]
             best = own.topk(TOP)
-            same += {*chosen} == {*best.indices.tolist()}
+            strictly += {*chosen} == {*best.indices.tolist()}
+            same += all(float(own[row]) >= float(best.values[-1]) - EQUAL for row in chosen)
             ordered += chosen == best.indices.tolist()
             first += chosen[0] == int(best.indices[0])
             distances += [
@@ -149,7 +151,8 @@ def agreement(where: Path, count: int) -> dict[str, Any]:
     return {
         "passages": len(index.passages),
         "questions": len(questions),
-        f"same top {TOP}": same,
+        f"same top {TOP}, or of equal scores": same,
+        f"same top {TOP}": strictly,
         "same order": ordered,
         "same first": first,
         "largest distance of a passage that float does not find": round(max(distances, default=0.0), 6),
