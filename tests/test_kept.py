@@ -35,6 +35,7 @@ from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import COMPILE, CompileOptions, Deployment, deployments, variants
 from secure.deployments.self_test import Accept
 from secure.errors import CompiledError, InvalidInput
+from secure.models.index import MANIFEST
 from secure.models.text import text_inputs
 from secure.tasks.embed import Embed
 from tests import ckks_server
@@ -409,9 +410,13 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     yield "capacity", replace(compilation, capacity=64)
     yield "temperature", replace(compilation, temperature=2.0)
     yield "draft length", replace(compilation, draft_length=4)
+    (index := Path(compilation.model).parent / "index").mkdir(exist_ok=True)
+    (index / MANIFEST).write_text("{}")
+    yield "index", replace(compilation, task="search", index=str(index))
+    yield "top", replace(compilation, task="search", index=str(index), top=5)
     assert {f.name for f in dataclasses.fields(Compilation)} == {
         *("model", "deployment", "lengths", "sentences", "options", "batches"),
-        *("dimensions", "accept", "task", "reveal", "capacity", "temperature", "draft_length"),
+        *("dimensions", "accept", "task", "reveal", "capacity", "temperature", "draft_length", "index", "top"),
     }  # another one needs a line here
 
 
