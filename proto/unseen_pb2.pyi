@@ -200,16 +200,18 @@ class JoinReply(_message.Message):
     def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class DealRequest(_message.Message):
-    __slots__ = ("session", "query", "proof", "place")
+    __slots__ = ("session", "query", "proof", "place", "steps")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     PLACE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     query: int
     proof: bytes
     place: Place
-    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+    steps: int
+    def __init__(self, session: _Optional[bytes] = ..., query: _Optional[int] = ..., proof: _Optional[bytes] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
     __slots__ = ("program_digest", "first", "rows")
@@ -304,12 +306,14 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., deployment: _Optional[str] = ..., program_digest: _Optional[str] = ..., fixed_point: _Optional[str] = ..., weights_digest: _Optional[str] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class Prepare(_message.Message):
-    __slots__ = ("query", "place")
+    __slots__ = ("query", "place", "steps")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     PLACE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     query: int
     place: Place
-    def __init__(self, query: _Optional[int] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+    steps: int
+    def __init__(self, query: _Optional[int] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Query(_message.Message):
     __slots__ = ("query",)

@@ -12,7 +12,7 @@ import heapq
 import typing
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,18 @@ class Correlations:
         """Client, before the query: draw an instruction's material, and compute and keep what needs no input."""
         material = self.take(index, protocol)
         value = protocol.offline(material, operands, weights)
+        self.keep(index, protocol, material, value)
+        return value
+
+    def keep(self, index: int, protocol: Protocol, material: dict[str, Tensor], value: Any) -> None:
+        """Client, before the query: keep an instruction's material, or instead its result if that needs no input."""
         if protocol.finished_offline:
             self._finished[index] = value
         else:
             self._drawn[index] = material
-        return value
 
     def is_finished(self, index: int) -> bool:
-        """True if ``prepare`` left the result itself; ``finished`` then returns it, once."""
+        """True if ``keep`` got the result itself; ``finished`` then returns it, once."""
         return index in self._finished
 
     def finished(self, index: int) -> Any:
@@ -258,20 +262,46 @@ def _part(index: int, exchange: Exchange) -> Part:
 
 def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> None:
     """Do the client's work before a query: masks of deliveries, shares of linear layers, kept in ``correlations``."""
-    values: dict[int, Any] = {}
+    prepare_together(circuit, [correlations], weights)
+
+
+def prepare_together(circuit: Circuit, correlations: Sequence[Correlations], weights: Weights) -> None:
+    """Do what ``prepare`` does, for each of several queries.
+
+    They are prepared side by side, so that each matrix is read once for all of them.
+    """
+    values: list[dict[int, Any]] = [{} for _ in correlations]
     last = {
         i: n for n, instruction in enumerate(circuit) if instruction.protocol.works_offline for i in instruction.inputs
     }
     for index, instruction in enumerate(circuit):
         protocol = instruction.protocol
         if protocol.works_offline:
-            operands = tuple(values[i] for i in instruction.inputs if i in values)
-            value = correlations.prepare(index, protocol, operands, weights)
-            for i in instruction.inputs:
-                if last[i] == index:
-                    values.pop(i, None)
-            if index in last:
-                values[index] = value
+            materials = [each.take(index, protocol) for each in correlations]
+            operands = [tuple(known[i] for i in instruction.inputs if i in known) for known in values]
+            results = protocol.offline_together(materials, operands, weights)
+            for own, material, known, result in zip(correlations, materials, values, results, strict=True):
+                own.keep(index, protocol, material, result)
+                for i in instruction.inputs:
+                    if last[i] == index:
+                        known.pop(i, None)
+                if index in last:
+                    known[index] = result
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A query for which corrections are dealt.
+
+    server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
+    to the server. given: the masks of openings that earlier queries kept, by name; each is asked for when an
+    instruction reads it. keeping: gets those of this query.
+    """
+
+    server: Key = field(repr=False)
+    client: Key = field(repr=False)
+    given: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    keeping: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def deal(
@@ -282,25 +312,43 @@ def deal(
     given: Mapping[str, Tensor] | None = None,
     keeping: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, memoryview]]:
-    """Yield the dealer's corrections of one query as (instruction, bytes), in order.
+    """Yield the dealer's corrections of one query as (instruction, bytes), in order; the arguments are ``Dealt``'s.
 
-    server, client: the parties' keys of this query. The client's shares mask the corrections, so that they are uniform
-    to the server. given: the masks of openings that earlier queries kept, by name. keeping: gets those of this query.
-    Raises FrameError if one is missing.
+    Raises FrameError if an opening is missing.
     """
-    masks = _Values(circuit, ())
+    query = Dealt(server, client, {} if given is None else given, {} if keeping is None else keeping)
+    for index, (payload,) in deal_together(circuit, [query], weights):
+        yield index, payload
+
+
+def deal_together(
+    circuit: Circuit, queries: Sequence[Dealt], weights: Weights
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """Yield the dealer's corrections of several queries as (instruction, the bytes of each query), in order.
+
+    The corrections of a query are the same as if it were dealt alone. Side by side they cost less: each matrix is read
+    once for all of them. A query may read what those before it keep, if the circuit keeps it before it reads. Raises
+    FrameError if an opening is missing.
+    """
+    masks = [_Values(circuit, ()) for _ in queries]
     for index, instruction in enumerate(circuit):
-        protocol, operands = instruction.protocol, masks.take(instruction.inputs)
+        protocol, operands = instruction.protocol, [each.take(instruction.inputs) for each in masks]
         if protocol.recalls:
-            if protocol.recalls not in (given or {}):
-                raise wire.FrameError(f"no earlier query kept {protocol.recalls!r}, which instruction {index} reads")
-            operands = ((given or {})[protocol.recalls],)
-        payload, mask = deal_one(index, protocol, operands, server, client, weights)
-        masks.put(index, mask)
-        if protocol.keeps and keeping is not None:
-            keeping[protocol.keeps] = mask
-        if payload is not None:
-            yield index, payload
+            operands = [(_given(query, index, protocol.recalls),) for query in queries]
+        found = _dealt(index, protocol, operands, queries, weights)
+        for query, values, (_, mask) in zip(queries, masks, found, strict=True):
+            values.put(index, mask)
+            if protocol.keeps:
+                query.keeping[protocol.keeps] = mask
+        if protocol.derived:
+            yield index, [payload for payload, _ in found if payload is not None]
+
+
+def _given(query: Dealt, index: int, name: str) -> Tensor:
+    try:
+        return query.given[name]
+    except KeyError:
+        raise wire.FrameError(f"no earlier query kept {name!r}, which instruction {index} reads") from None
 
 
 def deal_one(
@@ -310,25 +358,50 @@ def deal_one(
 
     operands: the masks of what it reads.
     """
+    (found,) = _dealt(index, protocol, [operands], [Dealt(server, client)], weights)
+    return found
+
+
+def _dealt(
+    index: int,
+    protocol: Protocol,
+    operands: Sequence[tuple[Any, ...]],
+    queries: Sequence[Dealt],
+    weights: Weights,
+) -> list[tuple[memoryview | None, Any]]:
+    """Return what ``deal_one`` returns, for each of several queries."""
     if not protocol.draws:
-        return None, protocol.deal({}, operands, weights)[1]
-    others = client.stream(index)
+        return [(None, mask) for _, mask in protocol.deal_together([{}] * len(queries), operands, weights)]
+    streams = [query.client.stream(index) for query in queries]
+    plain = [_plain(index, protocol, query, others) for query, others in zip(queries, streams, strict=True)]
+    found = protocol.deal_together(plain, operands, weights)
+    return [
+        (_corrections(protocol, totals, others), mask) for (totals, mask), others in zip(found, streams, strict=True)
+    ]
+
+
+def _plain(index: int, protocol: Protocol, query: Dealt, others: Stream) -> dict[str, Tensor]:
+    """Return the masks that a protocol draws, of both parties together. others: the client's stream."""
     coming = {
         party: drawn([d for d in protocol.masks if _holds(d, party)], stream)
-        for party, stream in ((SERVER, server.stream(index)), (CLIENT, others))
+        for party, stream in ((SERVER, query.server.stream(index)), (CLIENT, others))
     }
     plain: dict[str, Tensor] = {}
     for d in protocol.masks:  # one after the other: of large ones no more than two shares are in memory
         shares = [next(coming[party]) for party in (SERVER, CLIENT) if _holds(d, party)]
         plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
-    totals, mask = protocol.deal(plain, operands, weights)
+    return plain
+
+
+def _corrections(protocol: Protocol, totals: Mapping[str, Any], client: Stream) -> memoryview | None:
+    """Return the corrections of one query, None if the protocol derives nothing."""
     if not protocol.derived:
-        return None, mask
+        return None
     payload, at = np.empty(protocol.dealt_bytes, np.uint8), 0
     for d in protocol.derived:
-        _correct(d, totals[d.name], others, payload[at : at + d.wire.size])
+        _correct(d, totals[d.name], client, payload[at : at + d.wire.size])
         at += d.wire.size
-    return payload.data, mask
+    return payload.data
 
 
 _BLOCK = 1 << 15  # elements corrected at a time, so that the client's share of them stays in the cache

@@ -287,6 +287,18 @@ class Protocol(ABC):
         """Client, before the query: return the part of its result that needs no input; None if there is none."""
         return None
 
+    def deal_together(
+        self, masks: Sequence[Material], operands: Sequence[tuple[Any, ...]], weights: Weights
+    ) -> list[tuple[dict[str, Any], Any]]:
+        """Dealer: return what ``deal`` returns, for each of several queries: a subclass may take one product."""
+        return [self.deal(*each, weights) for each in zip(masks, operands, strict=True)]
+
+    def offline_together(
+        self, materials: Sequence[Material], operands: Sequence[tuple[Any, ...]], weights: Weights
+    ) -> list[Any]:
+        """Client: return what ``offline`` returns, for each of several queries."""
+        return [self.offline(*each, weights) for each in zip(materials, operands, strict=True)]
+
     @abstractmethod
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         """Run one party's online part."""

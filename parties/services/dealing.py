@@ -7,12 +7,12 @@ their burning stay with the dealer's service.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from protocols.circuit import deal
+from protocols.circuit import Dealt, deal, deal_together
 from protocols.prg import Key
 from protocols.two_party import KeptRows
 from protocols.weights import DealerWeights
@@ -36,20 +36,53 @@ class DealtModel:
         shapes = program.weight_shapes
         return cls(program, mask, beside.weights.beside(shapes) if beside else DealerWeights(mask, shapes))
 
-    def corrections(
-        self, server: Key, client: Key, kept: KeptRows | None = None, rows: int = 0
-    ) -> Iterator[memoryview]:
-        """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``.
-
-        kept: the masks of what earlier queries kept, of which the first ``rows`` are read; those of this query are put
-        behind these at the end.
-        """
-        given = kept.given(self.program.circuit, rows) if kept is not None else {}
-        masks = dict[str, Tensor]()
-        for _, payload in deal(self.program.circuit, server, client, self.weights, given, masks):
+    def corrections(self, server: Key, client: Key) -> Iterator[memoryview]:
+        """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``."""
+        for _, payload in deal(self.program.circuit, server, client, self.weights):
             yield payload
-        if kept is not None:
-            kept.append(masks, rows)
+
+    def conversed(self, keys: Sequence[tuple[Key, Key]], kept: KeptRows, rows: int) -> Iterator[memoryview]:
+        """Yield the corrections of queries of a conversation that are dealt together: of each instruction, for all.
+
+        keys: those of server and client, for each query. kept: the masks of what earlier queries kept, of which the
+        first ``rows`` are read by the first query, and by each later one also what those before it keep. The masks of
+        these are put behind them at the end.
+        """
+        given, size = kept.given(self.program.circuit, rows), self.program.kept_rows
+        queries: list[Dealt] = []
+        for server, client in keys:
+            before = [query.keeping for query in queries]
+            queries.append(Dealt(server, client, _WithRows(given, before, rows, size) if before else given))
+        for _, payloads in deal_together(self.program.circuit, queries, self.weights):
+            yield from payloads
+        for i, query in enumerate(queries):
+            kept.append(query.keeping, rows + i * size)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _WithRows(Mapping[str, Tensor]):
+    """Masks of rows as a query reads them: those that were given, and behind ``rows`` of them those of queries before.
+
+    before: the masks that these keep, by name, ``size`` rows each; they come while the queries are dealt.
+    """
+
+    given: Mapping[str, Tensor]
+    before: Sequence[Mapping[str, Tensor]]
+    rows: int
+    size: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole = self.given[name].clone()
+        for i, masks in enumerate(self.before):
+            start = self.rows + i * self.size
+            whole[..., start : start + self.size, :] = masks[name]
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
 
 
 class Dealing(ABC):

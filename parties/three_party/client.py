@@ -37,7 +37,7 @@ from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import Busy, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, QueryError
-from secure.session.link import Link, Report
+from secure.session.link import Ahead, Link, Report
 from secure.version import WIRE_VERSION
 
 SAME = ("model", "program", "compiled_as", "tokenizer", "pad_id", "lowercase", "files")  # in all descriptions
@@ -148,7 +148,7 @@ class ThreePartyLink(Link):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         text: _PartyText = conversation
         if text.ended:
@@ -157,7 +157,9 @@ class ThreePartyLink(Link):
         read = text.rows if rows is None else rows
         wanted = WantedProgram(self.program.digest, text.name, read)
         try:
-            found = self._ask(values, number, wanted, text.owner, ahead.program.digest if ahead is not None else "")
+            found = self._ask(
+                values, number, wanted, text.owner, ahead.link.program.digest if ahead is not None else ""
+            )
         except Busy:
             if not read:  # one party may have begun it: it can be begun again by another name
                 fresh = _PartyText()

@@ -26,13 +26,13 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import masked_size, unpack_masked
-from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place
+from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place, most_together
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from parties.two_party.masked_model import by_file
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceStub
-from protocols.circuit import Correlations, execute, prepare
+from protocols.circuit import Correlations, execute, prepare_together
 from protocols.prg import Key, fresh_seed
 from protocols.protocol import CLIENT
 from protocols.steps import Framed
@@ -43,7 +43,7 @@ from secure.deployments.two_party import CLIENT as CLIENT_ROLE
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import Busy, DealerError, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.program import Program
-from secure.session.link import Link, Report
+from secure.session.link import Ahead, Link, Report
 from secure.version import WIRE_VERSION
 
 PATIENCE = 15.0  # seconds in which a server registers its model again with a dealer that was restarted
@@ -87,12 +87,21 @@ class _Wanted:
     def same(self, other: _Wanted) -> bool:
         return self.place(0) == other.place(0) and self.program.digest == other.program.digest
 
+    def behind(self, count: int) -> _Wanted:
+        """Return the query that reads what ``count`` more queries like this one keep."""
+        return self if self.rows is None else replace(self, rows=self.rows + count * self.program.kept_rows)
+
 
 @dataclass(eq=False)
 class _Text:
-    """A conversation of this client, which has a number once its first query has one."""
+    """A conversation of this client, which has a number once its first query has one.
+
+    together: the queries that are prepared together next. It grows as the text does, so that of a short text few are
+    prepared in vain.
+    """
 
     conversation: HeldConversation | None = None
+    together: int = 1
 
 
 @dataclass(frozen=True, repr=False)  # holds masks
@@ -109,17 +118,20 @@ class _Ready:
 
 @dataclass(frozen=True, repr=False)  # holds masks
 class _Coming:
-    """A query that is being prepared. own: the client's key of it, if the dealer deals it now; key: that which it gets;
-    half: this side's half, once there is a key, and the seconds that it took.
+    """Queries that are being prepared together, the first of them and their number.
+
+    own: the client's key of the first, if the dealer deals it now; key: that which it gets; half: this side's half of
+    each, once there is a key, and the seconds that they took.
     """
 
     query: int
     wanted: _Wanted
+    count: int
     own: Key
     key: Future[Key]
     start: float
-    half: Future[tuple[Correlations, float]]
-    asked: bool = True  # False: the server was busy, and has done nothing for it
+    half: Future[tuple[list[Correlations], float]]
+    asked: bool = True  # False: the server was busy, and has done nothing for them
 
 
 class TwoPartyLink(Link):
@@ -238,7 +250,7 @@ class TwoPartyLink(Link):
         preparing = expected in ("assigned", "prepared") and self._coming is not None and self._coming.asked
         if failure.goes_on and failure.code == Busy.code and preparing:
             assert self._coming is not None
-            self._coming = replace(self._coming, asked=False)
+            self._coming = replace(self._coming, asked=False, count=1)  # there may be room for one
 
     # queries
 
@@ -258,8 +270,10 @@ class TwoPartyLink(Link):
     @property
     def _prepared(self) -> list[_Wanted]:
         """The queries that are prepared and not yet used, those of links beside among them."""
-        coming = [self._coming.wanted] if self._coming is not None and self._coming.asked else []
-        return [*(ready.wanted for ready in self._ready), *coming]
+        found = [ready.wanted for ready in self._ready]
+        if (coming := self._coming) is not None and coming.asked:
+            found += [coming.wanted.behind(i) for i in range(coming.count)]
+        return found
 
     def prepare(self) -> None:
         """Prepare one query: the server takes corrections from its store or gets them from the dealer, and the client
@@ -272,7 +286,7 @@ class TwoPartyLink(Link):
 
     def _prepare(self, program: Program) -> None:
         """Prepare a query of this link's Program, or the first of a text with one of a link beside."""
-        if len(self._prepared) >= MAXIMUM_PREPARED:
+        if sum(not wanted.rows for wanted in self._prepared) >= MAXIMUM_PREPARED:  # steps of texts are left
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         wanted = _Wanted(program, 0 if program.keeps else None)
         with self._in_session():
@@ -288,39 +302,42 @@ class TwoPartyLink(Link):
             coming.key.cancel()
             self._coming = None
 
-    def _begin(self, wanted: _Wanted) -> None:
+    def _begin(self, wanted: _Wanted, count: int = 1) -> None:
         """Ask for the next query's corrections, and compute this side's share of layers in a thread beside.
 
-        A query for which a busy server had no room is asked for again instead. A server without a store has it dealt
-        under this session's key, so the thread begins at once.
+        count: of queries that are prepared together, each behind the rows of the one before. What a busy server had no
+        room for is asked for again instead. A server without a store has it dealt under this session's key, so the
+        thread begins at once.
         """
-        if self._coming is not None:
-            self._ask_for(self._coming.query, self._coming.wanted)
-            self._coming = replace(self._coming, asked=True)
+        if (again := self._coming) is not None:
+            self._ask_for(again.query, again.wanted, again.count)
+            self._coming = replace(again, asked=True)
             return
-        number, self._next_query = self._next_query, self._next_query + 1
+        number, self._next_query = self._next_query, self._next_query + count
         if (place := wanted.place(number)) is not None:  # in the order in which the server hears of it
             check_place(place, number, wanted.program)
             if place.begins:
                 self._conversations.begin(number, wanted.program)
             else:
                 self._conversations.find(place)
-        own, key = self._keys.key(number, *place or ()), Future[Key]()
+        places = [()] if place is None else place.steps(wanted.program, count)
+        (own, *others), key = [self._keys.key(number + i, *each) for i, each in enumerate(places)], Future[Key]()
         start = time.perf_counter()
-        self._ask_for(number, wanted)
+        self._ask_for(number, wanted, count)
         if not self._stored:
             key.set_result(own)
 
-        def work() -> tuple[Correlations, float]:
-            correlations, began = Correlations(CLIENT, key.result()), time.perf_counter()
-            prepare(wanted.program.circuit, correlations, self._weights)
+        def work() -> tuple[list[Correlations], float]:
+            correlations = [Correlations(CLIENT, each) for each in (key.result(), *others)]
+            began = time.perf_counter()
+            prepare_together(wanted.program.circuit, correlations, self._weights)
             return correlations, time.perf_counter() - began
 
-        self._coming = _Coming(number, wanted, own, key, start, self._beside.submit(work))
+        self._coming = _Coming(number, wanted, count, own, key, start, self._beside.submit(work))
 
-    def _ask_for(self, number: int, wanted: _Wanted) -> None:
+    def _ask_for(self, number: int, wanted: _Wanted, count: int) -> None:
         place = wanted.place(number)
-        self._send(prepare=pb.Prepare(query=number, place=place and place.message()))
+        self._send(prepare=pb.Prepare(query=number, place=place and place.message(), steps=count))
 
     def _assigned(self, coming: _Coming, message: pb.Assigned) -> None:
         """Take up the key under which a query is dealt: this session's, or that of an entry, which the dealer sealed.
@@ -351,9 +368,11 @@ class TwoPartyLink(Link):
         if answer.query != number:
             raise ProtocolError(f"the server prepared query {answer.query} where {number} was asked for")
         seconds, self._coming = time.perf_counter() - coming.start, None
-        self._ready.append(
-            _Ready(number, coming.wanted, correlations, seconds, own, answer.seconds, answer.bytes, answer.ByteSize())
-        )
+        seconds, own, dealer = (each / coming.count for each in (seconds, own, answer.seconds))
+        dealt, came = answer.bytes // coming.count, answer.ByteSize()
+        for i, each in enumerate(correlations[: coming.count]):
+            wanted, received = coming.wanted.behind(i), 0 if i else came
+            self._ready.append(_Ready(number + i, wanted, each, seconds, own, dealer, dealt, received))
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Tensor], Report]:
         wanted = _Wanted(self.program)
@@ -365,8 +384,11 @@ class TwoPartyLink(Link):
         values: Mapping[str, Any],
         following: _Wanted | None,
         text: _Text | None = None,
+        most: int = 1,
     ) -> tuple[Sequence[Tensor], Report]:
-        """Run a query. following: the next one, which is prepared meanwhile. text: that in which the query stands."""
+        """Run a query. following: the next one, which is prepared meanwhile, and of a text up to ``most`` like it, each
+        behind the rows of the one before. text: that in which the query stands.
+        """
         program = wanted.program
         with self._in_session():
             self._have_one(wanted)
@@ -379,8 +401,10 @@ class TwoPartyLink(Link):
                 values = {**values, **conversation.given(place, program)}
             start = time.perf_counter()
             self._send(query=pb.Query(query=ready.query))
-            if following is not None and not self._ready:
-                self._begin(replace(following, first=conversation.first) if conversation else following)
+            if following is not None and text is not None and conversation is not None:
+                self._begin_ahead(replace(following, first=conversation.first), most, text)
+            elif following is not None and not self._ready:
+                self._begin(following)
             result, timeline = self._run(ready, values)
             self._expect("finished", "the end of the query")
             if conversation is not None and place is not None:
@@ -392,6 +416,16 @@ class TwoPartyLink(Link):
         moved += (Traffic(SERVER, CLIENT_ROLE, ready.received, OFFLINE),)
         report = Report(cost.rounds, moved, online, ready.seconds, computed, ready.dealer_seconds, ready.query)
         return result, report
+
+    def _begin_ahead(self, following: _Wanted, most: int, text: _Text) -> None:
+        """Prepare more queries of a text together, while those that are prepared last for some more queries."""
+        there = len(self._ready)
+        if any(not ready.wanted.same(following.behind(i)) for i, ready in enumerate(self._ready)):
+            there = 0  # they were prepared for something else, and are left with the next query
+        if self._coming is not None or there > text.together // 2 or there >= most:
+            return
+        text.together = min(2 * text.together, most_together(following.program))
+        self._begin(following.behind(there), min(text.together, most - there))
 
     def _have_one(self, wanted: _Wanted) -> None:
         """Wait until the query that is wanted is prepared, and for the answer to one that was asked for. Raises Busy.
@@ -497,19 +531,19 @@ class TwoPartyLink(Link):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         return self._go_on(self.program, conversation, values, rows, ahead)
 
     def _go_on(
-        self, program: Program, text: _Text, values: Mapping[str, Any], rows: int | None, ahead: Link | None
+        self, program: Program, text: _Text, values: Mapping[str, Any], rows: int | None, ahead: Ahead | None
     ) -> tuple[Sequence[Tensor], Report]:
         read, first = rows or 0, 0
         if (conversation := text.conversation) is not None:
             read, first = conversation.kept.filled if rows is None else rows, conversation.first
             self._conversations.require(first)  # before the session is at stake
-        following = None if ahead is None else _Wanted(ahead.program, read + program.kept_rows)
-        return self._ask(_Wanted(program, read, first), values, following, text)
+        following = None if ahead is None else _Wanted(ahead.link.program, read + program.kept_rows)
+        return self._ask(_Wanted(program, read, first), values, following, text, 1 if ahead is None else ahead.most)
 
     def beside(self, program_digest: str) -> Link:
         options = replace(self._options, program_digest=program_digest, model=self.model, told=None)
@@ -547,7 +581,7 @@ class _Beside(Link):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         try:
             return self._main._go_on(self.program, conversation, values, rows, ahead)

@@ -17,6 +17,8 @@ from secure.errors import QueryError
 from secure.mpc.program import Program
 
 MAXIMUM_CONVERSATIONS = 4  # of one session at a time; the one that has rested the longest gives way
+TOGETHER = 4  # the most queries of a conversation that are prepared together
+IN_MEMORY = 512 << 20  # bytes of one query's corrections; more lie in a file unless there is memory to spare
 
 
 class Place(NamedTuple):
@@ -40,6 +42,10 @@ class Place(NamedTuple):
     def begins(self) -> bool:
         """True if it is the first of its conversation."""
         return not self.rows
+
+    def steps(self, program: Program, count: int) -> list[Place]:
+        """Return the places of queries of one Program, from this one on: each reads what the one before kept too."""
+        return [self._replace(rows=self.rows + i * program.kept_rows) for i in range(count)]
 
 
 @dataclass(eq=False)
@@ -117,6 +123,25 @@ def require_no_place(program: Program) -> None:
     """Raise QueryError for a Program whose queries stand in conversations."""
     if program.keeps:
         raise QueryError("queries of this Program stand in conversations", "ask it to generate text")
+
+
+def most_together(program: Program) -> int:
+    """Return how many queries of a conversation may be prepared together."""
+    return TOGETHER if program.keeps_first and program.cost.dealt <= IN_MEMORY else 1
+
+
+def places_of(message: pb.Prepare | pb.DealRequest, program: Program) -> list[Place]:
+    """Return the places of the queries that are to be prepared together. Raises QueryError if one cannot be there."""
+    place, count = Place.of(message), message.steps or 1
+    if count == 1 and place is None:
+        require_no_place(program)
+        return []
+    if place is None or (count > 1 and (place.begins or count > most_together(program))):
+        raise QueryError(f"{count} queries of this Program cannot be prepared together")
+    places = place.steps(program, count)
+    for i, each in enumerate(places):
+        check_place(each, message.query + i, program)
+    return places
 
 
 def check_place(place: Place, query: int, program: Program) -> None:

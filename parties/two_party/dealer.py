@@ -34,7 +34,7 @@ from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.store.entries import ENTRY_BYTES, Store
 from parties.store.memory import MemoryStore
 from parties.two_party.assigned import MODEL_ENTRIES, ClientKeys
-from parties.two_party.conversations import Conversations, Place, check_place, require_no_place
+from parties.two_party.conversations import Conversations, Place, places_of
 from parties.two_party.keys import (
     SESSION_BYTES,
     Ratchet,
@@ -311,18 +311,19 @@ class DealerService(DealerServicer):
 
     def _deal(self, request: pb.DealRequest) -> Iterator[bytes]:
         session, query, place = self._session(request.session), request.query, Place.of(request)
-        if not hmac.compare_digest(deal_proof(_joined(session), request.session, query, *place or ()), request.proof):
+        about = (*place, request.steps) if place is not None else ()
+        if not hmac.compare_digest(deal_proof(_joined(session), request.session, query, *about), request.proof):
             raise QueryError("only the server that joined the session gets its corrections")
         session.seat.work()
         self._asked_at = time.monotonic()
         try:
             start = time.perf_counter()
             if place is None:
-                require_no_place(session.model.program)
+                places_of(request, session.model.program)
                 server, client = self._burn(session, query)
                 yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
             else:
-                yield from to_chunks(self._conversed(session, query, place))
+                yield from to_chunks(self._conversed(session, request, place))
             log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
         finally:
             session.seat.rest(UNUSED)
@@ -333,8 +334,8 @@ class DealerService(DealerServicer):
         self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
         return session.server.key(query, *place), session.client.key(query, *place)
 
-    def _conversed(self, session: _DealtSession, query: int, place: Place) -> Iterator[memoryview]:
-        """Yield the corrections of a query of a conversation, and keep the masks of its rows.
+    def _conversed(self, session: _DealtSession, request: pb.DealRequest, place: Place) -> Iterator[memoryview]:
+        """Yield the corrections of queries of a conversation, the first at ``place``, and keep the masks of their rows.
 
         Nothing else of the query is kept: from the masks of rows nobody computes another mask.
         """
@@ -342,20 +343,20 @@ class DealerService(DealerServicer):
             model = self._models.get((place.program_digest, session.model.weights_digest))
         if model is None:
             raise QueryError("a conversation needs another Program, which the dealer does not know", "connect again")
-        check_place(place, query, model.program)
+        query, places = request.query, places_of(request, model.program)
         if not session.conversing.acquire(blocking=False):
             raise QueryError("the dealer deals one query of a session's conversations at a time")
         try:
             if place.begins:
-                keys = self._burn(session, query, *place)  # before memory is taken: what is refused holds none
+                keys = [self._burn(session, query, *place)]  # before memory is taken: what is refused holds none
                 session.conversations.make_room()
                 grant = self.kept.take(session.seat, model.program.kept_bytes)
                 found = session.conversations.begin(place.first, model.program, partial(self.kept.give_back, grant))
             else:
                 found = session.conversations.find(place)
                 found.at(place)
-                keys = self._burn(session, query, *place)
-            yield from model.dealt.corrections(*keys, found.kept, place.rows)
+                keys = [self._burn(session, query + i, *each) for i, each in enumerate(places)]
+            yield from model.dealt.conversed(keys, found.kept, place.rows)
         finally:
             session.conversing.release()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -144,13 +144,15 @@ class DealerPeer:
             proof = stub.Join(request, timeout=self._answering).proof
         self._check(proof, answer_proof(server_seed, sealed, session), "joining the client's session")
 
-    def deal(self, session: bytes, query: int, proving: bytes, place: Place | None = None) -> Any:
+    def deal(self, session: bytes, query: int, proving: bytes, places: Sequence[Place] = ()) -> Any:
         """Return the call that brings the corrections of a query; use it inside ``asking``.
 
-        proving: the session's ``proving_key``. place: that of the query in a conversation, if it stands in one.
+        proving: the session's ``proving_key``. places: that of the query in a conversation, if it stands in one, and
+        those of the queries behind it that are dealt together with it.
         """
-        proof = deal_proof(proving, session, query, *place or ())
-        request = pb.DealRequest(session=session, query=query, proof=proof, place=place and place.message())
+        about, place = ((*places[0], len(places)), places[0].message()) if places else ((), None)
+        proof = deal_proof(proving, session, query, *about)
+        request = pb.DealRequest(session=session, query=query, proof=proof, place=place, steps=len(places))
         call = self._peer.channel.unary_stream(_DEAL, pb.DealRequest.SerializeToString, chunk_data)
         return call(request, timeout=DEALING)
 

@@ -25,6 +25,7 @@ SEALED_KEY = KEY_BYTES + 16  # bytes of a client's key and its tag
 MAXIMUM_QUERY = 1 << 40
 MAXIMUM_SKIP = 64  # query numbers that may be left out at a time; each costs all parties one HKDF
 MAXIMUM_PREPARED = 2  # prepared queries of one session at a time: the server holds the corrections of each in memory
+MAXIMUM_STEPS = 8  # the same for queries of conversations
 
 
 def new_session() -> bytes:

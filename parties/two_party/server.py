@@ -36,11 +36,11 @@ from parties.net.watchdog import Watchdog
 from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
-from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place, require_no_place
+from parties.two_party.conversations import Conversations, HeldConversation, Place, places_of
 from parties.two_party.dealer_peer import DealerPeer
-from parties.two_party.keys import MAXIMUM_PREPARED, Burnt, Ratchet, proving_key, session_label
+from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_STEPS, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
-from parties.two_party.stocked import Stocked, memory_of, receive, spooled_of
+from parties.two_party.stocked import Stocked, memory_of, receive, receive_together, spooled_of
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import InferenceServicer
 from protocols.circuit import Correlations, execute
@@ -255,7 +255,7 @@ class _Session:
             kind = message.WhichOneof("content")
             if kind == "prepare":
                 self._doing = f"preparing query {message.prepare.query}"
-                yield from self._admitted(message.prepare.query, Place.of(message.prepare))
+                yield from self._admitted(message.prepare)
             elif kind == "query":
                 self._doing = f"query {message.query.query}"
                 try:
@@ -332,17 +332,20 @@ class _Session:
         self._id, self._proving = session, proving_key(seed)
         self._keys = Ratchet(seed, "server", session, program.digest)
 
-    def _admitted(self, query: int, place: Place | None) -> Iterator[pb.ServerMessage]:
-        """Prepare a query when there is memory for it, else say that the server is busy.
+    def _admitted(self, asked: pb.Prepare) -> Iterator[pb.ServerMessage]:
+        """Prepare queries when there is memory for them, else say that the server is busy.
 
-        In the latter case nothing has happened to the number: it is burnt neither here nor at the dealer.
+        In the latter case nothing has happened to their numbers: they are burnt neither here nor at the dealer.
         """
         assert self._seat is not None
-        model = self._beside(query, place)
+        query, place = asked.query, Place.of(asked)
+        model = self._beside(place)
+        places = places_of(asked, model.program)
         grants = list[tuple[PreparedMemory, Grant]]()
         memory, spooled = self._service.memory, spooled_of(model.program)
         kept = PARTS * model.program.kept_bytes if place is not None and place.begins else 0
-        wanted = [(memory, memory_of(model.program)), (self._service.disk, spooled), (memory, kept)]
+        each = [(memory, memory_of(model.program))] * max(1, len(places))
+        wanted = [*each, (self._service.disk, spooled), (memory, kept)]
         if kept:
             self._conversations.make_room()  # the memory of the oldest goes to the new one
         if spooled and (grant := memory.take_spare(self._seat, spooled)) is not None:
@@ -359,36 +362,36 @@ class _Session:
             return
         conversation: HeldConversation | None = None
         if place is not None:
-            self._make_room()
+            self._make_room(len(places))
             if place.begins:
                 end = partial(memory.give_back, grants.pop()[1])
                 conversation = self._conversations.begin(query, model.program, end)
             else:
                 conversation = self._conversations.find(place)
+        for i in range(len(places) - 1, 0, -1):  # the memory of each query is given back with it
+            self._grants[query + i] = [grants.pop()]
         self._grants[query] = grants
-        yield from self._prepare(query, model, place, conversation, whole=not spooled)
+        yield from self._prepare(query, model, places, conversation, whole=not spooled)
 
-    def _beside(self, query: int, place: Place | None) -> MaskedModel:
-        """Return the model that a query computes. Raises QueryError if it cannot stand at its place."""
+    def _beside(self, place: Place | None) -> MaskedModel:
+        """Return the model that queries at a place compute. Raises QueryError if it is not the session's."""
         if place is None:
-            require_no_place(self._model.program)
             return self._model
         found = self._service.models.get((place.program_digest, self._model.weights_digest))
         if found is None:
             raise QueryError("a conversation goes on with another model", "connect again")
-        check_place(place, query, found.program)
         return found
 
-    def _make_room(self) -> None:
+    def _make_room(self, count: int) -> None:
         """Drop the prepared queries that a conversation has left behind: whoever writes texts prepares steps ahead."""
-        while len(self._prepared) >= MAXIMUM_PREPARED:
+        while len(self._prepared) > MAXIMUM_STEPS - count:
             dropped = min(self._prepared)
             del self._prepared[dropped]
             for budget, grant in self._grants.pop(dropped, ()):
                 budget.give_back(grant)
 
-    def _admitted_beside(self, query: int, place: Place | None) -> None:
-        for message in self._admitted(query, place):
+    def _admitted_beside(self, asked: pb.Prepare) -> None:
+        for message in self._admitted(asked):
             self._said.append(message)
 
     def _news(self, *kinds: str) -> Iterator[pb.ServerMessage]:
@@ -403,37 +406,48 @@ class _Session:
                 budget.give_back(grant)
 
     def _prepare(
-        self, query: int, model: MaskedModel, place: Place | None, conversation: HeldConversation | None, whole: bool
+        self,
+        query: int,
+        model: MaskedModel,
+        places: Sequence[Place],
+        conversation: HeldConversation | None,
+        whole: bool,
     ) -> Iterator[pb.ServerMessage]:
         """Take a query from the store, or fetch its corrections from the dealer; the dealer burns the number in either
         case, so that it gets correlations only once.
 
-        With a store, the client first hears which correlations they are, so that it can compute its half meanwhile.
-        whole: they are held in memory as a whole.
+        places: those of the query and of others behind it that are dealt together. With a store, the client first hears
+        which correlations they are, so that it can compute its half meanwhile. whole: they are held in memory as a
+        whole.
         """
-        if len(self._prepared) >= MAXIMUM_PREPARED:
+        if not places and len(self._prepared) >= MAXIMUM_PREPARED:
             raise QueryError(f"{MAXIMUM_PREPARED} queries are prepared already, which is the limit", "run one first")
         assert self._keys is not None
         program, start = model.program, time.perf_counter()
-        self._service.spend(self._caller, PREPARATIONS, 1)  # also those that the client then drops
-        key, stocked, assignment = self._keys.key(query, *place or ()), self._service.stocked, None
-        if stocked is not None and place is None:
+        count, stocked, assignment = max(1, len(places)), self._service.stocked, None
+        self._service.spend(self._caller, PREPARATIONS, count)  # also those that the client then drops
+        keys = [self._keys.key(query + i, *place) for i, place in enumerate(places or [()])]
+        if stocked is not None and not places:
             assignment = stocked.assign(model, self._id, query, self._proving)
         if stocked is not None:
             said = assignment.said if assignment is not None else pb.Assigned(query=query)
             yield pb.ServerMessage(assigned=said)
+        size = program.cost.dealt
         if assignment is not None:
-            correlations = assignment.correlations(program.circuit, whole)
+            correlations = [assignment.correlations(program.circuit, whole)]
+        elif count > 1:
+            correlations = receive_together(program.circuit, keys, size, self._dealt(query, places))
         else:
-            correlations = receive(program.circuit, key, program.cost.dealt, self._dealt(query, place), whole)
-        self._prepared[query] = _PreparedQuery(model, correlations, place, conversation)
+            correlations = [receive(program.circuit, keys[0], size, self._dealt(query, places), whole)]
+        for i, found in enumerate(correlations):
+            self._prepared[query + i] = _PreparedQuery(model, found, places[i] if places else None, conversation)
         seconds = time.perf_counter() - start
-        yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=program.cost.dealt, seconds=seconds))
+        yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=count * size, seconds=seconds))
 
-    def _dealt(self, query: int, place: Place | None) -> Iterator[bytes]:
-        """Yield the corrections of a query as they come from the dealer. Raises DealerError."""
+    def _dealt(self, query: int, places: Sequence[Place]) -> Iterator[bytes]:
+        """Yield the corrections of queries as they come from the dealer. Raises DealerError."""
         with self._service.dealer.asking(f"sending the corrections of query {query}"):
-            self._dealing = call = self._service.dealer.deal(self._id, query, self._proving, place)
+            self._dealing = call = self._service.dealer.deal(self._id, query, self._proving, places)
             try:
                 if not self._context.is_active():
                     call.cancel()
@@ -506,9 +520,7 @@ class _Session:
             if message is None:
                 raise PeerLost(f"the client ended the stream before its message of module '{path}'")
             if message.WhichOneof("content") == "prepare" and self._coming is None:
-                self._coming = self._service.beside.submit(
-                    self._admitted_beside, message.prepare.query, Place.of(message.prepare)
-                )
+                self._coming = self._service.beside.submit(self._admitted_beside, message.prepare)
                 continue
             if message.WhichOneof("content") != "frame":
                 raise ProtocolError(f"a message {message.WhichOneof('content')!r} in the middle of a query")

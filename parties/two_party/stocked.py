@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from parties.store.entries import Store, Taken, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
 from parties.store.spool import spool
+from parties.two_party.conversations import IN_MEMORY as IN_MEMORY
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import entry_proving_key, server_entry_key
 from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
-from protocols.circuit import Circuit, Correlations, ReadWhenUsed, split_corrections
+from protocols.circuit import Circuit, Correlations, ReadWhenUsed, correction_places, split_corrections
 from protocols.prg import KEY_BYTES, Key
 from protocols.protocol import SERVER
 from secure.errors import DealerError, StoreError
@@ -26,7 +27,6 @@ from secure.mpc.program import Program
 
 log = logging.getLogger("unseen.server")
 
-IN_MEMORY = 512 << 20  # bytes of one query's corrections; more lie in a file unless there is memory to spare
 TRIES = 4  # entries that a query tries, each of which the dealer may have forgotten
 _HEAD = 2 * KEY_BYTES
 
@@ -154,11 +154,30 @@ def receive(
             log.error("a query failed: %s", str(error).replace("\n", "; "))
             raise StoreError("the server could not keep the corrections of this query", "ask its owner") from None
         return Correlations(SERVER, key, ReadWhenUsed(circuit, spooled.read))
-    buffer, filled = np.empty(size, np.uint8).data, 0  # not cleared: every byte of it comes
-    for part in _exactly(parts, size):
-        buffer[filled : filled + len(part)] = part
-        filled += len(part)
-    return Correlations(SERVER, key, split_corrections(circuit, buffer))
+    (correlations,) = receive_together(circuit, [key], size, parts)
+    return correlations
+
+
+def receive_together(circuit: Circuit, keys: Sequence[Key], size: int, parts: Iterable[bytes]) -> list[Correlations]:
+    """Make the server's correlations of queries that are dealt together, in memory: each has its own.
+
+    Of each instruction come the corrections of all queries. Raises DealerError if they are not ``size`` bytes a query.
+    """
+    buffers = [np.empty(size, np.uint8).data for _ in keys]  # not cleared: every byte of them comes
+    whole = [slice(0, size)] if len(keys) == 1 else correction_places(circuit).values()
+    places = ((buffer, place) for place in whole for buffer in buffers)
+    room = memoryview(b"")
+    for part in _exactly(parts, size * len(keys)):
+        view = memoryview(part)
+        while view:
+            if not room:
+                buffer, place = next(places)
+                room = buffer[place]
+            taken = min(len(view), len(room))
+            room[:taken], view, room = view[:taken], view[taken:], room[taken:]
+    return [
+        Correlations(SERVER, key, split_corrections(circuit, buffer)) for key, buffer in zip(keys, buffers, strict=True)
+    ]
 
 
 def _exactly(parts: Iterable[bytes], size: int) -> Iterator[bytes]:

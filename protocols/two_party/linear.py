@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from protocols.fields import Flag, Name, Ring, Shape
 from protocols.local import Windowed
 from protocols.protocol import (
@@ -133,8 +135,25 @@ class Linear(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"u": self._product(operands[0], weights)}, None
 
+    def deal_together(
+        self, masks: Sequence[Material], operands: Sequence[tuple[Any, ...]], weights: Weights
+    ) -> list[tuple[dict[str, Any], Any]]:
+        return [({"u": product}, None) for product in self._products(operands, weights)]
+
     def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._product(operands[0], weights) + material["u"]
+
+    def offline_together(
+        self, materials: Sequence[Material], operands: Sequence[tuple[Any, ...]], weights: Weights
+    ) -> list[Any]:
+        products = self._products(operands, weights)
+        return [product + material["u"] for product, material in zip(products, materials, strict=True)]
+
+    def _products(self, operands: Sequence[tuple[Any, ...]], weights: Weights) -> Sequence[Any]:
+        """Return the products of several queries: one of all their rows, which reads the matrix once."""
+        if self.diagonal or len(operands) == 1:
+            return [self._product(x, weights) for (x,) in operands]
+        return torch.unbind(self._product(torch.stack([x for (x,) in operands]), weights))
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         # the client runs this only if nothing was prepared; its operand is r then, and the result is r D - s as well

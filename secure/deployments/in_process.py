@@ -27,7 +27,7 @@ from secure.cost.runnable import Deployed
 from secure.cost.traffic import links
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import MpcModel
-from secure.session.link import Link, Report, only
+from secure.session.link import Ahead, Link, Report, only
 
 
 class Conversation:
@@ -78,7 +78,7 @@ class _InProcess(Link):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Tensor], Report]: ...
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class TwoPartiesInProcess(_InProcess):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         circuit, kept = self._running.circuit, conversation
         server_key, client_key, masks = _key(), _key(), dict[str, Tensor]()
@@ -177,7 +177,7 @@ class ThreePartiesInProcess(_InProcess):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Tensor], Report]:
         circuit, kept = self.translated.circuit, conversation
         streams, split, masks = (_key(), _key()), _key(), dict[str, Tensor]()

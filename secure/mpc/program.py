@@ -229,6 +229,16 @@ class Program:
         """
         return self.encode(self.clear_values(inputs, tables), tables)
 
+    @cached_property
+    def keeps_first(self) -> bool:
+        """True if it keeps openings, each before it reads what earlier queries kept under that name.
+
+        Then the dealer can deal it together with those that read what it keeps, instruction by instruction.
+        """
+        kept = {i.protocol.keeps: index for index, i in enumerate(self.circuit) if i.protocol.keeps}
+        read = {i.protocol.recalls: index for index, i in enumerate(self.circuit) if i.protocol.recalls}
+        return bool(kept) and all(name in kept and kept[name] < index for name, index in read.items())
+
     def decode(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
         """Decode the revealed integers, one tensor for each of ``revealed``, by the names of the model's outputs.
 

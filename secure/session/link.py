@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -112,6 +112,13 @@ def only(outputs: Mapping[str, Tensor]) -> Any:
     return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
 
 
+class Ahead(NamedTuple):
+    """Queries of a link that follow, each behind the rows of the one before. most: so many may come."""
+
+    link: Link
+    most: int = 1
+
+
 class Link(ABC):
     """One deployment's connection, as a Session uses it.
 
@@ -152,13 +159,13 @@ class Link(ABC):
         number: int,
         *,
         rows: int | None = None,
-        ahead: Link | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Sequence[Any], Report]:
         """Run the session's query ``number`` as the next one of a conversation; otherwise as ``ask`` does.
 
         The conversation may have begun on another link, to another Program of the same model. rows: those that it
-        reads; the parties see it, and forget those behind; None for all that are kept. ahead: the link of the query
-        that goes on behind all rows of this one, which may be prepared while this one runs.
+        reads; the parties see it, and forget those behind; None for all that are kept. ahead: the queries that go on
+        behind all rows of this one, which may be prepared while this one runs.
         """
         raise NotImplementedError
 

@@ -66,7 +66,7 @@ from secure.session.generation import (
     wanted,
     writing,
 )
-from secure.session.link import Link, Offer, Report, only
+from secure.session.link import Ahead, Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
 from secure.tasks.answer import Answering
@@ -641,8 +641,11 @@ class Session:
             guessing = draft.begin(prompt) if draft is not None and drafts else None
             self._wait(began)
 
-            def following(filled: int) -> Link | None:
-                return self._links.of(sizes.after(filled, last - filled)) if filled < last else None
+            def following(filled: int) -> Ahead | None:
+                if filled >= last:
+                    return None
+                size = sizes.after(filled, last - filled)
+                return Ahead(self._links.of(size), last - filled if size == sizes.step else 1)
 
             new = self._next(link, conversation, values, sizes.prompt, 1, 0, following(bucket))
         start, filled, over, alone, sure = bucket - len(prompt), bucket, False, False, 0
@@ -700,12 +703,11 @@ class Session:
         return (others, values) if isinstance(values, Error) else (values, None)
 
     def _next(
-        self, link: Link, conversation: Any, values: Any, size: Offer, count: int, rows: int, ahead: Link | None
+        self, link: Link, conversation: Any, values: Any, size: Offer, count: int, rows: int, ahead: Ahead | None
     ) -> list[int] | Error:
         """Run one query of a conversation; return the tokens that it reveals, or why they are not to be trusted.
 
-        count: of the tokens. rows: those that the query reads. ahead: the link of the query after it, if there may be
-        one.
+        count: of the tokens. rows: those that the query reads. ahead: the queries after it, if there may be any.
         """
         encoded = link.program.encode(values, link.tables)
         number, self._asked = self._asked, self._asked + 1
