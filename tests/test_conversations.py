@@ -10,31 +10,42 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 from parties.limits import memory
 from parties.limits.memory import PreparedMemory
 from parties.limits.quotas import PREPARATIONS
 from parties.net.network import Plaintext
 from parties.served.published import Publication, Published
+from parties.services.dealing import DealtModel
 from parties.two_party import server as server_module
-from parties.two_party.conversations import MAXIMUM_CONVERSATIONS, Conversations, Place, check_place
+from parties.two_party.conversations import (
+    MAXIMUM_CONVERSATIONS,
+    TOGETHER,
+    Conversations,
+    Place,
+    check_place,
+    places_of,
+)
 from parties.two_party.dealer import DealerService
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import Ratchet, deal_proof, proving_key
 from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.server import InferenceService
+from parties.two_party.stocked import memory_of, receive_together
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
-from protocols.circuit import Instruction
+from protocols.circuit import Instruction, correction_places
 from protocols.prg import Key
-from protocols.two_party import Input, Publish
+from protocols.two_party import Input, KeptRows, Publish
 from secure.deployments.two_party import SERVER
 from secure.errors import Busy, DealerError, InvalidProgram, PeerLost, QueryError
-from secure.mpc.budget import Budget
+from secure.mpc.budget import PARTS, Budget
 from secure.mpc.program import Program
 from secure.session import session as session_module
 from secure.session.session import Session
 from tests.dealer_key import KEY
+from tests.helpers import key
 from tests.test_generator import CAPACITY, PROMPTS, compiled, continued, decoder
 from tests.tiny import Raw, Ready, Served, call, dealing, wait_until
 
@@ -188,7 +199,7 @@ def test_every_token_counts_for_the_quotas(masked: list[MaskedModel], dealer: Se
     spend = lambda who, what, count: counted.append((what, count))  # noqa: E731
     with serving(masked, dealer, spend=spend) as served, dial(served, dealer) as session:
         list(session.generate(PROMPTS[0], 5))
-    assert counted.count((PREPARATIONS, 1)) == 5
+    assert sum(count for what, count in counted if what == PREPARATIONS) == 5
 
 
 # bounds
@@ -329,9 +340,9 @@ def joined(server: Served, dealer: Served, masked: list[MaskedModel]) -> Raw:
 
 def dealt(raw: Raw, query: int, place: Place | None, proven: Place | None = None) -> bytes:
     """What the dealer deals for a place. proven: the one of the proof, if it is another."""
-    own = proven or place or ()
-    proof = deal_proof(proving_key(SERVER_SEED), raw.token, query, *own)
-    request = pb.DealRequest(session=raw.token, query=query, proof=proof, place=place and place.message())
+    own = proven or place
+    proof = deal_proof(proving_key(SERVER_SEED), raw.token, query, *((*own, 1) if own is not None else ()))
+    request = pb.DealRequest(session=raw.token, query=query, proof=proof, place=place and place.message(), steps=1)
     return b"".join(chunk.data for chunk in raw.dealer.Deal(request))
 
 
@@ -422,3 +433,67 @@ def test_conversations_end_with_their_session() -> None:
         held.begin(2, step)
     held.clear()
     assert sorted(ended) == list(range(MAXIMUM_CONVERSATIONS + 1))
+
+
+# steps that are prepared together
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_steps_dealt_together_get_the_corrections_of_steps_dealt_one_by_one(count: int) -> None:
+    """The same keys give the same bytes, and the same masks of rows are kept behind those that were there."""
+    first, mask = DealtModel.of(program(SHORT), key()), key()
+    step = DealtModel.of(program(STEP), mask)
+    one, together = KeptRows(first.program.capacity), KeptRows(first.program.capacity)
+    begun = (key(), key())
+    for kept in (one, together):
+        for _ in first.conversed([begun], kept, 0):
+            pass
+    keys, rows, size = [(key(), key()) for _ in range(count)], SHORT - 1, step.program.cost.dealt  # a row is forgotten
+    alone = [b"".join(step.conversed([each], one, rows + i)) for i, each in enumerate(keys)]
+    parts = [bytes(part) for part in step.conversed(keys, together, rows)]
+    expected = receive_together(step.program.circuit, [pair[0] for pair in keys], size, parts)
+    places = correction_places(step.program.circuit)
+    for own, whole in zip(expected, alone, strict=True):
+        found: Any = own._corrections
+        assert {index: bytes(found[index]) for index in places} == {i: whole[place] for i, place in places.items()}
+    assert one.filled == together.filled == rows + count
+    ours, theirs = (kept.given(step.program.circuit) for kept in (one, together))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_steps_come_together_as_the_text_grows(masked: list[MaskedModel], dealer: Served) -> None:
+    counted: list[int] = []
+    spend = lambda who, what, count: counted.append(count) if what == PREPARATIONS else None  # noqa: E731
+    with serving(masked, dealer, spend=spend) as served, dial(served, dealer) as session:
+        assert list(session.generate(PROMPTS[0], 12)) == expected(PROMPTS[0], 12)
+    assert sum(counted) == 12
+    assert max(counted) == TOGETHER
+    assert counted[:2] == [1, 2]
+
+
+def test_a_server_with_room_for_few_prepares_one_by_one(
+    masked: list[MaskedModel], dealer: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "WAIT", 0.1)
+    room = PARTS * program(STEP).kept_bytes + memory_of(program(SHORT)) + memory_of(program(STEP))
+    with serving(masked, dealer, memory=PreparedMemory(room)) as served, dial(served, dealer) as session:
+        assert list(session.generate(PROMPTS[0], 6)) == expected(PROMPTS[0], 6)
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "steps"),
+    [(SHORT, 0, 2), (STEP, SHORT, TOGETHER + 1), (STEP, CAPACITY - 1, 2), (STEP, SHORT, 1 << 31), (STEP, None, 2)],
+)
+def test_steps_that_cannot_be_prepared_together_are_refused(length: int, rows: int | None, steps: int) -> None:
+    found = program(length)
+    place = None if rows is None else Place(found.digest, 0 if rows else 5, rows).message()
+    with pytest.raises(QueryError):
+        places_of(pb.Prepare(query=5, place=place, steps=steps), found)
+    if rows:
+        assert len(places_of(pb.Prepare(query=5, place=place), found)) == 1
+
+
+def test_the_number_of_steps_is_part_of_the_servers_proof() -> None:
+    session, place = bytes(16), Place("a", 0, 4)
+    assert deal_proof(bytes(32), session, 1, *place, 1) != deal_proof(bytes(32), session, 1, *place, 2)
