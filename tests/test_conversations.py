@@ -472,13 +472,13 @@ def test_steps_come_together_as_the_text_grows(masked: list[MaskedModel], dealer
     assert counted[:2] == [1, 2]
 
 
-def test_a_server_with_room_for_few_prepares_one_by_one(
-    masked: list[MaskedModel], dealer: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "WAIT", 0.1)
+def test_a_server_with_room_for_few_prepares_one_by_one(masked: list[MaskedModel], dealer: Served) -> None:
+    counted: list[int] = []
+    spend = lambda who, what, count: counted.append(count) if what == PREPARATIONS else None  # noqa: E731
     room = PARTS * program(STEP).kept_bytes + memory_of(program(SHORT)) + memory_of(program(STEP))
-    with serving(masked, dealer, memory=PreparedMemory(room)) as served, dial(served, dealer) as session:
+    with serving(masked, dealer, memory=PreparedMemory(room), spend=spend) as served, dial(served, dealer) as session:
         assert list(session.generate(PROMPTS[0], 6)) == expected(PROMPTS[0], 6)
+    assert counted == [1] * 6
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ class TwoPartyLink(Link):
         self._deadline, self._next_query, self._ready = options.deadline, 0, list[_Ready]()
         self._coming: _Coming | None = None  # a query that is prepared while another runs
         self._stored = False  # the server has a store
+        self._several = True  # the server has had room for several queries that are prepared together
         self._conversations, self._options, self._with = Conversations(), options, deployment
         self._beside = ThreadPoolExecutor(1, "beside")
         with ExitStack() as stack:  # whatever fails on the way closes what was opened
@@ -250,6 +251,7 @@ class TwoPartyLink(Link):
         preparing = expected in ("assigned", "prepared") and self._coming is not None and self._coming.asked
         if failure.goes_on and failure.code == Busy.code and preparing:
             assert self._coming is not None
+            self._several = self._several and self._coming.count == 1
             self._coming = replace(self._coming, asked=False, count=1)  # there may be room for one
 
     # queries
@@ -424,7 +426,7 @@ class TwoPartyLink(Link):
             there = 0  # they were prepared for something else, and are left with the next query
         if self._coming is not None or there > text.together // 2 or there >= most:
             return
-        text.together = min(2 * text.together, most_together(following.program))
+        text.together = min(2 * text.together, most_together(following.program)) if self._several else 1
         self._begin(following.behind(there), min(text.together, most - there))
 
     def _have_one(self, wanted: _Wanted) -> None:

@@ -49,7 +49,7 @@ from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import CLIENT, TwoParty
-from secure.errors import Busy, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import LEAST_AFTER, Busy, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
@@ -344,8 +344,7 @@ class _Session:
         grants = list[tuple[PreparedMemory, Grant]]()
         memory, spooled = self._service.memory, spooled_of(model.program)
         kept = PARTS * model.program.kept_bytes if place is not None and place.begins else 0
-        each = [(memory, memory_of(model.program))] * max(1, len(places))
-        wanted = [*each, (self._service.disk, spooled), (memory, kept)]
+        wanted = [(memory, memory_of(model.program)), (self._service.disk, spooled), (memory, kept)]
         if kept:
             self._conversations.make_room()  # the memory of the oldest goes to the new one
         if spooled and (grant := memory.take_spare(self._seat, spooled)) is not None:
@@ -354,6 +353,10 @@ class _Session:
             for budget, size in wanted:
                 if size:
                     grants.append((budget, budget.take(self._seat, size, self._context.is_active)))
+            for _ in places[1:]:  # nobody waits for the memory of more than one
+                if (grant := memory.take_spare(self._seat, memory_of(model.program))) is None:
+                    raise Busy(f"no memory for {len(places)} queries together", "ask for one", after=LEAST_AFTER)
+                grants.append((memory, grant))
         except Busy as error:
             for budget, grant in grants:
                 budget.give_back(grant)
