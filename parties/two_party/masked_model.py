@@ -113,15 +113,15 @@ def guarded_root_seed(state: Path, digest: str, apart: Mapping[str, str], rotate
     """Load the root seed of a model with parts that change; see ``load_root_seed`` and ``part_of``.
 
     The seed, and so the mask of a weight of some name, stays when parts come and go. The state directory remembers the
-    digest of every weight of a part that was ever masked under it. If a name has come with other integers, the seed is
-    renewed, so that one mask never covers two. apart: the digests of such weights, by name. Raises like
-    ``load_root_seed``.
+    digest of every weight of a part that was ever masked under it. If a name has come with other integers, or that file
+    is new, lost or damaged, the seed is renewed, so that one mask never covers two. apart: the digests of such weights,
+    by name. Raises like ``load_root_seed``.
     """
     seed = load_root_seed(state, digest, rotate)
     path = state / f"weight-mask-{digest}.apart.json"
     with suppress(FileExistsError):  # which read_secret checks
         if not path.exists():
-            store(path, b"{}", replace=False)
+            store(path, b"", replace=False)  # which tells nothing of what was masked
     with path.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another server may start at the same moment
         seed = load_root_seed(state, digest)
