@@ -234,6 +234,9 @@ def test_other_commands_know_models_that_write_text(run: Run, directory: Path, t
         assert ended.code == 0, ended.err
         assert '"rounds"' in ended.out
         assert ("tokens" in json.loads(ended.out)) == ("--draft-length" in more)
+    timed = run("profile", str(directory), "--capacity", "16", "--json")
+    assert timed.code == 0, timed.err
+    assert all(row["seconds"] > 0 for row in json.loads(timed.out)["networks"])
     both = run("profile", str(directory), "--length", "8", "--draft-length", "3")
     in_words(both, "--length is of a prompt, and --draft-length of a pass", "leave one of them out")
     in_words(run("compare", str(directory)), "writes text, and answers are compared by their cosine", "profile")

@@ -28,7 +28,7 @@ from protocols.errors import ClientDeviates
 from protocols.matmul import Matrix
 from protocols.narrow import narrowed
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Draw, Local, Material, Protocol, Step, Weights
+from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Draw, Local, Material, Opening, Protocol, Step, Weights
 from protocols.steps import Framed
 from protocols.weights import ServerWeights
 from protocols.wire import Wire
@@ -210,16 +210,19 @@ def _rehearse(
         _timed(instruction) if index in chosen else Instruction(_StandIn(instruction.protocol), instruction.inputs)
         for index, instruction in enumerate(program.circuit)
     ]
-    named = ((i.protocol.input_of(CLIENT), i.protocol.out.shape) for i in circuit)
-    inputs = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in named if name is not None}
+    inputs = {name: _zero_input(i.protocol) for i in circuit if (name := i.protocol.input_of(CLIENT)) is not None}
     timelines = (_run(party, circuit, program.revealed, weights, inputs) for party in (SERVER, CLIENT))
     server, client = (_segments(timeline, chosen) for timeline in timelines)
     return server, client
 
 
-def _run(
-    party: int, circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Tensor]
-) -> Timeline:
+def _zero_input(protocol: Protocol) -> Any:
+    """Return what enters a circuit by a protocol: a tensor, or an opening that was kept."""
+    zeros = torch.zeros(protocol.out.shape, dtype=torch.int64)
+    return Opening(zeros, zeros) if protocol.recalls else zeros
+
+
+def _run(party: int, circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs: Mapping[str, Any]) -> Timeline:
     correlations = Correlations(party, Key(fresh_seed()[:KEY_BYTES]), _corrections(circuit) if party == SERVER else {})
     if party == CLIENT:
         prepare(circuit, correlations, weights)

@@ -191,12 +191,44 @@ def _(operand: Node, reach: float, **_: Any) -> tuple[float, float]:
 @rms_norm.lower
 def _(to: Lowering, node: Node) -> Symbol:
     x, (low, high), eps = to.symbol(node.inputs[0]), _range_of_root(to, node), float(node.attrs["eps"])
+    if (looked_up := _looked_up(to, to.graph.nodes[node.inputs[0]], eps)) is not None:
+        return to.normalized(node, looked_up)
     if to.compares:
         x, grown = _brought_up(to, node, x, high)
         return to.normalized(
             node, approximations.rms_norm(x, 1.0, eps * grown, (low - eps) * grown, (high - eps) * grown)
         )
     return to.normalized(node, x * _root(to, x.square().mean(-1, keepdim=True) + eps, low, high))
+
+
+def _looked_up(to: Lowering, source: Node, eps: float) -> Symbol | None:
+    """Return the normalized rows of a table that one-hot rows look up, or None if ``source`` is no such look-up.
+
+    The inverse root of a row is known to whoever knows the table, so it is a look-up too: of one column, by the same
+    one-hot rows, without a root under the protocol. Every row of the table is in its range, not only those that
+    calibration met. None also if the roots differ by more than WIDEST: the smallest would lose precision.
+    """
+    if source.op != "embedding" or to.embedding != "one-hot":
+        return None
+    ids, table = source.inputs
+    size, _ = to.graph.nodes[table].shape
+
+    def roots() -> Tensor:
+        squares = to.known(table).square().mean(-1, keepdim=True)
+        return torch.where(squares > 0, (squares + eps).rsqrt(), 1.0)  # a row of zeros stays one, whatever the factor
+
+    least, most = (1.0, 1.0) if to.known(table).is_meta else (float(x) for x in torch.aminmax(roots()))
+    if most > WIDEST * least:
+        return None
+    halves = math.floor(math.log2(least))  # the smallest root becomes 1 to 2, so that its fraction bits suffice
+    column = to.weight(table, f".roots*2^{-halves}", lambda: roots() * 2.0**-halves, (size, 1))
+    rows = to.client_input(ids, "one-hot", to.weight(table))
+    reach = 2.0 ** (math.ceil(math.log2(most)) - halves)
+    return to.symbol(source.id) * rows.linear(column).bounded(0.0, reach) * 2.0**halves
+
+
+WIDEST = 2.0**8
+"""The greatest ratio of the inverse roots of a table's rows that are looked up."""
 
 
 # Batch normalization.
