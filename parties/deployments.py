@@ -19,6 +19,8 @@ from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.caller import CLIENT
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
+from parties.net.recorded import Record, Recorded
+from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
 from parties.services.allocator import reuse_memory
@@ -51,6 +53,13 @@ class Hosted(Protocol):
     forked: frozenset[str]
 
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link: ...
+    def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
+        """Compare a receipt with what a client of these Programs sends; return the queries that were sent whole.
+
+        programs: the encoded Programs that the receipt offers, by digest, as far as its messages name them. Raises
+        Deviates at the first difference, InvalidProgram.
+        """
+
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions
     ) -> Parts:
@@ -106,6 +115,7 @@ def connect(
     pace: float = PACE,
     keep_memory: bool = True,
     token: str | None = None,
+    receipts: bool = False,
     told: Told | None = None,
 ) -> Session:
     """Connect to the services of a model; the deployment holds their addresses.
@@ -120,7 +130,8 @@ def connect(
     machine; by default ``Budget()``. threads: threads of this client while it computes. pace: seconds from a call to
     its first message, see ``secure.Session``. keep_memory: let glibc keep memory that queries free, in one arena for
     all threads of the process, which saves a client about a tenth of its processor time. token: what the service's
-    owner gave, if it asks for one; it crosses TLS or loopback only. told: called with (done, total, what is being done)
+    owner gave, if it asks for one; it crosses TLS or loopback only. receipts: record what leaves this machine, for
+    ``Session.receipt``. told: called with (done, total, what is being done)
     while something takes long. Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
@@ -132,8 +143,10 @@ def connect(
         reuse_memory()
     directory = cache_directory() if cache is True else (cache or None)
     used = network or network_of(CLIENT)
+    used = WithToken(used, Token(token)) if token else used
+    record = Record() if receipts else None
     options = ConnectOptions(
-        WithToken(used, Token(token)) if token else used,
+        used if record is None else Recorded(used, record),
         deadline,
         directory,
         program_digest,
@@ -151,7 +164,20 @@ def connect(
 
     whole = digest_of_all(offer.program_digest for offer in link.offers)
     offers = link.offers if program_digest in (None, whole) else ()
-    return Session(link, threads=threads, pace=pace, open=open, offers=offers, fixed_length=fixed_length)
+
+    def recorded(session: Session) -> Receipt:
+        assert record is not None
+        return Receipt.of(session, record, token=bool(token))
+
+    return Session(
+        link,
+        threads=threads,
+        pace=pace,
+        open=open,
+        offers=offers,
+        fixed_length=fixed_length,
+        recorded=recorded if receipts else None,
+    )
 
 
 def serve(

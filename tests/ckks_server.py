@@ -384,7 +384,9 @@ class Recorder(secure.Network, grpc.UnaryUnaryClientInterceptor, grpc.StreamStre
     def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
         self._plain.probe(endpoint, what=what, role=role)
 
-    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+    def channel(
+        self, endpoint: Endpoint, *, what: str, role: str, met: Callable[[str], None] | None = None
+    ) -> grpc.Channel:
         return grpc.intercept_channel(self._plain.channel(endpoint, what=what, role=role), self)
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:

@@ -36,7 +36,7 @@ WINGS = {
         *(("mpc", "ckks"), ("models",), ("cost",), ("tasks",), ("session",), ("deployments",), ("training",)),
     ),
     "parties": (
-        *(("net",), ("tls", "limits"), ("services",), ("served",), ("traces",), ("store",)),
+        *(("net",), ("tls", "limits"), ("services",), ("served",), ("traces",), ("store",), ("receipts",)),
         *(("two_party", "three_party", "ckks"), ("deployments",), ("bulk", "reports")),
         *(("cluster", "proxy", "shapes"), ("cli",)),
     ),

@@ -41,6 +41,7 @@ from parties.cli import (
     train,
 )
 from parties.cli.config import NO_SETTING
+from parties.receipts.receipt import Receipt
 from parties.reports import answers
 from parties.served.compiled_files import CompiledCache
 from parties.served.described import ConnectOptions
@@ -526,6 +527,9 @@ class ToyHosted:
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, Toy)
         return EchoLink(deployment)
+
+    def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
+        return receipt.answered
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions

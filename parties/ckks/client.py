@@ -59,6 +59,7 @@ class CkksLink(Link):
             found = read_description(self._server, description, SERVER, CkksProgram.from_bytes, options)
             self.program, self.model, self.once = found.program, found.model, found.once
             self.tables, self.tokenizer = found.tables, found.tokenizer
+            self.compiled_as = found.compiled_as
             self._prepare_keys(Path(deployment.keys) if deployment.keys is not None else None)
             self._open = stack.pop_all()
 

@@ -14,8 +14,10 @@ from safetensors.torch import save
 
 from parties.ckks.client import CkksLink
 from parties.ckks.evaluators import Evaluators
+from parties.ckks.prescribed import prescribed
 from parties.ckks.server import CkksService
 from parties.net.network import Network
+from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.files import TOKEN_TABLE, state_directory
 from parties.served.published import Publication, Published
@@ -23,6 +25,7 @@ from parties.services.hosting import HostOptions, Parts
 from proto.unseen_pb2_grpc import add_CkksServicer_to_server, add_ModelServicer_to_server
 from secure.ckks.compile import CkksModel
 from secure.ckks.profile import summary
+from secure.ckks.program import CkksProgram
 from secure.deployments.ckks import SERVER, Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
@@ -41,6 +44,9 @@ class CkksHosted:
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, Ckks)
         return CkksLink(deployment, options)
+
+    def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
+        return prescribed(receipt, {digest: CkksProgram.from_bytes(encoded) for digest, encoded in programs.items()})
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions

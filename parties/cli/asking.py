@@ -30,6 +30,7 @@ from parties.cli.options import (
 )
 from parties.cli.token import TokenFileOption, given_token
 from parties.net.caller import CLIENT
+from parties.receipts.receipt import check_new_file
 from parties.reports import answers
 from parties.services import hosting
 from parties.tls.choice import network_of
@@ -81,6 +82,24 @@ class Printing(Connecting):
     """The options of a command that prints answers."""
 
     as_json: Annotated[bool, typer.Option("--json", help="Print answers and costs as JSON.")] = False
+    receipt: Annotated[
+        Path | None,
+        typer.Option(
+            "--receipt",
+            metavar="FILE",
+            help="Write a record of what left this machine: kinds and sizes of messages, and to whom; `unseen verify` "
+            "checks it.",
+        ),
+    ] = None
+
+    @contextmanager
+    def receipted(self, session: Session) -> Iterator[None]:
+        """Write the receipt at the end of a context, also if it fails: what left has left."""
+        try:
+            yield
+        finally:
+            if self.receipt is not None:
+                session.receipt().write(self.receipt)
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,8 @@ class Asking(Printing):
 
 def connection_of(verb: str, deployment: Deployment, given: Connecting, *, fixed_length: bool = False) -> Connection:
     """Get this process ready, and return the connection that the options say. fixed_length: whatever they say."""
+    if isinstance(given, Printing) and given.receipt is not None:
+        check_new_file(given.receipt)  # before anything is sent
     get_ready(given.threads)
     hosting.settle()
     timed = {"deadline": given.deadline, "pace": given.pace}
@@ -128,6 +149,7 @@ def connection_of(verb: str, deployment: Deployment, given: Connecting, *, fixed
     fixed_length = fixed_length or given.fixed_length
     options |= {"model": given.model, "fixed_length": fixed_length, "token": given_token(given.token_file)}
     options["threads"] = given.threads or os.cpu_count() or 1
+    options |= {"receipts": True} if isinstance(given, Printing) and given.receipt is not None else {}
     return Connection(deployment, given.tls, given.insecure, options)
 
 
@@ -198,7 +220,7 @@ def ask(
         "--json": asking.as_json,
         **(question.apart or {}),
     }
-    apart["--trace"] = asking.trace
+    apart |= {"--trace": asking.trace, "--receipt": asking.receipt}
     for name in along if asking.input is None else ():
         if along[name] is not None:
             raise InvalidInput(f"{name} means nothing without --input", "--input - reads standard input")
@@ -214,7 +236,7 @@ def ask(
             raise InvalidInput(f"--trace and --long {SPLIT} exclude each other", "leave one of them out")
     connection = connection_of(verb, deployment, asking, fixed_length=fixed_length)
     if asking.input is None:
-        _texts(question, connection.open, texts, asking.trace, as_json=asking.as_json)
+        _texts(question, connection.open, texts, asking)
         return
     assert asking.output is not None  # as was found above
     opened = opening(connection) if opening is not None else _one(connection, question)
@@ -248,12 +270,10 @@ def _texts(
     question: Question,
     connect: Callable[[Told], Session],
     texts: Sequence[str] | None,
-    trace: Path | None,
-    *,
-    as_json: bool,
+    asking: Asking,
 ) -> None:
     """Print the answers to a few texts, and what each took."""
-    verb, task = question.verb, question.task
+    verb, task, trace, as_json = question.verb, question.task, asking.trace, asking.as_json
     given = texts or ([] if sys.stdin.isatty() else _lines(sys.stdin))
     if not given:
         raise InvalidInput(f"no {question.texts}", f"give {question.given}, or one a line on standard input")
@@ -263,6 +283,7 @@ def _texts(
         told = shown.enter_context(progress(verb))
         told(0, 0, "connecting")
         session = stack.enter_context(connect(told))
+        stack.enter_context(asking.receipted(session))
         _say_lengths(verb, lengths_of(session))
         _say_prompts(question, session.prompts)
         found, taken = list[Any](), list[Report]()

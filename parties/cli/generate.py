@@ -97,6 +97,7 @@ def generate(
         told = shown.enter_context(progress(VERB))
         told(0, 0, "connecting")
         session = stack.enter_context(connection.open(told))
+        stack.enter_context(connecting.receipted(session))
         Generate().fits(session.served)
         count = max_new_tokens or min(TOKENS, session.room)
         writing = session.generate(

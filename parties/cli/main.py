@@ -32,6 +32,7 @@ from parties.cli.tasks import answer, classify, rerank, search, tag
 from parties.cli.timeline import timeline
 from parties.cli.token import token
 from parties.cli.train import train
+from parties.cli.verify import verify
 from secure.deployments.deployment import COMPILE, CONNECT, SERVE
 from secure.deployments.three_party import ThreeParty
 from secure.errors import Error, InvalidInput
@@ -92,6 +93,7 @@ def app() -> typer.Typer:
         "train": train,
         "accuracy": accuracy,
         "timeline": timeline,
+        "verify": verify,
         "token": token,
     }
     for name, function in verbs.items():

@@ -16,7 +16,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -237,11 +237,13 @@ class WithToken(Network):
     def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
         self.network.probe(endpoint, what=what, role=role)
 
-    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+    def channel(
+        self, endpoint: Endpoint, *, what: str, role: str, met: Callable[[str], None] | None = None
+    ) -> grpc.Channel:
         self.check(endpoint, what=what)
         # without encryption, one that stays on this machine, wherever the host's name leads by now
         network = Plaintext() if isinstance(self.network, Plaintext) else self.network
-        return grpc.intercept_channel(network.channel(endpoint, what=what, role=role), _Bearer(self.token))
+        return grpc.intercept_channel(network.channel(endpoint, what=what, role=role, met=met), _Bearer(self.token))
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         return self.network.bind(server, endpoint, what=what, role=role)

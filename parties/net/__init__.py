@@ -4,6 +4,7 @@ endpoints    host:port, options of channels
 caller       the caller of a service, and the roles that may call a method
 network      the protection of channels: its interface, and plaintext
 calls        errors of gRPC calls, explained on both ends
+recorded     a record of what leaves through channels
 peer         a service at the other end of a channel
 frames       byte strings as parts of about 1 MB
 watchdog     deadlines for waits

@@ -42,11 +42,13 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+    def channel(
+        self, endpoint: Endpoint, *, what: str, role: str, met: Callable[[str], None] | None = None
+    ) -> grpc.Channel:
         """Check ``endpoint`` and open a channel to it.
 
         role: the role that must answer there. Where the network has identities, the peer proves it before anything is
-        sent.
+        sent. met: hears the SHA-256 of the peer's certificate then, in hexadecimal digits, at every new connection.
         """
 
     @abstractmethod
@@ -89,7 +91,9 @@ class Plaintext(Network):
         if first_answering(endpoint, self._allowed(endpoint, what), PROBING) is None:
             raise PeerLost(f"{what} at {endpoint} cannot be reached", "is it running, and is the port open?")
 
-    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+    def channel(
+        self, endpoint: Endpoint, *, what: str, role: str, met: Callable[[str], None] | None = None
+    ) -> grpc.Channel:
         addresses = self._allowed(endpoint, what)
         one = len(addresses) == 1
         at = addresses[0] if one else first_answering(endpoint, addresses, PROBING) or addresses[0]

@@ -109,6 +109,7 @@ class ThreePartyLink(Link):
         self.program, self.once, self.model, self.offers = read.program, read.once, read.model, read.offers
         self._check_name(first)
         self.tables, self.tokenizer = read.tables, read.tokenizer
+        self.compiled_as = read.compiled_as
         try:
             self.served = ThreeParty.served(read.compiled_as)
         except InvalidInput as error:

@@ -12,6 +12,7 @@ from parties.limits.memory import memory_said
 from parties.net.caller import permit
 from parties.net.network import Network
 from parties.net.peer import Peer
+from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
@@ -23,11 +24,13 @@ from parties.three_party.party import STREAMS, PartyService
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
+from parties.three_party.prescribed import prescribed
 from parties.three_party.shared_model import PartyShare, SharedProgram, load_share
 from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer_to_server
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
+from secure.mpc.program import Program
 from secure.session.link import Link, digest_of_all
 
 SEEDS_FILE = "seeds.sqlite"  # in the directory of party 2's store
@@ -47,6 +50,9 @@ class ThreePartyHosted:
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, ThreeParty)
         return ThreePartyLink(deployment, options)
+
+    def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
+        return prescribed(receipt, {digest: Program.from_bytes(encoded) for digest, encoded in programs.items()})
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions

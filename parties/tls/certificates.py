@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -41,6 +42,11 @@ class Certificate:
     @property
     def pem(self) -> bytes:
         return self.parsed.public_bytes(Encoding.PEM)
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the certificate (DER), in hexadecimal digits, as ``openssl x509 -fingerprint`` shows it."""
+        return self.parsed.fingerprint(hashes.SHA256()).hex()
 
     @property
     def begins(self) -> datetime:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc
@@ -80,9 +80,13 @@ class Tls(Network):
     def probe(self, endpoint: Endpoint, *, what: str, role: str) -> None:
         preflight(endpoint, self.credentials, who=what, role=role)
 
-    def channel(self, endpoint: Endpoint, *, what: str, role: str) -> grpc.Channel:
+    def channel(
+        self, endpoint: Endpoint, *, what: str, role: str, met: Callable[[str], None] | None = None
+    ) -> grpc.Channel:
         def dial(ours: Credentials) -> tuple[grpc.Channel, Certificate]:
             found = preflight(endpoint, ours, who=what, role=role)
+            if met is not None:
+                met(found.certificate.fingerprint)
             options = (
                 *OPTIONS,
                 ("grpc.max_receive_message_length", CLIENT_LIMIT),

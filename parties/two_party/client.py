@@ -163,7 +163,7 @@ class TwoPartyLink(Link):
         description = ask_description(self._server, deployment, SERVER, options)
         found = read_description(self._server, description, SERVER, options.budget.decode, options, _files)
         self.program, self.weights_digest, self.once = found.program, found.model, found.once
-        self.model, self.offers = found.model, found.offers
+        self.model, self.offers, self.compiled_as = found.model, found.offers, found.compiled_as
         self.tables, self.tokenizer = found.tables, found.tokenizer
         self._weights = _weights(self.program, found.files)
 

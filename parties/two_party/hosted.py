@@ -23,6 +23,7 @@ from parties.limits.memory import (
 from parties.limits.quotas import Spend, unlimited
 from parties.limits.turns import Turns
 from parties.net.network import Network
+from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.files import state_directory
 from parties.served.published import Publication, Published
@@ -37,6 +38,7 @@ from parties.two_party.client import TwoPartyLink
 from parties.two_party.dealer import LARGEST, DealerService
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.masked_model import MaskedModel, mask_models
+from parties.two_party.prescribed import prescribed
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
 from parties.two_party.stocked import Stocked, memory_of, spooled_of
@@ -71,6 +73,9 @@ class TwoPartyHosted:
     def connect(self, deployment: Deployment, options: ConnectOptions) -> Link:
         assert isinstance(deployment, TwoParty)
         return TwoPartyLink(deployment, options)
+
+    def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
+        return prescribed(receipt, {digest: Program.from_bytes(encoded) for digest, encoded in programs.items()})
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions

@@ -32,18 +32,27 @@ _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
-def read_document(encoded: str | bytes) -> Any:
-    """Decode a JSON document that may come from anyone. Raises InvalidProgram if it is too large, too deep, or none."""
+def read_document(encoded: str | bytes, *, most: int = MAXIMUM_BYTES, repeated: bool = True) -> Any:
+    """Decode a JSON document that may come from anyone. Raises InvalidProgram if it is too large, too deep, or none.
+
+    most: the most bytes that are read. repeated: allow a name that an object has twice; the last counts.
+    """
     raw = encoded.encode() if isinstance(encoded, str) else encoded
-    if len(raw) > MAXIMUM_BYTES:
-        raise InvalidProgram(f"a document of {len(raw)} bytes; at most {MAXIMUM_BYTES} are read")
+    if len(raw) > most:
+        raise InvalidProgram(f"a document of {len(raw)} bytes; at most {most} are read")
     steps = _STEPS[np.frombuffer(_STRING.sub(b"", raw), dtype=np.uint8)]
     if (depth := int(np.cumsum(steps, dtype=np.int32).max(initial=0))) > MAXIMUM_DEPTH:
         raise InvalidProgram(f"a document of depth {depth}; at most {MAXIMUM_DEPTH} are read")
     try:
-        return json.loads(raw, parse_constant=_refuse)
+        return json.loads(raw, parse_constant=_refuse, object_pairs_hook=None if repeated else _unrepeated)
     except (ValueError, RecursionError) as error:
         raise InvalidProgram(f"not a JSON document: {printable(str(error))[:200]}") from None
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise InvalidProgram("an object has a name twice")
+    return found
 
 
 def _refuse(text: str) -> NoReturn:

@@ -124,7 +124,8 @@ class Link(ABC):
 
     program, tables, tokenizer: those of the served model. model: a name of its weights; "" if there is none. once:
     traffic that happens once per session (downloads, keys). ended: the reason why no query can run any more; ""
-    while queries can run. offers: all sizes at which the same weights are served, if there are several.
+    while queries can run. offers: all sizes at which the same weights are served, if there are several. compiled_as:
+    the deployment's options with which the model was compiled.
     """
 
     deployment: str
@@ -135,6 +136,7 @@ class Link(ABC):
     once: tuple[Traffic, ...] = ()
     ended: str = ""
     offers: tuple[Offer, ...] = ()
+    compiled_as: Mapping[str, str] = {}
     timeline: Timeline | None = None  # of the last query, where one is kept
 
     @property

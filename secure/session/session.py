@@ -118,7 +118,8 @@ class Session:
     """A connection to a served model, usable as a context manager. Threads may share it: one thing happens at a time.
 
     reports: one report per query that ran to its end, the newest last; of more than REPORTS, these are kept. report:
-    that of the query which gave the last answer of ``run`` or ``stream``. threads:
+    that of the query which gave the last answer of ``run`` or ``stream``. answered: the queries that ran to their end.
+    threads:
     the number of torch's threads while this session computes; more than one rarely helps, as a client's work consists
     of many small steps.
 
@@ -129,6 +130,7 @@ class Session:
 
     open: opens another link of the same weights to a Program, by its digest: for other sizes, and in ``stream`` when a
     link is lost. offers: the sizes that may be used. fixed_length: of these, only those of the link's own length.
+    recorded: makes the receipt of this session.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Session:
         open: Callable[[str], Link] | None = None,
         offers: Sequence[Offer] = (),
         fixed_length: bool = False,
+        recorded: Callable[[Session], Any] | None = None,
     ) -> None:
         check_options(threads, pace)
         self._threads, self._pace, self._lock = threads, pace, threading.RLock()
@@ -149,6 +152,8 @@ class Session:
             kept = {self.length} | (steps_of(labels) if labels.get(TASK) == GENERATE else set[int]())
             self._links.offers = tuple(offer for offer in self._links.offers if offer.length in kept)
         self._asked, self._closed, self._last = 0, threading.Event(), link
+        self._recorded = recorded
+        self.answered = 0
         self.reports: list[Report] = []
         self.report: Report | None = None
 
@@ -473,9 +478,7 @@ class Session:
         values = link.program.encode(clear.values, link.tables)
         number, self._asked = self._asked, self._asked + 1
         results, report = self._once_free(lambda: link.ask(values, number, ahead=ahead), link)
-        self._last = link
-        self.reports.append(replace(report, length=size.length))
-        del self.reports[:-REPORTS]
+        self._took(link, replace(report, length=size.length))
         decoded = _tried(lambda: link.program.decode(results))
         wrong = _tried(lambda: link.program.check_results(results))
 
@@ -713,9 +716,8 @@ class Session:
         number, self._asked = self._asked, self._asked + 1
         ask = partial(link.go_on, conversation, encoded, number, rows=rows, ahead=ahead)
         results, report = self._once_free(ask, link)
-        self._last, self.report = link, replace(report, length=size.length)
-        self.reports.append(self.report)
-        del self.reports[:-REPORTS]
+        self.report = replace(report, length=size.length)
+        self._took(link, self.report)
         wrong, decoded = (_tried(partial(each, results)) for each in (link.program.check_results, link.program.decode))
         if isinstance(wrong, Error) or isinstance(decoded, Error):
             return wrong or decoded
@@ -727,6 +729,24 @@ class Session:
             return found
 
         return _tried(tokens)
+
+    def _took(self, link: Link, report: Report) -> None:
+        """Note a query that ran to its end."""
+        self._last, self.answered = link, self.answered + 1
+        self.reports.append(report)
+        del self.reports[:-REPORTS]
+
+    def receipt(self) -> Any:
+        """Return the receipt of this session so far: a record of every message that left this machine for it.
+
+        It is a ``parties.receipts.receipt.Receipt``: ``write(file)`` and ``as_dict()``; ``unseen verify`` compares it
+        with the Programs. Raises InvalidInput if the session was opened without ``receipts=True``, or has sent more
+        than a receipt holds.
+        """
+        if self._recorded is None:
+            raise InvalidInput("this session keeps no record of what left", "secure.connect(..., receipts=True)")
+        with self._lock:  # between two queries
+            return self._recorded(self)
 
     def close(self) -> None:
         """End the session; all sides discard prepared queries that were not used."""

@@ -1,0 +1,40 @@
+"""The messages with which every client asks a service what it serves, as a receipt has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from parties.receipts.receipt import Message, Receipt
+from parties.receipts.walk import Walk
+from proto import unseen_pb2 as pb
+from secure.session.link import digest_of_all
+
+MOST_FILES = 2
+"""Files that a client downloads once for each description that it asks for: masked weights and a token table."""
+
+
+class Asked:
+    """The descriptions that were asked for on a connection, and the files that may still be downloaded for them."""
+
+    def __init__(self, walk: Walk, receipt: Receipt, programs: Mapping[str, Any]) -> None:
+        self._walk, self._files = walk, 0
+        self._digests = {"", *receipt.digests, digest_of_all(receipt.digests)}
+        self._models = {"", *(str(program.labels.get("model", "")) for program in programs.values())}
+
+    def takes(self, message: Message) -> bool:
+        """Tell whether a message is one of these, and check it. Raises Deviates."""
+        if message.kind == "Describe":
+            digest = self._walk.one_of(message, "program_digest", self._digests)
+            name = self._walk.one_of(message, "model", self._models)
+            self._walk.built(message, pb.DescribeRequest(program_digest=digest, model=name))
+            self._files = MOST_FILES
+            return True
+        if message.kind == "Download":
+            if not self._files or not re.fullmatch("[0-9a-f]{64}", str(message.said.get("sha256"))):
+                raise self._walk.unknown(message)
+            self._walk.built(message, pb.DownloadRequest(sha256="0" * 64))
+            self._files -= 1
+            return True
+        return False

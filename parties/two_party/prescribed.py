@@ -1,0 +1,151 @@
+"""The messages of a client of two parties, as Programs prescribe them: what its receipt may hold.
+
+To the server: its description and files, the greeting of a session, and for each query its number, and the frames of
+its rounds, whose sizes are counted by the Program's own generators. To the dealer: the request for its key, and a
+sealed seed for each session.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+
+from parties.receipts.described import Asked
+from parties.receipts.receipt import Message, Receipt
+from parties.receipts.walk import Frames, Walk, frames
+from parties.two_party.conversations import Place
+from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_QUERY, SESSION_BYTES
+from parties.two_party.sealing import SEALED_BYTES
+from proto import unseen_pb2 as pb
+from secure.cost.count import profile
+from secure.deployments.two_party import DEALER, SERVER, TwoParty
+from secure.mpc.program import Program
+from secure.version import WIRE_VERSION
+
+
+class _Known:
+    """A Program and the sizes of the messages that carry a query's rounds to the server."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    @cached_property
+    def frames(self) -> list[int]:
+        _, client = profile(self.program).schedules
+        return frames(pb.ClientMessage, (sum(part.sent for part in stage.parts) for stage in client))
+
+
+def prescribed(receipt: Receipt, programs: Mapping[str, Program]) -> int:
+    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises Deviates."""
+    known = {digest: _Known(program) for digest, program in programs.items()}
+    sessions, seeds, whole = dict[str, int](), dict[str, int](), 0
+    for number, channel in enumerate(receipt.connections, 1):
+        walk = Walk(channel, number)
+        if channel.role == DEALER:
+            _to_dealer(walk, receipt, seeds)
+        elif channel.role == SERVER:
+            whole += _Session(walk, receipt, known, sessions).run()
+        else:
+            raise walk.differs("no client of two parties talks to this role")
+    for digest, count in sessions.items():
+        if seeds.get(digest, 0) < count:
+            raise Walk(receipt.connections[0], 1).differs(
+                f"{count} sessions with a server, and {seeds.get(digest, 0)} with the dealer"
+            )
+    return whole
+
+
+def _to_dealer(walk: Walk, receipt: Receipt, seeds: dict[str, int]) -> None:
+    for message in walk:
+        if message.kind == "Key":
+            walk.built(message, pb.DealerKeyRequest())
+        elif message.kind == "Open":
+            digest = walk.one_of(message, "program_digest", receipt.digests)
+            name = walk.one_of(message, "weights_digest", {receipt.model})
+            sealed = bytes(SEALED_BYTES)
+            request = pb.OpenRequest(version=WIRE_VERSION, program_digest=digest, weights_digest=name, sealed=sealed)
+            walk.built(message, request)
+            seeds[digest] = seeds.get(digest, 0) + 1
+        else:
+            raise walk.unknown(message)
+
+
+class _Session:
+    """What a client sends to a server: a session's messages, and what it asks about the model around it."""
+
+    def __init__(self, walk: Walk, receipt: Receipt, known: Mapping[str, _Known], sessions: dict[str, int]) -> None:
+        self._walk, self._receipt, self._known, self._sessions = walk, receipt, known, sessions
+        self._asked = Asked(walk, receipt, {digest: each.program for digest, each in known.items()})
+        self._own = ""  # the digest of the session's Program
+        self._prepared = dict[int, str]()  # digests by query
+        self._next, self._running, self._frames, self._whole = 0, False, Frames(), 0
+
+    def run(self) -> int:
+        """Compare all messages; return the queries that were sent whole."""
+        for message in self._walk:
+            if self._asked.takes(message):
+                continue
+            take = {"Session/hello": self._hello, "Session/prepare": self._prepare}
+            take |= {"Session/query": self._query, "Session/frame": self._frame}
+            if message.kind not in take or (message.kind != "Session/hello") != bool(self._own):
+                raise self._walk.unknown(message)
+            take[message.kind](message)
+        self._ended()
+        return self._whole
+
+    def _hello(self, message: Message) -> None:
+        self._own = self._walk.one_of(message, "program_digest", self._known)
+        self._sessions[self._own] = self._sessions.get(self._own, 0) + 1
+        fixed = self._known[self._own].program.fixed
+        hello = pb.Hello(
+            version=WIRE_VERSION,
+            deployment=TwoParty.name,
+            program_digest=self._own,
+            fixed_point=json.dumps(fixed.as_dict(), sort_keys=True),
+            weights_digest=self._walk.one_of(message, "weights_digest", {self._receipt.model}),
+            session=bytes(SESSION_BYTES),
+        )
+        self._walk.built(message, pb.ClientMessage(hello=hello))
+
+    def _prepare(self, message: Message) -> None:
+        query = self._walk.count(message, "query", min(self._next, MAXIMUM_QUERY - 1))
+        again = query in self._prepared and query == self._next - 1  # the server was busy
+        if (query < self._next and not again) or len(self._prepared) > MAXIMUM_PREPARED:
+            raise self._walk.unknown(message)
+        place, digest = self._place(message, query)
+        self._walk.built(message, pb.ClientMessage(prepare=pb.Prepare(query=query, place=place and place.message())))
+        self._prepared[query], self._next = digest, max(self._next, query + 1)
+
+    def _place(self, message: Message, query: int) -> tuple[Place | None, str]:
+        """Return the place in a conversation that a message names, if any, and the digest of its Program."""
+        if "place.program_digest" not in message.said:
+            if self._known[self._own].program.keeps:
+                raise self._walk.differs("a query of text without its place in a conversation")
+            return None, self._own
+        digest = self._walk.one_of(message, "place.program_digest", self._known)
+        if not self._known[digest].program.keeps:
+            raise self._walk.differs("a place in a conversation, which this Program does not keep")
+        first = self._walk.count(message, "place.first", query)
+        rows = self._walk.count(message, "place.rows", self._known[digest].program.rows)
+        return Place(digest, first, rows), digest
+
+    def _query(self, message: Message) -> None:
+        self._ended()
+        if self._frames.left:
+            raise self._walk.differs(f"a query begins where {self._frames.left} frames of another are missing")
+        query = self._walk.count(message, "query", MAXIMUM_QUERY)
+        if query not in self._prepared:
+            raise self._walk.differs(f"query {query} was not prepared")
+        self._walk.built(message, pb.ClientMessage(query=pb.Query(query=query)))
+        self._running, self._frames = True, Frames(self._known[self._prepared[query]].frames)
+        self._prepared = {number: digest for number, digest in self._prepared.items() if number > query}
+
+    def _frame(self, message: Message) -> None:
+        self._frames.take(self._walk, message)
+
+    def _ended(self) -> None:
+        """Count the query that ran, if all of it was sent."""
+        if self._running and not self._frames.left:
+            self._whole += 1
+            self._running = False
