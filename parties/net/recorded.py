@@ -90,8 +90,8 @@ class Record:
 
     def sent(self, connection: Connection, method: str, message: Any, size: int) -> None:
         """Note a message. method: the full name of the gRPC method."""
-        kind = kind_of(method, message)
-        said = {name: value for name in OPEN.get(kind, ()) if (value := _field(message, name))}
+        kind, content = kind_of(method, message)
+        said = {name: value for name in OPEN.get(kind, ()) if (value := _field(content, name))}
         self._note(connection.sent, Sent(kind, size, said))
 
     def _note(self, place: list[Any], found: Any) -> None:
@@ -111,11 +111,11 @@ class Record:
             )
 
 
-def kind_of(method: str, message: Any) -> str:
-    """Return the kind of a message by the full name of its gRPC method, as in ``OPEN``."""
+def kind_of(method: str, message: Any) -> tuple[str, Any]:
+    """Return the kind of a message by the full name of its gRPC method, as in ``OPEN``, and what has its fields."""
     name, oneofs = method.rpartition("/")[2], message.DESCRIPTOR.oneofs
     content = message.WhichOneof("content") if any(each.name == "content" for each in oneofs) else None
-    return f"{name}/{content}" if content else name
+    return (f"{name}/{content}", getattr(message, content)) if content else (name, message)
 
 
 def _field(message: Any, name: str) -> str | int:
@@ -177,7 +177,7 @@ class _RecordedChannel(grpc.Channel):
         serializer = named["request_serializer"]
 
         def serialized(message: Any) -> bytes:
-            data = serializer(message)
+            data: bytes = serializer(message)
             self._note(method, message, len(data))
             return data
 

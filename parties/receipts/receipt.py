@@ -181,7 +181,7 @@ class Receipt:
             for each in document["connections"]:
                 for row in each["sent"]:
                     row["said"] = {name: row.pop(name) for name in list(row) if name not in ("kind", "bytes")}
-            found: Self = TypeAdapter(cls).validate_python(document)
+            found: Self = TypeAdapter(cls).validate_json(json.dumps(document))
         except (InvalidProgram, ValidationError, LookupError, TypeError, AttributeError) as error:
             raise InvalidInput(what_is_wrong(error)) from None
         found._check()
