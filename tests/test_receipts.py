@@ -27,7 +27,7 @@ from parties.reports.verified import asked_for, found_in, verify
 from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
 from secure.errors import InvalidInput
-from tests import ckks_server
+from tests import ckks_server, test_conversations
 from tests.test_conversations import masked  # noqa: F401 (a fixture)
 from tests.test_generator import PROMPTS, compiled
 from tests.three_parties import running, shared

@@ -122,11 +122,20 @@ def answer_at(
         told(0, 0, "connecting")
         workers = SessionWorkers(connection.open, sessions=sessions, ahead=ahead, heard=metrics.query)
     try:
-        made = Proxy(workers, metrics, key, token_ids=token_ids, matryoshka=matryoshka)
+        made = Proxy(
+            workers,
+            metrics,
+            key,
+            token_ids=token_ids,
+            matryoshka=matryoshka,
+            deployment=connection.deployment,
+            host=at.host,
+        )
         with HttpService(made.app(), at, beyond_loopback=beyond_loopback) as service:
 
             def tell() -> None:
                 say(f"unseen {VERB}: {made.model} for {made.endpoint}: base URL http://{service.address}/v1")
+                say(f"unseen {VERB}: a page to look at, which asks for the API key: http://{service.address}/")
                 if shown is not None:
                     say(f"unseen {VERB}: {shown}")
                 if printed:

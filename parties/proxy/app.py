@@ -38,9 +38,11 @@ from parties.proxy.bodies import (
     refused,
 )
 from parties.proxy.metrics import HttpOutcome, Metrics
+from parties.proxy.page import check_local, learns, show
 from parties.proxy.tasks import Classification, Counted, Embedding, Reranking
 from parties.proxy.workers import SessionWorkers
 from parties.proxy.writing import Ended, WrittenText
+from secure.deployments.deployment import Deployment, find
 from secure.errors import Busy, Error, InvalidInput, TokenError
 from secure.lowering.client_inputs import GENERATE
 from secure.models.heads import CLASSIFY, RERANK
@@ -82,8 +84,9 @@ def check_servable(session: Session) -> None:
 class Proxy:
     """The answers of a proxy. token: what callers show. token_ids: arrays of tokens are taken, as the model's own.
 
-    matryoshka: the first numbers of the model's embeddings are embeddings too. Raises InvalidInput for a model that has
-    no endpoint, and for ``matryoshka`` where it embeds nothing.
+    matryoshka: the first numbers of the model's embeddings are embeddings too. deployment: that of the sessions, for
+    who learns what. host: the name at which it listens. Raises InvalidInput for a model that has no endpoint, and for
+    ``matryoshka`` where it embeds nothing.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class Proxy:
         *,
         token_ids: bool = False,
         matryoshka: bool = False,
+        deployment: Deployment | None = None,
+        host: str = "localhost",
     ) -> None:
         session = workers.session
         check_servable(session)
@@ -106,6 +111,7 @@ class Proxy:
         if self.endpoint == "completions":
             self._room = session.room
         self._workers, self._metrics, self._digest = workers, metrics, token.digest
+        self._deployment, self._host = deployment or find(session.deployment)(), host
         self._token_ids, self._created, self._running = token_ids, answers.now(), 0
         self._shortened = matryoshka or "dimensions" in session.program.labels
 
@@ -126,9 +132,11 @@ class Proxy:
             "/v1/models": lambda _: JSONResponse(answers.models(self.model, self._created)),
             "/v1/models/{name:path}": self._one_model,
             "/metrics": self._numbers,
+            "/status": self._status,
         }
         routes += [Route(path, partial(self._get, path, answer)) for path, answer in gets.items()]
         routes.append(Route("/healthz", self._health))
+        routes.append(Route("/", self._page))
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
     # what is common
@@ -334,6 +342,28 @@ class Proxy:
         self._metrics.ready.set(self._workers.ready)
         self._metrics.sessions.set(self._workers.alive)
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _status(self, request: Request) -> Response:
+        """Return the numbers of the page: of the sessions, of queries, and who learns what in one."""
+        check_local(request, self._host)
+        workers, session = self._workers, self._workers.session
+        document = {
+            "model": self.model,
+            "endpoint": self.endpoint,
+            "deployment": session.deployment,
+            "program": session.program.digest,
+            "room": self._room,
+            "sessions": {"alive": workers.alive, "all": workers.all},
+            "running": self._running - 1,  # without this one
+            "waiting": workers.waiting,
+            "ready": workers.ready,
+            **self._metrics.history.as_dict(),
+            **learns(self._deployment, token_table=bool(session.link.tables)),
+        }
+        return JSONResponse(document, headers={"cache-control": "no-store"})
+
+    async def _page(self, request: Request) -> Response:
+        return show(request, self._host)
 
     async def _health(self, request: Request) -> Response:
         """Tell whoever asks, without a token, whether there is a session. One that has ended is opened when asked."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from parties.proxy.page import History
 from secure.session.link import Report
 
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
@@ -23,9 +24,10 @@ class HttpOutcome:
 
 
 class Metrics:
-    """The numbers of one proxy."""
+    """The numbers of one proxy. history: those of its page."""
 
     def __init__(self) -> None:
+        self.history = History()
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self._requests = Counter("unseen_proxy_requests", "Requests.", ["endpoint", "status"], **own)
@@ -56,6 +58,7 @@ class Metrics:
 
     def query(self, report: Report) -> None:
         """Count a query."""
+        self.history.add(report)
         self._queries.labels(str(report.length)).inc()
         self._rounds.inc(report.rounds)
         self._online.inc(report.online_seconds)

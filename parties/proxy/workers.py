@@ -60,8 +60,8 @@ class Text(Protocol):
     future: Future[None]
     begun: bool
 
-    def write(self, session: Session) -> int:
-        """Write it; return the tokens of its prompt. Raises what the session raises."""
+    def write(self, session: Session, heard: Callable[[], None]) -> int:
+        """Write it; return the tokens of its prompt. heard: called after queries. Raises what the session raises."""
 
 
 Opening = Callable[[], Session]
@@ -111,6 +111,11 @@ class SessionWorkers:
     def alive(self) -> int:
         """The number of sessions that can be asked, as far as is known."""
         return sum(not each.session.link.ended for each in self._held)
+
+    @property
+    def all(self) -> int:
+        """The number of sessions."""
+        return len(self._held)
 
     @property
     def ready(self) -> int:
@@ -220,7 +225,7 @@ class _SessionWorker:
         """Write a text. A session that was lost before anything of it came is opened again once."""
         for attempt in range(2):
             try:
-                tokens = text.write(self.session)
+                tokens = text.write(self.session, self._hear)
             except (PeerLost, DealerError):
                 if attempt or text.begun:
                     raise

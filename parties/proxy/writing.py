@@ -37,13 +37,14 @@ class WrittenText:
         self._gone = threading.Event()
         self.future.add_done_callback(self._failed)
 
-    def write(self, session: Session) -> int:
-        """Write it, in a worker's thread; return the tokens of its prompt."""
+    def write(self, session: Session, heard: Callable[[], None]) -> int:
+        """Write it, in a worker's thread; return the tokens of its prompt. heard: called after queries."""
         text, sent = self._begin(session), 0
         for _ in text:
             if self._gone.is_set() and not self._hidden:
                 break
             sent = self._send(text, sent)
+            heard()
         self._send(text, sent)
         self._put(Ended(text.finish_reason or "stop", text.prompt_tokens, len(text.ids)))
         return text.prompt_tokens
