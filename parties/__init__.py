@@ -9,6 +9,7 @@ services/    services that start, guard their methods and end
 served/      the public description and files of a service
 traces/      timelines of queries, as files
 store/       one-time entries that are kept ready
+receipts/    records of what left a client, compared with Programs
 two_party/   client, server and dealer
 three_party/ three servers that share a model
 ckks/        a server that computes on ciphertexts

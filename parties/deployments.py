@@ -57,7 +57,7 @@ class Hosted(Protocol):
         """Compare a receipt with what a client of these Programs sends; return the queries that were sent whole.
 
         programs: the encoded Programs that the receipt offers, by digest, as far as its messages name them. Raises
-        Deviates at the first difference, InvalidProgram.
+        ReceiptError at the first difference, InvalidProgram.
         """
 
     def parts(

@@ -38,6 +38,7 @@ __all__ = [
     "QueryError",
     "QuotaError",
     "RangeLost",
+    "ReceiptError",
     "ShareError",
     "StoreError",
     "TlsError",
@@ -227,6 +228,12 @@ class ShareError(Error):
     """A share of a model is damaged, or differs from what the Program prescribes."""
 
     code = "share"
+
+
+class ReceiptError(Error):
+    """A receipt differs from what its Programs prescribe; the message says where first."""
+
+    code = "receipt"
 
 
 def printable(text: str) -> str:

@@ -39,6 +39,7 @@ from parties.cli import (
     serve,
     timeline,
     train,
+    verify,
 )
 from parties.cli.config import NO_SETTING
 from parties.receipts.receipt import Receipt
@@ -184,6 +185,13 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(train, "data_set", [])
     monkeypatch.setattr("secure.training.distil.distil", found.note("distil"))
     put(timeline, "merged", "merged")
+    receipt = SimpleNamespace(used=frozenset(), messages=1, size=1, answered=1)
+    monkeypatch.setattr(verify, "Receipt", SimpleNamespace(read=found.note("read", receipt)))
+    put(verify, "found_in", {})
+    put(verify, "asked_for", {})
+    for name in ("get_ready", "compare", "table"):
+        put(verify, name)
+    session.receipt = found.note("receipt", SimpleNamespace(write=found.note("write")))
     put(output, "write")
     put(output, "store")
     authority = {name: found.note(name, tmp_path) for name in ("make", "issue", "renew", "revoke")}
@@ -214,6 +222,7 @@ FIRST: dict[str, list[str]] = {
     "plan": ["--clients", "10", "--queries-per-day", "5000"],
     "accuracy": ["a-model"],
     "timeline": ["c", "s", "--output", "o"],
+    "verify": ["receipt", "--server", FREE],
     "certs": ["{tmp}/certs", "client"],
     "token": ["new", "somebody", "--tokens", "{tmp}/given"],
 }
@@ -242,6 +251,7 @@ POSITIONS = {
     ("certs", "directory"): 1,
     ("certs", "roles"): 2,
     ("token", "action"): 1,
+    ("verify", "receipt"): 1,
     ("token", "name"): 2,
     ("index", "documents"): 1,
     ("rerank", "query"): 1,
@@ -276,6 +286,7 @@ VALUES: dict[str, str] = {
     "accept_cosine": "0.5",
     "accept_error": "0.5",
     "trace": "{tmp}/traces",
+    "receipt": "{tmp}/receipt.json",
     "output": "{tmp}/written",
     "embedding": "client-table",
     "gelu": "puma",

@@ -22,11 +22,11 @@ from parties.net import recorded
 from parties.net.frames import PART, to_frames
 from parties.net.recorded import Record
 from parties.receipts.receipt import Receipt
-from parties.receipts.walk import Deviates, frames
+from parties.receipts.walk import frames
 from parties.reports.verified import asked_for, found_in, verify
 from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, ReceiptError
 from tests import ckks_server, test_conversations
 from tests.test_conversations import masked  # noqa: F401 (a fixture)
 from tests.test_generator import PROMPTS, compiled
@@ -58,7 +58,7 @@ def changed(receipt: Receipt, change: Callable[[Document], object]) -> Receipt:
 
 
 def is_found(receipt: Receipt, programs: Mapping[str, bytes], change: Callable[[Document], object]) -> None:
-    with pytest.raises((Deviates, InvalidInput)):
+    with pytest.raises((ReceiptError, InvalidInput)):
         verify(changed(receipt, change), programs)
 
 
@@ -196,7 +196,7 @@ def test_every_change_is_found(two: tuple[Receipt, dict[str, bytes]], data: st.D
     change(found["connections"][number]["sent"])
     if found == receipt.as_dict() or _harmless(receipt, found, number):
         return
-    with pytest.raises((Deviates, InvalidInput)):
+    with pytest.raises((ReceiptError, InvalidInput)):
         verify(Receipt.from_json(json.dumps(found).encode()), programs)
 
 
@@ -231,7 +231,7 @@ def test_changes_in_words(
     two: tuple[Receipt, dict[str, bytes]], change: Callable[[Document], object], why: str
 ) -> None:
     receipt, programs = two
-    with pytest.raises((Deviates, InvalidInput), match=why):
+    with pytest.raises((ReceiptError, InvalidInput), match=why):
         verify(changed(receipt, change), programs)
 
 
@@ -242,7 +242,7 @@ def test_another_program_is_not_taken(two: tuple[Receipt, dict[str, bytes]]) -> 
     (digest,) = receipt.used
     with pytest.raises(InvalidInput, match="a Program that is not"):
         verify(receipt, {digest: programs[digest] + b" "})
-    with pytest.raises(Deviates, match="does not offer"):
+    with pytest.raises(ReceiptError, match="does not offer"):
         verify(changed(receipt, lambda d: d["offers"][0].update(digest="0" * 64)), programs)
 
 

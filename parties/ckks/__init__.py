@@ -8,5 +8,6 @@ room         places and room that callers share
 keystore     clients' evaluation keys on the server's disk
 server       the server's service
 client       the client
-hosted       the service and the link, as ``parties.deployments`` starts them
+prescribed    the messages that a client may send, for its receipt
+hosted        the service and the link, as ``parties.deployments`` starts them
 """

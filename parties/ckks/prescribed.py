@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from parties.net.frames import parts
-from parties.receipts.described import Asked
-from parties.receipts.receipt import Message, Receipt
+from parties.receipts.described import DescriptionMessages
+from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
 from proto import unseen_pb2 as pb
 from secure.ckks.program import CkksProgram
@@ -20,7 +20,7 @@ _DIGEST = "0" * 64
 
 
 def prescribed(receipt: Receipt, programs: Mapping[str, CkksProgram]) -> int:
-    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises Deviates."""
+    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises ReceiptError."""
     whole = 0
     for number, channel in enumerate(receipt.connections, 1):
         walk = Walk(channel, number)
@@ -31,7 +31,7 @@ def prescribed(receipt: Receipt, programs: Mapping[str, CkksProgram]) -> int:
 
 
 def _run(walk: Walk, receipt: Receipt, programs: Mapping[str, CkksProgram]) -> int:
-    asked, running, whole = Asked(walk, receipt, programs), False, 0
+    asked, running, whole = DescriptionMessages(walk, receipt, programs), False, 0
     keys, ciphertexts = Frames(), Frames()
     for message in walk:
         if asked.takes(message):
@@ -54,7 +54,7 @@ def _run(walk: Walk, receipt: Receipt, programs: Mapping[str, CkksProgram]) -> i
     return whole + (running and not ciphertexts.left)
 
 
-def _start(walk: Walk, receipt: Receipt, message: Message, programs: Mapping[str, CkksProgram]) -> list[int]:
+def _start(walk: Walk, receipt: Receipt, message: SentMessage, programs: Mapping[str, CkksProgram]) -> list[int]:
     """Check the start of a query; return the sizes of the messages behind it."""
     digest = walk.one_of(message, "program_digest", programs)
     start = pb.CkksStart(program_digest=digest, model=receipt.model, keys_digest=_DIGEST)

@@ -26,6 +26,7 @@ tasks        ``unseen classify``, ``tag``, ``answer``, ``rerank`` and ``search``
 index        ``unseen index``
 certs        ``unseen certs``
 demo         ``unseen demo``
+verify       ``unseen verify``
 main         the commands put together
 """
 

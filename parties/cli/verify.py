@@ -11,11 +11,10 @@ from parties.cli.console import OUT, get_ready, say
 from parties.cli.options import InsecureOption, TlsOption
 from parties.net.caller import CLIENT
 from parties.receipts.receipt import Receipt
-from parties.receipts.walk import Deviates
 from parties.reports.verified import asked_for, found_in, table
 from parties.reports.verified import verify as compare
 from parties.tls.choice import network_of
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, ReceiptError
 
 
 def verify(
@@ -46,7 +45,7 @@ def verify(
     OUT.print(table(found))
     try:
         compare(found, programs)
-    except Deviates as error:
+    except ReceiptError as error:
         say(f"unseen verify: it differs. {error}")
         raise typer.Exit(1) from None
     for digest in sorted(found.used):

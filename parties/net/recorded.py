@@ -48,7 +48,7 @@ class Sent(NamedTuple):
 
 
 @dataclass(eq=False)
-class Connection:
+class Outgoing:
     """A channel and what left by it, in order. proven: the peer proves its role, by the certificates of that SHA-256,
     one for each time that the connection was made with another one.
     """
@@ -61,34 +61,34 @@ class Connection:
 
 
 class Record:
-    """What left this machine through all channels of a ``Recorded`` network. Threads may share it.
+    """The record of what left this machine through all channels of a ``Recorded`` network. Threads may share it.
 
     full: it has MAXIMUM_MESSAGES, and what left since is missing.
     """
 
     def __init__(self, most: int = MAXIMUM_MESSAGES) -> None:
         self._most, self._count, self._lock = most, 0, threading.Lock()
-        self._connections: list[Connection] = []
+        self._connections: list[Outgoing] = []
         self.full = False
 
     @property
-    def connections(self) -> list[Connection]:
+    def connections(self) -> list[Outgoing]:
         """A copy of what is recorded so far."""
         with self._lock:
-            return [Connection(c.role, c.address, c.proven, [*c.certificates], [*c.sent]) for c in self._connections]
+            return [Outgoing(c.role, c.address, c.proven, [*c.certificates], [*c.sent]) for c in self._connections]
 
-    def opened(self, role: str, address: str, *, proven: bool) -> Connection:
+    def opened(self, role: str, address: str, *, proven: bool) -> Outgoing:
         """Note a channel that is opened; return its part of the record."""
-        found = Connection(role, address, proven)
+        found = Outgoing(role, address, proven)
         self._note(self._connections, found)
         return found
 
-    def met(self, connection: Connection, certificate: str) -> None:
+    def met(self, connection: Outgoing, certificate: str) -> None:
         """Note the certificate by which a peer has proved itself."""
         if connection.certificates[-1:] != [certificate]:
             self._note(connection.certificates, certificate)
 
-    def sent(self, connection: Connection, method: str, message: Any, size: int) -> None:
+    def sent(self, connection: Outgoing, method: str, message: Any, size: int) -> None:
         """Note a message. method: the full name of the gRPC method."""
         kind, content = kind_of(method, message)
         said = {name: value for name in OPEN.get(kind, ()) if (value := _field(content, name))}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from parties.receipts.receipt import Message, Receipt
+from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Walk
 from proto import unseen_pb2 as pb
 from secure.session.link import digest_of_all
@@ -15,7 +15,7 @@ MOST_FILES = 2
 """Files that a client downloads once for each description that it asks for: masked weights and a token table."""
 
 
-class Asked:
+class DescriptionMessages:
     """The descriptions that were asked for on a connection, and the files that may still be downloaded for them."""
 
     def __init__(self, walk: Walk, receipt: Receipt, programs: Mapping[str, Any]) -> None:
@@ -23,8 +23,8 @@ class Asked:
         self._digests = {"", *receipt.digests, digest_of_all(receipt.digests)}
         self._models = {"", *(str(program.labels.get("model", "")) for program in programs.values())}
 
-    def takes(self, message: Message) -> bool:
-        """Tell whether a message is one of these, and check it. Raises Deviates."""
+    def takes(self, message: SentMessage) -> bool:
+        """Tell whether a message is one of these, and check it. Raises ReceiptError."""
         if message.kind == "Describe":
             digest = self._walk.one_of(message, "program_digest", self._digests)
             name = self._walk.one_of(message, "model", self._models)

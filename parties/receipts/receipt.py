@@ -37,7 +37,7 @@ _Number = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
-class Served:
+class OfferedProgram:
     """A Program that was offered. length: in tokens, 0 if it takes none; batch: the inputs of a query."""
 
     digest: _Digest
@@ -47,7 +47,7 @@ class Served:
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
-class Message:
+class SentMessage:
     """A message that left. kind, said: see ``parties.net.recorded.Sent``. bytes: those of it before gRPC frames it."""
 
     kind: Annotated[str, Field(max_length=64, pattern="^[A-Za-z]+(/[a-z]+)?$")]
@@ -70,7 +70,7 @@ class Channel:
     address: _Name
     proven: bool
     certificates: list[_Digest]
-    sent: list[Message]
+    sent: list[SentMessage]
 
     def __str__(self) -> str:
         return f"{self.role} at {self.address}"
@@ -92,7 +92,7 @@ class Receipt:
     deployment: _Name
     model: _Name
     compiled_as: Annotated[dict[_Name, _Name], Field(max_length=MAXIMUM_NAMES)]
-    offers: Annotated[list[Served], Field(min_length=1, max_length=MAXIMUM_OFFERS)]
+    offers: Annotated[list[OfferedProgram], Field(min_length=1, max_length=MAXIMUM_OFFERS)]
     answered: _Number
     token: bool
     connections: list[Channel]
@@ -110,11 +110,11 @@ class Receipt:
             deployment=session.deployment,
             model=link.model,
             compiled_as=dict(link.compiled_as),
-            offers=[Served(digest, offer.length, offer.batch) for digest, offer in offers.items()],
+            offers=[OfferedProgram(digest, offer.length, offer.batch) for digest, offer in offers.items()],
             answered=session.answered,
             token=token,
             connections=[
-                Channel(c.role, c.address, c.proven, c.certificates, [Message.of(sent) for sent in c.sent])
+                Channel(c.role, c.address, c.proven, c.certificates, [SentMessage.of(sent) for sent in c.sent])
                 for c in record.connections
             ],
         )
@@ -211,7 +211,7 @@ def check_new_file(path: Path) -> None:
         raise InvalidInput(f"the receipt {path} cannot be written: {error.strerror}", "give a new file") from None
 
 
-def _row(message: Message) -> dict[str, Any]:
+def _row(message: SentMessage) -> dict[str, Any]:
     return {"kind": message.kind, "bytes": message.bytes, **message.said}
 
 

@@ -10,14 +10,8 @@ from functools import cache
 from typing import Any
 
 from parties.net.frames import to_frames
-from parties.receipts.receipt import Channel, Message
-from secure.errors import Error
-
-
-class Deviates(Error):
-    """A receipt differs from what its Programs prescribe; the message says where first."""
-
-    code = "deviates"
+from parties.receipts.receipt import Channel, SentMessage
+from secure.errors import ReceiptError
 
 
 class Walk:
@@ -26,38 +20,38 @@ class Walk:
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel, self._number, self._at = channel, number, 0
 
-    def __iter__(self) -> Iterator[Message]:
+    def __iter__(self) -> Iterator[SentMessage]:
         for at, message in enumerate(self.channel.sent, 1):
             self._at = at
             yield message
 
-    def differs(self, why: str) -> Deviates:
+    def differs(self, why: str) -> ReceiptError:
         """Return the error for the message at which the walk stands."""
         at = f", message {self._at}" if self._at else ""
-        return Deviates(f"connection {self._number} ({self.channel}){at}: {why}")
+        return ReceiptError(f"connection {self._number} ({self.channel}){at}: {why}")
 
-    def unknown(self, message: Message) -> Deviates:
+    def unknown(self, message: SentMessage) -> ReceiptError:
         """Return the error for a message that no client sends there."""
         return self.differs(f"{message.kind} of {message.bytes:,} bytes, which no conforming client sends here")
 
-    def same(self, message: Message, size: int) -> None:
-        """Raise Deviates unless a message has the size that is prescribed."""
+    def same(self, message: SentMessage, size: int) -> None:
+        """Raise ReceiptError unless a message has the size that is prescribed."""
         if message.bytes != size:
             raise self.differs(f"{message.kind} of {message.bytes:,} bytes, where {size:,} are prescribed")
 
-    def built(self, message: Message, expected: Any) -> None:
-        """Raise Deviates unless a message has the kind's fields, and the size, of one that is built here."""
+    def built(self, message: SentMessage, expected: Any) -> None:
+        """Raise ReceiptError unless a message has the kind's fields, and the size, of one that is built here."""
         self.same(message, expected.ByteSize())
 
-    def one_of(self, message: Message, name: str, known: Iterable[str]) -> str:
-        """Return what a message says in a field. Raises Deviates unless it is one of the ``known``."""
+    def one_of(self, message: SentMessage, name: str, known: Iterable[str]) -> str:
+        """Return what a message says in a field. Raises ReceiptError unless it is one of the ``known``."""
         found = message.said.get(name, "")
         if not isinstance(found, str) or found not in known:
             raise self.differs(f"{message.kind} names another {name} than the receipt")
         return found
 
-    def count(self, message: Message, name: str, most: int) -> int:
-        """Return a number that a message says, 0 if it says none. Raises Deviates unless it is at most ``most``."""
+    def count(self, message: SentMessage, name: str, most: int) -> int:
+        """Return a number that a message says, 0 if it says none. Raises ReceiptError unless it is at most ``most``."""
         found = message.said.get(name, 0)
         if not isinstance(found, int) or found > most:
             raise self.differs(f"{message.kind} has another {name} than 0 to {most}")
@@ -73,11 +67,11 @@ class Frames:
 
     @property
     def left(self) -> int:
-        """How many are still to come."""
+        """The number of frames that are still to come."""
         return len(self._left)
 
-    def take(self, walk: Walk, message: Message) -> None:
-        """Compare the next one. Raises Deviates."""
+    def take(self, walk: Walk, message: SentMessage) -> None:
+        """Compare the next one. Raises ReceiptError."""
         if not self._left:
             raise walk.differs(f"{message.kind} of {message.bytes:,} bytes behind the {self._all} that are prescribed")
         walk.same(message, self._left.pop())

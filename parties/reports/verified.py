@@ -13,13 +13,12 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.receipts.receipt import Receipt
-from parties.receipts.walk import Deviates
 from parties.tls.choice import network_of
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import ModelStub
 from secure.capture.documents import MAXIMUM_BYTES
 from secure.deployments.deployment import find
-from secure.errors import HandshakeError, InvalidInput
+from secure.errors import HandshakeError, InvalidInput, ReceiptError
 from secure.version import WIRE_VERSION
 
 ASKING = 60.0  # seconds that a server may take to describe a Program
@@ -28,7 +27,7 @@ ASKING = 60.0  # seconds that a server may take to describe a Program
 def verify(receipt: Receipt, programs: Mapping[str, bytes]) -> None:
     """Compare a receipt with what a conforming client of its Programs sends.
 
-    programs: encoded Programs by digest; those that the messages name must be there. Raises ``Deviates`` at the first
+    programs: encoded Programs by digest; those that the messages name must be there. Raises ``ReceiptError`` at the first
     message that differs in kind, order or size, and if other queries were answered than were sent; InvalidInput for a
     receipt of another version, or if a Program is missing; InvalidProgram.
     """
@@ -39,7 +38,7 @@ def verify(receipt: Receipt, programs: Mapping[str, bytes]) -> None:
         )
     for digest in sorted(receipt.used):
         if digest not in receipt.digests:
-            raise Deviates(f"messages name the Program {digest}, which the receipt does not offer")
+            raise ReceiptError(f"messages name the Program {digest}, which the receipt does not offer")
         if digest not in programs:
             raise InvalidInput(f"the Program {digest} is missing", "give its file or its server: --program, --server")
         if hashlib.sha256(programs[digest]).hexdigest() != digest:
@@ -47,7 +46,7 @@ def verify(receipt: Receipt, programs: Mapping[str, bytes]) -> None:
     own = {digest: programs[digest] for digest in receipt.used}
     whole = hosted(find(receipt.deployment)).prescribed(receipt, own)
     if whole != receipt.answered:
-        raise Deviates(f"the receipt says that {receipt.answered} queries were answered; {whole} were sent whole")
+        raise ReceiptError(f"the receipt says that {receipt.answered} queries were answered; {whole} were sent whole")
 
 
 def found_in(places: Iterable[Path], digests: Iterable[str]) -> dict[str, bytes]:

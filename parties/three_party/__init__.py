@@ -12,5 +12,6 @@ party_2        the service of party 2, which deals ahead
 party_0        the service of party 0, which computes with party 1
 party_1        the service of party 1, which computes with party 0
 client         the client, which shares its input and adds up the answer
+prescribed     the messages that a client may send, for its receipt
 hosted         the services and the link, as ``parties.deployments`` starts them
 """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from parties.receipts.described import Asked
-from parties.receipts.receipt import Message, Receipt
+from parties.receipts.described import DescriptionMessages
+from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
 from parties.three_party.conversations import NAME_BYTES, OWNER_BYTES, WantedProgram
 from parties.three_party.party import SESSION_BYTES
@@ -23,7 +23,7 @@ from secure.version import WIRE_VERSION
 def prescribed(receipt: Receipt, programs: Mapping[str, Program]) -> int:
     """Compare a receipt with what its Programs prescribe; return the queries that were sent whole.
 
-    Raises Deviates, InvalidProgram.
+    Raises ReceiptError, InvalidProgram.
     """
     served, whole = ThreeParty.served(receipt.compiled_as), dict.fromkeys(PARTIES[:2], 0)
     sizes = {digest: _payloads(served, program) for digest, program in programs.items()}
@@ -49,14 +49,14 @@ def _payloads(served: ThreeParty, program: Program) -> list[int]:
 
 
 class _Party:
-    """What a client sends to one party."""
+    """The messages of a client to one party."""
 
     def __init__(
         self, walk: Walk, receipt: Receipt, programs: Mapping[str, Program], payloads: Mapping[str, int]
     ) -> None:
         self._walk, self._receipt, self._programs, self._payloads = walk, receipt, programs, payloads
         self._party = PARTIES.index(walk.channel.role)
-        self._asked = Asked(walk, receipt, programs)
+        self._asked = DescriptionMessages(walk, receipt, programs)
         self._running, self._frames, self._whole = False, Frames(), 0
 
     def run(self) -> int:
@@ -74,7 +74,7 @@ class _Party:
         self._ended()
         return self._whole
 
-    def _start(self, message: Message) -> None:
+    def _start(self, message: SentMessage) -> None:
         digest = self._walk.one_of(message, "wanted.program_digest", self._programs)
         program, payload = self._programs[digest], self._payloads[digest]
         if self._party == 2 and not payload:

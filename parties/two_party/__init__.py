@@ -10,5 +10,6 @@ masked_model the server's model with its masked weights; the weight-mask seed
 stocked      the server's store of queries that are dealt ahead
 server       the server's service
 client       the client
+prescribed   the messages that a client may send, for its receipt
 hosted       services and link, as ``parties.deployments`` starts them
 """

@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 
-from parties.receipts.described import Asked
-from parties.receipts.receipt import Message, Receipt
+from parties.receipts.described import DescriptionMessages
+from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
 from parties.two_party.conversations import Place
 from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_QUERY, SESSION_BYTES
@@ -20,6 +20,7 @@ from parties.two_party.sealing import SEALED_BYTES
 from proto import unseen_pb2 as pb
 from secure.cost.count import profile
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
+from secure.errors import ReceiptError
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
@@ -37,7 +38,7 @@ class _Known:
 
 
 def prescribed(receipt: Receipt, programs: Mapping[str, Program]) -> int:
-    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises Deviates."""
+    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises ReceiptError."""
     known = {digest: _Known(program) for digest, program in programs.items()}
     sessions, seeds, whole = dict[str, int](), dict[str, int](), 0
     for number, channel in enumerate(receipt.connections, 1):
@@ -45,14 +46,12 @@ def prescribed(receipt: Receipt, programs: Mapping[str, Program]) -> int:
         if channel.role == DEALER:
             _to_dealer(walk, receipt, seeds)
         elif channel.role == SERVER:
-            whole += _Session(walk, receipt, known, sessions).run()
+            whole += _ToServer(walk, receipt, known, sessions).run()
         else:
             raise walk.differs("no client of two parties talks to this role")
     for digest, count in sessions.items():
         if seeds.get(digest, 0) < count:
-            raise Walk(receipt.connections[0], 1).differs(
-                f"{count} sessions with a server, and {seeds.get(digest, 0)} with the dealer"
-            )
+            raise ReceiptError(f"{count} sessions with a server, and {seeds.get(digest, 0)} with the dealer")
     return whole
 
 
@@ -71,12 +70,12 @@ def _to_dealer(walk: Walk, receipt: Receipt, seeds: dict[str, int]) -> None:
             raise walk.unknown(message)
 
 
-class _Session:
-    """What a client sends to a server: a session's messages, and what it asks about the model around it."""
+class _ToServer:
+    """The messages of a client to a server: a session's, and those that ask about the model around it."""
 
     def __init__(self, walk: Walk, receipt: Receipt, known: Mapping[str, _Known], sessions: dict[str, int]) -> None:
         self._walk, self._receipt, self._known, self._sessions = walk, receipt, known, sessions
-        self._asked = Asked(walk, receipt, {digest: each.program for digest, each in known.items()})
+        self._asked = DescriptionMessages(walk, receipt, {digest: each.program for digest, each in known.items()})
         self._own = ""  # the digest of the session's Program
         self._prepared = dict[int, str]()  # digests by query
         self._next, self._running, self._frames, self._whole = 0, False, Frames(), 0
@@ -94,7 +93,7 @@ class _Session:
         self._ended()
         return self._whole
 
-    def _hello(self, message: Message) -> None:
+    def _hello(self, message: SentMessage) -> None:
         self._own = self._walk.one_of(message, "program_digest", self._known)
         self._sessions[self._own] = self._sessions.get(self._own, 0) + 1
         fixed = self._known[self._own].program.fixed
@@ -108,7 +107,7 @@ class _Session:
         )
         self._walk.built(message, pb.ClientMessage(hello=hello))
 
-    def _prepare(self, message: Message) -> None:
+    def _prepare(self, message: SentMessage) -> None:
         query = self._walk.count(message, "query", min(self._next, MAXIMUM_QUERY - 1))
         again = query in self._prepared and query == self._next - 1  # the server was busy
         if (query < self._next and not again) or len(self._prepared) > MAXIMUM_PREPARED:
@@ -117,7 +116,7 @@ class _Session:
         self._walk.built(message, pb.ClientMessage(prepare=pb.Prepare(query=query, place=place and place.message())))
         self._prepared[query], self._next = digest, max(self._next, query + 1)
 
-    def _place(self, message: Message, query: int) -> tuple[Place | None, str]:
+    def _place(self, message: SentMessage, query: int) -> tuple[Place | None, str]:
         """Return the place in a conversation that a message names, if any, and the digest of its Program."""
         if "place.program_digest" not in message.said:
             if self._known[self._own].program.keeps:
@@ -130,7 +129,7 @@ class _Session:
         rows = self._walk.count(message, "place.rows", self._known[digest].program.rows)
         return Place(digest, first, rows), digest
 
-    def _query(self, message: Message) -> None:
+    def _query(self, message: SentMessage) -> None:
         self._ended()
         if self._frames.left:
             raise self._walk.differs(f"a query begins where {self._frames.left} frames of another are missing")
@@ -141,7 +140,7 @@ class _Session:
         self._running, self._frames = True, Frames(self._known[self._prepared[query]].frames)
         self._prepared = {number: digest for number, digest in self._prepared.items() if number > query}
 
-    def _frame(self, message: Message) -> None:
+    def _frame(self, message: SentMessage) -> None:
         self._frames.take(self._walk, message)
 
     def _ended(self) -> None:
