@@ -28,6 +28,7 @@ from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
 from secure.errors import InvalidInput, ReceiptError
 from tests import ckks_server, test_conversations
+from tests.dealer_key import KEY
 from tests.test_conversations import masked  # noqa: F401 (a fixture)
 from tests.test_generator import PROMPTS, compiled
 from tests.three_parties import running, shared
@@ -141,7 +142,7 @@ def test_three_parties(directory: Path, tmp_path: Path, public: bool) -> None:
         for at in range(len(each.sent)):
             is_found(receipt, programs, partial(_grow, number, at))
             if each.sent[at].kind != "Describe":
-                is_found(receipt, programs, lambda d, n=number, a=at: d["connections"][n]["sent"].pop(a))
+                is_found(receipt, programs, partial(_drop, number, at))
 
 
 def test_ciphertexts(tmp_path: Path) -> None:
@@ -163,6 +164,10 @@ def test_ciphertexts(tmp_path: Path) -> None:
 
 def _grow(connection: int, at: int, document: Document) -> None:
     document["connections"][connection]["sent"][at]["bytes"] += 1
+
+
+def _drop(connection: int, at: int, document: Document) -> None:
+    del document["connections"][connection]["sent"][at]
 
 
 @settings(max_examples=60, deadline=None)
@@ -277,7 +282,7 @@ def test_nothing_secret_is_in_it(
 
 def test_no_secret_field_is_open() -> None:
     """Of the messages that a client sends, the fields that are kept are strings and numbers, never bytes."""
-    known = {
+    known: dict[str, Any] = {
         "Describe": pb.DescribeRequest,
         "Download": pb.DownloadRequest,
         "Open": pb.OpenRequest,
@@ -291,7 +296,7 @@ def test_no_secret_field_is_open() -> None:
     assert known.keys() == recorded.OPEN.keys()
     for kind, names in recorded.OPEN.items():
         for name in names:
-            found = known[kind].DESCRIPTOR
+            found: Any = known[kind].DESCRIPTOR
             *within, last = name.split(".")
             for part in within:
                 found = found.fields_by_name[part].message_type
@@ -327,6 +332,20 @@ def test_a_file_is_written_once_and_read_strictly(two: tuple[Receipt, dict[str, 
     assert found_in([file, tmp_path], [digest]) == programs
     with pytest.raises(InvalidInput, match="cannot be read"):
         found_in([tmp_path / "nothing"], [digest])
+
+
+def test_a_command_writes_one(server: Served, dealer: Served, tmp_path: Path) -> None:
+    key, path = tmp_path / "dealer.pub", tmp_path / "receipt.json"
+    key.write_text(KEY.public.text)
+    line = ["embed", TEXT, "--server", server.address, "--dealer", dealer.address, "--dealer-key", str(key)]
+    line += ["--receipt", str(path), "--no-cache"]
+    run = CliRunner().invoke
+    said = run(app(), line)
+    assert said.exit_code == 0, said.output
+    receipt = Receipt.read(path)
+    assert receipt.answered == 1
+    verify(receipt, programs_of(receipt, server.address))
+    assert "is there already" in str(run(app(), line).exception)
 
 
 def test_a_session_without_a_record(server: Served, dealer: Served) -> None:

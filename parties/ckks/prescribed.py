@@ -20,7 +20,10 @@ _DIGEST = "0" * 64
 
 
 def prescribed(receipt: Receipt, programs: Mapping[str, CkksProgram]) -> int:
-    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises ReceiptError."""
+    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole.
+
+    Raises ReceiptError.
+    """
     whole = 0
     for number, channel in enumerate(receipt.connections, 1):
         walk = Walk(channel, number)

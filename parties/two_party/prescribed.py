@@ -38,7 +38,10 @@ class _Known:
 
 
 def prescribed(receipt: Receipt, programs: Mapping[str, Program]) -> int:
-    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole. Raises ReceiptError."""
+    """Compare a receipt with what its Programs prescribe; return the queries that were sent whole.
+
+    Raises ReceiptError.
+    """
     known = {digest: _Known(program) for digest, program in programs.items()}
     sessions, seeds, whole = dict[str, int](), dict[str, int](), 0
     for number, channel in enumerate(receipt.connections, 1):
