@@ -105,7 +105,6 @@ def test_a_session_that_broke(model: Ready, server: Served, dealer: Served, monk
         receipt = session.receipt()
     assert receipt.answered == 1
     verify(receipt, programs_of(receipt, server.address))
-    assert [message.kind for message in receipt.connections[0].sent].count("Session/query") == 2
 
 
 def test_text(masked: list[MaskedModel], dealer: Served) -> None:  # noqa: F811
@@ -145,6 +144,7 @@ def test_three_parties(directory: Path, tmp_path: Path, public: bool) -> None:
                 is_found(receipt, programs, partial(_drop, number, at))
 
 
+@pytest.mark.slow
 def test_ciphertexts(tmp_path: Path) -> None:
     with ckks_server.running("refresh", tmp_path) as served:
         with ckks_server.dial(served.address, receipts=True) as session:
@@ -170,7 +170,7 @@ def _drop(connection: int, at: int, document: Document) -> None:
     del document["connections"][connection]["sent"][at]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_every_change_is_found(two: tuple[Receipt, dict[str, bytes]], data: st.DataObject) -> None:
     receipt, programs = two

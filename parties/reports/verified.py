@@ -27,7 +27,7 @@ ASKING = 60.0  # seconds that a server may take to describe a Program
 def verify(receipt: Receipt, programs: Mapping[str, bytes]) -> None:
     """Compare a receipt with what a conforming client of its Programs sends.
 
-    programs: encoded Programs by digest; those that the messages name must be there. Raises ``ReceiptError`` at the first
+    programs: encoded Programs by digest; those that the messages name must be there. Raises ReceiptError at the first
     message that differs in kind, order or size, and if other queries were answered than were sent; InvalidInput for a
     receipt of another version, or if a Program is missing; InvalidProgram.
     """
