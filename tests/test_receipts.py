@@ -24,6 +24,7 @@ from parties.net.recorded import Record
 from parties.receipts.receipt import Receipt
 from parties.receipts.walk import frames
 from parties.reports.verified import asked_for, found_in, verify
+from parties.two_party.keys import MAXIMUM_STEPS
 from parties.two_party.masked_model import MaskedModel
 from proto import unseen_pb2 as pb
 from secure.errors import InvalidInput, ReceiptError
@@ -112,18 +113,24 @@ def test_text(masked: list[MaskedModel], dealer: Served) -> None:  # noqa: F811
         test_conversations.serving(masked, dealer) as served,
         call(served.address, dealer.address, receipts=True, deadline=20.0) as session,
     ):
-        list(session.generate(PROMPTS[0], 6))
+        list(session.generate(PROMPTS[0], 10))
         list(session.generate(PROMPTS[1], 3))
         receipt = session.receipt()
     programs = {size.program.digest: size.program.encoded for size in compiled("llama").sizes}
-    assert receipt.answered == 9
+    assert receipt.answered == 13
     verify(receipt, programs)
 
     def rows(document: Document) -> None:
         sent = document["connections"][0]["sent"]
         next(m for m in sent if m.get("place.rows"))["place.rows"] += 1 << 20
 
+    def steps(number: int, document: Document) -> None:
+        sent = document["connections"][0]["sent"]
+        next(m for m in sent if m.get("steps", 0) > 1)["steps"] = number
+
     is_found(receipt, programs, rows)
+    for number in (1, MAXIMUM_STEPS):
+        is_found(receipt, programs, partial(steps, number))
 
 
 @pytest.mark.parametrize("public", [False, True])

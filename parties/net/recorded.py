@@ -27,7 +27,7 @@ OPEN: Mapping[str, tuple[str, ...]] = {
     "Download": ("sha256",),
     "Open": ("program_digest", "weights_digest"),
     "Session/hello": ("program_digest", "weights_digest"),
-    "Session/prepare": ("query", "place.program_digest", "place.first", "place.rows"),
+    "Session/prepare": ("query", "steps", "place.program_digest", "place.first", "place.rows"),
     "Session/query": ("query",),
     "Ask/start": ("wanted.program_digest", "wanted.rows", "following"),
     "Upload/header": ("program_digest",),

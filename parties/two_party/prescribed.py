@@ -14,13 +14,13 @@ from functools import cached_property
 from parties.receipts.described import DescriptionMessages
 from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
-from parties.two_party.conversations import Place
-from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_QUERY, SESSION_BYTES
+from parties.two_party.conversations import Place, most_together, places_of
+from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_QUERY, MAXIMUM_STEPS, SESSION_BYTES
 from parties.two_party.sealing import SEALED_BYTES
 from proto import unseen_pb2 as pb
 from secure.cost.count import profile
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
-from secure.errors import ReceiptError
+from secure.errors import QueryError, ReceiptError
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
 
@@ -81,7 +81,8 @@ class _ToServer:
         self._asked = DescriptionMessages(walk, receipt, {digest: each.program for digest, each in known.items()})
         self._own = ""  # the digest of the session's Program
         self._prepared = dict[int, str]()  # digests by query
-        self._next, self._running, self._frames, self._whole = 0, False, Frames(), 0
+        self._last, self._next, self._whole = 0, 0, 0  # _last: the first query of those that were prepared last
+        self._running, self._frames = False, Frames()
 
     def run(self) -> int:
         """Compare all messages; return the queries that were sent whole."""
@@ -112,12 +113,22 @@ class _ToServer:
 
     def _prepare(self, message: SentMessage) -> None:
         query = self._walk.count(message, "query", min(self._next, MAXIMUM_QUERY - 1))
-        again = query in self._prepared and query == self._next - 1  # the server was busy
-        if (query < self._next and not again) or len(self._prepared) > MAXIMUM_PREPARED:
+        again = query in self._prepared and query == self._last  # the server was busy
+        if query < self._next and not again:
             raise self._walk.unknown(message)
         place, digest = self._place(message, query)
-        self._walk.built(message, pb.ClientMessage(prepare=pb.Prepare(query=query, place=place and place.message())))
-        self._prepared[query], self._next = digest, max(self._next, query + 1)
+        steps = self._walk.count(message, "steps", most_together(self._known[digest].program))
+        prepare = pb.Prepare(query=query, place=place and place.message(), steps=steps)
+        try:
+            places_of(prepare, self._known[digest].program)
+        except QueryError as error:
+            raise self._walk.differs(str(error)) from None
+        self._walk.built(message, pb.ClientMessage(prepare=prepare))
+        self._prepared = {number: each for number, each in self._prepared.items() if number < query}
+        self._last, self._next = query, query + max(1, steps)
+        self._prepared |= dict.fromkeys(range(query, self._next), digest)
+        if len(self._prepared) > MAXIMUM_PREPARED + MAXIMUM_STEPS:
+            raise self._walk.unknown(message)
 
     def _place(self, message: SentMessage, query: int) -> tuple[Place | None, str]:
         """Return the place in a conversation that a message names, if any, and the digest of its Program."""
