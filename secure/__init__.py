@@ -41,6 +41,7 @@ from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import TwoParty
 from secure.errors import (
     Busy,
+    ChangedOnTheWay,
     ClientDeviates,
     CompiledError,
     DealerError,
@@ -96,6 +97,7 @@ __all__ = [
     "Budget",
     "Busy",
     "CapacityPlan",
+    "ChangedOnTheWay",
     "Ckks",
     "ClientDeviates",
     "Compiled",

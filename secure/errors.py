@@ -13,6 +13,7 @@ from protocols.errors import ClientDeviates, DoesNotFit, Error, FixedPointError
 
 __all__ = [
     "Busy",
+    "ChangedOnTheWay",
     "ClientDeviates",
     "CompiledError",
     "DealerError",
@@ -192,6 +193,12 @@ class PeerLost(Error):
     """The peer is gone, or did not answer within the deadline."""
 
     code = "peer-lost"
+
+
+class ChangedOnTheWay(PeerLost):
+    """A message came with other bytes than were sent. It was not used, and nothing goes on behind it."""
+
+    code = "changed"
 
 
 class GoingAway(PeerLost):

@@ -1,4 +1,4 @@
-"""A relay between a client and a service, which a test can make silent: nothing is closed, and nothing arrives."""
+"""A relay between a client and a service, which a test can make silent, or let change a byte."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import socket
 import threading
 from contextlib import suppress
 from types import TracebackType
+
+DIRECTIONS = ("to", "from")
+"""To the service, and from it."""
 
 
 class Relay:
@@ -18,6 +21,8 @@ class Relay:
         self._speaking.set()
         self._closed = threading.Event()
         self._sockets: list[socket.socket] = []
+        self.passed = dict.fromkeys(DIRECTIONS, 0)
+        self._damage: tuple[str, int, int] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -28,6 +33,15 @@ class Relay:
 
     def speak(self) -> None:
         self._speaking.set()
+
+    def damage(self, direction: str, after: int, flips: int) -> None:
+        """Change the bits ``flips`` of one byte: that behind the next ``after`` bytes in a direction."""
+        self._damage = direction, self.passed[direction] + after, flips
+
+    @property
+    def damaged(self) -> bool:
+        """True once the byte has passed."""
+        return self._damage is None
 
     def cut(self) -> None:
         """Break all connections that there are; new ones may come."""
@@ -57,14 +71,24 @@ class Relay:
             except OSError:
                 return
             self._sockets += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+            for direction, source, sink in zip(DIRECTIONS, (near, far), (far, near), strict=True):
+                threading.Thread(target=self._pass, args=(direction, source, sink), daemon=True).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass(self, direction: str, source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(1 << 16):
                 self._speaking.wait()
-                sink.sendall(data)
+                sink.sendall(self._changed(direction, data))
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass
+
+    def _changed(self, direction: str, data: bytes) -> bytes:
+        start = self.passed[direction]
+        self.passed[direction] += len(data)
+        if self._damage is None or self._damage[0] != direction or not 0 <= self._damage[1] - start < len(data):
+            return data
+        (_, at, flips), found = self._damage, bytearray(data)
+        found[at - start] ^= flips
+        self._damage = None
+        return bytes(found)

@@ -27,6 +27,7 @@ from parties.ckks.client import CkksLink
 from parties.ckks.keystore import KeyStore
 from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
+from parties.net.summed import SummedChannel
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import CkksStub, add_CkksServicer_to_server
 from protocols.ckks import canonical
@@ -327,7 +328,7 @@ def test_a_client_that_uploads_and_does_not_read(
             yield pb.UploadPart(data=b"")
 
     small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]  # unread words that a client takes
-    with grpc.insecure_channel(served.address, small) as channel:
+    with SummedChannel(grpc.insecure_channel(served.address, small), "it") as channel:
         call = CkksStub(channel).Upload(endless())
         try:
             wait_until(lambda: service._uploads.free == server_module.UPLOADS - 1, "it uploads")

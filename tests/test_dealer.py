@@ -20,6 +20,7 @@ from parties.limits.tokens import Token, WithToken
 from parties.net.endpoints import Endpoint
 from parties.net.frames import to_chunks
 from parties.net.network import Plaintext
+from parties.net.summed import SummedChannel
 from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
@@ -108,7 +109,7 @@ def test_a_fake_dealer_gets_nothing(
         dealer.stop()
         fake = Fake(key)
         with dealing(fake, dealer.endpoint):  # type: ignore[arg-type]
-            with grpc.insecure_channel(server.address) as channel:
+            with SummedChannel(grpc.insecure_channel(server.address), "it") as channel:
                 ModelStub(channel).Describe(pb.DescribeRequest(), timeout=10)
             wait_until(lambda: len(fake.got) > 6, "the server asks the fake dealer")
             with pytest.raises(DealerError, match=r"did not prove that it could open|has the key SHA256:"):
@@ -129,7 +130,7 @@ def test_describe_sends_nothing_to_the_dealer(model: Ready) -> None:
     with dealing() as dealer, serving(model, dealer.address) as server:
         dealer.stop()
         fake = Fake()
-        with dealing(fake, dealer.endpoint), grpc.insecure_channel(server.address) as channel:  # type: ignore[arg-type]
+        with dealing(fake, dealer.endpoint), SummedChannel(grpc.insecure_channel(server.address), "it") as channel:  # type: ignore[arg-type]
             for _ in range(20):
                 ModelStub(channel).Describe(pb.DescribeRequest(), timeout=10)
         assert fake.got == []
@@ -479,7 +480,10 @@ def test_a_session_is_erased_when_it_ends(model: Ready) -> None:
         wait_until(lambda: not dealer.service._sessions, "it is gone")
         assert [bytes(seed) for seed in held] == [bytes(32)] * 2
         assert (len(dealer.service.sessions), session.model.sessions) == (0, 0)
-        with grpc.insecure_channel(dealer.address) as channel, pytest.raises(grpc.RpcError, match="no such session"):
+        with (
+            SummedChannel(grpc.insecure_channel(dealer.address), "it") as channel,
+            pytest.raises(grpc.RpcError, match="no such session"),
+        ):
             list(DealerStub(channel).Deal(pb.DealRequest(session=token)))
 
 

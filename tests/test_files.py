@@ -27,7 +27,7 @@ from parties.served.files import MASKED_WEIGHTS, describe, fetch, store, unpack_
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
 from parties.two_party.keys import model_name
-from parties.two_party.masked_model import load_root_seed, mask_model
+from parties.two_party.masked_model import guarded_root_seed, load_root_seed, mask_model
 from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
 from secure.capture.documents import HEADER
@@ -372,3 +372,24 @@ def test_nothing_secret_is_logged_or_shown(
     assert str(ids)[1:-1] not in everything
     assert "dealt query 0" in caplog.text
     wait_until(lambda: "query 0 answered" in caplog.text, "the log says so")
+
+
+def test_a_seed_serves_one_content_of_a_name(tmp_path: Path) -> None:
+    """The seed stays as parts come and go. It is another one if a name had other integers, or nobody knows any more."""
+
+    def seed(**apart: str) -> bytes:
+        return guarded_root_seed(tmp_path, "a" * 64, apart)
+
+    first = seed(one="1")
+    assert seed(one="1", two="2") == seed(two="2") == seed() == seed(one="1") == first
+    second = seed(one="3")
+    assert second != first
+    assert seed(two="5") == second  # what "two" was under the first seed does not matter under the second
+    (record,) = tmp_path.glob("*.apart.json")
+    for damage in (record.unlink, lambda: record.write_bytes(b""), lambda: record.write_bytes(b'{"two": 5}')):
+        before = seed(two="5")
+        damage()
+        after = seed(two="6")
+        assert after != before
+        assert seed(two="6") == after
+        seed(two="5")

@@ -25,6 +25,7 @@ from parties.net.caller import Caller, permit
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
+from parties.net.summed import SummedChannel
 from parties.served.files import state_directory
 from parties.services import hosting
 from parties.tls.authority import Authority
@@ -320,7 +321,7 @@ def test_sessions_are_given_back() -> None:
         yield pb.AskPart()
         wait.wait(20)
 
-    with echoing(counted) as (_, at), grpc.insecure_channel(str(at)) as channel:
+    with echoing(counted) as (_, at), SummedChannel(grpc.insecure_channel(str(at)), "it") as channel:
         call = PartyStub(channel).Ask(slow())
         next(call)
         with pytest.raises(QuotaError, match="has 1 sessions at a time, which is its quota"):
@@ -341,7 +342,7 @@ def test_methods_of_others_are_not_metered(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("")
     with (
         echoing(Quotas(limits(queries=0)), Tokens(tmp_path / "t")) as (_, at),
-        grpc.insecure_channel(str(at)) as channel,
+        SummedChannel(grpc.insecure_channel(str(at)), "it") as channel,
     ):
         assert len(list(PartyStub(channel).Compute(iter([pb.PeerMessage()])))) == 1
 

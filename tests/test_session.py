@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded
-from tests.relay import Relay
+from tests.relay import DIRECTIONS, Relay
 from tests.tiny import LENGTH, TEXT, WORDS, sentences
 
 DEADLINE = 2.0
@@ -181,6 +183,29 @@ def test_reports_have_the_same_keys_and_what_was_predicted(running: Running) -> 
         if link.phase != "once":
             measured = report.bytes(sender=link.sender, receiver=link.receiver, phase=link.phase)
             assert measured == pytest.approx(link.bytes, rel=0.2), link  # ciphertexts are compressed
+
+
+def test_a_byte_that_changes_is_noticed(hosted: Running) -> None:
+    """No answer is another one: there is an error instead, unless the byte was none of a message, nor of its frame."""
+    chance, errors, tried = random.Random(7), list[secure.Error](), 0
+    with hosted.session(deadline=DEADLINE) as session:
+        passed = {relay: dict(relay.passed) for relay in hosted.relays.values()}
+        session.embed([TEXT])
+    sizes = {relay: {way: relay.passed[way] - passed[relay][way] for way in DIRECTIONS} for relay in passed}
+    for relay, way in itertools.product(sizes, DIRECTIONS):
+        for flips in (1, 128):
+            try:
+                with hosted.session(deadline=DEADLINE) as session:
+                    relay.damage(way, chance.randrange(max(1, sizes[relay][way])), flips)
+                    answer = session.embed([TEXT])[0]
+            except secure.Error as error:
+                errors.append(error)
+            else:
+                torch.testing.assert_close(answer, hosted.expected(TEXT), atol=2e-2, rtol=0)
+            tried += relay.damaged
+    assert tried
+    assert errors
+    assert any(isinstance(error, secure.ChangedOnTheWay) for error in errors)
 
 
 def spied(session: secure.Session, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from parties import deployments
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
+from parties.net.summed import SummedChannel
 from parties.services import hosting, status
 from parties.services.status import ask_status, owner_tag
 from proto import unseen_pb2 as pb
@@ -65,7 +66,7 @@ def test_without_a_boot_number_nobody_is_the_same(monkeypatch: pytest.MonkeyPatc
 def test_a_nonce_of_another_size() -> None:
     with (
         deployments.serve(role=DEALER, deployment=TwoParty()) as dealer,
-        grpc.insecure_channel(dealer.address) as channel,
+        SummedChannel(grpc.insecure_channel(dealer.address), "it") as channel,
         pytest.raises(grpc.RpcError, match="a nonce has 32 bytes, not 5"),
     ):
         StatusStub(channel).Check(pb.CheckRequest(nonce=b"short"))

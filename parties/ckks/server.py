@@ -29,7 +29,7 @@ from proto.unseen_pb2_grpc import CkksServicer
 from protocols.wire import FrameError
 from secure.ckks.program import CkksProgram
 from secure.deployments.ckks import CLIENT
-from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 
 log = logging.getLogger("unseen.server")
 T = TypeVar("T")
@@ -230,6 +230,8 @@ def _next(messages: Iterator[T], allowance: Allowance, what: str) -> T | None:
     try:
         with allowance.wait():
             return next(messages, None)
+    except ChangedOnTheWay:
+        raise
     except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
         raise PeerLost(f"the client did not send {what} ({type(error).__name__})") from None
 

@@ -6,6 +6,7 @@ network      the protection of channels: its interface, and plaintext
 calls        errors of gRPC calls, explained on both ends
 recorded     a record of what leaves through channels
 peer         a service at the other end of a channel
+summed       a sum behind every message, so that changed bytes are noticed
 frames       byte strings as parts of about 1 MB
 watchdog     deadlines for waits
 secret_files files that nobody else can have read or put there

@@ -11,7 +11,18 @@ import grpc
 
 from parties.net.endpoints import Endpoint
 from proto import unseen_pb2 as pb
-from secure.errors import Busy, Error, GoingAway, PeerLost, QuotaError, TlsError, TokenError, from_code, printable
+from secure.errors import (
+    Busy,
+    ChangedOnTheWay,
+    Error,
+    GoingAway,
+    PeerLost,
+    QuotaError,
+    TlsError,
+    TokenError,
+    from_code,
+    printable,
+)
 
 
 class FailedCall(grpc.RpcError, grpc.Call):
@@ -61,7 +72,7 @@ _NOT_ALLOWED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENI
 
 CODE = "unseen-code"  # the key under which a refusal says which error it is
 AFTER = "unseen-after"  # and after how many seconds asking again may help
-_NAMED = (QuotaError.code, TokenError.code, Busy.code, GoingAway.code)
+_NAMED = (QuotaError.code, TokenError.code, Busy.code, GoingAway.code, ChangedOnTheWay.code)
 _FULL = "Concurrent RPC limit exceeded"  # what gRPC says where all threads of a service are taken
 
 

@@ -14,6 +14,7 @@ import grpc
 
 from parties.net.caller import Caller, address
 from parties.net.endpoints import CLIENT_LIMIT, OPTIONS, Endpoint, first_answering, is_loopback
+from parties.net.summed import SummedChannel
 from secure.errors import EndpointError, PeerLost
 
 PROBING = 5.0  # seconds
@@ -103,7 +104,7 @@ class Plaintext(Network):
             # a connection of its own: a balancer chooses by connection, and a lost one is not waited for
             ("grpc.use_local_subchannel_pool", 1),
         )
-        return grpc.insecure_channel(endpoint.at(at), options=options)
+        return SummedChannel(grpc.insecure_channel(endpoint.at(at), options=options), f"{what} at {endpoint}")
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         return bound(endpoint, self._allowed(endpoint, what), server.add_insecure_port)

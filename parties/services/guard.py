@@ -11,10 +11,12 @@ import grpc
 
 from parties.limits.waiting import WaitingRoom
 from parties.net.caller import Permissions, address, note
+from parties.net.calls import refuse
 from parties.net.network import Network
+from parties.net.summed import MethodSums, all_sound
 from parties.net.watchdog import Watchdog
 from parties.services.draining import Draining
-from secure.errors import Error
+from secure.errors import ChangedOnTheWay, Error
 
 log = logging.getLogger("unseen.guard")
 
@@ -45,7 +47,8 @@ class Guard(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None:
             return None
-        return _guarded(handler, lambda context: self._admit(details.method, context), self._coming)
+        sums = MethodSums(details.method)
+        return _guarded(handler, lambda context: self._admit(details.method, context), self._coming, sums)
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
         """Refuse a call, or return the context in which it runs."""
@@ -67,7 +70,7 @@ class Guard(grpc.ServerInterceptor):
 
 
 def _guarded(
-    handler: grpc.RpcMethodHandler[Any, Any], admit: Admit, coming: WaitingRoom
+    handler: grpc.RpcMethodHandler[Any, Any], admit: Admit, coming: WaitingRoom, sums: MethodSums
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """Return the handler behind ``admit``.
 
@@ -83,6 +86,7 @@ def _guarded(
     )
 
     def read(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        requests = all_sound(requests, f"the caller {address(context)}")
         if handler.request_streaming:
             return requests
         watch = Watchdog(SINGLE, context.cancel)
@@ -90,6 +94,8 @@ def _guarded(
             with coming.place(context), watch.guard():
                 for request in requests:
                     return request
+        except ChangedOnTheWay as error:
+            refuse(context, grpc.StatusCode.DATA_LOSS, error)
         finally:
             watch.stop()
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
@@ -103,9 +109,10 @@ def _guarded(
             yield from method(read(requests, context), context)
 
     made: Any = form
-    serialized: Any = handler.response_serializer
+    read_by: Any = handler.request_deserializer
+    written_by: Any = handler.response_serializer
     return made(  # type: ignore[no-any-return]
         streamed if handler.response_streaming else single,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=lambda message: message if type(message) is bytes else serialized(message),
+        request_deserializer=sums.deserializer(read_by),
+        response_serializer=sums.serializer(written_by),
     )

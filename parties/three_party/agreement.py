@@ -50,7 +50,7 @@ from parties.three_party.shared_model import PartyShare
 from proto import unseen_pb2 as pb
 from proto.unseen_pb2_grpc import PartyStub
 from secure.deployments.three_party import PARTIES
-from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, printable
+from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, printable
 from secure.version import WIRE_VERSION
 
 PUBLIC_BYTES = 32
@@ -158,6 +158,8 @@ class KeyOfCaller:
     def _content(requests: Iterator[pb.AgreeMessage], kind: str) -> pb.AgreeMessage:
         try:
             message = next(requests, None)
+        except ChangedOnTheWay:
+            raise
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             raise PeerLost(f"a caller left before its {kind} ({type(error).__name__})") from None
         if message is None or message.WhichOneof("content") != kind:

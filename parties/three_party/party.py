@@ -33,7 +33,7 @@ from protocols.three_party.endpoints import Coins, LookedUp
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
-from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
@@ -338,6 +338,8 @@ def _next(requests: Iterator[pb.AskPart], watch: Watchdog, seconds: float) -> pb
     try:
         with watch.guard(seconds):
             return next(requests, None)
+    except ChangedOnTheWay:
+        raise
     except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
         late = "did not send its query in time" if watch.fired else "left before its query had come"
         raise PeerLost(f"the client {late} ({type(error).__name__})") from None

@@ -10,6 +10,7 @@ import grpc
 from parties.net.caller import Caller, address
 from parties.net.endpoints import CLIENT_LIMIT, OPTIONS, Endpoint
 from parties.net.network import Network, bound
+from parties.net.summed import SummedChannel
 from parties.tls.certificates import Certificate, of_connection
 from parties.tls.channel import TlsChannel
 from parties.tls.credentials import Credentials, Files, Reloading
@@ -97,7 +98,7 @@ class Tls(Network):
             pinned = grpc.ssl_channel_credentials(found.certificate.pem, ours.key_pem, ours.chain_pem)
             return grpc.secure_channel(endpoint.at(found.address), pinned, options=options), found.certificate
 
-        return TlsChannel(dial, lambda: self.credentials)
+        return SummedChannel(TlsChannel(dial, lambda: self.credentials), f"{what} at {endpoint}")
 
     def bind(self, server: grpc.Server, endpoint: Endpoint, *, what: str, role: str) -> int:
         ours = self.credentials

@@ -49,7 +49,17 @@ from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
 from secure.deployments.two_party import CLIENT, TwoParty
-from secure.errors import LEAST_AFTER, Busy, Error, GoingAway, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import (
+    LEAST_AFTER,
+    Busy,
+    ChangedOnTheWay,
+    Error,
+    GoingAway,
+    HandshakeError,
+    PeerLost,
+    ProtocolError,
+    QueryError,
+)
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
@@ -276,6 +286,8 @@ class _Session:
         try:
             with self.watch.guard(seconds):
                 message = next(self._requests, None)
+        except ChangedOnTheWay:
+            raise
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             late = " in time" if self.watch.fired else ""
             raise PeerLost(f"the client did not send {what}{late} ({type(error).__name__})") from None
@@ -301,6 +313,8 @@ class _Session:
             self._context.cancel()
         try:
             message = coming.result()
+        except ChangedOnTheWay:
+            raise
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
             message = None
         if message is None:  # a stream that is cancelled here may end like one that the client has ended
