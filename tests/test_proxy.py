@@ -40,7 +40,10 @@ from parties.proxy.tasks import Counted
 from parties.proxy.workers import SessionWorkers
 from parties.services.hosting import child
 from secure.errors import Busy, DealerError, InvalidInput, OutOfRange, PeerLost, QuotaError
-from secure.models.settings import TaskSettings
+from secure.models.index import build_index, write_index
+from secure.models.passages import TextDocument
+from secure.models.settings import IDS, PASSAGES_SCORES, TaskSettings
+from secure.models.text import load_text_model
 from secure.tasks.task import Served
 from tests.heads import LABELS, write_head
 from tests.proxies import ServedProxy, running
@@ -308,6 +311,36 @@ def test_rerank(tmp_path: Path) -> None:
         short = served.ask("/v1/rerank", {**given, "top_n": 1}).body["results"]
         assert [each.keys() for each in short] == [{"index", "relevance_score"}]
         said(served.ask("/v1/classify", {"input": "a"}), 400, "for the task 'rerank'")
+
+
+def test_search(tmp_path: Path) -> None:
+    """OpenAI's form of a search in a vector store, with the passages that a session finds."""
+    model = str(write_model(tmp_path / "m"))
+    documents = [TextDocument(f"doc/{i}", " ".join(WORDS[i : i + 5])) for i in range(0, 12, 2)]
+    made, _ = build_index(model, load_text_model(model), documents, length=8, overlap=1)
+    write_index(made, tmp_path / "index")
+    for reveal, texts, scored in ((IDS, False, False), (PASSAGES_SCORES, True, True)):
+        compiled = secure.compile_text_model(model, 8, index=str(tmp_path / "index"), top=3, reveal=reveal)
+        with running(compiled) as served:
+            (own,) = served.session.search([TEXTS[0]])
+            path = f"/v1/vector_stores/{served.model}/search"
+            reply = served.ask(path, {"query": TEXTS[0], "model": None})
+            assert reply.status == 200, reply.body
+            assert reply.body["search_query"] == [TEXTS[0]]
+            data = reply.body["data"]
+            assert [(e["file_id"], e["attributes"]["passage"]) for e in data] == [(e["id"], e["passage"]) for e in own]
+            assert [bool(e["content"]) for e in data] == [texts] * 3
+            assert [e["score"] is not None for e in data] == [scored] * 3
+            if texts:
+                assert [e["content"][0]["text"] for e in data] == [e["text"] for e in own]
+            short = served.ask(path, {"query": [TEXTS[0]], "max_num_results": 1, "model": None}).body["data"]
+            assert [e["file_id"] for e in short] == [own[0]["id"]]
+            said(served.ask(path, {"query": TEXTS[0], "max_num_results": 9, "model": None}), 400, "finds 3")
+            said(served.ask(path, {"query": TEXTS[:2], "model": None}), 400, "query")
+            said(served.ask(path, {"query": TEXTS[0], "filters": {"a": 1}, "model": None}), 400, "filters")
+            other = served.ask("/v1/vector_stores/other/search", {"query": TEXTS[0], "model": None})
+            said(other, 404, "no such model")
+            said(served.ask("/v1/embeddings", {"input": "a"}), 400, "search")
 
 
 def test_classify(tmp_path: Path) -> None:

@@ -12,6 +12,10 @@ import pytest
 import torch
 
 import secure
+from secure.models.index import build_index, write_index
+from secure.models.passages import TextDocument
+from secure.models.settings import PASSAGES_SCORES
+from secure.models.text import load_text_model
 from tests.heads import write_head
 from tests.proxies import ServedProxy, running
 from tests.tiny import WORDS, write_model
@@ -130,6 +134,22 @@ def test_openai_completes(writer: Any, writes: ServedProxy, written: str) -> Non
     given = {"model": writes.model, "prompt": PROMPT, "max_tokens": COUNT, "extra_body": {"ignore_eos": True}}
     assert writer.completions.create(**given).choices[0].text == written
     assert "".join(each.choices[0].text for each in writer.completions.create(stream=True, **given)) == written
+
+
+def test_openai_searches(tmp_path: Path) -> None:
+    """A vector store of the official client, in which the server searches without seeing the question."""
+    module = pytest.importorskip("openai")
+    model = str(write_model(tmp_path / "m"))
+    documents = [TextDocument(f"doc/{i}", " ".join(WORDS[i : i + 5])) for i in range(0, 12, 2)]
+    made, _ = build_index(model, load_text_model(model), documents, length=8, overlap=1)
+    write_index(made, tmp_path / "index")
+    index, reveal = str(tmp_path / "index"), PASSAGES_SCORES
+    with running(secure.compile_text_model(model, 8, index=index, top=3, reveal=reveal)) as served:
+        (own,) = served.session.search([TEXTS[0]])
+        client = module.OpenAI(base_url=served.url, api_key=served.token)
+        found = list(client.vector_stores.search(served.model, query=TEXTS[0], max_num_results=2))
+        assert [(each.filename, each.content[0].text) for each in found] == [(e["id"], e["text"]) for e in own[:2]]
+        assert [each.score for each in found] == pytest.approx([each["score"] for each in own[:2]], abs=2e-3)
 
 
 # LangChain

@@ -141,6 +141,20 @@ def classes(found: Sequence[Counted], model: str, settings: TaskSettings) -> Doc
     }
 
 
+def found(question: str, passages: Sequence[Mapping[str, Any]]) -> Document:
+    """Return the passages that answer a question, as OpenAI's vector stores do; scores null, or no texts, where the
+    owner of the index reveals none.
+    """
+    data = list[Document]()
+    for each in passages:
+        content = [{"type": "text", "text": each["text"]}] if "text" in each else []
+        about = {name: each[name] for name in ("passage", "start", "end")}
+        entry = {"file_id": each["id"], "filename": each["id"], "score": each["score"], "attributes": about}
+        data.append({**entry, "content": content})
+    form = {"object": "vector_store.search_results.page", "search_query": [question]}
+    return {**form, "data": data, "has_more": False, "next_page": None}
+
+
 def models(name: str, created: int) -> Document:
     """Return the list of the one model."""
     return {"object": "list", "data": [model(name, created)]}

@@ -30,8 +30,10 @@ from parties.proxy.bodies import (
     ClassifyBody,
     CompletionsBody,
     EmbeddingsBody,
+    Parameters,
     RequestRefused,
     RerankBody,
+    SearchBody,
     WritingBody,
     each_input,
     read_body,
@@ -39,13 +41,13 @@ from parties.proxy.bodies import (
 )
 from parties.proxy.metrics import HttpOutcome, Metrics
 from parties.proxy.page import check_local, learns, show
-from parties.proxy.tasks import Classification, Counted, Embedding, Reranking
+from parties.proxy.tasks import Classification, Counted, Embedding, Reranking, Searching
 from parties.proxy.workers import SessionWorkers
 from parties.proxy.writing import Ended, WrittenText
 from secure.deployments.deployment import Deployment, find
 from secure.errors import Busy, Error, InvalidInput, TokenError
 from secure.lowering.client_inputs import GENERATE
-from secure.models.heads import CLASSIFY, RERANK
+from secure.models.heads import CLASSIFY, RERANK, SEARCH
 from secure.models.settings import LABEL
 from secure.session.session import Session
 from secure.tasks.embed import Embed
@@ -62,12 +64,13 @@ ENDPOINTS = {
     Embed.name: "embeddings",
     CLASSIFY: "classify",
     RERANK: "rerank",
+    SEARCH: "search",
     GENERATE: "completions",
 }
 """The endpoint of each task; a model that names none embeds."""
 
 log = logging.getLogger("unseen.proxy")
-Kind = TypeVar("Kind", bound=Body)
+Kind = TypeVar("Kind", bound=Parameters)
 
 
 def check_servable(session: Session) -> None:
@@ -117,12 +120,13 @@ class Proxy:
 
     def app(self) -> Starlette:
         """Return the application."""
-        posts: dict[str, tuple[type[Body], Callable[[Any], Awaitable[Response]]]] = {
+        posts: dict[str, tuple[type[Parameters], Callable[[Any], Awaitable[Response]]]] = {
             "/v1/embeddings": (EmbeddingsBody, self._embeddings),
             "/v1/chat/completions": (ChatBody, self._chat),
             "/v1/completions": (CompletionsBody, self._completions),
             "/v1/rerank": (RerankBody, self._rerank),
             "/v1/classify": (ClassifyBody, self._classify),
+            "/v1/vector_stores/{name:path}/search": (SearchBody, self._search),
         }
         routes = [
             Route(path, partial(self._post, path, kind, answer), methods=["POST"])
@@ -200,12 +204,15 @@ class Proxy:
     ) -> Callable[[], Awaitable[Response]]:
         async def answered() -> Response:
             body = read_body(kind, await _read(request))
-            if body.model != self.model:
-                wrong = InvalidInput(f"{kind.named}: this proxy has no such model", f"it has {self.model!r}")
-                raise refused(wrong, status=404, param="model", code="model_not_found")
+            self._require(request.path_params["name"] if not isinstance(body, Body) else body.model, kind.named)
             return await _until_gone(request, answer(body))
 
         return answered
+
+    def _require(self, model: str, named: str) -> None:
+        if model != self.model:
+            missing = InvalidInput(f"{named}: this proxy has no such model", f"it has {self.model!r}")
+            raise refused(missing, status=404, param="model", code="model_not_found")
 
     async def _ask(self, task: Task[Any, Any], inputs: list[Any], noun: str) -> list[Counted]:
         task.fits(self.served)
@@ -251,6 +258,11 @@ class Proxy:
         task = Classification(body.long, top_k=1 if self.served.settings.reveal == LABEL else None)
         found = await self._ask(task, body.inputs, "input")
         return JSONResponse(answers.classes(found, self.model, self.served.settings))
+
+    async def _search(self, body: SearchBody) -> Response:
+        task = Searching(body.max_num_results, long=body.long, prompt=body.prompt_name)
+        ((passages, _),) = await self._ask(task, [body.question], "question")
+        return JSONResponse(answers.found(body.question, passages))
 
     async def _chat(self, body: ChatBody) -> Response:
         count = body.max_completion_tokens or body.max_tokens or self._room
@@ -332,9 +344,7 @@ class Proxy:
     # what is no task
 
     def _one_model(self, request: Request) -> Response:
-        if request.path_params["name"] != self.model:
-            missing = InvalidInput("this proxy has no such model", f"it has {self.model!r}")
-            raise refused(missing, status=404, param="model", code="model_not_found")
+        self._require(request.path_params["name"], "models")
         return JSONResponse(answers.model(self.model, self._created))
 
     def _numbers(self, request: Request) -> Response:

@@ -33,8 +33,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
+    "ranking_options": ({},),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "rewrite_query": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -59,11 +61,15 @@ def refused(error: Error, *, status: int = 400, param: str | None = None, code: 
     return RequestRefused(error, status=status, param=param, code=code)
 
 
-class Body(BaseModel):
-    """The parameters that every request has."""
+class Parameters(BaseModel):
+    """The parameters of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
     named: ClassVar[str] = ""  # how messages call the request
+
+
+class Body(Parameters):
+    """Those that say which model is asked; in other requests the path does."""
 
     model: str
 
@@ -220,7 +226,23 @@ def each_input(given: str | list[str] | list[int] | list[list[int]]) -> list[str
     return [each if isinstance(each, str) else tuple(each) for each in given]
 
 
-Kind = TypeVar("Kind", bound=Body)
+class SearchBody(Parameters):
+    """The parameters of /v1/vector_stores/{model}/search. max_num_results: by default all that the server finds."""
+
+    named: ClassVar[str] = "search"
+
+    query: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    max_num_results: Count | None = None
+    long: Cut = REFUSE  # type: ignore[assignment]
+    prompt_name: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The question."""
+        return self.query if isinstance(self.query, str) else self.query[0]
+
+
+Kind = TypeVar("Kind", bound=Parameters)
 
 
 def read_body(kind: type[Kind], raw: bytes) -> Kind:

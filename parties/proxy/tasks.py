@@ -16,6 +16,7 @@ from secure.models.tokens import TextTokenizer, library_errors
 from secure.tasks.classify import Classify
 from secure.tasks.embed import Embed
 from secure.tasks.rerank import Rerank
+from secure.tasks.search import Search
 from secure.tasks.task import Served
 
 OTHER_TOKENS = "these tokens are not those that this model's tokenizer makes of a text"
@@ -68,6 +69,14 @@ class Reranking(Rerank):
     def joined(
         self, answers: Sequence[Tensor], pieces: Sequence[Mapping[str, Tensor]], given: Any, served: Served
     ) -> Any:
+        return Counted(super().joined(answers, pieces, given, served), tokens_in(pieces))
+
+
+@dataclass(frozen=True)
+class Searching(Search):
+    """Search for the passages that answer a question."""
+
+    def joined(self, answers: Sequence[Any], pieces: Sequence[Mapping[str, Tensor]], given: Any, served: Served) -> Any:
         return Counted(super().joined(answers, pieces, given, served), tokens_in(pieces))
 
 
