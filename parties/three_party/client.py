@@ -36,7 +36,16 @@ from protocols.protocol import CircuitCost
 from protocols.three_party.endpoints import seeded_share
 from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
-from secure.errors import Busy, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError, QueryError
+from secure.errors import (
+    Busy,
+    ChangedOnTheWay,
+    Error,
+    HandshakeError,
+    InvalidInput,
+    PeerLost,
+    ProtocolError,
+    QueryError,
+)
 from secure.session.link import Ahead, Link, Report
 from secure.version import WIRE_VERSION
 
@@ -246,14 +255,17 @@ class ThreePartyLink(Link):
         self._open.close()
 
 
+_Heard = pb.AskReply | pb.Failure | grpc.RpcError | ChangedOnTheWay | None
+
+
 class _Asking:
     """One query to all parties at once: it collects their answers, or finds the party to blame if there are none."""
 
     def __init__(self, peers: Sequence[Peer], messages: Sequence[Sequence[pb.AskPart]], deadline: float) -> None:
         self._peers, self._deadline = peers[: len(messages)], deadline
-        self._heard: queue.SimpleQueue[tuple[int, pb.AskReply | grpc.RpcError | None]] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[tuple[int, _Heard]] = queue.SimpleQueue()
         self._answers: dict[int, pb.Answer] = {}
-        self._failed: dict[int, grpc.RpcError | pb.Failure | None] = {}  # in order of time; None: it gave no reason
+        self._failed: dict[int, _Heard] = {}  # in order of time; None: it gave no reason
         self._grown = time.monotonic()  # the last time that the steps of any party grew
         self._word = [self._grown] * len(messages)  # the last time that each party sent a message
         self._steps, self._waits_for = [0] * len(messages), [""] * len(messages)
@@ -266,7 +278,7 @@ class _Asking:
             for reply in call:
                 self._heard.put((party, reply))
             self._heard.put((party, None))
-        except grpc.RpcError as error:
+        except (grpc.RpcError, ChangedOnTheWay) as error:
             self._heard.put((party, error))
 
     def run(self) -> list[pb.Answer]:
@@ -287,7 +299,7 @@ class _Asking:
                 call.cancel()
         return [self._answers[party] for party in range(len(self._peers))]
 
-    def _take(self, party: int, reply: pb.AskReply | grpc.RpcError | None) -> None:
+    def _take(self, party: int, reply: _Heard) -> None:
         self._word[party] = time.monotonic()
         if not isinstance(reply, pb.AskReply):
             if party not in self._answers:
@@ -313,6 +325,9 @@ class _Asking:
             return ProtocolError(f"{peer} ended the query without an answer")
         if isinstance(error, pb.Failure):
             return failed(error, str(peer))
+        if isinstance(error, ChangedOnTheWay):
+            return error
+        assert isinstance(error, grpc.RpcError)  # as a message that is no failure is none
         try:
             with peer.calling("asking"):
                 raise error
@@ -348,7 +363,9 @@ class _Asking:
 
 
 def _distance(error: Any) -> int:
-    """Rank a party's failure by its distance from the cause: unreachable 0, a reason of its own 1, others 2."""
+    """Rank a party's failure by its distance from the cause: damage or no connection 0, a reason of its own 1, others 2."""
+    if isinstance(error, ChangedOnTheWay):
+        return 0
     if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
         return 0
     return 1 if isinstance(error, pb.Failure) and error.code != PeerLost.code else 2
