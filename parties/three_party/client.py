@@ -363,7 +363,7 @@ class _Asking:
 
 
 def _distance(error: Any) -> int:
-    """Rank a party's failure by its distance from the cause: damage or no connection 0, a reason of its own 1, others 2."""
+    """Rank a party's failure by its distance from the cause: damage, or nobody there 0, its own reason 1, others 2."""
     if isinstance(error, ChangedOnTheWay):
         return 0
     if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
