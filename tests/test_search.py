@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import secure
 from parties import deployments
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
+from parties.three_party.shared_model import share_model
 from parties.two_party.keys import mask_key
 from parties.two_party.masked_model import MaskedModel, by_file, mask_model
 from protocols import two_party as tp
@@ -48,6 +49,7 @@ from secure.tasks.closeness import Compared
 from secure.tasks.search import SameFound, Search
 from tests.dealer_key import KEY
 from tests.test_cli import Run, in_words, run
+from tests.three_parties import running
 from tests.tiny import WORDS, Ready, Served, serving, write_model
 
 for module in ("transformers", "tokenizers"):
@@ -133,6 +135,16 @@ def test_the_best_passages_are_found(deployment: Any, made: Made, model: str, in
             for each in found:
                 passage = texts[each["id"], each["passage"]]
                 assert (each["start"], each["end"], each["text"]) == (passage.start, passage.end, passage.text)
+
+
+def test_parties_that_are_services(made: Made, model: str, index: Path, tmp_path: Path) -> None:
+    """Three of them over gRPC, with weights that are shared: none of them has the passages, nor what was found."""
+    share_model(made("passages", secure.ThreeParty()), tmp_path / "shares")
+    with running(tmp_path / "shares") as parties, parties.dial() as session:
+        assert session.served.task == "search"
+        for question, found in zip(QUESTIONS[:2], session.search(QUESTIONS[:2]), strict=True):
+            check_found(found, model, read_index(index), question)
+            assert all(each["text"] for each in found)
 
 
 @pytest.mark.parametrize("reveal", ["", "passages", "ids-scores"])

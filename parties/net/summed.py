@@ -96,16 +96,16 @@ class SummedChannel(grpc.Channel):
         self._channel, self._who = channel, who
 
     def unary_unary(self, method: str, *coders: Any, **named: Any) -> Any:
-        return _Method(self._bound(self._channel.unary_unary, method, coders, named), self._who, streams=False)
+        return _SummedMethod(self._bound(self._channel.unary_unary, method, coders, named), self._who, streams=False)
 
     def unary_stream(self, method: str, *coders: Any, **named: Any) -> Any:
-        return _Method(self._bound(self._channel.unary_stream, method, coders, named), self._who, streams=True)
+        return _SummedMethod(self._bound(self._channel.unary_stream, method, coders, named), self._who, streams=True)
 
     def stream_unary(self, method: str, *coders: Any, **named: Any) -> Any:
-        return _Method(self._bound(self._channel.stream_unary, method, coders, named), self._who, streams=False)
+        return _SummedMethod(self._bound(self._channel.stream_unary, method, coders, named), self._who, streams=False)
 
     def stream_stream(self, method: str, *coders: Any, **named: Any) -> Any:
-        return _Method(self._bound(self._channel.stream_stream, method, coders, named), self._who, streams=True)
+        return _SummedMethod(self._bound(self._channel.stream_stream, method, coders, named), self._who, streams=True)
 
     @staticmethod
     def _bound(make: Callable[..., Any], method: str, coders: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -132,7 +132,7 @@ class SummedChannel(grpc.Channel):
         self.close()
 
 
-class _Method:
+class _SummedMethod:
     """A method of the service behind a SummedChannel. streams: it answers with a stream."""
 
     def __init__(self, method: Any, who: str, *, streams: bool) -> None:

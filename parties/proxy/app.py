@@ -30,7 +30,7 @@ from parties.proxy.bodies import (
     ClassifyBody,
     CompletionsBody,
     EmbeddingsBody,
-    Parameters,
+    HttpParameters,
     RequestRefused,
     RerankBody,
     SearchBody,
@@ -70,7 +70,7 @@ ENDPOINTS = {
 """The endpoint of each task; a model that names none embeds."""
 
 log = logging.getLogger("unseen.proxy")
-Kind = TypeVar("Kind", bound=Parameters)
+Kind = TypeVar("Kind", bound=HttpParameters)
 
 
 def check_servable(session: Session) -> None:
@@ -120,7 +120,7 @@ class Proxy:
 
     def app(self) -> Starlette:
         """Return the application."""
-        posts: dict[str, tuple[type[Parameters], Callable[[Any], Awaitable[Response]]]] = {
+        posts: dict[str, tuple[type[HttpParameters], Callable[[Any], Awaitable[Response]]]] = {
             "/v1/embeddings": (EmbeddingsBody, self._embeddings),
             "/v1/chat/completions": (ChatBody, self._chat),
             "/v1/completions": (CompletionsBody, self._completions),

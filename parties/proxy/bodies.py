@@ -19,7 +19,7 @@ MOST_STOPS = 16
 """Inputs of a request, as OpenAI bounds them."""
 
 ABOUT = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-"""Parameters that tell OpenAI about the caller. They change no answer, and stay here: nobody reads them."""
+"""HttpParameters that tell OpenAI about the caller. They change no answer, and stay here: nobody reads them."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -45,7 +45,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "top_p": (1,),
 }
-"""Parameters that cannot be honoured, with the values that ask for what happens anyway."""
+"""HttpParameters that cannot be honoured, with the values that ask for what happens anyway."""
 
 
 class RequestRefused(Exception):
@@ -61,14 +61,14 @@ def refused(error: Error, *, status: int = 400, param: str | None = None, code: 
     return RequestRefused(error, status=status, param=param, code=code)
 
 
-class Parameters(BaseModel):
+class HttpParameters(BaseModel):
     """The parameters of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
     named: ClassVar[str] = ""  # how messages call the request
 
 
-class Body(Parameters):
+class Body(HttpParameters):
     """Those that say which model is asked; in other requests the path does."""
 
     model: str
@@ -226,7 +226,7 @@ def each_input(given: str | list[str] | list[int] | list[list[int]]) -> list[str
     return [each if isinstance(each, str) else tuple(each) for each in given]
 
 
-class SearchBody(Parameters):
+class SearchBody(HttpParameters):
     """The parameters of /v1/vector_stores/{model}/search. max_num_results: by default all that the server finds."""
 
     named: ClassVar[str] = "search"
@@ -242,11 +242,11 @@ class SearchBody(Parameters):
         return self.query if isinstance(self.query, str) else self.query[0]
 
 
-Kind = TypeVar("Kind", bound=Parameters)
+Kind = TypeVar("Kind", bound=HttpParameters)
 
 
 def read_body(kind: type[Kind], raw: bytes) -> Kind:
-    """Read a request's body. Parameters that are null count as not given. Raises RequestRefused."""
+    """Read a request's body. HttpParameters that are null count as not given. Raises RequestRefused."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
