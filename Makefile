@@ -56,14 +56,14 @@ types: $(STAMP) ## Check types
 docs: $(STAMP) ## Build the documentation site into DOCS_OUT (site/)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(DOCS_OUT))
 
-proto: $(STAMP) ## Regenerate the gRPC stubs from proto/*.proto
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) $(PROTOS)
+proto: $(STAMP) ## Regenerate the gRPC stubs in parties/proto/ from proto/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I parties/proto=proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) $(PROTOS)
 
 proto-check: $(STAMP) ## Check that the gRPC stubs are up to date
 	@set -e; out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(MAKE) --no-print-directory -s proto PROTO_OUT="$$out"; \
-	for new in "$$out"/proto/*; do \
-	  cmp -s "$$new" "proto/$${new##*/}" || { echo "proto/$${new##*/} is out of date: run 'make proto'" >&2; exit 1; }; \
+	for new in "$$out"/parties/proto/*; do \
+	  cmp -s "$$new" "parties/proto/$${new##*/}" || { echo "parties/proto/$${new##*/} is out of date: run 'make proto'" >&2; exit 1; }; \
 	done
 
 hooks: $(STAMP) ## Install the pre-commit hooks

@@ -24,10 +24,10 @@ import grpc
 
 from benchmarks import common
 from benchmarks.common import RESULTS, Service
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import DealerStub
 from parties.tls.authority import Authority
 from parties.tls.naming import dns_of
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerStub
 
 TICK = os.sysconf("SC_CLK_TCK")
 

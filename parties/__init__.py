@@ -2,6 +2,7 @@
 
 In dependency order, one line a wing:
 
+proto/       stubs generated from the wire format
 net/         addresses, channels, frames, deadlines
 tls/         certificates, roles, pinned channels
 limits/      places, quotas and tokens of callers

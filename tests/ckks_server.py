@@ -31,15 +31,15 @@ from parties.ckks.keystore import KeyStore, keys_digest
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.frames import parts, to_frames
-from parties.services import hosting
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import (
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import (
     CkksServicer,
     ModelServicer,
     ModelStub,
     add_CkksServicer_to_server,
     add_ModelServicer_to_server,
 )
+from parties.services import hosting
 from protocols.ckks import canonical, codec
 from protocols.ckks.seal import Client, Context
 from secure.ckks.compile import CkksModel, encrypt

@@ -21,6 +21,7 @@ from safetensors.torch import save
 import secure
 from parties.limits.tokens import Token, new_holder, read_holder
 from parties.net.frames import FrameReader
+from parties.proto import unseen_pb2 as pb
 from parties.served.files import pack_masked, unpack_masked, unpack_tables
 from parties.store.entries import label_of
 from parties.store.keys import StoreKey
@@ -30,7 +31,6 @@ from parties.tls.authority import Authority
 from parties.tls.certificates import read_certificates, read_revoked
 from parties.tls.naming import Naming
 from parties.two_party.keys import open_client_key, seal_client_key
-from proto import unseen_pb2 as pb
 from protocols.ckks.canonical import InvalidCiphertext
 from protocols.prg import Key
 from protocols.protocol import Exchange

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("approximations", "protocols", "secure", "parties", "proto")
+PACKAGES = ("approximations", "protocols", "secure", "parties")
 ALLOWED = {
     # of this project; approximations use torch and nothing else
     "approximations": {"approximations"},
     "protocols": {"protocols"},
     "secure": {"approximations", "protocols", "secure"},
-    "parties": {"approximations", "protocols", "secure", "parties", "proto"},
-    "proto": {"proto"},
+    "parties": {"approximations", "protocols", "secure", "parties"},
 }
 WINGS = {
     # bottom to top; those in one bracket are siblings, which do not import one another
@@ -36,7 +35,7 @@ WINGS = {
         *(("mpc", "ckks"), ("models",), ("cost",), ("tasks",), ("session",), ("deployments",), ("training",)),
     ),
     "parties": (
-        *(("net",), ("tls", "limits"), ("services",), ("served",), ("traces",), ("store",), ("receipts",)),
+        *(("proto",), ("net",), ("tls", "limits"), ("services",), ("served",), ("traces",), ("store",), ("receipts",)),
         *(("two_party", "three_party", "ckks"), ("deployments",), ("bulk", "reports")),
         *(("cluster", "proxy", "shapes"), ("cli",)),
     ),
@@ -151,7 +150,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-ALL_FILES = [path for _, path in EVERY if path.relative_to(ROOT).parts[0] != "proto"]
+ALL_FILES = [path for _, path in EVERY]
 OURS = [path for path in ALL_FILES if path.relative_to(ROOT).parts[0] in ("secure", "parties")]
 
 
@@ -348,8 +347,6 @@ def test_nothing_is_unpickled_or_evaluated(package: str, path: Path) -> None:
 def test_packages_name_their_modules(directory: Path) -> None:
     docstring = ast.get_docstring(ast.parse((directory / "__init__.py").read_text(encoding="utf-8"))) or ""
     for entry in sorted(directory.iterdir()):
-        if entry.suffix == ".proto":
-            assert entry.name in docstring
         if entry.suffix == ".py" and entry.stem not in ("__init__", "__main__") and "_pb2" not in entry.stem:
             # at the start of a line of its own, or in the list that starts one
             assert re.search(rf"^(\w+, )*{entry.stem}\b", docstring, re.MULTILINE), entry.name

@@ -20,10 +20,10 @@ pytest.importorskip("tokenizers")
 
 from parties.cli import console
 from parties.net.caller import Caller
+from parties.proto import unseen_pb2 as pb
 from parties.served.described import ask_description
 from parties.served.files import unpack_masked
 from parties.two_party.dealer import DealerService
-from proto import unseen_pb2 as pb
 from protocols.circuit import Instruction, deal, total_cost
 from protocols.protocol import Protocol
 from protocols.two_party import Compare, Input, Open

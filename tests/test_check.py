@@ -21,19 +21,19 @@ from parties.limits.tokens import Token
 from parties.net.caller import permit
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import (
+    DealerServicer,
+    ModelServicer,
+    add_DealerServicer_to_server,
+    add_ModelServicer_to_server,
+)
 from parties.served.files import state_directory
 from parties.services import hosting, status
 from parties.services.status import StatusService
 from parties.tls.authority import Authority
 from parties.tls.tls import Tls
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import (
-    DealerServicer,
-    ModelServicer,
-    add_DealerServicer_to_server,
-    add_ModelServicer_to_server,
-)
 from secure.deployments.deployment import deployments
 from secure.version import WIRE_VERSION
 from tests.dealer_key import KEY

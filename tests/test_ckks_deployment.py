@@ -28,8 +28,8 @@ from parties.ckks.keystore import KeyStore
 from parties.net.endpoints import Endpoint
 from parties.net.frames import PART
 from parties.net.summed import SummedChannel
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import CkksStub, add_CkksServicer_to_server
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import CkksStub, add_CkksServicer_to_server
 from protocols.ckks import canonical
 from protocols.ckks.evaluate import EncodedWeights
 from protocols.ckks.seal import Client, Context, key_forms, split_keys

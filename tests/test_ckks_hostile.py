@@ -26,7 +26,7 @@ from parties.ckks.limits import limit, limit_time
 from parties.ckks.room import Kept, surplus
 from parties.limits import waiting
 from parties.net.caller import Caller
-from proto import unseen_pb2 as pb
+from parties.proto import unseen_pb2 as pb
 from protocols.ckks.seal import Client
 from secure.errors import Error, QueryError
 from tests import ckks_server

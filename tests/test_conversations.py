@@ -16,6 +16,8 @@ from parties.limits import memory
 from parties.limits.memory import PreparedMemory
 from parties.limits.quotas import PREPARATIONS
 from parties.net.network import Plaintext
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import add_InferenceServicer_to_server
 from parties.served.published import Publication, Published
 from parties.services.dealing import DealtModel
 from parties.two_party import server as server_module
@@ -33,8 +35,6 @@ from parties.two_party.keys import Ratchet, deal_proof, proving_key
 from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.server import InferenceService
 from parties.two_party.stocked import memory_of, receive_together
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import add_InferenceServicer_to_server
 from protocols.circuit import Instruction, correction_places
 from protocols.prg import Key
 from protocols.two_party import Input, KeptRows, Publish

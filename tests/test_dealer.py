@@ -21,6 +21,8 @@ from parties.net.endpoints import Endpoint
 from parties.net.frames import to_chunks
 from parties.net.network import Plaintext
 from parties.net.summed import SummedChannel
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import DealerServicer, DealerStub, ModelStub
 from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
@@ -30,8 +32,6 @@ from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import close_proof, model_name, proving_key, renew_proof
 from parties.two_party.sealing import SEALED_BYTES, DealerKey, SealingKey, answer_proof, fingerprint_of, transcript
 from parties.two_party.server import InferenceService
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerServicer, DealerStub, ModelStub
 from protocols.prg import fresh_seed
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import DealerError, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError

@@ -18,11 +18,11 @@ pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART, chunk_data
 from parties.net.network import Plaintext
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import ModelStub
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.server import InferenceService
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import ModelStub
 from secure.errors import DealerError, Error, PeerLost, ProtocolError
 from secure.session.session import Session
 from tests.dealer_key import KEY

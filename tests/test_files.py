@@ -22,13 +22,13 @@ from safetensors.torch import load, save
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from parties.proto import unseen_pb2 as pb
 from parties.served import described, files
 from parties.served.files import MASKED_WEIGHTS, describe, fetch, store, unpack_masked
 from parties.two_party import client as client_module
 from parties.two_party import server as server_module
 from parties.two_party.keys import model_name
 from parties.two_party.masked_model import guarded_root_seed, load_root_seed, mask_model
-from proto import unseen_pb2 as pb
 from protocols.prg import derive_key, derive_seed
 from secure.capture.documents import HEADER
 from secure.errors import DownloadError, Error

@@ -18,9 +18,9 @@ from parties.net.calls import answering, calling
 from parties.net.endpoints import Endpoint, is_loopback
 from parties.net.frames import PART, FrameReader, chunk_data, field_data, parts, to_chunks, to_frames
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2 import Frame
 from parties.two_party.keys import MAXIMUM_QUERY, Burnt, mask_key, query_key
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2 import Frame
 from secure.errors import DealerError, EndpointError, Error, PeerLost, QueryError, from_code, kinds, printable
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART
-from proto import unseen_pb2 as pb
+from parties.proto import unseen_pb2 as pb
 from tests.tiny import FIRST, Raw, Ready, Served, refused, works
 
 

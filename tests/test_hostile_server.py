@@ -18,8 +18,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.proto import unseen_pb2 as pb
 from parties.two_party.server import InferenceService
-from proto import unseen_pb2 as pb
 from secure.errors import HandshakeError, InputTooLong, InvalidInput
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.mpc.program import Program

@@ -19,12 +19,12 @@ pytest.importorskip("tokenizers")
 import secure
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
+from parties.proto import unseen_pb2 as pb
 from parties.served.published import Published
 from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.server import InferenceService
-from proto import unseen_pb2 as pb
 from secure.cost.traffic import Traffic
 from secure.deployments.two_party import TwoParty
 from secure.errors import (

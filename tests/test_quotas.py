@@ -26,12 +26,12 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
 from parties.net.summed import SummedChannel
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
 from parties.served.files import state_directory
 from parties.services import hosting
 from parties.tls.authority import Authority
 from parties.tls.tls import Tls
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyServicer, PartyStub, add_PartyServicer_to_server
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import EndpointError, InvalidInput, QuotaError, TokenError
 from tests.test_cli import Run, in_words, run

@@ -21,12 +21,12 @@ from parties.cli.main import app
 from parties.net import recorded
 from parties.net.frames import PART, to_frames
 from parties.net.recorded import Record
+from parties.proto import unseen_pb2 as pb
 from parties.receipts.receipt import Receipt
 from parties.receipts.walk import frames
 from parties.reports.verified import asked_for, found_in, verify
 from parties.two_party.keys import MAXIMUM_STEPS
 from parties.two_party.masked_model import MaskedModel
-from proto import unseen_pb2 as pb
 from secure.errors import InvalidInput, ReceiptError
 from tests import ckks_server, test_conversations
 from tests.dealer_key import KEY

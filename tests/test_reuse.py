@@ -12,13 +12,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.frames import chunk_data, to_frames
+from parties.proto import unseen_pb2 as pb
 from parties.two_party import client as client_module
 from parties.two_party import keys as keys_module
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.keys import MAXIMUM_QUERY, MAXIMUM_SKIP, Ratchet, join_proof, model_name
 from parties.two_party.sealing import SealingKey
-from proto import unseen_pb2 as pb
 from protocols.prg import next_seed
 from secure.cost.timeline import Recorder
 from secure.errors import PeerLost, QueryError

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import secure
 from parties import deployments
+from parties.proto import unseen_pb2 as pb
 from parties.served import described as described_module
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.two_party.keys import mask_key
 from parties.two_party.masked_model import mask_models
-from proto import unseen_pb2 as pb
 from protocols.prg import fresh_seed
 from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation

@@ -15,10 +15,10 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
 from parties.net.summed import SummedChannel
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import StatusStub
 from parties.services import hosting, status
 from parties.services.status import ask_status, owner_tag
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import StatusStub
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import InvalidInput, PeerLost
 from secure.version import WIRE_VERSION

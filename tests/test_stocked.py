@@ -22,6 +22,7 @@ from parties.limits import memory as memory_module
 from parties.limits.memory import PreparedMemory
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
+from parties.proto import unseen_pb2 as pb
 from parties.store import filler as filler_module
 from parties.store.database import DatabaseStore
 from parties.store.entries import ENTRY_BYTES, Store
@@ -47,7 +48,6 @@ from parties.two_party.keys import (
 from parties.two_party.sealing import answer_proof
 from parties.two_party.server import InferenceService
 from parties.two_party.stocked import Stocked
-from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, ReadWhenUsed, deal, execute, prepare, split_corrections
 from protocols.prg import Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER

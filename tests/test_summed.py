@@ -17,8 +17,8 @@ from parties.net.calls import calling
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.net.summed import SUM_BYTES, MethodSums
+from parties.proto import unseen_pb2 as pb
 from parties.services.guard import Guard
-from proto import unseen_pb2 as pb
 from secure.errors import ChangedOnTheWay
 
 SUMS = MethodSums("/unseen.Inference/Session")

@@ -20,14 +20,14 @@ pytest.importorskip("tokenizers")
 
 from parties.net.caller import Caller
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.three_party.agreement import KeyOfCallee
 from parties.three_party.conversations import WantedProgram
 from parties.three_party.pair_keys import PairKey, PairSeed
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from secure.errors import Error, HandshakeError, PeerLost
 from secure.version import WIRE_VERSION
 from tests.three_parties import Party, Three, hosted, running, shared

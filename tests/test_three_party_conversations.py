@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 
 import secure
 from parties.limits.memory import PreparedMemory
+from parties.proto import unseen_pb2 as pb
 from parties.served.described import ask_description
 from parties.three_party import conversations as module
 from parties.three_party.client import ThreePartyLink, _PartyText
@@ -28,7 +29,6 @@ from parties.three_party.pair_keys import PairKey
 from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import MANIFEST, PROGRAMS, WEIGHTS, load_share, share_model
-from proto import unseen_pb2 as pb
 from protocols.protocol import Opening
 from secure.deployments.three_party import PARTIES
 from secure.errors import (

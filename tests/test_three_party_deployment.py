@@ -21,6 +21,8 @@ pytest.importorskip("tokenizers")
 
 import secure
 from parties.net.frames import to_frames
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.served.described import ask_description
 from parties.three_party import client, party_0, party_1, party_2
 from parties.three_party.asked import Asked
@@ -32,8 +34,6 @@ from parties.three_party.party_0 import Party0Service
 from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import MANIFEST, PROGRAM, SEEDS, TABLE, WEIGHTS, load_share, share_model
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from protocols.prg import Key
 from secure.cost.traffic import ONLINE
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty

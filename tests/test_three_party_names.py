@@ -17,12 +17,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import secure
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.served.described import ask_description
 from parties.served.files import TOKEN_TABLE
 from parties.three_party import client
 from parties.three_party.shared_model import MANIFEST, SALT, TABLE, TOKENIZER, WEIGHTS, load_share, public_name
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from secure.capture.tensor_files import write_tensors
 from secure.deployments.three_party import ThreeParty
 from secure.errors import DownloadError, HandshakeError, ShareError

@@ -19,10 +19,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART
+from parties.proto import unseen_pb2 as pb
 from parties.three_party import party as party_module
 from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, WAITING
 from parties.three_party.party_1 import Party1Service
-from proto import unseen_pb2 as pb
 from secure.errors import Error, PeerLost
 from secure.version import WIRE_VERSION
 from tests.three_parties import Party, Three, call, running, shared

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from parties.proto import unseen_pb2 as pb
 from parties.store import filler as filler_module
 from parties.store.database import DatabaseStore
 from parties.store.entries import Store
@@ -23,7 +24,6 @@ from parties.store.sealed import sealed_size
 from parties.three_party.agreement import KeyOfCaller
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share
-from proto import unseen_pb2 as pb
 from secure.errors import Error
 from tests.three_parties import Three, running, shared
 from tests.tiny import TEXT, expected, wait_until

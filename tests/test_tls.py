@@ -31,14 +31,14 @@ from parties.net.caller import Caller, caller, permit
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import DealerServicer, DealerStub, add_DealerServicer_to_server
 from parties.services import hosting
 from parties.tls.authority import Authority
 from parties.tls.choice import network_of
 from parties.tls.naming import Naming
 from parties.tls.tls import Tls
 from parties.two_party.dealer import DealerService
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerServicer, DealerStub, add_DealerServicer_to_server
 from secure.deployments.three_party import ThreeParty
 from secure.deployments.two_party import CLIENT, DEALER, SERVER, TwoParty
 from secure.errors import EndpointError, HandshakeError, InvalidInput, PeerLost, TlsError

@@ -31,11 +31,11 @@ from parties.net.calls import AFTER, CODE, failed, failure, refusal
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
 from parties.net.peer import Peer
+from parties.proto import unseen_pb2 as pb
 from parties.services import hosting
 from parties.services.draining import Draining
 from parties.services.status import Answered, ask_status
 from parties.two_party.server import InferenceService
-from proto import unseen_pb2 as pb
 from secure.deployments.deployment import deployments
 from secure.errors import (
     LEAST_AFTER,

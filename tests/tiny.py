@@ -23,6 +23,14 @@ from parties.limits import waiting
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.network import Plaintext
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import (
+    DealerStub,
+    InferenceStub,
+    add_DealerServicer_to_server,
+    add_InferenceServicer_to_server,
+    add_ModelServicer_to_server,
+)
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.served.published import Publication, Published
 from parties.services import hosting
@@ -35,14 +43,6 @@ from parties.two_party.keys import deal_proof as proof_of_dealing
 from parties.two_party.masked_model import MaskedModel, mask_model
 from parties.two_party.sealing import SealingKey
 from parties.two_party.server import InferenceService
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import (
-    DealerStub,
-    InferenceStub,
-    add_DealerServicer_to_server,
-    add_InferenceServicer_to_server,
-    add_ModelServicer_to_server,
-)
 from protocols.circuit import Correlations, execute, prepare
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CLIENT

@@ -22,10 +22,10 @@ from parties.net.frames import FrameReader, parts, to_frames
 from parties.net.peer import Peer
 from parties.net.secret_files import read_secret
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import CkksStub
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.served.files import store
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import CkksStub
 from protocols.ckks.canonical import InvalidCiphertext
 from protocols.ckks.circuit import Vector
 from protocols.ckks.seal import Client, Context, key_names

@@ -17,12 +17,12 @@ from parties.ckks.evaluators import Evaluators
 from parties.ckks.prescribed import prescribed
 from parties.ckks.server import CkksService
 from parties.net.network import Network
+from parties.proto.unseen_pb2_grpc import add_CkksServicer_to_server, add_ModelServicer_to_server
 from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.files import TOKEN_TABLE, state_directory
 from parties.served.published import Publication, Published
 from parties.services.hosting import HostOptions, Parts
-from proto.unseen_pb2_grpc import add_CkksServicer_to_server, add_ModelServicer_to_server
 from secure.ckks.compile import CkksModel
 from secure.ckks.profile import summary
 from secure.ckks.program import CkksProgram

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from parties.net.frames import parts
+from parties.proto import unseen_pb2 as pb
 from parties.receipts.described import DescriptionMessages
 from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
-from proto import unseen_pb2 as pb
 from secure.ckks.program import CkksProgram
 from secure.deployments.ckks import SERVER
 

@@ -24,8 +24,8 @@ from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering, failure, unexpected
 from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import CkksServicer
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import CkksServicer
 from protocols.wire import FrameError
 from secure.ckks.program import CkksProgram
 from secure.deployments.ckks import CLIENT

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import grpc
 
-from proto import unseen_pb2 as pb
+from parties.proto import unseen_pb2 as pb
 
 Permissions = Mapping[str, frozenset[str]]
 """The roles that may call a method, by its full name: "/unseen.v3.Dealer/Register" -> {"server"}."""
@@ -57,7 +57,7 @@ def address(context: grpc.ServicerContext) -> str:
 
 
 def permit(service: str, **methods: Iterable[str]) -> Permissions:
-    """Say which roles may call each method of a service of ``proto``. A method that is not named may be called by none.
+    """Say which roles may call each method of a service. A method that is not named may be called by none.
 
     Raises KeyError for a service or a method that does not exist.
     """

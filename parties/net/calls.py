@@ -10,7 +10,7 @@ from typing import NoReturn
 import grpc
 
 from parties.net.endpoints import Endpoint
-from proto import unseen_pb2 as pb
+from parties.proto import unseen_pb2 as pb
 from secure.errors import (
     Busy,
     ChangedOnTheWay,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from proto.unseen_pb2 import Chunk, Frame
+from parties.proto.unseen_pb2 import Chunk, Frame
 from protocols.wire import FrameError
 
 PART = 1 << 20

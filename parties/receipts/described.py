@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from parties.proto import unseen_pb2 as pb
 from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Walk
-from proto import unseen_pb2 as pb
 from secure.session.link import digest_of_all
 
 MOST_FILES = 2

@@ -12,10 +12,10 @@ from parties.deployments import hosted
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import ModelStub
 from parties.receipts.receipt import Receipt
 from parties.tls.choice import network_of
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import ModelStub
 from secure.capture.documents import MAXIMUM_BYTES
 from secure.deployments.deployment import find
 from secure.errors import HandshakeError, InvalidInput, ReceiptError

@@ -12,9 +12,9 @@ from torch import Tensor
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
 from parties.net.watchdog import check_deadline
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import ModelStub
 from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, tables_size, unpack_tables
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import ModelStub
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
 from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable

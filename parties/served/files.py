@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from proto.unseen_pb2 import File
+from parties.proto.unseen_pb2 import File
 from protocols import ring, wire
 from protocols.wire import Wire
 from secure.capture.documents import header_size, read_tensors

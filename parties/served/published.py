@@ -14,9 +14,9 @@ from parties.net.caller import CLIENT, Permissions, permit
 from parties.net.calls import answering
 from parties.net.frames import parts
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import ModelServicer
 from parties.served.files import describe
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import ModelServicer
 from secure.deployments.deployment import Deployment
 from secure.errors import DownloadError
 from secure.models.tokens import TextTokenizer

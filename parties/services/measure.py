@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from parties.net.endpoints import Endpoint
 from parties.net.frames import FrameReader, to_frames
 from parties.net.network import Plaintext
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
 from parties.services import hosting
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import InferenceServicer, InferenceStub, add_InferenceServicer_to_server
 from secure.cost.kernel_times import evict_caches
 from secure.cost.projection import Transport
 from secure.errors import Error

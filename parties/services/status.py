@@ -20,8 +20,8 @@ import grpc
 from parties.net.caller import permit
 from parties.net.calls import answering
 from parties.net.peer import Peer
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import StatusServicer, StatusStub, add_StatusServicer_to_server
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import StatusServicer, StatusStub, add_StatusServicer_to_server
 from secure.errors import ProtocolError, printable
 from secure.version import WIRE_VERSION
 

@@ -45,10 +45,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from parties.net.caller import Caller
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.three_party.pair_keys import PairKey, other_seed
 from parties.three_party.shared_model import PartyShare
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from secure.deployments.three_party import PARTIES
 from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, printable
 from secure.version import WIRE_VERSION

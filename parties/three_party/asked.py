@@ -8,9 +8,9 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from parties.proto import unseen_pb2 as pb
 from parties.three_party.conversations import PartyConversation, WantedProgram
 from parties.three_party.shared_model import SharedProgram
-from proto import unseen_pb2 as pb
 from secure.errors import Error, PeerLost
 
 BEAT = 1.0  # seconds between two messages to a client that waits

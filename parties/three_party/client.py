@@ -23,13 +23,13 @@ from torch import Tensor
 from parties.net.calls import failed
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.three_party.conversations import AGAIN, NAME_BYTES, OWNER_BYTES, WantedProgram
 from parties.three_party.party import SESSION_BYTES
 from parties.three_party.party_1 import input_key
 from parties.three_party.shared_model import public_name
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from protocols import ring, wire
 from protocols.prg import fresh_seed
 from protocols.protocol import CircuitCost

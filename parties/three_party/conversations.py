@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from parties.limits.memory import PreparedMemory, memory_budget
 from parties.limits.seats import Seat, Seats
+from parties.proto import unseen_pb2 as pb
 from parties.services.repeating import Repeating
 from parties.three_party.pair_keys import PairKey
-from proto import unseen_pb2 as pb
 from protocols.protocol import Opening
 from protocols.two_party import KeptRows
 from secure.errors import QueryError
@@ -38,7 +38,7 @@ AGAIN = "begin the text again"
 
 
 class WantedProgram(NamedTuple):
-    """The Program that a query computes, and its place, see ``proto``. conversation: b"" if it stands for itself."""
+    """The Program that a query computes, and its place, see ``Wanted``. conversation: b"" if it stands for itself."""
 
     program_digest: str
     conversation: bytes = b""

@@ -12,6 +12,7 @@ from parties.limits.memory import memory_said
 from parties.net.caller import permit
 from parties.net.network import Network
 from parties.net.peer import Peer
+from parties.proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer_to_server
 from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.published import Publication, Published
@@ -26,7 +27,6 @@ from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.prescribed import prescribed
 from parties.three_party.shared_model import PartyShare, SharedProgram, load_share
-from proto.unseen_pb2_grpc import add_ModelServicer_to_server, add_PartyServicer_to_server
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput

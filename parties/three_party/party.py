@@ -20,13 +20,13 @@ from parties.net.calls import answering, failure, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyServicer
 from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked
 from parties.three_party.conversations import OWNER_BYTES, PartyConversations, WantedProgram, kept_of
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.shared_model import PartyShare, SharedProgram
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyServicer
 from protocols import wire
 from protocols.three_party import SharedLinear
 from protocols.three_party.endpoints import Coins, LookedUp

@@ -24,6 +24,8 @@ from parties.net.calls import failed, failure, unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.store.entries import Store, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
@@ -35,8 +37,6 @@ from parties.three_party.party_2 import query_key, sketch_key, supply_seal
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare, SharedProgram
 from parties.three_party.supply import NUMBER_BYTES, Arriving, Stock, StoredSupply, checked, silent
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from protocols import wire
 from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES

@@ -15,6 +15,8 @@ from parties.net.calls import failed, failure, unexpected
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.three_party.asked import Asked
 from parties.three_party.conversations import WantedProgram
 from parties.three_party.pair_keys import PairKey
@@ -22,8 +24,6 @@ from parties.three_party.party import PartyService
 from parties.three_party.party_2 import check_seed, query_key, sketch_key
 from parties.three_party.sealed_rounds import Rounds
 from parties.three_party.shared_model import PartyShare, SharedProgram
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import PartyStub
 from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES, Key, derive_key
 from protocols.three_party.endpoints import seeded_share

@@ -18,6 +18,7 @@ from parties.net.caller import Caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
 from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
 from parties.store.memory import MemoryStore
@@ -27,7 +28,6 @@ from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.party import PartyService
 from parties.three_party.shared_model import PartyShare, SharedProgram
 from parties.three_party.supply import NUMBER_BYTES
-from proto import unseen_pb2 as pb
 from protocols import wire
 from protocols.circuit import deal
 from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from parties.proto import unseen_pb2 as pb
 from parties.receipts.described import DescriptionMessages
 from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
 from parties.three_party.conversations import NAME_BYTES, OWNER_BYTES, WantedProgram
 from parties.three_party.party import SESSION_BYTES
-from proto import unseen_pb2 as pb
 from protocols.prg import SEED_BYTES
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.mpc.program import Program

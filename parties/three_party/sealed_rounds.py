@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parties.net.frames import FrameReader
+from parties.proto import unseen_pb2 as pb
 from parties.three_party.pair_keys import PairKey, Seal
 from parties.three_party.shared_model import PartyShare, SharedProgram
-from proto import unseen_pb2 as pb
 from protocols.circuit import Correlations, Observer, Part, execute
 from protocols.protocol import Weights
 from protocols.steps import Framed

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from parties.net.frames import PART
+from parties.proto import unseen_pb2 as pb
 from parties.store.entries import Taken
 from parties.three_party.asked import Progress
 from parties.three_party.pair_keys import Seal
-from proto import unseen_pb2 as pb
 from protocols.circuit import Circuit, ReadWhenUsed, correction_places
 from protocols.prg import SEED_BYTES
 from secure.deployments.three_party import PARTIES

@@ -24,14 +24,14 @@ from parties.net.calls import failed, named_refusal, refusal
 from parties.net.frames import FrameReader, to_frames
 from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import InferenceStub
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import masked_size, unpack_masked
 from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place, most_together
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
 from parties.two_party.masked_model import by_file
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import InferenceStub
 from protocols.circuit import Correlations, execute, prepare_together
 from protocols.prg import Key, fresh_seed
 from protocols.protocol import CLIENT

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from proto import unseen_pb2 as pb
+from parties.proto import unseen_pb2 as pb
 from protocols.two_party import KeptRows
 from secure.errors import QueryError
 from secure.mpc.program import Program
@@ -22,7 +22,7 @@ IN_MEMORY = 512 << 20  # bytes of one query's corrections; more lie in a file un
 
 
 class Place(NamedTuple):
-    """The place of a query in a conversation, see ``proto``: part of what its keys are derived from."""
+    """The place of a query in a conversation, see ``Place``: part of what its keys are derived from."""
 
     program_digest: str
     first: int

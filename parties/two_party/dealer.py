@@ -30,6 +30,8 @@ from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import DealerServicer
 from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.store.entries import ENTRY_BYTES, Store
 from parties.store.memory import MemoryStore
@@ -53,8 +55,6 @@ from parties.two_party.keys import (
     stock_proof,
 )
 from parties.two_party.sealing import SealingKey, answer_proof
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerServicer
 from protocols.prg import KEY_BYTES, Key
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError

@@ -14,6 +14,8 @@ from parties.net.endpoints import Endpoint
 from parties.net.frames import chunk_data
 from parties.net.network import Network
 from parties.net.peer import Peer
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import DealerStub
 from parties.served.files import state_directory
 from parties.two_party.conversations import Place
 from parties.two_party.keys import (
@@ -26,8 +28,6 @@ from parties.two_party.keys import (
     stock_proof,
 )
 from parties.two_party.sealing import PUBLIC_FILE, DealerKey, answer_proof, fingerprint_of
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import DealerStub
 from protocols.prg import fresh_seed
 from secure.deployments.two_party import DEALER
 from secure.errors import DealerError

@@ -23,6 +23,11 @@ from parties.limits.memory import (
 from parties.limits.quotas import Spend, unlimited
 from parties.limits.turns import Turns
 from parties.net.network import Network
+from parties.proto.unseen_pb2_grpc import (
+    add_DealerServicer_to_server,
+    add_InferenceServicer_to_server,
+    add_ModelServicer_to_server,
+)
 from parties.receipts.receipt import Receipt
 from parties.served.described import ConnectOptions
 from parties.served.files import state_directory
@@ -42,11 +47,6 @@ from parties.two_party.prescribed import prescribed
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
 from parties.two_party.stocked import Stocked, memory_of, spooled_of
-from proto.unseen_pb2_grpc import (
-    add_DealerServicer_to_server,
-    add_InferenceServicer_to_server,
-    add_ModelServicer_to_server,
-)
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty

@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 
+from parties.proto import unseen_pb2 as pb
 from parties.receipts.described import DescriptionMessages
 from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
 from parties.two_party.conversations import Place, most_together, places_of
 from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_QUERY, MAXIMUM_STEPS, SESSION_BYTES
 from parties.two_party.sealing import SEALED_BYTES
-from proto import unseen_pb2 as pb
 from secure.cost.count import profile
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import QueryError, ReceiptError

@@ -33,6 +33,8 @@ from parties.net.caller import Permissions, caller, permit
 from parties.net.calls import failure, unexpected
 from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
+from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import InferenceServicer
 from parties.services.draining import going_away
 from parties.services.repeating import Repeating
 from parties.traces.trace_file import TraceDirectory
@@ -41,8 +43,6 @@ from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_STEPS, Burnt, Ratchet, proving_key, session_label
 from parties.two_party.masked_model import MaskedModel
 from parties.two_party.stocked import Stocked, memory_of, receive, receive_together, spooled_of
-from proto import unseen_pb2 as pb
-from proto.unseen_pb2_grpc import InferenceServicer
 from protocols.circuit import Correlations, execute
 from protocols.prg import fresh_seed
 from protocols.protocol import SERVER

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parties.proto import unseen_pb2 as pb
 from parties.store.entries import Store, Taken, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
@@ -18,7 +19,6 @@ from parties.two_party.conversations import IN_MEMORY as IN_MEMORY
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import entry_proving_key, server_entry_key
 from parties.two_party.masked_model import MaskedModel
-from proto import unseen_pb2 as pb
 from protocols.circuit import Circuit, Correlations, ReadWhenUsed, correction_places, split_corrections
 from protocols.prg import KEY_BYTES, Key
 from protocols.protocol import SERVER

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from proto import unseen_pb2 as proto_dot_unseen__pb2
+from parties.proto import unseen_pb2 as parties_dot_proto_dot_unseen__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in proto/unseen_pb2_grpc.py depends on'
+        + ' but the generated code in parties/proto/unseen_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -38,13 +38,13 @@ class ModelStub:
         """
         self.Describe = channel.unary_unary(
                 '/unseen.v3.Model/Describe',
-                request_serializer=proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Description.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.Description.FromString,
                 _registered_method=True)
         self.Download = channel.unary_stream(
                 '/unseen.v3.Model/Download',
-                request_serializer=proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
 
 
@@ -71,13 +71,13 @@ def add_ModelServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
-                    request_deserializer=proto_dot_unseen__pb2.DescribeRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Description.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.DescribeRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.Description.SerializeToString,
             ),
             'Download': grpc.unary_stream_rpc_method_handler(
                     servicer.Download,
-                    request_deserializer=proto_dot_unseen__pb2.DownloadRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.DownloadRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.Chunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -107,8 +107,8 @@ class Model:
             request,
             target,
             '/unseen.v3.Model/Describe',
-            proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
-            proto_dot_unseen__pb2.Description.FromString,
+            parties_dot_proto_dot_unseen__pb2.DescribeRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.Description.FromString,
             options,
             channel_credentials,
             insecure,
@@ -134,8 +134,8 @@ class Model:
             request,
             target,
             '/unseen.v3.Model/Download',
-            proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
-            proto_dot_unseen__pb2.Chunk.FromString,
+            parties_dot_proto_dot_unseen__pb2.DownloadRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -159,8 +159,8 @@ class StatusStub:
         """
         self.Check = channel.unary_unary(
                 '/unseen.v3.Status/Check',
-                request_serializer=proto_dot_unseen__pb2.CheckRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.CheckReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.CheckRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.CheckReply.FromString,
                 _registered_method=True)
 
 
@@ -179,8 +179,8 @@ def add_StatusServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Check': grpc.unary_unary_rpc_method_handler(
                     servicer.Check,
-                    request_deserializer=proto_dot_unseen__pb2.CheckRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.CheckReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.CheckRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.CheckReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -209,8 +209,8 @@ class Status:
             request,
             target,
             '/unseen.v3.Status/Check',
-            proto_dot_unseen__pb2.CheckRequest.SerializeToString,
-            proto_dot_unseen__pb2.CheckReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.CheckRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.CheckReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -235,48 +235,48 @@ class DealerStub:
         """
         self.Key = channel.unary_unary(
                 '/unseen.v3.Dealer/Key',
-                request_serializer=proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.DealerKeyReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.DealerKeyReply.FromString,
                 _registered_method=True)
         self.Register = channel.unary_unary(
                 '/unseen.v3.Dealer/Register',
-                request_serializer=proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.RegisterReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.RegisterReply.FromString,
                 _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/unseen.v3.Dealer/Renew',
-                request_serializer=proto_dot_unseen__pb2.RenewRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.RenewReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.RenewRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.RenewReply.FromString,
                 _registered_method=True)
         self.Open = channel.unary_unary(
                 '/unseen.v3.Dealer/Open',
-                request_serializer=proto_dot_unseen__pb2.OpenRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.OpenReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.OpenRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.OpenReply.FromString,
                 _registered_method=True)
         self.Join = channel.unary_unary(
                 '/unseen.v3.Dealer/Join',
-                request_serializer=proto_dot_unseen__pb2.JoinRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.JoinReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.JoinRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.JoinReply.FromString,
                 _registered_method=True)
         self.Deal = channel.unary_stream(
                 '/unseen.v3.Dealer/Deal',
-                request_serializer=proto_dot_unseen__pb2.DealRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Chunk.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.DealRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.Chunk.FromString,
                 _registered_method=True)
         self.Stock = channel.unary_stream(
                 '/unseen.v3.Dealer/Stock',
-                request_serializer=proto_dot_unseen__pb2.StockRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.StockPart.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.StockRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.StockPart.FromString,
                 _registered_method=True)
         self.Assign = channel.unary_unary(
                 '/unseen.v3.Dealer/Assign',
-                request_serializer=proto_dot_unseen__pb2.AssignRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.AssignReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.AssignRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.AssignReply.FromString,
                 _registered_method=True)
         self.Close = channel.unary_unary(
                 '/unseen.v3.Dealer/Close',
-                request_serializer=proto_dot_unseen__pb2.CloseRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.CloseReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.CloseRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.CloseReply.FromString,
                 _registered_method=True)
 
 
@@ -355,48 +355,48 @@ def add_DealerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Key': grpc.unary_unary_rpc_method_handler(
                     servicer.Key,
-                    request_deserializer=proto_dot_unseen__pb2.DealerKeyRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.DealerKeyReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.DealerKeyRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.DealerKeyReply.SerializeToString,
             ),
             'Register': grpc.unary_unary_rpc_method_handler(
                     servicer.Register,
-                    request_deserializer=proto_dot_unseen__pb2.RegisterRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.RegisterReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.RegisterRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.RegisterReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
-                    request_deserializer=proto_dot_unseen__pb2.RenewRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.RenewReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.RenewRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.RenewReply.SerializeToString,
             ),
             'Open': grpc.unary_unary_rpc_method_handler(
                     servicer.Open,
-                    request_deserializer=proto_dot_unseen__pb2.OpenRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.OpenReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.OpenRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.OpenReply.SerializeToString,
             ),
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
-                    request_deserializer=proto_dot_unseen__pb2.JoinRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.JoinReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.JoinRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.JoinReply.SerializeToString,
             ),
             'Deal': grpc.unary_stream_rpc_method_handler(
                     servicer.Deal,
-                    request_deserializer=proto_dot_unseen__pb2.DealRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Chunk.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.DealRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.Chunk.SerializeToString,
             ),
             'Stock': grpc.unary_stream_rpc_method_handler(
                     servicer.Stock,
-                    request_deserializer=proto_dot_unseen__pb2.StockRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.StockPart.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.StockRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.StockPart.SerializeToString,
             ),
             'Assign': grpc.unary_unary_rpc_method_handler(
                     servicer.Assign,
-                    request_deserializer=proto_dot_unseen__pb2.AssignRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.AssignReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.AssignRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.AssignReply.SerializeToString,
             ),
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
-                    request_deserializer=proto_dot_unseen__pb2.CloseRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.CloseReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.CloseRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.CloseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -426,8 +426,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Key',
-            proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
-            proto_dot_unseen__pb2.DealerKeyReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.DealerKeyRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.DealerKeyReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -453,8 +453,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Register',
-            proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
-            proto_dot_unseen__pb2.RegisterReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.RegisterRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.RegisterReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -480,8 +480,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Renew',
-            proto_dot_unseen__pb2.RenewRequest.SerializeToString,
-            proto_dot_unseen__pb2.RenewReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.RenewRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -507,8 +507,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Open',
-            proto_dot_unseen__pb2.OpenRequest.SerializeToString,
-            proto_dot_unseen__pb2.OpenReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.OpenRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.OpenReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -534,8 +534,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Join',
-            proto_dot_unseen__pb2.JoinRequest.SerializeToString,
-            proto_dot_unseen__pb2.JoinReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.JoinRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.JoinReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -561,8 +561,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Deal',
-            proto_dot_unseen__pb2.DealRequest.SerializeToString,
-            proto_dot_unseen__pb2.Chunk.FromString,
+            parties_dot_proto_dot_unseen__pb2.DealRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -588,8 +588,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Stock',
-            proto_dot_unseen__pb2.StockRequest.SerializeToString,
-            proto_dot_unseen__pb2.StockPart.FromString,
+            parties_dot_proto_dot_unseen__pb2.StockRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.StockPart.FromString,
             options,
             channel_credentials,
             insecure,
@@ -615,8 +615,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Assign',
-            proto_dot_unseen__pb2.AssignRequest.SerializeToString,
-            proto_dot_unseen__pb2.AssignReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.AssignRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.AssignReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -642,8 +642,8 @@ class Dealer:
             request,
             target,
             '/unseen.v3.Dealer/Close',
-            proto_dot_unseen__pb2.CloseRequest.SerializeToString,
-            proto_dot_unseen__pb2.CloseReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.CloseRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.CloseReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -667,8 +667,8 @@ class InferenceStub:
         """
         self.Session = channel.stream_stream(
                 '/unseen.v3.Inference/Session',
-                request_serializer=proto_dot_unseen__pb2.ClientMessage.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.ServerMessage.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.ClientMessage.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.ServerMessage.FromString,
                 _registered_method=True)
 
 
@@ -688,8 +688,8 @@ def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
-                    request_deserializer=proto_dot_unseen__pb2.ClientMessage.FromString,
-                    response_serializer=proto_dot_unseen__pb2.ServerMessage.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.ClientMessage.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.ServerMessage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -718,8 +718,8 @@ class Inference:
             request_iterator,
             target,
             '/unseen.v3.Inference/Session',
-            proto_dot_unseen__pb2.ClientMessage.SerializeToString,
-            proto_dot_unseen__pb2.ServerMessage.FromString,
+            parties_dot_proto_dot_unseen__pb2.ClientMessage.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.ServerMessage.FromString,
             options,
             channel_credentials,
             insecure,
@@ -744,18 +744,18 @@ class CkksStub:
         """
         self.Keys = channel.unary_unary(
                 '/unseen.v3.Ckks/Keys',
-                request_serializer=proto_dot_unseen__pb2.KeysRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.KeysRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Upload = channel.stream_stream(
                 '/unseen.v3.Ckks/Upload',
-                request_serializer=proto_dot_unseen__pb2.UploadPart.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.KeysReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.UploadPart.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.KeysReply.FromString,
                 _registered_method=True)
         self.Query = channel.stream_stream(
                 '/unseen.v3.Ckks/Query',
-                request_serializer=proto_dot_unseen__pb2.CkksRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.CkksReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.CkksRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.CkksReply.FromString,
                 _registered_method=True)
 
 
@@ -792,18 +792,18 @@ def add_CkksServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Keys': grpc.unary_unary_rpc_method_handler(
                     servicer.Keys,
-                    request_deserializer=proto_dot_unseen__pb2.KeysRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.KeysReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.KeysRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.KeysReply.SerializeToString,
             ),
             'Upload': grpc.stream_stream_rpc_method_handler(
                     servicer.Upload,
-                    request_deserializer=proto_dot_unseen__pb2.UploadPart.FromString,
-                    response_serializer=proto_dot_unseen__pb2.KeysReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.UploadPart.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.KeysReply.SerializeToString,
             ),
             'Query': grpc.stream_stream_rpc_method_handler(
                     servicer.Query,
-                    request_deserializer=proto_dot_unseen__pb2.CkksRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.CkksReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.CkksRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.CkksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -833,8 +833,8 @@ class Ckks:
             request,
             target,
             '/unseen.v3.Ckks/Keys',
-            proto_dot_unseen__pb2.KeysRequest.SerializeToString,
-            proto_dot_unseen__pb2.KeysReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.KeysRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.KeysReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -860,8 +860,8 @@ class Ckks:
             request_iterator,
             target,
             '/unseen.v3.Ckks/Upload',
-            proto_dot_unseen__pb2.UploadPart.SerializeToString,
-            proto_dot_unseen__pb2.KeysReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.UploadPart.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.KeysReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -887,8 +887,8 @@ class Ckks:
             request_iterator,
             target,
             '/unseen.v3.Ckks/Query',
-            proto_dot_unseen__pb2.CkksRequest.SerializeToString,
-            proto_dot_unseen__pb2.CkksReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.CkksRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.CkksReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -913,33 +913,33 @@ class PartyStub:
         """
         self.Ask = channel.stream_stream(
                 '/unseen.v3.Party/Ask',
-                request_serializer=proto_dot_unseen__pb2.AskPart.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.AskReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.AskPart.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.AskReply.FromString,
                 _registered_method=True)
         self.Agree = channel.stream_stream(
                 '/unseen.v3.Party/Agree',
-                request_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.AgreeMessage.FromString,
                 _registered_method=True)
         self.Compute = channel.stream_stream(
                 '/unseen.v3.Party/Compute',
-                request_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.PeerMessage.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.PeerMessage.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.PeerMessage.FromString,
                 _registered_method=True)
         self.Supply = channel.unary_stream(
                 '/unseen.v3.Party/Supply',
-                request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.SupplyPart.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.SupplyPart.FromString,
                 _registered_method=True)
         self.Contribute = channel.unary_unary(
                 '/unseen.v3.Party/Contribute',
-                request_serializer=proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.Contribution.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.Contribution.FromString,
                 _registered_method=True)
         self.Seed = channel.unary_unary(
                 '/unseen.v3.Party/Seed',
-                request_serializer=proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
-                response_deserializer=proto_dot_unseen__pb2.SeedReply.FromString,
+                request_serializer=parties_dot_proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+                response_deserializer=parties_dot_proto_dot_unseen__pb2.SeedReply.FromString,
                 _registered_method=True)
 
 
@@ -1000,33 +1000,33 @@ def add_PartyServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Ask': grpc.stream_stream_rpc_method_handler(
                     servicer.Ask,
-                    request_deserializer=proto_dot_unseen__pb2.AskPart.FromString,
-                    response_serializer=proto_dot_unseen__pb2.AskReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.AskPart.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.AskReply.SerializeToString,
             ),
             'Agree': grpc.stream_stream_rpc_method_handler(
                     servicer.Agree,
-                    request_deserializer=proto_dot_unseen__pb2.AgreeMessage.FromString,
-                    response_serializer=proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.AgreeMessage.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
             ),
             'Compute': grpc.stream_stream_rpc_method_handler(
                     servicer.Compute,
-                    request_deserializer=proto_dot_unseen__pb2.PeerMessage.FromString,
-                    response_serializer=proto_dot_unseen__pb2.PeerMessage.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.PeerMessage.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.PeerMessage.SerializeToString,
             ),
             'Supply': grpc.unary_stream_rpc_method_handler(
                     servicer.Supply,
-                    request_deserializer=proto_dot_unseen__pb2.SupplyRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.SupplyPart.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.SupplyRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.SupplyPart.SerializeToString,
             ),
             'Contribute': grpc.unary_unary_rpc_method_handler(
                     servicer.Contribute,
-                    request_deserializer=proto_dot_unseen__pb2.ContributeRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.Contribution.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.ContributeRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.Contribution.SerializeToString,
             ),
             'Seed': grpc.unary_unary_rpc_method_handler(
                     servicer.Seed,
-                    request_deserializer=proto_dot_unseen__pb2.SupplyRequest.FromString,
-                    response_serializer=proto_dot_unseen__pb2.SeedReply.SerializeToString,
+                    request_deserializer=parties_dot_proto_dot_unseen__pb2.SupplyRequest.FromString,
+                    response_serializer=parties_dot_proto_dot_unseen__pb2.SeedReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1056,8 +1056,8 @@ class Party:
             request_iterator,
             target,
             '/unseen.v3.Party/Ask',
-            proto_dot_unseen__pb2.AskPart.SerializeToString,
-            proto_dot_unseen__pb2.AskReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.AskPart.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.AskReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1083,8 +1083,8 @@ class Party:
             request_iterator,
             target,
             '/unseen.v3.Party/Agree',
-            proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
-            proto_dot_unseen__pb2.AgreeMessage.FromString,
+            parties_dot_proto_dot_unseen__pb2.AgreeMessage.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.AgreeMessage.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1110,8 +1110,8 @@ class Party:
             request_iterator,
             target,
             '/unseen.v3.Party/Compute',
-            proto_dot_unseen__pb2.PeerMessage.SerializeToString,
-            proto_dot_unseen__pb2.PeerMessage.FromString,
+            parties_dot_proto_dot_unseen__pb2.PeerMessage.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.PeerMessage.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1137,8 +1137,8 @@ class Party:
             request,
             target,
             '/unseen.v3.Party/Supply',
-            proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
-            proto_dot_unseen__pb2.SupplyPart.FromString,
+            parties_dot_proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.SupplyPart.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1164,8 +1164,8 @@ class Party:
             request,
             target,
             '/unseen.v3.Party/Contribute',
-            proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
-            proto_dot_unseen__pb2.Contribution.FromString,
+            parties_dot_proto_dot_unseen__pb2.ContributeRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.Contribution.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1191,8 +1191,8 @@ class Party:
             request,
             target,
             '/unseen.v3.Party/Seed',
-            proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
-            proto_dot_unseen__pb2.SeedReply.FromString,
+            parties_dot_proto_dot_unseen__pb2.SupplyRequest.SerializeToString,
+            parties_dot_proto_dot_unseen__pb2.SeedReply.FromString,
             options,
             channel_credentials,
             insecure,
