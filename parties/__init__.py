@@ -24,3 +24,5 @@ cli/         the command ``unseen``
 """
 
 import parties.tls.version  # noqa: F401  (gRPC reads its settings when it is imported, so this comes before)
+
+__unseen__ = True  # the mark that unseen_start looks for

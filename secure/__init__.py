@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     from parties.shapes.sentence_transformer import SentenceTransformer
     from parties.tls.tls import Tls
 
+__unseen__ = True  # the mark that unseen_start looks for
+
 __all__ = [
     "Budget",
     "Busy",

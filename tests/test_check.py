@@ -142,7 +142,7 @@ def test_nothing_is_wrong(run: Run, others: None, tmp_path: Path) -> None:
         assert ended.code == 0, ended.out
         assert "WRONG" not in ended.out
         assert f"ok    the Program: {PROGRAM}, the same everywhere" in ended.out
-        assert "unseen check: all 8 are ok" in ended.err
+        assert "unseen check: all 9 are ok" in ended.err
         served = run("check", "serve", "--listen", FREE, "--state", str(tmp_path / "state"), *at[2:])
         assert served.code == 0, served.out
         assert "ok    the owner of the dealer: another user or machine" in served.out

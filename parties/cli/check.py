@@ -16,6 +16,7 @@ import typer
 from parties import deployments
 from parties.cli.config import settings_of
 from parties.cli.console import say, write
+from parties.cli.installed import look_at_installation
 from parties.cli.needs import PLANS, Needs, starts, who
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
@@ -52,10 +53,10 @@ class Finding:
 
 
 def tried(what: str, act: Callable[[], str]) -> Finding:
-    """Do something that returns what it found; an Error is what is wrong."""
+    """Do something that returns what it found; an error in words is what is wrong."""
     try:
         return Finding(what, printable(act()))
-    except (Error, OSError) as error:
+    except (Error, OSError, ImportError) as error:
         said, _, hint = printable(str(error)).partition("\nhint: ")
         return Finding(what, said, hint or "see the message")
 
@@ -75,11 +76,16 @@ def check(
     verbs = [str(v.value) for v in Verb]
     given = [str(command)] if command else [v for v in verbs if v in settings.tables] or verbs[:1]
     findings = list[Finding]()
+
+    def note(finding: Finding) -> None:
+        findings.append(finding)
+        write("".join(f"{line}\n" for line in finding.lines()))
+
+    note(tried("the installation", look_at_installation))
     for verb in given:
         say(f"unseen check: {verb}")
         for finding in findings_of(_needs(context, verb, context.args if command else [])):
-            findings.append(finding)
-            write("".join(f"{line}\n" for line in finding.lines()))
+            note(finding)
     wrong = sum(finding.wrong for finding in findings)
     say(f"unseen check: {wrong} of {len(findings)} wrong" if wrong else f"unseen check: all {len(findings)} are ok")
     raise typer.Exit(1 if wrong else 0)

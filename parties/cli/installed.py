@@ -1,0 +1,72 @@
+"""Whether the files of this installation are as they were installed, and nobody else's."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution, distributions
+from pathlib import Path
+
+import unseen_start
+from secure.errors import InvalidInput
+from secure.version import __version__
+
+SHOWN = 3  # files that a message names
+
+
+def look_at_installation() -> str:
+    """Compare the installed files with pip's record of them, and with those of all other distributions.
+
+    Returns what was found. Raises InvalidInput if a file is another's, changed or gone. A checkout or an editable
+    installation has no record of its files: there, ``unseen_start.check`` is all.
+    """
+    unseen_start.check()
+    root = Path(unseen_start.ROOT)
+    own = _recorded(root)
+    if not own:
+        return f"unseen {__version__}, the source in {root}"
+    for other in distributions():
+        name = other.metadata["Name"]
+        if name != "unseen" and (shared := sorted(own.keys() & _names(other, root))):
+            raise InvalidInput(
+                f"{name} {other.version} has {_some(shared)} too, so that its own are overwritten, or unseen's",
+                "give unseen an environment of its own: python -m venv DIRECTORY",
+            )
+    if changed := sorted(name for name, path in own.items() if not _as_recorded(path)):
+        raise InvalidInput(
+            f"{_some(changed)} of {root} changed since unseen was installed", f"install it again: {unseen_start.AGAIN}"
+        )
+    return f"unseen {__version__} in {root}, {len(own)} files as they were installed"
+
+
+def _recorded(root: Path) -> dict[str, PackagePath]:
+    """List the files of code that pip put beside this one; none if this one is not where pip put it."""
+    try:
+        found = distribution("unseen")
+    except PackageNotFoundError:
+        return {}
+    code = (path for path in found.files or () if not path.parts[0].endswith(("..", ".dist-info")))
+    files = {str(path): path for path in code if path.hash is not None}
+    return files if "unseen_start.py" in files and Path(str(found.locate_file(""))).samefile(root) else {}
+
+
+def _names(other: Distribution, root: Path) -> set[str]:
+    """List the files of a distribution that lies in the same folder."""
+    place = Path(str(other.locate_file("")))
+    if not (place.exists() and place.samefile(root)):
+        return set()
+    return {line.partition(",")[0] for line in (other.read_text("RECORD") or "").splitlines()}
+
+
+def _as_recorded(path: PackagePath) -> bool:
+    assert path.hash is not None
+    try:
+        digest = hashlib.new(path.hash.mode, path.locate().read_bytes()).digest()
+    except OSError:
+        return False
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == path.hash.value
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
