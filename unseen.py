@@ -10,6 +10,7 @@ import unseen_start
 
 if TYPE_CHECKING:
     from secure import *  # noqa: F403
+    from secure import __all__ as __all__
 elif __name__ == "__main__":
     unseen_start.main()
 else:

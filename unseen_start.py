@@ -1,4 +1,4 @@
-"""What comes before everything else: whether Python imports our packages, and not others of the same names.
+"""The check that comes before everything else: that Python imports our packages, and not others of the same names.
 
 The names ``approximations``, ``parties``, ``protocols`` and ``secure`` are free to all. ``secure`` on PyPI is about the
 headers of web servers; whichever of the two is installed last replaces ``secure/__init__.py`` of the other, and pip
@@ -64,9 +64,10 @@ def _find(name: str) -> ModuleSpec | None:
 
 def _place(spec: ModuleSpec | None) -> str | None:
     """Name the file that Python would import; of a folder without one, the file that it would have."""
-    if spec is None or spec.origin is not None:
-        return spec and spec.origin
-    return next((os.path.join(at, "__init__.py") for at in spec.submodule_search_locations or ()), None)
+    if spec is None:
+        return None
+    folders = spec.submodule_search_locations or ()
+    return spec.origin or next((os.path.join(at, "__init__.py") for at in folders), None)
 
 
 def _same(one: str, other: str) -> bool:

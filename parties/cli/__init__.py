@@ -1,7 +1,7 @@
 """The command ``unseen``, one file a verb.
 
 check        ``unseen check``
-installed    whether the files of this installation are unseen's own, for ``unseen check``
+installed    the files of this installation, for ``unseen check``
 needs        what a command will use, for ``unseen check``
 console      the two consoles, threads, progress
 config       settings: the TOML file, environment variables, --show-config

@@ -1,4 +1,4 @@
-"""Whether the files of this installation are as they were installed, and nobody else's."""
+"""The installed files: as they were installed, or changed, or another distribution's as well."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _names(other: Distribution, root: Path) -> set[str]:
 def _as_recorded(path: PackagePath) -> bool:
     assert path.hash is not None
     try:
-        digest = hashlib.new(path.hash.mode, path.locate().read_bytes()).digest()
+        digest = hashlib.new(path.hash.mode, Path(path.locate()).read_bytes()).digest()
     except OSError:
         return False
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == path.hash.value
