@@ -98,7 +98,7 @@ def _error(name: str, place: str, message: str, hint: str) -> ImportError:
 
 def _holder(name: str, place: str) -> str | None:
     """Find the other distribution that a file was installed by, with its version."""
-    for other in sorted(set(importlib.metadata.packages_distributions().get(name, ())) - {"unseen"}):
+    for other in sorted(set(importlib.metadata.packages_distributions().get(name, ())) - {"unseen", None}):
         found = importlib.metadata.distribution(other)
         if any(_same(str(file.locate()), place) for file in found.files or () if file.parts[0] in (name, f"{name}.py")):
             return f"{other} {found.version}"
