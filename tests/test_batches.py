@@ -24,7 +24,8 @@ from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import text_inputs
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded
-from tests.test_session import HOSTS, Running, TinyText
+from tests.hosts import HOSTS, TinyText
+from tests.test_session import Running
 from tests.tiny import LENGTH, TEXT, WORDS, sentences
 
 BATCH = 3

@@ -46,9 +46,9 @@ from secure.models.text import text_inputs
 from secure.models.tokens import LONG, PIECES, TextTokenizer, tokenize
 from secure.tasks.embed import Embed
 from secure.tasks.task import Loaded, Served
+from tests.hosts import TinyText
 from tests.test_batches import compiled_for
 from tests.test_cli import COMMAND, ROOT, Run, in_words, run
-from tests.test_session import TinyText
 from tests.tiny import LENGTH, TEXT, WORDS, sentences, word_tokenizer, write_model
 from tests.tiny import Served as Hosted
 

@@ -125,7 +125,7 @@ def test_every_output_is_the_models(deployment: Deployment) -> None:
 def test_services_give_every_output(deployment: Deployment, tmp_path: Path) -> None:
     """The same over the network, where the shares of three parties' outputs lie one after the other."""
     pytest.importorskip("tokenizers")
-    from tests.test_session import HOSTS
+    from tests.hosts import HOSTS
 
     model = secure.compile(Heads(), inputs(0), calibration=[inputs(s) for s in range(1, 9)], deployment=deployment)
     with ExitStack() as stack, torch.no_grad():
