@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 import parties  # noqa: F401  (before gRPC, which takes settings for TLS when it is imported)
 from parties.served.files import state_directory
@@ -15,6 +17,10 @@ from tests.dealer_key import KEY
 if TYPE_CHECKING:
     from tests.tiny import Ready, Served
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a process a core. More threads of torch, and of what tests start, would spin while they wait for one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # which has read that variable by now
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
