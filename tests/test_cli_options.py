@@ -411,7 +411,7 @@ def test_an_ignored_option_is_noticed(run: Run, calls: Calls, tmp_path: Path, mo
     def dealer(listen: str = FREE, colour: str = "red") -> None:
         deployments.serve(role="dealer", listen=listen)
 
-    monkeypatch.setattr(main, "dealer", dealer)
+    monkeypatch.setattr("parties.cli.serve.dealer", dealer)
     test_every_option_is_read_or_refused("dealer", "", "listen", run, calls, tmp_path)
     with pytest.raises(AssertionError, match="--colour was ignored"):
         test_every_option_is_read_or_refused("dealer", "", "colour", run, calls, tmp_path)
