@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from parties.cli import (
     verify,
 )
 from parties.cli.config import NO_SETTING
+from parties.cli.verbs import Verb
 from parties.receipts.receipt import Receipt
 from parties.reports import answers
 from parties.served.compiled_files import CompiledCache
@@ -344,9 +346,19 @@ VALUES: dict[str, str] = {
 }
 
 
-def commands() -> dict[str, Any]:
+def commands() -> Mapping[str, Any]:
     group: Any = typer.main.get_command(main.app())
-    return dict(group.commands)
+    commands: Mapping[str, Any] = group.commands
+    return commands
+
+
+@pytest.fixture
+def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are made once for all tests that ask for this, none of which adds a deployment or a command."""
+    monkeypatch.setattr(Verb, "command", _command)
+
+
+_command = functools.cache(Verb.command)
 
 
 def cases() -> list[tuple[str, str, str]]:
@@ -372,7 +384,7 @@ def given(parameter: Any) -> list[str]:
 
 @pytest.mark.parametrize(("name", "deployment", "parameter"), cases())
 def test_every_option_is_read_or_refused(
-    name: str, deployment: str, parameter: str, run: Run, calls: Calls, tmp_path: Path
+    name: str, deployment: str, parameter: str, made_once: None, run: Run, calls: Calls, tmp_path: Path
 ) -> None:
     command = commands()[name]
     (tried,) = (p for p in command.params if p.name == parameter)
@@ -412,9 +424,9 @@ def test_an_ignored_option_is_noticed(run: Run, calls: Calls, tmp_path: Path, mo
         deployments.serve(role="dealer", listen=listen)
 
     monkeypatch.setattr("parties.cli.serve.dealer", dealer)
-    test_every_option_is_read_or_refused("dealer", "", "listen", run, calls, tmp_path)
+    test_every_option_is_read_or_refused("dealer", "", "listen", None, run, calls, tmp_path)
     with pytest.raises(AssertionError, match="--colour was ignored"):
-        test_every_option_is_read_or_refused("dealer", "", "colour", run, calls, tmp_path)
+        test_every_option_is_read_or_refused("dealer", "", "colour", None, run, calls, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 
 from parties.cli.config import known_settings, toml, variables
 from tests.test_cli import Run, in_words, run
-from tests.test_cli_options import FIRST, Calls, calls, commands, given
+from tests.test_cli_options import FIRST, Calls, calls, commands, given, made_once
 
-__all__ = ["calls", "run"]  # the fixtures
+__all__ = ["calls", "made_once", "run"]  # the fixtures
+
+pytestmark = pytest.mark.usefixtures("made_once")
 
 EVERY = [(name, key) for name, command in commands().items() for key in known_settings(command)]
 
