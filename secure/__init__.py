@@ -26,19 +26,9 @@ training/    training a model into polynomial form
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from protocols.fixedpoint import FixedPoint
-from secure.cost.plan import CapacityPlan, PriceList, Workload
-from secure.cost.report import ProfileReport
-from secure.cost.traffic import Cost, Traffic
-from secure.deployments.ckks import Ckks
-from secure.deployments.compare import compare
-from secure.deployments.compiled import Compiled, compile, compile_text_model, insecure_in_process, plain_reference
-from secure.deployments.deployment import Deployment
-from secure.deployments.generator import compile_generator
-from secure.deployments.three_party import ThreeParty
-from secure.deployments.two_party import TwoParty
 from secure.errors import (
     Busy,
     ChangedOnTheWay,
@@ -74,14 +64,6 @@ from secure.errors import (
     TokenError,
     UnsupportedOperation,
 )
-from secure.mpc.budget import Budget
-from secure.mpc.program import Program
-from secure.operations.sampling import sample
-from secure.polynomial.recipe import Recipe
-from secure.polynomial.swap import polynomialize
-from secure.session.generation import Generation
-from secure.session.link import Report
-from secure.session.session import Session
 from secure.version import __version__
 
 if TYPE_CHECKING:
@@ -92,6 +74,25 @@ if TYPE_CHECKING:
     from parties.shapes.pipelines import Pipeline
     from parties.shapes.sentence_transformer import SentenceTransformer
     from parties.tls.tls import Tls
+    from protocols.fixedpoint import FixedPoint
+    from secure.cost.plan import CapacityPlan, PriceList, Workload
+    from secure.cost.report import ProfileReport
+    from secure.cost.traffic import Cost, Traffic
+    from secure.deployments.ckks import Ckks
+    from secure.deployments.compare import compare
+    from secure.deployments.compiled import Compiled, compile, compile_text_model, insecure_in_process, plain_reference
+    from secure.deployments.deployment import Deployment
+    from secure.deployments.generator import compile_generator
+    from secure.deployments.three_party import ThreeParty
+    from secure.deployments.two_party import TwoParty
+    from secure.mpc.budget import Budget
+    from secure.mpc.program import Program
+    from secure.operations.sampling import sample
+    from secure.polynomial.recipe import Recipe
+    from secure.polynomial.swap import polynomialize
+    from secure.session.generation import Generation
+    from secure.session.link import Report
+    from secure.session.session import Session
 
 __unseen__ = True  # the mark that unseen_start looks for
 
@@ -265,26 +266,46 @@ def share_model(compiled: Compiled, directory: str | Path) -> list[Path]:
     return share_model(compiled, directory)
 
 
+_PLACES = {
+    "parties.net.network": "Network Plaintext",
+    "parties.services.hosting": "Service",
+    "parties.shapes.pipelines": "Pipeline",
+    "parties.shapes.sentence_transformer": "SentenceTransformer",
+    "parties.tls.tls": "Tls",
+    "protocols.fixedpoint": "FixedPoint",
+    "secure.cost.plan": "CapacityPlan PriceList Workload",
+    "secure.cost.report": "ProfileReport",
+    "secure.cost.traffic": "Cost Traffic",
+    "secure.deployments.ckks": "Ckks",
+    "secure.deployments.compare": "compare",
+    "secure.deployments.compiled": "Compiled compile compile_text_model insecure_in_process plain_reference",
+    "secure.deployments.deployment": "Deployment",
+    "secure.deployments.generator": "compile_generator",
+    "secure.deployments.three_party": "ThreeParty",
+    "secure.deployments.two_party": "TwoParty",
+    "secure.mpc.budget": "Budget",
+    "secure.mpc.program": "Program",
+    "secure.operations.sampling": "sample",
+    "secure.polynomial.recipe": "Recipe",
+    "secure.polynomial.swap": "polynomialize",
+    "secure.session.generation": "Generation",
+    "secure.session.link": "Report",
+    "secure.session.session": "Session",
+}
+"""The modules that are imported when one of these names of theirs is first used: they need torch or gRPC."""
+
+_MODULES = {name: module for module, names in _PLACES.items() for name in names.split()}
+
+
 def __getattr__(name: str) -> Any:
-    """Load names of ``parties`` that belong to this interface when they are first used, because they need gRPC."""
-    if name in ("Network", "Plaintext"):
-        from parties.net import network
+    """Import a name of this interface when it is first used, so that what needs no torch starts without it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'secure' has no attribute {name!r}")
+    found = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = found
+    return found
 
-        return getattr(network, name)
-    if name == "Tls":
-        from parties.tls.tls import Tls
 
-        return Tls
-    if name == "SentenceTransformer":
-        from parties.shapes.sentence_transformer import SentenceTransformer
-
-        return SentenceTransformer
-    if name == "Pipeline":
-        from parties.shapes.pipelines import Pipeline
-
-        return Pipeline
-    if name == "Service":
-        from parties.services.hosting import Service
-
-        return Service
-    raise AttributeError(f"module 'secure' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """List the names that are not imported yet as well."""
+    return sorted({*globals(), *__all__})

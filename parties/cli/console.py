@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from protocols import warm
 from secure.errors import printable
 from secure.progress import Told
 
@@ -60,11 +58,15 @@ def say_error(error: BaseException) -> None:
 
 def use_threads(count: int) -> None:
     """Let this process compute with so many threads; 0: one a processor."""
+    import torch  # not above: commands that compute nothing start without it
+
     torch.set_num_threads(count or os.cpu_count() or 1)
 
 
 def get_ready(threads: int) -> None:
     """The same, and compile kernels before the first query waits for them."""
+    from protocols import warm
+
     use_threads(threads)
     late = Late()
     try:

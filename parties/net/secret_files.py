@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from secure.capture.tensor_files import map_file
 from secure.errors import InvalidInput
 
 MOST = 1 << 20  # bytes of a file that holds a key or a seed
@@ -34,6 +33,8 @@ def read_secret(path: Path, *, most: int = MOST) -> bytes:
 
 def map_secret(path: Path) -> mmap.mmap | bytes:
     """Map a file that only this user may read or write. Raises like ``read_secret``, but for its size."""
+    from secure.capture.tensor_files import map_file  # not above: it needs torch, and ``unseen token`` does not
+
     with _opened(path, 0o077) as file:
         return map_file(file)
 

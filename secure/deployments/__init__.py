@@ -13,3 +13,5 @@ compilation  everything that a compiled model depends on, and a key over it
 self_test    a compiled model's answers against the original's
 compare      variants of a model side by side
 """
+
+from secure.deployments import ckks, three_party, two_party  # noqa: F401  (registers them)
