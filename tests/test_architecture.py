@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,13 @@ EVERY = [(package, path) for package in PACKAGES for path in modules(package)]
 IDS = [name_of(path) for _, path in EVERY]
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Every imported module, and whether it is imported when the module is."""
 
     def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
@@ -73,7 +80,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 yield from visit(child, top and not inner)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return tuple(visit(parsed(path), True))
 
 
 @pytest.mark.parametrize(("package", "path"), EVERY, ids=IDS)
@@ -119,7 +126,7 @@ def arrows(paths: list[Path]) -> dict[str, set[str]]:
     known = {dotted(path) for path in paths}
     out: dict[str, set[str]] = {name: set() for name in known}
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 out[dotted(path)] |= {alias.name for alias in node.names} & known
             elif isinstance(node, ast.ImportFrom):
@@ -312,7 +319,7 @@ PLAIN = {
 def test_errors_are_of_one_family(path: Path) -> None:
     import secure.errors as family
 
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             kind = ast.unparse(node.exc.func)
             known = isinstance(getattr(family, kind, None), type) or kind in PLAIN
@@ -329,9 +336,8 @@ def test_long_modules_are_noticed(package: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("package", "path"), EVERY, ids=IDS)
 def test_nothing_is_unpickled_or_evaluated(package: str, path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
     assert not {module.split(".")[0] for module, _ in imports(path)} & {"pickle", "marshal", "shelve", "dill"}
-    for call in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)):
+    for call in (n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)):
         assert ast.unparse(call.func) not in {"eval", "exec", "torch.rand", "torch.randn"}
         if ast.unparse(call.func) == "torch.load":  # tensors alone, from a model's directory
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
@@ -376,7 +382,7 @@ def test_channels_and_servers_are_made_where_they_are_protected() -> None:
     """
     made = {"grpc.server": set[str](), "grpc.insecure_channel": set[str](), "grpc.secure_channel": set[str]()}
     for path in modules("parties"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in made:
                 made[ast.unparse(node.func)].add(name_of(path))
     assert made == {
@@ -396,7 +402,7 @@ def test_one_place_resumes_a_step() -> None:
 def test_no_two_classes_of_one_name() -> None:
     found: dict[str, set[str]] = {}
     for path in ALL_FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, set()).add(name_of(path))
     assert {name: sorted(places) for name, places in found.items() if len(places) > 1} == {}
