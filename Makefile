@@ -9,8 +9,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# a file's tests share what they compile, so that they stay in one process
-TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+# a file's tests share what they compile, so that they stay in one process; tests/conftest.py orders the files
+TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PROTO_OUT ?= .
 DOCS_OUT ?= site
 

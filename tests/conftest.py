@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a process a core. More threads of torch, and of what tests start, would spin while they wait for one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)  # which has read that variable by now
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, then those with many, so that all processes end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
