@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ FILLS = ["random", "mixed", "low ones", "high bit", "rounds up", *EXTREMES]
 
 def filled(fill: str, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
     """Full 64-bit integers, whose low `bits` bits matter."""
+    return _filled(fill, shape, bits, seed).clone()
+
+
+@lru_cache(maxsize=600)  # all operands of the test of long inner dimensions, which come again and again
+def _filled(fill: str, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
     generator = random.Random(f"{seed} {shape}")
     special = [0, -1, 1, (1 << bits) - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1, -(1 << 63), (1 << 63) - 1]
 
