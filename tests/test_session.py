@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +39,15 @@ class Running:
     """A deployment to connect to, or all its parties in this process (``relays`` is empty then)."""
 
     def __init__(self, compiled: secure.Compiled, deployment: Deployment | None, relays: dict[str, Relay]) -> None:
-        self.compiled, self.relays, self._deployment = compiled, relays, deployment
+        self.compiled, self.relays, self.deployment = compiled, relays, deployment
 
     @contextmanager
     def session(self, **options: Any) -> Iterator[secure.Session]:
-        if self._deployment is None:
+        if self.deployment is None:
             with secure.insecure_in_process(self.compiled, **options) as session:
                 yield session
             return
-        with secure.connect(self._deployment, **{"cache": False, "deadline": 20.0, "pace": 0.0, **options}) as session:
+        with secure.connect(self.deployment, **{"cache": False, "deadline": 20.0, "pace": 0.0, **options}) as session:
             yield session
 
     def expected(self, text: str) -> Tensor:
@@ -143,6 +146,41 @@ def test_a_byte_that_changes_is_noticed(hosted: Running) -> None:
     assert tried
     assert errors
     assert any(isinstance(error, secure.ChangedOnTheWay) for error in errors)
+
+
+def in_a_fork(work: Callable[[], Any]) -> str:
+    """Do something in a forked child; return the error that it raised there, or "" if it did not."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python, about threads
+        pid = os.fork()
+    if not pid:
+        try:
+            work()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as said:
+        found = said.read().decode()
+    os.waitpid(pid, 0)
+    return found
+
+
+def test_a_forked_child_is_told_so(hosted: Running) -> None:
+    """It would wait for ever, and what was prepared would be used twice."""
+    with hosted.session() as session:
+        session.embed([TEXT])
+        session.prepare()
+        for ask in (lambda: session.embed([TEXT]), session.prepare, lambda: next(session.stream(Embed(), [TEXT]))):
+            assert "QueryError: this session belongs to process" in in_a_fork(ask)
+        assert in_a_fork(session.close) == ""
+        assert hosted.deployment is not None
+        made = partial(secure.connect, hosted.deployment, cache=False)
+        assert "EndpointError" in (said := in_a_fork(made))
+        assert "it was forked from one that had connected before" in said
+        torch.testing.assert_close(session.embed([TEXT])[0], hosted.expected(TEXT), atol=2e-2, rtol=0)
 
 
 def spied(session: secure.Session, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, dict[str, Any]]]:

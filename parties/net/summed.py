@@ -18,6 +18,7 @@ from typing import Any, Final
 import grpc
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from parties.net import forked
 from secure.errors import ChangedOnTheWay
 
 SUM_BYTES: Final = 10
@@ -93,6 +94,7 @@ class SummedChannel(grpc.Channel):
     """A channel whose messages carry sums, in both directions. who: the service at its other end, for errors."""
 
     def __init__(self, channel: grpc.Channel, who: str) -> None:
+        forked.check(who)
         self._channel, self._who = channel, who
 
     def unary_unary(self, method: str, *coders: Any, **named: Any) -> Any:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +48,17 @@ from torch import Tensor, nn
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
-from secure.errors import Busy, DealerError, Error, InvalidInput, InvalidProgram, OutOfRange, PeerLost, about
+from secure.errors import (
+    Busy,
+    DealerError,
+    Error,
+    InvalidInput,
+    InvalidProgram,
+    OutOfRange,
+    PeerLost,
+    QueryError,
+    about,
+)
 from secure.lowering.client_inputs import GENERATE, TASK
 from secure.models.decoder import at_temperature, prompt_inputs, step_inputs
 from secure.models.draft import Draft
@@ -152,6 +163,7 @@ class Session:
             kept = {self.length} | (steps_of(labels) if labels.get(TASK) == GENERATE else set[int]())
             self._links.offers = tuple(offer for offer in self._links.offers if offer.length in kept)
         self._asked, self._closed, self._last = 0, threading.Event(), link
+        self._process = os.getpid()
         self._recorded = recorded
         self.answered = 0
         self.reports: list[Report] = []
@@ -457,6 +469,7 @@ class Session:
         Such a service has done nothing for what was asked. link: the one that is asked; if that ended, it is not asked
         again.
         """
+        self._require_process()
         until = time.monotonic() + BUSY
         while True:
             try:
@@ -749,8 +762,10 @@ class Session:
             return self._recorded(self)
 
     def close(self) -> None:
-        """End the session; all sides discard prepared queries that were not used."""
+        """End the session; all sides discard prepared queries that were not used. A forked child ends nothing."""
         self._closed.set()
+        if os.getpid() != self._process:
+            return
         self._links.close("it was closed")  # without the lock, so that it ends a query of another thread
 
     def __enter__(self) -> Session:
@@ -761,9 +776,18 @@ class Session:
     ) -> None:
         self.close()
 
+    def _require_process(self) -> None:
+        """Raise QueryError in a forked child: it has copies of masks that serve once, and no threads to send."""
+        if os.getpid() != self._process:
+            raise QueryError(
+                f"this session belongs to process {self._process}, and this is process {os.getpid()}, forked from it",
+                'connect in the process that asks, and start it anew: multiprocessing.get_context("spawn")',
+            )
+
     @contextmanager
     def _open(self) -> Iterator[None]:
         """Admit one caller at a time, refuse an ended session, and set this session's number of threads."""
+        self._require_process()
         with self._lock:
             self._links.of(self._links.size)
             before = torch.get_num_threads()
