@@ -245,11 +245,16 @@ class Process:
 
 
 @contextmanager
-def process(log: Path, *arguments: str) -> Iterator[Process]:
+def process(log: Path, *arguments: str, **environment: str) -> Iterator[Process]:
     """``unseen ARGUMENTS``, whose log goes to a file."""
     with log.open("w") as file:
         child = subprocess.Popen(
-            [*COMMAND, *arguments, "--announce"], stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT
+            [*COMMAND, *arguments, "--announce"],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **environment},
         )
     assert child.stdout is not None
     with child.stdout as lines:

@@ -30,7 +30,8 @@ COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
 SITES = sorted(path.parent for path in DEPLOY.glob("kubernetes/*/kustomization.yaml"))
 MANIFESTS = sorted(path for path in DEPLOY.glob("kubernetes/*/*.yaml") if path.name != "kustomization.yaml")
 RUNNING = int(DRAIN)  # seconds that running queries get after SIGTERM
-PORTS = {"serve": 50051, "dealer": 50052}
+PORTS = {"serve": 50051, "dealer": 50052, "proxy": 8080}
+STAYS = "127.0.0.1"  # where a proxy listens
 
 
 def name_of(path: Path) -> str:
@@ -48,7 +49,7 @@ def manifests(site: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(COMPOSE) == 2
+    assert len(COMPOSE) == 3
     assert len(SITES) == 2
     assert len(MANIFESTS) == 10
 
@@ -103,7 +104,7 @@ def compose_services() -> Iterator[tuple[Path, str, dict[str, Any]]]:
 def command_lines() -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(where, arguments of unseen, environment): every command that the files run."""
     for path, name, service in compose_services():
-        if service["image"].startswith("unseen"):
+        if service["image"].startswith("unseen") and "entrypoint" not in service:
             yield f"{path.name}: {name}", service["command"], service.get("environment", {})
     for site in SITES:
         found = manifests(site)
@@ -128,11 +129,11 @@ def test_every_command_is_one_of_unseen(where: str, arguments: list[str], enviro
     with command.make_context(verb, rest) as context:
         given = dict(context.params)
     if verb in PORTS:
-        assert given["listen"] == f"0.0.0.0:{PORTS[verb]}"
+        assert given["listen"] == f"{STAYS if verb == 'proxy' else '0.0.0.0'}:{PORTS[verb]}"
         assert given["tls"] is not None
-        assert given["state"] is not None
+        assert verb == "proxy" or given["state"] is not None
     known = known_settings(command)
-    for name in environment:
+    for name in environment.keys() - {"XDG_CACHE_HOME"}:
         key = name.removeprefix(f"{PREFIX}_").lower().replace("_", "-")
         assert key in known, f"{where} sets {name}"
 
@@ -300,6 +301,17 @@ def test_servers_share_what_makes_them_one() -> None:
         if inside.startswith("/"):
             assert inside in mounted.values()
     assert services["dealer"]["profiles"] == ["trial"]  # never in the same hands otherwise
+
+
+def test_nobody_but_its_program_reaches_the_proxy() -> None:
+    services = read(DEPLOY / "compose.client.yaml")["services"]
+    proxy, ask = services["proxy"], services["ask"]
+    assert "ports" not in proxy
+    assert "--unencrypted-beyond-loopback" not in proxy["command"]
+    assert ask["network_mode"] == "service:proxy"
+    assert ask["command"][0] == f"http://{STAYS}:{PORTS['proxy']}/v1"
+    assert ask["command"][1] == proxy["command"][proxy["command"].index("--api-key-file") + 1]
+    assert (DEPLOY / ask["entrypoint"][1].lstrip("/")).is_file()
 
 
 def test_the_balancer_finds_its_servers() -> None:
