@@ -1,17 +1,15 @@
-"""Sort the mails of an mbox file or a Maildir, by a model that never sees them. First run `unseen dealer` and `unseen
-serve ./mail-head --length 64`, of a head that `examples.mail_head` made.
+"""Classify the mails of an mbox file or a Maildir, unseen. First run `unseen dealer`, `unseen serve ./mail-head`.
 
 python -m examples.classify_mailbox examples/mail/inbox.mbox
 """
 
-import email
-import email.policy
 import mailbox
+import re
 import sys
 from collections.abc import Iterator
+from email import message_from_bytes, policy
 from email.message import EmailMessage
 from pathlib import Path
-from typing import IO
 
 import secure
 from secure.tasks.classify import Classify
@@ -20,23 +18,20 @@ from secure.tasks.classify import Classify
 def messages(path: str) -> Iterator[EmailMessage]:
     """The mails of a file or a directory, as they come."""
     kind = mailbox.Maildir if Path(path).is_dir() else mailbox.mbox
-
-    def parsed(file: IO[bytes]) -> EmailMessage:
-        return email.message_from_binary_file(file, policy=email.policy.default)
-
-    yield from kind(path, factory=parsed, create=False)
+    for mail in kind(path, create=False):
+        yield message_from_bytes(mail.as_bytes(), policy=policy.default)
 
 
 def text_of(mail: EmailMessage) -> str:
-    """Its subject and its plain text, or its HTML without tags."""
+    """Its subject and its text, without what stands in angle brackets: addresses, the tags of HTML."""
     body = mail.get_body(preferencelist=("plain", "html"))
-    return f"{mail['subject']}. {body.get_content() if body else ''}"
+    return re.sub("<[^>]*>", " ", f"{mail['subject']}. {body.get_content() if body else ''}")
 
 
 def main(path: str, server: str = "127.0.0.1:50051", dealer: str = "127.0.0.1:50052") -> None:
     with secure.connect(secure.TwoParty(server=server, dealer=dealer)) as session:
-        mails = list(messages(path))
-        for mail, answer in zip(mails, session.stream(Classify(long="truncate"), map(text_of, mails)), strict=True):
+        answers = session.stream(Classify(long="truncate"), map(text_of, mails := list(messages(path))))
+        for mail, answer in zip(mails, answers, strict=True):
             label = f"({answer})" if isinstance(answer, secure.Error) else answer["label"]
             print(f"{label:<12}{mail['subject']}", flush=True)
 

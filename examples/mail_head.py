@@ -23,14 +23,16 @@ def main(mails: str, output: str, encoder: str = "", length: str = "64") -> None
     tokenizer = AutoTokenizer.from_pretrained(directory)
     classes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     model: Any = BertForSequenceClassification.from_pretrained(directory, num_labels=len(names), **classes).eval()
-    texts = tokenizer([*map(text_of, found)], padding=True, truncation=True, max_length=int(length), return_tensors="pt")
+    texts = tokenizer(
+        [*map(text_of, found)], padding=True, truncation=True, max_length=int(length), return_tensors="pt"
+    )
     with torch.no_grad():
-        head = LogisticRegression(max_iter=1000).fit(model.bert(**texts).pooler_output, [*map(names.index, labels)])
-        rows = torch.from_numpy(head.coef_), torch.from_numpy(head.intercept_)
-        if len(names) == 2:  # one row, which is the difference of both
-            rows = torch.cat([-rows[0], rows[0]]) / 2, torch.cat([-rows[1], rows[1]]) / 2
-        model.classifier.weight.copy_(rows[0])
-        model.classifier.bias.copy_(rows[1])
+        states = model.bert(**texts).pooler_output
+        head = LogisticRegression(max_iter=1000).fit(states, [*map(names.index, labels)])
+        both = len(names) == 2  # their one row is the difference of two
+        for parameter, rows in ((model.classifier.weight, head.coef_), (model.classifier.bias, head.intercept_)):
+            row = torch.from_numpy(rows)
+            parameter.copy_(torch.cat([-row, row]) / 2 if both else row)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{output}: {len(found)} mails, {', '.join(names)}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import importlib
 import importlib.util
+import json
+import mailbox
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +25,21 @@ from hypothesis import strategies as st
 
 import secure
 import tests.test_conformance as conformance
-from examples import bulk, embed, shapes
+from examples import bulk, chat, classify_mailbox, embed, shapes
 from parties.cli.main import app
 from parties.reports.who_learns import written
 from protocols.protocol import Protocol
 from secure.capture.operation import OPERATIONS, RULES
 from secure.deployments.deployment import deployments
+from secure.models.index import build_index, write_index
+from secure.models.passages import read_documents
+from secure.models.text import load_text_model
+from tests.heads import write_head
 from tests.tiny import write_model
+from tests.writers import write_writer
 
 ROOT = Path(__file__).parent.parent
+MAIL = ROOT / "examples" / "mail"
 PAGES = tuple(str(page.relative_to(ROOT)) for page in sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))))
 EXAMPLES = {  # and a piece of what each prints
     "ckks": "largest error",
@@ -39,7 +51,9 @@ EXAMPLES = {  # and a piece of what each prints
     "own_module": "the private answer differs by",
     "three_parties": "weights public",
 }
-SERVED = {"embed", "bulk", "shapes"}  # need a server
+SERVED = {"embed", "bulk", "shapes", "chat", "classify_mailbox"}  # need a server
+TRAINS = {"mail_head"}
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 README_LINES, EXAMPLE_LINES, FIRST_SCREEN = 150, 40, 25
 
 needs_minilm = pytest.mark.skipif(
@@ -82,8 +96,8 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_examples_are_short_and_all_of_them_run() -> None:
     found = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
-    assert set(found) == {*EXAMPLES, *SERVED}
-    assert len(found) == 11, "README says how many"
+    assert set(found) == {*EXAMPLES, *SERVED, *TRAINS}
+    assert len(found) == 14, "README says how many"
     for path in found.values():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= EXAMPLE_LINES, path
 
@@ -107,6 +121,149 @@ def test_examples_with_a_server(
     out, err = capsys.readouterr()
     assert out.count("\n") == 2
     assert err.startswith("text 2: the text is empty")
+
+
+@contextmanager
+def services(compiled: secure.Compiled, state: Path) -> Iterator[tuple[str, str]]:
+    """The addresses of a server and a dealer in this process."""
+    with (
+        secure.serve(role="dealer", deployment=secure.TwoParty()) as dealer,
+        secure.serve(compiled, role="server", peers={"dealer": dealer.address}, state=state) as server,
+    ):
+        yield server.address, dealer.address
+
+
+def mail_in(form: str, tmp_path: Path) -> str:
+    """The mailbox that the repository carries, as it is or as a Maildir."""
+    if form == "mbox":
+        return str(MAIL / "inbox.mbox")
+    made = mailbox.Maildir(tmp_path / "inbox")
+    for each in mailbox.mbox(MAIL / "inbox.mbox", create=False):
+        made.add(each)
+    return str(tmp_path / "inbox")
+
+
+@pytest.mark.parametrize("form", ["mbox", "Maildir"])
+def test_mails_are_read_in_either_form(form: str, tmp_path: Path) -> None:
+    found = list(classify_mailbox.messages(mail_in(form, tmp_path)))
+    texts = "\n".join(map(classify_mailbox.text_of, found))
+    assert len(found) == 12
+    for part in ("2,380.00 €", "Müller & Söhne", "five cheeses from the Alps", "Save 30 percent"):
+        assert part in texts
+
+
+def test_a_mailbox_is_classified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny encoder of random weights, with a head that the example trains."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    encoder = write_head(tmp_path / "encoder", "classify")
+    mail_head = importlib.import_module("examples.mail_head")
+    mail_head.main(str(MAIL / "labelled.mbox"), str(tmp_path / "head"), str(encoder), "16")
+    assert "52 mails, invoice, meeting, newsletter, support" in capsys.readouterr().out
+    compiled = secure.compile_text_model(str(tmp_path / "head"), 16)
+    with services(compiled, tmp_path / "state") as addresses:
+        classify_mailbox.main(str(MAIL / "inbox.mbox"), *addresses)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert {line.split()[0] for line in lines} <= {"invoice", "meeting", "newsletter", "support"}
+
+
+@needs_minilm
+@pytest.mark.slow
+def test_a_head_of_few_mails_is_right_about_others(tmp_path: Path) -> None:
+    """In the clear, with the packaged encoder."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    importlib.import_module("examples.mail_head").main(str(MAIL / "labelled.mbox"), str(tmp_path))
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = []
+    for mail in classify_mailbox.messages(str(MAIL / "inbox.mbox")):
+        with torch.no_grad():
+            logits = model(**tokenizer(classify_mailbox.text_of(mail), truncation=True, return_tensors="pt")).logits
+        found.append(model.config.id2label[int(logits.argmax())])
+    labels = "meeting support invoice newsletter invoice support meeting newsletter support meeting newsletter invoice"
+    assert found == labels.split()
+
+
+def test_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second question has the first in its prompt; the third fits no more, and the oldest is forgotten."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(chat, "LONGEST", 4)
+    compiled = secure.compile_generator(str(write_writer(tmp_path / "tiny")), prompt=(64,), capacity=72)
+    asked, generate = list[int](), secure.Session.generate
+
+    def heard(self: secure.Session, prompt: Any, *more: Any, **others: Any) -> secure.Generation:
+        asked.append(len(prompt))
+        return generate(self, prompt, *more, **others)
+
+    monkeypatch.setattr(secure.Session, "generate", heard)
+    with services(compiled, tmp_path / "state") as addresses:
+        chat.main(["the cat sat\n", "on the mat\n", "and then the cat sat\n"], *addresses)
+    assert capsys.readouterr().out.count("\n") >= 3
+    assert asked[:2] == [1, 3]
+    assert asked[2] == 5
+    assert asked[3:] == [3], "one question was forgotten"
+
+
+async def in_one_loop(path: Path) -> dict[str, Any]:
+    """Run a notebook's cells in a loop that runs, as Jupyter does; return its names."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            code = compile("".join(cell["source"]), path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            if (waiting := eval(code, names)) is not None:  # noqa: S307  (the repository's own notebooks)
+                await waiting
+    return names
+
+
+def run_notebook(name: str, compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    with services(compiled, tmp_path / "state") as (server, dealer):
+        monkeypatch.setenv("UNSEEN_SERVER", server)
+        monkeypatch.setenv("UNSEEN_DEALER", dealer)
+        return asyncio.run(in_one_loop(ROOT / "examples" / "notebooks" / name))
+
+
+def test_a_data_frame_is_embedded(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas")
+    compiled = secure.compile_text_model(str(directory), 16, batch=8)
+    names = run_notebook("data_frame.ipynb", compiled, tmp_path, monkeypatch)
+    frame = names["frame"]
+    assert list(frame.columns) == ["function", "text", "embedding", "cosine"]
+    assert len(frame) > 15
+    assert frame["cosine"].abs().max() <= 1.01
+
+
+def test_a_folder_is_searched(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("quick-start.md", "receipts.md"):
+        shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
+    encoder = load_text_model(str(directory))
+    made, _ = build_index(str(directory), encoder, read_documents(tmp_path / "docs"), length=16, overlap=2)
+    write_index(made, tmp_path / "index")
+    compiled = secure.compile_text_model(str(directory), 16, index=str(tmp_path / "index"), top=3, reveal="passages")
+    names = run_notebook("search_folder.ipynb", compiled, tmp_path, monkeypatch)
+    assert [len(found) for found in names["answers"]] == [3, 3, 3]
+    assert capsys.readouterr().out.count("\n") == 14
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_notebooks(path: Path) -> None:
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert (written["nbformat"], written["nbformat_minor"]) == (4, 5)
+    assert len(path.read_bytes()) < 20_000
+    for cell in written["cells"]:
+        assert not any(output["output_type"] == "error" for output in cell.get("outputs", ()))
+    nbformat = pytest.importorskip("nbformat")
+    nbformat.validate(nbformat.from_dict(written))
+
+
+def test_every_example_is_in_the_list() -> None:
+    text = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for path in (*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("converters/*.py"), *NOTEBOOKS):
+        assert f"`{path.name if path.suffix == '.ipynb' else path.stem}`" in text, path
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/models.md"])

@@ -1,7 +1,7 @@
-"""What the Compose files of two organisations and a notary run, as processes: certificates, a server, a dealer, a proxy.
+"""The Compose files of two organisations and a notary: what they run, as processes with certificates.
 
-There are no containers here. Commands, variables and volumes are read from the files, and paths in a container are those
-that its volumes name in the directory of the organisation.
+There are no containers here. Commands, variables and volumes are read from the files, and a path in a container is the
+one that its volumes name in the directory of the organisation.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def running(where: Path, file: str, name: str, **given: str) -> AbstractContextM
 
 
 def exchange_certificates(tmp: Path) -> dict[str, Path]:
-    """Each organisation makes its authority and its role, and trusts what the others gave it, as docs/deploy.md says."""
+    """Each organisation makes its authority and its role, and trusts the others, as docs/deploy.md says."""
     places = {role: tmp / domain for role, domain in ORGANISATIONS.items()}
     for role, domain in ORGANISATIONS.items():
         app()(["certs", str(places[role] / "pki"), role, "--domain", domain], standalone_mode=False)
