@@ -18,8 +18,7 @@ from secure.models.sentence_encoder import find_packaged_model
 
 def main(mails: str, output: str, encoder: str = "", length: str = "64") -> None:
     directory, found = encoder or find_packaged_model(), list(messages(mails))
-    labels = [str(mail["X-Gmail-Labels"]).split(",")[0] for mail in found]
-    names = sorted(set(labels))
+    names = sorted(set(labels := [str(mail["X-Gmail-Labels"]).split(",")[0] for mail in found]))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     classes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     model: Any = BertForSequenceClassification.from_pretrained(directory, num_labels=len(names), **classes).eval()
@@ -29,10 +28,9 @@ def main(mails: str, output: str, encoder: str = "", length: str = "64") -> None
     with torch.no_grad():
         states = model.bert(**texts).pooler_output
         head = LogisticRegression(max_iter=1000).fit(states, [*map(names.index, labels)])
-        both = len(names) == 2  # their one row is the difference of two
         for parameter, rows in ((model.classifier.weight, head.coef_), (model.classifier.bias, head.intercept_)):
             row = torch.from_numpy(rows)
-            parameter.copy_(torch.cat([-row, row]) / 2 if both else row)
+            parameter.copy_(torch.cat([-row, row]) / 2 if len(names) == 2 else row)  # one row: their difference
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{output}: {len(found)} mails, {', '.join(names)}")
