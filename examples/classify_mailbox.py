@@ -7,6 +7,7 @@ import mailbox
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from pathlib import Path
@@ -18,8 +19,8 @@ from secure.tasks.classify import Classify
 def messages(path: str) -> Iterator[EmailMessage]:
     """The mails of a file or a directory, as they come."""
     kind = mailbox.Maildir if Path(path).is_dir() else mailbox.mbox
-    for mail in kind(path, create=False):
-        yield message_from_bytes(mail.as_bytes(), policy=policy.default)
+    with closing(kind(path, create=False)) as mails:
+        yield from (message_from_bytes(mail.as_bytes(), policy=policy.default) for mail in mails)
 
 
 def text_of(mail: EmailMessage) -> str:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ def mail_in(form: str, tmp_path: Path) -> str:
     """The mailbox that the repository carries, as it is or as a Maildir."""
     if form == "mbox":
         return str(MAIL / "inbox.mbox")
-    made = mailbox.Maildir(tmp_path / "inbox")
-    for each in mailbox.mbox(MAIL / "inbox.mbox", create=False):
-        made.add(each)
+    with closing(mailbox.Maildir(tmp_path / "inbox")) as made, closing(mailbox.mbox(MAIL / "inbox.mbox")) as mails:
+        for each in mails:
+            made.add(each)
     return str(tmp_path / "inbox")
 
 
