@@ -18,8 +18,7 @@ from secure.tasks.classify import Classify
 
 def messages(path: str) -> Iterator[EmailMessage]:
     """The mails of a file or a directory, as they come."""
-    kind = mailbox.Maildir if Path(path).is_dir() else mailbox.mbox
-    with closing(kind(path, create=False)) as mails:
+    with closing((mailbox.Maildir if Path(path).is_dir() else mailbox.mbox)(path, create=False)) as mails:
         yield from (message_from_bytes(mail.as_bytes(), policy=policy.default) for mail in mails)
 
 
