@@ -34,7 +34,7 @@ from secure.deployments.deployment import deployments
 from secure.models.index import build_index, write_index
 from secure.models.passages import read_documents
 from secure.models.text import load_text_model
-from tests.heads import write_head
+from tests.heads import write_tokenizer
 from tests.tiny import write_model
 from tests.writers import write_writer
 
@@ -156,7 +156,8 @@ def test_a_mailbox_is_classified(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """A tiny encoder of random weights, with a head that the example trains."""
     pytest.importorskip("transformers")
     pytest.importorskip("sklearn")
-    encoder = write_head(tmp_path / "encoder", "classify")
+    encoder = write_model(tmp_path / "encoder")
+    write_tokenizer(encoder)
     mail_head = importlib.import_module("examples.mail_head")
     mail_head.main(str(MAIL / "labelled.mbox"), str(tmp_path / "head"), str(encoder), "16")
     assert "52 mails, invoice, meeting, newsletter, support" in capsys.readouterr().out
