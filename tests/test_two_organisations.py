@@ -66,9 +66,11 @@ def command_of(where: Path, file: str, name: str, **given: str) -> tuple[list[st
             if text == theirs or text.startswith(f"{theirs}/"):
                 return str(where / mine) + text[len(theirs) :]
         assert not text.startswith("/"), f"{text} is in no volume"
-        return re.sub(r"^(0\.0\.0\.0|127\.0\.0\.1):\d+$", "127.0.0.1:0", text)
+        return text
 
     words = [outside(filled_in(word, given)) for word in service["command"]]
+    if "--listen" in words:
+        words[words.index("--listen") + 1] = "127.0.0.1:0"
     return words, {key: outside(filled_in(each, given)) for key, each in service.get("environment", {}).items()}
 
 
