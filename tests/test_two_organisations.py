@@ -123,8 +123,10 @@ def test_two_organisations(model: Ready, directory: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(answer, expected(directory, text), atol=5e-3, rtol=0)
     assert list((clinic / "cache" / "unseen").iterdir())  # the masked weights are kept
     assert os.stat(key_file).st_mode & 0o077 == 0
-    for log in tmp_path.glob("*/*.log"):
-        assert "TLS 1.3" in (said := log.read_text()), said
+    logs = {log.stem: log.read_text() for log in tmp_path.glob("*/*.log")}
+    assert logs.keys() == {"dealer", "server-1", "proxy"}
+    assert "client 'spiffe://clinic.example/unseen/client/client'" in logs["server-1"]
+    for said in logs.values():
         assert not any(word in said for text in texts for word in text.split())
 
 
