@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.cli.main import app
+from parties.limits.memory import PreparedMemory
 from parties.net import recorded
 from parties.net.frames import PART, to_frames
 from parties.net.recorded import Record
@@ -25,12 +26,15 @@ from parties.proto import unseen_pb2 as pb
 from parties.receipts.receipt import Receipt
 from parties.receipts.walk import frames
 from parties.reports.verified import asked_for, found_in, verify
+from parties.two_party import hosted
 from parties.two_party.keys import MAXIMUM_STEPS
 from parties.two_party.masked_model import MaskedModel
-from secure.errors import InvalidInput, ReceiptError
+from parties.two_party.stocked import memory_of
+from secure.errors import InvalidInput, InvalidProgram, ReceiptError
+from secure.mpc.budget import PARTS, Budget
 from tests import ckks_server, test_conversations
 from tests.dealer_key import KEY
-from tests.test_conversations import masked  # noqa: F401 (a fixture)
+from tests.test_conversations import SHORT, STEP, masked  # noqa: F401 (a fixture)
 from tests.test_generator import PROMPTS, compiled
 from tests.three_parties import running, shared
 from tests.tiny import TEXT, Ready, Served, call
@@ -131,6 +135,30 @@ def test_text(masked: list[MaskedModel], dealer: Served) -> None:  # noqa: F811
     is_found(receipt, programs, rows)
     for number in (1, MAXIMUM_STEPS):
         is_found(receipt, programs, partial(steps, number))
+
+
+def test_text_of_a_server_with_room_for_few(masked: list[MaskedModel], dealer: Served) -> None:  # noqa: F811
+    """It puts several steps off, and the client asks for one of them, without the numbers of the others."""
+    of = test_conversations.program
+    room = PARTS * of(STEP).kept_bytes + memory_of(of(SHORT)) + memory_of(of(STEP))
+    with (
+        test_conversations.serving(masked, dealer, memory=PreparedMemory(room)) as served,
+        call(served.address, dealer.address, receipts=True, deadline=20.0) as session,
+    ):
+        list(session.generate(PROMPTS[0], 6))
+        receipt = session.receipt()
+    asked = [message.said for message in receipt.connections[0].sent if message.kind == "Session/prepare"]
+    assert {said["steps"] for said in asked} == {1, 2}
+    assert receipt.answered == 6
+    verify(receipt, {size.program.digest: size.program.encoded for size in compiled("llama").sizes})
+
+
+def test_a_program_that_is_too_large_is_not_walked(
+    two: tuple[Receipt, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosted, "Budget", partial(Budget, memory=1e3))
+    with pytest.raises(InvalidProgram, match="the budget is"):
+        verify(*two)
 
 
 @pytest.mark.parametrize("public", [False, True])

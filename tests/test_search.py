@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
+from parties.reports.verified import verify
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.three_party.shared_model import share_model
 from parties.two_party.keys import mask_key
@@ -298,6 +299,7 @@ WRONG = [
     b'["a\\u0007",0,0,0]',
     b'["' + b"a" * 300 + b'",0,0,0]',
     b'["a",2097153,0,0]',
+    b'["a",0,0,0,"\\ud800"]',
     b'{"a":1}',
     b"\xff\xff",
     b"[" * 4000,
@@ -457,9 +459,10 @@ def test_a_client_fetches_new_segments_alone(updated: Updated, dealer: Served, s
             deployment = secure.TwoParty(server=server.address, dealer=dealer.address, dealer_key=KEY.public.text)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-                with secure.connect(deployment, network=secure.Plaintext(), pace=0.0) as session:
+                with secure.connect(deployment, network=secure.Plaintext(), pace=0.0, receipts=True) as session:
                     found.append([str(traffic.bytes) for traffic in session.once])
                     assert len(session.search([QUESTIONS[0]])[0]) == TOP
+                    verify(session.receipt(), {compiled.program.digest: compiled.program.encoded})
     assert (len(found[0]), len(found[1])) == (2 + updated.kept, 1)
 
 

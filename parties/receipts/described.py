@@ -9,18 +9,20 @@ from typing import Any
 from parties.proto import unseen_pb2 as pb
 from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Walk
-from secure.session.link import digest_of_all
 
 MOST_FILES = 2
 """Files that a client downloads once for each description that it asks for: masked weights and a token table."""
 
 
 class DescriptionMessages:
-    """The descriptions that were asked for on a connection, and the files that may still be downloaded for them."""
+    """The descriptions that were asked for on a connection, and the files that may still be downloaded for them.
 
-    def __init__(self, walk: Walk, receipt: Receipt, programs: Mapping[str, Any]) -> None:
-        self._walk, self._files = walk, 0
-        self._digests = {"", *receipt.digests, digest_of_all(receipt.digests)}
+    most: the files that a client downloads for a description.
+    """
+
+    def __init__(self, walk: Walk, receipt: Receipt, programs: Mapping[str, Any], most: int = MOST_FILES) -> None:
+        self._walk, self._files, self._most = walk, 0, most
+        self._digests = receipt.described
         self._models = {"", *(str(program.labels.get("model", "")) for program in programs.values())}
 
     def takes(self, message: SentMessage) -> bool:
@@ -29,7 +31,7 @@ class DescriptionMessages:
             digest = self._walk.one_of(message, "program_digest", self._digests)
             name = self._walk.one_of(message, "model", self._models)
             self._walk.built(message, pb.DescribeRequest(program_digest=digest, model=name))
-            self._files = MOST_FILES
+            self._files = self._most
             return True
         if message.kind == "Download":
             if not self._files or not re.fullmatch("[0-9a-f]{64}", str(message.said.get("sha256"))):

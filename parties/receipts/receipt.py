@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -21,6 +22,7 @@ from parties.served.described import MAXIMUM_NAME, MAXIMUM_NAMES, MAXIMUM_OFFERS
 from parties.served.files import store
 from secure.capture.documents import read_document, what_is_wrong
 from secure.errors import InvalidInput, InvalidProgram
+from secure.session.link import digest_of_all
 from secure.session.session import Session
 from secure.version import WIRE_VERSION, __version__
 
@@ -119,10 +121,15 @@ class Receipt:
             ],
         )
 
-    @property
+    @cached_property
     def digests(self) -> frozenset[str]:
         """The digests of the Programs that were offered."""
         return frozenset(offer.digest for offer in self.offers)
+
+    @cached_property
+    def described(self) -> frozenset[str]:
+        """What a client may name where it asks for a description: a Program, all of them, or none."""
+        return self.digests | {"", digest_of_all(self.digests)}
 
     @property
     def used(self) -> frozenset[str]:
@@ -144,7 +151,7 @@ class Receipt:
     def as_dict(self) -> dict[str, Any]:
         """Return the receipt as JSON values."""
         return {
-            **vars(self),
+            **{each.name: getattr(self, each.name) for each in fields(self)},
             "offers": [vars(offer) for offer in self.offers],
             "connections": [{**vars(each), "sent": [_row(m) for m in each.sent]} for each in self.connections],
         }

@@ -5,11 +5,13 @@ Sizes are those of messages that are built here, as a client builds them, with z
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any
 
-from parties.net.frames import to_frames
+from parties.net.frames import PART
+from parties.proto.unseen_pb2 import Frame
 from parties.receipts.receipt import Channel, SentMessage
 from secure.errors import ReceiptError
 
@@ -61,20 +63,21 @@ class Walk:
 class Frames:
     """The frames of one query that are still to come, as sizes of messages."""
 
-    def __init__(self, sizes: Iterable[int] = ()) -> None:
-        self._left = list(sizes)[::-1]
-        self._all = len(self._left)
+    def __init__(self, sizes: Sequence[int] = ()) -> None:
+        self._sizes, self._taken = sizes, 0
 
     @property
     def left(self) -> int:
         """The number of frames that are still to come."""
-        return len(self._left)
+        return len(self._sizes) - self._taken
 
     def take(self, walk: Walk, message: SentMessage) -> None:
         """Compare the next one. Raises ReceiptError."""
-        if not self._left:
-            raise walk.differs(f"{message.kind} of {message.bytes:,} bytes behind the {self._all} that are prescribed")
-        walk.same(message, self._left.pop())
+        if not self.left:
+            every = len(self._sizes)
+            raise walk.differs(f"{message.kind} of {message.bytes:,} bytes behind the {every} that are prescribed")
+        walk.same(message, self._sizes[self._taken])
+        self._taken += 1
 
 
 def frames(kind: Any, payloads: Iterable[int]) -> list[int]:
@@ -82,6 +85,14 @@ def frames(kind: Any, payloads: Iterable[int]) -> list[int]:
     return [size for payload in payloads if payload for size in _parts(kind, payload)]
 
 
+def _parts(kind: Any, payload: int) -> Iterator[int]:
+    """Yield the sizes of a payload's messages, of which no more than one part is ever made."""
+    before = (payload - 1) // PART
+    yield from repeat(_part(kind, PART, last=False), before)
+    yield _part(kind, payload - before * PART, last=True)
+
+
 @cache
-def _parts(kind: Any, payload: int) -> tuple[int, ...]:
-    return tuple(kind(frame=frame).ByteSize() for frame in to_frames(bytes(payload)))
+def _part(kind: Any, size: int, *, last: bool) -> int:
+    found: int = kind(frame=Frame(data=bytes(size), last=last)).ByteSize()
+    return found

@@ -30,7 +30,7 @@ from parties.three_party.shared_model import PartyShare, SharedProgram, load_sha
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
-from secure.mpc.program import Program
+from secure.mpc.budget import Budget
 from secure.session.link import Link, digest_of_all
 
 SEEDS_FILE = "seeds.sqlite"  # in the directory of party 2's store
@@ -52,7 +52,9 @@ class ThreePartyHosted:
         return ThreePartyLink(deployment, options)
 
     def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
-        return prescribed(receipt, {digest: Program.from_bytes(encoded) for digest, encoded in programs.items()})
+        budget = Budget()  # of a client, who has no weights
+        decoded = {digest: budget.decode(encoded, weights=False) for digest, encoded in programs.items()}
+        return prescribed(receipt, decoded)
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions

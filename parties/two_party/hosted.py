@@ -51,7 +51,7 @@ from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import InvalidInput
-from secure.mpc.budget import PARTS
+from secure.mpc.budget import PARTS, Budget
 from secure.mpc.program import Program
 from secure.session.link import Link, digest_of_all
 
@@ -75,7 +75,7 @@ class TwoPartyHosted:
         return TwoPartyLink(deployment, options)
 
     def prescribed(self, receipt: Receipt, programs: Mapping[str, bytes]) -> int:
-        return prescribed(receipt, {digest: Program.from_bytes(encoded) for digest, encoded in programs.items()})
+        return prescribed(receipt, {digest: Budget().decode(encoded) for digest, encoded in programs.items()})
 
     def parts(
         self, role: str, held: Any, deployment: Deployment, peers: Mapping[str, str], options: HostOptions

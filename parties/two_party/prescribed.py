@@ -17,6 +17,7 @@ from parties.receipts.receipt import Receipt, SentMessage
 from parties.receipts.walk import Frames, Walk, frames
 from parties.two_party.conversations import Place, most_together, places_of
 from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_QUERY, MAXIMUM_STEPS, SESSION_BYTES
+from parties.two_party.masked_model import by_file
 from parties.two_party.sealing import SEALED_BYTES
 from secure.cost.count import profile
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
@@ -78,9 +79,12 @@ class _ToServer:
 
     def __init__(self, walk: Walk, receipt: Receipt, known: Mapping[str, _Known], sessions: dict[str, int]) -> None:
         self._walk, self._receipt, self._known, self._sessions = walk, receipt, known, sessions
-        self._asked = DescriptionMessages(walk, receipt, {digest: each.program for digest, each in known.items()})
+        programs = {digest: each.program for digest, each in known.items()}
+        most = max((len(by_file(each.weight_rings)) for each in programs.values()), default=1)
+        self._asked = DescriptionMessages(walk, receipt, programs, most + 1)  # a table of tokens besides
         self._own = ""  # the digest of the session's Program
         self._prepared = dict[int, str]()  # digests by query
+        self._begun = set[int]()  # the queries that began a text
         self._last, self._next, self._whole = 0, 0, 0  # _last: the first query of those that were prepared last
         self._running, self._frames = False, Frames()
 
@@ -125,8 +129,9 @@ class _ToServer:
             raise self._walk.differs(str(error)) from None
         self._walk.built(message, pb.ClientMessage(prepare=prepare))
         self._prepared = {number: each for number, each in self._prepared.items() if number < query}
-        self._last, self._next = query, query + max(1, steps)
-        self._prepared |= dict.fromkeys(range(query, self._next), digest)
+        behind = query + max(1, steps)
+        self._last, self._next = query, max(self._next, behind)  # what a busy server was asked for is not asked again
+        self._prepared |= dict.fromkeys(range(query, behind), digest)
         if len(self._prepared) > MAXIMUM_PREPARED + MAXIMUM_STEPS:
             raise self._walk.unknown(message)
 
@@ -141,6 +146,10 @@ class _ToServer:
             raise self._walk.differs("a place in a conversation, which this Program does not keep")
         first = self._walk.count(message, "place.first", query)
         rows = self._walk.count(message, "place.rows", self._known[digest].program.rows)
+        if not rows:
+            self._begun.add(query)
+        elif first not in self._begun:
+            raise self._walk.differs(f"query {query} goes on with a text that none began")
         return Place(digest, first, rows), digest
 
     def _query(self, message: SentMessage) -> None:

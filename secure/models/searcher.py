@@ -110,8 +110,11 @@ def read_record(numbers: Tensor) -> dict[str, Any]:
     for number, most in zip(numbered, (MOST_PASSAGES, MAXIMUM_DOCUMENT, MAXIMUM_DOCUMENT), strict=True):
         if type(number) is not int or not 0 <= number <= most:
             raise no_record()
-    if not all(isinstance(each, str) for each in text):
-        raise no_record()
+    try:
+        for each in (name, *text):
+            each.encode()  # a lone half of a pair is no text
+    except (AttributeError, UnicodeError):
+        raise no_record() from None
     record = dict(zip(("id", "passage", "start", "end"), (name, *numbered), strict=True))
     return record | ({"text": text[0]} if text else {})
 
