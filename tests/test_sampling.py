@@ -286,7 +286,7 @@ def test_samples_of_a_served_model(deployment: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("margin", [0, 1])
 def test_the_ends_of_the_noise_wrap_nowhere(monkeypatch: pytest.MonkeyPatch, secret: bool, margin: int) -> None:
     """The greatest noise on one score, the least on the others, at the ends of the scores' range."""
-    for scores in (torch.tensor([[-30.0, 30.0, 0.0, 30.0]]), torch.tensor([[-90.0, -60.0, -50.0, -10.0]])):
+    for scores in (torch.tensor([[-30.0, 29.0, 0.0, 30.0]]), torch.tensor([[-90.0, -60.0, -50.0, -10.0]])):
         model = Sampler(4, secure.sample if secret else lambda y: secure.sample(y, 1.5)).eval().requires_grad_(False)
         torch.as_tensor(model.b).zero_()
         given = {"t": torch.tensor([1.5])} if secret else {}
