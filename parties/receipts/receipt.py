@@ -128,7 +128,7 @@ class Receipt:
 
     @cached_property
     def described(self) -> frozenset[str]:
-        """What a client may name where it asks for a description: a Program, all of them, or none."""
+        """The digests by which a client may ask for a description: of a Program, of all of them, or none."""
         return self.digests | {"", digest_of_all(self.digests)}
 
     @property
