@@ -1,9 +1,10 @@
 """A sum behind every message, by which bytes that change on the way are noticed before anybody uses them.
 
 A channel without TLS has no more than the checksums of TCP, which miss an error in 65,536, and nothing between the
-network card and the program. The sum is a tag of AES-GCM under a key of zeros that everybody knows: it finds errors of
-any kind with a probability of 1 - 2^-64, at 20 GB/s. It is no protection from whoever changes bytes on purpose and
-makes another sum: that is what TLS is for. A message of one method is none of another method.
+network card and the program. The sum is a tag of AES-GCM under a key of zeros that everybody knows: of errors by
+accident it misses one in 2^64. It is no protection from whoever changes bytes on purpose and makes another sum: that is
+what TLS is for. A message of one method is none of another method. Each message has its own sum, so one that is lost
+as a whole, or comes twice, is not noticed here: TCP and HTTP/2 keep messages in order, and queries prescribe each.
 
 A message keeps being one of protobuf, which ignores the sum: it is the field 2047 behind all others, of 8 bytes.
 """
