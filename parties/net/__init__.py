@@ -7,6 +7,7 @@ calls        errors of gRPC calls, explained on both ends
 recorded     a record of what leaves through channels
 peer         a service at the other end of a channel
 forked       processes that were forked after gRPC was used
+wrapped      a channel around another one
 summed       a sum behind every message, so that changed bytes are noticed
 frames       byte strings as parts of about 1 MB
 watchdog     deadlines for waits

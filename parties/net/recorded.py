@@ -17,6 +17,7 @@ import grpc
 from parties.net.caller import Caller
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
+from parties.net.wrapped import WrappedChannel
 from secure.errors import InvalidInput
 
 MAXIMUM_MESSAGES = 1 << 18
@@ -166,11 +167,12 @@ class Recorded(Network):
         return self.network.about()
 
 
-class _RecordedChannel(grpc.Channel):
+class _RecordedChannel(WrappedChannel):
     """A channel that notes each message when it becomes bytes, by ``note(method, message, size)``."""
 
     def __init__(self, channel: grpc.Channel, note: Callable[[str, Any, int], None]) -> None:
-        self._channel, self._note = channel, note
+        super().__init__(channel)
+        self._note = note
 
     def _noting(self, method: str, named: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a stub, whose serializer notes what it serializes."""
@@ -194,18 +196,3 @@ class _RecordedChannel(grpc.Channel):
 
     def stream_stream(self, method: str, *_: Any, **named: Any) -> Any:
         return self._channel.stream_stream(method, **self._noting(method, named))
-
-    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
-        self._channel.subscribe(callback, try_to_connect)
-
-    def unsubscribe(self, callback: Any) -> None:
-        self._channel.unsubscribe(callback)
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def __enter__(self) -> _RecordedChannel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

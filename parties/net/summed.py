@@ -20,6 +20,7 @@ import grpc
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from parties.net import forked
+from parties.net.wrapped import WrappedChannel
 from secure.errors import ChangedOnTheWay
 
 SUM_BYTES: Final = 10
@@ -91,12 +92,13 @@ def all_sound(messages: Iterator[Any], whose: str) -> Iterator[Any]:
     return map(partial(sound, whose=whose), messages)
 
 
-class SummedChannel(grpc.Channel):
+class SummedChannel(WrappedChannel):
     """A channel whose messages carry sums, in both directions. who: the service at its other end, for errors."""
 
     def __init__(self, channel: grpc.Channel, who: str) -> None:
         forked.check(who)
-        self._channel, self._who = channel, who
+        super().__init__(channel)
+        self._who = who
 
     def unary_unary(self, method: str, *coders: Any, **named: Any) -> Any:
         return _SummedMethod(self._bound(self._channel.unary_unary, method, coders, named), self._who, streams=False)
@@ -118,21 +120,6 @@ class SummedChannel(grpc.Channel):
         named["request_serializer"] = sums.serializer(named["request_serializer"])
         named["response_deserializer"] = sums.deserializer(named["response_deserializer"])
         return make(method, **named)
-
-    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
-        self._channel.subscribe(callback, try_to_connect)
-
-    def unsubscribe(self, callback: Any) -> None:
-        self._channel.unsubscribe(callback)
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def __enter__(self) -> SummedChannel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _SummedMethod:
