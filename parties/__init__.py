@@ -4,6 +4,7 @@ In dependency order, one line a wing:
 
 proto/       stubs generated from the wire format
 net/         addresses, channels, frames, deadlines
+telemetry/   numbers, log lines and traces for whoever runs a role
 tls/         certificates, roles, pinned channels
 limits/      places, quotas and tokens of callers
 services/    services that start, guard their methods and end

@@ -7,7 +7,8 @@ deployment itself in ``secure.deployments.deployment``.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +26,12 @@ from parties.served.described import ConnectOptions
 from parties.served.files import cache_directory, state_directory
 from parties.services.allocator import reuse_memory
 from parties.services.draining import DRAIN, Draining
+from parties.services.health import HealthService
 from parties.services.hosting import HostOptions, Parts, Service, settle
 from parties.services.status import StatusService
 from parties.services.workers import Ready, require_single_thread, reserved, supervise
+from parties.telemetry.events import Reading
+from parties.telemetry.telemetry import Telemetry
 from parties.three_party.hosted import ThreePartyHosted
 from parties.tls.choice import network_of
 from parties.two_party.hosted import TwoPartyHosted
@@ -191,6 +195,8 @@ def serve(
     quotas: Limits | None = None,
     tokens: Path | None = None,
     told: Told = silent,
+    metrics: str | None = None,
+    otlp: str | None = None,
     one_of: int = 0,
     **given: Any,
 ) -> Service:
@@ -201,8 +207,10 @@ def serve(
     chooses any free one. peers: by role, the addresses of the roles that this one connects to. network: as for
     ``connect``, with certificates of this role. quotas: how much each client may use in a day, counted in a file of the
     state directory. tokens: a file of ``unseen token``, one of which each client must show. told: hears of progress
-    until it listens. one_of: this is one of so many processes that serve at one address (``serve_together`` gives it).
-    given: deadline, state, traces, workers, ahead, budget, if the role takes them; see ``HostOptions``. Raises
+    until it listens. metrics: where numbers for Prometheus are read over HTTP, host:port, or a port of the loopback
+    alone; None: nowhere. otlp: the URL of a collector of OpenTelemetry, to which spans of every query are sent; None:
+    to none. one_of: this is one of so many processes that serve at one address (``serve_together`` gives
+    it). given: deadline, state, traces, workers, ahead, budget, if the role takes them; see ``HostOptions``. Raises
     EndpointError, TlsError, HandshakeError, PeerLost, InvalidInput.
     """
     if isinstance(held, Compiled):
@@ -233,26 +241,54 @@ def serve(
     counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
     if one_of:
         given["workers"] = one_of
-    options = HostOptions(network or network_of(role), Quotas(quotas, counts) if quotas else None, told=told, **given)
-    options.network.check(at, what=f"the {role}")
-    warm.warm_up()
-    one = held[0] if isinstance(held, list | tuple) and not deployment.takes_sizes else held
-    made = found.parts(role, one, deployment, peers, options)
+    with ExitStack() as until_it_serves:
+        telemetry = Telemetry(deployment.name, role, metrics=metrics, ports=max(1, one_of), otlp=otlp)
+        until_it_serves.callback(telemetry.close)
+        used, spend = network or network_of(role), Quotas(quotas, counts) if quotas else None
+        options = HostOptions(used, spend, told=told, events=telemetry.events, **given)
+        options.network.check(at, what=f"the {role}")
+        warm.warm_up()
+        one = held[0] if isinstance(held, list | tuple) and not deployment.takes_sizes else held
+        made = found.parts(role, one, deployment, peers, options)
+        draining = Draining(made.permissions, made.standing)
+        made = _with_common(made, deployment.name, role, roles, options, draining)
+        settle()
+        service = Service(
+            made,
+            at,
+            options.network,
+            what=f"the {role}",
+            role=role,
+            quotas=options.quotas,
+            tokens=shown,
+            draining=draining,
+            shared=bool(one_of),
+            telemetry=telemetry,
+        )
+        until_it_serves.pop_all()
+    return service
+
+
+def _with_common(
+    made: Parts, deployment: str, role: str, roles: Iterable[str], options: HostOptions, draining: Draining
+) -> Parts:
+    """Return the parts of a role, with what every role has: its status, its health, and when its certificates end."""
     knows = made.knows or (lambda digest: digest == made.program)
-    draining = Draining(made.permissions, made.standing)
-    status = StatusService(deployment.name, role, roles, made.program, knows, lambda: draining.begun)
-    made = replace(made, add=[*made.add, status.add], permissions={**made.permissions, **status.permissions})
-    settle()
-    return Service(
+    status = StatusService(deployment, role, roles, made.program, knows, lambda: draining.begun)
+    health = HealthService(roles, made.permissions, lambda: not draining.begun)
+
+    def readings() -> Iterator[Reading]:
+        yield Reading("unseen_draining", "Whether this role takes no new clients.", draining.begun)
+        for what, ends in options.network.ends().items():
+            said = "When a certificate ends that this role needs, in seconds since 1970."
+            yield Reading("unseen_certificate_ends_timestamp_seconds", said, ends, {"certificate": what})
+        yield from made.readings()
+
+    return replace(
         made,
-        at,
-        options.network,
-        what=f"the {role}",
-        role=role,
-        quotas=options.quotas,
-        tokens=shown,
-        draining=draining,
-        shared=bool(one_of),
+        add=[*made.add, status.add, health.add],
+        permissions={**made.permissions, **status.permissions, **health.permissions},
+        readings=readings,
     )
 
 

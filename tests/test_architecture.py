@@ -36,7 +36,17 @@ WINGS = {
         *(("mpc", "ckks"), ("models",), ("cost",), ("tasks",), ("session",), ("deployments",), ("training",)),
     ),
     "parties": (
-        *(("proto",), ("net",), ("tls", "limits"), ("services",), ("served",), ("traces",), ("store",), ("receipts",)),
+        *(
+            ("proto",),
+            ("net",),
+            ("telemetry",),
+            ("tls", "limits"),
+            ("services",),
+            ("served",),
+            ("traces",),
+            ("store",),
+            ("receipts",),
+        ),
         *(("two_party", "three_party", "ckks"), ("deployments",), ("bulk", "reports")),
         *(("cluster", "proxy", "shapes"), ("cli",)),
     ),

@@ -22,9 +22,9 @@ from rich.console import Console
 
 import secure
 from parties import deployments
-from parties.cli import demo
+from parties.cli import console, demo
 from parties.cli import main as cli
-from parties.services import hosting
+from parties.telemetry import logs
 from parties.two_party.client import TwoPartyLink
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.errors import Error, PeerLost
@@ -53,7 +53,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in [name for name in os.environ if name.startswith("UNSEEN_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(hosting, "log_to_stderr", lambda _: None)
+    monkeypatch.setattr(logs, "log_to_stderr", lambda *_: None)
+    monkeypatch.setattr(console, "_form", logs.TEXT)
 
     def ask(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["unseen", *arguments])

@@ -50,6 +50,7 @@ from parties.served.compiled_files import CompiledCache
 from parties.served.described import ConnectOptions
 from parties.services import hosting
 from parties.services.hosting import HostOptions, Parts
+from parties.telemetry import logs
 from secure.cost.demand import QueryDemand, RoleDemand
 from secure.cost.report import ProfileReport
 from secure.cost.traffic import ONLINE, Cost, Traffic
@@ -131,7 +132,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         for name in ("get_ready", "use_threads"):
             if hasattr(module, name):
                 put(module, name)
-    put(hosting, "log_to_stderr")
+    put(logs, "log_to_stderr")
     put(hosting, "check")
     put(hosting, "check_owners")
     put(deployments, "serve", service)
@@ -336,6 +337,9 @@ VALUES: dict[str, str] = {
     "store_bytes": "4",
     "store_key_file": "{tmp}/store.key",
     "memory": "4",
+    "metrics": "127.0.0.1:7",
+    "log_format": "json",
+    "otlp": "http://127.0.0.1:7/v1/traces",
     "wait": "4",
     "clients": "20",
     "queries_per_day": "900000",

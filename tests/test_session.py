@@ -32,7 +32,17 @@ from tests.relay import DIRECTIONS, Relay
 from tests.tiny import LENGTH, TEXT, WORDS, sentences
 
 DEADLINE = 2.0
-KEYS = {"rounds", "traffic", "online_seconds", "offline_seconds", "client_seconds", "dealer_seconds", "query", "length"}
+KEYS = {
+    "rounds",
+    "traffic",
+    "online_seconds",
+    "offline_seconds",
+    "client_seconds",
+    "dealer_seconds",
+    "query",
+    "length",
+    "id",
+}
 
 
 class Running:

@@ -26,7 +26,7 @@ import secure
 from parties import deployments
 from parties.cli import main as cli
 from parties.cli.console import OUT
-from parties.services import hosting
+from parties.telemetry import logs
 from parties.traces import measured
 from parties.traces import trace_file as traces
 from parties.traces.measured import Measurements, costs, differences
@@ -435,7 +435,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """``unseen ARGUMENTS`` in this process."""
     threads = torch.get_num_threads()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hosting, "log_to_stderr", lambda _: None)
+    monkeypatch.setattr(logs, "log_to_stderr", lambda *_: None)
 
     def ask(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["unseen", *arguments])

@@ -11,6 +11,7 @@ import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import CkksStub
 from parties.served.described import ConnectOptions, ask_description, read_description
 from parties.served.files import store
+from parties.telemetry.names import query_of_ciphertext
 from protocols.ckks.canonical import InvalidCiphertext
 from protocols.ckks.circuit import Vector
 from protocols.ckks.seal import Client, Context, key_names
@@ -116,7 +118,8 @@ class CkksLink(Link):
         start = pb.CkksStart(program_digest=self.program.digest, model=self.model, keys_digest=self.keys_digest)
         outbox: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
         outbox.put(pb.CkksRequest(start=start))
-        _put(outbox, exchange.inputs(values))
+        encrypted = exchange.inputs(values)
+        _put(outbox, encrypted)
         try:
             with self._listening(self._stub.Query(iter(outbox.get, None)), "evaluating") as replies:
                 results = exchange.results(self._answer(exchange, replies, outbox))
@@ -124,7 +127,8 @@ class CkksLink(Link):
             raise ProtocolError(f"{self._server} sent no ciphertext of this Program: {error}") from None
         finally:
             outbox.put(None)
-        return results, report(exchange, number, time.perf_counter() - began)
+        taken = report(exchange, number, time.perf_counter() - began)
+        return results, replace(taken, id=query_of_ciphertext(encrypted[0]))
 
     def _answer(
         self,

@@ -69,7 +69,9 @@ class CkksHosted:
         evaluators = Evaluators(model, workers=options.workers, key_memory=KEY_MEMORY)
         try:
             state = options.state or state_directory()
-            service = CkksService(model.program, name, evaluators, state, deadline=options.deadline)
+            service = CkksService(
+                model.program, name, evaluators, state, deadline=options.deadline, events=options.events
+            )
         except BaseException:
             evaluators.close()
             raise
@@ -80,7 +82,8 @@ class CkksHosted:
 
         encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
         permissions, about = {**published.permissions, **service.permissions}, (summary(model), encoded)
-        return Parts([add], permissions, evaluators.close, about, program=model.program.digest)
+        digest, readings = model.program.digest, service.readings
+        return Parts([add], permissions, evaluators.close, about, program=digest, readings=readings)
 
     def shared(self, role: str, held: Any, options: HostOptions) -> Any:
         return held

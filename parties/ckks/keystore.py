@@ -72,6 +72,11 @@ class KeyStore:
             return path
         return None
 
+    @property
+    def used(self) -> int:
+        """The bytes of all keys that are held."""
+        return sum(size for *_, size in self._held())
+
     def add(self, digest: str, chunks: Iterable[bytes], caller: str) -> None:
         """Receive and store a client's keys. Raises ProtocolError unless they have the Program's size and this digest.
 

@@ -26,8 +26,12 @@ from parties.net.frames import FrameReader, to_frames
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import CkksServicer
+from parties.telemetry.events import Events, PhaseEnded, Reading
+from parties.telemetry.logs import tagged
+from parties.telemetry.names import query_of_ciphertext
 from protocols.wire import FrameError
 from secure.ckks.program import CkksProgram
+from secure.cost.traffic import ONLINE
 from secure.deployments.ckks import CLIENT
 from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 
@@ -45,7 +49,7 @@ class CkksService(CkksServicer):
 
     model: the public name of the weights. state: a directory for keys. deadline: seconds that a call waits for its
     client, all waits together, besides those that its bytes may take (``waiting.patience``). expires: seconds that keys
-    are held after their last use.
+    are held after their last use. events: hear of every query that ends.
 
     A call takes a place among the queries or uploads only after all that it begins with has come, in bounded time: a
     start and the inputs, or a header. A client with a name has a part of each kind of place, and of the room for keys.
@@ -62,13 +66,21 @@ class CkksService(CkksServicer):
         *,
         deadline: float = 60.0,
         expires: float = EXPIRES,
+        events: Events | None = None,
     ) -> None:
+        self.events = events or Events()
         self.program, self.model, self.evaluators = program, model, evaluators
         self.deadline, self.expires = deadline, expires
         self.store = KeyStore(state / "evaluation-keys", program, expires=expires)
         self._arriving = WaitingRoom(ARRIVING)
         self._waiting = Places(WAITING, WAITING_EACH, "the server", "queries that wait or run")
         self._uploads = Places(UPLOADS, UPLOADS_EACH, "the server", "uploads of keys at this moment")
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield the numbers of this service at this moment."""
+        yield from self._waiting.readings()
+        yield from self._uploads.readings()
+        yield Reading("unseen_key_files_bytes", "Bytes of clients' evaluation keys on the disk.", self.store.used)
 
     def Keys(self, request: pb.KeysRequest, context: grpc.ServicerContext) -> pb.KeysReply:
         held = self.store.path(request.digest, caller(context).name) is not None
@@ -118,11 +130,15 @@ class CkksService(CkksServicer):
     def Query(self, requests: Iterator[pb.CkksRequest], context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
         allowance = Allowance(self.deadline, context.cancel)
         who, began = caller(context), time.perf_counter()
+        asked = _Requests(requests, allowance)
         try:
-            yield from allowance.sending(self._query(_Requests(requests, allowance), who, context))
-            log.info("query of %s answered in %.2f s", who, time.perf_counter() - began)
+            yield from allowance.sending(self._query(asked, who, context))
+            seconds, program = time.perf_counter() - began, self.program
+            log.info("query of %s answered in %.2f s", who, seconds, extra=tagged(query=asked.named))
+            moved = 1 + len(program.refreshes), program.to_client, program.to_server
+            self.events.ended(PhaseEnded(ONLINE, seconds, asked.named, *moved))
         except Error as error:
-            log.warning("query of %s ended: %s", who, str(error).splitlines()[0])
+            log.warning("query of %s ended: %s", who, str(error).splitlines()[0], extra=tagged(query=asked.named))
             yield pb.CkksReply(failure=failure(error))
         except Exception as error:
             unexpected(error, log)
@@ -147,6 +163,7 @@ class CkksService(CkksServicer):
             levels = [level for _, level, _ in program.views.values()]
             requests.allowance.left = patience(sum(map(program.parameters.fresh_bytes, levels)))
             inputs = requests.ciphertexts(program, levels)
+            requests.named = query_of_ciphertext(inputs[0])
         with _place(self._waiting, who):
             # refreshes and their answers, and the result
             requests.allowance.left = self.deadline + patience(program.to_server + program.to_client)
@@ -248,6 +265,7 @@ class _Requests:
 
     def __init__(self, requests: Iterator[pb.CkksRequest], allowance: Allowance) -> None:
         self._requests, self.allowance = requests, allowance
+        self.named = ""  # the query's id, once its inputs are here
 
     def _next(self, what: str) -> pb.CkksRequest:
         message = _next(self._requests, self.allowance, what)

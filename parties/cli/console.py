@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from parties.telemetry.logs import JSON, TEXT, json_line
 from secure.errors import printable
 from secure.progress import Told
 
@@ -25,8 +26,19 @@ EVERY = 30.0
 """Seconds between two lines on how far something is, where there is no terminal."""
 
 
+_form = TEXT
+
+
+def say_as(form: str) -> None:
+    """Write what is said in this form of log lines from now on, so that they and it can be read alike."""
+    global _form
+    _form = form
+
+
 def say(line: str) -> None:
     """A line on the error output, "unseen VERB: ..."."""
+    if _form == JSON:
+        line = json_line(time.time(), "INFO", "unseen", line, {})
     ERR.print(line, markup=False, soft_wrap=True)
 
 

@@ -23,6 +23,8 @@ from parties.served.compiled_files import is_compiled, load_compiled
 from parties.served.described import ConnectOptions, ask_description
 from parties.served.files import cache_directory, state_directory
 from parties.store.keys import read_store_key
+from parties.telemetry.port import TelemetryPort, parse
+from parties.telemetry.telemetry import check_telemetry
 from parties.three_party.shared_model import load_share
 from parties.tls.choice import network_of
 from secure.deployments.compiled import task_of
@@ -231,13 +233,30 @@ def _tokens(given: Mapping[str, Any]) -> More:
     return () if file is None else ((f"tokens {file}", lambda: f"{len(Tokens(file).holders())} tokens"),)
 
 
+def _watched(plan: Callable[[Mapping[str, Any]], Needs], given: Mapping[str, Any]) -> Needs:
+    """Return the needs of a role, and where its numbers are read and its spans go."""
+    found, metrics, otlp = plan(given), given["metrics"], given["otlp"]
+
+    def listens() -> str:
+        check_telemetry(metrics, None)
+        with TelemetryPort(parse(metrics), {}) as listening:
+            return "free, on this machine alone" if listening.stays else "free, and others can read it"
+
+    def goes() -> str:
+        check_telemetry(None, otlp)
+        return "a URL; nothing was sent"
+
+    own = () if metrics is None else ((f"the numbers' port {metrics}", listens),)
+    return replace(found, more=(*found.more, *own, *(() if otlp is None else ((f"spans to {otlp}", goes),))))
+
+
 PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {
     **{
         verb: partial(_for_client, verb)
         for verb in ("embed", "classify", "tag", "answer", "rerank", "search", "generate")
     },
     "proxy": _for_proxy,
-    "serve": _for_serve,
-    "dealer": _for_dealer,
-    "party": _for_party,
+    "serve": partial(_watched, _for_serve),
+    "dealer": partial(_watched, _for_dealer),
+    "party": partial(_watched, _for_party),
 }

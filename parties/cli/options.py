@@ -19,6 +19,8 @@ from approximations.activations import GELU_FORMS
 from parties.cluster.joined import import_ray
 from parties.deployments import hosted
 from parties.services.hosting import STORE_GB
+from parties.telemetry.logs import FORMS as LOG_FORMS
+from parties.telemetry.logs import TEXT
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.compiled import ANSWER_BITS
 from secure.deployments.deployment import CompileOptions, Deployment, deployments, find, used_by
@@ -43,6 +45,7 @@ Gelu = StrEnum("Gelu", {g: g for g in GELU_FORMS})  # type: ignore[misc]
 Approximations = StrEnum("Approximations", {a: a for a in APPROXIMATIONS})  # type: ignore[misc]
 TaskName = StrEnum("TaskName", {task: task for task in ("embed", *REVEALED)})  # type: ignore[misc]
 Reveal = StrEnum("Reveal", {form: form for form in REVEALS})  # type: ignore[misc]
+LogFormat = StrEnum("LogFormat", {form: form for form in LOG_FORMS})  # type: ignore[misc]
 Long = StrEnum("Long", {how: how for how in LONG})  # type: ignore[misc]
 
 MODEL = f"A model directory, or {PACKAGED!r}"
@@ -269,6 +272,27 @@ AnnounceOption = Annotated[
     bool, typer.Option("--announce", help="Print the address as a JSON line once listening.", hidden=True)
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
+TEXT_LINES = LogFormat(TEXT)
+LogFormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="How log lines are written: for people, or a JSON object each.")
+]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="Where Prometheus reads the numbers of this role, at /metrics, and probes its health, at /healthz, by "
+        "HTTP without identity; a port alone is one of this machine's own address. Nowhere by default.",
+    ),
+]
+OtlpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp",
+        metavar="URL",
+        help="Send spans of every query to this collector of OpenTelemetry, such as http://127.0.0.1:4318/v1/traces.",
+    ),
+]
 TokensOption = Annotated[
     Path | None, typer.Option("--tokens", metavar="FILE", help="Ask every client for a token of this file.")
 ]

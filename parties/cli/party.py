@@ -9,8 +9,9 @@ import typer
 
 from parties import deployments
 from parties.cli.compiled import made
-from parties.cli.console import get_ready, say, stages, use_threads
+from parties.cli.console import get_ready, say, say_as, stages, use_threads
 from parties.cli.options import (
+    TEXT_LINES,
     AcceptCosineOption,
     AcceptErrorOption,
     AnnounceOption,
@@ -30,8 +31,11 @@ from parties.cli.options import (
     IndexOption,
     InsecureOption,
     LengthOption,
+    LogFormatOption,
+    MetricsOption,
     ModelArgument,
     NetworkOption,
+    OtlpOption,
     RevealOption,
     SameOwnerOption,
     StoreBytesOption,
@@ -55,6 +59,7 @@ from parties.limits.quotas import NO_LIMITS, Limits
 from parties.net.endpoints import Endpoint
 from parties.services import hosting
 from parties.services.draining import DRAIN
+from parties.telemetry.telemetry import check_telemetry
 from parties.three_party.shared_model import share_model as write_shares
 from secure.cost.traffic import mb
 from secure.deployments.compilation import Compilation
@@ -165,17 +170,22 @@ def party(
     same_owner: SameOwnerOption = False,
     tokens: TokensOption = None,
     quotas: Limits = NO_LIMITS,
+    metrics: MetricsOption = None,
+    otlp: OtlpOption = None,
+    log_format: LogFormatOption = TEXT_LINES,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Be one of three parties that compute on shares; must not collude with another. Start party 2 first."""
+    say_as(log_format)
     deployment, role = ThreeParty(), PARTIES[number]
     listen, peers = addresses_of(number, listen, party_0, party_2)
     kept = {"store": store, "store_bytes": store_bytes, "store_key_file": store_key_file}
     given = host_options(deployment, role, ahead=ahead, deadline=deadline, **kept)
     get_ready(threads)
     at = Endpoint.parse(listen, what="--listen")
-    network = hosting_network(role, tls, insecure, verbose)
+    network = hosting_network(role, tls, insecure, verbose, log_format)
+    check_telemetry(metrics, otlp)
     if not same_owner:
         hosting.check_owners({name: Endpoint.parse(at, what=f"the {name}") for name, at in peers.items()}, network)
     with stages(f"party {number}") as told:
@@ -190,6 +200,8 @@ def party(
             quotas=quotas,
             tokens=tokens,
             told=told,
+            metrics=metrics,
+            otlp=otlp,
             **given,
         )
     run(service, f"party {number}", announced=announce, drain=drain)

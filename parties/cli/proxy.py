@@ -12,15 +12,15 @@ import typer
 from parties.bulk.connection import Connection
 from parties.cli import console
 from parties.cli.asking import Connecting, connection_of
-from parties.cli.console import progress, say, write
-from parties.cli.options import AnnounceOption, ListenOption, VerboseOption
+from parties.cli.console import progress, say, say_as, write
+from parties.cli.options import TEXT_LINES, AnnounceOption, ListenOption, LogFormatOption, VerboseOption
 from parties.limits.tokens import Token
 from parties.net.endpoints import Endpoint
 from parties.net.secret_files import check_directory, read_secret
 from parties.proxy.hosted import HttpService, check_stays
 from parties.proxy.workers import SessionWorkers
 from parties.served.files import store
-from parties.services import hosting
+from parties.telemetry import logs
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput, MissingPackage, about
 
@@ -70,13 +70,15 @@ def proxy(
             help="Let --listen be an address that other machines reach. Texts and answers cross unencrypted.",
         ),
     ] = False,
+    log_format: LogFormatOption = TEXT_LINES,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Answer on this machine as OpenAI's endpoints do, by a served model that sees nothing of it."""
     at = Endpoint.parse(listen, what="--listen")
     check_stays(at, beyond_loopback=unencrypted_beyond_loopback)  # a mistake in it shows before anything is sent
-    hosting.log_to_stderr(verbose)
+    say_as(log_format)
+    logs.log_to_stderr(verbose, log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     key, fresh = own_token(api_key_file)
     answer_at(

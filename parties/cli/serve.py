@@ -12,9 +12,10 @@ import typer
 from parties import deployments
 from parties.cli.compiled import KeepOption, fixed_of, made, opened, tell
 from parties.cli.config import is_said
-from parties.cli.console import announce, get_ready, say, stages
+from parties.cli.console import announce, get_ready, say, say_as, stages
 from parties.cli.core_log import CoreLog
 from parties.cli.options import (
+    TEXT_LINES,
     AcceptCosineOption,
     AcceptErrorOption,
     AnnounceOption,
@@ -37,9 +38,12 @@ from parties.cli.options import (
     InsecureOption,
     LengthsOption,
     ListenOption,
+    LogFormatOption,
     MemoryOption,
+    MetricsOption,
     ModelArgument,
     NetworkOption,
+    OtlpOption,
     RayInsecureOption,
     RayOption,
     RayWorkersOption,
@@ -78,6 +82,8 @@ from parties.services.draining import DRAIN
 from parties.services.hosting import HostOptions, Service
 from parties.services.workers import apart
 from parties.store.keys import read_store_key
+from parties.telemetry import logs
+from parties.telemetry.telemetry import check_telemetry
 from parties.tls.choice import network_of
 from parties.tls.tls import Tls
 from parties.traces.trace_file import TraceDirectory
@@ -146,10 +152,14 @@ def serve(
     same_owner: SameOwnerOption = False,
     tokens: TokensOption = None,
     quotas: Limits = NO_LIMITS,
+    metrics: MetricsOption = None,
+    otlp: OtlpOption = None,
+    log_format: LogFormatOption = TEXT_LINES,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Serve models that nobody gets to see: to compile, or directories that `unseen compile` wrote."""
+    say_as(log_format)
     models, kept = [model, *(also or ())], dict[str, Compiled]()
     fixed = fixed_of(context.params)
     for each in filter(is_compiled, models):
@@ -198,7 +208,8 @@ def serve(
     get_ready(threads)
     at = Endpoint.parse(listen, what="--listen")
     channels = network_of(role, directory=tls, insecure=insecure)
-    hosting.log_to_stderr(verbose) if together else log_of(channels, verbose)
+    logs.log_to_stderr(verbose, log_format) if together else log_of(channels, verbose, log_format)
+    check_telemetry(metrics, otlp)
     found = {r.name: r for r in deployment.roles()}[role]
     peers = {name: deployment.addresses()[name] for name in found.peers}
     if wait is not None and not peers:
@@ -262,7 +273,9 @@ def serve(
             quotas=quotas,
             tokens=tokens,
             announce=lambda address, about: tell_address("serve", address, about, announced=announce),
-            begin=lambda: log_of(channels, verbose),
+            begin=lambda: log_of(channels, verbose, log_format),
+            metrics=metrics,
+            otlp=otlp,
             drain=drain,
             **given,
         )
@@ -277,23 +290,25 @@ def serve(
             quotas=quotas,
             tokens=tokens,
             told=told,
+            metrics=metrics,
+            otlp=otlp,
             **given,
         )
     run(service, "serve", announced=announce, drain=drain)
 
 
-def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool) -> Network:
+def hosting_network(role: str, tls: Path | None, insecure: bool, verbose: bool, log_format: str) -> Network:
     """The network of a service, and its log on the error output, with gRPC's refused handshakes in it."""
     network = network_of(role, directory=tls, insecure=insecure)
-    log_of(network, verbose)
+    log_of(network, verbose, log_format)
     return network
 
 
-def log_of(network: Network, verbose: bool) -> None:
+def log_of(network: Network, verbose: bool, log_format: str) -> None:
     """Log to the error output, with gRPC's refused handshakes in it, which a thread of its own reads."""
     if isinstance(network, Tls):
         CoreLog()
-    hosting.log_to_stderr(verbose)
+    logs.log_to_stderr(verbose, log_format)
 
 
 def run(service: Service, verb: str, *, announced: bool, drain: float) -> None:
@@ -326,13 +341,17 @@ def dealer(
     insecure: InsecureOption = False,
     tokens: TokensOption = None,
     quotas: Limits = NO_LIMITS,
+    metrics: MetricsOption = None,
+    otlp: OtlpOption = None,
+    log_format: LogFormatOption = TEXT_LINES,
     announce: AnnounceOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Hand out correlated randomness; sees no input, no weight, no share. Must not collude with either party."""
+    say_as(log_format)
     along_with_ray(ray, ray_workers, insecure=ray_insecure)
     get_ready(threads)
-    network, at = hosting_network(DEALER, tls, insecure, verbose), Endpoint.parse(listen, what="--listen")
+    network, at = hosting_network(DEALER, tls, insecure, verbose, log_format), Endpoint.parse(listen, what="--listen")
     kept = host_options(TwoParty(), DEALER, state=state, store=store, store_key_file=store_key_file)
     given = kept | {"budget": budget_of(budget_memory, budget_seconds)}
     if ray is not None:
@@ -341,6 +360,14 @@ def dealer(
             told(0, 0, "starting the workers of the cluster")
             given["dealing"] = RayDealing(Cluster(ray, insecure=ray_insecure), ray_workers)
     service = deployments.serve(
-        role=DEALER, listen=str(at), deployment=TwoParty(), network=network, quotas=quotas, tokens=tokens, **given
+        role=DEALER,
+        listen=str(at),
+        deployment=TwoParty(),
+        network=network,
+        quotas=quotas,
+        tokens=tokens,
+        metrics=metrics,
+        otlp=otlp,
+        **given,
     )
     run(service, "dealer", announced=announce, drain=drain)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,6 +19,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 from parties.limits.seats import Seat
+from parties.telemetry.events import Reading
 from secure.errors import Busy, InvalidInput
 
 GB = 1e9
@@ -67,6 +68,15 @@ class PreparedMemory:
     def used(self) -> int:
         """The bytes that are taken."""
         return sum(grant.size for grant in self._grants)
+
+    def readings(self, budget: str) -> Iterator[Reading]:
+        """Yield how much is taken, and of how much. budget: its name."""
+        with self._free:
+            taken, queries = self.used, len(self._grants)
+        labels = {"budget": budget}
+        yield Reading("unseen_budget_bytes", "Bytes that queries may take.", self.total, labels)
+        yield Reading("unseen_budget_taken_bytes", "Bytes that queries take.", taken, labels)
+        yield Reading("unseen_budget_grants", "Parts of it that are taken, one or two a query.", queries, labels)
 
     def take(self, seat: Seat, size: int, here: Callable[[], bool] = lambda: True) -> Grant:
         """Take the bytes of one query for a session. here: tells whether its client is still there.

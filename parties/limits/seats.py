@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from parties.telemetry.events import Reading
 from secure.errors import Busy
 
 AFTER = 5.0  # seconds after which a seat may be free again
@@ -52,6 +53,12 @@ class Seats:
 
     def __len__(self) -> int:
         return len(self._seats)
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield how many seats are taken, and of how many."""
+        labels = {"what": self.what}
+        yield Reading("unseen_seats", "Sessions, queries or models that fit at a time.", self.limit, labels)
+        yield Reading("unseen_seats_taken", "Those that it has.", len(self), labels)
 
     def take(self, caller: str, leave: Callable[[], object]) -> Seat:
         """Take a seat. leave: called, by the thread of somebody else, if it is taken away. Raises Busy."""

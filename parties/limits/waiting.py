@@ -16,6 +16,7 @@ from itertools import count
 import grpc
 
 from parties.net.caller import Caller, caller
+from parties.telemetry.events import Reading
 from secure.errors import Busy
 
 FIRST = 10.0  # seconds within which the first message of a call comes
@@ -88,6 +89,12 @@ class Places:
     def free(self) -> int:
         """The places that nobody has."""
         return self._total - self._taken.total()
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield how many places are taken, and of how many."""
+        labels = {"what": self._what}
+        yield Reading("unseen_seats", "Sessions, queries or models that fit at a time.", self._total, labels)
+        yield Reading("unseen_seats_taken", "Those that it has.", self._total - self.free, labels)
 
     def take(self, by: Caller) -> Callable[[], None]:
         """Take a place for a caller; return the function that gives it back. Raises Busy if there is none."""

@@ -159,7 +159,7 @@ def answering(context: grpc.ServicerContext, log: logging.Logger) -> Iterator[No
     except (Busy, GoingAway) as error:
         refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except Error as error:
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        refuse(context, grpc.StatusCode.FAILED_PRECONDITION, error)
     except Exception as error:
         unexpected(error, log)
         context.abort(grpc.StatusCode.INTERNAL, "internal error\nhint: see its log")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -63,6 +63,10 @@ class Network(ABC):
     def about(self) -> tuple[str, ...]:
         """Return lines for a person about this network, such as how long a certificate is valid."""
         return ()
+
+    def ends(self) -> Mapping[str, float]:
+        """Return when certificates end that it needs, by what they are, in seconds since 1970."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The hosting of services: they start, guard their methods, tell their status, and end.
 
 guard     refuses calls before their handlers read anything
+health    the same for standard probes of gRPC
 status    what a service says about itself, and whose process it is
 dealing   where a dealer's corrections are computed
 repeating work that is repeated in the background

@@ -13,10 +13,10 @@ from parties.limits.waiting import WaitingRoom
 from parties.net.caller import Permissions, address, note
 from parties.net.calls import refuse
 from parties.net.network import Network
-from parties.net.summed import MethodSums, all_sound
+from parties.net.summed import MethodSums, all_sound, sums_of
 from parties.net.watchdog import Watchdog
 from parties.services.draining import Draining
-from secure.errors import ChangedOnTheWay, Error
+from secure.errors import ChangedOnTheWay, Error, TlsError
 
 log = logging.getLogger("unseen.guard")
 
@@ -47,7 +47,7 @@ class Guard(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None:
             return None
-        sums = MethodSums(details.method)
+        sums = sums_of(details.method)
         return _guarded(handler, lambda context: self._admit(details.method, context), self._coming, sums)
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
@@ -56,15 +56,14 @@ class Guard(grpc.ServerInterceptor):
             who = self._network.caller(context)
         except Error as error:
             log.warning("refused a call of %s: %s", address(context), str(error).splitlines()[0])
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            refuse(context, grpc.StatusCode.UNAUTHENTICATED, error)
         allowed = self._permissions.get(method, frozenset())
         if who.role is not None and who.role not in allowed:
             may = f"only {', '.join(sorted(allowed))} may" if allowed else "nobody may"
             log.warning("refused %s of %s: %s", method, who, may)
-            context.abort(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"a {who.role} may not call {method}; {may}\nhint: use the certificate of the role that you run",
-            )
+            said = f"a {who.role} may not call {method}; {may}"
+            foreign = TlsError(said, "use the certificate of the role that you run")
+            refuse(context, grpc.StatusCode.PERMISSION_DENIED, foreign)
         note(context, who)
         return self._draining.call(method, context) if self._draining is not None else nullcontext()
 

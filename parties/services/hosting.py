@@ -32,6 +32,9 @@ from parties.services.draining import DRAIN, NOTICE, Draining
 from parties.services.guard import Guard
 from parties.services.signals import Signals
 from parties.services.status import ask_status
+from parties.telemetry.counting import Counting
+from parties.telemetry.events import Events, Readings
+from parties.telemetry.telemetry import DRAINING, SERVING, Telemetry
 from secure.errors import EndpointError, InvalidInput, PeerLost
 from secure.mpc.budget import Budget
 from secure.progress import Told, silent
@@ -58,8 +61,8 @@ class HostOptions:
     budget: the most that one Program from somebody else may take. dealing: where a dealer's corrections are computed;
     closed with the service. store: a directory in which correlations are kept ready, encrypted; None: nothing of them
     is kept on a disk. store_gb: the most that it takes, in GB (10^9 bytes); STORE_GB by default. store_key: the file of
-    its key; None: UNSEEN_STORE_KEY holds the key. told: hears of progress while the role starts. Raises InvalidInput
-    for values out of range.
+    its key; None: UNSEEN_STORE_KEY holds the key. told: hears of progress while the role starts. events: hear of every
+    phase of a query that ends. Raises InvalidInput for values out of range.
     """
 
     network: Network
@@ -77,6 +80,7 @@ class HostOptions:
     store_key: Path | None = None
     told: Told = silent
     dealing: Dealing = field(default_factory=DealingHere)
+    events: Events = field(default_factory=Events)
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)
@@ -115,6 +119,7 @@ class Parts:
     that it serves. knows: tells whether it serves or deals a Program, by its digest; by default, whether that is
     ``program``. drain: called when the service begins to end, after which its calls shall end between two pieces of
     work. left: tells whether there is work that is no call. standing: methods whose calls are no work (``Draining``).
+    readings: the numbers that it can tell at any time.
     """
 
     add: Sequence[Callable[[grpc.Server], None]]
@@ -128,6 +133,7 @@ class Parts:
     drain: Callable[[], None] = lambda: None
     left: Callable[[], bool] = lambda: False
     standing: frozenset[str] = frozenset()
+    readings: Readings = lambda: ()
 
 
 class Service:
@@ -145,10 +151,12 @@ class Service:
         tokens: Tokens | None = None,
         draining: Draining | None = None,
         shared: bool = False,
+        telemetry: Telemetry | None = None,
     ) -> None:
-        self._parts, self._quotas = parts, quotas
+        self._parts, self._quotas, self._telemetry = parts, quotas, telemetry
         self._draining = draining or Draining(parts.permissions, parts.standing)
         self.about = (*network.about(), *parts.about, *([str(quotas.limits)] if quotas else ()))
+        self.about += telemetry.about if telemetry else ()
         try:
             self._server, at = start(
                 listen,
@@ -162,11 +170,14 @@ class Service:
                 largest=parts.largest,
                 draining=self._draining,
                 shared=shared,
+                events=telemetry.events if telemetry else None,
             )
         except BaseException:
             self._end()
             raise
         self.address = str(at)
+        if telemetry is not None:
+            telemetry.begin(parts.readings, lambda: DRAINING if self._draining.begun else SERVING)
 
     def wait(self, drain: float = DRAIN) -> None:
         """Serve until the process is interrupted or terminated. drain: seconds that work may take after SIGTERM."""
@@ -209,6 +220,8 @@ class Service:
         self._parts.close()
         if self._quotas:
             self._quotas.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
 
     def __enter__(self) -> Service:
         return self
@@ -232,10 +245,11 @@ def start(
     largest: int = SERVICE_LIMIT,
     draining: Draining | None = None,
     shared: bool = False,
+    events: Events | None = None,
 ) -> tuple[grpc.Server, Endpoint]:
     """Bind and start a server as ``role``; return it and its address with the real port.
 
-    shared: other processes of this user may listen at the same port.
+    shared: other processes of this user may listen at the same port. events: hear of all calls.
 
     Raises EndpointError, naming ``what``.
     """
@@ -244,7 +258,12 @@ def start(
         ThreadPoolExecutor(streams),
         options=(*(SHARED if shared else OPTIONS), ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
-        interceptors=[Guard(network, permissions, draining), *([meter] if meter else [])],  # the guard comes first
+        # the guard comes first, behind what only counts
+        interceptors=[
+            *([Counting(events)] if events else []),
+            Guard(network, permissions, draining),
+            *([meter] if meter else []),
+        ],
     )
     for each in add:
         each(server)
@@ -328,13 +347,6 @@ def run_until_stopped(server: grpc.Server, announce: Callable[[], None]) -> None
     announce()
     stopped.next()
     server.stop(2).wait()
-
-
-def log_to_stderr(verbose: bool) -> None:
-    """Log to stderr in structured lines, which never hold shares, seeds, keys or inputs."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
 
 
 def child(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:

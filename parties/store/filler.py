@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from parties.net.calls import unexpected
 from parties.store.entries import Store
+from parties.telemetry.events import Reading
 from secure.errors import Error
 
 MOST_ENTRIES = 4096  # with one label
@@ -48,6 +49,7 @@ class Filler:
         self._news = threading.Condition()
         self._shelves: dict[str, Shelf] = {}
         self._told: dict[str, tuple[str, int]] = {}
+        self._levels: dict[str, tuple[int, int]] = {}
         self._old: set[str] = set()
         self._running, self._quiet_since = 0, 0.0
         self._closed, self._woken = False, False
@@ -55,6 +57,13 @@ class Filler:
         self._began: float | None = None  # when the first shelf was served
         self._thread = threading.Thread(target=self._run, name="unseen-filler", daemon=True)
         self._thread.start()
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield how many entries each shelf has, and how many it should have, as of when the thread looked last."""
+        for label, (entries, target) in list(self._levels.items()):
+            labels = {"shelf": label}
+            yield Reading("unseen_stored_queries", "Queries left in the store.", entries, labels)
+            yield Reading("unseen_stored_queries_wanted", "Queries that the store should hold.", target, labels)
 
     def serve(self, shelf: Shelf) -> None:
         """Keep a shelf filled; it takes the place of one of the same name."""
@@ -73,6 +82,7 @@ class Filler:
             if (shelf := self._shelves.pop(what, None)) is not None:
                 self._old.add(shelf.label)
                 self._told.pop(what, None)
+                self._levels.pop(what, None)
         self.wake()
 
     def wake(self) -> None:
@@ -143,6 +153,7 @@ class Filler:
             while entries > target and self._store.take(shelf.label) is not None:  # the budget was larger once
                 entries -= 1
             self._tell(shelf, entries, target)
+            self._levels[shelf.what] = entries, target
             if entries < target and (wanted is None or entries / target < wanted[0]):
                 wanted = entries / target, shelf
         if wanted is None:

@@ -26,6 +26,7 @@ from parties.net.peer import Peer
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.served.described import ConnectOptions, ask_description, read_description
+from parties.telemetry.names import query_id, session_label
 from parties.three_party.conversations import AGAIN, NAME_BYTES, OWNER_BYTES, WantedProgram
 from parties.three_party.party import SESSION_BYTES
 from parties.three_party.party_1 import input_key
@@ -207,7 +208,9 @@ class ThreePartyLink(Link):
             *links(between, *self._names, PARTIES[2]),
         )
         computed = sharing + end - came
-        return results, Report(first.rounds, moved, end - start, first.dealing, computed, first.dealing, number)
+        named = query_id(session_label(messages[0][0].start.session), 0)
+        times = end - start, first.dealing, computed, first.dealing
+        return results, Report(first.rounds, moved, *times, number, id=named)
 
     def _messages(
         self, values: Mapping[str, Tensor], wanted: WantedProgram, owner: Sequence[bytes], following: str

@@ -103,6 +103,7 @@ def parts_of(service: PartyService) -> Parts:
         digests[0],
         knows=frozenset({*digests, whole}).__contains__,
         standing=standing,
+        readings=service.readings,
     )
 
 
@@ -128,20 +129,19 @@ def _service(share: PartyShare, peers: Mapping[str, str], options: HostOptions) 
         for number, role in enumerate(PARTIES)
         if role in peers
     ]
-    deadline, directory = options.deadline, options.store
+    common: dict[str, Any] = {"deadline": options.deadline, "events": options.events}
+    directory = options.store
     if directory and all(size.program.keeps for size in share.sizes):
         for each in called:
             each.close()
         raise InvalidInput("a model that generates text keeps nothing ready in a store", "leave --store out")
     if share.party == 0:
         store = FileStore(directory, read_store_key(options.store_key)) if directory else None
-        return Party0Service(
-            share, *called, ahead=options.ahead, deadline=deadline, store=store, most=options.store_size
-        )
+        return Party0Service(share, *called, ahead=options.ahead, **common, store=store, most=options.store_size)
     if share.party == 1:
-        return Party1Service(share, *called, deadline=deadline)
+        return Party1Service(share, *called, **common)
     seeds = DatabaseStore(directory / SEEDS_FILE, read_store_key(options.store_key)) if directory else None
-    return Party2Service(share, deadline=deadline, store=seeds)
+    return Party2Service(share, **common, store=seeds)
 
 
 def _about(share: PartyShare, size: SharedProgram) -> str:

@@ -22,6 +22,9 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import PartyServicer
+from parties.telemetry.events import Events, PhaseEnded, Reading
+from parties.telemetry.logs import tagged
+from parties.telemetry.names import query_id, session_label
 from parties.three_party.agreement import KeyOfCallee, KeyOfCaller
 from parties.three_party.asked import Asked
 from parties.three_party.conversations import OWNER_BYTES, PartyConversations, WantedProgram, kept_of
@@ -33,6 +36,7 @@ from protocols.three_party.endpoints import Coins, LookedUp
 from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
+from secure.cost.traffic import ONLINE
 from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
@@ -52,17 +56,21 @@ class PartyService(PartyServicer, ABC):
     A query comes by ``Ask``. The call of another party, or at party 1 the query's own thread, computes on it: it finds
     the query by its session, and leaves the answer in it.
 
-    conversations: what this party keeps between queries of Programs that need it; None if it serves none.
+    conversations: what this party keeps between queries of Programs that need it; None if it serves none. events: hear
+    of every phase of a query that ends.
     """
 
     permissions: ClassVar[Permissions]  # the roles that may call each of its methods
     called_by: tuple[int, ...]  # the numbers of the parties that call this one
     joined_by: str  # the role whose call takes up a query here; "" if this party does so itself
 
-    def __init__(self, share: PartyShare, peers: Mapping[int, Peer], *, deadline: float) -> None:
+    def __init__(
+        self, share: PartyShare, peers: Mapping[int, Peer], *, deadline: float, events: Events | None = None
+    ) -> None:
         self.share, self.deadline = share, deadline
         self.log = logging.getLogger(f"unseen.{share.role.replace(' ', '-')}")
         self._peers = peers
+        self.events = events or Events()
         self._places = Places(MAXIMUM_QUERIES, QUERIES_OF_ONE, share.role, "queries")
         self._asking, self._greeting = WaitingRoom(WAITING), WaitingRoom(WAITING)
         self._sizes = {size.program.digest: size for size in share.sizes}
@@ -87,6 +95,16 @@ class PartyService(PartyServicer, ABC):
         for number, peer in self._peers.items():
             self._of_callees[number].close()
             peer.close()
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield the numbers of this service at this moment."""
+        yield from self._places.readings()
+
+    def answered(self, asked: Asked, answer: pb.Answer, received: int) -> None:
+        """Say that this party has computed its part of a query. received: bytes of the other party's frames."""
+        named = query_id(session_label(asked.session), 0)
+        self.log.info("a query answered in %.2f s", answer.seconds, extra=tagged(query=named))
+        self.events.ended(PhaseEnded(ONLINE, answer.seconds, named, answer.rounds, answer.sent, received))
 
     def _pack(self) -> None:
         """Compile look-ups and pack weights at the start, so that the first query does not wait for it."""

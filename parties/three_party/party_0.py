@@ -29,6 +29,8 @@ from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.store.entries import Store, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
+from parties.telemetry.events import Events, PhaseEnded, Reading
+from parties.telemetry.names import query_id, session_label
 from parties.three_party.asked import Asked, Progress
 from parties.three_party.conversations import AGAIN, PartyConversation, WantedProgram
 from parties.three_party.pair_keys import PairKey, Seal
@@ -41,6 +43,7 @@ from protocols import wire
 from protocols.circuit import Correlations
 from protocols.prg import SEED_BYTES
 from protocols.three_party.endpoints import Coins
+from secure.cost.traffic import OFFLINE
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError, StoreError
 from secure.mpc.program import Program
@@ -68,6 +71,7 @@ class Party0Service(PartyService):
         deadline: float = 60.0,
         store: Store | None = None,
         most: int = 0,
+        events: Events | None = None,
     ) -> None:
         self._party_2, self._ahead = party_2, ahead
         alone = [size for size in share.sizes if not size.program.keeps]  # what is dealt before anybody asks
@@ -78,7 +82,7 @@ class Party0Service(PartyService):
         self._alone = alone
         self._store, self._labels = store, dict[str, str]()
         self._filler = Filler(store, most, logging.getLogger("unseen.party-0")) if store is not None else None
-        super().__init__(share, {2: party_2}, deadline=deadline)
+        super().__init__(share, {2: party_2}, deadline=deadline, events=events)
         self._refill()
 
     def _refill(self) -> None:
@@ -101,12 +105,21 @@ class Party0Service(PartyService):
             make, what = partial(self._put, self._store, label, size), f"party 2's corrections of {digest[:12]}"
             self._filler.serve(Shelf(what, label, sealed_size(SEED_BYTES, dealt), make))
 
+    def readings(self) -> Iterator[Reading]:
+        yield from super().readings()
+        ahead = sum(map(len, self._stocks.values()))
+        yield Reading("unseen_queries_ahead", "Queries whose corrections are kept in memory, or come.", ahead)
+        if self._filler is not None:
+            yield from self._filler.readings()
+
     def _put(self, store: Store, label: str, size: SharedProgram) -> None:
         """Put one query into the store."""
         number, wanted = secrets.token_bytes(NUMBER_BYTES), WantedProgram(size.program.digest)
         with self._supplying(number, wanted, b"") as (parts, sealing):
+            start = time.perf_counter()
             seed, corrections = checked(parts, sealing)
             store.put(label, number, seed, size.circuit.cost.dealt, corrections)
+            self.events.ended(PhaseEnded(OFFLINE, time.perf_counter() - start, received=size.circuit.cost.dealt))
 
     @contextmanager
     def _supplying(
@@ -364,7 +377,6 @@ class _Computation:
         with service.conversing(asked, key):
             service.agreed(asked, hello.hello)
             answer = yield from self._answered(asked, key)
-        service.log.info("a query answered in %.2f s", answer.seconds)
         asked.finish(answer)
 
     def _answered(self, asked: Asked, key: PairKey) -> Generator[pb.PeerMessage, None, pb.Answer]:
@@ -384,7 +396,7 @@ class _Computation:
         yield pb.PeerMessage(tag=rounds.sent_seal.tag())
         rounds.compare(self._next("its tag"), PEER)
         supply.finish()
-        return pb.Answer(
+        answer = pb.Answer(
             share=service.for_client(
                 asked.size, service.keep(asked, supply.number, running.result), key, supply.number
             ),
@@ -396,3 +408,8 @@ class _Computation:
             dealing=supply.dealing,
             rows=rows,
         )
+        if supply.dealing:  # else it lay in the store, and was counted when it came there
+            named = query_id(session_label(asked.session), 0)
+            service.events.ended(PhaseEnded(OFFLINE, supply.dealing, named, received=supply.size))
+        service.answered(asked, answer, rounds.received_bytes)
+        return answer

@@ -17,6 +17,7 @@ from parties.net.peer import Peer
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import PartyStub
+from parties.telemetry.events import Events
 from parties.three_party.asked import Asked
 from parties.three_party.conversations import WantedProgram
 from parties.three_party.pair_keys import PairKey
@@ -46,8 +47,10 @@ class Party1Service(PartyService):
     called_by = ()
     joined_by = ""
 
-    def __init__(self, share: PartyShare, party_0: Peer, party_2: Peer, *, deadline: float = 60.0) -> None:
-        super().__init__(share, {0: party_0, 2: party_2}, deadline=deadline)
+    def __init__(
+        self, share: PartyShare, party_0: Peer, party_2: Peer, *, deadline: float = 60.0, events: Events | None = None
+    ) -> None:
+        super().__init__(share, {0: party_0, 2: party_2}, deadline=deadline, events=events)
         self.party_0, self._party_2 = party_0, party_2
 
     def asked_sizes(self, size: SharedProgram) -> list[int]:
@@ -179,4 +182,6 @@ class _Call:
         rounds.compare(self._next("its tag"), PEER)
         self._end()
         encoded = service.for_client(size, service.keep(asked, number, running.result), key, number)
-        return pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent_bytes)
+        answer = pb.Answer(share=encoded, seconds=seconds, rounds=rounds.count, sent=rounds.sent_bytes)
+        service.answered(asked, answer, rounds.received_bytes)
+        return answer

@@ -22,6 +22,8 @@ from parties.proto import unseen_pb2 as pb
 from parties.store.entries import Store, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
 from parties.store.memory import MemoryStore
+from parties.telemetry.events import Events, PhaseEnded, Reading
+from parties.telemetry.names import query_id, session_label
 from parties.three_party.asked import Asked
 from parties.three_party.conversations import AGAIN, WantedProgram
 from parties.three_party.pair_keys import PairKey, Seal
@@ -31,6 +33,7 @@ from parties.three_party.supply import NUMBER_BYTES
 from protocols import wire
 from protocols.circuit import deal
 from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed
+from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, ProtocolError, QueryError
 from secure.mpc.program import Program
@@ -75,15 +78,22 @@ class Party2Service(PartyService):
     called_by = (0, 1)
     joined_by = PARTIES[0]
 
-    def __init__(self, share: PartyShare, *, deadline: float = 60.0, store: Store | None = None) -> None:
+    def __init__(
+        self, share: PartyShare, *, deadline: float = 60.0, store: Store | None = None, events: Events | None = None
+    ) -> None:
         self._store: Store = store or MemoryStore()
         model = share.manifest.model
         self._seeds = label_of("seed", model)  # seeds of party 1, until it takes them
         self._looking = label_of("rows", model)  # both parties' seeds, until rows are looked up
-        super().__init__(share, {}, deadline=deadline)
+        super().__init__(share, {}, deadline=deadline, events=events)
 
     def store_name(self) -> bytes:
         return self._store.name
+
+    def readings(self) -> Iterator[Reading]:
+        yield from super().readings()
+        waiting = self._store.level(self._seeds).entries
+        yield Reading("unseen_assignable_queries", "Queries dealt ahead whose seeds are here.", waiting)
 
     def close(self) -> None:
         super().close()
@@ -136,7 +146,9 @@ class Party2Service(PartyService):
             corrections = deal(size.circuit.circuit, *keys, self.share.weights, given, masks)
             yield from to_chunks(_sealed(seal, corrections), pb.SupplyPart.DATA_FIELD_NUMBER)
         yield pb.SupplyPart(tag=seal.tag())  # the masks are kept by now: party 0 may ask for the next query
-        self.log.info("dealt a query in %.2f s", time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.log.info("dealt a query in %.2f s", seconds)
+        self.events.ended(PhaseEnded(OFFLINE, seconds, sent=size.circuit.cost.dealt))
 
     @contextmanager
     def _keeping(
@@ -165,7 +177,7 @@ class Party2Service(PartyService):
             key.require(request.proof, "contribute", request.supply, request.session)
             # used once: its zero shares serve one client
             seeds = self._store.take(self._looking, number) if len(number := request.supply) == NUMBER_BYTES else None
-            asked = self.join(request.session)
+            asked, start = self.join(request.session), time.perf_counter()
             try:
                 if seeds is None:
                     raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
@@ -180,6 +192,8 @@ class Party2Service(PartyService):
                 seal = key.seal("contribution", request.supply)
                 seal.update(bytes(rows))
                 asked.finish(pb.Answer())
+                seconds, named = time.perf_counter() - start, query_id(session_label(asked.session), 0)
+                self.events.ended(PhaseEnded(ONLINE, seconds, named, rounds=1, sent=len(rows)))
                 return pb.Contribution(rows=bytes(rows), tag=seal.tag())
             except Error as error:
                 asked.fail(error)

@@ -30,6 +30,7 @@ class Rounds(Observer):
     received_seal: Seal
     count: int = 0
     sent_bytes: int = 0
+    received_bytes: int = 0
     _waiting: int = field(default=0, repr=False)
 
     @classmethod
@@ -63,6 +64,7 @@ class Rounds(Observer):
         self.sent_seal.update(payload)
 
     def received(self, payload: bytes) -> None:
+        self.received_bytes += len(payload)
         self.received_seal.update(payload)
 
     def _read(self, size: int, following: NextMessage, peer: str) -> bytes:

@@ -209,6 +209,9 @@ class Stock:
                     return found
         return self._start()
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def drop(self) -> None:
         """Forget all that is kept: party 2 no longer holds the seeds that belong to it."""
         with self._lock:

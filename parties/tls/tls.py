@@ -75,6 +75,11 @@ class Tls(Network):
         line, soon = self.credentials.about()
         return (f"{'warning: ' if soon else ''}TLS 1.3: {line}",)
 
+    def ends(self) -> Mapping[str, float]:
+        ours = self.credentials
+        authority = min(each.ends for each in ours.authorities)
+        return {"own": ours.certificate.ends.timestamp(), "authority": authority.timestamp()}
+
     def check(self, endpoint: Endpoint, *, what: str) -> None:
         """Do nothing: an encrypted channel may go anywhere."""
 

@@ -45,6 +45,9 @@ class ClientKeys:
         found = self._store.take(_label(model), entry)
         return None if found is None else (Key(found.head[:KEY_BYTES]), found.head[KEY_BYTES:])
 
+    def __len__(self) -> int:
+        return self._store.level().entries
+
     def sweep(self) -> None:
         """Forget entries that are too old."""
         self._store.sweep(before=time.time() - KEPT)

@@ -28,9 +28,10 @@ from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import InferenceStub
 from parties.served.described import ConnectOptions, Described, ask_description, read_description
 from parties.served.files import masked_size, unpack_masked
+from parties.telemetry.names import query_id, session_label
 from parties.two_party.conversations import Conversations, HeldConversation, Place, check_place, most_together
 from parties.two_party.dealer_peer import DealerPeer
-from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key, session_label
+from parties.two_party.keys import MAXIMUM_PREPARED, Ratchet, open_client_key
 from parties.two_party.masked_model import by_file
 from protocols.circuit import Correlations, execute, prepare_together
 from protocols.prg import Key, fresh_seed
@@ -416,7 +417,10 @@ class TwoPartyLink(Link):
         computed = ready.client_seconds + timeline.total.compute + timeline.total.wire
         moved = links(replace(cost, dealt=ready.corrections), SERVER, CLIENT_ROLE, DEALER)
         moved += (Traffic(SERVER, CLIENT_ROLE, ready.received, OFFLINE),)
-        report = Report(cost.rounds, moved, online, ready.seconds, computed, ready.dealer_seconds, ready.query)
+        report = Report(
+            *(cost.rounds, moved, online, ready.seconds, computed, ready.dealer_seconds, ready.query),
+            id=query_id(self.session_label, ready.query),
+        )
         return result, report
 
     def _begin_ahead(self, following: _Wanted, most: int, text: _Text) -> None:

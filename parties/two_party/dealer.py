@@ -35,6 +35,9 @@ from parties.proto.unseen_pb2_grpc import DealerServicer
 from parties.services.dealing import Dealing, DealingHere, DealtModel
 from parties.store.entries import ENTRY_BYTES, Store
 from parties.store.memory import MemoryStore
+from parties.telemetry.events import Events, PhaseEnded, Reading
+from parties.telemetry.logs import tagged
+from parties.telemetry.names import query_id, session_label
 from parties.two_party.assigned import MODEL_ENTRIES, ClientKeys
 from parties.two_party.conversations import Conversations, Place, places_of
 from parties.two_party.keys import (
@@ -56,6 +59,7 @@ from parties.two_party.keys import (
 )
 from parties.two_party.sealing import SealingKey, answer_proof
 from protocols.prg import KEY_BYTES, Key
+from secure.cost.traffic import OFFLINE
 from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
 from secure.mpc.budget import Budget
@@ -110,7 +114,7 @@ class DealerService(DealerServicer):
     spend: counts what callers use, and refuses what is beyond their quotas. budget: the most that one Program may take;
     a larger one is not registered. dealing: where corrections are computed; it is not closed here. store: where it
     keeps the clients' keys of entries; None: in memory, so that the entries which servers keep are lost with the
-    process.
+    process. events: hear of every query that is dealt.
     """
 
     permissions: ClassVar[Permissions] = permit(
@@ -133,7 +137,9 @@ class DealerService(DealerServicer):
         budget: Budget | None = None,
         dealing: Dealing | None = None,
         store: Store | None = None,
+        events: Events | None = None,
     ) -> None:
+        self._events = events or Events()
         self._key, self._spend, self._lock = key, spend, threading.Lock()
         self._dealing = dealing or DealingHere()
         self._budget = budget or Budget()
@@ -156,6 +162,14 @@ class DealerService(DealerServicer):
     def close(self) -> None:
         """Close the store of entries."""
         self.entries.close()
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield the numbers of this service at this moment."""
+        yield from self.sessions.readings()
+        yield from self.models.readings()
+        yield from self.deals.readings()
+        yield from self.kept.readings("kept masks")
+        yield Reading("unseen_assignable_queries", "Queries dealt ahead whose keys are here.", len(self.entries))
 
     def is_asked(self) -> bool:
         """Tell whether sessions have asked for corrections in the last QUIET seconds."""
@@ -324,7 +338,12 @@ class DealerService(DealerServicer):
                 yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
             else:
                 yield from to_chunks(self._conversed(session, request, place))
-            log.info("dealt query %d of a session in %.2f s", query, time.perf_counter() - start)
+            seconds, named = time.perf_counter() - start, query_id(session_label(request.session), query)
+            log.info("dealt query %d of a session in %.2f s", query, seconds, extra=tagged(query=named))
+            model = session.model if place is None else self._model_at(session, place)
+            count = 1 if place is None else max(1, request.steps)
+            dealt = count * model.program.cost.dealt
+            self._events.ended(PhaseEnded(OFFLINE, seconds, named, sent=dealt, count=count))
         finally:
             session.seat.rest(UNUSED)
 
@@ -334,15 +353,20 @@ class DealerService(DealerServicer):
         self._spend(session.opener, PREPARATIONS, 1)  # also those that the client then drops
         return session.server.key(query, *place), session.client.key(query, *place)
 
+    def _model_at(self, session: _DealtSession, place: Place) -> _RegisteredModel:
+        """Return the model of a query that stands in a conversation. Raises QueryError if it is not known."""
+        with self._lock:
+            model = self._models.get((place.program_digest, session.model.weights_digest))
+        if model is None:
+            raise QueryError("a conversation needs another Program, which the dealer does not know", "connect again")
+        return model
+
     def _conversed(self, session: _DealtSession, request: pb.DealRequest, place: Place) -> Iterator[memoryview]:
         """Yield the corrections of queries of a conversation, the first at ``place``, and keep the masks of their rows.
 
         Nothing else of the query is kept: from the masks of rows nobody computes another mask.
         """
-        with self._lock:
-            model = self._models.get((place.program_digest, session.model.weights_digest))
-        if model is None:
-            raise QueryError("a conversation needs another Program, which the dealer does not know", "connect again")
+        model = self._model_at(session, place)
         query, places = request.query, places_of(request, model.program)
         if not session.conversing.acquire(blocking=False):
             raise QueryError("the dealer deals one query of a session's conversations at a time")
@@ -396,7 +420,9 @@ class DealerService(DealerServicer):
         with self._lock:
             served = list(self._models)
         self.entries.keep(names, entry, client, entry_proving_key(seed, entry), served)
-        log.debug("dealt a query ahead in %.2f s", time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        log.debug("dealt a query ahead in %.2f s", seconds)
+        self._events.ended(PhaseEnded(OFFLINE, seconds, sent=model.program.cost.dealt))
         yield pb.StockPart(done=pb.StockDone())
 
     def Assign(self, request: pb.AssignRequest, context: grpc.ServicerContext) -> pb.AssignReply:

@@ -120,7 +120,7 @@ class TwoPartyHosted:
         state = options.state or state_directory()
         key = SealingKey.load(state)
         entries = DatabaseStore(options.store / ENTRIES, read_store_key(options.store_key)) if options.store else None
-        dealer = DealerService(key, spend_of(options), options.budget, options.dealing, entries)
+        dealer = DealerService(key, spend_of(options), options.budget, options.dealing, entries, options.events)
         sweeping = Repeating(SWEEPING, dealer.sweep, logging.getLogger("unseen.dealer"))
         about = f"key {key.public.fingerprint}, in {state / PUBLIC_FILE}"
 
@@ -138,6 +138,7 @@ class TwoPartyHosted:
             knows=dealer.knows,
             largest=LARGEST,
             left=dealer.is_asked,
+            readings=dealer.readings,
         )
 
     @staticmethod
@@ -160,6 +161,7 @@ class TwoPartyHosted:
             disk=PreparedMemory(disk_budget() // options.workers, *DISK),
             turns=Turns(share_of(os.cpu_count(), options.workers)),
             stocked=Stocked(store, options.store_size, dealer) if store is not None else None,
+            events=options.events,
         )
         published = Published(
             SERVER,
@@ -189,6 +191,7 @@ class TwoPartyHosted:
             program=models[0].program.digest,
             knows=_digests(models).__contains__,
             drain=service.drain,
+            readings=service.readings,
         )
 
 

@@ -8,7 +8,6 @@ query fails.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 import threading
@@ -30,11 +29,6 @@ MAXIMUM_STEPS = 8  # the same for queries of conversations
 
 def new_session() -> bytes:
     return secrets.token_bytes(SESSION_BYTES)
-
-
-def session_label(session: bytes) -> str:
-    """Return a name for a session that tells nothing about its id; whoever knows the id could join the session."""
-    return hashlib.sha256(session).hexdigest()[:16]
 
 
 def query_key(seed: bytes, party: str, session: bytes, program_digest: str, query: int, *place: str | int) -> Key:

@@ -37,10 +37,13 @@ from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import InferenceServicer
 from parties.services.draining import going_away
 from parties.services.repeating import Repeating
+from parties.telemetry.events import Events, PhaseEnded, Reading
+from parties.telemetry.logs import tagged
+from parties.telemetry.names import query_id, session_label
 from parties.traces.trace_file import TraceDirectory
 from parties.two_party.conversations import Conversations, HeldConversation, Place, places_of
 from parties.two_party.dealer_peer import DealerPeer
-from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_STEPS, Burnt, Ratchet, proving_key, session_label
+from parties.two_party.keys import MAXIMUM_PREPARED, MAXIMUM_STEPS, Burnt, Ratchet, proving_key
 from parties.two_party.masked_model import MaskedModel
 from parties.two_party.stocked import Stocked, memory_of, receive, receive_together, spooled_of
 from protocols.circuit import Correlations, execute
@@ -48,6 +51,7 @@ from protocols.prg import fresh_seed
 from protocols.protocol import SERVER
 from protocols.steps import Framed
 from secure.cost.timeline import Recorder, Timeline
+from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.two_party import CLIENT, TwoParty
 from secure.errors import (
     LEAST_AFTER,
@@ -85,7 +89,7 @@ class InferenceService(InferenceServicer):
     callers use, and refuses what is beyond their quotas. memory: the budget of what sessions keep prepared; None: half
     of what the machine has to spare. disk: that of temporary files, for what is too large for memory; None: half of
     what is free there. turns: who computes when; None: as many queries as there are cores. stocked: queries that are
-    dealt ahead, or None; it is closed with the service.
+    dealt ahead, or None; it is closed with the service. events: hear of every phase of a query that ends.
 
     A stream gets one of the few sessions only after a valid handshake that the dealer has confirmed; until then it
     is in a waiting room, in which those of the caller who has the most give way to newer ones.
@@ -105,6 +109,7 @@ class InferenceService(InferenceServicer):
         disk: PreparedMemory | None = None,
         turns: Turns | None = None,
         stocked: Stocked | None = None,
+        events: Events | None = None,
     ) -> None:
         self.turns = turns or Turns()
         self.memory = memory or PreparedMemory(memory_budget(None))
@@ -112,6 +117,7 @@ class InferenceService(InferenceServicer):
         self.models = {(model.program.digest, model.weights_digest): model for model in models}
         self.deadline, self.traces = deadline, traces
         self.dealer, self.spend, self.stocked = dealer, spend, stocked
+        self.events = events or Events()
         self.greetings = WaitingRoom(MAXIMUM_GREETINGS)
         self.sessions = Seats("the server", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         self._registered = dict[tuple[str, str], MaskedModel]()  # at the dealer, by names
@@ -132,6 +138,15 @@ class InferenceService(InferenceServicer):
         """End every session before its next query."""
         if not self.going.done():
             self.going.set_result(None)
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield the numbers of this service at this moment."""
+        yield from self.sessions.readings()
+        yield from self.memory.readings("memory")
+        yield from self.disk.readings("disk")
+        yield Reading("unseen_models", "Models, of each length and batch, that are served.", len(self.models))
+        if self.stocked is not None:
+            yield from self.stocked.readings()
 
     def close(self) -> None:
         """Close the channel to the dealer."""
@@ -208,7 +223,7 @@ class _Session:
         self._grants: dict[int, list[tuple[PreparedMemory, Grant]]] = {}  # of what is prepared, and the query that runs
         self._burnt = Burnt()
         self._keys: Ratchet | None = None
-        self._id, self._proving = b"", b""
+        self._id, self._proving, self._label = b"", b"", ""
         self._doing = "the handshake"
         self._dealing: grpc.Call | None = None
         self._coming: Future[None] | None = None  # a query that is prepared while another runs
@@ -240,17 +255,21 @@ class _Session:
             yield from self._run()
         except Error as error:
             level = logging.INFO if isinstance(error, GoingAway) else logging.WARNING
-            log.log(level, "session of %s ended: %s", self._who, str(error).splitlines()[0])
+            log.log(level, "session of %s ended: %s", self._who, str(error).splitlines()[0], extra=self._about())
             yield pb.ServerMessage(failure=failure(error))
         except GeneratorExit:
             late = "did not read in time" if self.watch.fired else "is gone"
             level = logging.INFO if self._doing == BETWEEN else logging.WARNING
-            log.log(level, "session of %s ended: the client %s (%s)", self._who, late, self._doing)
+            log.log(level, "session of %s ended: the client %s (%s)", self._who, late, self._doing, extra=self._about())
             raise
         except Exception as error:
             unexpected(error, log)
             message = f"internal error ({self._doing})"
             yield pb.ServerMessage(failure=pb.Failure(code=Error.code, message=message))
+
+    def _about(self) -> dict[str, Any]:
+        """Return what a log line says of this session."""
+        return tagged(session=self._label)
 
     def _run(self) -> Iterator[pb.ServerMessage]:
         with self._service.greetings.place(self._context):
@@ -343,7 +362,7 @@ class _Session:
                 )
         session, seed = hello.session, fresh_seed()
         self._service.dealer.join(session, program.digest, self._model.weights_digest, self._model.mask_seed, seed)
-        self._id, self._proving = session, proving_key(seed)
+        self._id, self._proving, self._label = session, proving_key(seed), session_label(session)
         self._keys = Ratchet(seed, "server", session, program.digest)
 
     def _admitted(self, asked: pb.Prepare) -> Iterator[pb.ServerMessage]:
@@ -374,7 +393,8 @@ class _Session:
         except Busy as error:
             for budget, grant in grants:
                 budget.give_back(grant)
-            log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0])
+            named = tagged(query=query_id(self._label, query))
+            log.info("%s: query %d was put off: %s", self._who, query, str(error).splitlines()[0], extra=named)
             yield pb.ServerMessage(failure=failure(error, goes_on=True))
             return
         conversation: HeldConversation | None = None
@@ -459,6 +479,8 @@ class _Session:
         for i, found in enumerate(correlations):
             self._prepared[query + i] = _PreparedQuery(model, found, places[i] if places else None, conversation)
         seconds = time.perf_counter() - start
+        named = query_id(self._label, query)
+        self._service.events.ended(PhaseEnded(OFFLINE, seconds, named, received=count * size, count=count))
         yield pb.ServerMessage(prepared=pb.Prepared(query=query, bytes=count * size, seconds=seconds))
 
     def _dealt(self, query: int, places: Sequence[Place]) -> Iterator[bytes]:
@@ -512,23 +534,38 @@ class _Session:
             recorder.stop()
         if ready.conversation is not None and ready.place is not None:
             ready.conversation.keep(ready.place, program, frames.result)
-        log.info("query %d answered in %.2f s", query, recorder.timeline.seconds)
+        named = tagged(query=query_id(self._label, query))
+        log.info("query %d answered in %.2f s", query, recorder.timeline.seconds, extra=named)
         self._doing = BETWEEN  # a client that leaves as soon as it has its answer leaves between queries
         try:
             yield pb.ServerMessage(finished=pb.Finished(query=query))
         finally:  # after the last message, so that the client does not wait for it; also if the client leaves then
+            self._tell(recorder.timeline, program, query)
             self._keep(recorder.timeline, program, query)
+
+    def _tell(self, timeline: Timeline, program: Program, query: int) -> None:
+        """Tell of a query that was answered."""
+        moved, named = timeline.total, query_id(self._label, query)
+        rounds = len(timeline.rounds)
+        self._service.events.ended(
+            PhaseEnded(
+                *(ONLINE, timeline.seconds, named, rounds, moved.sent, moved.received),
+                timeline=timeline,
+                paths=program.paths,
+            )
+        )
 
     def _keep(self, timeline: Timeline, program: Program, query: int) -> None:
         """Write the trace. If that fails, only the server's log says so: the client has its answer."""
         if self._service.traces is None:
             return
+        named = tagged(query=query_id(self._label, query))
         try:
-            path = self._service.traces.write(timeline, program, query, session_label(self._id))
+            path = self._service.traces.write(timeline, program, query, self._label)
         except Error as error:
-            log.error("query %d left no trace: %s", query, str(error).replace("\n", "; "))
+            log.error("query %d left no trace: %s", query, str(error).replace("\n", "; "), extra=named)
         else:
-            log.info("query %d: trace in %s", query, path)
+            log.info("query %d: trace in %s", query, path, extra=named)
 
     def _receive(self, size: int, path: str) -> bytes:
         reader = FrameReader(size)

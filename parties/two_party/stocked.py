@@ -15,6 +15,7 @@ from parties.store.entries import Store, Taken, label_of
 from parties.store.filler import Filler, Shelf
 from parties.store.sealed import sealed_size
 from parties.store.spool import spool
+from parties.telemetry.events import Reading
 from parties.two_party.conversations import IN_MEMORY as IN_MEMORY
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import entry_proving_key, server_entry_key
@@ -65,6 +66,10 @@ class Stocked:
     def close(self) -> None:
         self._filler.close()
         self._store.close()
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield how many queries are left for each model."""
+        return self._filler.readings()
 
     def serve(self, model: MaskedModel, dealers_store: bytes) -> None:
         """Keep the store filled for a model from now on.

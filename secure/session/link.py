@@ -53,7 +53,8 @@ class Report:
     online_seconds: time from the query to its answer. offline_seconds: time of its offline phase, whether that ran
     ahead of the query or not. client_seconds: the part of both in which this client computed. dealer_seconds: the part
     of the offline phase in which correlations were dealt; 0 where nobody deals. query: its number in the session, from
-    0. length: the tokens to which its texts were padded, which the parties see; 0 if the model takes none.
+    0. length: the tokens to which its texts were padded, which the parties see; 0 if the model takes none. id: a name
+    of the query that the services' logs have too, and that tells nothing about it; "" where there are no services.
     """
 
     rounds: int
@@ -64,6 +65,7 @@ class Report:
     dealer_seconds: float
     query: int
     length: int = 0
+    id: str = ""
 
     def bytes(self, *, sender: str | None = None, receiver: str | None = None, phase: str | None = None) -> int:
         """Sum the bytes of the links that match; by default of all links."""
