@@ -332,15 +332,15 @@ class DealerService(DealerServicer):
         self._asked_at = time.monotonic()
         try:
             start = time.perf_counter()
+            model = session.model if place is None else self._model_at(session, place)
             if place is None:
                 places_of(request, session.model.program)
                 server, client = self._burn(session, query)
                 yield from to_chunks(self._dealing.corrections(session.model.dealt, server, client))
             else:
-                yield from to_chunks(self._conversed(session, request, place))
+                yield from to_chunks(self._conversed(session, request, place, model))
             seconds, named = time.perf_counter() - start, query_id(session_label(request.session), query)
             log.info("dealt query %d of a session in %.2f s", query, seconds, extra=tagged(query=named))
-            model = session.model if place is None else self._model_at(session, place)
             count = 1 if place is None else max(1, request.steps)
             dealt = count * model.program.cost.dealt
             self._events.ended(PhaseEnded(OFFLINE, seconds, named, sent=dealt, count=count))
@@ -361,12 +361,13 @@ class DealerService(DealerServicer):
             raise QueryError("a conversation needs another Program, which the dealer does not know", "connect again")
         return model
 
-    def _conversed(self, session: _DealtSession, request: pb.DealRequest, place: Place) -> Iterator[memoryview]:
+    def _conversed(
+        self, session: _DealtSession, request: pb.DealRequest, place: Place, model: _RegisteredModel
+    ) -> Iterator[memoryview]:
         """Yield the corrections of queries of a conversation, the first at ``place``, and keep the masks of their rows.
 
         Nothing else of the query is kept: from the masks of rows nobody computes another mask.
         """
-        model = self._model_at(session, place)
         query, places = request.query, places_of(request, model.program)
         if not session.conversing.acquire(blocking=False):
             raise QueryError("the dealer deals one query of a session's conversations at a time")
