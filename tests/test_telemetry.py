@@ -215,11 +215,17 @@ def test_three_parties_tell_their_numbers(three: list[Service]) -> None:
     assert zero.value("unseen_message_bytes_total", method="Party/Compute", direction="received") > 0
 
 
-def test_the_server_of_ciphertexts_tells_its_numbers(tmp_path: Path) -> None:
-    with (
-        deployments.serve(compiled("tiny"), role=SERVER, state=tmp_path, metrics="0") as server,
-        dial(server.address) as session,
-    ):
+@pytest.fixture(scope="module")
+def ciphertexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A server of ciphertexts."""
+    state = tmp_path_factory.mktemp("keys")
+    with deployments.serve(compiled("tiny"), role=SERVER, state=state, metrics="0") as server:
+        yield server
+
+
+def test_the_server_of_ciphertexts_tells_its_numbers(ciphertexts: Service) -> None:
+    server = ciphertexts
+    with dial(server.address) as session:
         session.query(inputs("tiny"))
         report = session.reports[-1]
         numbers = Scraped.when(server, 1, "unseen_queries_total", phase="online")
@@ -335,8 +341,8 @@ def test_a_slow_reader_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> 
 # refusals
 
 
-def test_refusals_are_counted_by_their_codes(model: Ready) -> None:
-    with two(model, quotas=Limits.read({"queries": 1}, "here")) as made:
+def test_refusals_are_counted_by_their_codes(model: Ready, tmp_path: Path) -> None:
+    with two(model, quotas=Limits.read({"queries": 1}, "here"), state=tmp_path) as made:
         made.session.embed([TEXT])
         with pytest.raises(QuotaError):
             made.session.embed([TEXT])
@@ -590,14 +596,15 @@ def check(emitted: str, secret: Secrets, public: set[str]) -> None:
 
 def test_nothing_secret_is_emitted_by_two_parties(model: Ready, tmp_path: Path) -> None:
     quotas = Limits.read({"queries": 2}, "here")
-    with Secrets.kept() as secret, Emitted() as emitted, two(model, traces=tmp_path, quotas=quotas) as made:
+    traces, given = tmp_path / "traces", {"quotas": quotas, "state": tmp_path}
+    with Secrets.kept() as secret, Emitted() as emitted, two(model, traces=traces, **given) as made:
         made.session.embed([TEXT, TEXT])
         label: str = made.session.link.session_label
         with pytest.raises(QuotaError):
             made.session.embed([TEXT])
         told = [Scraped.of(made.server).text, Scraped.of(made.dealer).text]
         ids = [report.id for report in made.session.reports]
-    written = [path.read_text() for path in tmp_path.iterdir()]
+    written = [path.read_text() for path in traces.iterdir()]
     assert len(written) == 2
     answered = [each for each in emitted.documents if "answered in" in each["message"]]
     assert [each["query"] for each in answered] == ids
@@ -623,16 +630,11 @@ def test_nothing_secret_is_emitted_by_three_parties(three: list[Service]) -> Non
     check("\n".join([*emitted.json, *(Scraped.of(each).text for each in three)]), secret, {*ids})
 
 
-def test_nothing_secret_is_emitted_by_the_server_of_ciphertexts(tmp_path: Path) -> None:
-    with (
-        Secrets.kept() as secret,
-        Emitted() as emitted,
-        deployments.serve(compiled("tiny"), role=SERVER, state=tmp_path, metrics="0") as server,
-        dial(server.address) as session,
-    ):
+def test_nothing_secret_is_emitted_by_the_server_of_ciphertexts(ciphertexts: Service) -> None:
+    with Secrets.kept() as secret, Emitted() as emitted, dial(ciphertexts.address) as session:
         session.query(inputs("tiny"))
         session.query(inputs("tiny"))
-        told, ids = Scraped.of(server).text, [report.id for report in session.reports]
+        told, ids = Scraped.of(ciphertexts).text, [report.id for report in session.reports]
     answered = [each["query"] for each in emitted.documents if "answered in" in each["message"]]
     assert answered == ids
     assert ids[0] != ids[1]  # of one input

@@ -133,10 +133,6 @@ class CkksService(CkksServicer):
         asked = _Requests(requests, allowance)
         try:
             yield from allowance.sending(self._query(asked, who, context))
-            seconds, program = time.perf_counter() - began, self.program
-            log.info("query of %s answered in %.2f s", who, seconds, extra=tagged(query=asked.named))
-            moved = 1 + len(program.refreshes), program.to_client, program.to_server
-            self.events.ended(PhaseEnded(ONLINE, seconds, asked.named, *moved))
         except Error as error:
             log.warning("query of %s ended: %s", who, str(error).splitlines()[0], extra=tagged(query=asked.named))
             yield pb.CkksReply(failure=failure(error))
@@ -145,6 +141,15 @@ class CkksService(CkksServicer):
             yield pb.CkksReply(failure=pb.Failure(code=Error.code, message="internal error"))
         finally:
             allowance.stop()
+            if asked.answered:  # also if the client left as soon as it had everything
+                self._tell(asked, who, time.perf_counter() - began)
+
+    def _tell(self, asked: _Requests, who: Caller, seconds: float) -> None:
+        """Tell of a query that was answered."""
+        program = self.program
+        log.info("query of %s answered in %.2f s", who, seconds, extra=tagged(query=asked.named))
+        moved = 1 + len(program.refreshes), program.to_client, program.to_server
+        self.events.ended(PhaseEnded(ONLINE, seconds, asked.named, *moved))
 
     def _query(self, requests: _Requests, who: Caller, context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
         program, name = self.program, who.name
@@ -187,8 +192,9 @@ class CkksService(CkksServicer):
                 continue
             stage = int(header.get("refresh", 0))
             yield pb.CkksReply(refresh=stage) if stage else pb.CkksReply(result=len(payloads))
-            for payload in payloads:
+            for number, payload in enumerate(payloads, 1):
                 for frame in to_frames(payload):
+                    requests.answered = not stage and number == len(payloads) and frame.last
                     yield pb.CkksReply(frame=frame)
             if not stage:
                 return
@@ -266,6 +272,7 @@ class _Requests:
     def __init__(self, requests: Iterator[pb.CkksRequest], allowance: Allowance) -> None:
         self._requests, self.allowance = requests, allowance
         self.named = ""  # the query's id, once its inputs are here
+        self.answered = False  # whether the last part of the answer was handed over
 
     def _next(self, what: str) -> pb.CkksRequest:
         message = _next(self._requests, self.allowance, what)

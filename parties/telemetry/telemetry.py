@@ -31,7 +31,7 @@ class Telemetry:
         self._metrics: Any = None
         self._spans: Any = None
         self._port: port.TelemetryPort | None = None
-        self._ports = ports
+        self._row = 0  # ports that processes of the role take, from the first
         if metrics is not None:
             self._listen(port.parse(metrics), deployment, role, ports)
         if otlp is not None:
@@ -43,6 +43,7 @@ class Telemetry:
 
         from parties.telemetry.metrics import RoleMetrics
 
+        self._row = ports if at.port else 0
         self._metrics = RoleMetrics(deployment, role)
         self.events.tell(self._metrics)
         shown: Any = make_wsgi_app(self._metrics.registry)
@@ -74,7 +75,7 @@ class Telemetry:
         if self._port is None:
             return ()
         reach = "" if self._port.stays else " (whoever reaches this address reads them)"
-        row = f", and at the ports after it: {self._ports} in all" if self._ports > 1 else ""
+        row = f", and at the ports after it: {self._row} in all" if self._row > 1 else ""
         return (f"numbers for Prometheus: http://{self._port.address}/metrics{reach}{row}",)
 
     def close(self) -> None:

@@ -145,10 +145,10 @@ class Party2Service(PartyService):
             start = time.perf_counter()
             corrections = deal(size.circuit.circuit, *keys, self.share.weights, given, masks)
             yield from to_chunks(_sealed(seal, corrections), pb.SupplyPart.DATA_FIELD_NUMBER)
-        yield pb.SupplyPart(tag=seal.tag())  # the masks are kept by now: party 0 may ask for the next query
         seconds = time.perf_counter() - start
         self.log.info("dealt a query in %.2f s", seconds)
         self.events.ended(PhaseEnded(OFFLINE, seconds, sent=size.circuit.cost.dealt))
+        yield pb.SupplyPart(tag=seal.tag())  # the masks are kept by now: party 0 may ask for the next query
 
     @contextmanager
     def _keeping(
