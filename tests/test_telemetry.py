@@ -597,7 +597,12 @@ def check(emitted: str, secret: Secrets, public: set[str]) -> None:
 def test_nothing_secret_is_emitted_by_two_parties(model: Ready, tmp_path: Path) -> None:
     quotas = Limits.read({"queries": 2}, "here")
     traces, given = tmp_path / "traces", {"quotas": quotas, "state": tmp_path}
+    kept, listening = InMemorySpanExporter(), list[Spans]()
     with Secrets.kept() as secret, Emitted() as emitted, two(model, traces=traces, **given) as made:
+        for service in (made.server, made.dealer):
+            assert service._telemetry is not None
+            listening.append(Spans("two-party", "a role", kept))
+            service._telemetry.events.tell(listening[-1])
         made.session.embed([TEXT, TEXT])
         label: str = made.session.link.session_label
         with pytest.raises(QuotaError):
@@ -613,8 +618,16 @@ def test_nothing_secret_is_emitted_by_two_parties(model: Ready, tmp_path: Path) 
     (ended,) = (each for each in emitted.documents if "quota" in each["message"] and "session" in each)
     assert ended["session"] == label
     assert any(line.endswith(f"[query {ids[0]}]") for line in emitted.text)
-    whole = "\n".join([*emitted.json, *emitted.text, *told, *written])
-    names = {model.program.digest, model.weights_digest, label, *dealt}
+    for each in listening:
+        each._waiting.force_flush()
+    spans = kept.get_finished_spans()
+    for each in listening:
+        each.close()
+    assert len(spans) > 20
+    whole = "\n".join([*emitted.json, *emitted.text, *told, *written, *(span.to_json() for span in spans)])
+    contexts = [span.context for span in spans if span.context is not None]
+    of_spans = {f"0x{one.trace_id:032x}" for one in contexts} | {f"0x{one.span_id:016x}" for one in contexts}
+    names = {model.program.digest, model.weights_digest, label, *dealt, *of_spans}
     digests = {name[:12] for name in names}
     check(whole, secret, names | digests | {f"{label}-{number}" for number in range(3)})
 
@@ -646,6 +659,12 @@ def test_a_planted_secret_is_found() -> None:
     for shown in (bytes.hex, repr, list, lambda data: base64.b64encode(data).decode()):
         assert secret.shown_in(f"a line with {shown(bytes(range(40, 72)))}")
     assert not secret.shown_in("a line with nothing")
+    many = Secrets({secrets.token_bytes(16) for _ in range(60)})
+    check("query 0 answered in 0.07132874562398742 s by 0123456789abcdef", many, {"0123456789abcdef"})
+    with pytest.raises(AssertionError, match="0123456789abcdef"):
+        check("a seed 0123456789abcdef that nobody recorded", many, set())
+    with pytest.raises(AssertionError):
+        check(f"an input, {WORDS[5]}", many, set())
 
 
 # documentation, and the files for Grafana and Prometheus
