@@ -1,6 +1,7 @@
 """Private search over the docstrings of installed packages: is the same found as in float, and what does it take?
 
     python -m benchmarks.search INDEX --make [--passages 10000]     once: an index of text that every machine has
+    python -m benchmarks.search INDEX --make --made-up --passages 100000    one of random rows: costs depend on none of them
     python -m benchmarks.search INDEX --questions 200 [--write]     all parties in one process: what is found
     python -m benchmarks.search INDEX --queries 5 [--write]         over loopback: seconds, MB, rounds
     python -m benchmarks.search INDEX --count 1000 100000 [--write] what it adds to the encoder, by counting
@@ -252,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("--make", action="store_true")
+    parser.add_argument("--made-up", action="store_true")
     parser.add_argument("--passages", type=int, default=10_000)
     parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--queries", type=int, default=0)
@@ -260,6 +262,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/search.json")
     o = parser.parse_args()
     found: dict[str, Any] = {}
+    if o.make and o.made_up:
+        write_index(made_up(o.passages), o.index)
+        (o.index / QUESTIONS).write_text(json.dumps(["How do I return an item?"] * (o.questions or 20)))
+        return
     if o.make:
         make(o.index, o.passages, o.questions or 200)
         return
@@ -268,7 +274,7 @@ def main() -> None:
     if o.questions:
         found["agreement"] = agreement(o.index, o.questions)
     if o.queries:
-        found[f"loopback, {o.reveal}"] = over_loopback(o.index, o.queries, o.reveal)
+        found[f"loopback, {len(read_index(o.index).passages)}, {o.reveal}"] = over_loopback(o.index, o.queries, o.reveal)
     for rows in o.count:
         found[f"counted {rows}, {o.reveal}"] = counted(rows, o.reveal)
     found = {name: {**machine("benchmarks.search"), **each} for name, each in found.items()}

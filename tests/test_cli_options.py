@@ -172,7 +172,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     put(compare, "_outcomes", lambda *_: iter([Outcome(variants([8])[0], cost, {"wan": 1.0, "250,20": 1.0})]))
     put(compare, "_seconds")
     put(compare, "use_threads")
-    put(demo, "embed_texts", 0)
+    put(demo, "ask_texts", 0)
+    put(demo, "_owner")
     put(demo, "ask_digits", 0)
 
     @contextmanager
@@ -237,6 +238,7 @@ WITH: dict[tuple[str, str], list[str]] = {
     ("compare", "network"): ["--time"],
     ("demo", "layers"): ["--digits"],
     ("demo", "images"): ["--digits"],
+    ("demo", "documents"): ["a question"],
     **{("demo", name): ["--model", "m"] for name in ("texts", "length", "embedding", "refresh", "precision")},
     ("party", "party_0"): ["--id", "1"],
     ("generate", "system"): ["--chat"],
@@ -455,6 +457,8 @@ def test_an_ignored_option_is_noticed(run: Run, calls: Calls, tmp_path: Path, mo
         (["party", "--share", "s", "--id", "2", "--party-0", "a:1"], "--party-0 means nothing to the party 2", "none"),
         (["demo", "--deployment", "ckks"], "all-MiniLM-L6-v2 does not run under ckks", "--digits"),
         (["demo", "--digits", "--length", "16"], "--length means nothing in the demo of digits", ""),
+        (["demo", "--documents", "docs"], "--documents without a question", "unseen demo --documents"),
+        (["profile", "bert-base", "--top", "3"], "--top means nothing for bert-base", "with weights"),
         (
             ["train", "--text", __file__, "--output", "o", "--column", "c"],
             "--column means nothing with the file",

@@ -44,6 +44,7 @@ from secure.cost.traffic import ONCE, in_words
 from secure.deployments.deployment import COMPILE, CONNECT, Deployment
 from secure.errors import Error, InvalidInput
 from secure.models.digits import load_digits
+from secure.models.settings import PASSAGES
 from secure.models.text import PACKAGED
 from secure.tasks.digits import NAME, Digits
 
@@ -59,7 +60,10 @@ _COLOURS = ("magenta", "blue", "green", "cyan")
 
 def demo(
     deployment: Deployment,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed; three of ours by default.")] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts to embed, three of ours by default; with --documents questions, at least one."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help=f"{MODEL}, which is the default.")] = None,
     length: LengthOption = None,
     embedding: EmbeddingOption = None,
@@ -67,6 +71,10 @@ def demo(
     approximations: ApproximationsOption = None,
     fraction_bits: FractionBitsOption = None,
     trace: TraceOption = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|DIRECTORY", help="Index these documents, serve the index, and search it privately."),
+    ] = None,
     digits: Annotated[
         bool, typer.Option("--digits", help="Train and serve a small vision transformer on scikit-learn's digits.")
     ] = False,
@@ -75,7 +83,7 @@ def demo(
         int | None, typer.Option(min=1, max=360, help=f"Test images to ask it about; {IMAGES} by default.")
     ] = None,
 ) -> None:
-    """Run everybody who takes part as processes on this machine, and embed a few sentences privately."""
+    """Run everybody who takes part as processes on this machine, and embed a few sentences privately, or search."""
     given: dict[str, Any] = {
         "embedding": embedding,
         "gelu": gelu,
@@ -91,7 +99,7 @@ def demo(
         "--length": length,
         **{f"--{n}": v for n, v in given.items()},
     }
-    of_texts["--trace"] = trace
+    of_texts |= {"--trace": trace, "--documents": documents}
     of_images = {"--layers": layers, "--images": images}
     for name, value in (of_texts if digits else of_images).items():
         if value:
@@ -108,7 +116,31 @@ def demo(
         raise InvalidInput(
             f"{PACKAGED} does not run under {deployment.name} as it is", "add --digits, or --model and its directory"
         )
-    raise typer.Exit(embed_texts(OUT, deployment, model or PACKAGED, compiling, texts or SENTENCES, trace))
+    model = model or PACKAGED
+    if documents is not None:
+        if not texts:
+            raise InvalidInput("--documents without a question", 'such as: unseen demo --documents docs "How do I start?"')
+        with indexed(documents, model) as index:
+            serving = [model, "--index", str(index), "--reveal", PASSAGES, *compiling]
+            raise typer.Exit(ask_texts(OUT, deployment, serving, ["search", "--passages"], texts, trace))
+    asking = ["embed", "--compare-with", model]
+    raise typer.Exit(ask_texts(OUT, deployment, [model, *compiling], asking, texts or SENTENCES, trace))
+
+
+@contextmanager
+def indexed(documents: Path, model: str) -> Iterator[Path]:
+    """Make an index of documents, as their owner would; it is deleted when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="unseen-demo-") as made:
+        index = Path(made) / "index"
+        _owner("index", str(documents), "--output", str(index), "--model", model)
+        yield index
+
+
+def _owner(*line: str) -> None:
+    """Run ``unseen LINE``, the owner's part, to its end."""
+    command, environment = unset(*line)
+    if code := subprocess.call(command, env=environment, stdin=subprocess.DEVNULL):
+        raise Error(f"the owner's part failed (exit code {code})", "see its output above")
 
 
 @contextmanager
@@ -125,9 +157,7 @@ def hosted(
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unseen-demo-")))
         if first := found.owner(compiling, directory):
-            command, environment = unset(*first)
-            if code := subprocess.call(command, env=environment, stdin=subprocess.DEVNULL):
-                raise Error(f"the owner's part failed (exit code {code})", "see its output above")
+            _owner(*first)
         authority = Authority.make(directory / "certificates", days=1)
         client = authority.issue(CLIENT, CLIENT, days=1)
         addresses: dict[str, str] = {}
@@ -198,30 +228,25 @@ def _echo(console: Console, name: str, colour: str, line: str) -> None:
 # texts
 
 
-def embed_texts(
+def ask_texts(
     console: Console,
     deployment: Deployment,
-    model: str,
     compiling: Sequence[str],
+    asking: Sequence[str],
     texts: Sequence[str],
     trace: Path | None,
 ) -> int:
-    """The exit code of the client, a process too. ``trace``: where both parties leave theirs, put together."""
+    """Return the exit code of the client, a process too.
+
+    compiling: the model and how it is compiled. asking: the client's command, and how it asks. trace: where both
+    parties leave theirs, put together.
+    """
     directory = TraceDirectory(trace).path if trace else None
     before = set(directory.iterdir()) if directory else set()
     tracing = ["--trace", str(directory)] if directory else []
-    with hosted(console, deployment, [model, *compiling], serving=tracing) as (located, tls):
-        asking = [
-            "embed",
-            *arguments(located, (CONNECT,)),
-            "--tls",
-            str(tls),
-            "--compare-with",
-            model,
-            "--no-cache",
-            *tracing,
-        ]
-        command, environment = unset(*asking, "--", *texts)
+    with hosted(console, deployment, compiling, serving=tracing) as (located, tls):
+        where = [*arguments(located, (CONNECT,)), "--tls", str(tls), "--no-cache"]
+        command, environment = unset(*asking, *where, *tracing, "--", *texts)
         code = subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
     # the server has ended by now, so its last trace is there too
     for path in sorted(set(directory.glob("client-*.json")) - before) if directory else ():

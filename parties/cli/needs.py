@@ -32,6 +32,7 @@ from secure.deployments.deployment import COMPILE, CONNECT, SERVE, Deployment, d
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import Error, InvalidInput
+from secure.models.index import check_index
 from secure.models.text import model_directory
 
 ASKING = 10.0  # seconds that a server may take to say what it offers
@@ -137,12 +138,14 @@ def _for_serve(given: Mapping[str, Any]) -> Needs:
     deployment = _deployment(given, COMPILE, SERVE)
     if not deployment.serves:
         raise InvalidInput(f"nobody serves a whole model under {deployment.name}", deployment.how_to_serve)
-    fixed = fixed_of(given)
+    fixed, index = fixed_of(given), given["index"]
 
     def held(each: str) -> str:
         if not is_compiled(each):
-            task = task_of(each, **chosen(given["task"], given["reveal"]))
+            task = task_of(each, **chosen(given["task"], given["reveal"], index, given["top"]))
             where = f"{model_directory(each)}, " if task.stored else ""
+            if index is not None:
+                where += f"with the index {index} of {sum(check_index(index, each).segments):,} passages, "
             return f"{where}to be compiled for the task {task.name}"
         found = load_compiled(Path(each))
         require_fixed(found, each, fixed)

@@ -21,9 +21,14 @@ from parties.cli.options import (
     EmbeddingOption,
     FractionBitsOption,
     GeluOption,
+    IndexOption,
     LengthOption,
+    RevealOption,
+    TaskOption,
     TemperatureOption,
     ThreadsOption,
+    TopOption,
+    chosen,
     compile_options,
     dashed,
     refused,
@@ -63,6 +68,10 @@ def profile(
     fraction_bits: FractionBitsOption = None,
     answer_bits: AnswerBitsOption = None,
     checked: CheckedOption = None,
+    task: TaskOption = None,
+    reveal: RevealOption = None,
+    index: IndexOption = None,
+    top: TopOption = None,
     network: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,7 +90,8 @@ def profile(
 ) -> None:
     """Say what a query will cost before anything runs: rounds, bytes, memory, and seconds on given networks.
 
-    Of a model that writes text it is one token, with --draft-length a pass, or with --length the prompt.
+    Of a model that writes text it is one token, with --draft-length a pass, or with --length the prompt; with --index
+    a search of it.
     """
     options = compile_options(
         deployment,
@@ -113,7 +123,8 @@ def profile(
     wanted = ProfileOptions(networks, depth, measuring)
     with stages("profile") as told:
         given = {"capacity": capacity, "temperature": temperature, "draft_length": draft_length}
-        found = profiled(deployment, model, length, options, polynomial, wanted, told, given)
+        served = chosen(task, reveal, index, top)
+        found = profiled(deployment, model, length, options, polynomial, wanted, told, given, served)
     if chosen == "table":
         for table in profile_tables(found):
             OUT.print(table)
@@ -135,18 +146,21 @@ def profiled(
     wanted: ProfileOptions,
     told: Told,
     writing: Mapping[str, Any],
+    served: Mapping[str, Any],
 ) -> ProfileReport:
     """The profile of a shape without weights, or of a model that is loaded and compiled for it.
 
-    writing: options of ``Compilation`` that are for models that write text; None for those that are not given.
+    writing, served: options of ``Compilation``: for models that write text, and what a model is served for; None, "" or
+    0 for those that are not given.
     """
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, polynomial=polynomial)
     if made is None:
-        made = made_of(deployment, model, length, options, told, writing=writing)
-    for name, given in writing.items():
-        if given is not None and is_shape(model):
-            raise InvalidInput(f"{dashed(name)} means nothing for {model}", "it is for models that write text")
+        made = made_of(deployment, model, length, options, told, writing=writing, served=served)
+    for what, options_of in (("models that write text", writing), ("a model with weights", served)):
+        for name, given in options_of.items():
+            if given not in (None, "", 0) and is_shape(model):
+                raise InvalidInput(f"{dashed(name)} means nothing for {model}", f"it is for {what}")
     told(0, 0, "timing kernels and messages on this machine" if wanted.transport else "counting")
     return deployment.profile(made, wanted)
 
@@ -160,15 +174,16 @@ def made_of(
     *,
     batch: int = 1,
     writing: Mapping[str, Any] = MappingProxyType({}),
+    served: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Load and compile a model for one size.
 
     One that writes text is compiled for a step, with a draft length for a pass, and with ``length`` for a prompt of so
-    many tokens. writing: see ``profiled``.
+    many tokens. writing, served: see ``profiled``.
     """
     lengths = (length,) if length else ()
     own = {name: value for name, value in writing.items() if value is not None}
-    compilation = Compilation(model, deployment, lengths, (), options, (batch,), **own)
+    compilation = Compilation(model, deployment, lengths, (), options, (batch,), **own, **served)
     if compilation.loader.name == GENERATE:
         sizes = {int(size.program.labels["length"]): size for size in compilation.run(told).sizes}
         return sizes[length or compilation.draft_length or 1].model

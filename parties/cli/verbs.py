@@ -107,7 +107,7 @@ VERBS: Mapping[str, Verb] = {
     "demo": Verb(
         "demo.demo",
         compiling,
-        "Run everybody who takes part as processes on this machine, and embed a few sentences privately.",
+        "Run everybody who takes part as processes on this machine, and embed a few sentences privately, or search.",
     ),
     "check": Verb(
         "check.check",
