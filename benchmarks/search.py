@@ -1,7 +1,7 @@
 """Private search over the docstrings of installed packages: is the same found as in float, and what does it take?
 
     python -m benchmarks.search INDEX --make [--passages 10000]     once: an index of text that every machine has
-    python -m benchmarks.search INDEX --make --made-up --passages 100000    one of random rows: costs depend on none of them
+    python -m benchmarks.search INDEX --make --made-up --passages 100000      one of random rows
     python -m benchmarks.search INDEX --questions 200 [--write]     all parties in one process: what is found
     python -m benchmarks.search INDEX --queries 5 [--write]         over loopback: seconds, MB, rounds
     python -m benchmarks.search INDEX --count 1000 100000 [--write] what it adds to the encoder, by counting
@@ -274,7 +274,9 @@ def main() -> None:
     if o.questions:
         found["agreement"] = agreement(o.index, o.questions)
     if o.queries:
-        found[f"loopback, {len(read_index(o.index).passages)}, {o.reveal}"] = over_loopback(o.index, o.queries, o.reveal)
+        found[f"loopback, {len(read_index(o.index).passages)}, {o.reveal}"] = over_loopback(
+            o.index, o.queries, o.reveal
+        )
     for rows in o.count:
         found[f"counted {rows}, {o.reveal}"] = counted(rows, o.reveal)
     found = {name: {**machine("benchmarks.search"), **each} for name, each in found.items()}

@@ -238,7 +238,7 @@ WITH: dict[tuple[str, str], list[str]] = {
     ("compare", "network"): ["--time"],
     ("demo", "layers"): ["--digits"],
     ("demo", "images"): ["--digits"],
-    ("demo", "documents"): ["a question"],
+    ("demo", "documents"): ["--model", "m", "a question"],
     **{("demo", name): ["--model", "m"] for name in ("texts", "length", "embedding", "refresh", "precision")},
     ("party", "party_0"): ["--id", "1"],
     ("generate", "system"): ["--chat"],

@@ -119,7 +119,9 @@ def demo(
     model = model or PACKAGED
     if documents is not None:
         if not texts:
-            raise InvalidInput("--documents without a question", 'such as: unseen demo --documents docs "How do I start?"')
+            raise InvalidInput(
+                "--documents without a question", 'such as: unseen demo --documents docs "How do I start?"'
+            )
         with indexed(documents, model) as index:
             serving = [model, "--index", str(index), "--reveal", PASSAGES, *compiling]
             raise typer.Exit(ask_texts(OUT, deployment, serving, ["search", "--passages"], texts, trace))

@@ -115,8 +115,8 @@ def profile(
         options = replace(options, network=network[0])
     if as_json and form is not TABLE and form.value != "json":
         raise InvalidInput("--json and --format html exclude each other", "give one of them")
-    chosen = "json" if as_json else str(form.value)
-    checked_output(output, chosen)
+    written = "json" if as_json else str(form.value)
+    checked_output(output, written)
     settle()
     get_ready(threads)
     measuring = measure_transport if time else None
@@ -125,13 +125,13 @@ def profile(
         given = {"capacity": capacity, "temperature": temperature, "draft_length": draft_length}
         served = chosen(task, reveal, index, top)
         found = profiled(deployment, model, length, options, polynomial, wanted, told, given, served)
-    if chosen == "table":
+    if written == "table":
         for table in profile_tables(found):
             OUT.print(table)
         for line in found.lines:
             OUT.print(line, markup=False)
         return
-    write_report(_rendered(chosen, found), output)
+    write_report(_rendered(written, found), output)
 
 
 _PROFILED_BY = {"network": "networks", "depth": "depth", "polynomial": "polynomial"}
