@@ -7,7 +7,9 @@ import io
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
+from parties.cli.demo import unset
 from parties.reports.verified import verify
 from parties.served.files import MASKED_WEIGHTS, unpack_masked
 from parties.three_party.shared_model import share_model
@@ -587,6 +590,36 @@ def test_a_compiled_search_keeps_its_index(made: Made, model: str, index: Path, 
     )
     in_words(run(*line, "--top", "3"), "which was compiled with 4", "leave --top out")
     in_words(run(*line, "--reveal", "ids"), "which was compiled with ids-scores", "leave --reveal out")
+
+
+def test_a_search_is_counted_and_checked(model: str, index: Path, run: Run, tmp_path: Path) -> None:
+    def total(*more: str) -> dict[str, Any]:
+        ended = run("profile", model, "--length", str(LENGTH), "--no-time", "--json", *more)
+        assert ended.code == 0, ended.err
+        found: dict[str, Any] = json.loads(ended.out)["total"]
+        return found
+
+    one, eight = (total("--index", str(index), "--top", top) for top in ("1", "8"))
+    assert total()["rounds"] < one["rounds"]
+    assert one != eight
+    line = ["check", "serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path), "--index", str(index)]
+    rows = len(read_index(index).passages)
+    assert f"with the index {index} of {rows} passages, to be compiled for the task search" in run(*line, model).out
+    other = str(write_model(tmp_path / "other", 3))
+    assert "is an index of another model than" in run(*line, other).out
+
+
+@pytest.mark.slow
+def test_the_demo_searches_documents(model: str, tmp_path: Path) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    for number in range(12):
+        (documents / f"{number}.txt").write_text(" ".join(random.Random(100 + number).choices(WORDS, k=9)))
+    question = ["--model", model, "--length", str(LENGTH), QUESTIONS[0]]
+    command, environment = unset("demo", "--documents", str(documents), *question)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(re.findall(r"^ +[123]  \d+\.txt +passage \d", ended.stdout, re.MULTILINE)) == 3, ended.stdout
 
 
 def test_serving_an_index_of_another_model(index: Path, run: Run, tmp_path: Path) -> None:

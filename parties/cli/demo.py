@@ -124,7 +124,7 @@ def demo(
             )
         with indexed(documents, model) as index:
             serving = [model, "--index", str(index), "--reveal", PASSAGES, *compiling]
-            raise typer.Exit(ask_texts(OUT, deployment, serving, ["search", "--passages"], texts, trace))
+            raise typer.Exit(ask_texts(OUT, deployment, serving, ["search", "--passages", "--top", "3"], texts, trace))
     asking = ["embed", "--compare-with", model]
     raise typer.Exit(ask_texts(OUT, deployment, [model, *compiling], asking, texts or SENTENCES, trace))
 
