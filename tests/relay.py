@@ -1,9 +1,10 @@
-"""A relay between a client and a service, which a test can make silent, or let change a byte."""
+"""A relay between a client and a service, which a test can make silent or slow, or let cut, or change a byte."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from types import TracebackType
 
@@ -12,7 +13,10 @@ DIRECTIONS = ("to", "from")
 
 
 class Relay:
-    """Listens on a free port of this machine and passes bytes on to ``target``, both ways, until ``silence``."""
+    """Listens on a free port of this machine and passes bytes on to ``target``, both ways, until ``silence``.
+
+    delay: seconds that whatever passes is held back.
+    """
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
@@ -20,7 +24,8 @@ class Relay:
         self._speaking = threading.Event()
         self._speaking.set()
         self._closed = threading.Event()
-        self._sockets: list[socket.socket] = []
+        self._sockets: set[socket.socket] = set()
+        self.delay = 0.0
         self.passed = dict.fromkeys(DIRECTIONS, 0)
         self._damage: tuple[str, int, int] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -67,21 +72,32 @@ class Relay:
         while not self._closed.is_set():
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
             except OSError:
                 return
-            self._sockets += [near, far]
-            for direction, source, sink in zip(DIRECTIONS, (near, far), (far, near), strict=True):
-                threading.Thread(target=self._pass, args=(direction, source, sink), daemon=True).start()
+            threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        """Pass on one connection until both of its directions have ended; close it if nobody listens at the target."""
+        with near, suppress(OSError), socket.create_connection(self._target) as far:
+            self._sockets |= {near, far}
+            back = threading.Thread(target=self._pass, args=(DIRECTIONS[1], far, near), daemon=True)
+            back.start()
+            self._pass(DIRECTIONS[0], near, far)
+            back.join()
+            self._sockets -= {near, far}
 
     def _pass(self, direction: str, source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(1 << 16):
                 self._speaking.wait()
+                if self.delay:
+                    time.sleep(self.delay)
                 sink.sendall(self._changed(direction, data))
             sink.shutdown(socket.SHUT_WR)
         except OSError:
-            pass
+            for each in (source, sink):  # a connection that broke at one end breaks at the other
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
 
     def _changed(self, direction: str, data: bytes) -> bytes:
         start = self.passed[direction]
