@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import grpc
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -26,6 +27,7 @@ from parties.proto.unseen_pb2_grpc import DealerServicer, DealerStub, ModelStub
 from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
+from parties.two_party import dealer_peer
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.dealer_peer import DealerPeer
@@ -36,7 +38,9 @@ from protocols.prg import fresh_seed
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import DealerError, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError
 from tests.dealer_key import KEY
+from tests.relay import Relay
 from tests.tiny import (
+    LENGTH,
     LOOPBACK,
     TEXT,
     Raw,
@@ -349,7 +353,7 @@ def test_a_model_that_nobody_renews_is_forgotten_with_its_mask(model: Ready) -> 
 
 
 def test_only_the_server_renews_its_model(server: Served, dealer: Served, model: Ready) -> None:
-    names = {"program_digest": model.program.digest, "weights_digest": model.weights_digest}
+    names: dict[str, Any] = {"program_digest": model.program.digest, "weights_digest": model.weights_digest}
     with Raw(server, dealer, model) as raw:
         for seed in (bytes(32), b"", fresh_seed()):
             nonce = bytes(16)
@@ -485,6 +489,46 @@ def test_a_session_is_erased_when_it_ends(model: Ready) -> None:
             pytest.raises(grpc.RpcError, match="no such session"),
         ):
             list(DealerStub(channel).Deal(pb.DealRequest(session=token)))
+
+
+def test_sessions_end_with_their_servers_process(model: Ready) -> None:
+    """A server that was killed once left them for an hour."""
+    with dealing() as dealer, serving(model, dealer.address) as server, serving(model, dealer.address) as other:
+
+        def unheard() -> None:
+            """Let so much time pass, and look."""
+            heard = dealer.service._heard
+            heard |= {process: at - dealer_module.UNHEARD for process, at in heard.items()}
+            other.service.renew()
+            dealer.service.sweep()
+
+        with dial(server, dealer) as lost, dial(other, dealer) as kept:
+            lost.embed([TEXT])
+            server.service._renewing.close()  # as if it were killed
+            assert len(dealer.service.sessions) == 2
+            unheard()
+            assert (len(dealer.service.sessions), len(dealer.service._sessions)) == (1, 1)
+            assert kept.embed([TEXT])[0].isfinite().all()
+            with pytest.raises(Error, match="no such session"):
+                lost.query({"input_ids": torch.full((1, LENGTH), 5), "attention_mask": torch.ones(1, LENGTH).long()})
+
+
+def test_the_end_of_a_session_is_told_later_to_a_dealer_that_could_not_hear_it(
+    model: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dealer_peer, "ENDING", 0.1)
+    with dealing() as dealer, Relay(dealer.address) as relay, serving(model, relay.address) as server:
+        with dial(server, dealer) as session:
+            session.embed([TEXT])
+            server.service._renewing.close()  # it is renewed by hand
+            relay.silence()
+        wait_until(lambda: len(server.service._ended) == 1, "the dealer has not heard")
+        assert len(dealer.service.sessions) == 1
+        relay.speak()
+        works(server, dealer)  # the connection is there
+        server.service.renew()
+        assert not server.service._ended
+        wait_until(lambda: not dealer.service.sessions, "the dealer has heard")
 
 
 def test_only_the_server_ends_a_session(server: Served, dealer: Served, model: Ready) -> None:

@@ -142,16 +142,18 @@ class RegisterReply(_message.Message):
     def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., proof: _Optional[bytes] = ..., store: _Optional[bytes] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("program_digest", "weights_digest", "nonce", "proof")
+    __slots__ = ("program_digest", "weights_digest", "nonce", "proof", "process")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     weights_digest: str
     nonce: bytes
     proof: bytes
-    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    process: bytes
+    def __init__(self, program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., process: _Optional[bytes] = ...) -> None: ...
 
 class RenewReply(_message.Message):
     __slots__ = ("proof",)
@@ -180,18 +182,20 @@ class OpenReply(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("session", "program_digest", "weights_digest", "sealed", "proof")
+    __slots__ = ("session", "program_digest", "weights_digest", "sealed", "proof", "process")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SEALED_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     program_digest: str
     weights_digest: str
     sealed: bytes
     proof: bytes
-    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    process: bytes
+    def __init__(self, session: _Optional[bytes] = ..., program_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., sealed: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., process: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ("proof",)

@@ -41,6 +41,7 @@ from parties.telemetry.names import query_id, session_label
 from parties.two_party.assigned import MODEL_ENTRIES, ClientKeys
 from parties.two_party.conversations import Conversations, Place, places_of
 from parties.two_party.keys import (
+    PROCESS_BYTES,
     SESSION_BYTES,
     Ratchet,
     assign_proof,
@@ -79,6 +80,7 @@ LARGEST = MAXIMUM_PROGRAM + (16 << 10)  # bytes of a message
 READING = 30.0  # seconds that a server may take to read one part of its corrections, of 1 MB
 UNJOINED = 60.0  # seconds after which a session is idle that no server has joined
 UNUSED = 3600.0  # the same for one that asks for nothing; a server ends its own after half of that
+UNHEARD = 60.0  # seconds after which the sessions of a server's process end that renews nothing any more
 QUIET = 3.0  # seconds without a new query after which a dealer that is being stopped is not needed any more
 LEASE = 120.0  # the same for a model that has no session and that its server does not renew
 
@@ -100,6 +102,7 @@ class _DealtSession:
     seat: Seat = field(repr=False)
     client: Ratchet = field(repr=False)
     server: Ratchet | None = field(default=None, repr=False)
+    process: bytes = b""  # that of the server
     proving: bytes = field(default=b"", repr=False)
     conversations: Conversations = field(default_factory=Conversations, repr=False)
     conversing: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -145,6 +148,7 @@ class DealerService(DealerServicer):
         self._budget = budget or Budget()
         self._models: dict[tuple[str, str], _RegisteredModel] = {}
         self._sessions: dict[bytes, _DealtSession] = {}
+        self._heard: dict[bytes, float] = {}  # by process of a server, when it last joined or renewed
         self.models = Seats("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
         self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         self._asked_at = -QUIET
@@ -155,9 +159,21 @@ class DealerService(DealerServicer):
 
     def sweep(self) -> None:
         """Forget all that is idle: sessions, then the masks of models that nobody uses, and entries that are old."""
-        self.sessions.sweep()
+        self._sweep_sessions()
         self.models.sweep()
         self.entries.sweep()
+
+    def _sweep_sessions(self) -> None:
+        """End sessions that are idle, and those of a server's process that is not heard of any more."""
+        self.sessions.sweep()
+        with self._lock:
+            now = time.monotonic()
+            self._heard = {process: at for process, at in self._heard.items() if now - at < UNHEARD}
+            left = [token for token, s in self._sessions.items() if s.process and s.process not in self._heard]
+        for token in left:
+            self._end(token)
+        if left:
+            log.info("ended %d sessions of a server that is not heard of any more", len(left))
 
     def close(self) -> None:
         """Close the store of entries."""
@@ -224,7 +240,6 @@ class DealerService(DealerServicer):
 
     def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.RenewReply:
         with answering(context, log):
-            self.sessions.sweep()
             self.models.sweep()
             key = (request.program_digest, request.weights_digest)
             with self._lock:
@@ -235,6 +250,9 @@ class DealerService(DealerServicer):
                     raise HandshakeError("only the server of this model can renew it")
                 if not model.sessions:
                     model.seat.rest(LEASE)
+                if request.process in self._heard:
+                    self._heard[request.process] = time.monotonic()
+            self._sweep_sessions()
             return pb.RenewReply(proof=renew_proof(model.mask_seed, "dealer", request.nonce, *key))
 
     # sessions
@@ -284,6 +302,9 @@ class DealerService(DealerServicer):
                 session.server = Ratchet(seed, "server", token, session.model.program.digest)
                 session.proving = proving_key(seed)
                 session.seat.rest(UNUSED)
+                if len(request.process) == PROCESS_BYTES:
+                    session.process = request.process
+                    self._heard[request.process] = time.monotonic()
             return pb.JoinReply(proof=answer_proof(seed, request.sealed, token))
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -19,6 +19,7 @@ from parties.proto.unseen_pb2_grpc import DealerStub
 from parties.served.files import state_directory
 from parties.two_party.conversations import Place
 from parties.two_party.keys import (
+    PROCESS_BYTES,
     assign_proof,
     close_proof,
     deal_proof,
@@ -37,6 +38,7 @@ from secure.version import WIRE_VERSION
 ANSWERING = 10.0  # seconds that the dealer may take to answer; Register checks a Program
 REGISTERING = 60.0
 ENDING = 2.0
+UNHEARD = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)  # other errors are the dealer's answers
 DEALING = 600.0  # seconds that all corrections of a query may take
 _DEAL = f"/{pb.DESCRIPTOR.services_by_name['Dealer'].full_name}/Deal"  # called without the stub, which copies all data
 
@@ -59,6 +61,7 @@ class DealerPeer:
         self._proves, self._known = network.proves_roles, fingerprint_of(known) if known else None
         self._key: DealerKey | None = None
         self._answering = min(answering, ANSWERING)
+        self._process = secrets.token_bytes(PROCESS_BYTES)
         self._peer = Peer("the dealer", address, network, role=DEALER, start="unseen dealer")
 
     def __str__(self) -> str:
@@ -121,6 +124,7 @@ class DealerPeer:
                 weights_digest=name,
                 nonce=nonce,
                 proof=renew_proof(mask_seed, "server", nonce, *names),
+                process=self._process,
             )
             proof = stub.Renew(request, timeout=self._answering).proof
         if proof:
@@ -139,6 +143,7 @@ class DealerPeer:
             weights_digest=weights_digest,
             sealed=sealed,
             proof=join_proof(mask_seed, session, *agreed, server_seed),
+            process=self._process,
         )
         with self.asking("joining the client's session") as stub:
             proof = stub.Join(request, timeout=self._answering).proof
@@ -199,11 +204,16 @@ class DealerPeer:
             sealed: bytes = stub.Assign(request, timeout=self._answering).sealed
         return sealed
 
-    def end(self, session: bytes, proving: bytes) -> None:
-        """Tell the dealer that a session has ended. If it does not hear this, the session expires there."""
+    def end(self, session: bytes, proving: bytes) -> bool:
+        """Tell the dealer that a session has ended; return whether it heard. Otherwise the session expires there."""
         request = pb.CloseRequest(session=session, proof=close_proof(proving, session))
-        with suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed, because the service has ended
+        try:
             DealerStub(self._peer.channel).Close(request, timeout=ENDING)
+        except grpc.RpcError as error:
+            return error.code() not in UNHEARD
+        except ValueError:  # the channel is closed, because the service has ended
+            return False
+        return True
 
     # the client's call
 

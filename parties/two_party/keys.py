@@ -20,6 +20,7 @@ from protocols.prg import KEY_BYTES, Key, derive_key, derive_seed, next_seed
 from secure.errors import ProtocolError, QueryError
 
 SESSION_BYTES = 16
+PROCESS_BYTES = 16  # that name the process of a server
 SEALED_KEY = KEY_BYTES + 16  # bytes of a client's key and its tag
 MAXIMUM_QUERY = 1 << 40
 MAXIMUM_SKIP = 64  # query numbers that may be left out at a time; each costs all parties one HKDF

@@ -78,6 +78,7 @@ BETWEEN = "between queries"
 IDLE = 1800.0  # seconds that a client may keep its session between queries
 SPARE = 60.0  # the same if the table of sessions is full and another client wants its place
 RENEWING = 5.0  # seconds between the server's questions whether the dealer still knows its model
+UNHEARD = 4096  # sessions whose end the dealer could not be told, and is told later
 
 
 class InferenceService(InferenceServicer):
@@ -132,6 +133,7 @@ class InferenceService(InferenceServicer):
         self.beside = ThreadPoolExecutor(MAXIMUM_SESSIONS, "beside")  # one a session at most
         self.readers = ThreadPoolExecutor(MAXIMUM_SESSIONS, "reader")  # likewise, between queries
         self.going = Future[None]()  # done when the service begins to end
+        self._ended: deque[tuple[bytes, bytes]] = deque(maxlen=UNHEARD)  # sessions that the dealer still has
         self._renewing = Repeating(RENEWING, self.renew, log)
 
     def drain(self) -> None:
@@ -182,6 +184,13 @@ class InferenceService(InferenceServicer):
                 failed = failed or error  # the others are renewed all the same
         if failed is not None:
             raise failed
+        for _ in range(len(self._ended)):
+            self.end(*self._ended.popleft())
+
+    def end(self, session: bytes, proving: bytes) -> None:
+        """Tell the dealer that a session has ended: now, or when it is renewed if it cannot be reached."""
+        if not self.dealer.end(session, proving):
+            self._ended.append((session, proving))
 
     def meant(self, program_digest: str, weights_digest: str) -> MaskedModel:
         """Return the model of these names; any other if there is none, whose names then differ."""
@@ -243,7 +252,7 @@ class _Session:
             self._service.sessions.give_back(self._seat)
         if self._keys is not None:
             self._keys.erase()
-            self._service.dealer.end(self._id, self._proving)
+            self._service.end(self._id, self._proving)
 
     def _give_up_dealing(self) -> None:
         if self._dealing is not None:
