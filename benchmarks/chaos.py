@@ -8,7 +8,8 @@ pair that talks does so through a relay. First nothing happens for a while; then
 after the other: processes are killed, terminated (both are started again at once) and frozen, connections are cut,
 silenced, delayed and changed by a byte, a disk takes no more, a restarted role has another time of day (with the
 package faketime). In the end the clients leave, and after a quiet minute the roles are looked at.
-``--kills``: in place of all that, so many kills of roles, of their children and of clients, one after the other.
+``--kills``: in place of all that, so many kills of roles, of their children and of clients, each as soon as any client
+is answered after the last one.
 
 Printed are a table of faults with seconds from the end of each to the first right answer to a later query, and until
 every client had one; what came of the queries; and what must be zero or within its bound. Exit status 1 if it is not.
@@ -62,15 +63,14 @@ class Watch:
     calm: tuple[float, float] = (0.0, 0.0)
     before: dict[str, Numbers] = field(default_factory=dict)
 
-    def everyone(self, since: float, seconds: float) -> tuple[float, float]:
-        """Wait until each client has a right answer to a query that began after a moment.
+    def answered(self, since: float, seconds: float, clients: int) -> tuple[float, float]:
+        """Wait until so many clients have a right answer to a query that began after a moment.
 
         Returns the seconds from then to the first one and to the last one; infinity where that takes too long.
         """
         while True:
-            answered, now = self.world.asked.right_since(since), time.monotonic()
-            late = now - since > seconds
-            if len(answered) == len(self.world.clients) or late:
+            answered, late = self.world.asked.right_since(since), time.monotonic() - since > seconds
+            if len(answered) >= clients or late:
                 times = [at - since for at in answered.values()]
                 return min(times, default=math.inf), math.inf if late else max(times)
             self.look()
@@ -133,10 +133,10 @@ def growth(before: Numbers, after: Numbers) -> list[str]:
 
 def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet: float) -> dict[str, Any]:
     """Run all of it on a world that has started; return the report."""
-    watch, injector = Watch(world), Injector(world, chance)
+    watch, injector, everyone = Watch(world), Injector(world, chance), len(world.clients)
     begun = time.monotonic()
     for _ in range(WARM):
-        if watch.everyone(time.monotonic(), 2 * RECOVERED)[1] == math.inf:
+        if watch.answered(time.monotonic(), 2 * RECOVERED, everyone)[1] == math.inf:
             raise Stuck("not every client is answered, though nothing has happened yet:\n" + "\n".join(watch.died))
     start = time.monotonic()
     time.sleep(max(CALM[0], CALM[1] * seconds) if not kills else CALM[0])
@@ -155,9 +155,11 @@ def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet:
         watch.look()
         injector.do(fault)
         watch.faults.append(fault)
-        fault.first, fault.all = watch.everyone(fault.over, RECOVERED)
+        fault.first, fault.all = watch.answered(fault.over, RECOVERED, 1 if kills else everyone)
         print(f"{fault.begin - begun:6.0f} s  {named(fault):32} {fault.first:6.2f} {fault.all:6.2f}", flush=True)
     ended = time.monotonic()
+    if watch.answered(ended, RECOVERED, everyone)[1] == math.inf:
+        watch.died.append("a client that is not answered any more")
     late = world.leave()
     time.sleep(quiet)
     return report(watch, injector, late, ended - begun, bool(kills))
@@ -171,6 +173,10 @@ def report(watch: Watch, injector: Injector, late: Sequence[str], seconds: float
     outcomes = collections.Counter(query.outcome or "gone with its client" for query in queries)
     after, taken = watch.numbers(), {name: found for name, role in world.roles.items() if (found := role.taken())}
     ratio = percentile(rest) / percentile(calm)
+    apart = {
+        "failed without a fault": sum(q.outcome not in ("right", "wrong") for q in quiet),
+        "p99 outside of faults, too slow": [round(ratio, 2)] if ratio > SLOWER else [],
+    }
     must: dict[str, Any] = {
         "wrong answers": outcomes["wrong"],
         "correlations used twice": world.ledger.twice,
@@ -180,8 +186,7 @@ def report(watch: Watch, injector: Injector, late: Sequence[str], seconds: float
         "children that outlived a killed role": injector.orphans,
         "left taken": taken,
         "grown": {name: more for name, was in watch.before.items() if (more := growth(was, after[name]))},
-        "failed without a fault": sum(q.outcome not in ("right", "wrong") for q in quiet),
-        **({} if killing else {"p99 outside of faults, too slow": [round(ratio, 2)] if ratio > SLOWER else []}),
+        **({} if killing else apart),
     }
     return {
         "seconds": round(seconds),

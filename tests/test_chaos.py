@@ -1,0 +1,84 @@
+"""The soak's own instruments: its faults, the accounts of its queries, and the ledger that sees a key used twice."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from benchmarks import chaos, watched
+from benchmarks.chaos_faults import Fault, deck
+from benchmarks.chaos_world import Asked, Numbers, Query
+from protocols.prg import Key
+
+KINDS = {"kill": ["server", "dealer"], "cut": ["client>server"], "clock": []}
+
+
+def test_faults_follow_from_their_seed_and_every_kind_comes() -> None:
+    def some(seed: int) -> list[tuple[str, str]]:
+        return [(fault.kind, fault.on) for fault in itertools.islice(deck(random.Random(seed), KINDS), 40)]
+
+    assert some(1) == some(1) != some(2)
+    assert Counter(kind for kind, _ in some(1)) == {"kill": 20, "cut": 20}  # none that is on nobody
+    assert {on for kind, on in some(1) if kind == "kill"} == {"server", "dealer"}
+
+
+@pytest.mark.parametrize(
+    ("drawn", "twice"),
+    [
+        ([("server", [(1, 0), (1, 1), (2, 0)]), ("dealer", [(1, 0)])], 0),  # each party has its own streams
+        ([("server", [(1, 0)]), ("server", [(1, 0)])], 1),  # also by a process that came after it
+        ([("server", [(1, 0), (1, 1)]), ("server", [(2, 0), (1, 2)])], 1),
+        ([("server", [(1, 0), (2, 0), (1, 0)])], 1),  # a stream
+    ],
+)
+def test_a_key_that_serves_twice_is_seen(drawn: list[tuple[str, list[tuple[int, int]]]], twice: int) -> None:
+    ledger = watched.Ledger()
+    for role, names in drawn:  # a process each
+        keys = {value: Key(bytes([value]) * 16) for value, _ in names}
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Key, "stream", Key.stream)  # and back again
+            watched.watch(ledger.pipe, role)
+            for value, index in names:
+                keys[value].stream(index)
+    ledger.close()
+    assert ledger.twice == twice
+
+
+def test_what_clients_say_is_counted() -> None:
+    asked = Asked()
+    for client, begin, outcome in (("a", 1.0, "right"), ("b", 2.0, "wrong"), ("b", 6.0, "right"), ("a", 7.0, "")):
+        line = '{{"what": "{}", "begin": {}, "end": {}, "outcome": "{}", "why": ""}}'
+        asked.hear(client, line.format("asked", begin, begin, ""))
+        if outcome:
+            asked.hear(client, line.format("query", begin, begin + 0.5, outcome))
+    assert [query.outcome for query in asked.queries] == ["right", "wrong", "right", ""]
+    assert asked.right_since(0.5) == {"a": 1.5, "b": 6.5}
+    assert asked.right_since(3.0) == {"b": 6.5}
+
+
+def test_queries_beside_a_fault_are_left_out() -> None:
+    fault = Fault("cut", "client>server", begin=10.0, over=11.0, first=0.5, all=2.0)
+    times = [(8.0, 9.9), (9.0, 10.1), (12.0, 12.5), (12.9, 13.5), (13.1, 14.0)]
+    queries = [Query("a", begin, end, "right") for begin, end in times]
+    assert chaos.untouched(queries, [fault], 20.0) == [queries[0], queries[4]]
+    fault.all = math.inf  # it never came back
+    assert chaos.untouched(queries, [fault], 20.0) == [queries[0]]
+    assert chaos.percentile(queries[:1]) == pytest.approx(1.9)
+    assert chaos.percentile([]) == math.inf
+
+
+def test_what_a_role_may_have_more_in_the_end() -> None:
+    before = Numbers(threads=20, descriptors=20, resident=400.0)
+    assert chaos.growth(before, Numbers(20, 10, 500.0)) == []
+    assert chaos.growth(before, Numbers(29, 37, 533.0)) == [
+        "533 MB, bound 532",
+        "29 threads, bound 28",
+        "37 descriptors, bound 36",
+    ]
