@@ -216,6 +216,21 @@ def test_an_entry_that_the_dealer_forgot_is_dropped(
     assert called.count("_deal") == 1
 
 
+def test_a_dealer_whose_store_fails_deals(
+    quick: None, model: Ready, dealer: Served, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries once failed for as long as its disk was full."""
+
+    def full(label: str, entry: bytes | None = None) -> Any:
+        raise StoreError("the store cannot be used: database or disk is full")
+
+    called = counted(monkeypatch)
+    with stocking(model, dealer, store, entries=2, still=True) as served, dial(served, dealer) as session:
+        monkeypatch.setattr(dealer.service.entries._store, "take", full)
+        assert answer(session).isfinite().all()
+    assert called.count("_deal") == 1
+
+
 @pytest.mark.parametrize(("at", "failing"), [(60, False), (110, False), (-5, True)])
 @pytest.mark.parametrize("memory", [0, 1 << 40])
 def test_a_damaged_entry(

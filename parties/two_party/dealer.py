@@ -62,7 +62,7 @@ from parties.two_party.sealing import SealingKey, answer_proof
 from protocols.prg import KEY_BYTES, Key
 from secure.cost.traffic import OFFLINE
 from secure.deployments.two_party import CLIENT, SERVER
-from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError
+from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError, StoreError
 from secure.mpc.budget import Budget
 from secure.mpc.program import Program
 from secure.version import WIRE_VERSION
@@ -109,6 +109,7 @@ class _DealtSession:
 
 
 _Keys = tuple[Key, Key]
+_Half = tuple[Key, bytes]  # of an entry: the client's key, and that by which its server shows itself
 
 
 class DealerService(DealerServicer):
@@ -465,7 +466,7 @@ class DealerService(DealerServicer):
         try:
             names = session.model.program.digest, session.model.weights_digest
             self._spend(session.opener, PREPARATIONS, 1)  # before anything is burnt
-            found = self.entries.take(names, request.entry) if len(request.entry) == ENTRY_BYTES else None
+            found = self._taken(names, request.entry)
             if found is None:
                 self._spend(session.opener, PREPARATIONS, -1)  # it will be dealt, which counts
                 return pb.AssignReply()
@@ -477,6 +478,14 @@ class DealerService(DealerServicer):
             return pb.AssignReply(sealed=sealed)
         finally:
             session.seat.rest(UNUSED)
+
+    def _taken(self, names: tuple[str, str], entry: bytes) -> _Half | None:
+        """Burn an entry, and return its two keys; None if it is not known, or if the store fails: its disk is full."""
+        try:
+            return self.entries.take(names, entry) if len(entry) == ENTRY_BYTES else None
+        except StoreError as error:
+            log.warning("an entry of the store is lost: %s", str(error).replace("\n", "; "))
+            return None
 
     def _session(self, token: bytes) -> _DealtSession:
         with self._lock:
