@@ -38,6 +38,8 @@ import secure
 from benchmarks.chaos_faults import Fault, Injector, deck, faketime
 from benchmarks.chaos_world import Numbers, Query, Stuck, World
 from benchmarks.common import RESULTS, machine
+from parties.deployments import hosted
+from parties.three_party.shared_model import share_model
 from secure.deployments.deployment import deployments, find
 from secure.models.text import text_inputs
 from tests.hosts import TinyText, compiled_tiny
@@ -117,11 +119,11 @@ def named(fault: Fault) -> str:
     return f"{fault.kind}: {fault.on}" if not fault.on.startswith("client ") else fault.kind
 
 
-def growth(before: Numbers, after: Numbers) -> list[str]:
-    """What a role has more of than it may."""
+def growth(before: Numbers, after: Numbers, lives: Sequence[float] = ()) -> list[str]:
+    """What a role has more of than it may: in the end, and of memory when one of its earlier lives ended."""
     most = MEMORY[0] * before.resident + MEMORY[1]
     bounds = {
-        "MB": (after.resident, most),
+        "MB": (max(after.resident, *lives, 0.0), most),
         "threads": (after.threads, before.threads + THREADS),
         "descriptors": (after.descriptors, before.descriptors + DESCRIPTORS),
     }
@@ -153,7 +155,12 @@ def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet:
             break
         time.sleep(chance.random() if kills else chance.expovariate(1 / GAP))
         watch.look()
-        injector.do(fault)
+        try:
+            injector.do(fault)
+        except Stuck as error:
+            fault.over = time.monotonic()
+            watch.died.append(str(error))
+            watch.look()
         watch.faults.append(fault)
         fault.first, fault.all = watch.answered(fault.over, RECOVERED, 1 if kills else everyone)
         print(f"{fault.begin - begun:6.0f} s  {named(fault):32} {fault.first:6.2f} {fault.all:6.2f}", flush=True)
@@ -172,6 +179,7 @@ def report(watch: Watch, injector: Injector, late: Sequence[str], seconds: float
     rest = [q for q in quiet if q.begin > watch.calm[1]]
     outcomes = collections.Counter(query.outcome or "gone with its client" for query in queries)
     after, taken = watch.numbers(), {name: found for name, role in world.roles.items() if (found := role.taken())}
+    lives = {name: [mb for on, mb in injector.lives if on == name] for name in world.roles}
     ratio = percentile(rest) / percentile(calm)
     apart = {
         "failed without a fault": sum(q.outcome not in ("right", "wrong") for q in quiet),
@@ -185,7 +193,7 @@ def report(watch: Watch, injector: Injector, late: Sequence[str], seconds: float
         "clients that did not end": list(late),
         "children that outlived a killed role": injector.orphans,
         "left taken": taken,
-        "grown": {name: more for name, was in watch.before.items() if (more := growth(was, after[name]))},
+        "grown": {name: more for name, was in watch.before.items() if (more := growth(was, after[name], lives[name]))},
         **({} if killing else apart),
     }
     return {
@@ -202,7 +210,10 @@ def report(watch: Watch, injector: Injector, late: Sequence[str], seconds: float
             "ratio": round(ratio, 2),
             "queries": [len(calm), len(rest)],
         },
-        "roles": {name: {"before": vars(was), "after": vars(after[name])} for name, was in watch.before.items()},
+        "roles": {
+            name: {"before": vars(was), "after": vars(after[name]), "most MB": max(lives[name], default=0.0)}
+            for name, was in watch.before.items()
+        },
         "errors": world.asked.why,
         "must be nothing": must,
         "as it must be": not any(must.values()),
@@ -260,7 +271,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="unseen-chaos-") as made:
         directory = Path(made)
         compiled, texts, answers = prepared(options.deployment, directory)
-        secure.save_compiled(compiled, directory / "compiled")
+        if hosted(compiled.deployment).owner((), directory):
+            share_model(compiled, directory)
+        else:
+            secure.save_compiled(compiled, directory / "compiled")
         served = str(directory / "compiled")
         deployment = find(options.deployment)()
         if "dealer_key" in deployment.options():

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.chaos_world import World
+from benchmarks.chaos_world import Numbers, World
 from tests.relay import DIRECTIONS
 
 FROZEN = (0.5, 6.0)  # seconds of a freeze, of silence, of a delay and of a full disk
@@ -48,11 +48,15 @@ def deck(chance: random.Random, faults: Mapping[str, Sequence[str]]) -> Iterator
 
 @dataclass
 class Injector:
-    """Does faults to a world. orphans: children that outlived the role that had started them."""
+    """Does faults to a world. orphans: children that outlived the role that had started them.
+
+    lives: the resident memory in MB of every role that was ended, when it was.
+    """
 
     world: World
     chance: random.Random
     orphans: int = 0
+    lives: list[tuple[str, float]] = field(default_factory=list)
     kinds: dict[str, Callable[[str], None]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class Injector:
     def _restart(self, on: str, number: int, **environment: str) -> None:
         each = self.world[on]
         family = each.family()
+        if on in self.world.roles:
+            self.lives.append((on, Numbers.of(family).resident))
         each.end(number)
         each.start(**environment)
         until = time.monotonic() + ORPHANED

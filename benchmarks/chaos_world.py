@@ -231,7 +231,8 @@ class ClientProcess(Process):
 class World:
     """All processes and relays, as a context manager. relays: by ``FROM>TO``, where FROM is a role or ``client``.
 
-    served: arguments that name the compiled model. texts, answers: what clients ask, and what is right.
+    served: the directory of the compiled model; of one that is shared, ``directory`` has the shares. texts, answers:
+    what clients ask, and what is right.
     """
 
     def __init__(
@@ -263,8 +264,6 @@ class World:
 
     def _host(self, deployment: Deployment, served: str, directory: Path) -> None:
         found = hosted(deployment)
-        if owner := found.owner([served], directory):
-            subprocess.run([sys.executable, "-m", "parties.cli", *owner], cwd=ROOT, env=self._environment, check=True)
         for role in starting_order(deployment):
             at = f"127.0.0.1:{free_port()}"
             peers = {name: self.relays[f"{role.name}>{name}"].address for name in role.peers}

@@ -76,7 +76,8 @@ def test_queries_beside_a_fault_are_left_out() -> None:
 
 def test_what_a_role_may_have_more_in_the_end() -> None:
     before = Numbers(threads=20, descriptors=20, resident=400.0)
-    assert chaos.growth(before, Numbers(20, 10, 500.0)) == []
+    assert chaos.growth(before, Numbers(20, 10, 500.0), [400.0, 531.0]) == []
+    assert chaos.growth(before, Numbers(20, 10, 400.0), [400.0, 600.0]) == ["600 MB, bound 532"]
     assert chaos.growth(before, Numbers(29, 37, 533.0)) == [
         "533 MB, bound 532",
         "29 threads, bound 28",
