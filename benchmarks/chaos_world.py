@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 20.0  # seconds of roles and clients
 START, END = 120.0, 60.0  # seconds in which a process starts, and in which it ends after SIGTERM
 LINES = 60  # of a process's standard error that are kept
+OWN = ("Pss_Anon:", "Pss_Shmem:")  # lines of smaps_rollup: memory that is no file's
 IDLE = ("models",)  # seats that are taken while nobody asks
 TAKEN = ("unseen_seats_taken", "unseen_budget_taken_bytes", "unseen_budget_grants")
 
@@ -51,7 +52,11 @@ class Query:
 
 @dataclass
 class Numbers:
-    """What a process and its children have: threads, descriptors, and resident memory in MB."""
+    """What a process and its children have: threads, descriptors, and resident memory in MB.
+
+    That is without pages of files, and what several share counts once: libraries would count for less while many use
+    them.
+    """
 
     threads: int = 0
     descriptors: int = 0
@@ -62,10 +67,11 @@ class Numbers:
         found = cls()
         for pid in pids:
             with suppress(OSError):
-                about = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-                found.threads += int(about.get("Threads", "0"))
-                found.resident += int(about.get("VmRSS", "0").split()[0]) / 1024
-                found.descriptors += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+                of = Path(f"/proc/{pid}")
+                pages = [line.split() for line in (of / "smaps_rollup").read_text().splitlines()]
+                found.resident += sum(int(line[1]) / 1024 for line in pages if line[0] in OWN)
+                found.threads += len(list((of / "task").iterdir()))
+                found.descriptors += len(list((of / "fd").iterdir()))
         return found
 
 
