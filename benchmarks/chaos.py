@@ -13,6 +13,7 @@ is answered after the last one.
 
 Printed are a table of faults with seconds from the end of each to the first right answer to a later query, and until
 every client had one; what came of the queries; and what must be zero or within its bound. Exit status 1 if it is not.
+Ctrl-C, or SIGTERM, ends the faults early, and all is reported.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import json
 import logging
 import math
 import random
+import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +60,13 @@ THREADS, DESCRIPTORS = 8, 16  # the same, more than before
 
 @dataclass
 class Watch:
-    """What is found while the world runs. died: processes that ended by themselves, with what they said."""
+    """What is found while the world runs. died: processes that ended by themselves, with what they said. enough: set
+    when no more faults are wanted."""
 
     world: World
     faults: list[Fault] = field(default_factory=list)
     died: list[str] = field(default_factory=list)
+    enough: threading.Event = field(default_factory=threading.Event)
     calm: tuple[float, float] = (0.0, 0.0)
     before: dict[str, Numbers] = field(default_factory=dict)
 
@@ -136,6 +141,8 @@ def growth(before: Numbers, after: Numbers, lives: Sequence[float] = ()) -> list
 def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet: float) -> dict[str, Any]:
     """Run all of it on a world that has started; return the report."""
     watch, injector, everyone = Watch(world), Injector(world, chance), len(world.clients)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: watch.enough.set())
     begun = time.monotonic()
     for _ in range(WARM):
         if watch.answered(time.monotonic(), 2 * RECOVERED, everyone)[1] == math.inf:
@@ -150,10 +157,23 @@ def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet:
     elif not faketime():
         print("no clock jumps: the package faketime is not installed", flush=True)
     begun = time.monotonic()
-    for fault in deck(chance, targets):
-        if len(watch.faults) >= kills if kills else time.monotonic() > begun + seconds:
-            break
-        time.sleep(chance.random() if kills else chance.expovariate(1 / GAP))
+    inject(watch, injector, deck(chance, targets), begun + seconds, kills)
+    ended = time.monotonic()
+    if watch.answered(ended, RECOVERED, everyone)[1] == math.inf:
+        watch.died.append("a client that is not answered any more")
+    late = world.leave()
+    time.sleep(quiet)
+    return report(watch, injector, late, ended - begun, bool(kills))
+
+
+def inject(watch: Watch, injector: Injector, faults: Iterator[Fault], until: float, kills: int) -> None:
+    """Do one fault after the other, until a moment, or until there were so many kills."""
+    begun, chance, everyone = time.monotonic(), injector.chance, len(watch.world.clients)
+    for fault in faults:
+        if len(watch.faults) >= kills if kills else time.monotonic() > until:
+            return
+        if watch.enough.wait(chance.random() if kills else chance.expovariate(1 / GAP)):
+            return
         watch.look()
         try:
             injector.do(fault)
@@ -161,15 +181,9 @@ def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet:
             fault.over = time.monotonic()
             watch.died.append(str(error))
             watch.look()
-        watch.faults.append(fault)
         fault.first, fault.all = watch.answered(fault.over, RECOVERED, 1 if kills else everyone)
+        watch.faults.append(fault)
         print(f"{fault.begin - begun:6.0f} s  {named(fault):32} {fault.first:6.2f} {fault.all:6.2f}", flush=True)
-    ended = time.monotonic()
-    if watch.answered(ended, RECOVERED, everyone)[1] == math.inf:
-        watch.died.append("a client that is not answered any more")
-    late = world.leave()
-    time.sleep(quiet)
-    return report(watch, injector, late, ended - begun, bool(kills))
 
 
 def report(watch: Watch, injector: Injector, late: Sequence[str], seconds: float, killing: bool) -> dict[str, Any]:

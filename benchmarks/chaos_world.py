@@ -30,6 +30,7 @@ from tests.relay import Relay
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 20.0  # seconds of roles and clients
 START, END = 120.0, 60.0  # seconds in which a process starts, and in which it ends after SIGTERM
+LEAVING = 120.0  # seconds in which all clients end after their last query
 LINES = 60  # of a process's standard error that are kept
 OWN = ("Pss_Anon:", "Pss_Shmem:")  # lines of smaps_rollup: memory that is no file's
 IDLE = ("models",)  # seats that are taken while nobody asks
@@ -116,6 +117,7 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             pass_fds=[self._pipe],
+            process_group=0,  # Ctrl-C is for this process
         )
         for follow, stream in ((self._hear, self._child.stdout), (self._said.append, self._child.stderr)):
             threading.Thread(target=self._follow, args=(follow, stream), daemon=True).start()
@@ -338,7 +340,7 @@ class World:
         """Let all clients close their sessions and end; return those that did not."""
         for client in self.clients.values():
             client.leave()
-        until, late = time.monotonic() + 2 * DEADLINE, list[str]()
+        until, late = time.monotonic() + LEAVING, list[str]()
         for client in self.clients.values():
             while not client.ended and time.monotonic() < until:
                 time.sleep(0.05)
