@@ -458,7 +458,6 @@ def test_an_ignored_option_is_noticed(run: Run, calls: Calls, tmp_path: Path, mo
         (["demo", "--deployment", "ckks"], "all-MiniLM-L6-v2 does not run under ckks", "--digits"),
         (["demo", "--digits", "--length", "16"], "--length means nothing in the demo of digits", ""),
         (["demo", "--documents", "docs"], "--documents without a question", "unseen demo --documents"),
-        (["profile", "bert-base", "--top", "3"], "--top means nothing for bert-base", "with weights"),
         (
             ["train", "--text", __file__, "--output", "o", "--column", "c"],
             "--column means nothing with the file",
