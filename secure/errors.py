@@ -32,6 +32,7 @@ __all__ = [
     "InvalidProgram",
     "MissingPackage",
     "ModelNotFound",
+    "OtherVersion",
     "OutOfRange",
     "PartiesDisagree",
     "PeerLost",
@@ -141,6 +142,12 @@ class HandshakeError(Error):
     """The two sides do not agree on version, deployment, Program, fixed point or weights."""
 
     code = "handshake"
+
+
+class OtherVersion(HandshakeError):
+    """The two sides speak different versions of the messages; the hint says which of them is to be updated."""
+
+    code = "version"
 
 
 class DealerError(Error):

@@ -18,6 +18,7 @@ import pytest
 import secure
 from parties.cli import check as module
 from parties.limits.tokens import Token
+from parties.net import versions
 from parties.net.caller import permit
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network, Plaintext
@@ -167,10 +168,10 @@ def test_another_service_answers(run: Run, others: None) -> None:
 
 def test_another_version(run: Run, others: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with two_parties() as at:
-        monkeypatch.setattr(module, "WIRE_VERSION", 99)
+        monkeypatch.setattr(versions, "WIRE_VERSION", 99)
         ended = run("check", "embed", *at)
         assert ended.out.count("it speaks version") == 2
-        assert "hint: install the same version of unseen" in ended.out
+        assert "hint: update it: all sides need the same version of unseen" in ended.out
 
 
 def test_a_clock(run: Run, others: None, monkeypatch: pytest.MonkeyPatch) -> None:

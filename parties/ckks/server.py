@@ -33,7 +33,7 @@ from protocols.wire import FrameError
 from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONLINE
 from secure.deployments.ckks import CLIENT
-from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
 
 log = logging.getLogger("unseen.server")
 T = TypeVar("T")
@@ -253,7 +253,7 @@ def _next(messages: Iterator[T], allowance: Allowance, what: str) -> T | None:
     try:
         with allowance.wait():
             return next(messages, None)
-    except ChangedOnTheWay:
+    except Error:
         raise
     except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
         raise PeerLost(f"the client did not send {what} ({type(error).__name__})") from None

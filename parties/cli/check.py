@@ -22,11 +22,11 @@ from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.peer import Peer
 from parties.net.secret_files import check_directory
+from parties.net.versions import check_version
 from parties.services import hosting
 from parties.services.draining import going_away
 from parties.services.status import Answered, ask_status
 from secure.errors import Error, InvalidInput, printable
-from secure.version import WIRE_VERSION
 
 ROOM = 1 << 30  # bytes that a directory for state or once-per-model files should have free
 SKEW = 60.0  # seconds by which two clocks may differ: certificates begin and end by them
@@ -192,10 +192,7 @@ def _peer(needs: Needs, network: Network, name: str, address: str, answered: dic
         found = ask_status(peer)
     finally:
         peer.close()
-    if found.version != WIRE_VERSION:
-        raise InvalidInput(
-            f"it speaks version {found.version}, this side {WIRE_VERSION}", "install the same version of unseen"
-        )
+    check_version("it", found.version, "this side")
     if (found.deployment, found.role) != (needs.deployment.name, name):
         raise InvalidInput(
             f"it is the {found.role} of {found.deployment}, not the {name} of {needs.deployment.name}",

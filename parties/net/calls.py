@@ -16,6 +16,7 @@ from secure.errors import (
     ChangedOnTheWay,
     Error,
     GoingAway,
+    OtherVersion,
     PeerLost,
     QuotaError,
     TlsError,
@@ -72,7 +73,7 @@ _NOT_ALLOWED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENI
 
 CODE = "unseen-code"  # the key under which a refusal says which error it is
 AFTER = "unseen-after"  # and after how many seconds asking again may help
-_NAMED = (QuotaError.code, TokenError.code, Busy.code, GoingAway.code, ChangedOnTheWay.code)
+_NAMED = tuple(kind.code for kind in (QuotaError, TokenError, Busy, GoingAway, ChangedOnTheWay, OtherVersion))
 _FULL = "Concurrent RPC limit exceeded"  # what gRPC says where all threads of a service are taken
 
 
@@ -116,7 +117,8 @@ def calling(who: str, where: Endpoint, hint: str, *, doing: str = "", kind: type
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
             raise kind(f"{who} at {where} did not answer in time{during}", hint) from None
         if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-            raise kind(f"what answers at {where} is not {who}{during}", "check the addresses and ports") from None
+            stranger = "check the addresses and ports; or it has another version of unseen"
+            raise kind(f"what answers at {where} is not {who}{during}", stranger) from None
         raise refusal(error, f"{who} at {where} refused{during}", hint, kind) from None
 
 

@@ -20,8 +20,9 @@ import grpc
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from parties.net import forked
+from parties.net.versions import without_sum
 from parties.net.wrapped import WrappedChannel
-from secure.errors import ChangedOnTheWay
+from secure.errors import ChangedOnTheWay, Error
 
 SUM_BYTES: Final = 10
 """The bytes of a message that are its sum, with the number of the field."""
@@ -60,6 +61,11 @@ class MethodSums:
         message = memoryview(data)[:-SUM_BYTES]
         return message if data[-SUM_BYTES:] == self._sum(message) else None
 
+    def _has_sum(self, data: bytes) -> bool:
+        """Tell whether a message that has changed seems to have come with a sum: its mark or its value is there."""
+        end = data[-SUM_BYTES:]
+        return end.startswith(_FIELD) or end[len(_FIELD) :] == self._sum(memoryview(data)[:-SUM_BYTES])[len(_FIELD) :]
+
     def serializer(self, serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
         """Return the serializer of a stub or handler whose messages carry sums; bytes are encoded messages already."""
         return lambda message: self.put(message if type(message) is bytes else serialize(message))
@@ -74,7 +80,7 @@ class MethodSums:
         def deserialized(data: bytes) -> Any:
             message = self.take(data)
             if message is None:
-                return _CHANGED if data[-SUM_BYTES:].startswith(_FIELD) else _WITHOUT
+                return _CHANGED if self._has_sum(data) else _WITHOUT
             return deserialize(message)
 
         return deserialized
@@ -91,22 +97,19 @@ class _NoSums(MethodSums):
 
 
 def sound(message: Any, whose: str) -> Any:
-    """Return what a ``deserializer`` made, or raise ChangedOnTheWay. whose: who sent it."""
+    """Return what a ``deserializer`` made, or raise ChangedOnTheWay or OtherVersion. whose: who sent it."""
     if message is _CHANGED:
         raise ChangedOnTheWay(
             f"a message of {whose} changed on the way, and was not used",
             "ask again; if it happens again, look for what damages it: a cable, memory, or somebody in between",
         )
     if message is _WITHOUT:
-        raise ChangedOnTheWay(
-            f"a message of {whose} has no sum: it changed on the way, or its sender has another version of unseen",
-            "run the same version on all sides",
-        )
+        raise without_sum(whose)
     return message
 
 
 def all_sound(messages: Iterator[Any], whose: str) -> Iterator[Any]:
-    """Return the messages of a stream, which raises ChangedOnTheWay at one that has changed."""
+    """Return the messages of a stream, which raises ``sound``'s errors at one that has changed."""
     return map(partial(sound, whose=whose), messages)
 
 
@@ -176,7 +179,7 @@ class _Answers:
     def _sound(self, answer: Any) -> Any:
         try:
             return sound(answer, self._who)
-        except ChangedOnTheWay:
+        except Error:
             self._call.cancel()
             raise
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
+from parties.net.versions import check_version
 from parties.net.watchdog import check_deadline
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import ModelStub
@@ -24,7 +25,6 @@ from secure.models.tokens import TextTokenizer
 from secure.mpc.budget import Budget
 from secure.progress import Told
 from secure.session.link import MAXIMUM_LENGTHS, Offer, digest_of_all
-from secure.version import WIRE_VERSION
 
 MAXIMUM_NAMES, MAXIMUM_NAME = 320, 512  # in a description, and the characters of each
 MAXIMUM_OFFERS = 256
@@ -95,12 +95,12 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
     request = pb.DescribeRequest(program_digest=options.program_digest or "", model=options.name or "")
     with peer.calling():
         found: pb.Description = ModelStub(peer.channel).Describe(request, timeout=options.deadline)
+    check_version(peer.who, found.version, "this client")
     _check(found, peer.who)
-    if (found.version, found.deployment) != (WIRE_VERSION, deployment.name):
+    if found.deployment != deployment.name:
         raise HandshakeError(
-            f"version: {peer.who} speaks '{found.version}' of {printable(found.deployment)!r}, "
-            f"this client '{WIRE_VERSION}' of {deployment.name!r}",
-            "use the same version of unseen, and the same deployment, on both sides",
+            f"deployment: {peer.who} is one of {printable(found.deployment)!r}, this client asks {deployment.name!r}",
+            "use the same deployment on both sides (--deployment)",
         )
     if found.role != role:
         raise HandshakeError(

@@ -14,9 +14,10 @@ from parties.net.caller import Permissions, address, note
 from parties.net.calls import refuse
 from parties.net.network import Network
 from parties.net.summed import MethodSums, all_sound, sums_of
+from parties.net.versions import of_other_package
 from parties.net.watchdog import Watchdog
 from parties.services.draining import Draining
-from secure.errors import ChangedOnTheWay, Error, TlsError
+from secure.errors import ChangedOnTheWay, Error, OtherVersion, TlsError
 
 log = logging.getLogger("unseen.guard")
 
@@ -46,7 +47,7 @@ class Guard(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = continuation(details)
         if handler is None:
-            return None
+            return _refusing(details.method)
         sums = sums_of(details.method)
         return _guarded(handler, lambda context: self._admit(details.method, context), self._coming, sums)
 
@@ -66,6 +67,18 @@ class Guard(grpc.ServerInterceptor):
             refuse(context, grpc.StatusCode.PERMISSION_DENIED, foreign)
         note(context, who)
         return self._draining.call(method, context) if self._draining is not None else nullcontext()
+
+
+def _refusing(method: str) -> grpc.RpcMethodHandler[Any, Any] | None:
+    """Return a handler that tells a caller of another version so; None if the method is none of unseen's."""
+    if (error := of_other_package(method)) is None:
+        return None
+    log.warning("refused a call: %s", str(error).splitlines()[0])
+
+    def refused(_: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        refuse(context, grpc.StatusCode.FAILED_PRECONDITION, error)
+
+    return grpc.stream_stream_rpc_method_handler(refused)
 
 
 def _guarded(
@@ -95,6 +108,8 @@ def _guarded(
                     return request
         except ChangedOnTheWay as error:
             refuse(context, grpc.StatusCode.DATA_LOSS, error)
+        except OtherVersion as error:
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, error)
         finally:
             watch.stop()
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")

@@ -44,13 +44,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from parties.net.caller import Caller
 from parties.net.peer import Peer
+from parties.net.versions import check_version
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.three_party.pair_keys import PairKey, other_seed
 from parties.three_party.shared_model import PartyShare
 from secure.deployments.three_party import PARTIES
-from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, printable
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, printable
 from secure.version import WIRE_VERSION
 
 PUBLIC_BYTES = 32
@@ -116,9 +117,10 @@ class KeyOfCaller:
         number = hello.party
         if number not in self._callers or who.role not in (None, PARTIES[number]):
             raise HandshakeError(f"a caller who is not of the parties that call {self._share.role}")
-        if (hello.version, hello.model) != (WIRE_VERSION, self._share.manifest.model):
+        check_version(PARTIES[number], hello.version, self._share.role)
+        if hello.model != self._share.manifest.model:
             raise HandshakeError(
-                f"{PARTIES[number]} has another version or another model than {self._share.role}",
+                f"{PARTIES[number]} has a share of another model than {self._share.role}",
                 "give all three parties the shares of one run of: unseen share-model",
             )
         exchange = _Exchange(self._share, number)
@@ -158,7 +160,7 @@ class KeyOfCaller:
     def _content(requests: Iterator[pb.AgreeMessage], kind: str) -> pb.AgreeMessage:
         try:
             message = next(requests, None)
-        except ChangedOnTheWay:
+        except Error:
             raise
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             raise PeerLost(f"a caller left before its {kind} ({type(error).__name__})") from None

@@ -39,7 +39,6 @@ from secure.cost.traffic import ONLINE, Traffic, links
 from secure.deployments.three_party import CLIENT, PARTIES, ThreeParty
 from secure.errors import (
     Busy,
-    ChangedOnTheWay,
     Error,
     HandshakeError,
     InvalidInput,
@@ -258,7 +257,7 @@ class ThreePartyLink(Link):
         self._open.close()
 
 
-_Heard = pb.AskReply | pb.Failure | grpc.RpcError | ChangedOnTheWay | None
+_Heard = pb.AskReply | pb.Failure | grpc.RpcError | Error | None
 
 
 class _Asking:
@@ -281,7 +280,7 @@ class _Asking:
             for reply in call:
                 self._heard.put((party, reply))
             self._heard.put((party, None))
-        except (grpc.RpcError, ChangedOnTheWay) as error:
+        except (grpc.RpcError, Error) as error:
             self._heard.put((party, error))
 
     def run(self) -> list[pb.Answer]:
@@ -328,7 +327,7 @@ class _Asking:
             return ProtocolError(f"{peer} ended the query without an answer")
         if isinstance(error, pb.Failure):
             return failed(error, str(peer))
-        if isinstance(error, ChangedOnTheWay):
+        if isinstance(error, Error):
             return error
         assert isinstance(error, grpc.RpcError)  # as a message that is no failure is none
         try:
@@ -367,7 +366,7 @@ class _Asking:
 
 def _distance(error: Any) -> int:
     """Rank a party's failure by its distance from the cause: damage, or nobody there 0, its own reason 1, others 2."""
-    if isinstance(error, ChangedOnTheWay):
+    if isinstance(error, Error):
         return 0
     if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
         return 0

@@ -19,6 +19,7 @@ from parties.net.caller import Caller, Permissions, caller
 from parties.net.calls import answering, failure, unexpected
 from parties.net.frames import FrameReader
 from parties.net.peer import Peer
+from parties.net.versions import check_version
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import PartyServicer
@@ -37,10 +38,9 @@ from protocols.three_party.lookup import warm_up
 from protocols.three_party.sharing import PARTY_2
 from protocols.three_party.weights import SharedWeights
 from secure.cost.traffic import ONLINE
-from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
-from secure.version import WIRE_VERSION
 
 SESSION_BYTES = 16
 MAXIMUM_QUERIES = 8  # queries at a time; each takes a thread, and its corrections are held in memory
@@ -338,10 +338,7 @@ class PartyService(PartyServicer, ABC):
 
     def agree(self, who: str, version: int, model: str, session: bytes) -> None:
         """Raise HandshakeError unless the version and model of ``who`` are ours and the session is well-formed."""
-        if version != WIRE_VERSION:
-            raise HandshakeError(
-                f"version: {who} has {version}, this party {WIRE_VERSION}", "use the same version everywhere"
-            )
+        check_version(who, version, self.share.role)
         if model != self.share.manifest.model:
             raise HandshakeError(
                 f"model: {who} has {model[:12]!r}, this party {self.share.manifest.model[:12]!r}",
@@ -356,7 +353,7 @@ def _next(requests: Iterator[pb.AskPart], watch: Watchdog, seconds: float) -> pb
     try:
         with watch.guard(seconds):
             return next(requests, None)
-    except ChangedOnTheWay:
+    except Error:
         raise
     except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
         late = "did not send its query in time" if watch.fired else "left before its query had come"

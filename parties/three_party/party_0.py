@@ -45,7 +45,7 @@ from protocols.prg import SEED_BYTES
 from protocols.three_party.endpoints import Coins
 from secure.cost.traffic import OFFLINE
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import ChangedOnTheWay, Error, HandshakeError, PeerLost, ProtocolError, QueryError, StoreError
+from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError, StoreError
 from secure.mpc.program import Program
 
 _, PEER, PARTY_2 = PARTIES
@@ -356,7 +356,7 @@ class _Computation:
         try:
             with self._progress.waiting(PEER), self.watch.guard(seconds):
                 message = next(self._requests, None)
-        except ChangedOnTheWay:
+        except Error:
             raise
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             late = f" within {seconds:g} s" if self.watch.fired else ""

@@ -29,6 +29,7 @@ from parties.limits.waiting import Places
 from parties.net.caller import Caller, Permissions, caller, permit
 from parties.net.calls import answering
 from parties.net.frames import to_chunks
+from parties.net.versions import check_version
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import DealerServicer
@@ -65,7 +66,6 @@ from secure.deployments.two_party import CLIENT, SERVER
 from secure.errors import Error, HandshakeError, InvalidProgram, ProtocolError, QueryError, StoreError
 from secure.mpc.budget import Budget
 from secure.mpc.program import Program
-from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.dealer")
 
@@ -260,11 +260,7 @@ class DealerService(DealerServicer):
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
         with answering(context, log):
-            if request.version != WIRE_VERSION:
-                raise HandshakeError(
-                    f"version: the client has '{request.version}', this dealer '{WIRE_VERSION}'",
-                    "use the same version of unseen everywhere",
-                )
+            check_version("the client", request.version, "this dealer")
             return self._open(request, caller(context))
 
     def _open(self, request: pb.OpenRequest, who: Caller) -> pb.OpenReply:

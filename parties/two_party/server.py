@@ -32,6 +32,7 @@ from parties.limits.waiting import FIRST, WaitingRoom
 from parties.net.caller import Permissions, caller, permit
 from parties.net.calls import failure, unexpected
 from parties.net.frames import FrameReader, to_frames
+from parties.net.versions import check_version
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import InferenceServicer
@@ -56,7 +57,6 @@ from secure.deployments.two_party import CLIENT, TwoParty
 from secure.errors import (
     LEAST_AFTER,
     Busy,
-    ChangedOnTheWay,
     Error,
     GoingAway,
     HandshakeError,
@@ -66,7 +66,6 @@ from secure.errors import (
 )
 from secure.mpc.budget import PARTS
 from secure.mpc.program import Program
-from secure.version import WIRE_VERSION
 
 log = logging.getLogger("unseen.server")
 
@@ -314,7 +313,7 @@ class _Session:
         try:
             with self.watch.guard(seconds):
                 message = next(self._requests, None)
-        except ChangedOnTheWay:
+        except Error:
             raise
         except Exception as error:  # gRPC raises bare Exception subclasses when the stream breaks
             late = " in time" if self.watch.fired else ""
@@ -341,7 +340,7 @@ class _Session:
             self._context.cancel()
         try:
             message = coming.result()
-        except ChangedOnTheWay:
+        except Error:
             raise
         except Exception:  # gRPC raises bare Exception subclasses when the stream breaks
             message = None
@@ -354,11 +353,11 @@ class _Session:
         if message.WhichOneof("content") != "hello":
             raise HandshakeError("the session does not begin with a handshake")
         hello = message.hello
+        check_version("the client", hello.version, "this server")
         self._model = self._service.meant(hello.program_digest, hello.weights_digest)
         program = self._model.program
         fixed = json.dumps(program.fixed.as_dict(), sort_keys=True)
         for what, theirs, ours in (
-            ("version", str(hello.version), str(WIRE_VERSION)),
             ("deployment", hello.deployment, TwoParty.name),
             ("fixed point", hello.fixed_point, fixed),
             ("Program digest", hello.program_digest, program.digest),
@@ -367,7 +366,7 @@ class _Session:
             if not hmac.compare_digest(theirs.encode(), ours.encode()):
                 raise HandshakeError(
                     f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}",
-                    "connect again to fetch the server's Program, and use the same version of unseen on both sides",
+                    "connect again to fetch the server's Program",
                 )
         session, seed = hello.session, fresh_seed()
         self._service.dealer.join(session, program.digest, self._model.weights_digest, self._model.mask_seed, seed)
