@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -18,16 +19,16 @@ from numba import njit
 from torch import Tensor
 
 from protocols import bits, ring
+from protocols.kept_kernels import KeptKernels
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        result: Callable[..., Any] = njit(function, cache=True, nogil=True)
-    except RuntimeError:  # numba may write neither beside this file nor in the user's cache: compile at every start
-        result = njit(function, nogil=True)
-    return result
+    result: Any = njit(function, nogil=True)
+    with suppress(RuntimeError):  # there is no place to keep it: it is compiled at every start
+        result._cache = KeptKernels(function)  # as njit(cache=True) sets numba's own
+    return result  # type: ignore[no-any-return]
 
 
 def _fast(x: Tensor) -> bool:

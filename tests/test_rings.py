@@ -9,9 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -406,19 +404,3 @@ def test_compiled_loops_of_several_processes_share_a_cache(tmp_path: Path) -> No
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
     for widths in ("32 45", "7 56", "8 61 33", "16 31 48 5"):
         subprocess.run([sys.executable, "-c", script, *widths.split()], env=environment, check=True)
-
-
-def test_kernels_without_a_directory_to_keep_them_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service's user may have no home, and no right to write to the package."""
-    real = numba.njit
-
-    def njit(function: Any, *, cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(function, **options)
-
-    def one_more(x: int) -> int:
-        return x + 1
-
-    monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels.compiled(one_more)(1) == 2

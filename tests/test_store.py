@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from parties.store.entries import ENTRY_BYTES, MAXIMUM_HEAD, Level, Store, Taken
 from parties.store.files import NAME_FILE, FileStore
 from parties.store.keys import VARIABLE, StoreKey, read_store_key
 from parties.store.memory import MemoryStore
+from parties.store.place import PLACE_FILE
 from parties.store.sealed import CHUNK, open_sealed, seal, sealed_size
 from secure.errors import InvalidInput, StoreError
 
@@ -337,6 +339,59 @@ def test_a_store_stays_with_its_key_and_name(kind: str, tmp_path: Path) -> None:
             assert b"secret" not in path.read_bytes()
 
 
+def copied(where: Path) -> None:
+    """As a backup restores a directory: with all that a copy can keep."""
+    kept = where.with_name("backup")
+    shutil.copytree(where, kept, copy_function=shutil.copy2)
+    shutil.rmtree(where)
+    shutil.move(kept, where)
+
+
+def copied_over(where: Path) -> None:
+    """The same over what is there."""
+    kept = where.with_name("backup")
+    shutil.copytree(where, kept, copy_function=shutil.copy2)
+    shutil.copytree(kept, where, copy_function=shutil.copy2, dirs_exist_ok=True)
+
+
+def replaced(where: Path) -> None:
+    """As rsync does it: what seems unchanged stays, and what it writes replaces a file."""
+    for path in where.iterdir():
+        if path.stat().st_size:
+            shutil.copy2(path, where / "new")
+            (where / "new").rename(path)
+
+
+RESTORED: dict[str, Callable[[Path], object]] = {
+    "copied": copied,
+    "copied over": copied_over,
+    "without the file": lambda where: (where / PLACE_FILE).unlink(),
+}
+
+
+@pytest.mark.parametrize("how", RESTORED)
+@pytest.mark.parametrize("kind", ON_DISK)
+def test_a_store_that_is_restored_is_refused(kind: str, how: str, tmp_path: Path) -> None:
+    """Its entries that were used since are there again."""
+    for _ in range(2):  # one that goes on is none
+        store = ON_DISK[kind](tmp_path)
+        store.put(LABELS[0], fresh(), b"x")
+        store.close()
+    (directory,) = tmp_path.iterdir()
+    RESTORED[how](directory)
+    with pytest.raises(InvalidInput, match=r"was copied or restored: .*\nhint: remove .*: it is made anew"):
+        ON_DISK[kind](tmp_path)
+    shutil.rmtree(directory)
+    ON_DISK[kind](tmp_path).close()
+
+
+def test_a_data_base_whose_file_is_replaced_is_refused(tmp_path: Path) -> None:
+    database_store(tmp_path).close()
+    replaced(tmp_path / "base")
+    with pytest.raises(InvalidInput, match="was copied or restored"):
+        database_store(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ON_DISK)
 def test_a_store_that_others_may_enter(kind: str, tmp_path: Path) -> None:
     ON_DISK[kind](tmp_path).close()
@@ -376,7 +431,7 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path: Pat
 
     store.put(LABELS[0], bytes(16), b"", 4, parts())
     assert sorted(p.name for p in store.directory.iterdir()) == sorted(
-        [NAME_FILE, f"{LABELS[0][:32]}-{'00' * 16}.entry"]
+        [NAME_FILE, PLACE_FILE, f"{LABELS[0][:32]}-{'00' * 16}.entry"]
     )
 
 
@@ -422,7 +477,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(os, "write", full)
         with pytest.raises(StoreError, match="No space left on device\nhint: make room"):
             store.put(LABELS[0], bytes(16), b"")
-    assert [p.name for p in store.directory.iterdir()] == [NAME_FILE]
+    assert {p.name for p in store.directory.iterdir()} == {NAME_FILE, PLACE_FILE}
 
 
 def test_large_bodies_are_not_for_a_data_base(tmp_path: Path) -> None:

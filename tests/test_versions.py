@@ -279,7 +279,7 @@ def said(version: int, who: str, here: str) -> str:
     """What is said of a service of another version."""
     if version > WIRE_VERSION:
         return rf"version: {who} .*speaks version {version} .*, {here} version {WIRE_VERSION}\nhint: update {here}"
-    return rf"version: {who}.* speaks an older version .* than version {WIRE_VERSION}: .*\nhint: update {who}"
+    return rf"version: {who}.* speaks an older version .* than version {WIRE_VERSION}, .*\nhint: update {who}"
 
 
 @pytest.mark.parametrize("version", [3, NEWER])

@@ -41,7 +41,7 @@ def check_version(whose: str, theirs: int, here: str) -> None:
 def without_sum(whose: str) -> OtherVersion:
     """Return the error for a message that has no sum."""
     return OtherVersion(
-        f"version: {whose} speaks an older version of unseen's messages than version {WIRE_VERSION}: its own have no sum",
+        f"version: {whose} speaks an older version of unseen's messages than version {WIRE_VERSION}, without sums",
         f"update {whose}: {_SAME}; if they are the same, the message changed on the way: ask again",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from parties.net.secret_files import check_private
 from parties.store.entries import NAME_BYTES, Level, Taken, goes
 from parties.store.keys import StoreKey
+from parties.store.place import check_marks, marks, place_of
 from parties.store.sealed import open_sealed, seal
 from secure.errors import InvalidInput, StoreError
 
@@ -28,7 +28,7 @@ class DatabaseStore:
     """A ``Store`` in a file in a directory of this user's own, closed to others; several processes may share it.
 
     ``take`` returns after its transaction is on the disk (``synchronous = FULL``). Raises InvalidInput for a file that
-    cannot be used or that others may replace, or whose entries were made under another key.
+    cannot be used or that others may replace, or whose entries were made under another key or in another place.
     """
 
     def __init__(self, file: Path, key: StoreKey) -> None:
@@ -52,18 +52,15 @@ class DatabaseStore:
             raise InvalidInput(f"the store {file} cannot be used: {error}", "give another --store") from None
 
     def _named(self) -> bytes:
-        """Return the store's name, which is kept with a mark of its key, or make one."""
+        """Return the store's name, which is kept with marks of its key and place, or make one."""
+        place = place_of(self._file.parent, self._file.stat().st_ino)
         found = self._base.execute("SELECT name, mark FROM name").fetchone()
         if found is None:
             fresh = secrets.token_bytes(NAME_BYTES)
-            found = fresh, self._key.mark(fresh)
+            found = fresh, marks(self._key, fresh, place)
             self._base.execute("INSERT INTO name VALUES (?, ?)", found)
-        name, mark = bytes(found[0]), bytes(found[1])
-        if not hmac.compare_digest(mark, self._key.mark(name)):
-            raise InvalidInput(
-                f"the store {self._file} was made under another key",
-                "give that key: --store-key-file; without it what is there is lost: remove the file",
-            )
+        name = bytes(found[0])
+        check_marks(self._file, self._key, name, bytes(found[1]), place)
         return name
 
     def put(self, label: str, entry: bytes, head: bytes, size: int = 0, parts: Iterable[bytes] = ()) -> None:

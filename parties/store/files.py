@@ -9,7 +9,6 @@ its temporary file, so that whoever sweeps removes those of killed writers only.
 from __future__ import annotations
 
 import fcntl
-import hmac
 import logging
 import os
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 from parties.net.secret_files import check_private, read_secret
 from parties.store.entries import NAME_BYTES, Level, Taken, goes
 from parties.store.keys import StoreKey
+from parties.store.place import check_marks, marks, place_of
 from parties.store.sealed import open_sealed, seal
 from secure.errors import InvalidInput, StoreError
 
@@ -34,7 +34,8 @@ class FileStore:
     """A ``Store`` in a directory of this user's own, closed to others, which is made if it is not there.
 
     It must be on a local disk: a network's file system may repeat a removal, or keep it from the disk. Raises
-    InvalidInput for a directory that others may enter or replace, or whose entries were made under another key.
+    InvalidInput for a directory that others may enter or replace, or whose entries were made under another
+    key or in another place.
     """
 
     def __init__(self, directory: Path, key: StoreKey) -> None:
@@ -49,17 +50,13 @@ class FileStore:
             ) from None
 
     def _named(self) -> bytes:
-        """Return the store's name, which is kept with a mark of its key, or make one."""
-        path, name = self.directory / NAME_FILE, secrets.token_bytes(NAME_BYTES)
+        """Return the store's name, which is kept with marks of its key and place, or make one."""
+        path, name, place = self.directory / NAME_FILE, secrets.token_bytes(NAME_BYTES), place_of(self.directory)
         if not path.exists():
             with suppress(FileExistsError):  # another process may make it at the same moment
-                self._write(NAME_FILE, [name + self._key.mark(name)])
+                self._write(NAME_FILE, [name + marks(self._key, name, place)])
         kept = read_secret(path)
-        if not hmac.compare_digest(kept[NAME_BYTES:], self._key.mark(kept[:NAME_BYTES])):
-            raise InvalidInput(
-                f"the store {self.directory} was made under another key",
-                "give that key: --store-key-file; without it what is there is lost: remove the directory",
-            )
+        check_marks(self.directory, self._key, kept[:NAME_BYTES], kept[NAME_BYTES:], place)
         return kept[:NAME_BYTES]
 
     def put(self, label: str, entry: bytes, head: bytes, size: int = 0, parts: Iterable[bytes] = ()) -> None:
