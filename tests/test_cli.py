@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,11 +246,11 @@ class Process:
 
 
 @contextmanager
-def process(log: Path, *arguments: str, **environment: str) -> Iterator[Process]:
-    """``unseen ARGUMENTS``, whose log goes to a file."""
+def process(log: Path, *arguments: str, whole: Sequence[str] = (), **environment: str) -> Iterator[Process]:
+    """``unseen ARGUMENTS``, whose log goes to a file. whole: the command, where something else begins it."""
     with log.open("w") as file:
         child = subprocess.Popen(
-            [*COMMAND, *arguments, "--announce"],
+            list(whole) or [*COMMAND, *arguments, "--announce"],
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,

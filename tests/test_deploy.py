@@ -31,6 +31,7 @@ SITES = sorted(path.parent for path in DEPLOY.glob("kubernetes/*/kustomization.y
 MANIFESTS = sorted(path for path in DEPLOY.glob("kubernetes/*/*.yaml") if path.name != "kustomization.yaml")
 RUNNING = int(DRAIN)  # seconds that running queries get after SIGTERM
 PORTS = {"serve": 50051, "dealer": 50052, "proxy": 8080}
+NUMBERS = 9464  # the port of --metrics
 STAYS = "127.0.0.1"  # where a proxy listens
 
 
@@ -183,7 +184,13 @@ def test_names_and_ports_agree(site: Path) -> None:
         assert budget["selector"]["matchLabels"] == labels
         assert budget["minAvailable"] < spec["replicas"]
     (container,) = pod["containers"]
-    ((name, port),) = ((p["name"], p["containerPort"]) for p in container["ports"])
+    (name, port), health = ((p["name"], p["containerPort"]) for p in container["ports"])
+    assert health == ("health", NUMBERS)
+    assert container["args"][container["args"].index("--metrics") + 1] == f"0.0.0.0:{NUMBERS}"
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/healthz", "port": health[0]}
+    alive = container["livenessProbe"]
+    assert alive["periodSeconds"] * alive["failureThreshold"] > RUNNING  # a service that drains answers 503
     assert port == PORTS[container["args"][0]]
     ((service, target),) = ((p["port"], p["targetPort"]) for p in found["Service"]["spec"]["ports"])
     assert (service, target) == (port, name)
@@ -284,7 +291,11 @@ def test_containers_are_closed(path: Path, name: str, service: dict[str, Any]) -
         assert service["deploy"]["resources"]["limits"]
     if service.get("command", [""])[0] in PORTS:
         port = PORTS[service["command"][0]]
-        assert f"('127.0.0.1', {port})" in service["healthcheck"]["test"][-1]
+        numbers = f"127.0.0.1:{NUMBERS}"
+        if service["command"][0] != "proxy":  # which has it at its own port
+            assert service["command"][service["command"].index("--metrics") + 1] == numbers
+            port = NUMBERS
+        assert f"http://127.0.0.1:{port}/healthz" in service["healthcheck"]["test"][-1]
         assert int(service["stop_grace_period"].removesuffix("s")) > RUNNING
 
 
@@ -347,7 +358,13 @@ def test_images_run_as_an_ordinary_user() -> None:
     assert re.findall(r"(?m)^USER (.*)$", text) == ["10001:10001"]
     for path in re.findall(r"(?m)^COPY (?!--)(.+) \S+$", text):
         assert all((ROOT / each).exists() for each in path.split())
-    extras = re.search(r'ARG EXTRAS="(\w+)"', text)
+    extras = re.search(r'ARG EXTRAS="([\w,]+)"', text)
     assert extras is not None
-    assert f"{extras[1]} = [" in (ROOT / "pyproject.toml").read_text()
+    for extra in extras[1].split(","):
+        assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    # kernels are compiled before the user changes, into a directory of root's that is read and never written
+    kernels = re.search(r"NUMBA_CACHE_DIR=(\S+)", text)
+    assert kernels is not None
+    assert kernels[1].startswith("/opt/unseen/")
+    assert text.index("ENV ") < text.index("RUN python -P -m protocols.warm") < text.index("USER ")
     assert "--chown=10001:10001 --chmod=0700 compiled /compiled" in (DEPLOY / "Dockerfile.server").read_text()

@@ -71,12 +71,14 @@ def command_of(where: Path, file: str, name: str, **given: str) -> tuple[list[st
     words = [outside(filled_in(word, given)) for word in service["command"]]
     if "--listen" in words:
         words[words.index("--listen") + 1] = "127.0.0.1:0"
+    if "--metrics" in words:
+        words[words.index("--metrics") + 1] = "127.0.0.1:0"
     return words, {key: outside(filled_in(each, given)) for key, each in service.get("environment", {}).items()}
 
 
 def running(where: Path, file: str, name: str, **given: str) -> AbstractContextManager[Process]:
     arguments, environment = command_of(where, file, name, **given)
-    return process(where / f"{name}.log", *arguments, **environment)
+    return process(where / f"{name}.log", *arguments, whole=(), **environment)
 
 
 def exchange_certificates(tmp: Path) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from parties.net.secret_files import check_directory, read_secret
 from parties.proxy.hosted import HttpService, check_stays
 from parties.proxy.workers import SessionWorkers
 from parties.served.files import store
+from parties.services.ready import tell_ready
 from parties.telemetry import logs
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput, MissingPackage, about
@@ -145,6 +146,7 @@ def answer_at(
                     write(f"{key.text}\n")
                 if announced:
                     console.announce(service.address)
+                tell_ready()
 
             service.wait_announced(tell)
     finally:

@@ -80,6 +80,7 @@ from parties.served.compiled_files import is_compiled
 from parties.services import hosting
 from parties.services.draining import DRAIN
 from parties.services.hosting import HostOptions, Service
+from parties.services.ready import tell_ready
 from parties.services.workers import apart
 from parties.store.keys import read_store_key
 from parties.telemetry import logs
@@ -323,6 +324,7 @@ def tell_address(verb: str, address: str, about: Sequence[str], *, announced: bo
     say(f"unseen {verb}: listening on {address} (semi-honest: it is assumed to follow the protocol)")
     if announced:
         announce(address)
+    tell_ready()
 
 
 def dealer(

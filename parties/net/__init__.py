@@ -8,6 +8,7 @@ recorded     a record of what leaves through channels
 peer         a service at the other end of a channel
 forked       processes that were forked after gRPC was used
 wrapped      a channel around another one
+versions     peers of another version, and who is to be updated
 summed       a sum behind every message, so that changed bytes are noticed
 frames       byte strings as parts of about 1 MB
 watchdog     deadlines for waits

@@ -97,9 +97,10 @@ def ask_description(peer: Peer, deployment: Deployment, role: str, options: Conn
         found: pb.Description = ModelStub(peer.channel).Describe(request, timeout=options.deadline)
     check_version(peer.who, found.version, "this client")
     _check(found, peer.who)
-    if found.deployment != deployment.name:
+    named, wanted = found.deployment, deployment.name
+    if named != wanted:
         raise HandshakeError(
-            f"deployment: {peer.who} is one of {printable(found.deployment)!r}, this client asks {deployment.name!r}",
+            f"deployment: {peer.who} is one of {printable(named)!r}, this client asks {wanted!r}",
             "use the same deployment on both sides (--deployment)",
         )
     if found.role != role:
