@@ -208,7 +208,7 @@ def test_roles_run_as_their_units_confine_them(model: Ready, directory: Path, tm
             assert health(server) == health(dealer) == "serving\n"
             deployment = secure.TwoParty(server=server.address, dealer=dealer.address)
             network = secure.Tls(tmp_path / "etc" / "unseen" / "tls" / "client")
-            with secure.connect(deployment, network=network, token=token, cache=False) as session:
+            with secure.connect(deployment, network=network, token=token.text, cache=False) as session:
                 torch.testing.assert_close(session.embed([TEXT])[0], expected(directory, TEXT), atol=5e-3, rtol=0)
             assert server.end() == 0
         assert dealer.end() == 0

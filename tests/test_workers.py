@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import torch
+
 import secure
 from parties.net.endpoints import OPTIONS, SHARED, Endpoint
 from parties.net.network import Plaintext
@@ -27,8 +29,9 @@ from parties.services import hosting, workers
 from parties.services.hosting import child
 from parties.services.workers import apart, require_single_thread, reserved, share_of
 from secure.errors import EndpointError, Error, InvalidInput
+from secure.session.session import Session
 from secure.tasks.embed import Embed
-from tests.tiny import LOOPBACK, TEXT, Ready, Served, call, wait_until
+from tests.tiny import LOOPBACK, TEXT, Ready, Served, call, expected, sentences, wait_until
 
 # watching, with workers that do next to nothing
 
@@ -247,6 +250,48 @@ def test_a_stream_survives_workers_and_new_versions(kept: Path, dealer: Served) 
     told = (kept.parent / "log").read_text()
     assert "2 workers; each has: memory for prepared queries" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_eight_clients_while_a_server_is_replaced(kept: Path, dealer: Served, directory: Path) -> None:
+    """A new version at the same port, and SIGTERM for the old one: every query is answered, and rightly."""
+    clients, texts = 8, sentences(8)
+    right = [expected(directory, text) for text in texts]
+    got: list[list[Any]] = [[] for _ in range(clients)]
+    replaced = threading.Event()
+
+    def ask(session: Session, mine: list[Any], number: int) -> None:
+        def given() -> Iterator[str]:
+            while not replaced.is_set():
+                yield texts[number]
+            yield from [texts[number]] * 3
+
+        mine.extend(session.stream(Embed(), given(), window=1))
+
+    def all_have(count: int) -> bool:
+        return all(sum(r.rounds > 0 for r in session.reports) >= count for session in sessions)
+
+    with ExitStack() as stack:
+        old, address = stack.enter_context(serving(kept, dealer.address, "127.0.0.1:0", "--workers", "2"))
+        sessions = [stack.enter_context(call(address, dealer.address)) for _ in range(clients)]
+        threads = [threading.Thread(target=ask, args=each) for each in zip(sessions, got, range(clients), strict=True)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: all_have(2), "everybody has answers", 60)
+        new, same = stack.enter_context(serving(kept, dealer.address, address, "--workers", "2"))
+        assert same == address
+        old.terminate()
+        assert old.wait(timeout=40) == 0
+        replaced.set()
+        for thread in threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+        assert new.poll() is None
+    for number, mine in enumerate(got):
+        assert len(mine) >= 5
+        assert [each for each in mine if isinstance(each, Error)] == []
+        for each in mine:
+            torch.testing.assert_close(each, right[number], atol=5e-3, rtol=0)
 
 
 @pytest.mark.slow
