@@ -250,6 +250,15 @@ class ReceiptError(Error):
     code = "receipt"
 
 
+def program_of_version(theirs: object, ours: int) -> InvalidProgram:
+    """Return the error for a Program of another version than this one reads. theirs: as it says."""
+    newer = isinstance(theirs, int) and theirs > ours
+    hint = (
+        "update unseen on this side" if newer else "whoever made it is to update unseen, and to compile the model anew"
+    )
+    return InvalidProgram(f"the Program has version {theirs!r:.40}, this is {ours}\nhint: {hint}")
+
+
 def printable(text: str) -> str:
     """Make a peer's text safe for a terminal or a log: at most 2,000 characters, unprintable ones replaced by "?"."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:2000])

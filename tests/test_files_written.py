@@ -16,6 +16,7 @@ from parties.limits.quotas import Limits, Quota
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
 from secure.errors import InvalidInput
 from tests.ckks_server import compiled, dial, inputs
+from tests.dealer_key import KEY
 from tests.three_parties import shared
 from tests.tiny import TEXT, Ready, wait_until
 
@@ -60,6 +61,7 @@ def test_files_of_two_parties(model: Ready, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root, many = tmp_path / "roles", Limits(Quota(queries=100, preparations=100))
     root.mkdir(mode=0o700)
+    KEY.save(root / "dealer")  # which the tests' own state directory names
     dealing = deployments.serve(
         role=DEALER, deployment=TwoParty(), state=root / "dealer", store=root / "dealer" / "store", quotas=many
     )

@@ -505,8 +505,10 @@ def test_outputs_of_one_large_reveal_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_versions_are_named() -> None:
-    with pytest.raises(InvalidProgram, match=r"has version 3, this is 4\nhint: upgrade"):
+    with pytest.raises(InvalidProgram, match=r"has version 3, this is 4\nhint: whoever made it is to update"):
         Program.from_bytes(tampered(TAMPERED["version"]))
+    with pytest.raises(InvalidProgram, match=r"has version 9, this is 4\nhint: update unseen on this side"):
+        Program.from_bytes(tampered(lambda d: d.update(version=9)))
 
 
 # models

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from numba.core.caching import _CacheLocator
 
 import secure
 from parties.cli import main
@@ -26,6 +27,8 @@ from parties.cli.main import app
 from parties.limits.tokens import Token, new_holder
 from parties.services.draining import DRAIN
 from parties.services.ready import READY, tell_ready
+from protocols import kernels
+from protocols.three_party import dpf
 from secure.deployments.two_party import DEALER, SERVER
 from tests import confined
 from tests.test_cli import COMMAND, Process, process
@@ -149,6 +152,17 @@ def test_nobody_is_told_where_nobody_listens(
 # running
 
 
+def kernels_of_root(where: Path) -> Path:
+    """What `python -m protocols.warm` writes, from what this process has beside the package."""
+    for package in (Path(kernels.__file__).parent, Path(dpf.__file__).parent):
+        place = where / _CacheLocator.get_suitable_cache_subpath(str(package / "x.py"))
+        place.mkdir(parents=True)
+        for path in (package / "__pycache__").glob("*.nb?"):
+            shutil.copy(path, place)
+        place.chmod(0o555)
+    return where
+
+
 def started(path: Path, root: Path, **environment: str) -> Any:
     """The role of a unit as it would run: its files put in place, then its command, confined, at a free port."""
     found = settings(path)
@@ -202,6 +216,7 @@ def test_roles_run_as_their_units_confine_them(model: Ready, directory: Path, tm
     compiled.parent.mkdir(parents=True, mode=0o700)
     secure.save_compiled(model.compiled, compiled)
     units = {path.stem: path for path in UNITS}
+    kernels_of_root(tmp_path / "kernels")
     with started(units["unseen-dealer"], tmp_path) as dealer:
         told = {"UNSEEN_DEALER": dealer.address, "UNSEEN_SAME_OWNER": "yes"}
         with started(units["unseen-server"], tmp_path, **told) as server:

@@ -26,7 +26,7 @@ from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import Graph
 from secure.ckks.layout import EMPTY, Content, at
 from secure.ckks.linear_maps import Array
-from secure.errors import InvalidInput, InvalidProgram
+from secure.errors import InvalidInput, InvalidProgram, program_of_version
 from secure.lowering.client_inputs import (
     MAXIMUM_INPUTS,
     ClientInput,
@@ -108,8 +108,7 @@ class CkksProgram:
         try:
             d = read_document(encoded)
             if d["version"] != VERSION:
-                version = f"{d['version']!r:.40}"
-                raise InvalidProgram(f"the Program has version {version}, this is {VERSION}\nhint: upgrade unseen")
+                raise program_of_version(d["version"], VERSION)
             _DOCUMENT.validate_python(d)  # bounds of every field, before anything follows from them
             parameters, described = Parameters(**d["parameters"]), len(d["views"]) + len(d["output"])
             if described * parameters.slots > MAXIMUM_SLOTS:  # they are packed: memory takes far more

@@ -29,7 +29,7 @@ from protocols.protocol import CircuitCost, Protocol
 from protocols.two_party import Input, Publish, Recall, Reveal, keepers
 from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.graph import POSITIONS, Graph
-from secure.errors import InvalidProgram, OutOfRange
+from secure.errors import InvalidProgram, OutOfRange, program_of_version
 from secure.lowering.client_inputs import (
     GENERATE,
     MAXIMUM_INPUTS,
@@ -304,9 +304,7 @@ class Program:
             document = read_document(encoded)
             version = document.get("version") if isinstance(document, dict) else None
             if version != VERSION:
-                raise InvalidProgram(
-                    f"the Program has version {version!r:.40}, this is {VERSION}\nhint: upgrade unseen"
-                )
+                raise program_of_version(version, VERSION)
             d = _DOCUMENT.validate_python(document)
             if d.fixed.keys() != FixedPoint().as_dict().keys():
                 raise InvalidProgram("not a valid Program: the fixed point lacks a parameter, or has another")
