@@ -155,7 +155,7 @@ def test_nobody_is_told_where_nobody_listens(
 def kernels_of_root(where: Path) -> Path:
     """What `python -m protocols.warm` writes, from what this process has beside the package."""
     for package in (Path(kernels.__file__).parent, Path(dpf.__file__).parent):
-        place = where / _CacheLocator.get_suitable_cache_subpath(str(package / "x.py"))
+        place = where / _CacheLocator.get_suitable_cache_subpath(str(package / "x.py"))  # type: ignore[no-untyped-call]
         place.mkdir(parents=True)
         for path in (package / "__pycache__").glob("*.nb?"):
             shutil.copy(path, place)
