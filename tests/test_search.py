@@ -607,7 +607,8 @@ def test_a_search_is_counted_and_checked(model: str, index: Path, run: Run, tmp_
     assert f"with the index {index} of {rows} passages, to be compiled for the task search" in run(*line, model).out
     other = str(write_model(tmp_path / "other", 3))
     assert "is an index of another model than" in run(*line, other).out
-    in_words(run("profile", "bert-base", "--top", "3", "--no-time"), "--top means nothing for bert-base", "with weights")
+    shape = ["profile", "bert-base", "--top", "3", "--no-time"]
+    in_words(run(*shape), "--top means nothing for bert-base", "with weights")
 
 
 @pytest.mark.slow
