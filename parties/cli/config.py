@@ -144,7 +144,7 @@ def read_file(named: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
     if len(text) > MAXIMUM_BYTES:
         raise InvalidInput(f"{what}: {path} has more than {MAXIMUM_BYTES} bytes", "give a TOML file of settings")
     try:
-        return path, tomllib.loads(text.decode())
+        return path, tomllib.loads(text.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"{what}: {path} is no TOML: {printable(str(error))}", "see https://toml.io") from None
 

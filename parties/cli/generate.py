@@ -134,14 +134,17 @@ def _prompt(prompt: str | None, file: str | None) -> str:
         raise InvalidInput("--input and a prompt as an argument exclude each other", "leave one of them out")
     if prompt is not None:
         return prompt
+    missing = InvalidInput("no prompt", "give it as an argument, by --input, or on standard input")
     if file is None and sys.stdin.isatty():
-        raise InvalidInput("no prompt", "give it as an argument, by --input, or on standard input")
+        raise missing
     try:
-        text = sys.stdin.read() if file in (None, "-") else Path(str(file)).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if file in (None, "-") else Path(str(file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidInput(f"--input: {file} cannot be read: {reason}", "a text file that holds the prompt") from None
-    return text.removesuffix("\n").removesuffix("\r")
+    if file is None and not text:
+        raise missing
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def _on_terminal(text: str) -> str:

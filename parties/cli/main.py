@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from parties.cli.config import CommandSettings, ConfigOption, configured, read_file
 from parties.cli.console import OUT, say_error
+from parties.cli.streams import settle_streams
 from parties.cli.verbs import VERBS, Commands
 from secure.errors import Error
 from secure.version import __version__
@@ -58,6 +59,7 @@ def app() -> typer.Typer:
 
 def app_main() -> None:
     """Entry point: errors that a user can cause end with a message and code 1."""
+    settle_streams()
     try:
         app()()
     except (Error, ValueError, ImportError, OSError) as error:

@@ -158,7 +158,7 @@ def read_prices(given: str) -> PriceList:
             raise InvalidInput("--prices names a price twice", hint)
     else:
         try:
-            found = tomllib.loads(Path(given).read_text(encoding="utf-8"))
+            found = tomllib.loads(Path(given).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InvalidInput(f"--prices: {given} cannot be read: {error}", hint) from None
     for name in found:

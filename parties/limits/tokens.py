@@ -145,7 +145,7 @@ class Tokens:
 
     def _text(self) -> str:
         try:
-            return read_trusted(self._file, most=MAXIMUM_FILE).decode()
+            return read_trusted(self._file, most=MAXIMUM_FILE).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise InvalidInput(

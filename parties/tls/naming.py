@@ -61,7 +61,7 @@ class Naming:
     def read(cls, text: str, what: str) -> Naming:
         """Read tls.toml, with its tables ``names`` and ``roles``. Raises TlsError."""
         try:
-            found = _NamingFile.model_validate(tomllib.loads(text))
+            found = _NamingFile.model_validate(tomllib.loads(text.removeprefix("\ufeff")))
         except (tomllib.TOMLDecodeError, ValidationError) as error:
             said = str(error)
             if isinstance(error, ValidationError):

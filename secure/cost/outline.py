@@ -132,7 +132,7 @@ def outline_shape(
 def _read(path: Path) -> dict[str, Any]:
     hint = "give a Hugging Face config.json, whose model_type says what it is"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path} cannot be read as JSON: {error}", hint) from None
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
