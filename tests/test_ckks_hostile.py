@@ -170,30 +170,56 @@ def test_a_process_within_its_limits() -> None:
 def test_a_host_that_died_is_started_again(
     compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At once, though nobody asks; queries go on, and none has an error."""
     monkeypatch.setattr(evaluators_module, "PAUSE", 0.0)
     error, before = compiled.model.predicted_error, set(children(os.getpid()))
+
+    def hosts() -> list[int]:
+        return [pid for pid in set(children(os.getpid())) - before if lives(pid)]
+
     with served(compiled, tmp_path) as (address, host), dial(address) as first:
         is_right(first, "tiny", error)
         kill(host)
-        is_right(first, "tiny", error)  # the process with its keys lives on
-        with dial(address) as second:  # for which a new one is needed
+        is_right(first, "tiny", error)
+        wait_until(lambda: len(hosts()) == 1 and hosts() != [host], "another host")
+        with dial(address) as second:
             is_right(second, "tiny", error)
-            assert not lives(host)
             is_right(first, "tiny", error)
-            (again,) = set(children(os.getpid())) - before
+            (again,) = hosts()
             for pid in [*children(again), again]:
                 kill(pid)
             is_right(first, "tiny", error)
             is_right(second, "tiny", error)
+    wait_until(lambda: not hosts(), "no host outlives its server")
 
 
-def test_a_host_that_dies_at_once_is_not_started_all_the_time(compiled: secure.Compiled, tmp_path: Path) -> None:
+def test_a_host_that_is_frozen_is_replaced_when_it_is_needed(
+    compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluators_module, "PAUSE", 0.0)
+    monkeypatch.setattr(evaluators_module, "ANSWERING", 0.5)
+    error = compiled.model.predicted_error
+    with served(compiled, tmp_path) as (address, host), dial(address) as first:
+        is_right(first, "tiny", error)
+        for pid in [*children(host), host]:  # the process that holds the client's keys, too
+            os.kill(pid, signal.SIGSTOP)
+        is_right(first, "tiny", error)
+        assert not lives(host)
+
+
+def test_a_host_that_dies_is_not_started_all_the_time(
+    compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query that needs it waits, and is told that it does."""
+    monkeypatch.setattr(evaluators_module, "PAUSE", 4.0)
+    monkeypatch.setattr(server_module, "WORD", 0.1)
+    error = compiled.model.predicted_error
     with served(compiled, tmp_path) as (address, host), dial(address) as session:
-        (holder,) = children(host)
-        kill(host)
-        kill(holder)
-        with pytest.raises(Error, match=r"the process that evaluates is gone\nhint: try again in \d+ s"):
-            session.query(ckks_server.inputs("tiny"))
+        began = time.monotonic()
+        for pid in [*children(host), host]:
+            kill(pid)
+        is_right(session, "tiny", error)
+        assert time.monotonic() - began > 1.0
 
 
 def test_a_holder_that_died_is_replaced(tiny: RunningCkks) -> None:

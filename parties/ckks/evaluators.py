@@ -1,18 +1,20 @@
 """The server's handle for the processes that evaluate: a host, holders of keys, a child for each query (``host``).
 
 The host is started as a program of its own rather than forked, so the threads, channels and listening sockets of the
-server's process do not matter: a notebook may serve here and also be a client of other services. It is started again if
-it dies.
+server's process do not matter: a notebook may serve here and also be a client of other services. It is started again
+as soon as it dies, and where it is frozen as soon as it is needed.
 """
 
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ from secure.errors import Error, ProtocolError
 log = logging.getLogger("unseen.evaluators")
 
 PAUSE = 10.0  # seconds between two starts of the host, at least
+ANSWERING = 30.0  # seconds that the host, or a holder, may take to fork a process
+SILENT = 300.0  # seconds between two words of a process that loads keys, or computes: with none, it is frozen
+
+
+class KeysGone(Error):
+    """No process holds a client's keys any more; they can be loaded again."""
 
 
 @dataclass(eq=False)
@@ -52,8 +60,9 @@ class Evaluators:
         self._lock = threading.Lock()  # of the holders
         self._holders: dict[tuple[str, str], _Holder] = {}
         self._starting = threading.Lock()  # of the host
-        self._closed = False
+        self._closed = threading.Event()
         self._start()
+        threading.Thread(target=self._watch, name="unseen-evaluators", daemon=True).start()
 
     def load(self, caller: str, digest: str, path: Path) -> None:
         """Load a caller's keys into a process of their own, unless one holds them.
@@ -71,6 +80,7 @@ class Evaluators:
         try:
             holder.pipe.send({"path": str(path)})
             _answer(holder.pipe)
+            holder.pipe.socket.settimeout(ANSWERING)
         except (EOFError, OSError):
             holder.pipe.close()
             raise ProtocolError("the process that loaded the keys died of them", "make the keys again") from None
@@ -89,30 +99,40 @@ class Evaluators:
         return self._free.acquire(timeout=seconds)
 
     def query(self, caller: str, digest: str) -> Running:
-        """Start a child process for one query with these keys; needs an acquired worker."""
+        """Start a child process for one query with these keys; needs an acquired worker. Raises KeysGone."""
         try:
             with self._lock:
                 holder = self._holders.get((caller, digest))
             if holder is None:
-                raise Error("the keys were dropped to make room", "ask again")
+                raise KeysGone("the keys were dropped to make room", "ask again")
             try:
                 with holder.lock:
                     return Running(_forked(holder.pipe), self._free.release)
             except (EOFError, OSError):
-                raise Error("the process that held the keys is gone", "ask again") from None
+                self._drop(caller, digest, holder)
+                raise KeysGone("the process that held the keys is gone", "ask again") from None
         except BaseException:
             self._free.release()
             raise
 
     def close(self) -> None:
         """End the host and the holders; children end with their queries."""
-        self._closed = True
+        self._closed.set()
         self._end()
 
     def _end(self) -> None:
         self._drop_holders()
+        with suppress(OSError):  # who waits for it now waits no longer
+            self._host.socket.shutdown(socket.SHUT_RDWR)
         self._host.close()
         self._process.wait()
+
+    def _drop(self, caller: str, digest: str, holder: _Holder) -> None:
+        """Forget a holder, unless another has taken its place."""
+        with self._lock:
+            if self._holders.get((caller, digest)) is holder:
+                del self._holders[caller, digest]
+        holder.pipe.close()
 
     def _drop_holders(self) -> None:
         with self._lock:
@@ -137,6 +157,7 @@ class Evaluators:
         except BaseException:
             self._end()
             raise
+        self._host.socket.settimeout(ANSWERING)
         self.seconds, self.bytes = float(encoded["seconds"]), int(encoded["bytes"])
 
     def _forked_holder(self) -> Pipe:
@@ -149,13 +170,29 @@ class Evaluators:
             try:
                 return _forked(self._host)
             except (EOFError, OSError):
-                raise Error("the process that evaluates is gone again", f"try again in {PAUSE:g} s") from None
+                raise Error("the process that evaluates is gone again", "try again") from None
+
+    def _watch(self) -> None:
+        """Start the host again whenever it ends, so that the next client need not wait for the weights."""
+        while not self._closed.is_set():
+            process = self._process
+            process.wait()
+            with self._starting:
+                if process is not self._process:
+                    continue  # somebody needed it earlier
+                try:
+                    self._restart()
+                except Error as error:
+                    if not self._closed.is_set():
+                        log.error("%s", str(error).replace("\n", "; "))
 
     def _restart(self) -> None:
-        wait = self._started + PAUSE - time.monotonic()
-        if self._closed or wait > 0:
-            raise Error("the process that evaluates is gone", f"try again in {max(1, round(wait))} s")
-        log.error("the process that evaluates is gone (status %s); it is started again", self._process.poll())
+        """Start the host again, PAUSE seconds after its last start at the earliest; who asks waits until then."""
+        status = self._process.poll()
+        if not self._closed.wait(max(0.0, self._started + PAUSE - time.monotonic())):
+            log.error("the process that evaluates is gone (status %s); it is started again", status)
+        if self._closed.is_set():
+            raise Error("the server is closed")
         self._process.kill()
         self._end()  # holders too: they share the old process's weights, so memory would hold these twice
         self._start()
@@ -163,13 +200,12 @@ class Evaluators:
 
 def _lives(pipe: Pipe) -> bool:
     """Return whether the process at the other end of an idle pipe is there: it says nothing unless it is asked."""
+    said = select.poll()
     try:
-        pipe.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+        said.register(pipe.socket, select.POLLIN)
+    except ValueError:  # it is closed
+        return False
+    return not said.poll(0)
 
 
 def _forked(pipe: Pipe) -> Pipe:
@@ -183,6 +219,7 @@ def _forked(pipe: Pipe) -> Pipe:
     except BaseException:
         ours.close()
         raise
+    ours.settimeout(SILENT)
     return Pipe(ours)
 
 

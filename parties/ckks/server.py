@@ -17,7 +17,7 @@ from typing import ClassVar, TypeVar
 
 import grpc
 
-from parties.ckks.evaluators import Evaluators, Running
+from parties.ckks.evaluators import Evaluators, KeysGone, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
 from parties.limits.waiting import FIRST, Places, WaitingRoom, patience
 from parties.net.caller import Caller, Permissions, caller, permit
@@ -41,6 +41,7 @@ T = TypeVar("T")
 ARRIVING = 16  # calls that have not said yet all that they begin with; each takes a thread
 WAITING, WAITING_EACH = 8, 4  # queries that wait for a worker or run
 UPLOADS, UPLOADS_EACH = 4, 2  # uploads at a time
+TRIES = 3  # times that keys are loaded for one query, as their process may end, or make room, before it begins
 WORD = 1.0  # seconds between two messages to a client that waits for a worker, or for its keys to be loaded
 
 
@@ -172,11 +173,17 @@ class CkksService(CkksServicer):
         with _place(self._waiting, who):
             # refreshes and their answers, and the result
             requests.allowance.left = self.deadline + patience(program.to_server + program.to_client)
-            for _ in _while_doing(lambda: self._load(start.keys_digest, name)):
-                yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="loading keys"))
-            while not self.evaluators.acquire(WORD):
-                yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="waiting for other queries"))
-            query = self.evaluators.query(name, start.keys_digest)
+            for left in reversed(range(TRIES)):
+                for _ in _while_doing(lambda: self._load(start.keys_digest, name)):
+                    yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="loading keys"))
+                while not self.evaluators.acquire(WORD):
+                    yield pb.CkksReply(progress=pb.Progress(done=0, total=1, path="waiting for other queries"))
+                try:
+                    query = self.evaluators.query(name, start.keys_digest)
+                    break
+                except KeysGone:  # nothing is lost yet
+                    if not left:
+                        raise
             try:
                 yield from self._evaluated(query, inputs, requests)
             finally:

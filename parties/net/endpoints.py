@@ -18,7 +18,10 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
     ("grpc.enable_http_proxy", 0),  # a proxy would carry even loopback traffic off this machine
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_reconnect_backoff_ms", 5_000),  # a peer that was restarted is found again soon
+    # a peer that was away is found again soon: gRPC's own times grow to two minutes
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt may take
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

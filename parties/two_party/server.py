@@ -76,7 +76,7 @@ MAXIMUM_GREETINGS = 8  # streams that have no session yet
 BETWEEN = "between queries"
 IDLE = 1800.0  # seconds that a client may keep its session between queries
 SPARE = 60.0  # the same if the table of sessions is full and another client wants its place
-RENEWING = 5.0  # seconds between the server's questions whether the dealer still knows its model
+RENEWING = 2.0  # seconds between the server's questions whether the dealer still knows its model
 UNHEARD = 4096  # sessions whose end the dealer could not be told, and is told later
 
 
