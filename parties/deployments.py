@@ -18,6 +18,7 @@ from parties.limits.memory import memory_budget
 from parties.limits.quotas import Limits, Quotas
 from parties.limits.tokens import Token, Tokens, WithToken
 from parties.net.caller import CLIENT
+from parties.net.directories import check_writable
 from parties.net.endpoints import Endpoint
 from parties.net.network import Network
 from parties.net.recorded import Record, Recorded
@@ -238,14 +239,15 @@ def serve(
         raise InvalidInput(f"the {role} has nothing to serve", "give what secure.compile returned")
     at = Endpoint.parse(listen, what=f"the {role}")
     shown = Tokens(tokens) if tokens else None
-    counts = (given.get("state") or state_directory()) / f"quotas-{role.replace(' ', '-')}.sqlite"
+    check_state(deployment, role, given.get("state"), counts=bool(quotas))
     if one_of:
         given["workers"] = one_of
     with ExitStack() as until_it_serves:
         telemetry = Telemetry(deployment.name, role, metrics=metrics, ports=max(1, one_of), otlp=otlp)
         until_it_serves.callback(telemetry.close)
-        used, spend = network or network_of(role), Quotas(quotas, counts) if quotas else None
-        options = HostOptions(used, spend, told=told, events=telemetry.events, **given)
+        counted = Quotas(quotas, _state(given) / f"quotas-{role.replace(' ', '-')}.sqlite") if quotas else None
+        used = network or network_of(role)
+        options = HostOptions(used, counted, told=told, events=telemetry.events, **given)
         options.network.check(at, what=f"the {role}")
         warm.warm_up()
         one = held[0] if isinstance(held, list | tuple) and not deployment.takes_sizes else held
@@ -292,6 +294,17 @@ def _with_common(
     )
 
 
+def _state(given: Mapping[str, Any]) -> Path:
+    return given.get("state") or state_directory()
+
+
+def check_state(deployment: Deployment, role: str, state: Path | None, *, counts: bool) -> None:
+    """Raise InvalidInput unless a role can write its state, if it keeps any. counts: it counts what callers use."""
+    if counts or "state" in hosted(deployment).takes[role]:
+        hint = "give another directory: --state (state=), or XDG_STATE_HOME"
+        check_writable(state or state_directory(), "the state directory", hint)
+
+
 def serve_together(
     held: Sequence[Compiled],
     *,
@@ -318,6 +331,7 @@ def serve_together(
     if role not in found.forked:
         raise InvalidInput(f"the {role} of {deployment.name} is hosted by one process", "leave --workers out")
     network.check(at, what=f"the {role}")
+    check_state(deployment, role, given.get("state"), counts=bool(given.get("quotas")))
     given["memory"] = memory_budget(given.get("memory"))
     own = {name: value for name, value in given.items() if name in found.takes[role]}
     require_single_thread()

@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from parties.cli.console import write
 from parties.limits.quotas import Limits
+from parties.net.directories import user_directory
 from secure.errors import InvalidInput, printable
 
 COMMON, PREFIX = "common", "UNSEEN"
@@ -121,9 +122,12 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 # the file
 
 
-def default_file() -> Path:
-    """Return ``$XDG_CONFIG_HOME/unseen/config.toml`` or ``~/.config/unseen/config.toml``."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "unseen" / "config.toml"
+def default_file() -> Path | None:
+    """Return ``$XDG_CONFIG_HOME/unseen/config.toml`` or ``~/.config/unseen/config.toml``; None without a home."""
+    try:
+        return user_directory("XDG_CONFIG_HOME", ".config") / "unseen" / "config.toml"
+    except InvalidInput:
+        return None
 
 
 def read_file(named: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
@@ -133,7 +137,7 @@ def read_file(named: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
     """
     asked = named or (Path(given) if (given := os.environ.get(f"{PREFIX}_CONFIG")) else None)
     path = asked or default_file()
-    if asked is None and not path.exists():
+    if path is None or (asked is None and not path.exists()):
         return None, {}
     what = "--config" if named else f"{PREFIX}_CONFIG" if asked else "settings"
     try:

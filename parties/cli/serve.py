@@ -217,6 +217,7 @@ def serve(
         raise refused("wait", deployment, [], role)
     endpoints = {name: Endpoint.parse(address, what=f"--{name.replace(' ', '-')}") for name, address in peers.items()}
     HostOptions(channels, **given)  # a mistake in them shows before anything is compiled
+    deployments.check_state(deployment, role, state, counts=bool(quotas))
     channels.check(at, what=f"the {role}")
     for name, endpoint in endpoints.items():
         channels.check(endpoint, what=f"the {name}")

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from parties.net.directories import user_directory
 from parties.proto.unseen_pb2 import File
 from protocols import ring, wire
 from protocols.wire import Wire
@@ -148,12 +149,12 @@ def received_tokenizer(text: bytes, pad_id: int, lowercase: bool, labels: Mappin
 
 def cache_directory() -> Path:
     """Return ``$XDG_CACHE_HOME/unseen`` or ``~/.cache/unseen``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unseen"
+    return user_directory("XDG_CACHE_HOME", ".cache") / "unseen"
 
 
 def state_directory() -> Path:
     """Return ``$XDG_STATE_HOME/unseen`` or ``~/.local/state/unseen``."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "unseen"
+    return user_directory("XDG_STATE_HOME", ".local", "state") / "unseen"
 
 
 def fetch(file: File, download: Callable[[str], Iterable[bytes]], cache: Path | None, most: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from parties.net.directories import user_directory
 from parties.net.network import Network, Plaintext
 from parties.tls.naming import dashed
 from parties.tls.tls import Tls
@@ -21,8 +22,10 @@ def default_directory(role: str) -> Path | None:
     """
     if given := os.environ.get(VARIABLE):
         return Path(given)
-    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    usual = Path(base) / "unseen" / "tls" / dashed(role)
+    try:
+        usual = user_directory("XDG_CONFIG_HOME", ".config") / "unseen" / "tls" / dashed(role)
+    except InvalidInput:
+        return None
     return usual if usual.is_dir() else None
 
 
