@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,47 +11,23 @@ import secure
 from parties import deployments
 from parties.net.directories import check_writable, user_directory
 from secure.errors import InvalidInput
-from tests.test_cli import ROOT, Ended, Run, in_words, run
+from tests.test_cli import Run, in_words, run
 
 __all__ = ["run"]  # the fixture
 
-HOMELESS = """
-import pathlib, sys
 
-def nowhere(*_):
-    raise RuntimeError("Could not determine home directory.")
-
-pathlib.Path.home = nowhere
-from parties.cli.main import app_main
-sys.argv = ["unseen", *sys.argv[1:]]
-app_main()
-"""
-
-
-def homeless(*arguments: str) -> Ended:
-    """Run a command as a user without a home: no HOME, and no entry among the system's users."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HOME", "UNSEEN_"))}
-    command = [sys.executable, "-c", HOMELESS, *arguments]
-    done = subprocess.run(
-        command,
-        env={**kept, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-def test_a_user_without_a_home_is_told_what_to_set() -> None:
+def test_a_user_without_a_home_is_told_what_to_set(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was a traceback. What needs no directory works."""
-    assert homeless("token", "list", "--tokens", "/no/file").err.startswith("unseen: error: tokens: /no/file")
-    for command, variable in (("embed x", "XDG_CACHE_HOME"), ("dealer --listen 127.0.0.1:0", "XDG_STATE_HOME")):
-        assert homeless(*command.split()).err.splitlines()[-2:] == [
-            "unseen: error: this user has no home directory",
-            f"hint: set HOME, or {variable} for this directory",
-        ]
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    in_words(run("token", "list", "--tokens", "/no/file"), "/no/file cannot be read", "unseen token new")
+    in_words(run("embed", "x"), "this user has no home directory", "set HOME, or XDG_CACHE_HOME")
+    in_words(run("dealer", "--listen", "127.0.0.1:0"), "this user has no home directory", "set HOME, or XDG_STATE_HOME")
 
 
 def test_a_directory_of_the_standard_needs_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
