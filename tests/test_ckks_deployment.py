@@ -22,6 +22,7 @@ import torch
 import zstandard
 
 import secure
+from parties.ckks import client as client_module
 from parties.ckks import server as server_module
 from parties.ckks.client import CkksLink
 from parties.ckks.keystore import KeyStore
@@ -473,6 +474,22 @@ def test_a_silent_server_ends_a_connection_within_the_deadline(
         with pytest.raises(PeerLost, match=message):
             dial(server.address, deadline=1.0)
         assert time.monotonic() - began < 4
+
+
+def endless(c: CkksLink) -> Iterator[dict[str, Any]]:
+    """A server that tells of progress for ever."""
+    while True:
+        time.sleep(0.05)
+        yield {"progress": pb.Progress(done=1, total=2, path="soon")}
+
+
+def test_progress_without_an_end_ends(tiny: RunningCkks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "LASTING", 1.0)
+    with ckks_server.faulty(tiny.link, endless) as server, dial(server.address, deadline=5.0) as session:
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match=r"is not done after 1 s \(evaluating\)"):
+            session.query(ckks_server.inputs("tiny"))
+        assert time.monotonic() - began < 3
 
 
 def test_a_port_that_says_nothing_ends_a_connection_within_the_deadline() -> None:

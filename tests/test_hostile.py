@@ -1,7 +1,12 @@
-"""Clients that say what they should not: what the Program does not prescribe is refused, and service goes on."""
+"""Peers that say what they should not: what the Program does not prescribe is refused, and service goes on.
+
+Those that are slow, or say nothing, cost the other side a bounded time.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -12,7 +17,9 @@ pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART
 from parties.proto import unseen_pb2 as pb
-from tests.tiny import FIRST, Raw, Ready, Served, refused, works
+from parties.served.published import Published
+from secure.errors import PeerLost
+from tests.tiny import FIRST, Raw, Ready, Served, dial, refused, serving, works
 
 
 @pytest.mark.parametrize(
@@ -91,3 +98,50 @@ def test_sessions_that_the_dealer_does_not_know(token: bytes, server: Served, de
             raw.greet()
     with Raw(server, dealer, model) as raw, pytest.raises(grpc.RpcError, match="no such session"):
         list(raw.dealer.Deal(pb.DealRequest(session=token, query=0)))
+
+
+class Dripping(Published):
+    """A server whose files come as ``Dripping.parts`` says: by their bytes, forever or as long as they last."""
+
+    parts: Callable[[bytes], Iterator[bytes]]
+
+    def Download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
+        for data in type(self).parts(self._files[request.sha256]):
+            yield pb.Chunk(data=data)
+
+
+def silent(payload: bytes) -> Iterator[bytes]:
+    time.sleep(8)
+    yield payload
+
+
+def dripping(payload: bytes) -> Iterator[bytes]:
+    for i in range(400):
+        time.sleep(0.02)
+        yield payload[i : i + 1]
+
+
+def empty(payload: bytes) -> Iterator[bytes]:
+    until = time.monotonic() + 8
+    while time.monotonic() < until:
+        yield b""
+    yield payload
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [(silent, "nothing of a file for 1 s"), (dripping, r"sent \d+ bytes of a file"), (empty, "sent 0 bytes of a file")],
+)
+def test_a_download_that_does_not_come_ends_at_the_deadline(
+    parts: Callable[[bytes], Iterator[bytes]],
+    message: str,
+    dealer: Served,
+    model: Ready,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Dripping, "parts", staticmethod(parts), raising=False)
+    with serving(model, dealer.address, describing=Dripping) as server:
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match=message):
+            dial(server, dealer, deadline=1.0)
+        assert time.monotonic() - began < 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import secrets
@@ -19,14 +20,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART
+from parties.net.network import Plaintext
+from parties.net.peer import Peer
 from parties.proto import unseen_pb2 as pb
+from parties.proto.unseen_pb2_grpc import PartyServicer, add_PartyServicer_to_server
+from parties.three_party import client as client_module
 from parties.three_party import party as party_module
 from parties.three_party.party import MAXIMUM_QUERIES, SESSION_BYTES, WAITING
 from parties.three_party.party_1 import Party1Service
 from secure.errors import Error, PeerLost
 from secure.version import WIRE_VERSION
 from tests.three_parties import Party, Three, call, running, shared
-from tests.tiny import TEXT, expected, wait_until
+from tests.tiny import TEXT, Served, expected, wait_until
 
 SERVICE = "/unseen.v3."
 
@@ -136,3 +141,25 @@ def test_hints_say_how_a_party_is_started(three: Three) -> None:
     first, _, third = three.addresses
     with pytest.raises(PeerLost, match="unseen party --id 1 --share DIRECTORY --listen"):
         call((first, "127.0.0.1:9", third), deadline=3)
+
+
+def test_steps_without_an_end_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A party that claims a step more in every message keeps a client no longer than LASTING."""
+
+    class Stepping(PartyServicer):
+        def Ask(self, requests: Any, context: grpc.ServicerContext) -> Iterator[pb.AskReply]:
+            for steps in itertools.count(1):
+                time.sleep(0.05)
+                yield pb.AskReply(working=pb.Working(steps=steps))
+
+    monkeypatch.setattr(client_module, "LASTING", 1.0)
+    party = Served(add_PartyServicer_to_server, Stepping())
+    peer = Peer("party 0", party.endpoint, Plaintext(), role="party 0", start="unseen party")
+    try:
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match="the query is not done after 1 s"):
+            client_module._Asking([peer], [[pb.AskPart()]], 5.0).run()
+        assert time.monotonic() - began < 3
+    finally:
+        peer.close()
+        party.stop()

@@ -22,7 +22,7 @@ from parties.net.calls import failed
 from parties.net.frames import FrameReader, parts, to_frames
 from parties.net.peer import Peer
 from parties.net.secret_files import read_secret
-from parties.net.watchdog import Watchdog
+from parties.net.watchdog import LASTING, Watchdog
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import CkksStub
 from parties.served.described import ConnectOptions, ask_description, read_description
@@ -45,7 +45,7 @@ LARGEST_KEY = 1 << 26  # bytes of the file in which a client keeps its secret ke
 class CkksLink(Link):
     """A link to a server, with this client's keys for its Program. A query that fails does not affect others.
 
-    The deadline is for any one message; an evaluation may last longer, because messages report its progress.
+    The deadline is for any one message. An evaluation may last longer, as messages report its progress, up to LASTING.
     key_seconds: seconds that it took to make the evaluation keys; 0 if the server had them already.
     """
 
@@ -184,14 +184,12 @@ class CkksLink(Link):
     @contextmanager
     def _listening(self, stream: Any, doing: str) -> Iterator[Iterator[Any]]:
         """Yield the messages of a stream, each within the deadline; the stream ends with this context."""
-        watch = Watchdog(self._deadline, stream.cancel)
+        watch, began = Watchdog(self._deadline, stream.cancel), time.monotonic()
 
         def messages() -> Iterator[Any]:
-            while True:
-                with watch.guard():
-                    message = next(stream, None)
-                if message is None:
-                    return
+            for message in watch.receiving(stream):
+                if time.monotonic() - began > LASTING:
+                    raise PeerLost(f"{self._server} is not done after {LASTING:g} s ({doing})", "ask its owner why")
                 yield message
 
         try:

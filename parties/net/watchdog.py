@@ -13,6 +13,8 @@ from secure.errors import InvalidInput
 
 T = TypeVar("T")
 
+LASTING = 3600.0  # seconds that one query, or one upload, may last in all, whatever a peer tells of its progress
+
 
 def check_deadline(seconds: object) -> None:
     """Raise InvalidInput unless a deadline is a number of seconds that a wait can end after."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+import grpc
 from torch import Tensor
 
+from parties.limits.waiting import SLOWEST
 from parties.net.network import Network, Plaintext
 from parties.net.peer import Peer
 from parties.net.versions import check_version
-from parties.net.watchdog import check_deadline
+from parties.net.watchdog import Watchdog, check_deadline
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import ModelStub
 from parties.served.files import TOKEN_TABLE, fetch, received_tokenizer, tables_size, unpack_tables
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.deployment import Deployment
-from secure.errors import HandshakeError, InvalidProgram, ProtocolError, printable
+from secure.errors import HandshakeError, InvalidProgram, PeerLost, ProtocolError, printable
 from secure.lowering.client_inputs import MAXIMUM_BATCH, ClientInput, table_shapes
 from secure.models.settings import settings_of
 from secure.models.tokens import TextTokenizer
@@ -28,7 +31,6 @@ from secure.session.link import MAXIMUM_LENGTHS, Offer, digest_of_all
 
 MAXIMUM_NAMES, MAXIMUM_NAME = 320, 512  # in a description, and the characters of each
 MAXIMUM_OFFERS = 256
-DOWNLOADING = 600.0  # seconds that one file may take
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,7 @@ def read_description(
 
     def download(sha256: str) -> Iterator[bytes]:
         downloaded.add(sha256)
-        for chunk in ModelStub(peer.channel).Download(pb.DownloadRequest(sha256=sha256), timeout=DOWNLOADING):
-            yield chunk.data
+        return _downloaded(peer, sha256, options.deadline)
 
     shapes, payloads = table_shapes(program.client_inputs), dict[str, bytes]()
     most = {**wanted(program), **({TOKEN_TABLE: tables_size(shapes)} if shapes else {})}
@@ -194,6 +195,30 @@ def read_description(
     tokenizer = received_tokenizer(found.tokenizer, found.pad_id, found.lowercase, program.labels)
     once = tuple(Traffic(role, "client", f.size, ONCE) for f in found.files if f.sha256 in downloaded)
     return Described(program, found.model, dict(found.compiled_as), payloads, tables, tokenizer, once, offers)
+
+
+def _downloaded(peer: Peer, sha256: str, deadline: float) -> Iterator[bytes]:
+    """Yield the parts of a file. Raises PeerLost if one does not come within the deadline, or all come too slowly.
+
+    All that came in some time must be what comes at SLOWEST bytes a second, but for the first ``deadline`` seconds. So
+    parts that hold little, or nothing, end a download as soon as silence does.
+    """
+    stream = ModelStub(peer.channel).Download(pb.DownloadRequest(sha256=sha256))
+    watch, began, size = Watchdog(deadline, stream.cancel), time.monotonic(), 0
+    try:
+        for chunk in watch.receiving(stream):
+            size += len(chunk.data)
+            if (taken := time.monotonic() - began) > deadline + size / SLOWEST:
+                slow = f"{peer} sent {size} bytes of a file in {taken:.0f} s"
+                raise PeerLost(slow, f"a file comes at {SLOWEST} bytes a second or more; give a longer --deadline")
+            yield chunk.data
+    except grpc.RpcError:
+        if watch.fired:
+            raise PeerLost(f"{peer} sent nothing of a file for {deadline:g} s", "see its log") from None
+        raise
+    finally:
+        watch.stop()
+        stream.cancel()
 
 
 def _offers(found: pb.Description, name: str) -> tuple[Offer, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from parties.net.calls import failed
 from parties.net.frames import to_frames
 from parties.net.peer import Peer
+from parties.net.watchdog import LASTING
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import PartyStub
 from parties.served.described import ConnectOptions, ask_description, read_description
@@ -82,7 +83,7 @@ class ThreePartyLink(Link):
 
     Deadline: parties report their progress every second. A query ends with a PeerLost that names a party which said
     nothing for the deadline, or for which the others waited while nobody made progress for as long. So a query may last
-    longer than the deadline, but no single step of it may.
+    longer than the deadline, up to LASTING, but no single step of it may.
     """
 
     def __init__(self, deployment: ThreeParty, options: ConnectOptions) -> None:
@@ -268,7 +269,7 @@ class _Asking:
         self._heard: queue.SimpleQueue[tuple[int, _Heard]] = queue.SimpleQueue()
         self._answers: dict[int, pb.Answer] = {}
         self._failed: dict[int, _Heard] = {}  # in order of time; None: it gave no reason
-        self._grown = time.monotonic()  # the last time that the steps of any party grew
+        self._grown = self._began = time.monotonic()  # the last time that the steps of any party grew
         self._word = [self._grown] * len(messages)  # the last time that each party sent a message
         self._steps, self._waits_for = [0] * len(messages), [""] * len(messages)
         self._calls = [PartyStub(p.channel).Ask(iter(m)) for p, m in zip(self._peers, messages, strict=True)]
@@ -342,6 +343,8 @@ class _Asking:
         silent = [party for party in open_ if now - self._word[party] > self._deadline / 2]  # two messages are missing
         if silent and now - self._word[silent[0]] > self._deadline:
             return PeerLost(f"{self._peers[silent[0]]} said nothing for {self._deadline:g} s", "see its log")
+        if now - self._began > LASTING:
+            return PeerLost(f"the query is not done after {LASTING:g} s", "see the parties' logs")
         if now - self._grown <= self._deadline:
             return None
         party = silent[0] if silent else self._waited_for(open_[0])
