@@ -10,10 +10,17 @@ import pytest
 import secure
 from parties import deployments
 from parties.net.directories import check_writable, user_directory
+from protocols import warm
 from secure.errors import InvalidInput
 from tests.test_cli import Run, in_words, run
 
 __all__ = ["run"]  # the fixture
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is compiled, which is said where it lasts."""
+    monkeypatch.setattr(warm, "warm_up", lambda: None)
 
 
 def test_a_user_without_a_home_is_told_what_to_set(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 65, 0.0]], "byte_fallback": False}},
         "a token is no text of at most 64 characters",
     ),
+    "tokens whose tree takes gigabytes": (
+        {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 64, 0.0]] * 65537, "byte_fallback": False}},
+        "the tokens of a Unigram model have 4194368 bytes together",
+    ),
     "a large id": ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1 << 32}}}, "cannot be loaded"),
     "an added token of nothing": ({"added_tokens": [{"id": 0, "content": ""}]}, "no text of 1 to 512 characters"),
     "added tokens that are none": ({"added_tokens": 3}, "is malformed"),

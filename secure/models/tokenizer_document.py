@@ -29,6 +29,7 @@ MAXIMUM_VALUES = 1 << 21  # of JSON, which bounds the memory that its reader tak
 MAXIMUM_TOKENS = 1 << 20
 MAXIMUM_TOKEN = 512  # characters
 MAXIMUM_UNIGRAM = 64  # the same for Unigram, which tries all tokens at every character; ours have 16
+MAXIMUM_TREE = 1 << 22  # bytes of all tokens of Unigram, whose tree takes some 400 for each; those of XLM-R have 2 MB
 MAXIMUM_ADDED = 64  # tokens that stand around a text
 MAXIMUM_PARTS = 16  # of a sequence
 MAXIMUM_AFFIX = 16  # characters that mark the inside or the end of a word
@@ -322,6 +323,8 @@ def _model(model: Any) -> dict[str, Any]:
     most = MAXIMUM_UNIGRAM if kind == "Unigram" else MAXIMUM_TOKEN
     if not all(isinstance(token, str) and len(token) <= most for token in tokens):
         raise InvalidInput(f"a token is no text of at most {most} characters", _HINT)
+    if kind == "Unigram" and (size := sum(len(token.encode(errors="replace")) for token in tokens)) > MAXIMUM_TREE:
+        raise InvalidInput(f"the tokens of a Unigram model have {size} bytes together", f"{MAXIMUM_TREE} at most")
     return dict(model)
 
 

@@ -42,12 +42,12 @@ def sample(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     return _sample(logits, float(temperature)) if temperature else logits.argmax(-1)
 
 
-@torch.library.custom_op("unseen::sample", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("unseen::sample", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _sample(logits: Tensor, temperature: float) -> Tensor:
     return by_size(perturbed(logits, temperature), 1)[..., 0].clone()
 
 
-@torch.library.custom_op("unseen::sample_at", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("unseen::sample_at", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _sample_at(logits: Tensor, temperature: Tensor) -> Tensor:
     return by_size(perturbed(logits, 1.0, temperature[..., None]), 1)[..., 0].clone()
 
