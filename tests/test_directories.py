@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def test_a_full_disk_is_noticed(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [each.name for each in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_directory_that_was_filled_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(InvalidInput, match="Read-only file system"):
+        check_writable(tmp_path, "the state directory", "x")
+    (tmp_path / "dealer.key").touch()
+    check_writable(tmp_path, "the state directory", "x")
 
 
 def test_a_state_that_cannot_be_written_is_said_before_anything_is_compiled(

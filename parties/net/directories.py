@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -25,11 +26,17 @@ def user_directory(variable: str, *usual: str) -> Path:
 
 
 def check_writable(directory: Path, what: str, hint: str) -> None:
-    """Make a directory, for its owner alone, and see that it takes SPARE bytes. Raises InvalidInput, named ``what``."""
+    """Make a directory, for its owner alone, and see that it takes SPARE bytes. Raises InvalidInput, named ``what``.
+
+    One that is read-only and holds files was filled before, such as a secret that is mounted: it may have all that is
+    needed.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(SPARE))
             file.flush()
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES) and directory.is_dir() and any(directory.iterdir()):
+            return
         raise InvalidInput(f"{what} {directory} cannot be written: {error.strerror}", hint) from None
