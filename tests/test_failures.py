@@ -18,11 +18,13 @@ pytest.importorskip("tokenizers")
 
 from parties.net.frames import PART, chunk_data
 from parties.net.network import Plaintext
+from parties.net.peer import Peer
 from parties.proto import unseen_pb2 as pb
-from parties.proto.unseen_pb2_grpc import ModelStub
+from parties.proto.unseen_pb2_grpc import DealerStub, ModelStub
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.server import InferenceService
+from secure.deployments.two_party import DEALER
 from secure.errors import DealerError, Error, PeerLost, ProtocolError
 from secure.session.session import Session
 from tests.dealer_key import KEY
@@ -324,6 +326,28 @@ class Dying(DealerService):
         threading.Thread(target=self.served.stop).start()
         while context.is_active():
             time.sleep(0.01)
+
+
+def test_a_peer_that_was_away_is_found_again_soon() -> None:
+    """gRPC's pauses between two attempts grow to two minutes by default."""
+    with dealing() as first:
+        peer = Peer("the dealer", first.endpoint, Plaintext(), role=DEALER, start="unseen dealer")
+
+    def answers() -> bool:
+        try:
+            with peer.calling():
+                DealerStub(peer.channel).Key(pb.DealerKeyRequest(), timeout=5)
+        except PeerLost:
+            return False
+        return True
+
+    away = time.monotonic()
+    while time.monotonic() - away < 4:  # by then its own pauses would be 4 s
+        assert not answers()
+        time.sleep(0.1)
+    with dealing(listen=first.endpoint):
+        wait_until(answers, "it is found", 2.0)
+    peer.close()
 
 
 def test_a_dealer_that_dies_while_it_deals(model: Ready) -> None:
