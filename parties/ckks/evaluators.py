@@ -23,17 +23,13 @@ from parties.ckks.pipe import Pipe, send_schedule
 from parties.ckks.room import Kept, surplus
 from parties.services.hosting import child
 from secure.ckks.compile import CkksModel
-from secure.errors import Error, ProtocolError
+from secure.errors import Error, ProtocolError, QueryError
 
 log = logging.getLogger("unseen.evaluators")
 
 PAUSE = 10.0  # seconds between two starts of the host, at least
 ANSWERING = 30.0  # seconds that the host, or a holder, may take to fork a process
 SILENT = 300.0  # seconds between two words of a process that loads keys, or computes: with none, it is frozen
-
-
-class KeysGone(Error):
-    """No process holds a client's keys any more; they can be loaded again."""
 
 
 @dataclass(eq=False)
@@ -99,18 +95,21 @@ class Evaluators:
         return self._free.acquire(timeout=seconds)
 
     def query(self, caller: str, digest: str) -> Running:
-        """Start a child process for one query with these keys; needs an acquired worker. Raises KeysGone."""
+        """Start a child process for one query with these keys; needs an acquired worker.
+
+        Raises QueryError if no process holds them any more: they can be loaded again.
+        """
         try:
             with self._lock:
                 holder = self._holders.get((caller, digest))
             if holder is None:
-                raise KeysGone("the keys were dropped to make room", "ask again")
+                raise QueryError("the keys were dropped to make room", "ask again")
             try:
                 with holder.lock:
                     return Running(_forked(holder.pipe), self._free.release)
             except (EOFError, OSError):
                 self._drop(caller, digest, holder)
-                raise KeysGone("the process that held the keys is gone", "ask again") from None
+                raise QueryError("the process that held the keys is gone", "ask again") from None
         except BaseException:
             self._free.release()
             raise

@@ -17,7 +17,7 @@ from typing import ClassVar, TypeVar
 
 import grpc
 
-from parties.ckks.evaluators import Evaluators, KeysGone, Running
+from parties.ckks.evaluators import Evaluators, Running
 from parties.ckks.keystore import EXPIRES, KeyStore
 from parties.limits.waiting import FIRST, Places, WaitingRoom, patience
 from parties.net.caller import Caller, Permissions, caller, permit
@@ -181,7 +181,7 @@ class CkksService(CkksServicer):
                 try:
                     query = self.evaluators.query(name, start.keys_digest)
                     break
-                except KeysGone:  # nothing is lost yet
+                except QueryError:  # nothing is lost yet
                     if not left:
                         raise
             try:

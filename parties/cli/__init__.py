@@ -28,6 +28,7 @@ index        ``unseen index``
 certs        ``unseen certs``
 demo         ``unseen demo``
 verify       ``unseen verify``
+streams      standard streams that are closed, or lack characters
 verbs        where each command stands, and how it is made when it is used
 main         the commands put together
 """

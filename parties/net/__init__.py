@@ -12,5 +12,6 @@ versions     peers of another version, and who is to be updated
 summed       a sum behind every message, so that changed bytes are noticed
 frames       byte strings as parts of about 1 MB
 watchdog     deadlines for waits
+directories  the user's directories, and whether they can be written
 secret_files files that nobody else can have read or put there
 """
