@@ -83,8 +83,13 @@ class Ledger:
 # a client
 
 
-def ask(work: dict[str, Any], chance: random.Random) -> None:
-    """Ask until standard input ends. work: the deployment, its addresses, a directory, texts and their answers."""
+def ask(work: dict[str, Any], seed: str) -> None:
+    """Ask until standard input ends. work: the deployment, its addresses, a directory, texts and their answers.
+
+    Where clients have keys, this one keeps them, also when it is started again: else every session leaves the server
+    keys that are never used again, which fill their bounded memory.
+    """
+    chance = random.Random(int(seed))
     ended = threading.Event()
 
     def wait() -> None:
@@ -92,7 +97,9 @@ def ask(work: dict[str, Any], chance: random.Random) -> None:
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()
-    deployment = find(work["deployment"])(**work["given"]).located(work["addresses"])
+    kind = find(work["deployment"])
+    keys = {"keys": Path(work["cache"]) / f"keys-{seed}"} if "keys" in kind.options() else {}
+    deployment = kind(**work["given"], **keys).located(work["addresses"])
     answers = torch.tensor(work["answers"], dtype=torch.float64)
     options = {"cache": Path(work["cache"]), "deadline": work["deadline"], "pace": 0.0}
     while not ended.is_set():
@@ -131,7 +138,7 @@ def main() -> None:
     else:
         file, seed = arguments
         torch.set_num_threads(1)
-        ask(json.loads(Path(file).read_text()), random.Random(int(seed)))
+        ask(json.loads(Path(file).read_text()), seed)
 
 
 if __name__ == "__main__":
