@@ -513,6 +513,37 @@ def test_sessions_end_with_their_servers_process(model: Ready) -> None:
                 lost.query({"input_ids": torch.full((1, LENGTH), 5), "attention_mask": torch.ones(1, LENGTH).long()})
 
 
+def test_a_dealer_that_stood_still_ends_no_session(model: Ready) -> None:
+    with dealing() as dealer, serving(model, dealer.address) as server, dial(server, dealer) as asking:
+        service = dealer.service
+        with service._lock:
+            service._heard = {process: at - dealer_module.UNHEARD for process, at in service._heard.items()}
+            service._looked -= 2 * dealer_module.UNHEARD
+        service.sweep()
+        assert asking.embed([TEXT])[0].isfinite().all()
+        assert len(service._heard) == 1
+    wait_until(lambda: not service._sessions, "it is gone")
+    service.sweep()
+    assert not service._heard  # only processes that have sessions are kept
+
+
+def test_a_dealer_that_does_not_hear_holds_up_no_renewal(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dealing() as dealer, serving(model, dealer.address) as server:
+        told = list[bytes]()
+
+        def busy(session: bytes, proving: bytes) -> bool:
+            told.append(session)
+            return False
+
+        monkeypatch.setattr(server.service.dealer, "end", busy)
+        server.service._ended.extend([(bytes([i]) * 16, b"") for i in range(30)])
+        server.service._renewing.close()
+        told.clear()
+        server.service.renew()
+        assert told == [bytes(16)]
+        assert len(server.service._ended) == 30
+
+
 def test_the_end_of_a_session_is_told_later_to_a_dealer_that_could_not_hear_it(
     model: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -356,6 +356,17 @@ def test_refusals_are_counted_by_their_codes(model: Ready, tmp_path: Path) -> No
         Scraped.when(made.dealer, 1, "unseen_refusals_total", reason=Error.code)
 
 
+def test_methods_of_others_are_no_labels(running: Running) -> None:
+    """Callers of unseen's other versions are answered, whatever the method that they name."""
+    with grpc.insecure_channel(running.dealer.address) as channel:
+        for number in range(50):
+            called: Any = channel.unary_unary(f"/unseen.v2.Dealer/Invented{number}")
+            with pytest.raises(grpc.RpcError, match="update the caller"):
+                called(b"", timeout=10)
+    found = Scraped.when(running.dealer, 50, "unseen_calls_total", method="other")
+    assert "Invented" not in found.text
+
+
 def test_codes_of_others_are_no_labels() -> None:
     made = RoleMetrics("two-party", SERVER)
     made.refused("quota")

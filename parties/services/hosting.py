@@ -260,7 +260,7 @@ def start(
         maximum_concurrent_rpcs=streams,
         # the guard comes first, behind what only counts
         interceptors=[
-            *([Counting(events)] if events else []),
+            *([Counting(events, permissions)] if events else []),
             Guard(network, permissions, draining),
             *([meter] if meter else []),
         ],

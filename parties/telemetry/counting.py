@@ -6,7 +6,7 @@ So refusals are counted in one place, whether the guard, the meter, a handler or
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,18 @@ from parties.net.calls import CODE
 from parties.telemetry.events import Events
 
 OK, GONE, INTERNAL = "ok", "gone", "internal"
+OTHER = "other"
+"""What is called by a name that the caller chose: no peer makes new names here."""
 
 
 class Counting(grpc.ServerInterceptor):
-    """An interceptor that tells ``events`` of all calls. The guard behind it makes every request a stream."""
+    """An interceptor that tells ``events`` of all calls. The guard behind it makes every request a stream.
 
-    def __init__(self, events: Events) -> None:
-        self._events = events
+    methods: the full names of those that are served; calls of any other are told under the name OTHER.
+    """
+
+    def __init__(self, events: Events, methods: Container[str]) -> None:
+        self._events, self._methods = events, methods
 
     def intercept_service(
         self,
@@ -30,7 +35,8 @@ class Counting(grpc.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = continuation(details)
-        return None if handler is None else self._counted(handler, short(details.method))
+        name = short(details.method) if details.method in self._methods else OTHER
+        return None if handler is None else self._counted(handler, name)
 
     def _counted(self, handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
         events = self._events

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from parties.telemetry.counting import GONE, INTERNAL, OK
+from parties.telemetry.counting import GONE, INTERNAL, OK, OTHER
 from parties.telemetry.events import Listener, PhaseEnded, Reading, Readings
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.errors import Error, kinds
@@ -19,7 +19,6 @@ from secure.version import WIRE_VERSION, __version__
 log = logging.getLogger("unseen.telemetry")
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
-OTHER = "other"
 
 
 class RoleMetrics(Listener):

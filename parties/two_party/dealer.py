@@ -81,6 +81,7 @@ READING = 30.0  # seconds that a server may take to read one part of its correct
 UNJOINED = 60.0  # seconds after which a session is idle that no server has joined
 UNUSED = 3600.0  # the same for one that asks for nothing; a server ends its own after half of that
 UNHEARD = 60.0  # seconds after which the sessions of a server's process end that renews nothing any more
+LOOKING = 1.0  # seconds between two looks for such sessions
 QUIET = 3.0  # seconds without a new query after which a dealer that is being stopped is not needed any more
 LEASE = 120.0  # the same for a model that has no session and that its server does not renew
 
@@ -149,7 +150,8 @@ class DealerService(DealerServicer):
         self._budget = budget or Budget()
         self._models: dict[tuple[str, str], _RegisteredModel] = {}
         self._sessions: dict[bytes, _DealtSession] = {}
-        self._heard: dict[bytes, float] = {}  # by process of a server, when it last joined or renewed
+        self._heard: dict[bytes, float] = {}  # by process of a server with sessions: when it last asked
+        self._looked = time.monotonic()  # when it was last looked which processes are not heard of any more
         self.models = Seats("the dealer", "models", MAXIMUM_MODELS, CALLER_MODELS)
         self.sessions = Seats("the dealer", "sessions", MAXIMUM_SESSIONS, CALLER_SESSIONS)
         self._asked_at = -QUIET
@@ -168,8 +170,11 @@ class DealerService(DealerServicer):
         """End sessions that are idle, and those of a server's process that is not heard of any more."""
         self.sessions.sweep()
         with self._lock:
-            now = time.monotonic()
-            self._heard = {process: at for process, at in self._heard.items() if now - at < UNHEARD}
+            now, joined = time.monotonic(), {s.process for s in self._sessions.values() if s.process}
+            if now - self._looked > UNHEARD:  # this process stood still, and could hear nobody
+                self._heard = dict.fromkeys(self._heard, now)
+            self._looked = now
+            self._heard = {p: at for p, at in self._heard.items() if p in joined and now - at < UNHEARD}
             left = [token for token, s in self._sessions.items() if s.process and s.process not in self._heard]
         for token in left:
             self._end(token)
@@ -251,10 +256,16 @@ class DealerService(DealerServicer):
                     raise HandshakeError("only the server of this model can renew it")
                 if not model.sessions:
                     model.seat.rest(LEASE)
-                if request.process in self._heard:
-                    self._heard[request.process] = time.monotonic()
-            self._sweep_sessions()
+            self._hear(request.process)
+            if time.monotonic() - self._looked > LOOKING:
+                self._sweep_sessions()
             return pb.RenewReply(proof=renew_proof(model.mask_seed, "dealer", request.nonce, *key))
+
+    def _hear(self, process: bytes) -> None:
+        """Note that a process asked for something, if it has sessions. It has shown that it is a server."""
+        with self._lock:
+            if process in self._heard:
+                self._heard[process] = time.monotonic()
 
     # sessions
 
@@ -346,6 +357,7 @@ class DealerService(DealerServicer):
         about = (*place, request.steps) if place is not None else ()
         if not hmac.compare_digest(deal_proof(_joined(session), request.session, query, *about), request.proof):
             raise QueryError("only the server that joined the session gets its corrections")
+        self._hear(session.process)
         session.seat.work()
         self._asked_at = time.monotonic()
         try:
@@ -457,6 +469,7 @@ class DealerService(DealerServicer):
         session, about = self._session(request.session), (request.session, request.query, request.entry)
         if not hmac.compare_digest(assign_proof(_joined(session), *about), request.proof):
             raise QueryError("only the server that joined the session gets entries for it")
+        self._hear(session.process)
         assert session.server is not None
         session.seat.work()
         try:

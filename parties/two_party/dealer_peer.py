@@ -38,7 +38,6 @@ from secure.version import WIRE_VERSION
 ANSWERING = 10.0  # seconds that the dealer may take to answer; Register checks a Program
 REGISTERING = 60.0
 ENDING = 2.0
-UNHEARD = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)  # other errors are the dealer's answers
 DEALING = 600.0  # seconds that all corrections of a query may take
 _DEAL = f"/{pb.DESCRIPTOR.services_by_name['Dealer'].full_name}/Deal"  # called without the stub, which copies all data
 
@@ -210,7 +209,7 @@ class DealerPeer:
         try:
             DealerStub(self._peer.channel).Close(request, timeout=ENDING)
         except grpc.RpcError as error:
-            return error.code() not in UNHEARD
+            return bool(error.code() == grpc.StatusCode.FAILED_PRECONDITION)  # the dealer's own answer: it has none
         except ValueError:  # the channel is closed, because the service has ended
             return False
         return True

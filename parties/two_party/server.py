@@ -181,10 +181,21 @@ class InferenceService(InferenceServicer):
                     log.info("registered the Program again: the dealer did not know it")
             except Error as error:
                 failed = failed or error  # the others are renewed all the same
+        self._tell_ended()
         if failed is not None:
             raise failed
-        for _ in range(len(self._ended)):
-            self.end(*self._ended.popleft())
+
+    def _tell_ended(self) -> None:
+        """Tell the dealer of sessions whose end it has not heard, until it does not hear, or RENEWING seconds are over.
+
+        The next renewal must not wait for it: by that the dealer hears that this process lives.
+        """
+        until = time.monotonic() + RENEWING
+        while self._ended and time.monotonic() < until:
+            session = self._ended.popleft()
+            if not self.dealer.end(*session):
+                self._ended.appendleft(session)
+                return
 
     def end(self, session: bytes, proving: bytes) -> None:
         """Tell the dealer that a session has ended: now, or when it is renewed if it cannot be reached."""
