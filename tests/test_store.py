@@ -6,9 +6,14 @@ import itertools
 import os
 import secrets
 import shutil
+import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,6 @@ from parties.store.entries import ENTRY_BYTES, MAXIMUM_HEAD, Level, Store, Taken
 from parties.store.files import NAME_FILE, FileStore
 from parties.store.keys import VARIABLE, StoreKey, read_store_key
 from parties.store.memory import MemoryStore
-from parties.store.place import PLACE_FILE
 from parties.store.sealed import CHUNK, open_sealed, seal, sealed_size
 from secure.errors import InvalidInput, StoreError
 
@@ -339,6 +343,11 @@ def test_a_store_stays_with_its_key_and_name(kind: str, tmp_path: Path) -> None:
             assert b"secret" not in path.read_bytes()
 
 
+def place_in(where: Path) -> str:
+    (path,) = where.glob("*.place-*")
+    return path.name
+
+
 def copied(where: Path) -> None:
     """As a backup restores a directory: with all that a copy can keep."""
     kept = where.with_name("backup")
@@ -354,18 +363,10 @@ def copied_over(where: Path) -> None:
     shutil.copytree(kept, where, copy_function=shutil.copy2, dirs_exist_ok=True)
 
 
-def replaced(where: Path) -> None:
-    """As rsync does it: what seems unchanged stays, and what it writes replaces a file."""
-    for path in where.iterdir():
-        if path.stat().st_size:
-            shutil.copy2(path, where / "new")
-            (where / "new").rename(path)
-
-
 RESTORED: dict[str, Callable[[Path], object]] = {
     "copied": copied,
     "copied over": copied_over,
-    "without the file": lambda where: (where / PLACE_FILE).unlink(),
+    "without the file": lambda where: next(where.glob("*.place-*")).unlink(),
 }
 
 
@@ -385,11 +386,141 @@ def test_a_store_that_is_restored_is_refused(kind: str, how: str, tmp_path: Path
     ON_DISK[kind](tmp_path).close()
 
 
-def test_a_data_base_whose_file_is_replaced_is_refused(tmp_path: Path) -> None:
-    database_store(tmp_path).close()
-    replaced(tmp_path / "base")
+def written_over(backup: Path, where: Path) -> None:
+    """As cp and rsync --inplace do it: each file keeps its number. What is empty looks unchanged."""
+    for path in backup.iterdir():
+        if path.stat().st_size:
+            (where / path.name).write_bytes(path.read_bytes())
+            shutil.copystat(path, where / path.name)
+
+
+def replaced(backup: Path, where: Path) -> None:
+    """As rsync does it: what seems unchanged stays, and what it writes replaces a file."""
+    for path in backup.iterdir():
+        shutil.copy2(path, where / "new")
+        (where / "new").rename(where / path.name)
+
+
+def by_sqlite(backup: Path, where: Path) -> None:
+    for path in backup.glob("*.sqlite"):
+        with closing(sqlite3.connect(path)) as kept, closing(sqlite3.connect(where / path.name)) as base:
+            kept.backup(base)
+
+
+SET_BACK = [(kind, how) for kind in ON_DISK for how in (written_over, replaced)] + [("database", by_sqlite)]
+
+
+@pytest.mark.parametrize(("kind", "how"), SET_BACK)
+def test_a_store_that_is_set_back_in_part_is_refused(
+    kind: str, how: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    """What was copied before the last opening does not come back, whichever of the files do."""
+    home, backup = tmp_path / "home", tmp_path / "backup"
+    store = ON_DISK[kind](home)
+    store.put(LABELS[0], bytes(16), b"x")
+    store.close()
+    (where,) = home.iterdir()
+    shutil.copytree(where, backup, copy_function=shutil.copy2)
+    store = ON_DISK[kind](home)
+    assert store.take(LABELS[0]) is not None
+    store.close()
+    how(backup, where)
+    with pytest.raises(InvalidInput, match="was copied or restored"):
+        ON_DISK[kind](home)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from parties.store.database import DatabaseStore
+from parties.store.keys import StoreKey
+
+store = DatabaseStore(Path(sys.argv[1]), StoreKey(bytes(range(32))))
+assert store.take(sys.argv[2]) is not None
+os._exit(0)
+"""
+
+
+def test_a_data_base_of_a_killed_process_that_is_set_back(tmp_path: Path) -> None:
+    """Its log is still there, and sqlite writes what is in it over the file that was put back."""
+    store, where, backup = database_store(tmp_path), tmp_path / "base", tmp_path / "backup"
+    for number in range(2):
+        store.put(LABELS[0], bytes([number]) * 16, b"x")
+    store.close()
+    shutil.copytree(where, backup, copy_function=shutil.copy2)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, "-c", KILLED, str(where / "entries.sqlite"), LABELS[0]]
+    subprocess.run(command, env=environment, check=True, timeout=60)
+    assert (where / "entries.sqlite-wal").stat().st_size
+    written_over(backup, where)
     with pytest.raises(InvalidInput, match="was copied or restored"):
         database_store(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ON_DISK)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_crash_while_a_store_is_opened_costs_nothing(
+    kind: str, before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is killed beside the instant at which the record changes."""
+    store = ON_DISK[kind](tmp_path)
+    store.put(LABELS[0], bytes(16), b"x")
+    store.close()
+    real = type(store)._keep  # type: ignore[attr-defined]
+
+    def crashing(self: Any, record: bytes) -> None:
+        if not before:
+            real(self, record)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store), "_keep", crashing)
+            with pytest.raises(KeyboardInterrupt):
+                ON_DISK[kind](tmp_path)
+    store = ON_DISK[kind](tmp_path)
+    assert place_in(next(tmp_path.iterdir()))  # and one alone: what was left is gone
+    assert store.take(LABELS[0]) is not None
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ON_DISK)
+def test_processes_that_open_a_store_at_one_moment(kind: str, tmp_path: Path) -> None:
+    first = ON_DISK[kind](tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        stores = list(threads.map(lambda _: ON_DISK[kind](tmp_path), range(24)))
+    assert {store.name for store in stores} == {first.name}
+    first.put(LABELS[0], bytes(16), b"x")
+    assert [store.take(LABELS[0]) is not None for store in stores].count(True) == 1
+    for store in (first, *stores):
+        store.close()
+    assert place_in(next(tmp_path.iterdir()))
+
+
+def earlier_record(store: Store, where: Path, *places: bytes) -> None:
+    """Write a store's record as earlier versions did, with marks of its key and of places."""
+    marks = KEY.mark(store.name) + b"".join(KEY.mark(store.name + place) for place in places)
+    if isinstance(store, FileStore):
+        (where / NAME_FILE).write_bytes(store.name + marks)
+    else:
+        with closing(sqlite3.connect(where / "entries.sqlite")) as base, base:
+            base.execute("UPDATE name SET mark = ?", (marks,))
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ON_DISK)
+def test_stores_of_earlier_versions(kind: str, tmp_path: Path) -> None:
+    store = ON_DISK[kind](tmp_path)
+    (where,) = tmp_path.iterdir()
+    place = where / place_in(where)
+    place = place.rename(where / "place")
+    base = "" if kind == "files" else f"/{(where / 'entries.sqlite').stat().st_ino}"
+    earlier_record(store, where, f"{place.stat().st_ino}/{place.stat().st_ctime_ns}{base}".encode())
+    store = ON_DISK[kind](tmp_path)  # it goes on
+    assert not place.exists()
+    earlier_record(store, where)
+    with pytest.raises(InvalidInput, match=r"was made by an earlier version\nhint: remove .*only work is lost"):
+        ON_DISK[kind](tmp_path)
 
 
 @pytest.mark.parametrize("kind", ON_DISK)
@@ -431,7 +562,7 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path: Pat
 
     store.put(LABELS[0], bytes(16), b"", 4, parts())
     assert sorted(p.name for p in store.directory.iterdir()) == sorted(
-        [NAME_FILE, PLACE_FILE, f"{LABELS[0][:32]}-{'00' * 16}.entry"]
+        [NAME_FILE, place_in(store.directory), f"{LABELS[0][:32]}-{'00' * 16}.entry"]
     )
 
 
@@ -477,7 +608,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(os, "write", full)
         with pytest.raises(StoreError, match="No space left on device\nhint: make room"):
             store.put(LABELS[0], bytes(16), b"")
-    assert {p.name for p in store.directory.iterdir()} == {NAME_FILE, PLACE_FILE}
+    assert {p.name for p in store.directory.iterdir()} == {NAME_FILE, place_in(store.directory)}
 
 
 def test_large_bodies_are_not_for_a_data_base(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sqlite3
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from parties.net.secret_files import check_private
 from parties.store.entries import NAME_BYTES, Level, Taken, goes
 from parties.store.keys import StoreKey
-from parties.store.place import check_marks, marks, place_of
+from parties.store.place import locked, opened
 from parties.store.sealed import open_sealed, seal
 from secure.errors import InvalidInput, StoreError
 
@@ -40,28 +39,30 @@ class DatabaseStore:
             self._base = sqlite3.connect(file, timeout=10, isolation_level=None, check_same_thread=False)
             for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
                 self._base.execute(f"PRAGMA {setting}")
-            with self._transaction():
-                self._base.execute("CREATE TABLE IF NOT EXISTS name (name BLOB NOT NULL, mark BLOB NOT NULL)")
-                self._base.execute(
-                    "CREATE TABLE IF NOT EXISTS entries (made REAL NOT NULL, label TEXT NOT NULL, entry BLOB NOT NULL,"
-                    " sealed BLOB NOT NULL, PRIMARY KEY (label, entry))"
-                )
-                self._base.execute("CREATE INDEX IF NOT EXISTS by_age ON entries (label, made)")
+            with locked(file.parent):
+                with self._transaction():
+                    self._base.execute("CREATE TABLE IF NOT EXISTS name (name BLOB NOT NULL, mark BLOB NOT NULL)")
+                    self._base.execute(
+                        "CREATE TABLE IF NOT EXISTS entries (made REAL NOT NULL, label TEXT NOT NULL,"
+                        " entry BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY (label, entry))"
+                    )
+                    self._base.execute("CREATE INDEX IF NOT EXISTS by_age ON entries (label, made)")
                 self.name = self._named()
         except (OSError, sqlite3.Error) as error:
             raise InvalidInput(f"the store {file} cannot be used: {error}", "give another --store") from None
 
     def _named(self) -> bytes:
         """Return the store's name, which is kept with marks of its key and place, or make one."""
-        place = place_of(self._file.parent, self._file.stat().st_ino)
         found = self._base.execute("SELECT name, mark FROM name").fetchone()
-        if found is None:
-            fresh = secrets.token_bytes(NAME_BYTES)
-            found = fresh, marks(self._key, fresh, place)
-            self._base.execute("INSERT INTO name VALUES (?, ?)", found)
-        name = bytes(found[0])
-        check_marks(self._file, self._key, name, bytes(found[1]), place)
-        return name
+        kept = None if found is None else bytes(found[0]) + bytes(found[1])
+        return opened(self._file, self._key, kept, self._keep, self._file.stat().st_ino)
+
+    def _keep(self, record: bytes) -> None:
+        with self._transaction():
+            self._base.execute("DELETE FROM name")
+            self._base.execute("INSERT INTO name VALUES (?, ?)", (record[:NAME_BYTES], record[NAME_BYTES:]))
+        # out of the log of a process that is killed: it would be written over a file that is put back
+        self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def put(self, label: str, entry: bytes, head: bytes, size: int = 0, parts: Iterable[bytes] = ()) -> None:
         if size > MAXIMUM_BODY:

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from parties.net.secret_files import check_private, read_secret
-from parties.store.entries import NAME_BYTES, Level, Taken, goes
+from parties.store.entries import Level, Taken, goes
 from parties.store.keys import StoreKey
-from parties.store.place import check_marks, marks, place_of
+from parties.store.place import flush, locked, opened
 from parties.store.sealed import open_sealed, seal
 from secure.errors import InvalidInput, StoreError
 
@@ -51,13 +51,16 @@ class FileStore:
 
     def _named(self) -> bytes:
         """Return the store's name, which is kept with marks of its key and place, or make one."""
-        path, name, place = self.directory / NAME_FILE, secrets.token_bytes(NAME_BYTES), place_of(self.directory)
-        if not path.exists():
-            with suppress(FileExistsError):  # another process may make it at the same moment
-                self._write(NAME_FILE, [name + marks(self._key, name, place)])
-        kept = read_secret(path)
-        check_marks(self.directory, self._key, kept[:NAME_BYTES], kept[NAME_BYTES:], place)
-        return kept[:NAME_BYTES]
+        path = self.directory / NAME_FILE
+        with locked(self.directory):
+            return opened(path, self._key, read_secret(path) if path.exists() else None, self._keep)
+
+    def _keep(self, record: bytes) -> None:
+        with self._part() as (path, at):
+            write_all(at, record)
+            os.fsync(at)
+            path.rename(self.directory / NAME_FILE)
+        flush(self.directory)
 
     def put(self, label: str, entry: bytes, head: bytes, size: int = 0, parts: Iterable[bytes] = ()) -> None:
         try:
@@ -76,7 +79,7 @@ class FileStore:
                 write_all(at, piece)
             os.fsync(at)
             os.link(path, self.directory / name)
-        self._flush()
+        flush(self.directory)
 
     @contextmanager
     def _part(self) -> Iterator[tuple[Path, int]]:
@@ -92,13 +95,6 @@ class FileStore:
             yield path, at
         finally:
             path.unlink(missing_ok=True)
-            os.close(at)
-
-    def _flush(self) -> None:
-        at = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(at)
-        finally:
             os.close(at)
 
     def take(self, label: str, entry: bytes | None = None) -> Taken | None:
@@ -126,7 +122,7 @@ class FileStore:
         file = OpenFile(at)
         try:
             path.unlink()
-            self._flush()
+            flush(self.directory)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -150,7 +146,7 @@ class FileStore:
                     removed += 1
         for path in self.directory.glob(f"{_PART}*"):
             _remove_dead(path)
-        self._flush()
+        flush(self.directory)
         return removed
 
     def _entries(self) -> Iterator[tuple[str, os.stat_result]]:
