@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import hmac
 import logging
 import math
@@ -31,7 +32,7 @@ from parties.two_party.keys import model_name
 from parties.two_party.masked_model import guarded_root_seed, load_root_seed, mask_model
 from protocols.prg import derive_key, derive_seed
 from secure.capture.documents import HEADER
-from secure.errors import DownloadError, Error
+from secure.errors import DownloadError, Error, InvalidInput
 from secure.lowering.client_inputs import tables_label
 from secure.models.served_tokenizer import load_tokenizer
 from tests.tiny import TEXT, WORDS, Raw, Ready, Served, call, dealing, dial, serving, wait_until, works
@@ -372,6 +373,35 @@ def test_nothing_secret_is_logged_or_shown(
     assert str(ids)[1:-1] not in everything
     assert "dealt query 0" in caplog.text
     wait_until(lambda: "query 0 answered" in caplog.text, "the log says so")
+
+
+def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves a model whose parts it remembers, and says so of another."""
+    digest, apart = "a" * 64, {"one": "1"}
+    seed, real = guarded_root_seed(tmp_path, digest, apart), Path.open
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        return read_only() if "+" in mode or "w" in mode else real(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
+    assert guarded_root_seed(tmp_path, digest, apart) == seed
+    message = r"{} cannot be written: .*\nhint: give a --state that this user may write"
+    for changed, name in (({"two": "2"}, "apart.json"), ({"one": "2"}, "seed")):
+        with pytest.raises(InvalidInput, match=message.format(rf"weight-mask-a+\.{name}")):
+            guarded_root_seed(tmp_path, digest, {**apart, **changed})
+    acts: list[Callable[[], bytes]] = [
+        lambda: load_root_seed(tmp_path, digest, rotate=-1),
+        lambda: load_root_seed(tmp_path, "b" * 64),
+        lambda: guarded_root_seed(tmp_path, "b" * 64, apart),
+    ]
+    for act in acts:
+        with pytest.raises(InvalidInput, match=message.format(r"weight-mask-[ab]+\.seed")):
+            act()
+    assert guarded_root_seed(tmp_path, digest, apart) == seed
 
 
 def test_a_seed_serves_one_content_of_a_name(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from safetensors.torch import save
 
@@ -19,7 +21,7 @@ from parties.served.files import MASKED_WEIGHTS, TOKEN_TABLE, pack_masked, store
 from parties.two_party.keys import mask_key, model_name
 from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
-from secure.errors import Error
+from secure.errors import Error, InvalidInput
 from secure.lowering.made import alike
 from secure.mpc.compile import MpcModel
 from secure.mpc.program import Program, part_of
@@ -119,24 +121,51 @@ def guarded_root_seed(state: Path, digest: str, apart: Mapping[str, str], rotate
     """
     seed = load_root_seed(state, digest, rotate)
     path = state / f"weight-mask-{digest}.apart.json"
-    with suppress(FileExistsError):  # which read_secret checks
+    with suppress(FileExistsError), _written(path):  # which read_secret checks
         if not path.exists():
             store(path, b"", replace=False)  # which tells nothing of what was masked
-    with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # another server may start at the same moment
+    with _opened(path) as file:
+        # another server may start at the same moment; who only reads can lock no more on some file systems
+        fcntl.flock(file, fcntl.LOCK_EX if file.writable() else fcntl.LOCK_SH)
         seed = load_root_seed(state, digest)
         known = _known_parts(path)
         if known is None or any(known.get(name, found) != found for name, found in apart.items()):
-            store(state / f"weight-mask-{digest}.seed", seed := fresh_seed())
+            with _written(root := state / f"weight-mask-{digest}.seed"):
+                store(root, seed := fresh_seed())
             known = {}
         if apart.keys() - known.keys():
             content = json.dumps({**known, **apart}, sort_keys=True).encode()
-            file.seek(0)
-            file.truncate()
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            with _written(path):
+                file.seek(0)
+                file.truncate()
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
     return seed
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a file to read and write, or to read where that is all that is allowed."""
+    try:
+        return path.open("r+b")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return path.open("rb")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raise InvalidInput if a file of the state cannot be written, but FileExistsError as it is."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise InvalidInput(
+            f"{path} cannot be written: {error.strerror or 'it may only be read'}",
+            "give a --state that this user may write, or one that has all that this model needs",
+        ) from None
 
 
 def _known_parts(path: Path) -> dict[str, str] | None:
@@ -157,16 +186,18 @@ def load_root_seed(state: Path, weights_digest: str, rotate: float | None = None
     belongs to the weights' digest: other weights, or the same weights at other scales, get another B, because two D
     under one B would show their difference. rotate: days after which a new seed replaces that of the file, by the
     file's time of modification; clients then fetch D once more. Raises Error if the file is damaged, InvalidInput if
-    others may read or replace it.
+    others may read or replace it, or if it has to be written and cannot be.
     """
     path = state / f"weight-mask-{weights_digest}.seed"
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with suppress(FileExistsError):  # another server may make it at the same moment
+    with _written(state):
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileExistsError), _written(path):  # another server may make it at the same moment
         if not path.exists():
             store(path, fresh_seed(), replace=False)
     seed = read_secret(path)
     if len(seed) != SEED_BYTES:
         raise Error(f"{path} is damaged", "delete it: clients will fetch the masked weights again")
     if rotate is not None and time.time() - path.stat().st_mtime > rotate * DAY:
-        store(path, seed := fresh_seed())
+        with _written(path):
+            store(path, seed := fresh_seed())
     return seed
