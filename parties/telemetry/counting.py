@@ -17,7 +17,7 @@ from parties.telemetry.events import Events
 
 OK, GONE, INTERNAL = "ok", "gone", "internal"
 OTHER = "other"
-"""What is called by a name that the caller chose: no peer makes new names here."""
+"""The name of all methods whose names callers chose: no peer makes new ones here."""
 
 
 class Counting(grpc.ServerInterceptor):
