@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import re
 import resource
 import signal
+import socket
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +25,18 @@ from hypothesis import strategies as st
 import secure
 from parties.ckks import evaluators as evaluators_module
 from parties.ckks import server as server_module
+from parties.ckks.evaluators import Evaluators
 from parties.ckks.keystore import keys_digest
 from parties.ckks.limits import limit, limit_time
 from parties.ckks.room import Kept, surplus
 from parties.limits import waiting
 from parties.net.caller import Caller
 from parties.proto import unseen_pb2 as pb
-from protocols.ckks.seal import Client
+from parties.services.hosting import child
+from protocols.ckks.seal import Client, Context
 from secure.errors import Error, QueryError
 from tests import ckks_server
-from tests.ckks_server import RunningCkks, children, dial, is_right, running, upload
+from tests.ckks_server import RunningCkks, children, dial, is_right, running, upload, uploaded
 from tests.test_ckks_deployment import nested_zstandard, without_a_part
 from tests.tiny import wait_until
 
@@ -239,6 +245,176 @@ def test_a_query_whose_process_dies_ends_alone(tmp_path: Path) -> None:
             query.say(*ckks_server.sent(ckks_server.zeros(server.link, level)))
         assert "the evaluation ended without an answer" in query.failure().message
         server.works()
+
+
+def test_keys_that_load_too_slowly_are_kept(
+    compiled: secure.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is busy says nothing about a client's keys: they are loaded later, and not uploaded again."""
+    error = compiled.model.predicted_error
+    with served(compiled, tmp_path) as (address, host), dial(address) as session:
+        is_right(session, "tiny", error)
+        before = uploaded(session)
+        for holder in children(host):
+            kill(holder)
+        with monkeypatch.context() as patched:
+            patched.setattr(evaluators_module, "loading_seconds", lambda size: 0.0)
+            patched.setattr(evaluators_module, "WAITED", 1e-4)
+            with pytest.raises(Error, match="the keys were not loaded within 0 s"):
+                session.query(ckks_server.inputs("tiny"))
+        is_right(session, "tiny", error)
+        assert uploaded(session) == before
+
+
+@contextmanager
+def alone(compiled: secure.Compiled) -> Iterator[Evaluators]:
+    """The processes without a service."""
+    made = Evaluators(compiled.model, workers=1, key_memory=8 << 30)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def shared(compiled: secure.Compiled) -> Iterator[Evaluators]:
+    with alone(compiled) as made:
+        yield made
+
+
+@pytest.fixture
+def evaluators(shared: Evaluators, monkeypatch: pytest.MonkeyPatch) -> Evaluators:
+    """The same for several tests; a host that dies is started again at once."""
+    monkeypatch.setattr(evaluators_module, "PAUSE", 0.05)
+    shared._drop_holders()
+    return shared
+
+
+@pytest.fixture
+def closing(compiled: secure.Compiled, monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluators]:
+    """Those of a test that closes them; another host would be frozen while it encodes."""
+    monkeypatch.setattr(evaluators_module, "PAUSE", 0.05)
+    with alone(compiled) as made:
+        monkeypatch.setattr(evaluators_module, "child", silent)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def keys(compiled: secure.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program, file = compiled.model.program, tmp_path_factory.mktemp("keys") / "one.keys"
+    file.write_bytes(b"".join(Client(Context(program.parameters)).evaluation_keys(list(program.steps)).values()))
+    return file
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def silent(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The command of a host that is frozen while it encodes: it holds its socket, and reads and says nothing."""
+    return ["sleep", "600"], child(module, *arguments)[1]
+
+
+def test_a_host_that_cannot_be_started_is_tried_again(
+    evaluators: Evaluators, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, start, codes = descriptors(), subprocess.Popen, [errno.ENOMEM, errno.EMFILE]
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        if codes:
+            raise OSError(codes[0], os.strerror(codes.pop(0)))
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    kill(evaluators._process.pid)
+    wait_until(lambda: not codes and evaluators._process.poll() is None, "another host")
+    evaluators._forked_holder()[1].close()
+    for code in (errno.ENOMEM, errno.EMFILE):
+        assert f"the process that evaluates cannot be started ({os.strerror(code)})" in caplog.text
+    wait_until(lambda: descriptors() <= before, "nothing stays open")
+
+
+def test_a_host_is_not_to_blame_for_missing_descriptors(
+    evaluators: Evaluators, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    evaluators.load("alice", "x", keys)
+    host = evaluators._process
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socketpair", none)
+        with pytest.raises(Error, match=r"the server cannot open a socket \(Too many open files\)"):
+            evaluators.load("bob", "x", keys)
+        assert evaluators.acquire(1)
+        with pytest.raises(Error, match="the server cannot open a socket"):
+            evaluators.query("alice", "x")
+    assert evaluators._process is host
+    assert host.poll() is None
+    assert evaluators.acquire(1)
+    evaluators.query("alice", "x").close()
+
+
+def test_keys_that_are_loaded_while_the_host_is_started_again_are_not_held(
+    evaluators: Evaluators, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their process shares the weights of a host that is gone."""
+    forked = evaluators._forked_holder
+
+    def restarted() -> Any:
+        found = forked()
+        with evaluators._starting:
+            evaluators._restart()
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluators, "_forked_holder", restarted)
+        evaluators.load("alice", "x", keys)
+    assert evaluators.acquire(1)
+    with pytest.raises(QueryError, match="no process holds the keys any more"):
+        evaluators.query("alice", "x")
+    evaluators.load("alice", "x", keys)
+    assert evaluators.acquire(1)
+    evaluators.query("alice", "x").close()
+
+
+def ends(evaluators: Evaluators) -> bool:
+    """Whether ``close`` comes back, and leaves no host."""
+    thread = threading.Thread(target=evaluators.close, daemon=True)
+    thread.start()
+    thread.join(5)
+    return not thread.is_alive() and evaluators._process.poll() is not None
+
+
+def test_a_host_that_is_frozen_while_it_encodes(
+    compiled: secure.Compiled, closing: Evaluators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for, and does not outlive its server."""
+    first = closing._process
+    kill(first.pid)
+    wait_until(lambda: closing._process is not first, "another host")
+    assert ends(closing)
+    before = set(children(os.getpid()))
+    monkeypatch.setattr(evaluators_module, "ENCODING", 0.1)
+    with pytest.raises(Error, match="ended as it began, or took more than 0 s"):
+        Evaluators(compiled.model, workers=1, key_memory=8 << 30)
+    assert set(children(os.getpid())) == before
+
+
+def test_a_server_that_closes_while_a_host_is_started(closing: Evaluators, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new host, which ``close`` has not seen, ends as well."""
+    launched, first, result = evaluators_module._launched, closing._process, list[bool]()
+    thread = threading.Thread(target=lambda: result.append(ends(closing)))
+
+    def late() -> Any:
+        thread.start()
+        wait_until(lambda: closing._closed.is_set() and closing._host.closed, "it is closed")
+        return launched()
+
+    monkeypatch.setattr(evaluators_module, "_launched", late)
+    kill(first.pid)
+    wait_until(lambda: result == [True], "all is ended")
+    assert closing._process is not first
 
 
 # streams that say nothing

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parties.ckks.limits import loading_seconds
 from parties.ckks.pipe import Pipe, send_schedule
 from parties.ckks.room import Kept, surplus
 from parties.services.hosting import child
@@ -29,7 +30,9 @@ log = logging.getLogger("unseen.evaluators")
 
 PAUSE = 10.0  # seconds between two starts of the host, at least
 ANSWERING = 30.0  # seconds that the host, or a holder, may take to fork a process
-SILENT = 300.0  # seconds between two words of a process that loads keys, or computes: with none, it is frozen
+ENCODING = 3600.0  # seconds that the host may take to encode the weights
+SILENT = 300.0  # seconds between two words of a process that computes: with none, it is frozen
+WAITED = 300.0  # seconds that loading keys may take longer than its CPU time: other processes compute as well
 
 
 @dataclass(eq=False)
@@ -63,7 +66,8 @@ class Evaluators:
     def load(self, caller: str, digest: str, path: Path) -> None:
         """Load a caller's keys into a process of their own, unless one holds them.
 
-        Raises ProtocolError if they are not keys of this Program, or if the process dies of them.
+        Raises ProtocolError if they are not keys of this Program, or if the process dies of them; Error if it takes too
+        long. If the host was started again meanwhile, nobody holds them, and ``query`` says so.
         """
         with self._lock:
             known = self._holders.get((caller, digest))
@@ -72,11 +76,17 @@ class Evaluators:
                 if _lives(known.pipe):
                     known.used = time.monotonic()
                     return
-        holder = _Holder(self._forked_holder(), time.monotonic())
+        host, pipe = self._forked_holder()
+        holder = _Holder(pipe, time.monotonic())
+        limit = loading_seconds(self._model.program.key_bytes) + WAITED
         try:
+            holder.pipe.socket.settimeout(limit)
             holder.pipe.send({"path": str(path)})
             _answer(holder.pipe)
             holder.pipe.socket.settimeout(ANSWERING)
+        except TimeoutError:  # which says nothing about the keys
+            holder.pipe.close()
+            raise Error(f"the keys were not loaded within {limit:.0f} s", "ask again, when less is running") from None
         except (EOFError, OSError):
             holder.pipe.close()
             raise ProtocolError("the process that loaded the keys died of them", "make the keys again") from None
@@ -84,6 +94,9 @@ class Evaluators:
             holder.pipe.close()
             raise
         with self._lock:
+            if host.closed:  # this holder shares its weights, which would be in memory twice
+                holder.pipe.close()
+                return
             kept = [Kept(key, key[0], h.used, 1) for key, h in self._holders.items() if key != (caller, digest)]
             for key in [(caller, digest), *surplus(kept, self.most, wanted=1, caller=caller)]:
                 if key in self._holders:
@@ -103,7 +116,7 @@ class Evaluators:
             with self._lock:
                 holder = self._holders.get((caller, digest))
             if holder is None:
-                raise QueryError("the keys were dropped to make room", "ask again")
+                raise QueryError("no process holds the keys any more", "ask again")
             try:
                 with holder.lock:
                     return Running(_forked(holder.pipe), self._free.release)
@@ -118,12 +131,15 @@ class Evaluators:
         """End the host and the holders; children end with their queries."""
         self._closed.set()
         self._end()
+        with self._starting:  # whoever starts another host at this moment ends it
+            pass
 
     def _end(self) -> None:
-        self._drop_holders()
         with suppress(OSError):  # who waits for it now waits no longer
             self._host.socket.shutdown(socket.SHUT_RDWR)
-        self._host.close()
+        self._host.close()  # before the holders go: one that is loaded after that is not kept
+        self._drop_holders()
+        self._process.kill()  # while it encodes, or is frozen, it would not see the end of its socket
         self._process.wait()
 
     def _drop(self, caller: str, digest: str, holder: _Holder) -> None:
@@ -140,34 +156,37 @@ class Evaluators:
             self._holders.clear()
 
     def _start(self) -> None:
+        """Start a host, and wait until it has encoded the weights. Raises Error if there is none in the end."""
         self._started = time.monotonic()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command, environment = child("parties.ckks.host", str(theirs.fileno()))
-            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
-        self._host = Pipe(ours)
+        self._process, self._host = _launched()
         try:
+            if self._closed.is_set():  # ``close`` may not have seen this host
+                raise Error("the server is closed")
+            self._host.socket.settimeout(ENCODING)
             program = self._model.program
             send_schedule(self._host, self._model.schedule, program.parameters, list(program.views))
             encoded = _answer(self._host)
+            self._host.socket.settimeout(ANSWERING)
         except (EOFError, OSError):
             self._end()
-            raise Error("the process that evaluates ended as it began", "the server may be short of memory") from None
+            raise Error(
+                f"the process that evaluates ended as it began, or took more than {ENCODING:.0f} s",
+                "the server may be short of memory",
+            ) from None
         except BaseException:
             self._end()
             raise
-        self._host.socket.settimeout(ANSWERING)
         self.seconds, self.bytes = float(encoded["seconds"]), int(encoded["bytes"])
 
-    def _forked_holder(self) -> Pipe:
-        """Return the pipe to a new holder; start the host again if it is gone."""
+    def _forked_holder(self) -> tuple[Pipe, Pipe]:
+        """Return the pipes to the host and to a new holder of it; start the host again if it is gone."""
         with self._starting:
             try:
-                return _forked(self._host)
+                return self._host, _forked(self._host)
             except (EOFError, OSError):
                 self._restart()
             try:
-                return _forked(self._host)
+                return self._host, _forked(self._host)
             except (EOFError, OSError):
                 raise Error("the process that evaluates is gone again", "try again") from None
 
@@ -181,9 +200,9 @@ class Evaluators:
                     continue  # somebody needed it earlier
                 try:
                     self._restart()
-                except Error as error:
+                except (Error, OSError, MemoryError) as error:  # it is tried again
                     if not self._closed.is_set():
-                        log.error("%s", str(error).replace("\n", "; "))
+                        log.error("%s", str(error).replace("\n", "; ") or type(error).__name__)
 
     def _restart(self) -> None:
         """Start the host again, PAUSE seconds after its last start at the earliest; who asks waits until then."""
@@ -192,7 +211,6 @@ class Evaluators:
             log.error("the process that evaluates is gone (status %s); it is started again", status)
         if self._closed.is_set():
             raise Error("the server is closed")
-        self._process.kill()
         self._end()  # holders too: they share the old process's weights, so memory would hold these twice
         self._start()
 
@@ -207,9 +225,34 @@ def _lives(pipe: Pipe) -> bool:
     return not said.poll(0)
 
 
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a socket. Raises Error if there are no descriptors: no fault of the other process."""
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise Error(f"the server cannot open a socket ({error.strerror})", "try again, when less is running") from None
+
+
+def _launched() -> tuple[subprocess.Popen[bytes], Pipe]:
+    """Launch a host, and return it and the pipe to it. Raises Error if the system starts no process."""
+    ours, theirs = _pair()
+    with theirs:
+        command, environment = child("parties.ckks.host", str(theirs.fileno()))
+        try:
+            return subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()]), Pipe(ours)
+        except OSError as error:
+            ours.close()
+            raise Error(
+                f"the process that evaluates cannot be started ({error.strerror})", "the server may be short of memory"
+            ) from None
+
+
 def _forked(pipe: Pipe) -> Pipe:
-    """Ask a process to fork another, and return the pipe to that one."""
-    ours, theirs = socket.socketpair()
+    """Ask a process to fork another, and return the pipe to that one.
+
+    Raises EOFError or OSError if that process is gone, Error if it lives and forks none.
+    """
+    ours, theirs = _pair()
     try:
         with theirs:
             pipe.send({})

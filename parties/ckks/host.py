@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from parties.ckks.limits import limit, limit_time
+from parties.ckks.limits import limit, limit_time, loading_seconds
 from parties.ckks.pipe import Pipe, receive_schedule
 from protocols.ckks import cost
 from protocols.ckks.canonical import InvalidCiphertext
@@ -31,8 +31,7 @@ log = logging.getLogger("unseen.evaluators")
 
 STEP = 0.25  # seconds between two reports of progress
 SLACK = 1 << 30  # bytes of memory beyond what keys or ciphertexts take: pools, and numbers on their way
-LOADING, EVALUATING = 60.0, 300.0  # seconds of CPU time that loading keys, and a query, may take in any case
-LOADED = 5e6  # bytes of keys for which a slow machine may take a second more
+EVALUATING = 300.0  # seconds of CPU time that a query may take in any case
 SLOW = 50  # how many times longer than predicted a query may compute
 
 
@@ -65,7 +64,7 @@ class Holder:
         forms = key_forms(p, steps)
         size = sum(form.size for form in forms.values())
         decoded = p.key_memory * (len(steps) + 2)
-        limit(2 * decoded + size + SLACK, LOADING + size / LOADED, children=self._memory)
+        limit(2 * decoded + size + SLACK, loading_seconds(size), children=self._memory)
         try:
             keys = split_keys(Path(header["path"]).read_bytes(), forms)
             self.keys = EvaluationKeys(context, keys, steps)

@@ -6,6 +6,14 @@ import os
 import resource
 from pathlib import Path
 
+LOADING = 60.0  # seconds of CPU time that loading keys may take in any case
+LOADED = 5e6  # bytes of keys for which a slow machine may take a second more
+
+
+def loading_seconds(size: int) -> float:
+    """Return the seconds of CPU time that loading ``size`` bytes of keys may take."""
+    return LOADING + size / LOADED
+
 
 def limit(memory: int, seconds: float, *, children: int = 0) -> None:
     """Limit this process from here on: to ``memory`` bytes of addresses more than it has, and to so much CPU time.

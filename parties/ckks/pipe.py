@@ -49,6 +49,11 @@ class Pipe:
             filled += count
         return bytes(data)
 
+    @property
+    def closed(self) -> bool:
+        """Whether this end was closed."""
+        return self.socket.fileno() < 0
+
     def close(self) -> None:
         self.socket.close()
 
