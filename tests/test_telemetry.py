@@ -42,7 +42,7 @@ from parties.net.summed import MethodSums
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import DealerStub
 from parties.services.hosting import Service
-from parties.telemetry import port
+from parties.telemetry import port, spans
 from parties.telemetry.events import Events, Listener, PhaseEnded
 from parties.telemetry.logs import JsonLines, TextLines, tagged
 from parties.telemetry.metrics import RoleMetrics
@@ -338,6 +338,54 @@ def test_a_slow_reader_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> 
         assert fetched(listening.address) == "x"
 
 
+def test_silent_connections_keep_no_probe_out() -> None:
+    with TelemetryPort(Endpoint("127.0.0.1", 0), {"/healthz": port.page("200 OK", "x")}) as listening:
+        host, _, number = listening.address.partition(":")
+        silent = [socket.create_connection((host, int(number)), timeout=10) for _ in range(port.PLACES)]
+        for _ in range(2):
+            assert fetched(listening.address, "/healthz") == "x"
+            silent.append(socket.create_connection((host, int(number)), timeout=10))
+        assert silent[0].recv(1) == b""  # the oldest was cut
+    assert silent[-1].recv(1) == b""  # nor does any outlive the port
+    for each in silent:
+        each.close()
+
+
+def test_a_connection_without_a_thread_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with TelemetryPort(Endpoint("127.0.0.1", 0), {"/healthz": port.page("200 OK", "x")}) as listening:
+        host, _, number = listening.address.partition(":")
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", none)
+            for _ in range(port.PLACES + 1):
+                with socket.create_connection((host, int(number)), timeout=10) as refused:
+                    assert refused.recv(1) == b""
+        assert not listening._server._open
+        assert fetched(listening.address, "/healthz") == "x"
+
+
+def status(address: str, named: str | None) -> int:
+    """How /metrics answers whoever asks for a machine of this name; None: for none."""
+    host, _, number = address.partition(":")
+    with socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, int(number)), timeout=10) as asked:
+        said = "" if named is None else f"Host: {named}\r\n"
+        asked.sendall(f"GET /metrics HTTP/1.0\r\n{said}\r\n".encode())
+        return int(asked.makefile().readline().split()[1])
+
+
+def test_another_name_that_leads_to_the_loopback_reads_nothing() -> None:
+    pages = {"/metrics": port.page("200 OK", "x")}
+    with TelemetryPort(Endpoint("127.0.0.1", 0), pages) as own:
+        for wrong in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+            assert status(own.address, wrong) == 421
+        for right in ("localhost", "LOCALHOST:1", "127.0.0.1:9464", "[::1]:1", None):
+            assert status(own.address, right) == 200
+    with TelemetryPort(Endpoint("0.0.0.0", 0), pages) as reached:
+        assert status(reached.address, "server.example") == 200
+
+
 # refusals
 
 
@@ -501,9 +549,32 @@ def test_spans_cross_http(running: Running) -> None:
 
 
 def test_a_collector_that_is_no_url() -> None:
-    for wrong in ("127.0.0.1:4318", "ftp://here/", "http://"):
-        with pytest.raises(InvalidInput, match=r"--otlp: .* is no URL"):
+    for wrong in ("127.0.0.1:4318", "ftp://here/", "http://", "http://[::1", "http://here:x/"):
+        with pytest.raises(InvalidInput, match=r"--otlp: this is no URL of HTTP"):
             Telemetry("two-party", SERVER, otlp=wrong)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:hidden@here/", "https://hidden@here/", "me:hidden@here", "https://me:hidden@[::1"]
+)
+def test_a_password_in_a_url_is_shown_to_nobody(url: str, run: Run) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Telemetry("two-party", SERVER, otlp=url)
+    assert "hidden" not in str(caught.value)
+    assert "OTEL_EXPORTER_OTLP_HEADERS" in str(caught.value) or "no URL" in str(caught.value)
+    checked = run("check", "dealer", "--listen", "127.0.0.1:0", "--otlp", url)
+    assert checked.code == 1
+    assert "hidden" not in checked.out + checked.err
+
+
+def test_a_collector_that_hangs_holds_no_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "LAST", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        made = Telemetry("two-party", SERVER, otlp=f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces")
+        made.events.ended(PhaseEnded(ONLINE, 0.5, "0123456789abcdef", 3, 10, 20))
+        began = time.monotonic()
+        made.close()
+        assert 0.2 < time.monotonic() - began < 3
 
 
 # logs, and what is in all that is emitted

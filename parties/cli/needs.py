@@ -24,7 +24,7 @@ from parties.served.described import ConnectOptions, ask_description
 from parties.served.files import cache_directory, state_directory
 from parties.store.keys import read_store_key
 from parties.telemetry.port import TelemetryPort, parse
-from parties.telemetry.telemetry import check_telemetry
+from parties.telemetry.telemetry import check_telemetry, require_otlp
 from parties.three_party.shared_model import load_share
 from parties.tls.choice import network_of
 from secure.deployments.compiled import task_of
@@ -246,11 +246,10 @@ def _watched(plan: Callable[[Mapping[str, Any]], Needs], given: Mapping[str, Any
             return "free, on this machine alone" if listening.stays else "free, and others can read it"
 
     def goes() -> str:
-        check_telemetry(None, otlp)
-        return "a URL; nothing was sent"
+        return f"{require_otlp(otlp)}; nothing was sent"
 
     own = () if metrics is None else ((f"the numbers' port {metrics}", listens),)
-    return replace(found, more=(*found.more, *own, *(() if otlp is None else ((f"spans to {otlp}", goes),))))
+    return replace(found, more=(*found.more, *own, *(() if otlp is None else (("where spans go", goes),))))
 
 
 PLANS: Mapping[str, Callable[[Mapping[str, Any]], Needs]] = {

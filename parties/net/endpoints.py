@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -67,6 +68,18 @@ class Endpoint:
 def is_loopback(addresses: Iterable[str]) -> bool:
     """Tell whether every address is this machine's own."""
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+
+
+def names_this_machine(said: str, host: str) -> bool:
+    """Tell whether the header ``Host`` of a request by HTTP is one at which it may come: this machine's own.
+
+    host: the name at which we listen. An address is its own name, and so is localhost; another name may lead here
+    without being ours, and a browser would take what it finds under it for its owner's.
+    """
+    name = re.sub(r":\d*$", "", said).strip("[]").lower()
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name in ("localhost", host.lower())
 
 
 def first_answering(endpoint: Endpoint, addresses: Sequence[str], seconds: float) -> str | None:

@@ -6,7 +6,6 @@ this machine alone: a page of somebody else, whose name leads to this machine by
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from base64 import b64encode
 from collections import deque
@@ -18,6 +17,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from parties.net.endpoints import names_this_machine
 from parties.proxy import answers
 from parties.proxy.bodies import RequestRefused, refused
 from parties.reports.who_learns import columns
@@ -75,14 +75,8 @@ def learns(deployment: Deployment, *, token_table: bool) -> dict[str, Any]:
 
 
 def check_name(request: Request, host: str) -> None:
-    """Raise RequestRefused unless a request comes to a name of this machine.
-
-    host: the name at which the proxy listens. An address is its own name; another name may lead here without being
-    ours, and a browser would take what it finds under it for its owner's.
-    """
-    said = request.headers.get("host", "")
-    name = re.sub(r":\d*$", "", said).strip("[]").lower()
-    if name not in ("localhost", host.lower()) and not _is_address(name):
+    """Raise RequestRefused unless a request comes to a name of this machine. host: that at which the proxy listens."""
+    if not names_this_machine(request.headers.get("host", ""), host):
         wrong = InvalidInput("this page is at an address or a name of this machine", "http://127.0.0.1 and the port")
         raise refused(wrong, status=421, code="misdirected_request")
 
@@ -93,14 +87,6 @@ def check_local(request: Request, host: str) -> None:
     own = {"origin": f"http://{request.headers.get('host', '')}", "sec-fetch-site": "same-origin"}
     if any(request.headers.get(name, value) not in (value, "none") for name, value in own.items()):
         raise refused(InvalidInput("a page of another origin asks", "open the proxy's own page"), status=403)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def show(request: Request, host: str) -> Response:

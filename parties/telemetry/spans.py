@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from itertools import groupby
@@ -24,6 +25,7 @@ from secure.version import __version__
 
 QUEUED = 1 << 14  # spans that wait for the exporter; more are dropped
 MODULES = 8  # that a span names
+LAST = 2.0  # seconds that the last spans may take to be exported
 
 
 class Spans(Listener):
@@ -39,8 +41,10 @@ class Spans(Listener):
             self._waiting.on_end(span)
 
     def close(self) -> None:
-        """Export what waits, and end: spans that come later are dropped."""
-        self._waiting.shutdown()
+        """Export what waits, and end: spans that come later are dropped, and so are those that take more than LAST."""
+        closing = threading.Thread(target=self._waiting.shutdown, name="unseen-spans", daemon=True)
+        closing.start()
+        closing.join(LAST)
 
 
 def spans_of(phase: PhaseEnded, resource: Resource, now: float, clock: float) -> Iterator[ReadableSpan]:

@@ -96,15 +96,30 @@ def check_telemetry(metrics: str | None, otlp: str | None) -> None:
         require_otlp(otlp)
 
 
-def require_otlp(url: str) -> None:
-    """Raise InvalidInput for what is no URL of HTTP, MissingPackage if spans cannot be exported."""
-    found = urlsplit(url)
-    if found.scheme not in ("http", "https") or not found.hostname:
-        raise InvalidInput(f"--otlp: {url!r} is no URL", "such as http://127.0.0.1:4318/v1/traces")
+def require_otlp(url: str) -> str:
+    """Return the host and port of a URL to which spans can be sent.
+
+    Raises InvalidInput for what is no URL of HTTP, and for one with a user's name or password, which everybody could
+    read in the list of processes; MissingPackage if spans cannot be exported. No message shows the URL.
+    """
+    wrong = InvalidInput("--otlp: this is no URL of HTTP", "such as http://127.0.0.1:4318/v1/traces")
+    try:
+        found = urlsplit(url)
+        sound = found.scheme in ("http", "https") and found.hostname and found.port != 0
+    except ValueError:  # of the address or the port
+        raise wrong from None
+    if not sound:
+        raise wrong
+    if found.username is not None:
+        raise InvalidInput(
+            "--otlp: the URL has a user's name or password, which the list of processes shows to everybody",
+            "give them in OTEL_EXPORTER_OTLP_HEADERS, such as Authorization=Basic%20...",
+        )
     try:
         import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401  (is it there?)
     except ImportError:
         raise MissingPackage("OpenTelemetry's SDK is not installed", "pip install 'unseen[otlp]'") from None
+    return found.netloc
 
 
 def _require_prometheus() -> None:
