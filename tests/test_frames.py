@@ -233,6 +233,9 @@ class Context:
         self.status = (code, details)
         raise Aborted
 
+    def set_trailing_metadata(self, metadata: object) -> None:
+        self.metadata = metadata
+
 
 def test_what_should_not_happen_is_logged_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
