@@ -514,17 +514,18 @@ def test_sessions_end_with_their_servers_process(model: Ready) -> None:
 
 
 def test_a_dealer_that_stood_still_ends_no_session(model: Ready) -> None:
-    with dealing() as dealer, serving(model, dealer.address) as server, dial(server, dealer) as asking:
+    with dealing() as dealer, serving(model, dealer.address) as server:
         service = dealer.service
-        with service._lock:
-            service._heard = {process: at - dealer_module.UNHEARD for process, at in service._heard.items()}
-            service._looked -= 2 * dealer_module.UNHEARD
+        with dial(server, dealer) as asking:
+            with service._lock:
+                service._heard = {process: at - dealer_module.UNHEARD for process, at in service._heard.items()}
+                service._looked -= 2 * dealer_module.UNHEARD
+            service.sweep()
+            assert asking.embed([TEXT])[0].isfinite().all()
+            assert len(service._heard) == 1
+        wait_until(lambda: not service._sessions, "it is gone")
         service.sweep()
-        assert asking.embed([TEXT])[0].isfinite().all()
-        assert len(service._heard) == 1
-    wait_until(lambda: not service._sessions, "it is gone")
-    service.sweep()
-    assert not service._heard  # only processes that have sessions are kept
+        assert not service._heard  # only processes that have sessions are kept
 
 
 def test_a_dealer_that_does_not_hear_holds_up_no_renewal(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:

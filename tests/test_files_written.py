@@ -75,7 +75,8 @@ def test_files_of_two_parties(model: Ready, tmp_path: Path, monkeypatch: pytest.
             session.embed([TEXT])
             wait_until(lambda: any(store.glob("*.entry")), "an entry is stored", 30)
             names = check(root)
-    assert {"dealer.key", "dealer.pub", "entries.sqlite", "name", "place"} <= names
+    assert {"dealer.key", "dealer.pub", "entries.sqlite", "name"} <= names
+    assert {each.partition(".place-")[0] for each in names if ".place-" in each} == {"entries.sqlite", "name"}
     assert any(name.endswith(".seed") for name in names)
     assert any(name.startswith("quotas-") for name in names)
     cached = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -345,10 +345,18 @@ def test_silent_connections_keep_no_probe_out() -> None:
         for _ in range(2):
             assert fetched(listening.address, "/healthz") == "x"
             silent.append(socket.create_connection((host, int(number)), timeout=10))
-        assert silent[0].recv(1) == b""  # the oldest was cut
-    assert silent[-1].recv(1) == b""  # nor does any outlive the port
+        assert ended(silent[0])  # the oldest was cut
+    assert ended(silent[-1])  # nor does any outlive the port
     for each in silent:
         each.close()
+
+
+def ended(connection: socket.socket) -> bool:
+    """Tell whether the other end closes a connection, whatever it had still to read, and does not keep it open."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
 
 
 def test_a_connection_without_a_thread_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:

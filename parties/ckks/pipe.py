@@ -51,7 +51,7 @@ class Pipe:
 
     @property
     def closed(self) -> bool:
-        """Whether this end was closed."""
+        """True once this end was closed."""
         return self.socket.fileno() < 0
 
     def close(self) -> None:
