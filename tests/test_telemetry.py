@@ -577,6 +577,7 @@ def test_a_password_in_a_url_is_shown_to_nobody(url: str, run: Run) -> None:
 
 def test_a_collector_that_hangs_holds_no_role(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "LAST", 0.3)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # so that its thread does not outlast this test by much
     with socket.create_server(("127.0.0.1", 0)) as silent:
         made = Telemetry("two-party", SERVER, otlp=f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces")
         made.events.ended(PhaseEnded(ONLINE, 0.5, "0123456789abcdef", 3, 10, 20))
