@@ -119,8 +119,13 @@ class Injector:
         each.signal(signal.SIGCONT)
 
     def _jump(self, on: str) -> None:
-        """Start a role again with another time of day. Its later restarts have the right one."""
-        self._restart(on, signal.SIGTERM, LD_PRELOAD=faketime(), FAKETIME=self.chance.choice(JUMPS))
+        """Start a role again with another time of day. Its later restarts have the right one.
+
+        The monotonic clock goes on, as it does where a machine's clock is set: were it moved too, waits of a second would
+        not end, whatever the role does.
+        """
+        moved = {"FAKETIME": self.chance.choice(JUMPS), "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        self._restart(on, signal.SIGTERM, LD_PRELOAD=faketime(), **moved)
 
     def _fill(self, on: str) -> None:
         """Let no file of a role grow, by a limit of its process."""
