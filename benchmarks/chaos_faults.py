@@ -119,13 +119,8 @@ class Injector:
         each.signal(signal.SIGCONT)
 
     def _jump(self, on: str) -> None:
-        """Start a role again with another time of day. Its later restarts have the right one.
-
-        The monotonic clock goes on, as it does where a machine's clock is set: were it moved too, waits of a second would
-        not end, whatever the role does.
-        """
-        moved = {"FAKETIME": self.chance.choice(JUMPS), "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-        self._restart(on, signal.SIGTERM, LD_PRELOAD=faketime(), **moved)
+        """Start a role again with another time of day. Its later restarts have the right one."""
+        self._restart(on, signal.SIGTERM, **another_time(self.chance.choice(JUMPS)))
 
     def _fill(self, on: str) -> None:
         """Let no file of a role grow, by a limit of its process."""
@@ -164,6 +159,15 @@ def faketime() -> str:
     """The library of the package faketime; "" where it is not installed."""
     found = [path for pattern in FAKETIME for path in Path("/").glob(pattern.lstrip("/"))]
     return str(found[0]) if found else ""
+
+
+def another_time(jump: str) -> dict[str, str]:
+    """Return the variables of a process whose time of day is another one, by as much as ``jump`` says.
+
+    Its monotonic clock goes on, as it does where a machine's clock is set. Were it moved too, a wait of a second would
+    not end, whatever the process does.
+    """
+    return {"LD_PRELOAD": faketime(), "FAKETIME": jump, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def alive(pid: int) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from parties.telemetry.events import Reading
+from parties.telemetry.events import Reading, taken_of
 from secure.errors import Busy
 
 AFTER = 5.0  # seconds after which a seat may be free again
@@ -55,10 +55,8 @@ class Seats:
         return len(self._seats)
 
     def readings(self) -> Iterator[Reading]:
-        """Yield how many seats are taken, and of how many."""
-        labels = {"what": self.what}
-        yield Reading("unseen_seats", "Sessions, queries or models that fit at a time.", self.limit, labels)
-        yield Reading("unseen_seats_taken", "Those that it has.", len(self), labels)
+        """Return how many seats are taken, and of how many."""
+        return taken_of(self.what, len(self), self.limit)
 
     def take(self, caller: str, leave: Callable[[], object]) -> Seat:
         """Take a seat. leave: called, by the thread of somebody else, if it is taken away. Raises Busy."""

@@ -16,7 +16,7 @@ from itertools import count
 import grpc
 
 from parties.net.caller import Caller, caller
-from parties.telemetry.events import Reading
+from parties.telemetry.events import Reading, taken_of
 from secure.errors import Busy
 
 FIRST = 10.0  # seconds within which the first message of a call comes
@@ -91,10 +91,8 @@ class Places:
         return self._total - self._taken.total()
 
     def readings(self) -> Iterator[Reading]:
-        """Yield how many places are taken, and of how many."""
-        labels = {"what": self._what}
-        yield Reading("unseen_seats", "Sessions, queries or models that fit at a time.", self._total, labels)
-        yield Reading("unseen_seats_taken", "Those that it has.", self._total - self.free, labels)
+        """Return how many places are taken, and of how many."""
+        return taken_of(self._what, self._total - self.free, self._total)
 
     def take(self, by: Caller) -> Callable[[], None]:
         """Take a place for a caller; return the function that gives it back. Raises Busy if there is none."""

@@ -7,7 +7,7 @@ names of callers are in none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,13 @@ class Reading:
 
 
 Readings = Callable[[], Iterable[Reading]]
+
+
+def taken_of(what: str, taken: int, total: int) -> Iterator[Reading]:
+    """Yield how many seats or places are taken, and of how many. what: sits there."""
+    labels = {"what": what}
+    yield Reading("unseen_seats", "Sessions, queries or models that fit at a time.", total, labels)
+    yield Reading("unseen_seats_taken", "Those that it has.", taken, labels)
 
 
 class Listener:
