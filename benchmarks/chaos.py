@@ -6,8 +6,7 @@ Every role of a small text model is a process, as an operator runs it, with its 
 client, which connects, asks some texts whose answers are known from floating point, closes, and begins again. Each
 pair that talks does so through a relay. First nothing happens for a while; then faults come at random moments, one
 after the other: processes are killed, terminated (both are started again at once) and frozen, connections are cut,
-silenced, delayed and changed by a byte, a disk takes no more, a restarted role has another time of day (with the
-package faketime). In the end the clients leave, and after a quiet minute the roles are looked at.
+silenced, delayed and changed by a byte, a disk takes no more, a restarted role has another time of day. In the end the clients leave, and after a quiet minute the roles are looked at.
 ``--kills``: in place of all that, so many kills of roles, of their children and of clients, each as soon as any client
 is answered after the last one.
 
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 
 import secure
-from benchmarks.chaos_faults import Fault, Injector, deck, faketime
+from benchmarks.chaos_faults import Fault, Injector, deck
 from benchmarks.chaos_world import Numbers, Query, Stuck, World
 from benchmarks.common import RESULTS, machine
 from parties.deployments import hosted
@@ -154,8 +153,6 @@ def soak(world: World, chance: random.Random, seconds: float, kills: int, quiet:
     targets = injector.targets()
     if kills:
         targets = {kind: on for kind, on in targets.items() if kind.startswith("kill")}
-    elif not faketime():
-        print("no clock jumps: the package faketime is not installed", flush=True)
     begun = time.monotonic()
     inject(watch, injector, deck(chance, targets), begun + seconds, kills)
     ended = time.monotonic()

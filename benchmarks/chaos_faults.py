@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.chaos_world import Numbers, World
+from benchmarks.watched import CLOCK
 from tests.relay import DIRECTIONS
 
 FROZEN = (0.5, 6.0)  # seconds of a freeze, of silence, of a delay and of a full disk
 DELAYS = (0.01, 0.2)  # seconds that bytes are held back
 NEAR = 200_000  # bytes within which one is changed
 FULL = 4096  # bytes of a file beyond which a full disk takes nothing
-JUMPS = ("+3h", "-3h", "+400d", "-400d")  # of a restarted role's clock
-FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/local/lib/faketime/libfaketimeMT.so.1")
+JUMPS = (3 * 3600, -3 * 3600, 400 * 86400, -400 * 86400)  # seconds, of a restarted role's clock
 ORPHANED = 10.0  # seconds after which a child of a killed role should have ended
 
 
@@ -83,7 +83,7 @@ class Injector:
         out |= dict.fromkeys(("kill", "terminate", "freeze"), roles)
         out |= dict.fromkeys((kind for kind in self.kinds if kind.endswith("client")), clients)
         out["full disk"] = [name for name, role in self.world.roles.items() if role.writes]
-        out["clock"] = roles if faketime() else []
+        out["clock"] = roles
         out["kill a child"] = [name for name, role in self.world.roles.items() if len(role.family()) > 1]
         return out
 
@@ -120,7 +120,7 @@ class Injector:
 
     def _jump(self, on: str) -> None:
         """Start a role again with another time of day. Its later restarts have the right one."""
-        self._restart(on, signal.SIGTERM, **another_time(self.chance.choice(JUMPS)))
+        self._restart(on, signal.SIGTERM, **{CLOCK: str(self.chance.choice(JUMPS))})
 
     def _fill(self, on: str) -> None:
         """Let no file of a role grow, by a limit of its process."""
@@ -153,21 +153,6 @@ class Injector:
 
     def _some_time(self) -> None:
         time.sleep(self.chance.uniform(*FROZEN))
-
-
-def faketime() -> str:
-    """The library of the package faketime; "" where it is not installed."""
-    found = [path for pattern in FAKETIME for path in Path("/").glob(pattern.lstrip("/"))]
-    return str(found[0]) if found else ""
-
-
-def another_time(jump: str) -> dict[str, str]:
-    """Return the variables of a process whose time of day is another one, by as much as ``jump`` says.
-
-    Its monotonic clock goes on, as it does where a machine's clock is set. Were it moved too, a wait of a second would
-    not end, whatever the process does.
-    """
-    return {"LD_PRELOAD": faketime(), "FAKETIME": jump, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def alive(pid: int) -> bool:
