@@ -6,7 +6,8 @@ Every role of a small text model is a process, as an operator runs it, with its 
 client, which connects, asks some texts whose answers are known from floating point, closes, and begins again. Each
 pair that talks does so through a relay. First nothing happens for a while; then faults come at random moments, one
 after the other: processes are killed, terminated (both are started again at once) and frozen, connections are cut,
-silenced, delayed and changed by a byte, a disk takes no more, a restarted role has another time of day. In the end the clients leave, and after a quiet minute the roles are looked at.
+silenced, delayed and changed by a byte, a disk takes no more, a restarted role has another time of day. In the end the
+clients leave, and after a quiet minute the roles are looked at.
 ``--kills``: in place of all that, so many kills of roles, of their children and of clients, each as soon as any client
 is answered after the last one.
 
