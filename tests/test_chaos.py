@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import math
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from collections import Counter
 
+import grpc
 import pytest
 
 pytest.importorskip("transformers")
@@ -17,6 +19,7 @@ pytest.importorskip("tokenizers")
 from benchmarks import chaos, watched
 from benchmarks.chaos_faults import JUMPS, Fault, deck
 from benchmarks.chaos_world import Asked, Numbers, Query
+from parties.services.status import clock
 from protocols.prg import Key
 
 KINDS = {"kill": ["server", "dealer"], "cut": ["client>server"], "clock": []}
@@ -76,14 +79,22 @@ def test_queries_beside_a_fault_are_left_out() -> None:
     assert chaos.percentile([]) == math.inf
 
 
-def test_a_clock_that_jumps_holds_up_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A role whose timed waits do not end renews nothing, and that is no fault of its own."""
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_clock_that_jumps_is_our_code_s_alone_and_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """A role whose waits do not end renews nothing, and a server of gRPC waits before it has started."""
     right, began = time.time(), time.monotonic()
     monkeypatch.setattr(time, "time", time.time)  # which is put back
-    watched.set_clock(JUMPS[3])
-    assert time.time() - right == pytest.approx(JUMPS[3], abs=60)
+    watched.set_clock(jump)
+    assert clock() - right == pytest.approx(jump, abs=60)
+    assert time.time() - right == pytest.approx(0, abs=60)
     threading.Event().wait(0.1)
     time.sleep(0.1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        server.start()
+        server.stop(None).wait(60)
     assert 0.2 <= time.monotonic() - began < 10
 
 
