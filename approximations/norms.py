@@ -59,6 +59,27 @@ def rms_norm(x: Value, weight: Value, eps: float, low: float, high: float) -> Va
     return x * rsqrt(squares + n * eps, n * (low + eps), n * (high + eps), math.sqrt(n)) * weight
 
 
+def polynomial_rms_norm(
+    x: Value,
+    weight: Value,
+    eps: float,
+    low: float,
+    high: float,
+    degree: int,
+    steps: int,
+    power: Callable[..., Value] = power,
+) -> Value:
+    """Return RMSNorm without comparisons, as ``polynomial_layer_norm``. low, high: the range of the mean square."""
+    n = x.shape[-1]
+    halves = round(math.log2(n * math.sqrt((low + eps) * (high + eps))))  # scales the root's argument to about one
+    unit = n * 2.0**-halves
+    total = (x.square().sum(-1, keepdim=True) + n * eps) * 2.0**-halves
+    scale = power(
+        total, -0.5, unit * (low + eps), unit * (high + eps), degree, steps, math.sqrt(n) * 2 ** (-halves / 2)
+    )
+    return x * scale * weight
+
+
 def l2_normalize(x: Value, low: float, high: float) -> Value:
     """Return x / |x| over the last dimension. low, high: the range of |x|^2."""
     return x * rsqrt(x.square().sum(-1, keepdim=True), low, high)

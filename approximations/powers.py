@@ -101,14 +101,26 @@ def steps_for(exponent: float, degree: int, low: float, high: float, error: floa
     )
 
 
-def power_scores(scores: Value, p: int, shift: float = 0.0) -> Value:
-    """Return (1 + scores / shift)^p, or scores^p without a shift, for even p: one opening up to p = 4, two above."""
-    for piece in power_pieces(p, shift):
+def power_scores(scores: Value, p: int, shift: float = 0.0, scale: float = 1.0) -> Value:
+    """Return (1 + scale scores / shift)^p, or (scale scores)^p without a shift, for even p.
+
+    It takes one opening up to p = 4, two above.
+    """
+    pieces = power_pieces(p, shift, scale)
+    if isinstance(scores, Tensor):
+        return _to_the(p, scores * (scale / shift) + 1 if shift else scores * scale)
+    for piece in pieces:
         scores = polynomial(scores, piece)
     return scores
 
 
-def power_pieces(p: int, shift: float) -> list[Piece]:
+def _to_the(p: int, x: Tensor) -> Tensor:
+    """Return x^p for even p, by products: a general power takes several times as long."""
+    square = x * x
+    return square if p == 2 else square * square if p == 4 else square * _to_the(p - 2, x)
+
+
+def power_pieces(p: int, shift: float, scale: float = 1.0) -> list[Piece]:
     """Return the power of ``power_scores`` as polynomials to apply one after the other.
 
     64 bits hold the fourth power of a fixed-point number precisely enough, but not the sixth. Raises ValueError unless
@@ -117,8 +129,15 @@ def power_pieces(p: int, shift: float) -> list[Piece]:
     if p < 2 or p % 2:
         raise ValueError(f"the power of Power-Softmax is even and positive, got {p}")
     first = p if p <= 4 else 2
-    pieces = [Piece((*(0.0,) * first, (shift or 1.0) ** -first), -shift)]
+    pieces = [Piece((*(0.0,) * first, (scale / (shift or 1.0)) ** first), -shift / scale)]
     return pieces if p == first else [*pieces, Piece((*(0.0,) * (p // 2), 1.0))]
+
+
+def stable_powers(scores: Tensor, weights: Tensor, p: int, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the weighed powers of each row divided by that of the largest base, and the magnitude of that base."""
+    base = 1 + scores / shift if shift else scores
+    largest = base.detach().abs().amax(-1, keepdim=True).clamp_min(1e-6)
+    return _to_the(p, base / largest) * weights, largest
 
 
 def power_attend(
@@ -131,9 +150,7 @@ def power_attend(
     avoids overflow.
     """
     if stable:
-        base = 1 + scores / shift if shift else scores
-        largest = base.abs().amax(-1, keepdim=True).clamp_min(1e-6)
-        e = (base / largest) ** p * weights
-        return (e @ values) / (eps / largest**p + e.sum(-1, keepdim=True))
+        e, largest = stable_powers(scores, weights, p, shift)
+        return (e @ values) / (eps / _to_the(p, largest) + e.sum(-1, keepdim=True))
     e = torch.as_tensor(power_scores(scores, p, shift)) * weights
     return (e @ values) / (eps + e.sum(-1, keepdim=True))

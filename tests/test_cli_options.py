@@ -323,6 +323,7 @@ VALUES: dict[str, str] = {
             "days",
             "retries",
             "batch",
+            "samples",
             "workers",
             "capacity",
             "draft_length",

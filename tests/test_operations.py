@@ -30,7 +30,7 @@ from secure.lowering.primitives import PRIMITIVES, Primitive
 from secure.lowering.trace import Symbol, evaluate
 from secure.operations.activations import approximate_softplus
 from secure.operations.generation import keep_operation, last_rows_operation
-from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
+from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation, rms_norm_operation
 from tests.helpers import run_function
 
 LENGTH = 4
@@ -80,6 +80,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "permute": lambda x, w, v, ids: x.permute(1, 0, 2),
     "polynomial": lambda x, w, v, ids: polynomial_operation(x, [1.0, 0.5, 0.25], 0.5),
     "polynomial_norm": lambda x, w, v, ids: layer_norm_operation(x, v, v, 0.1, 1e-3, 4.0, 3, 2),
+    "polynomial_rms_norm": lambda x, w, v, ids: rms_norm_operation(x, v, 0.1, 1e-3, 4.0, 3, 2),
     "power": lambda x, w, v, ids: power_operation(x, -0.5, 0.1, 4.0, 3, 2),
     "real": lambda x, w, v, ids: x.argmax(-1).float(),
     "relu": lambda x, w, v, ids: x.relu(),

@@ -33,7 +33,7 @@ from secure.mpc.powers import tabulated_power
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms, freeze_untrained
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
-from secure.training.distil import Collate, agreement_of, words
+from secure.training.sentences import Collate, agreement_of, words
 from secure.training.trainer import Settings, Trainer
 from tests.helpers import run_function
 from tests.tiny import LENGTH, sentences, write_model

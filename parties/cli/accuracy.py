@@ -17,26 +17,39 @@ from parties.cli.output import TABLE, FormatOption, OutputOption, checked_output
 from parties.reports.tables import titled
 from protocols.fixedpoint import FixedPoint
 from secure.errors import InvalidInput
+from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT, SENTENCES
+from secure.models.heads import task_named
 from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import PACKAGED, calibration_inputs, model_directory, text_inputs
 from secure.models.tokens import TextTokenizer
 from secure.polynomial.forms import forms
-from secure.training.fidelity import Computed, Fidelity, Held
+from secure.training.fidelity import Computed, Fidelity, Held, TextFidelity
 
 LENGTH = 32  # tokens of a sentence, if nothing else is asked for
 
 WAYS = ("computed in", "sentences", "Spearman", "same nearest", "mean cosine", "lowest", "lowest to own float")
+PERPLEXITIES = (
+    *("tokens", "perplexity of the original", "of the model", "ratio", "same likeliest token", "divergence, nats"),
+    "protocol: tokens as in own float",
+)
+WRITTEN = 32  # rows that the original writes, if no text is given
 RANGES = ("module", "met", "allowed", "used (log)", "corrections", "error to exact")
 
 
 def accuracy(
     model: Annotated[str, typer.Argument(help="A model directory that `unseen train` wrote.")],
     original: Annotated[str, typer.Option(help=f"The model that it was made of. {MODEL}.")] = PACKAGED,
-    texts: Annotated[Path | None, typer.Option(help="Sentences, one a line; 8 of ours by default.")] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Sentences or texts, one a line; by default 8 of ours, or what the original writes."),
+    ] = None,
     length: Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")] = LENGTH,
     fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
-    protocol: Annotated[int, typer.Option(min=0, help="How many of them to ask under the protocol as well.")] = 10,
+    protocol: Annotated[
+        int,
+        typer.Option(min=0, help="How many of them to ask under the protocol as well; of a language model, tokens."),
+    ] = 10,
     form: FormatOption = TABLE,
     output: OutputOption = None,
     threads: ThreadsOption = 0,
@@ -44,9 +57,14 @@ def accuracy(
     """Compare a polynomial model with its original: in floating point, in fixed point, and under the protocol."""
     checked_output(output, form.value)
     use_threads(threads)
-    given = read_texts(texts, "--texts", "sentence") if texts else list(HELD_OUT)
+    given = read_texts(texts, "--texts", "sentence") if texts else []
     fixed = FixedPoint(fraction_bits=fraction_bits)
-    found = measured(model_directory(model), model_directory(original), given, length, protocol, fixed)
+    both = model_directory(model), model_directory(original)
+    found: Fidelity | TextFidelity
+    if task_named(str(both[0])) == GENERATE:
+        found = measured_texts(*both, given, protocol, fixed, length)
+    else:
+        found = measured(*both, given or list(HELD_OUT), length, protocol, fixed)
     about = {"length": length, "fraction_bits": fraction_bits}
     document = numbered(asdict(found) | {"model": Path(model).name, "original": Path(original).name} | about)
     if form.value == "table":
@@ -68,7 +86,7 @@ def numbered(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def warn(found: Fidelity) -> None:
+def warn(found: Fidelity | TextFidelity) -> None:
     """Warn of ranges that were left: answers are wrong there, and nothing under the protocol would notice."""
     for held in found.ranges:
         if held.used is not None and not held.used <= 1:
@@ -103,6 +121,32 @@ def measured(
     )
 
 
+def measured_texts(
+    trained: Path,
+    original: Path,
+    texts: list[str],
+    protocol: int,
+    fixed: FixedPoint | None = None,
+    length: int = LENGTH,
+) -> TextFidelity:
+    """The same of a language model, on these texts, or on some that the original writes."""
+    from secure.models.causal import load_language_model
+    from secure.training.fidelity import written_fidelity
+    from secure.training.language import HELD_OUT_SEED, row_length, rows_of_texts, rows_written
+
+    say("unseen accuracy: loading the models ...")
+    model, teacher = load_language_model(trained), load_language_model(original)
+    if not any(forms(model)):
+        raise InvalidInput(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
+    each = row_length(model)
+    if texts:
+        rows = rows_of_texts(load_tokenizer(trained), texts, each)
+    else:
+        rows = rows_written(teacher, WRITTEN, each, HELD_OUT_SEED)
+    told = lambda line: say(f"unseen accuracy: {line} ...")  # noqa: E731
+    return written_fidelity(model, teacher, rows, protocol, fixed, length, told)
+
+
 def cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Tensor] | None:
     """As many of a text's words as fit, as the model's arguments; None if not one does."""
     words = text.split()
@@ -114,19 +158,25 @@ def cut(tokenizer: TextTokenizer, text: str, length: int) -> dict[str, torch.Ten
     return None
 
 
-def show(found: Fidelity) -> None:
+def show(found: Fidelity | TextFidelity) -> None:
     """As tables in the terminal. "used" of a range: in logarithms, from its middle."""
     warn(found)
     for title, heads, rows in _tables(found):
         OUT.print(titled(title, heads, [[str(cell) for cell in row] for row in rows]))
 
 
-def _tables(found: Fidelity) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+def _tables(found: Fidelity | TextFidelity) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    ranges = ("ranges of the polynomials", RANGES, [_range(held) for held in found.ranges])
+    if isinstance(found, TextFidelity):
+        p = found.perplexities
+        own = f"{found.same} of {found.steps}" if found.steps else ""
+        row = (p.tokens, *(f"{value:.4f}" for value in (p.original, p.model, p.ratio, p.same, p.divergence)), own)
+        return [("against the original", PERPLEXITIES, [row]), ranges]
     layers = [(f"layer {i}", f"{error:.4f}") for i, error in enumerate(found.layers)]
     return [
         ("against the original", WAYS, [_way(way) for way in found.ways]),
         ("hidden states behind each layer", ("", "relative error"), layers),
-        ("ranges of the polynomials", RANGES, [_range(held) for held in found.ranges]),
+        ranges,
     ]
 
 
@@ -144,15 +194,16 @@ def _range(held: Held) -> tuple[str, ...]:
     return (held.path, met, allowed, f"{held.used:.0%}", str(held.corrections), f"{held.error:.2g}")
 
 
-def _page(document: dict[str, Any], found: Fidelity) -> str:
+def _page(document: dict[str, Any], found: Fidelity | TextFidelity) -> str:
     from parties.reports.html import bar_chart, escaped, page, table_html
 
     charts: list[dict[str, Any]] = []
     body = []
-    names = [f"layer {i}" for i in range(len(found.layers))]
+    layers = [] if isinstance(found, TextFidelity) else list(found.layers)
+    names = [f"layer {i}" for i in range(len(layers))]
     pictures = [
         "",
-        bar_chart(charts, names, {"hidden states": list(found.layers)}, "relative error"),
+        *([bar_chart(charts, names, {"hidden states": layers}, "relative error")] if layers else []),
         bar_chart(
             charts,
             [held.path for held in found.ranges if held.used is not None],

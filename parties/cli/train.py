@@ -1,4 +1,4 @@
-"""``unseen train``: distil a sentence encoder into polynomial form."""
+"""``unseen train``: distil a sentence encoder or a language model into polynomial form."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import typer
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parties.cli.accuracy import measured, show
+from parties.cli.accuracy import measured, measured_texts, show
 from parties.cli.console import OUT
 from parties.cli.options import TextModelArgument, ThreadsOption, read_texts
 from secure.errors import InvalidInput, MissingPackage
+from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT
+from secure.models.heads import task_named
 from secure.models.text import PACKAGED, model_directory
 from secure.polynomial.recipe import Recipe
 from secure.training.trainer import Settings, TrainingProgress
@@ -24,26 +26,46 @@ from secure.training.trainer import Settings, TrainingProgress
 Attention = StrEnum("Attention", {a: a for a in ("power", "quad")})  # type: ignore[misc]
 
 KNOWN = "powers are 2, 4, 6 or 8; degrees 2 to 4; shifts 0, or from 1/64 to 64"
+SENTENCES, ROWS, LENGTH = 48, 16, 128  # in a batch, and tokens of a row
+SAMPLES = 2048  # rows of some hundred tokens
 SAID = 100  # steps from one line of a log to the next
 
 
 def train(
-    text: Annotated[Path, typer.Option(help="A file of sentences, one a line, or a saved data set.")],
     output: Annotated[Path, typer.Option(help="Where the trained model and its checkpoints go.")],
     model: TextModelArgument = PACKAGED,
+    text: Annotated[
+        Path | None, typer.Option(help="A file of sentences or texts, one a line, or a saved data set.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help=f"Rows that a language model writes itself, to learn from; {SAMPLES} if there is no text."
+        ),
+    ] = None,
     attention: Annotated[Attention, typer.Option(help="Power-Softmax, or MPCFormer's 2Quad.")] = Attention["power"],
     power: Annotated[int, typer.Option(help="The even power of Power-Softmax.")] = 4,
     shift: Annotated[float | None, typer.Option(help="c of (1 + x/c)^power; 0: x^power; by default c = power.")] = None,
     activation_degree: Annotated[int, typer.Option(help="Degree of the activations' polynomials.")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 4500,
-    batch: Annotated[int, typer.Option(min=2, help="Sentences a step.")] = 48,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Tokens of a row: as many as a text will have under the protocol; {LENGTH}."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Sentences a step, {SENTENCES} by default; of a language model rows, {ROWS}."),
+    ] = None,
     rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.5e-4,
     seed: int = 0,
     bfloat16: Annotated[bool, typer.Option(help="Products in bfloat16 until the last steps.")] = False,
     patience: Annotated[
         int, typer.Option(min=0, help="End after so many checks without a better held-out loss; 0: never.")
     ] = 0,
-    held_out: Annotated[Path | None, typer.Option(help="Sentences for the report; 8 of ours by default.")] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Sentences or texts for the report; by default 8 of ours, or what the original writes."),
+    ] = None,
     column: Annotated[
         str | None, typer.Option(help="Of a Hugging Face data set: where its sentences are; text by default.")
     ] = None,
@@ -60,12 +82,23 @@ def train(
         option = str(problem["loc"][0]).replace("_", "-")
         raise InvalidInput(f"--{option}: {problem['msg']}", KNOWN) from None
     directory = model_directory(model)
-    if column is not None and not text.is_dir():
-        raise InvalidInput(f"--column means nothing with the file {text}", "it is for a saved data set")
-    texts = data_set(text, column or "text") if text.is_dir() else read_texts(text, "--text", "sentence")
-    others = read_texts(held_out, "--held-out", "sentence") if held_out else list(HELD_OUT)
+    if column is not None and (text is None or not text.is_dir()):
+        there = f"with the file {text}" if text else "without --text"
+        raise InvalidInput(f"--column means nothing {there}", "it is for a saved data set")
+    writes = task_named(str(directory)) == GENERATE
+    if text is None and not writes:
+        raise InvalidInput("--text is needed", "a file of sentences, one a line, or a saved data set")
+    for option, given in (("--samples", samples), ("--length", length)):
+        if given and not writes:
+            raise InvalidInput(f"{option} is for language models", "a sentence encoder writes no text; give --text")
+    if text is None:
+        texts, samples = [], SAMPLES if samples is None else samples
+    else:
+        texts = data_set(text, column or "text") if text.is_dir() else read_texts(text, "--text", "sentence")
+    others = read_texts(held_out, "--held-out", "sentence") if held_out else [] if writes else list(HELD_OUT)
     if threads:
         torch.set_num_threads(threads)
+    batch = batch or (ROWS if writes else SENTENCES)
     settings = Settings(steps=steps, batch=batch, rate=rate, seed=seed, bfloat16=bfloat16, patience=patience)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=OUT) as bar:
@@ -80,8 +113,18 @@ def train(
                 )
 
         OUT.print(f"a checkpoint every {settings.checkpoint_seconds / 60:.0f} minutes in {output}", markup=False)
-        distil(directory, texts, recipe, settings, output, told)
-    show(measured(output, directory, others, 0, protocol=0))
+        distil(
+            directory,
+            texts,
+            recipe,
+            settings,
+            output,
+            told,
+            samples=samples or 0,
+            length=length or 0,
+            preparing=lambda done, total, what: bar.update(task, description=f"{done} of {total} {what}"),
+        )
+    show(measured_texts(output, directory, others, 0) if writes else measured(output, directory, others, 0, protocol=0))
     OUT.print(f"serve it with: unseen serve {output}", markup=False)
 
 

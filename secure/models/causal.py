@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from secure.errors import InvalidInput, printable
 from secure.models.chat import CONTENT, ROLE, rendered
-from secure.models.checkpoints import load_checkpoint, quiet_transformers
+from secure.models.checkpoints import Hear, load_checkpoint, quiet_transformers, unheard
 from secure.models.decoder import vocabulary
 from secure.models.detokenizer import Detokenizer
 from secure.models.served_tokenizer import load_tokenizers
 from secure.models.settings import MAXIMUM_TEMPLATE, TOKEN, TaskSettings, WritingSettings
 from secure.models.text import model_directory
 from secure.models.tokens import TextTokenizer
+from secure.polynomial.swap import restore
 
 CONVERSATIONS = (
     (("user", "Who wrote it?"),),
@@ -44,7 +46,7 @@ def load_causal(model: str) -> CausalModel:
     served as it is.
     """
     directory, about = model_directory(model), list[str]()
-    module = load_checkpoint(directory, "AutoModelForCausalLM", told=about.append)
+    module = load_language_model(directory, about.append)
     tokenizer, document, original = load_tokenizers(directory, vocabulary(module))
     Detokenizer(tokenizer)  # raises for one that makes no text
     template = _template(original)
@@ -59,6 +61,14 @@ def load_causal(model: str) -> CausalModel:
     settings = TaskSettings(TOKEN, writing=writing)
     _ = settings.encoded  # which clients would refuse
     return CausalModel(directory.name, module, tokenizer, document, settings, tuple(about))
+
+
+def load_language_model(directory: Path, told: Hear = unheard) -> nn.Module:
+    """Load a causal language model, in polynomial form if there is a recipe beside its weights.
+
+    Raises as ``load_checkpoint``, and for a recipe of another model.
+    """
+    return restore(load_checkpoint(directory, "AutoModelForCausalLM", told=told), directory)
 
 
 def ends_of(model: nn.Module, *more: int | None) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from secure.capture.graph import MASKED, POSITIONS
 from secure.errors import InputTooLong, InvalidInput
 from secure.operations.generation import keep_operation, last_rows_operation
 from secure.operations.sampling import sample
+from secure.polynomial.forms import forms, weighed_values
+from secure.polynomial.swap import seen_keys
 
 TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
 
@@ -33,10 +35,12 @@ class _Rows:
 
     is_compileable = False
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, own: Tensor | None) -> None:
+        """own: (1, 1, n, 1), by which values are multiplied before they are kept; None: they are kept as they are."""
+        self._rows, self._own = rows, own
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        values = values if self._own is None else values * self._own
         return keep_operation(keys, f"{layer}.keys", self._rows), keep_operation(values, f"{layer}.values", self._rows)
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -69,16 +73,20 @@ class Decoder(nn.Module):
         model: Any = self.model
         attention_mask = attention_mask.to(model.dtype)  # of a mapped checkpoint, its own
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
+        own = None  # of a model in polynomial form: which of these tokens are no padding, as the last row of masks says
+        if any(forms(self.model)):
+            own = seen_keys(attention_mask[..., -1:, rows:], model.dtype).transpose(-1, -2)
         count, head = input_ids.shape[-1] if rows else 1, model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (last_rows_operation(given[0], count), *given[1:]))
         try:
-            found = model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                past_key_values=_Rows(rows),
-                use_cache=False,
-            )
+            with weighed_values(model):
+                found = model(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    attention_mask=attention_mask,
+                    past_key_values=_Rows(rows, own),
+                    use_cache=False,
+                )
         finally:
             hook.remove()
         return found.logits, None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secure.capture.graph import MASKED, POSITIONS
 from secure.errors import Error, InvalidInput, about, printable
-from secure.models.checkpoints import load_checkpoint
+from secure.models.causal import load_language_model
 from secure.models.decoder import MASK, TOKENS, most_positions, vocabulary
 from secure.models.served_tokenizer import load_tokenizer
 from secure.models.text import model_directory
@@ -123,7 +123,7 @@ def load_draft(given: object, tokenizer: TextTokenizer | None, known: int) -> Dr
     else:
         try:
             directory = model_directory(str(given))
-            model = load_checkpoint(directory, "AutoModelForCausalLM")
+            model = load_language_model(directory)
             theirs = load_tokenizer(directory) if tokenizer is not None else None
         except Error as error:
             raise about("the draft", error) from None

@@ -33,7 +33,6 @@ from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT
 from secure.models.checkpoints import load_checkpoint
 from secure.models.pairs import encode, pair_samples
-from secure.models.sentence_encoder import RECIPE
 from secure.models.served_tokenizer import load_served_tokenizer
 from secure.models.settings import (
     IDENTITY,
@@ -52,6 +51,7 @@ from secure.models.settings import (
 )
 from secure.models.text import model_directory
 from secure.models.tokens import TRUNCATE, TextTokenizer, read_json
+from secure.polynomial.recipe import RECIPE
 
 CLASSIFY, TAG, ANSWER, RERANK, SEARCH = "classify", "tag", "answer", "rerank", "search"
 
@@ -207,7 +207,7 @@ def check_exact(directory: Path) -> None:
         raise InvalidInput(
             f"{directory} is in polynomial form ({RECIPE}), which models with a head do not have so far",
             "train the head on the original model and serve that, by two or three parties; polynomial form is for "
-            "sentence encoders",
+            "sentence encoders and language models",
         )
 
 

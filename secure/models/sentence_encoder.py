@@ -19,8 +19,7 @@ from secure.models.prompts import read_prompts
 from secure.models.sentence_directory import listed_modules
 from secure.models.served_tokenizer import load_tokenizer
 from secure.models.tokens import TextTokenizer, read_json, tokenize
-from secure.polynomial.recipe import read_recipe
-from secure.polynomial.swap import polynomialize
+from secure.polynomial.swap import restore
 
 __all__ = [
     "SentenceEncoder",
@@ -31,7 +30,6 @@ __all__ = [
     "tokenize",
 ]
 
-RECIPE = "polynomial.json"  # beside the weights of a model in polynomial form
 POOLER = ("pooler.",)  # weights that nobody reads here: only hidden states are pooled
 ENCODERS: Mapping[str, str] = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """The classes of the encoder alone, by the type of a model that has a decoder too."""
@@ -157,8 +155,7 @@ def load_sentence_encoder(directory: str | Path, *, dimensions: int = 0, told: H
         dimensions=dimensions,
     ).eval()
     _check_works(model, transformer)
-    if (recipe := transformer / RECIPE).is_file():
-        polynomialize(encoder, read_recipe(recipe), prefix="encoder.")
+    restore(encoder, transformer, prefix="encoder.")
     return model
 
 

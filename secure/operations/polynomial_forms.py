@@ -114,3 +114,36 @@ def _(to: Lowering, node: Node) -> Symbol:
     form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
     x = to.symbol(node.inputs[0])
     return to.normalized(node, approximations.polynomial_layer_norm(x, 1.0, 0.0, *form, to.functions.power))
+
+
+@operation("polynomial_rms_norm", polynomial=True)
+def polynomial_rms_norm(
+    x: Tensor, weight: Tensor, /, *, eps: float, low: float, high: float, degree: int, steps: int
+) -> Tensor:
+    """Divide by the root of the mean square of the last axis, with the inverse root by polynomials."""
+    return torch.as_tensor(approximations.polynomial_rms_norm(x, weight, eps, low, high, degree, steps))
+
+
+@polynomial_rms_norm.aten("rms_norm.default", namespace="unseen")
+def _(b: Builder, x: Value, weight: Value, eps: float, low: float, high: float, degree: int, steps: int) -> Value:
+    return b.shared("polynomial_rms_norm", x, weight, eps=eps, low=low, high=high, degree=degree, steps=steps)
+
+
+@polynomial_rms_norm.observes
+def _(x: Tensor, **_: Any) -> Tensor:
+    """Return the mean square."""
+    return x.square().mean(-1)
+
+
+@polynomial_rms_norm.assumes
+def _(operand: Node, reach: float, *, low: float, high: float, **_: Any) -> tuple[float, float]:
+    return low, high
+
+
+@polynomial_rms_norm.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    _check_range(to, node)
+    a = node.attrs
+    form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
+    x = to.symbol(node.inputs[0])
+    return to.normalized(node, approximations.polynomial_rms_norm(x, 1.0, *form, to.functions.power))

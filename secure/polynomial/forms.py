@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,12 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approximations.fits import least_squares
-from approximations.norms import polynomial_layer_norm
-from approximations.powers import power, power_attend, power_error, power_pieces, power_scores, steps_for
+from approximations.norms import polynomial_layer_norm, polynomial_rms_norm
+from approximations.powers import power, power_error, power_pieces, power_scores, stable_powers, steps_for
 from approximations.primitives import Piece
 from secure.errors import InvalidInput
 from secure.lowering.ranges import widened
-from secure.polynomial.operations import layer_norm_operation, polynomial_operation, power_operation
+from secure.polynomial.operations import (
+    layer_norm_operation,
+    polynomial_operation,
+    power_operation,
+    rms_norm_operation,
+)
 from secure.polynomial.recipe import Recipe
 
 SAMPLES = 1 << 18  # arguments of an activation on which its polynomial is fitted
@@ -65,11 +71,14 @@ class Form(nn.Module):
         reach = math.sqrt(self.recipe.norm_spread) / RANGE_ROOM
         return self.found["centre"] / reach, self.found["centre"] * reach
 
-    def _watch(self, value: Tensor) -> None:
-        """Record a positive value's extremes, and its range loss, which grows with the distance from the range."""
+    def _watch(self, value: Tensor, times: Tensor | float = 0.0) -> None:
+        """Record a positive value's extremes, and its range loss, which grows with the distance from the range.
+
+        times: the logarithm of a factor of the value.
+        """
         if not self.watching:
             return
-        logarithm = value.clamp_min(1e-12).log()
+        logarithm = value.clamp_min(1e-30).log() + times
         self.seen.append(torch.stack([logarithm.detach().amin(), logarithm.detach().amax()]))
         if "centre" in self.found:
             low, high = self.wanted()
@@ -136,6 +145,7 @@ class PowerAttention(Form):
     ) -> None:
         super().__init__(recipe, found)
         self.scale_queries = scale_queries
+        self.weighed = False  # values come with what is masked as zero; see ``weighed_values``
 
     @property
     def floor(self) -> float:  # type: ignore[override]
@@ -150,20 +160,30 @@ class PowerAttention(Form):
         weights: (B, 1, 1 or T, L), zero where masked, with a sum of one in every row; None for equal weights.
         """
         r = self.recipe
-        scores = (query @ key.transpose(-1, -2)) * scaling
+        products = query @ key.transpose(-1, -2)
+        if not self.frozen and self.weighed:
+            raise InvalidInput("a decoder whose ranges are not frozen", "train it to the end, or freeze_untrained")
         if not self.frozen:
-            if self.watching:
-                powers = power_scores(scores, r.exponent, r.offset) * key_weights(weights, scores)
-                self._watch(powers.sum(-1) + r.eps)
-            return power_attend(scores, value, key_weights(weights, scores), r.exponent, r.eps, r.offset, stable=True)
+            scores = products * scaling
+            e, largest = stable_powers(scores, key_weights(weights, scores), r.exponent, r.offset)
+            total, least = e.sum(-1, keepdim=True), r.eps * largest**-r.exponent
+            self._watch(total + least, largest.log() * r.exponent)
+            return (e @ value) / (total + least)
         exporting = torch.compiler.is_exporting()
-        if exporting:
-            e = scores
-            for piece in power_pieces(r.exponent, r.offset):
+        if exporting:  # the polynomial takes the factor too, so that products need not be multiplied
+            e = products
+            for piece in power_pieces(r.exponent, r.offset, scaling):
                 e = polynomial_operation(e, list(piece.coefficients), piece.centre)
         else:
-            e = power_scores(scores, r.exponent, r.offset)
-        if weights is None:
+            e = power_scores(products, r.exponent, r.offset, scaling)
+        if weights is not None and self.weighed:
+            # a row of the weights is equal where it is not zero: its largest entry is 1 / keys. The product by it takes
+            # no round of its own, as the inverse takes longer; and values that are zero need no other mask
+            share = weights.amax(-1, keepdim=True)
+            e = e.tril(e.shape[-1] - e.shape[-2]).unsqueeze(-2)  # one opening for both products
+            total = (e @ weights.unsqueeze(-1)).squeeze(-1)
+            numerator = (e @ value.unsqueeze(-3)).squeeze(-2) * share
+        elif weights is None:
             total, numerator = e.mean(-1, keepdim=True), e @ (value * (1.0 / value.shape[-2]))
         elif weights.shape[-2] == 1:  # the same for all rows: weigh the values once
             column = weights.transpose(-1, -2)
@@ -182,6 +202,22 @@ class PowerAttention(Form):
         else:
             inverse = power(total, -1.0, *bounds)
         return numerator * inverse
+
+
+@contextmanager
+def weighed_values(model: nn.Module) -> Iterator[None]:
+    """Within a ``with`` block, let attention get values that are zero at all keys which are masked but by causality.
+
+    A decoder keeps its values so: then no mask is multiplied by scores. It computes the same.
+    """
+    attentions = [form for _, form in forms(model) if isinstance(form, PowerAttention)]
+    for form in attentions:
+        form.weighed = True
+    try:
+        yield
+    finally:
+        for form in attentions:
+            form.weighed = False
 
 
 class PolynomialActivation(Form):
@@ -308,20 +344,19 @@ class PolynomialRMSNorm(Form):
         if not self.frozen:
             exact: Tensor = x * (square + self.eps).rsqrt() * self.weight
             return exact
+        form = (self.eps, *self.bounds(), self.recipe.norm_degree, self.found["steps"])
+        if torch.compiler.is_exporting():
+            out: Tensor = rms_norm_operation(x, self.weight, *form)
+            return out
+        if not self.guarded:
+            return torch.as_tensor(polynomial_rms_norm(x, self.weight, *form))
         low, high = (edge + self.eps for edge in self.bounds())
-        halves = 2 * round(math.log2(low * high) / 4)  # brings the argument of the root to about one
-        shrink = 2.0**-halves
-        form = (-0.5, low * shrink, high * shrink, self.recipe.norm_degree, self.found["steps"])
-
-        def root(value: Tensor) -> Tensor:
-            shrunk = (value + self.eps) * shrink
-            found = power_operation(shrunk, *form) if torch.compiler.is_exporting() else power(shrunk, *form)
-            rooted: Tensor = found * shrink**0.5
-            return rooted
-
-        inverse = self._mixed(square, root, lambda v: (v + self.eps).rsqrt()) if self.guarded else root(square)
-        out: Tensor = x * inverse * self.weight
-        return out
+        power_of = (-0.5, low, high, *form[-2:])
+        root = self._mixed(
+            square, lambda v: torch.as_tensor(power(v + self.eps, *power_of)), lambda v: (v + self.eps).rsqrt()
+        )
+        trained: Tensor = x * root * self.weight
+        return trained
 
 
 def forms(model: nn.Module) -> Iterator[tuple[str, Form]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from approximations.norms import polynomial_layer_norm
+from approximations.norms import polynomial_layer_norm, polynomial_rms_norm
 from approximations.powers import polynomial, power
 from approximations.primitives import Piece
 
@@ -30,6 +30,14 @@ def layer_norm_operation(
     return torch.as_tensor(polynomial_layer_norm(x, weight, bias, eps, low, high, degree, steps))
 
 
+@torch.library.custom_op("unseen::rms_norm", mutates_args=())
+def rms_norm_operation(
+    x: Tensor, weight: Tensor, eps: float, low: float, high: float, degree: int, steps: int
+) -> Tensor:
+    """Divide by the root of the mean square of the last axis; see ``approximations.polynomial_rms_norm``."""
+    return torch.as_tensor(polynomial_rms_norm(x, weight, eps, low, high, degree, steps))
+
+
 @polynomial_operation.register_fake
 def _(x: Tensor, coefficients: list[float], centre: float) -> Tensor:
     return torch.empty_like(x)
@@ -42,4 +50,9 @@ def _(x: Tensor, exponent: float, low: float, high: float, degree: int, steps: i
 
 @layer_norm_operation.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low: float, high: float, degree: int, steps: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@rms_norm_operation.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, low: float, high: float, degree: int, steps: int) -> Tensor:
     return torch.empty_like(x)

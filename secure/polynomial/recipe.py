@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from secure.errors import InvalidInput
 
+RECIPE = "polynomial.json"
+"""The name of a recipe's file, beside the weights of a model in polynomial form."""
+
 QUAD = 5.0  # the shift of 2Quad
 
 

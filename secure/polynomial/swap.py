@@ -6,6 +6,7 @@ All weights keep their names, so that a trained model is saved as an ordinary ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from secure.errors import InvalidInput
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PolynomialRMSNorm, PowerAttention, forms
-from secure.polynomial.recipe import Recipe
+from secure.polynomial.recipe import RECIPE, Recipe, read_recipe
 
 INTERFACE = "unseen-power"  # the name of our attention in transformers' registry
 _ACTIVATIONS = ("GELU", "SiLU", "ReLU", "QuickGELU", "NewGELU", "Tanh")
@@ -36,8 +37,8 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
             f"{type(model).__name__} has no known polynomial form: "
             + (f"{', '.join(others)} cannot be replaced" if others else "no attention that can be replaced")
             + f"; its modules are {', '.join(kinds)}\nhint: supported are attention through transformers' interface "
-            "(BERT, RoBERTa, DistilBERT, ViT, GPT-2, LLaMA), LayerNorm, RMSNorm, and the activations GeLU, SiLU, ReLU "
-            "and tanh"
+            "(BERT, RoBERTa, DistilBERT, ViT, GPT-2, GPT-NeoX, LLaMA), LayerNorm, RMSNorm, and the activations GeLU, "
+            "SiLU, ReLU and tanh"
         )
     for path, module in attention:
         found = recipe.layers.get(f"{prefix}{path}.polynomial")
@@ -58,25 +59,37 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
     return model
 
 
+def restore(model: nn.Module, directory: Path, prefix: str = "") -> nn.Module:
+    """Put a model that was loaded from a directory into polynomial form, if there is a recipe beside its weights."""
+    recipe = directory / RECIPE
+    return polynomialize(model, read_recipe(recipe), prefix) if recipe.is_file() else model
+
+
 def _goes_through_interface(module: nn.Module) -> bool:
     return isinstance(getattr(module, "scaling", None), float) and hasattr(module, "config")
 
 
 def _query_scaling(attention: nn.Module) -> Callable[[Tensor], None]:
     """Return a function that scales an attention module's query projection, which is found by its usual names."""
-    for name in ("query", "q_lin", "q_proj", "c_attn"):
+    for name in ("query", "q_lin", "q_proj", "c_attn", "query_key_value"):
         if isinstance(projection := getattr(attention, name, None), nn.Module):
             break
     else:
         children = ", ".join(name for name, _ in attention.named_children())
         raise InvalidInput(
             f"{type(attention).__name__} has no known projection of queries among {children}\n"
-            "hint: query, q_lin, q_proj and c_attn are known"
+            "hint: query, q_lin, q_proj, c_attn and query_key_value are known"
         )
 
     def scale(factors: Tensor) -> None:
         weight: Any = projection.weight
         bias: Any = projection.bias
+        if name == "query_key_value":  # GPT-NeoX's has the queries, keys and values of each head together
+            with torch.no_grad():
+                for part in (weight, bias):
+                    if part is not None:
+                        part.view(len(factors), 3, -1)[:, 0] *= factors.to(part)[:, None]
+            return
         by_column = name == "c_attn"  # GPT-2's, of queries, keys and values, is (in, out)
         width = weight.shape[1] // 3 if by_column else weight.shape[0]
         each = factors.to(weight).repeat_interleave(width // len(factors))
@@ -134,15 +147,25 @@ def _attention(
     form: Any = module.polynomial
     groups: int = getattr(module, "num_key_value_groups", 1)
     if groups > 1:  # queries that share keys and values
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        key, value = (_shared(x, groups) for x in (key, value))
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = form(query, key, value, mask_weights(attention_mask, query), factor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _shared(x: Tensor, groups: int) -> Tensor:
+    """Repeat each head (B, H, L, d) for the queries that share it, as transformers does."""
+    return x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def seen_keys(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask, or an additive one of zero or very low, into ones and zeros."""
+    return (mask if mask.dtype == torch.bool else mask > -1.0).to(dtype)
 
 
 def mask_weights(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """Turn an additive mask (B, 1, 1 or T, L), zero or very low, into weights of the keys with a sum of one."""
     if mask is None:
         return None
-    keep = (mask if mask.dtype == torch.bool else mask > -1.0).to(query.dtype)
+    keep = seen_keys(mask, query.dtype)
     return keep / keep.sum(-1, keepdim=True).clamp_min(1)  # a row without keys attends to nothing

@@ -2,6 +2,9 @@
 
 checkpoint   the state of a training run, in one file
 trainer      the training loop in stages, which a killed run resumes
-distil       a sentence encoder's data, loss and report
+lesson       what a student learns from
+sentences    the lesson of a sentence encoder
+language     the lesson of a language model, and perplexities
+distil       a model of either kind, trained and written to a directory
 fidelity     how close a polynomial model is to its original, and its Program to its floating point
 """

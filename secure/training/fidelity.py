@@ -1,4 +1,4 @@
-"""Measure how close a polynomial sentence encoder is to its original, and its Program to its own floating point."""
+"""Measure how close a polynomial model is to its original, and its Program to its own floating point."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from protocols.fixedpoint import FixedPoint
+from secure.deployments.compiled import insecure_in_process
+from secure.deployments.generator import compile_generator
 from secure.deployments.in_process import plain_reference
 from secure.deployments.two_party import TwoParty
 from secure.lowering.lower import Sample
@@ -16,7 +19,8 @@ from secure.models.sentence_encoder import SentenceEncoder
 from secure.mpc.compile import MpcModel
 from secure.polynomial.forms import Form, forms
 from secure.session.session import Session
-from secure.training.distil import Agreement, agreement_of, hidden_states
+from secure.training.language import Perplexities, perplexities, run
+from secure.training.sentences import Agreement, agreement_of, hidden_states
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,56 @@ def fidelity(
             asked = _unit([session.query(x) for x in inputs[:protocol]])
         ways.append(_computed("protocol", asked, floating, wanted))
     return Fidelity(tuple(ways), tuple((apart / size).sqrt().tolist()[1:]), ranges)
+
+
+@dataclass(frozen=True)
+class TextFidelity:
+    """The fidelity of a polynomial language model.
+
+    steps, same: the tokens that it wrote under the protocol, and how many of them its own floating point finds most
+    likely behind the same text.
+    """
+
+    perplexities: Perplexities
+    steps: int
+    same: int
+    ranges: tuple[Held, ...]
+
+
+def written_fidelity(
+    model: nn.Module,
+    original: nn.Module,
+    rows: Sequence[Tensor],
+    protocol: int,
+    fixed: FixedPoint | None = None,
+    length: int = 32,
+    told: Callable[[str], None] = lambda _: None,
+) -> TextFidelity:
+    """Measure a polynomial language model on rows of tokens, in floating point and under the protocol.
+
+    protocol: the number of tokens to write under the protocol, with all parties in this process, behind the first half
+    of ``length`` tokens of the first row; none for 0. told: as for ``fidelity``.
+    """
+    told("floating point")
+    for _, form in forms(model):
+        form.watching = True
+        form.seen.clear()
+    found = perplexities(model, original, rows)
+    ranges = tuple(_held(path, form) for path, form in forms(model) if form.seen)
+    for _, form in forms(model):
+        form.watching = False
+        form.seen.clear()
+    if not protocol:
+        return TextFidelity(found, 0, 0, ranges)
+    told(f"protocol, {protocol} tokens")
+    prompt = rows[0][: length // 2].tolist()
+    compiled = compile_generator(model, prompt=length, capacity=length + protocol, fixed_point=fixed)
+    with insecure_in_process(compiled) as session:
+        ids = session.generate(prompt, protocol, ignore_end=True).complete().ids
+    with torch.no_grad():
+        scores, _ = run(model, {"input_ids": torch.tensor([[*prompt, *ids]])})
+    own = scores[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    return TextFidelity(found, len(ids), sum(a == b for a, b in zip(ids, own, strict=True)), ranges)
 
 
 def _unit(answers: Sequence[Tensor]) -> Tensor:
