@@ -30,7 +30,7 @@ from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Refresher
 from protocols.ckks.schedule import Schedule, schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys
-from secure.ckks.compile import CkksModel, encrypt, encrypt_batch
+from secure.ckks.compile import CkksModel, encrypt
 from secure.deployments.ckks import Ckks
 from secure.deployments.compiled import build
 from secure.deployments.deployment import CompileOptions
@@ -339,19 +339,21 @@ def layer() -> dict[str, Any]:
     }
 
 
+BATCH = 8192  # the slots of the smallest ring with enough levels
+
+
 def batch() -> dict[str, Any]:
     """As many images as there are slots, the test images over and over."""
     model, _ = train_digits(1)
     data = load_digits()
-    samples = prepared(model).samples
-    batched = encrypt_batch(model, samples[0], calibration=samples[1:])
-    party = Party(batched.schedule, batched.parameters)
-    images = data.test[0]
-    count = batched.parameters.slots
-    given = [{"images": images[k % len(images)][None]} for k in range(count)]
+    made = prepared(model).batched(BATCH)
+    batched = encrypt(model, made.samples[0], calibration=made.samples[1:], batch=BATCH, labels={"batch": str(BATCH)})
+    party = Party(batched.schedule, batched.program.parameters)
+    images, count = data.test[0], BATCH
+    given = {"images": images[torch.arange(count) % len(images)]}
     levels = batched.schedule.inputs()
-    found, spent = party.run(batched.slots(given), levels)
-    answers = batched.answers(found, count)
+    found, spent = party.run(batched.program.client_values(given, {}), levels)
+    answers = batched.program.decode(found)["output"]
     with torch.no_grad():
         plain = model(images)[torch.arange(count) % len(images)]
     return {

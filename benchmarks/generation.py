@@ -32,7 +32,7 @@ from protocols.two_party import Open
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.deployment import find
 from secure.deployments.generator import written
-from secure.models.checkpoints import load_checkpoint
+from secure.models.causal import load_language_model
 from secure.mpc.program import Program
 
 TEXTS = ("Once upon a time", "Lily and Tom", "The dog was", "One day, a little girl", "There was a big red ball")
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true")
     parser.add_argument("--write", action="store_true")
     o = parser.parse_args()
-    model = gpt2() if str(o.directory) == SHAPE else load_checkpoint(o.directory, "AutoModelForCausalLM")
+    model = gpt2() if str(o.directory) == SHAPE else load_language_model(o.directory)
     given = {"prompt": o.prompt, "deployment": find(o.deployment)(), "network": o.network}
     given |= {"draft_length": o.draft_length}
     report: dict[str, Any] = machine("benchmarks.generation")
@@ -162,7 +162,7 @@ def main() -> None:
     report["step"], draft = step_cost(compiled), None
     if o.draft_length:
         report["pass"] = step_cost(compiled, o.draft_length)
-        draft = load_checkpoint(o.draft, "AutoModelForCausalLM") if o.draft else model
+        draft = load_language_model(o.draft) if o.draft else model
     with secure.insecure_in_process(compiled) as session:
         report["texts"] = [compared(session, model, tokenizer, text, o.tokens, draft) for text in o.text]
     print(json.dumps(report, indent=2))

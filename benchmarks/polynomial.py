@@ -35,8 +35,8 @@ from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import MpcModel, compile
 from secure.polynomial.forms import forms
 from secure.training.checkpoint import CHECKPOINT, read_about
-from secure.training.distil import agreement_of, hidden_states
 from secure.training.fidelity import fidelity
+from secure.training.sentences import agreement_of, hidden_states
 
 LENGTH = 32
 SST2_LENGTH, SST2_ASKED = 64, 200

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ BATCH = 3
 LONG = " ".join(WORDS[:40])
 
 
-def compiled_for(deployment: type[Any], directory: Path, batch: int = BATCH, seed: int = 0) -> secure.Compiled:
+def compiled_for(deployment: Callable[[], Any], directory: Path, batch: int = BATCH, seed: int = 0) -> secure.Compiled:
     tokenizer, raw = load_tokenizer(directory), (directory / "tokenizer.json").read_bytes()
     samples = [text_inputs(tokenizer, text, LENGTH) for text in sentences()]
     module = TinyText().eval()
@@ -42,7 +43,7 @@ def compiled_for(deployment: type[Any], directory: Path, batch: int = BATCH, see
     return build(loaded, deployment(), CompileOptions(embedding="client-table"), {}, batches=(batch,))
 
 
-FORMS = [(kind, hosted) for kind in HOSTS if kind.takes_batches for hosted in (True, False)]
+FORMS = [(kind, hosted) for kind in HOSTS for hosted in (True, False)]
 
 
 @pytest.fixture(scope="module", params=FORMS, ids=lambda form: f"{form[0].name}{'' if form[1] else ', in process'}")
@@ -211,9 +212,9 @@ def test_batches_out_of_bounds_are_refused(directory: Path, batch: int) -> None:
         compiled_for(secure.TwoParty, directory, batch)
 
 
-def test_a_deployment_without_batches_says_so(directory: Path) -> None:
-    with pytest.raises(InvalidInput, match="a query carries one input under ckks"):
-        compiled_for(secure.Ckks, directory)
+def test_ciphertexts_of_a_batch_are_not_refreshed(directory: Path) -> None:
+    with pytest.raises(InvalidInput, match="a batch whose ciphertexts are refreshed"):
+        compiled_for(partial(secure.Ckks, refresh=True), directory)
 
 
 @pytest.mark.parametrize("label", ["0", "2", "4", "-3", "3.0", "٣", "", str(MAXIMUM_BATCH + 1), "9" * 40])

@@ -18,9 +18,9 @@ from protocols.ckks.evaluate import EncodedWeights
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import schedule
 from protocols.ckks.seal import Client, Context
-from secure.ckks.compile import Batched, CkksModel, encrypt, encrypt_batch
+from secure.ckks.compile import CkksModel, encrypt
 from secure.ckks.profile import profile, summary
-from secure.errors import InvalidInput
+from secure.errors import DoesNotPack, InvalidInput
 
 SIZES = (4, 8, 3)
 
@@ -134,20 +134,39 @@ def test_a_document_says_what_travels_once(encrypted: CkksModel) -> None:
     assert document["key memory"] > 0
 
 
-@pytest.fixture(scope="module")
-def batched() -> Batched:
-    given = samples()
-    return encrypt_batch(model(), given[0], calibration=given[1:])
-
-
-def test_a_batch_computes_what_the_model_does(batched: Batched) -> None:
-    given = samples(9)
-    slots = clear(batched.schedule.circuit, batched.slots(given))
+def test_a_batch_computes_what_the_model_does() -> None:
+    rows = torch.cat([s["input"] for s in samples()])
+    given = [{"input": rows[i : i + 9]} for i in range(0, len(rows) - 8, 9)]
+    batched = encrypt(model(), given[0], calibration=given[1:], batch=9)
+    found = batched.program.decode(clear(batched.schedule.circuit, batched.program.client_values(given[0], {})))
     with torch.no_grad():
-        plain = torch.cat([model()(s["input"]) for s in given])
-    assert torch.allclose(batched.answers(slots, 9).float(), plain, atol=1e-5)
+        plain = model()(given[0]["input"])
+    assert torch.allclose(found["output"].float(), plain, atol=batched.predicted_error)
     assert batched.schedule.circuit.counts()["rotate"] == 0
-    assert batched.parameters.slots >= 4096
+    assert batched.program.steps == ()
+
+
+class Turned(nn.Module):
+    """One that puts the rows of a batch in another order. client: before they are encrypted."""
+
+    def __init__(self, client: bool) -> None:
+        super().__init__()
+        self.client, self.last = client, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(x.flip(0) ** 2) if self.client else self.last(x * x).flip(0)
+        return out
+
+
+def test_what_is_no_batch_is_refused() -> None:
+    given = [{"x": torch.randn(2, 4)} for _ in range(4)]
+    with pytest.raises(DoesNotPack, match="is not that of its rows"):
+        encrypt(Turned(client=True), given[0], calibration=given[1:], batch=2)
+    with pytest.raises(DoesNotPack, match="depends on other inputs than its own"):
+        encrypt(Turned(client=False), given[0], calibration=given[1:], batch=2)
+    several = [{"input": torch.cat([s["input"] for s in samples(2)])} for _ in range(4)]
+    with pytest.raises(InvalidInput, match="a batch whose ciphertexts are refreshed"):
+        encrypt(model(), several[0], calibration=several[1:], batch=2, mode="refresh")
 
 
 class Tokens(nn.Module):
@@ -172,8 +191,6 @@ def test_the_token_table_is_not_shown_unless_it_is_said() -> None:
         secure.compile(model, given[0], **options)
     with pytest.raises(InvalidInput, match=r"embedding 'one-hot' is not to be had under"):
         secure.compile(model, given[0], embedding="one-hot", **options)
-    with pytest.raises(InvalidInput, match="takes tokens, which batches do not"):
-        encrypt_batch(model, given[0], calibration=given[1:])
     made = secure.compile(model, given[0], embedding="client-table", **options)
     with torch.no_grad():
         assert torch.allclose(secure.plain_reference(made, given[3]).float(), model(**given[3]), atol=0.02)

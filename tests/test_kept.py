@@ -704,7 +704,11 @@ def test_the_command_compile(served: Any, run: Run, directory: Path, tmp_path: P
         (["--store-bytes", "1"], "--store-bytes means nothing without a store", "--store"),
         (["--store-key-file", "some.key"], "--store-key-file means nothing without a store", "--store"),
         (["--also", "MODEL"], "the model .* is given twice", "--length and --batch several times"),
-        (["--deployment", "ckks", "--batch", "2"], "a query carries one input under ckks", "leave the batch out"),
+        (
+            ["--deployment", "ckks", "--refresh", "--batch", "2"],
+            "a batch whose ciphertexts are refreshed",
+            "one by one",
+        ),
         ([word for n in range(3, 12) for word in ("--length", str(n))], "a model for 9 lengths", "--length 8 times"),
         (
             ["--deployment", "ckks", "--length", "4", "--length", "8"],

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -43,6 +44,7 @@ from parties.traces.trace_file import TraceDirectory
 from secure.cost.traffic import ONCE, in_words
 from secure.deployments.deployment import COMPILE, CONNECT, Deployment
 from secure.errors import Error, InvalidInput
+from secure.lowering.client_inputs import MAXIMUM_BATCH
 from secure.models.digits import load_digits
 from secure.models.settings import PASSAGES
 from secure.models.text import PACKAGED
@@ -80,7 +82,15 @@ def demo(
     ] = False,
     layers: Annotated[int | None, typer.Option(min=1, max=4, help="Layers of that model; 1 by default.")] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, max=360, help=f"Test images to ask it about; {IMAGES} by default.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAXIMUM_BATCH,
+            help=f"Test images to ask it about, again and again if they are more than 360; {IMAGES} by default.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=MAXIMUM_BATCH, help="Images of one query; all --images are that many then.")
     ] = None,
 ) -> None:
     """Run everybody who takes part as processes on this machine, and embed a few sentences privately, or search."""
@@ -100,7 +110,7 @@ def demo(
         **{f"--{n}": v for n, v in given.items()},
     }
     of_texts |= {"--trace": trace, "--documents": documents}
-    of_images = {"--layers": layers, "--images": images}
+    of_images = {"--layers": layers, "--images": images, "--batch": batch}
     for name, value in (of_texts if digits else of_images).items():
         if value:
             raise InvalidInput(
@@ -110,8 +120,9 @@ def demo(
     compiling += arguments(deployment, (COMPILE,))[2:]
     if digits:
         named = NAME if layers in (None, 1) else f"{NAME}-{layers}"
+        compiling += [] if batch is None else [f"--batch={batch}"]
         with hosted(OUT, deployment, [named, *compiling]) as (located, tls):
-            raise typer.Exit(ask_digits(OUT, located, images or IMAGES, tls))
+            raise typer.Exit(ask_digits(OUT, located, images or batch or IMAGES, tls))
     if model is None and not deployment.runs_packaged:
         raise InvalidInput(
             f"{PACKAGED} does not run under {deployment.name} as it is", "add --digits, or --model and its directory"
@@ -268,7 +279,8 @@ def ask_digits(console: Console, deployment: Deployment, count: int, tls: Path) 
     """
     hosting.settle()
     images, labels = load_digits().test
-    images, labels = images[:count], labels[:count]
+    taken = torch.arange(count) % len(images)
+    images, labels = images[taken], labels[taken]
     right = 0
     with (
         progress("demo") as told,
@@ -282,8 +294,11 @@ def ask_digits(console: Console, deployment: Deployment, count: int, tls: Path) 
                 console.print(drawn(images[number]), highlight=False, markup=False)
                 console.print(f"is a {answer} (label {int(labels[number])})", highlight=False)
         reports = session.reports[1:] or session.reports  # the first one warms up
+        together = min(session.batch, count)
     seconds = statistics.median(report.online_seconds for report in reports)
-    console.print(f"{right} of {count} right; online {seconds:.3f} s an image; the last one:", highlight=False)
+    each = f"online {seconds / together:.3f} s an image"
+    each += f" ({seconds:.1f} s for {together} of them)" if together > 1 else ""
+    console.print(f"{right} of {count} right; {each}; the last query:", highlight=False)
     for line in lines(reports[-1]):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     return 0 if right >= WANTED * count else 1

@@ -137,8 +137,6 @@ def demanded(
     told: Told,
 ) -> QueryDemand:
     """Return the demand of one query of a shape without weights, or of a model that is loaded and compiled for it."""
-    if batch > 1 and not deployment.takes_batches:
-        raise InvalidInput(f"--batch means nothing under {deployment.name}", "a query carries one input there")
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, batch=batch)
     if made is None:

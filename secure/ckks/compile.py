@@ -23,20 +23,21 @@ from protocols.ckks.cost import seconds
 from protocols.ckks.parameters import MAXIMUM_BITS, Parameters
 from protocols.ckks.refresh import INTEGER, reserve
 from protocols.ckks.schedule import Schedule, depth_by_path, schedule
-from secure.capture.graph import Graph, run
 from secure.ckks.layout import Cube, at
 from secure.ckks.linear_maps import Array
 from secure.ckks.pack import PackedModel, Packer
-from secure.ckks.pack_batch import BatchPacker, slots_of
+from secure.ckks.pack_batch import pack_batch
 from secure.ckks.polynomials import Range
 from secure.ckks.program import HEADROOM, CkksProgram
 from secure.errors import DoesNotFit, DoesNotPack, InvalidInput, UnsupportedOperation
 from secure.frontend import lower_model
 from secure.lowering.client_inputs import tables_label
 from secure.lowering.lower import Lowered, Sample
-from secure.lowering.trace import Symbol, evaluate
+from secure.lowering.trace import Symbol, Trace, evaluate
 from secure.progress import Told, counted, silent
 
+SINGLES = 400  # inputs of batches by which ranges are found, about
+COMPARED = 4  # inputs of a batch that are compared with each alone
 WATCHED = 24  # calibration inputs that run through the packed circuit, for magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
@@ -79,6 +80,7 @@ def encrypt(
     precision_bits: float = 9.0,
     degrees: Sequence[int] = DEGREES,
     token_table: bool = False,
+    batch: int = 1,
     labels: Mapping[str, str] | None = None,
     told: Told = silent,
 ) -> CkksModel:
@@ -91,6 +93,9 @@ def encrypt(
     degrees: the ring degrees to choose from; the cheapest by predicted time is taken.
     token_table: clients may hold the token table. Here clients look tokens up themselves, so that a model with a token
     table is refused without it.
+    batch: the rows of each sample, of which every one is an input of its own. With more than one there is a ciphertext
+    for each element, and a slot for each input: nothing is rotated, and up to N/2 inputs take the time of one, which is
+    minutes.
     told: hears of progress.
     Raises UnsupportedOperation (a module is no polynomial; names its path), DoesNotFit (names the levels by module),
     DoesNotPack (a shape has no layout) and InvalidInput (options).
@@ -99,6 +104,8 @@ def encrypt(
         raise InvalidInput(f"unknown mode {mode!r}", f"one of {', '.join(MODES)}")
     if not 0 < precision_bits <= MOST_BITS:
         raise InvalidInput(f"a precision of {precision_bits:g} bits", f"more than 0, {MOST_BITS} at most")
+    if batch > 1 and mode != "pure":
+        raise InvalidInput("a batch whose ciphertexts are refreshed", "in mode 'pure', or one by one")
     lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration], told)
     if not token_table and (shown := [c.table for c in lowered.client_inputs if c.encoding == "client-table"]):
         raise InvalidInput(
@@ -107,6 +114,7 @@ def encrypt(
         )
     output = _output(lowered)
     weights = {k: v.numpy() for k, v in lowered.weights.items()}
+    single = _single(model, [example_inputs, *calibration], lowered, inputs, batch, told) if batch > 1 else None
     found: list[tuple[float, Parameters, Schedule, PackedModel, _Watched]] = []
     problems: list[str] = []
     unpacked: DoesNotPack | None = None
@@ -114,9 +122,13 @@ def encrypt(
     for degree in degrees:
         try:
             told(0, 0, f"packing for rings of degree {degree}")
-            cube = _cube(lowered, degree // 2)
-            packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
-            chosen, timed, watched = _fitted(packed, inputs[:WATCHED], degree, mode, precision_bits, told)
+            if single is not None:
+                packed = pack_batch(single.trace, weights, single.ranges, single.output.id, degree // 2, batch)
+            else:
+                cube = _cube(lowered, degree // 2)
+                packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
+            several = inputs[: WATCHED if single is None else 1]
+            chosen, timed, watched = _fitted(packed, several, degree, mode, precision_bits, told)
         except DoesNotFit as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
             unpacked = error if isinstance(error, DoesNotPack) else unpacked
@@ -164,63 +176,42 @@ def encrypt(
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # holds weights
-class Batched:
-    """A circuit for a batch of inputs.
+@dataclass(frozen=True)
+class _Single:
+    """The trace of a model for one input of a batch, the ranges of its values, and its output."""
 
-    inputs: for each input of the circuit the model's input and its element. shape: of one answer, with a leading 1.
-    unit: the number by which the circuit's outputs are divided.
+    trace: Trace
+    ranges: Sequence[Range]
+    output: Symbol
+
+
+def _single(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    whole: Lowered,
+    inputs: Sequence[Mapping[str, Tensor]],
+    batch: int,
+    told: Told,
+) -> _Single:
+    """Trace a model for one input of a batch. Raises DoesNotPack if a batch is not made of such inputs one by one.
+
+    whole, inputs: the model for batches, and the samples as its trace takes them.
     """
-
-    parameters: Parameters
-    schedule: Schedule
-    inputs: Mapping[str, tuple[str, int]]
-    shape: tuple[int, ...]
-    unit: float
-    sources: Mapping[str, int]  # the client graph's output behind each input
-    client_graph: Graph
-
-    def slots(self, samples: Sequence[Sample]) -> dict[str, Vector]:
-        """Return the slots of every input ciphertext for at most N/2 samples."""
-        rows: dict[str, list[Array]] = {name: [] for name in self.sources}
-        for sample in samples:
-            values = run(self.client_graph, sample, {})
-            for name, k in self.sources.items():
-                rows[name].append(values[k].to(torch.float64).numpy().reshape(-1))
-        stacked = {name: np.stack(found) for name, found in rows.items()}
-        return slots_of(self.inputs, stacked, self.parameters.slots)
-
-    def answers(self, slots: Sequence[Vector], count: int) -> Tensor:
-        """Return the first ``count`` answers from the decrypted slots of the outputs."""
-        return torch.from_numpy(np.stack([v[:count] for v in slots], axis=1) * self.unit).reshape(
-            count, *self.shape[1:]
-        )
-
-
-def encrypt_batch(model: nn.Module, example_inputs: Sample, *, calibration: Sequence[Sample] = ()) -> Batched:
-    """Compile as ``encrypt`` does in mode "pure", but for N/2 inputs at once.
-
-    A batch has one ciphertext per element, needs no rotation, and takes minutes. The scale is the largest that fits the
-    smallest ring with enough levels. No service hosts batches, so that this function is here and not in ``secure``: the
-    caller makes keys, encrypts and evaluates by ``protocols.ckks`` (``benchmarks.encrypted`` shows it). Raises what
-    ``encrypt`` raises, and InvalidInput for a model that takes tokens.
-    """
-    lowered, _, ranges = _prepared(model, [example_inputs, *calibration])
-    if any(c.encoding == "client-table" for c in lowered.client_inputs):
-        raise InvalidInput("the model takes tokens, which batches do not", "compile it for single queries")
-    output = _output(lowered)
-    weights = {k: v.numpy() for k, v in lowered.weights.items()}
-    for degree in DEGREES:
-        packer = BatchPacker(lowered.trace, weights, ranges, degree // 2)
-        circuit, unit = packer.run(output.id)
-        timed = schedule(circuit)
-        scale = (MAXIMUM_BITS[degree] - 1 - 2 * (INTEGER + 1) - SPARE[1]) // (timed.depth + 2)
-        if scale >= SCALES[0]:
-            scale = min(scale, 40)
-            sources = {c.name: c.output for c in lowered.client_inputs}
-            chosen = Parameters(degree, timed.depth, scale, scale + INTEGER + 1, SPARE[1])
-            return Batched(chosen, timed, packer.inputs, tuple(output.shape), unit, sources, lowered.client_graph)
-    raise DoesNotFit(f"{timed.depth} levels fit no ring\nhint: fewer layers, a smaller power or degree")
+    rows = [{name: value[k : k + 1] for name, value in sample.items()} for sample in samples for k in range(batch)]
+    different = rows[:: max(1, len(rows) // SINGLES)]
+    lowered, _, ranges = _prepared(model, different, told)
+    made = [lowered.inputs(row) for row in rows[: min(batch, COMPARED)]]
+    for name, value in inputs[0].items():
+        flat = value.reshape(batch, -1)
+        if not all(torch.equal(flat[k], each[name].reshape(-1)) for k, each in enumerate(made)):
+            raise DoesNotPack(f"the input {name!r} of a batch is not that of its rows\nhint: ask one by one")
+    output, theirs = _output(lowered), _output(whole)
+    answers = evaluate(whole.trace, inputs[0], whole.weights, outputs=[theirs.id])[0].reshape(batch, -1)
+    for k, each in enumerate(made):
+        alone = evaluate(lowered.trace, each, lowered.weights, outputs=[output.id])[0].reshape(-1)
+        if alone.shape != answers[k].shape or not torch.allclose(answers[k], alone, rtol=1e-6, atol=1e-9):
+            raise DoesNotPack("an answer of a batch depends on other inputs than its own\nhint: ask one by one")
+    return _Single(lowered.trace, ranges, output)
 
 
 def _output(lowered: Lowered) -> Symbol:

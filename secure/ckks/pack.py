@@ -52,7 +52,6 @@ class PackedModel:
     views: dict[str, tuple[str, Content]]  # input of the circuit: input of the trace, content (one row)
     output: Content
     output_unit: float
-    cube: Cube
 
 
 class Packer:
@@ -88,7 +87,7 @@ class Packer:
         unit = self.ranges[output].magnitude
         # always through diagonals, as these are zero in slots that hold no element of the output
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
-        return PackedModel(self.circuit, self.views, content, unit, self.cube)
+        return PackedModel(self.circuit, self.views, content, unit)
 
     def _unit(self, i: int) -> float:
         return self.units.get(i, self.ranges[i].magnitude)

@@ -7,6 +7,7 @@ depth first from the outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from numpy.polynomial import Chebyshev
 
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
+from secure.ckks.layout import EMPTY, Content
 from secure.ckks.linear_maps import Affine, Array
+from secure.ckks.pack import PackedModel
 from secure.ckks.polynomials import Range, chains, needed, pure_power, units
 from secure.ckks.rules import Chain
 from secure.ckks.rules import linear as linear_rule
+from secure.errors import DoesNotFit
 from secure.lowering.primitives import Primitive
 from secure.lowering.trace import Trace
 
@@ -141,11 +145,24 @@ def depth_first(circuit: Circuit) -> Circuit:
     return out
 
 
-def slots_of(inputs: Mapping[str, tuple[str, int]], batch: Mapping[str, Array], slots: int) -> dict[str, Array]:
-    """Fill the slots of every input: element ``k`` of each of the batch's rows, zero in slots beyond them."""
-    out = {}
-    for name, (source, k) in inputs.items():
-        values = np.zeros(slots)
-        values[: len(batch[source])] = batch[source][:, k]
-        out[name] = values
-    return out
+def pack_batch(
+    trace: Trace, weights: Mapping[str, Array], ranges: Sequence[Range], output: int, slots: int, batch: int
+) -> PackedModel:
+    """Pack a trace of one input for ``batch`` of them: slot k of each ciphertext holds an element of input k.
+
+    Raises DoesNotFit if there are more inputs than slots.
+    """
+    if batch > slots:
+        raise DoesNotFit(f"{batch} inputs, {slots} slots\nhint: smaller batches")
+    packer = BatchPacker(trace, weights, ranges, slots)
+    circuit, unit = packer.run(output)
+    sizes = {str(p.attrs["name"]): math.prod(p.shape) for p in trace.primitives if p.op == "input"}
+
+    def content(size: int, element: int) -> Content:
+        found = np.full(slots, EMPTY)
+        found[:batch] = np.arange(batch) * size + element
+        return found
+
+    views = {name: (source, content(sizes[source], k)) for name, (source, k) in packer.inputs.items()}
+    results = math.prod(trace.primitives[output].shape)
+    return PackedModel(circuit, views, np.stack([content(results, k) for k in range(results)]), unit)

@@ -75,6 +75,10 @@ class CkksProgram:
     counts: Mapping[str, int]
     labels: Mapping[str, str]
 
+    def __post_init__(self) -> None:
+        """Put the views in the order of their names, which is that of the encoding, as ciphertexts travel in it."""
+        object.__setattr__(self, "views", dict(sorted(self.views.items())))
+
     @cached_property
     def encoded(self) -> bytes:
         """The canonical encoding."""

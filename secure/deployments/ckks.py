@@ -69,7 +69,6 @@ class Ckks(Deployment):
     takes: ClassVar[frozenset[str]] = frozenset({"embedding"})
     profiled_by: ClassVar[frozenset[str]] = frozenset()
     runs_packaged: ClassVar[bool] = False
-    takes_batches: ClassVar[bool] = False
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     refresh: bool = option(False, "The client re-encrypts where the levels end.", COMPILE)
@@ -100,6 +99,10 @@ class Ckks(Deployment):
                 f"--embedding {CLIENT_TABLE} (embedding={CLIENT_TABLE!r}), if they may see it",
             )
 
+    def check_batch(self, batch: int) -> None:
+        if batch > 1 and self.refresh:
+            raise InvalidInput("a batch whose ciphertexts are refreshed", "leave --refresh out, or ask one by one")
+
     def build(
         self,
         model: nn.Module,
@@ -115,6 +118,7 @@ class Ckks(Deployment):
             mode="refresh" if self.refresh else "pure",
             precision_bits=self.precision,
             token_table=options.embedding == CLIENT_TABLE,
+            batch=int(labels.get("batch", 1)),
             labels=labels,
             told=told,
         )

@@ -188,8 +188,7 @@ def check_sizes(deployment: Deployment, lengths: Sequence[int], batches: Sequenc
     for batch in batches:
         if not 1 <= batch <= MAXIMUM_BATCH:
             raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
-        if batch > 1 and not deployment.takes_batches:
-            raise InvalidInput(f"a query carries one input under {deployment.name}", "leave the batch out")
+        deployment.check_batch(batch)
     many, together = max(1, len(set(lengths))), len(set(batches))
     if many * together > 1 and not deployment.takes_sizes:
         raise InvalidInput(f"one length and one batch are served under {deployment.name}", "give one of each")

@@ -108,8 +108,8 @@ class Deployment(ABC):
     honest. takes: the names of CompileOptions that apply here; others are refused. profiled_by: the options of a
     profile that apply here (networks, depth, polynomial for shapes, html). serves: the role that holds a whole compiled
     model; "" if the model is split into shares first, in which case how_to_serve names the commands. runs_packaged: the
-    packaged sentence encoder can be compiled as it is. takes_batches: one query can carry several inputs. takes_sizes:
-    one service offers a model for several lengths and batches. default: it is the deployment if none is named.
+    packaged sentence encoder can be compiled as it is. takes_sizes: one service offers a model for several lengths and
+    batches. default: it is the deployment if none is named.
     """
 
     name: ClassVar[str]
@@ -122,7 +122,6 @@ class Deployment(ABC):
     default: ClassVar[bool] = False
     takes_sizes: ClassVar[bool] = False
     runs_packaged: ClassVar[bool] = True
-    takes_batches: ClassVar[bool] = True
 
     @abstractmethod
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
@@ -278,6 +277,9 @@ class Deployment(ABC):
             if name not in self.takes:
                 known = ", ".join(sorted(self.takes)) or "none of them"
                 raise InvalidInput(f"{name} means nothing under {self.name}", f"it takes {known}")
+
+    def check_batch(self, batch: int) -> None:
+        """Raise InvalidInput if no query carries so many inputs in this deployment."""
 
     def check_profile(self, options: ProfileOptions) -> None:
         """Raise InvalidInput for options of a profile that do not apply in this deployment."""

@@ -21,7 +21,7 @@ from secure.errors import InvalidInput, InvalidProgram
 
 EMBEDDINGS = ("one-hot", "client-table")
 MAXIMUM_LENGTH = 1 << 20  # tokens of a text
-MAXIMUM_BATCH = 1 << 10  # inputs of a query
+MAXIMUM_BATCH = 1 << 14  # inputs of a query: the slots of the largest ring
 MAXIMUM_INPUTS = 1 << 8  # of a circuit
 MAXIMUM_LABEL = 512  # characters of a label
 TABLES = "token-tables"  # the label of a Program that holds the digest of the token tables that clients hold
