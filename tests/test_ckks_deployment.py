@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import queue
@@ -209,6 +210,22 @@ def test_a_store_forgets(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
     time.sleep(0.6)
     assert store.path(path.stem, "") is None
     assert list(tmp_path.glob("*/*/*")) == []
+
+
+@pytest.mark.parametrize("ahead", [400 * 86400, -400 * 86400])
+def test_a_store_goes_by_one_clock(
+    ahead: float, tiny: RunningCkks, made: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may get their times from another clock, such as a file server's. Keys of this moment have not expired."""
+    store, real = KeyStore(tmp_path, tiny.link.program), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    keys = b"".join(made.values())
+    digest = hashlib.sha256(keys).hexdigest()
+    store.add(digest, [keys], "")
+    assert store.path(digest, "") is not None
+    assert store.path(digest, "") is not None  # also after a use
+    monkeypatch.setattr(time, "time", lambda: real() + ahead + store.expires + 60)
+    assert store.path(digest, "") is None
 
 
 def test_keys_that_never_fit_drop_nobodys(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:

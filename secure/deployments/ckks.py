@@ -100,6 +100,7 @@ class Ckks(Deployment):
             )
 
     def check_batch(self, batch: int) -> None:
+        super().check_batch(batch)
         if batch > 1 and self.refresh:
             raise InvalidInput("a batch whose ciphertexts are refreshed", "leave --refresh out, or ask one by one")
 

@@ -20,7 +20,7 @@ from secure.deployments.deployment import CompileOptions, Deployment, ProfileOpt
 from secure.deployments.two_party import TwoParty
 from secure.errors import InvalidInput
 from secure.frontend import Size
-from secure.lowering.client_inputs import GENERATE, MAXIMUM_BATCH, check_inputs
+from secure.lowering.client_inputs import GENERATE, check_inputs
 from secure.models.heads import SEARCH, task_named
 from secure.models.settings import EXACT
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
@@ -186,8 +186,6 @@ def compile_text_model(
 def check_sizes(deployment: Deployment, lengths: Sequence[int], batches: Sequence[int]) -> None:
     """Raise InvalidInput if a deployment cannot serve so many lengths and batches, or one of the batches."""
     for batch in batches:
-        if not 1 <= batch <= MAXIMUM_BATCH:
-            raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
         deployment.check_batch(batch)
     many, together = max(1, len(set(lengths))), len(set(batches))
     if many * together > 1 and not deployment.takes_sizes:

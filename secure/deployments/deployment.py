@@ -21,6 +21,7 @@ from secure.cost.report import ProfileReport
 from secure.cost.traffic import Cost
 from secure.errors import InvalidInput
 from secure.frontend import Size
+from secure.lowering.client_inputs import MAXIMUM_BATCH
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NetworkSpeed, find_network
 from secure.progress import Told, silent
@@ -280,6 +281,8 @@ class Deployment(ABC):
 
     def check_batch(self, batch: int) -> None:
         """Raise InvalidInput if no query carries so many inputs in this deployment."""
+        if not 1 <= batch <= MAXIMUM_BATCH:
+            raise InvalidInput(f"a batch of {batch} inputs", f"1 to {MAXIMUM_BATCH}")
 
     def check_profile(self, options: ProfileOptions) -> None:
         """Raise InvalidInput for options of a profile that do not apply in this deployment."""
