@@ -500,7 +500,7 @@ def test_a_latency_that_cannot_be_is_refused_in_words(shape: str, run: Run, quic
     ("arguments", "said"),
     [
         (("--network", "loopback"), "loopback is no network between machines"),
-        (("--deployment", "ckks", "--batch", "2"), "--batch means nothing under ckks"),
+        (("--deployment", "ckks", "--refresh", "--batch", "2"), "a batch whose ciphertexts are refreshed"),
         (("--peak", "0.1"), "peak: 0.1"),
         (("--prices", "colour=1"), "nothing has the price 'colour'"),
     ],

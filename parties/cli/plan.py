@@ -137,6 +137,7 @@ def demanded(
     told: Told,
 ) -> QueryDemand:
     """Return the demand of one query of a shape without weights, or of a model that is loaded and compiled for it."""
+    deployment.check_batch(batch)
     told(0, 0, f"compiling {model} for {deployment.name}")
     made = deployment.outline(model, length or 0, options, batch=batch)
     if made is None:

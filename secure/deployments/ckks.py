@@ -161,7 +161,8 @@ class Ckks(Deployment):
             raise InvalidInput("images take no length", "leave it out for a model on digits")
         else:
             loaded = prepared(untrained(layers_of(model)))
-        return self.build(loaded.module, loaded.samples, options, {"model": model})
+        labels = {"model": model} | ({"batch": str(batch)} if batch > 1 else {})
+        return self.build(loaded.module, loaded.batched(batch).samples, options, labels)
 
     def profile(self, model: ckks.CkksModel, options: ProfileOptions) -> ProfileReport:
         cost, found = self.cost(model), profile(model, measured=options.transport is not None)
