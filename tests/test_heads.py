@@ -364,7 +364,7 @@ def test_tasks_that_a_model_is_not_made_for(heads: Callable[[str], Path], direct
 def test_a_head_on_a_polynomial_form_is_refused(task: str, tmp_path: Path) -> None:
     """Computed with exact functions, weights that were trained for polynomials would give wrong answers in silence."""
     found = write_head(tmp_path / "m", task)
-    with pytest.raises(secure.InvalidInput, match=f"for the task {task}: sentence encoders alone are trained"):
+    with pytest.raises(secure.InvalidInput, match=f"for the task {task}: sentence encoders and language models"):
         distil(found, TEXTS, Recipe(), Settings(), tmp_path / "other")
     (found / "polynomial.json").write_text(Recipe().model_dump_json())
     with pytest.raises(

@@ -25,6 +25,7 @@ from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import CompileOptions
 from secure.errors import HandshakeError, InputTooLong, InvalidInput, PeerLost, ProtocolError
+from secure.lowering.client_inputs import MAXIMUM_BATCH
 from secure.session.link import MAXIMUM_LENGTHS, Link, Offer, digest_of_all
 from secure.session.queries import planned
 from secure.tasks.embed import Embed
@@ -353,7 +354,8 @@ def test_lengths_and_offers_are_bounded(directory: Path) -> None:
     described_module._check(described, "it")
     with pytest.raises(ProtocolError, match="offers 257 Programs, at most 256 are read"):
         described_module._check(pb.Description(offers=offers(257)), "it")
-    for batch in (0, 1 << 11, (1 << 32) - 1):  # 0 would never be put together, and many would be read before the first
+    # 0 would never be put together, and many would be read before the first
+    for batch in (0, MAXIMUM_BATCH + 1, (1 << 32) - 1):
         with pytest.raises(ProtocolError, match=f"offered for {batch} inputs a query"):
             described_module._offers(
                 pb.Description(model="w", offers=[pb.Offer(weights="w", length=3, batch=batch)]), ""
