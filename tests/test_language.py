@@ -360,3 +360,11 @@ def test_steps_read_rows_that_are_not_there_as_zeros() -> None:
     with torch.no_grad():
         scores = Decoder(model).scored(**inputs)[0]
     assert bool(torch.isfinite(scores).all())
+
+
+def test_a_model_whose_texts_leave_its_ranges_is_refused() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("inf"))
+    with pytest.raises(InvalidInput, match=r"scores within 24 tokens are no numbers\nhint: .*a smaller capacity"):
+        secure.compile_generator(model, prompt=BUCKET, capacity=CAPACITY)

@@ -128,8 +128,9 @@ def measured_texts(
     protocol: int,
     fixed: FixedPoint | None = None,
     length: int = LENGTH,
+    row: int = 0,
 ) -> TextFidelity:
-    """The same of a language model, on these texts, or on some that the original writes."""
+    """The same of a language model, on these texts, or on some that the original writes. row: tokens of a row."""
     from secure.models.causal import load_language_model
     from secure.training.fidelity import written_fidelity
     from secure.training.language import HELD_OUT_SEED, row_length, rows_of_texts, rows_written
@@ -138,7 +139,7 @@ def measured_texts(
     model, teacher = load_language_model(trained), load_language_model(original)
     if not any(forms(model)):
         raise InvalidInput(f"{trained} is not in polynomial form", "give a directory that `unseen train` wrote")
-    each = row_length(model)
+    each = row_length(model, row)
     if texts:
         rows = rows_of_texts(load_tokenizer(trained), texts, each)
     else:

@@ -124,7 +124,11 @@ def train(
             length=length or 0,
             preparing=lambda done, total, what: bar.update(task, description=f"{done} of {total} {what}"),
         )
-    show(measured_texts(output, directory, others, 0) if writes else measured(output, directory, others, 0, protocol=0))
+    show(
+        measured_texts(output, directory, others, 0, row=length or 0)
+        if writes
+        else measured(output, directory, others, 0, protocol=0)
+    )
     OUT.print(f"serve it with: unseen serve {output}", markup=False)
 
 

@@ -127,7 +127,7 @@ def encrypt(
             else:
                 cube = _cube(lowered, degree // 2)
                 packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
-            several = inputs[: WATCHED if single is None else 1]
+            several = inputs[: max(1, WATCHED // batch)]  # WATCHED rows
             chosen, timed, watched = _fitted(packed, several, degree, mode, precision_bits, told)
         except DoesNotFit as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")

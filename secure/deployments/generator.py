@@ -217,7 +217,11 @@ def _token_ids(texts: Sequence[Sequence[int] | str], tokenizer: TextTokenizer | 
 
 
 def written(model: nn.Module, length: int, told: Told = silent, count: int = TEXTS, seed: int = 0) -> list[list[int]]:
-    """Let a model write texts of ``length`` tokens by sampling, the same at every call; return their token ids."""
+    """Let a model write texts of ``length`` tokens by sampling, the same at every call; return their token ids.
+
+    Raises InvalidInput if its scores become no numbers, as those of a polynomial form do behind texts that leave its
+    ranges.
+    """
     told(0, 0, f"writing {count} texts to calibrate or test with")
     writer: Any = copy.copy(model)
     begin = getattr(writer.config, "bos_token_id", None)
@@ -225,15 +229,23 @@ def written(model: nn.Module, length: int, told: Told = silent, count: int = TEX
     ids = torch.full((count, 1), begin)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
-        found = writer.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=length - 1,
-            min_new_tokens=length - 1,
-            do_sample=True,
-            top_k=0,
-            pad_token_id=begin,
-        )
+        try:
+            found = writer.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=length - 1,
+                min_new_tokens=length - 1,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=begin,
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise InvalidInput(
+                f"the model's scores within {length} tokens are no numbers",
+                "a model in polynomial form holds for texts as long as it was trained on: take a smaller capacity",
+            ) from None
     texts: list[list[int]] = found.tolist()
     return texts
 
